@@ -1,0 +1,34 @@
+# Needs Python 3.11+, git and make; everything else comes by pip into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[worker,embedded,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/vectormill demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	-@test ! -x $(BIN)/vectormill || $(BIN)/vectormill down
+	rm -rf $(VENV) .vectormill .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,15 @@
+"""What a job is and where it stands. Read in the order of the data's way:
+
+    jobs, errors        nouns, states, the one tree of errors
+    settings, logs      the environment; log lines
+    tables, store/      the schema; every SQL statement, one named function each
+    sources → plan → submit       a corpus becomes items and chunks
+    publish → dispatch            chunks become messages; sweep, finish, snapshots
+    leases → writeback            a claim, and the one transaction that ends it
+    status, results               what came of it
+    catalog                       models and vector spaces
+    embedded/           servers from wheels, the process tree of `vectormill up`
+    cli/                the door
+
+Workers live in `workers/`; nothing here imports torch.
+"""

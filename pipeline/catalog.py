@@ -1,0 +1,133 @@
+"""The catalogue: models, and the vector spaces that jobs write into."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping
+
+from pipeline.errors import ModelError, UnknownModel, UserError
+from pipeline.jobs import Model
+from pipeline.store import models, workspaces
+
+DEFAULT_WORKSPACE = "default"
+#: Files that decide a vector: weights, and what says how to use them.
+_DECISIVE = (".safetensors", ".json", ".txt", ".model")
+#: Formats that can run code when they are loaded.
+_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def workspace_id(connection: Connection, name: str = DEFAULT_WORKSPACE) -> int:
+    """The id of a workspace.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    found = workspaces.id_of(connection, name)
+    if found is None:
+        raise UserError(f'no workspace "{name}".')
+    return found
+
+
+def find_model(connection: Connection, workspace: int, name: str) -> Model:
+    """A model by name or alias, as a workspace may use it.
+
+    Raises:
+        UnknownModel: not in the catalogue, or not enabled for the workspace; the message doesn't tell which.
+    """
+    row = models.find(connection, workspace, name)
+    if row is None:
+        known = ", ".join(model["name"] for model in models.of_workspace(connection, workspace))
+        raise UnknownModel(
+            f'no model "{name}"; '
+            + (f"there is {known}." if known else "add one: vectormill models add NAME --path DIR.")
+        )
+    return as_model(row)
+
+
+def as_model(row: RowMapping) -> Model:
+    """A catalogue row as a noun."""
+    return Model(**{field: row[field] for field in Model.__dataclass_fields__})
+
+
+def slug_of(name: str) -> str:
+    """A model's name as part of a queue's name: lower case letters, digits, dots and dashes."""
+    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+    if not slug or len(name) > 200:
+        raise UserError(f'"{name}" can\'t name a model: use letters, digits, dots, dashes and slashes, at most 200.')
+    return slug
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 over the files in `folder` that decide a vector, by relative path and content.
+
+    Raises:
+        ModelError: no safetensors weights in it.
+    """
+    files = sorted(path for path in _files(folder) if path.suffix in _DECISIVE)
+    if not any(path.suffix == ".safetensors" for path in files):
+        unsafe = next((path.name for path in _files(folder) if path.suffix in _UNSAFE), None)
+        hint = f" ({unsafe} could run code when loaded)" if unsafe else ""
+        raise ModelError(f"{folder}: no .safetensors weights; vectormill loads no other format{hint}.")
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    return whole.hexdigest()
+
+
+def weights_bytes(folder: Path) -> int:
+    """Size of the weights in `folder`."""
+    return sum(path.stat().st_size for path in _files(folder) if path.suffix == ".safetensors")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def add_model(connection: Connection, name: str, description: Mapping[str, Any], aliases: Sequence[str] = ()) -> None:
+    """Add a local model as its description by a worker says (`workers.oneshot describe`), and enable it for the
+    default workspace.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    values = {**description, "canary": bytes.fromhex(description["canary"])}
+    if not models.add(
+        connection, {"name": name, "slug": slug_of(name), "kind": "local", "aliases": list(aliases), **values}
+    ):
+        raise UserError(f'there is a model "{name}" (or one whose queue is called the same); remove it first.')
+    models.enable(connection, workspace_id(connection), name)
+
+
+def vector_space_of(
+    connection: Connection, model: Model, *, dimensions: int | None, max_item_tokens: int | None
+) -> int:
+    """The id of the vector space that a job with these options writes into.
+
+    Raises:
+        UserError: the model can't give what is asked.
+    """
+    if dimensions not in (None, model.dimensions):
+        raise UserError(f"--dimensions {dimensions}: {model.name} gives {model.dimensions} and can't be shortened.")
+    if max_item_tokens is not None and model.max_item_tokens is not None and max_item_tokens > model.max_item_tokens:
+        raise UserError(
+            f"--max-item-tokens {max_item_tokens}: {model.name} reads at most {model.max_item_tokens} tokens."
+        )
+    space = {
+        "weights": model.weights_sha256,
+        "dimensions": model.dimensions,
+        "document_prompt": model.document_prompt,
+        "max_item_tokens": max_item_tokens or model.max_item_tokens,
+        "normalised": model.normalised,
+    }
+    fingerprint = hashlib.sha256(json.dumps(space, sort_keys=True).encode()).hexdigest()
+    return models.vector_space(connection, {"fingerprint": fingerprint, **space})

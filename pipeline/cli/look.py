@@ -1,0 +1,140 @@
+"""How things look on a terminal: numbers, states, the live bar, the ledger. Data goes to standard output, all else to
+standard error."""
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+#: For people; nothing here is lost when standard output is a pipe.
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(highlight=False, soft_wrap=True)
+
+_STATE_COLOURS = {
+    "completed": "green",
+    "running": "blue",
+    "failed": "red",
+    "paused": "yellow",
+    "cancelling": "yellow",
+    "cancelled": "bright_black",
+}
+_STATE_MARKS = {"completed": "✓", "failed": "✗", "running": "▸", "paused": "‖", "cancelled": "–", "cancelling": "–"}
+
+
+def print_json(value: Any) -> None:
+    """Print data for a program."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def number(value: float) -> str:
+    """With thousands separators; short above 10,000 where precision is no use: use for rates."""
+    if value >= 1_000_000:
+        return f"{value / 1_000_000:.1f}M"
+    if value >= 1_000:
+        return f"{value / 1_000:.1f}k"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: `4 min 40 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+def age(moment: str | None) -> str:
+    """How long ago an ISO time was."""
+    if moment is None:
+        return "–"
+    then = datetime.fromisoformat(moment)
+    return duration(max(timedelta(0), datetime.now(then.tzinfo) - then).total_seconds()) + " ago"
+
+
+def state(name: str, reason: str | None = None) -> Text:
+    """A state with its mark, its colour and its reason."""
+    shown = f"{_STATE_MARKS.get(name, '·')} {name}" + (f" ({reason})" if reason else "")
+    return Text(shown, style=_STATE_COLOURS.get(name, ""))
+
+
+def progress_line(status: Mapping[str, Any]) -> Table:
+    """One line for a job that runs: name, model, bar, share, items, rates, time left."""
+    items, rate = status["items"], status["rate"]
+    over = items["total"] - items["pending"]
+    share = over / items["total"] if items["total"] else 0.0
+    line = Table.grid(padding=(0, 2))
+    cells: list[Any] = [
+        Text(status["name"], style="bold", overflow="ellipsis", no_wrap=True),
+        Text(status["model"], style="bright_black", overflow="ellipsis", no_wrap=True),
+        ProgressBar(total=1.0, completed=share, width=24, complete_style="blue", finished_style="green"),
+        Text(f"{share:4.0%}".replace("%", " %"), no_wrap=True),
+        Text(f"{over:,} / {items['total']:,}", no_wrap=True),
+        Text(f"{number(rate['items_per_second'])} items/s", no_wrap=True),
+        Text(f"{number(rate['tokens_per_second'])} tok/s", no_wrap=True),
+        _time_left(status),
+    ]
+    line.add_row(*cells)
+    return line
+
+
+def _time_left(status: Mapping[str, Any]) -> Text:
+    if status["state"] != "running":
+        return state(status["state"], status["reason"])
+    if status["eta_seconds"] is None:
+        return Text("time left: not yet", style="bright_black", no_wrap=True)
+    return Text(f"{duration(status['eta_seconds'])} left", no_wrap=True)
+
+
+def plain_progress(status: Mapping[str, Any]) -> str:
+    """The same line for a log: no colours, no bar."""
+    items, rate = status["items"], status["rate"]
+    over = items["total"] - items["pending"]
+    left = "" if status["eta_seconds"] is None else f"  {duration(status['eta_seconds'])} left"
+    return (
+        f"{status['name']}  {status['state']}  {over:,} / {items['total']:,}  "
+        f"{number(rate['items_per_second'])} items/s  {number(rate['tokens_per_second'])} tok/s{left}"
+    )
+
+
+def ledger(receipt: Mapping[str, Any], codes: Mapping[str, int]) -> Table:
+    """A receipt as an account."""
+    items, tokens = receipt["items"], receipt["tokens"]
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="bright_black")
+    table.add_column(f"receipt  {receipt['id']}", no_wrap=True)
+    table.add_column("items", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    why = ", ".join(f"{count:,} {code}" for code, count in codes.items())
+    hint = f"({why})  vectormill rejects {receipt['id']}" if why else ""
+    table.add_row("in", f"{items['in']:,}", "")
+    table.add_row("embedded", f"{items['embedded']:,}", f"{tokens['prompt']:,}")
+    table.add_row("reused", f"{items['reused']:,}", f"{tokens['reused']:,} saved" if tokens["reused"] else "")
+    table.add_row("rejected", f"{items['rejected']:,}", "", Text(hint, style="yellow" if why else ""))
+    table.add_row("cancelled", f"{items['cancelled']:,}", "")
+    return table
+
+
+def verdict(receipt: Mapping[str, Any]) -> Text:
+    """The last line of a ledger."""
+    if not receipt["balanced"]:
+        open_items = receipt["items"]["in"] - sum(receipt["items"][name] for name in _ENDINGS)
+        return Text(f"not balanced yet: {open_items:,} items are still to do", style="yellow")
+    if "verified" not in receipt:
+        return Text("balanced; --verify counts the rows", style="green")
+    counts = f"{receipt['missing']:,} missing, {receipt['double']:,} double"
+    if receipt["verified"]:
+        return Text(f"balanced, verified: {counts}", style="green")
+    return Text(f"NOT VERIFIED: {counts}", style="bold red")
+
+
+_ENDINGS = ("embedded", "reused", "rejected", "cancelled")

@@ -1,0 +1,189 @@
+"""Commands that are a process of a deployment: migrate, dispatcher, worker, flower."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from secrets import token_hex
+from typing import Annotated, Any
+
+import typer
+from sqlalchemy import create_engine
+
+from pipeline.cli.connect import database_url, server_urls
+from pipeline.cli.look import stderr
+from pipeline.errors import ModelError, UserError
+from pipeline.logs import configure_logs
+from pipeline.settings import load_settings
+
+_SHARE_OF_MEMORY = 0.8
+#: A loaded model takes its weights and about as much again for its batches.
+_ROOM_FACTOR = 2
+_LIBRARIES_BYTES = 700 * 1024 * 1024
+
+
+def migrate() -> None:
+    """Create the schema, or bring it up to date. Safe to run at any time, from anywhere, as often as you like.
+
+    Example: vectormill migrate
+    """
+    from pipeline.cli.prepare import migrate_database
+
+    migrate_database(database_url(load_settings()))
+    stderr.print("The schema vectormill is up to date.")
+
+
+def dispatcher() -> None:
+    """Ring for pending chunks, sweep expired leases, end jobs. Run two: one works, the other stands by.
+
+    Example: vectormill dispatcher
+    """
+    from pipeline.dispatch import Dispatcher, run
+    from pipeline.publish import Publisher
+    from pipeline.store.database import make_engine
+
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    database, redis = server_urls(settings)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    engine = make_engine(database, application="vectormill-dispatcher", pool_size=2)
+    publisher = Publisher(redis)
+    try:
+        run(
+            Dispatcher(
+                engine=engine,
+                publisher=publisher,
+                lease_seconds=settings.lease_seconds,
+                text_retention_days=settings.text_retention_days,
+            ),
+            stop,
+        )
+    finally:
+        publisher.close()
+        engine.dispose()
+
+
+def worker(
+    model: Annotated[list[str] | None, typer.Option(help="Serve this model; may be repeated. Default: all.")] = None,
+    devices: Annotated[str, typer.Option(help="all, cpu, or CUDA devices by number: 0,1.")] = "all",
+    replicas: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Children per device. Default: 2 where two copies fit.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; on CUDA only, a CPU always uses float32.")
+    ] = "float32",
+) -> None:
+    """Take chunks and embed them, on every GPU of this machine or on its CPU.
+
+    Examples:
+
+        vectormill worker
+
+        vectormill worker --model all-MiniLM-L6-v2 --devices 0,1 --replicas 2 --precision bfloat16
+    """
+    settings = load_settings()
+    database, redis = server_urls(settings)
+    chosen = _choose_devices(devices)
+    memory_bytes = min(memory for _, memory in chosen)
+    each = replicas or _default_replicas(database, memory_bytes, model or [])
+    environment = {
+        **os.environ,
+        "VECTORMILL_DATABASE_URL": database,
+        "VECTORMILL_REDIS_URL": redis,
+        "VECTORMILL_WORKER_MODELS": ",".join(model or []),
+        "VECTORMILL_WORKER_DEVICES": ",".join(name for name, _ in chosen),
+        "VECTORMILL_WORKER_REPLICAS": str(each),
+        "VECTORMILL_WORKER_MEMORY_BYTES": str(memory_bytes),
+        "VECTORMILL_WORKER_DTYPE": precision,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    name = f"{token_hex(3)}@{socket.gethostname()}"
+    arguments = ["--hostname", name, "--concurrency", str(len(chosen) * each), "--pool", "prefork", "--without-gossip"]
+    _become("workers.app", ["worker", *arguments, "--loglevel", settings.log_level], environment)
+
+
+def flower() -> None:
+    """Show Celery's tasks and workers in a browser, on loopback, behind a password. Tasks are found by job and chunk.
+
+    Example: VECTORMILL_FLOWER_PASSWORD=… vectormill flower
+    """
+    settings = load_settings()
+    database, redis = server_urls(settings)
+    if settings.flower_password is None:
+        raise UserError("set VECTORMILL_FLOWER_PASSWORD; without it Flower's pages would be open.")
+    password = settings.flower_password.get_secret_value()
+    environment = {
+        **os.environ,
+        "VECTORMILL_DATABASE_URL": database,
+        "VECTORMILL_REDIS_URL": redis,
+        # By the environment: a command line shows in every list of processes.
+        "FLOWER_BASIC_AUTH": f"vectormill:{password}",
+        "FLOWER_COOKIE_SECRET": password,
+    }
+    options = {
+        "address": "127.0.0.1",
+        "port": settings.flower_port,
+        "max_tasks": 10_000,
+        "purge_offline_workers": 300,
+        "logging": settings.log_level,
+    }
+    _become("workers.app", ["flower", *(f"--{name}={value}" for name, value in options.items())], environment)
+
+
+def _become(app: str, arguments: list[str], environment: dict[str, str]) -> None:
+    """Turn this process into Celery's, so that signals reach it."""
+    command = [sys.executable, "-m", "celery", "--quiet", "-A", app, *arguments]
+    os.execve(sys.executable, command, environment)  # noqa: S606 - no shell is what we want
+
+
+def _choose_devices(wish: str) -> list[tuple[str, int]]:
+    """The devices that `--devices` names, each with its memory in bytes."""
+    found = [(str(name), int(memory)) for name, memory in oneshot(["devices"])]
+    if wish == "all":
+        return found
+    if wish == "cpu":
+        return [("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    known = dict(found)
+    names = [part if part.startswith(("cuda:", "mps")) else f"cuda:{part}" for part in wish.split(",")]
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UserError(f"--devices {wish}: no {missing[0]} here; there is {', '.join(known)}.")
+    return [(name, known[name]) for name in names]
+
+
+def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:
+    """2 where two copies of the largest model fit in 80 % of the device's memory, else 1."""
+    from pipeline.store import models
+
+    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
+    with engine.begin() as connection:
+        sizes = [row["weights_bytes"] for row in models.every(connection) if not only or row["name"] in only]
+    engine.dispose()
+    copy_bytes = max(sizes, default=0) * _ROOM_FACTOR + _LIBRARIES_BYTES
+    return 2 if 2 * copy_bytes <= memory_bytes * _SHARE_OF_MEMORY else 1
+
+
+def oneshot(arguments: list[str], payload: Any = None) -> Any:
+    """Ask a process that may import torch; see workers/oneshot.py.
+
+    Raises:
+        ModelError: it can't do what was asked, in its own words.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "workers.oneshot", *arguments],
+        input=json.dumps(payload),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"]
+        raise ModelError(lines[-1])
+    return json.loads(done.stdout)

@@ -1,0 +1,86 @@
+"""`vectormill results` and `vectormill search`: what a job wrote."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import status as reading
+from pipeline.catalog import DEFAULT_WORKSPACE
+from pipeline.cli import look
+from pipeline.cli.connect import Place, working
+from pipeline.cli.jobs import Job, Json, Workspace
+from pipeline.cli.processes import oneshot
+from pipeline.errors import UnknownModel
+from pipeline.results import export
+from pipeline.store import embeddings, models
+from pipeline.store import jobs as job_rows
+
+
+def results(
+    job: Job,
+    to: Annotated[Path, typer.Option(metavar="FILE", help="A .parquet or .jsonl file.")],
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Write a job's vectors to a file, in index order: index, key, embedding, tokens, truncated and carried columns.
+
+    Example: vectormill results docs --to vectors.parquet
+    """
+    with working(workspace) as place, place.engine.begin() as connection:
+        found = reading.find_job(connection, place.workspace_id, job)
+        count = export(connection, found, to)
+    look.stderr.print(f"{count:,} vectors written to {to}.", markup=False)
+
+
+def search(
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    job: Annotated[str, typer.Option(help="The job to search in: id, beginning of it, or name.")],
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many results.")] = 5,
+    as_json: Json = False,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Find the items of a job nearest to a query, by exact cosine similarity.
+
+    Example: vectormill search "read a file line by line" --job docs
+    """
+    with working(workspace) as place:
+        hits = search_many(place, job, [query], limit)[0]
+    if as_json:
+        look.print_json(hits)
+    else:
+        look.stdout.print(hit_table(hits))
+
+
+def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[list[dict[str, Any]]]:
+    """The nearest items to each query: `{index, key, similarity, text}`.
+
+    Raises:
+        UnknownModel: the job's model is no longer in the catalogue.
+    """
+    with place.engine.begin() as connection:
+        found = reading.find_job(connection, place.workspace_id, job)
+        row = job_rows.by_id(connection, found)
+        model = models.by_name(connection, row["model_name"]) if row else None
+    if model is None:
+        raise UnknownModel(f"the model of job {found} is no longer in the catalogue; a query can't be embedded.")
+    vectors = oneshot(["queries", model["path"]], {"prompt": model["query_prompt"], "texts": queries})
+    with place.engine.begin() as connection:
+        hits = [embeddings.nearest(connection, found, vector, limit) for vector in vectors]
+    return [
+        [{"index": index, "key": key, "similarity": round(near, 4), "text": text} for index, key, near, text in some]
+        for some in hits
+    ]
+
+
+def hit_table(hits: list[dict[str, Any]]) -> Table:
+    """Search results, a line each."""
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
+    table.add_column("similarity", justify="right", no_wrap=True, min_width=10)
+    table.add_column("key", no_wrap=True, overflow="ellipsis", max_width=36)
+    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    for hit in hits:
+        line = " ".join((hit["text"] or "(text removed)").split())
+        table.add_row(f"{hit['similarity']:.3f}", Text(hit["key"] or f"#{hit['index']}"), Text(line))
+    return table

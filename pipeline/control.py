@@ -1,0 +1,113 @@
+"""What a person may ask of a job: cancel, pause, resume, retry; and how a job ends."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping
+
+from pipeline.errors import IllegalTransition, UserError
+from pipeline.jobs import RETRYABLE_REJECTS, JobState, Reason
+from pipeline.status import job_row
+from pipeline.store import chunks, jobs
+
+
+def cancel(connection: Connection, job_id: UUID) -> JobState:
+    """Ask a job to stop. What is committed stays. Cancelling a cancelled job changes nothing.
+
+    Raises:
+        IllegalTransition: it has ended otherwise.
+    """
+    if not jobs.begin_cancelling(connection, job_id, JobState.CANCELLED, Reason.BY_USER, "cancelled by a person"):
+        return _unless(connection, job_id, (JobState.CANCELLING, JobState.CANCELLED), "cancelled")
+    return JobState.CANCELLING
+
+
+def pause(connection: Connection, job_id: UUID) -> JobState:
+    """Let no further chunk of a job start; running ones end.
+
+    Raises:
+        IllegalTransition: it has ended, or is being cancelled.
+    """
+    if not jobs.move(connection, job_id, JobState.PAUSED, reason=Reason.BY_USER, message="paused by a person"):
+        return _unless(connection, job_id, (JobState.PAUSED,), "paused")
+    return JobState.PAUSED
+
+
+def resume(connection: Connection, job_id: UUID) -> JobState:
+    """Let a paused job go on.
+
+    Raises:
+        IllegalTransition: it isn't paused, queued or running.
+    """
+    if not jobs.move(connection, job_id, JobState.QUEUED, only_from=(JobState.PAUSED,)):
+        return _unless(connection, job_id, (JobState.QUEUED, JobState.RUNNING), "resumed")
+    return JobState.QUEUED
+
+
+def retry(connection: Connection, job_id: UUID) -> int:
+    """Reopen an ended job's chunks that hold rejects which may be tried again, and, of a failed one, those that were
+    cancelled. Returns how many chunks that is; 0 leaves the job as it was.
+
+    Raises:
+        IllegalTransition: the job hasn't ended, or was cancelled.
+        UserError: its texts have been removed.
+    """
+    row = jobs.lock(connection, job_id)
+    if row is None or row["state"] not in (JobState.COMPLETED, JobState.FAILED):
+        _unless(connection, job_id, (), "retried")
+    assert row is not None
+    if row["texts_removed_at"]:
+        raise UserError(
+            f"job {job_id} ended too long ago: its texts were removed on "
+            f"{row['texts_removed_at']:%Y-%m-%d}; submit it again."
+        )
+    reopened = chunks.reopen(connection, job_id, sorted(RETRYABLE_REJECTS))
+    if reopened:
+        jobs.requeue(connection, job_id)
+    return reopened
+
+
+def _unless(connection: Connection, job_id: UUID, states: Sequence[JobState], done: str) -> JobState:
+    state = JobState(job_row(connection, job_id)["state"])
+    if state not in states:
+        raise IllegalTransition(f"job {job_id} is {state} and can't be {done}.")
+    return state
+
+
+def reject_limit(option: str, items_total: int) -> int | None:
+    """How many rejects a job of `items_total` items may have: `N`, `P%`, or "" for the default, 10 % from 100 items on.
+
+    Raises:
+        UserError: `option` is neither.
+    """
+    if not option:
+        return items_total // 10 if items_total >= 100 else None
+    try:
+        if option.endswith("%"):
+            share = float(option[:-1])
+            if not 0 <= share <= 100:
+                raise ValueError
+            return int(items_total * share / 100)
+        if int(option) < 0:
+            raise ValueError
+        return int(option)
+    except ValueError:
+        raise UserError(f'--max-rejects "{option}": give a count such as 50, or a share such as 2.5%.') from None
+
+
+def outcome(row: RowMapping, account: Mapping[str, Any]) -> tuple[JobState, str | None, str | None]:
+    """What a job becomes whose chunks have all ended: (state, reason, message)."""
+    counts = account["items"]
+    if row["ends_as"]:
+        return JobState(row["ends_as"]), row["reason"], row["message"]
+    if counts["in"] and counts["rejected"] == counts["in"]:
+        return JobState.FAILED, Reason.ALL_REJECTED, "every item was rejected; vectormill rejects says why"
+    if row["max_rejects"] is not None and counts["rejected"] > row["max_rejects"]:
+        return JobState.FAILED, Reason.TOO_MANY_REJECTS, too_many(counts["rejected"], row["max_rejects"])
+    return JobState.COMPLETED, None, None
+
+
+def too_many(rejected: int, limit: int) -> str:
+    """The sentence for a job with too many rejects."""
+    return f"{rejected:,} items rejected, {limit:,} allowed by --max-rejects; vectormill rejects says why"

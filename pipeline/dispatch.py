@@ -1,0 +1,280 @@
+"""The dispatcher: a list of duties, each a function with its period. Nothing here is remembered that matters: a
+dispatcher that starts afresh only rings twice for a few chunks."""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from uuid import UUID, uuid4
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from pipeline import control, status
+from pipeline.errors import ServiceUnreachable
+from pipeline.jobs import JobState, Reason
+from pipeline.publish import Publisher
+from pipeline.store import chunks, jobs, models, partitions, usage, workers
+from pipeline.store.database import is_connection_lost, reporting_unreachable
+from pipeline.submit import undo_staging
+
+log = structlog.get_logger()
+
+ROLE = "dispatcher"
+#: A worker that hasn't shown itself for so long is taken for gone.
+WORKER_SEEN_SECONDS = 30
+_ROLE_SECONDS = 10
+_DRAIN_LIMIT = 5_000
+_STAGING_DEAD_SECONDS = 86_400
+
+
+@dataclass(slots=True)
+class Dispatcher:
+    """What the duties share: connections, settings, and the cursors of the publishing rounds."""
+
+    engine: Engine
+    publisher: Publisher
+    lease_seconds: float
+    text_retention_days: float
+    #: Last chunk id rung for, by job; a lap over when it passes the last pending one.
+    cursors: dict[UUID, int] = field(default_factory=dict)
+    #: No lease is expired before this moment of the monotonic clock.
+    sweep_from: float = 0.0
+    #: When the database last answered, by the monotonic clock.
+    last_contact: float = 0.0
+
+
+def publish(dispatcher: Dispatcher) -> None:
+    """Ring for pending chunks until each model's queue holds one message a live slot, at least four."""
+    with dispatcher.engine.connect() as connection:
+        runnable = [job for job in jobs.active(connection) if job["state"] in ("queued", "running")]
+        if not runnable:
+            dispatcher.cursors.clear()
+            return
+        slugs = {row["name"]: row["slug"] for row in models.every(connection)}
+        slots = _slots(workers.live(connection, WORKER_SEEN_SECONDS))
+        in_flight = chunks.tokens_in_flight(connection)
+        by_model = defaultdict(list)
+        for job in runnable:
+            if job["model_name"] in slugs:
+                by_model[job["model_name"]].append(job)
+        waiting = dispatcher.publisher.waiting([slugs[name] for name in by_model])
+        for name, of_model in by_model.items():
+            room = max(4, slots[name]) - waiting[slugs[name]]
+            tokens = {job["workspace_id"]: in_flight.get((name, job["workspace_id"]), 0) for job in of_model}
+            feeds = {job["id"]: _Feed(dispatcher, connection, job["id"], room) for job in of_model}
+            for job_id, chunk_id in choose(of_model, feeds, tokens, room):
+                dispatcher.publisher.ring(slugs[name], job_id, chunk_id)
+    dispatcher.cursors = {job["id"]: dispatcher.cursors.get(job["id"], 0) for job in runnable}
+
+
+def _slots(live: Sequence[Any]) -> dict[str, int]:
+    slots: dict[str, int] = defaultdict(int)
+    for worker in live:
+        for name in worker["models"]:
+            slots[name] += worker["slots"]
+    return slots
+
+
+class _Feed:
+    """A job's pending chunks from its cursor on, each at most once a round, going past the end to the start."""
+
+    def __init__(self, dispatcher: Dispatcher, connection: Any, job_id: UUID, limit: int) -> None:
+        self._next = self._read(dispatcher, connection, job_id, limit)
+
+    def take(self) -> tuple[int, int] | None:
+        """The next chunk as (id, estimated tokens)."""
+        return next(self._next, None)
+
+    @staticmethod
+    def _read(dispatcher: Dispatcher, connection: Any, job_id: UUID, limit: int) -> Iterator[tuple[int, int]]:
+        start = dispatcher.cursors.get(job_id, 0)
+        found = list(chunks.pending_after(connection, job_id, start, limit))
+        if len(found) < limit and start:
+            first_lap = {chunk_id for chunk_id, _ in found}
+            again = chunks.pending_after(connection, job_id, 0, limit - len(found))
+            found += [chunk for chunk in again if chunk[0] not in first_lap]
+        for chunk_id, tokens in found:
+            dispatcher.cursors[job_id] = chunk_id
+            yield chunk_id, tokens
+
+
+def choose(
+    of_model: Sequence[Any], feeds: "dict[UUID, Any]", tokens: dict[int, int], room: int
+) -> Iterator[tuple[UUID, int]]:
+    """Which chunks to ring for: priority first, then the workspace with the fewest tokens in flight for its weight,
+    then the oldest job. `tokens` by workspace grows with what is chosen."""
+    open_jobs = list(of_model)
+    while room > 0 and open_jobs:
+        job = min(
+            open_jobs,
+            key=lambda j: (-j["priority"], tokens[j["workspace_id"]] / j["weight"], j["id"]),
+        )
+        chunk = feeds[job["id"]].take()
+        if chunk is None:
+            open_jobs.remove(job)
+            continue
+        tokens[job["workspace_id"]] += max(1, chunk[1])
+        room -= 1
+        yield job["id"], chunk[0]
+
+
+def sweep(dispatcher: Dispatcher) -> None:
+    """Give chunks with an expired lease back, and end backends that froze while they held one."""
+    with dispatcher.engine.begin() as connection:
+        # Workers could not renew while the database was away: everybody gets one whole lease to come back.
+        uptime = workers.server_age_seconds(connection)
+        if time.monotonic() < dispatcher.sweep_from or uptime < dispatcher.lease_seconds:
+            return
+        expired = chunks.expire_leases(connection, 500)
+    if expired:
+        log.warning("leases_expired", chunks=expired)
+    with dispatcher.engine.begin() as connection:
+        ended = chunks.terminate_frozen_backends(connection, dispatcher.lease_seconds)
+    if ended:
+        log.warning("frozen_backends_terminated", chunks=ended)
+
+
+def drain(dispatcher: Dispatcher) -> None:
+    """Cancel pending chunks of jobs that are being cancelled, in bounded transactions."""
+    with dispatcher.engine.connect() as connection:
+        cancelling = [job["id"] for job in jobs.active(connection) if job["state"] == "cancelling"]
+    for job_id in cancelling:
+        for _ in range(20):
+            with dispatcher.engine.begin() as connection:
+                if chunks.cancel_pending(connection, job_id, _DRAIN_LIMIT) < _DRAIN_LIMIT:
+                    break
+
+
+def finish(dispatcher: Dispatcher) -> None:
+    """End jobs that have no open chunk, and freeze their receipts."""
+    with dispatcher.engine.connect() as connection:
+        over = [job["id"] for job in jobs.active(connection) if not chunks.has_open(connection, job["id"])]
+    for job_id in over:
+        with dispatcher.engine.begin() as connection:
+            row = jobs.lock(connection, job_id)
+            if row is None or JobState(row["state"]).ended or chunks.has_open(connection, job_id):
+                continue
+            account = status.current_receipt(connection, job_id)
+            state, reason, message = control.outcome(row, account)
+            jobs.end(connection, job_id, state, account, reason=reason, message=message)
+            jobs.save_progress(connection, job_id, status.job_status(connection, job_id))
+        log.info("job_ended", job=str(job_id), state=state.value, reason=reason, items=account["items"])
+
+
+def snapshot(dispatcher: Dispatcher) -> None:
+    """Recompute the progress that status pages read, and stop jobs that have too many rejects."""
+    with dispatcher.engine.connect() as connection:
+        active = jobs.active(connection)
+    for job in active:
+        with dispatcher.engine.begin() as connection:
+            now = status.job_status(connection, job["id"])
+            jobs.save_progress(connection, job["id"], now)
+            rejected, limit = now["items"]["rejected"], job["max_rejects"]
+            if limit is not None and rejected > limit and job["state"] != "cancelling":
+                jobs.begin_cancelling(
+                    connection,
+                    job["id"],
+                    JobState.FAILED,
+                    Reason.TOO_MANY_REJECTS,
+                    control.too_many(rejected, limit),
+                )
+
+
+def judge_models(dispatcher: Dispatcher) -> None:
+    """Pause the jobs of a model whose claims are mostly lost; fail those of one that no live worker can load."""
+    with dispatcher.engine.begin() as connection:
+        live = workers.live(connection, WORKER_SEEN_SECONDS)
+        dropped = {name: reason for worker in live for name, reason in worker["dropped"].items()}
+        for name, reason in dropped.items():
+            if any(name in worker["models"] for worker in live):
+                continue
+            for job_id in jobs.running_of_model(connection, name):
+                jobs.begin_cancelling(connection, job_id, JobState.FAILED, Reason.MODEL_CANNOT_LOAD, reason)
+        for name, (lost, distinct, commits) in chunks.losses_and_commits(connection, 600).items():
+            # One text that kills its process loses five claims of one chunk; only losses all over are the workers'.
+            if distinct >= 3 and lost > commits:
+                for job_id in jobs.running_of_model(connection, name):
+                    message = f"{lost} claims lost and {commits} commits in ten minutes; see the workers' logs"
+                    jobs.move(connection, job_id, JobState.PAUSED, reason=Reason.WORKERS_FAILING, message=message)
+
+
+def measure_rates(dispatcher: Dispatcher) -> None:
+    """Keep each model's measured rate, by which chunks are cut."""
+    with dispatcher.engine.begin() as connection:
+        for name, rate in usage.measured_rates(connection, 3600, least_device_seconds=5).items():
+            models.set_rate(connection, name, rate)
+
+
+def keep_house(dispatcher: Dispatcher) -> None:
+    """Make partitions ahead, forget workers and submissions that nobody came back for, remove old texts."""
+    with dispatcher.engine.begin() as connection:
+        partitions.make_ahead(connection)
+        workers.forget_unseen(connection, 3600)
+        dead = jobs.dead_stagings(connection, _STAGING_DEAD_SECONDS)
+    for job_id, fence in dead:
+        undo_staging(dispatcher.engine, job_id, fence)
+        log.info("dead_staging_forgotten", job=str(job_id))
+    with dispatcher.engine.begin() as connection:
+        for job_id in jobs.remove_texts(connection, dispatcher.text_retention_days):
+            log.info("texts_removed", job=str(job_id))
+
+
+#: What the dispatcher does, each how often in seconds.
+DUTIES: tuple[tuple[Callable[[Dispatcher], None], float], ...] = (
+    (publish, 0.25),
+    (drain, 0.25),
+    (finish, 0.25),
+    (sweep, 1.0),
+    (snapshot, 1.0),
+    (judge_models, 5.0),
+    (measure_rates, 60.0),
+    (keep_house, 3600.0),
+)
+
+
+def run(dispatcher: Dispatcher, stop: threading.Event) -> None:
+    """Do the duties while this process holds the role; wait while another does. Returns when `stop` is set."""
+    holder = str(uuid4())
+    due = {duty: 0.0 for duty, _ in DUTIES}
+    active, check_role = False, 0.0
+    dispatcher.last_contact = time.monotonic()
+    while not stop.wait(0.05 if active else 0.5):
+        if time.monotonic() >= check_role:
+            active = _attempt(partial(_hold_role, dispatcher, holder), otherwise=False)
+            check_role = time.monotonic() + _ROLE_SECONDS / 5
+        for duty, period in DUTIES if active else ():
+            if time.monotonic() >= due[duty]:
+                due[duty] = time.monotonic() + period
+                _attempt(partial(duty, dispatcher))
+    with reporting_unreachable(), dispatcher.engine.begin() as connection:
+        workers.drop_lease(connection, ROLE, holder)
+
+
+def _hold_role(dispatcher: Dispatcher, holder: str) -> bool:
+    with dispatcher.engine.begin() as connection:
+        holds = workers.hold_lease(connection, ROLE, holder, _ROLE_SECONDS)
+    now = time.monotonic()
+    if now - dispatcher.last_contact > dispatcher.lease_seconds / 3 + _ROLE_SECONDS / 5:
+        log.warning("sweep_waits_after_gap", gap_seconds=round(now - dispatcher.last_contact, 1))
+        dispatcher.sweep_from = now + dispatcher.lease_seconds
+    dispatcher.last_contact = now
+    return holds
+
+
+def _attempt(duty: Callable[[], Any], otherwise: Any = None) -> Any:
+    """One duty's failure must not keep the others from being done."""
+    try:
+        return duty()
+    except ServiceUnreachable:
+        log.warning("redis_unreachable")
+    except DBAPIError as error:
+        lost = is_connection_lost(error)
+        log.warning("database_unreachable" if lost else "duty_failed", error=None if lost else str(error.orig))
+    except Exception:
+        log.exception("duty_failed")
+    return otherwise

@@ -1,0 +1,47 @@
+"""Files of a home that only its owner may read, and the logs of children."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+_ROTATE_BYTES = 10 * 1024 * 1024
+_TAIL_BYTES = 16 * 1024
+
+
+def make_folder(path: Path) -> Path:
+    """Create the folder with mode 0700 if it is missing; one that exists keeps its mode."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace the file as a whole, mode 0600. A reader sees the old text or the new one, never a part."""
+    make_folder(path.parent)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Open a log for appending, mode 0600. One over 10 MB becomes `<name>.1` first, over the older one."""
+    make_folder(path.parent)
+    if path.exists() and path.stat().st_size > _ROTATE_BYTES:
+        path.replace(path.with_name(f"{path.name}.1"))
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
+
+
+def last_lines(path: Path, count: int = 15) -> str:
+    """Return the last lines of a log, for an error's message; empty if there is no log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    return "\n".join(text.splitlines()[-count:])

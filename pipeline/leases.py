@@ -1,0 +1,54 @@
+"""A lease kept alive by a thread while its holder works."""
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+log = structlog.get_logger()
+
+
+class Renewal:
+    """Calls `renew` every third of a lease, from entering to leaving the `with` block.
+
+    `renew` returns whether the lease still holds. A call that raises (the database is away) is tried again at the next
+    turn: whether the lease outlived the gap is for the database to say.
+    """
+
+    def __init__(self, renew: Callable[[], bool], lease_seconds: float) -> None:
+        self._renew = renew
+        self._period_seconds = lease_seconds / 3
+        self._stopped = threading.Event()
+        self._lost = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lease-renewal", daemon=True)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lease is known to be another's."""
+        return self._lost.is_set()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Renew no more. A renewal under way may still land; it can't take back what has been given back."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._period_seconds):
+            try:
+                holds = self._renew()
+            except Exception as error:  # noqa: BLE001 - a thread that dies silently would lose every lease
+                log.warning("lease_renewal_failed", error=type(error).__name__)
+                continue
+            if not holds and not self._stopped.is_set():
+                self._lost.set()
+                return

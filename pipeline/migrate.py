@@ -1,0 +1,24 @@
+"""Brings a database's schema up to date."""
+
+from importlib.resources import files
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection
+
+from pipeline.store import partitions
+
+
+def alembic_config(connection: Connection) -> Config:
+    """Alembic's configuration for `connection`, without a file of its own."""
+    config = Config()
+    config.set_main_option("script_location", str(files("migrations")))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+def upgrade(connection: Connection) -> None:
+    """Apply what is missing, and make partitions ahead. Safe to run at once from many places."""
+    command.upgrade(alembic_config(connection), "head")
+    partitions.make_ahead(connection)

@@ -1,0 +1,102 @@
+"""Messages: the doorbell that tells workers of a pending chunk. Losing one costs a lap of the dispatcher, no more."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from pipeline.errors import ServiceUnreachable
+
+RUN_CHUNK = "vectormill.run_chunk"
+_QUEUE = "embed."
+
+
+def queue_of(slug: str) -> str:
+    """The queue of a model."""
+    return _QUEUE + slug
+
+
+def celery_settings(redis_url: str) -> dict[str, Any]:
+    """How both ends use Celery. Postgres is the truth: a message may be lost or come twice, and no result is kept."""
+    return {
+        "broker_url": redis_url,
+        # A worker that dies loses the message; the dispatcher rings again. Late acknowledgement would let a dropped
+        # connection run a running chunk twice, and redelivery would loop a text that kills its process.
+        "task_acks_late": False,
+        "task_reject_on_worker_lost": False,
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": True,
+        "task_ignore_result": True,
+        "result_backend": None,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "task_default_queue": "vectormill.idle",
+        "task_send_sent_event": True,
+        "worker_send_task_events": True,
+        # A loading model must not get a fresh child killed.
+        "worker_pool_start_method": "spawn",
+        "worker_proc_alive_timeout": 300,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "broker_connection_max_retries": None,
+        "broker_connection_retry_on_startup": True,
+        "broker_transport_options": {
+            "visibility_timeout": 3600,
+            "socket_timeout": 5,
+            "socket_connect_timeout": 3,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+            # One list a queue, so that its length is the number of waiting messages.
+            "priority_steps": [0],
+        },
+    }
+
+
+class Publisher:
+    """Rings for chunks and counts what still waits."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._celery = Celery("vectormill", set_as_current=False)
+        self._celery.conf.update(celery_settings(redis_url))
+        self._redis = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=3)
+
+    def waiting(self, slugs: Sequence[str]) -> Mapping[str, int]:
+        """Messages waiting in the queues of these models.
+
+        Raises:
+            ServiceUnreachable: Redis doesn't answer.
+        """
+        try:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for slug in slugs:
+                    pipe.llen(queue_of(slug))
+                return dict(zip(slugs, pipe.execute(), strict=True))
+        except redis.RedisError as error:
+            raise ServiceUnreachable("can't reach Redis; check VECTORMILL_REDIS_URL") from error
+
+    def ring(self, slug: str, job_id: UUID, chunk_id: int) -> None:
+        """Tell the model's workers of a pending chunk.
+
+        Raises:
+            ServiceUnreachable: Redis doesn't answer.
+        """
+        try:
+            self._celery.send_task(
+                RUN_CHUNK,
+                args=[str(job_id), chunk_id],
+                # The anonymous exchange needs no binding in Redis, so a wiped Redis loses no route.
+                exchange="",
+                routing_key=queue_of(slug),
+                argsrepr=f"(job={job_id}, chunk={chunk_id})",
+                retry=False,
+            )
+        except (OperationalError, redis.RedisError) as error:
+            raise ServiceUnreachable("can't reach Redis; check VECTORMILL_REDIS_URL") from error
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._celery.close()
+        self._redis.close()

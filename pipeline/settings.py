@@ -1,0 +1,79 @@
+"""The environment's only reader. Nothing is read when this module is imported."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from pipeline.errors import UserError
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+_MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can set, as `VECTORMILL_<NAME>`. Bounds stand in the fields."""
+
+    model_config = SettingsConfigDict(env_prefix="VECTORMILL_", frozen=True, extra="ignore")
+
+    #: Postgres with pgvector, as `postgresql://…`. Unset: the embedded server.
+    database_url: SecretStr | None = None
+    #: Redis or Valkey, as `redis://…`. Unset: the embedded server.
+    redis_url: SecretStr | None = None
+    #: Where embedded servers, logs and the demo keep their files.
+    home: Path = _CHECKOUT / ".vectormill"
+
+    #: How long a claim holds without renewal; it is renewed every third of this.
+    lease_seconds: float = Field(default=30, ge=1, le=3600)
+    #: The work that one chunk should be, at the model's measured rate on one slot.
+    chunk_seconds: float = Field(default=10, gt=0, le=600)
+    #: The most items in a chunk, whatever their size.
+    chunk_items: int = Field(default=10_000, ge=1, le=100_000)
+    #: The most text in a chunk: bounds a worker's memory.
+    chunk_bytes: int = Field(default=16 * _MIB, ge=1024, le=256 * _MIB)
+    #: A longer text becomes a reject, `too_large`.
+    item_bytes: int = Field(default=1 * _MIB, ge=1, le=64 * _MIB)
+    #: How long item texts are kept after a job's end.
+    text_retention_days: float = Field(default=7, ge=0)
+
+    #: Flower's port on loopback; 0 picks a free one.
+    flower_port: int = Field(default=5555, ge=0, le=65535)
+    #: Flower's password for the user `vectormill`. Unset: one is made for each `up`.
+    flower_password: SecretStr | None = None
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+
+    #: The models a worker serves, comma-separated; empty: all of the catalogue. Set by `vectormill worker --model`.
+    worker_models: Annotated[tuple[str, ...], NoDecode] = ()
+    #: The devices of a worker, comma-separated (`cpu`, `cuda:0`, `mps`). Set by `vectormill worker --devices`.
+    worker_devices: Annotated[tuple[str, ...], NoDecode] = ("cpu",)
+    #: Children per device. Set by `vectormill worker --replicas`.
+    worker_replicas: int = Field(default=1, ge=1, le=64)
+    #: Memory of one of those devices; 0: unknown. Set by `vectormill worker`.
+    worker_memory_bytes: int = Field(default=0, ge=0)
+    #: Precision on CUDA; a CPU always embeds in float32. Set by `vectormill worker --precision`.
+    worker_dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
+
+    @field_validator("worker_models", "worker_devices", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+    @field_validator("home", mode="after")
+    @classmethod
+    def _make_absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+
+def load_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        UserError: a variable's value is out of bounds; the message names the variable.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        variable = "VECTORMILL_" + "_".join(str(part) for part in first["loc"]).upper()
+        raise UserError(f"{variable}: {first['msg'].lower()}.") from None

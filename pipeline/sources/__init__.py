@@ -1,0 +1,112 @@
+"""A corpus as a stream: files, folders or the standard input become blocks of judged rows, in bounded memory.
+
+`files` finds what to read, `open` unpacks it into whole lines, `jsonl`, `csv_` and `parquet` read rows, and
+`rows` judges them. A bad row becomes a reject and the rest goes on; a broken file or a wrong column ends it.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, assert_never
+
+from pipeline.sources.csv_ import read_csv
+from pipeline.sources.files import STDIN, Compression, Format, SourceFile, find_files
+from pipeline.sources.jsonl import read_jsonl
+from pipeline.sources.open import open_blocks, read_blocks, without_mark
+from pipeline.sources.parquet import read_parquet
+from pipeline.sources.rows import Columns, Parsed, Rows, judge
+
+__all__ = ["Columns", "Compression", "Corpus", "Format", "Rows", "SourceFile"]
+
+
+class Corpus:
+    """The rows of SOURCE arguments: files, folders, and `-` for JSON lines on the standard input."""
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        columns: Columns,
+        item_bytes: int,
+        stdin: BinaryIO | None = None,
+    ) -> None:
+        """List the files; none is read yet.
+
+        Args:
+            sources: paths, and `-`.
+            columns: the columns to read.
+            item_bytes: a longer text is rejected.
+            stdin: read for `-` instead of this process's own.
+
+        Raises:
+            SourceError: a source doesn't exist, is given twice, or is no kind of file that is read.
+        """
+        #: In the order they are read.
+        self.files: list[SourceFile] = find_files(sources)
+        #: SHA-256 of the bytes of the standard input, in hexadecimal, once `blocks` has read it all.
+        self.stream_sha256: str | None = None
+        self._columns = columns
+        self._item_bytes = item_bytes
+        self._stdin = stdin
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages: its files, the first three of them."""
+        names = [file.name for file in self.files]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 over each file's path, size and mtime, a stream's bytes, and the columns; `None` with a stream that
+        has not been read yet."""
+        if self.stream_sha256 is None and any(file.path is None for file in self.files):
+            return None
+        files = [(str(file.path or self.stream_sha256), file.bytes, file.mtime_ns) for file in self.files]
+        columns = (self._columns.text, self._columns.key, self._columns.carry)
+        return hashlib.sha256(json.dumps([files, columns]).encode()).hexdigest()
+
+    def read_fingerprint(self) -> str:
+        """The fingerprint, for which a stream is read to its end and no row is kept."""
+        if self.fingerprint() is None:
+            for _ in self._hashed(self._stdin or sys.stdin.buffer):
+                pass
+        known = self.fingerprint()
+        assert known is not None
+        return known
+
+    def blocks(self) -> Iterator[Rows]:
+        """Read every row once, in order. With a stream, this can be done once.
+
+        Raises:
+            SourceError: a file is broken, changed since it was listed, or lacks a column.
+        """
+        for file in self.files:
+            place = "row " if file.format is Format.PARQUET else "line "
+            if len(self.files) > 1:
+                place = f"{file.name} {place}"
+            for parsed in self._read(file):
+                yield judge(parsed, self._item_bytes, place)
+            file.check_unchanged()
+
+    def _read(self, file: SourceFile) -> Iterator[Parsed]:
+        columns, item_bytes = self._columns, self._item_bytes
+        match file.format:
+            case Format.JSONL:
+                blocks = self._stream() if file.path is None else open_blocks(file)
+                return read_jsonl(blocks, file.name, columns, item_bytes)
+            case Format.CSV:
+                return read_csv(open_blocks(file), file.name, ",", columns, item_bytes)
+            case Format.TSV:
+                return read_csv(open_blocks(file), file.name, "\t", columns, item_bytes)
+            case Format.PARQUET:
+                return read_parquet(file, columns)
+        assert_never(file.format)
+
+    def _stream(self) -> Iterator[bytes]:
+        return without_mark(self._hashed(self._stdin or sys.stdin.buffer), STDIN)
+
+    def _hashed(self, stream: BinaryIO) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        for block in read_blocks(stream):
+            digest.update(block)
+            yield block
+        self.stream_sha256 = digest.hexdigest()

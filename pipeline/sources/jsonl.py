@@ -1,0 +1,152 @@
+"""JSON lines: one object a line."""
+
+import json
+from collections.abc import Iterator
+from typing import Final
+
+import orjson
+
+from pipeline.errors import SourceError
+from pipeline.sources.open import whole_lines
+from pipeline.sources.rows import BLOCK_ROWS, Columns, LongLine, Missing, Parsed, missing_column
+
+#: A column that none of a file's first rows has is a wrong name, not a row's fault.
+HEAD_ROWS: Final = 1_000
+
+_EXACT_BELOW = 2**63
+
+
+def read_jsonl(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int) -> Iterator[Parsed]:
+    """The rows of JSON lines; empty lines are none.
+
+    Raises:
+        SourceError: a line isn't a JSON object, or no row among the first has a required column.
+    """
+    # An escaped letter takes six times its bytes; the rest is for the other columns.
+    bound_bytes = item_bytes * 6 + 1024 * 1024
+    watch = _ColumnWatch(name, columns)
+    for run in whole_lines(_no_array(blocks, name), name, bound_bytes):
+        if isinstance(run, LongLine):
+            yield Parsed([run.number], [run], [None], [{}] if columns.carry else None)
+            continue
+        first, data = run
+        lines = data.split(b"\n")
+        watch.look(first, lines)
+        for start in range(0, len(lines), BLOCK_ROWS):
+            yield _parse(lines[start : start + BLOCK_ROWS], first + start, name, columns)
+    watch.end()
+
+
+def _no_array(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
+    first = next(blocks, b"")
+    if first.lstrip()[:1] == b"[":
+        raise SourceError(f"{name}: a JSON array, not JSON lines; write each object on a line of its own.")
+    yield first
+    yield from blocks
+
+
+def _parse(lines: list[bytes], first: int, name: str, columns: Columns) -> Parsed:
+    numbers: list[int] = []
+    texts: list[object] = []
+    keys: list[object] = []
+    carried: list[dict[str, object]] = []
+    loads, text_column, key_column, carry = orjson.loads, columns.text, columns.key, columns.carry
+    # The hot loop of most corpora: names are bound, and what is unusual leaves by an exception.
+    for number, line in enumerate(lines, first):
+        try:
+            row = loads(line)
+            text = row[text_column]
+            key = row.get(key_column)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            found = _object(line, name, number)
+            if found is None:
+                continue
+            row = found
+            text = row.get(text_column, Missing)
+            key = row.get(key_column)
+        if type(key) is float and abs(key) >= _EXACT_BELOW:
+            key = _decode(line).get(key_column)
+        numbers.append(number)
+        texts.append(text)
+        keys.append(key)
+        if carry:
+            carried.append({column: row.get(column) for column in carry})
+    return Parsed(numbers, texts, keys, carried if carry else None)
+
+
+def _object(line: bytes, name: str, number: int) -> dict[str, object] | None:
+    """A line's object, or `None` for an empty line, where the fast parser found it unusual.
+
+    Raises:
+        SourceError: it's no JSON, or no object.
+    """
+    if not line or line.isspace():
+        return None
+    place = f"{name} line {number:,}"
+    try:
+        row = _decode(line)
+    except json.JSONDecodeError as error:
+        fault = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
+        raise SourceError(f"{place}: not valid JSON ({fault} at column {error.colno:,}).") from None
+    except RecursionError:
+        raise SourceError(f"{place}: not valid JSON (nested too deeply).") from None
+    except _NoNumberError as error:
+        raise SourceError(f"{place}: not valid JSON ({error} is no JSON; write null).") from None
+    if not isinstance(row, dict):
+        raise SourceError(f"{place}: not a JSON object; write one object per line.")
+    return row
+
+
+class _NoNumberError(Exception):
+    """A line holds NaN or Infinity, which JSON hasn't."""
+
+
+def _refuse(constant: str) -> None:
+    raise _NoNumberError(constant)
+
+
+def _integer(digits: str) -> int | float:
+    """An integer of any sane length exactly; beyond, infinity, which no key may be."""
+    return int(digits) if len(digits) <= HEAD_ROWS else float(digits)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_int=_integer)
+
+
+def _decode(line: bytes) -> dict[str, object]:
+    """Parse with the standard library: it takes surrogates, and integers past 64 bits exactly."""
+    return _DECODER.decode(line.decode("utf-8", "surrogateescape"))
+
+
+class _ColumnWatch:
+    """Tells a wrong column's name from rows that lack the column."""
+
+    def __init__(self, name: str, columns: Columns) -> None:
+        self._name = name
+        self._key = columns.key
+        self._unseen = list(columns.required)
+        self._left = HEAD_ROWS
+        self._first_row: tuple[int, dict[str, object]] | None = None
+
+    def look(self, first: int, lines: list[bytes]) -> None:
+        """Note which columns the next lines have, as long as they are among the file's first."""
+        for number, line in enumerate(lines, first):
+            if not self._unseen or not self._left:
+                return
+            row = _object(line, self._name, number)
+            if row is None:
+                continue
+            self._first_row = self._first_row or (number, row)
+            self._unseen = [(option, column) for option, column in self._unseen if column not in row]
+            self._left -= 1
+            if not self._left:
+                self.end()
+
+    def end(self) -> None:
+        """Raise `SourceError` if the rows so far all lack a required column."""
+        if not self._unseen or not self._first_row:
+            return
+        number, row = self._first_row
+        candidates = [name for name, value in row.items() if isinstance(value, str) and name != self._key]
+        place = f"{self._name} line {number:,}"
+        raise missing_column(place, *self._unseen[0], row, candidates)

@@ -1,0 +1,179 @@
+"""Bytes of a file as bounded blocks of whole lines, unpacked on the way."""
+
+import codecs
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO, Protocol, assert_never
+
+import zstandard
+
+from pipeline.errors import SourceError
+from pipeline.sources.files import Compression, SourceFile, reason
+from pipeline.sources.rows import LongLine
+
+#: What is read at once, unpacked.
+READ_BYTES = 1024 * 1024
+
+# A slice this small of zstd unpacks to 32 MiB at the very most, and of gzip to 1 MiB.
+_PACKED_BYTES = 1024
+_BOMB_RATIO = 1000
+_BOMB_BYTES = 256 * 1024 * 1024
+
+
+def is_bomb(packed_bytes: int, unpacked_bytes: int) -> bool:
+    """Whether data grows beyond what an honest corpus does."""
+    return unpacked_bytes > max(_BOMB_BYTES, _BOMB_RATIO * packed_bytes)
+
+
+class _Decoder(Protocol):
+    """What the decompressors of gzip and zstd have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+class BrokenStreamError(Exception):
+    """The bytes can't be unpacked any further."""
+
+    def __init__(self, fault: str, mend: str) -> None:
+        super().__init__(fault, mend)
+        self._fault = fault
+        self._mend = mend
+
+    def sentence(self, lines: int) -> str:
+        """What is wrong after how many whole lines, and the mend."""
+        return f"{self._fault} after line {lines:,}; {self._mend}."
+
+
+def open_blocks(file: SourceFile) -> Iterator[bytes]:
+    """The unpacked bytes of a file on disk, about 1 MiB at a time, without a byte-order mark.
+
+    Raises:
+        BrokenStreamError: packed data ends early, is damaged, or grows beyond reason; what could be unpacked
+            came first.
+        SourceError: the file can't be read, or isn't UTF-8 by its mark.
+    """
+    assert file.path is not None
+    try:
+        with file.path.open("rb") as raw:
+            yield from without_mark(_unpack(raw, file.compression), file.name)
+    except OSError as error:
+        raise SourceError(f"{file.name}: {reason(error)}.") from None
+
+
+def read_blocks(stream: BinaryIO) -> Iterator[bytes]:
+    """The bytes of a stream, at most 1 MiB at a time."""
+    while block := stream.read(READ_BYTES):
+        yield block
+
+
+def without_mark(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
+    """The blocks without UTF-8's byte-order mark; UTF-16's raises `SourceError`."""
+    first = next(blocks, b"")
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise SourceError(f"{name}: the file is UTF-16; save it as UTF-8.")
+    yield first.removeprefix(codecs.BOM_UTF8)
+    yield from blocks
+
+
+def whole_lines(blocks: Iterable[bytes], name: str, bound_bytes: int) -> Iterator[tuple[int, bytes] | LongLine]:
+    """Cut blocks at line ends: the number of the first line, and lines without the last one's end.
+
+    A longer line than `bound_bytes` (at least 1 MiB) is skipped to its end without being held, and comes as a
+    `LongLine`.
+
+    Raises:
+        SourceError: packed data is broken; the message says after which line.
+    """
+    number = 1
+    parts: list[bytes] = []  # of a line whose end hasn't come yet
+    size = 0
+    try:
+        for block in blocks:
+            end = block.find(b"\n")
+            if end < 0:
+                parts.append(block)
+                size += len(block)
+                if size > bound_bytes:
+                    parts.clear()
+                continue
+            if size + end > bound_bytes:
+                yield LongLine(number, size + end, bound_bytes)
+                number += 1
+                parts.clear()
+                block = block[end + 1 :]
+            last = block.rfind(b"\n")
+            if last >= 0:
+                data = b"".join((*parts, block[:last]))
+                yield number, data
+                number += data.count(b"\n") + 1
+            parts = [block[last + 1 :]]
+            size = len(parts[0])
+    except BrokenStreamError as broken:
+        raise SourceError(f"{name}: {broken.sentence(number - 1)}") from None
+    if size > bound_bytes:
+        yield LongLine(number, size, bound_bytes)
+    elif size:
+        yield number, b"".join(parts)
+
+
+def _unpack(raw: BinaryIO, compression: Compression) -> Iterator[bytes]:
+    match compression:
+        case Compression.NONE:
+            return read_blocks(raw)
+        case Compression.GZIP:
+            return _gather(_inflate(raw, lambda: zlib.decompressobj(wbits=31)), "gzip")
+        case Compression.ZSTD:
+            return _gather(_inflate(raw, lambda: zstandard.ZstdDecompressor().decompressobj()), "zstd")
+    assert_never(compression)
+
+
+def _inflate(raw: BinaryIO, new_decoder: Callable[[], _Decoder]) -> Iterator[bytes]:
+    """Unpacked pieces of any number of members or frames; `EOFError` where the last one isn't whole."""
+    decoder: _Decoder | None = None
+    read = 0
+    unpacked = 0
+    while packed := raw.read(_PACKED_BYTES):
+        read += len(packed)
+        while packed:
+            decoder = decoder or new_decoder()
+            piece = decoder.decompress(packed)
+            unpacked += len(piece)
+            if is_bomb(read, unpacked):
+                raise OverflowError
+            yield piece
+            packed = decoder.unused_data if decoder.eof else b""
+            decoder = None if decoder.eof else decoder
+    if decoder or not read:
+        raise EOFError
+
+
+def _gather(pieces: Iterator[bytes], packing: str) -> Iterator[bytes]:
+    """Join small pieces and cut large ones; a failure comes after what was unpacked before it."""
+    parts: list[bytes] = []
+    size = 0
+    broken = None
+    try:
+        for piece in pieces:
+            parts.append(piece)
+            size += len(piece)
+            if size >= READ_BYTES:
+                yield from _cut(b"".join(parts))
+                parts, size = [], 0
+    except EOFError:
+        broken = BrokenStreamError(f"the {packing} data ends early", "the file is truncated")
+    except (zlib.error, zstandard.ZstdError):
+        broken = BrokenStreamError(f"the {packing} data is damaged", "make the file again")
+    except OverflowError:
+        broken = BrokenStreamError(f"the {packing} data grows over 1,000-fold", "unpack it first if that is right")
+    yield from _cut(b"".join(parts))
+    if broken:
+        raise broken
+
+
+def _cut(data: bytes) -> Iterator[bytes]:
+    for start in range(0, len(data), READ_BYTES):
+        yield data[start : start + READ_BYTES]

@@ -1,0 +1,215 @@
+"""Parquet, row group by row group."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import SourceError
+from pipeline.sources.files import SourceFile, reason
+from pipeline.sources.open import READ_BYTES, is_bomb
+from pipeline.sources.rows import BLOCK_BYTES, Columns, Parsed, missing_column, shown
+
+#: The most rows read at once: texts in a run may be far longer than the average.
+_BATCH_ROWS = 1_000
+#: The most that a batch's dictionaries may unfold to.
+_BATCH_BYTES = 64 * 1024 * 1024
+
+
+def read_parquet(file: SourceFile, columns: Columns) -> Iterator[Parsed]:
+    """The rows of a Parquet file. A carried column of dates or decimals becomes strings.
+
+    Raises:
+        SourceError: it's no Parquet file or a damaged one, or a column is missing or of a type that can't
+            serve.
+    """
+    first = 1
+    metadata = _metadata(file)
+    schema = metadata.schema.to_arrow_schema()
+    wanted = _checked(schema, file.name, columns)
+    texts = [name for name in wanted if _is_text(schema.field(name).type)]
+    try:
+        with _open(file, metadata, []) as parquet, _open(file, metadata, texts) as folded:
+            for group in range(metadata.num_row_groups):
+                average = _average_bytes(metadata.row_group(group), wanted, file.name)
+                longest = _longest_bytes(folded, group, texts)
+                rows = min(_BATCH_ROWS, BLOCK_BYTES // average, _BATCH_BYTES // longest)
+                for batch in parquet.iter_batches(max(1, rows), [group], wanted, use_threads=False):
+                    for part in _cut(batch):
+                        yield _parsed(part, first, columns)
+                        first += len(part)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        fault = reason(error) if isinstance(error, OSError) and error.errno else "the data is damaged"
+        raise SourceError(f"{file.name} row {first:,}: {fault}; make the file again.") from None
+
+
+def _open(file: SourceFile, metadata: pq.FileMetaData, folded: list[str]) -> pq.ParquetFile:
+    """Open for reading piece by piece; the columns `folded` stay dictionaries."""
+    return pq.ParquetFile(
+        file.path,
+        metadata=metadata,
+        read_dictionary=folded,
+        memory_map=False,
+        pre_buffer=False,
+        buffer_size=READ_BYTES,
+    )
+
+
+def _metadata(file: SourceFile) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(file.path)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise SourceError(f"{file.name}: {reason(error)}.") from None
+        assert file.path is not None
+        with file.path.open("rb") as raw:
+            begun = raw.read(4) == b"PAR1"
+    if begun:
+        raise SourceError(f"{file.name}: the Parquet footer can't be read; the file is truncated or damaged.")
+    raise SourceError(f"{file.name}: not a Parquet file.")
+
+
+def _checked(schema: pa.Schema, name: str, columns: Columns) -> list[str]:
+    """The columns to read; `SourceError` where one is missing, stands twice or can't serve."""
+    for option, column in columns.required:
+        if column not in schema.names:
+            texts = [field.name for field in schema if _is_text(field.type) and field.name != columns.key]
+            raise missing_column(name, option, column, schema.names, texts)
+    key = (columns.key,) if columns.key in schema.names else ()
+    wanted = list(dict.fromkeys((columns.text, *key, *columns.carry)))
+    for column in wanted:
+        if schema.names.count(column) > 1:
+            raise SourceError(f'{name}: the column "{shown(column)}" stands twice in the schema; rename one.')
+    _check_types(schema, name, columns, key)
+    return wanted
+
+
+def _check_types(schema: pa.Schema, name: str, columns: Columns, key: tuple[str, ...]) -> None:
+    kind = schema.field(columns.text).type
+    if not _is_text(kind):
+        raise SourceError(
+            f'{name}: column "{shown(columns.text)}" is {shown(str(kind))}, not a string; '
+            "name a string column with --text-column."
+        )
+    for column in key:
+        kind = schema.field(column).type
+        if not _is_plain(kind):
+            raise SourceError(
+                f'{name}: column "{shown(column)}" is {shown(str(kind))}; a key is a string, a number or a '
+                "boolean. Name another with --key-column."
+            )
+    for column in columns.carry:
+        kind = schema.field(column).type
+        if not _can_be_carried(kind):
+            raise SourceError(
+                f'{name}: column "{shown(column)}" is {shown(str(kind))}, which can\'t be carried; '
+                "leave it out of --carry."
+            )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether its values are strings, numbers, booleans or nothing."""
+    tests = (_is_text, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    return any(test(kind) for test in tests)
+
+
+def _is_written_out(kind: pa.DataType) -> bool:
+    """Whether its values are carried as strings, since JSON hasn't their like."""
+    return pa.types.is_decimal(kind) or (pa.types.is_temporal(kind) and not pa.types.is_interval(kind))
+
+
+def _can_be_carried(kind: pa.DataType) -> bool:
+    return _is_written_out(kind) or _is_json(kind)
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    """Whether it is plain, or lists and structs of what is."""
+    if pa.types.is_nested(kind):
+        return all(_is_json(kind.field(at).type) for at in range(kind.num_fields))
+    return _is_plain(kind)
+
+
+def _average_bytes(group: pq.RowGroupMetaData, wanted: list[str], name: str) -> int:
+    """What a row of the group takes unpacked, before dictionaries unfold; at least 1."""
+    packed: int = 0
+    unpacked: int = 0
+    for at in range(group.num_columns):
+        chunk = group.column(at)
+        path = chunk.path_in_schema
+        if any(path == column or path.startswith(f"{column}.") for column in wanted):
+            packed += chunk.total_compressed_size
+            unpacked += chunk.total_uncompressed_size
+    if is_bomb(packed, unpacked):
+        raise SourceError(f"{name}: the data grows over 1,000-fold; write it again with less compression.")
+    rows: int = group.num_rows
+    return max(1, unpacked // max(1, rows))
+
+
+def _longest_bytes(folded: pq.ParquetFile, group: int, texts: list[str]) -> int:
+    """The longest string in the group's dictionaries; at least 1.
+
+    A small file may name one long text a million times, which its sizes don't show.
+    """
+    longest = 1
+    for batch in folded.iter_batches(1, [group], texts, use_threads=False):
+        for column in batch.columns:
+            longest = max(longest, pc.max(pc.binary_length(column.dictionary)).as_py() or 0)
+        break
+    return longest
+
+
+def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Parts whose strings take about 8 MiB, all of a type that the kernels take."""
+    sizes = np.zeros(len(batch), np.int64)
+    columns = [_unfolded(column) for column in batch.columns]
+    for column in columns:
+        if pa.types.is_large_string(column.type):
+            sizes += pc.binary_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+    parts = pa.RecordBatch.from_arrays(columns, batch.schema.names)
+    blocks = np.cumsum(sizes) // BLOCK_BYTES
+    ends = (np.flatnonzero(np.diff(blocks)) + 1).tolist()
+    for start, end in pairwise([0, *ends, len(batch)]):
+        yield parts.slice(start, end - start)
+
+
+def _unfolded(column: pa.Array) -> pa.Array:
+    """Strings of any kind as large strings, which don't overflow; other columns as they are."""
+    if not _is_text(column.type):
+        return column
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary.take(column.indices)
+    return column.cast(pa.large_string())
+
+
+def _parsed(part: pa.RecordBatch, first: int, columns: Columns) -> Parsed:
+    keyed = columns.key in part.schema.names
+    carried = None
+    if columns.carry:
+        values = zip(*(_values(part.column(column)) for column in columns.carry), strict=True)
+        carried = [dict(zip(columns.carry, row, strict=True)) for row in values]
+    return Parsed(
+        range(first, first + len(part)),
+        _values(part.column(columns.text)),
+        _values(part.column(columns.key)) if keyed else [None] * len(part),
+        carried,
+    )
+
+
+def _values(column: pa.Array) -> list[object]:
+    """Python values of a column; invalid UTF-8 becomes surrogates."""
+    if pa.types.is_large_string(column.type):
+        data = column.cast(pa.large_binary()).to_numpy(zero_copy_only=False)
+        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in data]
+    if _is_written_out(column.type):
+        column = column.cast(pa.string())
+    values: list[object] = column.to_pylist()
+    return values

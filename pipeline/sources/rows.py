@@ -1,0 +1,244 @@
+"""What every format has in common: the columns a job reads, a block of rows, and the one judge of a row."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Final, NamedTuple
+
+import orjson
+
+from pipeline.errors import SourceError
+from pipeline.jobs import RejectCode
+
+#: The most rows in a block.
+BLOCK_ROWS: Final = 5_000
+#: About the most text in a block: one item may pass it.
+BLOCK_BYTES: Final = 8 * 1024 * 1024
+#: A longer key rejects its row.
+KEY_BYTES: Final = 1024
+
+_SHOWN_COLUMNS = 20
+_SHOWN_LETTERS = 40
+_ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+_KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """The columns that a job reads."""
+
+    text: str = "text"
+    key: str = "id"
+    #: Whether a corpus without the key column is refused: the user named it.
+    key_required: bool = False
+    #: Columns that go into the results unchanged. Integers past 64 bits are carried as floats.
+    carry: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> tuple[tuple[str, str], ...]:
+        """Each column that must exist, after the option that names it."""
+        key = (("--key-column", self.key),) if self.key_required else ()
+        return (("--text-column", self.text), *key, *(("--carry", column) for column in self.carry))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive rows of the corpus: at most 5,000, and about 8 MiB."""
+
+    keys: list[str | None]
+    #: UTF-8; `None` where the row is rejected.
+    texts: list[bytes | None]
+    #: Position in this block, code and message of each rejected row, in order. Never its text.
+    problems: list[tuple[int, RejectCode, str]]
+    #: A JSON object per row; only where the job carries columns.
+    carried: list[bytes] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """Rows as a format reads them, not judged yet. Invalid UTF-8 stands as surrogates."""
+
+    #: Line or row numbers in the file, from 1.
+    numbers: Sequence[int]
+    texts: Sequence[object]
+    keys: Sequence[object]
+    carried: Sequence[dict[str, object]] | None
+
+
+class Missing:
+    """Stands for the text of a row that has no such column."""
+
+
+class LongLine(NamedTuple):
+    """Stands for a line that was skipped, since it is longer than is ever read."""
+
+    number: int
+    size_bytes: int
+    bound_bytes: int
+
+
+class _BadKeyError(Exception):
+    """The key can't be kept; the message says why."""
+
+
+def judge(parsed: Parsed, item_bytes: int, place: str) -> Rows:
+    """Sort good rows from bad ones.
+
+    Args:
+        parsed: the rows.
+        item_bytes: a longer text is rejected.
+        place: what stands before a row's number in messages, such as `line `.
+    """
+    keys: list[str | None] = []
+    texts: list[bytes | None] = []
+    problems: list[tuple[int, RejectCode, str]] = []
+    # Every row of every corpus passes here: good rows take no call but the built-in ones.
+    for text, key in zip(parsed.texts, parsed.keys, strict=True):
+        try:
+            if type(key) is int:
+                key = str(key)
+            elif key is not None and not (
+                type(key) is str and len(key) <= KEY_BYTES and key.isascii() and "\0" not in key
+            ):
+                key = _key(key)
+            data = text.encode()  # type: ignore[attr-defined]
+            if 0 < len(data) <= item_bytes and b"\0" not in data and not text.isspace():  # type: ignore[attr-defined]
+                keys.append(key)
+                texts.append(data)
+                continue
+        except (AttributeError, UnicodeEncodeError, _BadKeyError):
+            pass
+        at = len(keys)
+        kept, (code, message) = _problem(text, key, item_bytes)
+        problems.append((at, code, f"{place}{parsed.numbers[at]:,}: {message}"))
+        keys.append(kept)
+        texts.append(None)
+    carried = None
+    if parsed.carried is not None:
+        carried = _carry(parsed, texts, problems, place)
+    return Rows(keys, texts, problems, carried)
+
+
+def _problem(text: object, key: object, item_bytes: int) -> tuple[str | None, tuple[RejectCode, str]]:
+    """The key to keep of a row that failed the fast test, and what is wrong; the text's fault comes first."""
+    try:
+        kept, fault = _key(key), None
+    except _BadKeyError as error:
+        kept, fault = None, (RejectCode.BAD_KEY, str(error))
+    found = _text_problem(text, item_bytes) or fault
+    assert found is not None, "only a row with a fault comes here"
+    return kept, found
+
+
+def _text_problem(text: object, item_bytes: int) -> tuple[RejectCode, str] | None:
+    if isinstance(text, LongLine):
+        return RejectCode.TOO_LARGE, (f"the line has {text.size_bytes:,} bytes; at most {text.bound_bytes:,} are read")
+    if text is Missing:
+        return RejectCode.MISSING_TEXT, "text is missing"
+    if text is None:
+        return RejectCode.MISSING_TEXT, "text is null"
+    if not isinstance(text, str):
+        return RejectCode.NOT_A_STRING, f"text is {_KINDS[type(text)]}, not a string"
+    return _string_problem(text, item_bytes)
+
+
+def _string_problem(text: str, item_bytes: int) -> tuple[RejectCode, str] | None:
+    if not text:
+        return RejectCode.EMPTY_TEXT, "text is empty"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return RejectCode.INVALID_UTF8, "text is not valid UTF-8"
+    if size > item_bytes:
+        return RejectCode.TOO_LARGE, f"text has {size:,} bytes; at most {item_bytes:,} are allowed"
+    if "\0" in text:
+        return RejectCode.NUL_CHARACTER, "text contains a NUL character"
+    if text.isspace():
+        return RejectCode.EMPTY_TEXT, "text is only white space"
+    return None
+
+
+def _key(value: object) -> str | None:
+    """A key as it is stored.
+
+    Raises:
+        _BadKeyError: it isn't a scalar, or can't be stored.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _BadKeyError("key is not a finite number")
+    if not isinstance(value, str | int | float):
+        raise _BadKeyError(f"key is {_KINDS[type(value)]}, not a string or a number")
+    key = value if isinstance(value, str) else repr(value)
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise _BadKeyError("key is not valid UTF-8") from None
+    if size > KEY_BYTES:
+        raise _BadKeyError(f"key has {size:,} bytes; at most {KEY_BYTES:,} are allowed")
+    if "\0" in key:
+        raise _BadKeyError("key contains a NUL character")
+    return key
+
+
+def _carry(
+    parsed: Parsed, texts: list[bytes | None], problems: list[tuple[int, RejectCode, str]], place: str
+) -> list[bytes]:
+    """The carried columns as JSON; a row whose columns Postgres couldn't hold becomes a reject."""
+    assert parsed.carried is not None
+    carried: list[bytes] = []
+    for at, row in enumerate(parsed.carried):
+        found = None
+        try:
+            encoded = _to_json(row)
+        except ValueError:
+            encoded, found = b"{}", (RejectCode.INVALID_UTF8, "a carried column is not valid UTF-8")
+        if b"\\u0000" in encoded and _ESCAPED_NUL.search(encoded):
+            encoded, found = b"{}", (RejectCode.NUL_CHARACTER, "a carried column contains a NUL character")
+        if found and texts[at] is not None:
+            texts[at] = None
+            problems.append((at, found[0], f"{place}{parsed.numbers[at]:,}: {found[1]}"))
+        carried.append(encoded)
+    problems.sort(key=itemgetter(0))
+    return carried
+
+
+def _to_json(row: dict[str, object]) -> bytes:
+    """Raise `ValueError` where a string holds surrogates."""
+    try:
+        return orjson.dumps(row)
+    except TypeError:  # surrogates, or integers past 64 bits, which the slower encoder writes exactly
+        return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def missing_column(
+    place: str, option: str, column: str, names: Iterable[str], candidates: Sequence[str]
+) -> SourceError:
+    """The error for a column that isn't there: it lists those that are, and names the mend.
+
+    Args:
+        place: the file, and the line where there is one.
+        option: the command's option that names the column.
+        column: the column that is missing.
+        names: the columns that there are.
+        candidates: those that could be meant; one alone is suggested.
+    """
+    listed = [shown(name) for name in names]
+    if len(listed) > _SHOWN_COLUMNS:
+        listed[_SHOWN_COLUMNS:] = [f"and {len(listed) - _SHOWN_COLUMNS:,} more"]
+    columns = f"columns are {', '.join(listed)}" if listed else "there is none at all"
+    sure = len(candidates) == 1 and option == "--text-column"
+    mend = f"Use {option} {shown(candidates[0])}." if sure else f"Name another with {option}."
+    return SourceError(f'{place}: no column "{shown(column)}"; {columns}. {mend}')
+
+
+def shown(name: str) -> str:
+    """A column's name as a message shows it: printable, and not too long."""
+    printable = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    return printable if len(printable) <= _SHOWN_LETTERS else printable[:_SHOWN_LETTERS] + "…"

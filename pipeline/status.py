@@ -1,0 +1,115 @@
+"""Where a job stands, and its receipt: always sums over its chunks."""
+
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping
+
+from pipeline.errors import UnknownJob, UserError
+from pipeline.jobs import JobState
+from pipeline.store import chunks, embeddings, jobs, usage
+
+#: Rates are taken over so long a time, or since the job's start.
+RATE_WINDOW_SECONDS = 60.0
+
+
+def find_job(connection: Connection, workspace_id: int, name_or_id: str) -> UUID:
+    """The job with this id, a unique beginning of it, or this name (the newest that bears it).
+
+    Raises:
+        UnknownJob: there is none.
+        UserError: the beginning fits several jobs.
+    """
+    named = jobs.newest_named(connection, workspace_id, name_or_id)
+    if named is not None:
+        return named
+    found = jobs.ids_beginning(connection, workspace_id, name_or_id.lower(), 2)
+    if not found:
+        raise UnknownJob(f'no job "{name_or_id}"; vectormill jobs lists them.')
+    if len(found) > 1:
+        raise UserError(f'"{name_or_id}" is the beginning of several jobs\' ids; give more of it.')
+    return found[0]
+
+
+def job_row(connection: Connection, job_id: UUID) -> RowMapping:
+    """A job's row.
+
+    Raises:
+        UnknownJob: there is none.
+    """
+    row = jobs.by_id(connection, job_id)
+    if row is None:
+        raise UnknownJob(f"no job {job_id}; vectormill jobs lists them.")
+    return row
+
+
+def job_status(connection: Connection, job_id: UUID) -> dict[str, Any]:
+    """All that `status --json` shows of a job. Counts are items or tokens, rates are per second."""
+    row, sums = job_row(connection, job_id), chunks.sums(connection, job_id)
+    rates = usage.recent_rates(connection, job_id, RATE_WINDOW_SECONDS)
+    ended = JobState(row["state"]).ended
+    total = row["items_total"] or sums["items"]
+    over = sums["embedded"] + sums["reused"] + sums["rejected"] + sums["cancelled"]
+    pending = max(0, total - over)
+    pace = rates["items_per_second"]
+    return {
+        "id": str(job_id),
+        "name": row["name"],
+        "state": row["state"],
+        "reason": row["reason"],
+        "message": row["message"],
+        "model": row["model_name"],
+        "labels": row["labels"],
+        "items": {
+            "total": total,
+            **{name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled")},
+            "pending": pending,
+            "truncated": sums["truncated"],
+        },
+        "tokens": {"prompt": sums["prompt_tokens"]},
+        "rate": {name: round(rate, 1) for name, rate in rates.items()},
+        "eta_seconds": None if ended or not pace else round(pending / pace, 1),
+        "chunks": {state: sums[f"{state}_chunks"] for state in ("pending", "running", "done", "cancelled")},
+        **{
+            moment: row[moment].isoformat() if row[moment] else None
+            for moment in ("created_at", "started_at", "finished_at")
+        },
+    }
+
+
+def current_receipt(connection: Connection, job_id: UUID) -> dict[str, Any]:
+    """The account of a job as its chunks stand now."""
+    row, sums = job_row(connection, job_id), chunks.sums(connection, job_id)
+    counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled")}
+    into = row["items_total"] or sums["items"]
+    return {
+        "items": {"in": into, **counted},
+        "tokens": {
+            "prompt": sums["prompt_tokens"],
+            "billed": sums["prompt_tokens"],
+            "reused": sums["reused_tokens"],
+        },
+        "balanced": into == sum(counted.values()),
+    }
+
+
+def receipt(connection: Connection, job_id: UUID, *, verify: bool = False) -> dict[str, Any]:
+    """A job's account, frozen if it has ended; verified row by row if asked.
+
+    `missing` counts items without vector or reject beyond those counted as cancelled, `double` those with both or
+    rows that belong to no item. It is `verified` when both are 0 and the rows are as many as the account says.
+    """
+    row = job_row(connection, job_id)
+    account: dict[str, Any] = {"id": str(job_id), "state": row["state"]}
+    account |= row["receipt"] or current_receipt(connection, job_id)
+    if not verify:
+        return account
+    without, double, vectors, rejected = embeddings.verify(connection, job_id)
+    counts = account["items"]
+    missing = abs(without - (counts["in"] - counts["embedded"] - counts["reused"] - counts["rejected"]))
+    agree = vectors == counts["embedded"] + counts["reused"] and rejected == counts["rejected"]
+    return account | {
+        "verified": account["balanced"] and not missing and not double and agree,
+        "missing": missing,
+        "double": double,
+    }

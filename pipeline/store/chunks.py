@@ -1,0 +1,381 @@
+"""Chunks: claims, leases, fences, and the sums that every status is made of.
+
+States stand in the SQL as literals, so that the planner can prove that a partial index applies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, insert, text
+
+from pipeline.jobs import ChunkState, Claim, JobState
+from pipeline.tables import chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewChunk:
+    """A planned range of a job's items."""
+
+    ordinal: int
+    first_index: int
+    items: int
+    estimated_tokens: int
+    #: Items that were rejected when they were read.
+    rejected: int
+
+
+def insert_chunks(connection: Connection, job_id: UUID, planned: Sequence[NewChunk]) -> None:
+    """Write planned chunks. One whose items were all rejected is done at once."""
+    if not planned:
+        return
+    connection.execute(
+        insert(chunks),
+        [
+            {
+                "job_id": job_id,
+                "ordinal": chunk.ordinal,
+                "first_index": chunk.first_index,
+                "items": chunk.items,
+                "estimated_tokens": chunk.estimated_tokens,
+                "rejected": chunk.rejected,
+                "state": ChunkState.DONE if chunk.rejected == chunk.items else ChunkState.PENDING,
+            }
+            for chunk in planned
+        ],
+    )
+
+
+def claim(
+    connection: Connection,
+    job_id: UUID,
+    chunk_id: int,
+    *,
+    worker_id: UUID,
+    task_id: str,
+    lease_seconds: float,
+) -> Claim | None:
+    """Take a pending chunk of a runnable job: running, fence + 1, leased. None when it isn't to be had."""
+    row = (
+        connection.execute(
+            text("""
+            with claimed as (
+              update vectormill.chunks c
+              set state = 'running', fence = c.fence + 1, backend_pid = pg_backend_pid(),
+                  lease_until = clock_timestamp() + make_interval(secs => :lease),
+                  worker_id = :worker, task_id = :task, started_at = coalesce(c.started_at, clock_timestamp())
+              from vectormill.jobs j
+              where c.id = :chunk and c.state = 'pending' and (c.not_before is null or c.not_before <= now())
+                and j.id = c.job_id and j.id = :job and j.state in ('queued', 'running')
+              returning c.*, j.workspace_id, j.vector_space_id, j.options
+            ), started as (
+              update vectormill.jobs set state = 'running', started_at = coalesce(started_at, clock_timestamp())
+              where id = :job and state = 'queued' and exists (select from claimed)
+            )
+            select c.*, s.dimensions, s.max_item_tokens
+            from claimed c join vectormill.vector_spaces s on s.id = c.vector_space_id
+        """),
+            {"chunk": chunk_id, "job": job_id, "worker": worker_id, "task": task_id, "lease": lease_seconds},
+        )
+        .mappings()
+        .one_or_none()
+    )
+    return _as_claim(row, lease_seconds) if row else None
+
+
+def _as_claim(row: RowMapping, lease_seconds: float) -> Claim:
+    return Claim(
+        job_id=row["job_id"],
+        chunk_id=row["id"],
+        fence=row["fence"],
+        worker_id=row["worker_id"],
+        backend_pid=row["backend_pid"],
+        first_index=row["first_index"],
+        items=row["items"],
+        isolation=row["isolation"],
+        vector_space_id=row["vector_space_id"],
+        dimensions=row["dimensions"],
+        max_item_tokens=row["max_item_tokens"],
+        half=row["options"].get("dtype") == "float16",
+        reject_long=row["options"].get("on_long") == "reject",
+        lease_seconds=lease_seconds,
+    )
+
+
+def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> JobState | None:
+    """Extend a lease, also one that the sweep has just given back and nobody has taken yet.
+
+    `committing`: this connection's backend will commit for the claim, and is the one to end if it freezes.
+    Returns the job's state, from which a worker learns of a cancellation; None when the chunk is another's.
+    """
+    state = connection.execute(
+        text("""
+            update vectormill.chunks c
+            set state = 'running', lease_until = clock_timestamp() + make_interval(secs => :lease),
+                backend_pid = case when :committing then pg_backend_pid() else c.backend_pid end
+            from vectormill.jobs j
+            where c.id = :chunk and c.fence = :fence and c.worker_id = :worker and c.state in ('running', 'pending')
+              and j.id = c.job_id
+            returning j.state
+        """),
+        {
+            "chunk": claim.chunk_id,
+            "fence": claim.fence,
+            "worker": claim.worker_id,
+            "lease": claim.lease_seconds,
+            "committing": committing,
+        },
+    ).scalar_one_or_none()
+    return JobState(state) if state else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What one commit adds to a chunk, and where the chunk stands after it."""
+
+    state: ChunkState
+    embedded: int = 0
+    rejected: int = 0
+    truncated: int = 0
+    prompt_tokens: int = 0
+    #: Isolation level of what comes next.
+    isolation: int = 0
+    #: For a chunk given back: no claim before so many seconds from now.
+    not_before_seconds: float = 0
+    error: str | None = None
+
+
+def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
+    """The fenced update at the head of every commit. False: the chunk is not this claim's any more.
+
+    A chunk that ends `cancelled` counts what is left of it as cancelled. A chunk given back forgets its worker, so
+    that a late renewal can't take it again.
+    """
+    return (
+        connection.execute(
+            text("""
+            update vectormill.chunks set
+              state = :state,
+              embedded = embedded + :embedded, rejected = rejected + :rejected,
+              truncated = truncated + :truncated, prompt_tokens = prompt_tokens + :tokens,
+              cancelled = case when :state = 'cancelled'
+                          then items - embedded - :embedded - reused - rejected - :rejected else cancelled end,
+              crashes = case when :embedded + :rejected > 0 then 0 else crashes end,
+              isolation = :isolation,
+              lease_until = case when :state = 'running'
+                            then clock_timestamp() + make_interval(secs => :lease) end,
+              not_before = case when :state = 'pending' and cast(:not_before as float8) > 0
+                           then clock_timestamp() + make_interval(secs => :not_before) end,
+              worker_id = case when :state = 'pending' then null else worker_id end,
+              last_error = coalesce(:error, last_error),
+              finished_at = case when :state in ('done', 'cancelled') then clock_timestamp() end
+            where id = :chunk and fence = :fence and state in ('running', 'pending')
+        """),
+            {
+                "chunk": claim.chunk_id,
+                "fence": claim.fence,
+                "state": progress.state.value,
+                "embedded": progress.embedded,
+                "rejected": progress.rejected,
+                "truncated": progress.truncated,
+                "tokens": progress.prompt_tokens,
+                "isolation": progress.isolation,
+                "lease": claim.lease_seconds,
+                "not_before": progress.not_before_seconds,
+                "error": progress.error,
+            },
+        ).rowcount
+        == 1
+    )
+
+
+_LOSE = """
+    with lost as (
+      update vectormill.chunks c
+      set state = 'pending', lease_until = null, crashes = c.crashes + 1, isolation = c.isolation + 1,
+          last_error = :cause
+      from ({which}) as which
+      where c.id = which.id
+      returning c.id, c.job_id, c.fence, c.worker_id
+    )
+    insert into vectormill.claim_losses (model, job_id, chunk_id, fence, worker_id, cause)
+    select j.model_name, l.job_id, l.id, l.fence, l.worker_id, :cause
+    from lost l join vectormill.jobs j on j.id = l.job_id
+    returning chunk_id
+"""
+
+
+def expire_leases(connection: Connection, limit: int) -> list[int]:
+    """Give chunks whose lease has run out back. One that a backend still locks is passed over."""
+    rows = connection.execute(
+        text(
+            _LOSE.format(
+                which="""
+            select id from vectormill.chunks where state = 'running' and lease_until < now()
+            order by lease_until limit :limit for update skip locked"""
+            )
+        ),
+        {"limit": limit, "cause": "lease expired"},
+    )
+    return [row[0] for row in rows]
+
+
+def free_lost_claim(connection: Connection, chunk_id: int, worker_id: UUID, task_id: str, cause: str) -> bool:
+    """Give back the chunk of a child that died, before its lease runs out. False when nothing was claimed."""
+    rows = connection.execute(
+        text(
+            _LOSE.format(
+                which="""
+            select id from vectormill.chunks
+            where id = :chunk and state = 'running' and worker_id = :worker and task_id = :task for update"""
+            )
+        ),
+        {"chunk": chunk_id, "worker": worker_id, "task": task_id, "cause": cause},
+    )
+    return rows.first() is not None
+
+
+def terminate_frozen_backends(connection: Connection, lease_seconds: float) -> list[int]:
+    """End the backends of claims that are past their lease by another lease and still inside a transaction that began
+    before: their worker froze while it was writing, and no Postgres time-out ends that."""
+    rows = connection.execute(
+        text("""
+            select pg_terminate_backend(a.pid), c.id
+            from vectormill.chunks c join pg_stat_activity a on a.pid = c.backend_pid
+            where c.state = 'running' and c.lease_until < now() - make_interval(secs => :lease)
+              and a.application_name = 'vectormill-worker' and a.datname = current_database()
+              and a.backend_start < c.lease_until and a.xact_start < now() - make_interval(secs => :lease)
+        """),
+        {"lease": lease_seconds},
+    )
+    return [chunk_id for _, chunk_id in rows]
+
+
+def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) -> Sequence[tuple[int, int]]:
+    """The next claimable chunks of a job past id `after`: (id, estimated tokens)."""
+    rows = connection.execute(
+        text("""
+            select id, estimated_tokens from vectormill.chunks
+            where job_id = :job and state = 'pending' and id > :after and (not_before is null or not_before <= now())
+            order by id limit :limit
+        """),
+        {"job": job_id, "after": after, "limit": limit},
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+def cancel_pending(connection: Connection, job_id: UUID, limit: int) -> int:
+    """Cancel up to `limit` pending chunks of a job; what they had committed stays."""
+    return connection.execute(
+        text("""
+            update vectormill.chunks c
+            set state = 'cancelled', cancelled = items - embedded - reused - rejected, finished_at = clock_timestamp()
+            from (select id from vectormill.chunks where job_id = :job and state = 'pending'
+                  order by id limit :limit for update skip locked) as some
+            where c.id = some.id
+        """),
+        {"job": job_id, "limit": limit},
+    ).rowcount
+
+
+def has_open(connection: Connection, job_id: UUID) -> bool:
+    """Whether a chunk of the job is pending or running."""
+    return connection.execute(
+        text("""
+            select exists (select from vectormill.chunks where job_id = :job and state in ('pending', 'running'))
+        """),
+        {"job": job_id},
+    ).scalar_one()
+
+
+def sums(connection: Connection, job_id: UUID) -> RowMapping:
+    """A job's counts, summed over its chunks."""
+    return (
+        connection.execute(
+            text("""
+            select coalesce(sum(items), 0)::bigint as items, coalesce(sum(embedded), 0)::bigint as embedded,
+                   coalesce(sum(reused), 0)::bigint as reused, coalesce(sum(rejected), 0)::bigint as rejected,
+                   coalesce(sum(cancelled), 0)::bigint as cancelled,
+                   coalesce(sum(truncated), 0)::bigint as truncated,
+                   coalesce(sum(prompt_tokens), 0)::bigint as prompt_tokens,
+                   coalesce(sum(reused_tokens), 0)::bigint as reused_tokens,
+                   count(*) filter (where state = 'pending') as pending_chunks,
+                   count(*) filter (where state = 'running') as running_chunks,
+                   count(*) filter (where state = 'done') as done_chunks,
+                   count(*) filter (where state = 'cancelled') as cancelled_chunks
+            from vectormill.chunks where job_id = :job
+        """),
+            {"job": job_id},
+        )
+        .mappings()
+        .one()
+    )
+
+
+def tokens_in_flight(connection: Connection) -> dict[tuple[str, int], int]:
+    """Estimated tokens of running chunks by (model, workspace)."""
+    rows = connection.execute(
+        text("""
+            select j.model_name, j.workspace_id, sum(c.estimated_tokens)::bigint
+            from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
+            where c.state = 'running' group by 1, 2
+        """)
+    )
+    return {(model, workspace): tokens for model, workspace, tokens in rows}
+
+
+def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
+    """Delete a job's rejects with one of `codes`, mend the counts, and make the chunks that held them, and those that
+    were cancelled, pending again. Returns how many chunks were reopened."""
+    return connection.execute(
+        text("""
+            with gone as (
+              delete from vectormill.rejects where job_id = :job and code = any(:codes) returning index
+            ), by_chunk as (
+              select c.id, count(g.index) as again
+              from vectormill.chunks c left join gone g
+                on g.index >= c.first_index and g.index < c.first_index + c.items
+              where c.job_id = :job group by c.id, c.cancelled having count(g.index) > 0 or c.cancelled > 0
+            )
+            update vectormill.chunks c
+            set state = 'pending', rejected = c.rejected - b.again, cancelled = 0, crashes = 0, isolation = 0,
+                not_before = null, lease_until = null, finished_at = null
+            from by_chunk b where c.id = b.id
+        """),
+        {"job": job_id, "codes": list(codes)},
+    ).rowcount
+
+
+def losses_and_commits(connection: Connection, window_seconds: float) -> dict[str, tuple[int, int, int]]:
+    """Of each model that lost a claim within the window: claims lost, distinct chunks that lost one, and claims that
+    committed something."""
+    rows = connection.execute(
+        text("""
+            with lost as (
+              select model, count(*) as claims, count(distinct chunk_id) as chunks from vectormill.claim_losses
+              where lost_at > now() - make_interval(secs => :window) group by model
+            )
+            select l.model, l.claims, l.chunks,
+                   (select count(distinct (u.chunk_id, u.fence)) from vectormill.usage u
+                    where u.model = l.model and u.created_at > now() - make_interval(secs => :window)
+                      and u.chunk_id is not null)
+            from lost l
+        """),
+        {"window": window_seconds},
+    )
+    return {model: (claims, chunk_count, commits) for model, claims, chunk_count, commits in rows}
+
+
+def worker_losses_since_commit(connection: Connection, worker_id: UUID) -> int:
+    """How many distinct chunks a worker has lost since it last committed anything."""
+    return connection.execute(
+        text("""
+            select count(distinct l.chunk_id) from vectormill.claim_losses l
+            where l.worker_id = :worker and l.lost_at > coalesce(
+              (select max(u.created_at) from vectormill.usage u
+               join vectormill.chunks c on c.id = u.chunk_id and c.worker_id = :worker
+               where u.created_at > now() - interval '1 hour'), '-infinity')
+              and l.lost_at > now() - interval '1 hour'
+        """),
+        {"worker": worker_id},
+    ).scalar_one()

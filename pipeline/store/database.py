@@ -1,0 +1,72 @@
+"""Connections to Postgres: one place for time-outs, keep-alives and what a lost connection is called."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from pipeline.errors import ServiceUnreachable
+
+# A server that vanished is noticed within about half a minute instead of the kernel's quarter of an hour.
+_CONNECT_ARGS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+# No transaction of ours is held open across work: one that idles this long belongs to a frozen process.
+_SESSION = "set idle_in_transaction_session_timeout = '60s'"
+
+
+def make_engine(url: str, *, application: str, pool_size: int = 4) -> Engine:
+    """An engine on `url` (`postgresql://…`), its connections named `application` in pg_stat_activity."""
+    engine = create_engine(
+        url.replace("postgres://", "postgresql://", 1).replace("postgresql://", "postgresql+psycopg://", 1),
+        connect_args={**_CONNECT_ARGS, "application_name": application},
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_pre_ping=True,
+    )
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: psycopg.Connection, _entry: ConnectionPoolEntry) -> None:
+        connection.execute(_SESSION)
+        connection.commit()
+
+    return engine
+
+
+def psycopg_connection(connection: Connection) -> psycopg.Connection:
+    """The driver's connection beneath `connection`, for COPY; it is in the same transaction."""
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, psycopg.Connection)
+    return driver
+
+
+def is_connection_lost(error: Exception) -> bool:
+    """Whether `error` says that the connection, not the statement, failed: the same work may succeed on a new one."""
+    if isinstance(error, DBAPIError):
+        # A server that shuts down, starts up or crashed answers with class 57P; the rest of OperationalError
+        # without a state is the network.
+        state = getattr(error.orig, "sqlstate", None)
+        return error.connection_invalidated or (
+            isinstance(error, OperationalError) and (state is None or state.startswith(("57P", "08")))
+        )
+    return isinstance(error, psycopg.OperationalError)
+
+
+@contextmanager
+def reporting_unreachable(what: str = "the database") -> Iterator[None]:
+    """Turn a lost connection into `ServiceUnreachable`, without the URL, which may hold a password."""
+    try:
+        yield
+    except (DBAPIError, psycopg.OperationalError) as error:
+        if not is_connection_lost(error):
+            raise
+        raise ServiceUnreachable(
+            f"can't reach {what}; check VECTORMILL_DATABASE_URL, or start one with: vectormill up --detach"
+        ) from error

@@ -1,0 +1,145 @@
+"""Vectors in and out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import Connection, text
+
+from pipeline.store import binary
+from pipeline.store.database import psycopg_connection
+
+# Key last: all fields before it have a fixed size, so that numpy lays the rows out.
+_COPY = """copy vectormill.embeddings (job_id, index, vector_space_id, tokens, truncated, {column}, key)
+           from stdin (format binary)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Embedded items, as columns of equal length."""
+
+    indexes: npt.NDArray[np.int64]
+    keys: Sequence[str | None]
+    #: float32, one row an item.
+    vectors: npt.NDArray[np.float32]
+    #: Tokens the model read, special tokens included.
+    tokens: npt.NDArray[np.int32]
+    truncated: npt.NDArray[np.bool_]
+
+
+NO_ROWS = Rows(
+    indexes=np.zeros(0, np.int64),
+    keys=(),
+    vectors=np.zeros((0, 0), np.float32),
+    tokens=np.zeros(0, np.int32),
+    truncated=np.zeros(0, np.bool_),
+)
+
+
+def _row_layout(dimensions: int, element: str) -> np.dtype[np.void]:
+    # pgvector's binary form: int16 dimensions, int16 zero, then the elements, all big-endian.
+    return np.dtype(
+        [
+            ("fields", ">i2"),
+            ("uuid_size", ">i4"),
+            ("job_id", "V16"),
+            ("index_size", ">i4"),
+            ("index", ">i8"),
+            ("space_size", ">i4"),
+            ("space", ">i8"),
+            ("tokens_size", ">i4"),
+            ("tokens", ">i4"),
+            ("truncated_size", ">i4"),
+            ("truncated", "?"),
+            ("vector_size", ">i4"),
+            ("dimensions", ">i2"),
+            ("zero", ">i2"),
+            ("vector", element, (dimensions,)),
+        ]
+    )
+
+
+def copy_rows(connection: Connection, job_id: UUID, vector_space_id: int, rows: Rows, *, half: bool) -> None:
+    """Append vectors, as `halfvec` when `half`, else as `vector`."""
+    if len(rows.indexes) == 0:
+        return
+    dimensions = rows.vectors.shape[1]
+    layout = _row_layout(dimensions, ">f2" if half else ">f4")
+    fixed = np.empty(len(rows.indexes), dtype=layout)
+    fixed["fields"], fixed["uuid_size"], fixed["job_id"] = 7, 16, np.void(job_id.bytes)
+    fixed["index_size"], fixed["index"] = 8, rows.indexes
+    fixed["space_size"], fixed["space"] = 8, vector_space_id
+    fixed["tokens_size"], fixed["tokens"] = 4, rows.tokens
+    fixed["truncated_size"], fixed["truncated"] = 1, rows.truncated
+    fixed["vector_size"] = 4 + dimensions * (2 if half else 4)
+    fixed["dimensions"], fixed["zero"], fixed["vector"] = dimensions, 0, rows.vectors
+    keys = [None if key is None else key.encode() for key in rows.keys]
+    with (
+        psycopg_connection(connection).cursor() as cursor,
+        cursor.copy(_COPY.format(column="half" if half else "vector")) as copy,
+    ):
+        copy.write(binary.SIGNATURE)
+        copy.write(binary.frame(fixed, keys))
+        copy.write(binary.TRAILER)
+
+
+def _decode(wire: bytes, element: str) -> npt.NDArray[np.float32]:
+    return np.frombuffer(wire, dtype=element, offset=4).astype(np.float32)
+
+
+def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator[list[tuple[object, ...]]]:
+    """A job's vectors in index order, in blocks: (index, key, vector as float32 or float16 array, tokens, truncated,
+    carried). Memory is bounded by a server-side cursor."""
+    with psycopg_connection(connection).cursor(name="results", binary=True) as cursor:
+        cursor.itersize = block
+        cursor.execute(
+            """
+            select e.index, e.key, coalesce(vector_send(e.vector), halfvec_send(e.half)), e.half is not null,
+                   e.tokens, e.truncated, i.carried
+            from vectormill.embeddings e left join vectormill.items i on i.job_id = e.job_id and i.index = e.index
+            where e.job_id = %s order by e.index
+            """,
+            (job_id,),
+        )
+        while rows := cursor.fetchmany(block):
+            yield [
+                (index, key, _decode(wire, ">f2" if half else ">f4"), tokens, truncated, carried)
+                for index, key, wire, half, tokens, truncated, carried in rows
+            ]
+
+
+def nearest(
+    connection: Connection, job_id: UUID, query: Sequence[float], limit: int
+) -> list[tuple[int, str | None, float, str | None]]:
+    """The items of a job nearest to `query` by cosine: (index, key, similarity, text if still kept)."""
+    rows = connection.execute(
+        text("""
+            select e.index, e.key, 1 - (coalesce(e.vector, e.half::vector) <=> cast(:query as vector)) as similarity,
+                   i.text
+            from vectormill.embeddings e left join vectormill.items i on i.job_id = e.job_id and i.index = e.index
+            where e.job_id = :job
+            order by coalesce(e.vector, e.half::vector) <=> cast(:query as vector), e.index limit :limit
+        """),
+        {"job": job_id, "query": "[" + ",".join(repr(float(x)) for x in query) + "]", "limit": limit},
+    )
+    return [(row[0], row[1], float(row[2]), row[3]) for row in rows]
+
+
+def verify(connection: Connection, job_id: UUID) -> tuple[int, int, int, int]:
+    """Count row by row, trusting no counter: items with neither vector nor reject, items with both or a vector or
+    reject without an item, vectors, rejects."""
+    row = connection.execute(
+        text("""
+            select count(*) filter (where i.index is not null and e.index is null and r.index is null),
+                   count(*) filter (where (e.index is not null and r.index is not null) or i.index is null),
+                   count(e.index), count(r.index)
+            from (select index from vectormill.items where job_id = :job) i
+            full join (select index from vectormill.embeddings where job_id = :job) e on e.index = i.index
+            full join (select index from vectormill.rejects where job_id = :job) r
+                   on r.index = coalesce(i.index, e.index)
+        """),
+        {"job": job_id},
+    ).one()
+    return (row[0], row[1], row[2], row[3])

@@ -1,0 +1,142 @@
+"""Items and the rejects that go with them."""
+
+from collections.abc import Sequence
+from uuid import UUID
+
+import numpy as np
+from sqlalchemy import Connection, text
+
+from pipeline.jobs import Item, Reject
+from pipeline.store import binary
+from pipeline.store.database import psycopg_connection
+
+_HEAD = [("fields", ">i2"), ("uuid_size", ">i4"), ("job_id", "V16"), ("index_size", ">i4"), ("index", ">i8")]
+
+
+def _heads(job_id: UUID, indexes: Sequence[int] | range, fields: int) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
+    heads = np.empty(len(indexes), dtype=_HEAD)
+    heads["fields"] = fields
+    heads["uuid_size"] = 16
+    heads["job_id"] = np.void(job_id.bytes)
+    heads["index_size"] = 8
+    heads["index"] = indexes
+    return heads
+
+
+def _encoded(keys: Sequence[str | None]) -> list[bytes | None]:
+    return [None if key is None else key.encode() for key in keys]
+
+
+def copy_items(
+    connection: Connection,
+    job_id: UUID,
+    first_index: int,
+    keys: Sequence[str | None],
+    texts: Sequence[bytes | None],
+    carried: Sequence[bytes] | None,
+) -> None:
+    """Append consecutive items from `first_index` on. A text of `None` belongs to a reject."""
+    columns: list[Sequence[bytes | None]] = [_encoded(keys), texts]
+    names = "job_id, index, key, text"
+    if carried is not None:
+        columns.append([b"\x01" + row for row in carried])  # jsonb's binary form starts with its version
+        names += ", carried"
+    heads = _heads(job_id, range(first_index, first_index + len(keys)), 2 + len(columns))
+    with (
+        psycopg_connection(connection).cursor() as cursor,
+        cursor.copy(f"copy vectormill.items ({names}) from stdin (format binary)") as copy,
+    ):
+        copy.write(binary.SIGNATURE)
+        copy.write(binary.frame(heads, *columns))
+        copy.write(binary.TRAILER)
+
+
+def copy_rejects(connection: Connection, job_id: UUID, rejects: Sequence[Reject]) -> None:
+    """Append rejects."""
+    if not rejects:
+        return
+    heads = _heads(job_id, [reject.index for reject in rejects], 5)
+    with (
+        psycopg_connection(connection).cursor() as cursor,
+        cursor.copy("copy vectormill.rejects (job_id, index, key, code, message) from stdin (format binary)") as copy,
+    ):
+        copy.write(binary.SIGNATURE)
+        copy.write(
+            binary.frame(
+                heads,
+                _encoded([reject.key for reject in rejects]),
+                _encoded([reject.code.value for reject in rejects]),
+                _encoded([reject.message for reject in rejects]),
+            )
+        )
+        copy.write(binary.TRAILER)
+
+
+def read_unfinished(connection: Connection, job_id: UUID, first_index: int, count: int) -> list[Item]:
+    """The items of a range that have neither vector nor reject, in index order."""
+    rows = connection.execute(
+        text("""
+            select i.index, i.key, i.text from vectormill.items i
+            where i.job_id = :job and i.index >= :first and i.index < :end and i.text is not null
+              and not exists (select from vectormill.embeddings e
+                              where e.job_id = :job and e.index = i.index and e.index >= :first and e.index < :end)
+              and not exists (select from vectormill.rejects r
+                              where r.job_id = :job and r.index = i.index and r.index >= :first and r.index < :end)
+            order by i.index
+        """),
+        {"job": job_id, "first": first_index, "end": first_index + count},
+    )
+    return [Item(index=index, key=key, text=body) for index, key, body in rows]
+
+
+def list_rejects(connection: Connection, job_id: UUID, after: int, limit: int) -> list[dict[str, object]]:
+    """A page of a job's rejects in index order, from the first one past index `after`."""
+    rows = connection.execute(
+        text("""
+            select index, key, code, message from vectormill.rejects
+            where job_id = :job and index > :after order by index limit :limit
+        """),
+        {"job": job_id, "after": after, "limit": limit},
+    )
+    return [dict(row) for row in rows.mappings()]
+
+
+def count_rejects(connection: Connection, job_id: UUID) -> dict[str, int]:
+    """How many rejects a job has, by code, the commonest first."""
+    rows = connection.execute(
+        text("""
+            select code, count(*) from vectormill.rejects where job_id = :job group by code order by 2 desc, 1
+        """),
+        {"job": job_id},
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+def first_duplicate_key(connection: Connection, job_id: UUID) -> tuple[str, int, int] | None:
+    """A key that a job has more than once, with the first two indexes that carry it."""
+    row = connection.execute(
+        text("""
+            select key, min(index), (array_agg(index order by index))[2] from vectormill.items
+            where job_id = :job and key is not null group by key having count(*) > 1 order by 2 limit 1
+        """),
+        {"job": job_id},
+    ).one_or_none()
+    return (row[0], row[1], row[2]) if row else None
+
+
+def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
+    """Delete up to `limit` items and their rejects, as a step of undoing a submission. Returns how many items went."""
+    connection.execute(
+        text("""
+            delete from vectormill.rejects where job_id = :job and index in
+              (select index from vectormill.items where job_id = :job order by index limit :limit)
+        """),
+        {"job": job_id, "limit": limit},
+    )
+    return connection.execute(
+        text("""
+            delete from vectormill.items where job_id = :job and index in
+              (select index from vectormill.items where job_id = :job order by index limit :limit)
+        """),
+        {"job": job_id, "limit": limit},
+    ).rowcount

@@ -1,0 +1,331 @@
+"""Jobs: their rows, states and transitions. A state changes only if it is still one it may leave."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, insert, text
+
+from pipeline.jobs import JOB_TRANSITIONS, JobState, Reason
+from pipeline.tables import inputs, jobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """What a submission writes first."""
+
+    id: UUID
+    workspace_id: int
+    name: str
+    model_name: str
+    vector_space_id: int
+    priority: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    idempotency_key: str | None = None
+    payload_sha256: str | None = None
+    lease_seconds: float
+
+
+def insert_staging(connection: Connection, job: NewJob) -> bool:
+    """Write a staging job under its producer's lease. False when the idempotency key is taken."""
+    row = connection.execute(
+        text("""
+            insert into vectormill.jobs
+              (id, workspace_id, name, model_name, vector_space_id, state, priority, labels, options, idempotency_key,
+               payload_sha256, lease_until)
+            values (:id, :workspace_id, :name, :model_name, :vector_space_id, 'staging', :priority,
+                    cast(:labels as jsonb), cast(:options as jsonb), :idempotency_key, :payload_sha256,
+                    clock_timestamp() + make_interval(secs => :lease))
+            on conflict (workspace_id, idempotency_key) do nothing returning id
+        """),
+        {
+            "id": job.id,
+            "workspace_id": job.workspace_id,
+            "name": job.name,
+            "model_name": job.model_name,
+            "vector_space_id": job.vector_space_id,
+            "priority": job.priority,
+            "labels": json.dumps(dict(job.labels)),
+            "options": json.dumps(dict(job.options)),
+            "idempotency_key": job.idempotency_key,
+            "payload_sha256": job.payload_sha256,
+            "lease": job.lease_seconds,
+        },
+    )
+    return row.first() is not None
+
+
+def insert_inputs(connection: Connection, job_id: UUID, files: Sequence[Mapping[str, Any]]) -> None:
+    """Write down what a job was read from: `uri`, `etag`, `bytes` of each file, in order."""
+    if files:
+        connection.execute(insert(inputs), [{"job_id": job_id, "ordinal": n, **file} for n, file in enumerate(files)])
+
+
+def by_id(connection: Connection, job_id: UUID) -> RowMapping | None:
+    """A job's row."""
+    return connection.execute(jobs.select().where(jobs.c.id == job_id)).mappings().one_or_none()
+
+
+def by_idempotency_key(connection: Connection, workspace_id: int, key: str) -> RowMapping | None:
+    """The job that a submission with this key made, with `staging_is_dead`: its producer's lease has run out."""
+    return (
+        connection.execute(
+            text("""
+            select *, state = 'staging' and lease_until < clock_timestamp() as staging_is_dead
+            from vectormill.jobs where workspace_id = :workspace and idempotency_key = :key
+        """),
+            {"workspace": workspace_id, "key": key},
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
+def ids_beginning(connection: Connection, workspace_id: int, beginning: str, limit: int) -> list[UUID]:
+    """Ids of a workspace's jobs whose written form begins so, newest first."""
+    rows = connection.execute(
+        text("""
+            select id from vectormill.jobs
+            where workspace_id = :workspace and starts_with(id::text, :beginning) order by id desc limit :limit
+        """),
+        {"workspace": workspace_id, "beginning": beginning, "limit": limit},
+    )
+    return [row[0] for row in rows]
+
+
+def newest_named(connection: Connection, workspace_id: int, name: str) -> UUID | None:
+    """The newest job of this name."""
+    return connection.execute(
+        text("""
+            select id from vectormill.jobs where workspace_id = :workspace and name = :name order by id desc limit 1
+        """),
+        {"workspace": workspace_id, "name": name},
+    ).scalar_one_or_none()
+
+
+def newest(connection: Connection, workspace_id: int, limit: int, states: Sequence[JobState] = ()) -> list[UUID]:
+    """Ids of a workspace's newest jobs, newest first; only those in `states`, if given."""
+    rows = connection.execute(
+        text("""
+            select id from vectormill.jobs
+            where workspace_id = :workspace and (:every or state = any(:states)) order by id desc limit :limit
+        """),
+        {"workspace": workspace_id, "every": not states, "states": list(states), "limit": limit},
+    )
+    return [row[0] for row in rows]
+
+
+def active(connection: Connection) -> list[RowMapping]:
+    """Jobs that have been queued and haven't ended, oldest first."""
+    return list(
+        connection.execute(
+            text("""
+            select j.id, j.state, j.model_name, j.workspace_id, j.priority, j.ends_as, j.reason, j.items_total,
+                   j.max_rejects, w.weight
+            from vectormill.jobs j join vectormill.workspaces w on w.id = j.workspace_id
+            where j.state not in ('completed', 'failed', 'cancelled') and j.state <> 'staging'
+            order by j.id
+        """)
+        ).mappings()
+    )
+
+
+def take_over_staging(connection: Connection, job_id: UUID, fence: int, lease_seconds: float) -> bool:
+    """Become the producer of a staging whose producer died: fence + 1. False when somebody was faster."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs
+            set fence = fence + 1, lease_until = clock_timestamp() + make_interval(secs => :lease)
+            where id = :job and fence = :fence and state = 'staging' and lease_until < clock_timestamp()
+        """),
+            {"job": job_id, "fence": fence, "lease": lease_seconds},
+        ).rowcount
+        == 1
+    )
+
+
+def hold_staging(connection: Connection, job_id: UUID, fence: int, lease_seconds: float) -> bool:
+    """Re-check and renew a producer's lease; the row stays locked until the transaction ends. False: taken over."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs set lease_until = clock_timestamp() + make_interval(secs => :lease)
+            where id = :job and fence = :fence and state = 'staging'
+        """),
+            {"job": job_id, "fence": fence, "lease": lease_seconds},
+        ).rowcount
+        == 1
+    )
+
+
+def queue(
+    connection: Connection,
+    job_id: UUID,
+    fence: int,
+    *,
+    items_total: int,
+    max_rejects: int | None,
+    payload: str | None,
+) -> None:
+    """Make a staged job runnable. The caller's transaction holds it by `hold_staging`."""
+    connection.execute(
+        text("""
+            update vectormill.jobs
+            set state = 'queued', queued_at = clock_timestamp(), items_total = :items, max_rejects = :max_rejects,
+                payload_sha256 = :payload, lease_until = null
+            where id = :job and fence = :fence and state = 'staging'
+        """),
+        {"job": job_id, "fence": fence, "items": items_total, "max_rejects": max_rejects, "payload": payload},
+    )
+
+
+def delete_staging(connection: Connection, job_id: UUID, fence: int) -> bool:
+    """Forget a staging job and its chunks, if it is still this producer's."""
+    return (
+        connection.execute(
+            text("delete from vectormill.jobs where id = :job and fence = :fence and state = 'staging'"),
+            {"job": job_id, "fence": fence},
+        ).rowcount
+        == 1
+    )
+
+
+def delete_chunks(connection: Connection, job_id: UUID) -> None:
+    """Forget a staging job's chunks and inputs, to stage it anew."""
+    connection.execute(text("delete from vectormill.chunks where job_id = :job"), {"job": job_id})
+    connection.execute(text("delete from vectormill.inputs where job_id = :job"), {"job": job_id})
+
+
+def dead_stagings(connection: Connection, older_than_seconds: float) -> list[tuple[UUID, int]]:
+    """Stagings whose producer's lease ran out so long ago that nobody will come back for them: (id, fence)."""
+    rows = connection.execute(
+        text("""
+            select id, fence from vectormill.jobs
+            where state = 'staging' and lease_until < now() - make_interval(secs => :age)
+        """),
+        {"age": older_than_seconds},
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+def move(
+    connection: Connection,
+    job_id: UUID,
+    to: JobState,
+    *,
+    reason: Reason | None = None,
+    message: str | None = None,
+    only_from: Sequence[JobState] = (),
+) -> bool:
+    """Move a job to `to` from any state that may go there, or only from some of them. False: it wasn't in one."""
+    sources = [state for state, targets in JOB_TRANSITIONS.items() if to in targets]
+    if only_from:
+        sources = [state for state in sources if state in only_from]
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs set state = :to, reason = :reason, message = :message
+            where id = :job and state = any(:sources)
+        """),
+            {"job": job_id, "to": to.value, "reason": reason, "message": message, "sources": sources},
+        ).rowcount
+        == 1
+    )
+
+
+def begin_cancelling(
+    connection: Connection, job_id: UUID, ends_as: JobState, reason: Reason, message: str | None
+) -> bool:
+    """Stop a job's pending chunks from being claimed; when its running ones have ended it becomes `ends_as`."""
+    moved = move(connection, job_id, JobState.CANCELLING, reason=reason, message=message)
+    if moved:
+        connection.execute(
+            text("update vectormill.jobs set ends_as = :ends_as where id = :job"),
+            {"job": job_id, "ends_as": ends_as.value},
+        )
+    return moved
+
+
+def end(
+    connection: Connection,
+    job_id: UUID,
+    state: JobState,
+    receipt: Mapping[str, Any],
+    *,
+    reason: str | None,
+    message: str | None,
+) -> None:
+    """End a job whose row the caller has locked, and freeze its receipt."""
+    connection.execute(
+        text("""
+            update vectormill.jobs
+            set state = :state, receipt = cast(:receipt as jsonb), reason = :reason, message = :message,
+                finished_at = clock_timestamp(), ends_as = null
+            where id = :job
+        """),
+        {
+            "job": job_id,
+            "state": state.value,
+            "receipt": json.dumps(receipt),
+            "reason": reason,
+            "message": message,
+        },
+    )
+
+
+def lock(connection: Connection, job_id: UUID) -> RowMapping | None:
+    """A job's row, locked until the transaction ends."""
+    return connection.execute(jobs.select().where(jobs.c.id == job_id).with_for_update()).mappings().one_or_none()
+
+
+def requeue(connection: Connection, job_id: UUID) -> None:
+    """Let a job that had ended run again: its receipt thaws."""
+    connection.execute(
+        text("""
+            update vectormill.jobs
+            set state = 'queued', reason = null, message = null, receipt = null, finished_at = null, ends_as = null
+            where id = :job and state in ('completed', 'failed')
+        """),
+        {"job": job_id},
+    )
+
+
+def save_progress(connection: Connection, job_id: UUID, progress: Mapping[str, Any]) -> None:
+    """Keep a recomputed snapshot for status pages."""
+    connection.execute(
+        text("update vectormill.jobs set progress = cast(:progress as jsonb) where id = :job"),
+        {"job": job_id, "progress": json.dumps(progress)},
+    )
+
+
+def running_of_model(connection: Connection, model: str) -> list[UUID]:
+    """Queued and running jobs of a model."""
+    rows = connection.execute(
+        text("select id from vectormill.jobs where model_name = :model and state in ('queued', 'running')"),
+        {"model": model},
+    )
+    return [row[0] for row in rows]
+
+
+def remove_texts(connection: Connection, older_than_days: float) -> list[UUID]:
+    """Remove the item texts of jobs that ended more than `older_than_days` ago. Returns those jobs."""
+    rows = connection.execute(
+        text("""
+            update vectormill.jobs set texts_removed_at = now()
+            where id in (select id from vectormill.jobs
+                         where finished_at < now() - make_interval(secs => 86400 * cast(:days as float8))
+                           and texts_removed_at is null order by id limit 1 for update skip locked)
+            returning id
+        """),
+        {"days": older_than_days},
+    )
+    removed = [row[0] for row in rows]
+    connection.execute(
+        text("update vectormill.items set text = null where job_id = any(:jobs) and text is not null"),
+        {"jobs": removed},
+    )
+    return removed

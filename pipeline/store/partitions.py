@@ -1,0 +1,51 @@
+"""Monthly partitions of the tables that grow with items, bounded by UUIDv7 time stamps."""
+
+from datetime import UTC, datetime
+from uuid import UUID
+
+from psycopg import sql
+from sqlalchemy import Connection, text
+
+from pipeline.store.database import psycopg_connection
+from pipeline.tables import PARTITIONED, SCHEMA
+
+
+def month_of(job_id: UUID) -> datetime:
+    """The first moment of the month in which `job_id`, a UUIDv7, was made."""
+    made = datetime.fromtimestamp((job_id.int >> 80) / 1000, UTC)
+    return made.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+
+
+def next_month(month: datetime) -> datetime:
+    """The first moment of the month after `month`."""
+    return month.replace(year=month.year + month.month // 12, month=month.month % 12 + 1)
+
+
+def _lowest_id(moment: datetime) -> UUID:
+    return UUID(int=int(moment.timestamp() * 1000) << 80)
+
+
+def make_month(connection: Connection, month: datetime) -> None:
+    """Make the partitions for `month` where they don't exist."""
+    driver = psycopg_connection(connection)
+    for table in PARTITIONED:
+        name = f"{table}_{month:%Y_%m}"
+        known = text("select to_regclass(:name) is not null")
+        if connection.execute(known, {"name": f"{SCHEMA}.{name}"}).scalar_one():
+            continue
+        driver.execute(
+            sql.SQL("create table if not exists {} partition of {} for values from ({}) to ({})").format(
+                sql.Identifier(SCHEMA, name),
+                sql.Identifier(SCHEMA, table),
+                sql.Literal(str(_lowest_id(month))),
+                sql.Literal(str(_lowest_id(next_month(month)))),
+            )
+        )
+
+
+def make_ahead(connection: Connection) -> None:
+    """Make this month's and the next month's partitions, by the database's clock."""
+    now: datetime = connection.execute(text("select now()")).scalar_one()
+    month = now.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    make_month(connection, month)
+    make_month(connection, next_month(month))

@@ -1,0 +1,101 @@
+"""Workers as they show themselves, and the dispatcher's lease."""
+
+import json
+from collections.abc import Sequence
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, text
+
+
+def show(connection: Connection, worker_id: UUID, *, host: str, device: str, models: Sequence[str], slots: int) -> None:
+    """Say that a worker lives and what it serves."""
+    connection.execute(
+        text("""
+            insert into vectormill.workers (id, host, device, models, slots)
+            values (:id, :host, :device, :models, :slots)
+            on conflict (id) do update set models = excluded.models, seen_at = now()
+        """),
+        {"id": worker_id, "host": host, "device": device, "models": list(models), "slots": slots},
+    )
+
+
+def rest(connection: Connection, worker_id: UUID, reason: str | None) -> None:
+    """Say why a worker takes no chunks for now, or that it does again."""
+    connection.execute(
+        text("update vectormill.workers set resting = :reason where id = :id"),
+        {"id": worker_id, "reason": reason},
+    )
+
+
+def drop_model(connection: Connection, worker_id: UUID, model: str, reason: str) -> None:
+    """Say that a worker has given a model up."""
+    connection.execute(
+        text("""
+            update vectormill.workers set dropped = dropped || cast(:dropped as jsonb) where id = :id
+        """),
+        {"id": worker_id, "dropped": json.dumps({model: reason})},
+    )
+
+
+def dropped_by(connection: Connection, worker_id: UUID) -> dict[str, str]:
+    """The models a worker has given up, with its reasons."""
+    found = connection.execute(
+        text("select dropped from vectormill.workers where id = :id"), {"id": worker_id}
+    ).scalar_one_or_none()
+    return dict(found or {})
+
+
+def forget(connection: Connection, worker_id: UUID) -> None:
+    """A worker has stopped."""
+    connection.execute(text("delete from vectormill.workers where id = :id"), {"id": worker_id})
+
+
+def forget_unseen(connection: Connection, seconds: float) -> int:
+    """Forget workers that have not shown themselves for so long. Returns how many."""
+    return connection.execute(
+        text("delete from vectormill.workers where seen_at < now() - make_interval(secs => :age)"),
+        {"age": seconds},
+    ).rowcount
+
+
+def live(connection: Connection, seen_within_seconds: float) -> list[RowMapping]:
+    """Workers seen lately, the longest running first."""
+    return list(
+        connection.execute(
+            text("""
+            select id, host, device, models, dropped, slots, resting, started_at, seen_at from vectormill.workers
+            where seen_at > now() - make_interval(secs => :age) order by started_at
+        """),
+            {"age": seen_within_seconds},
+        ).mappings()
+    )
+
+
+def hold_lease(connection: Connection, name: str, holder: str, seconds: float) -> bool:
+    """Take or keep the role `name`. False while another holder's lease lasts."""
+    return (
+        connection.execute(
+            text("""
+            insert into vectormill.leases as l (name, holder, lease_until)
+            values (:name, :holder, clock_timestamp() + make_interval(secs => :seconds))
+            on conflict (name) do update set holder = excluded.holder, lease_until = excluded.lease_until
+            where l.holder = excluded.holder or l.lease_until < clock_timestamp()
+            returning 1
+        """),
+            {"name": name, "holder": holder, "seconds": seconds},
+        ).first()
+        is not None
+    )
+
+
+def drop_lease(connection: Connection, name: str, holder: str) -> None:
+    """Give a role back, so that another takes it at once."""
+    connection.execute(
+        text("delete from vectormill.leases where name = :name and holder = :holder"),
+        {"name": name, "holder": holder},
+    )
+
+
+def server_age_seconds(connection: Connection) -> float:
+    """How long the database server has been up."""
+    return float(connection.execute(text("select extract(epoch from now() - pg_postmaster_start_time())")).scalar_one())

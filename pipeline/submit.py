@@ -1,0 +1,312 @@
+"""A corpus becomes a job: items copied in bounded commits, chunks planned, queued in one short last transaction."""
+
+import hashlib
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import structlog
+from sqlalchemy import Connection, Engine, RowMapping
+from uuid_utils.compat import uuid7
+
+from pipeline import control
+from pipeline.catalog import vector_space_of
+from pipeline.errors import IdempotencyConflict, LeaseLost, SourceError, UserError
+from pipeline.jobs import Model, Reject
+from pipeline.leases import Renewal
+from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
+from pipeline.sources import Corpus, Rows
+from pipeline.store import chunks, items, jobs, partitions
+
+log = structlog.get_logger()
+
+#: Items in one transaction of a submission.
+_COMMIT_ITEMS = 100_000
+_DELETE_ITEMS = 20_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a person may choose of a job."""
+
+    name: str
+    dimensions: int | None = None
+    dtype: str = "float32"
+    max_item_tokens: int | None = None
+    on_long: str = "truncate"
+    max_rejects: str = ""
+    unique_keys: bool = False
+    priority: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    idempotency_key: str | None = None
+
+    def stored(self) -> dict[str, Any]:
+        """What the job row keeps under `options`."""
+        names = ("dimensions", "dtype", "max_item_tokens", "on_long", "max_rejects", "unique_keys")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planning:
+    """How chunks are cut and how long a producer's lease lasts."""
+
+    chunk_seconds: float
+    chunk_items: int
+    chunk_bytes: int
+    lease_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """What is asked for."""
+
+    workspace_id: int
+    model: Model
+    corpus: Corpus
+    options: Options
+    planning: Planning
+    #: Hears how many items are committed.
+    on_items: Callable[[int], None] = lambda _: None
+
+    def payload(self) -> str | None:
+        """SHA-256 over the sources and the options that decide the result; None while a stream is unread."""
+        source = self.corpus.fingerprint()
+        if source is None:
+            return None
+        decisive = {
+            "model": self.model.name,
+            "weights": self.model.weights_sha256,
+            "source": source,
+            **self.options.stored(),
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The job that a submission came to."""
+
+    job_id: UUID
+    #: Why no new job was made, for a person; empty when one was.
+    attached: str = ""
+
+
+def submit(engine: Engine, submission: Submission) -> Submitted:
+    """Make a job of a corpus, or attach to the one that its idempotency key made before.
+
+    Nothing runnable is left when this raises.
+
+    Raises:
+        SourceError: the corpus can't be read, or has no item.
+        IdempotencyConflict: the key was used with another payload.
+        UserError: an option doesn't fit the model, or `unique_keys` and a key comes twice.
+    """
+    options = submission.options
+    control.reject_limit(options.max_rejects, 0)  # a wrong one is refused before anything is read
+    with engine.begin() as connection:
+        job = jobs.NewJob(
+            id=uuid7(),
+            workspace_id=submission.workspace_id,
+            name=options.name,
+            model_name=submission.model.name,
+            vector_space_id=vector_space_of(
+                connection,
+                submission.model,
+                dimensions=options.dimensions,
+                max_item_tokens=options.max_item_tokens,
+            ),
+            priority=options.priority,
+            labels=options.labels,
+            options=options.stored(),
+            idempotency_key=options.idempotency_key,
+            payload_sha256=submission.payload(),
+            lease_seconds=submission.planning.lease_seconds,
+        )
+        partitions.make_month(connection, partitions.month_of(job.id))
+        is_new = jobs.insert_staging(connection, job)
+    if is_new:
+        _Staging(engine, submission, job.id, fence=1).run()
+        return Submitted(job.id)
+    return _attach(engine, submission)
+
+
+def _attach(engine: Engine, submission: Submission) -> Submitted:
+    """Go on from the job that has this idempotency key."""
+    key = str(submission.options.idempotency_key)
+    with engine.begin() as connection:
+        found = jobs.by_idempotency_key(connection, submission.workspace_id, key)
+    if found is None:  # it was undone just now
+        return submit(engine, submission)
+    job_id = found["id"]
+    if found["state"] == "staging":
+        return _attach_to_staging(engine, submission, found)
+    submission.corpus.read_fingerprint()
+    if submission.payload() != found["payload_sha256"]:
+        raise _conflict(key, job_id)
+    if found["state"] != "failed":
+        return Submitted(job_id, f"this idempotency key made job {job_id} before; it is {found['state']}")
+    with engine.begin() as connection:
+        reopened = control.retry(connection, job_id)
+    how = f"resumed with {reopened:,} chunks" if reopened else "and nothing in it can be tried again"
+    return Submitted(job_id, f"this idempotency key made job {job_id} before; it had failed, {how}")
+
+
+def _attach_to_staging(engine: Engine, submission: Submission, found: RowMapping) -> Submitted:
+    """Leave the job to its producer while that lives, else take it over and begin afresh."""
+    job_id, fence, lease_seconds = found["id"], found["fence"], submission.planning.lease_seconds
+    if submission.payload() != found["payload_sha256"]:
+        raise _conflict(str(submission.options.idempotency_key), job_id)
+    with engine.begin() as connection:
+        ours = found["staging_is_dead"] and jobs.take_over_staging(connection, job_id, fence, lease_seconds)
+    if not ours:
+        return Submitted(job_id, f"job {job_id} is being submitted with this idempotency key right now")
+    _delete_items(engine, job_id, fence + 1)
+    with engine.begin() as connection:
+        jobs.delete_chunks(connection, job_id)
+    _Staging(engine, submission, job_id, fence + 1).run()
+    return Submitted(job_id)
+
+
+def _conflict(key: str, job_id: UUID) -> IdempotencyConflict:
+    return IdempotencyConflict(
+        f'the idempotency key "{key}" made job {job_id} from another payload (files, model or options differ); '
+        "use another key."
+    )
+
+
+class _Staging:
+    """One producer's way from `staging` to `queued`."""
+
+    def __init__(self, engine: Engine, submission: Submission, job_id: UUID, fence: int) -> None:
+        self._engine, self._submission, self._job_id, self._fence = engine, submission, job_id, fence
+        model, options, planning = submission.model, submission.options, submission.planning
+        bounds = (options.max_item_tokens, model.max_item_tokens)
+        self._max_item_tokens = min((bound for bound in bounds if bound), default=None)
+        tokens = chunk_tokens(planning.chunk_seconds, model.tokens_per_second)
+        self._planner = Planner(Limits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes))
+        self._lease_seconds = planning.lease_seconds
+        self._items = self._chunks = 0
+        #: Indexes of rejects in items that no chunk covers yet.
+        self._rejected_at: list[int] = []
+
+    def run(self) -> None:
+        """Stage and queue, or undo."""
+        try:
+            with Renewal(self._renew, self._lease_seconds):
+                self._stage()
+        except BaseException:
+            undo_staging(self._engine, self._job_id, self._fence)
+            raise
+
+    def _renew(self) -> bool:
+        with self._engine.begin() as connection:
+            return jobs.hold_staging(connection, self._job_id, self._fence, self._lease_seconds)
+
+    def _stage(self) -> None:
+        corpus = self._submission.corpus
+        files = [
+            {
+                "uri": str(file.path or "-"),
+                "etag": None if file.mtime_ns is None else f"mtime-{file.mtime_ns}",
+                "bytes": file.bytes,
+            }
+            for file in corpus.files
+        ]
+        with self._engine.begin() as connection:
+            self._hold(connection)
+            jobs.insert_inputs(connection, self._job_id, files)
+        blocks = corpus.blocks()
+        block = next(blocks, None)
+        while block is not None:
+            room = _COMMIT_ITEMS
+            with self._engine.begin() as connection:
+                self._hold(connection)
+                while block is not None and room > 0:
+                    room -= len(block.keys)
+                    self._copy(connection, block)
+                    block = next(blocks, None)
+            self._submission.on_items(self._items)
+        self._queue()
+
+    def _hold(self, connection: Connection) -> None:
+        if not jobs.hold_staging(connection, self._job_id, self._fence, self._lease_seconds):
+            raise LeaseLost("this submission was cancelled, or taken over by another one with its idempotency key.")
+
+    def _copy(self, connection: Connection, block: Rows) -> None:
+        items.copy_items(connection, self._job_id, self._items, block.keys, block.texts, block.carried)
+        rejects = [
+            Reject(index=self._items + at, key=block.keys[at], code=code, message=message)
+            for at, code, message in block.problems
+        ]
+        items.copy_rejects(connection, self._job_id, rejects)
+        self._rejected_at += [reject.index for reject in rejects]
+        self._items += len(block.keys)
+        sizes = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
+        self._insert(connection, self._planner.add(estimate_tokens(sizes, self._max_item_tokens), sizes))
+
+    def _insert(self, connection: Connection, planned: Iterable[Range]) -> None:
+        new = []
+        for chunk in planned:
+            rejected = bisect_left(self._rejected_at, chunk.first_index + chunk.items)
+            del self._rejected_at[:rejected]
+            new.append(
+                chunks.NewChunk(
+                    ordinal=self._chunks,
+                    first_index=chunk.first_index,
+                    items=chunk.items,
+                    estimated_tokens=chunk.tokens,
+                    rejected=rejected,
+                )
+            )
+            self._chunks += 1
+        chunks.insert_chunks(connection, self._job_id, new)
+
+    def _queue(self) -> None:
+        options = self._submission.options
+        if not self._items:
+            raise SourceError(f"{self._submission.corpus.name}: no rows; there is nothing to embed.")
+        if options.unique_keys:
+            self._check_keys()
+        with self._engine.begin() as connection:
+            self._hold(connection)
+            self._insert(connection, self._planner.finish())
+            jobs.queue(
+                connection,
+                self._job_id,
+                self._fence,
+                items_total=self._items,
+                max_rejects=control.reject_limit(options.max_rejects, self._items),
+                payload=self._submission.payload(),
+            )
+
+    def _check_keys(self) -> None:
+        with self._engine.begin() as connection:
+            twice = items.first_duplicate_key(connection, self._job_id)
+        if twice:
+            key, first, second = twice
+            raise UserError(
+                f'--unique-keys: key "{key}" comes twice, first as items {first:,} and {second:,} (counted from 0).'
+            )
+
+
+def undo_staging(engine: Engine, job_id: UUID, fence: int) -> None:
+    """Forget a submission that didn't end, items first, in bounded transactions."""
+    if _delete_items(engine, job_id, fence):
+        with engine.begin() as connection:
+            jobs.delete_staging(connection, job_id, fence)
+
+
+def _delete_items(engine: Engine, job_id: UUID, fence: int) -> bool:
+    """Delete what is staged. False: somebody else is its producer by now."""
+    gone = _DELETE_ITEMS
+    while gone == _DELETE_ITEMS:
+        with engine.begin() as connection:
+            row = jobs.lock(connection, job_id)
+            if row is None or row["state"] != "staging" or row["fence"] != fence:
+                return False
+            gone = items.delete_some(connection, job_id, _DELETE_ITEMS)
+    return True

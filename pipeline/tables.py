@@ -1,0 +1,352 @@
+"""The schema `vectormill`: what Postgres keeps. Column names are a contract for readers of the database.
+
+`items`, `embeddings` and `rejects` are range-partitioned by job id, a UUIDv7, one partition a month; they have no
+foreign keys, so that dropping a partition is all it takes to forget a month.
+"""
+
+from pgvector.sqlalchemy import HALFVEC, VECTOR
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from pipeline.jobs import ChunkState, JobState
+
+SCHEMA = "vectormill"
+
+metadata = MetaData(
+    schema=SCHEMA,
+    naming_convention={
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "pk": "%(table_name)s_pkey",
+    },
+)
+
+#: Tables that `pipeline.store.partitions` gives a partition each month.
+PARTITIONED = ("items", "embeddings", "rejects")
+_BY_JOB = "RANGE (job_id)"
+
+
+def _moment(name: str, *, now: bool = False) -> Column[object]:
+    return Column(name, DateTime(timezone=True), nullable=not now, server_default=func.now() if now else None)
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False, server_default="0")
+
+
+def _state(states: type[JobState] | type[ChunkState]) -> CheckConstraint:
+    return CheckConstraint("state in ({})".format(", ".join(f"'{state}'" for state in states)), name="state")
+
+
+workspaces = Table(
+    "workspaces",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("weight", Double, nullable=False, server_default="1"),
+    _moment("created_at", now=True),
+    CheckConstraint("weight > 0", name="weight"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("secret_sha256", LargeBinary, nullable=False),
+    Column("admin", Boolean, nullable=False, server_default=text("false")),
+    _moment("created_at", now=True),
+    _moment("expires_at"),
+    _moment("revoked_at"),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("slug", Text, nullable=False, unique=True),
+    Column("kind", Text, nullable=False),
+    Column("aliases", ARRAY(Text), nullable=False, server_default="{}"),
+    Column("path", Text),
+    Column("hub_id", Text),
+    Column("revision", Text),
+    Column("gateway_url", Text),
+    Column("upstream_model", Text),
+    Column("key_env", Text),
+    Column("weights_sha256", Text, nullable=False),
+    Column("weights_bytes", BigInteger, nullable=False),
+    Column("dimensions", Integer, nullable=False),
+    Column("max_item_tokens", Integer),
+    Column("document_prompt", Text, nullable=False, server_default=""),
+    Column("query_prompt", Text, nullable=False, server_default=""),
+    Column("normalised", Boolean, nullable=False),
+    Column("canary", LargeBinary, nullable=False),
+    Column("tokens_per_second", Double, nullable=False),
+    _moment("added_at", now=True),
+    CheckConstraint("kind in ('local', 'gateway')", name="kind"),
+    CheckConstraint("dimensions > 0 and tokens_per_second > 0", name="positive"),
+)
+
+workspace_models = Table(
+    "workspace_models",
+    metadata,
+    Column("workspace_id", ForeignKey("workspaces.id", ondelete="CASCADE"), nullable=False),
+    Column("model_name", ForeignKey("models.name", ondelete="CASCADE"), nullable=False),
+    PrimaryKeyConstraint("workspace_id", "model_name"),
+)
+
+vector_spaces = Table(
+    "vector_spaces",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("fingerprint", Text, nullable=False, unique=True),
+    Column("weights", Text, nullable=False),
+    Column("dimensions", Integer, nullable=False),
+    Column("document_prompt", Text, nullable=False),
+    Column("max_item_tokens", Integer),
+    Column("normalised", Boolean, nullable=False),
+    _moment("created_at", now=True),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    # No foreign key: a model may be removed, its jobs stay.
+    Column("model_name", Text, nullable=False),
+    Column("vector_space_id", ForeignKey("vector_spaces.id"), nullable=False),
+    Column("state", Text, nullable=False),
+    Column("reason", Text),
+    Column("message", Text),
+    # What a cancelling job becomes when its last chunk is drained.
+    Column("ends_as", Text),
+    Column("priority", SmallInteger, nullable=False, server_default="0"),
+    Column("labels", JSONB, nullable=False, server_default="{}"),
+    Column("options", JSONB, nullable=False, server_default="{}"),
+    Column("idempotency_key", Text),
+    Column("payload_sha256", Text),
+    # The producer's lease while staging.
+    Column("fence", BigInteger, nullable=False, server_default="1"),
+    _moment("lease_until"),
+    _count("items_total"),
+    Column("max_rejects", BigInteger),
+    Column("progress", JSONB),
+    Column("receipt", JSONB),
+    _moment("created_at", now=True),
+    _moment("queued_at"),
+    _moment("started_at"),
+    _moment("finished_at"),
+    _moment("texts_removed_at"),
+    _state(JobState),
+    CheckConstraint("ends_as in ('cancelled', 'failed')", name="ends_as"),
+    UniqueConstraint("workspace_id", "idempotency_key"),
+    Index(
+        "jobs_active_idx",
+        "id",
+        postgresql_where=text("state not in ('completed', 'failed', 'cancelled')"),
+    ),
+    Index("jobs_newest_idx", "workspace_id", text("id desc")),
+)
+
+inputs = Table(
+    "inputs",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("ordinal", Integer, nullable=False),
+    Column("uri", Text, nullable=False),
+    Column("etag", Text),
+    Column("bytes", BigInteger),
+    Column("rows", BigInteger),
+    PrimaryKeyConstraint("job_id", "ordinal"),
+)
+
+chunks = Table(
+    "chunks",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("ordinal", Integer, nullable=False),
+    Column("first_index", BigInteger, nullable=False),
+    Column("items", Integer, nullable=False),
+    Column("estimated_tokens", BigInteger, nullable=False),
+    Column("input_ordinal", Integer),
+    Column("row_group", Integer),
+    Column("state", Text, nullable=False, server_default=ChunkState.PENDING.value),
+    Column("fence", BigInteger, nullable=False, server_default="0"),
+    _moment("lease_until"),
+    _moment("not_before"),
+    Column("backend_pid", Integer),
+    Column("worker_id", Uuid),
+    Column("task_id", Text),
+    # Claims lost since the last progress.
+    Column("crashes", SmallInteger, nullable=False, server_default="0"),
+    # How far the search for an item that kills its process has narrowed; see workers/batching.py.
+    Column("isolation", SmallInteger, nullable=False, server_default="0"),
+    Column("last_error", Text),
+    _count("embedded"),
+    _count("reused"),
+    _count("rejected"),
+    _count("cancelled"),
+    _count("truncated"),
+    _count("prompt_tokens"),
+    _count("reused_tokens"),
+    Column("output_uri", Text),
+    _moment("started_at"),
+    _moment("finished_at"),
+    _state(ChunkState),
+    UniqueConstraint("job_id", "ordinal"),
+    Index("chunks_open_idx", "job_id", "id", postgresql_where=text("state in ('pending', 'running')")),
+    Index("chunks_lease_idx", "lease_until", postgresql_where=text("state = 'running'")),
+    Index("chunks_finished_idx", "worker_id", "finished_at", postgresql_where=text("finished_at is not null")),
+)
+
+items = Table(
+    "items",
+    metadata,
+    Column("job_id", Uuid, nullable=False),
+    Column("index", BigInteger, nullable=False),
+    Column("key", Text),
+    # NULL: rejected when it was read, or removed after the retention time.
+    Column("text", Text),
+    Column("carried", JSONB),
+    PrimaryKeyConstraint("job_id", "index"),
+    postgresql_partition_by=_BY_JOB,
+)
+
+embeddings = Table(
+    "embeddings",
+    metadata,
+    Column("job_id", Uuid, nullable=False),
+    Column("index", BigInteger, nullable=False),
+    Column("key", Text),
+    Column("vector_space_id", BigInteger, nullable=False),
+    Column("tokens", Integer, nullable=False),
+    Column("truncated", Boolean, nullable=False),
+    Column("vector", VECTOR()),
+    Column("half", HALFVEC()),
+    PrimaryKeyConstraint("job_id", "index"),
+    CheckConstraint("(vector is null) <> (half is null)", name="one_vector"),
+    postgresql_partition_by=_BY_JOB,
+)
+
+rejects = Table(
+    "rejects",
+    metadata,
+    Column("job_id", Uuid, nullable=False),
+    Column("index", BigInteger, nullable=False),
+    Column("key", Text),
+    Column("code", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    PrimaryKeyConstraint("job_id", "index"),
+    postgresql_partition_by=_BY_JOB,
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("workspace_id", BigInteger, nullable=False),
+    Column("key_id", Text),
+    Column("job_id", Uuid),
+    Column("request_id", Text),
+    Column("chunk_id", BigInteger),
+    Column("fence", BigInteger),
+    Column("part", Integer),
+    Column("model", Text, nullable=False),
+    _count("items"),
+    _count("prompt_tokens"),
+    _count("total_tokens"),
+    _count("reused_tokens"),
+    Column("device_seconds", Double, nullable=False, server_default="0"),
+    Column("cost", Numeric),
+    Column("labels", JSONB, nullable=False, server_default="{}"),
+    _moment("created_at", now=True),
+    UniqueConstraint("chunk_id", "fence", "part"),
+    Index("usage_job_idx", "job_id", "created_at"),
+    Index("usage_workspace_idx", "workspace_id", "created_at"),
+    Index("usage_model_idx", "model", "created_at"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("chunk_id", BigInteger, nullable=False),
+    Column("fence", BigInteger, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("items", Integer, nullable=False),
+    Column("estimated_tokens", BigInteger, nullable=False),
+    Column("billed_tokens", BigInteger),
+    Column("status", Text),
+    _moment("started_at", now=True),
+    _moment("finished_at"),
+    Index("attempts_chunk_idx", "chunk_id"),
+)
+
+#: Claims that ended without a word: their worker died, froze or lost the database.
+claim_losses = Table(
+    "claim_losses",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("job_id", Uuid, nullable=False),
+    Column("chunk_id", BigInteger, nullable=False),
+    Column("fence", BigInteger, nullable=False),
+    Column("worker_id", Uuid),
+    Column("cause", Text, nullable=False),
+    _moment("lost_at", now=True),
+    Index("claim_losses_model_idx", "model", "lost_at"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("models", ARRAY(Text), nullable=False),
+    # Models this worker gave up, each with its reason.
+    Column("dropped", JSONB, nullable=False, server_default="{}"),
+    Column("slots", Integer, nullable=False),
+    # Why it takes no chunks for now, if it doesn't.
+    Column("resting", Text),
+    _moment("started_at", now=True),
+    _moment("seen_at", now=True),
+)
+
+#: One row per role that only one process may play at a time.
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("holder", Text, nullable=False),
+    _moment("lease_until", now=True),
+)

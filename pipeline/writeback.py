@@ -1,0 +1,154 @@
+"""The one transaction that brings vectors, rejects, usage and the chunk's state to Postgres, exactly once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+import tenacity
+from sqlalchemy import Connection, Engine
+
+from pipeline.errors import LeaseLost
+from pipeline.jobs import ChunkState, Claim, Reject, RejectCode
+from pipeline.store import chunks, embeddings, items, usage
+from pipeline.store.database import is_connection_lost
+
+log = structlog.get_logger()
+
+#: How long a finished part waits for a database that is away before its worker lets go of it.
+_PATIENCE_SECONDS = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one commit of a chunk writes. Complete before the transaction opens."""
+
+    rows: embeddings.Rows
+    rejects: Sequence[Reject] = ()
+    #: Wall time of the forward passes.
+    device_seconds: float = 0.0
+
+    @property
+    def settled(self) -> int:
+        """Items that have their vector or reject with this part."""
+        return len(self.rows.indexes) + len(self.rejects)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """Where a commit leaves the chunk."""
+
+    state: ChunkState
+    isolation: int = 0
+    not_before_seconds: float = 0
+    error: str | None = None
+
+
+def split_bad_vectors(rows: embeddings.Rows, dimensions: int, *, half: bool) -> tuple[embeddings.Rows, list[Reject]]:
+    """Take out vectors that must never be written: not finite (as stored), zero. The wrong size is an error of ours.
+
+    Raises:
+        ValueError: the vectors don't have `dimensions` elements each.
+    """
+    if not len(rows.indexes):
+        return rows, []
+    if rows.vectors.shape != (len(rows.indexes), dimensions):
+        raise ValueError(f"vectors of shape {rows.vectors.shape} for {len(rows.indexes)} × {dimensions}")
+    with np.errstate(over="ignore"):
+        stored = rows.vectors.astype(np.float16) if half else rows.vectors
+    good = np.asarray(np.isfinite(stored).all(axis=1) & stored.any(axis=1))
+    if good.all():
+        return rows, []
+    rejects = [
+        Reject(
+            index=int(rows.indexes[at]),
+            key=rows.keys[at],
+            code=RejectCode.BAD_VECTOR,
+            message="the model made a vector that is zero or not finite",
+        )
+        for at in np.flatnonzero(~good).tolist()
+    ]
+    return _select(rows, good), rejects
+
+
+def _select(rows: embeddings.Rows, mask: npt.NDArray[np.bool_]) -> embeddings.Rows:
+    return embeddings.Rows(
+        indexes=rows.indexes[mask],
+        keys=[key for key, keep in zip(rows.keys, mask, strict=True) if keep],
+        vectors=rows.vectors[mask],
+        tokens=rows.tokens[mask],
+        truncated=rows.truncated[mask],
+    )
+
+
+def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: Ending) -> None:
+    """Commit part `number` of a claim: fenced update, vectors, rejects, usage, in one transaction.
+
+    A connection lost on the way, even during COMMIT, is followed by another try on a new one, which first looks
+    whether the lost one had arrived; nothing is guessed.
+
+    Raises:
+        LeaseLost: the chunk belongs to another claim, or has been cancelled; nothing was written.
+        ValueError: a vector is zero, not finite or of the wrong size; nothing was written.
+        sqlalchemy.exc.DBAPIError: the database refuses, or stayed away for ten minutes.
+    """
+    _, bad = split_bad_vectors(part.rows, claim.dimensions, half=claim.half)
+    if bad:
+        raise ValueError(f"{len(bad)} vectors are zero or not finite")
+    for attempt in tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and is_connection_lost(error)),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+        stop=tenacity.stop_after_delay(_PATIENCE_SECONDS),
+        before_sleep=lambda state: log.warning("commit_retried", attempt=state.attempt_number),
+        reraise=True,
+    ):
+        with attempt, engine.connect() as connection:
+            _show_backend(connection, claim)
+            # A repeated try may meet its own earlier commit.
+            again = attempt.retry_state.attempt_number > 1
+            with connection.begin() as transaction:
+                if not _commit(connection, claim, number, part, ending, again=again):
+                    transaction.rollback()
+
+
+def _show_backend(connection: Connection, claim: Claim) -> None:
+    """Let the sweep know which backend commits, if it isn't the one that claimed; and begin with a whole lease, since
+    no renewal reaches the chunk while the transaction holds its row."""
+    with connection.begin():
+        chunks.renew(connection, claim, committing=True)
+
+
+def _commit(connection: Connection, claim: Claim, number: int, part: Part, ending: Ending, *, again: bool) -> bool:
+    """Write everything within the caller's transaction. False: an earlier try of this very part had arrived."""
+    tokens = int(part.rows.tokens.sum())
+    ours = chunks.record(
+        connection,
+        claim,
+        chunks.Progress(
+            state=ending.state,
+            embedded=len(part.rows.indexes),
+            rejected=len(part.rejects),
+            truncated=int(part.rows.truncated.sum()),
+            prompt_tokens=tokens,
+            isolation=ending.isolation,
+            not_before_seconds=ending.not_before_seconds,
+            error=ending.error,
+        ),
+    )
+    # The update has waited for any earlier try that was still under way, so its outcome is known now.
+    if again and usage.has_chunk_part(connection, claim, number):
+        return False
+    if not ours:
+        raise LeaseLost
+    embeddings.copy_rows(connection, claim.job_id, claim.vector_space_id, part.rows, half=claim.half)
+    items.copy_rejects(connection, claim.job_id, part.rejects)
+    usage.add_chunk_part(
+        connection,
+        claim,
+        number,
+        items=len(part.rows.indexes),
+        prompt_tokens=tokens,
+        device_seconds=part.device_seconds,
+    )
+    return True

@@ -1,0 +1,8 @@
+"""The processes that take messages and touch a GPU.
+
+app, tasks      the Celery app, its signals and its one task
+run_chunk       claim → read → encode → commit: the heart
+batching        which items go through the model together (pure)
+encoder         the model on its device: the only import of torch
+oneshot         a model in a process of its own, for doors that never import torch
+"""

@@ -1,0 +1,54 @@
+"""The Celery app of a worker, and the parent's signals. Entry point of `celery -A workers.app`."""
+
+from typing import Any
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from celery import Celery, signals
+
+from pipeline.errors import UserError
+from pipeline.logs import configure_logs
+from pipeline.publish import celery_settings
+from pipeline.settings import Settings, load_settings
+from workers.presence import Presence
+
+
+def _make_app(settings: Settings) -> Celery:
+    if settings.redis_url is None or settings.database_url is None:
+        raise UserError("a worker needs VECTORMILL_DATABASE_URL and VECTORMILL_REDIS_URL.")
+    made = Celery("vectormill", include=["workers.tasks"])
+    made.conf.update(celery_settings(settings.redis_url.get_secret_value()))
+    # The last resort against a child that hangs; the child itself gives up long before.
+    made.conf.task_time_limit = max(900.0, 60 * settings.chunk_seconds)
+    return made
+
+
+app = _make_app(load_settings())
+_presence: Presence | None = None
+
+
+def worker_id_of(hostname: str) -> UUID:
+    """The id under which a worker's parent and children write; `hostname` is Celery's, new at each start."""
+    return uuid5(NAMESPACE_URL, f"vectormill-worker:{hostname}")
+
+
+@signals.worker_ready.connect
+def _on_ready(sender: Any, **_: Any) -> None:
+    global _presence
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    _presence = Presence(app, settings, worker_id_of(sender.hostname), sender.hostname)
+    _presence.start()
+
+
+@signals.worker_shutting_down.connect
+def _on_shutdown(**_: Any) -> None:
+    if _presence:
+        _presence.stop()
+
+
+@signals.task_failure.connect
+def _on_failure(task_id: str, exception: BaseException, args: Any, **_: Any) -> None:
+    """In the parent: a child died under a task."""
+    if _presence and isinstance(exception, WorkerLostError | TimeLimitExceeded):
+        _presence.child_lost(int(args[1]), task_id, type(exception).__name__)

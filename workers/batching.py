@@ -1,0 +1,62 @@
+"""Which items go through the model together. Pure: lengths in, index ranges out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+#: Items in one isolated slice at level 1; each level narrows eightfold, to single items.
+_WIDEST_SLICE = 64
+_NARROWING = 8
+#: The level at which a slice is a single item; one level further it gets its second chance.
+_SINGLE = 3
+#: From this level on the head item has killed its process twice when alone.
+CONVICTED = _SINGLE + 2
+
+
+def token_batches(
+    lengths: npt.NDArray[np.int32], budget_tokens: int, most_items: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Positions of the items of each forward pass, longest items first, so that running out of memory shows at once.
+
+    A batch's padded size, its longest length × its items, stays within `budget_tokens`; a single item may exceed it.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        size = min(most_items, max(1, budget_tokens // longest))
+        yield order[start : start + size]
+        start += size
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Consecutive items that are embedded and committed as one."""
+
+    start: int
+    stop: int
+    #: What a crash while this slice is under way would be counted at.
+    level: int
+
+
+def isolated_slices(items: int, level: int) -> Iterator[Slice]:
+    """How a chunk whose worker died goes on: in fixed order, each slice committed before the next.
+
+    At level k the items that were under way when the last claim was lost are the first eight slices of level k (at
+    most 64 items at level 1, 8 at level 2, 1 from level 3 on). Past them the search starts over at level 1. At level
+    `CONVICTED` the caller rejects the head item and goes on at level 1.
+    """
+    steps: list[int] = []
+    if level == _SINGLE + 1:  # the head item alone once more, then the rest of its slice
+        steps = [level]
+        level = _SINGLE
+    if level > 1:
+        steps += [level] * _NARROWING
+    start = 0
+    while start < items:
+        step = steps.pop(0) if steps else 1
+        stop = min(items, start + max(1, _WIDEST_SLICE // _NARROWING ** (min(step, _SINGLE) - 1)))
+        yield Slice(start, stop, step)
+        start = stop

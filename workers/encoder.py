@@ -1,0 +1,298 @@
+"""A model on a device: texts become token ids once, token-budget batches become vectors. The only import of torch."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+import torch
+from sentence_transformers import SentenceTransformer
+
+from pipeline.errors import ModelError
+from workers.batching import token_batches
+
+log = structlog.get_logger()
+
+#: Embedded when a model is added and whenever it is loaded; the two vectors must agree.
+CANARY = "The quick brown fox jumps over the lazy dog, 42 times."
+#: Half precision stays above this, a wrong model far below.
+_CANARY_COSINE = 0.99
+#: Padded tokens in one forward pass. A CPU is fastest while a batch fits its caches, a GPU while it has work.
+_BUDGET_TOKENS = {"cpu": 1_024, "mps": 8_192, "cuda": 32_768}
+_MOST_ITEMS = 2_048
+#: Models without attention read a flat list of ids: no padding, so bigger batches.
+_FLAT_BUDGET_TOKENS = 131_072
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """Texts as the model reads them."""
+
+    ids: list[list[int]]
+    #: Tokens of each text after truncation, special tokens included.
+    lengths: npt.NDArray[np.int32]
+    truncated: npt.NDArray[np.bool_]
+
+    def select(self, mask: npt.NDArray[np.bool_]) -> "Tokenised":
+        """The texts where `mask` is true."""
+        ids = [ids for ids, keep in zip(self.ids, mask, strict=True) if keep]
+        return Tokenised(ids, self.lengths[mask], self.truncated[mask])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward pass."""
+
+    #: Positions of its texts.
+    at: npt.NDArray[np.int64]
+    #: float32 of shape (texts, dimensions); `None` when its single text failed.
+    vectors: npt.NDArray[np.float32] | None
+    seconds: float
+    error: str | None
+
+
+def list_devices() -> list[tuple[str, int]]:
+    """The devices to embed on, each with its memory in bytes: every CUDA device, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return [(f"cuda:{n}", torch.cuda.get_device_properties(n).total_memory) for n in range(count)]
+    if torch.backends.mps.is_available():
+        return [("mps", int(torch.mps.recommended_max_memory()))]
+    return [("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+
+
+class Encoder:
+    """A loaded model. Not for several threads at once."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        device: str,
+        *,
+        document_prompt: str = "",
+        dtype: str = "float32",
+        threads: int | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Load weights from `folder`, or from the hub's cache by id and `revision`.
+
+        `dtype` (float32, bfloat16, float16) counts on CUDA only; `threads` on the CPU only.
+
+        Raises:
+            ModelError: they can't be loaded, or this model can't be batched by token ids.
+        """
+        if threads:
+            torch.set_num_threads(threads)
+        self.device = torch.device(device)
+        on_cuda = self.device.type == "cuda"
+        try:
+            self._model = SentenceTransformer(
+                str(folder),
+                device=device,
+                revision=revision,
+                trust_remote_code=False,
+                model_kwargs={
+                    "use_safetensors": True,
+                    "torch_dtype": getattr(torch, dtype) if on_cuda else torch.float32,
+                },
+            ).eval()
+        except Exception as error:  # whatever a broken model raises, it is the model that is broken
+            raise ModelError(f"{folder}: the model can't be loaded ({type(error).__name__}: {error})") from error
+        self._prompt = document_prompt
+        self._expected = b""
+        self._reader = _reader_of(self._model)
+        self.budget_tokens = _FLAT_BUDGET_TOKENS if self._reader.flat else _BUDGET_TOKENS.get(self.device.type, 8_192)
+        self.dimensions = int(self._model.get_embedding_dimension() or 0)
+        self.max_item_tokens = self._reader.max_tokens
+        self._check_against_library()
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The prompts that the model brings, by name."""
+        return {name: prompt or "" for name, prompt in self._model.prompts.items()}
+
+    def tokenise(self, texts: Sequence[str], max_tokens: int | None = None, prompt: str | None = None) -> Tokenised:
+        """Read `texts` once: ids, lengths, and which were cut at `max_tokens` (default: the model's own bound)."""
+        prefix = self._prompt if prompt is None else prompt
+        return self._reader.read([prefix + text for text in texts] if prefix else list(texts), max_tokens)
+
+    def batches(self, tokenised: Tokenised) -> Iterator[Batch]:
+        """Run every text through the model, in token-budget batches, longest first.
+
+        Running out of memory halves the token budget for good. A batch that fails is halved down to the text that
+        does it, which comes back without a vector.
+        """
+        pending = list(token_batches(tokenised.lengths, self.budget_tokens, _MOST_ITEMS))
+        pending.reverse()
+        while pending:
+            at = pending.pop()
+            start = perf_counter()
+            try:
+                vectors = self._forward([tokenised.ids[n] for n in at])
+            except Exception as error:  # noqa: BLE001 - whatever one text does to the model, the others go on
+                if len(at) == 1:
+                    yield Batch(at, None, perf_counter() - start, _without_memory(error) or str(error)[:200])
+                    continue
+                if _without_memory(error):
+                    self._shrink(int(tokenised.lengths[at].max()) * len(at))
+                half = len(at) // 2
+                pending += [at[half:], at[:half]]
+            else:
+                yield Batch(at, vectors, perf_counter() - start, None)
+
+    def encode(self, tokenised: Tokenised) -> npt.NDArray[np.float32]:
+        """Vectors of all texts in their order, as float32 of shape (texts, dimensions).
+
+        Raises:
+            ModelError: the model fails on one of them.
+        """
+        vectors = np.empty((len(tokenised.ids), self.dimensions), dtype=np.float32)
+        for batch in self.batches(tokenised):
+            if batch.vectors is None:
+                raise ModelError(f"the model fails: {batch.error}")
+            vectors[batch.at] = batch.vectors
+        return vectors
+
+    def _shrink(self, failed_tokens: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.budget_tokens = max(1, min(self.budget_tokens, failed_tokens) // 2)
+        log.warning("out_of_memory", device=str(self.device), budget_tokens=self.budget_tokens)
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[list[int]]) -> npt.NDArray[np.float32]:
+        features = {name: tensor.to(self.device) for name, tensor in self._reader.features(ids).items()}
+        result: npt.NDArray[np.float32] = self._model(features)["sentence_embedding"].float().cpu().numpy()
+        return result
+
+    def canary(self) -> npt.NDArray[np.float32]:
+        """The canary text's vector."""
+        return self.encode(self.tokenise([CANARY]))[0]
+
+    def prove(self, expected: bytes) -> None:
+        """Compare the canary's vector with the one in the catalogue, little-endian float32.
+
+        Raises:
+            ModelError: they disagree: other weights, a broken driver or a broken device.
+        """
+        self._expected = expected
+        self.prove_again()
+
+    def prove_again(self) -> None:
+        """Repeat the last proof, to tell a bad text from a bad device.
+
+        Raises:
+            ModelError: the canary comes out wrong now.
+        """
+        ours, theirs = self.canary(), np.frombuffer(self._expected, dtype="<f4")
+        if ours.shape != theirs.shape or not np.isfinite(ours).all() or cosine(ours, theirs) < _CANARY_COSINE:
+            raise ModelError("the canary text's vector differs from the catalogue's: wrong weights or a broken device")
+
+    def _check_against_library(self) -> None:
+        """Prove that reading by token ids gives the library's own vectors."""
+        texts = [CANARY, "naïve café 数学 🙂 " * 40, "x"]
+        ours = self.encode(self.tokenise(texts))
+        theirs = self._model.encode(texts, prompt=self._prompt or None, show_progress_bar=False)
+        tolerance = 1e-5 if self._model.dtype == torch.float32 else 1e-2
+        for mine, other in zip(ours, np.asarray(theirs, dtype=np.float32), strict=True):
+            if cosine(mine, other) < 1 - tolerance:
+                raise ModelError(
+                    "this model reads texts in a way that token ids alone don't give; vectormill can't batch it"
+                )
+
+
+def _without_memory(error: Exception) -> str | None:
+    lacking = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    return "the device's memory doesn't hold this text" if lacking else None
+
+
+def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+    """Cosine of the angle between two vectors; 0 where one of them is zero."""
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size else 0.0
+
+
+class _PaddedReader:
+    """Reads for transformers: sequences with special tokens, padded to the longest of their batch."""
+
+    flat = False
+
+    def __init__(self, transformer: Any) -> None:
+        tokenizer = transformer.tokenizer
+        self._fast = tokenizer.backend_tokenizer
+        self._lower = bool(getattr(transformer, "do_lower_case", False))
+        self._pad_id = tokenizer.pad_token_id or 0
+        self._pad_left = tokenizer.padding_side == "left"
+        self._with_types = "token_type_ids" in tokenizer.model_input_names
+        bound = transformer.max_seq_length
+        self.max_tokens = int(bound) if bound and bound < 1_000_000 else None
+
+    def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
+        self._fast.no_padding()  # the library turns it on whenever it reads for itself
+        bound = min((limit for limit in (max_tokens, self.max_tokens) if limit), default=None)
+        if bound:
+            self._fast.enable_truncation(bound)
+        else:
+            self._fast.no_truncation()
+        encodings = self._fast.encode_batch_fast([text.lower() for text in texts] if self._lower else texts)
+        return _tokenised([e.ids for e in encodings], [bool(e.overflowing) for e in encodings])
+
+    def features(self, ids: list[list[int]]) -> dict[str, torch.Tensor]:
+        longest = max(map(len, ids))
+        shape = (len(ids), longest)
+        input_ids = np.full(shape, self._pad_id, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)
+        for row, sequence in enumerate(ids):
+            where = slice(longest - len(sequence), None) if self._pad_left else slice(len(sequence))
+            input_ids[row, where] = sequence
+            mask[row, where] = 1
+        features = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
+        if self._with_types:
+            features["token_type_ids"] = torch.zeros(shape, dtype=torch.int64)
+        return features
+
+
+class _FlatReader:
+    """Reads for static embeddings: one flat list of ids, and where each text starts in it."""
+
+    flat = True
+
+    def __init__(self, static: Any) -> None:
+        self._fast = static.tokenizer
+        self._fast.no_padding()
+        self.max_tokens: int | None = None
+
+    def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
+        if max_tokens:
+            self._fast.enable_truncation(max_tokens)
+        else:
+            self._fast.no_truncation()
+        encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+        return _tokenised([e.ids for e in encodings], [bool(e.overflowing) for e in encodings])
+
+    def features(self, ids: list[list[int]]) -> dict[str, torch.Tensor]:
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+        flat = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in ids])
+        return {
+            "input_ids": torch.from_numpy(flat),
+            "offsets": torch.from_numpy(np.cumsum(lengths) - lengths),
+        }
+
+
+def _tokenised(ids: list[list[int]], truncated: list[bool]) -> Tokenised:
+    lengths = np.fromiter(map(len, ids), dtype=np.int32, count=len(ids))
+    return Tokenised(ids, lengths, np.asarray(truncated, dtype=np.bool_))
+
+
+def _reader_of(model: Any) -> _PaddedReader | _FlatReader:
+    first = model[0]
+    if type(first).__name__ == "StaticEmbedding":
+        return _FlatReader(first)
+    if getattr(getattr(first, "tokenizer", None), "is_fast", False):
+        return _PaddedReader(first)
+    raise ModelError("this model has no fast tokeniser; vectormill can't batch it by tokens")

@@ -1,0 +1,90 @@
+"""A model in a process of its own, for doors that never import torch. Reads and writes JSON.
+
+    python -m workers.oneshot devices              [[name, memory in bytes], …]
+    python -m workers.oneshot describe FOLDER      what the catalogue records of a model
+    python -m workers.oneshot queries FOLDER       {"prompt", "texts"} on standard input → vectors
+
+An error is one line on standard error, and exit code 2.
+"""
+
+import json
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from pipeline.catalog import weights_bytes, weights_sha256
+from pipeline.errors import VectormillError
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What the catalogue records of the model in `folder`: fingerprint, sizes, prompts, canary, rate on this machine.
+
+    Raises:
+        ModelError: it can't be loaded or batched.
+    """
+    import numpy as np
+
+    from workers.encoder import Encoder, list_devices
+
+    fingerprint = weights_sha256(folder)
+    device, _ = list_devices()[0]
+    prompts = Encoder(folder, device).prompts
+    document = prompts.get("document") or prompts.get("passage") or ""
+    encoder = Encoder(folder, device, document_prompt=document)
+    canary = encoder.canary()
+    return {
+        "path": str(folder),
+        "weights_sha256": fingerprint,
+        "weights_bytes": weights_bytes(folder),
+        "dimensions": encoder.dimensions,
+        "max_item_tokens": encoder.max_item_tokens,
+        "document_prompt": document,
+        "query_prompt": prompts.get("query", ""),
+        "normalised": bool(abs(float(np.linalg.norm(canary)) - 1) < 1e-3),
+        "canary": canary.astype("<f4").tobytes().hex(),
+        "tokens_per_second": _rate(encoder),
+    }
+
+
+def _rate(encoder: Any) -> float:
+    """Tokens a second over a second's work on texts of usual length."""
+    text = "A sentence of a usual length, as it stands in the documents that people embed. " * 4
+    tokens, start = 0, perf_counter()
+    while perf_counter() - start < 1.0:
+        tokenised = encoder.tokenise([text] * 32)
+        encoder.encode(tokenised)
+        tokens += int(tokenised.lengths.sum())
+    return round(tokens / (perf_counter() - start), 1)
+
+
+def queries(folder: Path, prompt: str, texts: list[str]) -> list[list[float]]:
+    """Vectors of search queries, with the model's query prompt."""
+    from workers.encoder import Encoder, list_devices
+
+    encoder = Encoder(folder, list_devices()[0][0])
+    vectors: list[list[float]] = encoder.encode(encoder.tokenise(texts, prompt=prompt)).tolist()
+    return vectors
+
+
+def main(arguments: list[str]) -> Any:
+    """Do what the arguments say."""
+    match arguments:
+        case ["devices"]:
+            from workers.encoder import list_devices
+
+            return list_devices()
+        case ["describe", folder]:
+            return describe(Path(folder))
+        case ["queries", folder]:
+            asked = json.load(sys.stdin)
+            return queries(Path(folder), asked["prompt"], asked["texts"])
+    raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(main(sys.argv[1:])))
+    except VectormillError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

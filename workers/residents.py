@@ -1,0 +1,81 @@
+"""The models that a child keeps loaded while memory lasts, least recently used out first."""
+
+import gc
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from pipeline.catalog import weights_sha256
+from pipeline.errors import ModelError
+from pipeline.jobs import Model
+from workers.encoder import Encoder
+
+log = structlog.get_logger()
+
+#: A loaded model takes its weights and about as much again for the widest batch, within reason.
+_ROOM_FACTOR = 2
+
+
+class Residents:
+    """Loaded models. `load` makes an encoder of a catalogue entry; `memory_bytes` is what all may take together."""
+
+    def __init__(self, load: Callable[[Model], Encoder], memory_bytes: int) -> None:
+        self._load = load
+        self._memory_bytes = memory_bytes
+        self._loaded: OrderedDict[str, tuple[Model, Encoder]] = OrderedDict()
+
+    def get(self, model: Model) -> Encoder:
+        """The encoder of a model, loaded and proven by its canary on first use.
+
+        Raises:
+            ModelError: it can't be loaded here, or isn't what the catalogue says.
+        """
+        held = self._loaded.get(model.name)
+        if held and held[0].weights_sha256 == model.weights_sha256:
+            self._loaded.move_to_end(model.name)
+            return held[1]
+        self._loaded.pop(model.name, None)
+        self._make_room(model.weights_bytes)
+        encoder = self._load(model)
+        encoder.prove(model.canary)
+        self._loaded[model.name] = (model, encoder)
+        log.info("model_loaded", model=model.name, device=str(encoder.device))
+        return encoder
+
+    def drop(self, name: str) -> None:
+        """Let a model go."""
+        self._loaded.pop(name, None)
+        gc.collect()
+
+    def _make_room(self, weights_bytes: int) -> None:
+        def taken() -> int:
+            return sum(model.weights_bytes for model, _ in self._loaded.values()) * _ROOM_FACTOR
+
+        while self._loaded and taken() + weights_bytes * _ROOM_FACTOR > self._memory_bytes:
+            name, _ = self._loaded.popitem(last=False)
+            log.info("model_evicted", model=name)
+        gc.collect()
+
+
+def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], Encoder]:
+    """How a child on `device` makes encoders: weights as the catalogue's fingerprint says, with its prompt."""
+
+    def load(model: Model) -> Encoder:
+        if model.path is not None:
+            folder = Path(model.path)
+            if not folder.is_dir():
+                raise ModelError(f"{model.name}: no folder {folder} on this machine")
+            if weights_sha256(folder) != model.weights_sha256:
+                raise ModelError(f"{model.name}: the files in {folder} are not those that were added to the catalogue")
+        return Encoder(
+            model.path or str(model.hub_id),
+            device,
+            document_prompt=model.document_prompt,
+            dtype=dtype,
+            threads=threads,
+            revision=model.revision,
+        )
+
+    return load

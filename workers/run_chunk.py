@@ -1,0 +1,150 @@
+"""The heart: claim → read → encode → commit."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+
+import numpy as np
+import structlog
+from sqlalchemy import Engine
+
+from pipeline.intake import read_chunk
+from pipeline.jobs import ChunkState, Claim, Item, JobState, Reject, RejectCode
+from pipeline.leases import Renewal
+from pipeline.store import chunks
+from pipeline.store.embeddings import NO_ROWS, Rows
+from pipeline.writeback import Ending, Part, split_bad_vectors, write_chunk
+from workers.batching import CONVICTED, Slice, isolated_slices
+from workers.encoder import Encoder
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Watch:
+    """What the renewal thread and the batches tell each other while a chunk runs."""
+
+    #: A batch that takes longer has hung.
+    hung_after_seconds: float
+    #: The chunk is given back when it has taken so long.
+    most_seconds: float
+    began: float = field(default_factory=monotonic)
+    last_batch: float = field(default_factory=monotonic)
+    cancelled: bool = False
+
+    def beat(self) -> None:
+        """A batch has ended."""
+        self.last_batch = monotonic()
+
+    @property
+    def hung(self) -> bool:
+        """Whether no batch has ended for too long."""
+        return monotonic() - self.last_batch > self.hung_after_seconds
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether to commit what there is and let go of the rest."""
+        return self.cancelled or monotonic() - self.began > self.most_seconds
+
+
+def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> None:
+    """Embed a claimed chunk and commit it, whole or in parts.
+
+    Raises:
+        LeaseLost: another claim owns the chunk by now.
+        ModelError: the model stopped working; nothing of what it made since the last commit is written.
+    """
+
+    def renew() -> bool:
+        if watch.hung:
+            on_hang()
+        with engine.begin() as connection:
+            state = chunks.renew(connection, claim)
+        watch.cancelled = watch.cancelled or state is None or state is JobState.CANCELLING
+        return state is not None
+
+    with Renewal(renew, claim.lease_seconds):
+        with engine.begin() as connection:
+            items = read_chunk(connection, claim)
+        for number, (part, ending) in enumerate(_parts(encoder, claim, items, watch)):
+            write_chunk(engine, claim, number, part, ending)
+
+
+def _parts(encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> Iterator[tuple[Part, Ending]]:
+    """What to commit, one after the other; the last one ends the chunk or gives it back."""
+    level, left = claim.isolation, len(items)
+    if level >= CONVICTED and items:
+        head, items, level, left = items[0], items[1:], 1, left - 1
+        log.warning("item_convicted", index=head.index)
+        yield _conviction(head), Ending(state=_state(left, watch), isolation=level if left else 0)
+    slices = list(isolated_slices(len(items), level)) if level else [Slice(0, len(items), 0)]
+    for this, following in zip(slices, [*slices[1:], None], strict=True):
+        if not left and this.start:
+            return
+        part = _embed(encoder, claim, items[this.start : this.stop], watch)
+        left -= part.settled
+        state = _state(left, watch)
+        yield part, Ending(state=state, isolation=following.level if following and left else 0)
+        if state is not ChunkState.RUNNING:
+            return
+
+
+def _state(left: int, watch: Watch) -> ChunkState:
+    """Where a commit leaves the chunk, with so many items left in it."""
+    if not left:
+        return ChunkState.DONE
+    if watch.cancelled:
+        return ChunkState.CANCELLED
+    return ChunkState.PENDING if watch.must_stop else ChunkState.RUNNING
+
+
+def _conviction(item: Item) -> Part:
+    message = "its worker died twice while this text was embedded alone"
+    return Part(rows=NO_ROWS, rejects=[_reject(item, RejectCode.CRASHED_WORKER, message)])
+
+
+def _embed(encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> Part:
+    """Embed items until they are done or the watch says stop.
+
+    Raises:
+        ModelError: something came out wrong, and the canary does so too: it isn't the items' fault.
+    """
+    tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
+    watch.beat()
+    rejects: list[Reject] = []
+    if claim.reject_long:
+        rejects = [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]
+        items = [item for item, cut in zip(items, tokenised.truncated, strict=True) if not cut]
+        tokenised = tokenised.select(~tokenised.truncated)
+    vectors = np.zeros((len(items), encoder.dimensions), dtype=np.float32)
+    made = np.zeros(len(items), dtype=np.bool_)
+    failed: list[Reject] = []
+    seconds = 0.0
+    for batch in encoder.batches(tokenised):
+        watch.beat()
+        seconds += batch.seconds
+        if batch.vectors is None:
+            failed += [_reject(items[at], RejectCode.ENCODE_FAILED, str(batch.error)) for at in batch.at.tolist()]
+        else:
+            vectors[batch.at], made[batch.at] = batch.vectors, True
+        if watch.must_stop:
+            break
+    rows = Rows(
+        indexes=np.array([item.index for item, done in zip(items, made, strict=True) if done], dtype=np.int64),
+        keys=[item.key for item, done in zip(items, made, strict=True) if done],
+        vectors=vectors[made],
+        tokens=tokenised.lengths[made],
+        truncated=tokenised.truncated[made],
+    )
+    rows, bad = split_bad_vectors(rows, claim.dimensions, half=claim.half)
+    if failed or bad:
+        encoder.prove_again()
+    return Part(rows=rows, rejects=[*rejects, *failed, *bad], device_seconds=seconds)
+
+
+def _too_long(item: Item, claim: Claim) -> Reject:
+    return _reject(item, RejectCode.TOO_LONG, f"more than {claim.max_item_tokens} tokens")
+
+
+def _reject(item: Item, code: RejectCode, message: str) -> Reject:
+    return Reject(index=item.index, key=item.key, code=code, message=message)

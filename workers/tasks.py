@@ -1,0 +1,145 @@
+"""The one task: find the model, claim, run. A claim that fails here is given back or counted as lost, by its cause."""
+
+import os
+from functools import cache
+from uuid import UUID
+
+import psutil
+import structlog
+from billiard import current_process
+from celery import Task
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from pipeline.catalog import as_model
+from pipeline.errors import LeaseLost, ModelError
+from pipeline.jobs import ChunkState, Claim, Model
+from pipeline.logs import configure_logs
+from pipeline.publish import RUN_CHUNK
+from pipeline.settings import Settings, load_settings
+from pipeline.store import chunks, jobs, models, workers
+from pipeline.store.database import is_connection_lost, make_engine
+from workers.app import app, worker_id_of
+from workers.residents import Residents, loader
+from workers.run_chunk import Watch, run_chunk
+
+log = structlog.get_logger()
+
+#: A chunk that failed for a reason outside of it waits so long for its next claim.
+_BACK_OFF_SECONDS = 10.0
+_LEAST_HANG_SECONDS = 60.0
+_HANG_FACTOR = 20
+
+
+class Child:
+    """What a child process keeps from one chunk to the next."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        configure_logs(settings.log_level)
+        url = settings.database_url
+        assert url is not None
+        # One connection claims and commits, the other renews.
+        self.engine: Engine = make_engine(url.get_secret_value(), application="vectormill-worker", pool_size=3)
+        devices = settings.worker_devices
+        device = devices[current_process().index % len(devices)]
+        on_cpu = device == "cpu"
+        threads = max(1, (os.cpu_count() or 1) // settings.worker_replicas) if on_cpu else None
+        memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
+        self.residents = Residents(
+            loader(device, threads, settings.worker_dtype),
+            int(memory_bytes * 0.8) // settings.worker_replicas,
+        )
+
+
+@cache
+def _child() -> Child:
+    return Child(load_settings())
+
+
+@app.task(name=RUN_CHUNK, bind=True)
+def run_chunk_task(task: Task, job: str, chunk_id: int) -> None:
+    """Embed one chunk of a job, if it is to be had."""
+    child, worker_id, job_id = _child(), worker_id_of(task.request.hostname), UUID(job)
+    with structlog.contextvars.bound_contextvars(job=job, chunk=chunk_id):
+        try:
+            model = _model_of(child.engine, job_id)
+            if model is None:
+                return
+            try:
+                _run(child, model, job_id, chunk_id, worker_id, task.request.id)
+            except ModelError as error:
+                log.error("model_dropped", model=model.name, reason=str(error))
+                child.residents.drop(model.name)
+                with child.engine.begin() as connection:
+                    workers.drop_model(connection, worker_id, model.name, str(error))
+        except LeaseLost:
+            log.warning("lease_lost")
+        except DBAPIError as error:
+            if not is_connection_lost(error):
+                raise
+            log.warning("database_unreachable")
+
+
+def _model_of(engine: Engine, job_id: UUID) -> Model | None:
+    with engine.begin() as connection:
+        job = jobs.by_id(connection, job_id)
+        row = models.by_name(connection, job["model_name"]) if job else None
+    return as_model(row) if row else None
+
+
+def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUID, task_id: str) -> None:
+    encoder = child.residents.get(model)
+    with child.engine.begin() as connection:
+        claim = chunks.claim(
+            connection,
+            job_id,
+            chunk_id,
+            worker_id=worker_id,
+            task_id=task_id,
+            lease_seconds=child.settings.lease_seconds,
+        )
+    if claim is None:
+        log.debug("nothing_to_claim")
+        return
+    expected_seconds = encoder.budget_tokens / model.tokens_per_second
+    watch = Watch(
+        hung_after_seconds=max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds),
+        most_seconds=most_chunk_seconds(child.settings),
+    )
+    with structlog.contextvars.bound_contextvars(fence=claim.fence):
+        try:
+            run_chunk(child.engine, encoder, claim, watch, on_hang=_leave)
+        except (LeaseLost, ModelError, DBAPIError) as error:
+            _give_back(child.engine, claim, error)
+            raise
+        except Exception as error:
+            # A text did this, or a fault of ours: count it as a crash, so that isolation finds the text.
+            with child.engine.begin() as connection:
+                chunks.free_lost_claim(connection, chunk_id, worker_id, task_id, type(error).__name__)
+            raise
+
+
+def most_chunk_seconds(settings: Settings) -> float:
+    """A chunk that takes longer than this commits what it has and is given back."""
+    return max(300.0, 20 * settings.chunk_seconds)
+
+
+def _leave() -> None:
+    log.error("batch_hung")
+    os._exit(70)
+
+
+def _give_back(engine: Engine, claim: Claim, error: Exception) -> None:
+    """Let another worker take the chunk, unless it is another's already or the database is away."""
+    if isinstance(error, LeaseLost) or (isinstance(error, DBAPIError) and is_connection_lost(error)):
+        return
+    progress = chunks.Progress(
+        state=ChunkState.PENDING,
+        not_before_seconds=0 if isinstance(error, ModelError) else _BACK_OFF_SECONDS,
+        isolation=claim.isolation,
+        error=str(error.orig)[:500] if isinstance(error, DBAPIError) else str(error),
+    )
+    with engine.begin() as connection:
+        chunks.record(connection, claim, progress)
+    log.warning("chunk_given_back", error=type(error).__name__)
