@@ -40,7 +40,7 @@ def resume(connection: Connection, job_id: UUID) -> JobState:
     Raises:
         IllegalTransition: it isn't paused, queued or running.
     """
-    if not jobs.move(connection, job_id, JobState.QUEUED, only_from=(JobState.PAUSED,)):
+    if not jobs.resume(connection, job_id):
         return _unless(connection, job_id, (JobState.QUEUED, JobState.RUNNING), "resumed")
     return JobState.QUEUED
 

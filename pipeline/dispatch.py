@@ -19,7 +19,7 @@ from pipeline.errors import ServiceUnreachable
 from pipeline.jobs import JobState, Reason
 from pipeline.publish import Publisher
 from pipeline.store import chunks, jobs, models, partitions, usage, workers
-from pipeline.store.database import is_connection_lost, reporting_unreachable
+from pipeline.store.database import is_connection_lost, plain_reason, reporting_unreachable
 from pipeline.submit import undo_staging
 
 log = structlog.get_logger()
@@ -274,7 +274,7 @@ def _attempt(duty: Callable[[], Any], otherwise: Any = None) -> Any:
         log.warning("redis_unreachable")
     except DBAPIError as error:
         lost = is_connection_lost(error)
-        log.warning("database_unreachable" if lost else "duty_failed", error=None if lost else str(error.orig))
+        log.warning("database_unreachable" if lost else "duty_failed", error=None if lost else plain_reason(error))
     except Exception:
         log.exception("duty_failed")
     return otherwise

@@ -163,6 +163,8 @@ jobs = Table(
     _moment("created_at", now=True),
     _moment("queued_at"),
     _moment("started_at"),
+    # When a person last let it go on: losses before that don't count against its model.
+    _moment("resumed_at"),
     _moment("finished_at"),
     _moment("texts_removed_at"),
     _state(JobState),

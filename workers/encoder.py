@@ -12,6 +12,7 @@ import numpy.typing as npt
 import structlog
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import ModelError
 from workers.batching import token_batches
@@ -71,15 +72,14 @@ class Encoder:
 
     def __init__(
         self,
-        folder: Path | str,
+        folder: Path,
         device: str,
         *,
         document_prompt: str = "",
         dtype: str = "float32",
         threads: int | None = None,
-        revision: str | None = None,
     ) -> None:
-        """Load weights from `folder`, or from the hub's cache by id and `revision`.
+        """Load weights from `folder`.
 
         `dtype` (float32, bfloat16, float16) counts on CUDA only; `threads` on the CPU only.
 
@@ -88,13 +88,14 @@ class Encoder:
         """
         if threads:
             torch.set_num_threads(threads)
+        disable_progress_bar()
         self.device = torch.device(device)
         on_cuda = self.device.type == "cuda"
         try:
             self._model = SentenceTransformer(
                 str(folder),
                 device=device,
-                revision=revision,
+                local_files_only=True,
                 trust_remote_code=False,
                 model_kwargs={
                     "use_safetensors": True,
@@ -136,7 +137,8 @@ class Encoder:
                 vectors = self._forward([tokenised.ids[n] for n in at])
             except Exception as error:  # noqa: BLE001 - whatever one text does to the model, the others go on
                 if len(at) == 1:
-                    yield Batch(at, None, perf_counter() - start, _without_memory(error) or str(error)[:200])
+                    why = _without_memory(error) or f"the model raised {type(error).__name__}"
+                    yield Batch(at, None, perf_counter() - start, why)
                     continue
                 if _without_memory(error):
                     self._shrink(int(tokenised.lengths[at].max()) * len(at))

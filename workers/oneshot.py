@@ -1,8 +1,10 @@
 """A model in a process of its own, for doors that never import torch. Reads and writes JSON.
 
     python -m workers.oneshot devices              [[name, memory in bytes], …]
-    python -m workers.oneshot describe FOLDER      what the catalogue records of a model
-    python -m workers.oneshot queries FOLDER       {"prompt", "texts"} on standard input → vectors
+    python -m workers.oneshot describe SOURCE      what the catalogue records of a model
+    python -m workers.oneshot queries SOURCE       {"prompt", "texts"} on standard input → vectors
+
+SOURCE is a folder, or a hub id and its revision.
 
 An error is one line on standard error, and exit code 2.
 """
@@ -15,10 +17,11 @@ from typing import Any
 
 from pipeline.catalog import weights_bytes, weights_sha256
 from pipeline.errors import VectormillError
+from workers.weights import Source
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """What the catalogue records of the model in `folder`: fingerprint, sizes, prompts, canary, rate on this machine.
+def describe(source: Source) -> dict[str, Any]:
+    """What the catalogue records of a model: fingerprint, sizes, prompts, canary, rate on this machine.
 
     Raises:
         ModelError: it can't be loaded or batched.
@@ -27,6 +30,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
     from workers.encoder import Encoder, list_devices
 
+    folder = source.folder()
     fingerprint = weights_sha256(folder)
     device, _ = list_devices()[0]
     prompts = Encoder(folder, device).prompts
@@ -34,7 +38,9 @@ def describe(folder: Path) -> dict[str, Any]:
     encoder = Encoder(folder, device, document_prompt=document)
     canary = encoder.canary()
     return {
-        "path": str(folder),
+        "path": source.path,
+        "hub_id": source.hub_id,
+        "revision": source.revision,
         "weights_sha256": fingerprint,
         "weights_bytes": weights_bytes(folder),
         "dimensions": encoder.dimensions,
@@ -45,6 +51,15 @@ def describe(folder: Path) -> dict[str, Any]:
         "canary": canary.astype("<f4").tobytes().hex(),
         "tokens_per_second": _rate(encoder),
     }
+
+
+def _source(words: list[str]) -> Source:
+    match words:
+        case [folder]:
+            return Source(path=folder)
+        case [hub_id, revision]:
+            return Source(hub_id=hub_id, revision=revision)
+    raise SystemExit(__doc__)
 
 
 def _rate(encoder: Any) -> float:
@@ -74,11 +89,11 @@ def main(arguments: list[str]) -> Any:
             from workers.encoder import list_devices
 
             return list_devices()
-        case ["describe", folder]:
-            return describe(Path(folder))
-        case ["queries", folder]:
+        case ["describe", *source]:
+            return describe(_source(source))
+        case ["queries", *source]:
             asked = json.load(sys.stdin)
-            return queries(Path(folder), asked["prompt"], asked["texts"])
+            return queries(_source(source).folder(), asked["prompt"], asked["texts"])
     raise SystemExit(__doc__)
 
 

@@ -3,14 +3,12 @@
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 
 import structlog
 
-from pipeline.catalog import weights_sha256
-from pipeline.errors import ModelError
 from pipeline.jobs import Model
 from workers.encoder import Encoder
+from workers.weights import verified_folder
 
 log = structlog.get_logger()
 
@@ -63,19 +61,7 @@ def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], En
     """How a child on `device` makes encoders: weights as the catalogue's fingerprint says, with its prompt."""
 
     def load(model: Model) -> Encoder:
-        if model.path is not None:
-            folder = Path(model.path)
-            if not folder.is_dir():
-                raise ModelError(f"{model.name}: no folder {folder} on this machine")
-            if weights_sha256(folder) != model.weights_sha256:
-                raise ModelError(f"{model.name}: the files in {folder} are not those that were added to the catalogue")
-        return Encoder(
-            model.path or str(model.hub_id),
-            device,
-            document_prompt=model.document_prompt,
-            dtype=dtype,
-            threads=threads,
-            revision=model.revision,
-        )
+        folder = verified_folder(model)
+        return Encoder(folder, device, document_prompt=model.document_prompt, dtype=dtype, threads=threads)
 
     return load

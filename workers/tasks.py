@@ -18,7 +18,7 @@ from pipeline.logs import configure_logs
 from pipeline.publish import RUN_CHUNK
 from pipeline.settings import Settings, load_settings
 from pipeline.store import chunks, jobs, models, workers
-from pipeline.store.database import is_connection_lost, make_engine
+from pipeline.store.database import is_connection_lost, make_engine, plain_reason
 from workers.app import app, worker_id_of
 from workers.residents import Residents, loader
 from workers.run_chunk import Watch, run_chunk
@@ -138,7 +138,7 @@ def _give_back(engine: Engine, claim: Claim, error: Exception) -> None:
         state=ChunkState.PENDING,
         not_before_seconds=0 if isinstance(error, ModelError) else _BACK_OFF_SECONDS,
         isolation=claim.isolation,
-        error=str(error.orig)[:500] if isinstance(error, DBAPIError) else str(error),
+        error=plain_reason(error) if isinstance(error, DBAPIError) else str(error),
     )
     with engine.begin() as connection:
         chunks.record(connection, claim, progress)

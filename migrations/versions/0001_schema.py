@@ -221,6 +221,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("queued_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("resumed_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("texts_removed_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint("ends_as in ('cancelled', 'failed')", name=op.f("jobs_ends_as_check")),

@@ -1,5 +1,6 @@
 """`vectormill models`: the catalogue."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -45,26 +46,47 @@ def list_models(as_json: Json = False) -> None:
 @app.command()
 def add(
     name: Annotated[str, typer.Argument(help="What jobs call it.")],
-    path: Annotated[Path, typer.Option(help="Folder of a sentence-transformers model with safetensors weights.")],
+    path: Annotated[
+        Path | None, typer.Option(help="Folder of a sentence-transformers model with safetensors weights.")
+    ] = None,
+    hub: Annotated[
+        str | None, typer.Option(metavar="ID", help="A model on the Hugging Face hub, in its place.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="SHA", help="The commit of --hub: 40 digits.")] = None,
     alias: Annotated[list[str] | None, typer.Option(help="Another name for it; may be repeated.")] = None,
 ) -> None:
     """Add a model. It is loaded once, to measure it and to keep its canary; workers pick it up while they run.
 
-    Example: vectormill models add bge-small --path /models/bge-small-en-v1.5
+    Examples:
+
+        vectormill models add bge-small --path /models/bge-small-en-v1.5
+
+        vectormill models add bge --hub BAAI/bge-small-en-v1.5 --revision 5c38ec7c405ec4b44b94cc5a9bb96e735b38267a
     """
-    if not path.is_dir():
-        raise UserError(f"--path {path}: no such folder.")
+    source = _source(path, hub, revision)
     catalog.slug_of(name)
     with working() as place:
         with place.engine.begin() as connection:
             if models.by_name(connection, name):
                 raise UserError(f'there is a model "{name}" already; vectormill models remove {name} makes room.')
-        stderr.print(f"Loading {path} …")
-        description = oneshot(["describe", str(path.absolute())])
+        stderr.print(f"Loading {path or hub} …")
+        description = oneshot(["describe", *source])
         with place.engine.begin() as connection:
             catalog.add_model(connection, name, description, alias or ())
     rate = number(description["tokens_per_second"])
     stderr.print(f"Added {name}: {description['dimensions']} dimensions, {rate} tok/s on one slot here.")
+
+
+def _source(path: Path | None, hub: str | None, revision: str | None) -> list[str]:
+    if path and not hub:
+        if not path.is_dir():
+            raise UserError(f"--path {path}: no such folder.")
+        return [str(path.absolute())]
+    if hub and not path:
+        if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+            raise UserError("--hub needs --revision, the commit as 40 digits: a name such as main may change.")
+        return [hub, str(revision)]
+    raise UserError("give either --path DIR or --hub ID with --revision SHA.")
 
 
 @app.command()
@@ -74,6 +96,8 @@ def remove(name: Annotated[str, typer.Argument(help="The model.")]) -> None:
     Example: vectormill models remove bge-small
     """
     with working() as place, place.engine.begin() as connection:
+        if unfinished := models.unfinished_jobs(connection, name):
+            raise UserError(f"{name} has {unfinished:,} jobs that haven't ended; cancel them first: vectormill jobs.")
         if not models.remove(connection, name):
             raise UnknownModel(f'no model "{name}"; vectormill models list shows them.')
     stderr.print(f"Removed {name}.")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy import RowMapping
 
 from pipeline import status as reading
 from pipeline.catalog import DEFAULT_WORKSPACE
@@ -65,13 +66,18 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
         model = models.by_name(connection, row["model_name"]) if row else None
     if model is None:
         raise UnknownModel(f"the model of job {found} is no longer in the catalogue; a query can't be embedded.")
-    vectors = oneshot(["queries", model["path"]], {"prompt": model["query_prompt"], "texts": queries})
+    vectors = oneshot(["queries", *model_source(model)], {"prompt": model["query_prompt"], "texts": queries})
     with place.engine.begin() as connection:
         hits = [embeddings.nearest(connection, found, vector, limit) for vector in vectors]
     return [
         [{"index": index, "key": key, "similarity": round(near, 4), "text": text} for index, key, near, text in some]
         for some in hits
     ]
+
+
+def model_source(model: RowMapping) -> list[str]:
+    """A catalogue row's source, as `workers.oneshot` takes it."""
+    return [model["path"]] if model["path"] else [model["hub_id"], model["revision"]]
 
 
 def hit_table(hits: list[dict[str, Any]]) -> Table:

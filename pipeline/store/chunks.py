@@ -145,6 +145,10 @@ class Progress:
     error: str | None = None
 
 
+#: The fence check: what keeps a worker that was given up from writing after another has taken over.
+OURS = "fence = :fence and state in ('running', 'pending')"
+
+
 def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
     """The fenced update at the head of every commit. False: the chunk is not this claim's any more.
 
@@ -153,7 +157,8 @@ def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
     """
     return (
         connection.execute(
-            text("""
+            text(
+                """
             update vectormill.chunks set
               state = :state,
               embedded = embedded + :embedded, rejected = rejected + :rejected,
@@ -169,8 +174,9 @@ def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
               worker_id = case when :state = 'pending' then null else worker_id end,
               last_error = coalesce(:error, last_error),
               finished_at = case when :state in ('done', 'cancelled') then clock_timestamp() end
-            where id = :chunk and fence = :fence and state in ('running', 'pending')
-        """),
+            where id = :chunk and """
+                + OURS
+            ),
             {
                 "chunk": claim.chunk_id,
                 "fence": claim.fence,
@@ -271,8 +277,8 @@ def cancel_pending(connection: Connection, job_id: UUID, limit: int) -> int:
             update vectormill.chunks c
             set state = 'cancelled', cancelled = items - embedded - reused - rejected, finished_at = clock_timestamp()
             from (select id from vectormill.chunks where job_id = :job and state = 'pending'
-                  order by id limit :limit for update skip locked) as some
-            where c.id = some.id
+                  order by id limit :limit for update skip locked) as batch
+            where c.id = batch.id
         """),
         {"job": job_id, "limit": limit},
     ).rowcount
@@ -347,18 +353,22 @@ def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
 
 
 def losses_and_commits(connection: Connection, window_seconds: float) -> dict[str, tuple[int, int, int]]:
-    """Of each model that lost a claim within the window: claims lost, distinct chunks that lost one, and claims that
-    committed something."""
+    """Of each model that lost a claim within the window, and since a person last resumed a job of it: claims lost,
+    distinct chunks that lost one, and claims that committed something."""
     rows = connection.execute(
         text("""
-            with lost as (
-              select model, count(*) as claims, count(distinct chunk_id) as chunks from vectormill.claim_losses
-              where lost_at > now() - make_interval(secs => :window) group by model
+            with since as (
+              select model_name as model,
+                     greatest(now() - make_interval(secs => :window), max(resumed_at)) as moment
+              from vectormill.jobs where state in ('queued', 'running') group by model_name
+            ), lost as (
+              select l.model, s.moment, count(*) as claims, count(distinct l.chunk_id) as chunks
+              from vectormill.claim_losses l join since s on s.model = l.model and l.lost_at > s.moment
+              group by l.model, s.moment
             )
             select l.model, l.claims, l.chunks,
                    (select count(distinct (u.chunk_id, u.fence)) from vectormill.usage u
-                    where u.model = l.model and u.created_at > now() - make_interval(secs => :window)
-                      and u.chunk_id is not null)
+                    where u.model = l.model and u.created_at > l.moment and u.chunk_id is not null)
             from lost l
         """),
         {"window": window_seconds},

@@ -30,6 +30,8 @@ def make_engine(url: str, *, application: str, pool_size: int = 4) -> Engine:
         pool_size=pool_size,
         max_overflow=0,
         pool_pre_ping=True,
+        # Parameters can be documents: no error message may show them.
+        hide_parameters=True,
     )
 
     @event.listens_for(engine, "connect")
@@ -57,6 +59,13 @@ def is_connection_lost(error: Exception) -> bool:
             isinstance(error, OperationalError) and (state is None or state.startswith(("57P", "08")))
         )
     return isinstance(error, psycopg.OperationalError)
+
+
+def plain_reason(error: DBAPIError) -> str:
+    """What the database objects to, without the data that it would quote."""
+    diagnosis = getattr(error.orig, "diag", None)
+    primary = getattr(diagnosis, "message_primary", None)
+    return f"{type(error.orig).__name__}: {primary or 'no message'}"
 
 
 @contextmanager

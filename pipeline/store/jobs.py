@@ -213,25 +213,36 @@ def dead_stagings(connection: Connection, older_than_seconds: float) -> list[tup
 
 
 def move(
-    connection: Connection,
-    job_id: UUID,
-    to: JobState,
-    *,
-    reason: Reason | None = None,
-    message: str | None = None,
-    only_from: Sequence[JobState] = (),
+    connection: Connection, job_id: UUID, to: JobState, *, reason: Reason | None = None, message: str | None = None
 ) -> bool:
-    """Move a job to `to` from any state that may go there, or only from some of them. False: it wasn't in one."""
-    sources = [state for state, targets in JOB_TRANSITIONS.items() if to in targets]
-    if only_from:
-        sources = [state for state in sources if state in only_from]
+    """Move a job to `to` from any state that may go there. False: it wasn't in one."""
     return (
         connection.execute(
             text("""
             update vectormill.jobs set state = :to, reason = :reason, message = :message
             where id = :job and state = any(:sources)
         """),
-            {"job": job_id, "to": to.value, "reason": reason, "message": message, "sources": sources},
+            {"job": job_id, "to": to.value, "reason": reason, "message": message, "sources": sources_of(to)},
+        ).rowcount
+        == 1
+    )
+
+
+def sources_of(to: JobState) -> list[str]:
+    """The states from which a job may move to `to`."""
+    return [state.value for state, targets in JOB_TRANSITIONS.items() if to in targets]
+
+
+def resume(connection: Connection, job_id: UUID) -> bool:
+    """Let a paused job go on. False: it isn't paused."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs
+            set state = 'queued', reason = null, message = null, resumed_at = clock_timestamp()
+            where id = :job and state = 'paused'
+        """),
+            {"job": job_id},
         ).rowcount
         == 1
     )

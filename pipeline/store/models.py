@@ -27,6 +27,17 @@ def remove(connection: Connection, name: str) -> bool:
     return connection.execute(models.delete().where(models.c.name == name)).rowcount == 1
 
 
+def unfinished_jobs(connection: Connection, name: str) -> int:
+    """How many jobs of a model haven't ended."""
+    return connection.execute(
+        text("""
+            select count(*) from vectormill.jobs
+            where model_name = :name and state not in ('completed', 'failed', 'cancelled')
+        """),
+        {"name": name},
+    ).scalar_one()
+
+
 def find(connection: Connection, workspace_id: int, name: str) -> RowMapping | None:
     """The model called `name`, or aliased so, if the workspace may use it."""
     return (

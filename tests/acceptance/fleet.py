@@ -1,0 +1,156 @@
+"""Real processes for acceptance tests: dispatcher and workers on the test's own database and broker."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import psutil
+from sqlalchemy import Engine, text
+
+from pipeline import status
+
+T = TypeVar("T")
+
+#: A text that begins so kills the process of a poisonable worker, as a bug in a native library would.
+POISON = "kill the process that reads this"
+_PATIENCE_SECONDS = 120.0
+
+
+def eventually(look: Callable[[], T | None], what: str, seconds: float = _PATIENCE_SECONDS) -> T:
+    """Look until there is something to see; the test's only clock is this bound."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if seen := look():
+            return seen
+        time.sleep(0.01)
+    raise AssertionError(f"not seen within {seconds:g} s: {what}")
+
+
+@dataclass
+class Fleet:
+    """Processes that work on one database. All are ended with the test."""
+
+    engine: Engine
+    environment: dict[str, str]
+    logs: Path
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a Python module under `name`; its output goes to `logs/name.log`."""
+        with (self.logs / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                env={**os.environ, **self.environment, **environment},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.processes[name] = process
+        return process
+
+    def start_dispatcher(self) -> None:
+        """Start a dispatcher and wait until it leads."""
+        self.start("dispatcher", "pipeline.cli", "dispatcher")
+        query = "select exists (select from vectormill.leases where lease_until > now())"
+        eventually(lambda: self.scalar(query), "a dispatcher that leads")
+
+    def start_worker(self, replicas: int = 2, app: str = "workers.app", name: str = "worker") -> None:
+        """Start a worker, with `app` in place of the usual one for a mutant, and wait until it serves."""
+        before = self.scalar("select count(*) from vectormill.workers")
+        self.start(
+            name,
+            *("celery", "--quiet", "-A", app, "worker", "--pool", "prefork", "--concurrency", str(replicas)),
+            *("--hostname", f"{name}-{time.monotonic_ns()}@test", "--without-gossip"),
+            VECTORMILL_WORKER_DEVICES="cpu",
+            VECTORMILL_WORKER_REPLICAS=str(replicas),
+        )
+        count = "select count(*) from vectormill.workers"
+        eventually(lambda: self.scalar(count) > before, "a worker that shows itself")
+
+    def kill(self, name: str) -> None:
+        """SIGKILL a process that `start` started."""
+        process = self.processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def close(self) -> None:
+        """End everything, workers' children too."""
+        trees = [psutil.Process(p.pid) for p in self.processes.values() if p.poll() is None]
+        everyone = [child for tree in trees for child in tree.children(recursive=True)] + trees
+        for process in everyone:
+            with _gone_already():
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+        psutil.wait_procs(everyone, timeout=20)
+        for popen in self.processes.values():
+            popen.wait()
+
+    def scalar(self, query: str, **values: Any) -> Any:
+        """One value from the database."""
+        with self.engine.begin() as connection:
+            return connection.execute(text(query), values).scalar()
+
+    def submit(self, *arguments: str) -> UUID:
+        """`vectormill submit`, to its end. Returns the job's id."""
+        return UUID(self.cli("submit", *arguments).stdout.strip())
+
+    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command of vectormill."""
+        return subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", *arguments],
+            env={**os.environ, **self.environment},
+            check=check,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_SECONDS,
+        )
+
+    def status(self, job: UUID) -> dict[str, Any]:
+        """Where a job stands."""
+        with self.engine.begin() as connection:
+            return status.job_status(connection, job)
+
+    def await_end(self, job: UUID) -> dict[str, Any]:
+        """Wait for a job's end. Returns its status."""
+        ended = ("completed", "failed", "cancelled")
+        eventually(lambda: self.status(job)["state"] in ended, f"the end of job {job}")
+        return self.status(job)
+
+    def child_at_work(self, job: UUID, chunk: int | None = None, after: int = 0) -> tuple[psutil.Process, int, int]:
+        """Wait for a chunk of `job` that is being run, or for this chunk under a later fence than `after`, and find
+        the child that runs it: (process, chunk, fence)."""
+        query = text("""
+            select c.id, c.fence, a.client_port from vectormill.chunks c
+            join pg_stat_activity a on a.pid = c.backend_pid
+            where c.job_id = :job and c.state = 'running' and c.fence > :after and c.id = coalesce(:chunk, c.id)
+            limit 1
+        """)
+
+        def look() -> tuple[psutil.Process, int, int] | None:
+            with self.engine.begin() as connection:
+                row = connection.execute(query, {"job": job, "chunk": chunk, "after": after}).one_or_none()
+            child = self._child_on_port(row.client_port) if row else None
+            return (child, row.id, row.fence) if row and child else None
+
+        return eventually(look, "a child at work")
+
+    def _child_on_port(self, port: int) -> psutil.Process | None:
+        for process in self.processes.values():
+            with _gone_already():
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    with _gone_already():
+                        if any(c.laddr.port == port for c in child.net_connections("tcp4")):
+                            return child
+        return None
+
+
+def _gone_already() -> suppress:
+    return suppress(psutil.NoSuchProcess, psutil.AccessDenied)

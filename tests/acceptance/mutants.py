@@ -1,0 +1,35 @@
+"""Workers with one thing changed, as Celery apps: `celery -A tests.acceptance.mutants:NAME`.
+
+The module is in each app's `include`, so that spawned children are changed as well; which change they get is said by
+the environment, since a child imports the module afresh.
+"""
+
+import os
+import signal
+
+from pipeline.store import chunks
+from tests.acceptance.fleet import POISON
+from workers.app import app
+
+app.conf.include = [*app.conf.include, __name__]
+
+
+def _without_fence() -> None:
+    """Whoever commits is believed."""
+    chunks.OURS = "cast(:fence as bigint) is not null"
+
+
+def _poisonable() -> None:
+    from workers.encoder import Encoder
+
+    read = Encoder.tokenise
+
+    def tokenise(self, texts, *arguments, **named):  # type: ignore[no-untyped-def]
+        if any(text.startswith(POISON) for text in texts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, texts, *arguments, **named)
+
+    Encoder.tokenise = tokenise  # type: ignore[method-assign]
+
+
+{"without_fence": _without_fence, "poisonable": _poisonable}[os.environ["MUTANT"]]()

@@ -1,0 +1,130 @@
+"""The main job under faults: workers killed and frozen, Redis wiped, the dispatcher killed. The oracle judges."""
+
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+import redis
+from sqlalchemy import text
+
+from tests.acceptance.conftest import write_corpus
+from tests.acceptance.fleet import POISON, Fleet, eventually
+from tests.acceptance.oracle import objections
+
+
+def _objections(fleet: Fleet, job: UUID, corpus: Path, calm: UUID | None = None) -> list[str]:
+    with fleet.engine.begin() as connection:
+        return objections(connection, job, corpus, calm)
+
+
+def test_nothing_is_lost_or_doubled(fleet: Fleet, texts: list[str], tmp_path: Path, redis_url: str) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
+    fleet.start_dispatcher()
+    fleet.start_worker()
+    calm = fleet.submit(str(corpus), "--model", "minilm")
+    assert fleet.await_end(calm)["state"] == "completed"
+    assert _objections(fleet, calm, corpus) == []
+
+    job = fleet.submit(str(corpus), "--model", "minilm")
+    killed = []
+    for _ in range(2):
+        child, chunk, fence = fleet.child_at_work(job)
+        child.kill()
+        killed.append((chunk, fence))
+        eventually(
+            lambda: (
+                fleet.scalar("select count(*) from vectormill.claim_losses where job_id = :job", job=job) == len(killed)
+            ),
+            "the loss of the killed child's claim",
+        )
+    redis.Redis.from_url(redis_url).flushall()
+    fleet.kill("dispatcher")
+    fleet.start_dispatcher()
+    assert fleet.status(job)["state"] == "running", "the job must outlast the faults, or they prove nothing"
+
+    ended = fleet.await_end(job)
+    assert ended["state"] == "completed"
+    assert ended["items"]["embedded"] == len(texts)
+    assert ended["chunks"]["done"] >= 20
+    assert _objections(fleet, job, corpus, calm) == []
+    lost = "select array_agg((chunk_id, fence)::text order by id) from vectormill.claim_losses where job_id = :job"
+    assert fleet.scalar(lost, job=job) == [f"({chunk},{fence})" for chunk, fence in killed]
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+@pytest.mark.parametrize("meanwhile", ["cancelled", "redone"])
+def test_a_worker_frozen_past_its_lease(
+    fleet: Fleet, texts: list[str], tmp_path: Path, fenced: bool, meanwhile: str
+) -> None:
+    """With the fence it discards what it made; without, the oracle must object: so the oracle can."""
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:500])
+    fleet.start_dispatcher()
+    fleet.environment["MUTANT"] = "without_fence"
+    fleet.start_worker(1, app="workers.app" if fenced else "tests.acceptance.mutants", name="frozen")
+    job = fleet.submit(str(corpus), "--model", "minilm")
+    child, chunk, fence = fleet.child_at_work(job)
+    child.suspend()
+    second = None
+    if meanwhile == "cancelled":
+        fleet.cli("cancel", str(job))
+        assert fleet.await_end(job)["state"] == "cancelled"
+    else:
+        # The second worker has claimed the chunk and is still at it when the first one wakes.
+        fleet.start_worker(1, name="second")
+        second, _, _ = fleet.child_at_work(job, chunk, after=fence)
+        second.suspend()
+    child.resume()
+    log = fleet.logs / "frozen.log"
+    wrote = "select exists (select from vectormill.usage where chunk_id = :chunk and fence = :fence)"
+    eventually(
+        lambda: "lease_lost" in log.read_text() or fleet.scalar(wrote, chunk=chunk, fence=fence),
+        "what the frozen worker did when it woke",
+    )
+    if second:
+        second.resume()
+        fleet.await_end(job)
+    assert bool(_objections(fleet, job, corpus)) is not fenced
+
+
+def test_a_text_that_kills_its_process_is_rejected_alone(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    bad = 1_234
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [*texts[:bad], f"{POISON}, please", *texts[bad:2_000]])
+    fleet.start_dispatcher()
+    fleet.environment["MUTANT"] = "poisonable"
+    fleet.start_worker(2, app="tests.acceptance.mutants")
+    job = fleet.submit(str(corpus), "--model", "static")
+    ended = fleet.await_end(job)
+    assert ended["state"] == "completed"
+    assert ended["items"] == {
+        "total": 2_001,
+        "embedded": 2_000,
+        "reused": 0,
+        "rejected": 1,
+        "cancelled": 0,
+        "pending": 0,
+        "truncated": ended["items"]["truncated"],
+    }
+    with fleet.engine.begin() as connection:
+        query = text("select index, key, code from vectormill.rejects where job_id = :job")
+        assert [tuple(row) for row in connection.execute(query, {"job": job})] == [
+            (bad, f"doc-{bad}", "crashed_worker")
+        ]
+    assert _objections(fleet, job, corpus) == []
+
+
+def test_two_jobs_on_two_models_one_cancelled_midway(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
+    fleet.start_dispatcher()
+    fleet.start_worker()
+    slow = fleet.submit(str(corpus), "--model", "minilm")
+    other = fleet.submit(str(corpus), "--model", "static")
+    eventually(lambda: fleet.status(slow)["items"]["embedded"] > 0, "the first vectors")
+    fleet.cli("cancel", str(slow))
+    ended, untouched = fleet.await_end(slow), fleet.await_end(other)
+    assert ended["state"] == "cancelled"
+    assert 0 < ended["items"]["embedded"] < len(texts)
+    assert ended["items"]["embedded"] + ended["items"]["cancelled"] == len(texts)
+    assert untouched["state"] == "completed"
+    assert untouched["items"]["embedded"] == len(texts)
+    assert _objections(fleet, slow, corpus) == []
+    assert _objections(fleet, other, corpus) == []

@@ -1,0 +1,124 @@
+"""A whole job, from queued to completed, against the bare encoder on the same texts."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import UUID
+
+from sqlalchemy import text
+
+from pipeline.cli.connect import Place
+from pipeline.jobs import JobState
+from pipeline.store import jobs
+from tests.benchmarks.corpus import distinct_docstrings, write_rows
+from tests.benchmarks.harness import Benchmark, Rounds, Values
+from tests.benchmarks.machine import connected, model_folder, submit_file, whole_machine
+
+_DOCSTRINGS = 2_500
+_WARM_UP_DOCSTRINGS = 160
+_WARM_UP_CHUNK_ITEMS = 16
+_WARM_UPS = 5
+_JOB_SECONDS = 600.0
+_POLL_SECONDS = 0.5
+
+#: Whether two chunks of a job ran at once.
+_OVERLAP = """
+    select exists (select from vectormill.chunks a join vectormill.chunks b on a.job_id = b.job_id and a.id < b.id
+                   where a.job_id = :job and a.started_at < b.finished_at and b.started_at < a.finished_at)
+"""
+_ACCOUNT = """
+    select extract(epoch from j.finished_at - j.queued_at)::float8,
+           (select count(*) from vectormill.embeddings e where e.job_id = j.id)
+    from vectormill.jobs j where j.id = :job
+"""
+
+
+def measure(rounds: Rounds) -> Values:
+    """Items a second of both. While one works, the other waits for its turn."""
+    texts = distinct_docstrings(_DOCSTRINGS)
+    with (
+        TemporaryDirectory() as folder,
+        whole_machine() as running,
+        connected(running) as place,
+        _bare_engine(Path(folder, "texts.json"), texts) as engine,
+    ):
+        rows = [(f"doc-{n}", body) for n, body in enumerate(texts)]
+        corpus = write_rows(Path(folder, "corpus.jsonl"), rows)
+        _warm_up(place, write_rows(Path(folder, "warm-up.jsonl"), rows[:_WARM_UP_DOCSTRINGS]))
+        return rounds.interleave(
+            {
+                "job": lambda _: _DOCSTRINGS / _job_seconds(place, corpus),
+                "bare encoder": lambda _: _DOCSTRINGS / _turn(engine),
+            }
+        )
+
+
+def _warm_up(place: Place, corpus: Path) -> None:
+    """Run small jobs until two chunks ran at once: then both replicas have the model."""
+    for _ in range(_WARM_UPS):
+        job = submit_file(place, corpus, lambda usual: replace(usual, chunk_items=_WARM_UP_CHUNK_ITEMS))
+        _wait_until_completed(place, job)
+        with place.engine.begin() as connection:
+            if connection.execute(text(_OVERLAP), {"job": job}).scalar_one():
+                return
+    raise RuntimeError("the worker's replicas never ran at once")
+
+
+def _job_seconds(place: Place, corpus: Path) -> float:
+    """From queued to completed, by the database's clock."""
+    job = submit_file(place, corpus)
+    _wait_until_completed(place, job)
+    with place.engine.begin() as connection:
+        seconds, embedded = connection.execute(text(_ACCOUNT), {"job": job}).one()
+    assert embedded == _DOCSTRINGS
+    return float(seconds)
+
+
+def _wait_until_completed(place: Place, job: UUID) -> None:
+    """Look now and then: a job's end sends no event."""
+    deadline = time.monotonic() + _JOB_SECONDS
+    while time.monotonic() < deadline:
+        with place.engine.begin() as connection:
+            row = jobs.by_id(connection, job)
+        assert row
+        if row["state"] == JobState.COMPLETED:
+            return
+        if JobState(row["state"]).ended or row["state"] == JobState.PAUSED:
+            raise RuntimeError(f"the job is {row['state']}: {row['reason']} {row['message']}")
+        time.sleep(_POLL_SECONDS)
+    raise TimeoutError(f"the job wasn't completed within {_JOB_SECONDS:g} s")
+
+
+@contextmanager
+def _bare_engine(path: Path, texts: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """The encoder in a process of its own, loaded and warm, with as many threads as there are cores."""
+    path.write_text(json.dumps(texts), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.benchmarks.bare_engine", str(path), str(model_folder())]
+    with subprocess.Popen(
+        [*command, str(os.cpu_count() or 1)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def _turn(engine: "subprocess.Popen[str]") -> float:
+    """Let the bare encoder do all texts once; the seconds that it took."""
+    assert engine.stdin
+    assert engine.stdout
+    engine.stdin.write("\n")
+    engine.stdin.flush()
+    return float(engine.stdout.readline())
+
+
+BENCHMARK = Benchmark(name="job_vs_engine", target=0.95, unit="items/s", measure=measure)

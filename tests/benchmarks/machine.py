@@ -1,0 +1,121 @@
+"""Real servers in a temporary home, and what benchmarks do with them."""
+
+import os
+import queue
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import UUID
+
+from sqlalchemy import text
+
+from pipeline.catalog import find_model, workspace_id
+from pipeline.cli.connect import Place
+from pipeline.cli.prepare import BUNDLED_MODEL, bundled_model_folder, prepare_database
+from pipeline.cli.submit import planning
+from pipeline.embedded import place
+from pipeline.embedded.machine import Machine, Stages
+from pipeline.embedded.runtime import Running
+from pipeline.embedded.stages import app_stages
+from pipeline.jobs import Model
+from pipeline.settings import Settings
+from pipeline.sources import Columns, Corpus
+from pipeline.store.database import make_engine
+from pipeline.submit import Options, Planning, Submission, submit
+
+
+def model_folder() -> Path:
+    """Where all-MiniLM-L6-v2 is installed."""
+    folder = bundled_model_folder()
+    assert folder, "the extra `embedded` is not installed"
+    return folder
+
+
+@contextmanager
+def servers() -> Iterator[Running]:
+    """Postgres and Valkey alone, with the schema and the bundled model."""
+    with TemporaryDirectory(prefix="vectormill-bench-") as folder, _machine(Path(folder), lambda _: ()) as running:
+        yield running
+
+
+@contextmanager
+def whole_machine() -> Iterator[Running]:
+    """Everything as `vectormill up` runs it, with one worker."""
+    with (
+        TemporaryDirectory(prefix="vectormill-bench-") as folder,
+        _machine(Path(folder), lambda running: app_stages(running, 1)) as running,
+    ):
+        yield running
+
+
+@contextmanager
+def _machine(folder: Path, stages: Stages) -> Iterator[Running]:
+    settings = Settings(home=folder / "home", database_url=None, redis_url=None)
+    machine = Machine(settings, prepare=prepare_database, stages=stages)
+    ready: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="machine") as pool:
+            ended = pool.submit(machine.run, ready.put)
+            ended.add_done_callback(lambda _: ready.put(None))
+            try:
+                running = ready.get()
+                if running is not None:
+                    yield running
+            finally:
+                machine.request_stop()
+        ended.result()
+    finally:
+        _remove_what_root_keeps(settings.home)
+
+
+def _remove_what_root_keeps(home: Path) -> None:
+    if os.geteuid() != 0:
+        return
+    kept = place.Place.of_home(home).folder
+    for folder in (kept, *kept.parent.glob(f"{kept.name}.new-*")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def connected(running: Running) -> Iterator[Place]:
+    """Work in the default workspace of a machine, as a command would."""
+    engine = make_engine(running.database_url, application="vectormill-cli")
+    try:
+        with engine.begin() as connection:
+            workspace = workspace_id(connection)
+        yield Place(settings=Settings(home=running.home), engine=engine, workspace_id=workspace)
+    finally:
+        engine.dispose()
+
+
+def bundled_model(where: Place) -> Model:
+    """The catalogue's entry of all-MiniLM-L6-v2, with the rate that is measured by now."""
+    with where.engine.begin() as connection:
+        return find_model(connection, where.workspace_id, BUNDLED_MODEL)
+
+
+def submit_file(where: Place, path: Path, cut: Callable[[Planning], Planning] = lambda usual: usual) -> UUID:
+    """Submit a file of JSON lines with usual settings; `cut` may change how its chunks are cut."""
+    return submit(
+        where.engine,
+        Submission(
+            workspace_id=where.workspace_id,
+            model=bundled_model(where),
+            corpus=Corpus([str(path)], Columns(), where.settings.item_bytes),
+            options=Options(name=path.stem),
+            planning=cut(planning(where.settings)),
+        ),
+    ).job_id
+
+
+def forget_jobs(where: Place) -> None:
+    """Empty every table that a job fills, and settle what is still to be written to disk."""
+    with where.engine.begin() as connection:
+        connection.execute(text("truncate vectormill.items, vectormill.embeddings, vectormill.rejects"))
+        connection.execute(text("truncate vectormill.usage"))
+        connection.execute(text("delete from vectormill.jobs"))
+    with where.engine.begin() as connection:
+        connection.execute(text("checkpoint"))

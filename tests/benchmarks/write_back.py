@@ -1,0 +1,123 @@
+"""A chunk's whole commit against `executemany` of the same rows into the same table."""
+
+from time import perf_counter
+from uuid import UUID, uuid4
+
+import numpy as np
+import psycopg
+from pgvector.psycopg import register_vector
+from uuid_utils.compat import uuid7
+
+from pipeline.catalog import vector_space_of
+from pipeline.cli.connect import Place
+from pipeline.jobs import ChunkState, Claim
+from pipeline.store import chunks, jobs, partitions
+from pipeline.store.embeddings import Rows
+from pipeline.writeback import Ending, Part, write_chunk
+from tests.benchmarks.harness import Benchmark, Rounds, Values
+from tests.benchmarks.machine import bundled_model, connected, forget_jobs, servers
+
+_ROWS = 10_000
+#: One alone takes a tenth of a second, in which a machine's other work shows.
+_CHUNKS = 5
+_DIMENSIONS = 384
+_VECTOR_SPACE = 1
+_LEASE_SECONDS = 60.0
+_INSERT = """
+    insert into vectormill.embeddings (job_id, index, key, vector_space_id, tokens, truncated, vector)
+    values (%s, %s, %s, %s, %s, %s, %s)
+"""
+
+
+def measure(rounds: Rounds) -> Values:
+    """Rows a second of both, each into tables that were empty before."""
+    rows = _rows()
+    with (
+        servers() as running,
+        connected(running) as place,
+        psycopg.connect(running.database_url) as plain,
+    ):
+        register_vector(plain)
+        plain.commit()
+        return rounds.interleave(
+            {
+                "write-back": lambda _: _CHUNKS * _ROWS / _write_back_seconds(place, rows),
+                "executemany": lambda _: _CHUNKS * _ROWS / _executemany_seconds(place, plain, rows),
+            }
+        )
+
+
+def _rows() -> Rows:
+    vectors = np.random.default_rng(0).standard_normal((_ROWS, _DIMENSIONS), dtype=np.float32)
+    return Rows(
+        indexes=np.arange(_ROWS, dtype=np.int64),
+        keys=[f"row-{n}" for n in range(_ROWS)],
+        vectors=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
+        tokens=np.full(_ROWS, 80, dtype=np.int32),
+        truncated=np.zeros(_ROWS, dtype=np.bool_),
+    )
+
+
+def _write_back_seconds(place: Place, rows: Rows) -> float:
+    forget_jobs(place)
+    claims = [_claim(place) for _ in range(_CHUNKS)]
+    start = perf_counter()
+    for claim in claims:
+        write_chunk(place.engine, claim, 0, Part(rows=rows, device_seconds=1.0), Ending(state=ChunkState.DONE))
+    return perf_counter() - start
+
+
+def _claim(place: Place) -> Claim:
+    """The claimed chunk of a job of one chunk."""
+    job_id, fence = uuid7(), 1
+    _insert_job(place, job_id)
+    with place.engine.begin() as connection:
+        jobs.hold_staging(connection, job_id, fence, _LEASE_SECONDS)
+        planned = chunks.NewChunk(ordinal=0, first_index=0, items=_ROWS, estimated_tokens=80 * _ROWS, rejected=0)
+        chunks.insert_chunks(connection, job_id, [planned])
+        jobs.queue(connection, job_id, fence, items_total=_ROWS, max_rejects=None, payload=None)
+    with place.engine.begin() as connection:
+        ((chunk_id, _),) = chunks.pending_after(connection, job_id, 0, 2)
+        claim = chunks.claim(
+            connection, job_id, chunk_id, worker_id=uuid4(), task_id="benchmark", lease_seconds=_LEASE_SECONDS
+        )
+    assert claim
+    return claim
+
+
+def _insert_job(place: Place, job_id: UUID) -> None:
+    model = bundled_model(place)
+    with place.engine.begin() as connection:
+        partitions.make_month(connection, partitions.month_of(job_id))
+        jobs.insert_staging(
+            connection,
+            jobs.NewJob(
+                id=job_id,
+                workspace_id=place.workspace_id,
+                name="benchmark",
+                model_name=model.name,
+                vector_space_id=vector_space_of(connection, model, dimensions=None, max_item_tokens=None),
+                lease_seconds=_LEASE_SECONDS,
+            ),
+        )
+
+
+def _executemany_seconds(place: Place, plain: psycopg.Connection, rows: Rows) -> float:
+    forget_jobs(place)
+    made = [_values(rows, uuid7()) for _ in range(_CHUNKS)]
+    start = perf_counter()
+    for values in made:
+        with plain.transaction(), plain.cursor() as cursor:
+            cursor.executemany(_INSERT, values)
+    return perf_counter() - start
+
+
+def _values(rows: Rows, job_id: UUID) -> list[tuple[object, ...]]:
+    columns = (rows.indexes.tolist(), rows.keys, rows.tokens.tolist(), rows.truncated.tolist(), rows.vectors)
+    return [
+        (job_id, index, key, _VECTOR_SPACE, tokens, truncated, vector)
+        for index, key, tokens, truncated, vector in zip(*columns, strict=True)
+    ]
+
+
+BENCHMARK = Benchmark(name="write_back_vs_executemany", target=3, unit="rows/s", measure=measure)

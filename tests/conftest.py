@@ -1,0 +1,212 @@
+"""What many tests stand on: real servers, a fresh database for each test, and a small model made once per checkout."""
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+import redis
+from psycopg import sql
+from sqlalchemy import Engine
+
+from pipeline.cli.prepare import bundled_model_folder
+from pipeline.embedded.machine import Machine
+from pipeline.embedded.place import Place
+from pipeline.embedded.runtime import Running
+from pipeline.migrate import upgrade
+from pipeline.settings import Settings
+from pipeline.store.database import make_engine
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+_MODELS = _CHECKOUT / ".vectormill" / "test-models"
+_TEMPLATE = "vectormill_template"
+_START_SECONDS = 120
+
+# Tests see no setting of the shell they are started from, and never the network.
+for _name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
+    del os.environ[_name]
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# A static model from a transformer: each token's vector is what the transformer makes of it alone, cut to 256
+# dimensions by principal components.
+# Each word piece's vector by the teacher, its 256 principal components, weighted by how rare the piece is.
+_DISTIL = """
+import sys
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+source, target = sys.argv[1:]
+teacher = SentenceTransformer(source, device="cpu").eval()
+tokenizer = teacher.tokenizer.backend_tokenizer
+pieces = torch.arange(tokenizer.get_vocab_size())
+start, end = (torch.full_like(pieces, tokenizer.token_to_id(mark)) for mark in ("[CLS]", "[SEP]"))
+with torch.inference_mode():
+    vectors = torch.cat([
+        teacher({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["sentence_embedding"]
+        for ids in torch.stack([start, pieces, end], 1).split(1024)
+    ])
+vectors -= vectors.mean(0)
+components = torch.linalg.svd(vectors, full_matrices=False)[2][:256]
+weights = (vectors @ components.T) * torch.log(1.0 + pieces)[:, None]
+static = StaticEmbedding(tokenizer, embedding_weights=weights.numpy())
+SentenceTransformer(modules=[static], device="cpu").save(target)
+"""
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Running]:
+    """Embedded Postgres, with a migrated template database, and Valkey."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)
+        home = Path(folder, "home")
+        settings = Settings(home=home, database_url=None, redis_url=None)
+        machine = Machine(settings, prepare=_make_template, stages=lambda _: ())
+        ready: queue.SimpleQueue[Running | BaseException] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                machine.run(ready.put)
+            except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
+                ready.put(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            started = ready.get(timeout=_START_SECONDS)
+            if isinstance(started, BaseException):
+                raise started
+            yield started
+        finally:
+            machine.request_stop()
+            thread.join()
+            if os.geteuid() == 0:
+                shutil.rmtree(Place.of_home(home).folder, ignore_errors=True)
+
+
+def _make_template(url: str) -> None:
+    _administer(url, sql.SQL("create database {}").format(sql.Identifier(_TEMPLATE)))
+    engine = make_engine(_with_database(url, _TEMPLATE), application="vectormill-tests")
+    with engine.begin() as connection:
+        upgrade(connection)
+    engine.dispose()
+
+
+def _with_database(url: str, name: str) -> str:
+    return url.rsplit("/", 1)[0] + "/" + name
+
+
+def _administer(url: str, statement: sql.Composed) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(statement)
+
+
+@pytest.fixture
+def empty_database(servers: Running) -> Iterator[str]:
+    """The URL of a database of the test's own, without a schema."""
+    with _new_database(servers.database_url, "template1") as url:
+        yield url
+
+
+@pytest.fixture
+def database(servers: Running) -> Iterator[str]:
+    """The URL of a migrated database of the test's own."""
+    with _new_database(servers.database_url, _TEMPLATE) as url:
+        yield url
+
+
+class _new_database:  # noqa: N801 - used as a function
+    def __init__(self, server: str, template: str) -> None:
+        self._server, self._template, self._name = server, template, f"test_{uuid4().hex}"
+
+    def __enter__(self) -> str:
+        create = sql.SQL("create database {} template {}")
+        _administer(self._server, create.format(sql.Identifier(self._name), sql.Identifier(self._template)))
+        return _with_database(self._server, self._name)
+
+    def __exit__(self, *_: object) -> None:
+        _administer(self._server, sql.SQL("drop database {} with (force)").format(sql.Identifier(self._name)))
+
+
+@pytest.fixture
+def engine(database: str) -> Iterator[Engine]:
+    """An engine on the test's database."""
+    made = make_engine(database, application="vectormill-tests", pool_size=8)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def redis_url(servers: Running) -> str:
+    """The URL of an empty Valkey database."""
+    url = servers.redis_url.rsplit("/", 1)[0] + "/1"
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    return url
+
+
+@pytest.fixture(scope="session")
+def bundled_model() -> Path:
+    """The folder of all-MiniLM-L6-v2."""
+    folder = bundled_model_folder()
+    assert folder, "the extra `embedded` brings it"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def static_model(bundled_model: Path) -> Path:
+    """The folder of a model of static embeddings, 256 dimensions: loads and embeds in no time."""
+    folder = _MODELS / "static-256"
+    if not folder.exists():
+        _MODELS.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=_MODELS) as making:
+            made = Path(making, "made")
+            _run([sys.executable, "-c", _DISTIL, str(bundled_model), str(made)])
+            try:
+                made.rename(folder)
+            except OSError:  # another run was faster
+                assert folder.exists()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def static_description(static_model: Path) -> dict[str, Any]:
+    """What the catalogue records of `static_model`."""
+    return _described("static-256", static_model)
+
+
+@pytest.fixture(scope="session")
+def bundled_description(bundled_model: Path) -> dict[str, Any]:
+    """What the catalogue records of `bundled_model`."""
+    return _described("all-MiniLM-L6-v2", bundled_model)
+
+
+def _described(name: str, folder: Path) -> dict[str, Any]:
+    file = _MODELS / f"{name}.json"
+    if file.exists():
+        kept: dict[str, Any] = json.loads(file.read_bytes())
+        if kept["path"] == str(folder) and folder.stat().st_mtime < file.stat().st_mtime:
+            return kept
+    described = _run([sys.executable, "-m", "workers.oneshot", "describe", str(folder)])
+    _MODELS.mkdir(parents=True, exist_ok=True)
+    making = file.with_name(f"{uuid4().hex}.json")
+    making.write_bytes(described)
+    making.replace(file)
+    found: dict[str, Any] = json.loads(described)
+    return found
+
+
+def _run(command: list[str]) -> bytes:
+    done = subprocess.run(command, capture_output=True, check=False, cwd=_CHECKOUT, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return done.stdout

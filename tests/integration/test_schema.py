@@ -1,0 +1,118 @@
+"""The schema: migrations and partitions."""
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from uuid import UUID
+
+import pytest
+from alembic import command
+from sqlalchemy import Engine, text
+
+from pipeline.migrate import alembic_config, upgrade
+from pipeline.store import partitions
+from pipeline.store.database import make_engine
+from pipeline.tables import PARTITIONED
+
+#: Alembic knows one migration a process.
+_UPGRADE = """
+import sys
+from pipeline.cli.prepare import migrate_database
+migrate_database(sys.argv[1])
+"""
+
+
+def month(year: int, number: int) -> datetime:
+    return datetime(year, number, 1, tzinfo=UTC)
+
+
+def tables(engine: Engine) -> set[str]:
+    with engine.connect() as connection:
+        return set(connection.scalars(text("select tablename from pg_tables where schemaname = 'vectormill'")))
+
+
+def test_the_migrations_make_what_the_code_expects(database: str) -> None:
+    engine = make_engine(f"{database}?options=-csearch_path%3Dpublic", application="vectormill-tests")
+    with engine.begin() as connection:
+        command.check(alembic_config(connection))
+    engine.dispose()
+
+
+def test_every_role_finds_the_operators_of_vectors(engine: Engine) -> None:
+    with engine.connect() as connection:
+        where = text("select extnamespace::regnamespace::text from pg_extension where extname = 'vector'")
+        assert connection.execute(where).scalar_one() == "public"
+
+
+def test_upgrading_again_changes_nothing(engine: Engine) -> None:
+    before = tables(engine)
+    with engine.begin() as connection:
+        upgrade(connection)
+    assert tables(engine) == before
+
+
+def test_four_at_once_may_upgrade(empty_database: str) -> None:
+    command = [sys.executable, "-c", _UPGRADE, empty_database]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [(process.communicate(timeout=60)[1], process.returncode) for process in processes] == [("", 0)] * 4
+    engine = make_engine(empty_database, application="vectormill-tests")
+    assert "jobs" in tables(engine)
+    with engine.connect() as connection:
+        assert connection.execute(text("select count(*) from vectormill.workspaces")).scalar_one() == 1
+    engine.dispose()
+
+
+def test_partitions_of_this_and_the_next_month_exist(engine: Engine) -> None:
+    with engine.connect() as connection:
+        now: datetime = connection.execute(text("select now() at time zone 'utc'")).scalar_one()
+    this = month(now.year, now.month)
+    wanted = {f"{table}_{when:%Y_%m}" for table in PARTITIONED for when in (this, partitions.next_month(this))}
+    assert wanted <= tables(engine)
+
+
+def test_four_at_once_may_make_a_month(engine: Engine) -> None:
+    begin = threading.Barrier(4)
+
+    def run(_: int) -> None:
+        with engine.begin() as connection:
+            begin.wait(10)
+            partitions.make_month(connection, month(2031, 12))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(run, range(4)))
+    assert {f"{table}_2031_12" for table in PARTITIONED} <= tables(engine)
+
+
+@pytest.mark.parametrize(
+    ("this", "following"),
+    [((2026, 1), (2026, 2)), ((2026, 11), (2026, 12)), ((2026, 12), (2027, 1)), ((2028, 2), (2028, 3))],
+)
+def test_the_month_after(this: tuple[int, int], following: tuple[int, int]) -> None:
+    assert partitions.next_month(month(*this)) == month(*following)
+
+
+@pytest.mark.parametrize(
+    ("moment", "wanted"),
+    [
+        (datetime(2026, 12, 31, 23, 59, 59, 999000, UTC), month(2026, 12)),
+        (datetime(2027, 1, 1, tzinfo=UTC), month(2027, 1)),
+    ],
+)
+def test_the_month_of_a_job(moment: datetime, wanted: datetime) -> None:
+    job_id = UUID(int=round(moment.timestamp() * 1000) << 80)
+    assert partitions.month_of(job_id) == wanted
+
+
+def test_a_months_last_and_first_ids_find_their_partitions(engine: Engine) -> None:
+    border = int(month(2031, 1).timestamp() * 1000)
+    with engine.begin() as connection:
+        partitions.make_month(connection, month(2030, 12))
+        partitions.make_month(connection, month(2031, 1))
+        insert = text(
+            "insert into vectormill.items (job_id, index) values (:job, 0) returning tableoid::regclass::text"
+        )
+        for milliseconds, name in ((border - 1, "items_2030_12"), (border, "items_2031_01")):
+            found = connection.execute(insert, {"job": UUID(int=milliseconds << 80 | 7)}).scalar_one()
+            assert found.removeprefix("vectormill.") == name

@@ -1,0 +1,329 @@
+"""A corpus becomes a job, or nothing at all."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sqlalchemy import Engine
+
+from pipeline import submit as submitting
+from pipeline.dispatch import Dispatcher, finish
+from pipeline.errors import IdempotencyConflict, LeaseLost, SourceError, UserError
+from pipeline.jobs import JobState, Model, Reason
+from pipeline.publish import Publisher
+from pipeline.sources import Columns, Corpus
+from pipeline.store import jobs
+from pipeline.submit import Options, Planning, Submission, Submitted, submit
+from tests.jobs_made import chunk_rows, count, job_row, run_sql, taken
+
+ROWS: list[dict[str, Any]] = [{"id": f"k{at}", "text": f"text {at}"} for at in range(10)]
+ROWS[3]["text"] = ""
+ROWS[7]["text"] = None
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(engine: Engine, model: Model) -> Callable[..., Submitted]:
+    """Submit a source, with options."""
+
+    def run(source: str, *, stdin: Any = None, columns: Columns | None = None, **options: Any) -> Submitted:
+        return submit(engine, submission(model, source, stdin=stdin, columns=columns, **options))
+
+    return run
+
+
+def submission(
+    model: Model, source: str, *, stdin: Any = None, columns: Columns | None = None, lease: float = 30, **options: Any
+) -> Submission:
+    return Submission(
+        workspace_id=1,
+        model=model,
+        corpus=Corpus([source], columns or Columns(), 1_000_000, stdin),
+        options=Options(name="corpus", **options),
+        planning=Planning(chunk_seconds=1, chunk_items=4, chunk_bytes=10_000, lease_seconds=lease),
+    )
+
+
+def jsonl(rows: list[dict[str, Any]] = ROWS, name: str = "a.jsonl") -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def as_csv() -> str:
+    Path("a.csv").write_text("id,text\n" + "".join(f"{row['id']},{row['text'] or ''}\n" for row in ROWS))
+    return "a.csv"
+
+
+def as_parquet() -> str:
+    pq.write_table(pa.Table.from_pylist(ROWS), "a.parquet")
+    return "a.parquet"
+
+
+def nothing_is_left(engine: Engine) -> bool:
+    return not any(count(engine, table) for table in ("jobs", "inputs", "chunks", "items", "rejects"))
+
+
+def check_job(engine: Engine, job_id: UUID, codes: list[str]) -> None:
+    row = job_row(engine, job_id)
+    assert (row["state"], row["items_total"], row["lease_until"]) == ("queued", 10, None)
+    items = run_sql(engine, "select index, key, text from vectormill.items where job_id = :id order by 1", id=job_id)
+    bad = {3, 7}
+    assert items == [(at, f"k{at}", None if at in bad else f"text {at}") for at in range(10)]
+    rejects = run_sql(engine, "select index, key, code from vectormill.rejects order by 1")
+    assert rejects == [(3, "k3", codes[0]), (7, "k7", codes[1])]
+    made = [(row["first_index"], row["items"], row["rejected"], row["state"]) for row in chunk_rows(engine, job_id)]
+    assert made == [(0, 4, 1, "pending"), (4, 4, 1, "pending"), (8, 2, 0, "pending")]
+
+
+@pytest.mark.parametrize(
+    ("make", "codes"),
+    [
+        (jsonl, ["empty_text", "missing_text"]),
+        (as_csv, ["empty_text", "empty_text"]),
+        (as_parquet, ["empty_text", "missing_text"]),
+    ],
+)
+def test_a_file_becomes_a_job(
+    engine: Engine, run: Callable[..., Submitted], make: Callable[[], str], codes: list[str]
+) -> None:
+    name = make()
+    check_job(engine, run(name).job_id, codes)
+    assert run_sql(engine, "select ordinal, uri, bytes from vectormill.inputs") == [
+        (0, str(Path(name).absolute()), Path(name).stat().st_size)
+    ]
+
+
+def test_a_stream_becomes_a_job(engine: Engine, run: Callable[..., Submitted]) -> None:
+    done = run("-", stdin=io.BytesIO(Path(jsonl()).read_bytes()))
+    check_job(engine, done.job_id, ["empty_text", "missing_text"])
+    assert job_row(engine, done.job_id)["payload_sha256"]
+
+
+def test_many_commits_make_one_job(
+    engine: Engine, run: Callable[..., Submitted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submitting, "_COMMIT_ITEMS", 5_000)
+    rows = [{"text": "" if at % 1_000 == 7 else "t"} for at in range(12_345)]
+    job_id = run(jsonl(rows)).job_id
+    made = chunk_rows(engine, job_id)
+    assert [row["first_index"] for row in made] == list(range(0, 12_345, 4))
+    assert sum(row["items"] for row in made) == count(engine, "items") == job_row(engine, job_id)["items_total"]
+    bad = [index for (index,) in run_sql(engine, "select index from vectormill.rejects order by 1")]
+    assert bad == list(range(7, 12_345, 1_000))
+    assert [row["first_index"] for row in made if row["rejected"]] == [index // 4 * 4 for index in bad]
+
+
+def test_a_chunk_without_a_good_item_is_done(engine: Engine, run: Callable[..., Submitted]) -> None:
+    job_id = run(jsonl([{"text": ""}] * 4 + [{"text": "t"}])).job_id
+    assert [row["state"] for row in chunk_rows(engine, job_id)] == ["done", "pending"]
+
+
+def test_options_and_carried_columns_are_kept(engine: Engine, run: Callable[..., Submitted]) -> None:
+    rows = [{"text": "t", "lang": "de"}, {"text": "u", "lang": None}]
+    done = run(
+        jsonl(rows), columns=Columns(carry=("lang",)), labels={"a": "b"}, priority=3, dtype="float16", max_rejects="7"
+    )
+    row = job_row(engine, done.job_id)
+    assert (row["labels"], row["priority"], row["max_rejects"]) == ({"a": "b"}, 3, 7)
+    assert row["options"]["dtype"] == "float16"
+    carried = run_sql(engine, "select carried from vectormill.items order by index")
+    assert carried == [({"lang": "de"},), ({"lang": None},)]
+
+
+# Nothing is left of what fails
+
+
+def test_a_broken_file_leaves_nothing(
+    engine: Engine, run: Callable[..., Submitted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submitting, "_COMMIT_ITEMS", 5_000)
+    name = jsonl([{"text": ""}, *[{"text": "t"}] * 11_000])
+    with Path(name).open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(SourceError, match="line 11,002"):
+        run(name, idempotency_key="k")
+    assert nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv"])
+def test_an_empty_corpus_is_refused(engine: Engine, run: Callable[..., Submitted], name: str) -> None:
+    Path(name).write_text("" if name.endswith("jsonl") else "text\n")
+    with pytest.raises(SourceError, match="nothing to embed"):
+        run(name)
+    assert nothing_is_left(engine)
+
+
+def test_a_key_that_comes_twice_is_refused_if_asked(engine: Engine, run: Callable[..., Submitted]) -> None:
+    name = jsonl([{"id": key, "text": "t"} for key in ("a", "b", "a", None, None)])
+    with pytest.raises(UserError, match='key "a" comes twice, first as items 0 and 2'):
+        run(name, unique_keys=True)
+    assert nothing_is_left(engine)
+    assert run(name).job_id
+
+
+@pytest.mark.parametrize("options", [{"max_rejects": "many"}, {"dimensions": 3}, {"max_item_tokens": 1_000}])
+def test_wrong_options_are_refused(engine: Engine, run: Callable[..., Submitted], options: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        run(jsonl(), **options)
+    assert nothing_is_left(engine)
+
+
+# Idempotency
+
+
+def test_the_same_key_attaches(engine: Engine, run: Callable[..., Submitted]) -> None:
+    first = run(jsonl(), idempotency_key="k")
+    second = run("a.jsonl", idempotency_key="k")
+    assert (first.attached, second.job_id) == ("", first.job_id)
+    assert "it is queued" in second.attached
+    assert count(engine, "jobs") == 1
+    assert count(engine, "items") == 10
+
+
+def test_a_stream_attaches_by_its_hash(run: Callable[..., Submitted]) -> None:
+    data = Path(jsonl()).read_bytes()
+    first = run("-", stdin=io.BytesIO(data), idempotency_key="k")
+    assert run("-", stdin=io.BytesIO(data), idempotency_key="k").job_id == first.job_id
+    with pytest.raises(IdempotencyConflict):
+        run("-", stdin=io.BytesIO(data + b'{"text": "more"}\n'), idempotency_key="k")
+
+
+@pytest.mark.parametrize("changed", ["file", "option", "columns"])
+def test_another_payload_conflicts(run: Callable[..., Submitted], changed: str) -> None:
+    run(jsonl(), idempotency_key="k")
+    if changed == "file":
+        jsonl(ROWS[:5])
+    columns = Columns(carry=("id",)) if changed == "columns" else None
+    with pytest.raises(IdempotencyConflict, match='the idempotency key "k" made job'):
+        run("a.jsonl", idempotency_key="k", columns=columns, dtype="float16" if changed == "option" else "float32")
+
+
+def test_a_failed_job_resumes(engine: Engine, run: Callable[..., Submitted]) -> None:
+    first = run(jsonl(), idempotency_key="k")
+    with engine.begin() as connection:
+        jobs.begin_cancelling(connection, first.job_id, JobState.FAILED, Reason.MODEL_CANNOT_LOAD, "no luck")
+        for row in chunk_rows(engine, first.job_id):
+            run_sql(
+                engine,
+                "update vectormill.chunks set state = 'cancelled', cancelled = items - rejected where id = :id",
+                id=row["id"],
+            )
+    dispatcher = Dispatcher(engine=engine, publisher=_none(), lease_seconds=30, text_retention_days=7)
+    finish(dispatcher)
+    assert job_row(engine, first.job_id)["state"] == "failed"
+    second = run("a.jsonl", idempotency_key="k")
+    assert second.job_id == first.job_id
+    assert "resumed with 3 chunks" in second.attached
+    assert job_row(engine, first.job_id)["state"] == "queued"
+    assert taken(engine, first.job_id)
+
+
+def _none() -> Publisher:
+    return Publisher("redis://127.0.0.1:1/0")
+
+
+class Interrupted(Exception):
+    """Whatever ends a producer in the middle."""
+
+
+def staged(engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch, lease: float) -> "submitting._Staging":
+    """A producer that stopped after its items, before the job was queued, and undid nothing."""
+    stopped: list[submitting._Staging] = []
+
+    def stop(self: submitting._Staging) -> None:
+        stopped.append(self)
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(submitting._Staging, "_queue", stop)
+        patched.setattr(submitting, "undo_staging", lambda *_: None)
+        with pytest.raises(Interrupted):
+            submit(engine, submission(model, "a.jsonl", idempotency_key="k", lease=lease))
+    return stopped[0]
+
+
+def test_a_live_staging_attaches(engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl()
+    producer = staged(engine, model, monkeypatch, lease=30)
+    second = submit(engine, submission(model, "a.jsonl", idempotency_key="k"))
+    assert second.job_id == producer._job_id
+    assert "is being submitted" in second.attached
+    assert job_row(engine, second.job_id)["state"] == "staging"
+
+
+def test_a_dead_staging_is_taken_over(engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl()
+    producer = staged(engine, model, monkeypatch, lease=-1)
+    second = submit(engine, submission(model, "a.jsonl", idempotency_key="k"))
+    assert (second.job_id, second.attached) == (producer._job_id, "")
+    check_job(engine, second.job_id, ["empty_text", "missing_text"])
+    # What the old producer does then changes nothing.
+    for step in (producer._queue, producer._stage):
+        with pytest.raises(LeaseLost):
+            step()
+    submitting.undo_staging(engine, producer._job_id, producer._fence)
+    check_job(engine, second.job_id, ["empty_text", "missing_text"])
+
+
+def test_an_old_producer_is_fenced_off_while_the_new_one_stages(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl()
+    old = staged(engine, model, monkeypatch, lease=-1)
+    new = staged(engine, model, monkeypatch, lease=30)
+    assert (old._job_id, old._fence + 1) == (new._job_id, new._fence)
+    with pytest.raises(LeaseLost):
+        old._queue()
+    submitting.undo_staging(engine, old._job_id, old._fence)
+    new._queue()
+    check_job(engine, new._job_id, ["empty_text", "missing_text"])
+
+
+# A stream that comes slowly
+
+
+class Watched(io.RawIOBase):
+    """A stream that looks, at each read, whether a transaction waits for it."""
+
+    def __init__(self, engine: Engine, lines: list[bytes]) -> None:
+        self._engine, self._lines = engine, iter(lines)
+        self.waiting = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        [(waiting,)] = run_sql(
+            self._engine,
+            "select count(*) from pg_stat_activity where datname = current_database() "
+            "and pid <> pg_backend_pid() and state like 'idle in transaction%'",
+        )
+        self.waiting += waiting
+        line = next(self._lines, b"")
+        buffer[: len(line)] = line
+        return len(line)
+
+
+def test_no_transaction_waits_for_a_stream(engine: Engine, run: Callable[..., Submitted]) -> None:
+    stream = Watched(engine, [b'{"text": "t"}\n' * 1_000] * 20)
+    run("-", stdin=io.BufferedReader(stream, 20_000))
+    assert count(engine, "items") == 20_000
+    assert stream.waiting == 0
+
+
+def test_an_undone_submission_takes_only_its_own(engine: Engine, run: Callable[..., Submitted]) -> None:
+    kept = run(jsonl()).job_id
+    Path("b.jsonl").write_text('{"text": "t"}\nbroken')
+    with pytest.raises(SourceError):
+        run("b.jsonl")
+    check_job(engine, kept, ["empty_text", "missing_text"])

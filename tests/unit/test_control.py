@@ -1,0 +1,63 @@
+"""How many rejects a job may have, and what becomes of it at its end."""
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.control import outcome, reject_limit
+from pipeline.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("option", "items", "limit"),
+    [
+        ("", 0, None),
+        ("", 99, None),
+        ("", 100, 10),
+        ("", 1_999, 199),
+        ("0", 1_000, 0),
+        ("50", 10, 50),
+        ("0%", 1_000, 0),
+        ("100%", 7, 7),
+        ("2.5%", 1_000, 25),
+        ("2.5%", 39, 0),
+        ("10%", 10, 1),
+        ("29%", 100, 29),
+        ("0.57%", 10_000, 57),
+    ],
+)
+def test_limits(option: str, items: int, limit: int | None) -> None:
+    assert reject_limit(option, items) == limit
+
+
+@given(st.integers(0, 10_000), st.integers(0, 10**9))
+def test_a_share_is_exact(hundredths: int, items: int) -> None:
+    share = Decimal(hundredths) / 100
+    assert reject_limit(f"{share}%", items) == hundredths * items // 10_000
+
+
+@pytest.mark.parametrize(
+    "option", ["x", "%", "-1", "-1%", "101%", "1.5", "nan%", "inf%", "5 %%", "1,000", "ten", "5%5"]
+)
+def test_a_wrong_option_is_named(option: str) -> None:
+    with pytest.raises(UserError, match=r"give a count such as 50, or a share such as 2\.5%") as caught:
+        reject_limit(option, 100)
+    assert f'--max-rejects "{option}"' in str(caught.value)
+
+
+def ended(*, into: int = 100, rejected: int = 0, limit: int | None = None, ends_as: str | None = None) -> Any:
+    row: Any = {"ends_as": ends_as, "reason": "by_user", "message": "why", "max_rejects": limit}
+    return outcome(row, {"items": {"in": into, "rejected": rejected}})
+
+
+def test_what_becomes_of_a_job() -> None:
+    assert ended() == ("completed", None, None)
+    assert ended(rejected=10, limit=10) == ("completed", None, None)
+    assert ended(rejected=99) == ("completed", None, None)
+    assert ended(rejected=11, limit=10)[:2] == ("failed", "too_many_rejects")
+    assert ended(rejected=100, limit=100)[:2] == ("failed", "all_rejected")
+    assert ended(ends_as="cancelled", rejected=100) == ("cancelled", "by_user", "why")
+    assert ended(ends_as="failed") == ("failed", "by_user", "why")

@@ -1,0 +1,75 @@
+"""Planning: every item in one chunk, in order, within limits."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
+
+Item = tuple[int, int]
+ITEMS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 120)), max_size=60)
+LIMITS = st.builds(Limits, tokens=st.integers(1, 60), items=st.integers(1, 8), bytes=st.integers(1, 300))
+
+
+def plan(blocks: list[list[Item]], limits: Limits) -> list[Range]:
+    planner, found = Planner(limits), []
+    for block in blocks:
+        tokens, sizes = np.array(block, dtype=np.int64).reshape(-1, 2).T
+        found += planner.add(tokens, sizes)
+    return found + list(planner.finish())
+
+
+def fits(items: list[Item], limits: Limits) -> bool:
+    tokens, sizes = (sum(column) for column in zip(*items, strict=True))
+    return tokens <= limits.tokens and sizes <= limits.bytes and len(items) <= limits.items
+
+
+@given(ITEMS, LIMITS)
+def test_every_item_once_and_in_order(items: list[Item], limits: Limits) -> None:
+    at = 0
+    for chunk in plan([items], limits):
+        assert chunk.first_index == at
+        assert chunk.items > 0
+        at += chunk.items
+    assert at == len(items)
+
+
+@given(ITEMS, LIMITS)
+def test_chunks_keep_their_limits_and_are_as_long_as_they_may(items: list[Item], limits: Limits) -> None:
+    for chunk in plan([items], limits):
+        start, end = chunk.first_index, chunk.first_index + chunk.items
+        assert chunk.items == 1 or fits(items[start:end], limits)
+        assert chunk.tokens == sum(tokens for tokens, _ in items[start:end])
+        assert end == len(items) or not fits(items[start : end + 1], limits)
+
+
+@given(ITEMS, LIMITS, st.lists(st.integers(0, 60), max_size=5))
+def test_block_boundaries_dont_matter(items: list[Item], limits: Limits, cuts: list[int]) -> None:
+    edges = [0, *sorted(min(cut, len(items)) for cut in cuts), len(items)]
+    blocks = [items[start:end] for start, end in pairwise(edges)]
+    assert plan(blocks, limits) == plan([items], limits)
+
+
+def test_an_item_over_a_limit_is_a_chunk_of_its_own() -> None:
+    limits = Limits(tokens=10, items=100, bytes=100)
+    assert plan([[(4, 1), (50, 1), (4, 1), (1, 500), (1, 1)]], limits) == [
+        Range(0, 1, 4),
+        Range(1, 1, 50),
+        Range(2, 1, 4),
+        Range(3, 1, 1),
+        Range(4, 1, 1),
+    ]
+
+
+def test_estimates() -> None:
+    sizes = np.array([0, 1, 4, 400, 40_000])
+    assert estimate_tokens(sizes, 256).tolist() == [0, 2, 3, 102, 256]
+    assert estimate_tokens(sizes, None).tolist() == [0, 2, 3, 102, 10_002]
+
+
+@pytest.mark.parametrize(("seconds", "rate", "tokens"), [(10, 1500, 15_000), (0.5, 3, 2), (0.001, 1, 1)])
+def test_chunks_are_sized_by_work(seconds: float, rate: float, tokens: int) -> None:
+    assert chunk_tokens(seconds, rate) == tokens
