@@ -18,7 +18,7 @@ from pipeline import control, status
 from pipeline.errors import ServiceUnreachable
 from pipeline.jobs import JobState, Reason
 from pipeline.publish import Publisher
-from pipeline.store import chunks, jobs, models, partitions, usage, workers
+from pipeline.store import chunks, items, jobs, models, partitions, usage, workers
 from pipeline.store.database import is_connection_lost, plain_reason, reporting_unreachable
 from pipeline.submit import undo_staging
 
@@ -29,6 +29,9 @@ ROLE = "dispatcher"
 WORKER_SEEN_SECONDS = 30
 _ROLE_SECONDS = 10
 _DRAIN_LIMIT = 5_000
+_REMOVE_LIMIT = 20_000
+#: A duty that has more to do than this leaves the rest for its next turn.
+_LONGEST_DUTY_SECONDS = 0.5
 _STAGING_DEAD_SECONDS = 86_400
 
 
@@ -46,6 +49,8 @@ class Dispatcher:
     sweep_from: float = 0.0
     #: When the database last answered, by the monotonic clock.
     last_contact: float = 0.0
+    #: How far the texts of the job in turn have been removed, by index.
+    texts_removed_up_to: int = 0
 
 
 def publish(dispatcher: Dispatcher) -> None:
@@ -143,11 +148,12 @@ def drain(dispatcher: Dispatcher) -> None:
     """Cancel pending chunks of jobs that are being cancelled, in bounded transactions."""
     with dispatcher.engine.connect() as connection:
         cancelling = [job["id"] for job in jobs.active(connection) if job["state"] == "cancelling"]
+    enough = time.monotonic() + _LONGEST_DUTY_SECONDS
     for job_id in cancelling:
-        for _ in range(20):
+        drained = _DRAIN_LIMIT
+        while drained == _DRAIN_LIMIT and time.monotonic() < enough:
             with dispatcher.engine.begin() as connection:
-                if chunks.cancel_pending(connection, job_id, _DRAIN_LIMIT) < _DRAIN_LIMIT:
-                    break
+                drained = chunks.cancel_pending(connection, job_id, _DRAIN_LIMIT)
 
 
 def finish(dispatcher: Dispatcher) -> None:
@@ -211,7 +217,7 @@ def measure_rates(dispatcher: Dispatcher) -> None:
 
 
 def keep_house(dispatcher: Dispatcher) -> None:
-    """Make partitions ahead, forget workers and submissions that nobody came back for, remove old texts."""
+    """Make partitions ahead, forget workers and submissions that nobody came back for."""
     with dispatcher.engine.begin() as connection:
         partitions.make_ahead(connection)
         workers.forget_unseen(connection, 3600)
@@ -219,9 +225,25 @@ def keep_house(dispatcher: Dispatcher) -> None:
     for job_id, fence in dead:
         undo_staging(dispatcher.engine, job_id, fence)
         log.info("dead_staging_forgotten", job=str(job_id))
+
+
+def remove_old_texts(dispatcher: Dispatcher) -> None:
+    """Remove item texts that are past their retention, range by range, one job after the other."""
     with dispatcher.engine.begin() as connection:
-        for job_id in jobs.remove_texts(connection, dispatcher.text_retention_days):
-            log.info("texts_removed", job=str(job_id))
+        due = jobs.with_old_texts(connection, dispatcher.text_retention_days)
+    if due is None:
+        return
+    job_id, total = due
+    enough = time.monotonic() + _LONGEST_DUTY_SECONDS
+    while dispatcher.texts_removed_up_to < total and time.monotonic() < enough:
+        with dispatcher.engine.begin() as connection:
+            items.remove_texts(connection, job_id, dispatcher.texts_removed_up_to, _REMOVE_LIMIT)
+        dispatcher.texts_removed_up_to += _REMOVE_LIMIT
+    if dispatcher.texts_removed_up_to >= total:
+        with dispatcher.engine.begin() as connection:
+            jobs.note_texts_removed(connection, job_id)
+        dispatcher.texts_removed_up_to = 0
+        log.info("texts_removed", job=str(job_id))
 
 
 #: What the dispatcher does, each how often in seconds.
@@ -232,6 +254,7 @@ DUTIES: tuple[tuple[Callable[[Dispatcher], None], float], ...] = (
     (sweep, 1.0),
     (snapshot, 1.0),
     (judge_models, 5.0),
+    (remove_old_texts, 5.0),
     (measure_rates, 60.0),
     (keep_house, 3600.0),
 )

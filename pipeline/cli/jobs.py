@@ -69,7 +69,7 @@ def jobs(
         counts = row["items"]
         over = counts["total"] - counts["pending"]
         table.add_row(
-            row["id"],
+            look.short(row["id"]),
             row["name"],
             row["model"],
             look.state(row["state"], row["reason"]),

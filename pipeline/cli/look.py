@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+#: Columns where no terminal says how many it has.
+_PIPE_WIDTH = 140
+
 #: For people; nothing here is lost when standard output is a pipe.
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
+stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 _STATE_COLOURS = {
     "completed": "green",
@@ -106,22 +109,26 @@ def plain_progress(status: Mapping[str, Any]) -> str:
     )
 
 
-def ledger(receipt: Mapping[str, Any], codes: Mapping[str, int]) -> Table:
-    """A receipt as an account."""
+def ledger(receipt: Mapping[str, Any], codes: Mapping[str, int]) -> RenderableType:
+    """A receipt as an account: `codes` counts its rejects."""
     items, tokens = receipt["items"], receipt["tokens"]
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="bright_black")
-    table.add_column(f"receipt  {receipt['id']}", no_wrap=True)
+    table = Table(box=None, padding=(0, 3, 0, 0), show_edge=False, header_style="bright_black")
+    table.add_column("")
     table.add_column("items", justify="right", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    why = ", ".join(f"{count:,} {code}" for code, count in codes.items())
-    hint = f"({why})  vectormill rejects {receipt['id']}" if why else ""
     table.add_row("in", f"{items['in']:,}", "")
     table.add_row("embedded", f"{items['embedded']:,}", f"{tokens['prompt']:,}")
     table.add_row("reused", f"{items['reused']:,}", f"{tokens['reused']:,} saved" if tokens["reused"] else "")
-    table.add_row("rejected", f"{items['rejected']:,}", "", Text(hint, style="yellow" if why else ""))
+    table.add_row("rejected", f"{items['rejected']:,}", "")
     table.add_row("cancelled", f"{items['cancelled']:,}", "")
-    return table
+    why = ", ".join(f"{count:,} {code}" for code, count in codes.items())
+    hint = [Text(f"{why}: vectormill rejects {short(receipt['id'])}", style="yellow")] if why else []
+    return Group(Text.assemble(("receipt  ", "bright_black"), receipt["id"]), table, *hint)
+
+
+def short(job_id: str) -> str:
+    """Enough of a job's id to tell it from others: its time to the millisecond."""
+    return job_id[:13]
 
 
 def verdict(receipt: Mapping[str, Any]) -> Text:

@@ -11,7 +11,6 @@ from secrets import token_hex
 from typing import Annotated, Any
 
 import typer
-from sqlalchemy import create_engine
 
 from pipeline.cli.connect import database_url, server_urls
 from pipeline.cli.look import stderr
@@ -160,11 +159,15 @@ def _choose_devices(wish: str) -> list[tuple[str, int]]:
 def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:
     """2 where two copies of the largest model fit in 80 % of the device's memory, else 1."""
     from pipeline.store import models
+    from pipeline.store.database import make_engine
 
-    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
+    engine = make_engine(url, application="vectormill-cli", pool_size=1)
     with engine.begin() as connection:
-        sizes = [row["weights_bytes"] for row in models.every(connection) if not only or row["name"] in only]
+        rows = models.every(connection)
     engine.dispose()
+    if unknown := set(only) - {name for row in rows for name in (row["name"], *row["aliases"])}:
+        stderr.print(f"Not in the catalogue yet, served as soon as it is: {', '.join(sorted(unknown))}", markup=False)
+    sizes = [row["weights_bytes"] for row in rows if not only or row["name"] in only]
     copy_bytes = max(sizes, default=0) * _ROOM_FACTOR + _LIBRARIES_BYTES
     return 2 if 2 * copy_bytes <= memory_bytes * _SHARE_OF_MEMORY else 1
 

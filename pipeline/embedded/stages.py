@@ -30,19 +30,21 @@ def app_stages(running: Running, workers: int) -> Iterator[tuple[Child, ...]]:
     environment = _environment(running)
     url = running.database_url
     started = _database_time(url)
-    yield (_child("dispatcher", environment, lambda: _count(url, _DISPATCHER_LEADS) > 0),)
-    yield tuple(
-        _child(
-            f"worker-{number}" if workers > 1 else "worker",
-            environment,
-            lambda: _count(url, _WORKERS_SEEN, started) >= workers,
-            ready_seconds=_WORKER_READY_SECONDS,
-            # A warm shutdown lets the chunk at hand end.
-            stop_grace_seconds=_WORKER_GRACE_SECONDS,
-        )
-        for number in range(1, workers + 1)
+    yield (
+        _child("dispatcher", environment, lambda: _count(url, _DISPATCHER_LEADS) > 0),
+        *(
+            _child(
+                f"worker-{number}" if workers > 1 else "worker",
+                environment,
+                lambda: _count(url, _WORKERS_SEEN, started) >= workers,
+                ready_seconds=_WORKER_READY_SECONDS,
+                # A warm shutdown lets the chunk at hand end.
+                stop_grace_seconds=_WORKER_GRACE_SECONDS,
+            )
+            for number in range(1, workers + 1)
+        ),
+        _child("flower", environment, lambda: _flower_answers(running)),
     )
-    yield (_child("flower", environment, lambda: _flower_answers(running)),)
 
 
 def _child(

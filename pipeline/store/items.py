@@ -140,3 +140,14 @@ def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
         """),
         {"job": job_id, "limit": limit},
     ).rowcount
+
+
+def remove_texts(connection: Connection, job_id: UUID, first_index: int, count: int) -> None:
+    """Remove the texts of a range of items; keys and indexes stay."""
+    connection.execute(
+        text("""
+            update vectormill.items set text = null
+            where job_id = :job and index >= :first and index < :end and text is not null
+        """),
+        {"job": job_id, "first": first_index, "end": first_index + count},
+    )

@@ -322,21 +322,20 @@ def running_of_model(connection: Connection, model: str) -> list[UUID]:
     return [row[0] for row in rows]
 
 
-def remove_texts(connection: Connection, older_than_days: float) -> list[UUID]:
-    """Remove the item texts of jobs that ended more than `older_than_days` ago. Returns those jobs."""
-    rows = connection.execute(
+def with_old_texts(connection: Connection, older_than_days: float) -> tuple[UUID, int] | None:
+    """A job that ended so long ago that its item texts are due to go: (id, items)."""
+    row = connection.execute(
         text("""
-            update vectormill.jobs set texts_removed_at = now()
-            where id in (select id from vectormill.jobs
-                         where finished_at < now() - make_interval(secs => 86400 * cast(:days as float8))
-                           and texts_removed_at is null order by id limit 1 for update skip locked)
-            returning id
+            select id, items_total from vectormill.jobs
+            where finished_at < now() - make_interval(secs => 86400 * cast(:days as float8))
+              and texts_removed_at is null
+            order by id limit 1
         """),
         {"days": older_than_days},
-    )
-    removed = [row[0] for row in rows]
-    connection.execute(
-        text("update vectormill.items set text = null where job_id = any(:jobs) and text is not null"),
-        {"jobs": removed},
-    )
-    return removed
+    ).one_or_none()
+    return (row[0], row[1]) if row else None
+
+
+def note_texts_removed(connection: Connection, job_id: UUID) -> None:
+    """A job's item texts are gone: such items can't be retried any more."""
+    connection.execute(text("update vectormill.jobs set texts_removed_at = now() where id = :job"), {"job": job_id})

@@ -1,0 +1,163 @@
+"""The command line, as programs use it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine
+
+from pipeline.jobs import Model, RejectCode
+from pipeline.writeback import write_chunk
+from tests.jobs_made import DONE, job_row, make_job, part_of, reject, run_sql, taken
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+NOWHERE = "postgresql://vectormill@127.0.0.1:1/vectormill"
+STATUS = {
+    *("id", "name", "state", "reason", "model", "labels", "items", "tokens", "rate", "eta_seconds", "chunks"),
+    *("created_at", "started_at", "finished_at"),
+}
+
+
+@pytest.fixture
+def run(database: str, redis_url: str, tmp_path: Path) -> Run:
+    """Run a command in a folder of its own."""
+
+    def run(*arguments: str, stdin: str = "", url: str = database) -> "subprocess.CompletedProcess[str]":
+        environment = {
+            **os.environ,
+            "VECTORMILL_DATABASE_URL": url,
+            "VECTORMILL_REDIS_URL": redis_url,
+            "VECTORMILL_HOME": str(tmp_path / "home"),
+            "COLUMNS": "200",
+        }
+        command = [sys.executable, "-m", "pipeline.cli", *arguments]
+        return subprocess.run(
+            command, input=stdin, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+        )
+
+    return run
+
+
+def printed(run: Run, *arguments: str, code: int = 0) -> Any:
+    done = run(*arguments, "--json")
+    assert (done.returncode, done.stderr) == (code, "")
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def job_id(engine: Engine, model: Model) -> UUID:
+    """A job of two chunks: one is done with a reject, the other waits."""
+    job_id = make_job(engine, model, name="docs", labels={"team": "search"})
+    write_chunk(engine, taken(engine, job_id), 0, part_of([0, 1, 2], [reject(3, RejectCode.TOO_LONG)]), DONE)
+    return job_id
+
+
+def test_submit_prints_the_id_alone(engine: Engine, model: Model, run: Run) -> None:
+    done = run("submit", "-", "--model", "small", "--name", "mine", "--label", "a=b", stdin='{"text": "t"}\n')
+    assert (done.returncode, done.stderr) == (0, "")
+    row = job_row(engine, UUID(done.stdout.removesuffix("\n")))
+    assert (row["name"], row["state"], row["items_total"], row["labels"]) == ("mine", "queued", 1, {"a": "b"})
+
+
+def test_status(job_id: UUID, run: Run) -> None:
+    row = printed(run, "status", "docs")
+    assert row.keys() - {"message"} == STATUS
+    assert (row["id"], row["state"], row["reason"], row["model"]) == (str(job_id), "running", None, "small")
+    assert row["labels"] == {"team": "search"}
+    assert row["items"] == {
+        "total": 8, "embedded": 3, "reused": 0, "rejected": 1,
+        "cancelled": 0, "pending": 4, "truncated": 0,
+    }
+    assert row["tokens"] == {"prompt": 9}
+    assert row["rate"].keys() == {"items_per_second", "tokens_per_second"}
+    assert row["chunks"] == {"pending": 1, "running": 0, "done": 1, "cancelled": 0}
+    assert row["created_at"] < row["started_at"]
+    assert row["finished_at"] is None
+
+
+def test_jobs(engine: Engine, model: Model, job_id: UUID, run: Run) -> None:
+    newer = make_job(engine, model)
+    rows = printed(run, "jobs")
+    assert [row["id"] for row in rows] == [str(newer), str(job_id)]
+    assert rows[0].keys() - {"message"} == STATUS
+    assert [row["id"] for row in printed(run, "jobs", "--state", "running")] == [str(job_id)]
+
+
+def test_rejects(job_id: UUID, run: Run) -> None:
+    assert printed(run, "rejects", str(job_id)) == [
+        {"index": 3, "key": "k3", "code": "too_long", "message": "for a test"}
+    ]
+
+
+def test_receipt(engine: Engine, job_id: UUID, run: Run) -> None:
+    account = printed(run, "receipt", str(job_id)[:30])
+    assert account["items"] == {"in": 8, "embedded": 3, "reused": 0, "rejected": 1, "cancelled": 0}
+    assert account["tokens"].items() >= {"prompt": 9, "billed": 9}.items()
+    assert account["balanced"] is False
+    assert not {"verified", "missing", "double"} & account.keys()
+    write_chunk(engine, taken(engine, job_id, 1), 0, part_of([4, 5, 6, 7]), DONE)
+    account = printed(run, "receipt", "docs", "--verify")
+    assert [account[name] for name in ("balanced", "verified", "missing", "double")] == [True, True, 0, 0]
+    run_sql(engine, "delete from vectormill.embeddings where index = 5")
+    account = printed(run, "receipt", "docs", "--verify", code=1)
+    assert [account[name] for name in ("balanced", "verified", "missing", "double")] == [True, False, 1, 0]
+
+
+def test_control(engine: Engine, job_id: UUID, run: Run) -> None:
+    for command, state in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelling")):
+        done = run(command, "docs")
+        assert (done.returncode, done.stdout) == (0, "")
+        assert done.stderr == f"Job {job_id} is {state}.\n"
+    done = run("retry", "docs")
+    assert (done.returncode, done.stderr) == (2, f"error job {job_id} is cancelling and can't be retried.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("status", "nothing"), 'no job "nothing"; vectormill jobs lists them.'),
+        (("submit", "-", "--model", "large"), 'no model "large"; there is small.'),
+        (("submit", "none.jsonl", "--model", "small"), "none.jsonl: no such file."),
+        (
+            ("submit", "-", "--model", "small", "--text-column", "body"),
+            '- line 1: no column "body"; columns are text. Use --text-column text.',
+        ),
+        (("submit", "-", "--model", "small", "--max-rejects", "many"), '--max-rejects "many": give a count'),
+        (("submit", "-", "--model", "small", "--label", "x"), '--label "x": write it as key=value.'),
+        (("submit", "-"), "Missing option '--model'."),
+        (("results", "docs", "--to", "a.csv"), "--to a.csv: give a file that ends in .parquet or .jsonl."),
+        (("jobs", "--workspace", "other"), 'no workspace "other".'),
+    ],
+)
+def test_a_mistake_is_one_clear_line(job_id: UUID, run: Run, arguments: tuple[str, ...], sentence: str) -> None:
+    done = run(*arguments, stdin='{"text": "t"}\n')
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error {sentence}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_database_that_is_away_is_exit_code_6(run: Run) -> None:
+    done = run("jobs", url=NOWHERE)
+    assert (done.returncode, done.stdout) == (6, "")
+    assert done.stderr.startswith("error can't reach the database; check VECTORMILL_DATABASE_URL")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_database_without_the_schema_is_a_clear_line(run: Run, empty_database: str) -> None:
+    done = run("jobs", url=empty_database)
+    assert done.returncode == 2
+    assert "vectormill migrate" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_results(engine: Engine, job_id: UUID, run: Run, tmp_path: Path) -> None:
+    done = run("results", "docs", "--to", "out.jsonl")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "3 vectors written to out.jsonl.\n")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [list(row) for row in rows] == [["index", "key", "embedding", "tokens", "truncated"]] * 3
