@@ -19,6 +19,8 @@ from pipeline.results import export
 from pipeline.store import embeddings, models
 from pipeline.store import jobs as job_rows
 
+_KEY_WIDTH = 40
+
 
 def results(
     job: Job,
@@ -83,10 +85,13 @@ def model_source(model: RowMapping) -> list[str]:
 def hit_table(hits: list[dict[str, Any]]) -> Table:
     """Search results, a line each."""
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
-    table.add_column("similarity", justify="right", no_wrap=True, min_width=10)
-    table.add_column("key", no_wrap=True, overflow="ellipsis", max_width=36)
-    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("similarity", justify="right")
+    table.add_column("key")
+    table.add_column("text")
+    width = max(20, look.stdout.width - _KEY_WIDTH - 20)
     for hit in hits:
-        line = " ".join((hit["text"] or "(text removed)").split())
-        table.add_row(f"{hit['similarity']:.3f}", Text(hit["key"] or f"#{hit['index']}"), Text(line))
+        key, line = Text(hit["key"] or f"#{hit['index']}"), Text(" ".join((hit["text"] or "(text removed)").split()))
+        key.truncate(_KEY_WIDTH, overflow="ellipsis")
+        line.truncate(width, overflow="ellipsis")
+        table.add_row(f"{hit['similarity']:.3f}", key, line)
     return table

@@ -63,11 +63,11 @@ def test_one_of_many_concurrent_claims_wins(engine: Engine, model: Model) -> Non
     assert [claim.fence for claim in claims] == [1]
 
 
-@pytest.mark.parametrize("state", ["staging", "paused", "cancelling", "completed", "failed", "cancelled"])
-def test_only_chunks_of_runnable_jobs_are_claimed(engine: Engine, model: Model, state: str) -> None:
+def test_only_chunks_of_runnable_jobs_are_claimed(engine: Engine, model: Model) -> None:
     job_id = make_job(engine, model)
-    run_sql(engine, "update vectormill.jobs set state = :state", state=state)
-    assert take(engine, job_id) is None
+    for state in set(JobState) - {JobState.QUEUED, JobState.RUNNING}:
+        run_sql(engine, "update vectormill.jobs set state = :state", state=state)
+        assert take(engine, job_id) is None
     assert chunk_rows(engine, job_id)[0]["fence"] == 0
 
 
@@ -244,11 +244,10 @@ Query = Callable[[Connection, UUID, int], object]
         ),
         ("chunks_open_idx", lambda connection, job_id, chunk_id: chunks.pending_after(connection, job_id, 0, 4)),
         ("chunks_open_idx", lambda connection, job_id, _: chunks.has_open(connection, job_id)),
-        ("chunks_open_idx", lambda connection, job_id, _: chunks.cancel_pending(connection, job_id, 100)),
         ("chunks_lease_idx", lambda connection, *_: chunks.expire_leases(connection, 100)),
         ("chunks_lease_idx", lambda connection, *_: chunks.tokens_in_flight(connection)),
     ],
-    ids=["claim", "pending_after", "has_open", "cancel_pending", "expire_leases", "tokens_in_flight"],
+    ids=["claim", "pending_after", "has_open", "expire_leases", "tokens_in_flight"],
 )
 def test_hot_queries_use_their_index(engine: Engine, crowded: tuple[UUID, int], index: str, query: Query) -> None:
     with plans(engine) as found, engine.connect() as connection:

@@ -71,8 +71,13 @@ def test_status(job_id: UUID, run: Run) -> None:
     assert (row["id"], row["state"], row["reason"], row["model"]) == (str(job_id), "running", None, "small")
     assert row["labels"] == {"team": "search"}
     assert row["items"] == {
-        "total": 8, "embedded": 3, "reused": 0, "rejected": 1,
-        "cancelled": 0, "pending": 4, "truncated": 0,
+        "total": 8,
+        "embedded": 3,
+        "reused": 0,
+        "rejected": 1,
+        "cancelled": 0,
+        "pending": 4,
+        "truncated": 0,
     }
     assert row["tokens"] == {"prompt": 9}
     assert row["rate"].keys() == {"items_per_second", "tokens_per_second"}
@@ -113,33 +118,34 @@ def test_control(engine: Engine, job_id: UUID, run: Run) -> None:
     for command, state in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelling")):
         done = run(command, "docs")
         assert (done.returncode, done.stdout) == (0, "")
-        assert done.stderr == f"Job {job_id} is {state}.\n"
+        assert done.stderr.startswith(f"Job {job_id} is {state}")
+        assert done.stderr.count("\n") == 1
     done = run("retry", "docs")
     assert (done.returncode, done.stderr) == (2, f"error job {job_id} is cancelling and can't be retried.\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("status", "nothing"), 'no job "nothing"; vectormill jobs lists them.'),
-        (("submit", "-", "--model", "large"), 'no model "large"; there is small.'),
-        (("submit", "none.jsonl", "--model", "small"), "none.jsonl: no such file."),
-        (
-            ("submit", "-", "--model", "small", "--text-column", "body"),
-            '- line 1: no column "body"; columns are text. Use --text-column text.',
-        ),
-        (("submit", "-", "--model", "small", "--max-rejects", "many"), '--max-rejects "many": give a count'),
-        (("submit", "-", "--model", "small", "--label", "x"), '--label "x": write it as key=value.'),
-        (("submit", "-"), "Missing option '--model'."),
-        (("results", "docs", "--to", "a.csv"), "--to a.csv: give a file that ends in .parquet or .jsonl."),
-        (("jobs", "--workspace", "other"), 'no workspace "other".'),
-    ],
-)
-def test_a_mistake_is_one_clear_line(job_id: UUID, run: Run, arguments: tuple[str, ...], sentence: str) -> None:
-    done = run(*arguments, stdin='{"text": "t"}\n')
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error {sentence}")
-    assert done.stderr.count("\n") == 1
+MISTAKES: list[tuple[tuple[str, ...], str]] = [
+    (("status", "nothing"), 'no job "nothing"; vectormill jobs lists them.'),
+    (("submit", "-", "--model", "large"), 'no model "large"; there is small.'),
+    (("submit", "none.jsonl", "--model", "small"), "none.jsonl: no such file."),
+    (
+        ("submit", "-", "--model", "small", "--text-column", "body"),
+        'standard input line 1: no column "body"; columns are text. Use --text-column text.',
+    ),
+    (("submit", "-", "--model", "small", "--max-rejects", "many"), '--max-rejects "many": give a count'),
+    (("submit", "-", "--model", "small", "--label", "x"), '--label "x": write it as key=value.'),
+    (("submit", "-"), "Missing option '--model'."),
+    (("results", "docs", "--to", "a.csv"), "--to a.csv: give a file that ends in .parquet or .jsonl."),
+    (("jobs", "--workspace", "other"), 'no workspace "other".'),
+]
+
+
+def test_a_mistake_is_one_clear_line(job_id: UUID, run: Run) -> None:
+    for arguments, sentence in MISTAKES:
+        done = run(*arguments, stdin='{"text": "t"}\n')
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error {sentence}")
+        assert done.stderr.count("\n") == 1
 
 
 def test_a_database_that_is_away_is_exit_code_6(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 from uuid import UUID
 
@@ -9,7 +10,7 @@ import pytest
 from sqlalchemy import Connection, Engine
 
 from pipeline import control, status
-from pipeline.dispatch import Dispatcher, drain, finish, snapshot, sweep
+from pipeline.dispatch import Dispatcher, drain, finish, remove_old_texts, snapshot, sweep
 from pipeline.errors import IllegalTransition, UnknownJob, UserError
 from pipeline.jobs import JOB_TRANSITIONS, JobState, Model, RejectCode
 from pipeline.publish import Publisher
@@ -78,31 +79,27 @@ def counted(engine: Engine, job_id: UUID) -> tuple[Any, ...]:
 # Transitions
 
 
-@pytest.mark.parametrize("before", JobState)
 @pytest.mark.parametrize(
-    ("what", "becomes", "unchanged_in"),
+    ("what", "becomes", "legal_from", "unchanged_in"),
     [
-        (control.cancel, JobState.CANCELLING, {"cancelling", "cancelled"}),
-        (control.pause, JobState.PAUSED, {"paused"}),
-        (control.resume, JobState.QUEUED, {"queued", "running"}),
+        (control.cancel, "cancelling", {"queued", "running", "paused"}, {"cancelling", "cancelled"}),
+        (control.pause, "paused", {"queued", "running"}, {"paused"}),
+        (control.resume, "queued", {"paused"}, {"queued", "running"}),
     ],
     ids=["cancel", "pause", "resume"],
 )
 def test_transitions(
-    engine: Engine, model: Model, before: JobState, what: Ask, becomes: JobState, unchanged_in: set[str]
+    engine: Engine, model: Model, what: Ask, becomes: str, legal_from: set[str], unchanged_in: set[str]
 ) -> None:
     job_id = make_job(engine, model)
-    set_state(engine, job_id, before)
-    legal = becomes in JOB_TRANSITIONS[before] and (what is not control.resume or before is JobState.PAUSED)
-    if legal:
-        assert ask(engine, what, job_id) is becomes
-        assert job_row(engine, job_id)["state"] == becomes
-    elif before in unchanged_in:
-        assert ask(engine, what, job_id) == before
-        assert job_row(engine, job_id)["state"] == before
-    else:
-        with pytest.raises(IllegalTransition, match=f"is {before} and can't be"):
-            ask(engine, what, job_id)
+    for before in JobState:
+        set_state(engine, job_id, before)
+        if before in legal_from | unchanged_in:
+            wanted = becomes if before in legal_from else before
+            assert ask(engine, what, job_id) == wanted == job_row(engine, job_id)["state"]
+        else:
+            with pytest.raises(IllegalTransition, match=f"is {before} and can't be"):
+                ask(engine, what, job_id)
 
 
 @pytest.mark.parametrize("what", [control.cancel, control.pause, control.resume, control.retry])
@@ -111,18 +108,17 @@ def test_a_job_that_isnt_there(engine: Engine, what: Ask) -> None:
         ask(engine, what, UUID(int=7))
 
 
-@pytest.mark.parametrize("before", ["staging", "queued", "running", "paused", "cancelling", "cancelled"])
-def test_only_completed_and_failed_jobs_are_retried(engine: Engine, model: Model, before: str) -> None:
+def test_only_completed_and_failed_jobs_are_retried(engine: Engine, model: Model) -> None:
     job_id = make_job(engine, model)
-    set_state(engine, job_id, before)
-    with pytest.raises(IllegalTransition):
-        ask(engine, control.retry, job_id)
+    for before in set(JobState) - {JobState.COMPLETED, JobState.FAILED}:
+        set_state(engine, job_id, before)
+        with pytest.raises(IllegalTransition):
+            ask(engine, control.retry, job_id)
 
 
-@pytest.mark.parametrize("to", JobState)
-def test_the_store_refuses_what_the_table_doesnt_allow(engine: Engine, model: Model, to: JobState) -> None:
+def test_the_store_refuses_what_the_table_doesnt_allow(engine: Engine, model: Model) -> None:
     job_id = make_job(engine, model)
-    for before in JobState:
+    for before, to in product(JobState, JobState):
         set_state(engine, job_id, before)
         with engine.begin() as connection:
             assert jobs.move(connection, job_id, to) is (to in JOB_TRANSITIONS[before])
@@ -257,18 +253,6 @@ def test_a_vector_without_an_item_is_found(engine: Engine, model: Model, dispatc
     assert (found["verified"], found["missing"], found["double"]) == (False, 0, 1)
 
 
-def test_a_missing_vector_is_not_hidden_by_one_too_many(engine: Engine, model: Model, dispatcher: Dispatcher) -> None:
-    """Of a cancelled job: an item counted as embedded has no vector, one counted as cancelled has."""
-    job_id = make_job(engine, model, 8)
-    embed(engine, job_id, 0)
-    ask(engine, control.cancel, job_id)
-    drain(dispatcher)
-    finish(dispatcher)
-    assert account(engine, job_id)["verified"]
-    run_sql(engine, "update vectormill.embeddings set index = 6 where index = 2")
-    assert not account(engine, job_id)["verified"]
-
-
 # Retry
 
 
@@ -326,8 +310,7 @@ def test_a_job_whose_texts_are_gone_isnt_retried(engine: Engine, model: Model, d
     embed(engine, job_id, 0, {1: RejectCode.BAD_VECTOR})
     finish(dispatcher)
     run_sql(engine, "update vectormill.jobs set finished_at = now() - interval '8 days'")
-    with engine.begin() as connection:
-        assert jobs.remove_texts(connection, 7) == [job_id]
+    remove_old_texts(dispatcher)
     assert run_sql(engine, "select distinct text from vectormill.items") == [(None,)]
     with pytest.raises(UserError, match="its texts were removed"):
         ask(engine, control.retry, job_id)

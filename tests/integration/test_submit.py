@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -54,7 +54,7 @@ def submission(
     )
 
 
-def jsonl(rows: list[dict[str, Any]] = ROWS, name: str = "a.jsonl") -> str:
+def jsonl(rows: Sequence[Mapping[str, Any]] = ROWS, name: str = "a.jsonl") -> str:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return name
 
@@ -129,7 +129,7 @@ def test_a_chunk_without_a_good_item_is_done(engine: Engine, run: Callable[..., 
 
 
 def test_options_and_carried_columns_are_kept(engine: Engine, run: Callable[..., Submitted]) -> None:
-    rows = [{"text": "t", "lang": "de"}, {"text": "u", "lang": None}]
+    rows: list[dict[str, Any]] = [{"text": "t", "lang": "de"}, {"text": "u", "lang": None}]
     done = run(
         jsonl(rows), columns=Columns(carry=("lang",)), labels={"a": "b"}, priority=3, dtype="float16", max_rejects="7"
     )

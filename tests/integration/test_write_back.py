@@ -223,7 +223,8 @@ def test_a_backend_killed_before_the_vectors_are_copied(
     kill: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    copy_rows, killed = embeddings.copy_rows, []
+    copy_rows = embeddings.copy_rows
+    killed: list[int] = []
 
     def kill_and_copy(connection: Connection, *arguments: Any, **options: Any) -> None:
         if not killed:

@@ -15,7 +15,8 @@ LIMITS = st.builds(Limits, tokens=st.integers(1, 60), items=st.integers(1, 8), b
 
 
 def plan(blocks: list[list[Item]], limits: Limits) -> list[Range]:
-    planner, found = Planner(limits), []
+    planner = Planner(limits)
+    found: list[Range] = []
     for block in blocks:
         tokens, sizes = np.array(block, dtype=np.int64).reshape(-1, 2).T
         found += planner.add(tokens, sizes)
