@@ -1,6 +1,7 @@
 """What a person may ask of a job: cancel, pause, resume, retry; and how a job ends."""
 
 from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any
 from uuid import UUID
 
@@ -85,14 +86,14 @@ def reject_limit(option: str, items_total: int) -> int | None:
         return items_total // 10 if items_total >= 100 else None
     try:
         if option.endswith("%"):
-            share = float(option[:-1])
+            share = Decimal(option[:-1])
             if not 0 <= share <= 100:
                 raise ValueError
             return int(items_total * share / 100)
         if int(option) < 0:
             raise ValueError
         return int(option)
-    except ValueError:
+    except (ValueError, InvalidOperation):
         raise UserError(f'--max-rejects "{option}": give a count such as 50, or a share such as 2.5%.') from None
 
 

@@ -49,8 +49,6 @@ class Dispatcher:
     sweep_from: float = 0.0
     #: When the database last answered, by the monotonic clock.
     last_contact: float = 0.0
-    #: How far the texts of the job in turn have been removed, by index.
-    texts_removed_up_to: int = 0
 
 
 def publish(dispatcher: Dispatcher) -> None:
@@ -228,22 +226,14 @@ def keep_house(dispatcher: Dispatcher) -> None:
 
 
 def remove_old_texts(dispatcher: Dispatcher) -> None:
-    """Remove item texts that are past their retention, range by range, one job after the other."""
-    with dispatcher.engine.begin() as connection:
-        due = jobs.with_old_texts(connection, dispatcher.text_retention_days)
-    if due is None:
-        return
-    job_id, total = due
+    """Remove item texts that are past their retention, range by range."""
     enough = time.monotonic() + _LONGEST_DUTY_SECONDS
-    while dispatcher.texts_removed_up_to < total and time.monotonic() < enough:
+    while time.monotonic() < enough:
         with dispatcher.engine.begin() as connection:
-            items.remove_texts(connection, job_id, dispatcher.texts_removed_up_to, _REMOVE_LIMIT)
-        dispatcher.texts_removed_up_to += _REMOVE_LIMIT
-    if dispatcher.texts_removed_up_to >= total:
-        with dispatcher.engine.begin() as connection:
-            jobs.note_texts_removed(connection, job_id)
-        dispatcher.texts_removed_up_to = 0
-        log.info("texts_removed", job=str(job_id))
+            due = jobs.take_old_texts(connection, dispatcher.text_retention_days, _REMOVE_LIMIT)
+            if due is None:
+                return
+            items.remove_texts(connection, *due, _REMOVE_LIMIT)
 
 
 #: What the dispatcher does, each how often in seconds.

@@ -1,7 +1,9 @@
 """Where a corpus is cut into chunks. Pure: lengths in, ranges out."""
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,42 +45,80 @@ def estimate_tokens(sizes: npt.NDArray[np.int64], max_item_tokens: int | None) -
     return np.where(sizes == 0, 0, estimate)
 
 
+#: Grains in a full chunk.
+_GRAINS = 8
+#: Grains whose chunks are left open until the end is known.
+_HELD_BACK = 24
+
+
+class _Load(NamedTuple):
+    tokens: int
+    bytes: int
+    items: int
+
+    def plus(self, other: "_Load") -> "_Load":
+        return _Load(self.tokens + other.tokens, self.bytes + other.bytes, self.items + other.items)
+
+
 class Planner:
-    """Cuts a stream of items greedily: a chunk ends before the item that would exceed a limit."""
+    """Cuts a stream of items into chunks.
+
+    Items are cut greedily into grains of an eighth of a chunk, and grains joined into chunks. The last grains become
+    ever smaller chunks, so that the slots that work on a job end at about the same time.
+    """
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self._limits = _Load(limits.tokens, limits.bytes, limits.items)
+        self._grain = _Load(*(max(1, limit // _GRAINS) for limit in self._limits))
+        self._open = _Load(0, 0, 0)
+        self._grains: deque[_Load] = deque()
         self._first = 0
-        self._held = np.zeros(3, dtype=np.int64)  # tokens, bytes, items of the open chunk
 
     def add(self, tokens: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Iterator[Range]:
-        """Take the next items, by estimated tokens and bytes; yield the chunks that this completes."""
-        limits = (self._limits.tokens, self._limits.bytes, self._limits.items)
-        sums = [np.cumsum(tokens), np.cumsum(sizes), np.arange(1, len(tokens) + 1)]
+        """Take the next items, by estimated tokens and bytes; yield the chunks that are certain by now."""
+        for grain in self._cut(tokens, sizes):
+            self._grains.append(grain)
+            if len(self._grains) > _HELD_BACK:
+                yield self._join(_GRAINS)
+
+    def finish(self) -> Iterator[Range]:
+        """Yield the rest, each chunk a quarter of what is left."""
+        if self._open.items:
+            self._grains.append(self._open)
+            self._open = _Load(0, 0, 0)
+        while self._grains:
+            yield self._join(min(_GRAINS, len(self._grains) // 4))
+
+    def _cut(self, tokens: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Iterator[_Load]:
+        """The grains that these items complete: each ends before the item that would exceed a limit."""
+        sums = (np.cumsum(tokens), np.cumsum(sizes), np.arange(1, len(tokens) + 1))
         done = 0
         while done < len(tokens):
             before = [int(total[done - 1]) if done else 0 for total in sums]
             # The first position at which each sum, counted from `done`, would exceed what its limit leaves.
             cut = min(
                 int(np.searchsorted(total, limit - held + start, side="right"))
-                for total, limit, held, start in zip(sums, limits, self._held, before, strict=True)
+                for total, limit, held, start in zip(sums, self._grain, self._open, before, strict=True)
             )
-            if cut == done and self._held[2] == 0:
-                cut = done + 1  # an item over a limit is a chunk of its own
+            if cut == done and not self._open.items:
+                cut = done + 1  # an item over a limit is a grain of its own
             if cut > done:
-                self._held += [int(total[cut - 1]) - start for total, start in zip(sums, before, strict=True)]
+                taken = (int(total[cut - 1]) - start for total, start in zip(sums, before, strict=True))
+                self._open = self._open.plus(_Load(*taken))
                 done = cut
             if done < len(tokens):
-                yield self._close()
+                yield self._open
+                self._open = _Load(0, 0, 0)
 
-    def finish(self) -> Iterator[Range]:
-        """Yield what is left."""
-        if self._held[2]:
-            yield self._close()
-
-    def _close(self) -> Range:
-        tokens, _, items = (int(held) for held in self._held)
-        closed = Range(self._first, items, tokens)
-        self._first += items
-        self._held[:] = 0
-        return closed
+    def _join(self, most: int) -> Range:
+        """A chunk of the next grains: at least one, at most `most`, within the limits."""
+        joined = self._grains.popleft()
+        for _ in range(most - 1):
+            larger = joined.plus(self._grains[0])
+            if any(load > limit for load, limit in zip(larger, self._limits, strict=True)):
+                break
+            joined = larger
+            self._grains.popleft()
+        chunk = Range(self._first, joined.items, joined.tokens)
+        self._first += joined.items
+        return chunk

@@ -87,9 +87,10 @@ class Publisher:
             self._celery.send_task(
                 RUN_CHUNK,
                 args=[str(job_id), chunk_id],
-                # The anonymous exchange needs no binding in Redis, so a wiped Redis loses no route.
-                exchange="",
-                routing_key=queue_of(slug),
+                # Named so, and not declared, it goes by the anonymous exchange, which needs no binding in Redis: a
+                # wiped Redis loses no route. With exchange="" Celery would take its default queue.
+                queue=queue_of(slug),
+                declare=[],
                 argsrepr=f"(job={job_id}, chunk={chunk_id})",
                 retry=False,
             )

@@ -26,7 +26,10 @@ def export(connection: Connection, job_id: UUID, target: Path, on_rows: Callable
     Raises:
         UserError: another ending, or the folder can't be written.
     """
-    writers: dict[str, Callable[[Iterator[Block], Path], None]] = {".parquet": _write_parquet, ".jsonl": _write_jsonl}
+    writers: dict[str, Callable[[Iterator[Block], Path, int], None]] = {
+        ".parquet": _write_parquet,
+        ".jsonl": _write_jsonl,
+    }
     writer = writers.get(target.suffix)
     if writer is None:
         raise UserError(f"--to {target}: give a file that ends in .parquet or .jsonl.")
@@ -41,7 +44,8 @@ def export(connection: Connection, job_id: UUID, target: Path, on_rows: Callable
 
     partial = target.with_name(f".{target.name}.partial")
     try:
-        writer(counted(embeddings.stream(connection, job_id)), partial)
+        dimensions = embeddings.dimensions(connection, job_id)
+        writer(counted(embeddings.stream(connection, job_id)), partial, dimensions)
         os.replace(partial, target)
     except OSError as error:
         raise UserError(f"--to {target}: {error.strerror or error}.") from error
@@ -50,7 +54,7 @@ def export(connection: Connection, job_id: UUID, target: Path, on_rows: Callable
     return count
 
 
-def _write_jsonl(blocks: Iterator[Block], path: Path) -> None:
+def _write_jsonl(blocks: Iterator[Block], path: Path, _dimensions: int) -> None:
     with path.open("wb") as file:
         for block in blocks:
             for index, key, vector, tokens, truncated, carried in block:
@@ -73,10 +77,9 @@ def _without_clash(carried: dict[str, Any] | None) -> dict[str, Any]:
 _OURS = ("index", "key", "embedding", "tokens", "truncated")
 
 
-def _write_parquet(blocks: Iterator[Block], path: Path) -> None:
+def _write_parquet(blocks: Iterator[Block], path: Path, dimensions: int) -> None:
     first = next(blocks, None)
     carried = sorted({name for row in first or () for name in _without_clash(row[5])})
-    dimensions = len(first[0][2]) if first else 1
     schema = pa.schema(
         [
             pa.field("index", pa.int64(), nullable=False),

@@ -96,20 +96,15 @@ def current_receipt(connection: Connection, job_id: UUID) -> dict[str, Any]:
 def receipt(connection: Connection, job_id: UUID, *, verify: bool = False) -> dict[str, Any]:
     """A job's account, frozen if it has ended; verified row by row if asked.
 
-    `missing` counts items without vector or reject beyond those counted as cancelled, `double` those with both or
-    rows that belong to no item. It is `verified` when both are 0 and the rows are as many as the account says.
+    `missing` and `double` are those of `embeddings.verify`. It is `verified` when both are 0, it balances, and the
+    chunks still say what was frozen.
     """
     row = job_row(connection, job_id)
-    account: dict[str, Any] = {"id": str(job_id), "state": row["state"]}
-    account |= row["receipt"] or current_receipt(connection, job_id)
+    account: dict[str, Any] = row["receipt"] or current_receipt(connection, job_id)
+    named = {"id": str(job_id), "state": row["state"], **account}
     if not verify:
-        return account
-    without, double, vectors, rejected = embeddings.verify(connection, job_id)
-    counts = account["items"]
-    missing = abs(without - (counts["in"] - counts["embedded"] - counts["reused"] - counts["rejected"]))
-    agree = vectors == counts["embedded"] + counts["reused"] and rejected == counts["rejected"]
-    return account | {
-        "verified": account["balanced"] and not missing and not double and agree,
-        "missing": missing,
-        "double": double,
-    }
+        return named
+    missing, double = embeddings.verify(connection, job_id)
+    unchanged = account == current_receipt(connection, job_id)
+    verified = bool(account["balanced"] and unchanged and not missing and not double)
+    return named | {"verified": verified, "missing": missing, "double": double}

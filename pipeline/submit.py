@@ -3,8 +3,9 @@
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 from uuid import UUID
 
@@ -21,11 +22,14 @@ from pipeline.leases import Renewal
 from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
 from pipeline.sources import Corpus, Rows
 from pipeline.store import chunks, items, jobs, partitions
+from pipeline.store.database import flush_later
 
 log = structlog.get_logger()
 
-#: Items in one transaction of a submission.
-_COMMIT_ITEMS = 100_000
+#: A submission commits when one of these is reached.
+_COMMIT_ROWS = 100_000
+_COMMIT_BYTES = 32 * 1024 * 1024
+_COMMIT_SECONDS = 1.0
 _DELETE_ITEMS = 20_000
 
 
@@ -166,6 +170,8 @@ def _attach_to_staging(engine: Engine, submission: Submission, found: RowMapping
         return Submitted(job_id, f"job {job_id} is being submitted with this idempotency key right now")
     _delete_items(engine, job_id, fence + 1)
     with engine.begin() as connection:
+        if not jobs.hold_staging(connection, job_id, fence + 1, lease_seconds):
+            return Submitted(job_id, f"job {job_id} is being submitted with this idempotency key right now")
         jobs.delete_chunks(connection, job_id)
     _Staging(engine, submission, job_id, fence + 1).run()
     return Submitted(job_id)
@@ -219,16 +225,13 @@ class _Staging:
         with self._engine.begin() as connection:
             self._hold(connection)
             jobs.insert_inputs(connection, self._job_id, files)
-        blocks = corpus.blocks()
-        block = next(blocks, None)
-        while block is not None:
-            room = _COMMIT_ITEMS
+        # No transaction is open while blocks are read: a stream may take its time.
+        for blocks in _gathered(corpus.blocks()):
             with self._engine.begin() as connection:
+                # The last transaction is flushed to disk, and all before it with it; a crash loses a staging anyway.
+                flush_later(connection)
                 self._hold(connection)
-                while block is not None and room > 0:
-                    room -= len(block.keys)
-                    self._copy(connection, block)
-                    block = next(blocks, None)
+                self._copy(connection, blocks)
             self._submission.on_items(self._items)
         self._queue()
 
@@ -236,17 +239,26 @@ class _Staging:
         if not jobs.hold_staging(connection, self._job_id, self._fence, self._lease_seconds):
             raise LeaseLost("this submission was cancelled, or taken over by another one with its idempotency key.")
 
-    def _copy(self, connection: Connection, block: Rows) -> None:
-        items.copy_items(connection, self._job_id, self._items, block.keys, block.texts, block.carried)
-        rejects = [
-            Reject(index=self._items + at, key=block.keys[at], code=code, message=message)
-            for at, code, message in block.problems
-        ]
+    def _copy(self, connection: Connection, blocks: Sequence[Rows]) -> None:
+        items.copy_items(
+            connection,
+            self._job_id,
+            self._items,
+            [items.Block(block.keys, block.texts, block.carried) for block in blocks],
+        )
+        rejects: list[Reject] = []
+        planned: list[Range] = []
+        for block in blocks:
+            rejects += [
+                Reject(index=self._items + at, key=block.keys[at], code=code, message=message)
+                for at, code, message in block.problems
+            ]
+            self._items += len(block.keys)
+            sizes = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
+            planned += self._planner.add(estimate_tokens(sizes, self._max_item_tokens), sizes)
         items.copy_rejects(connection, self._job_id, rejects)
         self._rejected_at += [reject.index for reject in rejects]
-        self._items += len(block.keys)
-        sizes = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
-        self._insert(connection, self._planner.add(estimate_tokens(sizes, self._max_item_tokens), sizes))
+        self._insert(connection, planned)
 
     def _insert(self, connection: Connection, planned: Iterable[Range]) -> None:
         new = []
@@ -291,6 +303,22 @@ class _Staging:
             raise UserError(
                 f'--unique-keys: key "{key}" comes twice, first as items {first:,} and {second:,} (counted from 0).'
             )
+
+
+def _gathered(blocks: Iterator[Rows]) -> Iterator[list[Rows]]:
+    """Blocks as they are committed together: many rows to a COPY, bounded in rows, bytes and time."""
+    gathered: list[Rows] = []
+    rows = size = 0
+    since = monotonic()
+    for block in blocks:
+        gathered.append(block)
+        rows += len(block.keys)
+        size += sum(len(text) for text in block.texts if text)
+        if rows >= _COMMIT_ROWS or size >= _COMMIT_BYTES or monotonic() - since > _COMMIT_SECONDS:
+            yield gathered
+            gathered, rows, size, since = [], 0, 0, monotonic()
+    if gathered:
+        yield gathered
 
 
 def undo_staging(engine: Engine, job_id: UUID, fence: int) -> None:

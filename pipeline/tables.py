@@ -167,6 +167,8 @@ jobs = Table(
     _moment("resumed_at"),
     _moment("finished_at"),
     _moment("texts_removed_at"),
+    # Texts of items below this index are gone.
+    _count("texts_kept_from"),
     _state(JobState),
     CheckConstraint("ends_as in ('cancelled', 'failed')", name="ends_as"),
     UniqueConstraint("workspace_id", "idempotency_key"),
@@ -175,6 +177,7 @@ jobs = Table(
         "id",
         postgresql_where=text("state not in ('completed', 'failed', 'cancelled')"),
     ),
+    Index("jobs_texts_idx", "finished_at", postgresql_where=text("texts_kept_from < items_total")),
     Index("jobs_newest_idx", "workspace_id", text("id desc")),
 )
 

@@ -64,7 +64,7 @@ def make_job(
         )
         assert jobs.insert_staging(connection, new)
         texts = [None if at in rejected else f"text {at}".encode() for at in range(count)]
-        items.copy_items(connection, job_id, 0, [f"k{at}" for at in range(count)], texts, None)
+        items.copy_items(connection, job_id, 0, [items.Block([f"k{at}" for at in range(count)], texts, None)])
         items.copy_rejects(connection, job_id, [reject(at, code) for at, code in rejected.items()])
         planned = [
             chunks.NewChunk(

@@ -1,5 +1,6 @@
 """The Celery app of a worker, and the parent's signals. Entry point of `celery -A workers.app`."""
 
+from contextlib import suppress
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
@@ -30,6 +31,13 @@ _presence: Presence | None = None
 def worker_id_of(hostname: str) -> UUID:
     """The id under which a worker's parent and children write; `hostname` is Celery's, new at each start."""
     return uuid5(NAMESPACE_URL, f"vectormill-worker:{hostname}")
+
+
+@signals.worker_process_init.connect
+def _on_child(**_: Any) -> None:
+    """In a child: have torch at hand for the first chunk. Without it the first chunk says what is wrong."""
+    with suppress(ImportError):
+        import workers.encoder  # noqa: F401
 
 
 @signals.worker_ready.connect

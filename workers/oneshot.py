@@ -10,6 +10,7 @@ An error is one line on standard error, and exit code 2.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from time import perf_counter
@@ -35,7 +36,8 @@ def describe(source: Source) -> dict[str, Any]:
     device, _ = list_devices()[0]
     prompts = Encoder(folder, device).prompts
     document = prompts.get("document") or prompts.get("passage") or ""
-    encoder = Encoder(folder, device, document_prompt=document)
+    # Measured as a slot embeds: one of two replicas that share a CPU.
+    encoder = Encoder(folder, device, document_prompt=document, threads=max(1, (os.cpu_count() or 1) // 2))
     canary = encoder.canary()
     return {
         "path": source.path,

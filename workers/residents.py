@@ -3,12 +3,15 @@
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import structlog
 
 from pipeline.jobs import Model
-from workers.encoder import Encoder
 from workers.weights import verified_folder
+
+if TYPE_CHECKING:  # the parent and Flower import this module, and need no torch
+    from workers.encoder import Encoder
 
 log = structlog.get_logger()
 
@@ -19,12 +22,12 @@ _ROOM_FACTOR = 2
 class Residents:
     """Loaded models. `load` makes an encoder of a catalogue entry; `memory_bytes` is what all may take together."""
 
-    def __init__(self, load: Callable[[Model], Encoder], memory_bytes: int) -> None:
+    def __init__(self, load: Callable[[Model], "Encoder"], memory_bytes: int) -> None:
         self._load = load
         self._memory_bytes = memory_bytes
         self._loaded: OrderedDict[str, tuple[Model, Encoder]] = OrderedDict()
 
-    def get(self, model: Model) -> Encoder:
+    def get(self, model: Model) -> "Encoder":
         """The encoder of a model, loaded and proven by its canary on first use.
 
         Raises:
@@ -57,10 +60,12 @@ class Residents:
         gc.collect()
 
 
-def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], Encoder]:
+def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], "Encoder"]:
     """How a child on `device` makes encoders: weights as the catalogue's fingerprint says, with its prompt."""
 
-    def load(model: Model) -> Encoder:
+    def load(model: Model) -> "Encoder":
+        from workers.encoder import Encoder
+
         folder = verified_folder(model)
         return Encoder(folder, device, document_prompt=model.document_prompt, dtype=dtype, threads=threads)
 

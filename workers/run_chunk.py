@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from time import monotonic
+from typing import TYPE_CHECKING
 
 import numpy as np
 import structlog
@@ -15,7 +17,9 @@ from pipeline.store import chunks
 from pipeline.store.embeddings import NO_ROWS, Rows
 from pipeline.writeback import Ending, Part, split_bad_vectors, write_chunk
 from workers.batching import CONVICTED, Slice, isolated_slices
-from workers.encoder import Encoder
+
+if TYPE_CHECKING:
+    from workers.encoder import Encoder
 
 log = structlog.get_logger()
 
@@ -47,7 +51,7 @@ class Watch:
         return self.cancelled or monotonic() - self.began > self.most_seconds
 
 
-def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> None:
+def run_chunk(engine: Engine, encoder: "Encoder", claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> None:
     """Embed a claimed chunk and commit it, whole or in parts.
 
     Raises:
@@ -70,7 +74,7 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
             write_chunk(engine, claim, number, part, ending)
 
 
-def _parts(encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> Iterator[tuple[Part, Ending]]:
+def _parts(encoder: "Encoder", claim: Claim, items: Sequence[Item], watch: Watch) -> Iterator[tuple[Part, Ending]]:
     """What to commit, one after the other; the last one ends the chunk or gives it back."""
     level, left = claim.isolation, len(items)
     if level >= CONVICTED and items:
@@ -78,7 +82,7 @@ def _parts(encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) 
         log.warning("item_convicted", index=head.index)
         yield _conviction(head), Ending(state=_state(left, watch), isolation=level if left else 0)
     slices = list(isolated_slices(len(items), level)) if level else [Slice(0, len(items), 0)]
-    for this, following in zip(slices, [*slices[1:], None], strict=True):
+    for this, following in zip_longest(slices, slices[1:]):
         if not left and this.start:
             return
         part = _embed(encoder, claim, items[this.start : this.stop], watch)
@@ -103,7 +107,7 @@ def _conviction(item: Item) -> Part:
     return Part(rows=NO_ROWS, rejects=[_reject(item, RejectCode.CRASHED_WORKER, message)])
 
 
-def _embed(encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> Part:
+def _embed(encoder: "Encoder", claim: Claim, items: Sequence[Item], watch: Watch) -> Part:
     """Embed items until they are done or the watch says stop.
 
     Raises:

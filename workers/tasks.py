@@ -137,7 +137,7 @@ def _give_back(engine: Engine, claim: Claim, error: Exception) -> None:
     progress = chunks.Progress(
         state=ChunkState.PENDING,
         not_before_seconds=0 if isinstance(error, ModelError) else _BACK_OFF_SECONDS,
-        isolation=claim.isolation,
+        isolation=None,
         error=plain_reason(error) if isinstance(error, DBAPIError) else str(error),
     )
     with engine.begin() as connection:

@@ -10,8 +10,8 @@ down_revision = None
 
 
 def upgrade() -> None:
-    # pgvector's types are looked up where the extension lives, usually `public`.
-    op.execute("create extension if not exists vector")
+    # In `public`, so that every role finds its types: a user called like our schema would get it in there.
+    op.execute("create extension if not exists vector schema public")
     op.create_table(
         "attempts",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
@@ -224,6 +224,7 @@ def upgrade() -> None:
         sa.Column("resumed_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("texts_removed_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("texts_kept_from", sa.BigInteger(), server_default="0", nullable=False),
         sa.CheckConstraint("ends_as in ('cancelled', 'failed')", name=op.f("jobs_ends_as_check")),
         sa.CheckConstraint(
             "state in ('staging', 'queued', 'running', 'paused', 'cancelling', 'completed', 'failed', 'cancelled')",
@@ -247,6 +248,14 @@ def upgrade() -> None:
     )
     op.create_index(
         "jobs_newest_idx", "jobs", ["workspace_id", sa.literal_column("id desc")], unique=False, schema="vectormill"
+    )
+    op.create_index(
+        "jobs_texts_idx",
+        "jobs",
+        ["finished_at"],
+        unique=False,
+        schema="vectormill",
+        postgresql_where=sa.text("texts_kept_from < items_total"),
     )
     op.create_table(
         "workspace_models",

@@ -37,11 +37,11 @@ def print_json(value: Any) -> None:
 
 def number(value: float) -> str:
     """With thousands separators; short above 10,000 where precision is no use: use for rates."""
-    if value >= 1_000_000:
+    if value >= 999_950:
         return f"{value / 1_000_000:.1f}M"
-    if value >= 1_000:
+    if value >= 999.5:
         return f"{value / 1_000:.1f}k"
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
 
 
 def duration(seconds: float) -> str:

@@ -112,6 +112,9 @@ def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> 
         text("""
             update vectormill.chunks c
             set state = 'running', lease_until = clock_timestamp() + make_interval(secs => :lease),
+                -- What the sweep took for a crash was none.
+                crashes = greatest(0, c.crashes - (c.state = 'pending')::int),
+                isolation = greatest(0, c.isolation - (c.state = 'pending')::int),
                 backend_pid = case when :committing then pg_backend_pid() else c.backend_pid end
             from vectormill.jobs j
             where c.id = :chunk and c.fence = :fence and c.worker_id = :worker and c.state in ('running', 'pending')
@@ -138,8 +141,8 @@ class Progress:
     rejected: int = 0
     truncated: int = 0
     prompt_tokens: int = 0
-    #: Isolation level of what comes next.
-    isolation: int = 0
+    #: Isolation level of what comes next; `None` leaves it as the last commit recorded it.
+    isolation: int | None = 0
     #: For a chunk given back: no claim before so many seconds from now.
     not_before_seconds: float = 0
     error: str | None = None
@@ -166,7 +169,7 @@ def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
               cancelled = case when :state = 'cancelled'
                           then items - embedded - :embedded - reused - rejected - :rejected else cancelled end,
               crashes = case when :embedded + :rejected > 0 then 0 else crashes end,
-              isolation = :isolation,
+              isolation = coalesce(:isolation, isolation),
               lease_until = case when :state = 'running'
                             then clock_timestamp() + make_interval(secs => :lease) end,
               not_before = case when :state = 'pending' and cast(:not_before as float8) > 0
@@ -345,6 +348,7 @@ def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
             )
             update vectormill.chunks c
             set state = 'pending', rejected = c.rejected - b.again, cancelled = 0, crashes = 0, isolation = 0,
+                fence = c.fence + 1, worker_id = null,
                 not_before = null, lease_until = null, finished_at = null
             from by_chunk b where c.id = b.id
         """),

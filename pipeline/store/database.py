@@ -1,14 +1,15 @@
 """Connections to Postgres: one place for time-outs, keep-alives and what a lost connection is called."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine, event
+from psycopg import sql
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from pipeline.errors import ServiceUnreachable
+from pipeline.errors import ServiceUnreachable, UserError
 
 # A server that vanished is noticed within about half a minute instead of the kernel's quarter of an hour.
 _CONNECT_ARGS = {
@@ -49,16 +50,36 @@ def psycopg_connection(connection: Connection) -> psycopg.Connection:
     return driver
 
 
+def flush_later(connection: Connection) -> None:
+    """Let this transaction's commit return before it is on disk. A later commit that is waited for covers it."""
+    connection.execute(text("set local synchronous_commit = off"))
+
+
 def is_connection_lost(error: Exception) -> bool:
     """Whether `error` says that the connection, not the statement, failed: the same work may succeed on a new one."""
     if isinstance(error, DBAPIError):
-        # A server that shuts down, starts up or crashed answers with class 57P; the rest of OperationalError
-        # without a state is the network.
-        state = getattr(error.orig, "sqlstate", None)
-        return error.connection_invalidated or (
-            isinstance(error, OperationalError) and (state is None or state.startswith(("57P", "08")))
-        )
-    return isinstance(error, psycopg.OperationalError)
+        return error.connection_invalidated or (isinstance(error, OperationalError) and _is_state_of_loss(error.orig))
+    return isinstance(error, psycopg.OperationalError) and _is_state_of_loss(error)
+
+
+def _is_state_of_loss(error: BaseException | None) -> bool:
+    # A server that shuts down, starts up or crashed answers with class 57P; an OperationalError without a state is
+    # the network.
+    state = getattr(error, "sqlstate", None)
+    return state is None or state.startswith(("57P", "08"))
+
+
+@contextmanager
+def copying(connection: Connection, table: sql.Identifier, columns: Sequence[str]) -> Iterator[psycopg.Copy]:
+    """Binary COPY into `table`, its errors raised as SQLAlchemy's, like those of every other statement."""
+    statement = sql.SQL("copy {} ({}) from stdin (format binary)").format(
+        table, sql.SQL(", ").join(map(sql.Identifier, columns))
+    )
+    try:
+        with psycopg_connection(connection).cursor() as cursor, cursor.copy(statement) as copy:
+            yield copy
+    except psycopg.Error as error:
+        raise DBAPIError.instance("copy", None, error, psycopg.Error, hide_parameters=True) from error
 
 
 def plain_reason(error: DBAPIError) -> str:
@@ -74,6 +95,8 @@ def reporting_unreachable(what: str = "the database") -> Iterator[None]:
     try:
         yield
     except (DBAPIError, psycopg.OperationalError) as error:
+        if getattr(getattr(error, "orig", None), "sqlstate", None) in ("3F000", "42P01"):
+            raise UserError(f"{what} has no schema for vectormill, or an old one; run: vectormill migrate") from error
         if not is_connection_lost(error):
             raise
         raise ServiceUnreachable(

@@ -9,11 +9,13 @@ import numpy.typing as npt
 from sqlalchemy import Connection, text
 
 from pipeline.store import binary
-from pipeline.store.database import psycopg_connection
+from pipeline.store.database import copying, psycopg_connection
+from pipeline.store.partitions import leaf
 
-# Key last: all fields before it have a fixed size, so that numpy lays the rows out.
-_COPY = """copy vectormill.embeddings (job_id, index, vector_space_id, tokens, truncated, {column}, key)
-           from stdin (format binary)"""
+#: Columns before vector and key. The key comes last: all before it has a fixed size, so that numpy lays rows out.
+_FIXED = ("job_id", "index", "vector_space_id", "tokens", "truncated")
+#: Rows sent at once: while Postgres takes them, the next ones are laid out.
+_BLOCK = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,27 +68,37 @@ def copy_rows(connection: Connection, job_id: UUID, vector_space_id: int, rows: 
     if len(rows.indexes) == 0:
         return
     dimensions = rows.vectors.shape[1]
-    layout = _row_layout(dimensions, ">f2" if half else ">f4")
-    fixed = np.empty(len(rows.indexes), dtype=layout)
+    fixed = np.empty(min(_BLOCK, len(rows.indexes)), dtype=_row_layout(dimensions, ">f2" if half else ">f4"))
     fixed["fields"], fixed["uuid_size"], fixed["job_id"] = 7, 16, np.void(job_id.bytes)
-    fixed["index_size"], fixed["index"] = 8, rows.indexes
-    fixed["space_size"], fixed["space"] = 8, vector_space_id
-    fixed["tokens_size"], fixed["tokens"] = 4, rows.tokens
-    fixed["truncated_size"], fixed["truncated"] = 1, rows.truncated
+    fixed["index_size"], fixed["space_size"], fixed["space"] = 8, 8, vector_space_id
+    fixed["tokens_size"], fixed["truncated_size"] = 4, 1
     fixed["vector_size"] = 4 + dimensions * (2 if half else 4)
-    fixed["dimensions"], fixed["zero"], fixed["vector"] = dimensions, 0, rows.vectors
-    keys = [None if key is None else key.encode() for key in rows.keys]
-    with (
-        psycopg_connection(connection).cursor() as cursor,
-        cursor.copy(_COPY.format(column="half" if half else "vector")) as copy,
-    ):
+    fixed["dimensions"], fixed["zero"] = dimensions, 0
+    with copying(connection, leaf("embeddings", job_id), (*_FIXED, "half" if half else "vector", "key")) as copy:
         copy.write(binary.SIGNATURE)
-        copy.write(binary.frame(fixed, keys))
+        for start in range(0, len(rows.indexes), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            block = fixed[: len(rows.indexes[part])]
+            block["index"], block["tokens"] = rows.indexes[part], rows.tokens[part]
+            block["truncated"], block["vector"] = rows.truncated[part], rows.vectors[part]
+            keys = [None if key is None else key.encode() for key in rows.keys[part]]
+            copy.write(binary.frame(block, keys))
         copy.write(binary.TRAILER)
 
 
 def _decode(wire: bytes, element: str) -> npt.NDArray[np.float32]:
     return np.frombuffer(wire, dtype=element, offset=4).astype(np.float32)
+
+
+def dimensions(connection: Connection, job_id: UUID) -> int:
+    """The size of a job's vectors."""
+    return connection.execute(
+        text("""
+            select s.dimensions from vectormill.jobs j join vectormill.vector_spaces s on s.id = j.vector_space_id
+            where j.id = :job
+        """),
+        {"job": job_id},
+    ).scalar_one()
 
 
 def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator[list[tuple[object, ...]]]:
@@ -127,19 +139,34 @@ def nearest(
     return [(row[0], row[1], float(row[2]), row[3]) for row in rows]
 
 
-def verify(connection: Connection, job_id: UUID) -> tuple[int, int, int, int]:
-    """Count row by row, trusting no counter: items with neither vector nor reject, items with both or a vector or
-    reject without an item, vectors, rejects."""
-    row = connection.execute(
+def verify(connection: Connection, job_id: UUID) -> tuple[int, int]:
+    """Count row by row: (missing, double).
+
+    Missing are vectors and rejects that a chunk counts and that aren't there. Double are items with both a
+    vector and a reject, rows of no item, and vectors and rejects beyond those that a chunk counts: of items that were
+    also cancelled, say.
+    """
+    chunks = connection.execute(
         text("""
-            select count(*) filter (where i.index is not null and e.index is null and r.index is null),
-                   count(*) filter (where (e.index is not null and r.index is not null) or i.index is null),
-                   count(e.index), count(r.index)
-            from (select index from vectormill.items where job_id = :job) i
-            full join (select index from vectormill.embeddings where job_id = :job) e on e.index = i.index
-            full join (select index from vectormill.rejects where job_id = :job) r
-                   on r.index = coalesce(i.index, e.index)
+            select coalesce(sum(greatest(0, c.embedded + c.reused - v.n) + greatest(0, c.rejected - r.n)), 0)::bigint,
+                   coalesce(sum(greatest(0, v.n - c.embedded - c.reused) + greatest(0, r.n - c.rejected)), 0)::bigint
+            from vectormill.chunks c
+            cross join lateral (select count(*) as n from vectormill.embeddings where job_id = :job
+                                and index >= c.first_index and index < c.first_index + c.items) v
+            cross join lateral (select count(*) as n from vectormill.rejects where job_id = :job
+                                and index >= c.first_index and index < c.first_index + c.items) r
+            where c.job_id = :job
         """),
         {"job": job_id},
     ).one()
-    return (row[0], row[1], row[2], row[3])
+    strays = connection.execute(
+        text("""
+            select count(*) from (select index from vectormill.items where job_id = :job) i
+            full join (select index from vectormill.embeddings where job_id = :job) e on e.index = i.index
+            full join (select index from vectormill.rejects where job_id = :job) r
+                   on r.index = coalesce(i.index, e.index)
+            where i.index is null or (e.index is not null and r.index is not null)
+        """),
+        {"job": job_id},
+    ).scalar_one()
+    return chunks[0], max(chunks[1], strays)

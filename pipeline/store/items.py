@@ -1,6 +1,7 @@
 """Items and the rejects that go with them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from uuid import UUID
 
 import numpy as np
@@ -8,7 +9,8 @@ from sqlalchemy import Connection, text
 
 from pipeline.jobs import Item, Reject
 from pipeline.store import binary
-from pipeline.store.database import psycopg_connection
+from pipeline.store.database import copying
+from pipeline.store.partitions import leaf
 
 _HEAD = [("fields", ">i2"), ("uuid_size", ">i4"), ("job_id", "V16"), ("index_size", ">i4"), ("index", ">i8")]
 
@@ -27,27 +29,28 @@ def _encoded(keys: Sequence[str | None]) -> list[bytes | None]:
     return [None if key is None else key.encode() for key in keys]
 
 
-def copy_items(
-    connection: Connection,
-    job_id: UUID,
-    first_index: int,
-    keys: Sequence[str | None],
-    texts: Sequence[bytes | None],
-    carried: Sequence[bytes] | None,
-) -> None:
-    """Append consecutive items from `first_index` on. A text of `None` belongs to a reject."""
-    columns: list[Sequence[bytes | None]] = [_encoded(keys), texts]
-    names = "job_id, index, key, text"
-    if carried is not None:
-        columns.append([b"\x01" + row for row in carried])  # jsonb's binary form starts with its version
-        names += ", carried"
-    heads = _heads(job_id, range(first_index, first_index + len(keys)), 2 + len(columns))
-    with (
-        psycopg_connection(connection).cursor() as cursor,
-        cursor.copy(f"copy vectormill.items ({names}) from stdin (format binary)") as copy,
-    ):
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive items to be written. A text of `None` belongs to a reject."""
+
+    keys: Sequence[str | None]
+    texts: Sequence[bytes | None]
+    #: A JSON object an item, where the job carries columns.
+    carried: Sequence[bytes] | None
+
+
+def copy_items(connection: Connection, job_id: UUID, first_index: int, blocks: Sequence[Block]) -> None:
+    """Append consecutive items from `first_index` on."""
+    carries = blocks[0].carried is not None
+    names = ("job_id", "index", "key", "text", *(("carried",) if carries else ()))
+    with copying(connection, leaf("items", job_id), names) as copy:
         copy.write(binary.SIGNATURE)
-        copy.write(binary.frame(heads, *columns))
+        for block in blocks:
+            heads = _heads(job_id, range(first_index, first_index + len(block.keys)), len(names))
+            # jsonb's binary form starts with its version
+            carried = [[b"\x01" + row for row in block.carried]] if block.carried is not None else []
+            copy.write(binary.frame(heads, _encoded(block.keys), block.texts, *carried))
+            first_index += len(block.keys)
         copy.write(binary.TRAILER)
 
 
@@ -55,20 +58,15 @@ def copy_rejects(connection: Connection, job_id: UUID, rejects: Sequence[Reject]
     """Append rejects."""
     if not rejects:
         return
-    heads = _heads(job_id, [reject.index for reject in rejects], 5)
-    with (
-        psycopg_connection(connection).cursor() as cursor,
-        cursor.copy("copy vectormill.rejects (job_id, index, key, code, message) from stdin (format binary)") as copy,
-    ):
+    names = ("job_id", "index", "key", "code", "message")
+    columns = (
+        _encoded([reject.key for reject in rejects]),
+        _encoded([reject.code.value for reject in rejects]),
+        _encoded([reject.message for reject in rejects]),
+    )
+    with copying(connection, leaf("rejects", job_id), names) as copy:
         copy.write(binary.SIGNATURE)
-        copy.write(
-            binary.frame(
-                heads,
-                _encoded([reject.key for reject in rejects]),
-                _encoded([reject.code.value for reject in rejects]),
-                _encoded([reject.message for reject in rejects]),
-            )
-        )
+        copy.write(binary.frame(_heads(job_id, [reject.index for reject in rejects], len(names)), *columns))
         copy.write(binary.TRAILER)
 
 

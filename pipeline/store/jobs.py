@@ -322,20 +322,19 @@ def running_of_model(connection: Connection, model: str) -> list[UUID]:
     return [row[0] for row in rows]
 
 
-def with_old_texts(connection: Connection, older_than_days: float) -> tuple[UUID, int] | None:
-    """A job that ended so long ago that its item texts are due to go: (id, items)."""
+def take_old_texts(connection: Connection, older_than_days: float, limit: int) -> tuple[UUID, int] | None:
+    """The next range of item texts that is past its retention: (job, first index), `limit` items long. From the first
+    range on the job counts as one whose texts are removed."""
     row = connection.execute(
         text("""
-            select id, items_total from vectormill.jobs
-            where finished_at < now() - make_interval(secs => 86400 * cast(:days as float8))
-              and texts_removed_at is null
-            order by id limit 1
+            update vectormill.jobs j
+            set texts_removed_at = coalesce(texts_removed_at, now()), texts_kept_from = texts_kept_from + :limit
+            where id = (select id from vectormill.jobs
+                        where texts_kept_from < items_total
+                          and finished_at < now() - make_interval(secs => 86400 * cast(:days as float8))
+                        order by finished_at limit 1 for update skip locked)
+            returning id, texts_kept_from - :limit
         """),
-        {"days": older_than_days},
+        {"days": older_than_days, "limit": limit},
     ).one_or_none()
     return (row[0], row[1]) if row else None
-
-
-def note_texts_removed(connection: Connection, job_id: UUID) -> None:
-    """A job's item texts are gone: such items can't be retried any more."""
-    connection.execute(text("update vectormill.jobs set texts_removed_at = now() where id = :job"), {"job": job_id})

@@ -21,21 +21,41 @@ def next_month(month: datetime) -> datetime:
     return month.replace(year=month.year + month.month // 12, month=month.month % 12 + 1)
 
 
+def leaf(table: str, job_id: UUID) -> sql.Identifier:
+    """The partition of `table` that holds a job's rows. COPY into it is spared finding it for every row."""
+    return sql.Identifier(SCHEMA, _name(table, month_of(job_id)))
+
+
+def _name(table: str, month: datetime) -> str:
+    return f"{table}_{month:%Y_%m}"
+
+
 def _lowest_id(moment: datetime) -> UUID:
     return UUID(int=int(moment.timestamp() * 1000) << 80)
 
 
+#: An arbitrary constant: whoever holds this advisory lock makes partitions.
+_LOCK = 0x766D7061
+
+
+def _exists(connection: Connection, table: str, month: datetime) -> bool:
+    known = text("select to_regclass(:name) is not null")
+    return connection.execute(known, {"name": f"{SCHEMA}.{_name(table, month)}"}).scalar_one()
+
+
 def make_month(connection: Connection, month: datetime) -> None:
     """Make the partitions for `month` where they don't exist."""
+    if all(_exists(connection, table, month) for table in PARTITIONED):
+        return
+    # `if not exists` looks before it waits for another's lock on the parent.
+    connection.execute(text("select pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
     driver = psycopg_connection(connection)
     for table in PARTITIONED:
-        name = f"{table}_{month:%Y_%m}"
-        known = text("select to_regclass(:name) is not null")
-        if connection.execute(known, {"name": f"{SCHEMA}.{name}"}).scalar_one():
+        if _exists(connection, table, month):
             continue
         driver.execute(
             sql.SQL("create table if not exists {} partition of {} for values from ({}) to ({})").format(
-                sql.Identifier(SCHEMA, name),
+                sql.Identifier(SCHEMA, _name(table, month)),
                 sql.Identifier(SCHEMA, table),
                 sql.Literal(str(_lowest_id(month))),
                 sql.Literal(str(_lowest_id(next_month(month)))),

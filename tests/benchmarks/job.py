@@ -21,7 +21,7 @@ from tests.benchmarks.corpus import distinct_docstrings, write_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, model_folder, submit_file, whole_machine
 
-_DOCSTRINGS = 2_500
+_DOCSTRINGS = 3_300
 _WARM_UP_DOCSTRINGS = 160
 _WARM_UP_CHUNK_ITEMS = 16
 _WARM_UPS = 5

@@ -160,7 +160,7 @@ def test_a_receipt_is_frozen_at_the_end(engine: Engine, model: Model, dispatcher
     finish(dispatcher)
     before = account(engine, job_id)
     run_sql(engine, "update vectormill.chunks set prompt_tokens = 99")
-    assert account(engine, job_id) == before
+    assert account(engine, job_id) == {**before, "verified": False}, "and it objects to chunks that changed since"
 
 
 def test_a_job_with_all_items_rejected_fails(engine: Engine, model: Model, dispatcher: Dispatcher) -> None:

@@ -81,8 +81,20 @@ def check_job(engine: Engine, job_id: UUID, codes: list[str]) -> None:
     assert items == [(at, f"k{at}", None if at in bad else f"text {at}") for at in range(10)]
     rejects = run_sql(engine, "select index, key, code from vectormill.rejects order by 1")
     assert rejects == [(3, "k3", codes[0]), (7, "k7", codes[1])]
-    made = [(row["first_index"], row["items"], row["rejected"], row["state"]) for row in chunk_rows(engine, job_id)]
-    assert made == [(0, 4, 1, "pending"), (4, 4, 1, "pending"), (8, 2, 0, "pending")]
+    check_chunks(engine, job_id, 10, bad)
+
+
+def check_chunks(engine: Engine, job_id: UUID, total: int, bad: set[int]) -> None:
+    """Chunks cover every item once, in order, within the limit, and count their rejects."""
+    at = 0
+    for row in chunk_rows(engine, job_id):
+        assert row["first_index"] == at
+        assert 1 <= row["items"] <= 4
+        rejected = bad & set(range(at, at + row["items"]))
+        assert row["rejected"] == len(rejected)
+        assert row["state"] == ("done" if len(rejected) == row["items"] else "pending")
+        at += row["items"]
+    assert at == total
 
 
 @pytest.mark.parametrize(
@@ -112,20 +124,18 @@ def test_a_stream_becomes_a_job(engine: Engine, run: Callable[..., Submitted]) -
 def test_many_commits_make_one_job(
     engine: Engine, run: Callable[..., Submitted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submitting, "_COMMIT_ITEMS", 5_000)
+    monkeypatch.setattr(submitting, "_COMMIT_ROWS", 5_000)
     rows = [{"text": "" if at % 1_000 == 7 else "t"} for at in range(12_345)]
     job_id = run(jsonl(rows)).job_id
-    made = chunk_rows(engine, job_id)
-    assert [row["first_index"] for row in made] == list(range(0, 12_345, 4))
-    assert sum(row["items"] for row in made) == count(engine, "items") == job_row(engine, job_id)["items_total"]
+    assert count(engine, "items") == job_row(engine, job_id)["items_total"] == 12_345
     bad = [index for (index,) in run_sql(engine, "select index from vectormill.rejects order by 1")]
     assert bad == list(range(7, 12_345, 1_000))
-    assert [row["first_index"] for row in made if row["rejected"]] == [index // 4 * 4 for index in bad]
+    check_chunks(engine, job_id, 12_345, set(bad))
 
 
 def test_a_chunk_without_a_good_item_is_done(engine: Engine, run: Callable[..., Submitted]) -> None:
     job_id = run(jsonl([{"text": ""}] * 4 + [{"text": "t"}])).job_id
-    assert [row["state"] for row in chunk_rows(engine, job_id)] == ["done", "pending"]
+    check_chunks(engine, job_id, 5, {0, 1, 2, 3})
 
 
 def test_options_and_carried_columns_are_kept(engine: Engine, run: Callable[..., Submitted]) -> None:
@@ -146,7 +156,7 @@ def test_options_and_carried_columns_are_kept(engine: Engine, run: Callable[...,
 def test_a_broken_file_leaves_nothing(
     engine: Engine, run: Callable[..., Submitted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submitting, "_COMMIT_ITEMS", 5_000)
+    monkeypatch.setattr(submitting, "_COMMIT_ROWS", 5_000)
     name = jsonl([{"text": ""}, *[{"text": "t"}] * 11_000])
     with Path(name).open("a") as file:
         file.write("{broken\n")
@@ -223,7 +233,7 @@ def test_a_failed_job_resumes(engine: Engine, run: Callable[..., Submitted]) -> 
     assert job_row(engine, first.job_id)["state"] == "failed"
     second = run("a.jsonl", idempotency_key="k")
     assert second.job_id == first.job_id
-    assert "resumed with 3 chunks" in second.attached
+    assert "resumed with 7 chunks" in second.attached, "all but the one whose only item was rejected"
     assert job_row(engine, first.job_id)["state"] == "queued"
     assert taken(engine, first.job_id)
 

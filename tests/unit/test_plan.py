@@ -39,12 +39,20 @@ def test_every_item_once_and_in_order(items: list[Item], limits: Limits) -> None
 
 
 @given(ITEMS, LIMITS)
-def test_chunks_keep_their_limits_and_are_as_long_as_they_may(items: list[Item], limits: Limits) -> None:
+def test_chunks_keep_their_limits(items: list[Item], limits: Limits) -> None:
     for chunk in plan([items], limits):
         start, end = chunk.first_index, chunk.first_index + chunk.items
         assert chunk.items == 1 or fits(items[start:end], limits)
         assert chunk.tokens == sum(tokens for tokens, _ in items[start:end])
-        assert end == len(items) or not fits(items[start : end + 1], limits)
+
+
+@given(st.integers(1, 3_000), st.integers(8, 200))
+def test_full_chunks_first_and_a_falling_tail(count: int, limit: int) -> None:
+    chunks = [chunk.tokens for chunk in plan([[(1, 1)] * count], Limits(tokens=limit, items=10_000, bytes=10_000))]
+    assert chunks[:-1] == sorted(chunks[:-1], reverse=True)
+    assert chunks[-1] <= limit // 8
+    full = limit // 8 * 8
+    assert chunks.count(full) >= (count - 4 * full) // full
 
 
 @given(ITEMS, LIMITS, st.lists(st.integers(0, 60), max_size=5))
