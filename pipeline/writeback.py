@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine
 from pipeline.errors import LeaseLost
 from pipeline.jobs import ChunkState, Claim, Reject, RejectCode
 from pipeline.store import chunks, embeddings, items, usage
-from pipeline.store.database import is_connection_lost
+from pipeline.store.database import flush_later, is_connection_lost
 
 log = structlog.get_logger()
 
@@ -55,9 +55,14 @@ def split_bad_vectors(rows: embeddings.Rows, dimensions: int, *, half: bool) -> 
         return rows, []
     if rows.vectors.shape != (len(rows.indexes), dimensions):
         raise ValueError(f"vectors of shape {rows.vectors.shape} for {len(rows.indexes)} × {dimensions}")
-    with np.errstate(over="ignore"):
-        stored = rows.vectors.astype(np.float16) if half else rows.vectors
-    good = np.asarray(np.isfinite(stored).all(axis=1) & stored.any(axis=1))
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = rows.vectors.astype(np.float16).astype(np.float32) if half else rows.vectors
+        squares = np.einsum("ij,ij->i", stored, stored)
+    good = np.asarray(np.isfinite(squares) & (squares > 0))
+    if good.all():
+        return rows, []
+    # A sum of squares may overflow or vanish where the vector doesn't: the few that look bad are looked at closely.
+    good[~good] = np.isfinite(stored[~good]).all(axis=1) & stored[~good].any(axis=1)
     if good.all():
         return rows, []
     rejects = [
@@ -108,6 +113,10 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: E
             # A repeated try may meet its own earlier commit.
             again = attempt.retry_state.attempt_number > 1
             with connection.begin() as transaction:
+                if ending.state is not ChunkState.RUNNING:
+                    # A server that crashes may forget this commit, and then the claim still runs and is done again:
+                    # see ops/decisions/0003. What a claim builds on must be on disk.
+                    flush_later(connection)
                 if not _commit(connection, claim, number, part, ending, again=again):
                     transaction.rollback()
 
@@ -116,6 +125,7 @@ def _show_backend(connection: Connection, claim: Claim) -> None:
     """Let the sweep know which backend commits, if it isn't the one that claimed; and begin with a whole lease, since
     no renewal reaches the chunk while the transaction holds its row."""
     with connection.begin():
+        flush_later(connection)
         chunks.renew(connection, claim, committing=True)
 
 

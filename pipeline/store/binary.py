@@ -6,6 +6,7 @@ its length as int32, then its bytes; length -1 is NULL.
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +15,17 @@ SIGNATURE = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
 
 
+#: What `bytes.join` takes.
+Buffer = bytes | memoryview
+Sliceable = TypeVar("Sliceable", bytes, memoryview)
+
+
 def _lengths(payloads: Sequence[bytes | None]) -> list[bytes]:
     lengths = np.fromiter((-1 if p is None else len(p) for p in payloads), dtype=">i4", count=len(payloads))
     return _slices(lengths.tobytes(), 4)
 
 
-def _slices(data: bytes, size: int) -> list[bytes]:
+def _slices(data: Sliceable, size: int) -> list[Sliceable]:
     return [data[start : start + size] for start in range(0, len(data), size)]
 
 
@@ -31,7 +37,8 @@ def frame(fixed: npt.NDArray[np.void], *variable: Sequence[bytes | None]) -> byt
     """
     if len(fixed) == 0:
         return b""
-    columns: list[Sequence[bytes]] = [_slices(fixed.tobytes(), fixed.dtype.itemsize)]
+    # Views, so that the one copy is the join's.
+    columns: list[Sequence[Buffer]] = [_slices(fixed.view(np.uint8).data, fixed.dtype.itemsize)]
     for payloads in variable:
         columns += [_lengths(payloads), [p or b"" for p in payloads]]
     return b"".join(chain.from_iterable(zip(*columns, strict=True)))
