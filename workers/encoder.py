@@ -197,7 +197,7 @@ class Encoder:
 
     def _check_against_library(self) -> None:
         """Prove that reading by token ids gives the library's own vectors."""
-        texts = [CANARY, "naïve café 数学 🙂 " * 40, "x"]
+        texts = [CANARY, "naïve café 数学 🙂 " + " ".join(map(str, range(1_000))), "x"]
         ours = self.encode(self.tokenise(texts))
         theirs = self._model.encode(texts, prompt=self._prompt or None, show_progress_bar=False)
         tolerance = 1e-5 if self._model.dtype == torch.float32 else 1e-2
@@ -236,11 +236,7 @@ class _PaddedReader:
 
     def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
         self._fast.no_padding()  # the library turns it on whenever it reads for itself
-        bound = min((limit for limit in (max_tokens, self.max_tokens) if limit), default=None)
-        if bound:
-            self._fast.enable_truncation(bound)
-        else:
-            self._fast.no_truncation()
+        _bound(self._fast, max_tokens, self.max_tokens)
         encodings = self._fast.encode_batch_fast([text.lower() for text in texts] if self._lower else texts)
         return _tokenised([e.ids for e in encodings], [bool(e.overflowing) for e in encodings])
 
@@ -267,13 +263,10 @@ class _FlatReader:
     def __init__(self, static: Any) -> None:
         self._fast = static.tokenizer
         self._fast.no_padding()
-        self.max_tokens: int | None = None
+        self.max_tokens: int | None = (self._fast.truncation or {}).get("max_length")
 
     def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
-        if max_tokens:
-            self._fast.enable_truncation(max_tokens)
-        else:
-            self._fast.no_truncation()
+        _bound(self._fast, max_tokens, self.max_tokens)
         encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
         return _tokenised([e.ids for e in encodings], [bool(e.overflowing) for e in encodings])
 
@@ -284,6 +277,15 @@ class _FlatReader:
             "input_ids": torch.from_numpy(flat),
             "offsets": torch.from_numpy(np.cumsum(lengths) - lengths),
         }
+
+
+def _bound(tokenizer: Any, *limits: int | None) -> None:
+    """Let a tokeniser cut texts at the least of `limits`; None is none."""
+    least = min((limit for limit in limits if limit), default=None)
+    if least:
+        tokenizer.enable_truncation(least)
+    else:
+        tokenizer.no_truncation()
 
 
 def _tokenised(ids: list[list[int]], truncated: list[bool]) -> Tokenised:

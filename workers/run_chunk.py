@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -33,16 +34,21 @@ class Watch:
     #: The chunk is given back when it has taken so long.
     most_seconds: float
     began: float = field(default_factory=monotonic)
-    last_batch: float = field(default_factory=monotonic)
+    #: Infinite while no batch is under way.
+    last_batch: float = inf
     cancelled: bool = False
 
     def beat(self) -> None:
-        """A batch has ended."""
+        """A batch begins: the first one, or the one after that which has just ended."""
         self.last_batch = monotonic()
+
+    def rest(self) -> None:
+        """No batch is under way. Waiting for a database that is away is no hang."""
+        self.last_batch = inf
 
     @property
     def hung(self) -> bool:
-        """Whether no batch has ended for too long."""
+        """Whether a batch has been under way for too long."""
         return monotonic() - self.last_batch > self.hung_after_seconds
 
     @property
@@ -80,11 +86,12 @@ def _parts(encoder: "Encoder", claim: Claim, items: Sequence[Item], watch: Watch
     if level >= CONVICTED and items:
         head, items, level, left = items[0], items[1:], 1, left - 1
         log.warning("item_convicted", index=head.index)
-        yield _conviction(head), Ending(state=_state(left, watch), isolation=level if left else 0)
-    slices = list(isolated_slices(len(items), level)) if level else [Slice(0, len(items), 0)]
-    for this, following in zip_longest(slices, slices[1:]):
-        if not left and this.start:
+        state = _state(left, watch)
+        yield _conviction(head), Ending(state=state, isolation=level if left else 0)
+        if state is not ChunkState.RUNNING:
             return
+    slices = list(isolated_slices(len(items), level)) if level and items else [Slice(0, len(items), 0)]
+    for this, following in zip_longest(slices, slices[1:]):
         part = _embed(encoder, claim, items[this.start : this.stop], watch)
         left -= part.settled
         state = _state(left, watch)
@@ -113,8 +120,8 @@ def _embed(encoder: "Encoder", claim: Claim, items: Sequence[Item], watch: Watch
     Raises:
         ModelError: something came out wrong, and the canary does so too: it isn't the items' fault.
     """
-    tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
     watch.beat()
+    tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
     rejects: list[Reject] = []
     if claim.reject_long:
         rejects = [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]
@@ -133,6 +140,7 @@ def _embed(encoder: "Encoder", claim: Claim, items: Sequence[Item], watch: Watch
             vectors[batch.at], made[batch.at] = batch.vectors, True
         if watch.must_stop:
             break
+    watch.rest()
     rows = Rows(
         indexes=np.array([item.index for item, done in zip(items, made, strict=True) if done], dtype=np.int64),
         keys=[item.key for item, done in zip(items, made, strict=True) if done],

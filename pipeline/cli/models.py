@@ -10,7 +10,7 @@ from rich.table import Table
 from pipeline import catalog
 from pipeline.cli.connect import working
 from pipeline.cli.look import number, print_json, stderr, stdout
-from pipeline.cli.processes import oneshot
+from pipeline.cli.oneshot import oneshot
 from pipeline.errors import UnknownModel, UserError
 from pipeline.store import models
 

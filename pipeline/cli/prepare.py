@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.catalog import add_model
-from pipeline.cli.processes import oneshot
+from pipeline.cli.oneshot import oneshot
 from pipeline.migrate import upgrade
 from pipeline.store import models
 from pipeline.store.database import make_engine, reporting_unreachable

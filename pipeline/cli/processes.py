@@ -1,20 +1,19 @@
 """Commands that are a process of a deployment: migrate, dispatcher, worker, flower."""
 
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from secrets import token_hex
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pipeline.cli.connect import database_url, server_urls
 from pipeline.cli.look import stderr
-from pipeline.errors import ModelError, UserError
+from pipeline.cli.oneshot import oneshot
+from pipeline.errors import UserError
 from pipeline.logs import configure_logs
 from pipeline.settings import load_settings
 
@@ -50,7 +49,7 @@ def dispatcher() -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    engine = make_engine(database, application="vectormill-dispatcher", pool_size=2)
+    engine = make_engine(database, application="vectormill-dispatcher", pool_size=2, ping=False)
     publisher = Publisher(redis)
     try:
         run(
@@ -170,23 +169,3 @@ def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:
     sizes = [row["weights_bytes"] for row in rows if not only or row["name"] in only]
     copy_bytes = max(sizes, default=0) * _ROOM_FACTOR + _LIBRARIES_BYTES
     return 2 if 2 * copy_bytes <= memory_bytes * _SHARE_OF_MEMORY else 1
-
-
-def oneshot(arguments: list[str], payload: Any = None) -> Any:
-    """Ask a process that may import torch; see workers/oneshot.py.
-
-    Raises:
-        ModelError: it can't do what was asked, in its own words.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", "workers.oneshot", *arguments],
-        input=json.dumps(payload),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-        check=False,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"]
-        raise ModelError(lines[-1])
-    return json.loads(done.stdout)

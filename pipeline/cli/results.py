@@ -13,7 +13,7 @@ from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli import look
 from pipeline.cli.connect import Place, working
 from pipeline.cli.jobs import Job, Json, Workspace
-from pipeline.cli.processes import oneshot
+from pipeline.cli.oneshot import oneshot
 from pipeline.errors import UnknownModel
 from pipeline.results import export
 from pipeline.store import embeddings, models

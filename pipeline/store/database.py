@@ -23,14 +23,17 @@ _CONNECT_ARGS = {
 _SESSION = "set idle_in_transaction_session_timeout = '60s'"
 
 
-def make_engine(url: str, *, application: str, pool_size: int = 4) -> Engine:
-    """An engine on `url` (`postgresql://…`), its connections named `application` in pg_stat_activity."""
+def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = True) -> Engine:
+    """An engine on `url` (`postgresql://…`), its connections named `application` in pg_stat_activity.
+
+    `ping`: try a pooled connection before its use. Without, the first use after a restart of the server fails.
+    """
     engine = create_engine(
         url.replace("postgres://", "postgresql://", 1).replace("postgresql://", "postgresql+psycopg://", 1),
         connect_args={**_CONNECT_ARGS, "application_name": application},
         pool_size=pool_size,
         max_overflow=0,
-        pool_pre_ping=True,
+        pool_pre_ping=ping,
         # Parameters can be documents: no error message may show them.
         hide_parameters=True,
     )

@@ -1,0 +1,106 @@
+"""The encoder against sentence-transformers itself, and what it does when a device or a model fails."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from pipeline.errors import ModelError
+from tests.acceptance.oracle import cosine
+from workers.encoder import Encoder
+
+TEXTS = [
+    "short",
+    "a much longer text, " * 200,
+    "naïve café 数学 🙂",
+    "  spaces  ",
+    "x",
+    *(f"number {n}" for n in range(50)),
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(bundled_model: Path) -> Encoder:
+    return Encoder(bundled_model, "cpu")
+
+
+@pytest.fixture(params=["bundled_model", "static_model"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.getfixturevalue(request.param)
+    return found
+
+
+def test_vectors_equal_the_librarys(folder: Path) -> None:
+    ours = Encoder(folder, "cpu")
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+    vectors = ours.encode(ours.tokenise(TEXTS))
+    assert vectors.dtype == np.float32
+    assert min(cosine(mine, other) for mine, other in zip(vectors, theirs, strict=True)) >= 0.99999
+
+
+def test_a_document_prompt_is_read_before_each_text(bundled_model: Path) -> None:
+    ours = Encoder(bundled_model, "cpu", document_prompt="passage: ")
+    theirs = SentenceTransformer(str(bundled_model), device="cpu").encode(TEXTS, prompt="passage: ")
+    vectors = ours.encode(ours.tokenise(TEXTS))
+    assert min(cosine(mine, other) for mine, other in zip(vectors, theirs, strict=True)) >= 0.99999
+
+
+def test_texts_are_read_once_and_truncation_is_told(encoder: Encoder) -> None:
+    tokenised = encoder.tokenise(TEXTS)
+    assert tokenised.lengths[0] == 3, "a word and two special tokens"
+    assert tokenised.lengths[1] == encoder.max_item_tokens == 256
+    assert np.flatnonzero(tokenised.truncated).tolist() == [1]
+    shorter = encoder.tokenise(TEXTS, 4)
+    assert shorter.lengths.max() == 4
+    assert shorter.ids[1][-1] == tokenised.ids[1][-1], "the closing token stays"
+
+
+def test_out_of_memory_halves_the_budget_and_remembers(bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(bundled_model, "cpu")
+    texts = ["a text of some ten or eleven tokens, all in all"] * 64
+    expected = encoder.encode(encoder.tokenise(texts))
+    forward, before = encoder._forward, encoder.budget_tokens
+
+    def small_device(ids: list[list[int]]) -> Any:
+        if sum(map(len, ids)) > 200:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(ids)
+
+    monkeypatch.setattr(encoder, "_forward", small_device)
+    vectors = encoder.encode(encoder.tokenise(texts))
+    assert np.abs(vectors - expected).max() < 1e-6
+    assert encoder.budget_tokens <= 512 < before
+
+
+def test_one_text_that_fails_comes_back_alone(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = encoder._forward
+    tokenised = encoder.tokenise(TEXTS)
+    bad = tokenised.ids[7]
+
+    def fails(ids: list[list[int]]) -> Any:
+        if bad in ids:
+            raise IndexError("index out of range in self")
+        return forward(ids)
+
+    monkeypatch.setattr(encoder, "_forward", fails)
+    batches = list(encoder.batches(tokenised))
+    failed = [batch for batch in batches if batch.vectors is None]
+    assert [batch.at.tolist() for batch in failed] == [[7]]
+    assert failed[0].error == "the model raised IndexError", "no word of the text"
+    assert sorted(at for batch in batches for at in batch.at.tolist()) == list(range(len(TEXTS)))
+
+
+def test_the_canary_tells_another_model(bundled_model: Path, bundled_description: dict[str, Any]) -> None:
+    encoder = Encoder(bundled_model, "cpu")
+    expected = bytes.fromhex(bundled_description["canary"])
+    encoder.prove(expected)
+    with pytest.raises(ModelError, match="canary"):
+        encoder.prove(np.roll(np.frombuffer(expected, "<f4"), 1).tobytes())
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="can't be loaded"):
+        Encoder(tmp_path, "cpu")
