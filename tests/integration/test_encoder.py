@@ -12,14 +12,8 @@ from pipeline.errors import ModelError
 from tests.acceptance.oracle import cosine
 from workers.encoder import Encoder
 
-TEXTS = [
-    "short",
-    "a much longer text, " * 200,
-    "naïve café 数学 🙂",
-    "  spaces  ",
-    "x",
-    *(f"number {n}" for n in range(50)),
-]
+LONG = " ".join(f"word {n}" for n in range(1_000))
+TEXTS = ["short", LONG, "naïve café 数学 🙂", "  spaces  ", "x", *(f"number {n}" for n in range(50))]
 
 
 @pytest.fixture(scope="module")
