@@ -38,9 +38,7 @@ for _name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# A static model from a transformer: each token's vector is what the transformer makes of it alone, cut to 256
-# dimensions by principal components.
-# Each word piece's vector by the teacher, its 256 principal components, weighted by how rare the piece is.
+# A static model from a transformer. Each word piece's vector by the teacher, its 256 principal components, weighted by how rare the piece is.
 _DISTIL = """
 import sys
 import torch
@@ -56,9 +54,9 @@ with torch.inference_mode():
         teacher({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["sentence_embedding"]
         for ids in torch.stack([start, pieces, end], 1).split(1024)
     ])
-vectors -= vectors.mean(0)
-components = torch.linalg.svd(vectors, full_matrices=False)[2][:256]
-weights = (vectors @ components.T) * torch.log(1.0 + pieces)[:, None]
+    vectors = vectors - vectors.mean(0)
+    components = torch.linalg.svd(vectors, full_matrices=False)[2][:256]
+    weights = (vectors @ components.T) * torch.log(1.0 + pieces)[:, None]
 static = StaticEmbedding(tokenizer, embedding_weights=weights.numpy())
 SentenceTransformer(modules=[static], device="cpu").save(target)
 """
