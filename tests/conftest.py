@@ -38,7 +38,8 @@ for _name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# A static model from a transformer. Each word piece's vector by the teacher, its 256 principal components, weighted by how rare the piece is.
+# A static model from a transformer: each word piece's vector by the teacher, its 256 principal components, weighted
+# by how rare the piece is.
 _DISTIL = """
 import sys
 import torch
