@@ -10,7 +10,7 @@ from sqlalchemy import Connection, RowMapping
 from pipeline.errors import IllegalTransition, UserError
 from pipeline.jobs import RETRYABLE_REJECTS, JobState, Reason
 from pipeline.status import job_row
-from pipeline.store import chunks, jobs
+from pipeline.store import chunks, jobs, models
 
 
 def cancel(connection: Connection, job_id: UUID) -> JobState:
@@ -63,6 +63,8 @@ def retry(connection: Connection, job_id: UUID) -> int:
             f"job {job_id} ended too long ago: its texts were removed on "
             f"{row['texts_removed_at']:%Y-%m-%d}; submit it again."
         )
+    if models.of_job(connection, job_id) is None:
+        raise UserError(f"the model of job {job_id} is no longer in the catalogue as it was; submit it again.")
     reopened = chunks.reopen(connection, job_id, sorted(RETRYABLE_REJECTS))
     if reopened:
         jobs.requeue(connection, job_id)
@@ -90,7 +92,7 @@ def reject_limit(option: str, items_total: int) -> int | None:
             if not 0 <= share <= 100:
                 raise ValueError
             return int(items_total * share / 100)
-        if int(option) < 0:
+        if not 0 <= int(option) < 2**63:
             raise ValueError
         return int(option)
     except (ValueError, InvalidOperation):

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import control, status
@@ -32,6 +32,9 @@ _DRAIN_LIMIT = 5_000
 _REMOVE_LIMIT = 20_000
 #: A duty that has more to do than this leaves the rest for its next turn.
 _LONGEST_DUTY_SECONDS = 0.5
+#: So many different chunks lost, or so many claims of few, are more than texts that kill their process explain.
+_BROKEN_CHUNKS = 3
+_BROKEN_CLAIMS = 15
 _STAGING_DEAD_SECONDS = 86_400
 
 
@@ -48,7 +51,7 @@ class Dispatcher:
     #: No lease is expired before this moment of the monotonic clock.
     sweep_from: float = 0.0
     #: When the database last answered, by the monotonic clock.
-    last_contact: float = 0.0
+    last_contact: float = field(default_factory=time.monotonic)
 
 
 def publish(dispatcher: Dispatcher) -> None:
@@ -130,7 +133,9 @@ def sweep(dispatcher: Dispatcher) -> None:
     """Give chunks with an expired lease back, and end backends that froze while they held one."""
     with dispatcher.engine.begin() as connection:
         # Workers could not renew while the database was away: everybody gets one whole lease to come back.
+        connection.execute(text("set local lock_timeout = '2s'"))
         uptime = workers.server_age_seconds(connection)
+        _note_contact(dispatcher)
         if time.monotonic() < dispatcher.sweep_from or uptime < dispatcher.lease_seconds:
             return
         expired = chunks.expire_leases(connection, 500)
@@ -192,6 +197,10 @@ def snapshot(dispatcher: Dispatcher) -> None:
 def judge_models(dispatcher: Dispatcher) -> None:
     """Pause the jobs of a model whose claims are mostly lost; fail those of one that no live worker can load."""
     with dispatcher.engine.begin() as connection:
+        for job in jobs.active(connection):
+            if job["state"] in ("queued", "running") and models.of_job(connection, job["id"]) is None:
+                message = "its model is no longer in the catalogue as it was"
+                jobs.begin_cancelling(connection, job["id"], JobState.FAILED, Reason.MODEL_CANNOT_LOAD, message)
         live = workers.live(connection, WORKER_SEEN_SECONDS)
         dropped = {name: reason for worker in live for name, reason in worker["dropped"].items()}
         for name, reason in dropped.items():
@@ -201,7 +210,7 @@ def judge_models(dispatcher: Dispatcher) -> None:
                 jobs.begin_cancelling(connection, job_id, JobState.FAILED, Reason.MODEL_CANNOT_LOAD, reason)
         for name, (lost, distinct, commits) in chunks.losses_and_commits(connection, 600).items():
             # One text that kills its process loses five claims of one chunk; only losses all over are the workers'.
-            if distinct >= 3 and lost > commits:
+            if lost > commits and (distinct >= _BROKEN_CHUNKS or lost >= _BROKEN_CLAIMS):
                 for job_id in jobs.running_of_model(connection, name):
                     message = f"{lost} claims lost and {commits} commits in ten minutes; see the workers' logs"
                     jobs.move(connection, job_id, JobState.PAUSED, reason=Reason.WORKERS_FAILING, message=message)
@@ -255,7 +264,6 @@ def run(dispatcher: Dispatcher, stop: threading.Event) -> None:
     holder = str(uuid4())
     due = {duty: 0.0 for duty, _ in DUTIES}
     active, check_role = False, 0.0
-    dispatcher.last_contact = time.monotonic()
     while not stop.wait(0.05 if active else 0.5):
         if time.monotonic() >= check_role:
             active = _attempt(partial(_hold_role, dispatcher, holder), otherwise=False)
@@ -271,12 +279,17 @@ def run(dispatcher: Dispatcher, stop: threading.Event) -> None:
 def _hold_role(dispatcher: Dispatcher, holder: str) -> bool:
     with dispatcher.engine.begin() as connection:
         holds = workers.hold_lease(connection, ROLE, holder, _ROLE_SECONDS)
+    _note_contact(dispatcher)
+    return holds
+
+
+def _note_contact(dispatcher: Dispatcher) -> None:
+    """The database has answered; if it hadn't for long, nobody could renew, and the sweep waits."""
     now = time.monotonic()
     if now - dispatcher.last_contact > dispatcher.lease_seconds / 3 + _ROLE_SECONDS / 5:
         log.warning("sweep_waits_after_gap", gap_seconds=round(now - dispatcher.last_contact, 1))
         dispatcher.sweep_from = now + dispatcher.lease_seconds
     dispatcher.last_contact = now
-    return holds
 
 
 def _attempt(duty: Callable[[], Any], otherwise: Any = None) -> Any:

@@ -21,13 +21,7 @@ class Renewal:
         self._renew = renew
         self._period_seconds = lease_seconds / 3
         self._stopped = threading.Event()
-        self._lost = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease-renewal", daemon=True)
-
-    @property
-    def lost(self) -> bool:
-        """Whether the lease is known to be another's."""
-        return self._lost.is_set()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -49,6 +43,5 @@ class Renewal:
             except Exception as error:  # noqa: BLE001 - a thread that dies silently would lose every lease
                 log.warning("lease_renewal_failed", error=type(error).__name__)
                 continue
-            if not holds and not self._stopped.is_set():
-                self._lost.set()
+            if not holds:
                 return

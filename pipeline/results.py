@@ -71,10 +71,10 @@ def _write_jsonl(blocks: Iterator[Block], path: Path, _dimensions: int) -> None:
 
 def _without_clash(carried: dict[str, Any] | None) -> dict[str, Any]:
     """A carried column never hides one of ours."""
-    return {name: value for name, value in (carried or {}).items() if name not in _OURS}
+    return {name: value for name, value in (carried or {}).items() if name not in OUR_COLUMNS}
 
 
-_OURS = ("index", "key", "embedding", "tokens", "truncated")
+OUR_COLUMNS = ("index", "key", "embedding", "tokens", "truncated")
 
 
 def _write_parquet(blocks: Iterator[Block], path: Path, dimensions: int) -> None:

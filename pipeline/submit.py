@@ -12,6 +12,7 @@ from uuid import UUID
 import numpy as np
 import structlog
 from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy.exc import DBAPIError
 from uuid_utils.compat import uuid7
 
 from pipeline import control
@@ -22,7 +23,7 @@ from pipeline.leases import Renewal
 from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
 from pipeline.sources import Corpus, Rows
 from pipeline.store import chunks, items, jobs, partitions
-from pipeline.store.database import flush_later
+from pipeline.store.database import flush_later, is_connection_lost
 
 log = structlog.get_logger()
 
@@ -76,15 +77,12 @@ class Submission:
     #: Hears how many items are committed.
     on_items: Callable[[int], None] = lambda _: None
 
-    def payload(self) -> str | None:
-        """SHA-256 over the sources and the options that decide the result; None while a stream is unread."""
-        source = self.corpus.fingerprint()
-        if source is None:
-            return None
+    def payload(self) -> str:
+        """SHA-256 over the sources and the options that decide the result; a stream counts once it is read."""
         decisive = {
             "model": self.model.name,
             "weights": self.model.weights_sha256,
-            "source": source,
+            "source": self.corpus.fingerprint(),
             **self.options.stored(),
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -204,9 +202,16 @@ class _Staging:
         try:
             with Renewal(self._renew, self._lease_seconds):
                 self._stage()
-        except BaseException:
+        except BaseException as error:
             undo_staging(self._engine, self._job_id, self._fence)
-            raise
+            # The answer to the last COMMIT may have been lost, and the commit not.
+            if not (isinstance(error, DBAPIError) and is_connection_lost(error) and self._is_queued()):
+                raise
+
+    def _is_queued(self) -> bool:
+        with self._engine.begin() as connection:
+            row = jobs.by_id(connection, self._job_id)
+        return row is not None and row["fence"] == self._fence and row["state"] != "staging"
 
     def _renew(self) -> bool:
         with self._engine.begin() as connection:

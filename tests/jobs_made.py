@@ -77,7 +77,7 @@ def make_job(
             for ordinal, first in enumerate(range(0, count, per_chunk))
         ]
         chunks.insert_chunks(connection, job_id, planned)
-        jobs.queue(connection, job_id, 1, items_total=count, max_rejects=max_rejects, payload=None)
+        jobs.queue(connection, job_id, 1, items_total=count, max_rejects=max_rejects, payload="")
     return job_id
 
 

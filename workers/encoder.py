@@ -163,7 +163,7 @@ class Encoder:
     def _shrink(self, failed_tokens: int) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.budget_tokens = max(1, min(self.budget_tokens, failed_tokens) // 2)
+        self.budget_tokens = max(1, min(self.budget_tokens, failed_tokens // 2))
         log.warning("out_of_memory", device=str(self.device), budget_tokens=self.budget_tokens)
 
     @torch.inference_mode()
@@ -209,7 +209,7 @@ class Encoder:
 
 
 def _without_memory(error: Exception) -> str | None:
-    lacking = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
     return "the device's memory doesn't hold this text" if lacking else None
 
 

@@ -17,7 +17,7 @@ from pipeline.jobs import ChunkState, Claim, Model
 from pipeline.logs import configure_logs
 from pipeline.publish import RUN_CHUNK
 from pipeline.settings import Settings, load_settings
-from pipeline.store import chunks, jobs, models, workers
+from pipeline.store import chunks, models, workers
 from pipeline.store.database import is_connection_lost, make_engine, plain_reason
 from workers.app import app, worker_id_of
 from workers.residents import Residents, loader
@@ -83,8 +83,7 @@ def run_chunk_task(task: Task, job: str, chunk_id: int) -> None:
 
 def _model_of(engine: Engine, job_id: UUID) -> Model | None:
     with engine.begin() as connection:
-        job = jobs.by_id(connection, job_id)
-        row = models.by_name(connection, job["model_name"]) if job else None
+        row = models.of_job(connection, job_id)
     return as_model(row) if row else None
 
 
@@ -102,7 +101,8 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
     if claim is None:
         log.debug("nothing_to_claim")
         return
-    expected_seconds = encoder.budget_tokens / model.tokens_per_second
+    # A single long text may exceed the budget.
+    expected_seconds = max(encoder.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
     watch = Watch(
         hung_after_seconds=max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds),
         most_seconds=most_chunk_seconds(child.settings),
@@ -113,11 +113,11 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
         except (LeaseLost, ModelError, DBAPIError) as error:
             _give_back(child.engine, claim, error)
             raise
-        except Exception as error:
-            # A text did this, or a fault of ours: count it as a crash, so that isolation finds the text.
-            with child.engine.begin() as connection:
-                chunks.free_lost_claim(connection, chunk_id, worker_id, task_id, type(error).__name__)
-            raise
+        except Exception as error:  # noqa: BLE001
+            # A text did this, or a fault of ours. Die: the parent frees the claim and counts the loss, so that
+            # isolation finds the text, and a worker that loses chunk after chunk rests.
+            log.error("chunk_crashed", error=type(error).__name__)
+            os._exit(70)
 
 
 def most_chunk_seconds(settings: Settings) -> float:

@@ -11,7 +11,7 @@ from pipeline import catalog
 from pipeline.cli.connect import working
 from pipeline.cli.look import number, print_json, stderr, stdout
 from pipeline.cli.oneshot import oneshot
-from pipeline.errors import UnknownModel, UserError
+from pipeline.errors import ModelError, UnknownModel, UserError
 from pipeline.store import models
 
 app = typer.Typer(help="What embeds: the catalogue of models.", no_args_is_help=True)
@@ -70,7 +70,10 @@ def add(
             if models.by_name(connection, name):
                 raise UserError(f'there is a model "{name}" already; vectormill models remove {name} makes room.')
         stderr.print(f"Loading {path or hub} …")
-        description = oneshot(["describe", *source])
+        try:
+            description = oneshot(["describe", *source])
+        except ModelError as error:
+            raise UserError(str(error)) from None
         with place.engine.begin() as connection:
             catalog.add_model(connection, name, description, alias or ())
     rate = number(description["tokens_per_second"])

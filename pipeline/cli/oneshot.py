@@ -20,7 +20,13 @@ def oneshot(arguments: list[str], payload: Any = None) -> Any:
         input=json.dumps(payload),
         capture_output=True,
         text=True,
-        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        env={
+            **os.environ,
+            # Our generic module names must not be looked for where the user happens to stand.
+            "PYTHONSAFEPATH": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        },
         check=False,
     )
     if done.returncode:

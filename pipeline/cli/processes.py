@@ -84,6 +84,8 @@ def worker(
 
         vectormill worker --model all-MiniLM-L6-v2 --devices 0,1 --replicas 2 --precision bfloat16
     """
+    if precision not in ("float32", "bfloat16", "float16"):
+        raise UserError(f'--precision "{precision}": choose float32, bfloat16 or float16.')
     settings = load_settings()
     database, redis = server_urls(settings)
     chosen = _choose_devices(devices)
@@ -137,6 +139,9 @@ def flower() -> None:
 def _become(app: str, arguments: list[str], environment: dict[str, str]) -> None:
     """Turn this process into Celery's, so that signals reach it."""
     command = [sys.executable, "-m", "celery", "--quiet", "-A", app, *arguments]
+    # Python and Celery both look for our generic module names where the user happens to stand.
+    environment = {**environment, "VECTORMILL_HOME": str(load_settings().home), "PYTHONSAFEPATH": "1"}
+    os.chdir("/")
     os.execve(sys.executable, command, environment)  # noqa: S606 - no shell is what we want
 
 
@@ -166,6 +171,6 @@ def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:
     engine.dispose()
     if unknown := set(only) - {name for row in rows for name in (row["name"], *row["aliases"])}:
         stderr.print(f"Not in the catalogue yet, served as soon as it is: {', '.join(sorted(unknown))}", markup=False)
-    sizes = [row["weights_bytes"] for row in rows if not only or row["name"] in only]
+    sizes = [row["weights_bytes"] for row in rows if not only or {row["name"], *row["aliases"]} & set(only)]
     copy_bytes = max(sizes, default=0) * _ROOM_FACTOR + _LIBRARIES_BYTES
     return 2 if 2 * copy_bytes <= memory_bytes * _SHARE_OF_MEMORY else 1

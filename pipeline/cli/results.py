@@ -17,7 +17,6 @@ from pipeline.cli.oneshot import oneshot
 from pipeline.errors import UnknownModel
 from pipeline.results import export
 from pipeline.store import embeddings, models
-from pipeline.store import jobs as job_rows
 
 _KEY_WIDTH = 40
 
@@ -64,10 +63,11 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
     """
     with place.engine.begin() as connection:
         found = reading.find_job(connection, place.workspace_id, job)
-        row = job_rows.by_id(connection, found)
-        model = models.by_name(connection, row["model_name"]) if row else None
+        model = models.of_job(connection, found)
     if model is None:
-        raise UnknownModel(f"the model of job {found} is no longer in the catalogue; a query can't be embedded.")
+        raise UnknownModel(
+            f"the model of job {found} is no longer in the catalogue as it was; a query can't be embedded."
+        )
     vectors = oneshot(["queries", *model_source(model)], {"prompt": model["query_prompt"], "texts": queries})
     with place.engine.begin() as connection:
         hits = [embeddings.nearest(connection, found, vector, limit) for vector in vectors]

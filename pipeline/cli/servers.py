@@ -26,7 +26,7 @@ from pipeline.errors import ServerFailed, ServiceUnreachable, UserError
 from pipeline.settings import Settings, load_settings
 
 _READY_SECONDS = 300.0
-_DOWN_SECONDS = 120.0
+_DOWN_SECONDS = 360.0
 _HASTENED_SECONDS = 20.0
 _POLL_SECONDS = 0.2
 

@@ -14,6 +14,7 @@ from pipeline.cli.connect import Place, working
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
 from pipeline.cli.look import stderr
 from pipeline.errors import UserError
+from pipeline.results import OUR_COLUMNS
 from pipeline.settings import Settings
 from pipeline.sources import Columns, Corpus
 from pipeline.submit import Options, Planning, Submission
@@ -38,7 +39,9 @@ def submit(
         int | None, typer.Option(min=1, help="Size of the vectors, if the model has several.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="How vectors are kept: float32 or float16.")] = "float32",
-    max_item_tokens: Annotated[int | None, typer.Option(min=1, help="Read at most so many tokens of a text.")] = None,
+    max_item_tokens: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Read at most so many tokens of a text.")
+    ] = None,
     on_long: Annotated[str, typer.Option(help="What happens to a longer text: truncate or reject.")] = "truncate",
     max_rejects: Annotated[
         str, typer.Option(metavar="N|P%", help="Fail the job beyond this.  [default: 10% from 100 items on]")
@@ -62,6 +65,8 @@ def submit(
     _one_of("--on-long", on_long, "truncate", "reject")
     if not max_rejects == max_rejects.strip():
         raise UserError("--max-rejects: give a count such as 50, or a share such as 2.5%.")
+    if taken := set(carry or ()) & set(OUR_COLUMNS):
+        raise UserError(f"--carry {sorted(taken)[0]}: results have a column of this name already.")
     columns = Columns(
         text=text_column,
         key=key_column or "id",

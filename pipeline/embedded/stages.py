@@ -18,7 +18,8 @@ from pipeline.embedded.supervisor import Child
 _DISPATCHER_LEADS = "SELECT count(*) FROM vectormill.leases WHERE name = 'dispatcher' AND lease_until > now()"
 _WORKERS_SEEN = "SELECT count(*) FROM vectormill.workers WHERE seen_at > %s"
 _WORKER_READY_SECONDS = 180.0
-_WORKER_GRACE_SECONDS = 60.0
+#: Above the longest time of a chunk.
+_WORKER_GRACE_SECONDS = 330.0
 
 
 def app_stages(running: Running, workers: int) -> Iterator[tuple[Child, ...]]:
@@ -69,6 +70,8 @@ def _child(
 def _environment(running: Running) -> dict[str, str]:
     return {
         **os.environ,
+        # Our generic module names must not be looked for where the user happens to stand.
+        "PYTHONSAFEPATH": "1",
         "VECTORMILL_HOME": str(running.home),
         "VECTORMILL_DATABASE_URL": running.database_url,
         "VECTORMILL_REDIS_URL": running.redis_url,

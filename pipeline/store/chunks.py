@@ -357,13 +357,13 @@ def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
 
 
 def losses_and_commits(connection: Connection, window_seconds: float) -> dict[str, tuple[int, int, int]]:
-    """Of each model that lost a claim within the window, and since a person last resumed a job of it: claims lost,
+    """Of each model that lost a claim within the window, and since its oldest job was queued or resumed: claims lost,
     distinct chunks that lost one, and claims that committed something."""
     rows = connection.execute(
         text("""
             with since as (
               select model_name as model,
-                     greatest(now() - make_interval(secs => :window), max(resumed_at)) as moment
+                     greatest(now() - make_interval(secs => :window), min(coalesce(resumed_at, queued_at))) as moment
               from vectormill.jobs where state in ('queued', 'running') group by model_name
             ), lost as (
               select l.model, s.moment, count(*) as claims, count(distinct l.chunk_id) as chunks

@@ -28,8 +28,10 @@ def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = 
 
     `ping`: try a pooled connection before its use. Without, the first use after a restart of the server fails.
     """
+    if not url.startswith(("postgresql://", "postgres://")):
+        raise UserError("the database's URL isn't one; write postgresql://user:password@host/name.")
     engine = create_engine(
-        url.replace("postgres://", "postgresql://", 1).replace("postgresql://", "postgresql+psycopg://", 1),
+        "postgresql+psycopg://" + url.partition("://")[2],
         connect_args={**_CONNECT_ARGS, "application_name": application},
         pool_size=pool_size,
         max_overflow=0,

@@ -142,7 +142,8 @@ def nearest(
 def verify(connection: Connection, job_id: UUID) -> tuple[int, int]:
     """Count row by row: (missing, double).
 
-    Missing are vectors and rejects that a chunk counts and that aren't there. Double are items with both a
+    Missing are items without vector and reject beyond those that are cancelled or still open, and vectors and rejects
+    that a chunk counts and that aren't there. Double are items with both a
     vector and a reject, rows of no item, and vectors and rejects beyond those that a chunk counts: of items that were
     also cancelled, say.
     """
@@ -159,14 +160,18 @@ def verify(connection: Connection, job_id: UUID) -> tuple[int, int]:
         """),
         {"job": job_id},
     ).one()
-    strays = connection.execute(
+    without, strays = connection.execute(
         text("""
-            select count(*) from (select index from vectormill.items where job_id = :job) i
+            select count(*) filter (where i.index is not null and e.index is null and r.index is null)
+                   - (select coalesce(sum(case when state in ('pending', 'running')
+                                               then items - embedded - reused - rejected else cancelled end), 0)
+                      from vectormill.chunks where job_id = :job),
+                   count(*) filter (where i.index is null or (e.index is not null and r.index is not null))
+            from (select index from vectormill.items where job_id = :job) i
             full join (select index from vectormill.embeddings where job_id = :job) e on e.index = i.index
             full join (select index from vectormill.rejects where job_id = :job) r
                    on r.index = coalesce(i.index, e.index)
-            where i.index is null or (e.index is not null and r.index is not null)
         """),
         {"job": job_id},
-    ).scalar_one()
-    return chunks[0], max(chunks[1], strays)
+    ).one()
+    return max(chunks[0], int(without)), max(chunks[1], strays)

@@ -169,7 +169,7 @@ def queue(
     *,
     items_total: int,
     max_rejects: int | None,
-    payload: str | None,
+    payload: str,
 ) -> None:
     """Make a staged job runnable. The caller's transaction holds it by `hold_staging`."""
     connection.execute(

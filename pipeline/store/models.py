@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, text
 from sqlalchemy.dialects.postgresql import insert
@@ -57,6 +58,24 @@ def find(connection: Connection, workspace_id: int, name: str) -> RowMapping | N
 def by_name(connection: Connection, name: str) -> RowMapping | None:
     """A model, whichever workspace asks."""
     return connection.execute(models.select().where(models.c.name == name)).mappings().one_or_none()
+
+
+def of_job(connection: Connection, job_id: UUID) -> RowMapping | None:
+    """The model a job was submitted for; None if it is gone, or makes another vector space by now."""
+    return (
+        connection.execute(
+            text("""
+            select m.* from vectormill.jobs j
+            join vectormill.vector_spaces s on s.id = j.vector_space_id
+            join vectormill.models m on m.name = j.model_name and m.weights_sha256 = s.weights
+              and m.dimensions = s.dimensions and m.document_prompt = s.document_prompt
+            where j.id = :job
+        """),
+            {"job": job_id},
+        )
+        .mappings()
+        .one_or_none()
+    )
 
 
 def every(connection: Connection) -> list[RowMapping]:

@@ -39,24 +39,27 @@ _LOCK = 0x766D7061
 
 
 def _exists(connection: Connection, table: str, month: datetime) -> bool:
-    known = text("select to_regclass(:name) is not null")
-    return connection.execute(known, {"name": f"{SCHEMA}.{_name(table, month)}"}).scalar_one()
+    # By pg_class: to_regclass may remember within a transaction that a table wasn't there.
+    known = text("select exists (select from pg_tables where schemaname = :schema and tablename = :name)")
+    return connection.execute(known, {"schema": SCHEMA, "name": _name(table, month)}).scalar_one()
 
 
 def make_month(connection: Connection, month: datetime) -> None:
     """Make the partitions for `month` where they don't exist."""
     if all(_exists(connection, table, month) for table in PARTITIONED):
         return
-    # `if not exists` looks before it waits for another's lock on the parent.
     connection.execute(text("select pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
     driver = psycopg_connection(connection)
     for table in PARTITIONED:
         if _exists(connection, table, month):
             continue
+        child, parent = sql.Identifier(SCHEMA, _name(table, month)), sql.Identifier(SCHEMA, table)
+        # Made apart and attached: that lets readers and writers of the other months go on.
+        driver.execute(sql.SQL("create table {} (like {} including all)").format(child, parent))
         driver.execute(
-            sql.SQL("create table if not exists {} partition of {} for values from ({}) to ({})").format(
-                sql.Identifier(SCHEMA, _name(table, month)),
-                sql.Identifier(SCHEMA, table),
+            sql.SQL("alter table {} attach partition {} for values from ({}) to ({})").format(
+                parent,
+                child,
                 sql.Literal(str(_lowest_id(month))),
                 sql.Literal(str(_lowest_id(next_month(month)))),
             )

@@ -75,7 +75,7 @@ def _claim(place: Place) -> Claim:
         jobs.hold_staging(connection, job_id, fence, _LEASE_SECONDS)
         planned = chunks.NewChunk(ordinal=0, first_index=0, items=_ROWS, estimated_tokens=80 * _ROWS, rejected=0)
         chunks.insert_chunks(connection, job_id, [planned])
-        jobs.queue(connection, job_id, fence, items_total=_ROWS, max_rejects=None, payload=None)
+        jobs.queue(connection, job_id, fence, items_total=_ROWS, max_rejects=None, payload="")
     with place.engine.begin() as connection:
         ((chunk_id, _),) = chunks.pending_after(connection, job_id, 0, 2)
         claim = chunks.claim(
