@@ -19,9 +19,9 @@ from pipeline.store import embeddings
 Block = Sequence[tuple[Any, ...]]
 
 
-def export(connection: Connection, job_id: UUID, target: Path, on_rows: Callable[[int], None] = lambda _: None) -> int:
+def export(connection: Connection, job_id: UUID, target: Path) -> int:
     """Write a job's vectors to `target` (.parquet or .jsonl): index, key, embedding, tokens, truncated and carried
-    columns. The file appears when it is whole. Returns how many rows it has; `on_rows` hears the count so far.
+    columns. The file appears when it is whole. Returns how many rows it has.
 
     Raises:
         UserError: another ending, or the folder can't be written.
@@ -40,7 +40,6 @@ def export(connection: Connection, job_id: UUID, target: Path, on_rows: Callable
         for block in blocks:
             yield block
             count += len(block)
-            on_rows(count)
 
     partial = target.with_name(f".{target.name}.partial")
     try:

@@ -1,4 +1,4 @@
-"""The one task: find the model, claim, run. A claim that fails here is given back or counted as lost, by its cause."""
+"""The one task: find the model, claim, run. A claim that fails is given back, or its process dies of it."""
 
 import os
 from functools import cache
