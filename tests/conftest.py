@@ -2,11 +2,8 @@
 
 import json
 import os
-import queue
-import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,17 +17,14 @@ from psycopg import sql
 from sqlalchemy import Engine
 
 from pipeline.cli.prepare import bundled_model_folder
-from pipeline.embedded.machine import Machine
-from pipeline.embedded.place import Place
 from pipeline.embedded.runtime import Running
 from pipeline.migrate import upgrade
-from pipeline.settings import Settings
 from pipeline.store.database import make_engine
+from tests.machines import remove_what_root_keeps, running_servers
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _MODELS = _CHECKOUT / ".vectormill" / "test-models"
 _TEMPLATE = "vectormill_template"
-_START_SECONDS = 120
 
 # Tests see no setting of the shell they are started from, and never the network.
 for _name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
@@ -69,28 +63,12 @@ def servers() -> Iterator[Running]:
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)
         home = Path(folder, "home")
-        settings = Settings(home=home, database_url=None, redis_url=None)
-        machine = Machine(settings, prepare=_make_template, stages=lambda _: ())
-        ready: queue.SimpleQueue[Running | BaseException] = queue.SimpleQueue()
-
-        def run() -> None:
-            try:
-                machine.run(ready.put)
-            except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
-                ready.put(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
         try:
-            started = ready.get(timeout=_START_SECONDS)
-            if isinstance(started, BaseException):
-                raise started
-            yield started
+            with running_servers(home, _make_template) as started:
+                yield started
         finally:
-            machine.request_stop()
-            thread.join()
             if os.geteuid() == 0:
-                shutil.rmtree(Place.of_home(home).folder, ignore_errors=True)
+                remove_what_root_keeps(home)
 
 
 def _make_template(url: str) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import pwd
-import queue
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 import redis
 
 from pipeline.embedded.files import open_log
-from pipeline.embedded.machine import Machine, Stages
+from pipeline.embedded.machine import Stages
 from pipeline.embedded.place import Place
 from pipeline.embedded.postgres import accepts
 from pipeline.embedded.processes import ProcessMark, find_process
@@ -30,7 +29,7 @@ from pipeline.embedded.supervisor import Child, Supervisor
 from pipeline.embedded.valkey import answers
 from pipeline.embedded.wheels import wheel_folder
 from pipeline.errors import ServerFailed, UserError
-from pipeline.settings import Settings
+from tests.machines import remove_what_root_keeps, running_servers
 
 #: Runs a machine with the servers alone: prints `ready`, ends on SIGTERM. It becomes another user only after its
 #: imports, since the interpreter may be closed to that one.
@@ -66,13 +65,7 @@ def homes() -> Iterator[Callable[[str], Path]]:
             with hold_home(home):
                 stop_leftovers(home)
             if os.geteuid() == 0:
-                _remove_what_root_keeps(home)
-
-
-def _remove_what_root_keeps(home: Path) -> None:
-    folder = Place.of_home(home).folder
-    for each in (folder, *folder.parent.glob(f"{folder.name}.new-*")):
-        shutil.rmtree(each, ignore_errors=True)
+                remove_what_root_keeps(home)
 
 
 @pytest.fixture
@@ -84,26 +77,9 @@ def home(homes: Callable[[str], Path]) -> Path:
 def running(home: Path, stages: Stages = lambda _: ()) -> Iterator[Running]:
     """Run a machine in a thread for the length of the block."""
     prepared: list[str] = []
-    machine = Machine(Settings(home=home), prepare=prepared.append, stages=stages)
-    ready: queue.SimpleQueue[Running | BaseException] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            machine.run(ready.put)
-        except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
-            ready.put(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        started = ready.get(timeout=_WAIT_SECONDS)
-        if isinstance(started, BaseException):
-            raise started
+    with running_servers(home, prepared.append, stages) as started:
         assert prepared == [started.database_url]
         yield started
-    finally:
-        machine.request_stop()
-        thread.join()
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
