@@ -25,6 +25,14 @@ class SourceError(UserError):
     """A source can't be read. The message names the file, the row and the mend."""
 
 
+class SourceChanged(SourceError):
+    """A source is no longer what it was when the job was made."""
+
+
+class StorageRefused(UserError):
+    """A storage refuses access. The message names the URI; credentials come from the environment."""
+
+
 class UnknownModel(UserError):
     """The catalogue has no such model for this workspace."""
 
@@ -46,6 +54,10 @@ class ServiceUnreachable(VectormillError):
 
     retryable = True
     exit_code = 6
+
+
+class StorageUnreachable(ServiceUnreachable):
+    """A storage doesn't answer, after its client's own retries."""
 
 
 class WaitTimedOut(VectormillError):

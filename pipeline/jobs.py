@@ -1,7 +1,9 @@
 """Nouns and states: what a job, a chunk and a reject are, and which transitions are legal. No I/O."""
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID
 
 
@@ -63,6 +65,9 @@ class Reason(enum.StrEnum):
     BY_USER = "by_user"
     WORKERS_FAILING = "workers_failing"
     MODEL_CANNOT_LOAD = "model_cannot_load"
+    SOURCE_CHANGED = "source_changed"
+    SOURCE_DAMAGED = "source_damaged"
+    STORAGE_REFUSED = "storage_refused"
     ALL_REJECTED = "all_rejected"
     TOO_MANY_REJECTS = "too_many_rejects"
 
@@ -77,6 +82,7 @@ class RejectCode(enum.StrEnum):
     NUL_CHARACTER = "nul_character"
     TOO_LARGE = "too_large"
     BAD_KEY = "bad_key"
+    BAD_ROW = "bad_row"
     TOO_LONG = "too_long"
     BAD_VECTOR = "bad_vector"
     ENCODE_FAILED = "encode_failed"
@@ -100,6 +106,8 @@ class Item:
     #: The user's key, if the source has one.
     key: str | None
     text: str
+    #: A JSON object of the columns that go into the output; empty where none do, or where they stand in Postgres.
+    carried: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +148,23 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Where the rows of a chunk stand in a file that workers read themselves."""
+
+    uri: str
+    #: What the file was when it was planned; reading another version raises `SourceChanged`.
+    etag: str
+    #: Parquet: the row group in which the rows begin; `None`: text.
+    row_group: int | None
+    #: Parquet: rows of that group before them. Text: unpacked bytes before them.
+    offset: int
+    #: Text: unpacked bytes of the rows; `None`: Parquet.
+    length: int | None
+    #: Row or line number of the first one, from 1, as messages show it.
+    line: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """A worker's time-limited right to one chunk."""
 
@@ -159,3 +184,7 @@ class Claim:
     half: bool
     reject_long: bool
     lease_seconds: float
+    #: The chunk's rows in a file; `None`: its items are in Postgres.
+    extent: Extent | None = None
+    #: The job's options as they are stored.
+    options: Mapping[str, Any] = field(default_factory=dict)

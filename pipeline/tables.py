@@ -204,6 +204,10 @@ chunks = Table(
     Column("estimated_tokens", BigInteger, nullable=False),
     Column("input_ordinal", Integer),
     Column("row_group", Integer),
+    # Where the rows begin: rows into the row group, or unpacked bytes into a text file, which then go on for so many.
+    Column("input_offset", BigInteger),
+    Column("input_bytes", BigInteger),
+    Column("input_line", BigInteger),
     Column("state", Text, nullable=False, server_default=ChunkState.PENDING.value),
     Column("fence", BigInteger, nullable=False, server_default="0"),
     _moment("lease_until"),
@@ -231,6 +235,21 @@ chunks = Table(
     Index("chunks_open_idx", "job_id", "id", postgresql_where=text("state in ('pending', 'running')")),
     Index("chunks_lease_idx", "lease_until", postgresql_where=text("state = 'running'")),
     Index("chunks_finished_idx", "worker_id", "finished_at", postgresql_where=text("finished_at is not null")),
+)
+
+#: Files of a job's Parquet output that count. Others in its folder were written by claims that had been lost.
+outputs = Table(
+    "outputs",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("chunk_id", BigInteger, nullable=False),
+    Column("fence", BigInteger, nullable=False),
+    Column("part", Integer, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    PrimaryKeyConstraint("chunk_id", "fence", "part"),
+    Index("outputs_job_idx", "job_id", "chunk_id"),
 )
 
 items = Table(
