@@ -46,6 +46,16 @@ def resume(connection: Connection, job_id: UUID) -> JobState:
     return JobState.QUEUED
 
 
+def fail(connection: Connection, job_id: UUID, reason: Reason, message: str) -> None:
+    """Stop a job that can't succeed; its running chunks end. One that has ended or is being stopped stays as it is."""
+    jobs.begin_cancelling(connection, job_id, JobState.FAILED, reason, message)
+
+
+def pause_for(connection: Connection, job_id: UUID, reason: Reason, message: str) -> None:
+    """Pause a running job until a person has mended what the message says; one that isn't running stays as it is."""
+    jobs.move(connection, job_id, JobState.PAUSED, reason=reason, message=message)
+
+
 def retry(connection: Connection, job_id: UUID) -> int:
     """Reopen an ended job's chunks that hold rejects which may be tried again, and, of a failed one, those that were
     cancelled. Returns how many chunks that is; 0 leaves the job as it was.

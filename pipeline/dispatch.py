@@ -15,6 +15,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import control, status
+from pipeline.deliver import Deliveries
 from pipeline.errors import ServiceUnreachable
 from pipeline.jobs import JobState, Reason
 from pipeline.publish import Publisher
@@ -52,6 +53,10 @@ class Dispatcher:
     sweep_from: float = 0.0
     #: When the database last answered, by the monotonic clock.
     last_contact: float = field(default_factory=time.monotonic)
+    deliveries: Deliveries = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deliveries = Deliveries(self.engine)
 
 
 def publish(dispatcher: Dispatcher) -> None:
@@ -164,12 +169,16 @@ def finish(dispatcher: Dispatcher) -> None:
     with dispatcher.engine.connect() as connection:
         over = [job["id"] for job in jobs.active(connection) if not chunks.has_open(connection, job["id"])]
     for job_id in over:
+        if dispatcher.deliveries.is_under_way(job_id):
+            continue
         with dispatcher.engine.begin() as connection:
             row = jobs.lock(connection, job_id)
             if row is None or JobState(row["state"]).ended or chunks.has_open(connection, job_id):
                 continue
             account = status.current_receipt(connection, job_id)
             state, reason, message = control.outcome(row, account)
+            if state is JobState.COMPLETED and not dispatcher.deliveries.is_done(row):
+                continue
             jobs.end(connection, job_id, state, account, reason=reason, message=message)
             jobs.save_progress(connection, job_id, status.job_status(connection, job_id))
         log.info("job_ended", job=str(job_id), state=state.value, reason=reason, items=account["items"])

@@ -1,11 +1,98 @@
 """What a worker reads when it has claimed a chunk."""
 
-from sqlalchemy import Connection
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from pipeline.jobs import Claim, Item
-from pipeline.store import items
+from sqlalchemy import Engine
+
+from pipeline import parts
+from pipeline.jobs import Claim, Item, Reject, RejectCode
+from pipeline.sources import Columns
+from pipeline.sources.reference import read_extent
+from pipeline.store import items, outputs
+from pipeline.store.into import Into
+
+#: Text that is held at once, whatever the planner expected of a file's rows.
+_SERVING_BYTES = 16 * 1024 * 1024
 
 
-def read_chunk(connection: Connection, claim: Claim) -> list[Item]:
-    """The chunk's items that have neither vector nor reject yet, in index order."""
-    return items.read_unfinished(connection, claim.job_id, claim.first_index, claim.items)
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Items that have neither vector nor reject yet, and what was rejected as they were read; in index order."""
+
+    items: Sequence[Item]
+    rejects: Sequence[Reject] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What is left of a chunk, in servings of bounded size."""
+
+    left: int
+    servings: Iterator[Serving]
+
+
+def read_chunk(engine: Engine, claim: Claim) -> Intake:
+    """What has neither vector nor reject yet.
+
+    Raises, also while servings are read:
+        SourceChanged: the chunk's file is no longer the one that was planned.
+        SourceError: that file is damaged.
+        StorageRefused, StorageUnreachable: it can't be read now.
+    """
+    folder: str = claim.options.get("output") or ""
+    with engine.begin() as connection:
+        settled = items.settled(connection, claim.job_id, claim.first_index, claim.items)
+        written = outputs.of_job(connection, claim.job_id, claim.chunk_id) if folder else []
+        rows = (
+            []
+            if claim.extent
+            else items.read(connection, claim.job_id, claim.first_index, claim.items, carried=bool(folder))
+        )
+    if written:
+        settled |= set(parts.indexes(folder, claim.job_id, written).tolist())
+    if claim.extent:
+        return Intake(claim.items - len(settled), _with_fit_keys(claim, _from_file(claim, settled)))
+    unfinished = [item for item in rows if item.index not in settled]
+    return Intake(len(unfinished), _with_fit_keys(claim, iter([Serving(unfinished)])))
+
+
+def _with_fit_keys(claim: Claim, servings: Iterator[Serving]) -> Iterator[Serving]:
+    """Reject what has no place in the user's table, if the job writes into one."""
+    if not claim.options.get("into"):
+        yield from servings
+        return
+    into = Into.from_json(claim.options["into"])
+    for serving in servings:
+        faults = {item.index: fault for item in serving.items if (fault := into.key_fault(item.key))}
+        bad = [
+            Reject(index=item.index, key=item.key, code=RejectCode.BAD_KEY, message=faults[item.index])
+            for item in serving.items
+            if item.index in faults
+        ]
+        yield Serving([item for item in serving.items if item.index not in faults], [*serving.rejects, *bad])
+
+
+def _from_file(claim: Claim, settled: set[int]) -> Iterator[Serving]:
+    assert claim.extent
+    columns = Columns.from_json(claim.options["columns"])
+    index = claim.first_index
+    good: list[Item] = []
+    bad: list[Reject] = []
+    size = 0
+    for rows in read_extent(claim.extent, claim.items, columns, claim.options["item_bytes"]):
+        bad += [
+            Reject(index=index + at, key=rows.keys[at], code=code, message=message)
+            for at, code, message in rows.problems
+            if index + at not in settled
+        ]
+        carried = rows.carried or [b""] * len(rows.keys)
+        for at, (key, text, more) in enumerate(zip(rows.keys, rows.texts, carried, strict=True), index):
+            if text is not None and at not in settled:
+                good.append(Item(index=at, key=key, text=text.decode(), carried=more))
+                size += len(text)
+        index += len(rows.keys)
+        if size >= _SERVING_BYTES:
+            yield Serving(good, bad)
+            good, bad, size = [], [], 0
+    yield Serving(good, bad)

@@ -154,6 +154,8 @@ class Extent:
     uri: str
     #: What the file was when it was planned; reading another version raises `SourceChanged`.
     etag: str
+    #: Size of the file.
+    bytes: int
     #: Parquet: the row group in which the rows begin; `None`: text.
     row_group: int | None
     #: Parquet: rows of that group before them. Text: unpacked bytes before them.
@@ -188,3 +190,9 @@ class Claim:
     extent: Extent | None = None
     #: The job's options as they are stored.
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def carries(self) -> bool:
+        """Whether columns go through the worker into the output, instead of standing in Postgres already."""
+        through = self.extent is not None or self.options.get("output")
+        return bool(through and self.options["columns"]["carry"])

@@ -64,7 +64,8 @@ class Planner:
     """Cuts a stream of items into chunks.
 
     Items are cut greedily into grains of an eighth of a chunk, and grains joined into chunks. The last grains become
-    ever smaller chunks, so that the slots that work on a job end at about the same time.
+    ever smaller chunks, so that the slots that work on a job end at about the same time. No chunk goes across a
+    `break_off`.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -73,19 +74,33 @@ class Planner:
         self._open = _Load(0, 0, 0)
         self._grains: deque[_Load] = deque()
         self._first = 0
+        self._added = 0
+        #: Indexes at which a chunk must begin, of grains that are still held.
+        self._breaks: deque[int] = deque()
 
     def add(self, tokens: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Iterator[Range]:
         """Take the next items, by estimated tokens and bytes; yield the chunks that are certain by now."""
+        self._added += len(tokens)
         for grain in self._cut(tokens, sizes):
             self._grains.append(grain)
             if len(self._grains) > _HELD_BACK:
                 yield self._join(_GRAINS)
 
-    def finish(self) -> Iterator[Range]:
-        """Yield the rest, each chunk a quarter of what is left."""
+    def break_off(self) -> Iterator[Range]:
+        """Begin a new chunk with the next item: it stands in another file. Yield the chunks that are certain by now."""
+        self._close()
+        self._breaks.append(self._added)
+        while len(self._grains) > _HELD_BACK:
+            yield self._join(_GRAINS)
+
+    def _close(self) -> None:
         if self._open.items:
             self._grains.append(self._open)
             self._open = _Load(0, 0, 0)
+
+    def finish(self) -> Iterator[Range]:
+        """Yield the rest, each chunk a quarter of what is left."""
+        self._close()
         while self._grains:
             yield self._join(min(_GRAINS, len(self._grains) // 4))
 
@@ -113,7 +128,12 @@ class Planner:
     def _join(self, most: int) -> Range:
         """A chunk of the next grains: at least one, at most `most`, within the limits."""
         joined = self._grains.popleft()
+        while self._breaks and self._breaks[0] <= self._first:
+            self._breaks.popleft()
+        end = self._breaks[0] if self._breaks else None
         for _ in range(most - 1):
+            if self._first + joined.items == end:
+                break
             larger = joined.plus(self._grains[0])
             if any(load > limit for load, limit in zip(larger, self._limits, strict=True)):
                 break

@@ -1,6 +1,5 @@
 """A job's vectors as a file, streamed in index order."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection
 
+from pipeline import parts
 from pipeline.errors import UserError
-from pipeline.store import embeddings
+from pipeline.parts import OUR_COLUMNS
+from pipeline.store import embeddings, jobs, outputs
 
 Block = Sequence[tuple[Any, ...]]
 
@@ -42,9 +43,12 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
             count += len(block)
 
     partial = target.with_name(f".{target.name}.partial")
+    row = jobs.by_id(connection, job_id)
+    assert row
+    folder = row["options"].get("output")
+    blocks = _read_parts(connection, job_id, folder) if folder else embeddings.stream(connection, job_id)
     try:
-        dimensions = embeddings.dimensions(connection, job_id)
-        writer(counted(embeddings.stream(connection, job_id)), partial, dimensions)
+        writer(counted(blocks), partial, jobs.vector_space(connection, job_id)["dimensions"])
         os.replace(partial, target)
     except OSError as error:
         raise UserError(f"--to {target}: {error.strerror or error}.") from error
@@ -73,24 +77,24 @@ def _without_clash(carried: dict[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (carried or {}).items() if name not in OUR_COLUMNS}
 
 
-OUR_COLUMNS = ("index", "key", "embedding", "tokens", "truncated")
+def _read_parts(connection: Connection, job_id: UUID, folder: str) -> Iterator[Block]:
+    """A job's vectors from its Parquet output, chunk by chunk."""
+    for chunk in outputs.by_chunk(connection, job_id):
+        if not chunk.outputs:
+            continue
+        table = parts.read(folder, job_id, chunk.outputs).combine_chunks()
+        vectors = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False)).astype(np.float32)
+        carried = table.drop_columns(list(OUR_COLUMNS)).to_pylist()
+        columns = (table[name].to_pylist() for name in ("index", "key", "tokens", "truncated"))
+        indexes, keys, tokens, truncated = columns
+        yield list(zip(indexes, keys, vectors, tokens, truncated, carried, strict=True))
 
 
 def _write_parquet(blocks: Iterator[Block], path: Path, dimensions: int) -> None:
     first = next(blocks, None)
     carried = sorted({name for row in first or () for name in _without_clash(row[5])})
-    schema = pa.schema(
-        [
-            pa.field("index", pa.int64(), nullable=False),
-            pa.field("key", pa.string()),
-            pa.field("embedding", pa.list_(pa.field("item", pa.float32(), nullable=False), dimensions), nullable=False),
-            pa.field("tokens", pa.int32(), nullable=False),
-            pa.field("truncated", pa.bool_(), nullable=False),
-            # A column of JSON values has no one type: each value is kept as text, strings as they are.
-            *(pa.field(name, pa.string()) for name in carried),
-        ]
-    )
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+    schema = parts.schema(dimensions, half=False, carried=carried)
+    with pq.ParquetWriter(path, schema, **parts.WRITING) as writer:
         while first:
             writer.write_batch(_batch(first, schema, carried))
             first = next(blocks, None)
@@ -98,17 +102,13 @@ def _write_parquet(blocks: Iterator[Block], path: Path, dimensions: int) -> None
 
 def _batch(block: Block, schema: Any, carried: Sequence[str]) -> Any:
     indexes, keys, vectors, tokens, truncated, extra = zip(*block, strict=True)
-    flat = pa.array(np.concatenate(vectors))
+    flat = pa.array(np.concatenate(vectors).astype(np.float32, copy=False))
     columns = [
         pa.array(indexes, pa.int64()),
         pa.array(keys, pa.string()),
         pa.FixedSizeListArray.from_arrays(flat, type=schema.field("embedding").type),
         pa.array(tokens, pa.int32()),
         pa.array(truncated, pa.bool_()),
-        *(pa.array([_as_text((row or {}).get(name)) for row in extra], pa.string()) for name in carried),
+        *(pa.array([parts.as_text((row or {}).get(name)) for row in extra], pa.string()) for name in carried),
     ]
     return pa.record_batch(columns, schema=schema)
-
-
-def _as_text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -7,7 +7,8 @@ from sqlalchemy import Connection, RowMapping
 
 from pipeline.errors import UnknownJob, UserError
 from pipeline.jobs import JobState
-from pipeline.store import chunks, embeddings, jobs, usage
+from pipeline.store import chunks, jobs, usage
+from pipeline.verify import count_missing_and_double
 
 #: Rates are taken over so long a time, or since the job's start.
 RATE_WINDOW_SECONDS = 60.0
@@ -96,7 +97,7 @@ def current_receipt(connection: Connection, job_id: UUID) -> dict[str, Any]:
 def receipt(connection: Connection, job_id: UUID, *, verify: bool = False) -> dict[str, Any]:
     """A job's account, frozen if it has ended; verified row by row if asked.
 
-    `missing` and `double` are those of `embeddings.verify`. It is `verified` when both are 0, it balances, and the
+    `missing` and `double` are those of `pipeline.verify`. It is `verified` when both are 0, it balances, and the
     chunks still say what was frozen.
     """
     row = job_row(connection, job_id)
@@ -104,7 +105,7 @@ def receipt(connection: Connection, job_id: UUID, *, verify: bool = False) -> di
     named = {"id": str(job_id), "state": row["state"], **account}
     if not verify:
         return named
-    missing, double = embeddings.verify(connection, job_id)
+    missing, double = count_missing_and_double(connection, row)
     unchanged = account == current_receipt(connection, job_id)
     verified = bool(account["balanced"] and unchanged and not missing and not double)
     return named | {"verified": verified, "missing": missing, "double": double}

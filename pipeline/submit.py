@@ -3,8 +3,9 @@
 import hashlib
 import json
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import Any
 from uuid import UUID
@@ -15,15 +16,17 @@ from sqlalchemy import Connection, Engine, RowMapping
 from sqlalchemy.exc import DBAPIError
 from uuid_utils.compat import uuid7
 
-from pipeline import control
+from pipeline import control, parts
 from pipeline.catalog import vector_space_of
-from pipeline.errors import IdempotencyConflict, LeaseLost, SourceError, UserError
-from pipeline.jobs import Model, Reject
+from pipeline.errors import IdempotencyConflict, LeaseLost, SourceError, UserError, VectormillError
+from pipeline.jobs import Extent, Model, Reject
 from pipeline.leases import Renewal
 from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
-from pipeline.sources import Corpus, Rows
-from pipeline.store import chunks, items, jobs, partitions
+from pipeline.sources import Corpus, Rows, Source, SourceFile
+from pipeline.sources.reference import Places, check_referable
+from pipeline.store import chunks, into, items, jobs, partitions
 from pipeline.store.database import flush_later, is_connection_lost
+from pipeline.store.into import Into
 
 log = structlog.get_logger()
 
@@ -31,6 +34,7 @@ log = structlog.get_logger()
 _COMMIT_ROWS = 100_000
 _COMMIT_BYTES = 32 * 1024 * 1024
 _COMMIT_SECONDS = 1.0
+_COMMIT_CHUNKS = 5_000
 _DELETE_ITEMS = 20_000
 
 
@@ -48,11 +52,19 @@ class Options:
     priority: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     idempotency_key: str | None = None
+    #: Workers read the files themselves; Postgres gets no texts.
+    by_reference: bool = False
+    #: Folder or URI of the Parquet files that vectors go to, instead of Postgres.
+    output: str | None = None
+    #: The user's own table, which gets each vector too, by key.
+    into: str | None = None
+    #: Whether that table gets an index at the job's end.
+    hnsw: bool = False
 
-    def stored(self) -> dict[str, Any]:
-        """What the job row keeps under `options`."""
-        names = ("dimensions", "dtype", "max_item_tokens", "on_long", "max_rejects", "unique_keys")
-        return {name: getattr(self, name) for name in names}
+    def decisive(self) -> dict[str, Any]:
+        """Those that decide the result."""
+        names = ("dimensions", "dtype", "max_item_tokens", "on_long", "max_rejects", "unique_keys", "by_reference")
+        return {name: getattr(self, name) for name in (*names, "output", "into", "hnsw")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +83,7 @@ class Submission:
 
     workspace_id: int
     model: Model
-    corpus: Corpus
+    corpus: Source
     options: Options
     planning: Planning
     #: Hears how many items are committed.
@@ -83,9 +95,18 @@ class Submission:
             "model": self.model.name,
             "weights": self.model.weights_sha256,
             "source": self.corpus.fingerprint(),
-            **self.options.stored(),
+            **self.options.decisive(),
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def stored_options(self, into: Into | None) -> dict[str, Any]:
+        """What the job row keeps under `options`."""
+        return {
+            **self.options.decisive(),
+            "into": into.to_json() if into else None,
+            "columns": asdict(self.corpus.columns),
+            "item_bytes": self.corpus.item_bytes,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +129,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
         UserError: an option doesn't fit the model, or `unique_keys` and a key comes twice.
     """
     options = submission.options
-    control.reject_limit(options.max_rejects, 0)  # a wrong one is refused before anything is read
+    _check(options, submission.corpus)
     with engine.begin() as connection:
         job = jobs.NewJob(
             id=uuid7(),
@@ -123,7 +144,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
             ),
             priority=options.priority,
             labels=options.labels,
-            options=options.stored(),
+            options=submission.stored_options(_into(connection, submission)),
             idempotency_key=options.idempotency_key,
             payload_sha256=submission.payload(),
             lease_seconds=submission.planning.lease_seconds,
@@ -134,6 +155,31 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
         _Staging(engine, submission, job.id, fence=1).run()
         return Submitted(job.id)
     return _attach(engine, submission)
+
+
+def _check(options: Options, corpus: Source) -> None:
+    """Refuse what can't be, before anything is read."""
+    control.reject_limit(options.max_rejects, 0)
+    if options.by_reference:
+        if not isinstance(corpus, Corpus):
+            raise UserError("a query can't be read by reference; leave out --by-reference.")
+        if options.unique_keys:
+            raise UserError("--unique-keys needs all keys in Postgres; leave out --by-reference, or --unique-keys.")
+        for file in corpus.files:
+            check_referable(file)
+    if options.into and options.output:
+        raise UserError("--into is for vectors in Postgres; leave out --output.")
+    if options.hnsw and not options.into:
+        raise UserError("--hnsw makes an index on the table that --into names; name one.")
+
+
+def _into(connection: Connection, submission: Submission) -> Into | None:
+    options = submission.options
+    if not options.into:
+        return None
+    dimensions = options.dimensions or submission.model.dimensions
+    key = submission.corpus.columns.key
+    return into.check(connection, options.into, key_column=key, dimensions=dimensions, hnsw=options.hnsw)
 
 
 def _attach(engine: Engine, submission: Submission) -> Submitted:
@@ -196,6 +242,7 @@ class _Staging:
         self._items = self._chunks = 0
         #: Indexes of rejects in items that no chunk covers yet.
         self._rejected_at: list[int] = []
+        self._spots = _Spots()
 
     def run(self) -> None:
         """Stage and queue, or undo."""
@@ -218,18 +265,20 @@ class _Staging:
             return jobs.hold_staging(connection, self._job_id, self._fence, self._lease_seconds)
 
     def _stage(self) -> None:
-        corpus = self._submission.corpus
-        files = [
-            {
-                "uri": str(file.path or "-"),
-                "etag": None if file.mtime_ns is None else f"mtime-{file.mtime_ns}",
-                "bytes": file.bytes,
-            }
-            for file in corpus.files
-        ]
+        corpus, options = self._submission.corpus, self._submission.options
+        if options.output:
+            parts.occupy(options.output, self._job_id)
         with self._engine.begin() as connection:
             self._hold(connection)
-            jobs.insert_inputs(connection, self._job_id, files)
+            jobs.insert_inputs(connection, self._job_id, corpus.inputs())
+        if options.by_reference:
+            assert isinstance(corpus, Corpus)
+            self._plan_files(corpus)
+        else:
+            self._copy_rows(corpus)
+        self._queue()
+
+    def _copy_rows(self, corpus: Source) -> None:
         # No transaction is open while blocks are read: a stream may take its time.
         for blocks in _gathered(corpus.blocks()):
             with self._engine.begin() as connection:
@@ -238,7 +287,31 @@ class _Staging:
                 self._hold(connection)
                 self._copy(connection, blocks)
             self._submission.on_items(self._items)
-        self._queue()
+
+    def _plan_files(self, corpus: Corpus) -> None:
+        planned: list[Range] = []
+        rows: dict[int, int] = {}
+        since = monotonic()
+        for ordinal, file in enumerate(corpus.files):
+            rows[ordinal] = 0
+            for places in corpus.places(file):
+                self._spots.add(self._items, ordinal, file, places)
+                self._items += len(places.sizes)
+                rows[ordinal] += len(places.sizes)
+                planned += self._planner.add(estimate_tokens(places.sizes, self._max_item_tokens), places.sizes)
+                if len(planned) >= _COMMIT_CHUNKS or monotonic() - since > _COMMIT_SECONDS:
+                    self._commit_planned(planned, rows)
+                    planned, rows, since = [], {ordinal: rows[ordinal]}, monotonic()
+            planned += self._planner.break_off()
+        self._commit_planned(planned, rows)
+
+    def _commit_planned(self, planned: Sequence[Range], rows: Mapping[int, int]) -> None:
+        with self._engine.begin() as connection:
+            flush_later(connection)
+            self._hold(connection)
+            self._insert(connection, planned)
+            jobs.set_input_rows(connection, self._job_id, rows)
+        self._submission.on_items(self._items)
 
     def _hold(self, connection: Connection) -> None:
         if not jobs.hold_staging(connection, self._job_id, self._fence, self._lease_seconds):
@@ -270,6 +343,7 @@ class _Staging:
         for chunk in planned:
             rejected = bisect_left(self._rejected_at, chunk.first_index + chunk.items)
             del self._rejected_at[:rejected]
+            ordinal, extent = self._spots.extent(chunk)
             new.append(
                 chunks.NewChunk(
                     ordinal=self._chunks,
@@ -277,6 +351,8 @@ class _Staging:
                     items=chunk.items,
                     estimated_tokens=chunk.tokens,
                     rejected=rejected,
+                    input_ordinal=ordinal,
+                    extent=extent,
                 )
             )
             self._chunks += 1
@@ -298,6 +374,7 @@ class _Staging:
                 items_total=self._items,
                 max_rejects=control.reject_limit(options.max_rejects, self._items),
                 payload=self._submission.payload(),
+                keeps_texts=not options.by_reference,
             )
 
     def _check_keys(self) -> None:
@@ -308,6 +385,28 @@ class _Staging:
             raise UserError(
                 f'--unique-keys: key "{key}" comes twice, first as items {first:,} and {second:,} (counted from 0).'
             )
+
+
+class _Spots:
+    """Where the rows of files are, until a chunk holds them. Empty where items are copied."""
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[int, int, SourceFile, Places]] = deque()
+
+    def add(self, first_index: int, ordinal: int, file: SourceFile, places: Places) -> None:
+        """Hold the places of the next rows, of the job's input `ordinal`."""
+        self._held.append((first_index, ordinal, file, places))
+
+    def extent(self, chunk: Range) -> tuple[int, Extent] | tuple[None, None]:
+        """A chunk's input and extent; what lies before the chunk is dropped."""
+        if not self._held:
+            return None, None
+        while self._held[0][0] + len(self._held[0][3].sizes) <= chunk.first_index:
+            self._held.popleft()
+        first_index, ordinal, file, places = self._held[0]
+        end = chunk.first_index + chunk.items
+        last_first, _, _, last = next(held for held in self._held if held[0] + len(held[3].sizes) >= end)
+        return ordinal, places.extent(file, chunk.first_index - first_index, last, end - 1 - last_first)
 
 
 def _gathered(blocks: Iterator[Rows]) -> Iterator[list[Rows]]:
@@ -328,9 +427,16 @@ def _gathered(blocks: Iterator[Rows]) -> Iterator[list[Rows]]:
 
 def undo_staging(engine: Engine, job_id: UUID, fence: int) -> None:
     """Forget a submission that didn't end, items first, in bounded transactions."""
-    if _delete_items(engine, job_id, fence):
+    with engine.begin() as connection:
+        row = jobs.by_id(connection, job_id)
+    if row and _delete_items(engine, job_id, fence):
         with engine.begin() as connection:
-            jobs.delete_staging(connection, job_id, fence)
+            gone = jobs.delete_staging(connection, job_id, fence)
+        if gone and row["options"].get("output"):
+            try:
+                parts.vacate(row["options"]["output"], job_id)
+            except VectormillError as error:  # the folder may be why the submission didn't end
+                log.warning("output_not_vacated", job=str(job_id), error=str(error))
 
 
 def _delete_items(engine: Engine, job_id: UUID, fence: int) -> bool:

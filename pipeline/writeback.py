@@ -9,10 +9,12 @@ import structlog
 import tenacity
 from sqlalchemy import Connection, Engine
 
+from pipeline import parts, storage
 from pipeline.errors import LeaseLost
 from pipeline.jobs import ChunkState, Claim, Reject, RejectCode
-from pipeline.store import chunks, embeddings, items, usage
+from pipeline.store import chunks, embeddings, into, items, outputs, usage
 from pipeline.store.database import flush_later, is_connection_lost
+from pipeline.store.into import Into
 
 log = structlog.get_logger()
 
@@ -84,11 +86,13 @@ def _select(rows: embeddings.Rows, mask: npt.NDArray[np.bool_]) -> embeddings.Ro
         vectors=rows.vectors[mask],
         tokens=rows.tokens[mask],
         truncated=rows.truncated[mask],
+        carried=[row for row, keep in zip(rows.carried, mask, strict=True) if keep] if rows.carried else (),
     )
 
 
 def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: Ending) -> None:
-    """Commit part `number` of a claim: fenced update, vectors, rejects, usage, in one transaction.
+    """Commit part `number` of a claim: fenced update, vectors, rejects, usage, in one transaction. Vectors that go to
+    Parquet are written as a file before it, and the transaction makes the file count.
 
     A connection lost on the way, even during COMMIT, is followed by another try on a new one, which first looks
     whether the lost one had arrived; nothing is guessed.
@@ -96,11 +100,13 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: E
     Raises:
         LeaseLost: the chunk belongs to another claim, or has been cancelled; nothing was written.
         ValueError: a vector is zero, not finite or of the wrong size; nothing was written.
+        StorageRefused, StorageUnreachable: the Parquet file can't be written; nothing was.
         sqlalchemy.exc.DBAPIError: the database refuses, or stayed away for ten minutes.
     """
     _, bad = split_bad_vectors(part.rows, claim.dimensions, half=claim.half)
     if bad:
         raise ValueError(f"{len(bad)} vectors are zero or not finite")
+    output = parts.write(claim, number, part.rows) if claim.options.get("output") and len(part.rows.indexes) else None
     for attempt in tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and is_connection_lost(error)),
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
@@ -117,7 +123,7 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: E
                     # A server that crashes may forget this commit, and then the claim still runs and is done again:
                     # see ops/decisions/0003. What a claim builds on must be on disk.
                     flush_later(connection)
-                if not _commit(connection, claim, number, part, ending, again=again):
+                if not _commit(connection, claim, number, part, ending, output, again=again):
                     transaction.rollback()
 
 
@@ -129,7 +135,16 @@ def _show_backend(connection: Connection, claim: Claim) -> None:
         chunks.renew(connection, claim, committing=True)
 
 
-def _commit(connection: Connection, claim: Claim, number: int, part: Part, ending: Ending, *, again: bool) -> bool:
+def _commit(
+    connection: Connection,
+    claim: Claim,
+    number: int,
+    part: Part,
+    ending: Ending,
+    output: outputs.Output | None,
+    *,
+    again: bool,
+) -> bool:
     """Write everything within the caller's transaction. False: an earlier try of this very part had arrived."""
     tokens = int(part.rows.tokens.sum())
     ours = chunks.record(
@@ -143,6 +158,7 @@ def _commit(connection: Connection, claim: Claim, number: int, part: Part, endin
             prompt_tokens=tokens,
             isolation=ending.isolation,
             not_before_seconds=ending.not_before_seconds,
+            output_uri=storage.join(claim.options["output"], output.name) if output else None,
             error=ending.error,
         ),
     )
@@ -151,7 +167,10 @@ def _commit(connection: Connection, claim: Claim, number: int, part: Part, endin
         return False
     if not ours:
         raise LeaseLost
-    embeddings.copy_rows(connection, claim.job_id, claim.vector_space_id, part.rows, half=claim.half)
+    if output:
+        outputs.record(connection, claim, output)
+    else:
+        _write_rows(connection, claim, part.rows)
     items.copy_rejects(connection, claim.job_id, part.rejects)
     usage.add_chunk_part(
         connection,
@@ -162,3 +181,11 @@ def _commit(connection: Connection, claim: Claim, number: int, part: Part, endin
         device_seconds=part.device_seconds,
     )
     return True
+
+
+def _write_rows(connection: Connection, claim: Claim, rows: embeddings.Rows) -> None:
+    embeddings.copy_rows(connection, claim.job_id, claim.vector_space_id, rows, half=claim.half)
+    if claim.options.get("into") and len(rows.indexes):
+        into.upsert(connection, Into.from_json(claim.options["into"]), claim.job_id, rows.indexes.tolist())
+    if claim.extent and rows.carried:
+        items.copy_carried(connection, claim.job_id, rows)

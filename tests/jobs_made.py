@@ -10,6 +10,7 @@ from uuid_utils.compat import uuid7
 
 from pipeline import tables
 from pipeline.catalog import add_model, find_model, vector_space_of, workspace_id
+from pipeline.intake import read_chunk
 from pipeline.jobs import ChunkState, Claim, Item, Model, Reject, RejectCode
 from pipeline.store import chunks, items, jobs
 from pipeline.store.embeddings import Rows
@@ -110,8 +111,7 @@ def taken(engine: Engine, job_id: UUID, ordinal: int = 0, **how: Any) -> Claim:
 
 def unfinished(engine: Engine, claim: Claim) -> list[Item]:
     """What the claim is to embed."""
-    with engine.begin() as connection:
-        return items.read_unfinished(connection, claim.job_id, claim.first_index, claim.items)
+    return [item for serving in read_chunk(engine, claim).servings for item in serving.items]
 
 
 def vectors_of(indexes: Sequence[int], dimensions: int = DIMENSIONS) -> "np.ndarray[Any, np.dtype[np.float32]]":

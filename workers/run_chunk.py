@@ -11,7 +11,7 @@ import numpy as np
 import structlog
 from sqlalchemy import Engine
 
-from pipeline.intake import read_chunk
+from pipeline.intake import Intake, Serving, read_chunk
 from pipeline.jobs import ChunkState, Claim, Item, JobState, Reject, RejectCode
 from pipeline.leases import Renewal
 from pipeline.store import chunks
@@ -62,6 +62,7 @@ def run_chunk(engine: Engine, encoder: "Encoder", claim: Claim, watch: Watch, on
 
     Raises:
         LeaseLost: another claim owns the chunk by now.
+        SourceError, StorageRefused, StorageUnreachable: a file can't be read or written.
         ModelError: the model stopped working; nothing of what it made since the last commit is written.
     """
 
@@ -74,30 +75,40 @@ def run_chunk(engine: Engine, encoder: "Encoder", claim: Claim, watch: Watch, on
         return state is not None
 
     with Renewal(renew, claim.lease_seconds):
-        with engine.begin() as connection:
-            items = read_chunk(connection, claim)
-        for number, (part, ending) in enumerate(_parts(encoder, claim, items, watch)):
+        for number, (part, ending) in enumerate(_parts(encoder, claim, read_chunk(engine, claim), watch)):
             write_chunk(engine, claim, number, part, ending)
 
 
-def _parts(encoder: "Encoder", claim: Claim, items: Sequence[Item], watch: Watch) -> Iterator[tuple[Part, Ending]]:
+def _parts(encoder: "Encoder", claim: Claim, intake: Intake, watch: Watch) -> Iterator[tuple[Part, Ending]]:
     """What to commit, one after the other; the last one ends the chunk or gives it back."""
-    level, left = claim.isolation, len(items)
+    level, left = claim.isolation, intake.left
+    for serving in intake.servings:
+        for part, next_level in _parts_of(encoder, claim, serving, level, watch):
+            left -= part.settled
+            state = _state(left, watch)
+            yield part, Ending(state=state, isolation=next_level if left else 0)
+            if state is not ChunkState.RUNNING:
+                return
+        # What a later serving holds wasn't under way when the last claim was lost.
+        level = min(level, 1)
+
+
+def _parts_of(
+    encoder: "Encoder", claim: Claim, serving: Serving, level: int, watch: Watch
+) -> Iterator[tuple[Part, int]]:
+    """The parts of a serving, each with the isolation level of what comes after it."""
+    items, rejects = serving.items, list(serving.rejects)
     if level >= CONVICTED and items:
-        head, items, level, left = items[0], items[1:], 1, left - 1
+        head, items, level = items[0], items[1:], 1
         log.warning("item_convicted", index=head.index)
-        state = _state(left, watch)
-        yield _conviction(head), Ending(state=state, isolation=level if left else 0)
-        if state is not ChunkState.RUNNING:
-            return
+        message = "its worker died twice while this text was embedded alone"
+        rejects.append(_reject(head, RejectCode.CRASHED_WORKER, message))
+    if rejects:  # on disk before the model sees an item that may kill its process
+        yield Part(rows=NO_ROWS, rejects=rejects), level
     slices = list(isolated_slices(len(items), level)) if level and items else [Slice(0, len(items), 0)]
     for this, following in zip_longest(slices, slices[1:]):
         part = _embed(encoder, claim, items[this.start : this.stop], watch)
-        left -= part.settled
-        state = _state(left, watch)
-        yield part, Ending(state=state, isolation=following.level if following and left else 0)
-        if state is not ChunkState.RUNNING:
-            return
+        yield part, following.level if following else min(level, 1)
 
 
 def _state(left: int, watch: Watch) -> ChunkState:
@@ -107,11 +118,6 @@ def _state(left: int, watch: Watch) -> ChunkState:
     if watch.cancelled:
         return ChunkState.CANCELLED
     return ChunkState.PENDING if watch.must_stop else ChunkState.RUNNING
-
-
-def _conviction(item: Item) -> Part:
-    message = "its worker died twice while this text was embedded alone"
-    return Part(rows=NO_ROWS, rejects=[_reject(item, RejectCode.CRASHED_WORKER, message)])
 
 
 def _embed(encoder: "Encoder", claim: Claim, items: Sequence[Item], watch: Watch) -> Part:
@@ -147,6 +153,7 @@ def _embed(encoder: "Encoder", claim: Claim, items: Sequence[Item], watch: Watch
         vectors=vectors[made],
         tokens=tokenised.lengths[made],
         truncated=tokenised.truncated[made],
+        carried=[item.carried for item, done in zip(items, made, strict=True) if done] if claim.carries else (),
     )
     rows, bad = split_bad_vectors(rows, claim.dimensions, half=claim.half)
     if failed or bad:

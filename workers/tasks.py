@@ -11,9 +11,10 @@ from celery import Task
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
+from pipeline import control
 from pipeline.catalog import as_model
-from pipeline.errors import LeaseLost, ModelError
-from pipeline.jobs import ChunkState, Claim, Model
+from pipeline.errors import LeaseLost, ModelError, SourceChanged, SourceError, StorageRefused, StorageUnreachable
+from pipeline.jobs import ChunkState, Claim, Model, Reason
 from pipeline.logs import configure_logs
 from pipeline.publish import RUN_CHUNK
 from pipeline.settings import Settings, load_settings
@@ -113,11 +114,27 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
         except (LeaseLost, ModelError, DBAPIError) as error:
             _give_back(child.engine, claim, error)
             raise
+        except (SourceError, StorageRefused, StorageUnreachable) as error:
+            _give_back(child.engine, claim, error)
+            _stop_job(child.engine, job_id, error)
         except Exception as error:  # noqa: BLE001
             # A text did this, or a fault of ours. Die: the parent frees the claim and counts the loss, so that
             # isolation finds the text, and a worker that loses chunk after chunk rests.
             log.error("chunk_crashed", error=type(error).__name__)
             os._exit(70)
+
+
+def _stop_job(engine: Engine, job_id: UUID, error: Exception) -> None:
+    """End a job whose files aren't what they were; pause one whose storage refuses us. A storage that doesn't answer
+    is tried again with the next claim."""
+    with engine.begin() as connection:
+        match error:
+            case StorageRefused():
+                control.pause_for(connection, job_id, Reason.STORAGE_REFUSED, str(error))
+            case SourceChanged():
+                control.fail(connection, job_id, Reason.SOURCE_CHANGED, str(error))
+            case SourceError():
+                control.fail(connection, job_id, Reason.SOURCE_DAMAGED, str(error))
 
 
 def most_chunk_seconds(settings: Settings) -> float:

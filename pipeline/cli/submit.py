@@ -1,6 +1,7 @@
 """`vectormill submit`: a corpus becomes a job."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,18 +15,29 @@ from pipeline.cli.connect import Place, working
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
 from pipeline.cli.look import stderr
 from pipeline.errors import UserError
-from pipeline.results import OUR_COLUMNS
+from pipeline.parts import OUR_COLUMNS
 from pipeline.settings import Settings
-from pipeline.sources import Columns, Corpus
+from pipeline.sources import Columns, Compression, Corpus, Source
+from pipeline.sources.query import QueryCorpus
+from pipeline.storage import is_remote
 from pipeline.submit import Options, Planning, Submission
 from pipeline.submit import submit as submit_corpus
 
 
 def submit(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help=".jsonl, .csv, .parquet (.gz, .zst), a folder, or -")
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE...",
+            help=".jsonl, .csv, .parquet (.gz, .zst): files, folders, globs, s3://, gs://, az:// URIs, or -",
+        ),
+    ] = None,
+    *,
     model: Annotated[str, typer.Option(help="The model, by name or alias.")],
+    from_url: Annotated[
+        str | None, typer.Option("--from", metavar="URL", help="A database to query: postgresql://…, duckdb:///file.")
+    ] = None,
+    query: Annotated[str | None, typer.Option(help="The query whose rows are the corpus.")] = None,
     text_column: Annotated[str, typer.Option(help="The column or field that holds the texts.")] = "text",
     key_column: Annotated[str | None, typer.Option(help="The column that holds your keys.  [default: id]")] = None,
     carry: Annotated[list[str] | None, typer.Option(help="A column to carry into results; may be repeated.")] = None,
@@ -47,6 +59,21 @@ def submit(
         str, typer.Option(metavar="N|P%", help="Fail the job beyond this.  [default: 10% from 100 items on]")
     ] = "",
     unique_keys: Annotated[bool, typer.Option("--unique-keys", help="Refuse a corpus with a key twice.")] = False,
+    by_reference: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-reference/--by-value",
+            help="Workers read the files themselves, or their texts are copied to Postgres.  [default: by size]",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="URI", help="Write vectors as Parquet to this empty folder, not to Postgres.")
+    ] = None,
+    into: Annotated[
+        str | None, typer.Option(metavar="TABLE", help="Also upsert each vector by key into this table of yours.")
+    ] = None,
+    hnsw: Annotated[bool, typer.Option("--hnsw", help="Index that table's vectors at the end.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the job ends; the exit code says how.")] = False,
     timeout: Timeout = None,
     workspace: Workspace = DEFAULT_WORKSPACE,
@@ -60,6 +87,10 @@ def submit(
         vectormill submit exports/ --model all-MiniLM-L6-v2 --text-column body --key-column doc_id --label team=search
 
         zcat dump.jsonl.gz | vectormill submit - --model all-MiniLM-L6-v2 --idempotency-key nightly-2026-11-23
+
+        vectormill submit "s3://corpus/*.parquet" --model all-MiniLM-L6-v2 --by-reference --output s3://vectors/corpus
+
+        vectormill submit --from duckdb:///shop.db --query "select id, text from items" --model all-MiniLM-L6-v2
     """
     _one_of("--dtype", dtype, "float32", "float16")
     _one_of("--on-long", on_long, "truncate", "reject")
@@ -70,11 +101,11 @@ def submit(
     columns = Columns(
         text=text_column,
         key=key_column or "id",
-        key_required=key_column is not None,
+        key_required=key_column is not None or into is not None,
         carry=tuple(carry or ()),
     )
     options = Options(
-        name=name or default_name(sources[0]),
+        name=name or (default_name(sources[0]) if sources else "query"),
         dimensions=dimensions,
         dtype=dtype,
         max_item_tokens=max_item_tokens,
@@ -84,17 +115,48 @@ def submit(
         priority=priority,
         labels=_labels(label or []),
         idempotency_key=idempotency_key,
+        output=output and _absolute(output),
+        into=into,
+        hnsw=hnsw,
     )
     with working(workspace) as place:
-        job_id = _submit(place, model, sources, columns, options)
+        corpus = _corpus(sources or [], from_url, query, columns, place.settings.item_bytes)
+        options = replace(
+            options, by_reference=_by_reference(corpus, options) if by_reference is None else by_reference
+        )
+        job_id = _submit(place, model, corpus, options)
         sys.stdout.write(f"{job_id}\n")
         sys.stdout.flush()
         if wait:
             raise typer.Exit(watch_job(place, job_id, timeout))
 
 
-def _submit(place: Place, model: str, sources: list[str], columns: Columns, options: Options) -> str:
-    corpus = Corpus(sources, columns, place.settings.item_bytes)
+def _corpus(sources: list[str], url: str | None, query: str | None, columns: Columns, item_bytes: int) -> Source:
+    if (url is None) != (query is None):
+        raise UserError("--from and --query go together: a database's URL, and what to select from it.")
+    if url is not None and query is not None:
+        if sources:
+            raise UserError(f"{sources[0]}: give files, or --from and --query, not both.")
+        return QueryCorpus(url, query, columns, item_bytes)
+    if not sources:
+        raise UserError("no source: give files, a folder, - for standard input, or --from and --query.")
+    return Corpus(sources, columns, item_bytes)
+
+
+def _by_reference(corpus: Source, options: Options) -> bool:
+    """Whether a corpus is big enough, and such, that its workers should read it themselves."""
+    if not isinstance(corpus, Corpus) or options.unique_keys:
+        return False
+    if any(file.uri is None or file.compression is not Compression.NONE for file in corpus.files):
+        return False
+    return sum(file.bytes or 0 for file in corpus.files) > _BY_REFERENCE_BYTES
+
+
+def _absolute(folder: str) -> str:
+    return folder if is_remote(folder) else str(Path(folder).absolute())
+
+
+def _submit(place: Place, model: str, corpus: Source, options: Options) -> str:
     with place.engine.begin() as connection:
         found = find_model(connection, place.workspace_id, model)
     with _Counter(stderr) as counter:
@@ -127,6 +189,10 @@ def planning(settings: Settings) -> Planning:
 def default_name(source: str) -> str:
     """A job's name from its first source: the file's name without its endings."""
     return "stdin" if source == "-" else Path(source).name.split(".")[0] or source
+
+
+#: Files that take more are read by their workers, unless --by-value says otherwise.
+_BY_REFERENCE_BYTES = 1_000_000_000
 
 
 class _Counter:

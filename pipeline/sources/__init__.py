@@ -1,23 +1,49 @@
 """A corpus as a stream: files, folders or the standard input become blocks of judged rows, in bounded memory.
 
 `files` finds what to read, `open` unpacks it into whole lines, `jsonl`, `csv_` and `parquet` read rows, and
-`rows` judges them. A bad row becomes a reject and the rest goes on; a broken file or a wrong column ends it.
+`rows` judges them; `query` takes them from a database. `reference` finds where the rows of files are, for workers
+that read them themselves. A bad row becomes a reject and the rest goes on; a broken file or a wrong column ends it.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, assert_never
+from typing import Any, BinaryIO, Protocol, assert_never
 
 from pipeline.sources.csv_ import read_csv
 from pipeline.sources.files import STDIN, Compression, Format, SourceFile, find_files
 from pipeline.sources.jsonl import read_jsonl
 from pipeline.sources.open import open_blocks, read_blocks, without_mark
 from pipeline.sources.parquet import read_parquet
+from pipeline.sources.reference import Places, scan
 from pipeline.sources.rows import Columns, Parsed, Rows, judge
 
-__all__ = ["Columns", "Compression", "Corpus", "Format", "Rows", "SourceFile"]
+__all__ = ["Columns", "Compression", "Corpus", "Format", "Rows", "Source", "SourceFile"]
+
+
+class Source(Protocol):
+    """What a job's rows come from."""
+
+    columns: Columns
+    #: A longer text is rejected.
+    item_bytes: int
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """What the job writes down of it, in order: `uri`, `etag` and `bytes`, without a secret."""
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 over what decides its rows; `None` as long as it must be read for that."""
+
+    def read_fingerprint(self) -> str:
+        """The fingerprint, read if need be."""
+
+    def blocks(self) -> Iterator[Rows]:
+        """Every row once, in order, judged, in bounded memory."""
 
 
 class Corpus:
@@ -45,8 +71,8 @@ class Corpus:
         self.files: list[SourceFile] = find_files(sources)
         #: SHA-256 of the bytes of the standard input, in hexadecimal, once `blocks` has read it all.
         self.stream_sha256: str | None = None
-        self._columns = columns
-        self._item_bytes = item_bytes
+        self.columns = columns
+        self.item_bytes = item_bytes
         self._stdin = stdin
 
     @property
@@ -55,13 +81,17 @@ class Corpus:
         names = [file.name for file in self.files]
         return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
+    def inputs(self) -> list[dict[str, Any]]:
+        """What the job writes down of each file."""
+        return [{"uri": file.uri or "-", "etag": file.etag, "bytes": file.bytes} for file in self.files]
+
     def fingerprint(self) -> str | None:
-        """SHA-256 over each file's path, size and mtime, a stream's bytes, and the columns; `None` with a stream that
-        has not been read yet."""
-        if self.stream_sha256 is None and any(file.path is None for file in self.files):
+        """SHA-256 over each file's URI, size and ETag or time, a stream's bytes, and the columns; `None` with a stream
+        that has not been read yet."""
+        if self.stream_sha256 is None and any(file.uri is None for file in self.files):
             return None
-        files = [(str(file.path or self.stream_sha256), file.bytes, file.mtime_ns) for file in self.files]
-        columns = (self._columns.text, self._columns.key, self._columns.carry)
+        files = [(file.uri or self.stream_sha256, file.bytes, file.etag) for file in self.files]
+        columns = (self.columns.text, self.columns.key, self.columns.carry)
         return hashlib.sha256(json.dumps([files, columns]).encode()).hexdigest()
 
     def read_fingerprint(self) -> str:
@@ -72,6 +102,14 @@ class Corpus:
         known = self.fingerprint()
         assert known is not None
         return known
+
+    def places(self, file: SourceFile) -> Iterator[Places]:
+        """Where the rows of one of the files are, for workers that read them themselves.
+
+        Raises:
+            SourceError: as `blocks`, but for a single bad line of JSON.
+        """
+        return scan(file, self.columns, self.item_bytes)
 
     def blocks(self) -> Iterator[Rows]:
         """Read every row once, in order. With a stream, this can be done once.
@@ -84,14 +122,14 @@ class Corpus:
             if len(self.files) > 1:
                 place = f"{file.name} {place}"
             for parsed in self._read(file):
-                yield judge(parsed, self._item_bytes, place)
+                yield judge(parsed, self.item_bytes, place)
             file.check_unchanged()
 
     def _read(self, file: SourceFile) -> Iterator[Parsed]:
-        columns, item_bytes = self._columns, self._item_bytes
+        columns, item_bytes = self.columns, self.item_bytes
         match file.format:
             case Format.JSONL:
-                blocks = self._stream() if file.path is None else open_blocks(file)
+                blocks = self._stream() if file.uri is None else open_blocks(file)
                 return read_jsonl(blocks, file.name, columns, item_bytes)
             case Format.CSV:
                 return read_csv(open_blocks(file), file.name, ",", columns, item_bytes)

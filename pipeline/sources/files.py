@@ -1,13 +1,17 @@
 """From SOURCE arguments to the files of a corpus, in order."""
 
 import enum
+import glob
 import os
+import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
+from pipeline import storage
 from pipeline.errors import SourceError
+from pipeline.storage import Stat
 
 STDIN = "standard input"
 
@@ -39,45 +43,63 @@ _FORMATS = {
 _COMPRESSIONS = {".gz": Compression.GZIP, ".zst": Compression.ZSTD}
 
 
+_KINDS = ".jsonl, .ndjson, .csv, .tsv and .parquet are read, all but .parquet also with .gz or .zst"
+_GLOB = re.compile(r"[*?\[]")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
     """One file of a corpus, as it was when the corpus was listed; or the standard input."""
 
     #: As the user wrote it; messages use it.
     name: str
-    #: Absolute; `None` for the standard input.
-    path: Path | None
+    #: Absolute path, or URI of an object; `None` for the standard input.
+    uri: str | None
     format: Format
     compression: Compression
-    #: Size on disk; `None` for the standard input.
+    #: Size where it is kept; `None` for the standard input.
     bytes: int | None
-    mtime_ns: int | None
+    #: Changes when the file does; `None` for the standard input.
+    etag: str | None
+
+    def open(self) -> BinaryIO:
+        """The file as it was listed.
+
+        Raises, also at a later read:
+            SourceChanged: it isn't that file any more.
+            StorageRefused, StorageUnreachable
+        """
+        assert self.uri is not None
+        assert self.etag is not None
+        return storage.open_file(self.uri, self.etag)
 
     def check_unchanged(self) -> None:
-        """Raise `SourceError` if the file is no longer the one that was listed."""
-        if self.path is None:
-            return
-        try:
-            now = self.path.stat()
-        except OSError as error:
-            raise SourceError(f"{self.name}: {reason(error)}.") from None
-        if (now.st_size, now.st_mtime_ns) != (self.bytes, self.mtime_ns):
-            raise SourceError(f"{self.name}: the file changed while it was read; submit it again.")
+        """Raise `SourceChanged` if the file is no longer the one that was listed."""
+        if self.uri is not None:
+            self.open().close()
 
 
 def find_files(sources: Sequence[str]) -> list[SourceFile]:
-    """The files that SOURCE arguments stand for, in the order given; those of a folder sorted by name.
+    """The files that SOURCE arguments stand for, in the order given; those of a folder or glob sorted by name.
 
     Raises:
         SourceError: a source doesn't exist, is given twice, or is no kind of file that is read.
+        StorageRefused, StorageUnreachable: an object can't be looked at.
     """
     files = [file for source in sources for file in _find(source)]
-    seen: set[Path | None] = set()
+    seen: set[str | None] = set()
     for file in files:
-        if file.path in seen:
+        if file.uri in seen:
             raise SourceError(f"{file.name}: given twice.")
-        seen.add(file.path)
+        seen.add(file.uri)
     return files
+
+
+def source_file(uri: str, etag: str, size_bytes: int) -> SourceFile:
+    """The file that a job has recorded."""
+    kind = _kind(uri)
+    assert kind, "a recorded file is of a kind that is read"
+    return _source_file(uri, kind, Stat(uri, etag, size_bytes))
 
 
 def reason(error: OSError) -> str:
@@ -92,30 +114,88 @@ def _find(source: str) -> list[SourceFile]:
         return [
             SourceFile(
                 name=STDIN,
-                path=None,
+                uri=None,
                 format=Format.JSONL,
                 compression=Compression.NONE,
                 bytes=None,
-                mtime_ns=None,
+                etag=None,
             )
         ]
+    if storage.is_remote(source):
+        return _find_remote(source)
     if os.path.isdir(source):
         return _find_in_folder(source)
+    if _GLOB.search(source) and not os.path.exists(source):
+        return _find_matching(source)
     kind = _kind(source)
     # A path that isn't there is named first, whatever its ending.
     found = _stat(source)
     if kind is None:
-        raise SourceError(
-            f"{source}: unknown kind of file; .jsonl, .ndjson, .csv, .tsv and .parquet are read, "
-            "all but .parquet also with .gz or .zst."
-        )
+        raise SourceError(f"{source}: unknown kind of file; {_KINDS}.")
     return [_source_file(source, kind, found)]
+
+
+def _find_remote(source: str) -> list[SourceFile]:
+    if _GLOB.search(source):
+        return _find_remote_matching(source)
+    kind = _kind(source)
+    found = storage.stat(source) if kind else None
+    if kind and found:
+        return [_source_file(source, kind, found)]
+    files = _of_known_kind(storage.below(source))
+    if not files:
+        raise SourceError(f"{source}: no such object, nor one below it of a kind that is read; {_KINDS}.")
+    return files
+
+
+def _find_remote_matching(pattern: str) -> list[SourceFile]:
+    scheme, _, rest = pattern.partition("://")
+    folder = _GLOB.split(rest)[0].rpartition("/")[0]
+    if not folder:
+        raise SourceError(f"{pattern}: name the bucket itself; a pattern may begin after it.")
+    whole = re.compile(_as_regex(rest))
+    files = _of_known_kind(
+        found for found in storage.below(f"{scheme}://{folder}/") if whole.fullmatch(found.uri.partition("://")[2])
+    )
+    if not files:
+        raise SourceError(f"{pattern}: no object of a kind that is read matches; {_KINDS}.")
+    return files
+
+
+def _as_regex(pattern: str) -> str:
+    """A glob as a regular expression: `**/` is any number of folders, `*` and `?` stay within a name."""
+    found = ""
+    for piece in re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern):
+        if piece in ("**/", "**"):
+            found += "(?:[^/]+/)*" if piece == "**/" else ".*"
+        elif piece == "*":
+            found += "[^/]*"
+        elif piece == "?":
+            found += "[^/]"
+        elif piece.startswith("[") and piece.endswith("]"):
+            found += "[" + piece[1:-1].replace("\\", "\\\\").replace("!", "^", 1 if piece[1] == "!" else 0) + "]"
+        else:
+            found += re.escape(piece)
+    return found
+
+
+def _of_known_kind(found: Iterable[Stat]) -> list[SourceFile]:
+    known = [_source_file(each.uri, kind, each) for each in found if (kind := _kind(each.uri))]
+    return sorted(known, key=lambda file: file.name)
 
 
 def _find_in_folder(folder: str) -> list[SourceFile]:
     found = [(name, kind) for name in sorted(_walk(folder)) if (kind := _kind(name))]
     if not found:
         raise SourceError(f"{folder.rstrip('/')}/: no .jsonl, .csv or .parquet file in it.")
+    return [_source_file(name, kind, _stat(name)) for name, kind in found]
+
+
+def _find_matching(pattern: str) -> list[SourceFile]:
+    names = sorted(name for name in glob.iglob(pattern, recursive=True) if os.path.isfile(name))
+    found = [(name, kind) for name in names if (kind := _kind(name))]
+    if not found:
+        raise SourceError(f"{pattern}: no such file, and no file of a kind that is read matches; {_KINDS}.")
     return [_source_file(name, kind, _stat(name)) for name, kind in found]
 
 
@@ -142,22 +222,17 @@ def _kind(name: str) -> tuple[Format, Compression] | None:
     return found, compression
 
 
-def _stat(name: str) -> os.stat_result:
+def _stat(name: str) -> Stat:
     try:
         found = os.stat(name)
     except OSError as error:
         raise SourceError(f"{name}: {reason(error)}.") from None
     if not stat.S_ISREG(found.st_mode):
         raise SourceError(f"{name}: not a regular file; pipe JSON lines to the standard input, named -.")
-    return found
+    listed = storage.stat(os.path.realpath(name))
+    assert listed, "it was there a moment ago"
+    return listed
 
 
-def _source_file(name: str, kind: tuple[Format, Compression], found: os.stat_result) -> SourceFile:
-    return SourceFile(
-        name=name,
-        path=Path(name).resolve(),
-        format=kind[0],
-        compression=kind[1],
-        bytes=found.st_size,
-        mtime_ns=found.st_mtime_ns,
-    )
+def _source_file(name: str, kind: tuple[Format, Compression], found: Stat) -> SourceFile:
+    return SourceFile(name=name, uri=found.uri, format=kind[0], compression=kind[1], bytes=found.bytes, etag=found.etag)

@@ -8,7 +8,7 @@ import orjson
 
 from pipeline.errors import SourceError
 from pipeline.sources.open import whole_lines
-from pipeline.sources.rows import BLOCK_ROWS, Columns, LongLine, Missing, Parsed, missing_column
+from pipeline.sources.rows import BLOCK_ROWS, BadRow, Columns, LongLine, Missing, Parsed, missing_column
 
 #: A column that none of a file's first rows has is a wrong name, not a row's fault.
 HEAD_ROWS: Final = 1_000
@@ -22,12 +22,10 @@ def read_jsonl(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes:
     Raises:
         SourceError: a line isn't a JSON object, or no row among the first has a required column.
     """
-    # An escaped letter takes six times its bytes; the rest is for the other columns.
-    bound_bytes = item_bytes * 6 + 1024 * 1024
     watch = _ColumnWatch(name, columns)
-    for run in whole_lines(_no_array(blocks, name), name, bound_bytes):
+    for run in whole_lines(_no_array(blocks, name), name, _line_bytes(item_bytes)):
         if isinstance(run, LongLine):
-            yield Parsed([run.number], [run], [None], [{}] if columns.carry else None)
+            yield _long(run, columns)
             continue
         first, data = run
         lines = data.split(b"\n")
@@ -35,6 +33,44 @@ def read_jsonl(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes:
         for start in range(0, len(lines), BLOCK_ROWS):
             yield _parse(lines[start : start + BLOCK_ROWS], first + start, name, columns)
     watch.end()
+
+
+def check_columns(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int) -> None:
+    """Look for the columns among a file's first rows.
+
+    Raises:
+        SourceError: a line there isn't a JSON object, or none has a required column.
+    """
+    watch = _ColumnWatch(name, columns)
+    for run in whole_lines(_no_array(blocks, name), name, _line_bytes(item_bytes)):
+        if not isinstance(run, LongLine):
+            watch.look(run[0], run[1].split(b"\n"))
+        if watch.content:
+            return
+    watch.end()
+
+
+def read_part(
+    blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int, first_line: int
+) -> Iterator[Parsed]:
+    """The rows of whole lines from amid a file. A line that isn't a JSON object comes as a `BadRow`."""
+    for run in whole_lines(blocks, name, _line_bytes(item_bytes)):
+        if isinstance(run, LongLine):
+            yield _long(run._replace(number=run.number + first_line - 1), columns)
+            continue
+        lines = run[1].split(b"\n")
+        for start in range(0, len(lines), BLOCK_ROWS):
+            first = first_line + run[0] - 1 + start
+            yield _parse(lines[start : start + BLOCK_ROWS], first, name, columns, bad_rows=True)
+
+
+def _line_bytes(item_bytes: int) -> int:
+    # An escaped letter takes six times its bytes; the rest is for the other columns.
+    return item_bytes * 6 + 1024 * 1024
+
+
+def _long(line: LongLine, columns: Columns) -> Parsed:
+    return Parsed([line.number], [line], [None], [{}] if columns.carry else None)
 
 
 def _no_array(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
@@ -45,7 +81,7 @@ def _no_array(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
     yield from blocks
 
 
-def _parse(lines: list[bytes], first: int, name: str, columns: Columns) -> Parsed:
+def _parse(lines: list[bytes], first: int, name: str, columns: Columns, *, bad_rows: bool = False) -> Parsed:
     numbers: list[int] = []
     texts: list[object] = []
     keys: list[object] = []
@@ -58,11 +94,11 @@ def _parse(lines: list[bytes], first: int, name: str, columns: Columns) -> Parse
             text = row[text_column]
             key = row.get(key_column)
         except (ValueError, LookupError, TypeError, AttributeError):
-            found = _object(line, name, number)
+            found = _object_or_fault(line, name, number) if bad_rows else _object(line, name, number)
             if found is None:
                 continue
-            row = found
-            text = row.get(text_column, Missing)
+            row = {} if isinstance(found, BadRow) else found
+            text = found if isinstance(found, BadRow) else row.get(text_column, Missing)
             key = row.get(key_column)
         if type(key) is float and abs(key) >= _EXACT_BELOW:
             key = _decode(line).get(key_column)
@@ -97,6 +133,13 @@ def _object(line: bytes, name: str, number: int) -> dict[str, object] | None:
     return row
 
 
+def _object_or_fault(line: bytes, name: str, number: int) -> dict[str, object] | BadRow | None:
+    try:
+        return _object(line, name, number)
+    except SourceError as error:
+        return BadRow(str(error).removeprefix(f"{name} line {number:,}: ").removesuffix("."))
+
+
 class _NoNumberError(Exception):
     """A line holds NaN or Infinity, which JSON hasn't."""
 
@@ -128,10 +171,15 @@ class _ColumnWatch:
         self._left = HEAD_ROWS
         self._first_row: tuple[int, dict[str, object]] | None = None
 
+    @property
+    def content(self) -> bool:
+        """Whether no further row can change anything."""
+        return not self._unseen or not self._left
+
     def look(self, first: int, lines: list[bytes]) -> None:
         """Note which columns the next lines have, as long as they are among the file's first."""
         for number, line in enumerate(lines, first):
-            if not self._unseen or not self._left:
+            if self.content:
                 return
             row = _object(line, self._name, number)
             if row is None:

@@ -8,7 +8,7 @@ from typing import BinaryIO, Protocol, assert_never
 import zstandard
 
 from pipeline.errors import SourceError
-from pipeline.sources.files import Compression, SourceFile, reason
+from pipeline.sources.files import Compression, SourceFile
 from pipeline.sources.rows import LongLine
 
 #: What is read at once, unpacked.
@@ -49,19 +49,42 @@ class BrokenStreamError(Exception):
 
 
 def open_blocks(file: SourceFile) -> Iterator[bytes]:
-    """The unpacked bytes of a file on disk, about 1 MiB at a time, without a byte-order mark.
+    """The unpacked bytes of a file, about 1 MiB at a time, without a byte-order mark.
 
     Raises:
         BrokenStreamError: packed data ends early, is damaged, or grows beyond reason; what could be unpacked
             came first.
-        SourceError: the file can't be read, or isn't UTF-8 by its mark.
+        SourceError: the file can't be read, has changed, or isn't UTF-8 by its mark.
     """
-    assert file.path is not None
-    try:
-        with file.path.open("rb") as raw:
-            yield from without_mark(_unpack(raw, file.compression), file.name)
-    except OSError as error:
-        raise SourceError(f"{file.name}: {reason(error)}.") from None
+    return without_mark(unpacked_blocks(file), file.name)
+
+
+def unpacked_blocks(file: SourceFile) -> Iterator[bytes]:
+    """The unpacked bytes of a file, about 1 MiB at a time, as they are."""
+    with file.open() as raw:
+        yield from _unpack(raw, file.compression)
+
+
+def open_range(file: SourceFile, start: int, length: int) -> Iterator[bytes]:
+    """`length` of a file's unpacked bytes from byte `start` on. A packed file is unpacked from its beginning.
+
+    Raises: as `open_blocks`.
+    """
+    with file.open() as raw:
+        if file.compression is Compression.NONE:
+            raw.seek(start)
+            blocks, skip = read_blocks(raw), 0
+        else:
+            blocks, skip = _unpack(raw, file.compression), start
+        for block in blocks:
+            if skip >= len(block):
+                skip -= len(block)
+                continue
+            piece = block[skip : skip + length]
+            skip, length = 0, length - len(piece)
+            yield piece
+            if not length:
+                return
 
 
 def read_blocks(stream: BinaryIO) -> Iterator[bytes]:
@@ -75,8 +98,13 @@ def without_mark(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
     first = next(blocks, b"")
     if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise SourceError(f"{name}: the file is UTF-16; save it as UTF-8.")
-    yield first.removeprefix(codecs.BOM_UTF8)
+    yield first[mark_bytes(first) :]
     yield from blocks
+
+
+def mark_bytes(first: bytes) -> int:
+    """How long the byte-order mark of a UTF-8 file is, given its first block."""
+    return len(codecs.BOM_UTF8) if first.startswith(codecs.BOM_UTF8) else 0
 
 
 def whole_lines(blocks: Iterable[bytes], name: str, bound_bytes: int) -> Iterator[tuple[int, bytes] | LongLine]:

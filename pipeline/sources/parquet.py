@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
@@ -26,50 +27,100 @@ def read_parquet(file: SourceFile, columns: Columns) -> Iterator[Parsed]:
         SourceError: it's no Parquet file or a damaged one, or a column is missing or of a type that can't
             serve.
     """
-    first = 1
-    metadata = _metadata(file)
-    schema = metadata.schema.to_arrow_schema()
-    wanted = _checked(schema, file.name, columns)
-    texts = [name for name in wanted if _is_text(schema.field(name).type)]
+    with _Table(file, columns) as table:
+        yield from table.rows(0, 0, table.metadata.num_rows, 1)
+
+
+def read_rows(
+    file: SourceFile, columns: Columns, group: int, skip: int, count: int, first_row: int
+) -> Iterator[Parsed]:
+    """`count` rows, in row group `group` and the following ones, after the first `skip` of that group.
+
+    `first_row` is the number of the first one in the file, from 1. Raises as `read_parquet`.
+    """
+    with _Table(file, columns) as table:
+        yield from table.rows(group, skip, count, first_row)
+
+
+def row_groups(file: SourceFile, columns: Columns) -> Iterator[tuple[int, int, int]]:
+    """Each row group by its metadata: (number, rows, average bytes of a row's texts). Raises as `read_parquet`."""
+    with _Table(file, columns) as table:
+        for group in range(table.metadata.num_row_groups):
+            yield group, table.metadata.row_group(group).num_rows, table.average_bytes(group)
+
+
+class _Table:
+    """An open Parquet file, and the columns that are wanted of it."""
+
+    def __init__(self, file: SourceFile, columns: Columns) -> None:
+        self._name = file.name
+        self._columns = columns
+        self._raw = file.open()
+        try:
+            self.metadata = _metadata(self._raw, file.name)
+            schema = self.metadata.schema.to_arrow_schema()
+            self._wanted = _checked(schema, file.name, columns)
+        except BaseException:
+            self._raw.close()
+            raise
+        self._texts = [name for name in self._wanted if _is_text(schema.field(name).type)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raw.close()
+
+    def rows(self, group: int, skip: int, count: int, first: int) -> Iterator[Parsed]:
+        """`count` rows from row group `group` on, after `skip` of its rows; `first` numbers them."""
+        try:
+            parquet, folded = self._open([]), self._open(self._texts)
+            while count and group < self.metadata.num_row_groups:
+                for part in self._group(parquet, folded, group, skip, count):
+                    yield _parsed(part, first, self._columns)
+                    first += len(part)
+                    count -= len(part)
+                group, skip = group + 1, 0
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            fault = reason(error) if isinstance(error, OSError) and error.errno else "the data is damaged"
+            raise SourceError(f"{self._name} row {first:,}: {fault}; make the file again.") from None
+
+    def _open(self, folded: list[str]) -> pq.ParquetFile:
+        """Open for reading piece by piece; the columns `folded` stay dictionaries."""
+        return pq.ParquetFile(
+            self._raw, metadata=self.metadata, read_dictionary=folded, pre_buffer=False, buffer_size=READ_BYTES
+        )
+
+    def _group(
+        self, parquet: pq.ParquetFile, folded: pq.ParquetFile, group: int, skip: int, count: int
+    ) -> Iterator[pa.RecordBatch]:
+        """Up to `count` rows of a group past the first `skip`, in small parts."""
+        longest = _longest_bytes(folded, group, self._texts)
+        rows = min(_BATCH_ROWS, BLOCK_BYTES // self.average_bytes(group), _BATCH_BYTES // longest)
+        for batch in parquet.iter_batches(max(1, rows), [group], self._wanted, use_threads=False):
+            if skip >= len(batch):
+                skip -= len(batch)
+                continue
+            wanted = batch.slice(skip, count)
+            skip, count = 0, count - len(wanted)
+            yield from _cut(wanted)
+            if not count:
+                return
+
+    def average_bytes(self, group: int) -> int:
+        """What a row of a group takes unpacked, before dictionaries unfold; at least 1."""
+        return _average_bytes(self.metadata.row_group(group), self._wanted, self._name)
+
+
+def _metadata(raw: BinaryIO, name: str) -> pq.FileMetaData:
     try:
-        with _open(file, metadata, []) as parquet, _open(file, metadata, texts) as folded:
-            for group in range(metadata.num_row_groups):
-                average = _average_bytes(metadata.row_group(group), wanted, file.name)
-                longest = _longest_bytes(folded, group, texts)
-                rows = min(_BATCH_ROWS, BLOCK_BYTES // average, _BATCH_BYTES // longest)
-                for batch in parquet.iter_batches(max(1, rows), [group], wanted, use_threads=False):
-                    for part in _cut(batch):
-                        yield _parsed(part, first, columns)
-                        first += len(part)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        fault = reason(error) if isinstance(error, OSError) and error.errno else "the data is damaged"
-        raise SourceError(f"{file.name} row {first:,}: {fault}; make the file again.") from None
-
-
-def _open(file: SourceFile, metadata: pq.FileMetaData, folded: list[str]) -> pq.ParquetFile:
-    """Open for reading piece by piece; the columns `folded` stay dictionaries."""
-    return pq.ParquetFile(
-        file.path,
-        metadata=metadata,
-        read_dictionary=folded,
-        memory_map=False,
-        pre_buffer=False,
-        buffer_size=READ_BYTES,
-    )
-
-
-def _metadata(file: SourceFile) -> pq.FileMetaData:
-    try:
-        return pq.read_metadata(file.path)
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise SourceError(f"{file.name}: {reason(error)}.") from None
-        assert file.path is not None
-        with file.path.open("rb") as raw:
-            begun = raw.read(4) == b"PAR1"
+        return pq.read_metadata(raw)
+    except (pa.ArrowException, OSError):
+        raw.seek(0)
+        begun = raw.read(4) == b"PAR1"
     if begun:
-        raise SourceError(f"{file.name}: the Parquet footer can't be read; the file is truncated or damaged.")
-    raise SourceError(f"{file.name}: not a Parquet file.")
+        raise SourceError(f"{name}: the Parquet footer can't be read; the file is truncated or damaged.")
+    raise SourceError(f"{name}: not a Parquet file.")
 
 
 def _checked(schema: pa.Schema, name: str, columns: Columns) -> list[str]:

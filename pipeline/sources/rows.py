@@ -3,10 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import orjson
 
@@ -36,6 +36,11 @@ class Columns:
     key_required: bool = False
     #: Columns that go into the results unchanged. Integers past 64 bits are carried as floats.
     carry: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Self:
+        """The columns as a job's options keep them."""
+        return cls(**{**kept, "carry": tuple(kept["carry"])})
 
     @property
     def required(self) -> tuple[tuple[str, str], ...]:
@@ -78,6 +83,12 @@ class LongLine(NamedTuple):
     number: int
     size_bytes: int
     bound_bytes: int
+
+
+class BadRow(NamedTuple):
+    """Stands for the text of a row that can't be read."""
+
+    fault: str
 
 
 class _BadKeyError(Exception):
@@ -136,6 +147,8 @@ def _problem(text: object, key: object, item_bytes: int) -> tuple[str | None, tu
 def _text_problem(text: object, item_bytes: int) -> tuple[RejectCode, str] | None:
     if isinstance(text, LongLine):
         return RejectCode.TOO_LARGE, (f"the line has {text.size_bytes:,} bytes; at most {text.bound_bytes:,} are read")
+    if isinstance(text, BadRow):
+        return RejectCode.BAD_ROW, text.fault
     if text is Missing:
         return RejectCode.MISSING_TEXT, "text is missing"
     if text is None:

@@ -5,11 +5,12 @@ States stand in the SQL as literals, so that the planner can prove that a partia
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, insert, text
 
-from pipeline.jobs import ChunkState, Claim, JobState
+from pipeline.jobs import ChunkState, Claim, Extent, JobState
 from pipeline.tables import chunks
 
 
@@ -22,28 +23,34 @@ class NewChunk:
     items: int
     estimated_tokens: int
     #: Items that were rejected when they were read.
-    rejected: int
+    rejected: int = 0
+    #: Which of the job's inputs its rows stand in, and where; `None`: they are in Postgres.
+    input_ordinal: int | None = None
+    extent: Extent | None = None
+
+    def row(self, job_id: UUID) -> dict[str, Any]:
+        """The columns of its row."""
+        extent = self.extent
+        return {
+            "job_id": job_id,
+            "ordinal": self.ordinal,
+            "first_index": self.first_index,
+            "items": self.items,
+            "estimated_tokens": self.estimated_tokens,
+            "rejected": self.rejected,
+            "state": ChunkState.DONE if self.rejected == self.items else ChunkState.PENDING,
+            "input_ordinal": self.input_ordinal,
+            "row_group": extent and extent.row_group,
+            "input_offset": extent and extent.offset,
+            "input_bytes": extent and extent.length,
+            "input_line": extent and extent.line,
+        }
 
 
 def insert_chunks(connection: Connection, job_id: UUID, planned: Sequence[NewChunk]) -> None:
     """Write planned chunks. One whose items were all rejected is done at once."""
-    if not planned:
-        return
-    connection.execute(
-        insert(chunks),
-        [
-            {
-                "job_id": job_id,
-                "ordinal": chunk.ordinal,
-                "first_index": chunk.first_index,
-                "items": chunk.items,
-                "estimated_tokens": chunk.estimated_tokens,
-                "rejected": chunk.rejected,
-                "state": ChunkState.DONE if chunk.rejected == chunk.items else ChunkState.PENDING,
-            }
-            for chunk in planned
-        ],
-    )
+    if planned:
+        connection.execute(insert(chunks), [chunk.row(job_id) for chunk in planned])
 
 
 def claim(
@@ -72,8 +79,9 @@ def claim(
               update vectormill.jobs set state = 'running', started_at = coalesce(started_at, clock_timestamp())
               where id = :job and state = 'queued' and exists (select from claimed)
             )
-            select c.*, s.dimensions, s.max_item_tokens
+            select c.*, s.dimensions, s.max_item_tokens, i.uri, i.etag, i.bytes as file_bytes
             from claimed c join vectormill.vector_spaces s on s.id = c.vector_space_id
+            left join vectormill.inputs i on i.job_id = c.job_id and i.ordinal = c.input_ordinal
         """),
             {"chunk": chunk_id, "job": job_id, "worker": worker_id, "task": task_id, "lease": lease_seconds},
         )
@@ -99,6 +107,20 @@ def _as_claim(row: RowMapping, lease_seconds: float) -> Claim:
         half=row["options"].get("dtype") == "float16",
         reject_long=row["options"].get("on_long") == "reject",
         lease_seconds=lease_seconds,
+        extent=_as_extent(row) if row["input_ordinal"] is not None else None,
+        options=row["options"],
+    )
+
+
+def _as_extent(row: RowMapping) -> Extent:
+    return Extent(
+        uri=row["uri"],
+        etag=row["etag"],
+        bytes=row["file_bytes"],
+        row_group=row["row_group"],
+        offset=row["input_offset"],
+        length=row["input_bytes"],
+        line=row["input_line"],
     )
 
 
@@ -145,6 +167,8 @@ class Progress:
     isolation: int | None = 0
     #: For a chunk given back: no claim before so many seconds from now.
     not_before_seconds: float = 0
+    #: Of the Parquet part that this commit brings.
+    output_uri: str | None = None
     error: str | None = None
 
 
@@ -176,6 +200,7 @@ def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
                            then clock_timestamp() + make_interval(secs => :not_before) end,
               worker_id = case when :state = 'pending' then null else worker_id end,
               last_error = coalesce(:error, last_error),
+              output_uri = coalesce(:output, output_uri),
               finished_at = case when :state in ('done', 'cancelled') then clock_timestamp() end
             where id = :chunk and """
                 + OURS
@@ -192,6 +217,7 @@ def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
                 "lease": claim.lease_seconds,
                 "not_before": progress.not_before_seconds,
                 "error": progress.error,
+                "output": progress.output_uri,
             },
         ).rowcount
         == 1

@@ -29,6 +29,8 @@ class Rows:
     #: Tokens the model read, special tokens included.
     tokens: npt.NDArray[np.int32]
     truncated: npt.NDArray[np.bool_]
+    #: A JSON object each, where they don't stand in Postgres already.
+    carried: Sequence[bytes] = ()
 
 
 NO_ROWS = Rows(
@@ -90,17 +92,6 @@ def _decode(wire: bytes, element: str) -> npt.NDArray[np.float32]:
     return np.frombuffer(wire, dtype=element, offset=4).astype(np.float32)
 
 
-def dimensions(connection: Connection, job_id: UUID) -> int:
-    """The size of a job's vectors."""
-    return connection.execute(
-        text("""
-            select s.dimensions from vectormill.jobs j join vectormill.vector_spaces s on s.id = j.vector_space_id
-            where j.id = :job
-        """),
-        {"job": job_id},
-    ).scalar_one()
-
-
 def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator[list[tuple[object, ...]]]:
     """A job's vectors in index order, in blocks: (index, key, vector as float32 or float16 array, tokens, truncated,
     carried). Memory is bounded by a server-side cursor."""
@@ -139,15 +130,9 @@ def nearest(
     return [(row[0], row[1], float(row[2]), row[3]) for row in rows]
 
 
-def verify(connection: Connection, job_id: UUID) -> tuple[int, int]:
-    """Count row by row: (missing, double).
-
-    Missing are items without vector and reject beyond those that are cancelled or still open, and vectors and rejects
-    that a chunk counts and that aren't there. Double are items with both a
-    vector and a reject, rows of no item, and vectors and rejects beyond those that a chunk counts: of items that were
-    also cancelled, say.
-    """
-    chunks = connection.execute(
+def _count_by_chunk(connection: Connection, job_id: UUID) -> tuple[int, int]:
+    """Vectors and rejects that a chunk counts and that aren't there, and those beyond what it counts."""
+    missing, double = connection.execute(
         text("""
             select coalesce(sum(greatest(0, c.embedded + c.reused - v.n) + greatest(0, c.rejected - r.n)), 0)::bigint,
                    coalesce(sum(greatest(0, v.n - c.embedded - c.reused) + greatest(0, r.n - c.rejected)), 0)::bigint
@@ -160,6 +145,12 @@ def verify(connection: Connection, job_id: UUID) -> tuple[int, int]:
         """),
         {"job": job_id},
     ).one()
+    return missing, double
+
+
+def verify(connection: Connection, job_id: UUID) -> tuple[int, int]:
+    """(missing, double) of a job whose items are in Postgres, as `pipeline.verify` defines them."""
+    missing, double = _count_by_chunk(connection, job_id)
     without, strays = connection.execute(
         text("""
             select count(*) filter (where i.index is not null and e.index is null and r.index is null)
@@ -174,4 +165,21 @@ def verify(connection: Connection, job_id: UUID) -> tuple[int, int]:
         """),
         {"job": job_id},
     ).one()
-    return max(chunks[0], int(without)), max(chunks[1], strays)
+    return max(missing, int(without)), max(double, strays)
+
+
+def verify_without_items(connection: Connection, job_id: UUID, items_total: int) -> tuple[int, int]:
+    """(missing, double) of a job whose items are in files: its chunks' ranges stand for them."""
+    missing, double = _count_by_chunk(connection, job_id)
+    unaccounted, strays = connection.execute(
+        text("""
+            select (select coalesce(sum(greatest(0, items - embedded - reused - rejected - cancelled)), 0)::bigint
+                    from vectormill.chunks where job_id = :job and state in ('done', 'cancelled')),
+                   (select count(*) from (select index from vectormill.embeddings where job_id = :job) e
+                    full join (select index from vectormill.rejects where job_id = :job) r on r.index = e.index
+                    where (e.index is not null and r.index is not null)
+                       or coalesce(e.index, r.index) not between 0 and cast(:items as bigint) - 1)
+        """),
+        {"job": job_id, "items": items_total},
+    ).one()
+    return missing + unaccounted, max(double, strays)

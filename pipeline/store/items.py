@@ -5,17 +5,22 @@ from dataclasses import dataclass
 from uuid import UUID
 
 import numpy as np
+import numpy.typing as npt
 from sqlalchemy import Connection, text
 
 from pipeline.jobs import Item, Reject
 from pipeline.store import binary
 from pipeline.store.database import copying
+from pipeline.store.embeddings import Rows
 from pipeline.store.partitions import leaf
 
+_Indexes = Sequence[int] | range | npt.NDArray[np.int64]
+#: jsonb's binary form starts with its version.
+_JSONB = b"\x01"
 _HEAD = [("fields", ">i2"), ("uuid_size", ">i4"), ("job_id", "V16"), ("index_size", ">i4"), ("index", ">i8")]
 
 
-def _heads(job_id: UUID, indexes: Sequence[int] | range, fields: int) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
+def _heads(job_id: UUID, indexes: _Indexes, fields: int) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
     heads = np.empty(len(indexes), dtype=_HEAD)
     heads["fields"] = fields
     heads["uuid_size"] = 16
@@ -47,8 +52,7 @@ def copy_items(connection: Connection, job_id: UUID, first_index: int, blocks: S
         copy.write(binary.SIGNATURE)
         for block in blocks:
             heads = _heads(job_id, range(first_index, first_index + len(block.keys)), len(names))
-            # jsonb's binary form starts with its version
-            carried = [[b"\x01" + row for row in block.carried]] if block.carried is not None else []
+            carried = [[_JSONB + row for row in block.carried]] if block.carried is not None else []
             copy.write(binary.frame(heads, _encoded(block.keys), block.texts, *carried))
             first_index += len(block.keys)
         copy.write(binary.TRAILER)
@@ -70,21 +74,39 @@ def copy_rejects(connection: Connection, job_id: UUID, rejects: Sequence[Reject]
         copy.write(binary.TRAILER)
 
 
-def read_unfinished(connection: Connection, job_id: UUID, first_index: int, count: int) -> list[Item]:
-    """The items of a range that have neither vector nor reject, in index order."""
+def copy_carried(connection: Connection, job_id: UUID, rows: Rows) -> None:
+    """Keep what is carried along with vectors whose items have no row yet, since they were read from a file."""
+    names = ("job_id", "index", "key", "carried")
+    with copying(connection, leaf("items", job_id), names) as copy:
+        copy.write(binary.SIGNATURE)
+        heads = _heads(job_id, rows.indexes, len(names))
+        copy.write(binary.frame(heads, _encoded(rows.keys), [_JSONB + row for row in rows.carried]))
+        copy.write(binary.TRAILER)
+
+
+def read(connection: Connection, job_id: UUID, first_index: int, count: int, *, carried: bool) -> list[Item]:
+    """The items of a range that have a text, in index order; with what they carry, if asked."""
     rows = connection.execute(
         text("""
-            select i.index, i.key, i.text from vectormill.items i
-            where i.job_id = :job and i.index >= :first and i.index < :end and i.text is not null
-              and not exists (select from vectormill.embeddings e
-                              where e.job_id = :job and e.index = i.index and e.index >= :first and e.index < :end)
-              and not exists (select from vectormill.rejects r
-                              where r.job_id = :job and r.index = i.index and r.index >= :first and r.index < :end)
-            order by i.index
+            select index, key, text, case when :carried then carried::text end from vectormill.items
+            where job_id = :job and index >= :first and index < :end and text is not null order by index
+        """),
+        {"job": job_id, "first": first_index, "end": first_index + count, "carried": carried},
+    )
+    return [Item(index=index, key=key, text=body, carried=(more or "").encode()) for index, key, body, more in rows]
+
+
+def settled(connection: Connection, job_id: UUID, first_index: int, count: int) -> set[int]:
+    """The indexes in a range that have a vector or a reject in Postgres."""
+    rows = connection.execute(
+        text("""
+            select index from vectormill.embeddings where job_id = :job and index >= :first and index < :end
+            union all
+            select index from vectormill.rejects where job_id = :job and index >= :first and index < :end
         """),
         {"job": job_id, "first": first_index, "end": first_index + count},
     )
-    return [Item(index=index, key=key, text=body) for index, key, body in rows]
+    return set(rows.scalars())
 
 
 def list_rejects(connection: Connection, job_id: UUID, after: int, limit: int) -> list[dict[str, object]]:

@@ -64,9 +64,33 @@ def insert_inputs(connection: Connection, job_id: UUID, files: Sequence[Mapping[
         connection.execute(insert(inputs), [{"job_id": job_id, "ordinal": n, **file} for n, file in enumerate(files)])
 
 
+def set_input_rows(connection: Connection, job_id: UUID, rows: Mapping[int, int]) -> None:
+    """Write down how many rows inputs have, by ordinal."""
+    if rows:
+        connection.execute(
+            text("update vectormill.inputs set rows = :rows where job_id = :job and ordinal = :ordinal"),
+            [{"job": job_id, "ordinal": ordinal, "rows": count} for ordinal, count in rows.items()],
+        )
+
+
 def by_id(connection: Connection, job_id: UUID) -> RowMapping | None:
     """A job's row."""
     return connection.execute(jobs.select().where(jobs.c.id == job_id)).mappings().one_or_none()
+
+
+def vector_space(connection: Connection, job_id: UUID) -> RowMapping:
+    """The vector space of a job."""
+    return (
+        connection.execute(
+            text("""
+            select s.* from vectormill.jobs j join vectormill.vector_spaces s on s.id = j.vector_space_id
+            where j.id = :job
+        """),
+            {"job": job_id},
+        )
+        .mappings()
+        .one()
+    )
 
 
 def by_idempotency_key(connection: Connection, workspace_id: int, key: str) -> RowMapping | None:
@@ -170,16 +194,26 @@ def queue(
     items_total: int,
     max_rejects: int | None,
     payload: str,
+    keeps_texts: bool = True,
 ) -> None:
-    """Make a staged job runnable. The caller's transaction holds it by `hold_staging`."""
+    """Make a staged job runnable. The caller's transaction holds it by `hold_staging`. `keeps_texts`: its items are in
+    Postgres, so their texts go one day."""
     connection.execute(
         text("""
             update vectormill.jobs
             set state = 'queued', queued_at = clock_timestamp(), items_total = :items, max_rejects = :max_rejects,
-                payload_sha256 = :payload, lease_until = null
+                payload_sha256 = :payload, lease_until = null,
+                texts_kept_from = case when :keeps_texts then 0 else cast(:items as bigint) end
             where id = :job and fence = :fence and state = 'staging'
         """),
-        {"job": job_id, "fence": fence, "items": items_total, "max_rejects": max_rejects, "payload": payload},
+        {
+            "job": job_id,
+            "fence": fence,
+            "items": items_total,
+            "max_rejects": max_rejects,
+            "payload": payload,
+            "keeps_texts": keeps_texts,
+        },
     )
 
 

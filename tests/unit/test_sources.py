@@ -609,7 +609,7 @@ def test_the_fingerprint_follows_files_and_columns() -> None:
 def test_a_file_that_changes_is_refused() -> None:
     corpus = Corpus([put("a.jsonl", GOOD)], Columns(), ITEM_BYTES)
     put("a.jsonl", GOOD * 2)
-    with pytest.raises(SourceError, match=r"^a\.jsonl: the file changed while it was read; submit it again\.$"):
+    with pytest.raises(SourceError, match=r"/a\.jsonl: the file changed after it was listed; submit it again\.$"):
         list(corpus.blocks())
 
 

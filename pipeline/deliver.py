@@ -1,0 +1,86 @@
+"""What a job needs when its last chunk has ended, before it is completed: its parts become a data set, the user's
+table gets its index. This may take minutes, so it goes on beside the dispatcher's duties."""
+
+import threading
+import time
+from typing import Any
+from uuid import UUID
+
+import structlog
+from sqlalchemy import Connection, Engine, RowMapping
+
+from pipeline import control, parts
+from pipeline.errors import StorageRefused
+from pipeline.jobs import JobState, Reason
+from pipeline.store import into, jobs, outputs
+from pipeline.store.into import Into
+
+log = structlog.get_logger()
+
+_AGAIN_SECONDS = 10.0
+
+
+class Deliveries:
+    """Deliveries under way. Forgetting them costs repeating them, no more."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._under_way: set[UUID] = set()
+        self._done: set[UUID] = set()
+
+    def is_under_way(self, job_id: UUID) -> bool:
+        """Whether a job is being delivered."""
+        return job_id in self._under_way
+
+    def is_done(self, job: RowMapping) -> bool:
+        """Whether nothing is left to deliver for a job whose chunks have ended; begins with it if need be. Never
+        waits."""
+        options = job["options"]
+        if not options.get("output") and not options.get("hnsw"):
+            return True
+        if job["id"] in self._done:
+            self._done.remove(job["id"])
+            return True
+        if job["id"] not in self._under_way and job["state"] != JobState.PAUSED:
+            self._under_way.add(job["id"])
+            threading.Thread(target=self._run, args=(job["id"], options), daemon=True).start()
+        return False
+
+    def _run(self, job_id: UUID, options: dict[str, Any]) -> None:
+        try:
+            self._deliver(job_id, options)
+            self._done.add(job_id)
+        except StorageRefused as error:
+            with self._engine.begin() as connection:
+                control.pause_for(connection, job_id, Reason.STORAGE_REFUSED, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed, and the log says it
+            log.warning("delivery_failed", job=str(job_id), error=type(error).__name__, message=str(error)[:500])
+            time.sleep(_AGAIN_SECONDS)
+        finally:
+            self._under_way.discard(job_id)
+
+    def _deliver(self, job_id: UUID, options: dict[str, Any]) -> None:
+        if folder := options.get("output"):
+            with self._engine.begin() as connection:
+                written, about = outputs.of_job(connection, job_id), _about(connection, job_id)
+            parts.deliver(folder, job_id, written, about)
+        if options.get("hnsw"):
+            target = Into.from_json(options["into"])
+            with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                into.build_hnsw(connection, target)
+
+
+def _about(connection: Connection, job_id: UUID) -> dict[str, Any]:
+    """What a manifest says of its job."""
+    row = jobs.by_id(connection, job_id)
+    assert row
+    space = jobs.vector_space(connection, job_id)
+    return {
+        "name": row["name"],
+        "labels": row["labels"],
+        "model": row["model_name"],
+        "vector_space": space["fingerprint"],
+        "dimensions": space["dimensions"],
+        "dtype": row["options"]["dtype"],
+        "carried": row["options"]["columns"]["carry"],
+    }

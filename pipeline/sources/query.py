@@ -1,0 +1,203 @@
+"""The rows of a query, streamed from a database in bounded memory."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from datetime import date, datetime, time
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy
+from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from pipeline.errors import ServiceUnreachable, SourceError, UserError
+from pipeline.sources.rows import BLOCK_BYTES, BLOCK_ROWS, Columns, Parsed, Rows, judge, missing_column, shown
+
+#: Rows that the driver hands over at once: a thousand of the longest texts are too many already.
+_FETCH_ROWS = 500
+_EXTRAS = {"duckdb": "duckdb", "snowflake": "snowflake", "bigquery": "bigquery"}
+_POSTGRES: dict[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "application_name": "vectormill-source",
+    "options": "-c default_transaction_read_only=on",
+}
+#: Kinds of values that are written as strings where they are keys or carried.
+_WRITTEN_OUT = (UUID, Decimal, date, datetime, time)
+
+
+class QueryCorpus:
+    """The rows of a query on Postgres, DuckDB, or any database that SQLAlchemy has a driver for."""
+
+    def __init__(self, url: str, query: str, columns: Columns, item_bytes: int) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            url: the database's, as SQLAlchemy writes it.
+            query: one statement that returns rows.
+            columns: the columns to read.
+            item_bytes: a longer text is rejected.
+
+        Raises:
+            UserError: the URL isn't one, or its driver isn't installed.
+        """
+        self.columns = columns
+        self.item_bytes = item_bytes
+        self._url = _parsed(url)
+        self._query = query.strip().rstrip(";")
+        self._engine = _engine(self._url)
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"the query on {self._address}"
+
+    @property
+    def _address(self) -> str:
+        """The URL without what may be secret."""
+        return URL.create(
+            self._url.drivername.partition("+")[0],
+            host=self._url.host,
+            port=self._url.port,
+            database=self._url.database,
+        ).render_as_string()
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """What the job writes down of it."""
+        etag = hashlib.sha256(self._query.encode()).hexdigest()
+        return [{"uri": self._address, "etag": etag, "bytes": None}]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the database's address, the query and the columns."""
+        columns = (self.columns.text, self.columns.key, self.columns.carry)
+        return hashlib.sha256(json.dumps([self._address, self._query, columns]).encode()).hexdigest()
+
+    def read_fingerprint(self) -> str:
+        """The fingerprint."""
+        return self.fingerprint()
+
+    def blocks(self) -> Iterator[Rows]:
+        """Run the query, and read every row once, in its order.
+
+        Raises:
+            SourceError: the database refuses the query, or a column is missing or can't serve.
+            ServiceUnreachable: the database can't be reached, or was lost midway.
+        """
+        try:
+            with self._engine.connect() as connection:
+                yield from self._read(connection)
+        except DBAPIError as error:
+            raise self._as_ours(error) from None
+        finally:
+            self._engine.dispose()
+
+    def _read(self, connection: Connection) -> Iterator[Rows]:
+        # As it was written: a colon or a percent sign is no parameter.
+        found = connection.execution_options(stream_results=True, no_parameters=True).exec_driver_sql(self._query)
+        if not found.returns_rows:
+            raise SourceError(f"{self.name}: it returns no rows; write one select.")
+        names = list(found.keys())
+        self._check(names)
+        at = {
+            name: names.index(name)
+            for name in (self.columns.text, self.columns.key, *self.columns.carry)
+            if name in names
+        }
+        first = 1
+        rows: list[Sequence[Any]] = []
+        size = 0
+        for fetched in found.partitions(_FETCH_ROWS):
+            rows += fetched
+            texts = (row[at[self.columns.text]] for row in fetched)
+            size += sum(len(text) for text in texts if isinstance(text, str))
+            if len(rows) >= BLOCK_ROWS or size >= BLOCK_BYTES:
+                yield self._judged(rows, at, first)
+                first, rows, size = first + len(rows), [], 0
+        if rows:
+            yield self._judged(rows, at, first)
+
+    def _check(self, names: list[str]) -> None:
+        for option, column in self.columns.required:
+            if column not in names:
+                raise missing_column(self.name, option, column, names, [n for n in names if n != self.columns.key])
+        for _, column in (*self.columns.required, ("", self.columns.key)):
+            if names.count(column) > 1:
+                raise SourceError(f'{self.name}: the column "{shown(column)}" comes twice; name one of them otherwise.')
+
+    def _judged(self, rows: list[Sequence[Any]], at: dict[str, int], first: int) -> Rows:
+        key = at.get(self.columns.key)
+        text = at[self.columns.text]
+        carried = None
+        if self.columns.carry:
+            carried = [{name: self._carried(name, row[at[name]]) for name in self.columns.carry} for row in rows]
+        parsed = Parsed(
+            range(first, first + len(rows)),
+            [_plain(row[text]) for row in rows],
+            [None if key is None else _written(row[key]) for row in rows],
+            carried,
+        )
+        return judge(parsed, self.item_bytes, "row ")
+
+    def _carried(self, name: str, value: Any) -> Any:
+        value = _written(value)
+        if isinstance(value, list):
+            return [self._carried(name, each) for each in value]
+        if isinstance(value, dict):
+            return {str(inner): self._carried(name, each) for inner, each in value.items()}
+        if value is None or isinstance(value, str | int | float | bool):
+            return value
+        kind = type(value).__name__
+        raise SourceError(
+            f'{self.name}: column "{shown(name)}" holds {kind}, which can\'t be carried; cast it to text.'
+        )
+
+    def _as_ours(self, error: DBAPIError) -> Exception:
+        """Say what the database objects to, without data and without its password."""
+        diagnosis = getattr(error.orig, "diag", None)
+        primary = getattr(diagnosis, "message_primary", None)
+        state = getattr(error.orig, "sqlstate", None)
+        if primary and not (state or "").startswith(("08", "57P")):
+            return SourceError(f"{self.name}: {primary}.")
+        if self._url.get_backend_name() == "postgresql":
+            return ServiceUnreachable(f"can't reach {self._address}, the --from database; nothing was submitted.")
+        first_line = str(error.orig).strip().splitlines()[0][:300] if str(error.orig).strip() else "no reason given"
+        return SourceError(f"{self.name}: {first_line}")
+
+
+def _parsed(url: str) -> URL:
+    try:
+        made = sqlalchemy.make_url(url)
+    except ArgumentError:
+        raise UserError("--from: not a URL; write it as postgresql://user:password@host/database.") from None
+    if made.drivername in ("postgresql", "postgres"):
+        return made.set(drivername="postgresql+psycopg")
+    return made
+
+
+def _engine(url: URL) -> Engine:
+    backend = url.drivername.partition("+")[0]
+    arguments: dict[str, Any] = {"postgresql": _POSTGRES, "duckdb": {"read_only": True}}.get(backend, {})
+    try:
+        return sqlalchemy.create_engine(url, connect_args=arguments, hide_parameters=True)
+    except (NoSuchModuleError, ImportError):
+        extra = _EXTRAS.get(backend)
+        mend = f"pip install 'vectormill[{extra}]'" if extra else "install a driver of SQLAlchemy for it"
+        raise UserError(f"--from {backend}://…: its driver isn't installed; {mend}.") from None
+
+
+def _plain(value: Any) -> Any:
+    """A text's value, for the judge: what JSON hasn't becomes a number, so that it is rejected as no string."""
+    return value if value is None or isinstance(value, str | int | float | bool | list | dict) else 0
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return str(value)
+    if isinstance(value, _WRITTEN_OUT):
+        return value.isoformat() if isinstance(value, date | datetime | time) else str(value)
+    return value

@@ -1,0 +1,205 @@
+"""The user's own table in the same Postgres, which gets each vector by key."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+from uuid import UUID
+
+from psycopg import sql
+from sqlalchemy import Connection, RowMapping, text
+from sqlalchemy.exc import DBAPIError
+
+from pipeline.errors import UserError
+from pipeline.store.database import plain_reason, psycopg_connection
+
+_INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
+_INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
+_TEXTS = ("text", "character varying")
+_VECTORS = ("vector", "halfvec")
+#: The longest vectors that HNSW takes.
+_HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Into:
+    """A table that has been checked."""
+
+    schema: str
+    table: str
+    key_column: str
+    #: The key's type: a string, an integer or a uuid.
+    key_type: str
+    vector_column: str
+    #: `vector` or `halfvec`.
+    vector_type: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a job's options keep it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Self:
+        """From a job's options."""
+        return cls(**kept)
+
+    @property
+    def name(self) -> sql.Identifier:
+        """The table, for composing SQL."""
+        return sql.Identifier(self.schema, self.table)
+
+    def key_fault(self, key: str | None) -> str | None:
+        """Why a key can't stand in the table, for a reject; `None` if it can."""
+        if key is None:
+            return f"key is missing; {self.schema}.{self.table} needs one"
+        if not _fits(key, self.key_type):
+            return f"key is no {self.key_type}, as {self.schema}.{self.table} needs"
+        return None
+
+
+def _fits(key: str, kind: str) -> bool:
+    """Whether Postgres casts a key to a column's type."""
+    if kind == "uuid":
+        return bool(_UUID.fullmatch(key))
+    if bits := _INTEGER_BITS.get(kind):
+        return bool(_INTEGER.fullmatch(key)) and -(2 ** (bits - 1)) <= int(key) < 2 ** (bits - 1)
+    return True
+
+
+def check(connection: Connection, name: str, *, key_column: str, dimensions: int, hnsw: bool) -> Into:
+    """Look at the table `name`, before a job starts that is to write into it.
+
+    It needs a unique key column of a string, integer or uuid type, and one vector or halfvec column that takes
+    `dimensions` elements; with `hnsw` that column must declare them.
+
+    Raises:
+        UserError: there is no such table, or it can't take the vectors; the message names the mend.
+    """
+    row = _table(connection, name)
+    place = f"--into {name}"
+    columns = {column["name"]: column for column in _columns(connection, row["oid"])}
+    key = columns.get(key_column)
+    if key is None:
+        raise UserError(f'{place}: no column "{key_column}"; name the key with --key-column, as it is called there.')
+    if key["type"] not in (*_TEXTS, *_INTEGER_BITS, "uuid"):
+        raise UserError(f'{place}: the key "{key_column}" is {key["type"]}; it must be text, an integer or uuid.')
+    if not key["is_unique"]:
+        raise UserError(f'{place}: "{key_column}" isn\'t unique; make it the primary key, or give it a unique index.')
+    vectors = [column for column in columns.values() if column["type"] in _VECTORS]
+    if len(vectors) != 1:
+        raise UserError(f"{place}: {len(vectors)} columns of type vector or halfvec; it must have one.")
+    (vector,) = vectors
+    _check_dimensions(place, vector, dimensions, hnsw)
+    for column in columns.values():
+        if column["is_needed"] and column["name"] not in (key_column, vector["name"]):
+            raise UserError(f'{place}: "{column["name"]}" is not null without a default; new rows can\'t be inserted.')
+    return Into(
+        schema=row["schema"],
+        table=row["table"],
+        key_column=key_column,
+        key_type=key["type"],
+        vector_column=vector["name"],
+        vector_type=vector["type"],
+    )
+
+
+def _table(connection: Connection, name: str) -> RowMapping:
+    """The table of this name, as its user would write it in SQL."""
+    query = text("""
+        select c.oid, n.nspname as schema, c.relname as table, c.relkind in ('r', 'p') as is_table,
+               has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
+                 and has_table_privilege(c.oid, 'update') as may_write
+        from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = to_regclass(:name)
+    """)
+    try:
+        row = connection.execute(query, {"name": name}).mappings().one_or_none()
+    except DBAPIError as error:
+        raise UserError(f"--into {name}: {plain_reason(error)}; write it as table or schema.table.") from error
+    if row is None:
+        raise UserError(f"--into {name}: no such table in vectormill's database; write it as schema.table.")
+    if not row["is_table"]:
+        raise UserError(f"--into {name}: it is no table; vectors can't be inserted there.")
+    if not row["may_write"]:
+        raise UserError(f"--into {name}: vectormill's role may not select, insert and update there; grant it that.")
+    return row
+
+
+def _columns(connection: Connection, oid: int) -> Sequence[RowMapping]:
+    """A table's columns: name, type, declared dimensions, whether it is unique alone, and whether inserts need it."""
+    return (
+        connection.execute(
+            text("""
+            select a.attname as name, format_type(a.atttypid, null) as type, a.atttypmod as dimensions,
+                   a.attnotnull and not a.atthasdef and a.attidentity = '' and a.attgenerated = '' as is_needed,
+                   exists (select from pg_index i where i.indrelid = a.attrelid and i.indisunique and i.indisvalid
+                           and i.indpred is null and i.indnkeyatts = 1 and i.indkey[0] = a.attnum) as is_unique
+            from pg_attribute a where a.attrelid = :table and a.attnum > 0 and not a.attisdropped
+        """),
+            {"table": oid},
+        )
+        .mappings()
+        .all()
+    )
+
+
+def _check_dimensions(place: str, vector: RowMapping, dimensions: int, hnsw: bool) -> None:
+    declared = vector["dimensions"]
+    if declared > 0 and declared != dimensions:
+        raise UserError(
+            f'{place}: "{vector["name"]}" has {declared:,} dimensions, the job\'s vectors {dimensions:,}; '
+            "change the column, or --dimensions."
+        )
+    if hnsw and declared <= 0:
+        raise UserError(f'{place}: for --hnsw, declare "{vector["name"]}" as {vector["type"]}({dimensions}).')
+    most = _HNSW_DIMENSIONS[vector["type"]]
+    if hnsw and dimensions > most:
+        raise UserError(f"{place}: --hnsw takes at most {most:,} dimensions of {vector['type']}; leave it out.")
+
+
+def upsert(connection: Connection, into: Into, job_id: UUID, indexes: Sequence[int]) -> None:
+    """Bring vectors that this transaction has written for `indexes` to the user's table. Of a key that comes twice the
+    higher index wins; across chunks, whichever is committed last."""
+    key = sql.Identifier(into.key_column)
+    vector = sql.Identifier(into.vector_column)
+    statement = sql.SQL("""
+        insert into {table} ({key}, {vector})
+        select distinct on (key) cast(key as {key_type}), coalesce(vector::{vector_type}, half::{vector_type})
+        from vectormill.embeddings where job_id = %s and index = any(%s) order by key, index desc
+        on conflict ({key}) do update set {vector} = excluded.{vector}
+    """).format(
+        table=into.name,
+        key=key,
+        vector=vector,
+        key_type=sql.SQL(into.key_type),
+        vector_type=sql.SQL(into.vector_type),
+    )
+    with psycopg_connection(connection).cursor() as cursor:
+        cursor.execute(statement, (job_id, list(indexes)))
+
+
+def build_hnsw(connection: Connection, into: Into) -> None:
+    """Build an index for nearest neighbours by cosine, on an autocommit connection; readers and writers go on.
+
+    One that an earlier try left invalid is built afresh.
+    """
+    name = f"{into.table[:40]}_{into.vector_column[:12]}_hnsw"
+    driver = psycopg_connection(connection)
+    invalid = driver.execute(
+        "select 1 from pg_index where indexrelid = to_regclass(%s) and not indisvalid",
+        (f"{_quoted(into.schema)}.{_quoted(name)}",),
+    ).fetchone()
+    if invalid:
+        driver.execute(sql.SQL("drop index concurrently {}").format(sql.Identifier(into.schema, name)))
+    driver.execute(
+        sql.SQL("create index concurrently if not exists {} on {} using hnsw ({} {})").format(
+            sql.Identifier(name),
+            into.name,
+            sql.Identifier(into.vector_column),
+            sql.Identifier(f"{into.vector_type}_cosine_ops"),
+        )
+    )
+
+
+def _quoted(name: str) -> str:
+    return sql.Identifier(name).as_string()
