@@ -325,9 +325,13 @@ def _split(uri: str) -> tuple[str, str]:
     return f"{parts.scheme.lower()}://{parts.netloc}", uri.split("://", 1)[1].partition("/")[2]
 
 
-@cache
 def _store(bucket: str) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return _client_of(bucket, endpoint)
+
+
+@cache
+def _client_of(bucket: str, endpoint: str) -> Any:
     client: Any = dict(_CLIENT)
     config: Any = {}
     if bucket.startswith("s3://") and endpoint:

@@ -231,10 +231,10 @@ chunks = Table(
     _moment("started_at"),
     _moment("finished_at"),
     _state(ChunkState),
-    UniqueConstraint("job_id", "ordinal"),
+    # Also how an item's chunk is found.
+    UniqueConstraint("job_id", "first_index"),
     Index("chunks_open_idx", "job_id", "id", postgresql_where=text("state in ('pending', 'running')")),
     Index("chunks_lease_idx", "lease_until", postgresql_where=text("state = 'running'")),
-    Index("chunks_finished_idx", "worker_id", "finished_at", postgresql_where=text("finished_at is not null")),
 )
 
 #: Files of a job's Parquet output that count. Others in its folder were written by claims that had been lost.

@@ -303,11 +303,11 @@ def cancel_pending(connection: Connection, job_id: UUID, limit: int) -> int:
     """Cancel up to `limit` pending chunks of a job; what they had committed stays."""
     return connection.execute(
         text("""
-            update vectormill.chunks c
+            update vectormill.chunks
             set state = 'cancelled', cancelled = items - embedded - reused - rejected, finished_at = clock_timestamp()
-            from (select id from vectormill.chunks where job_id = :job and state = 'pending'
-                  order by id limit :limit for update skip locked) as batch
-            where c.id = batch.id
+            -- By place: a join would read the whole table for each batch.
+            where ctid = any(array(select ctid from vectormill.chunks where job_id = :job and state = 'pending'
+                                   order by id limit :limit for update skip locked))
         """),
         {"job": job_id, "limit": limit},
     ).rowcount
@@ -366,17 +366,23 @@ def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
         text("""
             with gone as (
               delete from vectormill.rejects where job_id = :job and code = any(:codes) returning index
-            ), by_chunk as (
-              select c.id, count(g.index) as again
-              from vectormill.chunks c left join gone g
-                on g.index >= c.first_index and g.index < c.first_index + c.items
-              where c.job_id = :job group by c.id, c.cancelled having count(g.index) > 0 or c.cancelled > 0
+            ), again as (
+              -- Each reject looks its chunk up, instead of each chunk all its rejects.
+              select c.id, count(*) as rejects
+              from gone g cross join lateral (
+                select id from vectormill.chunks where job_id = :job and first_index <= g.index
+                order by first_index desc limit 1) c
+              group by c.id
+            ), touched as (
+              select c.id, coalesce(a.rejects, 0) as rejects
+              from vectormill.chunks c left join again a on a.id = c.id
+              where c.job_id = :job and (a.id is not null or c.cancelled > 0)
             )
             update vectormill.chunks c
-            set state = 'pending', rejected = c.rejected - b.again, cancelled = 0, crashes = 0, isolation = 0,
+            set state = 'pending', rejected = c.rejected - t.rejects, cancelled = 0, crashes = 0, isolation = 0,
                 fence = c.fence + 1, worker_id = null,
                 not_before = null, lease_until = null, finished_at = null
-            from by_chunk b where c.id = b.id
+            from touched t where c.id = t.id
         """),
         {"job": job_id, "codes": list(codes)},
     ).rowcount

@@ -78,7 +78,7 @@ def by_chunk(connection: Connection, job_id: UUID) -> Iterator[WrittenChunk]:
                    (select jsonb_agg(jsonb_build_object('chunk_id', o.chunk_id, 'fence', o.fence, 'part', o.part,
                                      'name', o.name, 'rows', o.rows, 'bytes', o.bytes) order by o.fence, o.part)
                     from vectormill.outputs o where o.job_id = :job and o.chunk_id = c.id) as parts
-            from vectormill.chunks c where c.job_id = :job order by c.ordinal
+            from vectormill.chunks c where c.job_id = :job order by c.first_index
         """),
         {"job": job_id},
     )

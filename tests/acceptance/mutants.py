@@ -6,6 +6,8 @@ the environment, since a child imports the module afresh.
 
 import os
 import signal
+from contextlib import suppress
+from typing import Any
 
 from pipeline.store import chunks
 from tests.acceptance.fleet import POISON
@@ -32,4 +34,22 @@ def _poisonable() -> None:
     Encoder.tokenise = tokenise  # type: ignore[method-assign]
 
 
-{"without_fence": _without_fence, "poisonable": _poisonable}[os.environ["MUTANT"]]()
+def _dying_in_parts() -> None:
+    """Children die between writing a part and recording it, until `DEATHS` files are there."""
+    from pipeline import parts
+
+    write = parts.write
+
+    def write_and_die(*arguments: Any) -> Any:
+        written = write(*arguments)
+        for death in os.environ["DEATHS"].split(","):
+            with suppress(FileExistsError):
+                os.close(os.open(death, os.O_CREAT | os.O_EXCL))
+                os.kill(os.getpid(), signal.SIGKILL)
+        return written
+
+    parts.write = write_and_die  # type: ignore[assignment]
+
+
+_MUTANTS = {"dying_in_parts": _dying_in_parts, "without_fence": _without_fence, "poisonable": _poisonable}
+_MUTANTS[os.environ["MUTANT"]]()
