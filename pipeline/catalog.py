@@ -32,8 +32,8 @@ def workspace_id(connection: Connection, name: str = DEFAULT_WORKSPACE) -> int:
     return found
 
 
-def find_model(connection: Connection, workspace: int, name: str) -> Model:
-    """A model by name or alias, as a workspace may use it.
+def find_row(connection: Connection, workspace: int, name: str) -> RowMapping:
+    """The catalogue's row of a model by name or alias, as a workspace may use it.
 
     Raises:
         UnknownModel: not in the catalogue, or not enabled for the workspace; the message doesn't tell which.
@@ -45,7 +45,12 @@ def find_model(connection: Connection, workspace: int, name: str) -> Model:
             f'no model "{name}"; '
             + (f"there is {known}." if known else "add one: vectormill models add NAME --path DIR.")
         )
-    return as_model(row)
+    return row
+
+
+def find_model(connection: Connection, workspace: int, name: str) -> Model:
+    """A model by name or alias, as a workspace may use it. Raises as `find_row`."""
+    return as_model(find_row(connection, workspace, name))
 
 
 def as_model(row: RowMapping) -> Model:

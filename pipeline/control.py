@@ -46,6 +46,16 @@ def resume(connection: Connection, job_id: UUID) -> JobState:
     return JobState.QUEUED
 
 
+def prioritise(connection: Connection, job_id: UUID, priority: int) -> None:
+    """Let a job go before those of lower priority, from the next chunk on.
+
+    Raises:
+        IllegalTransition: it has ended.
+    """
+    if not jobs.set_priority(connection, job_id, priority):
+        _unless(connection, job_id, (), "given another priority")
+
+
 def fail(connection: Connection, job_id: UUID, reason: Reason, message: str) -> None:
     """Stop a job that can't succeed; its running chunks end. One that has ended or is being stopped stays as it is."""
     jobs.begin_cancelling(connection, job_id, JobState.FAILED, reason, message)

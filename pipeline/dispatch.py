@@ -4,7 +4,7 @@ dispatcher that starts afresh only rings twice for a few chunks."""
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -76,7 +76,7 @@ def publish(dispatcher: Dispatcher) -> None:
         waiting = dispatcher.publisher.waiting([slugs[name] for name in by_model])
         for name, of_model in by_model.items():
             room = max(4, slots[name]) - waiting[slugs[name]]
-            tokens = {job["workspace_id"]: in_flight.get((name, job["workspace_id"]), 0) for job in of_model}
+            tokens = Tokens([each for each in in_flight if each.model == name])
             feeds = {job["id"]: _Feed(dispatcher, connection, job["id"], room) for job in of_model}
             for job_id, chunk_id in choose(of_model, feeds, tokens, room):
                 dispatcher.publisher.ring(slugs[name], job_id, chunk_id)
@@ -114,22 +114,37 @@ class _Feed:
             yield chunk_id, tokens
 
 
-def choose(
-    of_model: Sequence[Any], feeds: "dict[UUID, Any]", tokens: dict[int, int], room: int
-) -> Iterator[tuple[UUID, int]]:
+class Tokens:
+    """Estimated tokens in flight of one model, by workspace and by job."""
+
+    def __init__(self, in_flight: Iterable[chunks.InFlight] = ()) -> None:
+        self._of_workspace: dict[int, int] = defaultdict(int)
+        self._of_job: dict[UUID, int] = defaultdict(int)
+        for each in in_flight:
+            self.add(each.workspace_id, each.job_id, each.tokens)
+
+    def add(self, workspace_id: int, job_id: UUID, tokens: int) -> None:
+        """Count a chunk of a job."""
+        self._of_workspace[workspace_id] += tokens
+        self._of_job[job_id] += tokens
+
+    def turn(self, job: Any) -> tuple[Any, ...]:
+        """Whose turn it is: the least."""
+        share = self._of_workspace[job["workspace_id"]] / job["weight"]
+        return (-job["priority"], share, self._of_job[job["id"]], job["id"])
+
+
+def choose(of_model: Sequence[Any], feeds: "dict[UUID, Any]", tokens: Tokens, room: int) -> Iterator[tuple[UUID, int]]:
     """Which chunks to ring for: priority first, then the workspace with the fewest tokens in flight for its weight,
-    then the oldest job. `tokens` by workspace grows with what is chosen."""
+    then its job with the fewest, then the oldest. `tokens` grows with what is chosen."""
     open_jobs = list(of_model)
     while room > 0 and open_jobs:
-        job = min(
-            open_jobs,
-            key=lambda j: (-j["priority"], tokens[j["workspace_id"]] / j["weight"], j["id"]),
-        )
+        job = min(open_jobs, key=tokens.turn)
         chunk = feeds[job["id"]].take()
         if chunk is None:
             open_jobs.remove(job)
             continue
-        tokens[job["workspace_id"]] += max(1, chunk[1])
+        tokens.add(job["workspace_id"], job["id"], max(1, chunk[1]))
         room -= 1
         yield job["id"], chunk[0]
 

@@ -3,6 +3,7 @@
     python -m workers.oneshot devices              [[name, memory in bytes], …]
     python -m workers.oneshot describe SOURCE      what the catalogue records of a model
     python -m workers.oneshot queries SOURCE       {"prompt", "texts"} on standard input → vectors
+    python -m workers.oneshot tokens SOURCE        {"prompt", "texts", "max_tokens"} → [lengths, which are cut]
 
 SOURCE is a folder, or a hub id and its revision.
 
@@ -84,6 +85,14 @@ def queries(folder: Path, prompt: str, texts: list[str]) -> list[list[float]]:
     return vectors
 
 
+def tokens(folder: Path, prompt: str, texts: list[str], max_tokens: int | None) -> tuple[list[int], list[bool]]:
+    """How many tokens the model reads of each document, and whether it cuts it."""
+    from workers.encoder import Encoder
+
+    read = Encoder(folder, "cpu").tokenise(texts, max_tokens, prompt=prompt)
+    return read.lengths.tolist(), read.truncated.tolist()
+
+
 def main(arguments: list[str]) -> Any:
     """Do what the arguments say."""
     match arguments:
@@ -96,6 +105,9 @@ def main(arguments: list[str]) -> Any:
         case ["queries", *source]:
             asked = json.load(sys.stdin)
             return queries(_source(source).folder(), asked["prompt"], asked["texts"])
+        case ["tokens", *source]:
+            asked = json.load(sys.stdin)
+            return tokens(_source(source).folder(), asked["prompt"], asked["texts"], asked["max_tokens"])
     raise SystemExit(__doc__)
 
 

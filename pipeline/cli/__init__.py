@@ -8,7 +8,7 @@ from typing import cast
 import typer
 from rich.text import Text
 
-from pipeline.cli import demo, jobs, models, processes, results, servers, submit
+from pipeline.cli import demo, jobs, models, processes, purge, results, servers, submit, workspaces
 from pipeline.cli.look import stderr
 from pipeline.errors import VectormillError
 from pipeline.store.database import reporting_unreachable
@@ -26,7 +26,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "One machine": (demo.demo, servers.up, servers.down, servers.env),
     "Jobs": (
         *(submit.submit, jobs.jobs, jobs.status, jobs.watch, jobs.rejects, jobs.receipt, results.results),
-        *(results.search, jobs.cancel, jobs.pause, jobs.resume, jobs.retry),
+        *(results.search, jobs.cancel, jobs.pause, jobs.resume, jobs.priority, jobs.retry),
+        purge.purge,
     ),
     "Processes": (processes.migrate, processes.dispatcher, processes.worker, processes.flower),
 }
@@ -34,6 +35,7 @@ for panel, commands in _COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.add_typer(models.app, name="models", rich_help_panel="Catalogue")
+app.add_typer(workspaces.app, name="workspaces", rich_help_panel="Catalogue")
 
 
 #: What typer raises at wrong arguments; it has no public name for it.

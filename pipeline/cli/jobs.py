@@ -304,6 +304,19 @@ def resume(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
     look.stderr.print(f"Job {found} is {state}.")
 
 
+def priority(
+    job: Job,
+    value: Annotated[int, typer.Argument(metavar="N", min=-100, max=100, help="Higher goes first; 0 is usual.")],
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Change a job's priority; chunks that run go on.
+
+    Example: vectormill priority docs 10
+    """
+    found, _ = _control(job, workspace, lambda connection, job_id: control.prioritise(connection, job_id, value))
+    look.stderr.print(f"Job {found} has priority {value}.")
+
+
 def retry(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
     """Try again what may succeed: rejects with a code that can be retried, and what a failed job left undone.
 

@@ -44,6 +44,15 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
 
 
+def size(count: float) -> str:
+    """Bytes as people say them: `1.5 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if count >= 99.5 or unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1_000
+    return f"{count:.1f} TB"
+
+
 def duration(seconds: float) -> str:
     """A time as people say it: `4 min 40 s`."""
     whole = round(seconds)

@@ -1,25 +1,31 @@
 """`vectormill submit`: a corpus becomes a job."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
-from pipeline.catalog import DEFAULT_WORKSPACE, find_model
+from pipeline.catalog import DEFAULT_WORKSPACE, as_model, find_model, find_row
 from pipeline.cli.connect import Place, working
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
-from pipeline.cli.look import stderr
+from pipeline.cli.look import duration, number, print_json, size, stderr, stdout
+from pipeline.cli.oneshot import oneshot
+from pipeline.cli.results import model_source
 from pipeline.errors import UserError
+from pipeline.estimate import estimate
 from pipeline.parts import OUR_COLUMNS
 from pipeline.settings import Settings
 from pipeline.sources import Columns, Compression, Corpus, Source
 from pipeline.sources.query import QueryCorpus
 from pipeline.storage import is_remote
+from pipeline.store import workers
 from pipeline.submit import Options, Planning, Submission
 from pipeline.submit import submit as submit_corpus
 
@@ -74,6 +80,10 @@ def submit(
         str | None, typer.Option(metavar="TABLE", help="Also upsert each vector by key into this table of yours.")
     ] = None,
     hnsw: Annotated[bool, typer.Option("--hnsw", help="Index that table's vectors at the end.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate tokens, time and size from a sample; submit nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what --dry-run finds as JSON.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the job ends; the exit code says how.")] = False,
     timeout: Timeout = None,
     workspace: Workspace = DEFAULT_WORKSPACE,
@@ -174,6 +184,41 @@ def _submit(place: Place, model: str, corpus: Source, options: Options) -> str:
     if done.attached:
         stderr.print(f"{done.attached}.")
     return str(done.job_id)
+
+
+def _estimate(place: Place, model: str, corpus: Source, options: Options, *, as_json: bool) -> None:
+    with place.engine.begin() as connection:
+        row = find_row(connection, place.workspace_id, model)
+        slots = sum(worker["slots"] for worker in workers.live(connection, 30) if row["name"] in worker["models"])
+
+    def tokenise(texts: Sequence[str], max_tokens: int | None) -> tuple[Sequence[int], Sequence[bool]]:
+        asked = {"prompt": row["document_prompt"], "texts": list(texts), "max_tokens": max_tokens}
+        lengths, cut = oneshot(["tokens", *model_source(row)], asked)
+        return lengths, cut
+
+    found = estimate(corpus, as_model(row), options, slots, tokenise)
+    if as_json:
+        print_json(found)
+    else:
+        stdout.print(_estimate_table(found))
+
+
+def _estimate_table(found: Mapping[str, Any]) -> Table:
+    items, tokens, time = found["items"], found["tokens"], found["time"]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bright_black")
+    table.add_row("items", f"{items['total']:,}   about {items['rejected']:,} would be rejected")
+    table.add_row("tokens", f"about {tokens['total']:,}   95 %: {tokens['low']:,} to {tokens['high']:,}")
+    table.add_row("", f"{tokens['mean']:g} a text, measured on {tokens['sampled_items']:,} of them")
+    duplicates = found["duplicates"]
+    table.add_row("duplicates", f"{duplicates['share']:.1%} of {duplicates['compared_items']:,} texts compared")
+    table.add_row("truncated", f"{found['truncated']['share']:.1%}")
+    slots = f"{time['slots']} slots" if time["slots"] else "one slot; no worker serves this model now"
+    table.add_row("time", f"about {duration(time['seconds'])} at {number(time['tokens_per_second'])} tok/s on {slots}")
+    for where, name in (("postgres", "Postgres"), ("parquet", "Parquet")):
+        if found["bytes"][where]:
+            table.add_row("size", f"about {size(found['bytes'][where])} in {name}")
+    return table
 
 
 def planning(settings: Settings) -> Planning:

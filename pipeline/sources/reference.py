@@ -6,6 +6,7 @@ the place is kept for a moment.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import assert_never
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.jobs import Extent
 from pipeline.sources.csv_ import Header, csv_rows, read_csv, read_header
 from pipeline.sources.files import Compression, Format, SourceFile, source_file
 from pipeline.sources.jsonl import check_columns, read_part
-from pipeline.sources.open import BrokenStreamError, mark_bytes, open_range, unpacked_blocks
+from pipeline.sources.open import BrokenStreamError, mark_bytes, open_blocks, open_range, unpacked_blocks
 from pipeline.sources.parquet import read_rows, row_groups
 from pipeline.sources.rows import Columns, Parsed, Rows, judge
 
@@ -76,7 +77,7 @@ def scan(file: SourceFile, columns: Columns, item_bytes: int) -> Iterator[Places
         case Format.PARQUET:
             yield from _scan_parquet(file, columns)
         case Format.JSONL:
-            check_columns(unpacked_blocks(file), file.name, columns, item_bytes)
+            check_columns(open_blocks(file), file.name, columns, item_bytes)
             yield from _scan_lines(file)
         case Format.CSV:
             yield from _scan_csv(file, ",", columns, item_bytes)
@@ -181,12 +182,15 @@ def _full_lines(
 
 def _scan_csv(file: SourceFile, delimiter: str, columns: Columns, item_bytes: int) -> Iterator[Places]:
     """Rows by the very reader that will read them: only it knows which line ends stand inside quotes."""
-    width = read_header(unpacked_blocks(file), file.name, delimiter, columns, item_bytes).width
+    width = read_header(open_blocks(file), file.name, delimiter, columns, item_bytes).width
     starts: list[int] = []
     sizes: list[int] = []
     lines: list[int] = []
-    for start, size, line in csv_rows(_bounded(file), file.name, delimiter, width, item_bytes):
-        starts.append(start)
+    blocks = _bounded(file)
+    first = next(blocks, b"")
+    mark = mark_bytes(first)
+    for start, size, line in csv_rows(chain([first[mark:]], blocks), file.name, delimiter, width, item_bytes):
+        starts.append(mark + start)
         sizes.append(size)
         lines.append(line)
         if len(starts) == _PLACES:
@@ -238,7 +242,7 @@ def _parsed(file: SourceFile, extent: Extent, rows: int, columns: Columns, item_
 
 
 def _read_csv(file: SourceFile, extent: Extent, delimiter: str, columns: Columns, item_bytes: int) -> Iterator[Parsed]:
-    header: Header = read_header(unpacked_blocks(file), file.name, delimiter, columns, item_bytes)
+    header: Header = read_header(open_blocks(file), file.name, delimiter, columns, item_bytes)
     yield from read_csv(
         _range(file, extent), file.name, delimiter, columns, item_bytes, header=header, first_line=extent.line
     )

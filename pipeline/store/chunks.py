@@ -313,6 +313,17 @@ def cancel_pending(connection: Connection, job_id: UUID, limit: int) -> int:
     ).rowcount
 
 
+def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
+    """Delete up to `limit` chunks of a job. Returns how many went."""
+    return connection.execute(
+        text("""
+            delete from vectormill.chunks
+            where ctid = any(array(select ctid from vectormill.chunks where job_id = :job limit :limit))
+        """),
+        {"job": job_id, "limit": limit},
+    ).rowcount
+
+
 def has_open(connection: Connection, job_id: UUID) -> bool:
     """Whether a chunk of the job is pending or running."""
     return connection.execute(
@@ -347,16 +358,26 @@ def sums(connection: Connection, job_id: UUID) -> RowMapping:
     )
 
 
-def tokens_in_flight(connection: Connection) -> dict[tuple[str, int], int]:
-    """Estimated tokens of running chunks by (model, workspace)."""
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """Estimated tokens of a job's running chunks."""
+
+    job_id: UUID
+    model: str
+    workspace_id: int
+    tokens: int
+
+
+def tokens_in_flight(connection: Connection) -> list[InFlight]:
+    """Of each job that has running chunks."""
     rows = connection.execute(
         text("""
-            select j.model_name, j.workspace_id, sum(c.estimated_tokens)::bigint
+            select j.id, j.model_name, j.workspace_id, sum(c.estimated_tokens)::bigint
             from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
-            where c.state = 'running' group by 1, 2
+            where c.state = 'running' group by j.id
         """)
     )
-    return {(model, workspace): tokens for model, workspace, tokens in rows}
+    return [InFlight(*row) for row in rows]
 
 
 def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:

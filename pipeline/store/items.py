@@ -6,13 +6,15 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
+from psycopg import sql
 from sqlalchemy import Connection, text
 
 from pipeline.jobs import Item, Reject
 from pipeline.store import binary
-from pipeline.store.database import copying
+from pipeline.store.database import copying, psycopg_connection
 from pipeline.store.embeddings import Rows
 from pipeline.store.partitions import leaf
+from pipeline.tables import SCHEMA
 
 _Indexes = Sequence[int] | range | npt.NDArray[np.int64]
 #: jsonb's binary form starts with its version.
@@ -160,6 +162,15 @@ def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
         """),
         {"job": job_id, "limit": limit},
     ).rowcount
+
+
+def delete_rows(connection: Connection, table: str, job_id: UUID, limit: int) -> int:
+    """Delete up to `limit` rows of a job from `items`, `embeddings` or `rejects`. Returns how many went."""
+    statement = sql.SQL("""
+        delete from {table} where job_id = %(job)s and index in
+          (select index from {table} where job_id = %(job)s order by index limit %(limit)s)
+    """).format(table=sql.Identifier(SCHEMA, table))
+    return psycopg_connection(connection).execute(statement, {"job": job_id, "limit": limit}).rowcount
 
 
 def remove_texts(connection: Connection, job_id: UUID, first_index: int, count: int) -> None:

@@ -282,6 +282,20 @@ def resume(connection: Connection, job_id: UUID) -> bool:
     )
 
 
+def set_priority(connection: Connection, job_id: UUID, priority: int) -> bool:
+    """Change the priority of a job that hasn't ended. False: it has."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs set priority = :priority
+            where id = :job and state not in ('completed', 'failed', 'cancelled')
+        """),
+            {"job": job_id, "priority": priority},
+        ).rowcount
+        == 1
+    )
+
+
 def begin_cancelling(
     connection: Connection, job_id: UUID, ends_as: JobState, reason: Reason, message: str | None
 ) -> bool:
@@ -337,6 +351,40 @@ def requeue(connection: Connection, job_id: UUID) -> None:
         """),
         {"job": job_id},
     )
+
+
+def delete(connection: Connection, job_id: UUID) -> bool:
+    """Forget a job that has ended, with its chunks, inputs and outputs. False: it hasn't, or there is none."""
+    return (
+        connection.execute(
+            text("delete from vectormill.jobs where id = :job and state in ('completed', 'failed', 'cancelled')"),
+            {"job": job_id},
+        ).rowcount
+        == 1
+    )
+
+
+def made_before(connection: Connection, first_id: UUID, after: UUID, limit: int) -> list[RowMapping]:
+    """A page of the jobs of all workspaces with an id below `first_id`, from the first past `after`: id and state."""
+    rows = connection.execute(
+        text("""
+            select id, state from vectormill.jobs where id < :first and id > :after order by id limit :limit
+        """),
+        {"first": first_id, "after": after, "limit": limit},
+    )
+    return list(rows.mappings())
+
+
+def count_between(connection: Connection, first_id: UUID, end_id: UUID) -> tuple[int, int]:
+    """How many jobs of all workspaces have ids from `first_id` to before `end_id`, and how many haven't ended."""
+    row = connection.execute(
+        text("""
+            select count(*), count(*) filter (where state not in ('completed', 'failed', 'cancelled'))
+            from vectormill.jobs where id >= :first and id < :end
+        """),
+        {"first": first_id, "end": end_id},
+    ).one()
+    return row[0], row[1]
 
 
 def save_progress(connection: Connection, job_id: UUID, progress: Mapping[str, Any]) -> None:

@@ -30,7 +30,8 @@ def _name(table: str, month: datetime) -> str:
     return f"{table}_{month:%Y_%m}"
 
 
-def _lowest_id(moment: datetime) -> UUID:
+def lowest_id(moment: datetime) -> UUID:
+    """No job made from `moment` on has a lower id."""
     return UUID(int=int(moment.timestamp() * 1000) << 80)
 
 
@@ -60,10 +61,27 @@ def make_month(connection: Connection, month: datetime) -> None:
             sql.SQL("alter table {} attach partition {} for values from ({}) to ({})").format(
                 parent,
                 child,
-                sql.Literal(str(_lowest_id(month))),
-                sql.Literal(str(_lowest_id(next_month(month)))),
+                sql.Literal(str(lowest_id(month))),
+                sql.Literal(str(lowest_id(next_month(month)))),
             )
         )
+
+
+def months(connection: Connection) -> list[datetime]:
+    """The months that have partitions, in order."""
+    names = connection.execute(
+        text("select tablename from pg_tables where schemaname = :schema and tablename ~ '^items_[0-9]{4}_[0-9]{2}$'"),
+        {"schema": SCHEMA},
+    ).scalars()
+    return sorted(datetime.strptime(name, "items_%Y_%m").replace(tzinfo=UTC) for name in names)
+
+
+def drop_month(connection: Connection, month: datetime) -> None:
+    """Drop a month's partitions, with all rows in them."""
+    connection.execute(text("select pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+    driver = psycopg_connection(connection)
+    for table in PARTITIONED:
+        driver.execute(sql.SQL("drop table if exists {}").format(sql.Identifier(SCHEMA, _name(table, month))))
 
 
 def make_ahead(connection: Connection) -> None:

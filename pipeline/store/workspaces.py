@@ -1,10 +1,47 @@
-"""Workspaces."""
+"""Workspaces: who shares the workers, and by which weight."""
 
-from sqlalchemy import Connection, select
+from collections.abc import Sequence
 
-from pipeline.tables import workspaces
+from sqlalchemy import Connection, RowMapping, insert, select, text, update
+from sqlalchemy.dialects.postgresql import insert as insert_or
+
+from pipeline.tables import workspace_models, workspaces
 
 
 def id_of(connection: Connection, name: str) -> int | None:
     """A workspace's id."""
     return connection.execute(select(workspaces.c.id).where(workspaces.c.name == name)).scalar_one_or_none()
+
+
+def create(connection: Connection, name: str, weight: float) -> int | None:
+    """Add a workspace. None: the name is taken."""
+    statement = insert_or(workspaces).values(name=name, weight=weight).on_conflict_do_nothing()
+    return connection.execute(statement.returning(workspaces.c.id)).scalar_one_or_none()
+
+
+def set_weight(connection: Connection, workspace_id: int, weight: float) -> None:
+    """Change a workspace's share."""
+    connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(weight=weight))
+
+
+def enable_models(connection: Connection, workspace_id: int, models: Sequence[str]) -> None:
+    """Let a workspace use these models, and no others."""
+    connection.execute(workspace_models.delete().where(workspace_models.c.workspace_id == workspace_id))
+    rows = [{"workspace_id": workspace_id, "model_name": model} for model in models]
+    if rows:
+        connection.execute(insert(workspace_models), rows)
+
+
+def every(connection: Connection) -> list[RowMapping]:
+    """All workspaces by name: `name, weight, models, jobs`, of jobs those that haven't ended."""
+    rows = connection.execute(
+        text("""
+            select w.name, w.weight,
+                   array(select m.model_name from vectormill.workspace_models m
+                         where m.workspace_id = w.id order by 1) as models,
+                   (select count(*) from vectormill.jobs j where j.workspace_id = w.id
+                    and j.state not in ('completed', 'failed', 'cancelled')) as jobs
+            from vectormill.workspaces w order by w.name
+        """)
+    )
+    return list(rows.mappings())

@@ -1,0 +1,93 @@
+"""`vectormill workspaces`: who shares the workers."""
+
+import re
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from sqlalchemy import Connection
+
+from pipeline.catalog import workspace_id
+from pipeline.cli.connect import working
+from pipeline.cli.look import print_json, stderr, stdout
+from pipeline.errors import UnknownModel, UserError
+from pipeline.store import models, workspaces
+
+app = typer.Typer(help="Who shares the workers, and by which weight.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="Its name.")]
+Weight = Annotated[float, typer.Option(help="Its share: 2 gets twice the tokens in flight of 1.")]
+Models = Annotated[list[str] | None, typer.Option("--model", help="A model it may use; may be repeated.")]
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+@app.command()
+def create(name: Name, weight: Weight = 1.0, model: Models = None) -> None:
+    """Add a workspace. It may use the models named here.
+
+    Example: vectormill workspaces create search --weight 3 --model all-MiniLM-L6-v2
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f'workspace "{name}": use lower-case letters, digits, - and _.')
+    _check(weight)
+    with working() as place, place.engine.begin() as connection:
+        made = workspaces.create(connection, name, weight)
+        if made is None:
+            raise UserError(f'workspace "{name}": there is one of this name.')
+        _enable(connection, made, model or [])
+    stderr.print(f"Workspace {name} added.")
+    if not model:
+        stderr.print(f"It may use no model yet: vectormill workspaces set {name} --model NAME")
+
+
+@app.command("set")
+def change(
+    name: Name, weight: Annotated[float | None, typer.Option(help="Its share.")] = None, model: Models = None
+) -> None:
+    """Change a workspace's weight, or which models it may use: those named, and no others.
+
+    Example: vectormill workspaces set search --weight 2
+    """
+    if weight is None and not model:
+        raise UserError("nothing to change; give --weight or --model.")
+    if weight is not None:
+        _check(weight)
+    with working() as place, place.engine.begin() as connection:
+        found = workspace_id(connection, name)
+        if weight is not None:
+            workspaces.set_weight(connection, found, weight)
+        if model:
+            _enable(connection, found, model)
+    stderr.print(f"Workspace {name} changed.")
+
+
+@app.command("list")
+def list_workspaces(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the workspaces.
+
+    Example: vectormill workspaces list --json
+    """
+    with working() as place, place.engine.begin() as connection:
+        rows = [dict(row) for row in workspaces.every(connection)]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
+    for name in ("name", "weight", "jobs", "models"):
+        table.add_column(name, justify="right" if name in ("weight", "jobs") else "left")
+    for row in rows:
+        table.add_row(row["name"], f"{row['weight']:g}", str(row["jobs"]), ", ".join(row["models"]))
+    stdout.print(table)
+
+
+def _check(weight: float) -> None:
+    if not 0 < weight <= 1_000_000:
+        raise UserError(f"--weight {weight:g}: give a number above 0.")
+
+
+def _enable(connection: Connection, workspace: int, names: list[str]) -> None:
+    known = {row["name"] for row in models.every(connection)}
+    for name in names:
+        if name not in known:
+            raise UnknownModel(f'no model "{name}"; vectormill models list shows them.')
+    workspaces.enable_models(connection, workspace, sorted(set(names)))
