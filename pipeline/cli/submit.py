@@ -131,9 +131,12 @@ def submit(
     )
     with working(workspace) as place:
         corpus = _corpus(sources or [], from_url, query, columns, place.settings.item_bytes)
-        options = replace(
-            options, by_reference=_by_reference(corpus, options) if by_reference is None else by_reference
-        )
+        if by_reference is None:
+            by_reference = _by_reference(corpus, options)
+        options = replace(options, by_reference=by_reference)
+        if dry_run:
+            _estimate(place, model, corpus, options, as_json=as_json)
+            return
         job_id = _submit(place, model, corpus, options)
         sys.stdout.write(f"{job_id}\n")
         sys.stdout.flush()
