@@ -98,8 +98,13 @@ def empty_database(servers: Running) -> Iterator[str]:
 @pytest.fixture
 def database(servers: Running) -> Iterator[str]:
     """The URL of a migrated database of the test's own."""
-    with _new_database(servers.database_url, _TEMPLATE) as url:
+    with new_database(servers.database_url) as url:
         yield url
+
+
+def new_database(server: str) -> "_new_database":
+    """A migrated database of its own for as long as the `with` block lasts; gives its URL."""
+    return _new_database(server, _TEMPLATE)
 
 
 class _new_database:  # noqa: N801 - used as a function

@@ -1,0 +1,124 @@
+"""What happens to jobs on files when the files, or the storage, don't stay as they were."""
+
+import json
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import boto3
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import status, storage
+from tests.acceptance.conftest import write_corpus
+from tests.acceptance.fleet import POISON, Fleet, eventually
+from tests.object_store import environment_of, s3_server
+
+
+def _receipt(fleet: Fleet, job: UUID) -> dict[str, Any]:
+    with fleet.engine.begin() as connection:
+        return status.receipt(connection, job, verify=True)
+
+
+def _keys(folder: Path) -> list[str]:
+    return sorted(ds.dataset(folder).to_table(columns=["key"])["key"].to_pylist())
+
+
+@pytest.mark.parametrize("change", ["another", "gone"])
+def test_a_source_that_changes_fails_the_job(fleet: Fleet, texts: list[str], tmp_path: Path, change: str) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:1_000])
+    fleet.start_dispatcher()
+    job = fleet.submit(str(corpus), "--model", "static", "--by-reference")
+    if change == "gone":
+        corpus.unlink()
+    else:
+        write_corpus(corpus, texts[1_000:2_000])
+    fleet.start_worker()
+    ended = fleet.await_end(job)
+    assert (ended["state"], ended["reason"]) == ("failed", "source_changed")
+    assert "submit it again" in ended["message"]
+    assert ended["items"]["embedded"] == 0
+    assert _receipt(fleet, job)["verified"]
+
+
+def test_a_storage_that_refuses_pauses_the_job_until_it_is_mended(
+    fleet: Fleet, texts: list[str], tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:500])
+    with s3_server("vectors") as server, environment_of(server):
+        fleet.environment |= server
+        client = boto3.client("s3", endpoint_url=server["AWS_ENDPOINT_URL"], region_name="us-east-1")
+        fleet.start_dispatcher()
+        job = fleet.submit(str(corpus), "--model", "static", "--output", "s3://vectors/out")
+        for name in list(storage.names_below("s3://vectors/")):
+            storage.delete(f"s3://vectors/{name}")
+        client.delete_bucket(Bucket="vectors")
+        fleet.start_worker()
+        paused = eventually(lambda: _if_state(fleet, job, "paused"), "a paused job")
+        assert paused["reason"] == "storage_refused"
+        assert "no such bucket" in paused["message"]
+        client.create_bucket(Bucket="vectors")
+        client.close()
+        fleet.cli("resume", str(job))
+        assert fleet.await_end(job)["state"] == "completed"
+        assert _receipt(fleet, job)["verified"]
+        assert storage.stat("s3://vectors/out/_SUCCESS")
+
+
+def _if_state(fleet: Fleet, job: UUID, state: str) -> dict[str, Any] | None:
+    found = fleet.status(job)
+    return found if found["state"] == state else None
+
+
+def test_retried_items_join_the_data_set(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [*texts[:300], f"{POISON}, please", *texts[300:600]])
+    out = tmp_path / "out"
+    fleet.start_dispatcher()
+    fleet.environment["MUTANT"] = "poisonable"
+    fleet.start_worker(app="tests.acceptance.mutants", name="poisonable")
+    job = fleet.submit(str(corpus), "--model", "static", "--by-reference", "--output", str(out))
+    assert fleet.await_end(job)["items"]["rejected"] == 1
+    assert _receipt(fleet, job)["verified"]
+    assert len(_keys(out)) == 600
+    fleet.kill("poisonable")
+
+    fleet.start_worker()
+    fleet.cli("retry", str(job))
+    ended = fleet.await_end(job)
+    assert (ended["state"], ended["items"]["embedded"], ended["items"]["rejected"]) == ("completed", 601, 0)
+    assert _receipt(fleet, job)["verified"]
+    assert _keys(out) == sorted(f"doc-{n}" for n in range(601))
+    manifest = json.loads((out / "_manifest.json").read_bytes())
+    assert manifest["rows"] == 601
+
+
+def test_a_cancelled_job_leaves_no_data_set_but_what_it_wrote_can_be_read(
+    fleet: Fleet, texts: list[str], tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
+    out = tmp_path / "out"
+    fleet.start_dispatcher()
+    fleet.start_worker()
+    job = fleet.submit(str(corpus), "--model", "minilm", "--by-reference", "--output", str(out))
+    eventually(lambda: fleet.status(job)["items"]["embedded"] > 0, "the first vectors")
+    fleet.cli("cancel", str(job))
+    ended = fleet.await_end(job)
+    assert ended["state"] == "cancelled"
+    assert _receipt(fleet, job)["verified"]
+    assert [path.name for path in out.iterdir()] == ["_staging"]
+    exported = tmp_path / "some.parquet"
+    fleet.cli("results", str(job), "--to", str(exported))
+    table = pq.read_table(exported)
+    assert len(table) == ended["items"]["embedded"]
+    assert table["index"].to_pylist() == sorted(set(table["index"].to_pylist()))
+
+
+def test_an_occupied_folder_is_refused(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:10])
+    out = tmp_path / "out"
+    first = fleet.submit(str(corpus), "--model", "static", "--output", str(out))
+    refused = fleet.cli("submit", str(corpus), "--model", "static", "--output", str(out), check=False)
+    assert refused.returncode == 2
+    assert f"_staging/{first}/_job.json is there already; give an empty folder." in refused.stderr
+    assert fleet.scalar("select count(*) from vectormill.jobs") == 1

@@ -1,0 +1,148 @@
+"""The queries that run all the time find their rows by an index, however many chunks there are."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Connection, Engine, event
+
+from pipeline.embedded.runtime import Running
+from pipeline.store import chunks, jobs, outputs
+from pipeline.store.database import make_engine
+from tests.conftest import new_database
+from tests.jobs_made import WORKER, make_job, make_model, run_sql
+
+_CHUNKS = 250_000
+_JOBS = 3
+
+
+@pytest.fixture(scope="module")
+def big(_big_database: Engine) -> tuple[Engine, list[UUID]]:
+    """Three jobs that share 250,000 chunks: half of them done, some running, the rest pending."""
+    engine = _big_database
+    model = make_model(engine)
+    made = [make_job(engine, model, 4) for _ in range(_JOBS)]
+    run_sql(engine, "delete from vectormill.chunks")
+    for job in made:
+        run_sql(
+            engine,
+            """
+            insert into vectormill.chunks (job_id, ordinal, first_index, items, estimated_tokens, state, lease_until)
+            select :job, n, n * 4, 4, 10,
+                   case when n % 2 = 0 then 'done' when n % 5001 = 1 then 'running' else 'pending' end,
+                   case when n % 2 = 1 and n % 5001 = 1 then now() - interval '1 minute' end
+            from generate_series(0, :count - 1) n
+            """,
+            job=job,
+            count=_CHUNKS // _JOBS,
+        )
+        run_sql(
+            engine,
+            """
+            insert into vectormill.rejects (job_id, index, code, message)
+            select :job, n * 4, 'encode_failed', 'for a test' from generate_series(0, 199) n
+            """,
+            job=job,
+        )
+    run_sql(
+        engine,
+        """
+        insert into vectormill.jobs (id, workspace_id, name, model_name, vector_space_id, state, finished_at)
+        select uuidv7(), workspace_id, name, model_name, vector_space_id, 'completed', now()
+        from vectormill.jobs cross join generate_series(1, 2000)
+        """,
+    )
+    run_sql(
+        engine,
+        """
+        insert into vectormill.outputs (job_id, chunk_id, fence, part, name, rows, bytes)
+        select job_id, id, 1, 0, 'part', 4, 1000 from vectormill.chunks where state = 'done'
+        """,
+    )
+    run_sql(engine, "analyze vectormill.chunks, vectormill.rejects, vectormill.jobs, vectormill.outputs")
+    return engine, made
+
+
+@pytest.fixture(scope="module")
+def _big_database(servers: Running) -> Iterator[Engine]:
+    with new_database(servers.database_url) as url:
+        engine = make_engine(url, application="vectormill-tests")
+        yield engine
+        engine.dispose()
+
+
+def plan(connection: Connection, act: Any) -> str:
+    """The plans of all statements that `act` runs; what they do is rolled back."""
+    statements: list[tuple[str, Any]] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if re.match(r"\s*(select|with|update|insert|delete)", statement):
+            statements.append((statement, parameters))
+
+    event.listen(connection, "before_cursor_execute", note)
+    act(connection)
+    event.remove(connection, "before_cursor_execute", note)
+    connection.rollback()
+    found = []
+    for statement, parameters in statements:
+        rows = connection.exec_driver_sql("explain " + statement, parameters)
+        found.append("\n".join(row[0] for row in rows))
+    return "\n".join(found)
+
+
+def _some(engine: Engine, job: UUID, state: str) -> int:
+    return int(
+        run_sql(engine, "select min(id) from vectormill.chunks where job_id = :job and state = :s", job=job, s=state)[
+            0
+        ][0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("claim", "chunks_open_idx"),
+        ("renew", "chunks_pkey"),
+        ("pending_after", "chunks_open_idx"),
+        ("has_open", "chunks_open_idx"),
+        ("cancel_pending", "chunks_open_idx"),
+        ("expire_leases", "chunks_lease_idx"),
+        ("tokens_in_flight", "chunks_lease_idx"),
+        ("reopen", "chunks_job_id_first_index_key"),
+        ("active", "jobs_active_idx"),
+        ("take_old_texts", "jobs_texts_idx"),
+        ("outputs", "outputs_pkey"),
+    ],
+)
+def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str, index: str) -> None:
+    engine, (job, *_) = big
+    chunk = _some(engine, job, "pending")
+
+    def claim(connection: Connection) -> Any:
+        return chunks.claim(connection, job, chunk, worker_id=WORKER, task_id="t", lease_seconds=30)
+
+    def renew(connection: Connection) -> None:
+        taken = claim(connection)
+        assert taken
+        chunks.renew(connection, taken)
+
+    acts = {
+        "claim": claim,
+        "renew": renew,
+        "pending_after": lambda c: chunks.pending_after(c, job, chunk, 8),
+        "has_open": lambda c: chunks.has_open(c, job),
+        "cancel_pending": lambda c: chunks.cancel_pending(c, job, 5_000),
+        "expire_leases": lambda c: chunks.expire_leases(c, 500),
+        "tokens_in_flight": chunks.tokens_in_flight,
+        "reopen": lambda c: chunks.reopen(c, job, ["encode_failed"]),
+        "active": jobs.active,
+        "take_old_texts": lambda c: jobs.take_old_texts(c, 7, 1_000),
+        "outputs": lambda c: outputs.of_job(c, job, chunk),
+    }
+    with engine.connect() as connection:
+        found = plan(connection, acts[name])
+    assert index in found, found
+    if name != "reopen":
+        assert "Seq Scan on chunks" not in found, found
