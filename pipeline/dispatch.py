@@ -31,6 +31,7 @@ WORKER_SEEN_SECONDS = 30
 _ROLE_SECONDS = 10
 _DRAIN_LIMIT = 5_000
 _REMOVE_LIMIT = 20_000
+_SNAPSHOT_FACTOR = 20
 #: A duty that has more to do than this leaves the rest for its next turn.
 _LONGEST_DUTY_SECONDS = 0.5
 #: So many different chunks lost, or so many claims of few, are more than texts that kill their process explain.
@@ -49,6 +50,10 @@ class Dispatcher:
     text_retention_days: float
     #: Last chunk id rung for, by job; a lap over when it passes the last pending one.
     cursors: dict[UUID, int] = field(default_factory=dict)
+    #: Last chunk id cancelled, by job: going on from there, nothing that is gone is looked at again.
+    drained: dict[UUID, int] = field(default_factory=dict)
+    #: When each job's progress is next recomputed, by the monotonic clock.
+    snapshots: dict[UUID, float] = field(default_factory=dict)
     #: No lease is expired before this moment of the monotonic clock.
     sweep_from: float = 0.0
     #: When the database last answered, by the monotonic clock.
@@ -171,12 +176,16 @@ def drain(dispatcher: Dispatcher) -> None:
     """Cancel pending chunks of jobs that are being cancelled, in bounded transactions."""
     with dispatcher.engine.connect() as connection:
         cancelling = [job["id"] for job in jobs.active(connection) if job["state"] == "cancelling"]
+    dispatcher.drained = {job_id: dispatcher.drained.get(job_id, 0) for job_id in cancelling}
     enough = time.monotonic() + _LONGEST_DUTY_SECONDS
     for job_id in cancelling:
-        drained = _DRAIN_LIMIT
-        while drained == _DRAIN_LIMIT and time.monotonic() < enough:
+        while time.monotonic() < enough:
             with dispatcher.engine.begin() as connection:
-                drained = chunks.cancel_pending(connection, job_id, _DRAIN_LIMIT)
+                gone = chunks.cancel_pending(connection, job_id, dispatcher.drained[job_id], _DRAIN_LIMIT)
+            # What comes back to pending behind the cursor is met on the next lap.
+            dispatcher.drained[job_id] = max(gone) if len(gone) == _DRAIN_LIMIT else 0
+            if len(gone) < _DRAIN_LIMIT:
+                break
 
 
 def finish(dispatcher: Dispatcher) -> None:
@@ -195,7 +204,7 @@ def finish(dispatcher: Dispatcher) -> None:
             if state is JobState.COMPLETED and not dispatcher.deliveries.is_done(row):
                 continue
             jobs.end(connection, job_id, state, account, reason=reason, message=message)
-            jobs.save_progress(connection, job_id, status.job_status(connection, job_id))
+            jobs.save_progress(connection, job_id, status.sum_up(connection, job_id))
         log.info("job_ended", job=str(job_id), state=state.value, reason=reason, items=account["items"])
 
 
@@ -203,9 +212,13 @@ def snapshot(dispatcher: Dispatcher) -> None:
     """Recompute the progress that status pages read, and stop jobs that have too many rejects."""
     with dispatcher.engine.connect() as connection:
         active = jobs.active(connection)
+    dispatcher.snapshots = {job["id"]: dispatcher.snapshots.get(job["id"], 0.0) for job in active}
     for job in active:
+        begin = time.monotonic()
+        if begin < dispatcher.snapshots[job["id"]]:
+            continue
         with dispatcher.engine.begin() as connection:
-            now = status.job_status(connection, job["id"])
+            now = status.sum_up(connection, job["id"])
             jobs.save_progress(connection, job["id"], now)
             rejected, limit = now["items"]["rejected"], job["max_rejects"]
             if limit is not None and rejected > limit and job["state"] != "cancelling":
@@ -216,6 +229,9 @@ def snapshot(dispatcher: Dispatcher) -> None:
                     Reason.TOO_MANY_REJECTS,
                     control.too_many(rejected, limit),
                 )
+        pause = _SNAPSHOT_FACTOR * (time.monotonic() - begin)
+        if pause > 1:  # sums over very many chunks take a twentieth of the time, no more
+            dispatcher.snapshots[job["id"]] = begin + min(pause, status.FRESH_SECONDS / 2)
 
 
 def judge_models(dispatcher: Dispatcher) -> None:

@@ -12,6 +12,8 @@ from pipeline.verify import count_missing_and_double
 
 #: Rates are taken over so long a time, or since the job's start.
 RATE_WINDOW_SECONDS = 60.0
+#: Kept progress that is older is no progress: its dispatcher may be gone.
+FRESH_SECONDS = 5.0
 
 
 def find_job(connection: Connection, workspace_id: int, name_or_id: str) -> UUID:
@@ -45,7 +47,18 @@ def job_row(connection: Connection, job_id: UUID) -> RowMapping:
 
 
 def job_status(connection: Connection, job_id: UUID) -> dict[str, Any]:
-    """All that `status --json` shows of a job. Counts are items or tokens, rates are per second."""
+    """All that `status --json` shows of a job. Counts are items or tokens, rates are per second.
+
+    Of a job that runs, counts may be the dispatcher's, a second old; where no dispatcher keeps them they are summed.
+    """
+    kept = jobs.fresh_progress(connection, job_id, FRESH_SECONDS)
+    if kept is None:
+        return sum_up(connection, job_id)
+    return {**kept, **_of_row(job_row(connection, job_id))}
+
+
+def sum_up(connection: Connection, job_id: UUID) -> dict[str, Any]:
+    """What `job_status` shows, summed over the job's chunks."""
     row, sums = job_row(connection, job_id), chunks.sums(connection, job_id)
     rates = usage.recent_rates(connection, job_id, RATE_WINDOW_SECONDS)
     ended = JobState(row["state"]).ended
@@ -54,13 +67,7 @@ def job_status(connection: Connection, job_id: UUID) -> dict[str, Any]:
     pending = max(0, total - over)
     pace = rates["items_per_second"]
     return {
-        "id": str(job_id),
-        "name": row["name"],
-        "state": row["state"],
-        "reason": row["reason"],
-        "message": row["message"],
-        "model": row["model_name"],
-        "labels": row["labels"],
+        **_of_row(row),
         "items": {
             "total": total,
             **{name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled")},
@@ -71,6 +78,18 @@ def job_status(connection: Connection, job_id: UUID) -> dict[str, Any]:
         "rate": {name: round(rate, 1) for name, rate in rates.items()},
         "eta_seconds": None if ended or not pace else round(pending / pace, 1),
         "chunks": {state: sums[f"{state}_chunks"] for state in ("pending", "running", "done", "cancelled")},
+    }
+
+
+def _of_row(row: RowMapping) -> dict[str, Any]:
+    return {
+        "id": str(row["id"]),
+        "name": row["name"],
+        "state": row["state"],
+        "reason": row["reason"],
+        "message": row["message"],
+        "model": row["model_name"],
+        "labels": row["labels"],
         **{
             moment: row[moment].isoformat() if row[moment] else None
             for moment in ("created_at", "started_at", "finished_at")

@@ -21,6 +21,7 @@ from pipeline.embedded.runtime import Running
 from pipeline.migrate import upgrade
 from pipeline.store.database import make_engine
 from tests.machines import remove_what_root_keeps, running_servers
+from tests.static_model import make_static_model
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _MODELS = _CHECKOUT / ".vectormill" / "test-models"
@@ -31,30 +32,6 @@ for _name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
     del os.environ[_name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-# A static model from a transformer: each word piece's vector by the teacher, its 256 principal components, weighted
-# by how rare the piece is.
-_DISTIL = """
-import sys
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-source, target = sys.argv[1:]
-teacher = SentenceTransformer(source, device="cpu").eval()
-tokenizer = teacher.tokenizer.backend_tokenizer
-pieces = torch.arange(tokenizer.get_vocab_size())
-start, end = (torch.full_like(pieces, tokenizer.token_to_id(mark)) for mark in ("[CLS]", "[SEP]"))
-with torch.inference_mode():
-    vectors = torch.cat([
-        teacher({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["sentence_embedding"]
-        for ids in torch.stack([start, pieces, end], 1).split(1024)
-    ])
-    vectors = vectors - vectors.mean(0)
-    components = torch.linalg.svd(vectors, full_matrices=False)[2][:256]
-    weights = (vectors @ components.T) * torch.log(1.0 + pieces)[:, None]
-static = StaticEmbedding(tokenizer, embedding_weights=weights.numpy())
-SentenceTransformer(modules=[static], device="cpu").save(target)
-"""
 
 
 @pytest.fixture(scope="session")
@@ -153,7 +130,7 @@ def static_model(bundled_model: Path) -> Path:
         _MODELS.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=_MODELS) as making:
             made = Path(making, "made")
-            _run([sys.executable, "-c", _DISTIL, str(bundled_model), str(made)])
+            make_static_model(bundled_model, made)
             try:
                 made.rename(folder)
             except OSError:  # another run was faster

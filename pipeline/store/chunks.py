@@ -299,18 +299,21 @@ def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) 
     return [(row[0], row[1]) for row in rows]
 
 
-def cancel_pending(connection: Connection, job_id: UUID, limit: int) -> int:
-    """Cancel up to `limit` pending chunks of a job; what they had committed stays."""
-    return connection.execute(
+def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int) -> list[int]:
+    """Cancel up to `limit` pending chunks of a job past id `after`; what they had committed stays. Returns the ids."""
+    rows = connection.execute(
         text("""
             update vectormill.chunks
             set state = 'cancelled', cancelled = items - embedded - reused - rejected, finished_at = clock_timestamp()
             -- By place: a join would read the whole table for each batch.
-            where ctid = any(array(select ctid from vectormill.chunks where job_id = :job and state = 'pending'
+            where ctid = any(array(select ctid from vectormill.chunks
+                                   where job_id = :job and state = 'pending' and id > :after
                                    order by id limit :limit for update skip locked))
+            returning id
         """),
-        {"job": job_id, "limit": limit},
-    ).rowcount
+        {"job": job_id, "after": after, "limit": limit},
+    )
+    return list(rows.scalars())
 
 
 def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:

@@ -390,9 +390,27 @@ def count_between(connection: Connection, first_id: UUID, end_id: UUID) -> tuple
 def save_progress(connection: Connection, job_id: UUID, progress: Mapping[str, Any]) -> None:
     """Keep a recomputed snapshot for status pages."""
     connection.execute(
-        text("update vectormill.jobs set progress = cast(:progress as jsonb) where id = :job"),
+        text("""
+            update vectormill.jobs
+            set progress = cast(:progress as jsonb) || jsonb_build_object('as_of', clock_timestamp())
+            where id = :job
+        """),
         {"job": job_id, "progress": json.dumps(progress)},
     )
+
+
+def fresh_progress(connection: Connection, job_id: UUID, seconds: float) -> dict[str, Any] | None:
+    """A job's snapshot, if it isn't older than `seconds`, or if the job has ended with it."""
+    found = connection.execute(
+        text("""
+            select progress - 'as_of' from vectormill.jobs
+            where id = :job
+              and ((progress->>'as_of')::timestamptz > now() - make_interval(secs => :seconds)
+                   or (receipt is not null and (progress->>'as_of')::timestamptz >= finished_at))
+        """),
+        {"job": job_id, "seconds": seconds},
+    ).scalar_one_or_none()
+    return dict(found) if found else None
 
 
 def running_of_model(connection: Connection, model: str) -> list[UUID]:

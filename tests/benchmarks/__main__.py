@@ -8,11 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import engine, job, submit_memory, submit_rate, write_back
+from tests.benchmarks import engine, job, memory, scale, submit_memory, submit_rate, write_back
 from tests.benchmarks.harness import Benchmark, Result, Rounds, result_table, write_results
 
 _BENCHMARKS = {
-    module.BENCHMARK.name: module.BENCHMARK for module in (job, engine, write_back, submit_rate, submit_memory)
+    benchmark.name: benchmark
+    for benchmark in (
+        *(module.BENCHMARK for module in (job, engine, write_back, submit_rate, submit_memory)),
+        *scale.BENCHMARKS,
+        *memory.BENCHMARKS,
+    )
 }
 _LEAST_ROUNDS = 5
 #: No download, and no bars in between the results.

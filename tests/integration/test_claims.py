@@ -192,7 +192,7 @@ def test_what_a_retry_reopened_is_not_the_old_claims_any_more(engine: Engine, mo
     frozen = taken(engine, job_id, lease_seconds=EXPIRED)
     expire(engine)
     with engine.begin() as connection:
-        chunks.cancel_pending(connection, job_id, 10)
+        chunks.cancel_pending(connection, job_id, 0, 10)
         assert chunks.reopen(connection, job_id, []) == 2
     assert renew(engine, frozen) is None
     with engine.begin() as connection:

@@ -133,7 +133,7 @@ def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str
         "renew": renew,
         "pending_after": lambda c: chunks.pending_after(c, job, chunk, 8),
         "has_open": lambda c: chunks.has_open(c, job),
-        "cancel_pending": lambda c: chunks.cancel_pending(c, job, 5_000),
+        "cancel_pending": lambda c: chunks.cancel_pending(c, job, chunk, 5_000),
         "expire_leases": lambda c: chunks.expire_leases(c, 500),
         "tokens_in_flight": chunks.tokens_in_flight,
         "reopen": lambda c: chunks.reopen(c, job, ["encode_failed"]),
