@@ -68,6 +68,7 @@ class Reason(enum.StrEnum):
     SOURCE_CHANGED = "source_changed"
     SOURCE_DAMAGED = "source_damaged"
     STORAGE_REFUSED = "storage_refused"
+    TABLE_REFUSED = "table_refused"
     ALL_REJECTED = "all_rejected"
     TOO_MANY_REJECTS = "too_many_rejects"
 

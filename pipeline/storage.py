@@ -364,6 +364,8 @@ def _reported(uri: str) -> Iterator[None]:
 
 
 def _lacks_credentials(error: Exception) -> bool:
-    # Without credentials the AWS client asks for those of the machine it runs on, at this address.
+    # Without credentials the clients ask for those of the cloud machine that they might run on.
     said = str(error)
-    return "169.254.169.254" in said or "metadata.google" in said or "Missing AccessKeyId" in said
+    return any(
+        sign in said for sign in ("Missing AccessKeyId", "/latest/api/token", "169.254.169.254", "metadata.google")
+    )

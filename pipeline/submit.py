@@ -4,7 +4,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import Any
@@ -289,7 +289,7 @@ class _Staging:
             self._submission.on_items(self._items)
 
     def _plan_files(self, corpus: Corpus) -> None:
-        planned: list[Range] = []
+        planned: list[chunks.NewChunk] = []
         rows: dict[int, int] = {}
         since = monotonic()
         for ordinal, file in enumerate(corpus.files):
@@ -298,18 +298,19 @@ class _Staging:
                 self._spots.add(self._items, ordinal, file, places)
                 self._items += len(places.sizes)
                 rows[ordinal] += len(places.sizes)
-                planned += self._planner.add(estimate_tokens(places.sizes, self._max_item_tokens), places.sizes)
+                tokens = estimate_tokens(places.sizes, self._max_item_tokens)
+                planned += map(self._new_chunk, self._planner.add(tokens, places.sizes))
                 if len(planned) >= _COMMIT_CHUNKS or monotonic() - since > _COMMIT_SECONDS:
                     self._commit_planned(planned, rows)
                     planned, rows, since = [], {ordinal: rows[ordinal]}, monotonic()
-            planned += self._planner.break_off()
+            planned += map(self._new_chunk, self._planner.break_off())
         self._commit_planned(planned, rows)
 
-    def _commit_planned(self, planned: Sequence[Range], rows: Mapping[int, int]) -> None:
+    def _commit_planned(self, planned: Sequence[chunks.NewChunk], rows: Mapping[int, int]) -> None:
         with self._engine.begin() as connection:
             flush_later(connection)
             self._hold(connection)
-            self._insert(connection, planned)
+            chunks.insert_chunks(connection, self._job_id, planned)
             jobs.set_input_rows(connection, self._job_id, rows)
         self._submission.on_items(self._items)
 
@@ -336,27 +337,23 @@ class _Staging:
             planned += self._planner.add(estimate_tokens(sizes, self._max_item_tokens), sizes)
         items.copy_rejects(connection, self._job_id, rejects)
         self._rejected_at += [reject.index for reject in rejects]
-        self._insert(connection, planned)
+        chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, planned)))
 
-    def _insert(self, connection: Connection, planned: Iterable[Range]) -> None:
-        new = []
-        for chunk in planned:
-            rejected = bisect_left(self._rejected_at, chunk.first_index + chunk.items)
-            del self._rejected_at[:rejected]
-            ordinal, extent = self._spots.extent(chunk)
-            new.append(
-                chunks.NewChunk(
-                    ordinal=self._chunks,
-                    first_index=chunk.first_index,
-                    items=chunk.items,
-                    estimated_tokens=chunk.tokens,
-                    rejected=rejected,
-                    input_ordinal=ordinal,
-                    extent=extent,
-                )
-            )
-            self._chunks += 1
-        chunks.insert_chunks(connection, self._job_id, new)
+    def _new_chunk(self, chunk: Range) -> chunks.NewChunk:
+        """The next chunk, with what was rejected in it, or where its rows stand; both are forgotten with that."""
+        rejected = bisect_left(self._rejected_at, chunk.first_index + chunk.items)
+        del self._rejected_at[:rejected]
+        input_ordinal, extent = self._spots.extent(chunk)
+        self._chunks += 1
+        return chunks.NewChunk(
+            ordinal=self._chunks - 1,
+            first_index=chunk.first_index,
+            items=chunk.items,
+            estimated_tokens=chunk.tokens,
+            rejected=rejected,
+            input_ordinal=input_ordinal,
+            extent=extent,
+        )
 
     def _queue(self) -> None:
         options = self._submission.options
@@ -366,7 +363,7 @@ class _Staging:
             self._check_keys()
         with self._engine.begin() as connection:
             self._hold(connection)
-            self._insert(connection, self._planner.finish())
+            chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, self._planner.finish())))
             jobs.queue(
                 connection,
                 self._job_id,

@@ -9,7 +9,7 @@ import structlog
 from billiard import current_process
 from celery import Task
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 
 from pipeline import control
 from pipeline.catalog import as_model
@@ -113,6 +113,8 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
             run_chunk(child.engine, encoder, claim, watch, on_hang=_leave)
         except (LeaseLost, ModelError, DBAPIError) as error:
             _give_back(child.engine, claim, error)
+            if claim.options.get("into") and isinstance(error, IntegrityError | DataError | ProgrammingError):
+                _stop_job(child.engine, job_id, error)
             raise
         except (SourceError, StorageRefused, StorageUnreachable) as error:
             _give_back(child.engine, claim, error)
@@ -125,8 +127,8 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
 
 
 def _stop_job(engine: Engine, job_id: UUID, error: Exception) -> None:
-    """End a job whose files aren't what they were; pause one whose storage refuses us. A storage that doesn't answer
-    is tried again with the next claim."""
+    """End a job whose files aren't what they were, or whose table takes no vectors; pause one whose storage refuses
+    us. A storage that doesn't answer is tried again with the next claim."""
     with engine.begin() as connection:
         match error:
             case StorageRefused():
@@ -135,6 +137,9 @@ def _stop_job(engine: Engine, job_id: UUID, error: Exception) -> None:
                 control.fail(connection, job_id, Reason.SOURCE_CHANGED, str(error))
             case SourceError():
                 control.fail(connection, job_id, Reason.SOURCE_DAMAGED, str(error))
+            case DBAPIError():
+                message = f"the table that --into names refuses the vectors ({plain_reason(error)})"
+                control.fail(connection, job_id, Reason.TABLE_REFUSED, message)
 
 
 def most_chunk_seconds(settings: Settings) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, CursorResult, Engine
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
@@ -98,7 +98,11 @@ class QueryCorpus:
 
     def _read(self, connection: Connection) -> Iterator[Rows]:
         # As it was written: a colon or a percent sign is no parameter.
-        found = connection.execution_options(stream_results=True, no_parameters=True).exec_driver_sql(self._query)
+        streaming = connection.execution_options(stream_results=True, no_parameters=True)
+        with streaming.exec_driver_sql(self._query) as found:
+            yield from self._blocks(found)
+
+    def _blocks(self, found: CursorResult[Any]) -> Iterator[Rows]:
         if not found.returns_rows:
             raise SourceError(f"{self.name}: it returns no rows; write one select.")
         names = list(found.keys())

@@ -76,15 +76,21 @@ def _is_state_of_loss(error: BaseException | None) -> bool:
 
 @contextmanager
 def copying(connection: Connection, table: sql.Identifier, columns: Sequence[str]) -> Iterator[psycopg.Copy]:
-    """Binary COPY into `table`, its errors raised as SQLAlchemy's, like those of every other statement."""
+    """Binary COPY into `table`."""
     statement = sql.SQL("copy {} ({}) from stdin (format binary)").format(
         table, sql.SQL(", ").join(map(sql.Identifier, columns))
     )
+    with errors_as_sqlalchemys(), psycopg_connection(connection).cursor() as cursor, cursor.copy(statement) as copy:
+        yield copy
+
+
+@contextmanager
+def errors_as_sqlalchemys() -> Iterator[None]:
+    """Raise the driver's errors as SQLAlchemy's, where the driver is used directly."""
     try:
-        with psycopg_connection(connection).cursor() as cursor, cursor.copy(statement) as copy:
-            yield copy
+        yield
     except psycopg.Error as error:
-        raise DBAPIError.instance("copy", None, error, psycopg.Error, hide_parameters=True) from error
+        raise DBAPIError.instance("statement", None, error, psycopg.Error, hide_parameters=True) from error
 
 
 def plain_reason(error: DBAPIError) -> str:

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, RowMapping, text
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.errors import UserError
-from pipeline.store.database import plain_reason, psycopg_connection
+from pipeline.store.database import errors_as_sqlalchemys, plain_reason, psycopg_connection
 
 _INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
@@ -174,8 +174,8 @@ def upsert(connection: Connection, into: Into, job_id: UUID, indexes: Sequence[i
         key_type=sql.SQL(into.key_type),
         vector_type=sql.SQL(into.vector_type),
     )
-    with psycopg_connection(connection).cursor() as cursor:
-        cursor.execute(statement, (job_id, list(indexes)))
+    with errors_as_sqlalchemys():
+        psycopg_connection(connection).execute(statement, (job_id, list(indexes)))
 
 
 def build_hnsw(connection: Connection, into: Into) -> None:

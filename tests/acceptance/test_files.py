@@ -122,3 +122,33 @@ def test_an_occupied_folder_is_refused(fleet: Fleet, texts: list[str], tmp_path:
     assert refused.returncode == 2
     assert f"_staging/{first}/_job.json is there already; give an empty folder." in refused.stderr
     assert fleet.scalar("select count(*) from vectormill.jobs") == 1
+
+
+def test_a_table_that_refuses_fails_the_job(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    with fleet.engine.begin() as connection:
+        connection.exec_driver_sql("create table docs (id text primary key, v vector(256), check (id <> 'doc-7'))")
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:20])
+    fleet.start_dispatcher()
+    fleet.start_worker(replicas=1)
+    job = fleet.submit(str(corpus), "--model", "static", "--into", "docs")
+    ended = fleet.await_end(job)
+    assert (ended["state"], ended["reason"]) == ("failed", "table_refused")
+    assert "CheckViolation" in ended["message"]
+    assert fleet.scalar("select count(*) from docs") == 0
+    assert _receipt(fleet, job)["verified"]
+
+
+def test_the_users_table_gets_each_vector_and_its_index(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    with fleet.engine.begin() as connection:
+        connection.exec_driver_sql("create table docs (id text primary key, v halfvec(256))")
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:1_000])
+    fleet.start_dispatcher()
+    fleet.start_worker()
+    job = fleet.submit(str(corpus), "--model", "static", "--into", "docs", "--hnsw", "--by-reference")
+    assert fleet.await_end(job)["state"] == "completed"
+    same = """
+        select count(*) from docs d join vectormill.embeddings e on e.key = d.id
+        where e.job_id = :job and d.v = e.vector::halfvec
+    """
+    assert fleet.scalar(same, job=job) == 1_000
+    assert fleet.scalar("select count(*) from pg_indexes where indexname = 'docs_v_hnsw'") == 1
