@@ -62,6 +62,9 @@ class Deliveries:
     def _deliver(self, job_id: UUID, options: dict[str, Any]) -> None:
         if folder := options.get("output"):
             with self._engine.begin() as connection:
+                # A crash must not forget a commit whose part readers see: see ops/decisions/0005.
+                jobs.flush(connection, job_id)
+            with self._engine.begin() as connection:
                 written, about = outputs.of_job(connection, job_id), _about(connection, job_id)
             parts.deliver(folder, job_id, written, about)
         if options.get("hnsw"):

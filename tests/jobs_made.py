@@ -48,10 +48,11 @@ def make_job(
     rejected: Mapping[int, RejectCode] = {},
     max_rejects: int | None = None,
     workspace: int | None = None,
+    job_id: UUID | None = None,
     **columns: Any,
 ) -> UUID:
     """Queue a job of `count` items, `text 0` with key `k0` and so on; those in `rejected` were when they were read."""
-    job_id = uuid7()
+    job_id = job_id or uuid7()
     with engine.begin() as connection:
         space = vector_space_of(connection, model, dimensions=None, max_item_tokens=None)
         new = jobs.NewJob(

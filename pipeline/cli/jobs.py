@@ -152,8 +152,11 @@ def watch_job(place: Place, job_id: str, timeout_seconds: float | None, *, verif
     with place.engine.begin() as connection:
         account = reading.receipt(connection, job, verify=verify)
         codes = items.count_rejects(connection, job)
+        folder = reading.job_row(connection, job)["options"].get("output")
     look.stderr.print(look.ledger(account, codes))
     look.stderr.print(look.verdict(account))
+    if folder and row["state"] == JobState.COMPLETED:
+        look.stderr.print(f"Vectors are in {folder}: _manifest.json lists the files.", markup=False)
     code = _EXIT_CODES[JobState(row["state"])]
     return 1 if verify and not (code or account["verified"]) else code
 

@@ -1,9 +1,11 @@
 """`vectormill purge`: forget ended jobs."""
 
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
+from sqlalchemy import Engine
 
 from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli.connect import Place, working
@@ -11,7 +13,7 @@ from pipeline.cli.jobs import Json, Workspace
 from pipeline.cli.look import print_json, stderr
 from pipeline.errors import UserError
 from pipeline.purge import check_ended, months_before, parse_month, purge_job, purge_month
-from pipeline.status import find_job, job_row
+from pipeline.status import find_job, sum_up
 
 
 def purge(
@@ -25,7 +27,8 @@ def purge(
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
     """Forget a job that has ended, with its items, vectors and rejects; or all jobs of whole months, by dropping their
-    partitions. Usage rows stay, since they are the bill; Parquet files stay, since they are yours.
+    partitions. Usage rows stay, since they are the bill; Parquet files and tables of your own stay, since they are
+    yours.
 
     Examples:
 
@@ -39,49 +42,55 @@ def purge(
         if job is not None:
             gone = _purge_job(place, job, dry_run=dry_run, yes=yes)
         else:
-            gone = _purge_months(place, str(before), dry_run=dry_run, yes=yes)
+            gone = _purge_months(place.engine, str(before), dry_run=dry_run, yes=yes)
     if as_json:
-        print_json(gone)
+        print_json({"dry_run": dry_run, **gone})
 
 
 def _purge_job(place: Place, job: str, *, dry_run: bool, yes: bool) -> dict[str, Any]:
     with place.engine.begin() as connection:
         found = find_job(connection, place.workspace_id, job)
         check_ended(connection, found)
-        row = job_row(connection, found)
-    what = f"job {found} ({row['name']}, {row['items_total']:,} items)"
-    if _agreed(f"Forget {what}?", dry_run=dry_run, yes=yes):
-        purge_job(place.engine, found)
-        stderr.print(f"Forgotten: {what}.", markup=False)
-    else:
+        now = sum_up(connection, found)
+    what = f"job {found} ({now['name']}, {now['items']['total']:,} items)"
+    if not _agreed(f"Forget {what}?", dry_run=dry_run, yes=yes):
         stderr.print(f"Would go: {what}.", markup=False)
-    return {"jobs": 1, "months": [], "skipped": [], "dry_run": dry_run}
+        return {"jobs": 1, **_rows_of(now)}
+    gone = purge_job(place.engine, found)
+    stderr.print(f"Forgotten: {what}. Its usage rows stay.", markup=False)
+    return {"jobs": 1, **gone}
 
 
-def _purge_months(place: Place, before: str, *, dry_run: bool, yes: bool) -> dict[str, Any]:
+def _rows_of(status: Mapping[str, Any]) -> dict[str, int]:
+    """How many rows a job has, by its chunks' counts."""
+    counts = status["items"]
+    return {
+        "items": counts["total"],
+        "embeddings": counts["embedded"] + counts["reused"],
+        "rejects": counts["rejected"],
+        "chunks": sum(status["chunks"].values()),
+    }
+
+
+def _purge_months(engine: Engine, before: str, *, dry_run: bool, yes: bool) -> dict[str, Any]:
     month = parse_month(before)
     if month is None:
         raise UserError(f'--before "{before}": write the month as 2026-11.')
-    with place.engine.begin() as connection:
+    with engine.begin() as connection:
         months = months_before(connection, month)
-    going = [each for each in months if not each.unended]
-    for each in months:
-        if each.unended:
-            stderr.print(f"{each.name} stays: {each.unended:,} of its jobs haven't ended.")
-    count = sum(each.jobs for each in going)
-    what = f"{count:,} jobs of {len(going)} months" + (f", {going[0].name} to {going[-1].name}" if going else "")
+    skipped = {each.name: each.why_it_stays for each in months if each.why_it_stays}
+    going = [each for each in months if each.name not in skipped]
+    what = f"{sum(each.jobs for each in going):,} jobs of {', '.join(each.name for each in going)}"
     if going and _agreed(f"Forget {what}?", dry_run=dry_run, yes=yes):
-        for each in going:
-            purge_month(place.engine, each)
-        stderr.print(f"Forgotten: {what}.")
+        skipped |= {each.name: why for each in going if (why := purge_month(engine, each.first))}
+        going = [each for each in going if each.name not in skipped]
+        stderr.print(f"Forgotten: {sum(each.jobs for each in going):,} jobs of {len(going)} months; usage rows stay.")
     else:
         stderr.print(f"Would go: {what}." if going else "Nothing to purge.")
-    return {
-        "jobs": count,
-        "months": [each.name for each in going],
-        "skipped": [each.name for each in months if each.unended],
-        "dry_run": dry_run,
-    }
+    for name, why in skipped.items():
+        stderr.print(f"{name} stays: {why}.")
+    gone = {"jobs": sum(each.jobs for each in going), "months": [each.name for each in going]}
+    return {**gone, "skipped": skipped}
 
 
 def _agreed(question: str, *, dry_run: bool, yes: bool) -> bool:
@@ -90,4 +99,4 @@ def _agreed(question: str, *, dry_run: bool, yes: bool) -> bool:
         return not dry_run
     if not sys.stdin.isatty():
         raise UserError(f"{question} Nobody is there to ask; say --yes.")
-    return typer.confirm(question, abort=True)
+    return typer.confirm(question, abort=True, err=True)

@@ -14,7 +14,7 @@ from pipeline.cli import look
 from pipeline.cli.connect import Place, working
 from pipeline.cli.jobs import Job, Json, Workspace
 from pipeline.cli.oneshot import oneshot
-from pipeline.errors import UnknownModel
+from pipeline.errors import UnknownModel, UserError
 from pipeline.results import export
 from pipeline.store import embeddings, models
 
@@ -60,10 +60,14 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
 
     Raises:
         UnknownModel: the job's model is no longer in the catalogue.
+        UserError: its vectors aren't in Postgres.
     """
     with place.engine.begin() as connection:
         found = reading.find_job(connection, place.workspace_id, job)
         model = models.of_job(connection, found)
+        folder = reading.job_row(connection, found)["options"].get("output")
+    if folder:
+        raise UserError(f"the vectors of job {found} are Parquet files at {folder}; query them there, with DuckDB say.")
     if model is None:
         raise UnknownModel(
             f"the model of job {found} is no longer in the catalogue as it was; a query can't be embedded."
@@ -90,7 +94,10 @@ def hit_table(hits: list[dict[str, Any]]) -> Table:
     table.add_column("text")
     width = max(20, look.stdout.width - _KEY_WIDTH - 20)
     for hit in hits:
-        key, line = Text(hit["key"] or f"#{hit['index']}"), Text(" ".join((hit["text"] or "(text removed)").split()))
+        key, line = (
+            Text(hit["key"] or f"#{hit['index']}"),
+            Text(" ".join((hit["text"] or "(its text is not in Postgres)").split())),
+        )
         key.truncate(_KEY_WIDTH, overflow="ellipsis")
         line.truncate(width, overflow="ellipsis")
         table.add_row(f"{hit['similarity']:.3f}", key, line)

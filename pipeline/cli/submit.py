@@ -235,8 +235,11 @@ def planning(settings: Settings) -> Planning:
 
 
 def default_name(source: str) -> str:
-    """A job's name from its first source: the file's name without its endings."""
-    return "stdin" if source == "-" else Path(source).name.split(".")[0] or source
+    """A job's name from its first source: the file's name without its endings, or the folder that a glob begins in."""
+    if source == "-":
+        return "stdin"
+    plain = (part for part in reversed(Path(source).parts) if not any(sign in part for sign in "*?["))
+    return next(plain, source).split(".")[0] or source
 
 
 #: Files that take more are read by their workers, unless --by-value says otherwise.

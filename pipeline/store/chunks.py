@@ -288,11 +288,14 @@ def terminate_frozen_backends(connection: Connection, lease_seconds: float) -> l
 
 def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) -> Sequence[tuple[int, int]]:
     """The next claimable chunks of a job past id `after`: (id, estimated tokens)."""
+    # `between`, here and below: with `=` the order could be had from the primary key, and while its statistics are from
+    # before the job ran, the planner takes that and reads past all chunks that have ended.
     rows = connection.execute(
         text("""
             select id, estimated_tokens from vectormill.chunks
-            where job_id = :job and state = 'pending' and id > :after and (not_before is null or not_before <= now())
-            order by id limit :limit
+            where job_id between :job and :job and state = 'pending' and id > :after
+              and (not_before is null or not_before <= now())
+            order by job_id, id limit :limit
         """),
         {"job": job_id, "after": after, "limit": limit},
     )
@@ -307,8 +310,8 @@ def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int)
             set state = 'cancelled', cancelled = items - embedded - reused - rejected, finished_at = clock_timestamp()
             -- By place: a join would read the whole table for each batch.
             where ctid = any(array(select ctid from vectormill.chunks
-                                   where job_id = :job and state = 'pending' and id > :after
-                                   order by id limit :limit for update skip locked))
+                                   where job_id between :job and :job and state = 'pending' and id > :after
+                                   order by job_id, id limit :limit for update skip locked))
             returning id
         """),
         {"job": job_id, "after": after, "limit": limit},
@@ -317,14 +320,20 @@ def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int)
 
 
 def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
-    """Delete up to `limit` chunks of a job. Returns how many went."""
+    """Delete up to `limit` chunks of a job, and what is written down of their output. Returns how many went."""
     return connection.execute(
         text("""
-            delete from vectormill.chunks
-            where ctid = any(array(select ctid from vectormill.chunks where job_id = :job limit :limit))
+            with gone as (
+              delete from vectormill.chunks
+              where ctid = any(array(select ctid from vectormill.chunks where job_id = :job limit :limit))
+              returning id
+            ), parts as (
+              delete from vectormill.outputs where job_id = :job and chunk_id in (select id from gone)
+            )
+            select count(*) from gone
         """),
         {"job": job_id, "limit": limit},
-    ).rowcount
+    ).scalar_one()
 
 
 def has_open(connection: Connection, job_id: UUID) -> bool:
@@ -332,8 +341,8 @@ def has_open(connection: Connection, job_id: UUID) -> bool:
     # Not by `exists`, for which the planner would rather read the table until it meets one.
     first = connection.execute(
         text("""
-            select id from vectormill.chunks where job_id = :job and state in ('pending', 'running')
-            order by id limit 1
+            select id from vectormill.chunks where job_id between :job and :job and state in ('pending', 'running')
+            order by job_id, id limit 1
         """),
         {"job": job_id},
     )

@@ -6,15 +6,14 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
-from psycopg import sql
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, and_, delete, text
 
 from pipeline.jobs import Item, Reject
 from pipeline.store import binary
-from pipeline.store.database import copying, psycopg_connection
+from pipeline.store.database import copying
 from pipeline.store.embeddings import Rows
 from pipeline.store.partitions import leaf
-from pipeline.tables import SCHEMA
+from pipeline.tables import SCHEMA, metadata
 
 _Indexes = Sequence[int] | range | npt.NDArray[np.int64]
 #: jsonb's binary form starts with its version.
@@ -164,13 +163,11 @@ def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
     ).rowcount
 
 
-def delete_rows(connection: Connection, table: str, job_id: UUID, limit: int) -> int:
-    """Delete up to `limit` rows of a job from `items`, `embeddings` or `rejects`. Returns how many went."""
-    statement = sql.SQL("""
-        delete from {table} where job_id = %(job)s and index in
-          (select index from {table} where job_id = %(job)s order by index limit %(limit)s)
-    """).format(table=sql.Identifier(SCHEMA, table))
-    return psycopg_connection(connection).execute(statement, {"job": job_id, "limit": limit}).rowcount
+def delete_range(connection: Connection, table: str, job_id: UUID, first_index: int, count: int) -> int:
+    """Delete a job's rows of a range of indexes from `items`, `embeddings` or `rejects`. Returns how many went."""
+    rows = metadata.tables[f"{SCHEMA}.{table}"]
+    of_range = and_(rows.c.index >= first_index, rows.c.index < first_index + count)
+    return connection.execute(delete(rows).where(rows.c.job_id == job_id, of_range)).rowcount
 
 
 def remove_texts(connection: Connection, job_id: UUID, first_index: int, count: int) -> None:

@@ -353,6 +353,20 @@ def requeue(connection: Connection, job_id: UUID) -> None:
     )
 
 
+def give_up(connection: Connection, job_id: UUID) -> bool:
+    """Let a job that has ended never be retried, as if its texts were removed. False: it hasn't, or there is none."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs set texts_removed_at = coalesce(texts_removed_at, now())
+            where id = :job and state in ('completed', 'failed', 'cancelled')
+        """),
+            {"job": job_id},
+        ).rowcount
+        == 1
+    )
+
+
 def delete(connection: Connection, job_id: UUID) -> bool:
     """Forget a job that has ended, with its chunks, inputs and outputs. False: it hasn't, or there is none."""
     return (
@@ -364,15 +378,13 @@ def delete(connection: Connection, job_id: UUID) -> bool:
     )
 
 
-def made_before(connection: Connection, first_id: UUID, after: UUID, limit: int) -> list[RowMapping]:
-    """A page of the jobs of all workspaces with an id below `first_id`, from the first past `after`: id and state."""
+def ids_between(connection: Connection, first_id: UUID, end_id: UUID, limit: int) -> list[UUID]:
+    """The first ids of jobs of all workspaces from `first_id` to before `end_id`, in order."""
     rows = connection.execute(
-        text("""
-            select id, state from vectormill.jobs where id < :first and id > :after order by id limit :limit
-        """),
-        {"first": first_id, "after": after, "limit": limit},
+        text("select id from vectormill.jobs where id >= :first and id < :end order by id limit :limit"),
+        {"first": first_id, "end": end_id, "limit": limit},
     )
-    return list(rows.mappings())
+    return list(rows.scalars())
 
 
 def count_between(connection: Connection, first_id: UUID, end_id: UUID) -> tuple[int, int]:
@@ -397,6 +409,11 @@ def save_progress(connection: Connection, job_id: UUID, progress: Mapping[str, A
         """),
         {"job": job_id, "progress": json.dumps(progress)},
     )
+
+
+def flush(connection: Connection, job_id: UUID) -> None:
+    """A write whose commit is waited for: what was committed before it is on disk with it."""
+    connection.execute(text("update vectormill.jobs set progress = progress where id = :job"), {"job": job_id})
 
 
 def fresh_progress(connection: Connection, job_id: UUID, seconds: float) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from psycopg import sql
+from psycopg.errors import LockNotAvailable
 from sqlalchemy import Connection, text
 
 from pipeline.store.database import psycopg_connection
@@ -76,17 +77,26 @@ def months(connection: Connection) -> list[datetime]:
     return sorted(datetime.strptime(name, "items_%Y_%m").replace(tzinfo=UTC) for name in names)
 
 
-def drop_month(connection: Connection, month: datetime) -> None:
-    """Drop a month's partitions, with all rows in them."""
-    connection.execute(text("select pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-    driver = psycopg_connection(connection)
-    for table in PARTITIONED:
-        driver.execute(sql.SQL("drop table if exists {}").format(sql.Identifier(SCHEMA, _name(table, month))))
+def drop(connection: Connection, table: str, month: datetime, lock_seconds: float) -> bool:
+    """Drop a month's partition of `table`, with all rows in it. False: others used the table for so long."""
+    connection.execute(text("select set_config('lock_timeout', :limit, true)"), {"limit": f"{lock_seconds}s"})
+    statement = sql.SQL("drop table if exists {}").format(sql.Identifier(SCHEMA, _name(table, month)))
+    try:
+        with connection.begin_nested():
+            psycopg_connection(connection).execute(statement)
+    except LockNotAvailable:
+        return False
+    return True
+
+
+def this_month(connection: Connection) -> datetime:
+    """The first moment of the current month, by the database's clock."""
+    now: datetime = connection.execute(text("select now()")).scalar_one()
+    return now.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
 
 
 def make_ahead(connection: Connection) -> None:
     """Make this month's and the next month's partitions, by the database's clock."""
-    now: datetime = connection.execute(text("select now()")).scalar_one()
-    month = now.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    month = this_month(connection)
     make_month(connection, month)
     make_month(connection, next_month(month))

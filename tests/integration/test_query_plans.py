@@ -73,6 +73,30 @@ def _big_database(servers: Running) -> Iterator[Engine]:
         engine.dispose()
 
 
+@pytest.fixture(scope="module")
+def outdated(servers: Running) -> Iterator[tuple[Engine, UUID, UUID]]:
+    """A job of 250,000 chunks whose first half has ended since the last analyze, and a small one."""
+    with new_database(servers.database_url) as url:
+        engine = make_engine(url, application="vectormill-tests")
+        run_sql(engine, "alter table vectormill.chunks set (autovacuum_enabled = false)")
+        model = make_model(engine)
+        job, small = make_job(engine, model, 4), make_job(engine, model, 8)
+        run_sql(
+            engine,
+            """
+            insert into vectormill.chunks (job_id, ordinal, first_index, items, estimated_tokens)
+            select :job, n, n * 4, 4, 10 from generate_series(1, :count - 1) n
+            """,
+            job=job,
+            count=_CHUNKS,
+        )
+        run_sql(engine, "analyze vectormill.chunks, vectormill.jobs")
+        half = "update vectormill.chunks set state = 'done' where job_id = :job and ordinal < :half"
+        run_sql(engine, half, job=job, half=_CHUNKS // 2)
+        yield engine, job, small
+        engine.dispose()
+
+
 def plan(connection: Connection, act: Any) -> str:
     """The plans of all statements that `act` runs; what they do is rolled back."""
     statements: list[tuple[str, Any]] = []
@@ -146,3 +170,24 @@ def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str
     assert index in found, found
     if name != "reopen":
         assert "Seq Scan on chunks" not in found, found
+
+
+@pytest.mark.parametrize("name", ["pending_after", "has_open", "cancel_pending"])
+def test_old_statistics_mislead_nobody(outdated: tuple[Engine, UUID, UUID], name: str) -> None:
+    engine, job, _ = outdated
+    acts = {
+        "pending_after": lambda c: chunks.pending_after(c, job, 0, 8),
+        "has_open": lambda c: chunks.has_open(c, job),
+        "cancel_pending": lambda c: chunks.cancel_pending(c, job, 0, 5_000),
+    }
+    with engine.connect() as connection:
+        found = plan(connection, acts[name])
+    assert "using chunks_open_idx" in found, found
+    assert "Seq Scan" not in found, found
+
+
+def test_a_small_jobs_sums_leave_the_others_alone(outdated: tuple[Engine, UUID, UUID]) -> None:
+    engine, _, small = outdated
+    with engine.connect() as connection:
+        found = plan(connection, lambda c: chunks.sums(c, small))
+    assert "chunks_job_id_first_index_key" in found, found

@@ -82,3 +82,28 @@ def test_estimates() -> None:
 @pytest.mark.parametrize(("seconds", "rate", "tokens"), [(10, 1500, 15_000), (0.5, 3, 2), (0.001, 1, 1)])
 def test_chunks_are_sized_by_work(seconds: float, rate: float, tokens: int) -> None:
     assert chunk_tokens(seconds, rate) == tokens
+
+
+@given(st.lists(ITEMS, max_size=8), LIMITS)
+def test_no_chunk_goes_across_a_break(files: list[list[Item]], limits: Limits) -> None:
+    planner = Planner(limits)
+    found: list[Range] = []
+    ends = {0}
+    for file in files:
+        tokens, sizes = np.array(file, dtype=np.int64).reshape(-1, 2).T
+        found += planner.add(tokens, sizes)
+        found += planner.break_off()
+        ends.add(max(ends) + len(file))
+    found += planner.finish()
+    starts = [chunk.first_index for chunk in found]
+    assert starts == [0, *(chunk.first_index + chunk.items for chunk in found)][: len(found)]
+    assert sum(chunk.items for chunk in found) == max(ends)
+    assert ends - {max(ends)} <= {*starts, 0}
+
+
+def test_many_small_files_hold_little_back() -> None:
+    planner = Planner(Limits(tokens=800, items=100, bytes=10_000))
+    out = 0
+    for _ in range(1_000):
+        out += len([*planner.add(np.array([1]), np.array([4])), *planner.break_off()])
+    assert out >= 950

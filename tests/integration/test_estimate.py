@@ -1,0 +1,88 @@
+"""What a job would take, held against what it takes, with the real tokeniser."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from pipeline.errors import SourceError
+from pipeline.estimate import estimate
+from pipeline.jobs import Model
+from pipeline.sources import Columns, Corpus
+from pipeline.submit import Options
+from tests.jobs_made import make_model
+from workers.encoder import Encoder
+
+_DOCUMENTS = 20_000
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fifth of its texts are doubles, one in a thousand is empty, and lengths differ widely."""
+    path = tmp_path_factory.mktemp("corpus") / "docs.jsonl"
+    with path.open("w") as file:
+        for n in range(_DOCUMENTS):
+            same = n - 1 if n % 5 == 4 else n
+            text = "" if n % 1_000 == 999 else f"{same} mill " * (same * 7_919 % 97 + 1)
+            file.write(json.dumps({"id": n, "text": text}) + "\n")
+    return path
+
+
+@pytest.fixture
+def model(engine: Engine) -> Model:
+    return replace(make_model(engine, tokens_per_second=10_000.0), max_item_tokens=64, dimensions=384)
+
+
+@pytest.fixture(scope="module")
+def encoder(static_model: Path) -> Encoder:
+    return Encoder(static_model, "cpu")
+
+
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_the_truth_lies_in_the_interval(corpus: Path, model: Model, encoder: Encoder, by_reference: bool) -> None:
+    def tokenise(texts: Sequence[str], most: int | None) -> tuple[Sequence[int], Sequence[bool]]:
+        read = encoder.tokenise(list(texts), most)
+        return read.lengths.tolist(), read.truncated.tolist()
+
+    source = Corpus([str(corpus)], Columns(), 100_000)
+    found = estimate(source, model, Options(name="x", by_reference=by_reference), 2, tokenise)
+    texts = [text.decode() for rows in source.blocks() for text in rows.texts if text]
+    lengths, cut = tokenise(texts, 64)
+    assert found["items"]["total"] == _DOCUMENTS
+    tokens = found["tokens"]
+    margin = (tokens["high"] - tokens["low"]) / 2
+    assert abs(sum(lengths) - tokens["total"]) < 2 * margin
+    assert 0 < margin < tokens["total"] / 20
+    assert found["truncated"]["share"] == pytest.approx(sum(cut) / len(cut), abs=0.05)
+    assert found["time"] == {"seconds": round(tokens["total"] / 20_000, 1), "slots": 2, "tokens_per_second": 20_000.0}
+    if by_reference:
+        assert tokens["sampled_items"] == pytest.approx(2_000, abs=20)
+    else:
+        assert found["items"]["rejected"] == 20
+        assert found["duplicates"]["share"] == pytest.approx(1 - len(set(texts)) / len(texts), abs=1e-4)
+
+
+def test_where_the_bytes_go(corpus: Path, model: Model) -> None:
+    def tokenise(texts: Sequence[str], _: int | None) -> tuple[Sequence[int], Sequence[bool]]:
+        return [1] * len(texts), [False] * len(texts)
+
+    def of(**options: object) -> dict[str, int]:
+        made = Options(name="x", **options)  # type: ignore[arg-type]
+        found: dict[str, int] = estimate(Corpus([str(corpus)], Columns(), 100_000), model, made, 0, tokenise)["bytes"]
+        return found
+
+    rows, halves, files = of(), of(dtype="float16"), of(by_reference=True, output="/somewhere")
+    assert files["postgres"] == 0
+    assert 384 * 4 * _DOCUMENTS < files["parquet"] < 384 * 4 * _DOCUMENTS * 1.1
+    assert rows["parquet"] == 0
+    assert rows["postgres"] > 384 * 4 * _DOCUMENTS
+    assert halves["postgres"] < rows["postgres"] - 384 * _DOCUMENTS
+
+
+def test_a_wrong_column_is_said(corpus: Path, model: Model) -> None:
+    source = Corpus([str(corpus)], Columns(text="body"), 100)
+    with pytest.raises(SourceError, match='no column "body"'):
+        estimate(source, model, Options(name="x"), 0, lambda texts, _: ([], []))
