@@ -64,6 +64,13 @@ class _Table:
             self._raw.close()
             raise
         self._texts = [name for name in self._wanted if _is_text(schema.field(name).type)]
+        paths = [self.metadata.schema.column(at).path for at in range(self.metadata.num_columns)]
+        # A nested column is stored as several.
+        self._stored = [
+            at
+            for at, path in enumerate(paths)
+            if any(path == column or path.startswith(f"{column}.") for column in self._wanted)
+        ]
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +116,12 @@ class _Table:
 
     def average_bytes(self, group: int) -> int:
         """What a row of a group takes unpacked, before dictionaries unfold; at least 1."""
-        return _average_bytes(self.metadata.row_group(group), self._wanted, self._name)
+        found = self.metadata.row_group(group)
+        stored = [found.column(at) for at in self._stored]
+        unpacked: int = sum(column.total_uncompressed_size for column in stored)
+        if is_bomb(sum(column.total_compressed_size for column in stored), unpacked):
+            raise SourceError(f"{self._name}: the data grows over 1,000-fold; write it again with less compression.")
+        return max(1, unpacked // max(1, found.num_rows))
 
 
 def _metadata(raw: BinaryIO, name: str) -> pq.FileMetaData:
@@ -187,22 +199,6 @@ def _is_json(kind: pa.DataType) -> bool:
     if pa.types.is_nested(kind):
         return all(_is_json(kind.field(at).type) for at in range(kind.num_fields))
     return _is_plain(kind)
-
-
-def _average_bytes(group: pq.RowGroupMetaData, wanted: list[str], name: str) -> int:
-    """What a row of the group takes unpacked, before dictionaries unfold; at least 1."""
-    packed: int = 0
-    unpacked: int = 0
-    for at in range(group.num_columns):
-        chunk = group.column(at)
-        path = chunk.path_in_schema
-        if any(path == column or path.startswith(f"{column}.") for column in wanted):
-            packed += chunk.total_compressed_size
-            unpacked += chunk.total_uncompressed_size
-    if is_bomb(packed, unpacked):
-        raise SourceError(f"{name}: the data grows over 1,000-fold; write it again with less compression.")
-    rows: int = group.num_rows
-    return max(1, unpacked // max(1, rows))
 
 
 def _longest_bytes(folded: pq.ParquetFile, group: int, texts: list[str]) -> int:

@@ -102,7 +102,26 @@ def test_transitions(
                 ask(engine, what, job_id)
 
 
-@pytest.mark.parametrize("what", [control.cancel, control.pause, control.resume, control.retry])
+def test_a_job_that_hasnt_ended_gets_another_priority(engine: Engine, model: Model) -> None:
+    job_id, other = make_job(engine, model), make_job(engine, model)
+    for before in JobState:
+        set_state(engine, job_id, before)
+        run_sql(engine, "update vectormill.jobs set priority = 0")
+        if before.ended:
+            with pytest.raises(IllegalTransition, match=f"is {before} and can't be given another priority"):
+                ask(engine, to_seven, job_id)
+            assert job_row(engine, job_id)["priority"] == 0
+        else:
+            ask(engine, to_seven, job_id)
+            row = job_row(engine, job_id)
+            assert (row["priority"], row["state"], job_row(engine, other)["priority"]) == (7, before, 0)
+
+
+def to_seven(connection: Connection, job_id: UUID) -> None:
+    control.prioritise(connection, job_id, 7)
+
+
+@pytest.mark.parametrize("what", [control.cancel, control.pause, control.resume, control.retry, to_seven])
 def test_a_job_that_isnt_there(engine: Engine, what: Ask) -> None:
     with pytest.raises(UnknownJob):
         ask(engine, what, UUID(int=7))

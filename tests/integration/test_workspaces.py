@@ -1,0 +1,106 @@
+"""Workspaces, by their commands."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from pipeline.catalog import find_model, workspace_id
+from pipeline.cli import main
+from pipeline.errors import UnknownModel
+from pipeline.jobs import Model
+from tests.jobs_made import make_job, make_model
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    database: str,
+    redis_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
+    """Run `vectormill workspaces`; its exit code and what it printed."""
+    for name, value in (("DATABASE_URL", database), ("REDIS_URL", redis_url), ("HOME", str(tmp_path))):
+        monkeypatch.setenv(f"VECTORMILL_{name}", value)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vectormill", "workspaces", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(str(ended.value.code)), printed.out, printed.err
+
+    return run
+
+
+def listed(run: Run) -> list[dict[str, Any]]:
+    code, out, err = run("list", "--json")
+    assert (code, err) == (0, "")
+    found: list[dict[str, Any]] = json.loads(out)
+    return found
+
+
+def test_a_workspace_is_made_with_its_weight_and_models(engine: Engine, model: Model, run: Run) -> None:
+    make_model(engine, "large")
+    assert run("create", "search", "--weight", "3", "--model", "small", "--model", "large") == (
+        0,
+        "",
+        "Workspace search added.\n",
+    )
+    with engine.begin() as connection:
+        search = workspace_id(connection, "search")
+        assert find_model(connection, search, "large").name == "large"
+    make_job(engine, model, workspace=search)
+    assert listed(run) == [
+        {"name": "default", "weight": 1.0, "models": ["large", "small"], "jobs": 0},
+        {"name": "search", "weight": 3.0, "models": ["large", "small"], "jobs": 1},
+    ]
+    code, out, _ = run("list")
+    assert (code, [line.split() for line in out.splitlines()][2]) == (0, ["search", "3", "1", "large,", "small"])
+
+
+def test_a_new_workspace_may_use_no_model(engine: Engine, model: Model, run: Run) -> None:
+    code, out, err = run("create", "search")
+    assert (code, out) == (0, "")
+    assert "vectormill workspaces set search --model NAME" in err
+    with engine.begin() as connection, pytest.raises(UnknownModel):
+        find_model(connection, workspace_id(connection, "search"), "small")
+
+
+def test_set_changes_what_is_named_and_nothing_else(engine: Engine, model: Model, run: Run) -> None:
+    make_model(engine, "large")
+    run("create", "search", "--weight", "2", "--model", "small")
+    assert run("set", "search", "--weight", "0.5") == (0, "", "Workspace search changed.\n")
+    assert listed(run)[1] == {"name": "search", "weight": 0.5, "models": ["small"], "jobs": 0}
+    assert run("set", "search", "--model", "large")[0] == 0
+    assert listed(run)[1] == {"name": "search", "weight": 0.5, "models": ["large"], "jobs": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("create", "default"), 'workspace "default": there is one of this name.'),
+        (("create", "My Team"), 'workspace "My Team": use lower-case letters, digits, - and _.'),
+        (("create", "search", "--weight", "0"), "--weight 0: give a number above 0."),
+        (("create", "search", "--weight", "-1"), "--weight -1: give a number above 0."),
+        (("create", "search", "--weight", "nan"), "--weight nan: give a number above 0."),
+        (("create", "search", "--model", "none"), 'no model "none"; vectormill models list shows them.'),
+        (("set", "search", "--weight", "1"), 'no workspace "search".'),
+        (("set", "default"), "nothing to change; give --weight or --model."),
+        (("set", "default", "--weight", "0"), "--weight 0: give a number above 0."),
+        (("set", "default", "--weight", "2", "--model", "none"), 'no model "none"; vectormill models list shows them.'),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_changes_nothing(
+    model: Model, run: Run, arguments: tuple[str, ...], sentence: str
+) -> None:
+    before = listed(run)
+    assert run(*arguments) == (2, "", f"error {sentence}\n")
+    assert listed(run) == before
