@@ -118,9 +118,7 @@ def occupy(folder: str, job_id: UUID) -> None:
 
 def vacate(folder: str, job_id: UUID) -> None:
     """Delete what a job has left below `_staging`."""
-    staging = _staging(folder, job_id)
-    for name in list(storage.names_below(staging)):
-        storage.delete(storage.join(staging, name))
+    storage.delete_folder(_staging(folder, job_id))
 
 
 def deliver(folder: str, job_id: UUID, outputs: Sequence[Output], about: Mapping[str, Any]) -> None:

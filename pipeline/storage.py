@@ -5,6 +5,7 @@ Credentials come from the environment alone, by the names that each provider's o
 
 import io
 import os
+import shutil
 import stat as modes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -262,8 +263,11 @@ def write(uri: str, data: bytes | memoryview) -> None:
         if is_remote(uri):
             bucket, path = _split(uri)
             obstore.put(_store(bucket), path, bytes(data), use_multipart=False)
-        else:
+            return
+        try:
             _write_local(Path(uri), data)
+        except (NotADirectoryError, FileExistsError):
+            raise StorageRefused(f"{uri}: there is a file where a folder must be.") from None
 
 
 def _write_local(path: Path, data: bytes | memoryview) -> None:
@@ -317,6 +321,18 @@ def delete(uri: str) -> None:
             os.unlink(uri)
 
 
+def delete_folder(uri: str) -> None:
+    """Delete a folder with all that is below it, and the one that it is in, if nothing else is there."""
+    if is_remote(uri):  # where folders are but parts of names
+        for name in list(names_below(uri)):
+            delete(join(uri, name))
+        return
+    with _reported(uri), suppress(FileNotFoundError):
+        shutil.rmtree(uri)
+        with suppress(OSError):
+            os.rmdir(os.path.dirname(uri))
+
+
 def _split(uri: str) -> tuple[str, str]:
     """A URI as bucket, with its scheme, and path."""
     parts = urlsplit(uri)
@@ -326,7 +342,8 @@ def _split(uri: str) -> tuple[str, str]:
 
 
 def _store(bucket: str) -> Any:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    endpoint = next((os.environ[name] for name in names if os.environ.get(name)), "")
     return _client_of(bucket, endpoint)
 
 

@@ -94,6 +94,7 @@ def _from_postgres(fleet: Fleet, job: UUID) -> Written:
 def _from_files(folder: Path) -> Written:
     """As a reader of the folder sees them."""
     assert (folder / "_SUCCESS").exists()
+    assert not (folder / "_staging").exists()
     manifest = json.loads((folder / "_manifest.json").read_bytes())
     assert {file["name"] for file in manifest["files"]} == {path.name for path in folder.glob("*.parquet")}
     table = ds.dataset(folder).to_table().sort_by("index")

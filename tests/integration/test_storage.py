@@ -98,6 +98,23 @@ def test_moving_may_be_repeated(folder: str) -> None:
         storage.move(source, target)
 
 
+def test_a_folder_goes_with_all_that_is_in_it(folder: str) -> None:
+    for name in ("out/_staging/job/.hidden", "out/_staging/job/a", "out/_staging/other/b"):
+        put(folder, name)
+    for job in ("job", "job", "none"):
+        storage.delete_folder(storage.join(folder, f"out/_staging/{job}"))
+    assert list(storage.names_below(folder)) == ["out/_staging/other/b"]
+    storage.delete_folder(storage.join(folder, "out/_staging/other"))
+    assert list(storage.names_below(folder)) == []
+    assert not Path(folder, "out/_staging").exists()
+
+
+def test_a_file_where_a_folder_must_be(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(StorageRefused, match="there is a file where a folder must be"):
+        storage.write(str(tmp_path / "out" / "part"), b"x")
+
+
 def test_listings_leave_out_what_is_hidden(folder: str) -> None:
     for name in ("a", "x/b", "_staging/c", "x/.d", "_e"):
         put(folder, name)
