@@ -193,7 +193,12 @@ def _gather(pieces: Iterator[bytes], packing: str) -> Iterator[bytes]:
                 parts, size = [], 0
     except EOFError:
         broken = BrokenStreamError(f"the {packing} data ends early", "the file is truncated")
-    except (zlib.error, zstandard.ZstdError):
+    except zstandard.ZstdError as error:
+        # The library holds 128 MiB of what it has unpacked, no more.
+        fault = "needs too much memory" if "too much memory" in str(error) else "is damaged"
+        mend = "pack it again without --long" if "too much memory" in str(error) else "make the file again"
+        broken = BrokenStreamError(f"the {packing} data {fault}", mend)
+    except zlib.error:
         broken = BrokenStreamError(f"the {packing} data is damaged", "make the file again")
     except OverflowError:
         broken = BrokenStreamError(f"the {packing} data grows over 1,000-fold", "unpack it first if that is right")

@@ -11,9 +11,10 @@ from pipeline import control, dispatch, status
 from pipeline.dispatch import Dispatcher
 from pipeline.jobs import JobState, Model
 from pipeline.publish import Publisher
+from pipeline.store import chunks
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, servers
-from tests.jobs_made import job_row, make_job, make_model, run_sql
+from tests.jobs_made import WORKER, job_row, make_job, make_model, run_sql
 
 _STATUS_CHUNKS = 250_000
 _CONTROL_CHUNKS = 100_000
@@ -25,7 +26,7 @@ _TURN_SECONDS = 0.05
 Act = Callable[[Dispatcher, UUID], None]
 
 
-def _measure(chunks: int, before: Act, act: Act, limit_ms: float, rounds: Rounds) -> Values:
+def _measure(count: int, before: Act, act: Act, limit_ms: float, rounds: Rounds) -> Values:
     """Milliseconds of one act on a job of so many chunks, a fresh job each round."""
     with servers() as running, connected(running) as place:
         publisher = Publisher(running.redis_url)
@@ -33,7 +34,7 @@ def _measure(chunks: int, before: Act, act: Act, limit_ms: float, rounds: Rounds
         model = make_model(place.engine)
 
         def once(_: int) -> float:
-            job = _job(place.engine, model, chunks)
+            job = _job(place.engine, model, count)
             before(dispatcher, job)
             begin = time.perf_counter()
             act(dispatcher, job)
@@ -74,10 +75,32 @@ def _half_done(dispatcher: Dispatcher, job: UUID) -> None:
     dispatch.snapshot(dispatcher)
 
 
+def _first_half_done(dispatcher: Dispatcher, job: UUID) -> None:
+    """As workers leave it, before the next vacuum or analyze."""
+    statement = """
+        update vectormill.chunks set state = 'done', embedded = items, prompt_tokens = 40, finished_at = now()
+        where job_id = :job and ordinal < :half
+    """
+    run_sql(dispatcher.engine, statement, job=job, half=_STATUS_CHUNKS // 2)
+    _tick(dispatcher, job)
+
+
 def _tick(dispatcher: Dispatcher, _: UUID) -> None:
     """What the dispatcher does four times a second."""
     for duty in (dispatch.publish, dispatch.drain, dispatch.finish):
         duty(dispatcher)
+
+
+def _find(dispatcher: Dispatcher, job: UUID) -> None:
+    with dispatcher.engine.begin() as connection:
+        assert len(chunks.pending_after(connection, job, 0, 8)) == 8
+
+
+def _claim(dispatcher: Dispatcher, job: UUID) -> None:
+    """Of the chunk that is met first from the start, past all that have ended."""
+    with dispatcher.engine.begin() as connection:
+        ((chunk, _),) = chunks.pending_after(connection, job, 0, 1)
+        assert chunks.claim(connection, job, chunk, worker_id=WORKER, task_id="benchmark", lease_seconds=30)
 
 
 def _status(dispatcher: Dispatcher, job: UUID) -> None:
@@ -125,12 +148,14 @@ def _ask(dispatcher: Dispatcher, act: Callable[[Connection], object]) -> None:
         act(connection)
 
 
-def _benchmark(name: str, chunks: int, before: Act, act: Act, limit_ms: float) -> Benchmark:
-    return Benchmark(name=name, target=1.0, unit="ms", measure=partial(_measure, chunks, before, act, limit_ms))
+def _benchmark(name: str, count: int, before: Act, act: Act, limit_ms: float) -> Benchmark:
+    return Benchmark(name=name, target=1.0, unit="ms", measure=partial(_measure, count, before, act, limit_ms))
 
 
 BENCHMARKS = (
-    _benchmark("tick_250k_chunks", _STATUS_CHUNKS, _half_done, _tick, 20),
+    _benchmark("pending_250k_chunks", _STATUS_CHUNKS, _first_half_done, _find, 10),
+    _benchmark("claim_250k_chunks", _STATUS_CHUNKS, _first_half_done, _claim, 10),
+    _benchmark("tick_250k_chunks", _STATUS_CHUNKS, _first_half_done, _tick, 20),
     _benchmark("status_250k_chunks", _STATUS_CHUNKS, _half_done, _status, 50),
     _benchmark("cancel_100k_chunks", _CONTROL_CHUNKS, _tick, _cancel, 2_000),
     _benchmark("retry_100k_chunks", _CONTROL_CHUNKS, _all_rejected, _retry, 2_000),

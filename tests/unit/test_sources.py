@@ -536,11 +536,49 @@ def test_truncated_packed_files(ending: str, packing: str) -> None:
     assert refusal(name) == f"{name}: the {packing} data ends early after line 20,000; the file is truncated."
 
 
-def test_a_bomb_is_refused() -> None:
-    put("a.jsonl.zst", zstandard.compress(GOOD.encode() + b" " * 300 * MIB))
-    assert refusal("a.jsonl.zst") == (
-        "a.jsonl.zst: the zstd data grows over 1,000-fold after line 1; unpack it first if that is right."
+def _planned(name: str) -> int:
+    corpus = Corpus([name], Columns(), ITEM_BYTES)
+    return sum(len(places.sizes) for places in corpus.places(corpus.files[0]))
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("packing", ["zstd", "gzip"])
+def test_a_bomb_is_refused(packing: str, planned: bool) -> None:
+    bomb = GOOD.encode() + b" " * 300 * MIB
+    name = "a.jsonl.zst" if packing == "zstd" else "a.jsonl.gz"
+    put(name, zstandard.compress(bomb) if packing == "zstd" else gzip.compress(bomb))
+    with pytest.raises(SourceError) as refused:
+        _planned(name) if planned else read(name)
+    # The best that gzip does is 1,032-fold.
+    assert str(refused.value).endswith(
+        f"{name}: the {packing} data grows over 1,000-fold after line 1; unpack it first if that is right."
     )
+
+
+def test_a_zstd_window_past_what_is_held_is_refused() -> None:
+    wide = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)
+    packer = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    put("a.jsonl.zst", packer.compress(GOOD.encode()) + packer.flush())
+    assert refusal("a.jsonl.zst") == (
+        "a.jsonl.zst: the zstd data needs too much memory after line 0; pack it again without --long."
+    )
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_parquet_bomb_is_refused_by_its_metadata(planned: bool) -> None:
+    text = "a text of a hundred letters that stands in the file a great many times, and in the page only once. "
+    table = pa.table({"text": pa.array([text * 10] * 400_000)})
+    pq.write_table(table, "a.parquet", compression="zstd", use_dictionary=False, data_page_size=512 * MIB)
+    with pytest.raises(SourceError, match=r"a\.parquet: the data grows over 1,000-fold; write it again with less"):
+        _planned("a.parquet") if planned else read("a.parquet")
+
+
+def test_schemas_that_differ_are_told_by_the_file() -> None:
+    Path("f").mkdir()
+    put_parquet("f/a.parquet", {"text": ["t"], "n": [1]})
+    put_parquet("f/b.parquet", {"body": ["t"], "n": [1]})
+    with pytest.raises(SourceError, match=r"f/b\.parquet: no column \"text\"; columns are body, n"):
+        read("f")
 
 
 def test_a_byte_order_mark_is_no_text() -> None:
