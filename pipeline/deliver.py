@@ -8,11 +8,13 @@ from uuid import UUID
 
 import structlog
 from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy.exc import DataError, ProgrammingError
 
 from pipeline import control, parts
 from pipeline.errors import StorageRefused
 from pipeline.jobs import JobState, Reason
 from pipeline.store import into, jobs, outputs
+from pipeline.store.database import plain_reason
 from pipeline.store.into import Into
 
 log = structlog.get_logger()
@@ -51,13 +53,20 @@ class Deliveries:
             self._deliver(job_id, options)
             self._done.add(job_id)
         except StorageRefused as error:
-            with self._engine.begin() as connection:
-                control.pause_for(connection, job_id, Reason.STORAGE_REFUSED, str(error))
+            self._pause(job_id, Reason.STORAGE_REFUSED, str(error))
+        except (ProgrammingError, DataError) as error:
+            self._pause(
+                job_id, Reason.TABLE_REFUSED, f"the index that --hnsw asks for can't be built ({plain_reason(error)})"
+            )
         except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed, and the log says it
             log.warning("delivery_failed", job=str(job_id), error=type(error).__name__, message=str(error)[:500])
             time.sleep(_AGAIN_SECONDS)
         finally:
             self._under_way.discard(job_id)
+
+    def _pause(self, job_id: UUID, reason: Reason, message: str) -> None:
+        with self._engine.begin() as connection:
+            control.pause_for(connection, job_id, reason, message)
 
     def _deliver(self, job_id: UUID, options: dict[str, Any]) -> None:
         if folder := options.get("output"):

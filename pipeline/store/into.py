@@ -78,6 +78,8 @@ def check(connection: Connection, name: str, *, key_column: str, dimensions: int
     """
     row = _table(connection, name)
     place = f"--into {name}"
+    if hnsw and not row["may_index"]:
+        raise UserError(f"{place}: --hnsw needs a plain table that vectormill's role owns; leave it out.")
     columns = {column["name"]: column for column in _columns(connection, row["oid"])}
     key = columns.get(key_column)
     if key is None:
@@ -109,7 +111,8 @@ def _table(connection: Connection, name: str) -> RowMapping:
     query = text("""
         select c.oid, n.nspname as schema, c.relname as table, c.relkind in ('r', 'p') as is_table,
                has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
-                 and has_table_privilege(c.oid, 'update') as may_write
+                 and has_table_privilege(c.oid, 'update') as may_write,
+               c.relkind = 'r' and pg_has_role(c.relowner, 'usage') as may_index
         from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = to_regclass(:name)
     """)
     try:
@@ -182,23 +185,27 @@ def build_hnsw(connection: Connection, into: Into) -> None:
     """Build an index for nearest neighbours by cosine, on an autocommit connection; readers and writers go on.
 
     One that an earlier try left invalid is built afresh.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: the table refuses it, or the connection was lost.
     """
     name = f"{into.table[:40]}_{into.vector_column[:12]}_hnsw"
-    driver = psycopg_connection(connection)
-    invalid = driver.execute(
-        "select 1 from pg_index where indexrelid = to_regclass(%s) and not indisvalid",
-        (f"{_quoted(into.schema)}.{_quoted(name)}",),
-    ).fetchone()
-    if invalid:
-        driver.execute(sql.SQL("drop index concurrently {}").format(sql.Identifier(into.schema, name)))
-    driver.execute(
-        sql.SQL("create index concurrently if not exists {} on {} using hnsw ({} {})").format(
-            sql.Identifier(name),
-            into.name,
-            sql.Identifier(into.vector_column),
-            sql.Identifier(f"{into.vector_type}_cosine_ops"),
+    with errors_as_sqlalchemys():
+        driver = psycopg_connection(connection)
+        invalid = driver.execute(
+            "select 1 from pg_index where indexrelid = to_regclass(%s) and not indisvalid",
+            (f"{_quoted(into.schema)}.{_quoted(name)}",),
+        ).fetchone()
+        if invalid:
+            driver.execute(sql.SQL("drop index concurrently {}").format(sql.Identifier(into.schema, name)))
+        driver.execute(
+            sql.SQL("create index concurrently if not exists {} on {} using hnsw ({} {})").format(
+                sql.Identifier(name),
+                into.name,
+                sql.Identifier(into.vector_column),
+                sql.Identifier(f"{into.vector_type}_cosine_ops"),
+            )
         )
-    )
 
 
 def _quoted(name: str) -> str:

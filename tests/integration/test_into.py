@@ -1,5 +1,7 @@
 """Vectors in the user's own table, by key."""
 
+import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,13 +10,14 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 
+from pipeline.deliver import Deliveries
 from pipeline.errors import UserError
 from pipeline.intake import read_chunk
 from pipeline.jobs import Claim, RejectCode
-from pipeline.store import into
+from pipeline.store import into, jobs
 from pipeline.store.into import Into
 from pipeline.writeback import write_chunk
-from tests.jobs_made import DIMENSIONS, DONE, make_job, make_model, part_of, run_sql, taken, vectors_of
+from tests.jobs_made import DIMENSIONS, DONE, job_row, make_job, make_model, part_of, run_sql, taken, vectors_of
 
 _TABLE = "create table public.docs (id text primary key, title text, embedding vector(4))"
 
@@ -149,3 +152,31 @@ def test_the_index_is_built_and_may_be_built_again(engine: Engine) -> None:
         into.build_hnsw(connection, target)
     valid = "select indisvalid from pg_index where indexrelid = 'public.docs_embedding_hnsw'::regclass"
     assert run_sql(engine, valid) == [(True,)]
+
+
+def test_no_index_on_partitions(engine: Engine) -> None:
+    run_sql(engine, "create table public.docs (id text primary key, embedding vector(4)) partition by hash (id)")
+    assert checked(engine)
+    with pytest.raises(UserError, match="--hnsw needs a plain table that vectormill's role owns"):
+        checked(engine, hnsw=True)
+
+
+def test_a_table_that_refuses_its_index_pauses_the_job(engine: Engine) -> None:
+    run_sql(engine, _TABLE)
+    target = checked(engine, hnsw=True)
+    claim = claim_into(engine, target)
+    commit(engine, claim, range(8), [f"k{index}" for index in range(8)])
+    run_sql(engine, "alter table public.docs drop column embedding")
+    deliveries = Deliveries(engine)
+    options = json.dumps({"into": target.to_json(), "hnsw": True})
+    run_sql(engine, "update vectormill.jobs set options = options || cast(:options as jsonb)", options=options)
+    with engine.begin() as connection:
+        job = jobs.by_id(connection, claim.job_id)
+    assert job
+    assert not deliveries.is_done(job)
+    while deliveries.is_under_way(claim.job_id):
+        time.sleep(0.01)
+    row = job_row(engine, claim.job_id)
+    assert (row["state"], row["reason"]) == ("paused", "table_refused")
+    assert "--hnsw" in row["message"]
+    assert "embedding" in row["message"]
