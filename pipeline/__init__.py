@@ -7,9 +7,10 @@
     publish → dispatch            chunks become messages; sweep, finish, snapshots
     leases → writeback            a claim, and the one transaction that ends it
     status, results               what came of it
-    catalog                       models and vector spaces
+    catalog, keys                 models and vector spaces; keys to the api
+    wire                          OpenAI's shape of requests and replies
     embedded/           servers from wheels, the process tree of `vectormill up`
-    cli/                the door
+    cli/, api/          the doors
 
 Workers live in `workers/`; nothing here imports torch.
 """

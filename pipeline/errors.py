@@ -77,3 +77,88 @@ class LeaseLost(VectormillError):
 
 class ServerFailed(VectormillError):
     """An embedded server didn't start. The message names its log."""
+
+
+class ApiError(VectormillError):
+    """What the gateway answers instead of vectors, in OpenAI's envelope."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self, message: str | None = None, *, param: str | None = None, retry_after_seconds: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.retry_after_seconds = retry_after_seconds
+        #: More headers of the answer.
+        self.headers: dict[str, str] = {}
+
+
+class InvalidPayload(ApiError):
+    """The body isn't a request for embeddings."""
+
+    status = 400
+    code = "invalid_payload"
+
+
+class PayloadTooLarge(InvalidPayload):
+    """The body is larger than the gateway takes."""
+
+    status = 413
+
+
+class Unauthorized(ApiError):
+    """The Authorization header is missing, or its scheme isn't Bearer."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class InvalidApiKey(ApiError):
+    """The Bearer token isn't a live API key."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(ApiError):
+    """This needs an admin's key."""
+
+    status = 403
+    code = "forbidden"
+
+
+class NotFound(ApiError):
+    """There is nothing of this name."""
+
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """The model isn't enabled for this workspace."""
+
+    code = "model_not_found"
+
+
+class RateLimited(ApiError):
+    """The workspace's limit is reached."""
+
+    status = 429
+    code = "rate_limited"
+    retryable = True
+
+
+class InternalError(ApiError):
+    """The gateway failed; the request may be repeated."""
+
+    retryable = True
+
+
+class UpstreamUnavailable(ApiError):
+    """What embeds for the gateway can't be reached for now."""
+
+    status = 503
+    code = "upstream_unavailable"
+    retryable = True

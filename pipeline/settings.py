@@ -41,6 +41,18 @@ class Settings(BaseSettings):
     flower_port: int = Field(default=5555, ge=0, le=65535)
     #: Flower's password for the user `vectormill`. Unset: one is made for each `up`.
     flower_password: SecretStr | None = None
+    #: The api's address and port; 0 picks a free one.
+    api_host: str = "127.0.0.1"
+    api_port: int = Field(default=8000, ge=0, le=65535)
+    #: The largest body of a request.
+    api_body_bytes: int = Field(default=16 * _MIB, ge=1024, le=1024 * _MIB)
+    #: An engine's address, as the api reaches it. Engines ask for no key: keep them off open networks.
+    engine_host: str = "127.0.0.1"
+    engine_port: int = Field(default=0, ge=0, le=65535)
+    #: Work that may wait in an engine, at its models' measured rates; more is refused at once.
+    engine_queue_seconds: float = Field(default=30, gt=0, le=3600)
+    #: Where tiktoken keeps its vocabularies: with cl100k_base there, the api reads OpenAI's token ids.
+    tiktoken_cache_dir: Path | None = Field(default=None, validation_alias="TIKTOKEN_CACHE_DIR")
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
 
     #: The models a worker serves, comma-separated; empty: all of the catalogue. Set by `vectormill worker --model`.

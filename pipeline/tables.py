@@ -69,6 +69,11 @@ workspaces = Table(
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("name", Text, nullable=False, unique=True),
     Column("weight", Double, nullable=False, server_default="1"),
+    # Limits of its use of the gateway; NULL: none.
+    Column("requests_per_minute", BigInteger),
+    Column("tokens_per_minute", BigInteger),
+    Column("monthly_tokens", BigInteger),
+    Column("monthly_cost", Numeric),
     _moment("created_at", now=True),
     CheckConstraint("weight > 0", name="weight"),
 )
@@ -108,6 +113,10 @@ models = Table(
     Column("normalised", Boolean, nullable=False),
     Column("canary", LargeBinary, nullable=False),
     Column("tokens_per_second", Double, nullable=False),
+    # Sizes to which its vectors may be cut, as it was trained for.
+    Column("matryoshka", ARRAY(Integer), nullable=False, server_default="{}"),
+    # In the operator's currency; NULL: none.
+    Column("price_per_million", Numeric),
     _moment("added_at", now=True),
     CheckConstraint("kind in ('local', 'gateway')", name="kind"),
     CheckConstraint("dimensions > 0 and tokens_per_second > 0", name="positive"),
@@ -309,14 +318,19 @@ usage = Table(
     _count("prompt_tokens"),
     _count("total_tokens"),
     _count("reused_tokens"),
+    _count("truncated"),
     Column("device_seconds", Double, nullable=False, server_default="0"),
     Column("cost", Numeric),
+    # Whom a request's caller said that it acts for.
+    Column("end_user", Text),
     Column("labels", JSONB, nullable=False, server_default="{}"),
     _moment("created_at", now=True),
     UniqueConstraint("chunk_id", "fence", "part"),
     Index("usage_job_idx", "job_id", "created_at"),
     Index("usage_workspace_idx", "workspace_id", "created_at"),
     Index("usage_model_idx", "model", "created_at"),
+    # A request is counted once, however often its row is sent.
+    Index("usage_request_idx", "request_id", unique=True, postgresql_where=text("request_id is not null")),
 )
 
 attempts = Table(
@@ -362,6 +376,19 @@ workers = Table(
     Column("slots", Integer, nullable=False),
     # Why it takes no chunks for now, if it doesn't.
     Column("resting", Text),
+    _moment("started_at", now=True),
+    _moment("seen_at", now=True),
+)
+
+#: Processes that serve local models to the api.
+engines = Table(
+    "engines",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("url", Text, nullable=False),
+    # Empty: every local model of the catalogue.
+    Column("models", ARRAY(Text), nullable=False),
+    Column("device", Text, nullable=False),
     _moment("started_at", now=True),
     _moment("seen_at", now=True),
 )

@@ -178,6 +178,7 @@ def _commit(
         number,
         items=len(part.rows.indexes),
         prompt_tokens=tokens,
+        truncated=int(part.rows.truncated.sum()),
         device_seconds=part.device_seconds,
     )
     return True

@@ -5,6 +5,7 @@ run_chunk       claim → read → encode → commit: the heart
 batching        which items go through the model together (pure)
 encoder         the model on its device: the only import of torch
 residents       the models a child keeps loaded
+engine, serving the encoder behind HTTP for the api; batches across its requests
 weights         where they are on this machine
 presence        how a worker shows itself, and what its parent does when a child dies
 oneshot         a model in a process of its own, for doors that never import torch

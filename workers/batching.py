@@ -31,6 +31,28 @@ def token_batches(
         start += size
 
 
+def next_batch(
+    lengths: npt.NDArray[np.int32],
+    arrivals: npt.NDArray[np.int64],
+    budget_tokens: int,
+    most_items: int,
+    *,
+    oldest: bool,
+) -> npt.NDArray[np.int64]:
+    """Positions of the waiting items that go through the model next: of the batches that `token_batches` makes, the
+    one with the oldest item, or the one with the shortest.
+
+    Taken in turns, no item waits for ever, and a short one for no more than one batch of longer ones after that which
+    is under way when it comes.
+    """
+    batches = token_batches(lengths, budget_tokens, most_items)
+    if oldest:
+        first = int(arrivals.argmin())
+        return next(batch for batch in batches if first in batch)
+    *_, shortest = batches
+    return shortest
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """Consecutive items that are embedded and committed as one."""

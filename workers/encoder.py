@@ -68,7 +68,7 @@ def list_devices() -> list[tuple[str, int]]:
 
 
 class Encoder:
-    """A loaded model. Not for several threads at once."""
+    """A loaded model. One thread may read texts while another one runs batches; no more at once."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -33,10 +34,8 @@ class Residents:
         Raises:
             ModelError: it can't be loaded here, or isn't what the catalogue says.
         """
-        held = self._loaded.get(model.name)
-        if held and held[0].weights_sha256 == model.weights_sha256:
-            self._loaded.move_to_end(model.name)
-            return held[1]
+        if held := self.held(model):
+            return held
         self._loaded.pop(model.name, None)
         self._make_room(model.weights_bytes)
         encoder = self._load(model)
@@ -44,6 +43,15 @@ class Residents:
         self._loaded[model.name] = (model, encoder)
         log.info("model_loaded", model=model.name, device=str(encoder.device))
         return encoder
+
+    def held(self, model: Model) -> "Encoder | None":
+        """The encoder of a model that is loaded. Callable from another thread than the one that loads."""
+        held = self._loaded.get(model.name)
+        if held is None or held[0].weights_sha256 != model.weights_sha256:
+            return None
+        with suppress(KeyError):  # evicted just now
+            self._loaded.move_to_end(model.name)
+        return held[1]
 
     def drop(self, name: str) -> None:
         """Let a model go."""

@@ -8,7 +8,7 @@ from typing import cast
 import typer
 from rich.text import Text
 
-from pipeline.cli import demo, jobs, models, processes, purge, results, servers, submit, workspaces
+from pipeline.cli import demo, jobs, keys, models, processes, purge, results, servers, submit, workspaces
 from pipeline.cli.look import stderr
 from pipeline.errors import VectormillError
 from pipeline.store.database import reporting_unreachable
@@ -29,12 +29,16 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         *(results.search, jobs.cancel, jobs.pause, jobs.resume, jobs.priority, jobs.retry),
         purge.purge,
     ),
-    "Processes": (processes.migrate, processes.dispatcher, processes.worker, processes.flower),
+    "Processes": (
+        *(processes.migrate, processes.dispatcher, processes.worker, processes.engine, processes.api),
+        processes.flower,
+    ),
 }
 for panel, commands in _COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.add_typer(models.app, name="models", rich_help_panel="Catalogue")
+app.add_typer(keys.app, name="keys", rich_help_panel="Catalogue")
 app.add_typer(workspaces.app, name="workspaces", rich_help_panel="Catalogue")
 
 

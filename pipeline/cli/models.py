@@ -1,8 +1,9 @@
 """`vectormill models`: the catalogue."""
 
 import re
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,8 +17,17 @@ from pipeline.store import models
 
 app = typer.Typer(help="What embeds: the catalogue of models.", no_args_is_help=True)
 
+Aliases = Annotated[list[str] | None, typer.Option(help="Another name for it; may be repeated.")]
+Sizes = Annotated[
+    str | None,
+    typer.Option(metavar="SIZES", help="Sizes to which its vectors may be cut, if it was trained so: 64,128,256."),
+]
+Price = Annotated[float | None, typer.Option(min=0, help="Price of a million tokens, for the cost of usage.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_SHOWN = ("name", "kind", "dimensions", "max_item_tokens", "tokens_per_second", "aliases", "path", "weights_sha256")
+_SHOWN = (
+    *("name", "kind", "dimensions", "matryoshka", "max_item_tokens", "tokens_per_second", "price_per_million"),
+    *("aliases", "path", "weights_sha256"),
+)
 
 
 @app.command("list")
@@ -29,7 +39,7 @@ def list_models(as_json: Json = False) -> None:
     with working() as place, place.engine.begin() as connection:
         rows = models.of_workspace(connection, place.workspace_id)
     if as_json:
-        print_json([{name: row[name] for name in _SHOWN} for row in rows])
+        print_json([{name: _plain(row[name]) for name in _SHOWN} for row in rows])
         return
     if not rows:
         stderr.print("No models yet. Add one: vectormill models add NAME --path DIR")
@@ -43,6 +53,10 @@ def list_models(as_json: Json = False) -> None:
     stdout.print(table)
 
 
+def _plain(value: Any) -> Any:
+    return float(value) if isinstance(value, Decimal) else value
+
+
 @app.command()
 def add(
     name: Annotated[str, typer.Argument(help="What jobs call it.")],
@@ -53,7 +67,9 @@ def add(
         str | None, typer.Option(metavar="ID", help="A model on the Hugging Face hub, in its place.")
     ] = None,
     revision: Annotated[str | None, typer.Option(metavar="SHA", help="The commit of --hub: 40 digits.")] = None,
-    alias: Annotated[list[str] | None, typer.Option(help="Another name for it; may be repeated.")] = None,
+    alias: Aliases = None,
+    matryoshka: Sizes = None,
+    price: Price = None,
 ) -> None:
     """Add a model. It is loaded once, to measure it and to keep its canary; workers pick it up while they run.
 
@@ -65,6 +81,7 @@ def add(
     """
     source = _source(path, hub, revision)
     catalog.slug_of(name)
+    sizes = _sizes(matryoshka)
     with working() as place:
         with place.engine.begin() as connection:
             if models.by_name(connection, name):
@@ -74,10 +91,48 @@ def add(
             description = oneshot(["describe", *source])
         except ModelError as error:
             raise UserError(str(error)) from None
+        _check_sizes(sizes, description["dimensions"])
         with place.engine.begin() as connection:
             catalog.add_model(connection, name, description, alias or ())
+            models.change(connection, name, matryoshka=sizes, price_per_million=price)
     rate = number(description["tokens_per_second"])
     stderr.print(f"Added {name}: {description['dimensions']} dimensions, {rate} tok/s on one slot here.")
+
+
+@app.command("set")
+def change(
+    name: Annotated[str, typer.Argument(help="The model.")],
+    alias: Aliases = None,
+    matryoshka: Sizes = None,
+    price: Price = None,
+) -> None:
+    """Change a model's aliases (to those named, and no others), sizes or price.
+
+    Example: vectormill models set all-MiniLM-L6-v2 --alias text-embedding-3-small --price 0.02
+    """
+    if alias is None and matryoshka is None and price is None:
+        raise UserError("nothing to change; give --alias, --matryoshka or --price.")
+    sizes = _sizes(matryoshka)
+    with working() as place, place.engine.begin() as connection:
+        row = models.by_name(connection, name)
+        if row is None:
+            raise UnknownModel(f'no model "{name}"; vectormill models list shows them.')
+        _check_sizes(sizes, row["dimensions"])
+        models.change(connection, name, aliases=alias, matryoshka=sizes, price_per_million=price)
+    stderr.print(f"Changed {name}.")
+
+
+def _sizes(given: str | None) -> list[int] | None:
+    if given is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,4}(,[1-9]\d{0,4})*", given):
+        raise UserError(f'--matryoshka "{given}": write sizes with commas, such as 64,128,256.')
+    return sorted({int(size) for size in given.split(",")})
+
+
+def _check_sizes(sizes: list[int] | None, dimensions: int) -> None:
+    if sizes and sizes[-1] > dimensions:
+        raise UserError(f"--matryoshka {sizes[-1]}: the model gives {dimensions} dimensions; name smaller sizes.")
 
 
 def _source(path: Path | None, hub: str | None, revision: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Commands that are a process of a deployment: migrate, dispatcher, worker, flower."""
+"""Commands that are a process of a deployment: migrate, dispatcher, worker, engine, api, flower."""
 
 import os
 import signal
@@ -20,6 +20,7 @@ from pipeline.settings import load_settings
 _SHARE_OF_MEMORY = 0.8
 #: A loaded model takes its weights and about as much again for its batches.
 _ROOM_FACTOR = 2
+_CELERY = ("celery", "--quiet", "-A", "workers.app")
 _LIBRARIES_BYTES = 700 * 1024 * 1024
 
 
@@ -84,8 +85,6 @@ def worker(
 
         vectormill worker --model all-MiniLM-L6-v2 --devices 0,1 --replicas 2 --precision bfloat16
     """
-    if precision not in ("float32", "bfloat16", "float16"):
-        raise UserError(f'--precision "{precision}": choose float32, bfloat16 or float16.')
     settings = load_settings()
     database, redis = server_urls(settings)
     chosen = _choose_devices(devices)
@@ -99,13 +98,85 @@ def worker(
         "VECTORMILL_WORKER_DEVICES": ",".join(name for name, _ in chosen),
         "VECTORMILL_WORKER_REPLICAS": str(each),
         "VECTORMILL_WORKER_MEMORY_BYTES": str(memory_bytes),
-        "VECTORMILL_WORKER_DTYPE": precision,
+        "VECTORMILL_WORKER_DTYPE": _checked(precision),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     name = f"{token_hex(3)}@{socket.gethostname()}"
     arguments = ["--hostname", name, "--concurrency", str(len(chosen) * each), "--pool", "prefork", "--without-gossip"]
-    _become("workers.app", ["worker", *arguments, "--loglevel", settings.log_level], environment)
+    _become([*_CELERY, "worker", *arguments, "--loglevel", settings.log_level], environment)
+
+
+def engine(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Serve this model, loaded at the start; may be repeated. Default: all.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="all for the first one, cpu, or a CUDA device by number.")] = "all",
+    precision: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; on CUDA only, a CPU always uses float32.")
+    ] = "float32",
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen at. It asks for no key: use a closed net.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = None,
+) -> None:
+    """Serve local models to the api, texts of many requests in one batch. One process for each device.
+
+    Without --model it serves all local models of the catalogue, each loaded when it is first asked for.
+
+    Examples:
+
+        vectormill engine
+
+        vectormill engine --model all-MiniLM-L6-v2 --device 0 --precision bfloat16
+    """
+    settings = load_settings()
+    name, memory_bytes = _choose_devices(device)[0]
+    chosen = {
+        "VECTORMILL_DATABASE_URL": database_url(settings),
+        "VECTORMILL_WORKER_MODELS": ",".join(model or []),
+        "VECTORMILL_WORKER_DEVICES": name,
+        "VECTORMILL_WORKER_MEMORY_BYTES": str(memory_bytes),
+        "VECTORMILL_WORKER_DTYPE": _checked(precision),
+        "VECTORMILL_ENGINE_HOST": host,
+        "VECTORMILL_ENGINE_PORT": None if port is None else str(port),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    _become(["workers.engine"], {**os.environ, **{name: value for name, value in chosen.items() if value is not None}})
+
+
+def api(
+    host: Annotated[str | None, typer.Option(help="Address to listen at. Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port. Default: 8000.")] = None,
+) -> None:
+    """Serve the OpenAI-compatible gateway, /v1, and /api. It loads no model: it needs engines.
+
+    Examples:
+
+        vectormill api
+
+        vectormill api --host 0.0.0.0 --port 80
+    """
+    import uvicorn
+
+    from pipeline.api.app import make_app
+    from pipeline.store.database import make_engine
+
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    database, redis = server_urls(settings)
+    app = make_app(settings, make_engine(database, application="vectormill-api", pool_size=8), redis)
+    # uvicorn stops in order at this signal, then raises it again for the handler from before.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    uvicorn.run(
+        app,
+        host=host or settings.api_host,
+        port=settings.api_port if port is None else port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+    )
 
 
 def flower() -> None:
@@ -133,12 +204,18 @@ def flower() -> None:
         "purge_offline_workers": 300,
         "logging": settings.log_level,
     }
-    _become("workers.app", ["flower", *(f"--{name}={value}" for name, value in options.items())], environment)
+    _become([*_CELERY, "flower", *(f"--{name}={value}" for name, value in options.items())], environment)
 
 
-def _become(app: str, arguments: list[str], environment: dict[str, str]) -> None:
-    """Turn this process into Celery's, so that signals reach it."""
-    command = [sys.executable, "-m", "celery", "--quiet", "-A", app, *arguments]
+def _checked(precision: str) -> str:
+    if precision not in ("float32", "bfloat16", "float16"):
+        raise UserError(f'--precision "{precision}": choose float32, bfloat16 or float16.')
+    return precision
+
+
+def _become(module: list[str], environment: dict[str, str]) -> None:
+    """Turn this process into another program of ours or Celery's, so that signals reach it."""
+    command = [sys.executable, "-m", *module]
     # Python and Celery both look for our generic module names where the user happens to stand.
     environment = {**environment, "VECTORMILL_HOME": str(load_settings().home), "PYTHONSAFEPATH": "1"}
     os.chdir("/")

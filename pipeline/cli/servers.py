@@ -35,7 +35,7 @@ Detach = Annotated[bool, typer.Option("--detach", help="Return when all is ready
 
 
 def up(workers: Workers = 1, detach: Detach = False) -> None:
-    """Run all of vectormill on this machine: servers, dispatcher, workers, Flower.
+    """Run all of vectormill on this machine: servers, dispatcher, workers, engine, api, Flower.
 
     Servers that VECTORMILL_DATABASE_URL and VECTORMILL_REDIS_URL name are used; those not named are started.
 
@@ -93,6 +93,8 @@ def env() -> None:
     values = {
         "VECTORMILL_DATABASE_URL": running.database_url,
         "VECTORMILL_REDIS_URL": running.redis_url,
+        "VECTORMILL_API_URL": running.api_url,
+        "VECTORMILL_API_KEY": running.api_key,
         "VECTORMILL_FLOWER_URL": running.flower_url,
         "VECTORMILL_FLOWER_PASSWORD": running.flower_password,
     }
@@ -128,9 +130,13 @@ def running_machine(settings: Settings, workers: int) -> Iterator[Running]:
 
 
 def _machine(settings: Settings, workers: int) -> Machine:
-    from pipeline.cli.prepare import prepare_database
+    from pipeline.cli.prepare import keep_api_key, prepare_database
 
-    return Machine(settings, prepare=prepare_database, stages=lambda running: app_stages(running, workers))
+    def prepare(url: str) -> str:
+        prepare_database(url)
+        return keep_api_key(url, settings.home)
+
+    return Machine(settings, prepare=prepare, stages=lambda running: app_stages(running, workers))
 
 
 def _up_detached(settings: Settings, workers: int) -> None:
@@ -198,9 +204,10 @@ def _stop_leftovers(home: Path) -> int:
 
 
 def _greet(console: Console, running: Running, workers: int, *, detached: bool = False) -> None:
-    console.print(f"Ready: Postgres, Valkey, dispatcher, {workers} worker{'s' * (workers > 1)}, Flower.")
+    console.print(f"Ready: Postgres, Valkey, dispatcher, {workers} worker{'s' * (workers > 1)}, engine, api, Flower.")
     console.print(f"  Postgres  {_without_password(running.database_url)}")
     console.print(f"  Valkey    {_without_password(running.redis_url)}")
+    console.print(f"  API       {running.api_url}/v1 (vectormill env prints a key)")
     console.print(f"  Flower    {running.flower_url} (user vectormill; vectormill env prints the password)")
     console.print("Stop it with: vectormill down" if detached else "Ctrl-C stops it.")
 

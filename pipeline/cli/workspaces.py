@@ -18,11 +18,23 @@ app = typer.Typer(help="Who shares the workers, and by which weight.", no_args_i
 Name = Annotated[str, typer.Argument(help="Its name.")]
 Weight = Annotated[float, typer.Option(help="Its share: 2 gets twice the tokens in flight of 1.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help="A model it may use; may be repeated.")]
+RequestsPerMinute = Annotated[int | None, typer.Option(min=0, help="Requests to the api a minute; 0: no limit.")]
+TokensPerMinute = Annotated[int | None, typer.Option(min=0, help="Tokens through the api a minute; 0: no limit.")]
+MonthlyTokens = Annotated[int | None, typer.Option(min=0, help="Tokens a calendar month, jobs included; 0: no cap.")]
+MonthlyCost = Annotated[float | None, typer.Option(min=0, help="Cost a calendar month, by models' prices; 0: no cap.")]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
 @app.command()
-def create(name: Name, weight: Weight = 1.0, model: Models = None) -> None:
+def create(
+    name: Name,
+    weight: Weight = 1.0,
+    model: Models = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    monthly_tokens: MonthlyTokens = None,
+    monthly_cost: MonthlyCost = None,
+) -> None:
     """Add a workspace. It may use the models named here.
 
     Example: vectormill workspaces create search --weight 3 --model all-MiniLM-L6-v2
@@ -30,11 +42,14 @@ def create(name: Name, weight: Weight = 1.0, model: Models = None) -> None:
     if not _NAME.fullmatch(name):
         raise UserError(f'workspace "{name}": use lower-case letters, digits, - and _.')
     _check(weight)
+    limits = _limits(requests_per_minute, tokens_per_minute, monthly_tokens, monthly_cost)
     with working() as place, place.engine.begin() as connection:
         made = workspaces.create(connection, name, weight)
         if made is None:
             raise UserError(f'workspace "{name}": there is one of this name.')
         _enable(connection, made, model or [])
+        if limits:
+            workspaces.set_limits(connection, made, limits)
     stderr.print(f"Workspace {name} added.")
     if not model:
         stderr.print(f"It may use no model yet: vectormill workspaces set {name} --model NAME")
@@ -42,20 +57,33 @@ def create(name: Name, weight: Weight = 1.0, model: Models = None) -> None:
 
 @app.command("set")
 def change(
-    name: Name, weight: Annotated[float | None, typer.Option(help="Its share.")] = None, model: Models = None
+    name: Name,
+    weight: Annotated[float | None, typer.Option(help="Its share.")] = None,
+    model: Models = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    monthly_tokens: MonthlyTokens = None,
+    monthly_cost: MonthlyCost = None,
 ) -> None:
-    """Change a workspace's weight, or which models it may use: those named, and no others.
+    """Change a workspace's weight, its limits, or which models it may use: those named, and no others.
 
-    Example: vectormill workspaces set search --weight 2
+    Examples:
+
+        vectormill workspaces set search --weight 2
+
+        vectormill workspaces set search --requests-per-minute 600 --tokens-per-minute 1000000
     """
-    if weight is None and not model:
-        raise UserError("nothing to change; give --weight or --model.")
+    limits = _limits(requests_per_minute, tokens_per_minute, monthly_tokens, monthly_cost)
+    if weight is None and not model and not limits:
+        raise UserError("nothing to change; give --weight, --model or a limit.")
     if weight is not None:
         _check(weight)
     with working() as place, place.engine.begin() as connection:
         found = workspace_id(connection, name)
         if weight is not None:
             workspaces.set_weight(connection, found, weight)
+        if limits:
+            workspaces.set_limits(connection, found, limits)
         if model:
             _enable(connection, found, model)
     stderr.print(f"Workspace {name} changed.")
@@ -78,6 +106,21 @@ def list_workspaces(as_json: Annotated[bool, typer.Option("--json", help="Print 
     for row in rows:
         table.add_row(row["name"], f"{row['weight']:g}", str(row["jobs"]), ", ".join(row["models"]))
     stdout.print(table)
+
+
+def _limits(
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    monthly_tokens: int | None,
+    monthly_cost: float | None,
+) -> dict[str, float | None]:
+    given = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "monthly_tokens": monthly_tokens,
+        "monthly_cost": monthly_cost,
+    }
+    return {name: value or None for name, value in given.items() if value is not None}
 
 
 def _check(weight: float) -> None:

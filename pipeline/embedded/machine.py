@@ -23,11 +23,11 @@ class Machine:
     """The process tree of `vectormill up`.
 
     Args:
-        prepare: called once with the database's URL when the servers are ready.
+        prepare: called once with the database's URL when the servers are ready; may give an API key.
         stages: the children after that.
     """
 
-    def __init__(self, settings: Settings, *, prepare: Callable[[str], None], stages: Stages) -> None:
+    def __init__(self, settings: Settings, *, prepare: Callable[[str], str | None], stages: Stages) -> None:
         self._settings = settings
         self._prepare = prepare
         self._stages = stages
@@ -72,7 +72,7 @@ class Machine:
             server.prepare()
         if not self._supervisor.start(*(server.child() for server in servers)):
             return False
-        self._prepare(self._running.database_url)
+        self._record(api_key=self._prepare(self._running.database_url) or "")
         return all(self._supervisor.start(*stage) for stage in self._stages(self._running))
 
     def _draft(self, *, database_url: str, redis_url: str) -> Running:
@@ -84,7 +84,8 @@ class Machine:
             supervisor_started=me.created,
             database_url=database_url,
             redis_url=redis_url,
-            flower_url=f"http://127.0.0.1:{_flower_port(self._settings)}",
+            api_url=f"http://127.0.0.1:{_port(self._settings, 'api')}",
+            flower_url=f"http://127.0.0.1:{_port(self._settings, 'flower')}",
             flower_password=password.get_secret_value() if password else token_urlsafe(24),
             ready=False,
             children=(),
@@ -106,9 +107,10 @@ def _url(given: SecretStr | None, server: Postgres | Valkey | None) -> str:
     return server.url
 
 
-def _flower_port(settings: Settings) -> int:
+def _port(settings: Settings, name: str) -> int:
     """A port that somebody set is tried first; the default one, after the port of the last time."""
-    wished = (settings.flower_port,) if settings.flower_port else ()
-    if "flower_port" in settings.model_fields_set:
-        return keep_port(settings.home, "flower", first=wished)
-    return keep_port(settings.home, "flower", then=wished)
+    number: int = getattr(settings, f"{name}_port")
+    wished = (number,) if number else ()
+    if f"{name}_port" in settings.model_fields_set:
+        return keep_port(settings.home, name, first=wished)
+    return keep_port(settings.home, name, then=wished)

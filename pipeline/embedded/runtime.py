@@ -27,6 +27,9 @@ class Running(BaseModel):
     supervisor_started: float
     database_url: str = Field(repr=False)
     redis_url: str = Field(repr=False)
+    api_url: str
+    #: Empty until the database is ready.
+    api_key: str = Field(default="", repr=False)
     #: Without credentials; the user is `vectormill`.
     flower_url: str
     flower_password: str = Field(repr=False)

@@ -17,6 +17,7 @@ from pipeline.embedded.supervisor import Child
 
 _DISPATCHER_LEADS = "SELECT count(*) FROM vectormill.leases WHERE name = 'dispatcher' AND lease_until > now()"
 _WORKERS_SEEN = "SELECT count(*) FROM vectormill.workers WHERE seen_at > %s"
+_ENGINES_SEEN = "SELECT count(*) FROM vectormill.engines WHERE seen_at > %s"
 _WORKER_READY_SECONDS = 180.0
 #: Above the longest time of a chunk.
 _WORKER_GRACE_SECONDS = 330.0
@@ -44,7 +45,9 @@ def app_stages(running: Running, workers: int) -> Iterator[tuple[Child, ...]]:
             )
             for number in range(1, workers + 1)
         ),
-        _child("flower", environment, lambda: _flower_answers(running)),
+        _child("engine", environment, lambda: _count(url, _ENGINES_SEEN, started) > 0),
+        _child("api", environment, lambda: _answers(f"{running.api_url}/healthz")),
+        _child("flower", environment, lambda: _answers(f"{running.flower_url}/healthcheck", running.flower_password)),
     )
 
 
@@ -75,6 +78,7 @@ def _environment(running: Running) -> dict[str, str]:
         "VECTORMILL_HOME": str(running.home),
         "VECTORMILL_DATABASE_URL": running.database_url,
         "VECTORMILL_REDIS_URL": running.redis_url,
+        "VECTORMILL_API_PORT": str(urlsplit(running.api_url).port),
         "VECTORMILL_FLOWER_PORT": str(urlsplit(running.flower_url).port),
         "VECTORMILL_FLOWER_PASSWORD": running.flower_password,
     }
@@ -98,11 +102,13 @@ def _count(url: str, query: str, *parameters: object) -> int:
     return int(row[0]) if row else -1
 
 
-def _flower_answers(running: Running) -> bool:
-    credentials = b64encode(f"vectormill:{running.flower_password}".encode()).decode()
-    connection = HTTPConnection("127.0.0.1", urlsplit(running.flower_url).port, timeout=3)
+def _answers(url: str, password: str | None = None) -> bool:
+    """Whether a server answers; with `password` it is asked as the user `vectormill`."""
+    parts = urlsplit(url)
+    credentials = b64encode(f"vectormill:{password}".encode()).decode()
+    connection = HTTPConnection("127.0.0.1", parts.port, timeout=3)
     try:
-        connection.request("GET", "/healthcheck", headers={"Authorization": f"Basic {credentials}"})
+        connection.request("GET", parts.path, headers={"Authorization": f"Basic {credentials}"} if password else {})
         return connection.getresponse().status == HTTPStatus.OK
     except (OSError, HTTPException):
         return False

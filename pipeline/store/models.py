@@ -16,6 +16,13 @@ def add(connection: Connection, values: Mapping[str, Any]) -> bool:
     return connection.execute(statement).first() is not None
 
 
+def change(connection: Connection, name: str, **values: Any) -> None:
+    """Set columns of a model; those that are None stay."""
+    given = {column: value for column, value in values.items() if value is not None}
+    if given:
+        connection.execute(models.update().where(models.c.name == name).values(**given))
+
+
 def enable(connection: Connection, workspace_id: int, model: str) -> None:
     """Let a workspace use a model."""
     connection.execute(

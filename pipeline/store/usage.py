@@ -1,24 +1,35 @@
 """What was metered."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, RowMapping, text
 
 from pipeline.jobs import Claim
 
 
 def add_chunk_part(
-    connection: Connection, claim: Claim, part: int, *, items: int, prompt_tokens: int, device_seconds: float
+    connection: Connection,
+    claim: Claim,
+    part: int,
+    *,
+    items: int,
+    prompt_tokens: int,
+    truncated: int,
+    device_seconds: float,
 ) -> None:
     """Meter one commit of a chunk. (chunk, fence, part) is unique: its presence proves that the commit happened."""
     connection.execute(
         text("""
             insert into vectormill.usage
-              (workspace_id, job_id, chunk_id, fence, part, model, items, prompt_tokens, total_tokens, device_seconds,
-               labels)
-            select workspace_id, id, :chunk, :fence, :part, model_name, :items, :tokens, :tokens, :seconds, labels
-            from vectormill.jobs where id = :job
+              (workspace_id, job_id, chunk_id, fence, part, model, items, prompt_tokens, total_tokens, truncated,
+               device_seconds, cost, labels)
+            select j.workspace_id, j.id, :chunk, :fence, :part, j.model_name, :items, :tokens, :tokens, :truncated,
+                   :seconds, m.price_per_million * :tokens / 1000000, j.labels
+            from vectormill.jobs j left join vectormill.models m on m.name = j.model_name where j.id = :job
         """),
         {
             "job": claim.job_id,
@@ -27,6 +38,7 @@ def add_chunk_part(
             "part": part,
             "items": items,
             "tokens": prompt_tokens,
+            "truncated": truncated,
             "seconds": device_seconds,
         },
     )
@@ -75,3 +87,56 @@ def measured_rates(connection: Connection, window_seconds: float, least_device_s
         {"window": window_seconds, "least": least_device_seconds},
     )
     return {model: float(rate) for model, rate in rows}
+
+
+def add_requests(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Meter requests to the gateway. Rows that are there already are left out."""
+    connection.execute(
+        text("""
+            insert into vectormill.usage
+              (workspace_id, key_id, request_id, model, items, prompt_tokens, total_tokens, truncated, end_user, cost,
+               device_seconds, created_at)
+            values (:workspace_id, :key_id, :request_id, :model, :items, :tokens, :tokens, :truncated, :end_user,
+                    :price_per_million * :tokens / 1000000, 0, :created_at)
+            on conflict (request_id) where request_id is not null do nothing
+        """),
+        list(rows),
+    )
+
+
+def this_month(connection: Connection, workspace_id: int) -> tuple[int, Decimal]:
+    """Tokens and cost of a workspace since the month began, UTC."""
+    tokens, cost = connection.execute(
+        text("""
+            select coalesce(sum(total_tokens), 0), coalesce(sum(cost), 0) from vectormill.usage
+            where workspace_id = :workspace and created_at >= date_trunc('month', now(), 'UTC')
+        """),
+        {"workspace": workspace_id},
+    ).one()
+    return int(tokens), cost
+
+
+#: What usage can be grouped by.
+GROUPS = ("day", "model", "key", "job", "label")
+
+
+def grouped(
+    connection: Connection, workspace_id: int, by: str, *, label: str | None, begin: datetime, end: datetime
+) -> list[RowMapping]:
+    """Usage of a workspace from `begin` to before `end`, by day (UTC), model, key, job, or a label's value:
+    `group, requests, items, prompt_tokens, total_tokens, reused_tokens, truncated, cost`."""
+    rows = connection.execute(
+        text("""
+            select case :by when 'day' then to_char(created_at at time zone 'UTC', 'YYYY-MM-DD')
+                            when 'model' then model when 'key' then key_id when 'job' then cast(job_id as text)
+                            else labels ->> cast(:label as text) end as "group",
+                   count(request_id) as requests, sum(items) as items, sum(prompt_tokens) as prompt_tokens,
+                   sum(total_tokens) as total_tokens, sum(reused_tokens) as reused_tokens,
+                   sum(truncated) as truncated, coalesce(sum(cost), 0) as cost
+            from vectormill.usage
+            where workspace_id = :workspace and created_at >= :begin and created_at < :end
+            group by 1 order by 1 nulls last
+        """),
+        {"workspace": workspace_id, "by": by, "label": label, "begin": begin, "end": end},
+    )
+    return list(rows.mappings())

@@ -1,6 +1,6 @@
 """Workspaces: who shares the workers, and by which weight."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import Connection, RowMapping, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as insert_or
@@ -24,6 +24,11 @@ def set_weight(connection: Connection, workspace_id: int, weight: float) -> None
     connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(weight=weight))
 
 
+def set_limits(connection: Connection, workspace_id: int, limits: Mapping[str, float | None]) -> None:
+    """Set limits of the gateway by column; None: none."""
+    connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(**limits))
+
+
 def enable_models(connection: Connection, workspace_id: int, models: Sequence[str]) -> None:
     """Let a workspace use these models, and no others."""
     connection.execute(workspace_models.delete().where(workspace_models.c.workspace_id == workspace_id))
@@ -33,10 +38,11 @@ def enable_models(connection: Connection, workspace_id: int, models: Sequence[st
 
 
 def every(connection: Connection) -> list[RowMapping]:
-    """All workspaces by name: `name, weight, models, jobs`, of jobs those that haven't ended."""
+    """All workspaces by name: `name, weight, models, jobs` and limits, of jobs those that haven't ended."""
     rows = connection.execute(
         text("""
-            select w.name, w.weight,
+            select w.name, w.weight, w.requests_per_minute, w.tokens_per_minute, w.monthly_tokens,
+                   cast(w.monthly_cost as double precision) as monthly_cost,
                    array(select m.model_name from vectormill.workspace_models m
                          where m.workspace_id = w.id order by 1) as models,
                    (select count(*) from vectormill.jobs j where j.workspace_id = w.id

@@ -47,6 +47,9 @@ def listed(run: Run) -> list[dict[str, Any]]:
     return found
 
 
+_NO_LIMITS = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "monthly_tokens", "monthly_cost"))
+
+
 def test_a_workspace_is_made_with_its_weight_and_models(engine: Engine, model: Model, run: Run) -> None:
     make_model(engine, "large")
     assert run("create", "search", "--weight", "3", "--model", "small", "--model", "large") == (
@@ -59,8 +62,8 @@ def test_a_workspace_is_made_with_its_weight_and_models(engine: Engine, model: M
         assert find_model(connection, search, "large").name == "large"
     make_job(engine, model, workspace=search)
     assert listed(run) == [
-        {"name": "default", "weight": 1.0, "models": ["large", "small"], "jobs": 0},
-        {"name": "search", "weight": 3.0, "models": ["large", "small"], "jobs": 1},
+        {"name": "default", "weight": 1.0, "models": ["large", "small"], "jobs": 0, **_NO_LIMITS},
+        {"name": "search", "weight": 3.0, "models": ["large", "small"], "jobs": 1, **_NO_LIMITS},
     ]
     code, out, _ = run("list")
     assert (code, [line.split() for line in out.splitlines()][2]) == (0, ["search", "3", "1", "large,", "small"])
@@ -78,9 +81,17 @@ def test_set_changes_what_is_named_and_nothing_else(engine: Engine, model: Model
     make_model(engine, "large")
     run("create", "search", "--weight", "2", "--model", "small")
     assert run("set", "search", "--weight", "0.5") == (0, "", "Workspace search changed.\n")
-    assert listed(run)[1] == {"name": "search", "weight": 0.5, "models": ["small"], "jobs": 0}
+    search = {"name": "search", "weight": 0.5, "models": ["small"], "jobs": 0, **_NO_LIMITS}
+    assert listed(run)[1] == search
     assert run("set", "search", "--model", "large")[0] == 0
-    assert listed(run)[1] == {"name": "search", "weight": 0.5, "models": ["large"], "jobs": 0}
+    search["models"] = ["large"]
+    assert listed(run)[1] == search
+    limits = {"requests_per_minute": 60, "tokens_per_minute": 9_000, "monthly_tokens": 10**9, "monthly_cost": 12.5}
+    for name, limit in limits.items():
+        assert run("set", "search", f"--{name.replace('_', '-')}", str(limit))[0] == 0
+    assert listed(run)[1] == search | limits
+    assert run("set", "search", "--requests-per-minute", "0")[0] == 0
+    assert listed(run)[1] == search | limits | {"requests_per_minute": None}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +104,7 @@ def test_set_changes_what_is_named_and_nothing_else(engine: Engine, model: Model
         (("create", "search", "--weight", "nan"), "--weight nan: give a number above 0."),
         (("create", "search", "--model", "none"), 'no model "none"; vectormill models list shows them.'),
         (("set", "search", "--weight", "1"), 'no workspace "search".'),
-        (("set", "default"), "nothing to change; give --weight or --model."),
+        (("set", "default"), "nothing to change; give --weight, --model or a limit."),
         (("set", "default", "--weight", "0"), "--weight 0: give a number above 0."),
         (("set", "default", "--weight", "2", "--model", "none"), 'no model "none"; vectormill models list shows them.'),
     ],

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.batching import CONVICTED, Slice, isolated_slices, token_batches
+from workers.batching import CONVICTED, Slice, isolated_slices, next_batch, token_batches
 
 LENGTHS = st.lists(st.integers(0, 300), max_size=80)
 
@@ -95,3 +95,37 @@ def most_crashes(poisons: int) -> int:
 @pytest.mark.parametrize("poisons", [{0}, {99}, {63, 64}, {0, 1, 2, 3}, set(range(100))])
 def test_the_bound_of_crashes_is_reached(poisons: set[int]) -> None:
     assert search(100, poisons, set()) == (sorted(poisons), most_crashes(len(poisons)))
+
+
+@given(
+    st.lists(st.integers(1, 512), min_size=1, max_size=200),
+    st.integers(1, 64),
+    st.booleans(),
+    st.integers(16, 2_048),
+)
+def test_a_short_text_waits_for_one_batch_of_longer_ones_at_most(
+    waiting: list[int], short: int, oldest: bool, budget: int
+) -> None:
+    """Whatever waits, and whichever turn it is; and everybody's turn comes."""
+    lengths = [*waiting, short]
+    left = list(range(len(lengths)))
+    longer_batches = 0
+    for _ in range(2 * len(lengths)):
+        if not left:
+            break
+        first = min(left)
+        at = next_batch(
+            np.array([lengths[n] for n in left], np.int32), np.array(left, np.int64), budget, 2_048, oldest=oldest
+        )
+        batch = [left[n] for n in at.tolist()]
+        assert len(batch) == 1 or max(lengths[n] for n in batch) * len(batch) <= budget
+        if oldest:
+            assert first in batch
+        if len(waiting) in left and len(waiting) not in batch and max(lengths[n] for n in batch) > short:
+            longer_batches += 1
+        left = [n for n in left if n not in set(batch)]
+        oldest = not oldest
+    assert not left
+    shorter = sum(length <= short for length in waiting)
+    # Its like, before it in the line, may take turns of their own, with a longer one's turn between.
+    assert longer_batches <= 1 + shorter

@@ -1,0 +1,143 @@
+"""The api's process: its routes, what an error looks like, start and stop."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+from uuid import uuid4
+
+import orjson
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy import Engine
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.api import administration, embeddings
+from pipeline.api.directory import Directory
+from pipeline.api.embeddings import Gateway
+from pipeline.api.engines import Engines
+from pipeline.api.limits import Limits
+from pipeline.api.metering import Meter
+from pipeline.api.token_ids import decoder
+from pipeline.errors import ApiError, InternalError
+from pipeline.settings import Settings
+from pipeline.wire import make_error
+
+log = structlog.get_logger()
+
+
+def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
+    """The application."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        directory, engines, meter = Directory(database), Engines(), Meter(database)
+        app.state.database = database
+        app.state.gateway = Gateway(
+            directory=directory,
+            limits=Limits(redis_url, directory),
+            engines=engines,
+            meter=meter,
+            most_body_bytes=settings.api_body_bytes,
+            most_text_bytes=settings.item_bytes,
+            decode=decoder(settings.tiktoken_cache_dir),
+        )
+        yield
+        await engines.close()
+        await meter.close()
+
+    app = FastAPI(title="vectormill", version=version("vectormill"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.include_router(embeddings.router)
+    app.include_router(administration.router)
+    app.add_api_route("/healthz", _healthz, include_in_schema=False)
+    app.add_exception_handler(ApiError, _answer)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.add_middleware(Identified)
+    describe = app.openapi
+    app.openapi = partial(_described, describe)  # type: ignore[method-assign]
+    return app
+
+
+def _described(describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI description, with how a key is sent."""
+    found = describe()
+    schemes = found.setdefault("components", {}).setdefault("securitySchemes", {})
+    schemes["bearer"] = {"type": "http", "scheme": "bearer", "description": "An API key: vectormill keys create."}
+    return found
+
+
+async def _healthz() -> Response:
+    return Response("ok", media_type="text/plain")
+
+
+class Identified:
+    """Gives each request an id, which its answer's header `x-request-id` says; and an answer to what went wrong."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI calls it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = f"req_{uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        began = False
+
+        async def sending(message: Message) -> None:
+            nonlocal began
+            if message["type"] == "http.response.start":
+                began = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except ClientDisconnect:
+            log.info("client_gone", request=request_id)
+        except Exception as error:
+            log.exception("request_failed", request=request_id, path=scope["path"], error=type(error).__name__)
+            if not began:
+                answer = _as_response(scope["path"], InternalError("The gateway failed; please try again."))
+                await answer(scope, receive, sending)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _as_response(request.url.path, error)
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _write(request.url.path, error.status_code, "not_found", str(error.detail), headers=error.headers)
+
+
+async def _answer_validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
+    return _write(request.url.path, 400, "invalid_payload", f"{where}: {first['msg']}.", where)
+
+
+def _as_response(path: str, error: ApiError) -> Response:
+    headers = dict(error.headers)
+    if error.retry_after_seconds is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after_seconds + 0.49)))
+        headers["retry-after-ms"] = str(max(1, round(error.retry_after_seconds * 1_000)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return _write(path, error.status, error.code, str(error), error.param, headers)
+
+
+def _write(path: str, status: int, code: str, message: str, param: str | None = None, headers: Any = None) -> Response:
+    """In OpenAI's envelope below `/v1`, elsewhere as a problem of RFC 9457."""
+    if path.startswith("/v1"):
+        return Response(make_error(message, code, status, param), status, headers, "application/json")
+    problem = {"type": "about:blank", "title": code.replace("_", " "), "status": status, "detail": message}
+    return Response(orjson.dumps(problem), status, headers, "application/problem+json")

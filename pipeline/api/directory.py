@@ -1,0 +1,162 @@
+"""Keys, models and engines as Postgres has them, at most two seconds old; older while it is away."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Generic, TypeVar
+
+import structlog
+from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy.exc import DBAPIError
+
+from pipeline import keys as api_keys
+from pipeline.errors import Forbidden, InvalidApiKey, ModelNotFound, Unauthorized, UpstreamUnavailable
+from pipeline.store import engines, models, usage
+from pipeline.store import keys as stored_keys
+
+log = structlog.get_logger()
+
+_FRESH_SECONDS = 2.0
+#: What a month has taken changes slowly, and its sum costs.
+_MONTH_FRESH_SECONDS = 10.0
+#: How long old knowledge serves while the database is away.
+_STALE_SECONDS = 300.0
+_MOST_KEPT = 10_000
+_ENGINE_SILENCE_SECONDS = 10.0
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks, by a live key."""
+
+    key_id: str
+    workspace_id: int
+    admin: bool
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    monthly_tokens: int | None
+    monthly_cost: Decimal | None
+
+    def must_be_admin(self) -> None:
+        """Raises:
+        Forbidden: the key isn't an admin's.
+        """
+        if not self.admin:
+            raise Forbidden("This needs an admin's key.")
+
+
+class _Kept(Generic[Found]):
+    """Answers of a query, each asked for again when it is too old. One asks, the others wait."""
+
+    def __init__(self, database: Engine, ask: Callable[..., Found], fresh_seconds: float = _FRESH_SECONDS) -> None:
+        self._database, self._ask, self._fresh_seconds = database, ask, fresh_seconds
+        self._kept: OrderedDict[Hashable, tuple[float, Found]] = OrderedDict()
+        self._under_way: dict[Hashable, asyncio.Task[Found]] = {}
+
+    async def get(self, *question: Any) -> Found:
+        """The answer to a question.
+
+        Raises:
+            UpstreamUnavailable: the database is away, and the answer isn't known from before.
+        """
+        kept = self._kept.get(question)
+        if kept and time.monotonic() - kept[0] < self._fresh_seconds:
+            return kept[1]
+        task = self._under_way.get(question)
+        if task is None:
+            task = asyncio.ensure_future(asyncio.to_thread(self._query, question))
+            self._under_way[question] = task
+            task.add_done_callback(lambda done: self._keep(question, done))
+        try:
+            return await asyncio.shield(task)
+        except DBAPIError as error:
+            if kept and time.monotonic() - kept[0] < _STALE_SECONDS:
+                return kept[1]
+            raise UpstreamUnavailable("The gateway's database can't be reached.", retry_after_seconds=1) from error
+
+    def _query(self, question: tuple[Any, ...]) -> Found:
+        with self._database.begin() as connection:
+            return self._ask(connection, *question)
+
+    def _keep(self, question: Hashable, done: "asyncio.Task[Found]") -> None:
+        del self._under_way[question]
+        if done.cancelled():
+            return
+        if error := done.exception():
+            log.warning("database_unreachable", error=type(error).__name__)
+            return
+        self._kept[question] = (time.monotonic(), done.result())
+        self._kept.move_to_end(question)
+        while len(self._kept) > _MOST_KEPT:
+            self._kept.popitem(last=False)
+
+
+class Directory:
+    """What requests need to know."""
+
+    def __init__(self, database: Engine) -> None:
+        self._keys = _Kept(database, _find_key)
+        self._models = _Kept(database, models.find)
+        self._all_models = _Kept(database, models.of_workspace)
+        self._engines = _Kept(database, _live_engines)
+        self._months = _Kept(database, usage.this_month, _MONTH_FRESH_SECONDS)
+
+    async def caller(self, authorization: str | None) -> Caller:
+        """Who sends this Authorization header.
+
+        Raises:
+            Unauthorized: no header, or another scheme than Bearer.
+            InvalidApiKey: no live key.
+        """
+        scheme, _, token = (authorization or "").strip().partition(" ")
+        token = token.strip()
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthorized("Send your API key in the header: Authorization: Bearer KEY.")
+        key_id = api_keys.id_of(token)
+        found = await self._keys.get(key_id) if key_id else None
+        if found is None or not api_keys.matches(found[0], token) or found[1] <= time.monotonic():
+            raise InvalidApiKey("The API key is unknown, revoked or expired.")
+        return Caller(
+            **{name: found[0][name] for name in Caller.__dataclass_fields__ if name != "key_id"}, key_id=found[0]["id"]
+        )
+
+    async def model(self, workspace_id: int, name: str) -> RowMapping:
+        """A model by name or alias.
+
+        Raises:
+            ModelNotFound: there is none, or not for this workspace.
+        """
+        found = await self._models.get(workspace_id, name)
+        if found is None:
+            raise ModelNotFound(f'The model "{name}" is not enabled for your workspace.', param="model")
+        return found
+
+    async def models(self, workspace_id: int) -> Sequence[RowMapping]:
+        """The models that a workspace may use."""
+        return await self._all_models.get(workspace_id)
+
+    async def engines(self) -> Sequence[RowMapping]:
+        """The engines that live: `url, models`."""
+        return await self._engines.get()
+
+    async def month(self, workspace_id: int) -> tuple[int, Decimal]:
+        """Tokens and cost of a workspace in this month, UTC."""
+        return await self._months.get(workspace_id)
+
+
+def _find_key(connection: Connection, key_id: str) -> tuple[RowMapping, float] | None:
+    """A live key, and when it ends on this process's clock."""
+    row = stored_keys.find_live(connection, key_id)
+    if row is None:
+        return None
+    left = row["seconds_left"]
+    return row, float("inf") if left is None else time.monotonic() + float(left)
+
+
+def _live_engines(connection: Connection) -> Sequence[RowMapping]:
+    return engines.live(connection, _ENGINE_SILENCE_SECONDS)

@@ -1,0 +1,249 @@
+"""`/v1`: one request's way, and the models."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+from sqlalchemy import RowMapping
+from starlette.requests import ClientDisconnect
+
+from pipeline.api.directory import Caller, Directory
+from pipeline.api.engines import Engines
+from pipeline.api.limits import Limits
+from pipeline.api.metering import Meter
+from pipeline.errors import InvalidPayload, ModelNotFound, PayloadTooLarge
+from pipeline.wire import MOST_INPUTS, Asked, Decode, Embedded, make_reply, parse_request, shortened
+
+_JSON = "application/json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gateway:
+    """What requests go through."""
+
+    directory: Directory
+    limits: Limits
+    engines: Engines
+    meter: Meter
+    most_body_bytes: int
+    most_text_bytes: int
+    decode: Decode | None
+
+
+class EmbeddingRequest(BaseModel):
+    """What to embed. Other fields are ignored."""
+
+    model: str = Field(min_length=1, max_length=256, description="A model's id, or an alias.")
+    input: str | list[str] | list[int] | list[list[int]] = Field(
+        description=f"A text, or up to {MOST_INPUTS:,} of them; token ids (cl100k_base) where the operator allows it."
+    )
+    encoding_format: str | None = Field(default="float", description="float, or base64 of little-endian float32.")
+    dimensions: int | None = Field(default=None, ge=1, description="Where the model can be shortened.")
+    user: str | None = Field(default=None, max_length=512, description="Whom you act for; kept with the usage.")
+
+
+class Embedding(BaseModel):
+    """One text's vector."""
+
+    object: str = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    """What was metered."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """Embeddings in the order of the input."""
+
+    object: str = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorEnvelope(BaseModel):
+    """OpenAI's envelope of an error."""
+
+    error: ErrorBody
+
+
+class ModelObject(BaseModel):
+    """A model that your workspace may use."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "vectormill"
+    dimensions: int
+    shorter_dimensions: list[int]
+    max_tokens: int | None
+    price_per_million_tokens: float | None
+    aliases: list[str]
+
+
+class ModelList(BaseModel):
+    """The models that your workspace may use."""
+
+    object: str = "list"
+    data: list[ModelObject]
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorEnvelope, "description": codes}
+    for status, codes in {
+        400: "invalid_payload",
+        401: "unauthorized, invalid_api_key",
+        404: "model_not_found",
+        413: "invalid_payload: the body is too large",
+        429: "rate_limited",
+        500: "internal_error",
+        503: "upstream_unavailable",
+    }.items()
+}
+_SECURITY: dict[str, Any] = {"security": [{"bearer": []}]}
+router = APIRouter(prefix="/v1", responses=_ERRORS, tags=["OpenAI-compatible"])
+
+
+@router.post(
+    "/embeddings",
+    response_model=EmbeddingList,
+    openapi_extra={
+        **_SECURITY,
+        "requestBody": {"required": True, "content": {_JSON: {"schema": EmbeddingRequest.model_json_schema()}}},
+    },
+)
+async def create_embeddings(request: Request) -> Response:
+    """Embed texts: one vector each, in their order."""
+    gateway: Gateway = request.app.state.gateway
+    caller = await gateway.directory.caller(request.headers.get("authorization"))
+    asked = parse_request(await _body(request, gateway.most_body_bytes), gateway.most_text_bytes, gateway.decode)
+    model = await gateway.directory.model(caller.workspace_id, asked.model)
+    dimensions = _dimensions(model, asked.dimensions)
+    gateway.meter.check()
+    estimate = gateway.limits.estimated_tokens(model["name"], model["max_item_tokens"], asked.texts)
+    headers = await gateway.limits.charge(caller, estimate)
+    embedded = await _unless_gone(request, _embed(gateway, model, asked.texts))
+    gateway.limits.learn(caller, model["name"], asked.texts, estimate, embedded.prompt_tokens)
+    gateway.meter.add(_usage(request, caller, model, asked, embedded))
+    if embedded.truncated:
+        headers["x-vectormill-truncated"] = str(embedded.truncated)
+    if dimensions != embedded.vectors.shape[1]:
+        embedded = Embedded(
+            vectors=shortened(embedded.vectors, dimensions), prompt_tokens=embedded.prompt_tokens, truncated=0
+        )
+    return Response(make_reply(asked, embedded), media_type=_JSON, headers=headers)
+
+
+async def _embed(gateway: Gateway, model: RowMapping, texts: list[str]) -> Embedded:
+    return await gateway.engines.embed(await gateway.directory.engines(), model["name"], texts)
+
+
+async def _body(request: Request, most_bytes: int) -> bytes:
+    """A request's body, refused as soon as it is known to be too large."""
+    refused = PayloadTooLarge(f"The body is larger than {most_bytes:,} bytes; send fewer texts in a request.")
+    # The rest isn't read.
+    refused.headers["connection"] = "close"
+    told = request.headers.get("content-length", "0")
+    if told.isdecimal() and int(told) > most_bytes:
+        raise refused
+    pieces, size = [], 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > most_bytes:
+            raise refused
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _dimensions(model: RowMapping, wanted: int | None) -> int:
+    native: int = model["dimensions"]
+    sizes = sorted({*model["matryoshka"], native})
+    if wanted is None or wanted == native:
+        return native
+    if wanted not in sizes:
+        known = ", ".join(map(str, sizes))
+        raise InvalidPayload(f"{model['name']} gives {known} dimensions, not {wanted}.", param="dimensions")
+    return wanted
+
+
+async def _unless_gone(request: Request, work: Any) -> Embedded:
+    """The result of `work`, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _usage(request: Request, caller: Caller, model: RowMapping, asked: Asked, embedded: Embedded) -> Mapping[str, Any]:
+    return {
+        "workspace_id": caller.workspace_id,
+        "key_id": caller.key_id,
+        "request_id": request.scope["state"]["request_id"],
+        "model": model["name"],
+        "items": len(asked.texts),
+        "tokens": embedded.prompt_tokens,
+        "truncated": embedded.truncated,
+        "end_user": asked.user,
+        "price_per_million": model["price_per_million"],
+        "created_at": datetime.now(UTC),
+    }
+
+
+@router.get("/models", response_model=ModelList, openapi_extra=_SECURITY)
+async def list_models(request: Request) -> ModelList:
+    """The models that your workspace may use."""
+    gateway: Gateway = request.app.state.gateway
+    caller = await gateway.directory.caller(request.headers.get("authorization"))
+    return ModelList(data=[_model(row, row["name"]) for row in await gateway.directory.models(caller.workspace_id)])
+
+
+@router.get("/models/{model:path}", response_model=ModelObject, openapi_extra=_SECURITY)
+async def retrieve_model(model: str, request: Request) -> ModelObject:
+    """One model, by id or alias."""
+    gateway: Gateway = request.app.state.gateway
+    caller = await gateway.directory.caller(request.headers.get("authorization"))
+    if "\0" in model:
+        raise ModelNotFound("The model is not enabled for your workspace.", param="model")
+    return _model(await gateway.directory.model(caller.workspace_id, model), model)
+
+
+def _model(row: RowMapping, called: str) -> ModelObject:
+    price = row["price_per_million"]
+    return ModelObject(
+        id=called,
+        created=int(row["added_at"].timestamp()),
+        dimensions=row["dimensions"],
+        shorter_dimensions=sorted(row["matryoshka"]),
+        max_tokens=row["max_item_tokens"],
+        price_per_million_tokens=None if price is None else float(price),
+        aliases=row["aliases"],
+    )

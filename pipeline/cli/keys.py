@@ -1,0 +1,113 @@
+"""`vectormill keys`: who may call the api."""
+
+import re
+import sys
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import keys as api_keys
+from pipeline.catalog import DEFAULT_WORKSPACE
+from pipeline.cli.connect import working
+from pipeline.cli.look import age, print_json, stderr, stdout
+from pipeline.errors import UserError
+from pipeline.store import keys as stored_keys
+
+app = typer.Typer(help="API keys of a workspace.", no_args_is_help=True)
+
+Workspace = Annotated[str, typer.Option(help="The workspace.")]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as list shows it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_SPAN = re.compile(r"(\d{1,5})([smhd])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Option(help="What it is for.")] = "cli",
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    expires: Annotated[str | None, typer.Option(metavar="SPAN", help="Its life: 12h, 90d. Default: for ever.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="It may also make and revoke keys.")] = False,
+) -> None:
+    """Make a key. It is printed this once; only its hash is kept.
+
+    Examples:
+
+        vectormill keys create --name search-service --expires 90d
+
+        export OPENAI_API_KEY=$(vectormill keys create)
+    """
+    lives = None if expires is None else _span("--expires", expires)
+    with working(workspace) as place, place.engine.begin() as connection:
+        made = api_keys.create(connection, place.workspace_id, name, admin=admin, lives=lives)
+    _show(made)
+
+
+@app.command("list")
+def list_keys(workspace: Workspace = DEFAULT_WORKSPACE, as_json: Json = False) -> None:
+    """List the keys, without their secrets.
+
+    Example: vectormill keys list --json
+    """
+    with working(workspace) as place, place.engine.begin() as connection:
+        rows = [dict(row) for row in stored_keys.every(connection, place.workspace_id)]
+    for row in rows:
+        for moment in ("created_at", "expires_at", "revoked_at"):
+            row[moment] = row[moment].isoformat() if row[moment] else None
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        stderr.print("No keys yet. Make one: vectormill keys create")
+        return
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
+    for column in ("id", "name", "state", "made", "expires"):
+        table.add_column(column)
+    for row in rows:
+        state = Text("revoked" if row["revoked_at"] else "live" if row["live"] else "expired")
+        state.stylize("green" if row["live"] else "bright_black")
+        name = row["name"] + (" (admin)" if row["admin"] else "")
+        table.add_row(row["id"], Text(name), state, age(row["created_at"]), row["expires_at"] or "–")
+    stdout.print(table)
+
+
+@app.command()
+def rotate(
+    key: KeyId,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    overlap: Annotated[str, typer.Option(metavar="SPAN", help="How long the old key stays valid.")] = "24h",
+) -> None:
+    """Make a key in place of another one, which stays valid for a while.
+
+    Example: vectormill keys rotate 3f0c9a7be1d2c4a8 --overlap 2h
+    """
+    with working(workspace) as place, place.engine.begin() as connection:
+        made = api_keys.rotate(connection, place.workspace_id, key, _span("--overlap", overlap))
+    _show(made)
+    stderr.print(f"The old key {key} ends in {overlap}.")
+
+
+@app.command()
+def revoke(key: KeyId, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
+    """End a key now; gateways learn it within two seconds.
+
+    Example: vectormill keys revoke 3f0c9a7be1d2c4a8
+    """
+    with working(workspace) as place, place.engine.begin() as connection:
+        api_keys.revoke(connection, place.workspace_id, key)
+    stderr.print(f"Key {key} revoked.")
+
+
+def _show(made: api_keys.NewKey) -> None:
+    sys.stdout.write(made.token + "\n")
+    stderr.print(f"Key {made.id}: keep it now, it isn't shown again.")
+
+
+def _span(option: str, given: str) -> timedelta:
+    found = _SPAN.fullmatch(given)
+    if not found:
+        raise UserError(f'{option} "{given}": write a number and s, m, h or d, such as 90d.')
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})

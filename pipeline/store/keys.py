@@ -1,0 +1,78 @@
+"""API keys, as hashes."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, func, insert, text, update
+
+from pipeline.tables import api_keys
+
+
+def add(connection: Connection, values: Mapping[str, Any], lives: timedelta | None) -> None:
+    """Keep a key that ends after `lives`, or never."""
+    ends = None if lives is None else func.now() + lives
+    connection.execute(insert(api_keys).values(**values, expires_at=ends))
+
+
+def every(connection: Connection, workspace_id: int) -> list[RowMapping]:
+    """A workspace's keys, newest first: `id, name, admin, live, created_at, expires_at, revoked_at`."""
+    rows = connection.execute(
+        text("""
+            select id, name, admin, created_at,
+                   revoked_at is null and (expires_at is null or expires_at > now()) as live,
+                   expires_at, revoked_at
+            from vectormill.api_keys where workspace_id = :workspace order by created_at desc, id
+        """),
+        {"workspace": workspace_id},
+    )
+    return list(rows.mappings())
+
+
+def find_live(connection: Connection, key_id: str) -> RowMapping | None:
+    """A key that is neither revoked nor over, with its workspace's limits; `seconds_left` is None for ever."""
+    rows = connection.execute(
+        text("""
+            select k.id, k.name, k.secret_sha256, k.admin, k.workspace_id, w.requests_per_minute, w.tokens_per_minute,
+                   w.monthly_tokens, w.monthly_cost, extract(epoch from k.expires_at - now()) as seconds_left
+            from vectormill.api_keys k join vectormill.workspaces w on w.id = k.workspace_id
+            where k.id = :id and k.revoked_at is null and (k.expires_at is null or k.expires_at > now())
+        """),
+        {"id": key_id},
+    )
+    return rows.mappings().one_or_none()
+
+
+def expire(connection: Connection, workspace_id: int, key_id: str, after: timedelta) -> str | None:
+    """Let a live key end after so long at the latest. Returns its name; None: there is none."""
+    return connection.execute(
+        text("""
+            update vectormill.api_keys set expires_at = least(expires_at, now() + :after)
+            where id = :id and workspace_id = :workspace and revoked_at is null
+              and (expires_at is null or expires_at > now())
+            returning name
+        """),
+        {"id": key_id, "workspace": workspace_id, "after": after},
+    ).scalar_one_or_none()
+
+
+def revoke(connection: Connection, workspace_id: int, key_id: str) -> bool:
+    """End a key now. False: there is none that isn't revoked."""
+    return (
+        connection.execute(
+            update(api_keys)
+            .where(api_keys.c.id == key_id, api_keys.c.workspace_id == workspace_id, api_keys.c.revoked_at.is_(None))
+            .values(revoked_at=func.now())
+        ).rowcount
+        == 1
+    )
+
+
+def is_admin(connection: Connection, workspace_id: int, key_id: str) -> bool:
+    """Whether a key of the workspace is an admin's."""
+    found = connection.execute(
+        api_keys.select()
+        .with_only_columns(api_keys.c.admin)
+        .where(api_keys.c.id == key_id, api_keys.c.workspace_id == workspace_id)
+    ).scalar_one_or_none()
+    return bool(found)

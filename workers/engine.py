@@ -1,0 +1,157 @@
+"""The encoder behind HTTP for the api: `python -m workers.engine`. Its wire is its own (see `pipeline.wire`), and it
+asks for no key: it belongs on loopback or a closed network."""
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from uuid import uuid4
+
+import orjson
+import psutil
+import structlog
+import uvicorn
+from sqlalchemy import Engine as Database
+from sqlalchemy.exc import DBAPIError
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pipeline.catalog import as_model
+from pipeline.errors import ModelError, UpstreamUnavailable, UserError
+from pipeline.jobs import Model
+from pipeline.logs import configure_logs
+from pipeline.settings import Settings, load_settings
+from pipeline.store import engines, models
+from pipeline.store.database import make_engine
+from pipeline.wire import pack_vectors
+from workers.residents import Residents, loader
+from workers.serving import Serving
+
+log = structlog.get_logger()
+
+_PERIOD_SECONDS = 2.0
+_SHARE_OF_MEMORY = 0.8
+
+
+class Catalogue:
+    """The local models that this engine serves, as the catalogue says; and the engine, as it shows itself."""
+
+    def __init__(self, database: Database, settings: Settings, url: str) -> None:
+        self._database, self._wanted, self._url = database, settings.worker_models, url
+        self._device = settings.worker_devices[0]
+        self._id = uuid4()
+        self._stopped = threading.Event()
+        self.models: dict[str, Model] = {}
+
+    def refresh(self) -> None:
+        """Read the catalogue and show the engine."""
+        with self._database.begin() as connection:
+            rows = [row for row in models.every(connection) if row["kind"] == "local"]
+            if self._wanted:
+                rows = [row for row in rows if {row["name"], *row["aliases"]} & set(self._wanted)]
+            self.models = {row["name"]: as_model(row) for row in rows}
+            engines.show(connection, self._id, url=self._url, models=sorted(self.models), device=self._device)
+
+    def follow(self) -> None:
+        """Refresh until stopped, then say goodbye. A database that is away leaves things as they were."""
+        while not self._stopped.wait(_PERIOD_SECONDS):
+            try:
+                self.refresh()
+            except DBAPIError:
+                log.warning("database_unreachable")
+        with suppress(DBAPIError), self._database.begin() as connection:
+            engines.forget(connection, self._id)
+
+    def stop(self) -> None:
+        """End `follow`."""
+        self._stopped.set()
+
+
+def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
+    """The engine's HTTP: `POST /embed`, `GET /healthz`."""
+
+    async def embed(request: Request) -> Response:
+        try:
+            asked = orjson.loads(await request.body())
+        except ClientDisconnect:
+            return Response(status_code=400)
+        model = catalogue.models.get(asked["model"])
+        if model is None:
+            return Response(b"this engine doesn't serve the model", 404)
+        work = asyncio.ensure_future(serving.embed(model, asked["texts"]))
+        gone = asyncio.ensure_future(_gone(request))
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not work.done():
+            work.cancel()
+            return Response(status_code=400)
+        try:
+            return Response(pack_vectors(work.result()))
+        except UpstreamUnavailable as error:
+            return Response(str(error).encode(), 503, {"retry-after": f"{error.retry_after_seconds:.0f}"})
+        except ModelError as error:
+            log.error("model_failed", model=model.name, reason=str(error))
+            return Response(str(error).encode(), 500)
+
+    async def healthz(_: Request) -> Response:
+        return Response(b"ok")
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        follower = threading.Thread(target=catalogue.follow, name="catalogue")
+        follower.start()
+        yield
+        catalogue.stop()
+        follower.join()
+        serving.stop()
+
+    routes = [Route("/embed", embed, methods=["POST"]), Route("/healthz", healthz)]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def main() -> None:
+    """Serve until SIGTERM; what is in flight is finished."""
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    if settings.database_url is None:
+        raise UserError("an engine needs VECTORMILL_DATABASE_URL.")
+    listener = socket.create_server((settings.engine_host, settings.engine_port), backlog=1024)
+    host = settings.engine_host if settings.engine_host not in ("0.0.0.0", "::") else socket.gethostname()  # noqa: S104
+    database = make_engine(settings.database_url.get_secret_value(), application="vectormill-engine", pool_size=1)
+    catalogue = Catalogue(database, settings, f"http://{host}:{listener.getsockname()[1]}")
+    device = settings.worker_devices[0]
+    memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
+    load = loader(device, os.cpu_count() if device == "cpu" else None, settings.worker_dtype)
+    residents = Residents(load, int(memory_bytes * _SHARE_OF_MEMORY))
+    if settings.worker_models:
+        catalogue.refresh()
+        _load_all(catalogue, residents)
+    catalogue.refresh()
+    app = make_app(catalogue, Serving(residents, settings.engine_queue_seconds))
+    # uvicorn stops in order at this signal, then raises it again for the handler from before.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _load_all(catalogue: Catalogue, residents: Residents) -> None:
+    for model in catalogue.models.values():
+        try:
+            residents.get(model)
+        except ModelError as error:
+            log.error("model_failed", model=model.name, reason=str(error))
+
+
+if __name__ == "__main__":
+    main()
