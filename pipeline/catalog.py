@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from sqlalchemy import Connection, RowMapping
 
 from pipeline.errors import ModelError, UnknownModel, UserError
-from pipeline.jobs import Model
+from pipeline.jobs import Model, Upstream
 from pipeline.store import models, workspaces
 
 DEFAULT_WORKSPACE = "default"
@@ -55,7 +56,19 @@ def find_model(connection: Connection, workspace: int, name: str) -> Model:
 
 def as_model(row: RowMapping) -> Model:
     """A catalogue row as a noun."""
-    return Model(**{field: row[field] for field in Model.__dataclass_fields__})
+    columns = {field: row[field] for field in Model.__dataclass_fields__ if field != "upstream"}
+    return Model(**columns, upstream=as_upstream(row))
+
+
+def as_upstream(row: RowMapping) -> Upstream | None:
+    """Where a catalogue row's model is, if not here."""
+    if row["kind"] != "gateway":
+        return None
+    return Upstream(
+        url=row["gateway_url"],
+        model=row["upstream_model"],
+        **{name: row[name] for name in ("reply_model", "key_env", "base64", "request_inputs", "request_tokens")},
+    )
 
 
 def slug_of(name: str) -> str:
@@ -64,6 +77,21 @@ def slug_of(name: str) -> str:
     if not slug or len(name) > 200:
         raise UserError(f'"{name}" can\'t name a model: use letters, digits, dots, dashes and slashes, at most 200.')
     return slug
+
+
+def gateway_url(given: str) -> str:
+    """The address of an OpenAI-compatible API, to which `/embeddings` is added.
+
+    Raises:
+        UserError: it isn't one, or holds a password.
+    """
+    parts = urlsplit(given)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
+        raise UserError(f'--gateway "{given}": write the API\'s address, such as https://api.openai.com/v1.')
+    if parts.username or parts.password:
+        raise UserError("--gateway: addresses are stored, so leave the password out; --key-env names where the key is.")
+    path = parts.path.rstrip("/").removesuffix("/embeddings") or "/v1"
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
 def weights_sha256(folder: Path) -> str:
@@ -105,10 +133,35 @@ def add_model(connection: Connection, name: str, description: Mapping[str, Any],
     Raises:
         UserError: the name is taken.
     """
-    values = {**description, "canary": bytes.fromhex(description["canary"])}
-    if not models.add(
-        connection, {"name": name, "slug": slug_of(name), "kind": "local", "aliases": list(aliases), **values}
-    ):
+    _add(connection, name, {"kind": "local", **description}, aliases)
+
+
+def add_gateway(
+    connection: Connection, name: str, upstream: Upstream, description: Mapping[str, Any], aliases: Sequence[str] = ()
+) -> None:
+    """Add a gateway's model, described by `workers.oneshot gateway`, and enable it for the default workspace.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    # Weights that nobody can look at are known by where they are and what they make of a text: a provider that changes
+    # them changes the vector space.
+    whole = "\n".join((upstream.url, upstream.model, description["canary"]))
+    values = {
+        "kind": "gateway",
+        "gateway_url": upstream.url,
+        "upstream_model": upstream.model,
+        **{name: getattr(upstream, name) for name in ("key_env", "request_inputs", "request_tokens")},
+        "weights_sha256": hashlib.sha256(whole.encode()).hexdigest(),
+        "weights_bytes": 0,
+        **description,
+    }
+    _add(connection, name, values, aliases)
+
+
+def _add(connection: Connection, name: str, values: Mapping[str, Any], aliases: Sequence[str]) -> None:
+    columns = {"name": name, "slug": slug_of(name), "aliases": list(aliases), **values}
+    if not models.add(connection, {**columns, "canary": bytes.fromhex(values["canary"])}):
         raise UserError(f'there is a model "{name}" (or one whose queue is called the same); remove it first.')
     models.enable(connection, workspace_id(connection), name)
 

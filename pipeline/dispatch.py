@@ -235,7 +235,8 @@ def snapshot(dispatcher: Dispatcher) -> None:
 
 
 def judge_models(dispatcher: Dispatcher) -> None:
-    """Pause the jobs of a model whose claims are mostly lost; fail those of one that no live worker can load."""
+    """Pause the jobs of a model whose claims are mostly lost; fail, or of a gateway's pause, those of one that no live
+    worker can load."""
     with dispatcher.engine.begin() as connection:
         for job in jobs.active(connection):
             if job["state"] in ("queued", "running") and models.of_job(connection, job["id"]) is None:
@@ -246,8 +247,12 @@ def judge_models(dispatcher: Dispatcher) -> None:
         for name, reason in dropped.items():
             if any(name in worker["models"] for worker in live):
                 continue
+            row = models.by_name(connection, name)
             for job_id in jobs.running_of_model(connection, name):
-                jobs.begin_cancelling(connection, job_id, JobState.FAILED, Reason.MODEL_CANNOT_LOAD, reason)
+                if row and row["kind"] == "gateway":  # a person can mend it
+                    control.pause_for(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
+                else:
+                    control.fail(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
         for name, (lost, distinct, commits) in chunks.losses_and_commits(connection, 600).items():
             # One text that kills its process loses five claims of one chunk; only losses all over are the workers'.
             if lost > commits and (distinct >= _BROKEN_CHUNKS or lost >= _BROKEN_CLAIMS):

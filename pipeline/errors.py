@@ -71,6 +71,31 @@ class ModelError(VectormillError):
     """A model can't be used on this machine."""
 
 
+class BadReply(VectormillError):
+    """A gateway's reply can't be used: what is in it isn't what was asked for."""
+
+    retryable = True
+
+
+class GatewayBusy(VectormillError):
+    """A gateway, or the limits of its key, let nothing through for longer than a worker waits."""
+
+    retryable = True
+
+    def __init__(self, message: str, wait_seconds: float) -> None:
+        super().__init__(message)
+        self.wait_seconds = wait_seconds
+
+
+class GatewayRefused(VectormillError):
+    """A gateway refuses, whatever the text is, until a person has mended what the message says."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        #: Of the pause, one of `jobs.Reason`.
+        self.reason = reason
+
+
 class LeaseLost(VectormillError):
     """Another worker owns the chunk, or nobody may: what was computed is discarded."""
 

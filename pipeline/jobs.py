@@ -69,6 +69,9 @@ class Reason(enum.StrEnum):
     SOURCE_DAMAGED = "source_damaged"
     STORAGE_REFUSED = "storage_refused"
     TABLE_REFUSED = "table_refused"
+    KEY_REFUSED = "key_refused"
+    BUDGET_SPENT = "budget_spent"
+    GATEWAY_REFUSED = "gateway_refused"
     ALL_REJECTED = "all_rejected"
     TOO_MANY_REJECTS = "too_many_rejects"
 
@@ -88,6 +91,8 @@ class RejectCode(enum.StrEnum):
     BAD_VECTOR = "bad_vector"
     ENCODE_FAILED = "encode_failed"
     CRASHED_WORKER = "crashed_worker"
+    GATEWAY_REFUSED = "gateway_refused"
+    GATEWAY_FAILED = "gateway_failed"
 
     @property
     def retryable(self) -> bool:
@@ -95,7 +100,15 @@ class RejectCode(enum.StrEnum):
         return self in RETRYABLE_REJECTS
 
 
-RETRYABLE_REJECTS = frozenset({RejectCode.BAD_VECTOR, RejectCode.ENCODE_FAILED, RejectCode.CRASHED_WORKER})
+RETRYABLE_REJECTS = frozenset(
+    {
+        RejectCode.BAD_VECTOR,
+        RejectCode.ENCODE_FAILED,
+        RejectCode.CRASHED_WORKER,
+        RejectCode.GATEWAY_REFUSED,
+        RejectCode.GATEWAY_FAILED,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +136,25 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Upstream:
+    """Where a model of kind gateway is."""
+
+    #: Of the API, to which `/embeddings` is added.
+    url: str
+    #: What requests call the model.
+    model: str
+    #: What replies call it, where that is another name.
+    reply_model: str | None
+    #: Names the variable with the key; `None`: it asks for none.
+    key_env: str | None
+    #: Whether it answers base64.
+    base64: bool
+    #: The most inputs, and about the most tokens, of one request.
+    request_inputs: int
+    request_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A catalogue entry, as the encoder and the planner need it."""
 
@@ -146,6 +178,8 @@ class Model:
     canary: bytes
     #: Measured on one slot.
     tokens_per_second: float
+    #: `None`: local weights.
+    upstream: Upstream | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The environment's only reader. Nothing is read when this module is imported."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,10 @@ class Settings(BaseSettings):
     engine_queue_seconds: float = Field(default=30, gt=0, le=3600)
     #: Where tiktoken keeps its vocabularies: with cl100k_base there, the api reads OpenAI's token ids.
     tiktoken_cache_dir: Path | None = Field(default=None, validation_alias="TIKTOKEN_CACHE_DIR")
+    #: How long an upstream gateway may take to answer a request.
+    gateway_seconds: float = Field(default=60, ge=1, le=600)
+    #: Requests of one chunk that are under way at a time.
+    gateway_in_flight: int = Field(default=4, ge=1, le=64)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
 
     #: The models a worker serves, comma-separated; empty: all of the catalogue. Set by `vectormill worker --model`.
@@ -75,6 +80,19 @@ class Settings(BaseSettings):
     @classmethod
     def _make_absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
+
+
+def read_secret(variable: str) -> str | None:
+    """What a variable holds, or, under the same name with `_FILE` after it, the file that it names; read anew each
+    time, so that a file may change. `None`: neither is set, or the file is empty or can't be read."""
+    if path := os.environ.get(f"{variable}_FILE"):
+        try:
+            value = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+    else:
+        value = os.environ.get(variable, "")
+    return value.strip() or None
 
 
 def load_settings() -> Settings:

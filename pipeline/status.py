@@ -1,5 +1,6 @@
 """Where a job stands, and its receipt: always sums over its chunks."""
 
+from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
@@ -7,7 +8,7 @@ from sqlalchemy import Connection, RowMapping
 
 from pipeline.errors import UnknownJob, UserError
 from pipeline.jobs import JobState
-from pipeline.store import chunks, jobs, usage
+from pipeline.store import attempts, chunks, jobs, usage
 from pipeline.verify import count_missing_and_double
 
 #: Rates are taken over so long a time, or since the job's start.
@@ -98,19 +99,32 @@ def _of_row(row: RowMapping) -> dict[str, Any]:
 
 
 def current_receipt(connection: Connection, job_id: UUID) -> dict[str, Any]:
-    """The account of a job as its chunks stand now."""
+    """The account of a job as its chunks stand now.
+
+    Tokens: `prompt` by those who embedded the items; `billed` by a gateway's replies, those to lost claims too;
+    `unanswered`, about, in requests of which no reply tells whether they are billed.
+    """
     row, sums = job_row(connection, job_id), chunks.sums(connection, job_id)
+    billed = attempts.billed(connection, job_id)
     counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled")}
     into = row["items_total"] or sums["items"]
     return {
         "items": {"in": into, **counted},
         "tokens": {
             "prompt": sums["prompt_tokens"],
-            "billed": sums["prompt_tokens"],
+            # What is embedded here costs what it takes.
+            "billed": sums["prompt_tokens"] if billed is None else billed.tokens,
+            "unanswered": billed.unanswered if billed else 0,
             "reused": sums["reused_tokens"],
         },
         "balanced": into == sum(counted.values()),
     }
+
+
+def _settled(account: Mapping[str, Any]) -> dict[str, Any]:
+    """What can't change after a job's end. A lost claim's request may still be answered, and then it is billed."""
+    tokens = {name: count for name, count in account["tokens"].items() if name not in ("billed", "unanswered")}
+    return {**account, "tokens": tokens}
 
 
 def receipt(connection: Connection, job_id: UUID, *, verify: bool = False) -> dict[str, Any]:
@@ -125,6 +139,6 @@ def receipt(connection: Connection, job_id: UUID, *, verify: bool = False) -> di
     if not verify:
         return named
     missing, double = count_missing_and_double(connection, row)
-    unchanged = account == current_receipt(connection, job_id)
+    unchanged = _settled(account) == _settled(current_receipt(connection, job_id))
     verified = bool(account["balanced"] and unchanged and not missing and not double)
     return named | {"verified": verified, "missing": missing, "double": double}

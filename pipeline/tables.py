@@ -103,7 +103,14 @@ models = Table(
     Column("revision", Text),
     Column("gateway_url", Text),
     Column("upstream_model", Text),
+    # The variable that holds the gateway's key, or with _FILE after it the path of a file; never the key itself.
     Column("key_env", Text),
+    # What the gateway calls the model in its replies, where that is another name.
+    Column("reply_model", Text),
+    Column("base64", Boolean),
+    # The most that a request to it may hold.
+    Column("request_inputs", Integer),
+    Column("request_tokens", Integer),
     Column("weights_sha256", Text, nullable=False),
     Column("weights_bytes", BigInteger, nullable=False),
     Column("dimensions", Integer, nullable=False),
@@ -119,6 +126,11 @@ models = Table(
     Column("price_per_million", Numeric),
     _moment("added_at", now=True),
     CheckConstraint("kind in ('local', 'gateway')", name="kind"),
+    CheckConstraint(
+        "kind <> 'gateway' or (gateway_url is not null and upstream_model is not null and request_inputs > 0 "
+        "and request_tokens > 0)",
+        name="upstream",
+    ),
     CheckConstraint("dimensions > 0 and tokens_per_second > 0", name="positive"),
 )
 

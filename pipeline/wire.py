@@ -1,15 +1,19 @@
 """OpenAI's wire shape of embeddings, both ends of it: what a request asks, what a reply says. No I/O."""
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from math import isfinite
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from pipeline.errors import InvalidPayload
+from pipeline.errors import BadReply, InvalidPayload
+from pipeline.jobs import Upstream
 
 #: OpenAI's own limits.
 MOST_INPUTS = 2_048
@@ -40,8 +44,8 @@ class Embedded:
     #: float32 of shape (texts, dimensions).
     vectors: Vectors
     prompt_tokens: int
-    #: How many texts were cut at the model's longest.
-    truncated: int = 0
+    #: Positions of the texts that were cut at the model's longest.
+    truncated: Sequence[int] = ()
 
 
 def parse_request(body: bytes, most_text_bytes: int, decode: Decode | None = None) -> Asked:
@@ -150,16 +154,115 @@ def shortened(vectors: Vectors, dimensions: int) -> Vectors:
 
 
 def make_reply(asked: Asked, embedded: Embedded) -> bytes:
-    """The body of a reply, embeddings in index order."""
+    """The body of a reply, embeddings in index order. A text that was cut says so beside its embedding."""
     vectors = np.ascontiguousarray(embedded.vectors, dtype="<f4")
     rows: Sequence[Any] = [base64.b64encode(row).decode() for row in vectors] if asked.base64 else list(vectors)
+    data: list[dict[str, Any]] = [{"object": "embedding", "index": at, "embedding": row} for at, row in enumerate(rows)]
+    for at in embedded.truncated:
+        data[at]["truncated"] = True
     reply = {
         "object": "list",
-        "data": [{"object": "embedding", "index": at, "embedding": row} for at, row in enumerate(rows)],
+        "data": data,
         "model": asked.model,
         "usage": {"prompt_tokens": embedded.prompt_tokens, "total_tokens": embedded.prompt_tokens},
     }
     return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def endpoint_of(url: str) -> str:
+    """Where an API, known by its address up to `/v1`, takes requests for embeddings."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/") + "/embeddings"))
+
+
+def make_request(upstream: Upstream, texts: Sequence[str]) -> bytes:
+    """The body of a request for all of a model's dimensions."""
+    asked = {
+        "model": upstream.model,
+        "input": list(texts),
+        "encoding_format": "base64" if upstream.base64 else "float",
+    }
+    return orjson.dumps(asked)
+
+
+def most_reply_bytes(inputs: int, dimensions: int) -> int:
+    """No honest reply is longer: numbers as text with all their digits, and room for what else a provider says."""
+    return inputs * (dimensions * 32 + 1_024) + 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What a gateway answered."""
+
+    #: float32 of shape (inputs, dimensions), in the order of the inputs.
+    vectors: Vectors
+    #: By the gateway's count; `None`: it doesn't say.
+    prompt_tokens: int | None
+    #: What it calls the model.
+    model: str | None
+    #: Positions of the inputs that it says it has cut. Only vectormill says.
+    truncated: Sequence[int]
+
+
+def parse_reply(body: bytes, inputs: int, dimensions: int | None = None) -> Reply:
+    """Read the body of a reply to so many inputs, whose vectors have `dimensions` elements, or all the same number.
+
+    Raises:
+        BadReply: it isn't one, or lacks a vector, or has one twice, or of another size.
+    """
+    try:
+        fields = orjson.loads(body)
+        data, model = fields["data"], fields.get("model")
+        usage = fields.get("usage") or {}
+        if len(data) != inputs:
+            raise BadReply(f"it holds {len(data)} vectors for {inputs} inputs")
+        first = _vector(data[0]["embedding"])
+        vectors = np.empty((inputs, dimensions or len(first)), dtype=np.float32)
+        missing = np.ones(inputs, dtype=np.bool_)
+        for one in data:
+            index, vector = one["index"], _vector(one["embedding"])
+            if type(index) is not int or not 0 <= index < inputs or not missing[index]:
+                raise BadReply("an index is none of the inputs', or comes twice")
+            if len(vector) != vectors.shape[1]:
+                raise BadReply(f"a vector has {len(vector)} elements instead of {vectors.shape[1]}")
+            vectors[index], missing[index] = vector, False
+        truncated = [one["index"] for one in data if one.get("truncated") is True]
+        tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise BadReply("it isn't a list of embeddings") from error
+    if type(tokens) is not int or not 0 <= tokens < 2**53:
+        tokens = None
+    return Reply(
+        vectors=vectors, prompt_tokens=tokens, model=model if isinstance(model, str) else None, truncated=truncated
+    )
+
+
+def _vector(given: Any) -> Vectors:
+    if isinstance(given, str):
+        return np.frombuffer(base64.b64decode(given, validate=True), dtype="<f4")
+    if not isinstance(given, list) or not given:
+        raise BadReply("an embedding is neither an array nor base64")
+    # Not by way of float32 at once: it would take true for 1 and "2" for 2.
+    vector = np.array(given)
+    if vector.dtype.kind not in "fi" or vector.ndim != 1:
+        raise BadReply("an embedding holds something else than numbers")
+    return vector.astype(np.float32)
+
+
+def told_wait_seconds(headers: Mapping[str, str], now: float) -> float | None:
+    """How long a reply says to wait: `retry-after-ms`, or `retry-after` as seconds or as a date. `now`: Unix time."""
+    milliseconds, told = headers.get("retry-after-ms"), headers.get("retry-after")
+    for value, unit in ((milliseconds, 1_000.0), (told, 1.0)):
+        try:
+            wait = float(value or "") / unit
+        except ValueError:
+            continue
+        if isfinite(wait):
+            return max(0.0, wait)
+    try:
+        return max(0.0, parsedate_to_datetime(told or "").timestamp() - now)
+    except ValueError:
+        return None
 
 
 def make_error(message: str, code: str, status: int, param: str | None = None) -> bytes:

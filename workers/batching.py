@@ -1,10 +1,13 @@
-"""Which items go through the model together. Pure: lengths in, index ranges out."""
+"""What an encoder takes and gives, and which items go through it together. Pure: lengths in, positions out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.jobs import RejectCode
 
 #: Items in one isolated slice at level 1; each level narrows eightfold, to single items.
 _WIDEST_SLICE = 64
@@ -13,6 +16,54 @@ _NARROWING = 8
 _SINGLE = 3
 #: From this level on the head item has killed its process twice when alone.
 CONVICTED = _SINGLE + 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """Texts as the model reads them."""
+
+    #: Token ids; of a gateway's model, which reads for itself, the texts.
+    ids: Sequence[Any]
+    #: Tokens of each text after truncation, special tokens included.
+    lengths: npt.NDArray[np.int32]
+    truncated: npt.NDArray[np.bool_]
+
+    def select(self, mask: npt.NDArray[np.bool_]) -> "Tokenised":
+        """The texts where `mask` is true."""
+        ids = [ids for ids, keep in zip(self.ids, mask, strict=True) if keep]
+        return Tokenised(ids, self.lengths[mask], self.truncated[mask])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward pass, or one request to a gateway."""
+
+    #: Positions of its texts.
+    at: npt.NDArray[np.int64]
+    #: Of each of its texts.
+    tokens: npt.NDArray[np.int32]
+    seconds: float
+    #: float32 of shape (texts, dimensions); `None` when its single text failed.
+    vectors: npt.NDArray[np.float32] | None = None
+    #: Why it did.
+    failure: tuple[RejectCode, str] | None = None
+    #: Positions of texts that a gateway says it has cut.
+    truncated: Sequence[int] = ()
+
+
+class Encoder(Protocol):
+    """What turns texts into vectors: a model on this device, or a gateway."""
+
+    dimensions: int
+
+    def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokenised:
+        """Read texts, cut at `max_tokens`."""
+
+    def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = ...) -> Iterator[Batch]:
+        """Embed all texts, in batches; no further one is begun once `stop` says so."""
+
+    def prove_again(self) -> None:
+        """Tell a bad text from a bad model. Raises `ModelError`."""
 
 
 def token_batches(
@@ -51,6 +102,27 @@ def next_batch(
         return next(batch for batch in batches if first in batch)
     *_, shortest = batches
     return shortest
+
+
+def request_batches(
+    lengths: npt.NDArray[np.int32], most_tokens: int, most_items: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Positions of the texts of each request to a gateway, in order: together at most `most_tokens`, unless one text
+    alone has more."""
+    start = tokens = 0
+    for at, length in enumerate(lengths.tolist()):
+        if at > start and (tokens + length > most_tokens or at - start == most_items):
+            yield np.arange(start, at)
+            start, tokens = at, 0
+        tokens += length
+    if start < len(lengths):
+        yield np.arange(start, len(lengths))
+
+
+def share_out(total: int, weights: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Whole numbers in proportion to `weights`, above 0 all of them, that add up to `total`."""
+    running = np.cumsum(weights, dtype=np.float64)
+    return np.diff(np.rint(running * (total / running[-1])), prepend=0).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
 """A model on a device: texts become token ids once, token-budget batches become vectors. The only import of torch."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,46 +14,17 @@ from sentence_transformers import SentenceTransformer
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import ModelError
-from workers.batching import token_batches
+from pipeline.jobs import RejectCode
+from workers.batching import Batch, Tokenised, token_batches
+from workers.canary import CANARY, cosine, is_canary
 
 log = structlog.get_logger()
 
-#: Embedded when a model is added and whenever it is loaded; the two vectors must agree.
-CANARY = "The quick brown fox jumps over the lazy dog, 42 times."
-#: Half precision stays above this, a wrong model far below.
-_CANARY_COSINE = 0.99
 #: Padded tokens in one forward pass. A CPU is fastest while a batch fits its caches, a GPU while it has work.
 _BUDGET_TOKENS = {"cpu": 1_024, "mps": 8_192, "cuda": 32_768}
 _MOST_ITEMS = 2_048
 #: Models without attention read a flat list of ids: no padding, so bigger batches.
 _FLAT_BUDGET_TOKENS = 131_072
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenised:
-    """Texts as the model reads them."""
-
-    ids: list[list[int]]
-    #: Tokens of each text after truncation, special tokens included.
-    lengths: npt.NDArray[np.int32]
-    truncated: npt.NDArray[np.bool_]
-
-    def select(self, mask: npt.NDArray[np.bool_]) -> "Tokenised":
-        """The texts where `mask` is true."""
-        ids = [ids for ids, keep in zip(self.ids, mask, strict=True) if keep]
-        return Tokenised(ids, self.lengths[mask], self.truncated[mask])
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One forward pass."""
-
-    #: Positions of its texts.
-    at: npt.NDArray[np.int64]
-    #: float32 of shape (texts, dimensions); `None` when its single text failed.
-    vectors: npt.NDArray[np.float32] | None
-    seconds: float
-    error: str | None
 
 
 def list_devices() -> list[tuple[str, int]]:
@@ -122,8 +92,8 @@ class Encoder:
         prefix = self._prompt if prompt is None else prompt
         return self._reader.read([prefix + text for text in texts] if prefix else list(texts), max_tokens)
 
-    def batches(self, tokenised: Tokenised) -> Iterator[Batch]:
-        """Run every text through the model, in token-budget batches, longest first.
+    def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+        """Run every text through the model, in token-budget batches, longest first; no further one once `stop` says so.
 
         Running out of memory halves the token budget for good. A batch that fails is halved down to the text that
         does it, which comes back without a vector.
@@ -138,14 +108,17 @@ class Encoder:
             except Exception as error:  # noqa: BLE001 - whatever one text does to the model, the others go on
                 if len(at) == 1:
                     why = _without_memory(error) or f"the model raised {type(error).__name__}"
-                    yield Batch(at, None, perf_counter() - start, why)
+                    failure = (RejectCode.ENCODE_FAILED, why)
+                    yield Batch(at, tokenised.lengths[at], perf_counter() - start, failure=failure)
                     continue
                 if _without_memory(error):
                     self._shrink(int(tokenised.lengths[at].max()) * len(at))
                 half = len(at) // 2
                 pending += [at[half:], at[:half]]
             else:
-                yield Batch(at, vectors, perf_counter() - start, None)
+                yield Batch(at, tokenised.lengths[at], perf_counter() - start, vectors)
+                if stop():
+                    return
 
     def encode(self, tokenised: Tokenised) -> npt.NDArray[np.float32]:
         """Vectors of all texts in their order, as float32 of shape (texts, dimensions).
@@ -156,7 +129,7 @@ class Encoder:
         vectors = np.empty((len(tokenised.ids), self.dimensions), dtype=np.float32)
         for batch in self.batches(tokenised):
             if batch.vectors is None:
-                raise ModelError(f"the model fails: {batch.error}")
+                raise ModelError(f"the model fails: {batch.failure}")
             vectors[batch.at] = batch.vectors
         return vectors
 
@@ -191,8 +164,7 @@ class Encoder:
         Raises:
             ModelError: the canary comes out wrong now.
         """
-        ours, theirs = self.canary(), np.frombuffer(self._expected, dtype="<f4")
-        if ours.shape != theirs.shape or not np.isfinite(ours).all() or cosine(ours, theirs) < _CANARY_COSINE:
+        if not is_canary(self.canary(), self._expected):
             raise ModelError("the canary text's vector differs from the catalogue's: wrong weights or a broken device")
 
     def _check_against_library(self) -> None:
@@ -211,12 +183,6 @@ class Encoder:
 def _without_memory(error: Exception) -> str | None:
     lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
     return "the device's memory doesn't hold this text" if lacking else None
-
-
-def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
-    """Cosine of the angle between two vectors; 0 where one of them is zero."""
-    size = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / size if size else 0.0
 
 
 class _PaddedReader:

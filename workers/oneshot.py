@@ -2,10 +2,11 @@
 
     python -m workers.oneshot devices              [[name, memory in bytes], …]
     python -m workers.oneshot describe SOURCE      what the catalogue records of a model
+    python -m workers.oneshot gateway              a gateway's address on standard input → what the catalogue records
     python -m workers.oneshot queries SOURCE       {"prompt", "texts"} on standard input → vectors
     python -m workers.oneshot tokens SOURCE        {"prompt", "texts", "max_tokens"} → [lengths, which are cut]
 
-SOURCE is a folder, or a hub id and its revision.
+SOURCE is a folder, or a hub id and its revision. Of a gateway's model, `queries -` finds the address in the payload.
 
 An error is one line on standard error, and exit code 2.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 from pipeline.catalog import weights_bytes, weights_sha256
 from pipeline.errors import VectormillError
+from pipeline.jobs import Upstream
 from workers.weights import Source
 
 
@@ -100,6 +102,15 @@ def main(arguments: list[str]) -> Any:
             from workers.encoder import list_devices
 
             return list_devices()
+        case ["gateway"]:
+            from workers import gateway
+
+            return gateway.describe(Upstream(**json.load(sys.stdin)))
+        case ["queries", "-"]:
+            from workers import gateway
+
+            asked = json.load(sys.stdin)
+            return gateway.embed_now(Upstream(**asked["upstream"]), [asked["prompt"] + text for text in asked["texts"]])
         case ["describe", *source]:
             return describe(_source(source))
         case ["queries", *source]:

@@ -5,14 +5,16 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from uuid import UUID
 
 import structlog
 from celery import Celery
+from sqlalchemy import Connection, RowMapping
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.publish import queue_of
-from pipeline.settings import Settings
+from pipeline.settings import Settings, read_secret
 from pipeline.store import chunks, models, workers
 from pipeline.store.database import make_engine
 
@@ -34,6 +36,7 @@ class Presence:
         self._engine = make_engine(url.get_secret_value(), application="vectormill-presence", pool_size=1)
         self._lost: queue.SimpleQueue[tuple[int, str, str] | None] = queue.SimpleQueue()
         self._consuming: set[str] = set()
+        self._keyless: set[str] = set()
         self._rests_until = 0.0
         self._next_show = 0.0
         self._stopped = threading.Event()
@@ -98,13 +101,14 @@ class Presence:
     def _show(self) -> None:
         wanted = self._settings.worker_models
         with self._engine.begin() as connection:
-            dropped = workers.dropped_by(connection, self._worker_id)
-            served = {
-                row["name"]: queue_of(row["slug"])
+            rows = [
+                row
                 for row in models.every(connection)
-                if row["name"] not in dropped
-                and (not wanted or row["name"] in wanted or set(row["aliases"]) & set(wanted))
-            }
+                if not wanted or row["name"] in wanted or set(row["aliases"]) & set(wanted)
+            ]
+            self._look_for_keys(connection, rows)
+            dropped = workers.dropped_by(connection, self._worker_id)
+            served = {row["name"]: queue_of(row["slug"]) for row in rows if row["name"] not in dropped}
             workers.show(
                 connection,
                 self._worker_id,
@@ -116,6 +120,21 @@ class Presence:
             rest = f"lost {_LOST_CHUNKS} chunks running; tries again later" if self._resting else None
             workers.rest(connection, self._worker_id, rest)
         self._consume(set() if self._resting else set(served.values()))
+
+    def _look_for_keys(self, connection: Connection, rows: Sequence[RowMapping]) -> None:
+        """Drop models of gateways whose key isn't here, and take them up again when it is."""
+        for row in rows:
+            name, variable = row["name"], row["key_env"]
+            if variable is None or (read_secret(variable) is None) == (name in self._keyless):
+                continue
+            if name in self._keyless:
+                self._keyless.discard(name)
+                workers.take_up_model(connection, self._worker_id, name)
+            else:
+                self._keyless.add(name)
+                reason = f"there is no key for {row['gateway_url']}: set {variable} or {variable}_FILE, and resume"
+                workers.drop_model(connection, self._worker_id, name, reason)
+                log.error("model_dropped", model=name, reason=reason)
 
     def _consume(self, queues: set[str]) -> None:
         """Listen to exactly these queues. What the event loop hasn't confirmed is asked for again next time."""

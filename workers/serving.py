@@ -16,11 +16,11 @@ import structlog
 from pipeline.errors import ModelError, UpstreamUnavailable
 from pipeline.jobs import Model
 from pipeline.wire import Embedded
-from workers.batching import next_batch
+from workers.batching import Tokenised, next_batch
 from workers.residents import Residents
 
 if TYPE_CHECKING:
-    from workers.encoder import Encoder, Tokenised
+    from workers.encoder import Encoder
 
 log = structlog.get_logger()
 
@@ -36,7 +36,7 @@ class _Request:
     """Texts that are answered together."""
 
     done: "asyncio.Future[Embedded]"
-    tokenised: "Tokenised"
+    tokenised: Tokenised
     vectors: npt.NDArray[np.float32]
     left: int
     dropped: bool = False
@@ -190,8 +190,6 @@ class Serving:
         return None
 
     def _forward(self, encoder: "Encoder", texts: list[_Text]) -> None:
-        from workers.encoder import Tokenised
-
         tokenised = Tokenised(
             [text.request.tokenised.ids[text.at] for text in texts],
             np.array([text.tokens for text in texts], np.int32),
@@ -201,7 +199,8 @@ class Serving:
             for row, n in enumerate(batch.at.tolist()):
                 text = texts[n]
                 if batch.vectors is None or not np.isfinite(batch.vectors[row]).all():
-                    _answer(text.request, ModelError(f"input[{text.at}]: {batch.error or 'its vector is not finite'}"))
+                    why = batch.failure[1] if batch.failure else "its vector is not finite"
+                    _answer(text.request, ModelError(f"input[{text.at}]: {why}"))
                     continue
                 text.request.vectors[text.at] = batch.vectors[row]
                 text.request.left -= 1
@@ -218,7 +217,8 @@ def _answer(request: _Request, error: ModelError | None) -> None:
     """From the device's thread: a request is done, or has failed."""
     request.dropped = True
     lengths, truncated = request.tokenised.lengths, request.tokenised.truncated
-    found = Embedded(vectors=request.vectors, prompt_tokens=int(lengths.sum()), truncated=int(truncated.sum()))
+    cut = np.flatnonzero(truncated).tolist()
+    found = Embedded(vectors=request.vectors, prompt_tokens=int(lengths.sum()), truncated=cut)
 
     def tell() -> None:
         if request.done.done():

@@ -13,16 +13,28 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingErr
 
 from pipeline import control
 from pipeline.catalog import as_model
-from pipeline.errors import LeaseLost, ModelError, SourceChanged, SourceError, StorageRefused, StorageUnreachable
+from pipeline.errors import (
+    GatewayBusy,
+    GatewayRefused,
+    LeaseLost,
+    ModelError,
+    SourceChanged,
+    SourceError,
+    StorageRefused,
+    StorageUnreachable,
+)
 from pipeline.jobs import ChunkState, Claim, Model, Reason
 from pipeline.logs import configure_logs
 from pipeline.publish import RUN_CHUNK
 from pipeline.settings import Settings, load_settings
-from pipeline.store import chunks, models, workers
+from pipeline.store import chunks, jobs, models, workers
 from pipeline.store.database import is_connection_lost, make_engine, plain_reason
 from workers.app import app, worker_id_of
+from workers.batching import Encoder
+from workers.gateway import PATIENCE_SECONDS, Attempts, Connection, GatewayEncoder
 from workers.residents import Residents, loader
 from workers.run_chunk import Watch, run_chunk
+from workers.throttle import Throttle, connect
 
 log = structlog.get_logger()
 
@@ -51,6 +63,40 @@ class Child:
             loader(device, threads, settings.worker_dtype),
             int(memory_bytes * 0.8) // settings.worker_replicas,
         )
+        assert settings.redis_url is not None
+        self._redis = connect(settings.redis_url.get_secret_value())
+        self._gateways: dict[str, tuple[Connection, Throttle]] = {}
+        #: Weights whose canary came back right from their gateway.
+        self._proven: set[str] = set()
+
+    def gateway(self, model: Model) -> tuple[Connection, Throttle]:
+        """The connections to a model's gateway, and the account of its limits."""
+        upstream, kept = model.upstream, self._gateways.get(model.name)
+        assert upstream
+        if kept is None or kept[0].upstream != upstream:
+            if kept:
+                kept[0].close()
+            settings = self.settings
+            connection = Connection(upstream, seconds=settings.gateway_seconds, in_flight=settings.gateway_in_flight)
+            kept = self._gateways[model.name] = (connection, Throttle(self._redis, upstream))
+        return kept
+
+    def encoder(self, model: Model, claim: Claim) -> tuple[Encoder, float]:
+        """What embeds a claimed chunk, and after how many seconds without a batch it has hung.
+
+        Raises:
+            GatewayRefused: the gateway's key isn't here.
+        """
+        if model.upstream:
+            written = Attempts(self.engine, claim, model.name)
+            in_flight = self.settings.gateway_in_flight
+            encoder = GatewayEncoder(model, *self.gateway(model), written, in_flight=in_flight, proven=self._proven)
+            # It stops by itself when the chunk has taken its time, after what is under way.
+            return encoder, most_chunk_seconds(self.settings) + 2 * self.settings.gateway_seconds
+        resident = self.residents.get(model)
+        # A single long text may exceed the budget.
+        expected_seconds = max(resident.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
+        return resident, max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds)
 
 
 @cache
@@ -89,7 +135,10 @@ def _model_of(engine: Engine, job_id: UUID) -> Model | None:
 
 
 def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUID, task_id: str) -> None:
-    encoder = child.residents.get(model)
+    if not model.upstream:
+        child.residents.get(model)  # one that can't be loaded takes no chunk
+    elif child.gateway(model)[1].held_seconds() > PATIENCE_SECONDS:
+        return  # the dispatcher rings again
     with child.engine.begin() as connection:
         claim = chunks.claim(
             connection,
@@ -102,15 +151,16 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
     if claim is None:
         log.debug("nothing_to_claim")
         return
-    # A single long text may exceed the budget.
-    expected_seconds = max(encoder.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
-    watch = Watch(
-        hung_after_seconds=max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds),
-        most_seconds=most_chunk_seconds(child.settings),
-    )
     with structlog.contextvars.bound_contextvars(fence=claim.fence):
         try:
+            encoder, hung_after_seconds = child.encoder(model, claim)
+            watch = Watch(hung_after_seconds=hung_after_seconds, most_seconds=most_chunk_seconds(child.settings))
             run_chunk(child.engine, encoder, claim, watch, on_hang=_leave)
+        except GatewayBusy as error:
+            log.warning("gateway_busy", error=str(error), wait_seconds=round(error.wait_seconds, 1))
+        except GatewayRefused as error:
+            _give_back(child.engine, claim, error)
+            _pause_jobs(child.engine, model, error)
         except (LeaseLost, ModelError, DBAPIError) as error:
             _give_back(child.engine, claim, error)
             if claim.options.get("into") and isinstance(error, IntegrityError | DataError | ProgrammingError):
@@ -124,6 +174,14 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
             # isolation finds the text, and a worker that loses chunk after chunk rests.
             log.error("chunk_crashed", error=type(error).__name__)
             os._exit(70)
+
+
+def _pause_jobs(engine: Engine, model: Model, error: GatewayRefused) -> None:
+    """Pause all jobs of a model whose gateway refuses, until a person has mended what it says."""
+    log.error("gateway_refused", model=model.name, reason=str(error))
+    with engine.begin() as connection:
+        for job_id in jobs.running_of_model(connection, model.name):
+            control.pause_for(connection, job_id, Reason(error.reason), str(error))
 
 
 def _stop_job(engine: Engine, job_id: UUID, error: Exception) -> None:

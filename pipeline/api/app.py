@@ -23,6 +23,7 @@ from pipeline.api.engines import Engines
 from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
 from pipeline.api.token_ids import decoder
+from pipeline.api.upstreams import Upstreams
 from pipeline.errors import ApiError, InternalError
 from pipeline.settings import Settings
 from pipeline.wire import make_error
@@ -36,11 +37,13 @@ def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         directory, engines, meter = Directory(database), Engines(), Meter(database)
+        upstreams = Upstreams(settings.gateway_seconds)
         app.state.database = database
         app.state.gateway = Gateway(
             directory=directory,
             limits=Limits(redis_url, directory),
             engines=engines,
+            upstreams=upstreams,
             meter=meter,
             most_body_bytes=settings.api_body_bytes,
             most_text_bytes=settings.item_bytes,
@@ -48,6 +51,7 @@ def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
         )
         yield
         await engines.close()
+        await upstreams.close()
         await meter.close()
 
     app = FastAPI(title="vectormill", version=version("vectormill"), lifespan=lifespan, docs_url=None, redoc_url=None)

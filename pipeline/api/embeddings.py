@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +15,8 @@ from pipeline.api.directory import Caller, Directory
 from pipeline.api.engines import Engines
 from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
+from pipeline.api.upstreams import Upstreams
+from pipeline.catalog import as_upstream
 from pipeline.errors import InvalidPayload, ModelNotFound, PayloadTooLarge
 from pipeline.wire import MOST_INPUTS, Asked, Decode, Embedded, make_reply, parse_request, shortened
 
@@ -28,6 +30,7 @@ class Gateway:
     directory: Directory
     limits: Limits
     engines: Engines
+    upstreams: Upstreams
     meter: Meter
     most_body_bytes: int
     most_text_bytes: int
@@ -52,6 +55,7 @@ class Embedding(BaseModel):
     object: str = "embedding"
     index: int
     embedding: list[float] | str
+    truncated: bool | None = Field(default=None, description="True: the text was cut at the model's longest.")
 
 
 class Usage(BaseModel):
@@ -144,15 +148,15 @@ async def create_embeddings(request: Request) -> Response:
     gateway.limits.learn(caller, model["name"], asked.texts, estimate, embedded.prompt_tokens)
     gateway.meter.add(_usage(request, caller, model, asked, embedded))
     if embedded.truncated:
-        headers["x-vectormill-truncated"] = str(embedded.truncated)
+        headers["x-vectormill-truncated"] = str(len(embedded.truncated))
     if dimensions != embedded.vectors.shape[1]:
-        embedded = Embedded(
-            vectors=shortened(embedded.vectors, dimensions), prompt_tokens=embedded.prompt_tokens, truncated=0
-        )
+        embedded = replace(embedded, vectors=shortened(embedded.vectors, dimensions))
     return Response(make_reply(asked, embedded), media_type=_JSON, headers=headers)
 
 
 async def _embed(gateway: Gateway, model: RowMapping, texts: list[str]) -> Embedded:
+    if upstream := as_upstream(model):
+        return await gateway.upstreams.embed(upstream, model["dimensions"], texts)
     return await gateway.engines.embed(await gateway.directory.engines(), model["name"], texts)
 
 
@@ -211,7 +215,7 @@ def _usage(request: Request, caller: Caller, model: RowMapping, asked: Asked, em
         "model": model["name"],
         "items": len(asked.texts),
         "tokens": embedded.prompt_tokens,
-        "truncated": embedded.truncated,
+        "truncated": len(embedded.truncated),
         "end_user": asked.user,
         "price_per_million": model["price_per_million"],
         "created_at": datetime.now(UTC),

@@ -1,6 +1,7 @@
 """`vectormill models`: the catalogue."""
 
 import re
+from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,9 @@ from pipeline.cli.connect import working
 from pipeline.cli.look import number, print_json, stderr, stdout
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import ModelError, UnknownModel, UserError
+from pipeline.jobs import Upstream
 from pipeline.store import models
+from pipeline.wire import MOST_INPUTS
 
 app = typer.Typer(help="What embeds: the catalogue of models.", no_args_is_help=True)
 
@@ -26,7 +29,7 @@ Price = Annotated[float | None, typer.Option(min=0, help="Price of a million tok
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _SHOWN = (
     *("name", "kind", "dimensions", "matryoshka", "max_item_tokens", "tokens_per_second", "price_per_million"),
-    *("aliases", "path", "weights_sha256"),
+    *("aliases", "path", "gateway_url", "upstream_model", "key_env", "weights_sha256"),
 )
 
 
@@ -67,36 +70,72 @@ def add(
         str | None, typer.Option(metavar="ID", help="A model on the Hugging Face hub, in its place.")
     ] = None,
     revision: Annotated[str | None, typer.Option(metavar="SHA", help="The commit of --hub: 40 digits.")] = None,
+    gateway: Annotated[
+        str | None, typer.Option(metavar="URL", help="An OpenAI-compatible API that has it, up to its /v1.")
+    ] = None,
+    upstream_model: Annotated[
+        str | None, typer.Option(metavar="ID", help="What that API calls it.  [default: NAME]", show_default=False)
+    ] = None,
+    key_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VAR",
+            help="The variable of workers and api that holds the API's key, or with _FILE after it a file's path.",
+        ),
+    ] = None,
+    request_inputs: Annotated[
+        int, typer.Option(min=1, help="The most texts that API takes in a request.")
+    ] = MOST_INPUTS,
+    request_tokens: Annotated[int, typer.Option(min=1, help="The most tokens it takes in a request.")] = 300_000,
     alias: Aliases = None,
     matryoshka: Sizes = None,
     price: Price = None,
 ) -> None:
-    """Add a model. It is loaded once, to measure it and to keep its canary; workers pick it up while they run.
+    """Add a model: weights in a folder or on the hub, or one behind a gateway. It embeds a few texts at once, to be
+    measured; workers pick it up while they run.
 
     Examples:
 
         vectormill models add bge-small --path /models/bge-small-en-v1.5
 
         vectormill models add bge --hub BAAI/bge-small-en-v1.5 --revision 5c38ec7c405ec4b44b94cc5a9bb96e735b38267a
+
+        vectormill models add openai-small --gateway https://api.openai.com/v1
+            --upstream-model text-embedding-3-small --key-env OPENAI_API_KEY
     """
-    source = _source(path, hub, revision)
+    upstream, asked = None, list[str]()
+    if gateway and not (path or hub or revision):
+        upstream = Upstream(
+            url=catalog.gateway_url(gateway),
+            model=upstream_model or name,
+            reply_model=None,
+            key_env=_variable(key_env),
+            base64=True,
+            request_inputs=request_inputs,
+            request_tokens=request_tokens,
+        )
+    else:
+        asked = _source(path, hub, revision, others=bool(gateway or upstream_model or key_env))
     catalog.slug_of(name)
     sizes = _sizes(matryoshka)
     with working() as place:
         with place.engine.begin() as connection:
             if models.by_name(connection, name):
                 raise UserError(f'there is a model "{name}" already; vectormill models remove {name} makes room.')
-        stderr.print(f"Loading {path or hub} …")
+        stderr.print(f"Asking {upstream.url} …" if upstream else f"Loading {path or hub} …")
         try:
-            description = oneshot(["describe", *source])
+            description = oneshot(["gateway"], asdict(upstream)) if upstream else oneshot(["describe", *asked])
         except ModelError as error:
             raise UserError(str(error)) from None
         _check_sizes(sizes, description["dimensions"])
         with place.engine.begin() as connection:
-            catalog.add_model(connection, name, description, alias or ())
+            if upstream:
+                catalog.add_gateway(connection, name, upstream, description, alias or ())
+            else:
+                catalog.add_model(connection, name, description, alias or ())
             models.change(connection, name, matryoshka=sizes, price_per_million=price)
-    rate = number(description["tokens_per_second"])
-    stderr.print(f"Added {name}: {description['dimensions']} dimensions, {rate} tok/s on one slot here.")
+    rate, how = number(description["tokens_per_second"]), "by one request at a time" if upstream else "on one slot here"
+    stderr.print(f"Added {name}: {description['dimensions']} dimensions, {rate} tok/s {how}.")
 
 
 @app.command("set")
@@ -135,7 +174,15 @@ def _check_sizes(sizes: list[int] | None, dimensions: int) -> None:
         raise UserError(f"--matryoshka {sizes[-1]}: the model gives {dimensions} dimensions; name smaller sizes.")
 
 
-def _source(path: Path | None, hub: str | None, revision: str | None) -> list[str]:
+def _variable(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        raise UserError("--key-env takes the name of a variable, such as OPENAI_API_KEY; never a key itself.")
+    return name
+
+
+def _source(path: Path | None, hub: str | None, revision: str | None, *, others: bool) -> list[str]:
+    if others:
+        raise UserError("--upstream-model and --key-env go with --gateway URL, and that without --path and --hub.")
     if path and not hub:
         if not path.is_dir():
             raise UserError(f"--path {path}: no such folder.")
@@ -144,7 +191,7 @@ def _source(path: Path | None, hub: str | None, revision: str | None) -> list[st
         if not re.fullmatch("[0-9a-f]{40}", revision or ""):
             raise UserError("--hub needs --revision, the commit as 40 digits: a name such as main may change.")
         return [hub, str(revision)]
-    raise UserError("give either --path DIR or --hub ID with --revision SHA.")
+    raise UserError("give --path DIR, or --hub ID with --revision SHA, or --gateway URL.")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """`vectormill results` and `vectormill search`: what a job wrote."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ from rich.text import Text
 from sqlalchemy import RowMapping
 
 from pipeline import status as reading
-from pipeline.catalog import DEFAULT_WORKSPACE
+from pipeline.catalog import DEFAULT_WORKSPACE, as_upstream
 from pipeline.cli import look
 from pipeline.cli.connect import Place, working
 from pipeline.cli.jobs import Job, Json, Workspace
@@ -72,7 +73,9 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
         raise UnknownModel(
             f"the model of job {found} is no longer in the catalogue as it was; a query can't be embedded."
         )
-    vectors = oneshot(["queries", *model_source(model)], {"prompt": model["query_prompt"], "texts": queries})
+    upstream = as_upstream(model)
+    asked = {"prompt": model["query_prompt"], "texts": queries, "upstream": upstream and asdict(upstream)}
+    vectors = oneshot(["queries", *model_source(model)], asked)
     with place.engine.begin() as connection:
         hits = [embeddings.nearest(connection, found, vector, limit) for vector in vectors]
     return [
@@ -83,6 +86,8 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
 
 def model_source(model: RowMapping) -> list[str]:
     """A catalogue row's source, as `workers.oneshot` takes it."""
+    if model["kind"] == "gateway":
+        return ["-"]
     return [model["path"]] if model["path"] else [model["hub_id"], model["revision"]]
 
 

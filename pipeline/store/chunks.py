@@ -320,7 +320,7 @@ def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int)
 
 
 def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
-    """Delete up to `limit` chunks of a job, and what is written down of their output. Returns how many went."""
+    """Delete up to `limit` chunks of a job, and what is written down of their output and attempts. Returns how many."""
     return connection.execute(
         text("""
             with gone as (
@@ -329,6 +329,8 @@ def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
               returning id
             ), parts as (
               delete from vectormill.outputs where job_id = :job and chunk_id in (select id from gone)
+            ), tried as (
+              delete from vectormill.attempts where chunk_id in (select id from gone)
             )
             select count(*) from gone
         """),

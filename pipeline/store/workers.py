@@ -37,6 +37,14 @@ def drop_model(connection: Connection, worker_id: UUID, model: str, reason: str)
     )
 
 
+def take_up_model(connection: Connection, worker_id: UUID, model: str) -> None:
+    """Say that a worker serves a model again which it had given up."""
+    connection.execute(
+        text("update vectormill.workers set dropped = dropped - :model where id = :id"),
+        {"id": worker_id, "model": model},
+    )
+
+
 def dropped_by(connection: Connection, worker_id: UUID) -> dict[str, str]:
     """The models a worker has given up, with its reasons."""
     found = connection.execute(

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pipeline.store import models, workspaces
 from pipeline.store.database import make_engine
 from tests.acceptance.fleet import Fleet, eventually
 from tests.conftest import new_database
+from tests.ports import free_port
 
 SIZES = [64, 128]
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -68,13 +68,6 @@ class Gateway:
             return httpx.get(f"{self.url}/healthz").status_code == 200
         except httpx.TransportError:
             return False
-
-
-def free_port() -> int:
-    """A port that was free just now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

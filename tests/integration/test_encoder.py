@@ -83,7 +83,7 @@ def test_one_text_that_fails_comes_back_alone(encoder: Encoder, monkeypatch: pyt
     batches = list(encoder.batches(tokenised))
     failed = [batch for batch in batches if batch.vectors is None]
     assert [batch.at.tolist() for batch in failed] == [[7]]
-    assert failed[0].error == "the model raised IndexError", "no word of the text"
+    assert failed[0].failure == ("encode_failed", "the model raised IndexError"), "no word of the text"
     assert sorted(at for batch in batches for at in batch.at.tolist()) == list(range(len(TEXTS)))
 
 

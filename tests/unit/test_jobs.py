@@ -49,4 +49,6 @@ def test_the_store_moves_as_the_transitions_say(to: JobState) -> None:
 
 
 def test_what_a_retry_may_mend_has_a_text() -> None:
-    assert {code.value for code in RejectCode if code.retryable} == {"bad_vector", "encode_failed", "crashed_worker"}
+    assert {code.value for code in RejectCode if code.retryable} == {
+        *("bad_vector", "encode_failed", "crashed_worker", "gateway_refused", "gateway_failed")
+    }

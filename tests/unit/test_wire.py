@@ -3,6 +3,8 @@
 import base64
 import json
 from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import InvalidPayload
+from pipeline.errors import BadReply, InvalidPayload
+from pipeline.jobs import Upstream
 from pipeline.wire import (
     Asked,
     Embedded,
     make_error,
     make_reply,
+    make_request,
     pack_vectors,
+    parse_reply,
     parse_request,
     shortened,
+    told_wait_seconds,
     unpack_vectors,
 )
 
@@ -142,10 +148,112 @@ def test_replies() -> None:
 
 
 def test_the_engines_answer() -> None:
-    sent = Embedded(vectors=_VECTORS[:, ::-1], prompt_tokens=7, truncated=1)
+    sent = Embedded(vectors=_VECTORS[:, ::-1], prompt_tokens=7, truncated=[1])
     found = unpack_vectors(pack_vectors(sent))
-    assert (found.prompt_tokens, found.truncated) == (7, 1)
+    assert (found.prompt_tokens, found.truncated) == (7, [1])
     assert (found.vectors == _VECTORS[:, ::-1]).all()
+
+
+_UPSTREAM = Upstream(
+    url="http://localhost/v1",
+    model="m",
+    reply_model=None,
+    key_env=None,
+    base64=True,
+    request_inputs=8,
+    request_tokens=1_000,
+)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_client_reads_what_the_server_writes(packed: bool) -> None:
+    asked = parse_request(make_request(replace(_UPSTREAM, base64=packed), ["a", "b"]), _MOST)
+    assert (asked.model, asked.texts, asked.base64) == ("m", ["a", "b"], packed)
+    found = parse_reply(make_reply(asked, Embedded(vectors=_VECTORS, prompt_tokens=7, truncated=[1])), len(_VECTORS))
+    assert (found.vectors == _VECTORS).all()
+    assert (found.prompt_tokens, found.model, found.truncated) == (7, "m", [1])
+
+
+def test_vectors_are_placed_by_index_and_the_rest_is_optional() -> None:
+    body = orjson.dumps({"data": [{"index": 1, "embedding": [3, 4.5]}, {"index": 0, "embedding": [1, 2]}]})
+    found = parse_reply(body, 2)
+    assert found.vectors.tolist() == [[1, 2], [3, 4.5]]
+    assert (found.prompt_tokens, found.model, found.truncated) == (None, None, [])
+
+
+def _reply(**last: Any) -> dict[str, Any]:
+    rows = [{"index": at, "embedding": [0.5, 1.0, 2.0]} for at in range(3)]
+    rows[-1].update(last)
+    return {"data": rows, "model": "m", "usage": {"prompt_tokens": 7}}
+
+
+BROKEN: dict[str, bytes] = {
+    "a missing vector": orjson.dumps({"data": _reply()["data"][:2]}),
+    "a vector too many": orjson.dumps({"data": [*_reply()["data"], {"index": 3, "embedding": [1, 2, 3]}]}),
+    "a double index": orjson.dumps(_reply(index=0)),
+    "an index of none": orjson.dumps(_reply(index=3)),
+    "an index below": orjson.dumps(_reply(index=-1)),
+    "an index that is text": orjson.dumps(_reply(index="2")),
+    "an index that is true": orjson.dumps(_reply(index=True)),
+    "another size": orjson.dumps(_reply(embedding=[0.5, 1.0])),
+    "an empty vector": orjson.dumps(_reply(embedding=[])),
+    "no vector": orjson.dumps(_reply(embedding=None)),
+    "nested vectors": orjson.dumps(_reply(embedding=[[0.5], [1.0], [2.0]])),
+    "words for numbers": orjson.dumps(_reply(embedding=["0.5", "1", "2"])),
+    "a huge number": orjson.dumps(_reply(embedding=[0.5, 1.0, "x"])).replace(b'"x"', b"9" * 400),
+    "half a base64": orjson.dumps(_reply(embedding="AAA")),
+    "base64 of other size": orjson.dumps(_reply(embedding="AAAA")),
+    "JSON with NaN": json.dumps(_reply(embedding=[0.5, 1.0, float("nan")])).encode(),
+    "no data": b"{}",
+    "data that is a number": b'{"data": 3}',
+    "rows that are none": b'{"data": [1, 2, 3]}',
+    "no object": b"[1]",
+    "no JSON": b"<html>",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_reply_that_is_not_what_was_asked_for_is_refused(how: str) -> None:
+    with pytest.raises(BadReply):
+        parse_reply(BROKEN[how], 3, 3)
+
+
+@given(
+    body=st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers(-(2**60), 2**60) | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(["data", "index", "embedding", "usage", "model", "prompt_tokens", "truncated"]), inner
+            )
+        ),
+    )
+)
+def test_whatever_a_gateway_says_is_a_reply_or_a_bad_one(body: Any) -> None:
+    with suppress(BadReply):
+        found = parse_reply(orjson.dumps(body), 1)
+        assert found.vectors.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "3"}, 3),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after": "3", "retry-after-ms": "1500"}, 1.5),
+        ({"retry-after": "Tue, 24 Nov 2026 00:01:40 GMT"}, 100),
+        ({"retry-after": "Mon, 23 Nov 2026 00:00:00 GMT"}, 0),
+        ({"retry-after": "-5"}, 0),
+        ({"retry-after": "soon", "retry-after-ms": "later"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "inf"}, None),
+        ({}, None),
+    ],
+)
+def test_how_long_a_reply_says_to_wait(headers: dict[str, str], seconds: float | None) -> None:
+    now = datetime(2026, 11, 24, tzinfo=UTC).timestamp()
+    assert told_wait_seconds(headers, now) == seconds
 
 
 def test_shortened_vectors_have_length_one() -> None:

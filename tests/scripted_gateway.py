@@ -1,0 +1,100 @@
+"""A gateway as others run them, good or bad: a real HTTP server whose answers a test decides."""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+
+DIMENSIONS = 8
+
+#: A request's body → status, headers, body (an object to be written as JSON, or bytes), or None to cut the connection.
+Answer = tuple[int, Mapping[str, str], Any]
+Answering = Callable[[dict[str, Any]], Answer | None]
+
+
+def vector_of(text: str) -> list[float]:
+    """A text's own vector, of length one."""
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    vector = np.random.default_rng(seed).normal(size=DIMENSIONS).astype(np.float32)
+    return [float(one) for one in vector / np.linalg.norm(vector)]
+
+
+def good(asked: dict[str, Any], **headers: str) -> Answer:
+    """What a gateway of good health answers; a token is a word."""
+    packed = asked.get("encoding_format") == "base64"
+    vectors = [vector_of(text) for text in asked["input"]]
+    rows = [base64.b64encode(np.array(one, "<f4").tobytes()).decode() if packed else one for one in vectors]
+    tokens = sum(len(text.split()) for text in asked["input"])
+    body = {
+        "object": "list",
+        "data": [{"object": "embedding", "index": at, "embedding": row} for at, row in enumerate(rows)],
+        "model": asked["model"],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+    return 200, {name.replace("_", "-"): value for name, value in headers.items()}, body
+
+
+def error(status: int, code: str = "", **headers: str) -> Answer:
+    """An error in OpenAI's envelope."""
+    fields = {"message": "it quotes the text", "type": "some_error", "param": None, "code": code or None}
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, {"error": fields}
+
+
+@dataclass
+class ScriptedGateway:
+    """The server. `answer` may be replaced at any time; `requests` are the bodies that came."""
+
+    url: str
+    answer: Answering = good
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    connections: set[Any] = field(default_factory=set)
+
+
+@contextmanager
+def scripted_gateway() -> Iterator[ScriptedGateway]:
+    """A gateway on a port of its own."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            with lock:
+                made.requests.append(asked)
+                made.keys.append(self.headers["authorization"])
+                made.connections.add(self.client_address)
+                answer = made.answer(asked)
+            if answer is None:
+                self.close_connection = True
+                return
+            status, headers, body = answer
+            packed = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in {"content-length": str(len(packed)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(packed)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    made = ScriptedGateway(f"http://127.0.0.1:{server.server_address[1]}/v1")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield made
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
