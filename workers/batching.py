@@ -90,18 +90,19 @@ def next_batch(
     *,
     oldest: bool,
 ) -> npt.NDArray[np.int64]:
-    """Positions of the waiting items that go through the model next: of the batches that `token_batches` makes, the
-    one with the oldest item, or the one with the shortest.
+    """Positions of the waiting items that go through the model next: the oldest one, or the shortest, with its
+    neighbours in length: shorter ones first, and then longer ones, while the padded size stays within the budget.
 
     Taken in turns, no item waits for ever, and a short one for no more than one batch of longer ones after that which
     is under way when it comes.
     """
-    batches = token_batches(lengths, budget_tokens, most_items)
-    if oldest:
-        first = int(arrivals.argmin())
-        return next(batch for batch in batches if first in batch)
-    *_, shortest = batches
-    return shortest
+    order = np.argsort(-lengths, kind="stable")
+    first = int(np.flatnonzero(order == arrivals.argmin())[0]) if oldest else len(order) - 1
+    size = min(most_items, max(1, budget_tokens // max(1, int(lengths[order[first]]))))
+    stop = min(len(order), first + size)
+    while first and stop - first < most_items and int(lengths[order[first - 1]]) * (stop - first + 1) <= budget_tokens:
+        first -= 1
+    return order[first:stop]
 
 
 def request_batches(

@@ -24,12 +24,19 @@ def migrate_database(url: str) -> None:
     engine.dispose()
 
 
-def prepare_database(url: str) -> None:
-    """Bring the schema up to date, and add the model that the extra `embedded` brings, if it is installed."""
+def prepare_database(url: str, home: Path) -> str:
+    """Make the database of an `up` ready for use. Returns a key for its api.
+
+    The schema is brought up to date, the model that the extra `embedded` brings is added, if it is installed, and the
+    key is an admin's of the default workspace: that which the home keeps, or a new one if it is dead.
+    """
     migrate_database(url)
-    folder = bundled_model_folder()
-    if folder is None:
-        return
+    if folder := bundled_model_folder():
+        _add_bundled_model(url, folder)
+    return _keep_api_key(url, home)
+
+
+def _add_bundled_model(url: str, folder: Path) -> None:
     engine = make_engine(url, application="vectormill-cli")
     with engine.begin() as connection:
         known = models.by_name(connection, BUNDLED_MODEL)
@@ -40,8 +47,7 @@ def prepare_database(url: str) -> None:
     engine.dispose()
 
 
-def keep_api_key(url: str, home: Path) -> str:
-    """An admin's key of the default workspace: the one that the home keeps, or a new one if that is dead."""
+def _keep_api_key(url: str, home: Path) -> str:
     file = home / "run" / "api.key"
     engine = make_engine(url, application="vectormill-cli", pool_size=1)
     try:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -130,12 +131,9 @@ def running_machine(settings: Settings, workers: int) -> Iterator[Running]:
 
 
 def _machine(settings: Settings, workers: int) -> Machine:
-    from pipeline.cli.prepare import keep_api_key, prepare_database
+    from pipeline.cli.prepare import prepare_database
 
-    def prepare(url: str) -> str:
-        prepare_database(url)
-        return keep_api_key(url, settings.home)
-
+    prepare = partial(prepare_database, home=settings.home)
     return Machine(settings, prepare=prepare, stages=lambda running: app_stages(running, workers))
 
 

@@ -1,7 +1,7 @@
-"""The encoder with nothing around it. For each line on standard input it tokenises and encodes all texts, and prints
-the seconds that this took.
+"""The encoder with nothing around it. For each line on standard input it tokenises and encodes all texts, so many
+at a time, and prints the seconds that this took.
 
-    python -m tests.benchmarks.bare_engine TEXTS.json MODEL_FOLDER THREADS
+    python -m tests.benchmarks.bare_engine TEXTS.json MODEL_FOLDER THREADS AT_A_TIME
 """
 
 import json
@@ -14,7 +14,7 @@ from workers.encoder import Encoder
 _WARM_UP_TEXTS = 160
 
 
-def main(path: str, folder: str, threads: str) -> None:
+def main(path: str, folder: str, threads: str, at_a_time: str) -> None:
     """Load, warm up, say `ready`, then do as told."""
     texts = json.loads(Path(path).read_text(encoding="utf-8"))
     encoder = Encoder(Path(folder), "cpu", threads=int(threads))
@@ -22,7 +22,8 @@ def main(path: str, folder: str, threads: str) -> None:
     print("ready", flush=True)
     for _ in sys.stdin:
         start = perf_counter()
-        encoder.encode(encoder.tokenise(texts))
+        for at in range(0, len(texts), int(at_a_time)):
+            encoder.encode(encoder.tokenise(texts[at : at + int(at_a_time)]))
         print(perf_counter() - start, flush=True)
 
 

@@ -1,12 +1,6 @@
 """A whole job, from queued to completed, against the bare encoder on the same texts."""
 
-import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +11,10 @@ from sqlalchemy import text
 from pipeline.cli.connect import Place
 from pipeline.jobs import JobState
 from pipeline.store import jobs
+from tests.benchmarks.bare import bare_engine, turn
 from tests.benchmarks.corpus import distinct_docstrings, write_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
-from tests.benchmarks.machine import connected, model_folder, submit_file, whole_machine
+from tests.benchmarks.machine import connected, submit_file, whole_machine
 
 _DOCSTRINGS = 3_300
 _WARM_UP_DOCSTRINGS = 160
@@ -47,7 +42,7 @@ def measure(rounds: Rounds) -> Values:
         TemporaryDirectory() as folder,
         whole_machine() as running,
         connected(running) as place,
-        _bare_engine(Path(folder, "texts.json"), texts) as engine,
+        bare_engine(Path(folder, "texts.json"), texts) as engine,
     ):
         rows = [(f"doc-{n}", body) for n, body in enumerate(texts)]
         corpus = write_rows(Path(folder, "corpus.jsonl"), rows)
@@ -55,7 +50,7 @@ def measure(rounds: Rounds) -> Values:
         return rounds.interleave(
             {
                 "job": lambda _: _DOCSTRINGS / _job_seconds(place, corpus),
-                "bare encoder": lambda _: _DOCSTRINGS / _turn(engine),
+                "bare encoder": lambda _: _DOCSTRINGS / turn(engine),
             }
         )
 
@@ -94,31 +89,6 @@ def _wait_until_completed(place: Place, job: UUID) -> None:
             raise RuntimeError(f"the job is {row['state']}: {row['reason']} {row['message']}")
         time.sleep(_POLL_SECONDS)
     raise TimeoutError(f"the job wasn't completed within {_JOB_SECONDS:g} s")
-
-
-@contextmanager
-def _bare_engine(path: Path, texts: list[str]) -> Iterator["subprocess.Popen[str]"]:
-    """The encoder in a process of its own, loaded and warm, with as many threads as there are cores."""
-    path.write_text(json.dumps(texts), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.benchmarks.bare_engine", str(path), str(model_folder())]
-    with subprocess.Popen(
-        [*command, str(os.cpu_count() or 1)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout
-            assert process.stdout.readline() == "ready\n"
-            yield process
-        finally:
-            process.kill()
-
-
-def _turn(engine: "subprocess.Popen[str]") -> float:
-    """Let the bare encoder do all texts once; the seconds that it took."""
-    assert engine.stdin
-    assert engine.stdout
-    engine.stdin.write("\n")
-    engine.stdin.flush()
-    return float(engine.stdout.readline())
 
 
 BENCHMARK = Benchmark(name="job_vs_engine", target=0.95, unit="items/s", measure=measure)

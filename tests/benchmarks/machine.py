@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import UUID
@@ -54,7 +55,7 @@ def whole_machine() -> Iterator[Running]:
 @contextmanager
 def _machine(folder: Path, stages: Stages) -> Iterator[Running]:
     settings = Settings(home=folder / "home", database_url=None, redis_url=None)
-    machine = Machine(settings, prepare=prepare_database, stages=stages)
+    machine = Machine(settings, prepare=partial(prepare_database, home=settings.home), stages=stages)
     ready: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="machine") as pool:

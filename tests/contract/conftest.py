@@ -94,7 +94,10 @@ def gateway(
             "VECTORMILL_DATABASE_URL": url,
             "VECTORMILL_REDIS_URL": servers.redis_url.rsplit("/", 1)[0] + "/2",
             "HF_HUB_OFFLINE": "1",
+            # Of an upstream, where a test has one.
+            "FAR_KEY_FILE": str(folder / "far.key"),
         }
+        (folder / "far.key").write_text("sk-operator")
         fleet = Fleet(engine=engine, environment=environment, logs=folder)
         made = Gateway(fleet, engine, f"http://127.0.0.1:{free_port()}", key)
         try:

@@ -1,0 +1,95 @@
+"""Models that the api has from another gateway."""
+
+from collections.abc import Iterator
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+
+from tests.contract.conftest import Gateway
+from tests.scripted_gateway import DIMENSIONS, Answer, ScriptedGateway, error, good, scripted_gateway, vector_of
+
+
+@pytest.fixture(scope="module")
+def far(gateway: Gateway) -> Iterator[ScriptedGateway]:
+    with scripted_gateway() as made:
+        where = ("--gateway", made.url, "--upstream-model", "embed-1", "--key-env", "FAR_KEY")
+        added = gateway.fleet.cli("models", "add", "far", *where, "--matryoshka", "4")
+        assert "Added far: 8 dimensions" in added.stderr
+        yield made
+
+
+@pytest.fixture
+def client(gateway: Gateway, far: ScriptedGateway) -> Iterator[httpx.Client]:
+    far.answer = good
+    far.requests.clear()
+    far.keys.clear()
+    with gateway.client() as made:
+        yield made
+
+
+def embed(client: httpx.Client, texts: list[str], **fields: object) -> httpx.Response:
+    return client.post("/v1/embeddings", json={"model": "far", "input": texts, **fields})
+
+
+def test_vectors_come_from_the_upstream(client: httpx.Client, far: ScriptedGateway) -> None:
+    reply = embed(client, ["one text", "and another"]).json()
+    found = np.array([row["embedding"] for row in reply["data"]])
+    np.testing.assert_allclose(found, [vector_of("one text"), vector_of("and another")], atol=1e-6)
+    assert (reply["model"], reply["usage"]["prompt_tokens"]) == ("far", 4)
+    assert [request["model"] for request in far.requests] == ["embed-1"]
+    assert far.keys == ["Bearer sk-operator"], "the operator's key, not the caller's"
+
+
+def test_sizes_are_cut_here(client: httpx.Client) -> None:
+    (row,) = embed(client, ["one text"], dimensions=4).json()["data"]
+    cut = np.array(vector_of("one text")[:4])
+    np.testing.assert_allclose(row["embedding"], cut / np.linalg.norm(cut), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "code"),
+    [
+        (error(429, retry_after="7"), 503, "upstream_unavailable"),
+        (error(503), 503, "upstream_unavailable"),
+        (error(504), 503, "upstream_unavailable"),
+        (None, 503, "upstream_unavailable"),
+        (error(500), 500, "internal_error"),
+        (error(401), 500, "internal_error"),
+        (error(404), 500, "internal_error"),
+        ((302, {"location": "http://127.0.0.1:1"}, {}), 500, "internal_error"),
+        ((200, {}, b"<html>"), 500, "internal_error"),
+        ((200, {}, b"[" * 2_000_000), 500, "internal_error"),
+        (good({"input": ["a"], "model": "embed-2"}), 500, "internal_error"),
+        (good({"input": ["a", "b"], "model": "embed-1"}), 500, "internal_error"),
+        (error(400), 400, "invalid_payload"),
+        (error(422), 400, "invalid_payload"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, tuple) else None,
+)
+def test_its_failures_are_ours(
+    client: httpx.Client, far: ScriptedGateway, answer: Answer | None, status: int, code: str
+) -> None:
+    far.answer = lambda _: answer
+    reply = embed(client, ["one text"])
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+    assert "quotes" not in reply.text
+    assert "sk-operator" not in reply.text
+    if status == 503:
+        assert int(reply.headers["retry-after"]) == (7 if answer and answer[0] == 429 else 1)
+
+
+def test_an_address_that_is_none(gateway: Gateway) -> None:
+    for url in ("example.org/v1", "ftp://example.org", "https://user:secret@example.org/v1"):
+        refused = gateway.fleet.cli("models", "add", "none", "--gateway", url, check=False)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    refused = gateway.fleet.cli("models", "add", "none", "--gateway", "http://127.0.0.1:1/v1", check=False)
+    assert refused.returncode == 2
+    assert "can't be reached" in refused.stderr
+
+
+def test_it_is_listed_with_its_address(gateway: Gateway, far: ScriptedGateway) -> None:
+    listed = gateway.fleet.cli("models", "list", "--json").stdout
+    assert far.url in listed
+    assert "sk-operator" not in listed
+    assert DIMENSIONS == 8
