@@ -4,6 +4,8 @@ app, tasks      the Celery app, its signals and its one task
 run_chunk       claim → read → encode → commit: the heart
 batching        which items go through the model together (pure)
 encoder         the model on its device: the only import of torch
+gateway         a client of OpenAI-compatible APIs, in the encoder's place; throttle: limits that the fleet shares
+canary          the text that proves a model
 residents       the models a child keeps loaded
 engine, serving the encoder behind HTTP for the api; batches across its requests
 weights         where they are on this machine
