@@ -107,13 +107,7 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: E
     if bad:
         raise ValueError(f"{len(bad)} vectors are zero or not finite")
     output = parts.write(claim, number, part.rows) if claim.options.get("output") and len(part.rows.indexes) else None
-    for attempt in tenacity.Retrying(
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and is_connection_lost(error)),
-        wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
-        stop=tenacity.stop_after_delay(_PATIENCE_SECONDS),
-        before_sleep=lambda state: log.warning("commit_retried", attempt=state.attempt_number),
-        reraise=True,
-    ):
+    for attempt in while_database_is_away("commit_retried"):
         with attempt, engine.connect() as connection:
             _show_backend(connection, claim)
             # A repeated try may meet its own earlier commit.
@@ -125,6 +119,17 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: E
                     flush_later(connection)
                 if not _commit(connection, claim, number, part, ending, output, again=again):
                     transaction.rollback()
+
+
+def while_database_is_away(event: str) -> tenacity.Retrying:
+    """Tries again what lost its connection, for ten minutes; each time it logs `event`."""
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and is_connection_lost(error)),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+        stop=tenacity.stop_after_delay(_PATIENCE_SECONDS),
+        before_sleep=lambda state: log.warning(event, attempt=state.attempt_number),
+        reraise=True,
+    )
 
 
 def _show_backend(connection: Connection, claim: Claim) -> None:

@@ -27,13 +27,14 @@ from pipeline.jobs import Claim, Model, Reason, RejectCode, Upstream
 from pipeline.settings import read_secret
 from pipeline.store import attempts
 from pipeline.wire import Reply, endpoint_of, make_request, most_reply_bytes, parse_reply, told_wait_seconds
+from pipeline.writeback import while_database_is_away
 from workers.batching import Batch, Tokenised, request_batches, share_out
 from workers.canary import CANARY, is_canary
 from workers.throttle import Leave, Throttle
 
 log = structlog.get_logger()
 
-#: A request that can't be sent, or doesn't succeed, for so long gives its chunk back.
+#: When nothing comes through for so long, or wouldn't, the chunk is given back.
 PATIENCE_SECONDS = 30.0
 #: So many failures of a request, and the canary is asked whether the gateway or the texts are to blame.
 _MOST_FAILURES = 3
@@ -52,7 +53,8 @@ _TRY_AGAIN = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPSta
 
 @dataclass(frozen=True, slots=True)
 class Attempts:
-    """Writes down what a claim asks of a gateway, each request on disk before it is sent."""
+    """Writes down what a claim asks of a gateway, each request on disk before it is sent. What has been paid for isn't
+    let go because the database is away for a while."""
 
     engine: Engine
     claim: Claim
@@ -60,13 +62,18 @@ class Attempts:
 
     def begin(self, items: int, estimated_tokens: int) -> int:
         """A request is about to be made. Returns the attempt's id."""
-        with self.engine.begin() as connection:
-            return attempts.begin(connection, self.claim, self.model, items=items, estimated_tokens=estimated_tokens)
+        for again in while_database_is_away("attempt_retried"):
+            with again, self.engine.begin() as connection:
+                attempt_id = attempts.begin(
+                    connection, self.claim, self.model, items=items, estimated_tokens=estimated_tokens
+                )
+        return attempt_id
 
     def end(self, attempt_id: int, status: str, billed_tokens: int | None) -> None:
         """How it went."""
-        with self.engine.begin() as connection:
-            attempts.end(connection, attempt_id, status, billed_tokens)
+        for again in while_database_is_away("attempt_retried"):
+            with again, self.engine.begin() as connection:
+                attempts.end(connection, attempt_id, status, billed_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,8 +193,7 @@ class _Request:
     judges: "_Request | None" = None
     canary: bool = False
     failures: int = 0
-    #: When it was first to be sent, and before which moment it isn't sent again, by the monotonic clock.
-    began: float | None = None
+    #: Before which moment it isn't sent again, by the monotonic clock.
     rests_until: float = 0.0
     trouble: str = ""
 
@@ -220,6 +226,8 @@ class GatewayEncoder:
         self._lengths = np.zeros(0, np.int32)
         self._pending: deque[_Request] = deque()
         self._ends_with: GatewayBusy | GatewayRefused | ModelError | None = None
+        #: When it last let something through.
+        self._answered_at = 0.0
         #: Whether the canary has come through within this claim.
         self._vouched = False
 
@@ -254,6 +262,7 @@ class GatewayEncoder:
 
     def _run(self, requests: Sequence[_Request], stop: Callable[[], bool]) -> Iterator[Batch]:
         self._pending = deque(requests)
+        self._answered_at = time.monotonic()
         flying: dict[Future[Answer], tuple[_Request, Leave, int]] = {}
         with ThreadPoolExecutor(self._in_flight, thread_name_prefix="gateway") as threads:
             while True:
@@ -284,10 +293,9 @@ class GatewayEncoder:
 
     def _await_leave(self, request: _Request, stop: Callable[[], bool]) -> Leave | None:
         """Wait until the request may go out. None: it may not."""
-        request.began = request.began or time.monotonic()
         self._sleep(request.rests_until - time.monotonic(), stop)
         while not self._over(stop):
-            left = request.began + PATIENCE_SECONDS - time.monotonic()
+            left = self._answered_at + PATIENCE_SECONDS - time.monotonic()
             leave = self._throttle.reserve(self._tokens(request), max(0.0, left))
             if leave.wait_seconds > left:
                 trouble = request.trouble or "lets no more through for now"
@@ -322,6 +330,7 @@ class GatewayEncoder:
                 self._pending.append(request)
             case status if status in _TEXTS_FAULT:
                 self._throttle.passed(answer.headers, estimate, 0)
+                self._answered_at = time.monotonic()
                 yield from self._blame_texts(request, answer)
             case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
                 self._refuse(Reason.KEY_REFUSED, answer)
@@ -338,6 +347,7 @@ class GatewayEncoder:
         estimate = self._tokens(request)
         tokens = estimate if reply.prompt_tokens is None else reply.prompt_tokens
         self._throttle.passed(answer.headers, estimate, tokens)
+        self._answered_at = time.monotonic()
         if reply.model not in (None, self._upstream.model, self._upstream.reply_model):
             self._attempts.end(attempt, "another model", tokens)
             message = f"{self._upstream.url} answers for another model than {self._upstream.model}"
