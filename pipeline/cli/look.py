@@ -130,6 +130,10 @@ def ledger(receipt: Mapping[str, Any], codes: Mapping[str, int]) -> RenderableTy
     table.add_row("reused", f"{items['reused']:,}", f"{tokens['reused']:,} saved" if tokens["reused"] else "")
     table.add_row("rejected", f"{items['rejected']:,}", "")
     table.add_row("cancelled", f"{items['cancelled']:,}", "")
+    if unanswered := tokens.get("unanswered", 0):
+        table.add_row("unanswered", "", f"about {unanswered:,}")
+    if unanswered or tokens["billed"] != tokens["prompt"]:
+        table.add_row("billed", "", f"{tokens['billed']:,}")
     why = ", ".join(f"{count:,} {code}" for code, count in codes.items())
     hint = [Text(f"{why}: vectormill rejects {short(receipt['id'])}", style="yellow")] if why else []
     return Group(Text.assemble(("receipt  ", "bright_black"), receipt["id"]), table, *hint)

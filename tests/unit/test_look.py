@@ -1,8 +1,11 @@
 """Numbers and times as people read them."""
 
-import pytest
+from io import StringIO
 
-from pipeline.cli.look import duration, number
+import pytest
+from rich.console import Console
+
+from pipeline.cli.look import duration, ledger, number
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,17 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("billed", "unanswered", "rows"),
+    [(90, 0, []), (120, 0, ["billed 120"]), (120, 30, ["unanswered about 30", "billed 120"])],
+)
+def test_a_receipt_shows_the_bill_where_it_differs(billed: int, unanswered: int, rows: list[str]) -> None:
+    items = {"in": 9, "embedded": 9, "reused": 0, "rejected": 0, "cancelled": 0}
+    tokens = {"prompt": 90, "billed": billed, "unanswered": unanswered, "reused": 0}
+    out = Console(file=StringIO(), width=80)
+    out.print(ledger({"id": "01", "items": items, "tokens": tokens}, {}))
+    assert isinstance(out.file, StringIO)
+    lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
+    assert [line for line in lines if line.startswith(("billed", "unanswered"))] == rows
