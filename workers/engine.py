@@ -133,22 +133,22 @@ def main() -> None:
     device = settings.worker_devices[0]
     memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
     load = loader(device, os.cpu_count() if device == "cpu" else None, settings.worker_dtype)
-    residents = Residents(load, int(memory_bytes * _SHARE_OF_MEMORY))
+    serving = Serving(Residents(load, int(memory_bytes * _SHARE_OF_MEMORY)), settings.engine_queue_seconds)
     if settings.worker_models:
         catalogue.refresh()
-        _load_all(catalogue, residents)
+        _load_all(catalogue, serving)
     catalogue.refresh()
-    app = make_app(catalogue, Serving(residents, settings.engine_queue_seconds))
+    app = make_app(catalogue, serving)
     # uvicorn stops in order at this signal, then raises it again for the handler from before.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75)
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _load_all(catalogue: Catalogue, residents: Residents) -> None:
+def _load_all(catalogue: Catalogue, serving: Serving) -> None:
     for model in catalogue.models.values():
         try:
-            residents.get(model)
+            serving.load_now(model)
         except ModelError as error:
             log.error("model_failed", model=model.name, reason=str(error))
 
