@@ -117,8 +117,9 @@ class Serving:
         Raises:
             ModelError: it can't be loaded here.
         """
-        held = self._residents.held(model)
-        return held or await asyncio.wrap_future(self._load_apart(model))
+        if held := self._residents.held(model):
+            return held
+        return await asyncio.wrap_future(self._load_apart(model))
 
     def load_now(self, model: Model) -> None:
         """As `load`, before there is an event loop."""
