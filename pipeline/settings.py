@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -38,10 +38,15 @@ class Settings(BaseSettings):
     #: How long item texts are kept after a job's end.
     text_retention_days: float = Field(default=7, ge=0)
 
-    #: Flower's port on loopback; 0 picks a free one.
+    #: Flower's address and port; 0 picks a free one.
+    flower_host: str = "127.0.0.1"
     flower_port: int = Field(default=5555, ge=0, le=65535)
     #: Flower's password for the user `vectormill`. Unset: one is made for each `up`.
     flower_password: SecretStr | None = None
+    #: Where Flower is, as a browser reaches it. Unset: where `up` runs it, if it does.
+    flower_url: str | None = None
+    #: Flower's own settings.
+    flower_config: Path = _CHECKOUT / "ops" / "flower" / "flowerconfig.py"
     #: The api's address and port; 0 picks a free one.
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8000, ge=0, le=65535)
@@ -76,7 +81,7 @@ class Settings(BaseSettings):
     def _split_commas(cls, value: object) -> object:
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
 
-    @field_validator("home", mode="after")
+    @field_validator("home", "flower_config", mode="after")
     @classmethod
     def _make_absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
@@ -102,8 +107,24 @@ def load_settings() -> Settings:
         UserError: a variable's value is out of bounds; the message names the variable.
     """
     try:
-        return Settings()
+        return Settings(**_secrets_in_files())
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         variable = "VECTORMILL_" + "_".join(str(part) for part in first["loc"]).upper()
         raise UserError(f"{variable}: {first['msg'].lower()}.") from None
+
+
+#: Settings that may stand in a file, which the variable with `_FILE` after its name points to.
+_SECRETS = ("database_url", "redis_url", "flower_password")
+
+
+def _secrets_in_files() -> dict[str, Any]:
+    found = {}
+    for name in _SECRETS:
+        variable = f"VECTORMILL_{name.upper()}"
+        if path := os.environ.get(f"{variable}_FILE"):
+            # Some processes change their folder.
+            found[name] = read_secret(variable) if Path(path).is_absolute() else None
+            if found[name] is None:
+                raise UserError(f"{variable}_FILE: name a file by its whole path; it must be readable and not empty.")
+    return found

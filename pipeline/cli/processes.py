@@ -188,23 +188,8 @@ def flower() -> None:
     database, redis = server_urls(settings)
     if settings.flower_password is None:
         raise UserError("set VECTORMILL_FLOWER_PASSWORD; without it Flower's pages would be open.")
-    password = settings.flower_password.get_secret_value()
-    environment = {
-        **os.environ,
-        "VECTORMILL_DATABASE_URL": database,
-        "VECTORMILL_REDIS_URL": redis,
-        # By the environment: a command line shows in every list of processes.
-        "FLOWER_BASIC_AUTH": f"vectormill:{password}",
-        "FLOWER_COOKIE_SECRET": password,
-    }
-    options = {
-        "address": "127.0.0.1",
-        "port": settings.flower_port,
-        "max_tasks": 10_000,
-        "purge_offline_workers": 300,
-        "logging": settings.log_level,
-    }
-    _become([*_CELERY, "flower", *(f"--{name}={value}" for name, value in options.items())], environment)
+    environment = {**os.environ, "VECTORMILL_DATABASE_URL": database, "VECTORMILL_REDIS_URL": redis}
+    _become([*_CELERY, "flower", f"--conf={settings.flower_config}"], environment)
 
 
 def _checked(precision: str) -> str:

@@ -1,0 +1,31 @@
+"""Flower's settings, read by `vectormill flower`. Flower only looks here: jobs are steered by vectormill."""
+
+import hashlib
+import hmac
+
+from flower.views.monitor import Metrics
+from tornado.web import authenticated
+
+from pipeline.settings import load_settings
+
+_settings = load_settings()
+assert _settings.flower_password
+_password = _settings.flower_password.get_secret_value()
+
+address = _settings.flower_host
+port = _settings.flower_port
+logging = _settings.log_level
+
+basic_auth = [f"vectormill:{_password}"]
+# The same after a restart, and no one else's.
+cookie_secret = hmac.new(_password.encode(), b"Flower's cookies", hashlib.sha256).hexdigest()
+# Flower leaves its metrics open even so; they name workers and models.
+Metrics.get = authenticated(Metrics.get)
+# No task is run, revoked or limited from here, and no worker stopped.
+read_only = True
+
+# About 5.5 KB each.
+max_tasks = 10_000
+purge_offline_workers = 300
+# The arguments are a job's and a chunk's ids.
+tasks_columns = "name,args,state,received,started,runtime,worker,uuid"

@@ -1,0 +1,93 @@
+"""A real Flower beside a fleet: what it shows, and to whom."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import httpx2 as httpx
+import pytest
+
+from tests.acceptance.conftest import write_corpus
+from tests.acceptance.fleet import Fleet, eventually
+from tests.ports import free_port
+
+_PASSWORD = "sesame, open"
+_WORD = "unmistakable"
+
+
+@pytest.fixture
+def flower(fleet: Fleet) -> Iterator[httpx.Client]:
+    """A client of a Flower, with its password."""
+    port = free_port()
+    fleet.start(
+        "flower",
+        *("pipeline.cli", "flower"),
+        VECTORMILL_FLOWER_PORT=str(port),
+        VECTORMILL_FLOWER_PASSWORD=_PASSWORD,
+    )
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", auth=("vectormill", _PASSWORD), timeout=30) as client:
+        eventually(lambda: _answers(client), "a Flower that answers")
+        yield client
+
+
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/healthcheck").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_tasks_are_found_by_job_and_chunk_and_show_no_text(fleet: Fleet, flower: httpx.Client, tmp_path: Path) -> None:
+    fleet.start_dispatcher()
+    fleet.start_worker(replicas=1)
+    texts = [f"text {number} is {_WORD}" for number in range(600)]
+    job = fleet.submit(str(write_corpus(tmp_path / "corpus.jsonl", texts)), "--model", "static")
+    fleet.await_end(job)
+    chunks = fleet.scalar("select array_agg(id order by id) from vectormill.chunks")
+    assert len(chunks) > 1
+
+    def found(search: str) -> dict[str, dict[str, str]]:
+        reply: dict[str, dict[str, str]] = flower.get("/api/tasks", params={"search": search}).json()
+        return reply
+
+    expected = {f"(job={job}, chunk={chunk})" for chunk in chunks}
+    eventually(lambda: {task["args"] for task in found(str(job)).values()} >= expected, "tasks of all chunks")
+    assert {task["args"] for task in found(f"chunk={chunks[1]}").values()} == {f"(job={job}, chunk={chunks[1]})"}
+    assert found(str(UUID(int=0))) == {}
+
+    pages = ["/", "/tasks", "/broker", "/api/workers", "/api/tasks", "/metrics"]
+    pages += [f"{start}{task}" for task in found(str(job)) for start in ("/task/", "/api/task/info/")]
+    for page in pages:
+        reply = flower.get(page)
+        assert reply.status_code == 200, page
+        assert _WORD not in reply.text, page
+    assert str(job) in flower.get("/tasks/datatable", params=_table(str(job))).text
+
+
+def _table(search: str) -> dict[str, str]:
+    """What the page of tasks asks for when somebody searches."""
+    return {
+        "draw": "1",
+        "start": "0",
+        "length": "10",
+        "search[value]": search,
+        "order[0][column]": "0",
+        "order[0][dir]": "asc",
+        "columns[0][data]": "name",
+    }
+
+
+def test_nothing_but_the_health_check_is_open(fleet: Fleet, flower: httpx.Client) -> None:
+    closed = ("/", "/tasks", "/broker", "/metrics", "/api/workers", "/api/tasks", "/api/queues/length")
+    for auth in (None, ("vectormill", "wrong"), ("other", _PASSWORD)):
+        for page in closed:
+            reply = httpx.get(f"{flower.base_url}{page}", auth=auth)
+            assert reply.status_code == 401, page
+    assert httpx.get(f"{flower.base_url}/healthcheck").text == "OK"
+
+
+def test_it_looks_and_does_nothing(fleet: Fleet, flower: httpx.Client) -> None:
+    message = json.dumps({"args": ["0", 0]})
+    for action in ("task/send-task/vectormill.run_chunk", "task/revoke/x", "worker/shutdown/x"):
+        assert flower.post(f"/api/{action}", content=message).status_code in (403, 404), action
