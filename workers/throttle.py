@@ -3,7 +3,7 @@
 Requests and tokens a minute are each paced by the generic cell rate algorithm: a sender reserves the next free moment
 and sleeps until then. Limits are learned: from `x-ratelimit-limit-*` as soon as a reply shows them, and from refusals
 (429) by additive increase and multiplicative decrease. What a refusal says to wait, all wait. A breaker lets a dead
-endpoint be: five failures without a success in between, and only a probe now and then goes through.
+endpoint be: five failures without an answer in between, and only a probe now and then goes through.
 
 While Redis is away, each sender paces itself at its share of what was last known.
 """
@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -34,7 +35,7 @@ _UNTOLD_SECONDS = 1.0
 #: tokens.
 #:
 #: - `<what>_limit`: a minute, as headers say.
-#: - `<what>_free`: when the next one may go.
+#: - `<what>_free`: when the next one may go, at the rate `<what>_pace`.
 #: - `<what>_cut_at`, `_cut_to`, `_ceiling`: the last refusal, the rate after it, and the one that had been too much.
 #: - `<what>_sent`: while no rate was known, since `since`; `<what>_passed`: let through since then.
 #: - `seen`: the last request. `told`: nobody sends before.
@@ -66,13 +67,37 @@ local function rate(what)
   if age <= 60 then return math.min(MARGIN * ceiling, cut_to + 0.01 * ceiling * age) end
   return MARGIN * ceiling * 1.01 ^ (age - 60)
 end
+
+-- The rate by now. What is queued up at another one takes longer, or less long.
+local function repaced(what)
+  local pace, before = rate(what), values[what .. '_pace']
+  if not pace then return nil end
+  local from, free = math.max(now, values.told or 0), values[what .. '_free'] or 0
+  if before and free > from then set(what .. '_free', from + (free - from) * before / pace) end
+  set(what .. '_pace', pace)
+  return pace
+end
+
+-- A limit as a reply says it (0: it doesn't). The first word replaces what refusals made guess.
+local function learn(what, limit)
+  if limit <= 0 or limit == values[what .. '_limit'] then return end
+  if not values[what .. '_limit'] and values[what .. '_cut_at'] then set(what .. '_cut_to', limit / 60) end
+  set(what .. '_limit', limit)
+end
+
+-- One that answers isn't dead.
+local function close_breaker()
+  if (values.failures or 0) > 0 then set('failures', 0) set('openings', 0) set('open', 0) end
+end
 """
 
-#: ARGV: sender, tokens, the longest wait. → granted, wait, moment, senders, rates.
+#: ARGV: sender, tokens, the longest wait, how long a probe may take. → granted, wait, moment, senders, when the breaker
+#: last opened, rates.
 _RESERVE = (
     _COMMON
     + """
 local sender, costs, patience = ARGV[1], {requests = 1, tokens = tonumber(ARGV[2])}, tonumber(ARGV[3])
+local probing = (values.failures or 0) >= 5
 redis.call('ZADD', KEYS[2], now, sender)
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - 60)
 redis.call('EXPIRE', KEYS[2], 3600)
@@ -85,7 +110,7 @@ set('seen', now)
 
 local function answer(granted, wait)
   return {granted, tostring(wait), string.format('%.6f', now + wait), senders,
-          tostring(rate('requests') or 0), tostring(rate('tokens') or 0)}
+          string.format('%.6f', values.opened or 0), tostring(rate('requests') or 0), tostring(rate('tokens') or 0)}
 end
 
 local held = math.max(values.told or 0, values.open or 0)
@@ -93,9 +118,9 @@ if held > now then return answer(0, held - now) end
 
 local wait = 0
 for _, what in ipairs(KINDS) do
-  if rate(what) then wait = math.max(wait, (values[what .. '_free'] or 0) - now) end
+  if repaced(what) then wait = math.max(wait, (values[what .. '_free'] or 0) - now) end
 end
-if wait > patience then return answer(0, wait) end
+if wait > patience or (probing and wait > 0) then return answer(0, wait) end
 for _, what in ipairs(KINDS) do
   local pace = rate(what)
   -- A second's worth may go at once after a rest; a request of more is paid back by those after it.
@@ -105,7 +130,7 @@ for _, what in ipairs(KINDS) do
     set(what .. '_sent', (values[what .. '_sent'] or 0) + costs[what])
   end
 end
-if (values.failures or 0) >= 5 then set('open', now + wait + 2) end -- a probe: the others wait for what comes of it
+if probing then set('open', now + tonumber(ARGV[4])) end -- the others wait for what comes of it
 return answer(1, wait)
 """
 )
@@ -116,42 +141,55 @@ _PASSED = (
     + """
 local told = {requests = tonumber(ARGV[1]), tokens = tonumber(ARGV[2])}
 local costs = {requests = 1, tokens = tonumber(ARGV[4])}
-if (values.failures or 0) > 0 then set('failures', 0) set('openings', 0) set('open', 0) end
+close_breaker()
 for _, what in ipairs(KINDS) do
   local before = rate(what)
   set(what .. '_passed', (values[what .. '_passed'] or 0) + costs[what])
-  if told[what] > 0 and told[what] ~= values[what .. '_limit'] then
-    set(what .. '_limit', told[what])
-    if not before then
-      -- What was sent before the limit was known is paid back.
-      set(what .. '_free', (values.since or now) + (values[what .. '_sent'] or 0) / rate(what))
-    end
+  learn(what, told[what])
+  local pace = repaced(what)
+  if pace and not before then
+    -- What was sent before the limit was known is paid back.
+    set(what .. '_free', (values.since or now) + (values[what .. '_sent'] or 0) / pace)
   end
 end
 local pace = rate('tokens')
 if pace and values.tokens_free then
-  set('tokens_free', values.tokens_free + (costs.tokens - tonumber(ARGV[3])) / pace)
+  -- No count, however wrong, stops the others for more than a minute.
+  set('tokens_free', values.tokens_free + math.min(60, (costs.tokens - tonumber(ARGV[3])) / pace))
 end
 """
 )
 
-#: ARGV: when it was sent, how long to wait, whether requests and whether tokens were too many (1 or 0).
+#: ARGV: when it was sent, how long to wait, whether requests and whether tokens were too many (1 or 0), requests'
+#: limit, tokens' limit (0: not said), estimated tokens.
 _REFUSED = (
     _COMMON
     + """
 local sent, wait = tonumber(ARGV[1]), tonumber(ARGV[2])
 local too_many = {requests = ARGV[3] == '1', tokens = ARGV[4] == '1'}
+local told = {requests = tonumber(ARGV[5]), tokens = tonumber(ARGV[6])}
+local costs = {requests = 1, tokens = tonumber(ARGV[7])}
+close_breaker()
 set('told', math.max(values.told or 0, now + wait))
 local since = values.since or now
+
+-- The rate that was too much; nil: nothing tells it.
+local function ceiling_of(what)
+  local known, passed = rate(what), values[what .. '_passed'] or 0
+  if values[what .. '_limit'] or passed == 0 then return known end
+  -- What was let through, over the time that it took with this wait. Others may have used the limit up, so that what
+  -- is known is halved at most.
+  local measured = passed / math.max(0.1, now - since + wait)
+  return known and math.max(known / 2, math.min(known, measured)) or measured
+end
+
 for _, what in ipairs(KINDS) do
+  learn(what, told[what])
+  local ceiling = ceiling_of(what)
   -- Those that were under way when the first one was refused tell nothing new.
-  if too_many[what] and sent > (values[what .. '_cut_at'] or 0) then
-    local ceiling = rate(what)
-    if not values[what .. '_limit'] then
-      -- What was let through, over the time that it took with this wait.
-      local measured = math.max(1, values[what .. '_passed'] or 0) / math.max(0.1, now - since + wait)
-      ceiling = math.min(ceiling or measured, measured)
-    end
+  if ceiling and too_many[what] and sent > (values[what .. '_cut_at'] or 0) then
+    repaced(what)
+    ceiling = math.max(ceiling, costs[what] / 60) -- a request like this one goes every minute, whatever happens
     set(what .. '_ceiling', ceiling)
     set(what .. '_cut_to', 0.85 * ceiling)
     set(what .. '_cut_at', now + wait)
@@ -163,11 +201,12 @@ end
 """
 )
 
-#: → for how long nobody may send, as gateways told and by the breaker.
+#: → for how long nobody may send, as gateways told and by the breaker; when the breaker last opened.
 _HELD = (
     _COMMON
     + """
-return {tostring(math.max(0, (values.told or 0) - now)), tostring(math.max(0, (values.open or 0) - now))}
+return {tostring(math.max(0, (values.told or 0) - now)), tostring(math.max(0, (values.open or 0) - now)),
+        string.format('%.6f', values.opened or 0)}
 """
 )
 
@@ -231,6 +270,12 @@ class Throttle:
 
     client: "redis.Redis"
     upstream: Upstream
+    #: Limits are those of a key; another one has an account of its own.
+    key: str | None = None
+    #: How long a request may take.
+    request_seconds: float = 60.0
+    #: When the breaker last opened, by the clock of the account, as it was last seen; 0: never.
+    opened: float = 0.0
     _sender: str = field(default_factory=lambda: uuid4().hex)
     _share: _Share = field(default_factory=_Share)
     _away_until: float = 0.0
@@ -239,10 +284,11 @@ class Throttle:
     def reserve(self, tokens: int, patience_seconds: float) -> Leave:
         """Ask to send a request of about so many tokens. Nothing is reserved where the wait is longer than patience,
         or of unknown length."""
-        found = self._ask(_RESERVE, lambda answer: answer, self._sender, tokens, patience_seconds)
+        found = self._ask(_RESERVE, list, self._sender, tokens, patience_seconds, self.request_seconds)
         if found is None:
             return self._share.reserve(tokens, patience_seconds)
-        granted, wait, moment, senders, *rates = found
+        granted, wait, moment, senders, opened, *rates = found
+        self.opened = float(opened)
         self._share.senders = max(1, int(senders))
         self._share.rates = (float(rates[0]), float(rates[1]))
         return Leave(granted=bool(granted), wait_seconds=float(wait), moment=float(moment))
@@ -252,7 +298,8 @@ class Throttle:
         found = self._ask(_HELD, lambda answer: [float(one) for one in answer])
         if found is None:
             return max(0.0, self._share.held - time.monotonic())
-        return found[0] if told else max(found)
+        by_gateway, by_breaker, self.opened = found
+        return by_gateway if told else max(by_gateway, by_breaker)
 
     @property
     def most_request_tokens(self) -> float:
@@ -263,22 +310,33 @@ class Throttle:
             return float("inf")
         return tokens / min(1.0, requests or 1.0)
 
-    def passed(self, headers: Mapping[str, str], estimated_tokens: int, tokens: int) -> None:
-        """A request went through; its reply's headers may say what the limits are."""
-        limits = [_number(headers.get(f"x-ratelimit-limit-{what}")) or 0.0 for what in ("requests", "tokens")]
-        if not any(self._share.rates):
-            self._share.rates = (limits[0] / 60, limits[1] / 60)
-        self._ask(_PASSED, bool, *limits, estimated_tokens, tokens)
+    @property
+    def minute_tokens(self) -> float:
+        """The tokens of a minute: a request of more is never let through. Infinite where no limit is known."""
+        return 60 * self._share.rates[1] or float("inf")
 
-    def refused(self, leave: Leave, headers: Mapping[str, str], tokens: int, wait_seconds: float | None) -> None:
-        """A request was one too many (429)."""
+    def passed(self, headers: Mapping[str, str], estimated_tokens: int, tokens: int) -> None:
+        """A request was answered; the headers may say what the limits are."""
+        self._ask(_PASSED, bool, *self._limits(headers), estimated_tokens, tokens)
+
+    def refused(self, leave: Leave, headers: Mapping[str, str], tokens: int, wait_seconds: float | None) -> bool:
+        """A request was one too many (429). Returns whether it was one too large: of more tokens than a minute's."""
         wait = _UNTOLD_SECONDS if wait_seconds is None else wait_seconds
         left = [_number(headers.get(f"x-ratelimit-remaining-{what}")) for what in ("requests", "tokens")]
         short = [have is not None and have < cost for have, cost in zip(left, (1, tokens), strict=True)]
         if not any(short):
             short = [True, True]
-        if self._ask(_REFUSED, bool, leave.moment, wait, *map(int, short)) is None:
+        limits = self._limits(headers)
+        if self._ask(_REFUSED, bool, leave.moment, wait, *map(int, short), *limits, tokens) is None:
             self._share.hold(wait)
+        return 0 < limits[1] < tokens
+
+    def _limits(self, headers: Mapping[str, str]) -> tuple[float, float]:
+        """Requests and tokens a minute, as headers say; 0: they don't."""
+        requests, tokens = (_number(headers.get(f"x-ratelimit-limit-{what}")) or 0.0 for what in ("requests", "tokens"))
+        if not any(self._share.rates):
+            self._share.rates = (requests / 60, tokens / 60)
+        return requests, tokens
 
     def failed(self, leave: Leave, wait_seconds: float | None) -> None:
         """A request wasn't answered, or with an error of the gateway's."""
@@ -291,7 +349,7 @@ class Throttle:
             return None
         if script not in self._scripts:
             self._scripts[script] = self.client.register_script(script)
-        key = f"vectormill:throttle:{account_of(self.upstream)}"
+        key = f"vectormill:throttle:{account_of(self.upstream, self.key)}"
         try:
             return read(self._scripts[script](keys=[key, f"{key}:senders"], args=list(arguments)))
         except redis.RedisError as error:
@@ -300,9 +358,9 @@ class Throttle:
             return None
 
 
-def account_of(upstream: Upstream) -> str:
-    """Senders that share this share a gateway's limits."""
-    whole = "\n".join((upstream.url, upstream.model, upstream.key_env or ""))
+def account_of(upstream: Upstream, key: str | None) -> str:
+    """Senders that share this share a gateway's limits. Of the key it is a digest only."""
+    whole = "\n".join((upstream.url, upstream.model, key or ""))
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
@@ -315,6 +373,7 @@ def connect(redis_url: str) -> "redis.Redis":
 
 def _number(value: str | None) -> float | None:
     try:
-        return float(value or "")
+        number = float(value or "")
     except ValueError:
         return None
+    return number if isfinite(number) else None

@@ -124,7 +124,7 @@ def _rate(store: "redis.Redis", sender: Throttle) -> float:
 
 
 def _key() -> str:
-    return f"vectormill:throttle:{account_of(_UPSTREAM)}"
+    return f"vectormill:throttle:{account_of(_UPSTREAM, None)}"
 
 
 def test_refusals_slow_down_and_time_speeds_up_again(sender: Throttle, store: "redis.Redis") -> None:
@@ -145,6 +145,95 @@ def _age(store: "redis.Redis", seconds: float) -> None:
     for what in ("requests", "tokens"):
         if cut := store.hget(_key(), f"{what}_cut_at"):
             store.hset(_key(), f"{what}_cut_at", float(str(cut)) - seconds)
+
+
+def test_a_refusal_before_anything_came_through_only_waits(sender: Throttle, store: "redis.Redis") -> None:
+    sender.refused(sender.reserve(300_000, _PATIENCE), {}, 300_000, 2.0)
+    assert _rate(store, sender) == 0, "nothing tells a rate"
+    assert waits(sender, 20, 300_000) == [0] * 20
+
+
+def test_refusals_one_after_the_other_slow_down_by_steps(sender: Throttle, store: "redis.Redis") -> None:
+    passed(sender, {}, 1_000)
+    for _ in range(599):
+        sender.passed({}, 1_000, 1_000)
+    store.hset(_key(), "since", time.time() - 60)
+    sender.refused(sender.reserve(1_000, _PATIENCE), {}, 1_000, 1.0)
+    measured = _rate(store, sender)
+    assert measured == pytest.approx(0.85 * 10, rel=0.05)
+    for times in (1, 2, 3):
+        _age(store, 2)  # the wait is over
+        before = _rate(store, sender)
+        sender.refused(sender.reserve(1_000, _PATIENCE), {}, 1_000, 1.0)
+        assert _rate(store, sender) == pytest.approx(0.85 * before, rel=0.05), f"{times} more, nothing in between"
+    assert sender._share.rates[1] > 100, "tokens too"
+
+
+def test_no_number_of_refusals_stops_a_request_for_good(sender: Throttle, store: "redis.Redis") -> None:
+    passed(sender, {}, 1_000)
+    for _ in range(60):
+        sender.refused(sender.reserve(1_000, _PATIENCE), {}, 1_000, 0)
+        _age(store, 1)
+    assert _rate(store, sender) >= 0.85 / 60
+    assert sender._share.rates[1] >= 0.85 * 1_000 / 60
+
+
+def test_one_that_came_through_before_a_long_wait_is_not_taken_for_the_rate(
+    sender: Throttle, store: "redis.Redis"
+) -> None:
+    passed(sender, limits(requests=600))
+    store.hdel(_key(), "requests_limit")
+    store.hset(_key(), mapping={"requests_ceiling": 10, "requests_cut_to": 9.7, "requests_cut_at": time.time() - 5})
+    sender.refused(sender.reserve(10, _PATIENCE), {}, 10, 600.0)
+    assert _rate(store, sender) == pytest.approx(0.85 * 9.7 / 2, rel=0.05)
+
+
+def test_a_limit_that_is_learnt_after_refusals_heals_at_once(sender: Throttle, store: "redis.Redis") -> None:
+    passed(sender, {}, 1_000)
+    for _ in range(40):
+        sender.refused(sender.reserve(1_000, _PATIENCE), {}, 1_000, 0)
+        _age(store, 1)
+    slow = [sender.reserve(1_000, 3_600.0).wait_seconds for _ in range(3)]
+    assert slow[-1] > 20
+    sender.passed(limits(requests=600, tokens=600_000), 1_000, 1_000)
+    assert _rate(store, sender) == pytest.approx(9.7)
+    assert sender.reserve(1_000, _PATIENCE).wait_seconds < 4, "what waits goes at the new rate"
+
+
+def test_a_refusal_says_the_limit_too(sender: Throttle, store: "redis.Redis") -> None:
+    leave = sender.reserve(900_000, _PATIENCE)
+    assert sender.refused(leave, limits(requests=600, tokens=600_000), 900_000, 1.0), "it never comes through"
+    assert sender.minute_tokens == pytest.approx(600_000)
+    assert _rate(store, sender) == pytest.approx(0.85 * 9.7, rel=0.02)
+    assert not sender.refused(leave, limits(requests=600, tokens=600_000), 500_000, 1.0)
+
+
+def test_what_waits_moves_up_when_the_rate_grows(sender: Throttle, store: "redis.Redis") -> None:
+    passed(sender, limits(requests=60))
+    before = waits(sender, 20)[-1]
+    sender.passed(limits(requests=600), 10, 10)
+    assert sender.reserve(10, _PATIENCE).wait_seconds == pytest.approx(before / 10, abs=_A_MOMENT)
+
+
+def test_no_count_of_tokens_stops_the_others_for_days(sender: Throttle) -> None:
+    passed(sender, limits(tokens=6_000))
+    sender.passed(limits(tokens=6_000), 10, 2**52)
+    assert sender.reserve(10, 3_600.0).wait_seconds == pytest.approx(60, abs=1)
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf", "-1", "many"])
+def test_a_limit_that_is_none_is_ignored(sender: Throttle, limit: str) -> None:
+    passed(sender, {"x-ratelimit-limit-tokens": limit})
+    assert waits(sender, 5) == [0] * 5
+    assert sender.minute_tokens == float("inf")
+
+
+def test_another_key_has_limits_of_its_own(store: "redis.Redis") -> None:
+    old, new = Throttle(store, _UPSTREAM, "sk-one"), Throttle(store, _UPSTREAM, "sk-two")
+    old.refused(old.reserve(10, _PATIENCE), {}, 10, 3_600.0)
+    assert not old.reserve(10, _PATIENCE).granted
+    assert new.reserve(10, _PATIENCE).granted
+    assert not any("sk-" in name for name in store.keys("*"))
 
 
 def test_only_the_limit_that_was_hit_slows_down(sender: Throttle, store: "redis.Redis") -> None:
@@ -189,6 +278,19 @@ def test_the_breaker_lets_one_probe_through_and_then_all(sender: Throttle, store
     assert waits(sender, 5) == [0] * 5
     sender.failed(sender.reserve(10, _PATIENCE), None)
     assert sender.held_seconds() == 0, "it counts from the beginning"
+
+
+def test_the_others_wait_as_long_as_a_probe_may_take(sender: Throttle, store: "redis.Redis") -> None:
+    sender.request_seconds = 20.0
+    for leave in [sender.reserve(10, _PATIENCE) for _ in range(5)]:
+        sender.failed(leave, None)
+    store.hset(_key(), "open", 0)
+    assert sender.reserve(10, _PATIENCE).granted
+    other = sender.reserve(10, _PATIENCE)
+    assert (other.granted, other.wait_seconds) == (False, pytest.approx(20, abs=_A_MOMENT))
+    assert sender.opened == pytest.approx(time.time(), abs=5)
+    sender.refused(other, {}, 10, 0)  # it answers
+    assert sender.held_seconds() == 0
 
 
 def test_a_failure_between_successes_opens_nothing(sender: Throttle) -> None:
