@@ -8,7 +8,7 @@ from typing import cast
 import typer
 from rich.text import Text
 
-from pipeline.cli import demo, jobs, keys, models, processes, purge, results, servers, submit, workspaces
+from pipeline.cli import demo, doctor, jobs, keys, models, processes, purge, results, servers, submit, workspaces
 from pipeline.cli.look import stderr
 from pipeline.errors import VectormillError
 from pipeline.store.database import reporting_unreachable
@@ -31,7 +31,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     ),
     "Processes": (
         *(processes.migrate, processes.dispatcher, processes.worker, processes.engine, processes.api),
-        processes.flower,
+        *(processes.flower, doctor.doctor),
     ),
 }
 for panel, commands in _COMMANDS.items():

@@ -100,3 +100,14 @@ def make_ahead(connection: Connection) -> None:
     month = this_month(connection)
     make_month(connection, month)
     make_month(connection, next_month(month))
+
+
+def missing_ahead(connection: Connection) -> list[str]:
+    """Names of the partitions of this month and the next one that don't exist."""
+    month = this_month(connection)
+    return [
+        _name(table, each)
+        for each in (month, next_month(month))
+        for table in PARTITIONED
+        if not _exists(connection, table, each)
+    ]

@@ -1,0 +1,121 @@
+"""The processes, by what they write down and what they answer."""
+
+from collections.abc import Iterator
+from http import HTTPStatus
+
+from pipeline.dispatch import ROLE, WORKER_SEEN_SECONDS
+from pipeline.doctor.findings import Finding, fail, ok, skipped, warn
+from pipeline.doctor.patient import Patient, answer
+from pipeline.store import engines, health, workers
+
+#: An engine that hasn't shown itself for so long gets no requests.
+_ENGINE_SEEN_SECONDS = 10.0
+#: The dispatcher sweeps every second; so much later something is in its way.
+_SWEEP_SECONDS = 15.0
+
+
+def dispatcher(patient: Patient) -> Iterator[Finding]:
+    """One leads."""
+    left = patient.ask(health.lease_seconds_left, ROLE)
+    if left is None:
+        yield fail("none leads: nothing is rung for, swept or ended", "start one, better two: vectormill dispatcher")
+    elif left < 0:
+        yield fail(f"none leads since {-left:.0f} s", "see its log, and start one: vectormill dispatcher")
+    else:
+        yield ok("one leads")
+
+
+def some_workers(patient: Patient) -> Iterator[Finding]:
+    """Workers live, and serve each model that a workspace may use."""
+    live = patient.ask(workers.live, WORKER_SEEN_SECONDS)
+    if not live:
+        yield fail("none is alive", "start one on each machine: vectormill worker")
+        return
+    for worker in live:
+        if worker["resting"]:
+            yield warn(f"the one at {worker['host']} rests: it {worker['resting']}", "see its log; start it again.")
+    # What a worker gave up is said by the next check.
+    known = {name for worker in live for name in (*worker["models"], *worker["dropped"])}
+    alone = [row["name"] for row in patient.ask(health.enabled_models) if row["name"] not in known]
+    for name in alone:
+        yield fail(f"none serves {name}", f"start one that does: vectormill worker --model {name}")
+    if not alone:
+        slots = sum(worker["slots"] for worker in live)
+        yield ok(f"{len(live)} alive with {slots} slots; every model is served")
+
+
+def dropped_models(patient: Patient) -> Iterator[Finding]:
+    """No worker has given a model up."""
+    live = patient.ask(workers.live, WORKER_SEEN_SECONDS)
+    served = {name for worker in live for name in worker["models"]}
+    dropped = [(worker["host"], *each) for worker in live for each in worker["dropped"].items()]
+    for host, name, reason in dropped:
+        found = f"{name} was given up at {host}: {reason}"
+        mend = f"mend that, then start the worker at {host} again."
+        yield warn(found, mend) if name in served else fail(found, mend)
+    if not dropped:
+        yield ok("none was given up")
+
+
+def overdue(patient: Patient) -> Iterator[Finding]:
+    """Leases that ran out are swept."""
+    found = patient.ask(health.overdue_chunks, _SWEEP_SECONDS)
+    if found["chunks"]:
+        yield fail(
+            f"{found['chunks']:,} whose lease ran out, the oldest's {found['oldest_seconds']:,.0f} s ago, aren't swept",
+            "a backend locks them: find it in pg_stat_activity by its xact_start, and pg_terminate_backend it.",
+        )
+    else:
+        yield ok("no lease is overdue")
+
+
+def api(patient: Patient) -> Iterator[Finding]:
+    """The api answers, and reaches its database."""
+    url = patient.api_url
+    if url is None:
+        yield skipped("not known where it is; VECTORMILL_API_URL says")
+        return
+    status = answer(url, "/readyz")
+    if status is None:
+        yield fail(f"no answer from {url}", "start it: vectormill api")
+    elif status != HTTPStatus.OK:
+        yield fail(f"{url} isn't ready (/readyz answers {status})", "see its log: it can't reach its database.")
+    else:
+        yield ok(f"ready at {url}")
+
+
+def some_engines(patient: Patient) -> Iterator[Finding]:
+    """Engines answer, and serve each local model that the api may be asked for."""
+    live = patient.ask(engines.live, _ENGINE_SEEN_SECONDS)
+    local = [row["name"] for row in patient.ask(health.enabled_models) if row["kind"] == "local"]
+    if not live:
+        if local:
+            yield warn("none is alive: the api serves no local model", "start one for each device: vectormill engine")
+        else:
+            yield ok("none is alive, and none is needed")
+        return
+    silent = [row["url"] for row in live if answer(row["url"], "/healthz") != HTTPStatus.OK]
+    for url in silent:
+        yield fail(f"no answer from {url}", "the api must reach it there: see its log, its VECTORMILL_ENGINE_HOST.")
+    alone = set(local) - {name for row in live for name in row["models"]}
+    for name in sorted(alone):
+        yield warn(f"none serves {name}", f"start one that does: vectormill engine --model {name}")
+    if not silent and not alone:
+        yield ok(f"{len(live)} alive; every local model is served")
+
+
+def flower(patient: Patient) -> Iterator[Finding]:
+    """Flower answers, to those who know its password."""
+    url = patient.flower_url
+    if url is None:
+        yield skipped("not known where it is; VECTORMILL_FLOWER_URL says")
+        return
+    status = answer(url, "/api/workers")
+    if status is None:
+        yield fail(f"no answer from {url}", "start it: vectormill flower")
+    elif status != HTTPStatus.UNAUTHORIZED:
+        yield fail(
+            f"{url} answers {status} to who has no password", "start it by vectormill flower, which sets a password."
+        )
+    else:
+        yield ok(f"at {url}, behind its password")

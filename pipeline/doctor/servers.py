@@ -1,0 +1,224 @@
+"""Postgres and Redis: there, of the right version, and set up so that nothing is lost."""
+
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from sqlalchemy.exc import DBAPIError
+
+from pipeline.dispatch import WORKER_SEEN_SECONDS
+from pipeline.doctor.findings import Finding, fail, ok, warn
+from pipeline.doctor.patient import Patient, is_loopback
+from pipeline.migrate import known_revisions
+from pipeline.store import health, partitions, workers
+from pipeline.store.database import plain_reason
+
+_LEAST_POSTGRES = 15
+_LEAST_VECTOR = (0, 7)
+_LEAST_REDIS = (6, 2)
+#: A statement of ours may take so long: a COPY, or an index.
+_LEAST_TIMEOUT_SECONDS = 600
+_SKEW_SECONDS = 2.0
+_GREAT_SKEW_SECONDS = 60.0
+#: Connections: of a worker's child and its parent; of two dispatchers and two apis; of an engine.
+_A_SLOT, _A_WORKER, _THE_REST = 3, 1, 20
+
+
+def postgres(patient: Patient) -> Iterator[Finding]:
+    """Postgres answers, is new enough and takes writes."""
+    where = _place(patient.database_url, 5432)
+    try:
+        server = patient.ask(health.server)
+    except DBAPIError as error:
+        yield fail(
+            f"no answer from {where} ({plain_reason(error)})",
+            "check VECTORMILL_DATABASE_URL, or start one here: vectormill up --detach",
+            unreachable=True,
+        )
+        return
+    if server["version_number"] < _LEAST_POSTGRES * 10_000:
+        yield fail(f"{server['version']} at {where}", f"use PostgreSQL {_LEAST_POSTGRES} or newer.")
+    elif server["in_recovery"] or server["read_only"]:
+        what = "a standby" if server["in_recovery"] else "set to default_transaction_read_only"
+        yield fail(f"{where} is {what}: it takes no writes", "let VECTORMILL_DATABASE_URL name one that does.")
+    else:
+        yield ok(f"{server['version']} at {where}")
+
+
+def pgvector(patient: Patient) -> Iterator[Finding]:
+    """The extension is there and knows half precision."""
+    found = patient.ask(health.vector_version)
+    if found is None:
+        yield fail("not in this database", "as a superuser: create extension vector;")
+    elif _numbers(found) < _LEAST_VECTOR:
+        yield fail(found, "install 0.7 or newer, then: alter extension vector update;")
+    else:
+        yield ok(found)
+
+
+def schema(patient: Patient) -> Iterator[Finding]:
+    """The tables are those that this version of vectormill works with."""
+    found, known = patient.ask(health.revision), known_revisions()
+    if found == known[-1]:
+        yield ok(f"at {found}, the newest")
+    elif found is None:
+        yield fail("there is none yet", "run: vectormill migrate")
+    elif found in known:
+        yield fail(f"at {found}, {len(known) - 1 - known.index(found)} behind {known[-1]}", "run: vectormill migrate")
+    else:
+        yield fail(f"at {found}, which this vectormill doesn't know", "a newer one made it: upgrade this one.")
+
+
+def role(patient: Patient) -> Iterator[Finding]:
+    """The database's role may do what processes do, and not everything."""
+    missing = patient.ask(health.missing_rights)
+    server = patient.ask(health.server)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        yield fail(
+            f"it may not {', '.join(missing[:3])}{more}",
+            "processes need the role that made the schema, or its rights; a reader needs no doctor.",
+        )
+    elif server["superuser"] and not is_loopback(urlsplit(patient.database_url).hostname):
+        yield warn("it is a superuser", "a plain one that owns the database is enough: ops/docker/postgres-init.sh.")
+    else:
+        yield ok("may read, write and make partitions")
+
+
+def settings(patient: Patient) -> Iterator[Finding]:
+    """The server isn't set up to lose data, to run out of connections, or to end our statements."""
+    found = patient.ask(health.settings)
+    findings = [
+        fail(f"{name} is off", f"a crash can then damage every table: set {name} = on and restart it.")
+        for name in ("fsync", "full_page_writes")
+        if found[name] == "off"
+    ]
+    if found["autovacuum"] == "off":
+        findings.append(warn("autovacuum is off", "claims get slower with every job: set autovacuum = on."))
+    for name in ("statement_timeout", "transaction_timeout", "idle_session_timeout"):
+        seconds = int(found.get(name, 0)) / 1000
+        if 0 < seconds < _LEAST_TIMEOUT_SECONDS:
+            mend = f"alter role … set {name} = 0; or {_LEAST_TIMEOUT_SECONDS} s and more."
+            findings.append(warn(f"{name} is {seconds:g} s", mend))
+    findings += _connections(patient, found)
+    yield from findings or [ok(f"max_connections {found['max_connections']}, fsync on")]
+
+
+def _connections(patient: Patient, found: dict[str, str]) -> list[Finding]:
+    reserved = ("superuser_reserved_connections", "reserved_connections")
+    there = int(found["max_connections"]) - sum(int(found.get(name, 0)) for name in reserved)
+    live = patient.ask(workers.live, WORKER_SEEN_SECONDS)
+    wanted = sum(_A_SLOT * worker["slots"] + _A_WORKER for worker in live) + _THE_REST
+    if wanted <= there:
+        return []
+    what = f"{there} connections, and {wanted} may be wanted by {len(live)} workers and the rest"
+    return [warn(what, f"set max_connections to {wanted + 20} or more, or run fewer slots.")]
+
+
+def months(patient: Patient) -> Iterator[Finding]:
+    """Jobs of this month and the next one have tables to go to."""
+    missing = patient.ask(partitions.missing_ahead)
+    if missing:
+        yield fail(f"no {', '.join(missing)}", "a dispatcher makes them; at once: vectormill migrate")
+    else:
+        yield ok("this month's and the next one's are there")
+
+
+def redis_server(patient: Patient) -> Iterator[Finding]:
+    """Redis answers, is new enough, and takes writes."""
+    where = _place(patient.redis_url, 6379)
+    client = patient.redis
+    try:
+        info: Any = client.info()
+    except redis.RedisError as error:
+        yield fail(
+            f"no answer from {where} ({type(error).__name__})",
+            "check VECTORMILL_REDIS_URL, or start one here: vectormill up --detach",
+            unreachable=True,
+        )
+        return
+    name = "Valkey" if info.get("server_name") == "valkey" else "Redis"
+    number = str(info.get("valkey_version") or info["redis_version"])
+    if _numbers(str(info["redis_version"])) < _LEAST_REDIS:
+        yield fail(f"{name} {number} at {where}", "use Redis 6.2 or newer, or Valkey.")
+    elif problem := _write_problem(client):
+        yield fail(f"{where} takes no writes ({problem})", _mend_of_write(problem))
+    else:
+        yield ok(f"{name} {number} at {where}")
+
+
+def _write_problem(client: redis.Redis) -> str | None:
+    try:
+        client.set("vectormill.doctor", "1", ex=60)
+        client.delete("vectormill.doctor")
+    except redis.RedisError as error:
+        return str(error).split(".", 1)[0]
+    return None
+
+
+def _mend_of_write(problem: str) -> str:
+    if "MISCONF" in problem or "snapshot" in problem:
+        return "its disk is full or not writable: make room, or switch its snapshots off."
+    if "read only" in problem or "READONLY" in problem:
+        return "let VECTORMILL_REDIS_URL name the primary."
+    return "see its log and its ACL; vectormill needs keys, channels and scripts."
+
+
+def redis_policy(patient: Patient) -> Iterator[Finding]:
+    """Redis throws nothing away, and can save what it is told to save."""
+    info: Any = patient.redis.info()
+    policy = info.get("maxmemory_policy", "unknown")
+    findings = []
+    if policy != "noeviction":
+        findings.append(
+            fail(
+                f"maxmemory-policy is {policy}: full, it drops queues and limits",
+                "set maxmemory-policy noeviction.",
+            )
+        )
+    failed = [name for name in ("rdb_last_bgsave_status", "aof_last_write_status") if info.get(name, "ok") != "ok"]
+    if failed:
+        findings.append(warn(f"its last save failed ({', '.join(failed)})", "see its disk and its log."))
+    yield from findings or [ok("noeviction")]
+
+
+def clocks(patient: Patient) -> Iterator[Finding]:
+    """This machine's clock, Postgres' and Redis' agree. Leases need only Postgres' own; job ids and limits need all."""
+    skews = {
+        "Postgres": _skew(patient.clock, lambda: patient.ask(health.now)),
+        "Redis": _skew(patient.clock, lambda: _redis_time(patient.redis)),
+    }
+    name, worst = max(skews.items(), key=lambda each: abs(each[1]))
+    if abs(worst) < _SKEW_SECONDS:
+        yield ok(f"within {max(0.1, abs(worst)):.1f} s")
+        return
+    found = f"{name}'s is {abs(worst):.1f} s {'ahead of' if worst > 0 else 'behind'} this machine's"
+    mend = "keep all machines on time: chrony, or systemd-timesyncd."
+    yield fail(found, mend) if abs(worst) >= _GREAT_SKEW_SECONDS else warn(found, mend)
+
+
+def _skew(clock: Callable[[], float], ask: Callable[[], datetime]) -> float:
+    """How far a server's clock is ahead of ours, in seconds, without what the way there and back may explain."""
+    before = clock()
+    theirs = ask().timestamp()
+    after = clock()
+    if before <= theirs <= after:
+        return 0.0
+    return theirs - after if theirs > after else theirs - before
+
+
+def _redis_time(client: redis.Redis) -> datetime:
+    time: Any = client.time()
+    return datetime.fromtimestamp(time[0] + time[1] / 1e6, UTC)
+
+
+def _place(url: str, default_port: int) -> str:
+    parts = urlsplit(url)
+    return f"{parts.hostname or 'localhost'}:{parts.port or default_port}"
+
+
+def _numbers(written: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", written))
