@@ -1,0 +1,142 @@
+"""A page's way: viewer → one snapshot of the database → template → ETag; and what an error looks like."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from functools import cache
+from hashlib import sha256
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from sqlalchemy import Connection
+from starlette.responses import HTMLResponse, RedirectResponse
+
+from pipeline.api.asking import ask
+from pipeline.api.dashboard import drawing, session, words
+from pipeline.api.dashboard.session import Viewer
+from pipeline.errors import ApiError, IllegalTransition, InvalidApiKey, Unauthorized, UnknownJob, UserError
+from pipeline.store import charts
+
+#: What a page needs of the database, as its template's variables.
+Look = Callable[[Connection, Viewer], dict[str, Any]]
+
+_HEADERS = {
+    # Nothing from elsewhere, nothing inline, and no other site may frame a page or receive its forms.
+    "content-security-policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'",
+    "cache-control": "no-store",
+    "referrer-policy": "same-origin",
+    "x-content-type-options": "nosniff",
+}
+_TITLES = {
+    400: "That can't be shown",
+    403: "Not allowed",
+    404: "Not found",
+    409: "Not now",
+    413: "Too large",
+    503: "The database can't be reached",
+}
+
+
+class PageRoute(APIRoute):
+    """A route that answers people: an error becomes a page, and who isn't logged in is sent to where they can."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI calls it."""
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                response = await handle(request)
+            except (Unauthorized, InvalidApiKey):
+                response = RedirectResponse(session.log_in_path(request), 303)
+                session.forget(request, response)
+            except ApiError as error:
+                response = problem(request, error.status, str(error))
+            except (UnknownJob, RequestValidationError):
+                response = problem(request, 404, "There is nothing here that this key may see. Is the address whole?")
+            except UserError as error:
+                response = problem(request, 409 if isinstance(error, IllegalTransition) else 400, str(error))
+            response.headers.update(_HEADERS)
+            return response
+
+        return answer
+
+
+async def show(request: Request, template: str, look: Look) -> Response:
+    """A page for whoever is logged in.
+
+    Raises:
+        Unauthorized, InvalidApiKey: nobody is.
+    """
+    viewer = await session.viewer(request)
+
+    def run(connection: Connection) -> dict[str, Any]:
+        charts.begin_snapshot(connection)
+        return {"holder": charts.key_holder(connection, viewer.caller.key_id), **look(connection, viewer)}
+
+    found = await ask(request, run)
+    return await asyncio.to_thread(render, request, template, viewer=viewer, **found)
+
+
+async def act(request: Request, do: Callable[[Connection, Viewer, dict[str, str]], str]) -> Response:
+    """Do what a form asks for, in one transaction, and go to the page that `do` returns.
+
+    Raises:
+        Unauthorized, InvalidApiKey: nobody is logged in.
+        Forbidden: the form wasn't sent by one of our pages.
+    """
+    fields = await session.form(request)
+    viewer = await session.viewer(request)
+    return RedirectResponse(await ask(request, lambda connection: do(connection, viewer, fields)), 303)
+
+
+def render(request: Request, template: str, status: int = 200, **variables: Any) -> Response:
+    """A template as an answer. Who has it already, by its ETag, is told so."""
+    given = {
+        "viewer": None,
+        "holder": None,
+        "live": 0,
+        "path": request.url.path,
+        "flower": request.app.state.settings.flower_url,
+    }
+    html = _templates().get_template(template).render({**given, **variables}).encode()
+    etag = f'"{sha256(html).hexdigest()[:32]}"'
+    if status == 200 and request.method == "GET" and request.headers.get("if-none-match") == etag:
+        return Response(status_code=304, headers={"etag": etag})
+    return HTMLResponse(html, status, {"etag": etag})
+
+
+def problem(request: Request, status: int, message: str) -> Response:
+    """A page that says what went wrong. One that may mend itself is asked for again by the browser."""
+    title = _TITLES.get(status, "That didn't work")
+    headers = {"retry-after": "2"} if status == 503 else {}
+    response = render(
+        request,
+        "problem.html",
+        status,
+        title=title,
+        message=message,
+        live=2 if status == 503 and request.method == "GET" else 0,
+    )
+    response.headers.update(headers)
+    return response
+
+
+@cache
+def _templates() -> Environment:
+    made = Environment(
+        loader=PackageLoader("pipeline.api.dashboard"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for filter_ in ("number", "short", "size", "money", "count", "ordinal", "duration", "ago", "until", "page_name"):
+        made.filters[filter_] = getattr(words, filter_)
+    for name in ("percent", "reason", "advice", "time_left", "took"):
+        made.globals[name] = getattr(words, name)
+    made.globals["bar"] = drawing.bar
+    return made

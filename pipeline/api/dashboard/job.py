@@ -1,0 +1,175 @@
+"""One job: where it stands, its chunks, its rejects."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import partial
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request, Response
+from sqlalchemy import Connection, RowMapping
+
+from pipeline import status
+from pipeline.api.dashboard import drawing
+from pipeline.api.dashboard.answer import PageRoute, show
+from pipeline.api.dashboard.pages import WORKER_SILENT_SECONDS
+from pipeline.api.dashboard.session import Viewer
+from pipeline.errors import UnknownJob
+from pipeline.jobs import RETRYABLE_REJECTS, JobState, RejectCode
+from pipeline.store import charts, items, models, workers
+
+router = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+_FIRST_REJECTS = 3
+_FIRST_INPUTS = 5
+_PAGE = 50
+_MOST_CHARACTERS = 4_000
+#: Options that a person chose, as the page calls them; those that are usual aren't shown.
+_OPTIONS = {
+    "dimensions": "dimensions",
+    "dtype": "kept as",
+    "max_item_tokens": "longest text, tokens",
+    "on_long": "longer texts",
+    "max_rejects": "rejects allowed",
+    "unique_keys": "unique keys",
+    "by_reference": "read by workers from the source",
+    "output": "vectors go to",
+    "hnsw": "index on the table",
+}
+
+
+def visible_job(connection: Connection, viewer: Viewer, job_id: UUID) -> RowMapping:
+    """A job's row.
+
+    Raises:
+        UnknownJob: there is none that the viewer may see.
+    """
+    row = status.job_row(connection, job_id)
+    if not viewer.sees(row["workspace_id"]):
+        raise UnknownJob
+    return row
+
+
+@router.get("/jobs/{job_id}")
+async def show_job(request: Request, job_id: UUID) -> Response:
+    """One job."""
+    return await show(request, "job.html", partial(_job, job_id=job_id))
+
+
+def _job(connection: Connection, viewer: Viewer, *, job_id: UUID) -> dict[str, Any]:
+    row = visible_job(connection, viewer, job_id)
+    standing = status.job_status(connection, job_id)
+    state = JobState(row["state"])
+    cost, device_seconds = charts.cost(connection, job_id)
+    files, first_files = charts.inputs(connection, job_id, _FIRST_INPUTS)
+    total_chunks = sum(standing["chunks"].values())
+    model = models.by_name(connection, row["model_name"])
+    return {
+        "job": standing,
+        "row": row,
+        "workspace": charts.workspace_of(connection, job_id),
+        "ahead": charts.queue_positions(connection, [job_id]).get(job_id),
+        "unserved": state in (JobState.QUEUED, JobState.RUNNING) and not _is_served(connection, row["model_name"]),
+        "cost": cost,
+        "price": model and model["price_per_million"],
+        "device_seconds": device_seconds,
+        "chart": _throughput(connection, job_id, row),
+        "strip": drawing.strip(charts.strip(connection, job_id, total_chunks, drawing.MOST_CELLS)),
+        "total_chunks": total_chunks,
+        "rejects": _rejects_by_code(connection, job_id) if standing["items"]["rejected"] else [],
+        "receipt": status.receipt(connection, job_id),
+        "attempts": charts.attempts(connection, job_id),
+        "options": _options(row["options"]),
+        "files": files,
+        "first_files": first_files,
+        "retry": _retry(connection, row, state),
+        "live": 30 if state.ended else 1,
+    }
+
+
+def _is_served(connection: Connection, model: str) -> bool:
+    return any(model in worker["models"] for worker in workers.live(connection, WORKER_SILENT_SECONDS))
+
+
+def _throughput(connection: Connection, job_id: UUID, row: RowMapping) -> drawing.Chart | None:
+    begin = row["started_at"]
+    if begin is None:
+        return None
+    end = max(begin, row["finished_at"] or datetime.now(UTC))
+    width = drawing.width_of_columns((end - begin).total_seconds())
+    spans = charts.throughput(connection, job_id, width, begin)
+    return drawing.throughput(spans, width, begin, end) if spans else None
+
+
+def _rejects_by_code(connection: Connection, job_id: UUID) -> list[dict[str, Any]]:
+    counts = items.count_rejects(connection, job_id)
+    firsts = defaultdict(list)
+    for row in charts.first_rejects(connection, job_id, list(counts), _FIRST_REJECTS):
+        firsts[row["code"]].append(row)
+    return [
+        {"code": code, "count": count, "first": firsts[code], "retryable": RejectCode(code).retryable}
+        for code, count in counts.items()
+    ]
+
+
+def _retry(connection: Connection, row: RowMapping, state: JobState) -> RowMapping | None:
+    """What could be tried again of a job that has ended; None: nothing."""
+    if state not in (JobState.COMPLETED, JobState.FAILED) or row["texts_removed_at"]:
+        return None
+    found = charts.reopenable(connection, row["id"], sorted(RETRYABLE_REJECTS))
+    return found if found["rejects"] or found["chunks"] else None
+
+
+def _options(options: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {title: options[name] for name, title in _OPTIONS.items() if options.get(name)}
+    columns = options.get("columns") or {}
+    shown |= {f"{name} column": columns[name] for name in ("text", "key") if columns.get(name)}
+    if columns.get("carry"):
+        shown["carried columns"] = ", ".join(columns["carry"])
+    if options.get("into"):
+        shown["vectors go also to"] = options["into"].get("table", "a table of yours")
+    return {title: "yes" if value is True else value for title, value in shown.items()}
+
+
+@router.get("/jobs/{job_id}/rejects")
+async def show_rejects(
+    request: Request,
+    job_id: UUID,
+    code: RejectCode | None = None,
+    after: Annotated[int, Query(ge=-1, lt=2**63)] = -1,
+    text: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
+) -> Response:
+    """A page of a job's rejects. The text of an item is shown only when it is asked for."""
+    return await show(request, "rejects.html", partial(_reject_page, job_id=job_id, code=code, after=after, index=text))
+
+
+def _reject_page(
+    connection: Connection, viewer: Viewer, *, job_id: UUID, code: RejectCode | None, after: int, index: int | None
+) -> dict[str, Any]:
+    row = visible_job(connection, viewer, job_id)
+    found = items.list_rejects(connection, job_id, after, _PAGE + 1, code)
+    shown = found[:_PAGE]
+    return {
+        "row": row,
+        "rejects": shown,
+        "counts": items.count_rejects(connection, job_id),
+        "code": code.value if code else "",
+        "after": after,
+        "more": shown[-1]["index"] if len(found) > _PAGE else None,
+        "text_index": index,
+        "text": None if index is None else _text(connection, row, index),
+        "live": 30 if JobState(row["state"]).ended else 2,
+    }
+
+
+def _text(connection: Connection, row: RowMapping, index: int) -> dict[str, Any]:
+    """An item's text, or why it isn't there."""
+    if row["options"].get("by_reference"):
+        return {"why": "The text is in the source file; Postgres keeps none of this job's."}
+    if row["texts_removed_at"] and index < row["texts_kept_from"]:
+        return {"why": f"The text was removed on {row['texts_removed_at']:%Y-%m-%d}, as set for ended jobs."}
+    found = charts.text_of(connection, row["id"], index, _MOST_CHARACTERS)
+    if found is None or found["text"] is None:
+        return {"why": "The text was not kept: the item was rejected when it was read."}
+    return {"text": found["text"], "characters": found["characters"], "cut": found["characters"] > _MOST_CHARACTERS}

@@ -1,0 +1,179 @@
+"""Jobs, workers, models, usage."""
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request, Response
+from sqlalchemy import Connection, RowMapping
+
+from pipeline import status
+from pipeline.api.dashboard import drawing
+from pipeline.api.dashboard.answer import PageRoute, show
+from pipeline.api.dashboard.session import Viewer
+from pipeline.jobs import JobState
+from pipeline.store import charts, engines, models, workers
+
+router = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+_PAGE = 25
+_MOST_GROUPS = 100
+#: Silent workers are shown for a while: at night one asks where they went.
+_WORKERS_SECONDS = 900.0
+#: As dispatcher and api take them for gone.
+WORKER_SILENT_SECONDS = 30.0
+_ENGINE_SECONDS = 60.0
+_ENGINE_SILENT_SECONDS = 10.0
+Word = Annotated[str, Query(max_length=200, pattern="^[^\0]*$")]
+
+
+@router.get("/")
+async def jobs(
+    request: Request, state: JobState | None = None, model: Word = "", name: Word = "", before: UUID | None = None
+) -> Response:
+    """Jobs, newest first."""
+    return await show(request, "jobs.html", partial(_jobs, state=state, model=model, name=name.strip(), before=before))
+
+
+def _jobs(
+    connection: Connection, viewer: Viewer, *, state: JobState | None, model: str, name: str, before: UUID | None
+) -> dict[str, Any]:
+    found = status.list_jobs(
+        connection,
+        viewer.scope,
+        states=[state] if state else [],
+        model=model or None,
+        name=name or None,
+        before=before,
+        limit=_PAGE + 1,
+    )
+    counts = charts.count_jobs(connection, viewer.scope)
+    by_state, by_model = Counter[str](), Counter[str]()
+    for of_state, of_model, count in counts:
+        by_state[of_state] += count if model in ("", of_model) else 0
+        by_model[of_model] += count if state in (None, of_state) else 0
+    shown = found[:_PAGE]
+    return {
+        "jobs": shown,
+        "positions": {
+            str(job_id): before_it
+            for job_id, before_it in charts.queue_positions(connection, [UUID(job["id"]) for job in shown]).items()
+        },
+        "more": shown[-1]["id"] if len(found) > _PAGE else None,
+        "by_state": {each.value: by_state[each] for each in JobState if by_state[each] or each == state},
+        "by_model": dict(by_model),
+        "total": sum(count for *_, count in counts),
+        "asked": {"state": state.value if state else "", "model": model, "name": name},
+        "before": before,
+        # Somebody may submit one at any moment.
+        "live": 1,
+    }
+
+
+@router.get("/workers")
+async def show_workers(request: Request) -> Response:
+    """Workers and engines."""
+    return await show(request, "workers.html", _workers)
+
+
+def _workers(connection: Connection, viewer: Viewer) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    visible = _visible(connection, viewer)
+    busy = charts.busy_slots(connection)
+    return {
+        "workers": [
+            {
+                **row,
+                "models": [name for name in row["models"] if name in visible],
+                "dropped": {name: why for name, why in row["dropped"].items() if name in visible},
+                "busy": busy.get(row["id"], 0),
+                "silent": is_silent(row, now, WORKER_SILENT_SECONDS),
+            }
+            for row in workers.live(connection, _WORKERS_SECONDS)
+        ],
+        "engines": [
+            {
+                **row,
+                "models": [name for name in row["models"] if name in visible],
+                "silent": is_silent(row, now, _ENGINE_SILENT_SECONDS),
+            }
+            for row in engines.live(connection, _ENGINE_SECONDS)
+        ],
+        "live": 1,
+    }
+
+
+def _catalogue(connection: Connection, viewer: Viewer) -> Sequence[RowMapping]:
+    return models.every(connection) if viewer.scope is None else models.of_workspace(connection, viewer.scope)
+
+
+def _visible(connection: Connection, viewer: Viewer) -> set[str]:
+    return {row["name"] for row in _catalogue(connection, viewer)}
+
+
+def is_silent(row: RowMapping, now: datetime, seconds: float) -> bool:
+    """Whether a process hasn't shown itself for so long."""
+    return bool(row["seen_at"] < now - timedelta(seconds=seconds))
+
+
+@router.get("/models")
+async def show_models(request: Request) -> Response:
+    """The catalogue, as far as the viewer may use it."""
+    return await show(request, "models.html", _models)
+
+
+def _models(connection: Connection, viewer: Viewer) -> dict[str, Any]:
+    serving = workers.live(connection, WORKER_SILENT_SECONDS)
+    answering = engines.live(connection, _ENGINE_SILENT_SECONDS)
+    return {
+        "models": [
+            {
+                **row,
+                "workers": sum(row["name"] in worker["models"] for worker in serving),
+                "dropped_by": sum(row["name"] in worker["dropped"] for worker in serving),
+                # An engine that names none serves every local one.
+                "engines": sum(
+                    row["name"] in engine["models"] or (not engine["models"] and row["kind"] == "local")
+                    for engine in answering
+                ),
+            }
+            for row in _catalogue(connection, viewer)
+        ],
+        "live": 5,
+    }
+
+
+@router.get("/usage")
+async def show_usage(
+    request: Request,
+    by: Literal["day", "model", "key", "job", "workspace"] = "day",
+    days: Annotated[int, Query(ge=1, le=366)] = 30,
+) -> Response:
+    """Tokens and cost by day, model, key, job or workspace."""
+    return await show(request, "usage.html", partial(_usage, by=by, days=days))
+
+
+def _usage(connection: Connection, viewer: Viewer, *, by: str, days: int) -> dict[str, Any]:
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    begin = today - timedelta(days=days - 1)
+    rows, groups = charts.usage(connection, viewer.scope, by, begin, days if by == "day" else _MOST_GROUPS)
+    if by == "day":
+        rows = sorted(rows, key=lambda row: row["group"], reverse=True)
+    names = [f"{begin + timedelta(days=at):%Y-%m-%d}" for at in range(days)]
+    return {
+        "by": by,
+        "days": days,
+        "rows": rows,
+        "hidden": groups - len(rows),
+        "chart": drawing.days(rows, names) if by == "day" else None,
+        "most": max((row["total_tokens"] for row in rows), default=0),
+        "tokens": sum(row["total_tokens"] for row in rows),
+        "items": sum(row["items"] for row in rows),
+        "requests": sum(row["requests"] for row in rows),
+        # None: no model that was used has a price.
+        "cost": sum(costs) if (costs := [row["cost"] for row in rows if row["cost"] is not None]) else None,
+        "live": 10,
+    }

@@ -1,0 +1,101 @@
+"""Who looks: the cookie holds an API key itself, so there is no session to keep, and a revoked key ends it."""
+
+import re
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, quote, urlsplit
+
+from fastapi import Request, Response
+
+from pipeline.api.directory import Caller
+from pipeline.errors import Forbidden, PayloadTooLarge
+
+_COOKIE = "vectormill_key"
+_MOST_FORM_BYTES = 16 * 1024
+#: A path of ours: not `//host` or `/\host`, which browsers take for another server's.
+_LOCAL = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """Who looks at a page."""
+
+    caller: Caller
+
+    @property
+    def scope(self) -> int | None:
+        """The workspace whose jobs they see; None: all, for an admin's key."""
+        return None if self.caller.admin else self.caller.workspace_id
+
+    def sees(self, workspace_id: int) -> bool:
+        """Whether things of a workspace are there for them."""
+        return self.scope in (None, workspace_id)
+
+
+async def viewer(request: Request) -> Viewer:
+    """Who sends a request.
+
+    Raises:
+        Unauthorized, InvalidApiKey: they must log in.
+        UpstreamUnavailable: the database is away.
+    """
+    return Viewer(await caller_of(request, request.cookies.get(_COOKIE, "")))
+
+
+async def caller_of(request: Request, key: str) -> Caller:
+    """Whose key this is; raises as `viewer` does."""
+    caller: Caller = await request.app.state.gateway.directory.caller(f"Bearer {key}")
+    return caller
+
+
+def remember(request: Request, response: Response, key: str) -> None:
+    """Keep a key in the browser until it is closed, out of scripts' reach."""
+    response.set_cookie(_COOKIE, key, path="/", httponly=True, samesite="strict", secure=request.url.scheme == "https")
+
+
+def forget(request: Request, response: Response) -> None:
+    """Remove the key from the browser."""
+    response.delete_cookie(_COOKIE, path="/", httponly=True, samesite="strict", secure=request.url.scheme == "https")
+
+
+def must_be_ours(request: Request) -> None:
+    """Check that a form was sent by one of our own pages.
+
+    Raises:
+        Forbidden: it wasn't, or nobody says.
+    """
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        ours = site == "same-origin"
+    else:
+        # Browsers that reach us by plain http from elsewhere than loopback leave the header out.
+        ours = urlsplit(request.headers.get("origin", "")).netloc == request.headers.get("host")
+    if not ours:
+        raise Forbidden("This form was sent from another site, so nothing was done. Go back and use the page itself.")
+
+
+async def form(request: Request) -> dict[str, str]:
+    """The fields of a form, after `must_be_ours`.
+
+    Raises:
+        Forbidden: it wasn't sent by a page of ours.
+        PayloadTooLarge: it is larger than any of our forms.
+    """
+    must_be_ours(request)
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MOST_FORM_BYTES:
+            raise PayloadTooLarge("The form is too large.")
+    pairs = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+    return {name: value.replace("\0", "").strip() for name, value in pairs}
+
+
+def local(path: str | None) -> str:
+    """A path to go on to, if it is one of ours; else the first page."""
+    return path if path and _LOCAL.fullmatch(path) else "/"
+
+
+def log_in_path(request: Request) -> str:
+    """Where to log in, and come back from to what was asked for."""
+    here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    return "/login" if request.method != "GET" or here == "/" else f"/login?next={quote(here, safe='/')}"

@@ -1,0 +1,53 @@
+// Says what a column or a cell stands for: under the pointer, or with the arrow keys once its chart has the focus.
+
+const tip = document.createElement("div");
+tip.id = "tip";
+tip.setAttribute("role", "status");
+document.body.append(tip);
+
+let shown = null;
+
+export function say(element, words, milliseconds = 0) {
+  tip.textContent = words;
+  place(element);
+  if (milliseconds) setTimeout(() => shown || (tip.textContent = ""), milliseconds);
+}
+
+function place(element) {
+  const here = element.getBoundingClientRect();
+  const left = here.left + here.width / 2 - tip.offsetWidth / 2;
+  const above = here.top - tip.offsetHeight - 8;
+  tip.style.left = `${Math.max(8, Math.min(left, document.documentElement.clientWidth - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${above < 8 ? here.bottom + 8 : above}px`;
+}
+
+function show(element) {
+  if (shown) shown.classList.remove("at");
+  shown = element;
+  if (!element) {
+    tip.textContent = "";
+    return;
+  }
+  element.classList.add("at");
+  say(element, element.dataset.tip.replaceAll("|", "\n"));
+}
+
+document.addEventListener("pointerover", (event) => {
+  const found = event.target.closest?.("[data-tip]");
+  if (found !== shown) show(found);
+});
+
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") show(null);
+  const all = event.target.closest?.("[data-tips]")?.querySelectorAll("[data-tip]");
+  const step = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
+  if (!all?.length || !step) return;
+  event.preventDefault();
+  const at = shown ? [...all].indexOf(shown) : step > 0 ? -1 : all.length;
+  show(all[Math.max(0, Math.min(all.length - 1, at + step))]);
+});
+
+document.addEventListener("focusout", (event) => event.target.closest?.("[data-tips]") && show(null));
+document.addEventListener("scroll", () => shown && show(null), { passive: true });
+// The page was renewed: what is shown may mean something else by now, or be gone.
+document.addEventListener("fresh", () => shown && show(shown.isConnected ? shown : null));

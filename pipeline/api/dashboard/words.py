@@ -1,0 +1,235 @@
+"""Numbers and times as people say them, and what each code means for the one who reads it. Pure."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+from urllib.parse import urlsplit
+
+from markupsafe import Markup
+
+from pipeline.jobs import Reason, RejectCode
+
+_MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
+
+
+def number(value: float) -> str:
+    """With thousands separators."""
+    return f"{value:,.0f}"
+
+
+def short(value: float) -> str:
+    """Three digits at most: `4.3k`, `12.4M`."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size * 0.9995:
+            return f"{value / size:.1f}{letter}"
+    return f"{value:.0f}" if value >= 9.95 or not value else f"{value:.1f}"
+
+
+def size(count: float) -> str:
+    """Bytes: `1.5 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if count >= 99.5 or unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1_000
+    return f"{count:.1f} TB"
+
+
+def money(value: Decimal | float | None) -> str:
+    """An amount in the operator's currency, with the digits that small ones need."""
+    if value is None:
+        return "–"
+    return f"{value:,.2f}" if value >= 1 or not value else f"{value:.2g}" if value < 0.0001 else f"{value:.4f}"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share; 100 % and 0 % only where it is all or nothing."""
+    if not whole:
+        return "–"
+    share = 100 * part / whole
+    return f"{min(99, max(1, round(share)))} %" if 0 < share < 100 else f"{share:.0f} %"
+
+
+def count(value: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: `1 chunk`, `2 chunks`."""
+    return f"{value:,} {noun if value == 1 else plural or noun + 's'}"
+
+
+def ordinal(value: int) -> str:
+    """1st, 2nd, 3rd …"""
+    ending = "th" if 10 <= value % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th")
+    return f"{value:,}{ending}"
+
+
+def duration(seconds: float) -> str:
+    """A time in two units at most: `4 min 40 s`."""
+    whole = round(seconds)
+    if whole < _MINUTE:
+        return f"{seconds:.1f} s" if 0 < seconds < 9.95 else f"{whole} s"
+    if whole < _HOUR:
+        return _two(whole // _MINUTE, "min", whole % _MINUTE, "s")
+    if whole < _DAY:
+        return _two(whole // _HOUR, "h", whole % _HOUR // _MINUTE, "min")
+    return _two(whole // _DAY, "d", whole % _DAY // _HOUR, "h")
+
+
+def _two(large: int, large_unit: str, small: int, small_unit: str) -> str:
+    return f"{large:,} {large_unit} {small} {small_unit}" if small else f"{large:,} {large_unit}"
+
+
+def rough(seconds: float) -> str:
+    """An estimate without more digits than it deserves, so that it changes seldom."""
+    step = 5 if seconds < 50 else 15 if seconds < 600 else _MINUTE if seconds < _HOUR else 5 * _MINUTE
+    return duration(max(step, round(seconds / step) * step))
+
+
+def age(moment: datetime | None, now: datetime | None = None) -> str:
+    """How long ago something was, in one unit: it changes seldom."""
+    if moment is None:
+        return "–"
+    seconds = ((now or datetime.now(UTC)) - moment).total_seconds()
+    if seconds < _MINUTE:
+        return "just now"
+    for unit, name in ((_DAY, "d"), (_HOUR, "h"), (_MINUTE, "min")):
+        if seconds >= unit:
+            return f"{seconds // unit:,.0f} {name} ago"
+    raise AssertionError(seconds)
+
+
+def until(moment: datetime) -> Markup:
+    """How far ahead something is, or how long ago it was, as an element with the exact time."""
+    seconds = (moment - datetime.now(UTC)).total_seconds()
+    if seconds <= 0:
+        return ago(moment)
+    told = f"in {duration(seconds).rpartition(' ')[0].rpartition(' ')[0] or duration(seconds)}"
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(moment.isoformat(), exact(moment), told)
+
+
+def exact(moment: datetime) -> str:
+    """A moment to the second, UTC."""
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def ago(moment: datetime | str | None) -> Markup:
+    """`age` as an element that tells the exact time to whoever hovers."""
+    if moment is None:
+        return Markup("–")
+    then = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(then.isoformat(), exact(then), age(then))
+
+
+def time_left(status: Mapping[str, Any], now: datetime | None = None) -> str | None:
+    """How long a job that runs still takes, from its last minute's pace and from its pace since it began: the two
+    differ by what isn't known. None: it isn't running, or nothing is committed to judge by."""
+    items = status["items"]
+    over = items["total"] - items["pending"]
+    pace = status["rate"]["items_per_second"]
+    if status["state"] != "running" or not status["started_at"] or not pace or not over:
+        return None
+    elapsed = ((now or datetime.now(UTC)) - datetime.fromisoformat(status["started_at"])).total_seconds()
+    guesses = sorted((items["pending"] / pace, items["pending"] * max(elapsed, 0.1) / over))
+    least, most = rough(guesses[0]), rough(guesses[1])
+    return f"about {least}" if guesses[1] < 1.25 * guesses[0] or least == most else f"{least} to {most}"
+
+
+def took(status: Mapping[str, Any]) -> float | None:
+    """Seconds from a job's first claim to its end."""
+    if not status["started_at"] or not status["finished_at"]:
+        return None
+    begin, end = (datetime.fromisoformat(status[name]) for name in ("started_at", "finished_at"))
+    return max(0.0, (end - begin).total_seconds())
+
+
+def page_name(uri: str) -> str:
+    """The last part of a path or URI."""
+    return urlsplit(uri).path.rstrip("/").rpartition("/")[2] or uri
+
+
+#: Of each reject code: what is wrong with the item, and what to do.
+REJECTS: dict[RejectCode, tuple[str, str]] = {
+    RejectCode.MISSING_TEXT: (
+        "The row has no text.",
+        "Fill the column in the source, or leave such rows out, and submit them again.",
+    ),
+    RejectCode.NOT_A_STRING: (
+        "The text is a number, a list or an object.",
+        "Write it as a string in the source, and submit the rows again.",
+    ),
+    RejectCode.EMPTY_TEXT: ("The text is empty or blank.", "Nothing to embed: leave such rows out of the source."),
+    RejectCode.INVALID_UTF8: (
+        "The text isn't UTF-8.",
+        "Find the file's encoding, convert it, and submit the rows again.",
+    ),
+    RejectCode.NUL_CHARACTER: (
+        "The text holds a NUL character, which Postgres can't keep.",
+        "Remove \\0 from the source, and submit the rows again.",
+    ),
+    RejectCode.TOO_LARGE: (
+        "The text is larger than the operator allows.",
+        "Split it into passages, or ask for a higher VECTORMILL_ITEM_BYTES.",
+    ),
+    RejectCode.BAD_KEY: ("The key can't be used.", "Give the row a short, printable key, and submit it again."),
+    RejectCode.BAD_ROW: ("The row can't be parsed.", "Mend the row that the message names, and submit it again."),
+    RejectCode.TOO_LONG: (
+        "The text has more tokens than the model reads, and the job was told to reject such texts.",
+        "Split it into passages, or submit with --on-long truncate.",
+    ),
+    RejectCode.BAD_VECTOR: (
+        "The model gave a vector with a value that isn't a number.",
+        "Retry; if it happens again, the text is one that this model fails on.",
+    ),
+    RejectCode.ENCODE_FAILED: (
+        "The model failed on this text alone.",
+        "Read the message, then retry once the worker is mended.",
+    ),
+    RejectCode.CRASHED_WORKER: (
+        "Twice a worker's process died while it embedded this text.",
+        "Look at the worker's log and memory, then retry.",
+    ),
+    RejectCode.GATEWAY_REFUSED: (
+        "The gateway refused this text.",
+        "Read the message: often the text is too long for it, or against its rules. Retry after a change there.",
+    ),
+    RejectCode.GATEWAY_FAILED: ("The gateway failed on this text and on no other.", "Retry later."),
+}
+
+#: Of each reason: what it is called, and what to do.
+REASONS: dict[Reason, tuple[str, str]] = {
+    Reason.BY_USER: ("by a person", ""),
+    Reason.WORKERS_FAILING: (
+        "workers keep failing",
+        "Look at Workers for the reason that each gives, mend it, then resume.",
+    ),
+    Reason.MODEL_CANNOT_LOAD: (
+        "no worker can load the model",
+        "Look at Workers for the reason; mend the model's files or its key, then start again.",
+    ),
+    Reason.SOURCE_CHANGED: ("a source file has changed", "Put back the file as it was and retry, or submit it anew."),
+    Reason.SOURCE_DAMAGED: ("a source file can't be read", "Mend the file, then submit it anew."),
+    Reason.STORAGE_REFUSED: (
+        "the storage refuses access",
+        "Give workers the credentials that the message names, then resume.",
+    ),
+    Reason.TABLE_REFUSED: ("the target table refuses the vectors", "Mend the table as the message says."),
+    Reason.KEY_REFUSED: ("the gateway refuses the key", "Give workers a live key, then resume."),
+    Reason.BUDGET_SPENT: ("the gateway's budget is spent", "Top it up or raise its limit, then resume."),
+    Reason.GATEWAY_REFUSED: (
+        "the gateway refuses the requests",
+        "Check the model's address and its name there, then resume.",
+    ),
+    Reason.ALL_REJECTED: ("every item was rejected", "See why below: usually it is the wrong text column."),
+    Reason.TOO_MANY_REJECTS: (
+        "too many rejects",
+        "See why below. Retry what may succeed, or submit with a higher --max-rejects.",
+    ),
+}
+
+
+def reason(code: str | None) -> tuple[str, str]:
+    """What a reason is called, and what to do."""
+    return REASONS[Reason(code)] if code else ("", "")
+
+
+def advice(code: str) -> tuple[str, str]:
+    """What is wrong with items of a reject code, and what to do."""
+    return REJECTS[RejectCode(code)]

@@ -1,0 +1,96 @@
+"""Chromium without a window, and what a page asked for while it was open."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import which
+from tempfile import TemporaryDirectory
+from typing import Literal
+from urllib.parse import urlsplit
+
+from playwright.sync_api import Browser, BrowserContext, Page, Request, sync_playwright
+
+_ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+#: Debian's system-ui is DejaVu; where Inter is installed, it stands for the fonts of other systems.
+_FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">
+<fontconfig>
+  <include ignore_missing="yes">/etc/fonts/fonts.conf</include>
+  <match target="pattern"><test name="family"><string>system-ui</string></test>
+    <edit name="family" mode="prepend" binding="strong"><string>Inter</string></edit></match>
+</fontconfig>
+"""
+
+Scheme = Literal["light", "dark"]
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A browser with an empty profile, for the length of the block."""
+    program = which("chromium") or which("chromium-browser")
+    assert program, "Chromium is missing: apt-get install chromium"
+    with TemporaryDirectory() as folder, sync_playwright() as playwright:
+        fonts = Path(folder, "fonts.conf")
+        fonts.write_text(_FONTS)
+        browser = playwright.chromium.launch(
+            executable_path=program, args=_ARGUMENTS, env={**os.environ, "FONTCONFIG_FILE": str(fonts)}
+        )
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@dataclass
+class Visit:
+    """A person at a browser."""
+
+    url: str
+    page: Page
+    requests: list[Request] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def go(self, path: str) -> None:
+        """Open a page."""
+        self.page.goto(self.url + path)
+
+    def log_in(self, key: str) -> None:
+        """Log in from the log-in page."""
+        self.go("/login")
+        self.page.get_by_label("API key", exact=True).fill(key)
+        self.page.get_by_role("button", name="Log in").click()
+        self.page.wait_for_url(lambda url: "/login" not in url)
+
+    def hosts(self) -> set[str | None]:
+        """Where requests went."""
+        return {urlsplit(request.url).hostname for request in self.requests}
+
+
+@contextmanager
+def visiting(
+    browser: Browser, url: str, *, scheme: Scheme = "light", width: int = 1_280, height: int = 800
+) -> Iterator[Visit]:
+    """A person without cookies. What they ask for and what scripts complain of is noted."""
+    context: BrowserContext = browser.new_context(
+        color_scheme=scheme, viewport={"width": width, "height": height}, reduced_motion="reduce"
+    )
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    visit = Visit(url, page)
+    page.on("request", lambda request: visit.requests.append(request))
+    page.on("pageerror", lambda error: visit.errors.append(str(error)))
+    page.on("console", lambda message: visit.errors.append(message.text) if message.type == "error" else None)
+    try:
+        yield visit
+    finally:
+        context.close()

@@ -1,0 +1,115 @@
+"""`make screenshots`: each page in light and dark, of a night with jobs in every state, to ops/screenshots/."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL import Image
+from playwright.sync_api import Browser
+
+from pipeline import catalog, keys
+from pipeline.embedded.runtime import Running
+from pipeline.migrate import upgrade
+from pipeline.store.database import make_engine
+from tests.acceptance.fleet import Fleet
+from tests.browser import demo_state
+from tests.browser.chromium import Scheme, chromium, visiting
+from tests.contract.conftest import Gateway
+from tests.machines import remove_what_root_keeps, running_servers
+from tests.ports import free_port
+
+_FOLDER = Path(__file__).resolve().parent.parent.parent / "ops" / "screenshots"
+_COLOURS = 128
+
+
+def main() -> None:
+    """Take them all."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as temporary:
+        Path(temporary).chmod(0o711)
+        home = Path(temporary, "home")
+        try:
+            with (
+                running_servers(home, _migrate) as servers,
+                _api(servers, Path(temporary)) as (gateway, paths),
+                chromium() as browser,
+            ):
+                for scheme in ("light", "dark"):
+                    _take(browser, gateway, paths, folder, scheme)
+        finally:
+            remove_what_root_keeps(home)
+
+
+def _migrate(url: str) -> None:
+    engine = make_engine(url, application="vectormill-tests")
+    with engine.begin() as connection:
+        upgrade(connection)
+    engine.dispose()
+
+
+@contextmanager
+def _api(servers: Running, logs: Path) -> Iterator[tuple[Gateway, dict[str, str]]]:
+    """An api on a night's state, and the paths of its pages by the names of their pictures."""
+    engine = make_engine(servers.database_url, application="vectormill-tests")
+    environment = {
+        "VECTORMILL_DATABASE_URL": servers.database_url,
+        "VECTORMILL_REDIS_URL": servers.redis_url,
+        "VECTORMILL_FLOWER_URL": "http://127.0.0.1:5555",
+    }
+    with engine.begin() as connection:
+        workspace = catalog.workspace_id(connection)
+        made = {
+            name: keys.create(connection, workspace, name, admin=name == "operations")
+            for name in ("operations", "search-service", "nightly-etl", "notebook")
+        }
+    jobs = demo_state.fill(engine, {name: key.id for name, key in made.items() if name != "operations"})
+    with engine.begin() as connection:
+        keys.revoke(connection, workspace, made["notebook"].id)
+    fleet = Fleet(engine=engine, environment=environment, logs=logs)
+    gateway = Gateway(fleet, engine, f"http://127.0.0.1:{free_port()}", made["operations"].token)
+    try:
+        gateway.start_api()
+        yield (
+            gateway,
+            {
+                "jobs": "/",
+                "job": f"/jobs/{jobs['docs-nightly']}",
+                "failed": f"/jobs/{jobs['crawl-0731']}",
+                "paused": f"/jobs/{jobs['mail-archive']}",
+                "rejects": f"/jobs/{jobs['crawl-0731']}/rejects?code=too_long",
+                "workers": "/workers",
+                "models": "/models",
+                "usage": "/usage",
+                "keys": "/keys",
+            },
+        )
+    finally:
+        fleet.close()
+        engine.dispose()
+
+
+def _take(browser: Browser, gateway: Gateway, paths: dict[str, str], folder: Path, scheme: Scheme) -> None:
+    for width, suffix in ((1_280, ""), (390, "-phone")):
+        with visiting(browser, gateway.url, scheme=scheme, width=width, height=844) as visit:
+            visit.go("/login")
+            _save(visit.page.screenshot(full_page=True), folder / f"login-{scheme}{suffix}.png")
+            visit.log_in(gateway.key)
+            for name, path in paths.items():
+                demo_state.stay_awake(gateway.engine)
+                visit.go(path)
+                _save(visit.page.screenshot(full_page=True), folder / f"{name}-{scheme}{suffix}.png")
+            assert not visit.errors, visit.errors
+
+
+def _save(picture: bytes, path: Path) -> None:
+    """Write a picture with few colours: flat areas and text lose nothing by it."""
+    path.write_bytes(picture)
+    with Image.open(path) as full:
+        full.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
