@@ -96,6 +96,10 @@ class GatewayRefused(VectormillError):
         self.reason = reason
 
 
+class GatewayChanged(GatewayRefused):
+    """A gateway's vectors are another model's by now: what it made lately isn't written."""
+
+
 class LeaseLost(VectormillError):
     """Another worker owns the chunk, or nobody may: what was computed is discarded."""
 

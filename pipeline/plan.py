@@ -1,4 +1,4 @@
-"""Where a corpus is cut into chunks. Pure: lengths in, ranges out."""
+"""Where a corpus is cut into chunks, and texts for a gateway into requests. Pure: lengths in, ranges out."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -43,6 +43,21 @@ def estimate_tokens(sizes: npt.NDArray[np.int64], max_item_tokens: int | None) -
     if max_item_tokens is not None:
         estimate = np.minimum(estimate, max_item_tokens)
     return np.where(sizes == 0, 0, estimate)
+
+
+def request_batches(
+    lengths: npt.NDArray[np.int32], most_tokens: float, most_items: float
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Positions of the texts of each request to a gateway, in order: together at most `most_tokens`, unless one text
+    alone has more."""
+    start = tokens = 0
+    for at, length in enumerate(lengths.tolist()):
+        if at > start and (tokens + length > most_tokens or at - start == most_items):
+            yield np.arange(start, at)
+            start, tokens = at, 0
+        tokens += length
+    if start < len(lengths):
+        yield np.arange(start, len(lengths))
 
 
 #: Grains in a full chunk.

@@ -89,7 +89,8 @@ class Settings(BaseSettings):
 
 def read_secret(variable: str) -> str | None:
     """What a variable holds, or, under the same name with `_FILE` after it, the file that it names; read anew each
-    time, so that a file may change. `None`: neither is set, or the file is empty or can't be read."""
+    time, so that a file may change. `None`: neither is set, or the file is empty or can't be read, or it is nothing
+    that a header can carry."""
     if path := os.environ.get(f"{variable}_FILE"):
         try:
             value = Path(path).read_text(encoding="utf-8")
@@ -97,7 +98,8 @@ def read_secret(variable: str) -> str | None:
             return None
     else:
         value = os.environ.get(variable, "")
-    return value.strip() or None
+    value = value.strip()
+    return value if value and value.isascii() and value.isprintable() else None
 
 
 def load_settings() -> Settings:

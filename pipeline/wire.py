@@ -4,6 +4,7 @@ import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from math import isfinite
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -17,6 +18,14 @@ from pipeline.jobs import Upstream
 
 #: OpenAI's own limits.
 MOST_INPUTS = 2_048
+#: By these a gateway refuses the texts, and not the caller.
+TEXTS_FAULT = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
+#: Until a gateway's address answers.
+CONNECT_SECONDS = 5.0
+#: Before a model's replies have taught better.
+CHARACTERS_PER_TOKEN = 4.0
+#: A gateway that tells to wait longer is asked again after this.
+_MOST_WAIT_SECONDS = 3_600.0
 _MOST_USER = 512
 _ENCODINGS = ("float", "base64")
 Vectors = npt.NDArray[np.float32]
@@ -185,6 +194,11 @@ def make_request(upstream: Upstream, texts: Sequence[str]) -> bytes:
     return orjson.dumps(asked)
 
 
+def estimated_tokens(texts: Sequence[str]) -> list[int]:
+    """About how many tokens each text has."""
+    return [int(len(text) / CHARACTERS_PER_TOKEN) + 1 for text in texts]
+
+
 def most_reply_bytes(inputs: int, dimensions: int) -> int:
     """No honest reply is longer: numbers as text with all their digits, and room for what else a provider says."""
     return inputs * (dimensions * 32 + 1_024) + 65_536
@@ -204,8 +218,9 @@ class Reply:
     truncated: Sequence[int]
 
 
-def parse_reply(body: bytes, inputs: int, dimensions: int | None = None) -> Reply:
+def parse_reply(body: bytes, inputs: int, dimensions: int | None = None, *, asked_bytes: int) -> Reply:
     """Read the body of a reply to so many inputs, whose vectors have `dimensions` elements, or all the same number.
+    A count of tokens that no request of `asked_bytes` has counts as not said.
 
     Raises:
         BadReply: it isn't one, or lacks a vector, or has one twice, or of another size.
@@ -230,7 +245,8 @@ def parse_reply(body: bytes, inputs: int, dimensions: int | None = None) -> Repl
         tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise BadReply("it isn't a list of embeddings") from error
-    if type(tokens) is not int or not 0 <= tokens < 2**53:
+    # No tokeniser makes more than a token of a byte; some gateways put an instruction before each text.
+    if type(tokens) is not int or not 0 <= tokens <= 4 * asked_bytes + 16 * inputs:
         tokens = None
     return Reply(
         vectors=vectors, prompt_tokens=tokens, model=model if isinstance(model, str) else None, truncated=truncated
@@ -250,7 +266,8 @@ def _vector(given: Any) -> Vectors:
 
 
 def told_wait_seconds(headers: Mapping[str, str], now: float) -> float | None:
-    """How long a reply says to wait: `retry-after-ms`, or `retry-after` as seconds or as a date. `now`: Unix time."""
+    """How long a reply says to wait, an hour at most: `retry-after-ms`, or `retry-after` as seconds or as a date.
+    `now`: Unix time."""
     milliseconds, told = headers.get("retry-after-ms"), headers.get("retry-after")
     for value, unit in ((milliseconds, 1_000.0), (told, 1.0)):
         try:
@@ -258,11 +275,15 @@ def told_wait_seconds(headers: Mapping[str, str], now: float) -> float | None:
         except ValueError:
             continue
         if isfinite(wait):
-            return max(0.0, wait)
+            return _bounded(wait)
     try:
-        return max(0.0, parsedate_to_datetime(told or "").timestamp() - now)
-    except ValueError:
+        return _bounded(parsedate_to_datetime(told or "").timestamp() - now)
+    except (ValueError, OverflowError):
         return None
+
+
+def _bounded(wait_seconds: float) -> float:
+    return min(max(0.0, wait_seconds), _MOST_WAIT_SECONDS)
 
 
 def make_error(message: str, code: str, status: int, param: str | None = None) -> bytes:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ import numpy as np
 
 DIMENSIONS = 8
 
-#: A request's body → status, headers, body (an object to be written as JSON, or bytes), or None to cut the connection.
+#: A request's body → status, headers, body (an object to be written as JSON, or bytes), or None to cut the connection,
+#: or the bytes as they go over the wire, one piece after the other.
 Answer = tuple[int, Mapping[str, str], Any]
-Answering = Callable[[dict[str, Any]], Answer | None]
+Answering = Callable[[dict[str, Any]], Answer | Iterator[bytes] | None]
 
 
 def vector_of(text: str) -> list[float]:
@@ -47,6 +49,20 @@ def error(status: int, code: str = "", **headers: str) -> Answer:
     return status, {name.replace("_", "-"): value for name, value in headers.items()}, {"error": fields}
 
 
+def trickling(begin: bytes) -> Iterator[bytes]:
+    """What never ends, a byte at a time."""
+    yield begin
+    while True:
+        time.sleep(0.02)
+        yield b"x"
+
+
+def hanging() -> Iterator[bytes]:
+    """Nothing, until the client has gone long since."""
+    time.sleep(20)
+    yield b""
+
+
 @dataclass
 class ScriptedGateway:
     """The server. `answer` may be replaced at any time; `requests` are the bodies that came."""
@@ -75,6 +91,11 @@ def scripted_gateway() -> Iterator[ScriptedGateway]:
                 answer = made.answer(asked)
             if answer is None:
                 self.close_connection = True
+                return
+            if isinstance(answer, Iterator):
+                self.close_connection = True
+                for piece in answer:
+                    self.wfile.write(piece)
                 return
             status, headers, body = answer
             packed = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -4,7 +4,10 @@ app, tasks      the Celery app, its signals and its one task
 run_chunk       claim → read → encode → commit: the heart
 batching        which items go through the model together (pure)
 encoder         the model on its device: the only import of torch
-gateway         a client of OpenAI-compatible APIs, in the encoder's place; throttle: limits that the fleet shares
+gateway         a client of OpenAI-compatible APIs, in the encoder's place
+connection      HTTP to a gateway; inquiry: what doors ask of one
+throttle        how fast the fleet may send, in Redis; memory: what a child has learnt of a gateway
+requests        requests to a gateway on their way; attempts: as they are written down
 canary          the text that proves a model
 residents       the models a child keeps loaded
 engine, serving the encoder behind HTTP for the api; batches across its requests

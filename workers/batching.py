@@ -105,21 +105,6 @@ def next_batch(
     return order[first:stop]
 
 
-def request_batches(
-    lengths: npt.NDArray[np.int32], most_tokens: int, most_items: int
-) -> Iterator[npt.NDArray[np.int64]]:
-    """Positions of the texts of each request to a gateway, in order: together at most `most_tokens`, unless one text
-    alone has more."""
-    start = tokens = 0
-    for at, length in enumerate(lengths.tolist()):
-        if at > start and (tokens + length > most_tokens or at - start == most_items):
-            yield np.arange(start, at)
-            start, tokens = at, 0
-        tokens += length
-    if start < len(lengths):
-        yield np.arange(start, len(lengths))
-
-
 def share_out(total: int, weights: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Whole numbers in proportion to `weights`, above 0 all of them, that add up to `total`."""
     running = np.cumsum(weights, dtype=np.float64)

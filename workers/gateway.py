@@ -4,33 +4,33 @@ The loop of `_run` is the one place that waits, writes attempts down and decides
 post a body and read the reply. There is one layer of retries: a request that may succeed later goes back in line, at
 the pace of the throttle. What a person must mend, or what takes longer than a worker waits, ends the loop with an
 error, after all that was under way has been yielded.
+
+No text is blamed before the canary has come through after it failed, and nothing goes out before the canary's vector
+is the one that the catalogue has.
 """
 
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import Self
+from math import inf
 
-import httpx2 as httpx
 import numpy as np
-import numpy.typing as npt
-import orjson
 import structlog
-from sqlalchemy import Engine
 
-from pipeline.errors import BadReply, GatewayBusy, GatewayRefused, ModelError
-from pipeline.jobs import Claim, Model, Reason, RejectCode, Upstream
-from pipeline.settings import read_secret
-from pipeline.store import attempts
-from pipeline.wire import Reply, endpoint_of, make_request, most_reply_bytes, parse_reply, told_wait_seconds
-from pipeline.writeback import while_database_is_away
-from workers.batching import Batch, Tokenised, request_batches, share_out
+from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
+from pipeline.jobs import Model, Reason, RejectCode
+from pipeline.plan import request_batches
+from pipeline.wire import TEXTS_FAULT, Reply, told_wait_seconds
+from workers.attempts import Attempts
+from workers.batching import Batch, Tokenised, share_out
 from workers.canary import CANARY, is_canary
-from workers.throttle import Leave, Throttle
+from workers.connection import Answer, Connection, key_of
+from workers.memory import Memory
+from workers.requests import Request, Sent, canary_request
+from workers.throttle import Throttle
 
 log = structlog.get_logger()
 
@@ -38,164 +38,11 @@ log = structlog.get_logger()
 PATIENCE_SECONDS = 30.0
 #: So many failures of a request, and the canary is asked whether the gateway or the texts are to blame.
 _MOST_FAILURES = 3
-#: Before a request goes out again; doubled with each failure.
-_REST_SECONDS = 0.5
-_MOST_REST_SECONDS = 8.0
-_CONNECT_SECONDS = 5.0
-_CHARACTERS_PER_TOKEN = 4.0
-_DESCRIBE_SECONDS = 60.0
-_USUAL_TEXT = "A sentence of a usual length, as it stands in the documents that people embed. " * 4
-_USUAL_TEXTS = 32
+#: `stop` is asked so often.
+_LOOK_SECONDS = 0.5
 _SPENT = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
-_TEXTS_FAULT = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
 _TRY_AGAIN = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_EARLY})
-
-
-@dataclass(frozen=True, slots=True)
-class Attempts:
-    """Writes down what a claim asks of a gateway, each request on disk before it is sent. What has been paid for isn't
-    let go because the database is away for a while."""
-
-    engine: Engine
-    claim: Claim
-    model: str
-
-    def begin(self, items: int, estimated_tokens: int) -> int:
-        """A request is about to be made. Returns the attempt's id."""
-        for again in while_database_is_away("attempt_retried"):
-            with again, self.engine.begin() as connection:
-                attempt_id = attempts.begin(
-                    connection, self.claim, self.model, items=items, estimated_tokens=estimated_tokens
-                )
-        return attempt_id
-
-    def end(self, attempt_id: int, status: str, billed_tokens: int | None) -> None:
-        """How it went."""
-        for again in while_database_is_away("attempt_retried"):
-            with again, self.engine.begin() as connection:
-                attempts.end(connection, attempt_id, status, billed_tokens)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What came of a request."""
-
-    #: 0: none came.
-    status: int
-    seconds: float
-    #: Why there is no reply, for a person; never a text.
-    trouble: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
-    reply: Reply | None = None
-    #: The gateway's own word for an error.
-    code: str = ""
-    #: It may have been carried out, though no answer tells.
-    unknown: bool = False
-
-
-class Connection:
-    """Kept-alive connections to a gateway's model; any number of threads may post."""
-
-    def __init__(self, upstream: Upstream, *, seconds: float, in_flight: int) -> None:
-        self.upstream = upstream
-        #: Learned from what replies meter.
-        self.characters_per_token = _CHARACTERS_PER_TOKEN
-        self._seconds = seconds
-        self._client = httpx.Client(
-            timeout=httpx.Timeout(seconds, connect=_CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight, keepalive_expiry=30),
-            # A redirection would take the key elsewhere.
-            follow_redirects=False,
-            trust_env=False,
-        )
-
-    def close(self) -> None:
-        """Let go of the connections."""
-        self._client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def learn(self, characters: int, tokens: int) -> None:
-        """So many characters were so many tokens."""
-        if tokens and characters:
-            self.characters_per_token = max(0.25, 0.8 * self.characters_per_token + 0.2 * characters / tokens)
-
-    def post(self, key: str | None, texts: Sequence[str], dimensions: int | None) -> Answer:
-        """Ask for the vectors of texts. Whatever happens is an answer."""
-        begin = time.monotonic()
-
-        def answer(status: int = 0, **what: object) -> Answer:
-            return Answer(status=status, seconds=time.monotonic() - begin, **what)  # type: ignore[arg-type]
-
-        headers = {"content-type": "application/json", "accept-encoding": "gzip"}
-        if key:
-            headers["authorization"] = f"Bearer {key}"
-        url = endpoint_of(self.upstream.url)
-        most_bytes = most_reply_bytes(len(texts), dimensions or 65_536)
-        try:
-            with self._client.stream(
-                "POST", url, content=make_request(self.upstream, texts), headers=headers
-            ) as response:
-                body = self._read(response, begin + self._seconds, most_bytes)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            return answer(trouble=f"can't be reached ({type(error).__name__})")
-        except (httpx.TimeoutException, TimeoutError):
-            return answer(trouble=f"doesn't answer within {self._seconds:g} s", unknown=True)
-        except httpx.HTTPError as error:
-            return answer(trouble=f"broke the connection ({type(error).__name__})", unknown=True)
-        except BadReply as error:
-            return answer(HTTPStatus.OK, trouble=str(error), unknown=True)
-        if response.status_code != HTTPStatus.OK:
-            code = _code_of(body)
-            named = f" {code}" if code else ""
-            trouble = f"answers {response.status_code}{named}"
-            return answer(response.status_code, trouble=trouble, headers=response.headers, code=code)
-        try:
-            reply = parse_reply(body, len(texts), dimensions)
-        except BadReply as error:
-            return answer(HTTPStatus.OK, trouble=str(error), headers=response.headers, unknown=True)
-        return answer(HTTPStatus.OK, headers=response.headers, reply=reply)
-
-    @staticmethod
-    def _read(response: httpx.Response, deadline: float, most_bytes: int) -> bytes:
-        pieces, size = [], 0
-        for piece in response.iter_bytes():
-            size += len(piece)
-            if size > most_bytes:
-                raise BadReply("it is longer than any list of these embeddings")
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            pieces.append(piece)
-        return b"".join(pieces)
-
-
-def _code_of(body: bytes) -> str:
-    """An error's code in OpenAI's envelope. Messages may quote texts, so they are left."""
-    try:
-        error = orjson.loads(body)["error"]
-        code = error.get("code") or error.get("type") or ""
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-        return ""
-    fit = isinstance(code, str) and len(code) <= 64 and code.replace("_", "").isalnum() and code.isascii()
-    return code if fit else ""
-
-
-@dataclass(eq=False, slots=True)
-class _Request:
-    """Texts that go out together."""
-
-    at: npt.NDArray[np.int64]
-    #: The canary's request has no texts of the chunk. What comes of it settles this one, which has failed.
-    judges: "_Request | None" = None
-    canary: bool = False
-    failures: int = 0
-    #: Before which moment it isn't sent again, by the monotonic clock.
-    rests_until: float = 0.0
-    trouble: str = ""
+_AWAY = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE})
 
 
 class GatewayEncoder:
@@ -206,12 +53,12 @@ class GatewayEncoder:
         model: Model,
         connection: Connection,
         throttle: Throttle,
-        written: Attempts,
+        attempts: Attempts,
+        memory: Memory,
         *,
         in_flight: int,
-        proven: set[str],
     ) -> None:
-        """`proven`: weights whose canary this process has seen come out right; kept from claim to claim.
+        """`connection`, `throttle` and `memory` are kept from claim to claim.
 
         Raises:
             GatewayRefused: the key isn't here.
@@ -219,24 +66,26 @@ class GatewayEncoder:
         assert model.upstream
         self.dimensions = model.dimensions
         self._model, self._upstream = model, model.upstream
-        self._connection, self._throttle, self._attempts = connection, throttle, written
-        self._in_flight, self._proven = in_flight, proven
-        self._key = key_of(model.upstream)
+        self._connection, self._throttle, self._attempts, self._memory = connection, throttle, attempts, memory
+        self._in_flight = in_flight
+        self._key = throttle.key = key_of(model.upstream)
         self._texts: Sequence[str] = ()
         self._lengths = np.zeros(0, np.int32)
-        self._pending: deque[_Request] = deque()
-        self._ends_with: GatewayBusy | GatewayRefused | ModelError | None = None
+        self._pending: deque[Request] = deque()
+        self._next: Sent | None = None
+        self._flying: dict[Future[Answer], Sent] = {}
+        self._ends_with: GatewayBusy | GatewayRefused | None = None
         #: When it last let something through.
         self._answered_at = 0.0
-        #: Whether the canary has come through within this claim.
-        self._vouched = False
+        #: Up to when this slot's time has been metered.
+        self._metered_at = 0.0
 
     def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokenised:
         """Estimate lengths; the gateway reads for itself, and says what it has read afterwards."""
         prompt = self._model.document_prompt
         whole = [prompt + text for text in texts] if prompt else list(texts)
         longest = max_tokens or self._model.max_item_tokens or 2**31 - 1
-        size = self._connection.characters_per_token
+        size = self._memory.characters_per_token
         lengths = [min(longest, int(len(text) / size) + 1) for text in whole]
         return Tokenised(whole, np.array(lengths, np.int32), np.zeros(len(whole), np.bool_))
 
@@ -244,184 +93,281 @@ class GatewayEncoder:
         """Send every text, and yield what comes back; what is under way when `stop` says so is still awaited.
 
         Raises:
-            GatewayBusy: it takes longer than a worker waits. All that came back was yielded before, here and below.
-            GatewayRefused: a person must mend something.
-            ModelError: the canary's vector is another one by now.
+            GatewayBusy: it takes longer than a worker waits. All that came back was yielded before.
+            GatewayRefused: a person must mend something. All that came back was yielded before.
+            GatewayChanged: the canary's vector is another one by now.
         """
-        if self._model.weights_sha256 not in self._proven:
-            yield from self._run([_Request(np.zeros(0, np.int64), canary=True)], stop)
         self._texts, self._lengths = tokenised.ids, tokenised.lengths
-        most_tokens = int(min(self._upstream.request_tokens, self._throttle.most_request_tokens))
-        cut = request_batches(self._lengths, max(1, most_tokens), self._upstream.request_inputs)
-        yield from self._run([_Request(at) for at in cut], stop)
+        most_tokens = min(self._upstream.request_tokens, self._throttle.most_request_tokens)
+        cut = request_batches(self._lengths, max(1, int(most_tokens)), self._upstream.request_inputs)
+        yield from self._run([Request(at) for at in cut], stop)
 
     def prove_again(self) -> None:
         """Ask for the canary's vector. Raises as `batches`."""
-        for _ in self._run([_Request(np.zeros(0, np.int64), canary=True)], lambda: False):
+        self._memory.doubt()
+        for _ in self._run([canary_request()], lambda: False):
             pass
 
-    def _run(self, requests: Sequence[_Request], stop: Callable[[], bool]) -> Iterator[Batch]:
-        self._pending = deque(requests)
-        self._answered_at = time.monotonic()
-        flying: dict[Future[Answer], tuple[_Request, Leave, int]] = {}
+    def _run(self, requests: Sequence[Request], stop: Callable[[], bool]) -> Iterator[Batch]:
+        self._pending, self._next, self._ends_with = deque(requests), None, None
+        self._answered_at = self._metered_at = time.monotonic()
         with ThreadPoolExecutor(self._in_flight, thread_name_prefix="gateway") as threads:
             while True:
-                while len(flying) < self._in_flight and self._pending and not self._over(stop):
-                    request = self._pending.popleft()
-                    leave = self._await_leave(request, stop)
-                    if leave is None:
-                        self._pending.appendleft(request)
-                        break
-                    attempt = self._attempts.begin(max(1, len(request.at)), self._tokens(request))
-                    posted = threads.submit(self._connection.post, self._key, self._texts_of(request), self.dimensions)
-                    flying[posted] = (request, leave, attempt)
-                if not flying:
+                moment = self._send(threads, lambda: self._ends_with is not None or stop())
+                if not self._flying and moment == inf:
                     break
-                for answered in wait(flying, return_when=FIRST_COMPLETED).done:
-                    yield from self._settle(*flying.pop(answered), answered.result())
+                for answered in self._arrived(min(moment, time.monotonic() + _LOOK_SECONDS)):
+                    for batch in self._settle(self._flying.pop(answered), answered.result()):
+                        yield batch
+                        # A commit may have come in between.
+                        self._metered_at = time.monotonic()
         if self._ends_with:
             raise self._ends_with
 
-    def _over(self, stop: Callable[[], bool]) -> bool:
-        return self._ends_with is not None or stop()
+    def _arrived(self, moment: float) -> set[Future[Answer]]:
+        """Wait until a request has been answered, or until a moment."""
+        seconds = max(0.0, moment - time.monotonic())
+        if self._flying:
+            return wait(self._flying, timeout=seconds, return_when=FIRST_COMPLETED).done
+        time.sleep(seconds)
+        return set()
 
-    def _texts_of(self, request: _Request) -> list[str]:
+    def _send(self, threads: ThreadPoolExecutor, over: Callable[[], bool]) -> float:
+        """Send what may go now. Returns when to look again; infinite: with the next answer, or never."""
+        while not over() and len(self._flying) < self._in_flight:
+            if self._next is None:
+                moment = self._reserve()
+                if moment is not None:
+                    return moment
+                continue
+            if self._next.moment > time.monotonic():
+                return self._next.moment
+            sent, self._next = self._next, None
+            if self._may_still_go(sent):
+                self._post(threads, sent)
+            else:
+                self._pending.appendleft(sent.request)
+        return inf
+
+    def _reserve(self) -> float | None:
+        """Ask leave for the request that comes next. Returns when to look again, if there is none."""
+        request = self._pick()
+        if request is None:
+            return min((each.rests_until for each in self._pending if self._may_go(each)), default=inf)
+        now = time.monotonic()
+        left = max(self._answered_at, request.since) + PATIENCE_SECONDS - now
+        leave = self._throttle.reserve(self._tokens(request), max(0.0, left))
+        if leave.granted:
+            self._pending.remove(request)
+            self._next = Sent(request, leave, now + leave.wait_seconds)
+            return None
+        if leave.wait_seconds > left and not self._flying:
+            self._give_up(request.trouble or "lets no more through for now", leave.wait_seconds)
+            return inf
+        return now + leave.wait_seconds * random.uniform(1.0, 1.2) + 0.01  # noqa: S311
+
+    def _pick(self) -> Request | None:
+        """The request that comes next: the first one that may go, no larger than the gateway takes."""
+        if not self._is_proven() and not any(each.canary for each in self._all()):
+            self._pending.appendleft(canary_request())
+        now = time.monotonic()
+        found = next((each for each in self._pending if each.rests_until <= now and self._may_go(each)), None)
+        if found is None or len(pieces := self._fitting(found)) == 1:
+            return found
+        self._pending.remove(found)
+        self._pending.extendleft(reversed(pieces))
+        return pieces[0]
+
+    def _all(self) -> Iterator[Request]:
+        yield from self._pending
+        yield from (sent.request for sent in self._flying.values())
+
+    def _is_proven(self) -> bool:
+        return self._memory.proves(self._throttle.opened)
+
+    def _may_go(self, request: Request) -> bool:
+        return request.canary or self._is_proven()
+
+    def _may_still_go(self, sent: Sent) -> bool:
+        """Meanwhile somebody may have been refused, or the breaker may have been open."""
+        told = sent.leave.wait_seconds > 0 and self._throttle.held_seconds(told=True) > 0
+        return not told and self._may_go(sent.request)
+
+    def _fitting(self, request: Request) -> list[Request]:
+        """The request, in pieces where by now it is known to be larger than the gateway takes."""
+        most_inputs = self._memory.most_inputs
+        most_tokens = max(1.0, min(self._memory.most_tokens, self._throttle.minute_tokens))
+        size = len(request.at)
+        if size <= 1 or (size <= most_inputs and self._tokens(request) <= most_tokens):
+            return [request]
+        cut = request_batches(self._lengths[request.at], most_tokens, most_inputs)
+        return [Request(request.at[piece]) for piece in cut]
+
+    def _post(self, threads: ThreadPoolExecutor, sent: Sent) -> None:
+        request = sent.request
+        attempt = self._attempts.begin(max(1, len(request.at)), self._tokens(request))
+        posted = threads.submit(self._connection.post, self._key, self._texts_of(request), self.dimensions)
+        self._flying[posted] = Sent(request, sent.leave, attempt=attempt, key=self._key)
+
+    def _texts_of(self, request: Request) -> list[str]:
         return [CANARY] if request.canary else [self._texts[at] for at in request.at.tolist()]
 
-    def _tokens(self, request: _Request) -> int:
+    def _tokens(self, request: Request) -> int:
         return len(CANARY) if request.canary else int(self._lengths[request.at].sum())
 
-    def _await_leave(self, request: _Request, stop: Callable[[], bool]) -> Leave | None:
-        """Wait until the request may go out. None: it may not."""
-        self._sleep(request.rests_until - time.monotonic(), stop)
-        while not self._over(stop):
-            left = self._answered_at + PATIENCE_SECONDS - time.monotonic()
-            leave = self._throttle.reserve(self._tokens(request), max(0.0, left))
-            if leave.wait_seconds > left:
-                trouble = request.trouble or "lets no more through for now"
-                self._ends_with = GatewayBusy(f"the gateway {trouble}", leave.wait_seconds)
-                return None
-            waits = leave.wait_seconds
-            self._sleep(waits if leave.granted else waits * random.uniform(1.0, 1.2) + 0.01, stop)  # noqa: S311
-            # Meanwhile somebody may have been refused.
-            if leave.granted and not (waits > 0 and self._throttle.held_seconds(told=True)):
-                return leave
-        return None
-
-    def _sleep(self, seconds: float, stop: Callable[[], bool]) -> None:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not stop():
-            time.sleep(min(left, 0.5))
-
-    def _settle(self, request: _Request, leave: Leave, attempt: int, answer: Answer) -> Iterator[Batch]:
-        estimate = self._tokens(request)
-        told = told_wait_seconds(answer.headers, time.time())
-        if reply := answer.reply:
-            yield from self._take(request, reply, attempt, answer)
+    def _settle(self, sent: Sent, answer: Answer) -> Iterator[Batch]:
+        if answer.reply:
+            yield from self._take(sent, answer, answer.reply)
             return
+        request, told = sent.request, told_wait_seconds(answer.headers, time.time())
         request.trouble = answer.trouble
         log.info("gateway_request_failed", status=answer.status, trouble=answer.trouble, inputs=len(request.at))
-        self._attempts.end(attempt, str(answer.status or "no answer"), None if answer.unknown else 0)
+        self._attempts.end(sent.attempt, str(answer.status or "no answer"), None if answer.unknown else 0)
+        too_large = self._tell_throttle(sent, answer, told)
         match answer.status:
             case HTTPStatus.TOO_MANY_REQUESTS if answer.code in _SPENT:
                 self._refuse(Reason.BUDGET_SPENT, answer)
-            case HTTPStatus.TOO_MANY_REQUESTS:
-                self._throttle.refused(leave, answer.headers, estimate, told)
-                self._pending.append(request)
-            case status if status in _TEXTS_FAULT:
-                self._throttle.passed(answer.headers, estimate, 0)
+            case HTTPStatus.TOO_MANY_REQUESTS if not too_large:
+                self._slow_down(request, told)
+            case status if status in TEXTS_FAULT or status == HTTPStatus.TOO_MANY_REQUESTS:
                 self._answered_at = time.monotonic()
-                yield from self._blame_texts(request, answer)
+                self._blame_texts(request, answer)
+            case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN if self._has_new_key(sent):
+                self._pending.appendleft(request)
             case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
                 self._refuse(Reason.KEY_REFUSED, answer)
             case HTTPStatus.PAYMENT_REQUIRED:
                 self._refuse(Reason.BUDGET_SPENT, answer)
             case status if 300 <= status < 500 and status not in _TRY_AGAIN:
                 self._refuse(Reason.GATEWAY_REFUSED, answer)
-            case status:
-                if status != HTTPStatus.OK:  # one that answers isn't dead
-                    self._throttle.failed(leave, told)
-                self._try_again(request, answer)
+            case _:
+                self._try_again(request, answer, told)
 
-    def _take(self, request: _Request, reply: Reply, attempt: int, answer: Answer) -> Iterator[Batch]:
-        estimate = self._tokens(request)
+    def _tell_throttle(self, sent: Sent, answer: Answer, told: float | None) -> bool:
+        """Returns whether the request was larger than the limits ever let through."""
+        tokens, status = self._tokens(sent.request), answer.status
+        if status == HTTPStatus.TOO_MANY_REQUESTS and answer.code not in _SPENT:
+            too_large = self._throttle.refused(sent.leave, answer.headers, tokens, told)
+            return answer.too_large or too_large
+        if not status or status >= 500 or status in _TRY_AGAIN:
+            self._throttle.failed(sent.leave, told)
+        else:
+            self._throttle.passed(answer.headers, tokens, tokens if status == HTTPStatus.OK else 0)
+        return False
+
+    def _take(self, sent: Sent, answer: Answer, reply: Reply) -> Iterator[Batch]:
+        request, estimate = sent.request, self._tokens(sent.request)
         tokens = estimate if reply.prompt_tokens is None else reply.prompt_tokens
         self._throttle.passed(answer.headers, estimate, tokens)
         self._answered_at = time.monotonic()
         if reply.model not in (None, self._upstream.model, self._upstream.reply_model):
-            self._attempts.end(attempt, "another model", tokens)
+            self._attempts.end(sent.attempt, "another model", reply.prompt_tokens)
             message = f"{self._upstream.url} answers for another model than {self._upstream.model}"
             self._ends_with = self._ends_with or GatewayRefused(message, Reason.GATEWAY_REFUSED)
             return
-        self._attempts.end(attempt, "ok", tokens)
+        self._attempts.end(sent.attempt, "ok", reply.prompt_tokens)
         if request.canary:
             yield from self._judge(request, reply)
             return
-        self._connection.learn(sum(len(text) for text in self._texts_of(request)), tokens)
-        yield self._batch(request, reply, tokens, answer.seconds)
-
-    def _batch(self, request: _Request, reply: Reply, tokens: int, seconds: float) -> Batch:
-        return Batch(
+        self._memory.answered(sum(len(text) for text in self._texts_of(request)), reply.prompt_tokens)
+        self._learn_size(request)
+        yield Batch(
             request.at,
             share_out(tokens, self._lengths[request.at]),
-            # Of the slot's time; the other requests under way take the rest.
-            seconds / self._in_flight,
+            # Waits for the limits are the slot's time too: they make its rate.
+            time.monotonic() - self._metered_at,
             reply.vectors,
             truncated=request.at[list(reply.truncated)].tolist() if reply.truncated else (),
         )
 
-    def _try_again(self, request: _Request, answer: Answer) -> None:
-        """Back in line; but when it fails again and again, is it the gateway or the texts?"""
-        request.failures += 1
-        rest = min(_MOST_REST_SECONDS, _REST_SECONDS * 2**request.failures)
-        request.rests_until = time.monotonic() + rest * random.uniform(0.5, 1.0)  # noqa: S311
-        unavailable = answer.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.BAD_GATEWAY) or not (
-            answer.status or answer.unknown
-        )
-        if request.failures < _MOST_FAILURES or unavailable:
-            self._pending.append(request)
-        elif not request.canary:
-            self._pending.appendleft(_Request(request.at[:0], canary=True, judges=request))
-        elif answer.status == HTTPStatus.OK:  # replies that can't be used, whatever is asked
-            self._refuse(Reason.GATEWAY_REFUSED, answer)
-        else:
-            self._ends_with = self._ends_with or GatewayBusy(f"the gateway {request.trouble}", PATIENCE_SECONDS)
+    def _slow_down(self, request: Request, told: float | None) -> None:
+        """Back in line, however short the wait is that it was told."""
+        request.refusals += 1
+        request.rest(request.refusals)
+        self._pending.append(request)
+        if time.monotonic() - max(self._answered_at, request.since) > PATIENCE_SECONDS:
+            self._give_up(request.trouble, told)
 
-    def _blame_texts(self, request: _Request, answer: Answer) -> Iterator[Batch]:
+    def _has_new_key(self, sent: Sent) -> bool:
+        """Whether there is another key by now than the one that was refused."""
+        try:
+            self._key = self._throttle.key = key_of(self._upstream)
+        except GatewayRefused:
+            return False
+        return self._key != sent.key
+
+    def _try_again(self, request: Request, answer: Answer, told: float | None) -> None:
+        """Back in line; but when it fails again and again, is it the gateway or the texts?"""
+        is_gone = not (answer.status or answer.unknown)
+        if is_gone:
+            self._memory.doubt()  # and so the canary goes before the others
+        if is_gone and not request.canary:
+            self._pending.append(request)
+            return
+        request.failures, request.seconds = request.failures + 1, request.seconds + answer.seconds
+        request.rest(request.failures)
+        often = request.failures >= _MOST_FAILURES
+        if request.canary:
+            long = time.monotonic() - max(self._answered_at, request.since) > PATIENCE_SECONDS
+            if often and answer.status == HTTPStatus.OK:  # replies that can't be used, whatever is asked
+                self._refuse(Reason.GATEWAY_REFUSED, answer)
+            elif long or (often and not is_gone and answer.status not in _AWAY):
+                self._memory.doubt()
+                self._give_up(request.trouble, told)
+            else:
+                self._pending.appendleft(request)
+        elif often or request.seconds >= PATIENCE_SECONDS:
+            self._pending.appendleft(canary_request(judges=request))
+        else:
+            self._pending.append(request)
+
+    def _blame_texts(self, request: Request, answer: Answer) -> None:
         """Find the text for which a request is refused; but not if every text is."""
         if request.canary:
             self._refuse(Reason.GATEWAY_REFUSED, answer)
         elif len(request.at) > 1:
-            self._split(request)
-        elif self._vouched:
-            yield self._failed(request, RejectCode.GATEWAY_REFUSED)
+            self._split(request, refused=True)
         else:
             request.failures = 0
-            self._pending.appendleft(_Request(request.at[:0], canary=True, judges=request))
+            self._pending.appendleft(canary_request(judges=request))
 
-    def _judge(self, request: _Request, reply: Reply) -> Iterator[Batch]:
+    def _judge(self, request: Request, reply: Reply) -> Iterator[Batch]:
         """The canary has come through: the gateway works."""
         if not is_canary(reply.vectors[0], self._model.canary):
+            self._memory.doubt()
             message = "the gateway's vector of the canary text differs from the catalogue's: it is another model by now"
-            self._ends_with = ModelError(message)
+            self._ends_with = GatewayChanged(f"{self._upstream.url}: {message}", Reason.GATEWAY_REFUSED)
             return
-        self._proven.add(self._model.weights_sha256)
-        self._vouched = True
+        self._memory.prove(self._throttle.opened)
         judged = request.judges
         if judged is None:
             return
         if len(judged.at) > 1:
-            self._split(judged)
+            self._split(judged, refused=False)
+        elif judged.failures and not judged.judgements:  # what fails may be due to other things: once more
+            judged.failures, judged.seconds, judged.judgements = 0, 0.0, 1
+            self._pending.append(judged)
         else:
             code = RejectCode.GATEWAY_FAILED if judged.failures else RejectCode.GATEWAY_REFUSED
-            yield self._failed(judged, code)
+            failure = (code, f"the gateway {judged.trouble}")
+            yield Batch(judged.at, self._lengths[judged.at], 0.0, failure=failure)
 
-    def _split(self, request: _Request) -> None:
-        half = len(request.at) // 2
-        self._pending.extendleft((_Request(request.at[half:]), _Request(request.at[:half])))
+    def _split(self, request: Request, *, refused: bool) -> None:
+        halves = request.split(self._lengths, refused=refused)
+        self._pending.extendleft(reversed(halves))
 
-    def _failed(self, request: _Request, code: RejectCode) -> Batch:
-        return Batch(request.at, self._lengths[request.at], 0.0, failure=(code, f"the gateway {request.trouble}"))
+    def _learn_size(self, request: Request) -> None:
+        """Where both halves of a refused request come through, it was its size."""
+        if halves := request.halves:
+            halves.passed += 1
+            if halves.passed == 2:
+                self._memory.learn_size(
+                    refused_inputs=halves.refused_inputs, inputs=halves.inputs, tokens=halves.tokens
+                )
+
+    def _give_up(self, trouble: str, wait_seconds: float | None) -> None:
+        wait = max(wait_seconds or 0.0, self._memory.back_off_seconds())
+        self._ends_with = self._ends_with or GatewayBusy(f"the gateway {trouble}", wait)
 
     def _refuse(self, reason: Reason, answer: Answer) -> None:
         message = f"{self._upstream.url} {answer.trouble}"
@@ -430,65 +376,3 @@ class GatewayEncoder:
         elif reason is Reason.KEY_REFUSED:
             message += f"; mend the key in {self._upstream.key_env or '--key-env'}, and resume"
         self._ends_with = self._ends_with or GatewayRefused(message, reason)
-
-
-def key_of(upstream: Upstream) -> str | None:
-    """A gateway's key, if it asks for one.
-
-    Raises:
-        GatewayRefused: it isn't here.
-    """
-    if upstream.key_env is None:
-        return None
-    key = read_secret(upstream.key_env)
-    if key is None or not key.isascii() or not key.isprintable():
-        where = f"set {upstream.key_env}, or {upstream.key_env}_FILE to the path of a file that holds it"
-        raise GatewayRefused(f"there is no key for {upstream.url}: {where}", Reason.KEY_REFUSED)
-    return key
-
-
-def describe(upstream: Upstream) -> dict[str, object]:
-    """What the catalogue records of a gateway's model, by two requests.
-
-    Raises:
-        ModelError: it can't be asked, or answers with something else than embeddings.
-    """
-    answer = _ask_now(upstream, [CANARY])
-    if answer.status in _TEXTS_FAULT:
-        upstream = replace(upstream, base64=False)
-        answer = _ask_now(upstream, [CANARY])
-    reply = _reply_of(upstream, answer)
-    canary = reply.vectors[0]
-    if not is_canary(canary, canary.tobytes()):
-        raise ModelError(f"{upstream.url}: the canary text's vector is zero or not finite.")
-    many = _ask_now(upstream, [_USUAL_TEXT] * _USUAL_TEXTS)
-    tokens = _reply_of(upstream, many).prompt_tokens or len(_USUAL_TEXT) * _USUAL_TEXTS // 4
-    return {
-        "reply_model": reply.model,
-        "base64": upstream.base64,
-        "dimensions": len(canary),
-        "normalised": bool(abs(float(np.linalg.norm(canary)) - 1) < 1e-3),
-        "canary": canary.astype("<f4").tobytes().hex(),
-        "tokens_per_second": round(tokens / many.seconds, 1),
-    }
-
-
-def embed_now(upstream: Upstream, texts: Sequence[str]) -> list[list[float]]:
-    """Vectors of a few texts, by one request.
-
-    Raises:
-        ModelError: it gives none.
-    """
-    vectors: list[list[float]] = _reply_of(upstream, _ask_now(upstream, texts)).vectors.tolist()
-    return vectors
-
-
-def _ask_now(upstream: Upstream, texts: Sequence[str]) -> Answer:
-    with Connection(upstream, seconds=_DESCRIBE_SECONDS, in_flight=1) as connection:
-        return connection.post(key_of(upstream), texts, None)
-
-
-def _reply_of(upstream: Upstream, answer: Answer) -> Reply:
-    if answer.reply is None:
-        raise ModelError(f"{upstream.url} {answer.trouble or 'gives no embeddings'}.")
-    return answer.reply

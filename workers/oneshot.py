@@ -103,14 +103,14 @@ def main(arguments: list[str]) -> Any:
 
             return list_devices()
         case ["gateway"]:
-            from workers import gateway
+            from workers import inquiry
 
-            return gateway.describe(Upstream(**json.load(sys.stdin)))
+            return inquiry.describe(Upstream(**json.load(sys.stdin)))
         case ["queries", "-"]:
-            from workers import gateway
+            from workers import inquiry
 
             asked = json.load(sys.stdin)
-            return gateway.embed_now(Upstream(**asked["upstream"]), [asked["prompt"] + text for text in asked["texts"]])
+            return inquiry.embed_now(Upstream(**asked["upstream"]), [asked["prompt"] + text for text in asked["texts"]])
         case ["describe", *source]:
             return describe(_source(source))
         case ["queries", *source]:

@@ -1,7 +1,8 @@
 """The heart: claim → read → encode → commit."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from math import inf
 from time import monotonic
@@ -10,14 +11,14 @@ import numpy as np
 import structlog
 from sqlalchemy import Engine
 
-from pipeline.errors import GatewayBusy, GatewayRefused
+from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.intake import Intake, Serving, read_chunk
 from pipeline.jobs import ChunkState, Claim, Item, JobState, Reject, RejectCode
 from pipeline.leases import Renewal
 from pipeline.store import chunks
 from pipeline.store.embeddings import NO_ROWS, Rows
 from pipeline.writeback import Ending, Part, split_bad_vectors, write_chunk
-from workers.batching import CONVICTED, Encoder, Slice, isolated_slices
+from workers.batching import CONVICTED, Batch, Encoder, Slice, isolated_slices
 
 log = structlog.get_logger()
 
@@ -30,6 +31,8 @@ class Watch:
     hung_after_seconds: float
     #: The chunk is given back when it has taken so long.
     most_seconds: float
+    #: What a gateway is paid for is committed so often; what is made here, slice by slice.
+    commit_seconds: float = inf
     began: float = field(default_factory=monotonic)
     #: Infinite while no batch is under way.
     last_batch: float = inf
@@ -44,6 +47,15 @@ class Watch:
     def rest(self) -> None:
         """No batch is under way. Waiting for a database that is away is no hang."""
         self.last_batch = inf
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Rest within, and then go on as before."""
+        at_work = self.last_batch < inf
+        self.rest()
+        yield
+        if at_work:
+            self.beat()
 
     @property
     def hung(self) -> bool:
@@ -64,6 +76,7 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
         SourceError, StorageRefused, StorageUnreachable: a file can't be read or written.
         ModelError: the model stopped working; nothing of what it made since the last commit is written.
         GatewayBusy, GatewayRefused: the chunk is given back, and all that came back from the gateway is committed.
+        GatewayChanged: the gateway's model is another one; nothing of what it made since the last commit is written.
     """
 
     def renew() -> bool:
@@ -85,18 +98,29 @@ def _parts(encoder: Encoder, claim: Claim, intake: Intake, watch: Watch) -> Iter
     """What to commit, one after the other; the last one ends the chunk or gives it back."""
     level, left = claim.isolation, intake.left
     for serving in intake.servings:
-        for part, next_level in _parts_of(encoder, claim, serving, level, watch):
-            left -= part.settled
-            state = _state(left, watch)
-            yield part, _ending(state, next_level if left else 0, watch)
+        for step in _parts_of(encoder, claim, serving, level, watch):
+            left -= step.part.settled
+            # Whatever the watch says, what is under way is still awaited.
+            state = ChunkState.RUNNING if step.goes_on and left else _state(left, watch)
+            yield step.part, _ending(state, step.next_level if left else 0, watch)
             if state is not ChunkState.RUNNING:
                 return
         # What a later serving holds wasn't under way when the last claim was lost.
         level = min(level, 1)
 
 
-def _parts_of(encoder: Encoder, claim: Claim, serving: Serving, level: int, watch: Watch) -> Iterator[tuple[Part, int]]:
-    """The parts of a serving, each with the isolation level of what comes after it."""
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A part of a serving."""
+
+    part: Part
+    #: The isolation level of what comes after it.
+    next_level: int
+    #: More of the same slice is under way.
+    goes_on: bool = False
+
+
+def _parts_of(encoder: Encoder, claim: Claim, serving: Serving, level: int, watch: Watch) -> Iterator[_Step]:
     items, rejects = serving.items, list(serving.rejects)
     if level >= CONVICTED and items:
         head, items, level = items[0], items[1:], 1
@@ -104,11 +128,13 @@ def _parts_of(encoder: Encoder, claim: Claim, serving: Serving, level: int, watc
         message = "its worker died twice while this text was embedded alone"
         rejects.append(_reject(head, RejectCode.CRASHED_WORKER, message))
     if rejects:  # on disk before the model sees an item that may kill its process
-        yield Part(rows=NO_ROWS, rejects=rejects), level
+        yield _Step(Part(rows=NO_ROWS, rejects=rejects), level)
     slices = list(isolated_slices(len(items), level)) if level and items else [Slice(0, len(items), 0)]
     for this, following in zip_longest(slices, slices[1:]):
-        part = _embed(encoder, claim, items[this.start : this.stop], watch)
-        yield part, following.level if following else min(level, 1)
+        embedding = _Embedding(encoder, claim, items[this.start : this.stop], watch)
+        for part in embedding.parts():
+            yield _Step(part, this.level, goes_on=True)
+        yield _Step(embedding.last_part(), following.level if following else min(level, 1))
 
 
 def _ending(state: ChunkState, isolation: int, watch: Watch) -> Ending:
@@ -128,51 +154,93 @@ def _state(left: int, watch: Watch) -> ChunkState:
     return ChunkState.PENDING if watch.must_stop else ChunkState.RUNNING
 
 
-def _embed(encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> Part:
-    """Embed items until they are done or the watch says stop.
+class _Embedding:
+    """A slice on its way through the encoder: what has been made and isn't handed over yet."""
 
-    Raises:
-        ModelError: something came out wrong, and the canary does so too: it isn't the items' fault.
-    """
-    watch.beat()
-    tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
-    rejects: list[Reject] = []
-    if claim.reject_long:
-        rejects = [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]
-        items = [item for item, cut in zip(items, tokenised.truncated, strict=True) if not cut]
-        tokenised = tokenised.select(~tokenised.truncated)
-    vectors = np.zeros((len(items), encoder.dimensions), dtype=np.float32)
-    made = np.zeros(len(items), dtype=np.bool_)
-    failed: list[Reject] = []
-    seconds = 0.0
-    tokens, truncated = tokenised.lengths.copy(), tokenised.truncated.copy()
-    try:
-        for batch in encoder.batches(tokenised, lambda: watch.must_stop):
-            watch.beat()
-            seconds += batch.seconds
-            if batch.failure:
-                failed += [_reject(items[at], *batch.failure) for at in batch.at.tolist()]
-            else:
-                vectors[batch.at], made[batch.at] = batch.vectors, True
-                tokens[batch.at], truncated[list(batch.truncated)] = batch.tokens, True
-    except (GatewayBusy, GatewayRefused) as error:
-        watch.interruption = error
-    watch.rest()
-    rows = Rows(
-        indexes=np.array([item.index for item, done in zip(items, made, strict=True) if done], dtype=np.int64),
-        keys=[item.key for item, done in zip(items, made, strict=True) if done],
-        vectors=vectors[made],
-        tokens=tokens[made],
-        truncated=truncated[made],
-        carried=[item.carried for item, done in zip(items, made, strict=True) if done] if claim.carries else (),
-    )
-    rows, bad = split_bad_vectors(rows, claim.dimensions, half=claim.half)
-    if bad or any(reject.code is RejectCode.ENCODE_FAILED for reject in failed):
+    def __init__(self, encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> None:
+        self._encoder, self._claim, self._watch = encoder, claim, watch
+        watch.beat()
+        tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
+        self._rejects: list[Reject] = []
+        if claim.reject_long:
+            self._rejects = [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]
+            items = [item for item, cut in zip(items, tokenised.truncated, strict=True) if not cut]
+            tokenised = tokenised.select(~tokenised.truncated)
+        self._items, self._tokenised = items, tokenised
+        self._vectors = np.zeros((len(items), encoder.dimensions), dtype=np.float32)
+        self._made = np.zeros(len(items), dtype=np.bool_)
+        self._tokens, self._truncated = tokenised.lengths.copy(), tokenised.truncated.copy()
+        self._seconds = 0.0
+
+    def parts(self) -> Iterator[Part]:
+        """Embed until all is done or the watch says stop, and hand over what has been made now and then; the rest of
+        it is the last part.
+
+        Raises:
+            GatewayChanged: nothing of what was made since the last part may be written.
+        """
+        due = monotonic() + self._watch.commit_seconds
         try:
-            encoder.prove_again()
-        except (GatewayBusy, GatewayRefused) as error:  # who is to blame can't be told now
-            watch.interruption, bad = error, []
-    return Part(rows=rows, rejects=[*rejects, *failed, *bad], device_seconds=seconds)
+            for batch in self._encoder.batches(self._tokenised, lambda: self._watch.must_stop):
+                self._watch.beat()
+                self._add(batch)
+                if monotonic() > due:
+                    part, bad = self._taken()
+                    if bad:  # whose fault that is must be known first
+                        due = inf
+                        continue
+                    self._forget()
+                    with self._watch.resting():
+                        yield part
+                    due = monotonic() + self._watch.commit_seconds
+        except GatewayChanged:
+            raise
+        except (GatewayBusy, GatewayRefused) as error:
+            self._watch.interruption = error
+        self._watch.rest()
+
+    def last_part(self) -> Part:
+        """What `parts` has left over.
+
+        Raises:
+            ModelError, GatewayChanged: something came out wrong, and the canary does so too: it isn't the items' fault.
+        """
+        part, bad = self._taken()
+        if bad or any(reject.code is RejectCode.ENCODE_FAILED for reject in part.rejects):
+            try:
+                self._encoder.prove_again()
+            except GatewayChanged:
+                raise
+            except (GatewayBusy, GatewayRefused) as error:  # who is to blame can't be told now
+                self._watch.interruption, bad = error, []
+        return replace(part, rejects=[*part.rejects, *bad])
+
+    def _add(self, batch: Batch) -> None:
+        self._seconds += batch.seconds
+        if batch.failure:
+            self._rejects += [_reject(self._items[at], *batch.failure) for at in batch.at.tolist()]
+        else:
+            self._vectors[batch.at], self._made[batch.at] = batch.vectors, True
+            self._tokens[batch.at], self._truncated[list(batch.truncated)] = batch.tokens, True
+
+    def _taken(self) -> tuple[Part, list[Reject]]:
+        """What has been made, and items whose vectors must not be written."""
+        made, items = self._made, [item for item, done in zip(self._items, self._made, strict=True) if done]
+        rows = Rows(
+            indexes=np.array([item.index for item in items], dtype=np.int64),
+            keys=[item.key for item in items],
+            vectors=self._vectors[made],
+            tokens=self._tokens[made],
+            truncated=self._truncated[made],
+            carried=[item.carried for item in items] if self._claim.carries else (),
+        )
+        rows, bad = split_bad_vectors(rows, self._claim.dimensions, half=self._claim.half)
+        return Part(rows=rows, rejects=self._rejects, device_seconds=self._seconds), bad
+
+    def _forget(self) -> None:
+        """What has been taken is handed over."""
+        self._made[:] = False
+        self._rejects, self._seconds = [], 0.0
 
 
 def _too_long(item: Item, claim: Claim) -> Reject:

@@ -1,6 +1,7 @@
 """The one task: find the model, claim, run. A claim that fails is given back, or its process dies of it."""
 
 import os
+from dataclasses import dataclass
 from functools import cache
 from uuid import UUID
 
@@ -26,12 +27,15 @@ from pipeline.errors import (
 from pipeline.jobs import ChunkState, Claim, Model, Reason
 from pipeline.logs import configure_logs
 from pipeline.publish import RUN_CHUNK
-from pipeline.settings import Settings, load_settings
+from pipeline.settings import Settings, load_settings, read_secret
 from pipeline.store import chunks, jobs, models, workers
 from pipeline.store.database import is_connection_lost, make_engine, plain_reason
 from workers.app import app, worker_id_of
+from workers.attempts import Attempts
 from workers.batching import Encoder
-from workers.gateway import PATIENCE_SECONDS, Attempts, Connection, GatewayEncoder
+from workers.connection import Connection
+from workers.gateway import PATIENCE_SECONDS, GatewayEncoder
+from workers.memory import Memory
 from workers.residents import Residents, loader
 from workers.run_chunk import Watch, run_chunk
 from workers.throttle import Throttle, connect
@@ -42,6 +46,19 @@ log = structlog.get_logger()
 _BACK_OFF_SECONDS = 10.0
 _LEAST_HANG_SECONDS = 60.0
 _HANG_FACTOR = 20
+#: What a gateway is paid for is committed so often.
+_COMMIT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a child keeps of a gateway's model."""
+
+    model: Model
+    connection: Connection
+    #: The account of its limits.
+    throttle: Throttle
+    memory: Memory
 
 
 class Child:
@@ -65,38 +82,47 @@ class Child:
         )
         assert settings.redis_url is not None
         self._redis = connect(settings.redis_url.get_secret_value())
-        self._gateways: dict[str, tuple[Connection, Throttle]] = {}
-        #: Weights whose canary came back right from their gateway.
-        self._proven: set[str] = set()
+        self._links: dict[str, Link] = {}
 
-    def gateway(self, model: Model) -> tuple[Connection, Throttle]:
-        """The connections to a model's gateway, and the account of its limits."""
-        upstream, kept = model.upstream, self._gateways.get(model.name)
+    def link(self, model: Model) -> Link:
+        """The way to a gateway's model, and what is known of it."""
+        upstream, kept = model.upstream, self._links.get(model.name)
         assert upstream
-        if kept is None or kept[0].upstream != upstream:
+        if kept is None or (kept.model.upstream, kept.model.weights_sha256) != (upstream, model.weights_sha256):
             if kept:
-                kept[0].close()
-            settings = self.settings
-            connection = Connection(upstream, seconds=settings.gateway_seconds, in_flight=settings.gateway_in_flight)
-            kept = self._gateways[model.name] = (connection, Throttle(self._redis, upstream))
+                kept.connection.close()
+            seconds, in_flight = self.settings.gateway_seconds, self.settings.gateway_in_flight
+            connection = Connection(upstream, seconds=seconds, in_flight=in_flight)
+            throttle = Throttle(self._redis, upstream, request_seconds=seconds)
+            kept = self._links[model.name] = Link(model, connection, throttle, Memory())
         return kept
 
-    def encoder(self, model: Model, claim: Claim) -> tuple[Encoder, float]:
-        """What embeds a claimed chunk, and after how many seconds without a batch it has hung.
+    def is_held(self, model: Model) -> bool:
+        """Whether a gateway lets nothing through for longer than a chunk is held for it."""
+        assert model.upstream
+        throttle = self.link(model).throttle
+        throttle.key = read_secret(model.upstream.key_env) if model.upstream.key_env else None
+        return throttle.held_seconds() > PATIENCE_SECONDS
+
+    def prepare(self, model: Model, claim: Claim) -> tuple[Encoder, Watch]:
+        """What embeds a claimed chunk, and what watches over it.
 
         Raises:
             GatewayRefused: the gateway's key isn't here.
         """
+        most_seconds = most_chunk_seconds(self.settings)
         if model.upstream:
-            written = Attempts(self.engine, claim, model.name)
-            in_flight = self.settings.gateway_in_flight
-            encoder = GatewayEncoder(model, *self.gateway(model), written, in_flight=in_flight, proven=self._proven)
             # It stops by itself when the chunk has taken its time, after what is under way.
-            return encoder, most_chunk_seconds(self.settings) + 2 * self.settings.gateway_seconds
+            hung_after = most_seconds + 2 * self.settings.gateway_seconds
+            watch = Watch(hung_after, most_seconds, commit_seconds=_COMMIT_SECONDS)
+            link, attempts = self.link(model), Attempts(self.engine, claim, model.name, watch)
+            in_flight = self.settings.gateway_in_flight
+            encoder = GatewayEncoder(model, link.connection, link.throttle, attempts, link.memory, in_flight=in_flight)
+            return encoder, watch
         resident = self.residents.get(model)
         # A single long text may exceed the budget.
         expected_seconds = max(resident.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
-        return resident, max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds)
+        return resident, Watch(max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds), most_seconds)
 
 
 @cache
@@ -137,7 +163,7 @@ def _model_of(engine: Engine, job_id: UUID) -> Model | None:
 def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUID, task_id: str) -> None:
     if not model.upstream:
         child.residents.get(model)  # one that can't be loaded takes no chunk
-    elif child.gateway(model)[1].held_seconds() > PATIENCE_SECONDS:
+    elif child.is_held(model):
         return  # the dispatcher rings again
     with child.engine.begin() as connection:
         claim = chunks.claim(
@@ -153,8 +179,7 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
         return
     with structlog.contextvars.bound_contextvars(fence=claim.fence):
         try:
-            encoder, hung_after_seconds = child.encoder(model, claim)
-            watch = Watch(hung_after_seconds=hung_after_seconds, most_seconds=most_chunk_seconds(child.settings))
+            encoder, watch = child.prepare(model, claim)
             run_chunk(child.engine, encoder, claim, watch, on_hang=_leave)
         except GatewayBusy as error:
             log.warning("gateway_busy", error=str(error), wait_seconds=round(error.wait_seconds, 1))

@@ -6,17 +6,29 @@ from collections.abc import Sequence
 from http import HTTPStatus
 
 import aiohttp
+import numpy as np
 import structlog
 
 from pipeline.errors import BadReply, InternalError, InvalidPayload, UpstreamUnavailable
 from pipeline.jobs import Upstream
+from pipeline.plan import request_batches
 from pipeline.settings import read_secret
-from pipeline.wire import Embedded, endpoint_of, make_request, most_reply_bytes, parse_reply, told_wait_seconds
+from pipeline.wire import (
+    CONNECT_SECONDS,
+    TEXTS_FAULT,
+    Embedded,
+    endpoint_of,
+    estimated_tokens,
+    make_request,
+    most_reply_bytes,
+    parse_reply,
+    told_wait_seconds,
+)
 
 log = structlog.get_logger()
 
-_CONNECT_SECONDS = 5.0
-_CHARACTERS_PER_TOKEN = 4
+#: Requests that are made of one caller's, at a time.
+_IN_FLIGHT = 4
 #: What passes by itself, as far as a caller can tell.
 _UNAVAILABLE = frozenset(
     {
@@ -28,7 +40,6 @@ _UNAVAILABLE = frozenset(
         HTTPStatus.GATEWAY_TIMEOUT,
     }
 )
-_TEXTS_FAULT = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
 
 
 class Upstreams:
@@ -37,7 +48,7 @@ class Upstreams:
     def __init__(self, most_seconds: float) -> None:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
-            timeout=aiohttp.ClientTimeout(total=most_seconds, connect=_CONNECT_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=most_seconds, connect=CONNECT_SECONDS),
         )
 
     async def close(self) -> None:
@@ -45,20 +56,36 @@ class Upstreams:
         await self._session.close()
 
     async def embed(self, upstream: Upstream, dimensions: int, texts: Sequence[str]) -> Embedded:
-        """Vectors of texts.
+        """Vectors of texts, by as many requests as the upstream's limits make of them.
 
         Raises:
             UpstreamUnavailable: it can't be reached, or lets nothing through now.
             InvalidPayload: it refuses the texts.
             InternalError: it fails, refuses the operator's key, or answers something else than their embeddings.
         """
+        lengths = np.array(estimated_tokens(texts), np.int32)
+        starts = [int(at[0]) for at in request_batches(lengths, upstream.request_tokens, upstream.request_inputs)]
+        room = asyncio.Semaphore(_IN_FLIGHT)
+
+        async def ask(start: int, stop: int) -> Embedded:
+            async with room:
+                return await self._ask(upstream, dimensions, texts[start:stop])
+
+        asking = [asyncio.ensure_future(ask(*ends)) for ends in zip(starts, [*starts[1:], len(texts)], strict=True)]
+        try:
+            return _joined(starts, await asyncio.gather(*asking))
+        finally:
+            for one in asking:
+                one.cancel()
+
+    async def _ask(self, upstream: Upstream, dimensions: int, texts: Sequence[str]) -> Embedded:
         headers = {"content-type": "application/json"}
         if upstream.key_env:
             headers["authorization"] = f"Bearer {_key(upstream.key_env)}"
-        most_bytes = most_reply_bytes(len(texts), dimensions)
+        most_bytes, asked = most_reply_bytes(len(texts), dimensions), make_request(upstream, texts)
         try:
             async with self._session.post(
-                endpoint_of(upstream.url), data=make_request(upstream, texts), headers=headers, allow_redirects=False
+                endpoint_of(upstream.url), data=asked, headers=headers, allow_redirects=False
             ) as reply:
                 body = await _read(reply, most_bytes) if reply.status == HTTPStatus.OK else b""
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -68,16 +95,29 @@ class Upstreams:
             raise _refusal(upstream, reply)
         try:
             # Off the loop: numbers as text take long.
-            found = await asyncio.to_thread(parse_reply, body, len(texts), dimensions)
-            if found.model not in (None, upstream.model, upstream.reply_model):
-                raise BadReply("it is another model's")
+            return await asyncio.to_thread(_embedded, upstream, body, texts, dimensions, len(asked))
         except BadReply as error:
             log.error("upstream_reply_unusable", url=upstream.url, error=str(error))
             raise InternalError("The model's answer can't be used.") from error
-        tokens = found.prompt_tokens
-        if tokens is None:
-            tokens = sum(len(text) // _CHARACTERS_PER_TOKEN + 1 for text in texts)
-        return Embedded(vectors=found.vectors, prompt_tokens=tokens, truncated=found.truncated)
+
+
+def _embedded(upstream: Upstream, body: bytes, texts: Sequence[str], dimensions: int, asked_bytes: int) -> Embedded:
+    found = parse_reply(body, len(texts), dimensions, asked_bytes=asked_bytes)
+    if found.model not in (None, upstream.model, upstream.reply_model):
+        raise BadReply("it is another model's")
+    if not np.isfinite(found.vectors).all():
+        raise BadReply("a vector isn't finite")
+    tokens = sum(estimated_tokens(texts)) if found.prompt_tokens is None else found.prompt_tokens
+    return Embedded(vectors=found.vectors, prompt_tokens=tokens, truncated=found.truncated)
+
+
+def _joined(starts: Sequence[int], parts: Sequence[Embedded]) -> Embedded:
+    """The replies to consecutive texts as one; `starts`: the first text of each."""
+    return Embedded(
+        vectors=np.concatenate([part.vectors for part in parts]),
+        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        truncated=[start + at for start, part in zip(starts, parts, strict=True) for at in part.truncated],
+    )
 
 
 def _key(variable: str) -> str:
@@ -103,6 +143,6 @@ def _refusal(upstream: Upstream, reply: aiohttp.ClientResponse) -> Exception:
     if reply.status in _UNAVAILABLE:
         told = told_wait_seconds(reply.headers, time.time())
         return UpstreamUnavailable("The model has no room now.", retry_after_seconds=1 if told is None else told)
-    if reply.status in _TEXTS_FAULT:
+    if reply.status in TEXTS_FAULT:
         return InvalidPayload("The model refuses this input; it may be too long.", param="input")
     return InternalError("The model failed.")

@@ -1,5 +1,6 @@
 """Requests to gateways, written down before they are made: what a provider may bill."""
 
+import secrets
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -8,21 +9,30 @@ from sqlalchemy import Connection, text
 from pipeline.jobs import Claim
 
 
-def begin(connection: Connection, claim: Claim, model: str, *, items: int, estimated_tokens: int) -> int:
-    """A request is about to be made. Returns the attempt's id."""
-    return connection.execute(
+def new_id() -> int:
+    """The id of an attempt that isn't written down yet."""
+    return secrets.randbits(63)
+
+
+def begin(
+    connection: Connection, attempt_id: int, claim: Claim, model: str, *, items: int, estimated_tokens: int
+) -> None:
+    """A request is about to be made. Writing it down again, when the answer to a commit was lost, changes nothing."""
+    connection.execute(
         text("""
-            insert into vectormill.attempts (chunk_id, fence, model, items, estimated_tokens, started_at)
-            values (:chunk, :fence, :model, :items, :tokens, clock_timestamp()) returning id
+            insert into vectormill.attempts (id, chunk_id, fence, model, items, estimated_tokens, started_at)
+            overriding system value
+            values (:id, :chunk, :fence, :model, :items, :tokens, clock_timestamp()) on conflict (id) do nothing
         """),
         {
+            "id": attempt_id,
             "chunk": claim.chunk_id,
             "fence": claim.fence,
             "model": model,
             "items": items,
             "tokens": estimated_tokens,
         },
-    ).scalar_one()
+    )
 
 
 def end(connection: Connection, attempt_id: int, status: str, billed_tokens: int | None) -> None:
@@ -42,7 +52,7 @@ class Billed:
 
     #: As gateways said.
     tokens: int
-    #: About how many there were in requests without an answer.
+    #: About how many there were in requests of which no reply tells.
     unanswered: int
 
 

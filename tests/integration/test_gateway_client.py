@@ -12,15 +12,33 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine
 
+from pipeline import status
 from pipeline.catalog import add_gateway, find_model, workspace_id
-from pipeline.errors import GatewayBusy, GatewayRefused, ModelError
+from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.jobs import Claim, Model, Upstream
+from pipeline.store import attempts as store_attempts
 from tests.jobs_made import chunk_rows, count, make_job, run_sql, taken
 from tests.ports import free_port
-from tests.scripted_gateway import DIMENSIONS, Answer, ScriptedGateway, error, good, scripted_gateway, vector_of
+from tests.scripted_gateway import (
+    DIMENSIONS,
+    Answer,
+    ScriptedGateway,
+    error,
+    good,
+    hanging,
+    scripted_gateway,
+    trickling,
+    vector_of,
+)
 from workers import gateway as client
+from workers import memory as remembering
+from workers import requests
+from workers.attempts import Attempts
 from workers.canary import CANARY
-from workers.gateway import Attempts, Connection, GatewayEncoder, describe
+from workers.connection import Connection
+from workers.gateway import GatewayEncoder
+from workers.inquiry import describe
+from workers.memory import Memory
 from workers.run_chunk import Watch, run_chunk
 from workers.throttle import Throttle, connect
 
@@ -29,7 +47,7 @@ _ITEMS = 40
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_REST_SECONDS", 0.005)
+    monkeypatch.setattr(requests, "_REST_SECONDS", 0.005)
     monkeypatch.setattr(client, "PATIENCE_SECONDS", 2.0)
     monkeypatch.setenv("FAR_KEY", "sk-one")
 
@@ -57,7 +75,7 @@ class World:
         with engine.begin() as connection:
             add_gateway(connection, "far", asked, describe(asked))
             self.model = find_model(connection, workspace_id(connection), "far")
-        self.proven: set[str] = set()
+        self.memory = Memory()
         self.job = make_job(engine, self.model, _ITEMS, per_chunk=_ITEMS)
         far.requests.clear()
 
@@ -73,10 +91,11 @@ class World:
         model = model or self.model
         assert model.upstream
         claim = claim or taken(self.engine, self.job)
-        attempts, watch = Attempts(self.engine, claim, model.name), watch or Watch(60, 60)
+        watch = watch or Watch(60, 60)
+        attempts = Attempts(self.engine, claim, model.name, watch)
         with Connection(model.upstream, seconds=seconds, in_flight=3) as connection, connect(self.redis_url) as redis:
-            throttle = Throttle(redis, model.upstream)
-            encoder = GatewayEncoder(model, connection, throttle, attempts, in_flight=3, proven=self.proven)
+            throttle = Throttle(redis, model.upstream, request_seconds=seconds)
+            encoder = GatewayEncoder(model, connection, throttle, attempts, self.memory, in_flight=3)
             run_chunk(self.engine, encoder, claim, watch, on_hang=lambda: None)
 
     @property
@@ -210,8 +229,9 @@ def test_another_models_vectors_are_refused(world: World, far: ScriptedGateway) 
 
 def test_another_canary_is_another_model(world: World, far: ScriptedGateway) -> None:
     far.answer = lambda asked: good({**asked, "input": [text + "!" for text in asked["input"]]})
-    with pytest.raises(ModelError, match="canary"):
+    with pytest.raises(GatewayChanged, match="canary") as changed:
         world.run()
+    assert changed.value.reason == "gateway_refused"
     assert count(world.engine, "embeddings") == 0
 
 
@@ -316,17 +336,325 @@ def test_what_a_person_must_mend(world: World, far: ScriptedGateway, answer: Ans
     assert (world.chunk["state"], world.chunk["embedded"]) == ("pending", 8), "what was paid for is committed"
 
 
-def test_a_body_that_trickles_is_given_up(world: World, far: ScriptedGateway) -> None:
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 1000000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx-more: ",
+        b"",
+    ],
+    ids=["body", "packed body", "headers", "status"],
+)
+def test_an_answer_that_trickles_is_given_up(world: World, far: ScriptedGateway, begin: bytes) -> None:
     slow = iter([True])
-
-    def answer(asked: dict[str, Any]) -> Answer:
-        # A length that never comes: the connection stays open.
-        return (200, {"content-length": "100"}, b"{") if next(slow, False) else good(asked)
-
-    far.answer = answer
+    far.answer = lambda asked: trickling(begin) if next(slow, False) else good(asked)
     world.run(seconds=1.0)
     world.must_be_done()
-    assert run_sql(world.engine, "select count(*) from vectormill.attempts where billed_tokens is null") == [(1,)]
+    unanswered = "from vectormill.attempts where billed_tokens is null"
+    assert run_sql(world.engine, f"select count(*), max(finished_at - started_at) < '3 s' {unanswered}") == [(1, True)]
+
+
+def test_a_text_on_which_the_gateway_hangs_is_rejected_alone(
+    world: World, far: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 0.5)
+    far.answer = lambda asked: hanging() if "text 13" in asked["input"] else good(asked)
+    world.run(seconds=0.8)
+    world.must_be_done(_ITEMS - 1)
+    assert world.rejects() == [(13, "gateway_failed")]
+
+
+@pytest.mark.parametrize("status", [502, 503, 504, None], ids=str)
+def test_a_text_for_which_the_gateway_goes_away_is_rejected_alone(
+    world: World, far: ScriptedGateway, status: int | None
+) -> None:
+    def answer(asked: dict[str, Any]) -> Answer | None:
+        if "text 0" not in asked["input"]:
+            return good(asked)
+        return error(status) if status else None
+
+    world.run()  # the canary is known
+    far.answer = answer
+    world.run(taken(world.engine, make_job(world.engine, world.model, 1)))
+    assert world.rejects() == [(0, "gateway_failed")], "though nothing else came through"
+
+
+def test_a_text_that_fails_for_a_while_is_embedded(world: World, far: ScriptedGateway) -> None:
+    fails = iter([True] * 4)
+    far.answer = lambda asked: error(503) if asked["input"] == ["text 0"] and next(fails, False) else good(asked)
+    world.run(taken(world.engine, make_job(world.engine, world.model, 1)))
+    assert world.rejects() == []
+    assert count(world.engine, "embeddings") == 1
+
+
+def test_a_gateway_that_fails_gets_more_and_more_time(world: World, far: ScriptedGateway) -> None:
+    far.answer = lambda asked: error(500)
+    waits = []
+    for _ in range(6):
+        with pytest.raises(GatewayBusy, match="500") as busy:
+            world.run()
+        waits.append(busy.value.wait_seconds)
+        run_sql(world.engine, "update vectormill.chunks set not_before = null")
+        with connect(world.redis_url) as redis:
+            redis.flushdb()
+    assert waits == [4, 8, 16, 32, 60, 60]
+    assert world.rejects() == []
+
+
+def test_a_slow_pace_is_no_reason_to_give_up(
+    world: World, far: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 1.5)
+    far.answer = lambda asked: good(asked, x_ratelimit_limit_requests="60")
+    world.run()
+    world.must_be_done()
+    # Six requests, a second apart.
+    ((seconds,),) = run_sql(world.engine, "select sum(device_seconds) from vectormill.usage")
+    ((taken_seconds,),) = run_sql(
+        world.engine, "select extract(epoch from max(finished_at) - min(started_at)) from vectormill.attempts"
+    )
+    assert 4 < seconds < float(taken_seconds) + 1, "waits for the limits make the rate"
+
+
+def test_what_was_paid_for_is_committed_while_more_is_under_way(world: World, far: ScriptedGateway) -> None:
+    seen: list[int] = []
+
+    def answer(asked: dict[str, Any]) -> Answer:
+        seen.append(count(world.engine, "embeddings"))
+        return good(asked)
+
+    far.answer = answer
+    watch = Watch(60, 60, commit_seconds=0)
+    world.run(watch=watch)
+    world.must_be_done()
+    assert max(seen) >= 8
+    parts = run_sql(world.engine, "select part, items from vectormill.usage order by part")
+    assert [part for part, _ in parts] == list(range(len(parts)))
+    assert sum(items for _, items in parts) == _ITEMS
+    assert len(parts) >= 3
+    assert run_sql(world.engine, "select sum(prompt_tokens) from vectormill.usage") == [(2 * _ITEMS,)]
+
+
+def test_a_cancelled_chunk_awaits_what_is_under_way_between_commits(world: World, far: ScriptedGateway) -> None:
+    watch = Watch(60, 60, commit_seconds=0)
+
+    def answer(asked: dict[str, Any]) -> Answer:
+        watch.cancelled = asked["input"] != [CANARY]
+        return good(asked)
+
+    far.answer = answer
+    world.run(watch=watch)
+    sent = sum(len(request["input"]) for request in far.requests[1:])
+    assert (world.chunk["state"], world.chunk["embedded"]) == ("cancelled", sent)
+
+
+def test_bad_vectors_are_not_rejected_before_the_canary_was_asked(world: World, far: ScriptedGateway) -> None:
+    nan = base64.b64encode(np.full(DIMENSIONS, np.nan, "<f4").tobytes()).decode()
+    far.answer = _with(_set(embedding=nan))
+    world.run(watch=Watch(60, 60, commit_seconds=0))
+    assert world.chunk["embedded"] == _ITEMS - 5
+    assert far.requests[-1]["input"] == [CANARY]
+    assert run_sql(world.engine, "select count(*) from vectormill.usage") == [(1,)]
+
+
+def test_a_gateway_that_breaks_later_convicts_nobody(world: World, far: ScriptedGateway) -> None:
+    broken: list[bool] = []
+
+    def answer(asked: dict[str, Any]) -> Answer:
+        if broken:
+            return error(400)
+        if asked["input"] == ["text 3"]:
+            return error(400)
+        if "text 20" in asked["input"]:
+            broken.append(True)
+        return error(400) if "text 3" in asked["input"] else good(asked)
+
+    far.answer = answer
+    with pytest.raises(GatewayRefused, match="400"):
+        world.run()
+    assert {index for index, _ in world.rejects()} <= {3}
+    assert world.chunk["embedded"] + world.chunk["rejected"] < _ITEMS
+
+
+def test_each_text_that_is_refused_is_judged_by_itself(world: World, far: ScriptedGateway) -> None:
+    far.answer = lambda asked: error(422) if {"text 3", "text 30"} & set(asked["input"]) else good(asked)
+    world.run()
+    world.must_be_done(_ITEMS - 2)
+    assert sorted(world.rejects()) == [(3, "gateway_refused"), (30, "gateway_refused")]
+    assert [request["input"] for request in far.requests].count([CANARY]) == 3
+
+
+def _other_weights(asked: dict[str, Any]) -> Answer:
+    return good({**asked, "input": [text + "!" for text in asked["input"]]})
+
+
+@pytest.mark.parametrize("meanwhile", ["time passes", "the breaker opens", "it is gone"])
+def test_weights_that_change_between_two_claims(
+    world: World, far: ScriptedGateway, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    world.run()
+    other = make_job(world.engine, world.model, 4)
+    far.requests.clear()
+    world.run(taken(world.engine, other))
+    assert [CANARY] not in [request["input"] for request in far.requests], "known, and so it isn't asked again"
+    far.answer = _other_weights
+    assert world.model.upstream
+    match meanwhile:
+        case "time passes":
+            monkeypatch.setattr(remembering, "_PROOF_SECONDS", 0.0)
+        case "the breaker opens":
+            with connect(world.redis_url) as redis:
+                throttle = Throttle(redis, world.model.upstream, "sk-one")
+                for leave in [throttle.reserve(1, 1.0) for _ in range(5)]:
+                    throttle.failed(leave, None)
+        case "it is gone":
+            gone = replace(world.model.upstream, url=f"http://127.0.0.1:{free_port()}/v1")
+            with pytest.raises(GatewayBusy):
+                world.run(
+                    taken(world.engine, make_job(world.engine, world.model, 4)),
+                    model=replace(world.model, upstream=gone),
+                )
+    before = count(world.engine, "embeddings")
+    with pytest.raises(GatewayChanged, match="canary"):
+        world.run(taken(world.engine, make_job(world.engine, world.model, 4)))
+    assert count(world.engine, "embeddings") == before
+
+
+def test_weights_that_are_mended(world: World, far: ScriptedGateway) -> None:
+    far.answer = _other_weights
+    with pytest.raises(GatewayChanged):
+        world.run()
+    far.answer = good
+    run_sql(world.engine, "update vectormill.chunks set state = 'pending'")
+    world.run()
+    world.must_be_done()
+
+
+def test_a_key_that_is_rotated_under_way(
+    world: World, far: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, valid = tmp_path / "key", ["Bearer sk-one"]
+    key.write_text("sk-one\n")
+    monkeypatch.delenv("FAR_KEY")
+    monkeypatch.setenv("FAR_KEY_FILE", str(key))
+
+    def answer(asked: dict[str, Any]) -> Answer:
+        if len(far.requests) == 3:
+            key.write_text("sk-two\n")
+            valid[0] = "Bearer sk-two"
+        return good(asked) if far.keys[-1] == valid[0] else error(401, "invalid_api_key")
+
+    far.answer = answer
+    world.run()
+    world.must_be_done()
+    assert world.statuses() == {"ok", "401"}
+
+
+def _an_error(status: int, header: str) -> Iterator[bytes]:
+    yield f"HTTP/1.1 {status} No\r\n{header}\r\ncontent-length: 1000000\r\n\r\n<html>".encode()
+    yield from hanging()
+
+
+def test_an_error_counts_however_its_page_goes_on(world: World, far: ScriptedGateway) -> None:
+    far.answer = lambda asked: (429, {"retry-after": "3000"}, b"<p>" * 10_000_000)
+    with pytest.raises(GatewayBusy, match="answers 429") as busy:
+        world.run()
+    assert busy.value.wait_seconds == pytest.approx(3_000, abs=5)
+    with connect(world.redis_url) as redis:
+        redis.flushdb()
+    far.answer = lambda asked: _an_error(401, "x-nothing: 1")
+    with pytest.raises(GatewayRefused, match="answers 401"):
+        world.run(taken(world.engine, make_job(world.engine, world.model, 4)), seconds=0.5)
+
+
+def test_refusals_that_tell_no_wait_are_not_answered_at_once(
+    world: World, far: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.redis_url = f"redis://127.0.0.1:{free_port()}/0"
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(requests, "_REST_SECONDS", 0.1)
+    far.answer = lambda asked: error(429, retry_after="0")
+    with pytest.raises(GatewayBusy, match="429"):
+        world.run()
+    assert len(far.requests) < 15
+
+
+def test_a_gateway_that_says_no_usage(world: World, far: ScriptedGateway) -> None:
+    far.answer = _with(lambda body: body.pop("usage") and None)
+    world.run()
+    world.must_be_done()
+    assert run_sql(world.engine, "select count(*), sum(billed_tokens) from vectormill.attempts") == [(6, 11)]
+    with world.engine.begin() as connection:
+        tokens = status.receipt(connection, world.job)["tokens"]
+    assert tokens["billed"] == 11, "the canary's"
+    assert tokens["unanswered"] == tokens["prompt"] > 0
+
+
+def test_a_count_of_tokens_that_no_text_has(world: World, far: ScriptedGateway) -> None:
+    far.answer = _with(lambda body: body["usage"].update(prompt_tokens=2**40, total_tokens=2**40))
+    world.run()
+    world.must_be_done()
+    assert run_sql(world.engine, "select max(tokens) < 100 from vectormill.embeddings") == [(True,)]
+
+
+def test_an_attempt_whose_commit_was_not_heard_of_is_written_once(world: World) -> None:
+    claim, attempt_id = taken(world.engine, world.job), store_attempts.new_id()
+    for _ in range(2):
+        with world.engine.begin() as connection:
+            store_attempts.begin(connection, attempt_id, claim, "far", items=1, estimated_tokens=3)
+    assert count(world.engine, "attempts") == 1
+
+
+def test_a_database_that_is_away_is_no_hang(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(hung_after_seconds=-1, most_seconds=60)  # hung at once, unless it rests
+    hung: list[bool] = []
+    begin = store_attempts.begin
+
+    def slow(*arguments: Any, **more: Any) -> None:
+        hung.append(watch.hung)
+        begin(*arguments, **more)
+
+    monkeypatch.setattr(store_attempts, "begin", slow)
+    claim = taken(world.engine, world.job)
+    attempts = Attempts(world.engine, claim, "far", watch)
+    attempts.begin(1, 1)
+    assert not watch.hung, "outside of a batch it goes on resting"
+    watch.beat()
+    attempts.begin(1, 1)
+    assert hung == [False, False]
+    assert watch.hung
+
+
+@pytest.mark.parametrize("status", [400, 413])
+def test_the_size_that_a_gateway_takes_is_remembered(world: World, far: ScriptedGateway, status: int) -> None:
+    far.answer = lambda asked: error(status) if len(asked["input"]) > 3 else good(asked)
+    world.run()
+    world.must_be_done()
+    first = len(far.requests)
+    far.requests.clear()
+    world.run(taken(world.engine, make_job(world.engine, world.model, _ITEMS, per_chunk=_ITEMS)))
+    assert max(len(request["input"]) for request in far.requests) <= 3
+    assert len(far.requests) < first
+
+
+def test_a_text_that_is_refused_teaches_no_size(world: World, far: ScriptedGateway) -> None:
+    far.answer = lambda asked: error(400) if "text 13" in asked["input"] else good(asked)
+    world.run()
+    assert world.memory.most_inputs == float("inf")
+
+
+def test_a_request_of_more_than_a_minutes_tokens_is_split(world: World, far: ScriptedGateway) -> None:
+    def answer(asked: dict[str, Any]) -> Answer:
+        if len(asked["input"]) <= 4:
+            return good(asked)
+        status, headers, body = error(429, "rate_limit_exceeded", retry_after_ms="1")
+        body["error"]["message"] = "Request too large for embed-1 on tokens per min (TPM): Limit 10, Requested 16."
+        return status, headers, body
+
+    far.answer = answer
+    world.run()
+    world.must_be_done()
 
 
 def test_a_reply_that_is_too_long_is_not_read(world: World, far: ScriptedGateway) -> None:

@@ -1,13 +1,13 @@
 """Batches by token budget, and the search for an item that kills its process."""
 
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.batching import CONVICTED, Slice, isolated_slices, next_batch, request_batches, share_out, token_batches
+from workers.batching import CONVICTED, Slice, isolated_slices, next_batch, share_out, token_batches
 
 LENGTHS = st.lists(st.integers(0, 300), max_size=80)
 
@@ -129,22 +129,6 @@ def test_a_short_text_waits_for_one_batch_of_longer_ones_at_most(
     shorter = sum(length <= short for length in waiting)
     # Its like, before it in the line, may take turns of their own, with a longer one's turn between.
     assert longer_batches <= 1 + shorter
-
-
-@given(
-    lengths=st.lists(st.integers(1, 50), max_size=60),
-    most_tokens=st.integers(1, 200),
-    most_items=st.integers(1, 20),
-)
-def test_requests_hold_what_a_gateway_takes(lengths: list[int], most_tokens: int, most_items: int) -> None:
-    found = [batch.tolist() for batch in request_batches(np.array(lengths, np.int32), most_tokens, most_items)]
-    assert [at for batch in found for at in batch] == list(range(len(lengths)))
-    for batch in found:
-        assert 1 <= len(batch) <= most_items
-        assert len(batch) == 1 or sum(lengths[at] for at in batch) <= most_tokens
-    for batch, following in pairwise(found):  # none could have taken the next one's first
-        full = len(batch) == most_items
-        assert full or sum(lengths[at] for at in batch) + lengths[following[0]] > most_tokens
 
 
 @given(weights=st.lists(st.integers(1, 9_000), min_size=1, max_size=200), total=st.integers(0, 1_000_000))

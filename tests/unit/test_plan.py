@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
+from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens, request_batches
 
 Item = tuple[int, int]
 ITEMS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 120)), max_size=60)
@@ -107,3 +107,19 @@ def test_many_small_files_hold_little_back() -> None:
     for _ in range(1_000):
         out += len([*planner.add(np.array([1]), np.array([4])), *planner.break_off()])
     assert out >= 950
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=60),
+    most_tokens=st.integers(1, 200),
+    most_items=st.integers(1, 20),
+)
+def test_requests_hold_what_a_gateway_takes(lengths: list[int], most_tokens: int, most_items: int) -> None:
+    found = [batch.tolist() for batch in request_batches(np.array(lengths, np.int32), most_tokens, most_items)]
+    assert [at for batch in found for at in batch] == list(range(len(lengths)))
+    for batch in found:
+        assert 1 <= len(batch) <= most_items
+        assert len(batch) == 1 or sum(lengths[at] for at in batch) <= most_tokens
+    for batch, following in pairwise(found):  # none could have taken the next one's first
+        full = len(batch) == most_items
+        assert full or sum(lengths[at] for at in batch) + lengths[following[0]] > most_tokens

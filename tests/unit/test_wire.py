@@ -169,14 +169,16 @@ _UPSTREAM = Upstream(
 def test_the_client_reads_what_the_server_writes(packed: bool) -> None:
     asked = parse_request(make_request(replace(_UPSTREAM, base64=packed), ["a", "b"]), _MOST)
     assert (asked.model, asked.texts, asked.base64) == ("m", ["a", "b"], packed)
-    found = parse_reply(make_reply(asked, Embedded(vectors=_VECTORS, prompt_tokens=7, truncated=[1])), len(_VECTORS))
+    found = parse_reply(
+        make_reply(asked, Embedded(vectors=_VECTORS, prompt_tokens=7, truncated=[1])), len(_VECTORS), asked_bytes=100
+    )
     assert (found.vectors == _VECTORS).all()
     assert (found.prompt_tokens, found.model, found.truncated) == (7, "m", [1])
 
 
 def test_vectors_are_placed_by_index_and_the_rest_is_optional() -> None:
     body = orjson.dumps({"data": [{"index": 1, "embedding": [3, 4.5]}, {"index": 0, "embedding": [1, 2]}]})
-    found = parse_reply(body, 2)
+    found = parse_reply(body, 2, asked_bytes=100)
     assert found.vectors.tolist() == [[1, 2], [3, 4.5]]
     assert (found.prompt_tokens, found.model, found.truncated) == (None, None, [])
 
@@ -216,7 +218,7 @@ BROKEN: dict[str, bytes] = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_reply_that_is_not_what_was_asked_for_is_refused(how: str) -> None:
     with pytest.raises(BadReply):
-        parse_reply(BROKEN[how], 3, 3)
+        parse_reply(BROKEN[how], 3, 3, asked_bytes=100)
 
 
 @given(
@@ -232,7 +234,7 @@ def test_a_reply_that_is_not_what_was_asked_for_is_refused(how: str) -> None:
 )
 def test_whatever_a_gateway_says_is_a_reply_or_a_bad_one(body: Any) -> None:
     with suppress(BadReply):
-        found = parse_reply(orjson.dumps(body), 1)
+        found = parse_reply(orjson.dumps(body), 1, asked_bytes=100)
         assert found.vectors.shape[0] == 1
 
 
