@@ -85,8 +85,13 @@ def gateway_url(given: str) -> str:
     Raises:
         UserError: it isn't one, or holds a password.
     """
-    parts = urlsplit(given)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
+    try:
+        parts = urlsplit(given)
+        plain = given.isascii() and given.isprintable() and " " not in given and not parts.fragment
+        is_one = plain and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets without an end, a port that is none
+        is_one = False
+    if not is_one:
         raise UserError(f'--gateway "{given}": write the API\'s address, such as https://api.openai.com/v1.')
     if parts.username or parts.password:
         raise UserError("--gateway: addresses are stored, so leave the password out; --key-env names where the key is.")

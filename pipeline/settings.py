@@ -89,8 +89,7 @@ class Settings(BaseSettings):
 
 def read_secret(variable: str) -> str | None:
     """What a variable holds, or, under the same name with `_FILE` after it, the file that it names; read anew each
-    time, so that a file may change. `None`: neither is set, or the file is empty or can't be read, or it is nothing
-    that a header can carry."""
+    time, so that a file may change. `None`: neither is set, or the file is empty or can't be read."""
     if path := os.environ.get(f"{variable}_FILE"):
         try:
             value = Path(path).read_text(encoding="utf-8")
@@ -98,8 +97,13 @@ def read_secret(variable: str) -> str | None:
             return None
     else:
         value = os.environ.get(variable, "")
-    value = value.strip()
-    return value if value and value.isascii() and value.isprintable() else None
+    return value.strip() or None
+
+
+def read_key(variable: str) -> str | None:
+    """A gateway's key, read as `read_secret` does. `None`: there is none, or none that a header can carry."""
+    key = read_secret(variable)
+    return key if key and key.isascii() and key.isprintable() else None
 
 
 def load_settings() -> Settings:

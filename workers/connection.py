@@ -13,7 +13,7 @@ import orjson
 
 from pipeline.errors import BadReply, GatewayRefused
 from pipeline.jobs import Reason, Upstream
-from pipeline.settings import read_secret
+from pipeline.settings import read_key
 from pipeline.wire import CONNECT_SECONDS, Reply, endpoint_of, make_request, most_reply_bytes, parse_reply
 
 #: An error's page beyond this is left.
@@ -203,7 +203,7 @@ def key_of(upstream: Upstream) -> str | None:
     """
     if upstream.key_env is None:
         return None
-    key = read_secret(upstream.key_env)
+    key = read_key(upstream.key_env)
     if key is None:
         where = f"set {upstream.key_env}, or {upstream.key_env}_FILE to the path of a file that holds it"
         raise GatewayRefused(f"there is no key for {upstream.url}: {where}", Reason.KEY_REFUSED)

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, RowMapping
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.publish import queue_of
-from pipeline.settings import Settings, read_secret
+from pipeline.settings import Settings, read_key
 from pipeline.store import chunks, models, workers
 from pipeline.store.database import make_engine
 
@@ -125,7 +125,7 @@ class Presence:
         """Drop models of gateways whose key isn't here, and take them up again when it is."""
         for row in rows:
             name, variable = row["name"], row["key_env"]
-            if variable is None or (read_secret(variable) is None) == (name in self._keyless):
+            if variable is None or (read_key(variable) is None) == (name in self._keyless):
                 continue
             if name in self._keyless:
                 self._keyless.discard(name)

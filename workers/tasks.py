@@ -27,7 +27,7 @@ from pipeline.errors import (
 from pipeline.jobs import ChunkState, Claim, Model, Reason
 from pipeline.logs import configure_logs
 from pipeline.publish import RUN_CHUNK
-from pipeline.settings import Settings, load_settings, read_secret
+from pipeline.settings import Settings, load_settings, read_key
 from pipeline.store import chunks, jobs, models, workers
 from pipeline.store.database import is_connection_lost, make_engine, plain_reason
 from workers.app import app, worker_id_of
@@ -101,7 +101,7 @@ class Child:
         """Whether a gateway lets nothing through for longer than a chunk is held for it."""
         assert model.upstream
         throttle = self.link(model).throttle
-        throttle.key = read_secret(model.upstream.key_env) if model.upstream.key_env else None
+        throttle.key = read_key(model.upstream.key_env) if model.upstream.key_env else None
         return throttle.held_seconds() > PATIENCE_SECONDS
 
     def prepare(self, model: Model, claim: Claim) -> tuple[Encoder, Watch]:

@@ -12,7 +12,7 @@ import structlog
 from pipeline.errors import BadReply, InternalError, InvalidPayload, UpstreamUnavailable
 from pipeline.jobs import Upstream
 from pipeline.plan import request_batches
-from pipeline.settings import read_secret
+from pipeline.settings import read_key
 from pipeline.wire import (
     CONNECT_SECONDS,
     TEXTS_FAULT,
@@ -121,7 +121,7 @@ def _joined(starts: Sequence[int], parts: Sequence[Embedded]) -> Embedded:
 
 
 def _key(variable: str) -> str:
-    key = read_secret(variable)
+    key = read_key(variable)
     if key is None:
         log.error("upstream_key_missing", variable=variable)
         raise InternalError("The gateway isn't set up for this model.")

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from pipeline.doctor.findings import Finding, fail, ok, warn
 from pipeline.doctor.patient import Patient, is_loopback
-from pipeline.settings import read_secret
+from pipeline.settings import read_key
 from pipeline.store import health
 
 _LITTLE_BYTES = 2_000_000_000
@@ -67,7 +67,7 @@ def _gigabytes(count: int) -> str:
 def keys(patient: Patient) -> Iterator[Finding]:
     """The keys of gateways can be read here."""
     needed = {row["key_env"]: row["name"] for row in patient.ask(health.enabled_models) if row["key_env"]}
-    missing = {variable: name for variable, name in needed.items() if read_secret(variable) is None}
+    missing = {variable: name for variable, name in needed.items() if read_key(variable) is None}
     for variable, name in missing.items():
         yield fail(
             f"no key for {name} in {variable}",
