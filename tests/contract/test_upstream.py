@@ -1,6 +1,8 @@
 """Models that the api has from another gateway."""
 
+import base64
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2 as httpx
 import numpy as np
@@ -47,6 +49,40 @@ def test_sizes_are_cut_here(client: httpx.Client) -> None:
     np.testing.assert_allclose(row["embedding"], cut / np.linalg.norm(cut), atol=1e-6)
 
 
+def test_more_texts_than_the_upstream_takes_go_in_several_requests(
+    client: httpx.Client, gateway: Gateway, far: ScriptedGateway
+) -> None:
+    def answer(asked: dict[str, Any]) -> Answer:
+        if len(asked["input"]) > 3:
+            return error(413)
+        status, headers, body = good(asked)
+        for row, text in zip(body["data"], asked["input"], strict=True):
+            row["truncated"] = text in ("text 1", "text 5")
+        return status, headers, body
+
+    where = ("--gateway", far.url, "--upstream-model", "embed-1", "--key-env", "FAR_KEY", "--request-inputs", "3")
+    gateway.fleet.cli("models", "add", "narrow", *where)
+    far.requests.clear()
+    far.answer = answer
+    texts = [f"text {at}" for at in range(8)]
+    reply = client.post("/v1/embeddings", json={"model": "narrow", "input": texts})
+    found = [row["embedding"] for row in reply.json()["data"]]
+    np.testing.assert_allclose(found, [vector_of(text) for text in texts], atol=1e-6)
+    assert sorted(len(request["input"]) for request in far.requests) == [2, 3, 3]
+    assert reply.json()["usage"]["prompt_tokens"] == 16
+    assert [row["index"] for row in reply.json()["data"] if row.get("truncated")] == [1, 5]
+    assert reply.headers["x-vectormill-truncated"] == "2"
+    far.answer = lambda asked: error(429, retry_after="7") if "text 7" in asked["input"] else good(asked)
+    refused = client.post("/v1/embeddings", json={"model": "narrow", "input": texts})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "7")
+
+
+def _unfit(number: float) -> Answer:
+    status, headers, body = good({"input": ["a"], "model": "embed-1"})
+    body["data"][0]["embedding"] = base64.b64encode(np.full(DIMENSIONS, number, "<f4").tobytes()).decode()
+    return status, headers, body
+
+
 @pytest.mark.parametrize(
     ("answer", "status", "code"),
     [
@@ -64,6 +100,8 @@ def test_sizes_are_cut_here(client: httpx.Client) -> None:
         (good({"input": ["a", "b"], "model": "embed-1"}), 500, "internal_error"),
         (error(400), 400, "invalid_payload"),
         (error(422), 400, "invalid_payload"),
+        (_unfit(float("nan")), 500, "internal_error"),
+        (_unfit(float("inf")), 500, "internal_error"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else None,
 )

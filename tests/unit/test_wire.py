@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import BadReply, InvalidPayload
@@ -119,6 +119,7 @@ _ANYTHING = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries({}, optional=dict.fromkeys(("model", "input", "encoding_format", "dimensions"), _ANYTHING))
 )
@@ -221,6 +222,13 @@ def test_a_reply_that_is_not_what_was_asked_for_is_refused(how: str) -> None:
         parse_reply(BROKEN[how], 3, 3, asked_bytes=100)
 
 
+@pytest.mark.parametrize(("said", "read"), [(0, 0), (432, 432), (433, None), (-1, None), (2**52, None), (1.5, None)])
+def test_a_count_of_tokens_that_no_request_has_is_not_said(said: object, read: int | None) -> None:
+    row = {"index": 0, "embedding": [1.0]}
+    body = orjson.dumps({"data": [row, {**row, "index": 1}], "usage": {"prompt_tokens": said}})
+    assert parse_reply(body, 2, asked_bytes=100).prompt_tokens == read
+
+
 @given(
     body=st.recursive(
         st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers(-(2**60), 2**60) | st.text(),
@@ -250,6 +258,10 @@ def test_whatever_a_gateway_says_is_a_reply_or_a_bad_one(body: Any) -> None:
         ({"retry-after": "soon", "retry-after-ms": "later"}, None),
         ({"retry-after": "nan"}, None),
         ({"retry-after": "inf"}, None),
+        ({"retry-after": "1764000000"}, 3_600),
+        ({"retry-after-ms": "1e12"}, 3_600),
+        ({"retry-after": "Tue, 24 Nov 2099 00:00:00 GMT"}, 3_600),
+        ({"retry-after": "Tue, 24 Nov 99999999999999999999 00:00:00 GMT"}, None),
         ({}, None),
     ],
 )
