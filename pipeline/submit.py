@@ -130,6 +130,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
     """
     options = submission.options
     _check(options, submission.corpus)
+    _check_lengths(options, submission.model)
     with engine.begin() as connection:
         job = jobs.NewJob(
             id=uuid7(),
@@ -171,6 +172,21 @@ def _check(options: Options, corpus: Source) -> None:
         raise UserError("--into is for vectors in Postgres; leave out --output.")
     if options.hnsw and not options.into:
         raise UserError("--hnsw makes an index on the table that --into names; name one.")
+
+
+def _check_lengths(options: Options, model: Model) -> None:
+    """Refuse what only a model that is read here can do."""
+    if model.upstream is None:
+        return
+    if options.max_item_tokens not in (None, model.max_item_tokens):
+        raise UserError(
+            f"--max-item-tokens {options.max_item_tokens}: {model.name} is read by its gateway, which isn't told; "
+            "leave it out."
+        )
+    if options.on_long == "reject":
+        raise UserError(
+            f"--on-long reject: {model.name} is read by its gateway, which alone knows what is long; leave it out."
+        )
 
 
 def _into(connection: Connection, submission: Submission) -> Into | None:

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -15,7 +16,7 @@ from sqlalchemy import Engine
 from pipeline import submit as submitting
 from pipeline.dispatch import Dispatcher, finish
 from pipeline.errors import IdempotencyConflict, LeaseLost, SourceError, UserError
-from pipeline.jobs import JobState, Model, Reason
+from pipeline.jobs import JobState, Model, Reason, Upstream
 from pipeline.publish import Publisher
 from pipeline.sources import Columns, Corpus
 from pipeline.store import jobs
@@ -189,6 +190,29 @@ def test_wrong_options_are_refused(engine: Engine, run: Callable[..., Submitted]
 
 
 # Idempotency
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"max_item_tokens": 128}, "--max-item-tokens 128"), ({"on_long": "reject"}, "--on-long reject")],
+)
+def test_a_gateways_texts_are_not_measured_here(
+    engine: Engine, model: Model, options: dict[str, Any], said: str
+) -> None:
+    upstream = Upstream(
+        url="http://127.0.0.1:1/v1",
+        model="far",
+        reply_model=None,
+        key_env=None,
+        base64=True,
+        request_inputs=1,
+        request_tokens=1,
+    )
+    far = replace(model, upstream=upstream)
+    with pytest.raises(UserError, match=said):
+        submit(engine, submission(far, jsonl(), **options))
+    assert nothing_is_left(engine)
+    assert submit(engine, submission(far, jsonl(), max_item_tokens=far.max_item_tokens)).job_id
 
 
 def test_the_same_key_attaches(engine: Engine, run: Callable[..., Submitted]) -> None:
