@@ -1,4 +1,4 @@
-"""A job's vectors as a file, streamed in index order."""
+"""A job's vectors in index order, as a file or as a stream of bytes."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,14 +10,17 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from pipeline import parts
 from pipeline.errors import UserError
 from pipeline.parts import OUR_COLUMNS
 from pipeline.store import embeddings, jobs, outputs
+from pipeline.store.outputs import Output
 
 Block = Sequence[tuple[Any, ...]]
+#: Vectors that are read at once for a stream.
+_PAGE = 2_000
 
 
 def export(connection: Connection, job_id: UUID, target: Path) -> int:
@@ -27,12 +30,8 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
     Raises:
         UserError: another ending, or the folder can't be written.
     """
-    writers: dict[str, Callable[[Iterator[Block], Path, int], None]] = {
-        ".parquet": _write_parquet,
-        ".jsonl": _write_jsonl,
-    }
-    writer = writers.get(target.suffix)
-    if writer is None:
+    kind = target.suffix.removeprefix(".")
+    if kind not in _ENCODERS:
         raise UserError(f"--to {target}: give a file that ends in .parquet or .jsonl.")
     count = 0
 
@@ -43,12 +42,16 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
             count += len(block)
 
     partial = target.with_name(f".{target.name}.partial")
-    row = jobs.by_id(connection, job_id)
-    assert row
-    folder = row["options"].get("output")
-    blocks = _read_parts(connection, job_id, folder) if folder else embeddings.stream(connection, job_id)
+    folder = _output_of(connection, job_id)
+    if folder:
+        blocks = _read_parts(folder, job_id, (chunk.outputs for chunk in outputs.by_chunk(connection, job_id)))
+    else:
+        blocks = embeddings.stream(connection, job_id)
+    dimensions = jobs.vector_space(connection, job_id)["dimensions"]
     try:
-        writer(counted(blocks), partial, jobs.vector_space(connection, job_id)["dimensions"])
+        with partial.open("wb") as file:
+            for piece in encode(counted(blocks), kind, dimensions):
+                file.write(piece)
         os.replace(partial, target)
     except OSError as error:
         raise UserError(f"--to {target}: {error.strerror or error}.") from error
@@ -57,19 +60,53 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
     return count
 
 
-def _write_jsonl(blocks: Iterator[Block], path: Path, _dimensions: int) -> None:
-    with path.open("wb") as file:
-        for block in blocks:
-            for index, key, vector, tokens, truncated, carried in block:
-                row = {
-                    "index": index,
-                    "key": key,
-                    "embedding": vector,
-                    "tokens": tokens,
-                    "truncated": truncated,
-                    **_without_clash(carried),
-                }
-                file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+def stream(engine: Engine, job_id: UUID, kind: str, first_index: int, end_index: int) -> Iterator[bytes]:
+    """A job's vectors from `first_index` to before `end_index`, as `encode` writes them. No transaction lasts longer
+    than a page of them, however slowly they are taken."""
+    with engine.begin() as connection:
+        folder = _output_of(connection, job_id)
+        dimensions = jobs.vector_space(connection, job_id)["dimensions"]
+        written = [
+            chunk.outputs
+            for chunk in (outputs.by_chunk(connection, job_id) if folder else ())
+            if chunk.first_index < end_index and chunk.first_index + chunk.items > first_index
+        ]
+    blocks = _read_parts(folder, job_id, written) if folder else _pages(engine, job_id, first_index, end_index)
+    within = ([row for row in block if first_index <= row[0] < end_index] for block in blocks)
+    return encode((block for block in within if block), kind, dimensions)
+
+
+def encode(blocks: Iterator[Block], kind: str, dimensions: int) -> Iterator[bytes]:
+    """Rows as the bytes of one file, `parquet` or `jsonl`, piece by piece."""
+    return _ENCODERS[kind](blocks, dimensions)
+
+
+def _output_of(connection: Connection, job_id: UUID) -> str | None:
+    row = jobs.by_id(connection, job_id)
+    assert row
+    folder: str | None = row["options"].get("output")
+    return folder
+
+
+def _pages(engine: Engine, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
+    while True:
+        with engine.begin() as connection:
+            page = embeddings.page(connection, job_id, first_index, end_index, _PAGE)
+        if page:
+            yield page
+        if len(page) < _PAGE:
+            return
+        first_index = page[-1][0] + 1
+
+
+def _json_lines(blocks: Iterator[Block], _dimensions: int) -> Iterator[bytes]:
+    for block in blocks:
+        yield b"".join(_json_line(*row) for row in block)
+
+
+def _json_line(index: int, key: str | None, vector: Any, tokens: int, truncated: bool, carried: Any) -> bytes:
+    row = {"index": index, "key": key, "embedding": vector, "tokens": tokens, "truncated": truncated}
+    return orjson.dumps(row | _without_clash(carried), option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
 def _without_clash(carried: dict[str, Any] | None) -> dict[str, Any]:
@@ -77,12 +114,12 @@ def _without_clash(carried: dict[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (carried or {}).items() if name not in OUR_COLUMNS}
 
 
-def _read_parts(connection: Connection, job_id: UUID, folder: str) -> Iterator[Block]:
+def _read_parts(folder: str, job_id: UUID, written: Iterable[Sequence[Output]]) -> Iterator[Block]:
     """A job's vectors from its Parquet output, chunk by chunk."""
-    for chunk in outputs.by_chunk(connection, job_id):
-        if not chunk.outputs:
+    for some in written:
+        if not some:
             continue
-        table = parts.read(folder, job_id, chunk.outputs).combine_chunks()
+        table = parts.read(folder, job_id, some).combine_chunks()
         vectors = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False)).astype(np.float32)
         carried = table.drop_columns(list(OUR_COLUMNS)).to_pylist()
         columns = (table[name].to_pylist() for name in ("index", "key", "tokens", "truncated"))
@@ -90,14 +127,47 @@ def _read_parts(connection: Connection, job_id: UUID, folder: str) -> Iterator[B
         yield list(zip(indexes, keys, vectors, tokens, truncated, carried, strict=True))
 
 
-def _write_parquet(blocks: Iterator[Block], path: Path, dimensions: int) -> None:
+class _Sink:
+    """What Parquet's writer writes to; holds the bytes until they are taken."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def write(self, piece: Any) -> int:
+        data = bytes(piece)
+        self._pieces.append(data)
+        self._size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def take(self) -> bytes:
+        taken, self._pieces = b"".join(self._pieces), []
+        return taken
+
+
+def _parquet(blocks: Iterator[Block], dimensions: int) -> Iterator[bytes]:
     first = next(blocks, None)
     carried = sorted({name for row in first or () for name in _without_clash(row[5])})
     schema = parts.schema(dimensions, half=False, carried=carried)
-    with pq.ParquetWriter(path, schema, **parts.WRITING) as writer:
+    sink = _Sink()
+    with pq.ParquetWriter(sink, schema, **parts.WRITING) as writer:
         while first:
             writer.write_batch(_batch(first, schema, carried))
+            yield sink.take()
             first = next(blocks, None)
+    yield sink.take()
+
+
+_ENCODERS: dict[str, Callable[[Iterator[Block], int], Iterator[bytes]]] = {"parquet": _parquet, "jsonl": _json_lines}
 
 
 def _batch(block: Block, schema: Any, carried: Sequence[str]) -> Any:

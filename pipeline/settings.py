@@ -50,8 +50,15 @@ class Settings(BaseSettings):
     #: The api's address and port; 0 picks a free one.
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8000, ge=0, le=65535)
-    #: The largest body of a request.
+    #: The largest body of a request, and of one that uploads a corpus.
     api_body_bytes: int = Field(default=16 * _MIB, ge=1024, le=1024 * _MIB)
+    api_upload_bytes: int = Field(default=1024 * _MIB, ge=1024, le=1024 * 1024 * _MIB)
+    #: Folders and URIs, comma-separated, below which jobs made through the api may read and write; empty: none.
+    api_sources: Annotated[tuple[str, ...], NoDecode] = ()
+    api_outputs: Annotated[tuple[str, ...], NoDecode] = ()
+    #: An api that commands on jobs go to instead of the database, and a key of it.
+    api_url: str | None = Field(default=None, pattern="^https?://")
+    api_key: SecretStr | None = None
     #: An engine's address, as the api reaches it. Engines ask for no key: keep them off open networks.
     engine_host: str = "127.0.0.1"
     engine_port: int = Field(default=0, ge=0, le=65535)
@@ -76,7 +83,7 @@ class Settings(BaseSettings):
     #: Precision on CUDA; a CPU always embeds in float32. Set by `vectormill worker --precision`.
     worker_dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
 
-    @field_validator("worker_models", "worker_devices", mode="before")
+    @field_validator("worker_models", "worker_devices", "api_sources", "api_outputs", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value

@@ -17,13 +17,16 @@ RATE_WINDOW_SECONDS = 60.0
 FRESH_SECONDS = 5.0
 
 
-def find_job(connection: Connection, workspace_id: int, name_or_id: str) -> UUID:
-    """The job with this id, a unique beginning of it, or this name (the newest that bears it).
+def find_job(connection: Connection, workspace_id: int | None, name_or_id: str) -> UUID:
+    """The job of a workspace, or of any, with this id, a unique beginning of it, or this name (the newest that bears
+    it).
 
     Raises:
         UnknownJob: there is none.
         UserError: the beginning fits several jobs.
     """
+    if "\0" in name_or_id:  # Postgres takes none in a text
+        raise UnknownJob("no such job.")
     named = jobs.newest_named(connection, workspace_id, name_or_id)
     if named is not None:
         return named
@@ -56,6 +59,12 @@ def job_status(connection: Connection, job_id: UUID) -> dict[str, Any]:
     if kept is None:
         return sum_up(connection, job_id)
     return {**kept, **_of_row(job_row(connection, job_id))}
+
+
+def list_jobs(connection: Connection, workspace_id: int | None, **wanted: Any) -> list[dict[str, Any]]:
+    """The statuses of the jobs that `store.jobs.page` finds, each with its workspace's name."""
+    found = jobs.page(connection, workspace_id, **wanted)
+    return [job_status(connection, row["id"]) | {"workspace": row["workspace"]} for row in found]
 
 
 def sum_up(connection: Connection, job_id: UUID) -> dict[str, Any]:
@@ -91,6 +100,7 @@ def _of_row(row: RowMapping) -> dict[str, Any]:
         "message": row["message"],
         "model": row["model_name"],
         "labels": row["labels"],
+        "output": row["options"].get("output"),
         **{
             moment: row[moment].isoformat() if row[moment] else None
             for moment in ("created_at", "started_at", "finished_at")

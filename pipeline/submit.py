@@ -22,6 +22,7 @@ from pipeline.errors import IdempotencyConflict, LeaseLost, SourceError, UserErr
 from pipeline.jobs import Extent, Model, Reject
 from pipeline.leases import Renewal
 from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
+from pipeline.settings import Settings
 from pipeline.sources import Corpus, Rows, Source, SourceFile
 from pipeline.sources.reference import Places, check_referable
 from pipeline.store import chunks, into, items, jobs, partitions
@@ -75,6 +76,16 @@ class Planning:
     chunk_items: int
     chunk_bytes: int
     lease_seconds: float
+
+
+def planning(settings: Settings) -> Planning:
+    """How the environment says that chunks are cut."""
+    return Planning(
+        chunk_seconds=settings.chunk_seconds,
+        chunk_items=settings.chunk_items,
+        chunk_bytes=settings.chunk_bytes,
+        lease_seconds=settings.lease_seconds,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

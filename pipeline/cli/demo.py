@@ -12,16 +12,16 @@ import typer
 from pipeline.catalog import find_model, workspace_id
 from pipeline.cli import look
 from pipeline.cli.connect import Place
+from pipeline.cli.desk import DatabaseDesk
 from pipeline.cli.jobs import watch_job
 from pipeline.cli.prepare import BUNDLED_MODEL, bundled_model_folder
 from pipeline.cli.results import hit_table, search_many
 from pipeline.cli.servers import running_machine
-from pipeline.cli.submit import planning
 from pipeline.errors import UserError
 from pipeline.settings import Settings, load_settings
 from pipeline.sources import Columns, Corpus
 from pipeline.store.database import make_engine
-from pipeline.submit import Options, Submission, submit
+from pipeline.submit import Options, Submission, planning, submit
 
 _QUERIES = ("parse a command line", "open a network connection", "multiply two matrices")
 
@@ -71,7 +71,7 @@ def _run(place: Place, settings: Settings, corpus: Path) -> int:
             planning=planning(settings),
         ),
     ).job_id
-    code = watch_job(place, str(job), None, verify=True)
+    code = watch_job(DatabaseDesk(place), str(job), None, verify=True)
     if code:
         return code
     for query, hits in zip(_QUERIES, search_many(place, str(job), list(_QUERIES), 3), strict=True):

@@ -3,26 +3,18 @@
 import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
-from uuid import UUID
 
 import typer
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
 
-from pipeline import control
-from pipeline import status as reading
 from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli import look
-from pipeline.cli.connect import Place, working
-from pipeline.errors import WaitTimedOut
+from pipeline.cli.desk import Desk, at_desk
+from pipeline.errors import ServiceUnreachable, WaitTimedOut
 from pipeline.jobs import JobState, Reason
-from pipeline.store import items
-from pipeline.store import jobs as job_rows
-from pipeline.store.database import is_connection_lost
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Its id, the beginning of it, or its name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -32,9 +24,8 @@ Workspace = Annotated[str, typer.Option(help="The workspace.")]
 _EXIT_CODES = {JobState.COMPLETED: 0, JobState.FAILED: 3, JobState.CANCELLED: 4, JobState.PAUSED: 5}
 _POLL_SECONDS = 0.5
 _PLAIN_PERIOD_SECONDS = 10.0
-#: How long a watch bears with a database that is away.
+#: How long a watch bears with a server that is away.
 _PATIENCE_SECONDS = 60.0
-_PAGE = 1_000
 
 
 def jobs(
@@ -51,9 +42,8 @@ def jobs(
 
         vectormill jobs --state running --state queued --json
     """
-    with working(workspace) as place, place.engine.begin() as connection:
-        found = job_rows.newest(connection, place.workspace_id, limit, state or ())
-        rows = [reading.job_status(connection, job) for job in found]
+    with at_desk(workspace) as desk:
+        rows = desk.jobs(state or (), limit)
     if as_json:
         look.print_json(rows)
         return
@@ -86,9 +76,8 @@ def status(job: Job, as_json: Json = False, workspace: Workspace = DEFAULT_WORKS
 
     Example: vectormill status docs --json
     """
-    with working(workspace) as place, place.engine.begin() as connection:
-        found = reading.find_job(connection, place.workspace_id, job)
-        row = reading.job_status(connection, found)
+    with at_desk(workspace) as desk:
+        row = desk.status(job)
     if as_json:
         look.print_json(row)
     else:
@@ -127,51 +116,44 @@ def watch(job: Job, timeout: Timeout = None, workspace: Workspace = DEFAULT_WORK
 
     Example: vectormill watch docs
     """
-    with working(workspace) as place:
-        with place.engine.begin() as connection:
-            found = reading.find_job(connection, place.workspace_id, job)
-        raise typer.Exit(watch_job(place, str(found), timeout))
+    with at_desk(workspace) as desk:
+        raise typer.Exit(watch_job(desk, desk.status(job)["id"], timeout))
 
 
-def watch_job(place: Place, job_id: str, timeout_seconds: float | None, *, verify: bool = False) -> int:
+def watch_job(desk: Desk, job_id: str, timeout_seconds: float | None, *, verify: bool = False) -> int:
     """Follow a job until it ends or the system pauses it, and print its receipt. Returns the exit code; 1 if
     `verify` and the rows object.
 
     Raises:
         WaitTimedOut: it didn't within `timeout_seconds`.
     """
-    job = UUID(job_id)
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     show = _live_line() if look.stderr.is_terminal else _plain_lines()
     try:
-        row = _follow(place, job, deadline, show)
+        row = _follow(desk, job_id, deadline, show)
     finally:
         show(None)
     if row["message"] and row["state"] != JobState.COMPLETED:
         look.stderr.print(look.state(row["state"], row["reason"]), row["message"])
-    with place.engine.begin() as connection:
-        account = reading.receipt(connection, job, verify=verify)
-        codes = items.count_rejects(connection, job)
-        folder = reading.job_row(connection, job)["options"].get("output")
-    look.stderr.print(look.ledger(account, codes))
+    account = desk.receipt(job_id, verify=verify)
+    look.stderr.print(look.ledger(account, desk.reject_counts(job_id)))
     look.stderr.print(look.verdict(account))
-    if folder and row["state"] == JobState.COMPLETED:
-        look.stderr.print(f"Vectors are in {folder}: _manifest.json lists the files.", markup=False)
+    if row["output"] and row["state"] == JobState.COMPLETED:
+        look.stderr.print(f"Vectors are in {row['output']}: _manifest.json lists the files.", markup=False)
     code = _EXIT_CODES[JobState(row["state"])]
     return 1 if verify and not (code or account["verified"]) else code
 
 
 def _follow(
-    place: Place, job: UUID, deadline: float | None, show: Callable[[Mapping[str, Any] | None], None]
+    desk: Desk, job_id: str, deadline: float | None, show: Callable[[Mapping[str, Any] | None], None]
 ) -> dict[str, Any]:
     answered = time.monotonic()
     while True:
         try:
-            with place.engine.begin() as connection:
-                row = reading.job_status(connection, job)
+            row = desk.status(job_id)
             answered = time.monotonic()
-        except DBAPIError as error:
-            if not is_connection_lost(error) or time.monotonic() - answered > _PATIENCE_SECONDS:
+        except ServiceUnreachable:
+            if time.monotonic() - answered > _PATIENCE_SECONDS:
                 raise
         else:
             show(row)
@@ -179,7 +161,7 @@ def _follow(
             if state.ended or (state is JobState.PAUSED and row["reason"] != Reason.BY_USER):
                 return row
         if deadline is not None and time.monotonic() >= deadline:
-            raise WaitTimedOut(f"job {job} hasn't ended within the --timeout; it goes on: vectormill watch {job}")
+            raise WaitTimedOut(f"job {job_id} hasn't ended within the --timeout; it goes on: vectormill watch {job_id}")
         time.sleep(_POLL_SECONDS)
 
 
@@ -222,9 +204,8 @@ def rejects(
 
     Example: vectormill rejects docs --json
     """
-    with working(workspace) as place, place.engine.begin() as connection:
-        found = reading.find_job(connection, place.workspace_id, job)
-        rows = _all_rejects(connection, found, limit)
+    with at_desk(workspace) as desk:
+        rows = desk.rejects(job, limit)
     if as_json:
         look.print_json(rows)
         return
@@ -240,17 +221,6 @@ def rejects(
     look.stdout.print(table)
 
 
-def _all_rejects(connection: Connection, job: UUID, limit: int | None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    while limit is None or len(rows) < limit:
-        size = _PAGE if limit is None else min(_PAGE, limit - len(rows))
-        page = items.list_rejects(connection, job, rows[-1]["index"] if rows else -1, size)
-        rows += page
-        if len(page) < size:
-            break
-    return rows
-
-
 def receipt(
     job: Job,
     verify: Annotated[bool, typer.Option("--verify", help="Count the rows themselves, one by one.")] = False,
@@ -261,10 +231,9 @@ def receipt(
 
     Example: vectormill receipt docs --verify
     """
-    with working(workspace) as place, place.engine.begin() as connection:
-        found = reading.find_job(connection, place.workspace_id, job)
-        account = reading.receipt(connection, found, verify=verify)
-        codes = items.count_rejects(connection, found)
+    with at_desk(workspace) as desk:
+        account = desk.receipt(job, verify=verify)
+        codes = {} if as_json else desk.reject_counts(job)
     if as_json:
         look.print_json(account)
     else:
@@ -274,10 +243,9 @@ def receipt(
         raise typer.Exit(1)
 
 
-def _control(job: str, workspace: str, act: Callable[[Connection, UUID], Any]) -> tuple[UUID, Any]:
-    with working(workspace) as place, place.engine.begin() as connection:
-        found = reading.find_job(connection, place.workspace_id, job)
-        return found, act(connection, found)
+def _steer(job: str, workspace: str, verb: str) -> dict[str, Any]:
+    with at_desk(workspace) as desk:
+        return desk.steer(job, verb)
 
 
 def cancel(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -285,8 +253,8 @@ def cancel(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
     Example: vectormill cancel docs
     """
-    found, state = _control(job, workspace, control.cancel)
-    look.stderr.print(f"Job {found} is {state}.")
+    found = _steer(job, workspace, "cancel")
+    look.stderr.print(f"Job {found['id']} is {found['state']}.")
 
 
 def pause(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -294,8 +262,8 @@ def pause(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
     Example: vectormill pause docs
     """
-    found, state = _control(job, workspace, control.pause)
-    look.stderr.print(f"Job {found} is {state}; vectormill resume {found} lets it go on.")
+    found = _steer(job, workspace, "pause")
+    look.stderr.print(f"Job {found['id']} is {found['state']}; vectormill resume {found['id']} lets it go on.")
 
 
 def resume(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -303,8 +271,8 @@ def resume(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
     Example: vectormill resume docs
     """
-    found, state = _control(job, workspace, control.resume)
-    look.stderr.print(f"Job {found} is {state}.")
+    found = _steer(job, workspace, "resume")
+    look.stderr.print(f"Job {found['id']} is {found['state']}.")
 
 
 def priority(
@@ -316,7 +284,8 @@ def priority(
 
     Example: vectormill priority docs 10
     """
-    found, _ = _control(job, workspace, lambda connection, job_id: control.prioritise(connection, job_id, value))
+    with at_desk(workspace) as desk:
+        found = desk.prioritise(job, value)
     look.stderr.print(f"Job {found} has priority {value}.")
 
 
@@ -325,7 +294,8 @@ def retry(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
     Example: vectormill retry docs
     """
-    found, reopened = _control(job, workspace, control.retry)
+    with at_desk(workspace) as desk:
+        found, reopened = desk.retry(job)
     if reopened:
         look.stderr.print(f"Job {found} is queued again: {reopened:,} chunks to do.")
     else:

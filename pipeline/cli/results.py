@@ -13,10 +13,10 @@ from pipeline import status as reading
 from pipeline.catalog import DEFAULT_WORKSPACE, as_upstream
 from pipeline.cli import look
 from pipeline.cli.connect import Place, working
+from pipeline.cli.desk import at_desk
 from pipeline.cli.jobs import Job, Json, Workspace
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import UnknownModel, UserError
-from pipeline.results import export
 from pipeline.store import embeddings, models
 
 _KEY_WIDTH = 40
@@ -31,10 +31,9 @@ def results(
 
     Example: vectormill results docs --to vectors.parquet
     """
-    with working(workspace) as place, place.engine.begin() as connection:
-        found = reading.find_job(connection, place.workspace_id, job)
-        count = export(connection, found, to)
-    look.stderr.print(f"{count:,} vectors written to {to}.", markup=False)
+    with at_desk(workspace) as desk:
+        written = desk.results(job, to)
+    look.stderr.print(written, markup=False)
 
 
 def search(

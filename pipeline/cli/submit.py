@@ -1,9 +1,11 @@
 """`vectormill submit`: a corpus becomes a job."""
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -13,20 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.catalog import DEFAULT_WORKSPACE, as_model, find_model, find_row
-from pipeline.cli.connect import Place, working
+from pipeline.cli.connect import Place
+from pipeline.cli.desk import ApiDesk, at_desk
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
 from pipeline.cli.look import duration, number, print_json, size, stderr, stdout
 from pipeline.cli.oneshot import oneshot
 from pipeline.cli.results import model_source
 from pipeline.errors import UserError
 from pipeline.estimate import estimate
-from pipeline.parts import OUR_COLUMNS
-from pipeline.settings import Settings
+from pipeline.request import JobRequest, default_name, read_request
 from pipeline.sources import Columns, Compression, Corpus, Source
+from pipeline.sources.files import find_files
 from pipeline.sources.query import QueryCorpus
 from pipeline.storage import is_remote
 from pipeline.store import workers
-from pipeline.submit import Options, Planning, Submission
+from pipeline.submit import Options, Submission, planning
 from pipeline.submit import submit as submit_corpus
 
 
@@ -104,47 +107,88 @@ def submit(
     """
     _one_of("--dtype", dtype, "float32", "float16")
     _one_of("--on-long", on_long, "truncate", "reject")
-    if not max_rejects == max_rejects.strip():
+    if max_rejects != max_rejects.strip():
         raise UserError("--max-rejects: give a count such as 50, or a share such as 2.5%.")
-    if taken := set(carry or ()) & set(OUR_COLUMNS):
-        raise UserError(f"--carry {sorted(taken)[0]}: results have a column of this name already.")
-    columns = Columns(
-        text=text_column,
-        key=key_column or "id",
-        key_required=key_column is not None or into is not None,
-        carry=tuple(carry or ()),
+    wish = read_request(
+        {
+            "model": model,
+            "name": name,
+            "text_column": text_column,
+            "key_column": key_column,
+            "carry": carry or [],
+            "labels": _labels(label or []),
+            "priority": priority,
+            "dimensions": dimensions,
+            "dtype": dtype,
+            "max_item_tokens": max_item_tokens,
+            "on_long": on_long,
+            "max_rejects": max_rejects,
+            "unique_keys": unique_keys,
+            "by_reference": bool(by_reference),
+            "output": output and _absolute(output),
+        },
+        of_options=True,
     )
-    options = Options(
-        name=name or (default_name(sources[0]) if sources else "query"),
-        dimensions=dimensions,
-        dtype=dtype,
-        max_item_tokens=max_item_tokens,
-        on_long=on_long,
-        max_rejects=max_rejects,
-        unique_keys=unique_keys,
-        priority=priority,
-        labels=_labels(label or []),
-        idempotency_key=idempotency_key,
-        output=output and _absolute(output),
-        into=into,
-        hnsw=hnsw,
-    )
-    with working(workspace) as place:
-        corpus = _corpus(sources or [], from_url, query, columns, place.settings.item_bytes)
-        if by_reference is None:
-            by_reference = _by_reference(corpus, options)
-        options = replace(options, by_reference=by_reference)
-        if dry_run:
-            _estimate(place, model, corpus, options, as_json=as_json)
-            return
-        job_id = _submit(place, model, corpus, options)
+    with at_desk(workspace) as desk:
+        if isinstance(desk, ApiDesk):
+            _refuse_at_api({"--from": from_url, "--into": into, "--hnsw": hnsw, "--dry-run": dry_run})
+            job_id = _submit_to_api(desk, wish, sources or [], idempotency_key)
+        else:
+            corpus = _corpus(sources or [], from_url, query, wish.columns(key_required=into is not None), desk.place)
+            options = wish.options(default_name(sources[0]) if sources else "query", idempotency_key)
+            options = replace(options, into=into, hnsw=hnsw)
+            if by_reference is None:
+                options = replace(options, by_reference=_by_reference(corpus, options))
+            if dry_run:
+                _estimate(desk.place, model, corpus, options, as_json=as_json)
+                return
+            job_id = _submit(desk.place, model, corpus, options)
         sys.stdout.write(f"{job_id}\n")
         sys.stdout.flush()
         if wait:
-            raise typer.Exit(watch_job(place, job_id, timeout))
+            raise typer.Exit(watch_job(desk, job_id, timeout))
 
 
-def _corpus(sources: list[str], url: str | None, query: str | None, columns: Columns, item_bytes: int) -> Source:
+def _refuse_at_api(given: Mapping[str, Any]) -> None:
+    for option, value in given.items():
+        if value:
+            raise UserError(f"{option} needs the database itself: set VECTORMILL_DATABASE_URL.")
+
+
+def _submit_to_api(desk: ApiDesk, wish: JobRequest, sources: list[str], idempotency_key: str | None) -> str:
+    """Upload local files and the standard input; URIs are for the api to read."""
+    if not sources:
+        raise UserError("no source: give files, a folder, or - for standard input.")
+    wish = wish.model_copy(update={"name": wish.name or default_name(sources[0])})
+    remote = [source for source in sources if is_remote(source)]
+    with TemporaryDirectory() as folder:
+        if remote:
+            if len(remote) < len(sources):
+                raise UserError("an api takes files to upload or URIs, not both in one job.")
+            made, known = desk.submit(wish.model_copy(update={"sources": remote}), [], idempotency_key)
+        else:
+            if wish.by_reference:
+                raise UserError("--by-reference: an api can't read files of this machine; leave it out.")
+            made, known = desk.submit(wish, _files_of(sources, Path(folder)), idempotency_key)
+    if known:
+        stderr.print(f"This idempotency key made job {made} before.")
+    return made
+
+
+def _files_of(sources: list[str], folder: Path) -> list[Path]:
+    paths = []
+    for file in find_files(sources):
+        if file.uri is None:
+            paths.append(folder / "stdin.jsonl")
+            with paths[-1].open("wb") as kept:
+                shutil.copyfileobj(sys.stdin.buffer, kept)
+        else:
+            paths.append(Path(file.uri))
+    return paths
+
+
+def _corpus(sources: list[str], url: str | None, query: str | None, columns: Columns, place: Place) -> Source:
+    item_bytes = place.settings.item_bytes
     if (url is None) != (query is None):
         raise UserError("--from and --query go together: a database's URL, and what to select from it.")
     if url is not None and query is not None:
@@ -225,24 +269,6 @@ def _estimate_table(found: Mapping[str, Any]) -> Table:
         if found["bytes"][where]:
             table.add_row("size", f"about {size(found['bytes'][where])} in {name}")
     return table
-
-
-def planning(settings: Settings) -> Planning:
-    """How the environment says that chunks are cut."""
-    return Planning(
-        chunk_seconds=settings.chunk_seconds,
-        chunk_items=settings.chunk_items,
-        chunk_bytes=settings.chunk_bytes,
-        lease_seconds=settings.lease_seconds,
-    )
-
-
-def default_name(source: str) -> str:
-    """A job's name from its first source: the file's name without its endings, or the folder that a glob begins in."""
-    if source == "-":
-        return "stdin"
-    plain = (part for part in reversed(Path(source).parts) if not any(sign in part for sign in "*?["))
-    return next(plain, source).split(".")[0] or source
 
 
 #: Files that take more are read by their workers, unless --by-value says otherwise.

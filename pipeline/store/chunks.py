@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, RowMapping, insert, text
+from sqlalchemy import Connection, RowMapping, insert, select, text
 
 from pipeline.jobs import ChunkState, Claim, Extent, JobState
 from pipeline.tables import chunks
@@ -317,6 +317,17 @@ def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int)
         {"job": job_id, "after": after, "limit": limit},
     )
     return list(rows.scalars())
+
+
+def page(
+    connection: Connection, job_id: UUID, *, states: Sequence[ChunkState], after: int, limit: int
+) -> list[RowMapping]:
+    """A job's chunks in order, past the one that begins at index `after`; only those in `states`, if given."""
+    found = select(chunks).where(chunks.c.job_id == job_id)
+    if states:
+        found = found.where(chunks.c.state.in_(states))
+    found = found.where(chunks.c.first_index > after).order_by(chunks.c.first_index).limit(limit)
+    return list(connection.execute(found).mappings())
 
 
 def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:

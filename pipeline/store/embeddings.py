@@ -1,7 +1,8 @@
 """Vectors in and out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -92,25 +93,37 @@ def _decode(wire: bytes, element: str) -> npt.NDArray[np.float32]:
     return np.frombuffer(wire, dtype=element, offset=4).astype(np.float32)
 
 
-def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator[list[tuple[object, ...]]]:
+_READ = """
+    select e.index, e.key, coalesce(vector_send(e.vector), halfvec_send(e.half)), e.half is not null,
+           e.tokens, e.truncated, i.carried
+    from vectormill.embeddings e left join vectormill.items i on i.job_id = e.job_id and i.index = e.index
+    where e.job_id = %s and e.index >= %s and e.index < %s order by e.index
+"""
+_ALL = (0, 2**63 - 1)
+
+
+def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator[list[tuple[Any, ...]]]:
     """A job's vectors in index order, in blocks: (index, key, vector as float32 or float16 array, tokens, truncated,
     carried). Memory is bounded by a server-side cursor."""
     with psycopg_connection(connection).cursor(name="results", binary=True) as cursor:
         cursor.itersize = block
-        cursor.execute(
-            """
-            select e.index, e.key, coalesce(vector_send(e.vector), halfvec_send(e.half)), e.half is not null,
-                   e.tokens, e.truncated, i.carried
-            from vectormill.embeddings e left join vectormill.items i on i.job_id = e.job_id and i.index = e.index
-            where e.job_id = %s order by e.index
-            """,
-            (job_id,),
-        )
+        cursor.execute(_READ, (job_id, *_ALL))
         while rows := cursor.fetchmany(block):
-            yield [
-                (index, key, _decode(wire, ">f2" if half else ">f4"), tokens, truncated, carried)
-                for index, key, wire, half, tokens, truncated, carried in rows
-            ]
+            yield _as_read(rows)
+
+
+def page(connection: Connection, job_id: UUID, first_index: int, end_index: int, limit: int) -> list[tuple[Any, ...]]:
+    """At most `limit` of a job's vectors from one index to before another, in order, as `stream` gives them."""
+    with psycopg_connection(connection).cursor(binary=True) as cursor:
+        cursor.execute(_READ + " limit %s", (job_id, first_index, end_index, limit))
+        return _as_read(cursor.fetchall())
+
+
+def _as_read(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return [
+        (index, key, _decode(wire, ">f2" if half else ">f4"), tokens, truncated, carried)
+        for index, key, wire, half, tokens, truncated, carried in rows
+    ]
 
 
 def nearest(

@@ -24,11 +24,11 @@ def forget(connection: Connection, engine_id: UUID) -> None:
 
 
 def live(connection: Connection, seconds: float) -> list[RowMapping]:
-    """The engines that were seen within so many seconds: `url, models`."""
+    """The engines that were seen within so many seconds, the longest running first."""
     rows = connection.execute(
         text("""
-            select url, models from vectormill.engines where seen_at > now() - make_interval(secs => :age)
-            order by started_at, id
+            select id, url, models, device, started_at, seen_at from vectormill.engines
+            where seen_at > now() - make_interval(secs => :age) order by started_at, id
         """),
         {"age": seconds},
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -110,14 +111,18 @@ def settled(connection: Connection, job_id: UUID, first_index: int, count: int) 
     return set(rows.scalars())
 
 
-def list_rejects(connection: Connection, job_id: UUID, after: int, limit: int) -> list[dict[str, object]]:
-    """A page of a job's rejects in index order, from the first one past index `after`."""
+def list_rejects(
+    connection: Connection, job_id: UUID, after: int, limit: int, code: str | None = None
+) -> list[dict[str, Any]]:
+    """A page of a job's rejects in index order, from the first one past index `after`; only those of `code`, if
+    given."""
     rows = connection.execute(
         text("""
             select index, key, code, message from vectormill.rejects
-            where job_id = :job and index > :after order by index limit :limit
+            where job_id = :job and index > :after and (cast(:code as text) is null or code = :code)
+            order by index limit :limit
         """),
-        {"job": job_id, "after": after, "limit": limit},
+        {"job": job_id, "after": after, "limit": limit, "code": code},
     )
     return [dict(row) for row in rows.mappings()]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, RowMapping, insert, text
+from sqlalchemy import Connection, RowMapping, insert, select, text
 
 from pipeline.jobs import JOB_TRANSITIONS, JobState, Reason
-from pipeline.tables import inputs, jobs
+from pipeline.tables import inputs, jobs, workspaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,38 +108,58 @@ def by_idempotency_key(connection: Connection, workspace_id: int, key: str) -> R
     )
 
 
-def ids_beginning(connection: Connection, workspace_id: int, beginning: str, limit: int) -> list[UUID]:
-    """Ids of a workspace's jobs whose written form begins so, newest first."""
+def ids_beginning(connection: Connection, workspace_id: int | None, beginning: str, limit: int) -> list[UUID]:
+    """Ids of a workspace's jobs, or of everybody's, whose written form begins so, newest first."""
     rows = connection.execute(
         text("""
             select id from vectormill.jobs
-            where workspace_id = :workspace and starts_with(id::text, :beginning) order by id desc limit :limit
+            where (workspace_id = :workspace or cast(:workspace as bigint) is null)
+              and starts_with(id::text, :beginning) order by id desc limit :limit
         """),
         {"workspace": workspace_id, "beginning": beginning, "limit": limit},
     )
     return [row[0] for row in rows]
 
 
-def newest_named(connection: Connection, workspace_id: int, name: str) -> UUID | None:
-    """The newest job of this name."""
+def newest_named(connection: Connection, workspace_id: int | None, name: str) -> UUID | None:
+    """The newest job of this name in a workspace, or in all."""
     return connection.execute(
         text("""
-            select id from vectormill.jobs where workspace_id = :workspace and name = :name order by id desc limit 1
+            select id from vectormill.jobs
+            where (workspace_id = :workspace or cast(:workspace as bigint) is null) and name = :name
+            order by id desc limit 1
         """),
         {"workspace": workspace_id, "name": name},
     ).scalar_one_or_none()
 
 
-def newest(connection: Connection, workspace_id: int, limit: int, states: Sequence[JobState] = ()) -> list[UUID]:
-    """Ids of a workspace's newest jobs, newest first; only those in `states`, if given."""
-    rows = connection.execute(
-        text("""
-            select id from vectormill.jobs
-            where workspace_id = :workspace and (:every or state = any(:states)) order by id desc limit :limit
-        """),
-        {"workspace": workspace_id, "every": not states, "states": list(states), "limit": limit},
-    )
-    return [row[0] for row in rows]
+def page(
+    connection: Connection,
+    workspace_id: int | None,
+    *,
+    states: Sequence[JobState] = (),
+    model: str | None = None,
+    name: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    before: UUID | None = None,
+    limit: int,
+) -> list[RowMapping]:
+    """A workspace's jobs, or everybody's, newest first: `id, workspace`. Those in `states`, of this model, with `name`
+    in their name, with these labels, and older than the job `before`, where that is asked."""
+    found = select(jobs.c.id, workspaces.c.name.label("workspace")).join(workspaces).order_by(jobs.c.id.desc())
+    if workspace_id is not None:
+        found = found.where(jobs.c.workspace_id == workspace_id)
+    if states:
+        found = found.where(jobs.c.state.in_(states))
+    if model is not None:
+        found = found.where(jobs.c.model_name == model)
+    if name is not None:
+        found = found.where(jobs.c.name.icontains(name, autoescape=True))
+    if labels:
+        found = found.where(jobs.c.labels.contains(dict(labels)))
+    if before is not None:
+        found = found.where(jobs.c.id < before)
+    return list(connection.execute(found.limit(limit)).mappings())
 
 
 def active(connection: Connection) -> list[RowMapping]:

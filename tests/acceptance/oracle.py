@@ -88,7 +88,7 @@ def _vectors(connection: Connection, job: UUID, calm: UUID) -> Iterator[str]:
 
 def vectors(connection: Connection, job: UUID) -> dict[int, npt.NDArray[np.float32]]:
     """A job's vectors by index."""
-    return {row[0]: row[2] for block in embeddings.stream(connection, job) for row in block}  # type: ignore[misc]
+    return {row[0]: row[2] for block in embeddings.stream(connection, job) for row in block}
 
 
 def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:

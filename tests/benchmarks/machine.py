@@ -16,7 +16,6 @@ from sqlalchemy import text
 from pipeline.catalog import find_model, workspace_id
 from pipeline.cli.connect import Place
 from pipeline.cli.prepare import BUNDLED_MODEL, bundled_model_folder, prepare_database
-from pipeline.cli.submit import planning
 from pipeline.embedded import place
 from pipeline.embedded.machine import Machine, Stages
 from pipeline.embedded.runtime import Running
@@ -25,7 +24,7 @@ from pipeline.jobs import Model
 from pipeline.settings import Settings
 from pipeline.sources import Columns, Corpus
 from pipeline.store.database import make_engine
-from pipeline.submit import Options, Planning, Submission, submit
+from pipeline.submit import Options, Planning, Submission, planning, submit
 
 
 def model_folder() -> Path:

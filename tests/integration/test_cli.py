@@ -67,7 +67,7 @@ def test_submit_prints_the_id_alone(engine: Engine, model: Model, run: Run) -> N
 
 def test_status(job_id: UUID, run: Run) -> None:
     row = printed(run, "status", "docs")
-    assert row.keys() - {"message"} == STATUS
+    assert row.keys() - {"message", "output"} == STATUS
     assert (row["id"], row["state"], row["reason"], row["model"]) == (str(job_id), "running", None, "small")
     assert row["labels"] == {"team": "search"}
     assert row["items"] == {
@@ -90,7 +90,7 @@ def test_jobs(engine: Engine, model: Model, job_id: UUID, run: Run) -> None:
     newer = make_job(engine, model)
     rows = printed(run, "jobs")
     assert [row["id"] for row in rows] == [str(newer), str(job_id)]
-    assert rows[0].keys() - {"message"} == STATUS
+    assert rows[0].keys() - {"message", "output", "workspace"} == STATUS
     assert [row["id"] for row in printed(run, "jobs", "--state", "running")] == [str(job_id)]
 
 

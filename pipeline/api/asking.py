@@ -1,0 +1,129 @@
+"""Who asks `/api` and what for: callers, whose jobs they see, and transactions."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+from uuid import UUID
+
+from fastapi import Query, Request
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import Connection
+
+from pipeline import catalog, status
+from pipeline.api.directory import Caller
+from pipeline.errors import InvalidPayload, NotFound, UserError
+
+Found = TypeVar("Found")
+Body = TypeVar("Body", bound=BaseModel)
+
+#: How long Postgres may take for what a person waits for.
+_MOST_SECONDS = 30.0
+SECURITY: dict[str, Any] = {"security": [{"bearer": []}]}
+
+
+class Problem(BaseModel):
+    """What went wrong, by RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+_MEANINGS = {
+    400: "The request can't be carried out as it was made.",
+    401: "No live key.",
+    403: "An admin's key is needed.",
+    404: "There is none.",
+    409: "Its state doesn't allow this.",
+    413: "The body is too large.",
+    422: "The idempotency key was used with another payload.",
+    503: "A server that is needed can't be reached; try again.",
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """How an OpenAPI description says which problems a route has, besides 401 and 503."""
+    content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
+    return {status: {"description": _MEANINGS[status], "content": content} for status in (401, 503, *statuses)}
+
+
+Workspace = Annotated[
+    str | None,
+    Query(max_length=200, pattern="^[^\0]*$", description="Of an admin: only this workspace. Default: all."),
+]
+
+
+async def caller_of(request: Request, *, admin: bool = False) -> Caller:
+    """Who asks.
+
+    Raises:
+        Unauthorized, InvalidApiKey: nobody that is known.
+        Forbidden: not an admin, where it must be one.
+    """
+    caller: Caller = await request.app.state.gateway.directory.caller(request.headers.get("authorization"))
+    if admin:
+        caller.must_be_admin()
+    return caller
+
+
+async def read_body(request: Request, shape: type[Body]) -> Body:
+    """A request's body. As a parameter of the route it would be read before the caller is known.
+
+    Raises:
+        InvalidPayload: it isn't of that shape.
+    """
+    try:
+        return shape.model_validate_json(await request.body())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise InvalidPayload(f"{where}: {first['msg']}.", param=where) from None
+
+
+def described(shape: type[BaseModel]) -> dict[str, Any]:
+    """How an OpenAPI description shows a route with such a body."""
+    content = {"application/json": {"schema": shape.model_json_schema()}}
+    return {**SECURITY, "requestBody": {"required": True, "content": content}}
+
+
+async def ask(request: Request, act: Callable[[Connection], Found]) -> Found:
+    """Act in a transaction, beside the event loop.
+
+    Raises:
+        UpstreamUnavailable: the database is away.
+    """
+    found: Found = await request.app.state.database.ask_within(_MOST_SECONDS, act)
+    return found
+
+
+def scope_of(connection: Connection, caller: Caller, workspace: str | None) -> int | None:
+    """The workspace whose things a caller sees; None: all of them.
+
+    Raises:
+        NotFound: it asks for one that isn't its own, or that doesn't exist.
+    """
+    if workspace is None:
+        return None if caller.admin else caller.workspace_id
+    try:
+        found = catalog.workspace_id(connection, workspace)
+    except UserError as error:
+        raise NotFound(str(error)) from error
+    if found != caller.workspace_id and not caller.admin:
+        raise NotFound(f'no workspace "{workspace}".')
+    return found
+
+
+async def ask_of_job(
+    request: Request, job: str, act: Callable[[Connection, UUID], Found], workspace: str | None = None
+) -> Found:
+    """Act on a job that the caller sees, by its id, the beginning of it, or its name.
+
+    Raises:
+        UnknownJob: it sees none.
+    """
+    caller = await caller_of(request)
+
+    def run(connection: Connection) -> Found:
+        return act(connection, status.find_job(connection, scope_of(connection, caller, workspace), job))
+
+    return await ask(request, run)

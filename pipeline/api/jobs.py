@@ -1,0 +1,426 @@
+"""`/api/jobs`: submit, see and steer jobs, and take what came of them."""
+
+import asyncio
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import orjson
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+from sqlalchemy import Connection, Engine
+
+from pipeline import control, results, status
+from pipeline.api.asking import (
+    SECURITY,
+    Workspace,
+    ask,
+    ask_of_job,
+    caller_of,
+    described,
+    problems,
+    read_body,
+    scope_of,
+)
+from pipeline.errors import InvalidPayload
+from pipeline.jobs import ChunkState, JobState, RejectCode
+from pipeline.store import chunks, items
+
+router = APIRouter(prefix="/api/jobs", responses=problems(400, 404), tags=["Jobs"])
+
+#: A page of rejects, of which a stream reads one after the other.
+_PAGE = 1_000
+_TEXT = "^[^\0]*$"
+
+
+class Items(BaseModel):
+    """Counts of items."""
+
+    total: int
+    embedded: int
+    reused: int
+    rejected: int
+    cancelled: int
+    pending: int
+    truncated: int
+
+
+class Tokens(BaseModel):
+    """Counts of tokens."""
+
+    prompt: int
+
+
+class Rate(BaseModel):
+    """Of the last minute, or of the last one before the job's end."""
+
+    items_per_second: float
+    tokens_per_second: float
+
+
+class Chunks(BaseModel):
+    """Counts of chunks by state."""
+
+    pending: int
+    running: int
+    done: int
+    cancelled: int
+
+
+class Job(BaseModel):
+    """Where a job stands."""
+
+    id: UUID
+    name: str
+    workspace: str | None = Field(default=None, description="In lists.")
+    state: JobState
+    reason: str | None = Field(description="Why it is paused or has failed.")
+    message: str | None
+    model: str
+    labels: dict[str, str]
+    output: str | None = Field(description="Where its vectors are as Parquet; null: in Postgres.")
+    items: Items
+    tokens: Tokens
+    rate: Rate
+    eta_seconds: float | None
+    chunks: Chunks
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first."""
+
+    data: list[Job]
+    has_more: bool
+    after: UUID | None = Field(description="Send it as `after` for the next page.")
+
+
+class Chunk(BaseModel):
+    """A contiguous range of a job's items."""
+
+    id: int
+    ordinal: int
+    first_index: int
+    items: int
+    state: ChunkState
+    fence: int = Field(description="How often it was claimed, and reopened.")
+    crashes: int
+    last_error: str | None
+    embedded: int
+    reused: int
+    rejected: int
+    cancelled: int
+    truncated: int
+    prompt_tokens: int
+    output_uri: str | None
+    lease_until: datetime | None
+    not_before: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class ChunkPage(BaseModel):
+    """Chunks in the order of their items."""
+
+    data: list[Chunk]
+    has_more: bool
+    after: int | None = Field(description="Send it as `after` for the next page.")
+
+
+class Rejected(BaseModel):
+    """An item that can't be embedded."""
+
+    index: int
+    key: str | None
+    code: RejectCode
+    message: str
+
+
+class RejectPage(BaseModel):
+    """Rejects in the order of their items."""
+
+    data: list[Rejected]
+    counts: dict[str, int] = Field(description="All of the job's rejects, by code.")
+    has_more: bool
+    after: int | None = Field(description="Send it as `after` for the next page.")
+
+
+class ReceiptItems(BaseModel):
+    """in = embedded + reused + rejected + cancelled, at the job's end."""
+
+    into: int = Field(alias="in")
+    embedded: int
+    reused: int
+    rejected: int
+    cancelled: int
+
+
+class ReceiptTokens(BaseModel):
+    """Tokens metered, and what gateways billed."""
+
+    prompt: int
+    billed: int
+    unanswered: int = 0
+    reused: int
+
+
+class Receipt(BaseModel):
+    """A job's account, frozen at its end."""
+
+    id: UUID
+    state: JobState
+    items: ReceiptItems
+    tokens: ReceiptTokens
+    balanced: bool
+    verified: bool | None = Field(default=None, description="With verify=true.")
+    missing: int | None = None
+    double: int | None = None
+
+
+class Retried(BaseModel):
+    """What a retry came to."""
+
+    reopened_chunks: int
+    job: Job
+
+
+class Priority(BaseModel):
+    """A job's place among others."""
+
+    priority: int = Field(ge=-100, le=100, description="Higher goes first; 0 is usual.")
+
+
+@router.get("", openapi_extra=SECURITY)
+async def list_jobs(
+    request: Request,
+    state: Annotated[list[JobState], Query(description="May be repeated.")] = [],  # noqa: B006 - FastAPI copies it
+    model: Annotated[str | None, Query(max_length=200, pattern=_TEXT)] = None,
+    name: Annotated[str | None, Query(max_length=200, pattern=_TEXT, description="A part of it.")] = None,
+    label: Annotated[list[str], Query(max_length=20, description="K=V; may be repeated.")] = [],  # noqa: B006
+    workspace: Workspace = None,
+    after: Annotated[UUID | None, Query(description="The page before this one's `after`.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> JobPage:
+    """Your jobs, newest first; an admin's key sees everybody's."""
+    caller = await caller_of(request)
+    labels = dict(_label(pair) for pair in label)
+
+    def run(connection: Connection) -> list[dict[str, Any]]:
+        scope = scope_of(connection, caller, workspace)
+        wanted = {"states": state, "model": model, "name": name, "labels": labels}
+        return status.list_jobs(connection, scope, **wanted, before=after, limit=limit + 1)
+
+    found = await ask(request, run)
+    page = [Job(**row) for row in found[:limit]]
+    more = len(found) > limit
+    return JobPage(data=page, has_more=more, after=page[-1].id if more else None)
+
+
+def _label(pair: str) -> tuple[str, str]:
+    key, equals, value = pair.partition("=")
+    if not equals or "\0" in pair:
+        raise InvalidPayload(f'label "{pair}": write it as key=value.', param="label")
+    return key, value
+
+
+@router.get("/{job}", openapi_extra=SECURITY)
+async def get_job(request: Request, job: str, workspace: Workspace = None) -> Job:
+    """Where a job stands; found by its id, the beginning of it, or its name."""
+    return Job(**await ask_of_job(request, job, status.job_status, workspace))
+
+
+@router.post("/{job}/cancel", responses=problems(409), openapi_extra=SECURITY)
+async def cancel_job(request: Request, job: str, workspace: Workspace = None) -> Job:
+    """Stop it. Vectors that are committed stay; the receipt counts the rest as cancelled."""
+    return Job(**await ask_of_job(request, job, _then_status(control.cancel), workspace))
+
+
+@router.post("/{job}/pause", responses=problems(409), openapi_extra=SECURITY)
+async def pause_job(request: Request, job: str, workspace: Workspace = None) -> Job:
+    """Let no further chunk of it start."""
+    return Job(**await ask_of_job(request, job, _then_status(control.pause), workspace))
+
+
+@router.post("/{job}/resume", responses=problems(409), openapi_extra=SECURITY)
+async def resume_job(request: Request, job: str, workspace: Workspace = None) -> Job:
+    """Let it go on, when it was paused."""
+    return Job(**await ask_of_job(request, job, _then_status(control.resume), workspace))
+
+
+@router.post("/{job}/priority", responses=problems(409), openapi_extra=described(Priority))
+async def prioritise_job(request: Request, job: str, workspace: Workspace = None) -> Job:
+    """Put it before or behind others, from the next chunk on."""
+    await caller_of(request)
+    priority = (await read_body(request, Priority)).priority
+
+    def act(connection: Connection, job_id: UUID) -> None:
+        control.prioritise(connection, job_id, priority)
+
+    return Job(**await ask_of_job(request, job, _then_status(act), workspace))
+
+
+@router.post("/{job}/retry", responses=problems(409), openapi_extra=SECURITY)
+async def retry_job(request: Request, job: str, workspace: Workspace = None) -> Retried:
+    """Try again what may succeed: some rejects, and what a failed job left undone."""
+
+    def act(connection: Connection, job_id: UUID) -> Retried:
+        reopened = control.retry(connection, job_id)
+        return Retried(reopened_chunks=reopened, job=Job(**status.sum_up(connection, job_id)))
+
+    return await ask_of_job(request, job, act, workspace)
+
+
+def _then_status(act: Callable[[Connection, UUID], Any]) -> Callable[[Connection, UUID], dict[str, Any]]:
+    def run(connection: Connection, job_id: UUID) -> dict[str, Any]:
+        act(connection, job_id)
+        return status.job_status(connection, job_id)
+
+    return run
+
+
+@router.get("/{job}/receipt", openapi_extra=SECURITY, response_model_exclude_none=True)
+async def get_receipt(
+    request: Request,
+    job: str,
+    verify: Annotated[bool, Query(description="Count the rows themselves, one by one; takes long.")] = False,
+    workspace: Workspace = None,
+) -> Receipt:
+    """Its account: items in = embedded + reused + rejected + cancelled."""
+
+    def act(connection: Connection, job_id: UUID) -> dict[str, Any]:
+        return status.receipt(connection, job_id, verify=verify)
+
+    return Receipt(**await ask_of_job(request, job, act, workspace))
+
+
+@router.get("/{job}/chunks", openapi_extra=SECURITY)
+async def list_chunks(
+    request: Request,
+    job: str,
+    state: Annotated[list[ChunkState], Query(description="May be repeated.")] = [],  # noqa: B006
+    after: Annotated[int, Query(ge=-1, lt=2**63, description="The page before this one's `after`.")] = -1,
+    limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
+    workspace: Workspace = None,
+) -> ChunkPage:
+    """Its chunks in the order of their items."""
+
+    def act(connection: Connection, job_id: UUID) -> list[Any]:
+        return chunks.page(connection, job_id, states=state, after=after, limit=limit + 1)
+
+    found = await ask_of_job(request, job, act, workspace)
+    page = [Chunk(**row) for row in found[:limit]]
+    more = len(found) > limit
+    return ChunkPage(data=page, has_more=more, after=page[-1].first_index if more else None)
+
+
+@router.get(
+    "/{job}/rejects",
+    response_model=RejectPage,
+    openapi_extra=SECURITY,
+    responses={200: {"content": {"application/x-ndjson": {}, "text/csv": {}}}},
+)
+async def list_rejects(
+    request: Request,
+    job: str,
+    code: Annotated[RejectCode | None, Query(description="Only of this code.")] = None,
+    format: Annotated[  # noqa: A002 - what callers write
+        Literal["json", "jsonl", "csv"], Query(description="jsonl and csv stream all of them.")
+    ] = "json",
+    after: Annotated[int, Query(ge=-1, lt=2**63, description="The page before this one's `after`.")] = -1,
+    limit: Annotated[int, Query(ge=1, le=1_000, description="Of a page.")] = 100,
+    workspace: Workspace = None,
+) -> Any:
+    """Its items that could not be embedded, each with its code and why."""
+    if format == "json":
+
+        def act(connection: Connection, job_id: UUID) -> tuple[list[dict[str, Any]], dict[str, int]]:
+            page = items.list_rejects(connection, job_id, after, limit + 1, code)
+            return page, items.count_rejects(connection, job_id)
+
+        found, counts = await ask_of_job(request, job, act, workspace)
+        more = len(found) > limit
+        last = found[limit - 1]["index"] if more else None
+        return {"data": found[:limit], "counts": counts, "has_more": more, "after": last}
+    job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
+    rows = _all_rejects(request.app.state.engine, job_id, after, code)
+    return _file(_as_csv(rows) if format == "csv" else _as_json_lines(rows), f"{job_id}-rejects", format)
+
+
+def _all_rejects(engine: Engine, job_id: UUID, after: int, code: str | None) -> Iterator[list[dict[str, Any]]]:
+    """Page by page, each in a transaction of its own."""
+    while True:
+        with engine.begin() as connection:
+            page = items.list_rejects(connection, job_id, after, _PAGE, code)
+        if page:
+            yield page
+        if len(page) < _PAGE:
+            return
+        after = page[-1]["index"]
+
+
+def _as_json_lines(pages: Iterator[list[dict[str, Any]]]) -> Iterator[bytes]:
+    for page in pages:
+        yield b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in page)
+
+
+def _as_csv(pages: Iterator[list[dict[str, Any]]]) -> Iterator[bytes]:
+    names = ("index", "key", "code", "message")
+    yield _csv_rows([names])
+    for page in pages:
+        yield _csv_rows([[_harmless(row[name]) for name in names] for row in page])
+
+
+def _csv_rows(rows: Sequence[Sequence[Any]]) -> bytes:
+    written = io.StringIO(newline="")
+    csv.writer(written).writerows(rows)
+    return written.getvalue().encode()
+
+
+def _harmless(value: Any) -> Any:
+    """A spreadsheet would take some texts for formulas."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
+
+
+@router.get(
+    "/{job}/results",
+    response_class=Response,
+    openapi_extra=SECURITY,
+    responses={
+        200: {
+            "description": "index, key, embedding, tokens, truncated, and carried columns.",
+            "content": {"application/vnd.apache.parquet": {}, "application/x-ndjson": {}},
+        }
+    },
+)
+async def get_results(
+    request: Request,
+    job: str,
+    format: Annotated[Literal["parquet", "jsonl"], Query()] = "parquet",  # noqa: A002 - what callers write
+    first: Annotated[int, Query(ge=0, lt=2**63, description="From this index on.")] = 0,
+    end: Annotated[int | None, Query(ge=0, lt=2**63, description="To before this index. Default: all.")] = None,
+    workspace: Workspace = None,
+) -> Response:
+    """Its vectors in index order, as a file that is made while it is sent."""
+    job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
+    until = 2**63 - 1 if end is None else end
+    pieces = await asyncio.to_thread(results.stream, request.app.state.engine, job_id, format, first, until)
+    return _file(pieces, str(job_id), format)
+
+
+_MEDIA_TYPES: Mapping[str, str] = {
+    "parquet": "application/vnd.apache.parquet",
+    "jsonl": "application/x-ndjson",
+    "csv": "text/csv; charset=utf-8",
+}
+
+
+def _file(pieces: Iterator[bytes], stem: str, kind: str) -> Response:
+    headers = {"content-disposition": f'attachment; filename="{stem}.{kind}"'}
+    return StreamingResponse(pieces, media_type=_MEDIA_TYPES[kind], headers=headers)

@@ -1,0 +1,214 @@
+"""`POST /api/jobs`: a corpus that is uploaded, or one that the operator lets callers name, becomes a job."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request, Response
+from sqlalchemy import Engine
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException
+
+from pipeline import status
+from pipeline.api.asking import SECURITY, caller_of, problems
+from pipeline.api.directory import Caller
+from pipeline.api.jobs import Job
+from pipeline.catalog import find_model
+from pipeline.errors import InvalidPayload, UserError
+from pipeline.request import JobRequest, default_name, read_request
+from pipeline.settings import Settings
+from pipeline.sources import Corpus
+from pipeline.sources.upload import Upload, UploadedCorpus
+from pipeline.storage import is_remote
+from pipeline.submit import Submission, Submitted, planning, submit
+
+router = APIRouter(prefix="/api/jobs", tags=["Jobs"])
+
+_MOST_FILES = 100
+_MOST_FIELDS = 1_000
+_MOST_FIELD_BYTES = 1024 * 1024
+_BLOCK_BYTES = 1024 * 1024
+_LISTS = ("carry",)
+_SCHEMA = JobRequest.model_json_schema()
+_UPLOAD_SCHEMA = {
+    "type": "object",
+    "required": ["file", "model"],
+    "properties": {
+        "file": {
+            "type": "array",
+            "items": {"type": "string", "format": "binary"},
+            "description": ".jsonl, .csv, .tsv or .parquet, text also as .gz or .zst; its name says which.",
+        },
+        **{name: field for name, field in _SCHEMA["properties"].items() if name not in ("sources", "by_reference")},
+    },
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=Job,
+    responses={
+        200: {"model": Job, "description": "The job that this idempotency key made before."},
+        **problems(400, 404, 413, 422),
+    },
+    openapi_extra={
+        **SECURITY,
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": _UPLOAD_SCHEMA},
+                "application/json": {"schema": _SCHEMA},
+            },
+        },
+    },
+)
+async def create_job(
+    request: Request,
+    response: Response,
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=200, description="Sending the same again attaches to the job made first."),
+    ] = None,
+) -> Any:
+    """Make a job of files that are uploaded as `multipart/form-data`, or, as JSON, of `sources` that the operator
+    allows (`VECTORMILL_API_SOURCES`). Answers when all items are in the database."""
+    caller = await caller_of(request)
+    settings: Settings = request.app.state.settings
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        made = await _from_upload(request, caller, settings, idempotency_key)
+    else:
+        made = await _from_sources(request, caller, settings, idempotency_key)
+    if made.attached:
+        response.status_code = 200
+    engine: Engine = request.app.state.engine
+    return Job(**await asyncio.to_thread(_status, engine, made))
+
+
+def _status(engine: Engine, made: Submitted) -> dict[str, Any]:
+    with engine.begin() as connection:
+        return status.job_status(connection, made.job_id)
+
+
+async def _from_sources(request: Request, caller: Caller, settings: Settings, key: str | None) -> Submitted:
+    try:
+        fields = json.loads(await request.body())
+    except ValueError as error:
+        raise InvalidPayload("The body is neither JSON nor multipart/form-data.") from error
+    if not isinstance(fields, dict):
+        raise InvalidPayload("The body isn't a JSON object.")
+    wish = read_request(fields)
+    if not wish.sources:
+        raise InvalidPayload("sources: name files or URIs, or upload a file as multipart/form-data.", param="sources")
+    for source in wish.sources:
+        _must_be_allowed("sources", source, settings.api_sources, "VECTORMILL_API_SOURCES")
+
+    def run() -> Submitted:
+        corpus = Corpus(wish.sources, wish.columns(), settings.item_bytes)
+        return _submit(request.app.state.engine, caller, settings, wish, corpus, default_name(wish.sources[0]), key)
+
+    return await asyncio.to_thread(run)
+
+
+async def _from_upload(request: Request, caller: Caller, settings: Settings, key: str | None) -> Submitted:
+    try:
+        form = await request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
+    except MultiPartException as error:
+        raise InvalidPayload(f"The body isn't the form that it says: {error.message}") from error
+    try:
+        wish = read_request(_fields(form))
+        if wish.by_reference or wish.sources:
+            raise InvalidPayload("sources and by_reference are for a job without an upload.", param="sources")
+        files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+        return await asyncio.to_thread(_submit_upload, request.app.state.engine, caller, settings, wish, files, key)
+    finally:
+        await form.close()
+
+
+def _fields(form: FormData) -> dict[str, Any]:
+    """A form's fields, as JSON would have them."""
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            continue
+        if name in _LISTS:
+            fields.setdefault(name, []).append(value)
+        elif name == "labels":
+            with suppress(ValueError):
+                value = json.loads(value)
+            fields[name] = value
+        else:
+            fields[name] = value
+    return fields
+
+
+def _submit_upload(
+    engine: Engine, caller: Caller, settings: Settings, wish: JobRequest, files: Sequence[UploadFile], key: str | None
+) -> Submitted:
+    if not files:
+        raise InvalidPayload("file: the form has none.", param="file")
+    folder = settings.home / "uploads"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with TemporaryDirectory(dir=folder) as kept:
+        uploads = [_keep(file, Path(kept, str(number))) for number, file in enumerate(files)]
+        corpus = UploadedCorpus(uploads, wish.columns(), settings.item_bytes)
+        return _submit(engine, caller, settings, wish, corpus, default_name(uploads[0].name), key)
+
+
+def _keep(file: UploadFile, folder: Path) -> Upload:
+    """Keep an upload under its own name, which says what it is."""
+    name = PurePosixPath((file.filename or "").replace("\\", "/").replace("\0", "")).name[-200:]
+    if name in ("", ".", ".."):
+        raise InvalidPayload("file: it has no name; send one that ends in .jsonl, .csv, .tsv or .parquet.")
+    folder.mkdir()
+    digest = hashlib.sha256()
+    with Path(folder, name).open("xb") as kept:
+        while block := file.file.read(_BLOCK_BYTES):
+            digest.update(block)
+            kept.write(block)
+    return Upload(name, Path(folder, name), digest.hexdigest())
+
+
+def _submit(
+    engine: Engine,
+    caller: Caller,
+    settings: Settings,
+    wish: JobRequest,
+    corpus: Corpus,
+    name: str,
+    key: str | None,
+) -> Submitted:
+    if wish.output:
+        _must_be_allowed("output", wish.output, settings.api_outputs, "VECTORMILL_API_OUTPUTS")
+    with engine.begin() as connection:
+        model = find_model(connection, caller.workspace_id, wish.model)
+    return submit(
+        engine,
+        Submission(
+            workspace_id=caller.workspace_id,
+            model=model,
+            corpus=corpus,
+            options=wish.options(name, key),
+            planning=planning(settings),
+        ),
+    )
+
+
+def _must_be_allowed(field: str, place: str, allowed: Sequence[str], variable: str) -> None:
+    """A place that a caller names must lie below one that the operator allows."""
+    if not any(_is_below(place, folder) for folder in allowed):
+        # The same words whatever is there.
+        raise UserError(f"{field}: {place} isn't below a place that this gateway's operator allows ({variable}).")
+
+
+def _is_below(place: str, folder: str) -> bool:
+    if is_remote(place) or is_remote(folder):
+        within = place.startswith(folder.rstrip("/") + "/") or place == folder
+        return within and not {"..", "."} & set(place.split("/"))
+    # A pattern's own links are followed by whoever reads it: links below an allowed folder are the operator's.
+    return Path(place).resolve().is_relative_to(Path(folder).resolve())

@@ -1,0 +1,313 @@
+"""Where commands on jobs are carried out: at the database, or at an api that `VECTORMILL_API_URL` names."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import httpx2 as httpx
+from sqlalchemy.exc import DBAPIError
+
+from pipeline import control, status
+from pipeline.catalog import DEFAULT_WORKSPACE
+from pipeline.cli.connect import Place, working
+from pipeline.errors import ServiceUnreachable, UserError, VectormillError
+from pipeline.jobs import JobState
+from pipeline.request import JobRequest
+from pipeline.results import export
+from pipeline.settings import Settings, load_settings
+from pipeline.store import items
+from pipeline.store.database import is_connection_lost
+
+_PAGE = 1_000
+_LIST_PAGE = 100
+_CONNECT_SECONDS = 5.0
+#: An upload is answered when all of its items are in the database; a verification counts them.
+_MOST_SECONDS = 3_600.0
+
+
+class Desk(Protocol):
+    """What commands ask about jobs. A job is named by its id, the beginning of it, or its name.
+
+    All raise `UserError` for what a person can mend, and `ServiceUnreachable`.
+    """
+
+    def jobs(self, states: Sequence[JobState], limit: int) -> list[dict[str, Any]]:
+        """Statuses of the newest jobs."""
+
+    def status(self, job: str) -> dict[str, Any]:
+        """Where a job stands."""
+
+    def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
+        """Its rejects in index order."""
+
+    def reject_counts(self, job: str) -> dict[str, int]:
+        """How many rejects it has, by code."""
+
+    def receipt(self, job: str, *, verify: bool) -> dict[str, Any]:
+        """Its account."""
+
+    def steer(self, job: str, verb: str) -> dict[str, Any]:
+        """`cancel`, `pause` or `resume` it. Returns `id, state`."""
+
+    def prioritise(self, job: str, priority: int) -> str:
+        """Change its place among others. Returns its id."""
+
+    def retry(self, job: str) -> tuple[str, int]:
+        """Try again what may succeed. Returns its id, and how many chunks are to be done."""
+
+    def results(self, job: str, to: Path) -> str:
+        """Write its vectors to a .parquet or .jsonl file. Returns what was written, for a person."""
+
+
+class DatabaseDesk:
+    """Commands that work in a workspace of a database."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    @contextmanager
+    def _of(self, job: str) -> Iterator[tuple[Any, Any]]:
+        with self.place.engine.begin() as connection:
+            yield connection, status.find_job(connection, self.place.workspace_id, job)
+
+    def jobs(self, states: Sequence[JobState], limit: int) -> list[dict[str, Any]]:
+        """Statuses of the newest jobs."""
+        with self.place.engine.begin() as connection:
+            return status.list_jobs(connection, self.place.workspace_id, states=states, limit=limit)
+
+    def status(self, job: str) -> dict[str, Any]:
+        """Where a job stands."""
+        try:
+            with self._of(job) as (connection, found):
+                return status.job_status(connection, found)
+        except DBAPIError as error:
+            if is_connection_lost(error):
+                raise ServiceUnreachable("can't reach the database.") from error
+            raise
+
+    def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
+        """Its rejects in index order."""
+        rows: list[dict[str, Any]] = []
+        with self._of(job) as (connection, found):
+            while limit is None or len(rows) < limit:
+                size = _PAGE if limit is None else min(_PAGE, limit - len(rows))
+                page = items.list_rejects(connection, found, rows[-1]["index"] if rows else -1, size)
+                rows += page
+                if len(page) < size:
+                    break
+        return rows
+
+    def reject_counts(self, job: str) -> dict[str, int]:
+        """How many rejects it has, by code."""
+        with self._of(job) as (connection, found):
+            return items.count_rejects(connection, found)
+
+    def receipt(self, job: str, *, verify: bool) -> dict[str, Any]:
+        """Its account."""
+        with self._of(job) as (connection, found):
+            return status.receipt(connection, found, verify=verify)
+
+    def steer(self, job: str, verb: str) -> dict[str, Any]:
+        """`cancel`, `pause` or `resume` it."""
+        act = {"cancel": control.cancel, "pause": control.pause, "resume": control.resume}[verb]
+        with self._of(job) as (connection, found):
+            return {"id": str(found), "state": act(connection, found)}
+
+    def prioritise(self, job: str, priority: int) -> str:
+        """Change its place among others."""
+        with self._of(job) as (connection, found):
+            control.prioritise(connection, found, priority)
+            return str(found)
+
+    def retry(self, job: str) -> tuple[str, int]:
+        """Try again what may succeed."""
+        with self._of(job) as (connection, found):
+            return str(found), control.retry(connection, found)
+
+    def results(self, job: str, to: Path) -> str:
+        """Write its vectors to a file."""
+        with self._of(job) as (connection, found):
+            return f"{export(connection, found, to):,} vectors written to {to}."
+
+
+class ApiDesk:
+    """Commands that an api carries out, as its key allows."""
+
+    def __init__(self, url: str, key: str, workspace: str) -> None:
+        self._scope = {} if workspace == DEFAULT_WORKSPACE else {"workspace": workspace}
+        self._url = url.rstrip("/")
+        self._client = httpx.Client(
+            base_url=f"{self._url}/api",
+            headers={"authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(_MOST_SECONDS, connect=_CONNECT_SECONDS),
+        )
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._client.close()
+
+    def jobs(self, states: Sequence[JobState], limit: int) -> list[dict[str, Any]]:
+        """Statuses of the newest jobs."""
+        rows: list[dict[str, Any]] = []
+        after: dict[str, str] = {}
+        while len(rows) < limit:
+            wanted = {"state": [state.value for state in states], "limit": min(_LIST_PAGE, limit - len(rows)), **after}
+            page = self._get("/jobs", **wanted)
+            rows += page["data"]
+            if not page["has_more"]:
+                break
+            after = {"after": page["after"]}
+        return rows
+
+    def status(self, job: str) -> dict[str, Any]:
+        """Where a job stands."""
+        found: dict[str, Any] = self._get(_path(job))
+        return found
+
+    def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
+        """Its rejects in index order."""
+        rows: list[dict[str, Any]] = []
+        after = -1
+        while limit is None or len(rows) < limit:
+            size = _PAGE if limit is None else min(_PAGE, limit - len(rows))
+            page = self._get(_path(job, "rejects"), after=after, limit=size)
+            rows += page["data"]
+            if not page["has_more"]:
+                break
+            after = page["after"]
+        return rows
+
+    def reject_counts(self, job: str) -> dict[str, int]:
+        """How many rejects it has, by code."""
+        counts: dict[str, int] = self._get(_path(job, "rejects"), limit=1)["counts"]
+        return counts
+
+    def receipt(self, job: str, *, verify: bool) -> dict[str, Any]:
+        """Its account."""
+        found: dict[str, Any] = self._get(_path(job, "receipt"), verify=verify)
+        return found
+
+    def steer(self, job: str, verb: str) -> dict[str, Any]:
+        """`cancel`, `pause` or `resume` it."""
+        found: dict[str, Any] = self._post(_path(job, verb))
+        return found
+
+    def prioritise(self, job: str, priority: int) -> str:
+        """Change its place among others."""
+        return str(self._post(_path(job, "priority"), json={"priority": priority})["id"])
+
+    def retry(self, job: str) -> tuple[str, int]:
+        """Try again what may succeed."""
+        found = self._post(_path(job, "retry"))
+        return found["job"]["id"], found["reopened_chunks"]
+
+    def results(self, job: str, to: Path) -> str:
+        """Write its vectors to a file, which appears when it is whole."""
+        kind = to.suffix.removeprefix(".")
+        if kind not in ("parquet", "jsonl"):
+            raise UserError(f"--to {to}: give a file that ends in .parquet or .jsonl.")
+        partial = to.with_name(f".{to.name}.partial")
+        asked = {"format": kind, **self._scope}
+        try:
+            with (
+                _reporting(self._url),
+                self._client.stream("GET", _path(job, "results"), params=asked) as reply,
+                partial.open("wb") as file,
+            ):
+                if not reply.is_success:
+                    reply.read()
+                _check(reply)
+                for piece in reply.iter_bytes():
+                    file.write(piece)
+            partial.replace(to)
+        except OSError as error:
+            raise UserError(f"--to {to}: {error.strerror or error}.") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return f"Vectors written to {to}."
+
+    def submit(self, wish: JobRequest, files: Sequence[Path], idempotency_key: str | None) -> tuple[str, bool]:
+        """Upload files as a job, or let it read the sources that the request names. Returns its id, and whether it
+        was there before."""
+        headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
+        fields = wish.model_dump(exclude_defaults=True)
+        if not files:
+            return self._made(self._send("POST", "/jobs", json=fields, headers=headers))
+        with ExitStack() as opened:
+            parts = [("file", (path.name, opened.enter_context(path.open("rb")))) for path in files]
+            form = {name: _as_field(value) for name, value in fields.items()}
+            return self._made(self._send("POST", "/jobs", data=form, files=parts, headers=headers))
+
+    @staticmethod
+    def _made(reply: httpx.Response) -> tuple[str, bool]:
+        return str(reply.json()["id"]), reply.status_code == HTTPStatus.OK
+
+    def _get(self, path: str, **asked: Any) -> Any:
+        return self._send("GET", path, params={**asked, **self._scope}).json()
+
+    def _post(self, path: str, **body: Any) -> Any:
+        return self._send("POST", path, params=self._scope, **body).json()
+
+    def _send(self, method: str, path: str, **how: Any) -> httpx.Response:
+        with _reporting(self._url):
+            reply = self._client.request(method, path, **how)
+        _check(reply)
+        return reply
+
+
+def _path(job: str, more: str = "") -> str:
+    return f"/jobs/{quote(job, safe='')}" + (f"/{more}" if more else "")
+
+
+def _as_field(value: Any) -> Any:
+    """A request's field as a form has it."""
+    if isinstance(value, Mapping):
+        return json.dumps(value)
+    return value
+
+
+@contextmanager
+def _reporting(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise ServiceUnreachable(f"can't reach the api at {url} ({type(error).__name__}).") from error
+
+
+def _check(reply: httpx.Response) -> None:
+    """Raise what a problem says."""
+    if reply.is_success:
+        return
+    try:
+        detail = str(reply.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        detail = f"the api answers {reply.status_code}."
+    if reply.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR or reply.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+        unreachable = reply.status_code != HTTPStatus.INTERNAL_SERVER_ERROR
+        raise ServiceUnreachable(detail) if unreachable else VectormillError(detail)
+    raise UserError(detail)
+
+
+@contextmanager
+def at_desk(workspace: str = DEFAULT_WORKSPACE) -> Iterator["DatabaseDesk | ApiDesk"]:
+    """Where the environment says that commands are carried out, for the length of one."""
+    settings = load_settings()
+    if settings.api_url is None or settings.database_url:
+        with working(workspace) as place:
+            yield DatabaseDesk(place)
+        return
+    desk = _api_desk(settings, settings.api_url, workspace)
+    try:
+        yield desk
+    finally:
+        desk.close()
+
+
+def _api_desk(settings: Settings, url: str, workspace: str) -> ApiDesk:
+    if settings.api_key is None:
+        raise UserError("VECTORMILL_API_URL needs VECTORMILL_API_KEY, a key that vectormill keys create has made.")
+    return ApiDesk(url, settings.api_key.get_secret_value(), workspace)

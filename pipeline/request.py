@@ -1,0 +1,99 @@
+"""What a door is asked to make a job of: checked as far as it can be without a look at the corpus."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from pipeline.errors import UserError
+from pipeline.parts import OUR_COLUMNS
+from pipeline.sources import Columns
+from pipeline.submit import Options
+
+#: Of names, columns and labels. Postgres takes no NUL in a text.
+Word = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern="^[^\0]*$")]
+_Address = Annotated[str, StringConstraints(min_length=1, max_length=2_000, pattern="^[^\0]*$")]
+_MOST_SOURCES = 1_000
+_MOST_COLUMNS = 100
+
+
+class JobRequest(BaseModel):
+    """A job to make."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Word = Field(description="The model, by name or alias.")
+    name: Word | None = Field(default=None, description="The job's name. Default: the first source's.")
+    sources: list[_Address] = Field(
+        default=[],
+        max_length=_MOST_SOURCES,
+        description="Files, folders, globs or URIs that the operator allows, for a job without an upload.",
+    )
+    text_column: Word = Field(default="text", description="The column or field that holds the texts.")
+    key_column: Word | None = Field(default=None, description="The column that holds your keys. Default: id.")
+    carry: list[Word] = Field(default=[], max_length=_MOST_COLUMNS, description="Columns to carry into results.")
+    labels: dict[Word, Word] = Field(default={}, max_length=_MOST_COLUMNS, description="Kept with job and usage.")
+    priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
+    dimensions: int | None = Field(default=None, ge=1, le=16_000, description="Size of the vectors.")
+    dtype: Literal["float32", "float16"] = Field(default="float32", description="How vectors are kept.")
+    max_item_tokens: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="Read at most so many tokens of a text."
+    )
+    on_long: Literal["truncate", "reject"] = Field(default="truncate", description="What becomes of a longer text.")
+    max_rejects: str = Field(
+        default="",
+        max_length=30,
+        description="Fail beyond so many rejects, `50` or `2.5%`. Default: 10 % from 100 items on.",
+    )
+    unique_keys: bool = Field(default=False, description="Refuse a corpus with a key twice.")
+    by_reference: bool = Field(default=False, description="Workers read the sources themselves.")
+    output: _Address | None = Field(
+        default=None, description="An empty folder or URI for Parquet files, which the operator allows."
+    )
+
+    @model_validator(mode="after")
+    def _check_carry(self) -> Self:
+        if taken := sorted(set(self.carry) & set(OUR_COLUMNS)):
+            raise ValueError(f'carry: results have a column "{taken[0]}" already')
+        return self
+
+    def columns(self, *, key_required: bool = False) -> Columns:
+        """What is read of each row."""
+        return Columns(
+            text=self.text_column,
+            key=self.key_column or "id",
+            key_required=self.key_column is not None or key_required,
+            carry=tuple(self.carry),
+        )
+
+    def options(self, default_name: str, idempotency_key: str | None = None, **more: Any) -> Options:
+        """How the job runs; `more` are options that only operators have."""
+        names = ("dimensions", "dtype", "max_item_tokens", "on_long", "max_rejects", "unique_keys", "priority")
+        same = {name: getattr(self, name) for name in (*names, "labels", "by_reference", "output")}
+        return Options(name=self.name or default_name, idempotency_key=idempotency_key, **{**same, **more})
+
+
+def read_request(fields: Mapping[str, Any], *, of_options: bool = False) -> JobRequest:
+    """A request as it was sent, or as a command's options say.
+
+    Raises:
+        UserError: a field is missing, unknown or wrong; the message names it.
+    """
+    try:
+        return JobRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if of_options and first["loc"]:
+            where = f"--{str(first['loc'][0]).replace('_', '-')}"
+        told = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {told[:1].lower()}{told[1:]}." if where else f"{told}.") from None
+
+
+def default_name(source: str) -> str:
+    """A job's name from its first source: the file's name without its endings, or the folder that a glob begins in."""
+    if source == "-":
+        return "stdin"
+    plain = (part for part in reversed(Path(source).parts) if not any(sign in part for sign in "*?["))
+    return next(plain, source).split(".")[0] or source

@@ -1,0 +1,294 @@
+"""`/api/jobs` with real processes behind it: from an upload to vectors, every control, and who sees what."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.acceptance.fleet import eventually
+from tests.contract.conftest import Gateway
+
+_ROWS: list[dict[str, Any]] = [{"id": f"k{n}", "text": f"the mill grinds {n} sacks", "lang": "en"} for n in range(300)]
+_ROWS[7] = {"id": "k7", "text": "", "lang": "en"}
+_ROWS[9] = {"id": '=cmd,"9"', "text": None, "lang": "en"}
+
+
+def _lines(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def working(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Gateway:
+    """The gateway with a dispatcher and a worker, and a folder that callers may name."""
+    gateway.fleet.environment["VECTORMILL_CHUNK_ITEMS"] = "50"
+    gateway.fleet.environment["VECTORMILL_HOME"] = str(tmp_path_factory.mktemp("home"))
+    allowed = tmp_path_factory.mktemp("allowed")
+    (allowed / "docs.jsonl").write_bytes(_lines(_ROWS))
+    gateway.fleet.environment["VECTORMILL_API_SOURCES"] = str(allowed)
+    gateway.fleet.environment["VECTORMILL_API_OUTPUTS"] = str(allowed)
+    gateway.fleet.environment["VECTORMILL_API_UPLOAD_BYTES"] = "200000"
+    gateway.fleet.kill("api")
+    gateway.start_api()
+    gateway.fleet.start_dispatcher()
+    gateway.fleet.start_worker(replicas=1)
+    return gateway
+
+
+@pytest.fixture(scope="module")
+def allowed(working: Gateway) -> Path:
+    return Path(working.fleet.environment["VECTORMILL_API_SOURCES"])
+
+
+@pytest.fixture(scope="module")
+def line(working: Gateway) -> Iterator[httpx.Client]:
+    with working.client() as client:
+        yield client
+
+
+def _upload(line: httpx.Client, rows: list[dict[str, Any]], name: str = "docs.jsonl", **fields: Any) -> httpx.Response:
+    headers = {"idempotency-key": fields.pop("key")} if "key" in fields else {}
+    form = {"model": "static", **fields}
+    return line.post("/api/jobs", data=form, files=[("file", (name, _lines(rows)))], headers=headers)
+
+
+def _ended(line: httpx.Client, job: str) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        row: dict[str, Any] = line.get(f"/api/jobs/{job}").json()
+        return row if row["state"] in ("completed", "failed", "cancelled") else None
+
+    return eventually(look, f"the end of job {job}")
+
+
+@pytest.fixture(scope="module")
+def done(line: httpx.Client) -> dict[str, Any]:
+    """A job made by an upload, completed."""
+    reply = _upload(line, _ROWS, carry="lang", labels='{"team": "search"}', priority="3")
+    assert reply.status_code == 201, reply.text
+    made = reply.json()
+    assert (made["name"], made["state"], made["items"]["total"]) == ("docs", "queued", 300)
+    return _ended(line, made["id"])
+
+
+def test_upload_to_vectors(done: dict[str, Any], line: httpx.Client, by_library: Any) -> None:
+    assert done["state"] == "completed"
+    assert (done["items"]["embedded"], done["items"]["rejected"]) == (298, 2)
+    assert done["labels"] == {"team": "search"}
+    reply = line.get(f"/api/jobs/{done['id']}/results")
+    assert reply.headers["content-type"] == "application/vnd.apache.parquet"
+    table = pq.read_table(pa.BufferReader(reply.content))
+    assert table.schema.names == ["index", "key", "embedding", "tokens", "truncated", "lang"]
+    texts = [row["text"] for n, row in enumerate(_ROWS) if n not in (7, 9)]
+    np.testing.assert_allclose(np.stack(table["embedding"].to_numpy()), by_library(texts), atol=1e-5)
+    some = line.get(f"/api/jobs/{done['id']}/results", params={"format": "jsonl", "first": 5, "end": 12}).text
+    rows = [json.loads(one) for one in some.splitlines()]
+    assert [row["index"] for row in rows] == [5, 6, 8, 10, 11]
+    assert rows[0]["embedding"] == pytest.approx(table["embedding"][5].as_py())
+    assert line.get(f"/api/jobs/{done['id']}/results", params={"format": "jsonl", "first": 900}).content == b""
+
+
+def test_rejects(done: dict[str, Any], line: httpx.Client) -> None:
+    path = f"/api/jobs/{done['id']}/rejects"
+    page = line.get(path, params={"limit": 1}).json()
+    assert page["counts"] == {"empty_text": 1, "missing_text": 1}
+    assert ([row["index"] for row in page["data"]], page["has_more"], page["after"]) == ([7], True, 7)
+    page = line.get(path, params={"limit": 1, "after": 7}).json()
+    assert ([row["code"] for row in page["data"]], page["has_more"], page["after"]) == (["missing_text"], False, None)
+    assert [row["index"] for row in line.get(path, params={"code": "missing_text"}).json()["data"]] == [9]
+    lines = [json.loads(one) for one in line.get(path, params={"format": "jsonl"}).text.splitlines()]
+    assert [(row["index"], row["key"]) for row in lines] == [(7, "k7"), (9, '=cmd,"9"')]
+    reply = line.get(path, params={"format": "csv"})
+    assert reply.headers["content-type"].startswith("text/csv")
+    # What a spreadsheet would take for a formula is told apart.
+    assert [row["key"] for row in csv.DictReader(io.StringIO(reply.text))] == ["k7", '\'=cmd,"9"']
+
+
+def test_receipt_and_chunks(done: dict[str, Any], line: httpx.Client) -> None:
+    account = line.get(f"/api/jobs/{done['id']}/receipt", params={"verify": True}).json()
+    assert account["items"] == {"in": 300, "embedded": 298, "reused": 0, "rejected": 2, "cancelled": 0}
+    assert (account["verified"], account["missing"], account["double"]) == (True, 0, 0)
+    assert "verified" not in line.get(f"/api/jobs/{done['id']}/receipt").json()
+    path, seen, after = f"/api/jobs/{done['id']}/chunks", [], -1
+    while True:
+        page = line.get(path, params={"limit": 4, "after": after}).json()
+        seen += page["data"]
+        if not page["has_more"]:
+            break
+        after = page["after"]
+    assert [chunk["ordinal"] for chunk in seen] == list(range(len(seen)))
+    assert sum(chunk["items"] for chunk in seen) == 300
+    assert line.get(path, params={"state": "running"}).json()["data"] == []
+
+
+def test_list(done: dict[str, Any], line: httpx.Client) -> None:
+    made = [_upload(line, _ROWS[:2], name=f"paged-{n}.jsonl").json()["id"] for n in range(3)]
+    page = line.get("/api/jobs", params={"name": "PAGED-", "limit": 2}).json()
+    assert ([row["id"] for row in page["data"]], page["has_more"]) == ([made[2], made[1]], True)
+    page = line.get("/api/jobs", params={"name": "paged-", "limit": 2, "after": page["after"]}).json()
+    assert ([row["id"] for row in page["data"]], page["has_more"]) == ([made[0]], False)
+    for query in ({"label": "team=search"}, {"name": "docs", "state": "completed", "model": "static"}):
+        found = line.get("/api/jobs", params=query).json()["data"]
+        assert done["id"] in [row["id"] for row in found]
+    assert line.get("/api/jobs", params={"label": "team=other"}).json()["data"] == []
+    assert line.get("/api/jobs", params={"label": "team"}).status_code == 400
+    by_name = line.get("/api/jobs/paged-1").json()
+    assert by_name["id"] == made[1] == line.get(f"/api/jobs/{made[1][:23]}").json()["id"]
+
+
+def test_controls(line: httpx.Client) -> None:
+    job = _upload(line, _ROWS, name="steered.jsonl", priority="-100").json()["id"]
+
+    def post(verb: str, **body: Any) -> httpx.Response:
+        return line.post(f"/api/jobs/{job}/{verb}", **body)
+
+    assert post("pause").json()["state"] == "paused"
+    assert post("priority", json={"priority": 5}).status_code == 200
+    assert post("priority", json={"priority": 500}).status_code == 400
+    assert post("resume").json()["state"] == "queued"
+    assert _ended(line, job)["state"] == "completed"
+    refused = post("pause")
+    assert (refused.status_code, refused.headers["content-type"]) == (409, "application/problem+json")
+    assert refused.json()["detail"] == f"job {job} is completed and can't be paused."
+    assert post("retry").json()["reopened_chunks"] == 0
+    other = _upload(line, _ROWS, name="stopped.jsonl").json()["id"]
+    assert line.post(f"/api/jobs/{other}/pause").status_code == 200
+    assert line.post(f"/api/jobs/{other}/cancel").json()["state"] in ("cancelling", "cancelled")
+    assert _ended(line, other)["state"] == "cancelled"
+
+
+def test_an_idempotency_key_attaches(line: httpx.Client) -> None:
+    first = _upload(line, _ROWS[:20], key="nightly-1")
+    again = _upload(line, _ROWS[:20], name="docs.jsonl", key="nightly-1")
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert first.json()["id"] == again.json()["id"]
+    other = _upload(line, _ROWS[:21], key="nightly-1")
+    assert (other.status_code, other.json()["title"]) == (422, "idempotency conflict")
+
+
+def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
+    def refused(**how: Any) -> str:
+        reply = line.post("/api/jobs", **how)
+        assert reply.status_code in (400, 404), reply.text
+        return str(reply.json()["detail"])
+
+    file = [("file", ("a.jsonl", _lines(_ROWS[:2])))]
+    assert "model" in refused(data={}, files=file)
+    assert "no model" in refused(data={"model": "missing"}, files=file)
+    assert "the form has none" in refused(files=[("model", (None, b"static"))])
+    assert "unknown kind of file" in refused(data={"model": "static"}, files=[("file", ("a.exe", b"x"))])
+    wrong = refused(data={"model": "static"}, files=[("file", ("../../b.jsonl", b'{"body": "x"}\n'))])
+    # Named as its sender calls it, not as it is kept.
+    assert wrong.startswith('b.jsonl line 1: no column "text"')
+    assert "priority" in refused(data={"model": "static", "priority": "many"}, files=file)
+    assert "surprise" in refused(data={"model": "static", "surprise": "1"}, files=file)
+    assert "neither JSON nor" in refused(content=b"\xff", headers={"content-type": "text/plain"})
+    large = line.post("/api/jobs", data={"model": "static"}, files=[("file", ("a.jsonl", b"x" * 300_000))], headers={})
+    assert (large.status_code, large.headers["content-type"]) == (413, "application/problem+json")
+    uploads = Path(working.fleet.environment["VECTORMILL_HOME"], "uploads")
+    assert list(uploads.iterdir()) == []
+
+
+def test_packed_and_several_files(line: httpx.Client) -> None:
+    files = [
+        ("file", ("a.jsonl.gz", gzip.compress(_lines(_ROWS[:4])))),
+        ("file", ("b.csv", b"id,text\n1,sail\n2,mast\n")),
+    ]
+    made = line.post("/api/jobs", data={"model": "static", "name": "two"}, files=files).json()
+    assert made["items"]["total"] == 6
+    assert _ended(line, made["id"])["state"] == "completed"
+
+
+def test_sources_that_the_operator_allows(line: httpx.Client, allowed: Path, tmp_path: Path) -> None:
+    wish = {"model": "static", "sources": [str(allowed)], "by_reference": True, "output": str(allowed / "out")}
+    made = line.post("/api/jobs", json=wish)
+    assert made.status_code == 201, made.text
+    assert _ended(line, made.json()["id"])["state"] == "completed"
+    assert (allowed / "out" / "_SUCCESS").exists()
+    reply = line.get(f"/api/jobs/{made.json()['id']}/results", params={"format": "jsonl", "first": 290})
+    assert len(reply.text.splitlines()) == 10
+    (allowed / "link").symlink_to(tmp_path)
+    for source in ("/etc/passwd", f"{allowed}/../x.jsonl", f"{allowed}x", f"{allowed}/link/x.jsonl", "s3://secret/x"):
+        refused = line.post("/api/jobs", json={"model": "static", "sources": [source]})
+        assert (refused.status_code, "isn't below a place" in refused.text) == (400, True), source
+    refused = line.post("/api/jobs", json={**wish, "output": str(tmp_path)})
+    assert (refused.status_code, "VECTORMILL_API_OUTPUTS" in refused.text) == (400, True)
+
+
+def test_a_workspace_sees_nothing_of_another(working: Gateway, done: dict[str, Any], line: httpx.Client) -> None:
+    """Walks the whole description: with a job of another workspace in a path, there is never more than a 404."""
+    stranger = working.workspace("strangers")
+    description = line.get("/openapi.json").json()
+    walked = 0
+    with working.client(stranger) as other:
+        for path, operations in description["paths"].items():
+            if "{job}" not in path:
+                continue
+            for method in operations:
+                for name in (done["id"], done["id"][:20], done["name"]):
+                    reply = other.request(method, path.replace("{job}", name), json={"priority": 1})
+                    assert reply.status_code == 404, (method, path, reply.text)
+                    assert done["id"] not in reply.text.replace(name, "")
+                    # The very words of a job that never was.
+                    unknown = other.request(method, path.replace("{job}", "never"), json={"priority": 1})
+                    assert reply.json()["detail"] == unknown.json()["detail"].replace("never", name)
+                walked += 1
+        assert walked >= 9
+        assert other.get("/api/jobs").json()["data"] == []
+        assert other.get("/api/jobs", params={"workspace": "default"}).status_code == 404
+        assert other.get("/api/usage").json()["data"] == []
+        assert {row["name"] for row in other.get("/api/models").json()["data"]} == {"static"}
+        seen = other.get("/api/workers").json()
+        assert {name for worker in seen["workers"] + seen["engines"] for name in worker["models"]} <= {"static"}
+        mine = _upload(other, _ROWS[:3], name="theirs.jsonl").json()
+    # An admin's key sees all workspaces, and may narrow.
+    everything = line.get("/api/jobs", params={"name": "theirs"}).json()["data"]
+    assert [(row["id"], row["workspace"]) for row in everything] == [(mine["id"], "strangers")]
+    assert line.get("/api/jobs", params={"name": "theirs", "workspace": "default"}).json()["data"] == []
+
+
+def test_without_a_key(working: Gateway, line: httpx.Client) -> None:
+    description = line.get("/openapi.json").json()
+    for path, operations in description["paths"].items():
+        for method in operations:
+            reply = httpx.request(method, working.url + path.replace("{", "").replace("}", ""))
+            assert reply.status_code == 401, (method, path)
+
+
+def test_the_command_line_over_the_api(working: Gateway, tmp_path: Path) -> None:
+    """Every command on jobs, without a database in its environment."""
+    environment = {**working.fleet.environment, "VECTORMILL_API_URL": working.url, "VECTORMILL_API_KEY": working.key}
+    del environment["VECTORMILL_DATABASE_URL"], environment["VECTORMILL_REDIS_URL"]
+    fleet = type(working.fleet)(engine=working.engine, environment=environment, logs=tmp_path)
+    corpus = tmp_path / "far.jsonl"
+    corpus.write_bytes(_lines(_ROWS))
+    sent = fleet.cli(
+        *("submit", str(corpus), "--model", "static", "--carry", "lang", "--label", "a=b", "--wait"), check=False
+    )
+    assert sent.returncode == 0, sent.stderr
+    job = sent.stdout.strip()
+    assert "balanced" in sent.stderr
+    status = json.loads(fleet.cli("status", "far", "--json").stdout)
+    assert (status["id"], status["state"], status["labels"]) == (job, "completed", {"a": "b"})
+    assert job in [row["id"] for row in json.loads(fleet.cli("jobs", "--json", "--limit", "200").stdout)]
+    assert [row["index"] for row in json.loads(fleet.cli("rejects", job, "--json").stdout)] == [7, 9]
+    assert json.loads(fleet.cli("receipt", job, "--verify", "--json").stdout)["verified"]
+    fleet.cli("results", job, "--to", str(tmp_path / "far.parquet"))
+    assert pq.read_metadata(tmp_path / "far.parquet").num_rows == 298
+    assert "nothing that can be tried again" in fleet.cli("retry", job).stderr
+    assert fleet.cli("watch", job).returncode == 0
+    failed = fleet.cli("pause", job, check=False)
+    assert (failed.returncode, "can't be paused" in failed.stderr) == (2, True)
+    assert fleet.cli("status", "nothing", check=False).returncode == 2
+    assert fleet.cli("submit", str(corpus), "--model", "static", "--into", "t", check=False).returncode == 2
+    environment["VECTORMILL_API_KEY"] = "vm_wrong"
+    assert fleet.cli("jobs", check=False).returncode == 2
+    environment["VECTORMILL_API_URL"] = "http://127.0.0.1:1"
+    assert fleet.cli("jobs", check=False).returncode == 6
