@@ -45,16 +45,16 @@ def create(
 
 
 def rotate(connection: Connection, workspace_id: int, key_id: str, overlap: timedelta) -> NewKey:
-    """Make a key in place of another one, which stays valid for `overlap`.
+    """Make a key in place of another one, which stays valid for `overlap`. It may do the same, and lives as long as
+    the other one was made to.
 
     Raises:
         UserError: the workspace has no such live key.
     """
-    admin = keys.is_admin(connection, workspace_id, key_id)
-    name = keys.expire(connection, workspace_id, key_id, overlap)
-    if name is None:
+    old = keys.expire(connection, workspace_id, key_id, overlap)
+    if old is None:
         raise UserError(f'no live key "{key_id}"; vectormill keys list shows them.')
-    return create(connection, workspace_id, name, admin=admin)
+    return create(connection, workspace_id, **old)
 
 
 def revoke(connection: Connection, workspace_id: int, key_id: str) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    Interval,
     LargeBinary,
     MetaData,
     Numeric,
@@ -86,6 +87,8 @@ api_keys = Table(
     Column("name", Text, nullable=False),
     Column("secret_sha256", LargeBinary, nullable=False),
     Column("admin", Boolean, nullable=False, server_default=text("false")),
+    # From its making to its end, as it was wished; NULL: for ever. A rotated key ends sooner.
+    Column("lives", Interval),
     _moment("created_at", now=True),
     _moment("expires_at"),
     _moment("revoked_at"),
@@ -339,7 +342,8 @@ usage = Table(
     _moment("created_at", now=True),
     UniqueConstraint("chunk_id", "fence", "part"),
     Index("usage_job_idx", "job_id", "created_at"),
-    Index("usage_workspace_idx", "workspace_id", "created_at"),
+    # With all that a month's sum reads.
+    Index("usage_workspace_idx", "workspace_id", "created_at", postgresql_include=["total_tokens", "cost"]),
     Index("usage_model_idx", "model", "created_at"),
     # A request is counted once, however often its row is sent.
     Index("usage_request_idx", "request_id", unique=True, postgresql_where=text("request_id is not null")),
@@ -398,7 +402,7 @@ engines = Table(
     metadata,
     Column("id", Uuid, primary_key=True),
     Column("url", Text, nullable=False),
-    # Empty: every local model of the catalogue.
+    # What it serves now.
     Column("models", ARRAY(Text), nullable=False),
     Column("device", Text, nullable=False),
     _moment("started_at", now=True),

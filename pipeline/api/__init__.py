@@ -1,11 +1,15 @@
 """The door for other programs: `/v1`, an OpenAI-compatible gateway, and `/api`.
 
-    app                 the routes, what an error looks like, start and stop
-    embeddings          one request's way: key → body → limits → engine → reply → usage
+    app                 the routes, what an error looks like, how large a body may be, start and stop
+    embeddings          one request's way: key → body → limits → engine or upstream → reply → usage
     directory           keys, models and engines as Postgres has them, at most two seconds old
+    database            Postgres, asked beside the event loop
     limits              requests and tokens a minute, and what a month may take
+    token_ids           OpenAI's token ids, as text
     engines             the way to an engine
+    upstreams           the way to a model that another gateway has
     metering            usage rows, written behind the reply
+    administration      `/api`: usage and keys
 
 It loads no model.
 """

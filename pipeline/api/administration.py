@@ -1,22 +1,26 @@
 """`/api`: usage, and keys for those who may mint them."""
 
-import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy import Connection
 
 from pipeline import keys
+from pipeline.api.database import Database
 from pipeline.api.directory import Caller
 from pipeline.errors import InvalidPayload, NotFound, UserError
 from pipeline.store import keys as stored_keys
 from pipeline.store import usage
 
 Found = TypeVar("Found")
+Body = TypeVar("Body", bound=BaseModel)
+
+#: A sum over a long time of usage takes its time.
+_MOST_SECONDS = 30.0
 
 
 class Problem(BaseModel):
@@ -30,7 +34,14 @@ class Problem(BaseModel):
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
-    for status, text in {400: "bad request", 401: "no live key", 403: "an admin's key is needed", 404: "none"}.items()
+    for status, text in {
+        400: "bad request",
+        401: "no live key",
+        403: "an admin's key is needed",
+        404: "none",
+        413: "the body is too large",
+        503: "the database is away",
+    }.items()
 }
 router = APIRouter(prefix="/api", responses=_PROBLEMS, tags=["Administration"])
 _SECURITY: dict[str, Any] = {"security": [{"bearer": []}]}
@@ -99,13 +110,25 @@ async def _caller(request: Request, *, admin: bool) -> Caller:
 
 
 async def _with(request: Request, act: Callable[[Connection], Found]) -> Found:
-    """Act in a transaction, beside the event loop."""
+    """Act in a transaction."""
+    database: Database = request.app.state.database
+    return await database.ask_within(_MOST_SECONDS, act)
 
-    def run() -> Found:
-        with request.app.state.database.begin() as connection:
-            return act(connection)
 
-    return await asyncio.to_thread(run)
+async def _read(request: Request, shape: type[Body]) -> Body:
+    """A request's body. A parameter of the route would be read before the caller is known."""
+    try:
+        return shape.model_validate_json(await request.body())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise InvalidPayload(f"{where}: {first['msg']}.", param=where) from None
+
+
+def _described(shape: type[BaseModel]) -> dict[str, Any]:
+    """How the description shows a route with such a body."""
+    content = {"application/json": {"schema": shape.model_json_schema()}}
+    return {**_SECURITY, "requestBody": {"required": True, "content": content}}
 
 
 @router.get("/usage", openapi_extra=_SECURITY)
@@ -143,21 +166,22 @@ async def list_keys(request: Request) -> list[Key]:
     return [Key(**row) for row in rows]
 
 
-@router.post("/keys", status_code=201, openapi_extra=_SECURITY)
-async def create_key(request: Request, wish: KeyWish) -> MadeKey:
+@router.post("/keys", status_code=201, openapi_extra=_described(KeyWish))
+async def create_key(request: Request) -> MadeKey:
     """Make a key. Needs an admin's key."""
     caller = await _caller(request, admin=True)
+    wish = await _read(request, KeyWish)
     lives = None if wish.expires_in_days is None else timedelta(days=wish.expires_in_days)
     name = wish.name.replace("\0", "")
     made = await _with(request, lambda c: keys.create(c, caller.workspace_id, name, admin=wish.admin, lives=lives))
     return MadeKey(id=made.id, token=made.token)
 
 
-@router.post("/keys/{key_id}/rotate", status_code=201, openapi_extra=_SECURITY)
-async def rotate_key(request: Request, key_id: str, rotation: Rotation) -> MadeKey:
-    """Make a key in place of another one. Needs an admin's key."""
+@router.post("/keys/{key_id}/rotate", status_code=201, openapi_extra=_described(Rotation))
+async def rotate_key(request: Request, key_id: str) -> MadeKey:
+    """Make a key in place of another one, that lives as long. Needs an admin's key."""
     caller = await _caller(request, admin=True)
-    overlap = timedelta(hours=rotation.overlap_hours)
+    overlap = timedelta(hours=(await _read(request, Rotation)).overlap_hours)
     try:
         made = await _with(request, lambda c: keys.rotate(c, caller.workspace_id, _id(key_id), overlap))
     except UserError as error:

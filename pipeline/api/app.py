@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
@@ -12,11 +13,13 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy import Engine
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.api import administration, embeddings
+from pipeline.api.database import Database
 from pipeline.api.directory import Directory
 from pipeline.api.embeddings import Gateway
 from pipeline.api.engines import Engines
@@ -24,11 +27,14 @@ from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
 from pipeline.api.token_ids import decoder
 from pipeline.api.upstreams import Upstreams
-from pipeline.errors import ApiError, InternalError
+from pipeline.errors import ApiError, InternalError, PayloadTooLarge
 from pipeline.settings import Settings
 from pipeline.wire import make_error
 
 log = structlog.get_logger()
+
+#: Of the framework's own refusals; the others are `invalid_payload`.
+_CODES: dict[int, str] = {HTTPStatus.NOT_FOUND: "not_found", HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed"}
 
 
 def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
@@ -36,31 +42,41 @@ def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        directory, engines, meter = Directory(database), Engines(), Meter(database)
-        upstreams = Upstreams(settings.gateway_seconds)
-        app.state.database = database
+        asked = Database(database)
+        directory, engines, meter = Directory(asked), Engines(), Meter(asked)
+        upstreams, limits = Upstreams(settings.gateway_seconds), Limits(redis_url, directory)
+        app.state.database = asked
         app.state.gateway = Gateway(
             directory=directory,
-            limits=Limits(redis_url, directory),
+            limits=limits,
             engines=engines,
             upstreams=upstreams,
             meter=meter,
-            most_body_bytes=settings.api_body_bytes,
             most_text_bytes=settings.item_bytes,
             decode=decoder(settings.tiktoken_cache_dir),
         )
         yield
         await engines.close()
         await upstreams.close()
+        await limits.close()
         await meter.close()
 
-    app = FastAPI(title="vectormill", version=version("vectormill"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="vectormill",
+        version=version("vectormill"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.include_router(embeddings.router)
     app.include_router(administration.router)
-    app.add_api_route("/healthz", _healthz, include_in_schema=False)
+    app.add_route("/healthz", _healthz)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
+    # The last one added is the first one met.
+    app.add_middleware(Bounded, most_bytes=settings.api_body_bytes)
     app.add_middleware(Identified)
     describe = app.openapi
     app.openapi = partial(_described, describe)  # type: ignore[method-assign]
@@ -75,7 +91,7 @@ def _described(describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-async def _healthz() -> Response:
+async def _healthz(_: Request) -> Response:
     return Response("ok", media_type="text/plain")
 
 
@@ -112,6 +128,42 @@ class Identified:
                 await answer(scope, receive, sending)
 
 
+class Bounded:
+    """Refuses bodies over a limit before they are read whole, whatever the route does with them."""
+
+    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
+        self._app, self._most_bytes = app, most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI calls it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        told, size = Headers(scope=scope).get("content-length", "0"), 0
+        most_bytes = self._most_bytes
+        if told.isdecimal() and int(told) > most_bytes:
+            await _as_response(scope["path"], _too_large(most_bytes))(scope, receive, send)
+            return
+
+        async def receiving() -> Message:
+            nonlocal size
+            message = await receive()
+            if message["type"] == "http.request":
+                size += len(message.get("body", b""))
+                if size > most_bytes:
+                    raise _too_large(most_bytes)
+            return message
+
+        await self._app(scope, receiving, send)
+
+
+def _too_large(most_bytes: int) -> PayloadTooLarge:
+    error = PayloadTooLarge(f"The body is larger than {most_bytes:,} bytes; send less in a request.")
+    # The rest isn't read.
+    error.headers["connection"] = "close"
+    return error
+
+
 async def _answer(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _as_response(request.url.path, error)
@@ -119,7 +171,8 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _write(request.url.path, error.status_code, "not_found", str(error.detail), headers=error.headers)
+    code = _CODES.get(error.status_code, "invalid_payload")
+    return _write(request.url.path, error.status_code, code, str(error.detail), headers=error.headers)
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:
@@ -141,7 +194,7 @@ def _as_response(path: str, error: ApiError) -> Response:
 
 def _write(path: str, status: int, code: str, message: str, param: str | None = None, headers: Any = None) -> Response:
     """In OpenAI's envelope below `/v1`, elsewhere as a problem of RFC 9457."""
-    if path.startswith("/v1"):
+    if path == "/v1" or path.startswith("/v1/"):
         return Response(make_error(message, code, status, param), status, headers, "application/json")
     problem = {"type": "about:blank", "title": code.replace("_", " "), "status": status, "detail": message}
     return Response(orjson.dumps(problem), status, headers, "application/problem+json")

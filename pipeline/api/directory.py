@@ -1,4 +1,4 @@
-"""Keys, models and engines as Postgres has them, at most two seconds old; older while it is away."""
+"""Keys, models and engines as Postgres has them, at most two seconds old; older while it is away or slow."""
 
 import asyncio
 import time
@@ -8,24 +8,30 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Generic, TypeVar
 
-import structlog
-from sqlalchemy import Connection, Engine, RowMapping
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection, RowMapping
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline import keys as api_keys
-from pipeline.errors import Forbidden, InvalidApiKey, ModelNotFound, Unauthorized, UpstreamUnavailable
+from pipeline.api.database import Database, unreachable
+from pipeline.errors import Forbidden, InvalidApiKey, ModelNotFound, Unauthorized
 from pipeline.store import engines, models, usage
 from pipeline.store import keys as stored_keys
 
-log = structlog.get_logger()
-
 _FRESH_SECONDS = 2.0
+#: How long an answer is waited for when an old one is at hand, and when none is.
+_PATIENCE_SECONDS = 0.5
+_MOST_SECONDS = 5.0
+#: For how long old answers serve at once after the database failed.
+_REST_SECONDS = 1.5
 #: What a month has taken changes slowly, and its sum costs.
 _MONTH_FRESH_SECONDS = 10.0
+_MONTH_PATIENCE_SECONDS = 0.0
 #: How long old knowledge serves while the database is away.
 _STALE_SECONDS = 300.0
 _MOST_KEPT = 10_000
 _ENGINE_SILENCE_SECONDS = 10.0
+#: After the database was away, engines need this long to show themselves again.
+_ENGINE_GRACE_SECONDS = 10.0
 
 Found = TypeVar("Found")
 
@@ -51,10 +57,18 @@ class Caller:
 
 
 class _Kept(Generic[Found]):
-    """Answers of a query, each asked for again when it is too old. One asks, the others wait."""
+    """Answers of a query, each asked for again when it is too old. One asks, the others wait, those who know an old
+    answer not for long."""
 
-    def __init__(self, database: Engine, ask: Callable[..., Found], fresh_seconds: float = _FRESH_SECONDS) -> None:
-        self._database, self._ask, self._fresh_seconds = database, ask, fresh_seconds
+    def __init__(
+        self,
+        database: Database,
+        ask: Callable[..., Found],
+        fresh_seconds: float = _FRESH_SECONDS,
+        patience_seconds: float = _PATIENCE_SECONDS,
+    ) -> None:
+        self._database, self._ask = database, ask
+        self._fresh_seconds, self._patience_seconds = fresh_seconds, patience_seconds
         self._kept: OrderedDict[Hashable, tuple[float, Found]] = OrderedDict()
         self._under_way: dict[Hashable, asyncio.Task[Found]] = {}
 
@@ -65,30 +79,38 @@ class _Kept(Generic[Found]):
             UpstreamUnavailable: the database is away, and the answer isn't known from before.
         """
         kept = self._kept.get(question)
-        if kept and time.monotonic() - kept[0] < self._fresh_seconds:
+        age = time.monotonic() - kept[0] if kept else float("inf")
+        if kept and age < self._fresh_seconds:
             return kept[1]
+        old = kept if age < _STALE_SECONDS else None
+        if old and self._database.seconds_since_failure < _REST_SECONDS:
+            return old[1]
+        task = self._task(question)
+        await asyncio.wait((task,), timeout=self._patience_seconds if old else _MOST_SECONDS)
+        if not task.done():
+            if self._patience_seconds:
+                self._database.note_failure(TimeoutError())
+        elif not isinstance(task.exception(), SQLAlchemyError):
+            return task.result()
+        if old:
+            return old[1]
+        raise unreachable()
+
+    def _task(self, question: tuple[Any, ...]) -> "asyncio.Task[Found]":
         task = self._under_way.get(question)
         if task is None:
-            task = asyncio.ensure_future(asyncio.to_thread(self._query, question))
+            task = asyncio.ensure_future(self._database.ask(lambda connection: self._ask(connection, *question)))
             self._under_way[question] = task
             task.add_done_callback(lambda done: self._keep(question, done))
-        try:
-            return await asyncio.shield(task)
-        except DBAPIError as error:
-            if kept and time.monotonic() - kept[0] < _STALE_SECONDS:
-                return kept[1]
-            raise UpstreamUnavailable("The gateway's database can't be reached.", retry_after_seconds=1) from error
-
-    def _query(self, question: tuple[Any, ...]) -> Found:
-        with self._database.begin() as connection:
-            return self._ask(connection, *question)
+        return task
 
     def _keep(self, question: Hashable, done: "asyncio.Task[Found]") -> None:
         del self._under_way[question]
         if done.cancelled():
             return
         if error := done.exception():
-            log.warning("database_unreachable", error=type(error).__name__)
+            if isinstance(error, SQLAlchemyError):
+                self._database.note_failure(error)
             return
         self._kept[question] = (time.monotonic(), done.result())
         self._kept.move_to_end(question)
@@ -99,12 +121,14 @@ class _Kept(Generic[Found]):
 class Directory:
     """What requests need to know."""
 
-    def __init__(self, database: Engine) -> None:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._known_engines: Sequence[RowMapping] = ()
         self._keys = _Kept(database, _find_key)
         self._models = _Kept(database, models.find)
         self._all_models = _Kept(database, models.of_workspace)
         self._engines = _Kept(database, _live_engines)
-        self._months = _Kept(database, usage.this_month, _MONTH_FRESH_SECONDS)
+        self._months = _Kept(database, usage.this_month, _MONTH_FRESH_SECONDS, _MONTH_PATIENCE_SECONDS)
 
     async def caller(self, authorization: str | None) -> Caller:
         """Who sends this Authorization header.
@@ -131,7 +155,7 @@ class Directory:
         Raises:
             ModelNotFound: there is none, or not for this workspace.
         """
-        found = await self._models.get(workspace_id, name)
+        found = await self._models.get(workspace_id, name) if _can_be_a_name(name) else None
         if found is None:
             raise ModelNotFound(f'The model "{name}" is not enabled for your workspace.', param="model")
         return found
@@ -142,11 +166,24 @@ class Directory:
 
     async def engines(self) -> Sequence[RowMapping]:
         """The engines that live: `url, models`."""
-        return await self._engines.get()
+        found = await self._engines.get()
+        if self._database.seconds_since_failure < _ENGINE_GRACE_SECONDS:
+            urls = {engine["url"] for engine in found}
+            return [*found, *(engine for engine in self._known_engines if engine["url"] not in urls)]
+        self._known_engines = found
+        return found
 
     async def month(self, workspace_id: int) -> tuple[int, Decimal]:
         """Tokens and cost of a workspace in this month, UTC."""
         return await self._months.get(workspace_id)
+
+
+def _can_be_a_name(name: str) -> bool:
+    """Whether Postgres takes it as a text."""
+    try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _find_key(connection: Connection, key_id: str) -> tuple[RowMapping, float] | None:

@@ -17,7 +17,7 @@ from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
 from pipeline.api.upstreams import Upstreams
 from pipeline.catalog import as_upstream
-from pipeline.errors import InvalidPayload, ModelNotFound, PayloadTooLarge
+from pipeline.errors import InvalidPayload
 from pipeline.wire import MOST_INPUTS, Asked, Decode, Embedded, make_reply, parse_request, shortened
 
 _JSON = "application/json"
@@ -32,7 +32,6 @@ class Gateway:
     engines: Engines
     upstreams: Upstreams
     meter: Meter
-    most_body_bytes: int
     most_text_bytes: int
     decode: Decode | None
 
@@ -138,7 +137,7 @@ async def create_embeddings(request: Request) -> Response:
     """Embed texts: one vector each, in their order."""
     gateway: Gateway = request.app.state.gateway
     caller = await gateway.directory.caller(request.headers.get("authorization"))
-    asked = parse_request(await _body(request, gateway.most_body_bytes), gateway.most_text_bytes, gateway.decode)
+    asked = parse_request(await request.body(), gateway.most_text_bytes, gateway.decode)
     model = await gateway.directory.model(caller.workspace_id, asked.model)
     dimensions = _dimensions(model, asked.dimensions)
     gateway.meter.check()
@@ -158,23 +157,6 @@ async def _embed(gateway: Gateway, model: RowMapping, texts: list[str]) -> Embed
     if upstream := as_upstream(model):
         return await gateway.upstreams.embed(upstream, model["dimensions"], texts)
     return await gateway.engines.embed(await gateway.directory.engines(), model["name"], texts)
-
-
-async def _body(request: Request, most_bytes: int) -> bytes:
-    """A request's body, refused as soon as it is known to be too large."""
-    refused = PayloadTooLarge(f"The body is larger than {most_bytes:,} bytes; send fewer texts in a request.")
-    # The rest isn't read.
-    refused.headers["connection"] = "close"
-    told = request.headers.get("content-length", "0")
-    if told.isdecimal() and int(told) > most_bytes:
-        raise refused
-    pieces, size = [], 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > most_bytes:
-            raise refused
-        pieces.append(piece)
-    return b"".join(pieces)
 
 
 def _dimensions(model: RowMapping, wanted: int | None) -> int:
@@ -235,8 +217,6 @@ async def retrieve_model(model: str, request: Request) -> ModelObject:
     """One model, by id or alias."""
     gateway: Gateway = request.app.state.gateway
     caller = await gateway.directory.caller(request.headers.get("authorization"))
-    if "\0" in model:
-        raise ModelNotFound("The model is not enabled for your workspace.", param="model")
     return _model(await gateway.directory.model(caller.workspace_id, model), model)
 
 

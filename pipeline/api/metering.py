@@ -4,13 +4,12 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import structlog
-from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
 
-from pipeline.errors import UpstreamUnavailable
+from pipeline.api.database import Database, unreachable
 from pipeline.store import usage
 
 log = structlog.get_logger()
@@ -19,15 +18,16 @@ _PERIOD_SECONDS = 0.25
 _BATCH = 1_000
 #: Rows that wait for a database that is away; then requests are refused, since nobody would pay for them.
 _MOST_WAITING = 100_000
-_LAST_TRIES = 20
+_LAST_SECONDS = 5.0
 
 
 class Meter:
     """Writes usage rows, within a running event loop."""
 
-    def __init__(self, database: Engine) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
         self._rows: deque[Mapping[str, Any]] = deque()
+        self._closing = asyncio.Event()
         self._writer = asyncio.ensure_future(self._run())
 
     def check(self) -> None:
@@ -35,7 +35,7 @@ class Meter:
         UpstreamUnavailable: so many rows wait that another one might be lost.
         """
         if len(self._rows) >= _MOST_WAITING:
-            raise UpstreamUnavailable("The gateway's database can't be reached.", retry_after_seconds=5)
+            raise unreachable()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Note a request: the columns of `usage.add_requests`."""
@@ -43,34 +43,25 @@ class Meter:
 
     async def close(self) -> None:
         """Write what waits; give up after five seconds without a database."""
-        self._writer.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._writer
-        for _ in range(_LAST_TRIES):
-            if await self._write():
-                return
-            await asyncio.sleep(_PERIOD_SECONDS)
-        log.error("usage_lost", rows=len(self._rows))
+        self._closing.set()
+        await asyncio.wait((self._writer,), timeout=_LAST_SECONDS)
+        if self._rows:
+            log.error("usage_lost", rows=len(self._rows))
 
     async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(_PERIOD_SECONDS)
-            # A cancelled write may arrive all the same: it is never cut off.
-            await asyncio.shield(asyncio.ensure_future(self._write()))
-
-    async def _write(self) -> bool:
-        """Write all that waits. False: the database is away."""
-        while self._rows:
-            rows = [self._rows[n] for n in range(min(_BATCH, len(self._rows)))]
+        """The only one that writes: until all is written after `close`."""
+        while self._rows or not self._closing.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), _PERIOD_SECONDS)
             try:
-                await asyncio.to_thread(self._insert, rows)
-            except DBAPIError as error:
+                await self._write()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the rows stay and the writer goes on
                 log.warning("usage_waits", rows=len(self._rows), error=type(error).__name__)
-                return False
+                await asyncio.sleep(_PERIOD_SECONDS)
+
+    async def _write(self) -> None:
+        while self._rows:
+            rows = list(islice(self._rows, _BATCH))
+            await self._database.ask(lambda connection: usage.add_requests(connection, rows))  # noqa: B023
             for _ in rows:
                 self._rows.popleft()
-        return True
-
-    def _insert(self, rows: list[Mapping[str, Any]]) -> None:
-        with self._database.begin() as connection:
-            usage.add_requests(connection, rows)

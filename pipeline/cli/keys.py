@@ -80,7 +80,7 @@ def rotate(
     workspace: Workspace = DEFAULT_WORKSPACE,
     overlap: Annotated[str, typer.Option(metavar="SPAN", help="How long the old key stays valid.")] = "24h",
 ) -> None:
-    """Make a key in place of another one, which stays valid for a while.
+    """Make a key in place of another one, which stays valid for a while. It lives as long as the other was made to.
 
     Example: vectormill keys rotate 3f0c9a7be1d2c4a8 --overlap 2h
     """

@@ -12,7 +12,7 @@ from pipeline.tables import api_keys
 def add(connection: Connection, values: Mapping[str, Any], lives: timedelta | None) -> None:
     """Keep a key that ends after `lives`, or never."""
     ends = None if lives is None else func.now() + lives
-    connection.execute(insert(api_keys).values(**values, expires_at=ends))
+    connection.execute(insert(api_keys).values(**values, lives=lives, expires_at=ends))
 
 
 def every(connection: Connection, workspace_id: int) -> list[RowMapping]:
@@ -43,17 +43,18 @@ def find_live(connection: Connection, key_id: str) -> RowMapping | None:
     return rows.mappings().one_or_none()
 
 
-def expire(connection: Connection, workspace_id: int, key_id: str, after: timedelta) -> str | None:
-    """Let a live key end after so long at the latest. Returns its name; None: there is none."""
-    return connection.execute(
+def expire(connection: Connection, workspace_id: int, key_id: str, after: timedelta) -> RowMapping | None:
+    """Let a live key end after so long at the latest. Returns its `name, admin, lives`; None: there is none."""
+    rows = connection.execute(
         text("""
             update vectormill.api_keys set expires_at = least(expires_at, now() + :after)
             where id = :id and workspace_id = :workspace and revoked_at is null
               and (expires_at is null or expires_at > now())
-            returning name
+            returning name, admin, lives
         """),
         {"id": key_id, "workspace": workspace_id, "after": after},
-    ).scalar_one_or_none()
+    )
+    return rows.mappings().one_or_none()
 
 
 def revoke(connection: Connection, workspace_id: int, key_id: str) -> bool:
@@ -66,13 +67,3 @@ def revoke(connection: Connection, workspace_id: int, key_id: str) -> bool:
         ).rowcount
         == 1
     )
-
-
-def is_admin(connection: Connection, workspace_id: int, key_id: str) -> bool:
-    """Whether a key of the workspace is an admin's."""
-    found = connection.execute(
-        api_keys.select()
-        .with_only_columns(api_keys.c.admin)
-        .where(api_keys.c.id == key_id, api_keys.c.workspace_id == workspace_id)
-    ).scalar_one_or_none()
-    return bool(found)

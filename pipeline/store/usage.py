@@ -116,10 +116,6 @@ def this_month(connection: Connection, workspace_id: int) -> tuple[int, Decimal]
     return int(tokens), cost
 
 
-#: What usage can be grouped by.
-GROUPS = ("day", "model", "key", "job", "label")
-
-
 def grouped(
     connection: Connection, workspace_id: int, by: str, *, label: str | None, begin: datetime, end: datetime
 ) -> list[RowMapping]:

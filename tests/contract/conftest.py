@@ -30,7 +30,7 @@ _NODE_FOLDER = _CHECKOUT / ".vectormill" / "test-node"
 @dataclass
 class Gateway:
     """The models `static` (aliased text-embedding-3-small) and `minilm` are served, `broken` can't be loaded, `alone`
-    is served by nobody."""
+    is nobody's."""
 
     fleet: Fleet
     engine: Engine
@@ -62,6 +62,11 @@ class Gateway:
         host, port = self.url.removeprefix("http://").split(":")
         self.fleet.start("api", "pipeline.cli", "api", "--host", host, "--port", port, **environment)
         eventually(self._answers, "an api that answers")
+
+    def stop_api(self, seconds: float = 60) -> None:
+        """Stop the api in order."""
+        self.fleet.processes["api"].terminate()
+        assert self.fleet.processes["api"].wait(seconds) == 0
 
     def _answers(self) -> bool:
         try:

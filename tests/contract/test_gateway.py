@@ -43,10 +43,28 @@ def test_every_answer_has_an_id_of_its_own(client: httpx.Client) -> None:
 
 def test_what_isnt_there(client: httpx.Client) -> None:
     assert code(client.get("/v1/nothing")) == (404, "not_found")
-    assert client.get("/v1/embeddings").status_code == 405
+    wrong = client.get("/v1/embeddings")
+    assert code(wrong) == (405, "method_not_allowed")
+    assert wrong.headers["allow"] == "POST"
+    assert code(client.post("/v1/embeddings/", json={})) == (404, "not_found"), "no redirect that a POST would lose"
     nothing = client.get("/nothing")
     assert nothing.headers["content-type"] == "application/problem+json"
     assert nothing.json()["status"] == 404
+
+
+def test_methods_of_probes_and_browsers(client: httpx.Client) -> None:
+    alive = client.head("/healthz")
+    assert (alive.status_code, alive.content) == (200, b"")
+    for method in ("HEAD", "OPTIONS", "PUT"):
+        reply = client.request(method, "/v1/models")
+        assert (reply.status_code, reply.headers["allow"]) == (405, "GET")
+        assert reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("name", ["\0", "gpt\0-4", "gpt-4"])
+def test_a_name_that_no_model_has(client: httpx.Client, name: str) -> None:
+    for reply in (embed(client, model=name), client.get("/v1/models/" + name.replace("\0", "%00"))):
+        assert code(reply) == (404, "model_not_found")
 
 
 # Bodies
@@ -76,6 +94,34 @@ def test_a_body_that_doesnt_tell_its_length_is_cut_off(client: httpx.Client) -> 
     else:
         assert code(reply) == (413, "invalid_payload")
     assert sent < 2**27
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "status"),
+    [
+        ("nobody's", "/v1/embeddings", 401),
+        ("nobody's", "/api/keys", 401),
+        ("admin's", "/api/keys", 413),
+        ("admin's", "/api/keys/none/rotate", 413),
+        ("plain", "/api/keys", 403),
+    ],
+)
+def test_a_body_is_read_for_those_who_may_send_it(gateway: Gateway, key: str, path: str, status: int) -> None:
+    """And only up to the limit, which every route has."""
+    token = {"admin's": gateway.key, "plain": gateway.new_key(), "nobody's": "x"}[key]
+    host, port = gateway.url.removeprefix("http://").split(":")
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    piece = b"100000\r\n" + b" " * 2**20 + b"\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as line:
+        line.sendall(head.encode())
+        sent = 0
+        while not select.select([line], [], [], 0.05)[0]:
+            assert sent < 40, "an answer was due"
+            line.sendall(piece)
+            sent += 1
+        answer = line.recv(4_096).decode()
+    assert answer.startswith(f"HTTP/1.1 {status} ")
+    assert sent <= (25 if status == 413 else 3)
 
 
 # Keys
@@ -114,6 +160,26 @@ def test_a_rotated_key_overlaps_with_the_old_one(gateway: Gateway) -> None:
         assert after.get("/v1/models").status_code == 200
         eventually(lambda: before.get("/v1/models").status_code == 401, "the old key's end", 8)
         assert after.get("/v1/models").status_code == 200
+
+
+def test_a_rotated_key_lives_as_long_as_it_was_made_to(gateway: Gateway) -> None:
+    old = api_keys.id_of(gateway.new_key(lives=timedelta(days=90), admin=True))
+    mortal = str(api_keys.id_of(gateway.fleet.cli("keys", "rotate", str(old), "--overlap", "1h").stdout.strip()))
+    again = str(api_keys.id_of(gateway.fleet.cli("keys", "rotate", str(old), "--overlap", "1m").stdout.strip()))
+    forever = str(api_keys.id_of(gateway.new_key()))
+    immortal = str(api_keys.id_of(gateway.fleet.cli("keys", "rotate", forever).stdout.strip()))
+    query = "select admin, expires_at - created_at from vectormill.api_keys where id = :id"
+    for key in (mortal, again):
+        assert run_sql(gateway.engine, query, id=key) == [(True, timedelta(days=90))]
+    assert run_sql(gateway.engine, query, id=immortal) == [(False, None)]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b'{"name": ""}', b'{"name": "\\ud800"}', b'{"name": "x", "admin": 7}']
+)
+def test_a_key_that_cant_be_made(client: httpx.Client, body: bytes) -> None:
+    refused = client.post("/api/keys", content=body)
+    assert (refused.status_code, refused.json()["title"]) == (400, "invalid payload")
 
 
 def test_keys_by_http(gateway: Gateway, client: httpx.Client) -> None:
@@ -256,11 +322,9 @@ def test_what_is_in_flight_is_finished_when_the_api_stops(gateway: Gateway) -> N
 
 def test_limits_hold_without_redis(gateway: Gateway) -> None:
     key = gateway.workspace("lonely", requests_per_minute=2)
-    gateway.fleet.processes["api"].terminate()
-    gateway.fleet.processes["api"].wait(60)
+    gateway.stop_api()
     gateway.start_api(VECTORMILL_REDIS_URL="redis://127.0.0.1:1/0")
     with gateway.client(key) as client:
         assert [embed(client).status_code for _ in range(3)] == [200, 200, 429]
-    gateway.fleet.processes["api"].terminate()
-    gateway.fleet.processes["api"].wait(60)
+    gateway.stop_api()
     gateway.start_api()

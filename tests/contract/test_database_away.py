@@ -1,0 +1,99 @@
+"""The gateway while its database is frozen, or gone."""
+
+import time
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+import pytest
+
+from tests.acceptance.fleet import eventually
+from tests.contract.conftest import Gateway
+from tests.contract.test_gateway import code, embed
+from tests.jobs_made import run_sql
+from tests.lines import Line, line_to
+
+
+@pytest.fixture(scope="module")
+def line(gateway: Gateway) -> Iterator[Line]:
+    """The api's way to its database, its own; the engine has another one."""
+    url = gateway.fleet.environment["VECTORMILL_DATABASE_URL"]
+    parts = urlsplit(url)
+    assert parts.hostname
+    assert parts.port
+    with line_to(parts.hostname, parts.port) as made:
+        gateway.stop_api()
+        gateway.start_api(VECTORMILL_DATABASE_URL=url.replace(f":{parts.port}/", f":{made.port}/"))
+        yield made
+        made.mend()
+
+
+@pytest.fixture
+def client(gateway: Gateway, line: Line) -> Iterator[httpx.Client]:
+    line.mend()
+    with gateway.client() as made:
+        eventually(lambda: embed(made).status_code == 200, "a request that comes through", 30)
+        yield made
+
+
+def test_a_frozen_database_stalls_nobody_who_is_known(client: httpx.Client, line: Line) -> None:
+    line.freeze()
+    time.sleep(2.1)  # what is known has become old
+    began = time.monotonic()
+    for _ in range(10):
+        assert embed(client).status_code == 200
+    # Once half a second, and again when the rest is over.
+    assert time.monotonic() - began < 3
+
+
+def test_usage_of_that_time_is_written_later(client: httpx.Client, line: Line, gateway: Gateway) -> None:
+    line.freeze()
+    ids = [embed(client).headers["x-request-id"] for _ in range(3)]
+    line.cut()
+    ids += [embed(client).headers["x-request-id"] for _ in range(3)]
+    line.mend()
+    query = "select count(*) from vectormill.usage where request_id = any(:ids)"
+    eventually(lambda: run_sql(gateway.engine, query, ids=ids) == [(6,)], "all rows", 30)
+
+
+def test_what_isnt_known_is_unavailable(client: httpx.Client, line: Line, gateway: Gateway) -> None:
+    stranger = gateway.new_key()
+    line.cut()
+    with gateway.client(stranger) as other:
+        assert code(embed(other)) == (503, "upstream_unavailable")
+    for reply in (
+        client.get("/api/usage"),
+        client.get("/api/keys"),
+        client.post("/api/keys", json={"name": "none"}),
+        client.post("/api/keys/none/rotate", json={}),
+        client.delete("/api/keys/none"),
+    ):
+        assert (reply.status_code, reply.json()["title"]) == (503, "upstream unavailable")
+        assert int(reply.headers["retry-after"]) >= 1
+
+
+def test_engines_are_known_until_they_had_time_to_show_themselves(
+    client: httpx.Client, line: Line, gateway: Gateway
+) -> None:
+    """After an outage, an engine that couldn't show itself looks as if it were gone."""
+    line.cut()
+    assert embed(client).status_code == 200
+    time.sleep(2.1)
+    assert embed(client).status_code == 200
+    gateway.fleet.pause("engine")
+    try:
+        run_sql(gateway.engine, "update vectormill.engines set seen_at = now() - interval '30 s' returning 1")
+        line.mend()
+        with gateway.client() as other:
+            eventually(lambda: other.get("/api/usage").status_code == 200, "the database", 10)
+            time.sleep(2.1)
+    finally:
+        gateway.fleet.resume("engine")
+    assert embed(client).status_code == 200
+
+
+def test_an_api_ends_though_its_database_is_frozen(line: Line, gateway: Gateway, client: httpx.Client) -> None:
+    line.freeze()
+    assert embed(client).status_code == 200
+    gateway.stop_api(seconds=20)
+    gateway.start_api()
