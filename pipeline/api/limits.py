@@ -5,13 +5,15 @@ While Redis is away each api process counts for itself.
 
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from math import ceil
 
 import structlog
-from limits import RateLimitItem, RateLimitItemPerMinute
+from limits import RateLimitItem, RateLimitItemPerSecond
 from limits.aio.storage import MemoryStorage, RedisStorage
-from limits.aio.strategies import RateLimiter, SlidingWindowCounterRateLimiter
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
+from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from pipeline.api.directory import Caller, Directory
@@ -22,29 +24,34 @@ log = structlog.get_logger()
 _REDIS_SECONDS = 0.5
 #: How long Redis isn't asked again after it failed.
 _REDIS_REST_SECONDS = 2.0
-_MINUTE_SECONDS = 60.0
+#: Redis counts time in whole milliseconds.
+_MARGIN_SECONDS = 0.005
 _CHARACTERS_PER_TOKEN = 4.0
 
 
 class Limits:
-    """Counts what workspaces ask for."""
+    """Counts what workspaces ask for. `minute_seconds` is shorter in tests."""
 
-    def __init__(self, redis_url: str, directory: Directory) -> None:
-        self._directory = directory
+    def __init__(self, redis_url: str, directory: Directory, minute_seconds: int = 60) -> None:
+        self._directory, self._minute_seconds = directory, minute_seconds
+        self._redis = Redis.from_url(redis_url, socket_timeout=_REDIS_SECONDS, socket_connect_timeout=_REDIS_SECONDS)
         storage = RedisStorage(
             "async+" + redis_url,
             implementation="redispy",
             wrap_exceptions=True,
-            socket_timeout=_REDIS_SECONDS,
-            socket_connect_timeout=_REDIS_SECONDS,
+            connection_pool=self._redis.connection_pool,  # type: ignore[arg-type] # its hints know no pools
         )
-        self._shared: RateLimiter = SlidingWindowCounterRateLimiter(storage)
-        self._local: RateLimiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._shared = _Counter(storage)
+        self._local = _Counter(MemoryStorage())
         self._local_until = 0.0
-        #: Tokens that a workspace was charged for and didn't take, or took uncharged.
+        #: Tokens that a workspace was charged for and didn't take, or, below zero, took uncharged: within one limit.
         self._credit: defaultdict[int, float] = defaultdict(float)
         #: Of each model, learned from its replies.
         self._characters_per_token: dict[str, float] = {}
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._redis.aclose()
 
     def estimated_tokens(self, model: str, longest: int | None, texts: list[str]) -> int:
         """About how many tokens a model reads of texts."""
@@ -53,8 +60,8 @@ class Limits:
 
     def learn(self, caller: Caller, model: str, texts: list[str], charged: int, tokens: int) -> None:
         """Compare what was charged with what a request took; the next one pays the difference."""
-        if caller.tokens_per_minute:
-            self._credit[caller.workspace_id] += charged - tokens
+        if limit := caller.tokens_per_minute:
+            self._add_credit(caller, charged - tokens, limit)
         characters = sum(map(len, texts))
         if tokens and characters:
             before = self._characters_per_token.get(model, _CHARACTERS_PER_TOKEN)
@@ -72,43 +79,49 @@ class Limits:
         if caller.requests_per_minute:
             headers |= await self._hit("requests", caller, caller.requests_per_minute, 1)
         if caller.tokens_per_minute:
-            if tokens > caller.tokens_per_minute:
-                raise InvalidPayload(
-                    f"The request has about {tokens:,} tokens; your workspace's limit is "
-                    f"{caller.tokens_per_minute:,} a minute.",
-                    param="input",
-                )
-            credit = self._credit[caller.workspace_id]
-            due = max(0, tokens - int(credit))
-            headers |= await self._hit("tokens", caller, caller.tokens_per_minute, min(due, caller.tokens_per_minute))
-            self._credit[caller.workspace_id] -= tokens - due
+            headers |= await self._charge_tokens(caller, caller.tokens_per_minute, tokens)
         return headers
 
+    async def _charge_tokens(self, caller: Caller, limit: int, tokens: int) -> dict[str, str]:
+        if tokens > limit:
+            raise InvalidPayload(
+                f"The request has about {tokens:,} tokens; your workspace's limit is {limit:,} a minute.",
+                param="input",
+            )
+        due = min(limit, max(0, tokens - int(self._credit[caller.workspace_id])))
+        # At once, and back if it is refused: requests that come meanwhile mustn't pay with the same credit.
+        self._add_credit(caller, due - tokens, limit)
+        try:
+            return await self._hit("tokens", caller, limit, due)
+        except RateLimited:
+            self._add_credit(caller, tokens - due, limit)
+            raise
+
+    def _add_credit(self, caller: Caller, tokens: float, limit: int) -> None:
+        self._credit[caller.workspace_id] = max(-limit, min(limit, self._credit[caller.workspace_id] + tokens))
+
     async def _hit(self, what: str, caller: Caller, limit: int, cost: int) -> dict[str, str]:
-        item = RateLimitItemPerMinute(limit)
-        names = (what, str(caller.workspace_id))
-        passed, remaining, reset_seconds = await self._count(item, names, cost)
+        item = RateLimitItemPerSecond(limit, self._minute_seconds)
+        passed, window = await self._count(item, (what, str(caller.workspace_id)), cost)
         headers = {
             f"x-ratelimit-limit-{what}": str(limit),
-            f"x-ratelimit-remaining-{what}": str(remaining),
-            f"x-ratelimit-reset-{what}": _span(reset_seconds),
+            f"x-ratelimit-remaining-{what}": str(window.remaining(limit)),
+            f"x-ratelimit-reset-{what}": _span(window.wait_seconds(limit, limit)),
         }
         if not passed:
-            # A sliding window frees evenly what was used evenly.
-            wait = max(0.05, (cost - remaining) / limit * _MINUTE_SECONDS)
             error = RateLimited(f"Your workspace's limit of {limit:,} {what} a minute is reached.")
-            error.retry_after_seconds, error.headers = wait, headers
+            error.retry_after_seconds, error.headers = window.wait_seconds(limit, cost), headers
             raise error
         return headers
 
-    async def _count(self, item: RateLimitItem, names: tuple[str, ...], cost: int) -> tuple[bool, int, float]:
+    async def _count(self, item: RateLimitItem, names: tuple[str, ...], cost: int) -> "tuple[bool, Window]":
         if time.monotonic() >= self._local_until:
             try:
-                return await _count_in(self._shared, item, names, cost)
+                return await self._shared.count(item, names, cost)
             except (StorageError, RedisError, OSError, TimeoutError) as error:
                 log.warning("redis_unreachable", error=type(error).__name__)
                 self._local_until = time.monotonic() + _REDIS_REST_SECONDS
-        return await _count_in(self._local, item, names, cost)
+        return await self._local.count(item, names, cost)
 
     async def _check_month(self, caller: Caller) -> None:
         if caller.monthly_tokens is None and caller.monthly_cost is None:
@@ -123,13 +136,51 @@ class Limits:
         raise RateLimited(f"Your workspace's cap of {reached} a month is reached.", retry_after_seconds=3_600)
 
 
-async def _count_in(
-    limiter: RateLimiter, item: RateLimitItem, names: tuple[str, ...], cost: int
-) -> tuple[bool, int, float]:
-    """Whether it was let through, what remains, and in how many seconds all of it is free again."""
-    passed = await limiter.hit(item, *names, cost=cost) if cost else True
-    stats = await limiter.get_window_stats(item, *names)
-    return passed, max(0, int(stats.remaining)), max(0.0, stats.reset_time - time.time())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """A sliding window as it is counted: what came since the present period began, and, of what came in the one
+    before, the share that has not slid out yet.
+    """
+
+    period_seconds: float
+    previous: int
+    current: int
+    #: Until the present period ends: then what is in it begins to slide out.
+    left_seconds: float
+
+    def remaining(self, limit: int) -> int:
+        """How much more is let through now."""
+        return max(0, limit - self.current - int(self.previous * self.left_seconds / self.period_seconds))
+
+    def wait_seconds(self, limit: int, cost: int) -> float:
+        """In how many seconds `cost` is let through if nothing else comes. For the whole limit: until all is free."""
+        room = limit - cost
+        if self.current <= room:
+            wait = self.left_seconds - self._share(self.previous, room - self.current)
+        else:
+            wait = self.left_seconds + self.period_seconds - self._share(self.current, room)
+        return wait + _MARGIN_SECONDS if wait > 0 else 0.0
+
+    def _share(self, count: int, room: int) -> float:
+        """How long before it is all gone a count that slides out has come down to `room`, in whole numbers."""
+        return self.period_seconds * (room + 1) / count if count else self.period_seconds
+
+
+class _Counter:
+    """A window of the library's in a storage."""
+
+    def __init__(self, storage: MemoryStorage | RedisStorage) -> None:
+        self._storage = storage
+        self._limiter = SlidingWindowCounterRateLimiter(storage)
+
+    async def count(self, item: RateLimitItem, names: tuple[str, ...], cost: int) -> tuple[bool, Window]:
+        """Whether so much is let through, and the window after that."""
+        passed = await self._limiter.hit(item, *names, cost=cost) if cost else True
+        period = item.get_expiry()
+        previous, _, current, expires = await self._storage.get_sliding_window(item.key_for(*names), period)
+        # What is counted now is kept for one more period after its own.
+        left = max(0.0, expires - period)
+        return passed, Window(period_seconds=period, previous=previous, current=current, left_seconds=left)
 
 
 def _span(seconds: float) -> str:
