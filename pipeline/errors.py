@@ -71,6 +71,10 @@ class ModelError(VectormillError):
     """A model can't be used on this machine."""
 
 
+class ModelUnusable(ModelError):
+    """A model can't be loaded here, or its canary comes out wrong: whatever the text is, another machine may do it."""
+
+
 class BadReply(VectormillError):
     """A gateway's reply can't be used: what is in it isn't what was asked for."""
 

@@ -16,6 +16,8 @@ _NARROWING = 8
 _SINGLE = 3
 #: From this level on the head item has killed its process twice when alone.
 CONVICTED = _SINGLE + 2
+#: Of a longer text only so many characters for each token that counts are read, where that is enough.
+MOST_CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True, slots=True)

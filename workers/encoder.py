@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import ModelError
 from pipeline.jobs import RejectCode
-from workers.batching import Batch, Tokenised, token_batches
+from workers.batching import MOST_CHARACTERS_PER_TOKEN, Batch, Tokenised, token_batches
 from workers.canary import CANARY, cosine, is_canary
 
 log = structlog.get_logger()
@@ -202,9 +203,8 @@ class _PaddedReader:
 
     def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
         self._fast.no_padding()  # the library turns it on whenever it reads for itself
-        _bound(self._fast, max_tokens, self.max_tokens)
-        encodings = self._fast.encode_batch_fast([text.lower() for text in texts] if self._lower else texts)
-        return _tokenised([e.ids for e in encodings], [bool(e.overflowing) for e in encodings])
+        bound = _bound(self._fast, max_tokens, self.max_tokens)
+        return _read([text.lower() for text in texts] if self._lower else texts, bound, self._fast.encode_batch_fast)
 
     def features(self, ids: list[list[int]]) -> dict[str, torch.Tensor]:
         longest = max(map(len, ids))
@@ -232,9 +232,8 @@ class _FlatReader:
         self.max_tokens: int | None = (self._fast.truncation or {}).get("max_length")
 
     def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
-        _bound(self._fast, max_tokens, self.max_tokens)
-        encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
-        return _tokenised([e.ids for e in encodings], [bool(e.overflowing) for e in encodings])
+        bound = _bound(self._fast, max_tokens, self.max_tokens)
+        return _read(texts, bound, partial(self._fast.encode_batch_fast, add_special_tokens=False))
 
     def features(self, ids: list[list[int]]) -> dict[str, torch.Tensor]:
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
@@ -245,18 +244,28 @@ class _FlatReader:
         }
 
 
-def _bound(tokenizer: Any, *limits: int | None) -> None:
-    """Let a tokeniser cut texts at the least of `limits`; None is none."""
+def _bound(tokenizer: Any, *limits: int | None) -> int | None:
+    """Let a tokeniser cut texts at the least of `limits`, which is returned; None is none."""
     least = min((limit for limit in limits if limit), default=None)
     if least:
         tokenizer.enable_truncation(least)
     else:
         tokenizer.no_truncation()
+    return least
 
 
-def _tokenised(ids: list[list[int]], truncated: list[bool]) -> Tokenised:
-    lengths = np.fromiter(map(len, ids), dtype=np.int32, count=len(ids))
-    return Tokenised(ids, lengths, np.asarray(truncated, dtype=np.bool_))
+def _read(texts: list[str], bound: int | None, encode: Callable[[list[str]], list[Any]]) -> Tokenised:
+    """Token ids of texts that `encode` cuts at `bound`, as it would give them for whole texts."""
+    most = bound * MOST_CHARACTERS_PER_TOKEN if bound else None
+    encodings = encode([text[:most] for text in texts])
+    for at, text in enumerate(texts):
+        # Where a text was cut its last word may be read otherwise. That doesn't matter if more than a whole length of
+        # tokens lies between: what overflows comes in such lengths. White space and endless words have too few tokens.
+        if most and len(text) > most and len(encodings[at].overflowing) < 2:
+            (encodings[at],) = encode([text])
+    lengths = np.fromiter((len(e.ids) for e in encodings), dtype=np.int32, count=len(encodings))
+    truncated = np.fromiter((bool(e.overflowing) for e in encodings), dtype=np.bool_, count=len(encodings))
+    return Tokenised([e.ids for e in encodings], lengths, truncated)
 
 
 def _reader_of(model: Any) -> _PaddedReader | _FlatReader:

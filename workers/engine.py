@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
 from uuid import uuid4
 
 import orjson
@@ -15,14 +16,14 @@ import psutil
 import structlog
 import uvicorn
 from sqlalchemy import Engine as Database
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from pipeline.catalog import as_model
-from pipeline.errors import ModelError, UpstreamUnavailable, UserError
+from pipeline.errors import ModelError, ModelUnusable, UpstreamUnavailable, UserError
 from pipeline.jobs import Model
 from pipeline.logs import configure_logs
 from pipeline.settings import Settings, load_settings
@@ -35,36 +36,43 @@ from workers.serving import Serving
 log = structlog.get_logger()
 
 _PERIOD_SECONDS = 2.0
+_GOODBYE_SECONDS = 5.0
 _SHARE_OF_MEMORY = 0.8
 
 
 class Catalogue:
     """The local models that this engine serves, as the catalogue says; and the engine, as it shows itself."""
 
-    def __init__(self, database: Database, settings: Settings, url: str) -> None:
-        self._database, self._wanted, self._url = database, settings.worker_models, url
+    def __init__(self, database: Database, settings: Settings, url: str, serving: Serving) -> None:
+        self._database, self._wanted, self._url, self._serving = database, settings.worker_models, url, serving
         self._device = settings.worker_devices[0]
         self._id = uuid4()
         self._stopped = threading.Event()
         self.models: dict[str, Model] = {}
 
-    def refresh(self) -> None:
-        """Read the catalogue and show the engine."""
+    def read(self) -> None:
+        """Read the catalogue."""
         with self._database.begin() as connection:
             rows = [row for row in models.every(connection) if row["kind"] == "local"]
-            if self._wanted:
-                rows = [row for row in rows if {row["name"], *row["aliases"]} & set(self._wanted)]
-            self.models = {row["name"]: as_model(row) for row in rows}
-            engines.show(connection, self._id, url=self._url, models=sorted(self.models), device=self._device)
+        if self._wanted:
+            rows = [row for row in rows if {row["name"], *row["aliases"]} & set(self._wanted)]
+        self.models = {row["name"]: as_model(row) for row in rows}
+
+    def show(self) -> None:
+        """Say what the engine serves: not what it can't use now."""
+        usable = sorted(name for name, model in self.models.items() if self._serving.can_use(model))
+        with self._database.begin() as connection:
+            engines.show(connection, self._id, url=self._url, models=usable, device=self._device)
 
     def follow(self) -> None:
-        """Refresh until stopped, then say goodbye. A database that is away leaves things as they were."""
+        """Read and show until stopped, then say goodbye. A database that is away leaves things as they were."""
         while not self._stopped.wait(_PERIOD_SECONDS):
             try:
-                self.refresh()
-            except DBAPIError:
-                log.warning("database_unreachable")
-        with suppress(DBAPIError), self._database.begin() as connection:
+                self.read()
+                self.show()
+            except SQLAlchemyError as error:
+                log.warning("database_unreachable", error=type(error).__name__)
+        with suppress(SQLAlchemyError), self._database.begin() as connection:
             engines.forget(connection, self._id)
 
     def stop(self) -> None:
@@ -94,6 +102,9 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
             return Response(pack_vectors(work.result()))
         except UpstreamUnavailable as error:
             return Response(str(error).encode(), 503, {"retry-after": f"{error.retry_after_seconds:.0f}"})
+        except ModelUnusable as error:
+            # The api asks another engine.
+            return Response(str(error).encode(), HTTPStatus.FAILED_DEPENDENCY)
         except ModelError as error:
             log.error("model_failed", model=model.name, reason=str(error))
             return Response(str(error).encode(), 500)
@@ -103,11 +114,12 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        follower = threading.Thread(target=catalogue.follow, name="catalogue")
+        follower = threading.Thread(target=catalogue.follow, name="catalogue", daemon=True)
         follower.start()
         yield
         catalogue.stop()
-        follower.join()
+        # A database that is frozen doesn't hold up the end.
+        follower.join(_GOODBYE_SECONDS)
         serving.stop()
 
     routes = [Route("/embed", embed, methods=["POST"]), Route("/healthz", healthz)]
@@ -129,15 +141,15 @@ def main() -> None:
     listener = socket.create_server((settings.engine_host, settings.engine_port), backlog=1024)
     host = settings.engine_host if settings.engine_host not in ("0.0.0.0", "::") else socket.gethostname()  # noqa: S104
     database = make_engine(settings.database_url.get_secret_value(), application="vectormill-engine", pool_size=1)
-    catalogue = Catalogue(database, settings, f"http://{host}:{listener.getsockname()[1]}")
     device = settings.worker_devices[0]
     memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
     load = loader(device, os.cpu_count() if device == "cpu" else None, settings.worker_dtype)
     serving = Serving(Residents(load, int(memory_bytes * _SHARE_OF_MEMORY)), settings.engine_queue_seconds)
+    catalogue = Catalogue(database, settings, f"http://{host}:{listener.getsockname()[1]}", serving)
+    catalogue.read()
     if settings.worker_models:
-        catalogue.refresh()
         _load_all(catalogue, serving)
-    catalogue.refresh()
+    catalogue.show()
     app = make_app(catalogue, serving)
     # uvicorn stops in order at this signal, then raises it again for the handler from before.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -147,10 +159,8 @@ def main() -> None:
 
 def _load_all(catalogue: Catalogue, serving: Serving) -> None:
     for model in catalogue.models.values():
-        try:
+        with suppress(ModelUnusable):  # which is logged; the others are served
             serving.load_now(model)
-        except ModelError as error:
-            log.error("model_failed", model=model.name, reason=str(error))
 
 
 if __name__ == "__main__":

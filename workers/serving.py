@@ -2,21 +2,20 @@
 batches. One thread runs the device; the event loop only hands texts over."""
 
 import asyncio
-import itertools
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import structlog
 
-from pipeline.errors import ModelError, UpstreamUnavailable
+from pipeline.errors import ModelError, ModelUnusable, UpstreamUnavailable
 from pipeline.jobs import Model
 from pipeline.wire import Embedded
-from workers.batching import Tokenised, next_batch
+from workers.batching import MOST_CHARACTERS_PER_TOKEN, Tokenised
+from workers.lanes import Lanes, Request, Text
 from workers.residents import Residents
 
 if TYPE_CHECKING:
@@ -26,59 +25,14 @@ log = structlog.get_logger()
 
 #: Bytes of a usual token, for work that hasn't been read yet.
 _TOKEN_BYTES = 4
-_MOST_ITEMS = 2_048
+#: Measured of the slower tokenisers.
+_READ_CHARACTERS_PER_SECOND = 2_000_000
+#: Read at a time; then another request's turn comes.
+_SLICE_CHARACTERS = 65_536
 #: Requests of less work than this are small.
 _SMALL_SECONDS = 1.0
-
-
-@dataclass(eq=False, slots=True)
-class _Request:
-    """Texts that are answered together."""
-
-    done: "asyncio.Future[Embedded]"
-    tokenised: Tokenised
-    vectors: npt.NDArray[np.float32]
-    left: int
-    dropped: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    arrival: int
-    request: _Request
-    at: int
-
-    @property
-    def tokens(self) -> int:
-        return int(self.request.tokenised.lengths[self.at])
-
-
-@dataclass(eq=False, slots=True)
-class _Lane:
-    """What waits for one model."""
-
-    encoder: "Encoder"
-    texts: list[_Text] = field(default_factory=list)
-    #: Whether the next batch is that of the oldest text; else that of the shortest.
-    oldest: bool = True
-
-    def take(self) -> list[_Text]:
-        """The texts of the next batch."""
-        self.texts = [text for text in self.texts if not text.request.dropped]
-        if not self.texts:
-            return []
-        at = next_batch(
-            np.fromiter((text.tokens for text in self.texts), np.int32, len(self.texts)),
-            np.fromiter((text.arrival for text in self.texts), np.int64, len(self.texts)),
-            self.encoder.budget_tokens,
-            _MOST_ITEMS,
-            oldest=self.oldest,
-        )
-        self.oldest = not self.oldest
-        taken = set(at.tolist())
-        batch = [self.texts[n] for n in at.tolist()]
-        self.texts = [text for n, text in enumerate(self.texts) if n not in taken]
-        return batch
+#: How long a model that can't be used isn't tried again.
+_UNUSABLE_SECONDS = 60.0
 
 
 class Serving:
@@ -93,8 +47,9 @@ class Serving:
         self._residents, self._queue_seconds = residents, queue_seconds
         self._waiting_seconds = {"small": 0.0, "large": 0.0}
         self._in_flight = {"small": 0, "large": 0}
-        self._arrivals = itertools.count()
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes = Lanes()
+        #: Of models by name and weights: until when, and why.
+        self._unusable: dict[tuple[str, str], tuple[float, str]] = {}
         self._changed = threading.Condition()
         self._stopped = False
         # Models are loaded, and texts read, beside the device.
@@ -111,13 +66,27 @@ class Serving:
         self._reader.shutdown(cancel_futures=True)
         self._device.join()
 
+    def can_use(self, model: Model) -> bool:
+        """Whether nothing speaks against a model: lately it could be loaded, and its canary came out right."""
+        return self._why_unusable(model) is None
+
+    def _why_unusable(self, model: Model) -> str | None:
+        until, why = self._unusable.get(_identity(model), (0.0, ""))
+        return why if time.monotonic() < until else None
+
+    def _give_up(self, model: Model, error: Exception) -> ModelUnusable:
+        log.error("model_unusable", model=model.name, reason=str(error))
+        self._unusable[_identity(model)] = (time.monotonic() + _UNUSABLE_SECONDS, str(error))
+        return ModelUnusable(str(error))
+
     async def load(self, model: Model) -> "Encoder":
         """Have a model at hand.
 
         Raises:
-            ModelError: it can't be loaded here.
+            ModelUnusable: it can't be loaded here, or its canary comes out wrong.
         """
-        if held := self._residents.held(model):
+        # One that was given up isn't taken as it is held, even when its time is over.
+        if _identity(model) not in self._unusable and (held := self._residents.held(model)):
             return held
         return await asyncio.wrap_future(self._load_apart(model))
 
@@ -134,17 +103,25 @@ class Serving:
         return found
 
     def _load(self, model: Model) -> "Encoder":
+        if why := self._why_unusable(model):
+            raise ModelUnusable(why)
         with self._loading:
-            return self._residents.get(model)
+            if self._unusable.pop(_identity(model), None):
+                self._residents.drop(model.name)
+            try:
+                return self._residents.get(model)
+            except Exception as error:
+                raise self._give_up(model, error) from error
 
     async def embed(self, model: Model, texts: Sequence[str]) -> Embedded:
         """Vectors of texts, read as documents. A cancelled call gives its place in the queue up.
 
         Raises:
             UpstreamUnavailable: too much waits already.
-            ModelError: the model can't be loaded here, or fails on these texts.
+            ModelUnusable: the model can't be loaded here, or its canary comes out wrong.
+            ModelError: it fails on these texts.
         """
-        seconds = _tokens_of(texts, model.max_item_tokens) / model.tokens_per_second
+        seconds = _seconds_of(texts, model)
         # Small requests don't wait for large ones, so these don't take their room either.
         kind = "small" if seconds < _SMALL_SECONDS else "large"
         waiting = self._waiting_seconds[kind]
@@ -164,46 +141,53 @@ class Serving:
             self._waiting_seconds[kind] = self._waiting_seconds[kind] - seconds if self._in_flight[kind] else 0.0
 
     async def _embedded(self, model: Model, texts: Sequence[str]) -> Embedded:
-        loop = asyncio.get_running_loop()
         encoder = await self.load(model)
-        tokenised = await loop.run_in_executor(self._reader, encoder.tokenise, texts)
+        tokenised = await self._read(encoder, texts)
         vectors = np.empty((len(texts), encoder.dimensions), np.float32)
-        request = _Request(loop.create_future(), tokenised, vectors, len(texts))
+        request = Request(model, asyncio.get_running_loop().create_future(), tokenised, vectors, len(texts))
         with self._changed:
-            lane = self._lanes.get(model.name)
-            if lane is None or lane.encoder is not encoder:
-                lane = self._lanes[model.name] = _Lane(encoder, lane.texts if lane else [])
-            lane.texts += [_Text(next(self._arrivals), request, at) for at in range(len(texts))]
+            self._lanes.add(encoder, request, len(texts))
             self._changed.notify()
         try:
             return await request.done
         finally:
             request.dropped = True
 
+    async def _read(self, encoder: "Encoder", texts: Sequence[str]) -> Tokenised:
+        """Token ids, in slices between which other requests have their turn."""
+        loop = asyncio.get_running_loop()
+        parts = [await loop.run_in_executor(self._reader, encoder.tokenise, part) for part in _slices(texts)]
+        if len(parts) == 1:
+            return parts[0]
+        return Tokenised(
+            [ids for part in parts for ids in part.ids],
+            np.concatenate([part.lengths for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
+        )
+
     def _run(self) -> None:
-        """Batches of each model in turn, until stopped."""
+        """One batch after the other, until stopped."""
         while batch := self._next():
-            lane, texts = batch
+            encoder, texts = batch
             try:
-                self._forward(lane.encoder, texts)
+                failed = self._forward(encoder, texts)
             except Exception as error:  # noqa: BLE001 - the device goes on for the others
                 log.error("batch_failed", error=type(error).__name__)
-                for request in {text.request for text in texts}:
-                    _answer(request, ModelError("the model failed"))
+                failed = [(text, "the model failed") for text in texts]
+            if failed:
+                self._tell_failure(encoder, failed)
 
-    def _next(self) -> tuple[_Lane, list[_Text]] | None:
+    def _next(self) -> "tuple[Encoder, Sequence[Text]] | None":
         with self._changed:
             while not self._stopped:
-                for name, lane in list(self._lanes.items()):
-                    if texts := lane.take():
-                        # To the end of the line of models.
-                        self._lanes[name] = self._lanes.pop(name)
-                        return lane, texts
-                    del self._lanes[name]
+                if batch := self._lanes.take():
+                    return batch
                 self._changed.wait()
         return None
 
-    def _forward(self, encoder: "Encoder", texts: list[_Text]) -> None:
+    def _forward(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, str]]:
+        """Embed texts. Returns those that failed, and why."""
+        failed: list[tuple[Text, str]] = []
         tokenised = Tokenised(
             [text.request.tokenised.ids[text.at] for text in texts],
             np.array([text.tokens for text in texts], np.int32),
@@ -213,21 +197,49 @@ class Serving:
             for row, n in enumerate(batch.at.tolist()):
                 text = texts[n]
                 if batch.vectors is None or not np.isfinite(batch.vectors[row]).all():
-                    why = batch.failure[1] if batch.failure else "its vector is not finite"
-                    _answer(text.request, ModelError(f"input[{text.at}]: {why}"))
+                    failed.append((text, batch.failure[1] if batch.failure else "its vector is not finite"))
                     continue
                 text.request.vectors[text.at] = batch.vectors[row]
                 text.request.left -= 1
                 if not text.request.left:
                     _answer(text.request, None)
+        return failed
+
+    def _tell_failure(self, encoder: "Encoder", failed: list[tuple[Text, str]]) -> None:
+        """Whether it is the texts or the model, the canary says."""
+        unusable = None
+        try:
+            encoder.prove_again()
+        except Exception as error:  # noqa: BLE001 - a broken device raises what it likes
+            unusable = self._give_up(failed[0][0].request.model, error)
+        for text, why in failed:
+            _answer(text.request, unusable or ModelError(f"input[{text.at}]: {why}"))
 
 
-def _tokens_of(texts: Sequence[str], longest: int | None) -> int:
-    """About how many tokens a model reads of texts."""
-    return sum(min(len(text) // _TOKEN_BYTES + 1, longest or len(text) + 1) for text in texts)
+def _identity(model: Model) -> tuple[str, str]:
+    return model.name, model.weights_sha256
 
 
-def _answer(request: _Request, error: ModelError | None) -> None:
+def _seconds_of(texts: Sequence[str], model: Model) -> float:
+    """About how long it takes to read and to embed texts."""
+    longest = model.max_item_tokens
+    tokens = sum(min(len(text) // _TOKEN_BYTES + 1, longest or len(text) + 1) for text in texts)
+    characters = sum(min(len(text), (longest or len(text)) * MOST_CHARACTERS_PER_TOKEN) for text in texts)
+    return tokens / model.tokens_per_second + characters / _READ_CHARACTERS_PER_SECOND
+
+
+def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Texts in their order, of so many characters together that one reads them at a time; a longer one alone."""
+    start = size = 0
+    for at, text in enumerate(texts):
+        if at > start and size + len(text) > _SLICE_CHARACTERS:
+            yield texts[start:at]
+            start, size = at, 0
+        size += len(text)
+    yield texts[start:]
+
+
+def _answer(request: Request, error: ModelError | None) -> None:
     """From the device's thread: a request is done, or has failed."""
     request.dropped = True
     lengths, truncated = request.tokenised.lengths, request.tokenised.truncated

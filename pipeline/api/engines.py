@@ -1,7 +1,8 @@
-"""The way to an engine: to the one with the least in flight, and on to the next one when it can't be reached."""
+"""The way to an engine: to the one with the least in flight, and on to the next one when it can't take the request."""
 
 from collections import Counter
 from collections.abc import Sequence
+from enum import Enum, auto
 from http import HTTPStatus
 
 import aiohttp
@@ -9,14 +10,33 @@ import orjson
 import structlog
 from sqlalchemy import RowMapping
 
-from pipeline.errors import InternalError, UpstreamUnavailable
+from pipeline.errors import ApiError, InternalError, UpstreamUnavailable
 from pipeline.wire import Embedded, unpack_vectors
 
 log = structlog.get_logger()
 
 _CONNECT_SECONDS = 2.0
 #: OpenAI's clients wait as long by themselves.
-_MOST_SECONDS = 600.0
+MOST_SECONDS = 600.0
+#: Engines that a request may be lost with: one may have been about to end, two are ended by the request.
+_MOST_LOST = 2
+
+
+class _Outcome(Enum):
+    """Why an engine gave no vectors."""
+
+    UNREACHABLE = auto()
+    LOST = auto()
+    FULL = auto()
+    UNKNOWN = auto()
+    CANT_LOAD = auto()
+
+
+_OUTCOMES: dict[int, _Outcome] = {
+    HTTPStatus.SERVICE_UNAVAILABLE: _Outcome.FULL,
+    HTTPStatus.NOT_FOUND: _Outcome.UNKNOWN,
+    HTTPStatus.FAILED_DEPENDENCY: _Outcome.CANT_LOAD,
+}
 
 
 class Engines:
@@ -26,7 +46,7 @@ class Engines:
         self._in_flight: Counter[str] = Counter()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-            timeout=aiohttp.ClientTimeout(total=_MOST_SECONDS, connect=_CONNECT_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=MOST_SECONDS, connect=_CONNECT_SECONDS),
             auto_decompress=False,
         )
 
@@ -39,25 +59,54 @@ class Engines:
 
         Raises:
             UpstreamUnavailable: none serves the model, can be reached, or has room.
-            InternalError: one failed on these texts.
+            InternalError: one failed on these texts, or none can load the model.
         """
         serving = [engine["url"] for engine in engines if model in engine["models"]]
         body = orjson.dumps({"model": model, "texts": texts})
+        outcomes: Counter[_Outcome] = Counter()
         wait = 1.0
         for url in sorted(serving, key=lambda url: self._in_flight[url]):
-            self._in_flight[url] += 1
-            try:
-                async with self._session.post(f"{url}/embed", data=body) as reply:
-                    answer = await reply.read()
-            except (aiohttp.ClientError, TimeoutError) as error:
-                log.warning("engine_unreachable", engine=url, error=type(error).__name__)
-                continue
-            finally:
-                self._in_flight[url] -= 1
-            if reply.status == HTTPStatus.OK:
-                return unpack_vectors(answer)
-            if reply.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-                raise InternalError("The model failed.")
-            wait = float(reply.headers.get("retry-after", wait))
-        why = "has no room now" if serving else "is served by no engine now"
-        raise UpstreamUnavailable(f'The model "{model}" {why}.', retry_after_seconds=wait)
+            answer, told = await self._ask(url, body)
+            if isinstance(answer, Embedded):
+                return answer
+            outcomes[answer] += 1
+            wait = told or wait
+            if outcomes[_Outcome.LOST] == _MOST_LOST:
+                break
+        raise _refusal(model, outcomes, wait)
+
+    async def _ask(self, url: str, body: bytes) -> "tuple[Embedded | _Outcome, float | None]":
+        """Its answer, and how long it says to wait."""
+        self._in_flight[url] += 1
+        try:
+            async with self._session.post(f"{url}/embed", data=body) as reply:
+                content = await reply.read()
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            log.warning("engine_unreachable", engine=url, error=type(error).__name__)
+            return _Outcome.UNREACHABLE, None
+        except aiohttp.ClientError as error:
+            log.warning("engine_lost", engine=url, error=type(error).__name__)
+            return _Outcome.LOST, None
+        except TimeoutError as error:
+            raise UpstreamUnavailable("The model took too long.", retry_after_seconds=1) from error
+        finally:
+            self._in_flight[url] -= 1
+        if reply.status == HTTPStatus.OK:
+            return unpack_vectors(content), None
+        if outcome := _OUTCOMES.get(reply.status):
+            told = reply.headers.get("retry-after")
+            return outcome, float(told) if told else None
+        raise InternalError("The model failed.")
+
+
+def _refusal(model: str, outcomes: "Counter[_Outcome]", wait: float) -> ApiError:
+    """What is true of the engines that were asked. The first that holds is what may pass soonest."""
+    if outcomes[_Outcome.FULL]:
+        return UpstreamUnavailable(f'The model "{model}" has no room now.', retry_after_seconds=wait)
+    if outcomes[_Outcome.LOST]:
+        return UpstreamUnavailable(f'The engine of the model "{model}" broke off.', retry_after_seconds=wait)
+    if outcomes[_Outcome.UNREACHABLE]:
+        return UpstreamUnavailable(f'No engine of the model "{model}" can be reached now.', retry_after_seconds=wait)
+    if outcomes[_Outcome.CANT_LOAD]:
+        return InternalError(f'The model "{model}" can\'t be loaded.')
+    return UpstreamUnavailable(f'The model "{model}" is served by no engine now.', retry_after_seconds=wait)

@@ -98,3 +98,59 @@ def test_the_canary_tells_another_model(bundled_model: Path, bundled_description
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="can't be loaded"):
         Encoder(tmp_path, "cpu")
+
+
+_DOCUMENT = " ".join(f"In chapter {n} the miller's naïve daughter grinds rye, at last!" for n in range(4_000))
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        (_DOCUMENT, False),
+        ("\u6570" * 60_000, False),
+        ("." * 60_000, False),
+        (" " * 60_000, True),
+        (" " * 60_000 + _DOCUMENT, True),
+        ("a" * 60_000, True),
+        ("ab " * 252 + " " * (16_384 - 756 - 20) + "unbelievabilities" * 3_000 + " the end" * 900, True),
+        ("the end " * 253 + "unbelievabilities" * 3_000, True),
+    ],
+    ids=[
+        "prose",
+        "ideographs",
+        "dots",
+        "spaces",
+        "spaces first",
+        "a word",
+        "cut in a word at the bound",
+        "a word last",
+    ],
+)
+def test_of_a_long_text_no_more_is_read_than_decides(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, text: str, whole: bool
+) -> None:
+    monkeypatch.setattr("workers.encoder.MOST_CHARACTERS_PER_TOKEN", 1_000_000)
+    expected = encoder.tokenise([text, "short"])
+    monkeypatch.undo()
+    read = _Noting(encoder._reader._fast)
+    monkeypatch.setattr(encoder._reader, "_fast", read)
+    found = encoder.tokenise([text, "short"])
+    assert list(found.ids) == list(expected.ids)
+    assert found.lengths.tolist() == expected.lengths.tolist()
+    assert found.truncated.tolist() == expected.truncated.tolist()
+    assert (max(read.characters) > 256 * 64) == whole
+
+
+class _Noting:
+    """A tokeniser that notes how much it reads."""
+
+    def __init__(self, fast: Any) -> None:
+        self._fast = fast
+        self.characters: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fast, name)
+
+    def encode_batch_fast(self, texts: list[str], **how: Any) -> Any:
+        self.characters += map(len, texts)
+        return self._fast.encode_batch_fast(texts, **how)

@@ -1,0 +1,81 @@
+"""The api's client of engines, against servers that answer as engines may."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.api.engines import Engines
+from pipeline.errors import ApiError, InternalError, UpstreamUnavailable
+from pipeline.wire import Embedded, pack_vectors
+from tests.ports import free_port
+from tests.scripted_gateway import Answer, ScriptedGateway, scripted_gateway
+
+GOOD: Answer = (200, {}, pack_vectors(Embedded(vectors=np.ones((1, 4), np.float32), prompt_tokens=3)))
+FULL: Answer = (503, {"retry-after": "7"}, b"full")
+UNKNOWN: Answer = (404, {}, b"unknown")
+CANT_LOAD: Answer = (424, {}, b"can't load it")
+FAILED: Answer = (500, {}, b"failed")
+LOST = None
+NOBODY = "nobody listens"
+
+
+@pytest.fixture
+def servers() -> Iterator[list[ScriptedGateway]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(scripted_gateway()) for _ in range(3)]
+
+
+def ask(servers: list[ScriptedGateway], *answers: Any) -> tuple[Embedded | ApiError, int]:
+    """What comes of a request to engines that answer so, in this order; and how many of them had it."""
+    urls = []
+    for server, answer in zip(servers, answers, strict=False):
+        server.answer = lambda _, answer=answer: answer  # type: ignore[misc]
+        url = server.url.removesuffix("/v1")
+        urls.append(f"http://127.0.0.1:{free_port()}" if answer == NOBODY else url)
+    rows: Any = [{"url": url, "models": ["m"]} for url in urls]
+
+    async def body() -> Embedded | ApiError:
+        engines = Engines()
+        try:
+            return await engines.embed(rows, "m", ["x"])
+        except ApiError as error:
+            return error
+        finally:
+            await engines.close()
+
+    return asyncio.run(body()), sum(len(server.requests) for server in servers)
+
+
+@pytest.mark.parametrize("before", [FULL, UNKNOWN, CANT_LOAD, LOST, NOBODY])
+def test_another_engine_is_asked(servers: list[ScriptedGateway], before: Any) -> None:
+    found, _ = ask(servers, before, GOOD)
+    assert isinstance(found, Embedded)
+    assert found.prompt_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "said", "asked"),
+    [
+        ((), UpstreamUnavailable, "served by no engine", 0),
+        ((UNKNOWN, UNKNOWN), UpstreamUnavailable, "served by no engine", 2),
+        ((NOBODY, NOBODY), UpstreamUnavailable, "can be reached", 0),
+        ((FULL, NOBODY), UpstreamUnavailable, "no room", 1),
+        ((CANT_LOAD, FULL), UpstreamUnavailable, "no room", 2),
+        ((CANT_LOAD, CANT_LOAD, CANT_LOAD), InternalError, "can't be loaded", 3),
+        ((FAILED, GOOD), InternalError, "The model failed", 1),
+        ((LOST, LOST, GOOD), UpstreamUnavailable, "broke off", 2),
+    ],
+)
+def test_what_is_told_is_true(
+    servers: list[ScriptedGateway], answers: tuple[Any, ...], kind: type[ApiError], said: str, asked: int
+) -> None:
+    found, had = ask(servers, *answers)
+    assert isinstance(found, kind)
+    assert said in str(found)
+    assert had == asked
+    if FULL in answers:
+        assert found.retry_after_seconds == 7

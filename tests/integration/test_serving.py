@@ -1,0 +1,249 @@
+"""An engine's models on one device: what happens when one can't be used, is replaced, or has much to read."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+from sqlalchemy import Engine
+
+from pipeline import catalog
+from pipeline.errors import ModelError, ModelUnusable
+from pipeline.jobs import Model
+from pipeline.settings import Settings
+from pipeline.store import engines
+from workers import serving as serving_module
+from workers.encoder import Encoder
+from workers.engine import Catalogue, make_app
+from workers.residents import Residents, loader
+from workers.serving import Serving
+
+
+@pytest.fixture
+def model(engine: Engine, static_description: dict[str, Any]) -> Model:
+    with engine.begin() as connection:
+        catalog.add_model(connection, "static", static_description)
+        return catalog.find_model(connection, catalog.workspace_id(connection), "static")
+
+
+@contextmanager
+def serving_with(load: Callable[[Model], Encoder]) -> Iterator[Serving]:
+    made = Serving(Residents(load, 2**32), queue_seconds=30)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+class Loads:
+    """Loads models, unless it is told to fail; counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.error: Exception | None = None
+        self.encoders: list[Encoder] = []
+
+    def __call__(self, model: Model) -> Encoder:
+        self.asked += 1
+        if self.error:
+            raise self.error
+        self.encoders.append(loader("cpu", None, "float32")(model))
+        return self.encoders[-1]
+
+
+@pytest.fixture
+def loads() -> Loads:
+    return Loads()
+
+
+@pytest.fixture
+def serving(loads: Loads) -> Iterator[Serving]:
+    with serving_with(loads) as made:
+        yield made
+
+
+def embed(serving: Serving, model: Model, texts: Sequence[str] = ("x",)) -> Any:
+    return asyncio.run(serving.embed(model, texts))
+
+
+# Models that can't be used
+
+
+@pytest.mark.parametrize("error", [ModelError("not those files"), OSError("no such disk")])
+def test_a_model_that_cant_be_loaded_is_left_alone_for_a_while(
+    serving: Serving, loads: Loads, model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    loads.error = error
+    for _ in range(3):
+        with pytest.raises(ModelUnusable, match=str(error)):
+            embed(serving, model)
+    assert loads.asked == 1
+    assert not serving.can_use(model)
+    other = replace(model, weights_sha256="another")
+    assert serving.can_use(other), "added anew it is another one"
+    monkeypatch.setattr(serving_module, "_UNUSABLE_SECONDS", 0.0)
+    serving._unusable.clear()
+    with pytest.raises(ModelUnusable):
+        embed(serving, model)
+    assert serving.can_use(model), "the time is over"
+    loads.error = None
+    assert embed(serving, model).vectors.shape == (1, 256)
+
+
+def test_a_canary_tells_a_bad_device_from_a_bad_text(
+    serving: Serving, loads: Loads, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(serving, model)
+    (encoder,) = loads.encoders
+    forward = encoder._forward
+    poison = encoder.tokenise(["poison"]).ids[0]
+
+    def chokes(ids: list[list[int]]) -> Any:
+        if poison in ids:
+            raise IndexError("out of range")
+        return forward(ids)
+
+    monkeypatch.setattr(encoder, "_forward", chokes)
+    with pytest.raises(ModelError, match=r"input\[1\]: the model raised IndexError") as refused:
+        embed(serving, model, ["fine", "poison"])
+    assert not isinstance(refused.value, ModelUnusable)
+    assert embed(serving, model).vectors.shape == (1, 256)
+
+    def broken(_: list[list[int]]) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(encoder, "_forward", broken)
+    with pytest.raises(ModelUnusable):
+        embed(serving, model)
+    assert not serving.can_use(model)
+    serving._unusable[("static", model.weights_sha256)] = (0.0, "long ago")
+    assert embed(serving, model).vectors.shape == (1, 256)
+    assert loads.asked == 2, "loaded anew"
+
+
+def test_an_engine_shows_what_it_can_use(
+    engine: Engine, serving: Serving, loads: Loads, model: Model, static_description: dict[str, Any]
+) -> None:
+    """And says of the others that another engine may be asked."""
+    with engine.begin() as connection:
+        catalog.add_model(connection, "other", static_description)
+    catalogue = Catalogue(engine, Settings(), "http://here", serving)
+
+    def shown() -> Any:
+        catalogue.read()
+        catalogue.show()
+        with engine.begin() as connection:
+            return [row["models"] for row in engines.live(connection, 10)]
+
+    assert shown() == [["other", "static"]]
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(catalogue, serving))
+        async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+            return await client.post("/embed", json={"model": "static", "texts": ["x"]})
+
+    loads.error = ModelError("not those files")
+    assert asyncio.run(ask()).status_code == 424
+    assert shown() == [["other"]]
+
+
+# Models that are replaced
+
+
+def test_texts_go_through_the_encoder_that_has_read_them(
+    serving: Serving, loads: Loads, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the model was removed and added with other weights meanwhile."""
+    embed(serving, model)
+    (old,) = loads.encoders
+    held, going = threading.Event(), threading.Event()
+    batches = old.batches
+
+    def slow(*what: Any) -> Any:
+        held.set()
+        going.wait(20)
+        return batches(*what)
+
+    monkeypatch.setattr(old, "batches", slow)
+    seen: list[Any] = []
+    replaced = replace(model, weights_sha256="others")
+
+    def load_other(_: Model) -> Encoder:
+        loads.encoders.append(Encoder(Path(str(model.path)), "cpu"))
+        other = loads.encoders[-1]
+        other_batches = other.batches
+
+        def noting(tokenised: Any, *what: Any) -> Any:
+            seen.append(list(tokenised.ids))
+            return other_batches(tokenised, *what)
+
+        monkeypatch.setattr(other, "batches", noting)
+        return other
+
+    monkeypatch.setattr(serving._residents, "_load", load_other)
+
+    async def ask() -> list[Any]:
+        first = asyncio.ensure_future(serving.embed(model, ["under way"]))
+        await asyncio.to_thread(held.wait, 20)
+        queued = asyncio.ensure_future(serving.embed(model, ["waits for the old one"]))
+        while not any(lane.texts for lane in serving._lanes._lanes.values()):
+            await asyncio.sleep(0.001)
+        new = asyncio.ensure_future(serving.embed(replaced, ["for the new one"]))
+        while len(loads.encoders) < 2 or sum(len(lane.texts) for lane in serving._lanes._lanes.values()) < 2:
+            await asyncio.sleep(0.001)
+        seen.clear()  # the canary
+        going.set()
+        return [await one for one in (first, queued, new)]
+
+    replies = asyncio.run(asyncio.wait_for(ask(), 30))
+    assert [reply.vectors.shape for reply in replies] == [(1, 256)] * 3
+    assert seen == [loads.encoders[1].tokenise(["for the new one"]).ids]
+
+
+# Reading
+
+
+def test_a_small_request_isnt_read_after_a_large_one(
+    serving: Serving, loads: Loads, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(serving, model)
+    (encoder,) = loads.encoders
+    tokenise, read = encoder.tokenise, list[int]()
+
+    def noting(texts: Sequence[str], *how: Any) -> Any:
+        read.append(sum(map(len, texts)))
+        time.sleep(0.005)
+        return tokenise(texts, *how)
+
+    monkeypatch.setattr(encoder, "tokenise", noting)
+    large = ["word " * 8_000] * 40
+
+    async def ask() -> tuple[Any, Any]:
+        whole = asyncio.ensure_future(serving.embed(model, large))
+        while not read:
+            await asyncio.sleep(0)
+        small = await serving.embed(model, ["one"])
+        assert not whole.done()
+        return small, await whole
+
+    _, whole = asyncio.run(ask())
+    assert read.index(3) <= 3, "between the slices of the large one"
+    assert len(read) == 41
+    assert whole.vectors.shape == (40, 256)
+    np.testing.assert_allclose(whole.vectors, np.repeat(whole.vectors[:1], 40, axis=0), atol=1e-6)
+    assert whole.prompt_tokens == int(tokenise(large).lengths.sum())
+
+
+def test_reading_counts_as_work(model: Model) -> None:
+    """A model that reads 256 tokens has to look at more of a text of a million characters."""
+    bounded = replace(model, max_item_tokens=256, tokens_per_second=1e9)
+    assert serving_module._seconds_of(["word " * 200_000] * 100, bounded) > 0.5
+    endless = replace(model, max_item_tokens=None, tokens_per_second=1e9)
+    assert serving_module._seconds_of(["word " * 200_000] * 100, endless) > 20
