@@ -136,7 +136,7 @@ def add_model(connection: Connection, name: str, description: Mapping[str, Any],
     default workspace.
 
     Raises:
-        UserError: the name is taken.
+        UserError: the name or an alias is taken.
     """
     _add(connection, name, {"kind": "local", **description}, aliases)
 
@@ -147,7 +147,7 @@ def add_gateway(
     """Add a gateway's model, described by `workers.oneshot gateway`, and enable it for the default workspace.
 
     Raises:
-        UserError: the name is taken.
+        UserError: the name or an alias is taken.
     """
     # Weights that nobody can look at are known by where they are and what they make of a text: a provider that changes
     # them changes the vector space.
@@ -164,7 +164,18 @@ def add_gateway(
     _add(connection, name, values, aliases)
 
 
+def check_names(connection: Connection, name: str, aliases: Sequence[str]) -> None:
+    """See that no other model is called as this one or one of its aliases, until the transaction ends.
+
+    Raises:
+        UserError: another one is.
+    """
+    if used := models.name_in_use(connection, name, [name, *aliases]):
+        raise UserError(f'another model is called "{used}", or has it as an alias.')
+
+
 def _add(connection: Connection, name: str, values: Mapping[str, Any], aliases: Sequence[str]) -> None:
+    check_names(connection, name, aliases)
     columns = {"name": name, "slug": slug_of(name), "aliases": list(aliases), **values}
     if not models.add(connection, {**columns, "canary": bytes.fromhex(values["canary"])}):
         raise UserError(f'there is a model "{name}" (or one whose queue is called the same); remove it first.')

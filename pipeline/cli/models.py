@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict
 from decimal import Decimal
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from rich.table import Table
 
 from pipeline import catalog
+from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli.connect import working
 from pipeline.cli.look import number, print_json, stderr, stdout
 from pipeline.cli.oneshot import oneshot
@@ -27,6 +29,22 @@ Sizes = Annotated[
 ]
 Price = Annotated[float | None, typer.Option(min=0, help="Price of a million tokens, for the cost of usage.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Clearable(StrEnum):
+    """What a model can do without."""
+
+    ALIAS = "alias"
+    MATRYOSHKA = "matryoshka"
+    PRICE = "price"
+
+
+#: The column of each, and what it holds then.
+_NOTHING: dict[Clearable, tuple[str, Any]] = {
+    Clearable.ALIAS: ("aliases", []),
+    Clearable.MATRYOSHKA: ("matryoshka", []),
+    Clearable.PRICE: ("price_per_million", None),
+}
 _SHOWN = (
     *("name", "kind", "dimensions", "matryoshka", "max_item_tokens", "tokens_per_second", "price_per_million"),
     *("aliases", "path", "gateway_url", "upstream_model", "key_env", "weights_sha256"),
@@ -34,13 +52,22 @@ _SHOWN = (
 
 
 @app.command("list")
-def list_models(as_json: Json = False) -> None:
+def list_models(
+    workspace: Annotated[
+        str | None, typer.Option(help="Only what this workspace may use. Default: the whole catalogue.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the models.
 
-    Example: vectormill models list --json
+    Examples:
+
+        vectormill models list --json
+
+        vectormill models list --workspace search
     """
-    with working() as place, place.engine.begin() as connection:
-        rows = models.of_workspace(connection, place.workspace_id)
+    with working(workspace or DEFAULT_WORKSPACE) as place, place.engine.begin() as connection:
+        rows = models.of_workspace(connection, place.workspace_id) if workspace else models.every(connection)
     if as_json:
         print_json([{name: _plain(row[name]) for name in _SHOWN} for row in rows])
         return
@@ -133,7 +160,7 @@ def add(
                 catalog.add_gateway(connection, name, upstream, description, alias or ())
             else:
                 catalog.add_model(connection, name, description, alias or ())
-            models.change(connection, name, matryoshka=sizes, price_per_million=price)
+            models.change(connection, name, matryoshka=sizes or [], price_per_million=price)
     rate, how = number(description["tokens_per_second"]), "by one request at a time" if upstream else "on one slot here"
     stderr.print(f"Added {name}: {description['dimensions']} dimensions, {rate} tok/s {how}.")
 
@@ -144,20 +171,33 @@ def change(
     alias: Aliases = None,
     matryoshka: Sizes = None,
     price: Price = None,
+    clear: Annotated[list[Clearable] | None, typer.Option(help="Take all of these from it; may be repeated.")] = None,
 ) -> None:
     """Change a model's aliases (to those named, and no others), sizes or price.
 
-    Example: vectormill models set all-MiniLM-L6-v2 --alias text-embedding-3-small --price 0.02
+    Examples:
+
+        vectormill models set all-MiniLM-L6-v2 --alias text-embedding-3-small --price 0.02
+
+        vectormill models set all-MiniLM-L6-v2 --clear alias
     """
-    if alias is None and matryoshka is None and price is None:
-        raise UserError("nothing to change; give --alias, --matryoshka or --price.")
     sizes = _sizes(matryoshka)
+    given = {"aliases": alias, "matryoshka": sizes, "price_per_million": price}
+    changes = {column: value for column, value in given.items() if value is not None}
+    for what in clear or []:
+        column, nothing = _NOTHING[what]
+        if column in changes:
+            raise UserError(f"--clear {what} and --{what}: give one of them.")
+        changes[column] = nothing
+    if not changes:
+        raise UserError("nothing to change; give --alias, --matryoshka, --price or --clear.")
     with working() as place, place.engine.begin() as connection:
         row = models.by_name(connection, name)
         if row is None:
             raise UnknownModel(f'no model "{name}"; vectormill models list shows them.')
         _check_sizes(sizes, row["dimensions"])
-        models.change(connection, name, aliases=alias, matryoshka=sizes, price_per_million=price)
+        catalog.check_names(connection, name, alias or ())
+        models.change(connection, name, **changes)
     stderr.print(f"Changed {name}.")
 
 

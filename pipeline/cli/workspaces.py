@@ -20,8 +20,14 @@ Weight = Annotated[float, typer.Option(help="Its share: 2 gets twice the tokens 
 Models = Annotated[list[str] | None, typer.Option("--model", help="A model it may use; may be repeated.")]
 RequestsPerMinute = Annotated[int | None, typer.Option(min=0, help="Requests to the api a minute; 0: no limit.")]
 TokensPerMinute = Annotated[int | None, typer.Option(min=0, help="Tokens through the api a minute; 0: no limit.")]
-MonthlyTokens = Annotated[int | None, typer.Option(min=0, help="Tokens a calendar month, jobs included; 0: no cap.")]
-MonthlyCost = Annotated[float | None, typer.Option(min=0, help="Cost a calendar month, by models' prices; 0: no cap.")]
+MonthlyTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Tokens a calendar month, past which the api refuses; those of jobs count, but no job stops. 0: no cap.",
+    ),
+]
+MonthlyCost = Annotated[float | None, typer.Option(min=0, help="The same of the cost, by models' prices. 0: no cap.")]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 

@@ -1,6 +1,6 @@
 """The catalogue's rows: models, which workspaces may use them, vector spaces."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -17,10 +17,22 @@ def add(connection: Connection, values: Mapping[str, Any]) -> bool:
 
 
 def change(connection: Connection, name: str, **values: Any) -> None:
-    """Set columns of a model; those that are None stay."""
-    given = {column: value for column, value in values.items() if value is not None}
-    if given:
-        connection.execute(models.update().where(models.c.name == name).values(**given))
+    """Set columns of a model."""
+    connection.execute(models.update().where(models.c.name == name).values(**values))
+
+
+def name_in_use(connection: Connection, name: str, wanted: Sequence[str]) -> str | None:
+    """One of `wanted` that is the name or an alias of another model than `name`; None if all are free. They stay so
+    until the transaction ends: no other one changes the catalogue meanwhile."""
+    connection.execute(text("lock table vectormill.models in share row exclusive mode"))
+    return connection.execute(
+        text("""
+            select wanted from unnest(cast(:wanted as text[])) wanted
+            join vectormill.models m on wanted = m.name or wanted = any(m.aliases)
+            where m.name <> :name order by wanted limit 1
+        """),
+        {"name": name, "wanted": list(wanted)},
+    ).scalar_one_or_none()
 
 
 def enable(connection: Connection, workspace_id: int, model: str) -> None:
@@ -53,7 +65,7 @@ def find(connection: Connection, workspace_id: int, name: str) -> RowMapping | N
             text("""
             select m.* from vectormill.models m
             join vectormill.workspace_models w on w.model_name = m.name and w.workspace_id = :workspace
-            where m.name = :name or :name = any(m.aliases) order by m.name = :name desc limit 1
+            where m.name = :name or :name = any(m.aliases) order by m.name = :name desc, m.name limit 1
         """),
             {"workspace": workspace_id, "name": name},
         )
