@@ -22,12 +22,11 @@ from pipeline.embedded.files import last_lines, open_log
 from pipeline.embedded.machine import Machine
 from pipeline.embedded.processes import find_process, wait_until_gone
 from pipeline.embedded.runtime import Running, find_running, hold_home, stop_leftovers
-from pipeline.embedded.stages import app_stages
+from pipeline.embedded.stages import STOP_SECONDS, app_stages
 from pipeline.errors import ServerFailed, ServiceUnreachable, UserError
 from pipeline.settings import Settings, load_settings
 
 _READY_SECONDS = 300.0
-_DOWN_SECONDS = 360.0
 _HASTENED_SECONDS = 20.0
 _POLL_SECONDS = 0.2
 
@@ -181,7 +180,7 @@ def _running_and_ready(home: Path) -> Running | None:
 def _stop_supervisor(running: Running) -> None:
     """Ask the supervisor to stop, then to hasten, then end it; what it leaves is for `_stop_leftovers`."""
     for stop_signal, seconds in (
-        (signal.SIGTERM, _DOWN_SECONDS),
+        (signal.SIGTERM, STOP_SECONDS),
         (signal.SIGTERM, _HASTENED_SECONDS),
         (signal.SIGKILL, _HASTENED_SECONDS),
     ):

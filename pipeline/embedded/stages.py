@@ -21,6 +21,10 @@ _ENGINES_SEEN = "SELECT count(*) FROM vectormill.engines WHERE seen_at > %s"
 _WORKER_READY_SECONDS = 180.0
 #: Above the longest time of a chunk.
 _WORKER_GRACE_SECONDS = 330.0
+#: Above the longest time of a request.
+_REQUEST_GRACE_SECONDS = 630.0
+#: How long an orderly stop may take, one stage after the other.
+STOP_SECONDS = 2 * _REQUEST_GRACE_SECONDS + 30.0
 
 
 def app_stages(running: Running, workers: int) -> Iterator[tuple[Child, ...]]:
@@ -45,8 +49,21 @@ def app_stages(running: Running, workers: int) -> Iterator[tuple[Child, ...]]:
             )
             for number in range(1, workers + 1)
         ),
-        _child("engine", environment, lambda: _count(url, _ENGINES_SEEN, started) > 0),
-        _child("api", environment, lambda: _answers(f"{running.api_url}/healthz")),
+        _child(
+            "engine",
+            environment,
+            lambda: _count(url, _ENGINES_SEEN, started) > 0,
+            stop_grace_seconds=_REQUEST_GRACE_SECONDS,
+        ),
+    )
+    # Stopped first: what is in flight needs the engine.
+    yield (
+        _child(
+            "api",
+            environment,
+            lambda: _answers(f"{running.api_url}/healthz"),
+            stop_grace_seconds=_REQUEST_GRACE_SECONDS,
+        ),
         _child("flower", environment, lambda: _answers(f"{running.flower_url}/healthcheck", running.flower_password)),
     )
 

@@ -1,0 +1,37 @@
+"""The children of `up`."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from pipeline.api.engines import MOST_SECONDS
+from pipeline.embedded import stages
+from pipeline.embedded.runtime import Running
+from pipeline.settings import Settings
+
+
+def test_requests_are_finished_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The api stops before the engine that it needs, and both have the time of the longest request."""
+    monkeypatch.setattr(stages, "_database_time", lambda _: datetime.now(UTC))
+    running = Running(
+        home=Path("/nowhere"),
+        supervisor_pid=1,
+        supervisor_started=0,
+        database_url="postgresql://here/x",
+        redis_url="redis://here/0",
+        api_url="http://127.0.0.1:8000",
+        flower_url="http://127.0.0.1:5555",
+        flower_password="secret",
+        ready=False,
+        children=(),
+    )
+    found = [{child.name: child for child in stage} for stage in stages.app_stages(running, 1)]
+    (at_api,), (at_engine,) = ([n for n, stage in enumerate(found) if name in stage] for name in ("api", "engine"))
+    assert at_api > at_engine
+    (upstream,) = (bound.le for bound in Settings.model_fields["gateway_seconds"].metadata if hasattr(bound, "le"))
+    longest = max(MOST_SECONDS, upstream)
+    for at, name in ((at_api, "api"), (at_engine, "engine")):
+        assert found[at][name].stop_grace_seconds > longest
+    graces = [max(child.stop_grace_seconds for child in stage.values()) for stage in found]
+    assert sum(graces) < stages.STOP_SECONDS
