@@ -2,8 +2,12 @@
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.wire import Decode
+
+if TYPE_CHECKING:
+    import tiktoken
 
 #: tiktoken names a cached vocabulary by the SHA-1 of its address.
 _VOCABULARY = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -18,12 +22,16 @@ def decoder(cache: Path | None) -> Decode | None:
         import tiktoken
     except ImportError:
         return None
-    encoding = tiktoken.get_encoding("cl100k_base")
+    return decode_by(tiktoken.get_encoding("cl100k_base"))
+
+
+def decode_by(encoding: "tiktoken.Encoding") -> Decode:
+    """How ids of a vocabulary become text. Clients cut texts by tokens, and so in the middle of a character too."""
 
     def decode(tokens: list[int]) -> str:
         try:
-            return encoding.decode(tokens, errors="strict")
+            return encoding.decode(tokens, errors="replace")
         except (KeyError, OverflowError, TypeError) as error:
-            raise ValueError("not a token of cl100k_base") from error
+            raise ValueError("not a token of the vocabulary") from error
 
     return decode
