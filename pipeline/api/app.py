@@ -25,6 +25,7 @@ from pipeline.api.embeddings import Gateway
 from pipeline.api.engines import Engines
 from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
+from pipeline.api.readiness import readyz
 from pipeline.api.token_ids import decoder
 from pipeline.api.upstreams import Upstreams
 from pipeline.errors import ApiError, InternalError, PayloadTooLarge
@@ -72,6 +73,7 @@ def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
     app.include_router(embeddings.router)
     app.include_router(administration.router)
     app.add_route("/healthz", _healthz)
+    app.add_route("/readyz", readyz)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)

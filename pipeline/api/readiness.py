@@ -1,0 +1,18 @@
+"""Whether the api can serve: its database answers. While it doesn't, a balancer that asks sends requests elsewhere."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pipeline.errors import UpstreamUnavailable
+from pipeline.store import health
+
+_ANSWER_SECONDS = 3.0
+
+
+async def readyz(request: Request) -> Response:
+    """The route `/readyz`."""
+    try:
+        await request.app.state.database.ask_within(_ANSWER_SECONDS, health.now)
+    except UpstreamUnavailable as error:
+        return Response(str(error), 503, media_type="text/plain")
+    return Response("ok", media_type="text/plain")
