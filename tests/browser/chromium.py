@@ -1,12 +1,9 @@
 """Chromium without a window, and what a page asked for while it was open."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from shutil import which
-from tempfile import TemporaryDirectory
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -22,15 +19,6 @@ _ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-#: Debian's system-ui is DejaVu; where Inter is installed, it stands for the fonts of other systems.
-_FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">
-<fontconfig>
-  <include ignore_missing="yes">/etc/fonts/fonts.conf</include>
-  <match target="pattern"><test name="family"><string>system-ui</string></test>
-    <edit name="family" mode="prepend" binding="strong"><string>Inter</string></edit></match>
-</fontconfig>
-"""
-
 Scheme = Literal["light", "dark"]
 
 
@@ -39,12 +27,8 @@ def chromium() -> Iterator[Browser]:
     """A browser with an empty profile, for the length of the block."""
     program = which("chromium") or which("chromium-browser")
     assert program, "Chromium is missing: apt-get install chromium"
-    with TemporaryDirectory() as folder, sync_playwright() as playwright:
-        fonts = Path(folder, "fonts.conf")
-        fonts.write_text(_FONTS)
-        browser = playwright.chromium.launch(
-            executable_path=program, args=_ARGUMENTS, env={**os.environ, "FONTCONFIG_FILE": str(fonts)}
-        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=_ARGUMENTS)
         try:
             yield browser
         finally:

@@ -134,7 +134,7 @@ class Night:
         started = made + timedelta(seconds=3) if done or state == JobState.RUNNING else None
         total_chunks = -(-items // _PER_CHUNK)
         over = round(total_chunks * done)
-        per_code = self._rejects(job_id, items, rejects)
+        per_code = self._rejects(job_id, over * _PER_CHUNK, rejects)
         written = []
         for ordinal in range(total_chunks):
             first = ordinal * _PER_CHUNK
@@ -159,7 +159,7 @@ class Night:
     def _rejects(self, job_id: UUID, items: int, rejects: Mapping[RejectCode, int]) -> dict[int, int]:
         """Write rejects at random places. Returns how many each chunk has."""
         per_chunk: dict[int, int] = {}
-        places = self._dice.sample(range(min(items, 40 * _PER_CHUNK)), sum(rejects.values()))
+        places = self._dice.sample(range(items), sum(rejects.values()))
         codes = [code for code, count in rejects.items() for _ in range(count)]
         for index, code in zip(places, codes, strict=True):
             message = _MESSAGES[code].format(f"{self._dice.randrange(260, 900):,}")
@@ -211,14 +211,14 @@ class Night:
                 "prompt_tokens": round((size - rejected - again) * tokens_each * self._dice.uniform(0.9, 1.1)),
                 "reused_tokens": again * tokens_each,
             }
-        elif state == JobState.RUNNING and ordinal < over + 4:
+        elif state == JobState.RUNNING and ordinal < over + 2:
             row |= {
                 "state": "running",
                 "fence": 1,
                 "worker_id": self._workers[ordinal % 2],
                 "lease_until": self._now + timedelta(days=1),
             }
-        elif state == JobState.RUNNING and ordinal == over + 5:
+        elif state == JobState.RUNNING and ordinal == over + 3:
             row |= {"fence": 2, "crashes": 1, "last_error": "lease expired"}
         elif state in (JobState.CANCELLED, JobState.FAILED):
             row |= {"state": "cancelled", "cancelled": size}
@@ -251,7 +251,7 @@ class Night:
             moment = self._now - timedelta(days=day, hours=1)
             quiet = 0.35 if moment.weekday() >= 5 else 1.0
             for name, key_id in key_ids.items():
-                tokens = round(self._dice.uniform(0.6, 1.4) * 220_000 * quiet / (1 + len(name) % 3))
+                tokens = round(self._dice.uniform(0.6, 1.4) * 1_100_000 * quiet / (1 + len(name) % 3))
                 model = self._dice.choice([LOCAL, FAR])
                 rows.append(
                     {

@@ -136,7 +136,7 @@ def _templates() -> Environment:
     )
     for filter_ in ("number", "short", "size", "money", "count", "ordinal", "duration", "ago", "until", "page_name"):
         made.filters[filter_] = getattr(words, filter_)
-    for name in ("percent", "reason", "advice", "time_left", "took"):
+    for name in ("percent", "progress", "reason", "advice", "time_left", "took"):
         made.globals[name] = getattr(words, name)
     made.globals["bar"] = drawing.bar
     return made

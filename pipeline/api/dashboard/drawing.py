@@ -64,7 +64,9 @@ def width_of_columns(seconds: float) -> int:
     return next((width for width in _WIDTHS_SECONDS if seconds / width <= _MOST_COLUMNS), _WIDTHS_SECONDS[-1])
 
 
-def throughput(spans: Sequence[tuple[int, int, int]], width_seconds: int, begin: datetime, end: datetime) -> Chart:
+def throughput(
+    spans: Sequence[tuple[int, int, int]], width_seconds: int, begin: datetime, end: datetime, *, going_on: bool
+) -> Chart:
     """Tokens a second over time. `spans` as `store.charts.throughput` gives them."""
     first = int(begin.timestamp() // width_seconds) * width_seconds
     slots = max(1, int((end.timestamp() - first) // width_seconds) + 1)
@@ -83,7 +85,7 @@ def throughput(spans: Sequence[tuple[int, int, int]], width_seconds: int, begin:
                 height=round(100 * rate / top, 2) if top else 0.0,
                 tip=f"{words.short(rate)} tok/s, {words.short(items / width_seconds)} items/s"
                 f"|{words.duration(width_seconds)} from {when} UTC",
-                open=start + width_seconds > end.timestamp(),
+                open=going_on and start + width_seconds > end.timestamp(),
             )
         )
     last = datetime.fromtimestamp(first + room * width_seconds, UTC)

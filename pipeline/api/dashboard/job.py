@@ -99,7 +99,7 @@ def _throughput(connection: Connection, job_id: UUID, row: RowMapping) -> drawin
     end = max(begin, row["finished_at"] or datetime.now(UTC))
     width = drawing.width_of_columns((end - begin).total_seconds())
     spans = charts.throughput(connection, job_id, width, begin)
-    return drawing.throughput(spans, width, begin, end) if spans else None
+    return drawing.throughput(spans, width, begin, end, going_on=not row["finished_at"]) if spans else None
 
 
 def _rejects_by_code(connection: Connection, job_id: UUID) -> list[dict[str, Any]]:

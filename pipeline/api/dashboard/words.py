@@ -19,10 +19,10 @@ def number(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits at most: `4.3k`, `12.4M`."""
+    """Three digits at most: `4.3k`, `310k`, `12.4M`."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size * 0.9995:
-            return f"{value / size:.1f}{letter}"
+            return f"{value / size:.{0 if value >= 99.95 * size else 1}f}{letter}"
     return f"{value:.0f}" if value >= 9.95 or not value else f"{value:.1f}"
 
 
@@ -39,7 +39,10 @@ def money(value: Decimal | float | None) -> str:
     """An amount in the operator's currency, with the digits that small ones need."""
     if value is None:
         return "–"
-    return f"{value:,.2f}" if value >= 1 or not value else f"{value:.2g}" if value < 0.0001 else f"{value:.4f}"
+    if 0 < value < 0.0001:
+        return "< 0.0001"
+    whole, _, decimals = f"{value:,.4f}".partition(".")
+    return f"{whole}.{decimals[:2]}{decimals[2:].rstrip('0') if value < 1 else ''}"
 
 
 def percent(part: float, whole: float) -> str:
@@ -48,6 +51,14 @@ def percent(part: float, whole: float) -> str:
         return "–"
     share = 100 * part / whole
     return f"{min(99, max(1, round(share)))} %" if 0 < share < 100 else f"{share:.0f} %"
+
+
+def progress(status: Mapping[str, Any]) -> str:
+    """How far a job has come; of one that ended early, how much has a vector."""
+    items = status["items"]
+    if status["state"] in ("failed", "cancelled"):
+        return percent(items["embedded"] + items["reused"], items["total"])
+    return percent(items["total"] - items["pending"], items["total"])
 
 
 def count(value: int, noun: str, plural: str | None = None) -> str:
@@ -65,7 +76,7 @@ def duration(seconds: float) -> str:
     """A time in two units at most: `4 min 40 s`."""
     whole = round(seconds)
     if whole < _MINUTE:
-        return f"{seconds:.1f} s" if 0 < seconds < 9.95 else f"{whole} s"
+        return f"{seconds:.1f} s" if seconds < 9.95 and seconds != whole else f"{whole} s"
     if whole < _HOUR:
         return _two(whole // _MINUTE, "min", whole % _MINUTE, "s")
     if whole < _DAY:

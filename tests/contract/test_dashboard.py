@@ -1,0 +1,377 @@
+"""The dashboard without a browser: who gets in, what a page may hold, whose jobs it shows, what forms do."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx2 as httpx
+import pytest
+from sqlalchemy import create_engine, text
+
+from pipeline import catalog, keys
+from pipeline.jobs import Model, RejectCode
+from pipeline.store import workspaces
+from tests.acceptance.fleet import eventually
+from tests.contract.conftest import Gateway
+from tests.jobs_made import job_row, make_job, make_model, run_sql
+
+COOKIE = "vectormill_key"
+EVIL = "<script>alert(1)</script>"
+OURS = {"sec-fetch-site": "same-origin"}
+
+
+@pytest.fixture(scope="module")
+def model(gateway: Gateway) -> Model:
+    return make_model(gateway.engine, "small")
+
+
+@pytest.fixture
+def browser(gateway: Gateway) -> Iterator[httpx.Client]:
+    """What an admin who is logged in sends."""
+    with visitor(gateway, gateway.key) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def other(gateway: Gateway, model: Model) -> str:
+    """A key of another workspace."""
+    return gateway.workspace(f"other-{uuid4().hex[:6]}")
+
+
+def visitor(gateway: Gateway, key: str | None) -> httpx.Client:
+    cookies = {COOKIE: key} if key else {}
+    return httpx.Client(base_url=gateway.url, cookies=cookies, headers=OURS, timeout=60)
+
+
+def log_in(gateway: Gateway, key: str, next_: str = "/", **headers: str) -> httpx.Response:
+    with visitor(gateway, None) as client:
+        return client.post("/login", data={"key": key, "next": next_}, headers={**OURS, **headers})
+
+
+def pages(job: UUID) -> list[str]:
+    return ["/", f"/jobs/{job}", f"/jobs/{job}/rejects", "/workers", "/models", "/usage", "/usage?by=key", "/keys"]
+
+
+def test_nobody_is_sent_to_log_in_and_back(gateway: Gateway) -> None:
+    with visitor(gateway, None) as client:
+        reply = client.get("/usage?by=key&days=7")
+        assert (reply.status_code, reply.headers["location"]) == (303, "/login?next=/usage%3Fby%3Dkey%26days%3D7")
+        assert client.get("/").headers["location"] == "/login"
+        assert client.get("/login").status_code == 200
+    back = log_in(gateway, gateway.key, "/usage?by=key&days=7")
+    assert (back.status_code, back.headers["location"]) == (303, "/usage?by=key&days=7")
+
+
+def test_the_cookie_is_out_of_reach(gateway: Gateway) -> None:
+    plain = log_in(gateway, f" {gateway.key}\n").headers["set-cookie"]
+    assert plain.startswith(f"{COOKIE}={gateway.key};")
+    attributes = {part.strip().lower() for part in plain.split(";")[1:]}
+    assert attributes == {"httponly", "samesite=strict", "path=/"}
+    secure = log_in(gateway, gateway.key, **{"x-forwarded-proto": "https"}).headers["set-cookie"]
+    assert "secure" in secure.lower()
+
+
+def test_a_wrong_key_is_told_so_and_not_repeated(gateway: Gateway) -> None:
+    wrong = keys_like(gateway.key)
+    reply = log_in(gateway, wrong)
+    assert reply.status_code == 401
+    assert "set-cookie" not in reply.headers
+    assert "unknown, revoked or expired" in reply.text
+    assert wrong not in reply.text
+    assert "Give a key" in log_in(gateway, "").text
+
+
+def keys_like(key: str) -> str:
+    """A key with another secret."""
+    return key[:-1] + ("A" if key[-1] != "A" else "B")
+
+
+@pytest.mark.parametrize(
+    "goal", ["//evil.example", "https://evil.example", "/\\evil.example", "javascript:1", "", "/a\tb"]
+)
+def test_only_paths_of_ours_are_gone_on_to(gateway: Gateway, goal: str) -> None:
+    assert log_in(gateway, gateway.key, goal).headers["location"] == "/"
+
+
+def test_log_out_forgets(gateway: Gateway, browser: httpx.Client) -> None:
+    reply = browser.post("/logout")
+    assert (reply.status_code, reply.headers["location"]) == (303, "/login")
+    assert re.search(rf'{COOKIE}="?"?;.*(max-age=0|expires)', reply.headers["set-cookie"], re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({}, False),
+        ({"sec-fetch-site": "cross-site"}, False),
+        ({"sec-fetch-site": "same-site"}, False),
+        ({"sec-fetch-site": "none"}, False),
+        ({"sec-fetch-site": "cross-site", "origin": "HERE"}, False),
+        ({"origin": "https://evil.example"}, False),
+        ({"origin": "null"}, False),
+        ({"sec-fetch-site": "same-origin"}, True),
+        ({"origin": "HERE"}, True),
+    ],
+)
+def test_forms_of_other_sites_do_nothing(
+    gateway: Gateway, model: Model, headers: dict[str, str], allowed: bool
+) -> None:
+    job = make_job(gateway.engine, model)
+    sent = {name: gateway.url if value == "HERE" else value for name, value in headers.items()}
+    with httpx.Client(base_url=gateway.url, cookies={COOKIE: gateway.key}) as client:
+        status = client.post(f"/jobs/{job}/cancel", headers=sent).status_code
+        assert status == (303 if allowed else 403)
+        for path in ("/login", "/logout", "/keys", f"/keys/{'0' * 16}/revoke"):
+            assert (client.post(path, headers=sent).status_code == 403) is not allowed
+    assert job_row(gateway.engine, job)["state"] == ("cancelling" if allowed else "queued")
+
+
+def test_pages_hold_nothing_inline_and_allow_nothing_from_elsewhere(
+    gateway: Gateway, browser: httpx.Client, model: Model
+) -> None:
+    job = make_job(gateway.engine, model, rejected={1: RejectCode.EMPTY_TEXT})
+    for path in (*pages(job), "/login", "/jobs/nothing", f"/jobs/{uuid4()}"):
+        reply = browser.get(path)
+        policy = reply.headers["content-security-policy"]
+        assert policy.startswith("default-src 'self'; ")
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert reply.headers["cache-control"] == "no-store"
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)|javascript:", reply.text), path
+        for address in re.findall(r'(?:src|href|action)="([^"]*)"', reply.text):
+            assert address.startswith(("/", "?", "#")), (path, address)
+
+
+def test_what_people_wrote_is_text(gateway: Gateway, browser: httpx.Client, model: Model) -> None:
+    job = make_job(
+        gateway.engine, model, name=EVIL, labels={EVIL: EVIL}, rejected={0: RejectCode.BAD_KEY}, idempotency_key=EVIL
+    )
+    run_sql(
+        gateway.engine,
+        "update vectormill.rejects set key = :evil, message = :evil where job_id = :job",
+        evil=EVIL,
+        job=job,
+    )
+    run_sql(
+        gateway.engine,
+        "update vectormill.jobs set state = 'paused', reason = 'key_refused', message = :evil where id = :job",
+        evil=EVIL,
+        job=job,
+    )
+    for path in ("/", f"/?name={EVIL}", f"/jobs/{job}", f"/jobs/{job}/rejects"):
+        reply = browser.get(path)
+        assert reply.status_code == 200
+        assert EVIL not in reply.text
+        assert "&lt;script&gt;" in reply.text
+
+
+def test_every_page_is_there_for_everybody(gateway: Gateway, model: Model, other: str) -> None:
+    job = make_job(gateway.engine, model)
+    for key in (gateway.key, gateway.new_key()):
+        with visitor(gateway, key) as client:
+            assert [client.get(path).status_code for path in pages(job)] == [200] * len(pages(job))
+    with visitor(gateway, other) as client:
+        assert "No jobs yet" in client.get("/").text
+
+
+def test_jobs_of_others_are_not_there(gateway: Gateway, browser: httpx.Client, model: Model, other: str) -> None:
+    job = make_job(gateway.engine, model, name="ours-only", rejected={1: RejectCode.EMPTY_TEXT})
+    with visitor(gateway, other) as client:
+        for path in (f"/jobs/{job}", f"/jobs/{job}/rejects", f"/jobs/{job}/rejects?text=1", f"/jobs/{uuid4()}"):
+            assert client.get(path).status_code == 404
+        for action in ("cancel", "pause", "resume", "retry"):
+            assert client.post(f"/jobs/{job}/{action}").status_code == 404
+        assert "ours-only" not in client.get("/").text
+    assert job_row(gateway.engine, job)["state"] == "queued"
+    assert "ours-only" in browser.get("/").text
+
+
+def test_a_job_is_paused_resumed_and_cancelled(gateway: Gateway, browser: httpx.Client, model: Model) -> None:
+    job = make_job(gateway.engine, model)
+    for action, state in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelling")):
+        reply = browser.post(f"/jobs/{job}/{action}")
+        assert (reply.status_code, reply.headers["location"]) == (303, f"/jobs/{job}")
+        assert job_row(gateway.engine, job)["state"] == state
+    refused = browser.post(f"/jobs/{job}/pause")
+    assert refused.status_code == 409
+    assert "can&#39;t be paused" in refused.text
+    assert browser.post(f"/jobs/{job}/purge").status_code == 404
+
+
+def test_retry_is_offered_where_it_can_help(gateway: Gateway, browser: httpx.Client, model: Model) -> None:
+    job = make_job(gateway.engine, model, rejected={0: RejectCode.ENCODE_FAILED, 5: RejectCode.EMPTY_TEXT})
+    hopeless = make_job(gateway.engine, model, rejected={0: RejectCode.EMPTY_TEXT})
+    run_sql(
+        gateway.engine,
+        "update vectormill.jobs set state = 'completed', finished_at = now() where id = any(:jobs)",
+        jobs=[job, hopeless],
+    )
+    assert "Retry 1 reject<" in browser.get(f"/jobs/{job}").text
+    assert "Retry" not in browser.get(f"/jobs/{hopeless}").text
+    assert browser.post(f"/jobs/{hopeless}/retry").status_code == 409
+    assert browser.post(f"/jobs/{job}/retry").status_code == 303
+    assert job_row(gateway.engine, job)["state"] == "queued"
+
+
+def test_texts_are_shown_only_on_request_and_not_once_they_are_gone(
+    gateway: Gateway, browser: httpx.Client, model: Model
+) -> None:
+    job = make_job(gateway.engine, model, rejected={1: RejectCode.EMPTY_TEXT})
+    run_sql(
+        gateway.engine,
+        "insert into vectormill.rejects (job_id, index, key, code, message) values (:job, 3, 'k3', 'bad_vector', 'x')",
+        job=job,
+    )
+    path = f"/jobs/{job}/rejects"
+    assert "text 3" not in browser.get(f"/jobs/{job}").text
+    assert "text 3" not in browser.get(path).text
+    assert "text 3" in browser.get(f"{path}?text=3").text
+    assert "was not kept" in browser.get(f"{path}?text=1").text
+    run_sql(
+        gateway.engine,
+        "update vectormill.jobs set state = 'completed', finished_at = now(), texts_removed_at = now(), "
+        "texts_kept_from = items_total where id = :job",
+        job=job,
+    )
+    gone = browser.get(f"{path}?text=3").text
+    assert "text 3" not in gone
+    assert "was removed on" in gone
+
+
+def test_rejects_are_paged_by_code(gateway: Gateway, browser: httpx.Client, model: Model) -> None:
+    codes = {at: RejectCode.EMPTY_TEXT if at % 2 else RejectCode.NUL_CHARACTER for at in range(130)}
+    job = make_job(gateway.engine, model, 130, rejected=codes)
+    seen: list[int] = []
+    path: str | None = f"/jobs/{job}/rejects?code=empty_text"
+    while path:
+        reply = browser.get(path).text
+        seen += [int(found) for found in re.findall(r'id="item-(\d+)"', reply)]
+        found = re.search(r'href="([^"]*)" rel="next"', reply)
+        path = found[1].replace("&amp;", "&") if found else None
+    assert seen == list(range(1, 130, 2))
+
+
+def test_jobs_are_filtered_and_paged(gateway: Gateway, model: Model) -> None:
+    with gateway.engine.begin() as connection:
+        place = workspaces.create(connection, "paged", 1.0)
+        assert place
+        key = keys.create(connection, place, "test").token
+    made = [make_job(gateway.engine, model, workspace=place, name=f"paged {n:02}") for n in range(30)]
+    run_sql(
+        gateway.engine,
+        "update vectormill.jobs set state = 'failed', reason = 'all_rejected' where id = :job",
+        job=made[3],
+    )
+    with visitor(gateway, key) as client:
+        first = client.get("/?name=paged").text
+        shown = re.findall(r'<tr id="job-([0-9a-f-]+)"', first)
+        assert shown == [str(job) for job in reversed(made[5:])]
+        found = re.search(r'href="([^"]*)" rel="next"', first)
+        assert found
+        second = client.get(found[1].replace("&amp;", "&")).text
+        assert re.findall(r'<tr id="job-([0-9a-f-]+)"', second) == [str(job) for job in reversed(made[:5])]
+        failed = client.get("/?state=failed").text
+        assert re.findall(r'<tr id="job-([0-9a-f-]+)"', failed) == [str(made[3])]
+        assert "too" not in failed
+        assert "every item was rejected" in failed
+        assert "None fits these filters" in client.get("/?name=nothing-like-it").text
+        assert client.get("/?state=nonsense").status_code == 404
+        assert "28 jobs before it" in first
+
+
+def test_an_unchanged_page_is_not_sent_again(gateway: Gateway, browser: httpx.Client, model: Model) -> None:
+    job = make_job(gateway.engine, model)
+    first = browser.get(f"/jobs/{job}")
+    same = browser.get(f"/jobs/{job}", headers={"if-none-match": first.headers["etag"]})
+    assert (same.status_code, same.content) == (304, b"")
+    browser.post(f"/jobs/{job}/pause")
+    changed = browser.get(f"/jobs/{job}", headers={"if-none-match": first.headers["etag"]})
+    assert changed.status_code == 200
+    assert changed.headers["etag"] != first.headers["etag"]
+
+
+def test_a_revoked_key_ends_its_session(gateway: Gateway) -> None:
+    key = gateway.new_key()
+    with visitor(gateway, key) as client:
+        assert client.get("/workers").status_code == 200
+        with gateway.engine.begin() as connection:
+            keys.revoke(connection, catalog.workspace_id(connection), key.split("_")[1])
+        eventually(lambda: client.get("/workers").status_code == 303, "the way to the log-in", 3)
+        assert "max-age=0" in client.get("/workers").headers["set-cookie"].lower()
+
+
+def test_keys_are_made_shown_once_and_revoked(gateway: Gateway, browser: httpx.Client) -> None:
+    made = browser.post("/keys", data={"name": "for-a-test", "days": "30"})
+    assert made.status_code == 200
+    token = re.search(r"vm_[0-9a-f]{16}_[\w-]{43}", made.text)
+    assert token
+    assert "data-live" not in made.text
+    assert token[0] not in browser.get("/keys").text
+    assert log_in(gateway, token[0]).status_code == 303
+    key_id = token[0].split("_")[1]
+    again = browser.post(f"/keys/{key_id}/rotate")
+    assert re.search(r"vm_[0-9a-f]{16}_[\w-]{43}", again.text)
+    assert browser.post(f"/keys/{key_id}/revoke").headers["location"] == "/keys"
+    assert browser.post(f"/keys/{key_id}/revoke").status_code == 400
+    assert browser.post("/keys", data={"name": ""}).status_code == 400
+    assert browser.post("/keys", data={"name": "x", "days": "0"}).status_code == 400
+    assert browser.post("/keys", data={"name": "x" * 40_000}).status_code == 413
+
+
+def test_keys_are_for_admins(gateway: Gateway) -> None:
+    with visitor(gateway, gateway.new_key()) as client:
+        assert "Keys are kept by admins" in client.get("/keys").text
+        assert client.post("/keys", data={"name": "mine"}).status_code == 403
+        assert client.post(f"/keys/{'0' * 16}/rotate").status_code == 403
+        assert client.post(f"/keys/{'0' * 16}/revoke").status_code == 403
+
+
+def test_usage_counts_what_was_metered(gateway: Gateway, browser: httpx.Client) -> None:
+    with gateway.client() as client:
+        client.post("/v1/embeddings", json={"model": "static", "input": ["A mill grinds grain."]}).raise_for_status()
+    for by in ("day", "model", "key", "workspace"):
+        eventually(lambda by=by: 'id="group-' in browser.get(f"/usage?by={by}").text, f"usage by {by}")
+    assert "workspace" not in re.findall(r"by=(\w+)", visit_usage(gateway))
+    assert browser.get("/usage?by=nonsense").status_code == 404
+
+
+def visit_usage(gateway: Gateway) -> str:
+    with visitor(gateway, gateway.new_key()) as client:
+        return client.get("/usage").text
+
+
+def test_static_files_are_typed(gateway: Gateway) -> None:
+    with visitor(gateway, None) as client:
+        kinds = {
+            name: client.get(f"/static/{name}").headers["content-type"].split(";")[0]
+            for name in ("look.css", "parts.css", "live.js", "morph.js", "tips.js", "copy.js", "log_in.js", "mark.svg")
+        }
+        assert set(kinds.values()) == {"text/css", "text/javascript", "image/svg+xml"}
+        assert client.get("/static/../answer.py").status_code == 404
+
+
+def test_the_description_knows_nothing_of_it(gateway: Gateway) -> None:
+    with visitor(gateway, None) as client:
+        described: dict[str, Any] = client.get("/openapi.json").json()
+    assert all(path.startswith(("/v1", "/api")) for path in described["paths"])
+
+
+def test_without_a_database_a_page_says_so_and_recovers(gateway: Gateway, browser: httpx.Client) -> None:
+    assert browser.get("/").status_code == 200
+    name = gateway.engine.url.database
+    elsewhere = create_engine(gateway.engine.url.set(database="template1"), isolation_level="AUTOCOMMIT")
+    with elsewhere.connect() as connection:
+        connection.execute(text(f'alter database "{name}" with allow_connections false'))
+        try:
+            ended = "select pg_terminate_backend(pid) from pg_stat_activity where datname = :name"
+            connection.execute(text(f"{ended} and application_name = 'vectormill-api'"), {"name": name})
+            reply = browser.get("/")
+            assert reply.status_code == 503
+            assert "can&#39;t be reached" in reply.text
+            assert 'data-live="2"' in reply.text
+        finally:
+            connection.execute(text(f'alter database "{name}" with allow_connections true'))
+    elsewhere.dispose()
+    eventually(lambda: browser.get("/").status_code == 200, "the page again", 10)

@@ -1,0 +1,181 @@
+"""What the dashboard says and draws, as tables."""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from pipeline.api.dashboard import drawing, words
+from pipeline.jobs import Reason, RejectCode
+from pipeline.store.charts import Cell
+
+NOW = datetime(2026, 9, 1, 12, 0, 0, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0, "0"),
+        (0.44, "0.4"),
+        (52.3, "52"),
+        (999, "999"),
+        (999.6, "1.0k"),
+        (4_312, "4.3k"),
+        (310_000, "310k"),
+        (12_400_000, "12.4M"),
+        (3.2e9, "3.2B"),
+    ],
+)
+def test_short(value: float, said: str) -> None:
+    assert words.short(value) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "–"),
+        (Decimal(0), "0.00"),
+        (Decimal("1234.5"), "1,234.50"),
+        (Decimal("0.0115"), "0.0115"),
+        (Decimal("0.02"), "0.02"),
+        (Decimal("0.00000312"), "< 0.0001"),
+    ],
+)
+def test_money(value: Decimal | None, said: str) -> None:
+    assert words.money(value) == said
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "said"),
+    [
+        (0, 0, "–"),
+        (0, 10, "0 %"),
+        (10, 10, "100 %"),
+        (1, 1_000_000, "1 %"),
+        (999_999, 1_000_000, "99 %"),
+    ],
+)
+def test_percent_is_whole_only_when_it_is(part: float, whole: float, said: str) -> None:
+    assert words.percent(part, whole) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(3.24, "3.2 s"), (42, "42 s"), (280, "4 min 40 s"), (3_600, "1 h"), (3_780, "1 h 3 min"), (90_000, "1 d 1 h")],
+)
+def test_duration(seconds: float, said: str) -> None:
+    assert words.duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(1, "5 s"), (43, "45 s"), (281, "4 min 45 s"), (1_501, "25 min"), (7_333, "2 h")]
+)
+def test_rough(seconds: float, said: str) -> None:
+    assert words.rough(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(-3, "just now"), (59, "just now"), (61, "1 min ago"), (7_300, "2 h ago"), (180_000, "2 d ago")],
+)
+def test_age(seconds: float, said: str) -> None:
+    assert words.age(NOW - timedelta(seconds=seconds), NOW) == said
+
+
+def status(*, over: int, pace: float, elapsed: float, state: str = "running", total: int = 1_000) -> dict[str, Any]:
+    items = dict.fromkeys(("embedded", "reused", "rejected", "cancelled"), 0)
+    return {
+        "state": state,
+        "items": {**items, "total": total, "embedded": over, "pending": total - over},
+        "rate": {"items_per_second": pace},
+        "started_at": (NOW - timedelta(seconds=elapsed)).isoformat(),
+        "finished_at": None,
+    }
+
+
+def test_time_left_shows_what_is_not_known() -> None:
+    steady = status(over=500, pace=10, elapsed=50)
+    assert words.time_left(steady, NOW) == "about 45 s" or words.time_left(steady, NOW) == "about 1 min"
+    assert words.time_left(status(over=100, pace=1, elapsed=50), NOW) == "7 min 30 s to 15 min"
+    for unknown in (
+        status(over=0, pace=0, elapsed=5),
+        status(over=10, pace=0, elapsed=600),
+        status(over=10, pace=5, elapsed=5, state="paused"),
+    ):
+        assert words.time_left(unknown, NOW) is None
+
+
+def test_progress_of_what_failed_is_what_has_a_vector() -> None:
+    failed = status(over=300, pace=0, elapsed=9, state="failed")
+    failed["items"] |= {"cancelled": 700, "pending": 0}
+    assert words.progress(failed) == "30 %"
+    assert words.progress(failed | {"state": "completed"}) == "100 %"
+
+
+def test_every_code_and_reason_is_told() -> None:
+    assert set(words.REJECTS) == set(RejectCode)
+    assert set(words.REASONS) == set(Reason)
+
+
+def test_a_bar_shows_one_reject_among_millions() -> None:
+    parts = drawing.bar(
+        {"total": 5_000_000, "embedded": 4_999_999, "reused": 0, "rejected": 1, "cancelled": 0, "pending": 0}
+    )
+    assert [part.kind for part in parts] == ["embedded", "rejected"]
+    assert parts[1].width >= 0.5
+    assert parts[1].begin + parts[1].width <= 100.01
+    assert drawing.bar({"total": 0, "embedded": 0, "reused": 0, "rejected": 0, "cancelled": 0}) == []
+
+
+@pytest.mark.parametrize(("seconds", "width"), [(0, 1), (60, 1), (61, 2), (3_600, 60), (86_400 * 3, 7_200)])
+def test_columns_are_of_round_widths(seconds: float, width: int) -> None:
+    assert drawing.width_of_columns(seconds) == width
+
+
+def test_throughput_leaves_gaps_and_marks_what_goes_on() -> None:
+    begin = datetime.fromtimestamp(1_000_000, UTC)
+    chart = drawing.throughput(
+        [(1_000_000, 10, 900), (1_000_030, 10, 450)], 10, begin, begin + timedelta(seconds=35), going_on=True
+    )
+    assert [column.open for column in chart.columns] == [False, True]
+    assert chart.top == 100
+    assert [column.height for column in chart.columns] == [90, 45]
+    assert chart.columns[1].begin == pytest.approx(3 * chart.columns[0].width, abs=0.01)
+
+
+def cell(**counts: Any) -> Cell:
+    usual = dict.fromkeys(("pending", "running", "cancelled", "rejected_items", "lost"), 0)
+    return Cell(
+        **{
+            **usual,
+            "first_chunk": 3,
+            "last_chunk": 4,
+            "chunks": 2,
+            "items": 500,
+            "claims": 2,
+            "last_error": None,
+            **counts,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "kind"),
+    [
+        ({}, "done"),
+        ({"rejected_items": 1}, "rejected"),
+        ({"pending": 1, "rejected_items": 1}, "pending"),
+        ({"pending": 1, "running": 1}, "running"),
+        ({"running": 1, "cancelled": 1}, "cancelled"),
+        ({"running": 1, "lost": 1, "last_error": "lease expired"}, "trouble"),
+    ],
+)
+def test_a_cell_is_as_its_worst_chunk(counts: dict[str, Any], kind: str) -> None:
+    assert drawing.strip([cell(**counts)])[0].kind == kind
+
+
+def test_a_cell_tells_its_attempts() -> None:
+    (drawn,) = drawing.strip([cell(running=1, claims=5, lost=1, last_error="lease expired")])
+    assert drawn.again
+    assert drawn.tip == "chunks 4 to 5: 1 done, 1 running|500 items, 5 attempts|1 attempt lost: lease expired"
