@@ -21,6 +21,7 @@ import yaml
 from psycopg import sql
 
 from pipeline import catalog
+from pipeline.api import engines
 from pipeline.embedded.runtime import Running
 from pipeline.embedded.wheels import wheel_folder
 from pipeline.store.database import make_engine
@@ -115,8 +116,19 @@ def test_a_worker_may_end_its_chunk() -> None:
         [sys.executable, "-c", program], env={**os.environ, **urls}, capture_output=True, text=True, check=True
     )
     for name in ("worker", "worker-gpu"):
-        (minutes,) = re.fullmatch(r"(\d+)m", services()[name]["stop_grace_period"]).groups()  # type: ignore[union-attr]
-        assert int(minutes) * 60 > float(done.stdout)
+        assert _grace_seconds(name) > float(done.stdout)
+
+
+def test_api_and_engine_may_end_their_requests_and_the_api_first() -> None:
+    assert _grace_seconds("engine") > engines.MOST_SECONDS
+    assert _grace_seconds("api") > engines.MOST_SECONDS
+    assert "engine" in services()["api"]["depends_on"]
+
+
+def _grace_seconds(name: str) -> int:
+    minutes = re.fullmatch(r"(\d+)m", services()[name]["stop_grace_period"])
+    assert minutes
+    return 60 * int(minutes[1])
 
 
 @dataclass
