@@ -14,6 +14,7 @@ from tests.acceptance.conftest import write_corpus
 from tests.acceptance.fleet import Fleet, eventually
 from tests.acceptance.oracle import objections
 from tests.ports import free_port
+from tests.scripted_gateway import good, scripted_gateway
 
 #: Requests that the gateway lets through.
 _A_MINUTE = 900
@@ -109,6 +110,28 @@ def test_a_server_that_dies_and_a_key_that_is_revoked(far: Far, texts: list[str]
     assert tokens["billed"] >= tokens["prompt"] > 0
     assert fleet.scalar("select sum(crashes) from vectormill.chunks") == 0
     assert fleet.scalar("select count(*) from vectormill.claim_losses") == 0
+
+
+def test_a_gateway_whose_weights_change_and_are_mended(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    fleet.environment["FAR_KEY"] = "sk-one"
+    with scripted_gateway() as gateway:
+        where = ("--gateway", gateway.url, "--upstream-model", "embed-1", "--key-env", "FAR_KEY")
+        fleet.cli("models", "add", "changing", *where)
+        fleet.start_dispatcher()
+        fleet.start_worker(replicas=1)
+        gateway.answer = lambda asked: good({**asked, "input": [text + "!" for text in asked["input"]]})
+        corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:500])
+        job = fleet.submit(str(corpus), "--model", "changing")
+        eventually(lambda: fleet.status(job)["state"] == "paused", "the job to pause")
+        paused = fleet.status(job)
+        assert paused["reason"] == "gateway_refused"
+        assert "canary" in paused["message"]
+        assert fleet.scalar("select count(*) from vectormill.embeddings") == 0
+        gateway.answer = good
+        fleet.cli("resume", str(job))
+        assert fleet.await_end(job)["state"] == "completed", "by the same worker"
+    with fleet.engine.begin() as connection:
+        assert objections(connection, job, corpus) == []
 
 
 def test_hard_limits_are_used_up_and_hardly_ever_hit(far: Far, texts: list[str], tmp_path: Path) -> None:
