@@ -1,0 +1,106 @@
+"""How a process shows its metrics over HTTP. A worker's are those of all its processes: each writes to files of its
+own in one folder, which belongs to one run of the worker."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+
+from pipeline import metrics
+
+log = structlog.get_logger()
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+#: The library reads it when it is imported: from then on values are kept in this folder.
+FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_PREFIX = "vectormill-metrics-"
+#: Held for as long as the folder's worker lives.
+_LOCK = "lock"
+
+
+def page(process: metrics.Process) -> bytes:
+    """A process' metrics, as `/metrics` answers."""
+    return generate_latest(process.registry)
+
+
+def serve(process: metrics.Process, host: str, port: int | None) -> None:
+    """Show this process' metrics at a port of their own, in a thread; 0 picks a free one, `None` shows nothing.
+
+    A port that can't be had is logged: work goes on unwatched.
+    """
+    if port is None:
+        return
+    try:
+        server, _ = start_http_server(port, host, _registry(process))
+    except OSError as error:
+        log.error("metrics_not_served", host=host, port=port, error=os.strerror(error.errno or 0))
+    else:
+        log.info("metrics_served", host=host, port=server.server_port)
+
+
+def _registry(process: metrics.Process) -> CollectorRegistry:
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is None:
+        return process.registry
+    registry = CollectorRegistry()
+    registry.register(_Together(folder, process.name))
+    return registry
+
+
+class _Together(Collector):
+    """What several processes of one kind have written to a folder."""
+
+    def __init__(self, folder: str, process: str) -> None:
+        self._files = MultiProcessCollector(None, folder)
+        self._prefix = f"vectormill_{process}_"
+
+    def collect(self) -> Iterable[Metric]:
+        """Metrics without labels of other kinds of processes are in the files too, with nothing in them."""
+        return (found for found in self._files.collect() if found.name.startswith(self._prefix))
+
+
+def make_folder() -> Path:
+    """Make a folder for this process and what it becomes, which is marked as used until it ends. What workers that
+    were killed have left is removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            _remove_if_left(left)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    # Seen only when it is held.
+    (folder / ".lock").rename(folder / _LOCK)
+    os.set_inheritable(lock, True)
+    return folder
+
+
+def _remove_if_left(folder: Path) -> None:
+    if folder.lstat().st_uid != os.geteuid():
+        return
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    finally:
+        os.close(lock)
+
+
+def forget_child(pid: int) -> None:
+    """A process of a worker has ended: what it held is no longer held; what it counted stays."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        mark_process_dead(pid, folder)
+
+
+def remove_folder() -> None:
+    """The worker ends."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        shutil.rmtree(folder, ignore_errors=True)
