@@ -190,18 +190,20 @@ def vector_space_of(
     Raises:
         UserError: the model can't give what is asked.
     """
-    if dimensions not in (None, model.dimensions):
-        raise UserError(f"--dimensions {dimensions}: {model.name} gives {model.dimensions} and can't be shortened.")
+    sizes = sorted({*model.matryoshka, model.dimensions})
+    if dimensions is not None and dimensions not in sizes:
+        raise UserError(f"--dimensions {dimensions}: {model.name} gives {' or '.join(map(str, sizes))}.")
     if max_item_tokens is not None and model.max_item_tokens is not None and max_item_tokens > model.max_item_tokens:
         raise UserError(
             f"--max-item-tokens {max_item_tokens}: {model.name} reads at most {model.max_item_tokens} tokens."
         )
     space = {
         "weights": model.weights_sha256,
-        "dimensions": model.dimensions,
+        "dimensions": dimensions or model.dimensions,
         "document_prompt": model.document_prompt,
         "max_item_tokens": max_item_tokens or model.max_item_tokens,
-        "normalised": model.normalised,
+        # What is shortened is brought to length one again.
+        "normalised": model.normalised or dimensions not in (None, model.dimensions),
     }
     fingerprint = hashlib.sha256(json.dumps(space, sort_keys=True).encode()).hexdigest()
     return models.vector_space(connection, {"fingerprint": fingerprint, **space})

@@ -1,7 +1,7 @@
 """Nouns and states: what a job, a chunk and a reject are, and which transitions are legal. No I/O."""
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -178,6 +178,8 @@ class Model:
     canary: bytes
     #: Measured on one slot.
     tokens_per_second: float
+    #: Sizes to which its vectors may be shortened.
+    matryoshka: Sequence[int] = ()
     #: `None`: local weights.
     upstream: Upstream | None = None
 

@@ -17,6 +17,7 @@ from pipeline.jobs import ChunkState, Claim, Item, JobState, Reject, RejectCode
 from pipeline.leases import Renewal
 from pipeline.store import chunks
 from pipeline.store.embeddings import NO_ROWS, Rows
+from pipeline.wire import shortened
 from pipeline.writeback import Ending, Part, split_bad_vectors, write_chunk
 from workers.batching import CONVICTED, Batch, Encoder, Slice, isolated_slices
 
@@ -226,10 +227,13 @@ class _Embedding:
     def _taken(self) -> tuple[Part, list[Reject]]:
         """What has been made, and items whose vectors must not be written."""
         made, items = self._made, [item for item, done in zip(self._items, self._made, strict=True) if done]
+        vectors = self._vectors[made]
+        if vectors.shape[1] != self._claim.dimensions:
+            vectors = shortened(vectors, self._claim.dimensions)
         rows = Rows(
             indexes=np.array([item.index for item in items], dtype=np.int64),
             keys=[item.key for item in items],
-            vectors=self._vectors[made],
+            vectors=vectors,
             tokens=self._tokens[made],
             truncated=self._truncated[made],
             carried=[item.carried for item in items] if self._claim.carries else (),

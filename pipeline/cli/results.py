@@ -17,7 +17,7 @@ from pipeline.cli.desk import at_desk
 from pipeline.cli.jobs import Job, Json, Workspace
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import UnknownModel, UserError
-from pipeline.store import embeddings, models
+from pipeline.store import embeddings, jobs, models
 
 _KEY_WIDTH = 40
 
@@ -66,6 +66,7 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
         found = reading.find_job(connection, place.workspace_id, job)
         model = models.of_job(connection, found)
         folder = reading.job_row(connection, found)["options"].get("output")
+        dimensions = jobs.vector_space(connection, found)["dimensions"]
     if folder:
         raise UserError(f"the vectors of job {found} are Parquet files at {folder}; query them there, with DuckDB say.")
     if model is None:
@@ -76,7 +77,8 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
     asked = {"prompt": model["query_prompt"], "texts": queries, "upstream": upstream and asdict(upstream)}
     vectors = oneshot(["queries", *model_source(model)], asked)
     with place.engine.begin() as connection:
-        hits = [embeddings.nearest(connection, found, vector, limit) for vector in vectors]
+        # Of a job that was shortened too: by cosine, its queries' length doesn't count.
+        hits = [embeddings.nearest(connection, found, vector[:dimensions], limit) for vector in vectors]
     return [
         [{"index": index, "key": key, "similarity": round(near, 4), "text": text} for index, key, near, text in some]
         for some in hits

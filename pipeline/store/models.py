@@ -87,7 +87,7 @@ def of_job(connection: Connection, job_id: UUID) -> RowMapping | None:
             select m.* from vectormill.jobs j
             join vectormill.vector_spaces s on s.id = j.vector_space_id
             join vectormill.models m on m.name = j.model_name and m.weights_sha256 = s.weights
-              and m.dimensions = s.dimensions and m.document_prompt = s.document_prompt
+              and s.dimensions = any(m.dimensions || m.matryoshka) and m.document_prompt = s.document_prompt
             where j.id = :job
         """),
             {"job": job_id},

@@ -95,6 +95,19 @@ def test_upload_to_vectors(done: dict[str, Any], line: httpx.Client, by_library:
     assert line.get(f"/api/jobs/{done['id']}/results", params={"format": "jsonl", "first": 900}).content == b""
 
 
+def test_shortened(line: httpx.Client, working: Gateway, by_library: Any) -> None:
+    made = _upload(line, _ROWS[:5], name="short.jsonl", dimensions="64").json()
+    assert _ended(line, made["id"])["state"] == "completed"
+    lines = line.get(f"/api/jobs/{made['id']}/results", params={"format": "jsonl"}).text.splitlines()
+    whole = by_library([row["text"] for row in _ROWS[:5]])[:, :64]
+    shorter = whole / np.linalg.norm(whole, axis=1, keepdims=True)
+    np.testing.assert_allclose([json.loads(one)["embedding"] for one in lines], shorter, atol=1e-5)
+    hits = json.loads(working.fleet.cli("search", "2 sacks", "--job", "short", "--json").stdout)
+    assert (hits[0]["key"], len(hits)) == ("k2", 5)
+    refused = _upload(line, _ROWS[:5], dimensions="65")
+    assert (refused.status_code, refused.json()["detail"]) == (400, "--dimensions 65: static gives 64 or 128 or 256.")
+
+
 def test_rejects(done: dict[str, Any], line: httpx.Client) -> None:
     path = f"/api/jobs/{done['id']}/rejects"
     page = line.get(path, params={"limit": 1}).json()
