@@ -9,6 +9,8 @@
     status, results               what came of it
     catalog, keys                 models and vector spaces; keys to the api
     wire                          OpenAI's shape of requests and replies
+    canary              the text that proves a model
+    doctor/, ready      what is wrong with a deployment; whether a process is ready
     embedded/           servers from wheels, the process tree of `vectormill up`
     cli/, api/          the doors
 

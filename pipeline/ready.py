@@ -9,6 +9,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 
+from pipeline.errors import VectormillError
 from pipeline.settings import Settings, load_settings
 
 #: Above the period in which each of them shows itself.
@@ -51,12 +52,12 @@ PROCESSES: dict[str, Callable[[Settings], bool]] = {
 
 
 def _ask(settings: Settings, question: Callable[..., bool], *parameters: object) -> bool:
-    from pipeline.store.database import make_engine
+    from pipeline.store.database import make_engine, reporting_unreachable
 
     assert settings.database_url
     database = make_engine(settings.database_url.get_secret_value(), application="vectormill-ready", pool_size=1)
     try:
-        with database.begin() as connection:
+        with reporting_unreachable(), database.begin() as connection:
             return question(connection, *parameters)
     finally:
         database.dispose()
@@ -75,5 +76,9 @@ def _answers(port: int, path: str) -> bool:
 
 if __name__ == "__main__":
     (name,) = sys.argv[1:]
-    if not PROCESSES[name](load_settings()):
+    try:
+        is_ready = PROCESSES[name](load_settings())
+    except VectormillError as error:
+        sys.exit(f"{name} isn't ready: {error}")
+    if not is_ready:
         sys.exit(f"{name} isn't ready")

@@ -1,8 +1,12 @@
 """A real Flower beside a fleet: what it shows, and to whom."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import httpx2 as httpx
@@ -91,3 +95,33 @@ def test_it_looks_and_does_nothing(fleet: Fleet, flower: httpx.Client) -> None:
     message = json.dumps({"args": ["0", 0]})
     for action in ("task/send-task/vectormill.run_chunk", "task/revoke/x", "worker/shutdown/x"):
         assert flower.post(f"/api/{action}", content=message).status_code in (403, 404), action
+
+
+def test_its_settings(fleet: Fleet) -> None:
+    program = """
+import json, flower.options
+from pipeline.settings import load_settings
+from tornado.options import options
+options.parse_config_file(str(load_settings().flower_config))
+names = ("address", "basic_auth", "cookie_secret", "max_tasks", "purge_offline_workers", "read_only")
+print(json.dumps({name: getattr(options, name) for name in names}))
+"""
+    environment = {**os.environ, **fleet.environment, "VECTORMILL_FLOWER_PASSWORD": _PASSWORD}
+
+    def read() -> dict[str, Any]:
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    settings = read()
+    secret = settings.pop("cookie_secret")
+    assert settings == {
+        "address": "127.0.0.1",
+        "basic_auth": [f"vectormill:{_PASSWORD}"],
+        "max_tasks": 10_000,
+        "purge_offline_workers": 300,
+        "read_only": True,
+    }
+    assert len(secret) >= 32
+    assert _PASSWORD not in secret
+    assert read()["cookie_secret"] == secret, "sessions outlive a restart"
