@@ -217,6 +217,8 @@ class Claim:
     items: int
     #: Level of the search for an item that kills its process; 0: none under way.
     isolation: int
+    #: Its name.
+    model: str
     vector_space_id: int
     dimensions: int
     max_item_tokens: int | None

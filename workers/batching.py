@@ -51,6 +51,8 @@ class Batch:
     failure: tuple[RejectCode, str] | None = None
     #: Positions of texts that a gateway says it has cut.
     truncated: Sequence[int] = ()
+    #: Its tokens, and what shorter texts were filled up with; 0: a gateway doesn't tell.
+    padded_tokens: int = 0
 
 
 class Encoder(Protocol):

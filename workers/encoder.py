@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import structlog
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_default_handler, disable_progress_bar, enable_propagation
 
 from pipeline.errors import ModelError
 from pipeline.jobs import RejectCode
@@ -60,6 +61,9 @@ class Encoder:
         if threads:
             torch.set_num_threads(threads)
         disable_progress_bar()
+        # What it warns of comes out as all logs do.
+        disable_default_handler()
+        enable_propagation()
         self.device = torch.device(device)
         on_cuda = self.device.type == "cuda"
         try:
@@ -87,6 +91,15 @@ class Encoder:
     def prompts(self) -> dict[str, str]:
         """The prompts that the model brings, by name."""
         return {name: prompt or "" for name, prompt in self._model.prompts.items()}
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the device that this process holds; on a CPU, of the process."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self.device))
+        if self.device.type == "mps":
+            return int(torch.mps.driver_allocated_memory())
+        return int(psutil.Process().memory_info().rss)
 
     def tokenise(self, texts: Sequence[str], max_tokens: int | None = None, prompt: str | None = None) -> Tokenised:
         """Read `texts` once: ids, lengths, and which were cut at `max_tokens` (default: the model's own bound)."""
@@ -117,7 +130,9 @@ class Encoder:
                 half = len(at) // 2
                 pending += [at[half:], at[:half]]
             else:
-                yield Batch(at, tokenised.lengths[at], perf_counter() - start, vectors)
+                lengths = tokenised.lengths[at]
+                padded = int(lengths.sum() if self._reader.flat else lengths.max() * len(at))
+                yield Batch(at, lengths, perf_counter() - start, vectors, padded_tokens=padded)
                 if stop():
                     return
 

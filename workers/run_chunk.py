@@ -19,6 +19,7 @@ from pipeline.store import chunks
 from pipeline.store.embeddings import NO_ROWS, Rows
 from pipeline.wire import shortened
 from pipeline.writeback import Ending, Part, split_bad_vectors, write_chunk
+from workers import counting
 from workers.batching import CONVICTED, Batch, Encoder, Slice, isolated_slices
 
 log = structlog.get_logger()
@@ -89,8 +90,12 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
         return state is not None
 
     with Renewal(renew, claim.lease_seconds):
-        for number, (part, ending) in enumerate(_parts(encoder, claim, read_chunk(engine, claim), watch)):
-            write_chunk(engine, claim, number, part, ending)
+        with counting.step(claim.model, "read"):
+            intake = read_chunk(engine, claim)
+        for number, (part, ending) in enumerate(_parts(encoder, claim, intake, watch)):
+            with counting.step(claim.model, "write"):
+                write_chunk(engine, claim, number, part, ending)
+            counting.committed(claim.model, part)
     if watch.interruption:
         raise watch.interruption
 
@@ -98,7 +103,7 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
 def _parts(encoder: Encoder, claim: Claim, intake: Intake, watch: Watch) -> Iterator[tuple[Part, Ending]]:
     """What to commit, one after the other; the last one ends the chunk or gives it back."""
     level, left = claim.isolation, intake.left
-    for serving in intake.servings:
+    for serving in counting.while_read(claim.model, intake.servings):
         for step in _parts_of(encoder, claim, serving, level, watch):
             left -= step.part.settled
             # Whatever the watch says, what is under way is still awaited.
@@ -161,7 +166,8 @@ class _Embedding:
     def __init__(self, encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> None:
         self._encoder, self._claim, self._watch = encoder, claim, watch
         watch.beat()
-        tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
+        with counting.step(claim.model, "tokenise"):
+            tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
         self._rejects: list[Reject] = []
         if claim.reject_long:
             self._rejects = [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]
@@ -217,6 +223,7 @@ class _Embedding:
         return replace(part, rejects=[*part.rejects, *bad])
 
     def _add(self, batch: Batch) -> None:
+        counting.ran(self._claim.model, batch)
         self._seconds += batch.seconds
         if batch.failure:
             self._rejects += [_reject(self._items[at], *batch.failure) for at in batch.at.tolist()]

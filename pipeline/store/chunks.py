@@ -74,7 +74,7 @@ def claim(
               from vectormill.jobs j
               where c.id = :chunk and c.state = 'pending' and (c.not_before is null or c.not_before <= now())
                 and j.id = c.job_id and j.id = :job and j.state in ('queued', 'running')
-              returning c.*, j.workspace_id, j.vector_space_id, j.options
+              returning c.*, j.workspace_id, j.vector_space_id, j.model_name, j.options
             ), started as (
               update vectormill.jobs set state = 'running', started_at = coalesce(started_at, clock_timestamp())
               where id = :job and state = 'queued' and exists (select from claimed)
@@ -101,6 +101,7 @@ def _as_claim(row: RowMapping, lease_seconds: float) -> Claim:
         first_index=row["first_index"],
         items=row["items"],
         isolation=row["isolation"],
+        model=row["model_name"],
         vector_space_id=row["vector_space_id"],
         dimensions=row["dimensions"],
         max_item_tokens=row["max_item_tokens"],

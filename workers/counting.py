@@ -1,0 +1,113 @@
+"""What a child counts while it runs chunks: a step, a batch, a commit, a claim at a time."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from sqlalchemy.exc import DBAPIError
+
+from pipeline import metrics
+from pipeline.errors import (
+    GatewayBusy,
+    GatewayRefused,
+    LeaseLost,
+    ModelError,
+    SourceError,
+    StorageRefused,
+    StorageUnreachable,
+)
+from pipeline.intake import Serving
+from pipeline.store.database import is_connection_lost
+from pipeline.writeback import Part
+from workers.batching import Batch
+
+#: How a claim ends by an error; of several that fit, the first. Any other one ends the child.
+_OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
+    (GatewayBusy, "busy"),
+    (GatewayRefused, "refused"),
+    (LeaseLost, "lost"),
+    (ModelError, "unusable"),
+    (DBAPIError, "given_back"),
+    (SourceError, "given_back"),
+    (StorageRefused, "given_back"),
+    (StorageUnreachable, "given_back"),
+)
+
+
+def let_go(model: str, outcome: str) -> None:
+    """A message came to nothing."""
+    metrics.WORKER_CLAIMS.labels(model, outcome).inc()
+
+
+@contextmanager
+def claimed(model: str) -> Iterator[None]:
+    """A claim, from its beginning to its end."""
+    begin, outcome = perf_counter(), "done"
+    try:
+        yield
+    except Exception as error:
+        outcome = _outcome(error)
+        raise
+    finally:
+        metrics.WORKER_CHUNK_SECONDS.labels(model).observe(perf_counter() - begin)
+        metrics.WORKER_CLAIMS.labels(model, outcome).inc()
+        if outcome == "lost":
+            metrics.WORKER_LEASES_LOST.labels("overtaken").inc()
+
+
+def _outcome(error: Exception) -> str:
+    if isinstance(error, DBAPIError) and is_connection_lost(error):
+        return "away"
+    return next((outcome for kind, outcome in _OUTCOMES if isinstance(error, kind)), "crashed")
+
+
+@contextmanager
+def step(model: str, name: str) -> Iterator[None]:
+    """Time of a slot: `read`, `tokenise` or `write`. `ran` counts what `embed` takes."""
+    begin = perf_counter()
+    try:
+        yield
+    finally:
+        metrics.WORKER_STEP_SECONDS.labels(model, name).observe(perf_counter() - begin)
+
+
+def while_read(model: str, servings: Iterator[Serving]) -> Iterator[Serving]:
+    """Servings, each of which is read when it is asked for."""
+    while True:
+        with step(model, "read"):
+            serving = next(servings, None)
+        if serving is None:
+            return
+        yield serving
+
+
+def ran(model: str, batch: Batch) -> None:
+    """A batch came back."""
+    metrics.WORKER_STEP_SECONDS.labels(model, "embed").observe(batch.seconds)
+    if batch.vectors is None:
+        return
+    metrics.WORKER_BATCHES.labels(model).inc()
+    metrics.WORKER_TOKENS.labels(model).inc(int(batch.tokens.sum()))
+    if batch.padded_tokens:
+        metrics.WORKER_PADDED_TOKENS.labels(model).inc(batch.padded_tokens)
+
+
+def committed(model: str, part: Part) -> None:
+    """A part of a chunk is in Postgres."""
+    metrics.WORKER_ITEMS.labels(model, "embedded").inc(len(part.rows.indexes))
+    metrics.WORKER_ITEMS.labels(model, "rejected").inc(len(part.rejects))
+    for code, times in Counter(reject.code for reject in part.rejects).items():
+        metrics.WORKER_REJECTS.labels(code).inc(times)
+
+
+def answered(model: str, status: int, seconds: float) -> None:
+    """A gateway answered a request, or (status 0) didn't."""
+    kind = "429" if status == 429 else f"{status // 100}xx" if 200 <= status < 600 else "none"
+    metrics.WORKER_GATEWAY_REQUESTS.labels(model, kind).inc()
+    metrics.WORKER_GATEWAY_SECONDS.labels(model).observe(seconds)
+
+
+def waited(model: str, seconds: float) -> None:
+    """A request had to wait so long for its gateway's limits."""
+    metrics.WORKER_THROTTLE_WAIT_SECONDS.labels(model).inc(max(0.0, seconds))
