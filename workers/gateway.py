@@ -302,6 +302,7 @@ class GatewayEncoder:
         if is_gone:
             self._memory.doubt()  # and so the canary goes before the others
         if is_gone and not request.canary:
+            request.rest(1)
             self._pending.append(request)
             return
         request.failures, request.seconds = request.failures + 1, request.seconds + answer.seconds
