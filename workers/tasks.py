@@ -12,7 +12,7 @@ from celery import Task
 from sqlalchemy import Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 
-from pipeline import control
+from pipeline import control, metrics
 from pipeline.catalog import as_model
 from pipeline.errors import (
     GatewayBusy,
@@ -30,6 +30,7 @@ from pipeline.publish import RUN_CHUNK
 from pipeline.settings import Settings, load_settings, read_key
 from pipeline.store import chunks, jobs, models, workers
 from pipeline.store.database import is_connection_lost, make_engine, plain_reason
+from workers import counting
 from workers.app import app, worker_id_of
 from workers.attempts import Attempts
 from workers.batching import Encoder
@@ -120,6 +121,7 @@ class Child:
             encoder = GatewayEncoder(model, link.connection, link.throttle, attempts, link.memory, in_flight=in_flight)
             return encoder, watch
         resident = self.residents.get(model)
+        metrics.WORKER_DEVICE_MEMORY_BYTES.labels(str(resident.device)).set(resident.held_bytes)
         # A single long text may exceed the budget.
         expected_seconds = max(resident.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
         return resident, Watch(max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds), most_seconds)
@@ -134,7 +136,7 @@ def _child() -> Child:
 def run_chunk_task(task: Task, job: str, chunk_id: int) -> None:
     """Embed one chunk of a job, if it is to be had."""
     child, worker_id, job_id = _child(), worker_id_of(task.request.hostname), UUID(job)
-    with structlog.contextvars.bound_contextvars(job=job, chunk=chunk_id):
+    with structlog.contextvars.bound_contextvars(job=job, chunk=chunk_id, fence=None):
         try:
             model = _model_of(child.engine, job_id)
             if model is None:
@@ -164,6 +166,7 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
     if not model.upstream:
         child.residents.get(model)  # one that can't be loaded takes no chunk
     elif child.is_held(model):
+        counting.let_go(model.name, "held")
         return  # the dispatcher rings again
     with child.engine.begin() as connection:
         claim = chunks.claim(
@@ -176,29 +179,31 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
         )
     if claim is None:
         log.debug("nothing_to_claim")
+        counting.let_go(model.name, "missed")
         return
-    with structlog.contextvars.bound_contextvars(fence=claim.fence):
-        try:
+    structlog.contextvars.bind_contextvars(fence=claim.fence)
+    try:
+        with counting.claimed(model.name):
             encoder, watch = child.prepare(model, claim)
             run_chunk(child.engine, encoder, claim, watch, on_hang=_leave)
-        except GatewayBusy as error:
-            log.warning("gateway_busy", error=str(error), wait_seconds=round(error.wait_seconds, 1))
-        except GatewayRefused as error:
-            _give_back(child.engine, claim, error)
-            _pause_jobs(child.engine, model, error)
-        except (LeaseLost, ModelError, DBAPIError) as error:
-            _give_back(child.engine, claim, error)
-            if claim.options.get("into") and isinstance(error, IntegrityError | DataError | ProgrammingError):
-                _stop_job(child.engine, job_id, error)
-            raise
-        except (SourceError, StorageRefused, StorageUnreachable) as error:
-            _give_back(child.engine, claim, error)
+    except GatewayBusy as error:
+        log.warning("gateway_busy", error=str(error), wait_seconds=round(error.wait_seconds, 1))
+    except GatewayRefused as error:
+        _give_back(child.engine, claim, error)
+        _pause_jobs(child.engine, model, error)
+    except (LeaseLost, ModelError, DBAPIError) as error:
+        _give_back(child.engine, claim, error)
+        if claim.options.get("into") and isinstance(error, IntegrityError | DataError | ProgrammingError):
             _stop_job(child.engine, job_id, error)
-        except Exception as error:  # noqa: BLE001
-            # A text did this, or a fault of ours. Die: the parent frees the claim and counts the loss, so that
-            # isolation finds the text, and a worker that loses chunk after chunk rests.
-            log.error("chunk_crashed", error=type(error).__name__)
-            os._exit(70)
+        raise
+    except (SourceError, StorageRefused, StorageUnreachable) as error:
+        _give_back(child.engine, claim, error)
+        _stop_job(child.engine, job_id, error)
+    except Exception as error:  # noqa: BLE001
+        # A text did this, or a fault of ours. Die: the parent frees the claim and counts the loss, so that
+        # isolation finds the text, and a worker that loses chunk after chunk rests.
+        log.error("chunk_crashed", error=type(error).__name__)
+        os._exit(70)
 
 
 def _pause_jobs(engine: Engine, model: Model, error: GatewayRefused) -> None:
