@@ -81,14 +81,6 @@ class Fleet:
         process.kill()
         process.wait()
 
-    def pause(self, name: str) -> None:
-        """Freeze a process until `resume`."""
-        self.processes[name].send_signal(signal.SIGSTOP)
-
-    def resume(self, name: str) -> None:
-        """Let a frozen process go on."""
-        self.processes[name].send_signal(signal.SIGCONT)
-
     def close(self) -> None:
         """End everything, workers' children too."""
         trees = [psutil.Process(p.pid) for p in self.processes.values() if p.poll() is None]
