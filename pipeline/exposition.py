@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.metrics_core import Metric
@@ -60,11 +61,17 @@ class _Together(Collector):
     """What several processes of one kind have written to a folder."""
 
     def __init__(self, folder: str, process: str) -> None:
+        self._folder = Path(folder)
         self._files = MultiProcessCollector(None, folder)
         self._prefix = f"vectormill_{process}_"
 
     def collect(self) -> Iterable[Metric]:
-        """Metrics without labels of other kinds of processes are in the files too, with nothing in them."""
+        """What has been counted, and what those that live hold."""
+        for file in self._folder.glob("gauge_live*_*.db"):
+            pid = int(file.stem.rpartition("_")[2])
+            if not psutil.pid_exists(pid):
+                mark_process_dead(pid, str(self._folder))
+        # Metrics without labels of other kinds of processes are in the files too, with nothing in them.
         return (found for found in self._files.collect() if found.name.startswith(self._prefix))
 
 
@@ -92,12 +99,6 @@ def _remove_if_left(folder: Path) -> None:
         shutil.rmtree(folder)
     finally:
         os.close(lock)
-
-
-def forget_child(pid: int) -> None:
-    """A process of a worker has ended: what it held is no longer held; what it counted stays."""
-    if folder := os.environ.get(FOLDER_VARIABLE):
-        mark_process_dead(pid, folder)
 
 
 def remove_folder() -> None:

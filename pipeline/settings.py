@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     gateway_seconds: float = Field(default=60, ge=1, le=600)
     #: Requests of one chunk that are under way at a time.
     gateway_in_flight: int = Field(default=4, ge=1, le=64)
+    #: Where dispatchers and workers show their metrics, for one that scrapes. Unset: nowhere; 0 picks a free port.
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
 
     #: The models a worker serves, comma-separated; empty: all of the catalogue. Set by `vectormill worker --model`.

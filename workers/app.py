@@ -7,6 +7,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, signals
 
+from pipeline import exposition, metrics
 from pipeline.errors import UserError
 from pipeline.logs import configure_logs
 from pipeline.publish import celery_settings
@@ -33,6 +34,12 @@ def worker_id_of(hostname: str) -> UUID:
     return uuid5(NAMESPACE_URL, f"vectormill-worker:{hostname}")
 
 
+@signals.setup_logging.connect
+def _on_logging(**_: Any) -> None:
+    """In parent and children: in place of Celery's own lines."""
+    configure_logs(load_settings().log_level)
+
+
 @signals.worker_process_init.connect
 def _on_child(**_: Any) -> None:
     """In a child: have torch at hand for the first chunk. Without it the first chunk says what is wrong."""
@@ -44,7 +51,7 @@ def _on_child(**_: Any) -> None:
 def _on_ready(sender: Any, **_: Any) -> None:
     global _presence
     settings = load_settings()
-    configure_logs(settings.log_level)
+    exposition.serve(metrics.WORKER, settings.metrics_host, settings.metrics_port)
     _presence = Presence(app, settings, worker_id_of(sender.hostname), sender.hostname)
     _presence.start()
 
@@ -55,8 +62,15 @@ def _on_shutdown(**_: Any) -> None:
         _presence.stop()
 
 
+@signals.worker_shutdown.connect
+def _on_end(**_: Any) -> None:
+    exposition.remove_folder()
+
+
 @signals.task_failure.connect
 def _on_failure(task_id: str, exception: BaseException, args: Any, **_: Any) -> None:
     """In the parent: a child died under a task."""
     if _presence and isinstance(exception, WorkerLostError | TimeLimitExceeded):
+        cause = "time_limit" if isinstance(exception, TimeLimitExceeded) else "child_died"
+        metrics.WORKER_LEASES_LOST.labels(cause).inc()
         _presence.child_lost(int(args[1]), task_id, type(exception).__name__)

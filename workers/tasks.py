@@ -23,9 +23,9 @@ from pipeline.errors import (
     SourceError,
     StorageRefused,
     StorageUnreachable,
+    VectormillError,
 )
 from pipeline.jobs import ChunkState, Claim, Model, Reason
-from pipeline.logs import configure_logs
 from pipeline.publish import RUN_CHUNK
 from pipeline.settings import Settings, load_settings, read_key
 from pipeline.store import chunks, jobs, models, workers
@@ -67,7 +67,6 @@ class Child:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        configure_logs(settings.log_level)
         url = settings.database_url
         assert url is not None
         # One connection claims and commits, the other renews.
@@ -152,7 +151,8 @@ def run_chunk_task(task: Task, job: str, chunk_id: int) -> None:
             log.warning("lease_lost")
         except DBAPIError as error:
             if not is_connection_lost(error):
-                raise
+                # Celery logs it, and Flower shows it: not with the rows that Postgres quotes.
+                raise VectormillError(plain_reason(error)) from None
             log.warning("database_unreachable")
 
 

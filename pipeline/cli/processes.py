@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline import exposition, metrics
 from pipeline.cli.connect import database_url, server_urls
 from pipeline.cli.look import stderr
 from pipeline.cli.oneshot import oneshot
@@ -46,6 +47,7 @@ def dispatcher() -> None:
 
     settings = load_settings()
     configure_logs(settings.log_level)
+    exposition.serve(metrics.DISPATCHER, settings.metrics_host, settings.metrics_port)
     database, redis = server_urls(settings)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -102,6 +104,8 @@ def worker(
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if settings.metrics_port is not None:
+        environment[exposition.FOLDER_VARIABLE] = str(exposition.make_folder())
     name = f"{token_hex(3)}@{socket.gethostname()}"
     arguments = ["--hostname", name, "--concurrency", str(len(chosen) * each), "--pool", "prefork", "--without-gossip"]
     _become([*_CELERY, "worker", *arguments, "--loglevel", settings.log_level], environment)
@@ -172,7 +176,7 @@ def api(
         app,
         host=host or settings.api_host,
         port=settings.api_port if port is None else port,
-        log_level="warning",
+        log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
