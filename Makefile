@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BROWSER := $(VENV)/.browser
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-browser screenshots lint bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed" >&2; exit 1; }
@@ -19,6 +20,24 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Chromium isn't on PyPI: Debian's is installed by root, who else has it already or is told what is missing.
+$(BROWSER): $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[browser]'
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { \
+			echo "the browser tests need Chromium: apt-get install chromium" >&2; exit 1; }; \
+		echo "Installing Chromium …"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends chromium fonts-inter >/dev/null; }
+	@touch $@
+
+test-browser: $(BROWSER)
+	$(BIN)/python -m pytest tests/browser
+
+screenshots: $(BROWSER)
+	$(BIN)/python -m tests.browser.screenshots
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

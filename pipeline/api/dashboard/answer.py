@@ -6,6 +6,7 @@ from functools import cache
 from hashlib import sha256
 from typing import Any
 
+import structlog
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -18,6 +19,8 @@ from pipeline.api.dashboard import drawing, session, words
 from pipeline.api.dashboard.session import Viewer
 from pipeline.errors import ApiError, IllegalTransition, InvalidApiKey, Unauthorized, UnknownJob, UserError
 from pipeline.store import charts
+
+log = structlog.get_logger()
 
 #: What a page needs of the database, as its template's variables.
 Look = Callable[[Connection, Viewer], dict[str, Any]]
@@ -59,6 +62,9 @@ class PageRoute(APIRoute):
                 response = problem(request, 404, "There is nothing here that this key may see. Is the address whole?")
             except UserError as error:
                 response = problem(request, 409 if isinstance(error, IllegalTransition) else 400, str(error))
+            except Exception as error:
+                log.exception("page_failed", path=request.url.path, error=type(error).__name__)
+                response = problem(request, 500, "The page failed; its reason stands in the api's log. Try again.")
             response.headers.update(_HEADERS)
             return response
 

@@ -1,0 +1,298 @@
+"""The dashboard in a real Chromium, on real jobs."""
+
+import re
+from typing import Any
+from uuid import UUID
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from pipeline import catalog, keys
+from tests.acceptance.fleet import eventually
+from tests.browser.chromium import Scheme
+from tests.browser.conftest import Site
+from tests.jobs_made import job_row, run_sql
+
+LIVE_MS = 90_000
+
+
+def submit(site: Site, name: str, count: int, *, bad: int = 0, paused: bool = False) -> UUID:
+    """A real job; paused: of a model that nobody serves, so that no chunk of it has started."""
+    fleet, model = site.gateway.fleet, "unserved" if paused else "static"
+    job = fleet.submit(site.corpus(name, count, bad=bad), "--model", model, "--name", name, "--max-rejects", "100%")
+    if paused:
+        fleet.cli("pause", str(job))
+    return job
+
+
+def test_log_in_with_a_wrong_key_and_a_right_one(site: Site) -> None:
+    visit = site.visit()
+    visit.go("/workers")
+    page = visit.page
+    expect(page).to_have_url(re.compile("/login"))
+    key = page.get_by_label("API key", exact=True)
+    expect(key).to_be_focused()
+    key.fill("vm_0123456789abcdef_" + "x" * 43)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("unknown, revoked or expired")
+    # The browser itself notes the 401.
+    assert all("401" in error for error in visit.errors)
+    visit.errors.clear()
+    key.fill(site.gateway.key)
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(site.gateway.url + "/workers")
+    (cookie,) = page.context.cookies()
+    assert (cookie["httpOnly"], cookie["sameSite"], cookie["path"]) == (True, "Strict", "/")
+    assert page.evaluate("document.cookie") == ""
+    page.get_by_role("button", name="Log out").click()
+    expect(page).to_have_url(site.gateway.url + "/login")
+    assert not page.context.cookies()
+
+
+def test_a_visitor_by_a_link_elsewhere_need_not_log_in_again(site: Site) -> None:
+    page = site.visit(site.gateway.key).page
+    # What such a link does: the first request comes without the cookie, and ends at the log-in page.
+    page.goto(site.gateway.url + "/login?next=/models")
+    expect(page).to_have_url(site.gateway.url + "/models")
+
+
+def test_a_job_moves_to_done_without_a_reload(site: Site) -> None:
+    visit = site.visit(site.gateway.key)
+    page = visit.page
+    expect(page.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
+    page.evaluate("window.same = true")
+    job = submit(site, "watched", 3_000, bad=3)
+    row = page.locator(f"#job-{job}")
+    expect(row).to_be_visible(timeout=LIVE_MS)
+    expect(row).to_contain_text("completed", timeout=LIVE_MS)
+    assert page.evaluate("window.same") is True
+    row.get_by_role("link", name="watched").click()
+    expect(page.locator("main")).to_contain_text("3,000 embedded")
+    expect(page.locator("main")).to_contain_text("balanced")
+    asked = len(visit.requests)
+    page.wait_for_timeout(2_500)
+    assert len(visit.requests) == asked, "a job that has ended is not asked for each second"
+
+
+def test_what_did_not_change_stays_the_same_element(site: Site) -> None:
+    job = submit(site, "steady", 2_000, paused=True)
+    page = site.visit(site.gateway.key).page
+    page.goto(f"{site.gateway.url}/jobs/{job}")
+    page.get_by_text("Cancel…").click()
+    page.get_by_role("button", name=re.compile("^Cancel 2,000")).focus()
+    page.evaluate("window.strip = document.querySelector('.strip'); window.heading = document.querySelector('h1')")
+    run_sql(
+        site.gateway.engine,
+        "update vectormill.jobs set message = 'changed', reason = 'budget_spent' where id = :job",
+        job=job,
+    )
+    expect(page.locator("main")).to_contain_text("Changed", timeout=LIVE_MS)
+    assert page.evaluate("window.strip.isConnected && window.heading.isConnected")
+    assert page.evaluate("document.querySelector('details.ask').open")
+    expect(page.get_by_role("button", name=re.compile("^Cancel 2,000"))).to_be_focused()
+
+
+def test_cancel_asks_once(site: Site) -> None:
+    job = submit(site, "unwanted", 1_000, paused=True)
+    page = site.visit(site.gateway.key).page
+    page.goto(f"{site.gateway.url}/jobs/{job}")
+    sure = page.get_by_role("button", name="Cancel 1,000 items")
+    expect(sure).to_be_hidden()
+    page.get_by_text("Cancel…").click()
+    expect(page.locator(".ask")).to_contain_text("can’t be resumed")
+    sure.click()
+    expect(page.locator("main")).to_contain_text("Cancelled", timeout=LIVE_MS)
+    expect(page.locator("main")).to_contain_text("1,000 cancelled", timeout=LIVE_MS)
+
+
+def test_pause_and_resume(site: Site) -> None:
+    job = submit(site, "halted", 1_000, paused=True)
+    page = site.visit(site.gateway.key).page
+    page.goto(f"{site.gateway.url}/jobs/{job}")
+    page.get_by_role("button", name="Resume 1,000 items").click()
+    expect(page.locator("main")).to_contain_text("No worker serves unserved now")
+    page.get_by_role("button", name="Pause: start no chunk").click()
+    expect(page.locator("main")).to_contain_text("Paused")
+    expect(page.locator("main")).to_contain_text("by a person")
+
+
+def test_a_failed_job_is_retried(site: Site) -> None:
+    job = submit(site, "again", 600)
+    site.gateway.fleet.await_end(job)
+    with site.gateway.engine.begin() as connection:
+        for statement in (
+            "delete from vectormill.embeddings where job_id = '{}' and index = 7",
+            "insert into vectormill.rejects values ('{}', 7, 'doc-7', 'encode_failed', 'the model failed')",
+            "update vectormill.chunks set embedded = embedded - 1, rejected = 1 "
+            "where job_id = '{}' and first_index = 0",
+            "update vectormill.jobs set state = 'failed', reason = 'too_many_rejects', message = 'too many' "
+            "where id = '{}'",
+        ):
+            connection.exec_driver_sql(statement.format(job))
+    page = site.visit(site.gateway.key).page
+    page.goto(f"{site.gateway.url}/jobs/{job}")
+    expect(page.locator("main")).to_contain_text("Failed")
+    page.get_by_role("button", name="Retry 1 reject").click()
+    expect(page.locator("main")).to_contain_text("Completed", timeout=LIVE_MS)
+    expect(page.locator("main")).to_contain_text("600 embedded")
+
+
+def test_rejects_are_read_and_a_text_only_on_a_click(site: Site) -> None:
+    job = submit(site, "rejected", 500, bad=60)
+    site.gateway.fleet.await_end(job)
+    run_sql(
+        site.gateway.engine,
+        "update vectormill.items set text = 'not asked for' where index >= 500 and job_id = :job",
+        job=job,
+    )
+    page = site.visit(site.gateway.key).page
+    page.goto(f"{site.gateway.url}/jobs/{job}")
+    expect(page.locator("#code-empty_text")).to_contain_text("60 items")
+    expect(page.locator("#code-empty_text")).to_contain_text("bad-0")
+    page.locator("#code-empty_text").get_by_role("link", name="60 items").click()
+    expect(page.locator("tbody tr")).to_have_count(50)
+    page.get_by_role("link", name="Next").click()
+    expect(page.locator("tbody tr")).to_have_count(10)
+    assert "not asked for" not in page.content()
+    page.locator("#item-555").get_by_role("link", name="Show text").click()
+    expect(page.locator("#text-555")).to_contain_text("not asked for")
+
+
+def test_by_keyboard_alone(site: Site) -> None:
+    submit(site, "by-keyboard", 50)
+    page = site.visit(site.gateway.key).page
+    page.goto(site.gateway.url + "/")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
+    page.keyboard.press("Enter")
+    reached: set[str] = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.textContent.trim() || document.activeElement.name"))
+        outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline != "none" or page.evaluate("document.activeElement === document.body")
+        if "by-keyboard" in reached:
+            break
+    assert {"name", "by-keyboard"} <= reached
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="by-keyboard")).to_be_visible()
+    strip = page.locator(".strip")
+    strip.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#tip")).to_contain_text("chunk 1")
+    page.keyboard.press("Escape")
+    expect(page.locator("#tip")).to_be_empty()
+
+
+def test_a_revoked_key_is_logged_out_without_a_reload(site: Site) -> None:
+    key = site.gateway.new_key()
+    page = site.visit(key).page
+    page.goto(site.gateway.url + "/workers")
+    with site.gateway.engine.begin() as connection:
+        keys.revoke(connection, catalog.workspace_id(connection), key.split("_")[1])
+    expect(page).to_have_url(site.gateway.url + "/login?next=/workers", timeout=10_000)
+
+
+def test_a_form_of_another_site_is_refused(site: Site) -> None:
+    job = submit(site, "not-yours", 200, paused=True)
+    page = site.visit(site.gateway.key).page
+    # `localhost` is another site than `127.0.0.1`, and still this machine.
+    elsewhere = page.context.new_page()
+    elsewhere.goto(site.gateway.url.replace("127.0.0.1", "localhost") + "/login")
+    elsewhere.evaluate(
+        """address => {
+            const form = document.createElement("form");
+            form.method = "post";
+            form.action = address;
+            document.body.append(form);
+            form.submit();
+        }""",
+        f"{site.gateway.url}/jobs/{job}/cancel",
+    )
+    elsewhere.wait_for_timeout(1_000)
+    assert job_row(site.gateway.engine, job)["state"] == "paused"
+
+
+def test_a_lost_connection_is_told_and_recovers(site: Site) -> None:
+    visit = site.visit(site.gateway.key)
+    page = visit.page
+    page.goto(site.gateway.url + "/workers")
+    site.gateway.fleet.kill("api")
+    expect(page.locator("#lost")).to_contain_text("can’t be reached", timeout=20_000)
+    expect(page.get_by_role("heading", name="Workers")).to_be_visible()
+    site.gateway.start_api()
+    expect(page.locator("#lost")).to_be_hidden(timeout=40_000)
+    visit.errors.clear()
+
+
+def every_page(site: Site) -> list[str]:
+    """One of each, with something on it."""
+    name = "on-every-page"
+    found = run_sql(site.gateway.engine, "select id from vectormill.jobs where name = :name", name=name)
+    job = found[0][0] if found else submit(site, name, 450, bad=4)
+    site.gateway.fleet.await_end(job)
+    rejects = f"/jobs/{job}/rejects"
+    pages = ["/", "/?name=nothing", f"/jobs/{job}", rejects, f"{rejects}?text=451", f"{rejects}?code=empty_text"]
+    return [*pages, "/workers", "/models", "/usage", "/usage?by=job", "/keys", "/jobs/nothing"]
+
+
+@pytest.mark.parametrize("width", [360, 768, 1_000, 1_280])
+def test_nothing_scrolls_sideways(site: Site, width: int) -> None:
+    visit = site.visit(site.gateway.key, width=width)
+    for path in every_page(site):
+        visit.go(path)
+        assert overflow(visit.page) <= 0, path
+        for ask in visit.page.locator("details.ask").all():
+            ask.locator("summary").click()
+            assert overflow(visit.page) <= 0, path
+            ask.locator("summary").click()
+    visit.errors.clear()
+    stranger = site.visit(width=width)
+    stranger.go("/login")
+    assert overflow(stranger.page) <= 0
+
+
+def overflow(page: Page) -> int:
+    """By how many pixels a page is wider than its window."""
+    wider: int = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    return wider
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(site: Site, axe: str, scheme: Scheme) -> None:
+    visit = site.visit(site.gateway.key, scheme=scheme)
+    for path in every_page(site):
+        visit.go(path)
+        assert serious(visit.page, axe) == [], path
+        for summary in visit.page.locator("details.ask summary").all()[:1]:
+            summary.click()
+            assert serious(visit.page, axe) == [], path
+    visit.errors.clear()
+    stranger = site.visit(scheme=scheme)
+    stranger.go("/login")
+    assert serious(stranger.page, axe) == []
+
+
+def serious(page: Page, axe: str) -> list[Any]:
+    """Serious and critical violations, each with where."""
+    page.evaluate(axe)
+    found = page.evaluate("axe.run()")
+    return [
+        (each["id"], each["help"], [node["target"] for node in each["nodes"]][:3])
+        for each in found["violations"]
+        if each["impact"] in ("serious", "critical")
+    ]
+
+
+def test_jobs_work_without_scripts(site: Site) -> None:
+    job = submit(site, "plain", 300, paused=True)
+    context = site.browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(site.gateway.url + "/login")
+    page.get_by_label("API key", exact=True).fill(site.gateway.key)
+    page.get_by_role("button", name="Log in").click()
+    page.goto(f"{site.gateway.url}/jobs/{job}")
+    page.get_by_text("Cancel…").click()
+    page.get_by_role("button", name="Cancel 300 items").click()
+    eventually(lambda: job_row(site.gateway.engine, job)["state"] == "cancelled", "the end of the job")
+    context.close()
