@@ -97,6 +97,7 @@ def _environment(running: Running) -> dict[str, str]:
         "VECTORMILL_REDIS_URL": running.redis_url,
         "VECTORMILL_API_PORT": str(urlsplit(running.api_url).port),
         "VECTORMILL_FLOWER_PORT": str(urlsplit(running.flower_url).port),
+        "VECTORMILL_FLOWER_URL": running.flower_url,
         "VECTORMILL_FLOWER_PASSWORD": running.flower_password,
     }
 
