@@ -14,11 +14,11 @@ import structlog
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import control, status
+from pipeline import control, metrics, standing, status
 from pipeline.deliver import Deliveries
 from pipeline.errors import ServiceUnreachable
 from pipeline.jobs import JobState, Reason
-from pipeline.publish import Publisher
+from pipeline.publish import Publisher, queue_of
 from pipeline.store import chunks, items, jobs, models, partitions, usage, workers
 from pipeline.store.database import is_connection_lost, plain_reason, reporting_unreachable
 from pipeline.submit import undo_staging
@@ -85,6 +85,7 @@ def publish(dispatcher: Dispatcher) -> None:
             feeds = {job["id"]: _Feed(dispatcher, connection, job["id"], room) for job in of_model}
             for job_id, chunk_id in choose(of_model, feeds, tokens, room):
                 dispatcher.publisher.ring(slugs[name], job_id, chunk_id)
+                metrics.DISPATCHER_MESSAGES_PUBLISHED.labels(queue_of(slugs[name])).inc()
     dispatcher.cursors = {job["id"]: dispatcher.cursors.get(job["id"], 0) for job in runnable}
 
 
@@ -165,10 +166,12 @@ def sweep(dispatcher: Dispatcher) -> None:
             return
         expired = chunks.expire_leases(connection, 500)
     if expired:
+        metrics.DISPATCHER_LEASES_EXPIRED.inc(len(expired))
         log.warning("leases_expired", chunks=expired)
     with dispatcher.engine.begin() as connection:
         ended = chunks.terminate_frozen_backends(connection, dispatcher.lease_seconds)
     if ended:
+        metrics.DISPATCHER_BACKENDS_ENDED.inc(len(ended))
         log.warning("frozen_backends_terminated", chunks=ended)
 
 
@@ -205,6 +208,7 @@ def finish(dispatcher: Dispatcher) -> None:
                 continue
             jobs.end(connection, job_id, state, account, reason=reason, message=message)
             jobs.save_progress(connection, job_id, status.sum_up(connection, job_id))
+        metrics.DISPATCHER_JOBS_ENDED.labels(state).inc()
         log.info("job_ended", job=str(job_id), state=state.value, reason=reason, items=account["items"])
 
 
@@ -290,6 +294,12 @@ def remove_old_texts(dispatcher: Dispatcher) -> None:
             items.remove_texts(connection, *due, _REMOVE_LIMIT)
 
 
+def show_standing(dispatcher: Dispatcher) -> None:
+    """Let the metrics say how things stand."""
+    with dispatcher.engine.connect() as connection:
+        standing.show(connection, dispatcher.publisher.waiting, queue_of, WORKER_SEEN_SECONDS)
+
+
 #: What the dispatcher does, each how often in seconds.
 DUTIES: tuple[tuple[Callable[[Dispatcher], None], float], ...] = (
     (publish, 0.25),
@@ -298,6 +308,7 @@ DUTIES: tuple[tuple[Callable[[Dispatcher], None], float], ...] = (
     (sweep, 1.0),
     (snapshot, 1.0),
     (judge_models, 5.0),
+    (show_standing, 5.0),
     (remove_old_texts, 5.0),
     (measure_rates, 60.0),
     (keep_house, 3600.0),
@@ -313,10 +324,14 @@ def run(dispatcher: Dispatcher, stop: threading.Event) -> None:
         if time.monotonic() >= check_role:
             active = _attempt(partial(_hold_role, dispatcher, holder), otherwise=False)
             check_role = time.monotonic() + _ROLE_SECONDS / 5
+            metrics.DISPATCHER_LEADS.set(active)
+            if not active:
+                standing.forget()
         for duty, period in DUTIES if active else ():
             if time.monotonic() >= due[duty]:
                 due[duty] = time.monotonic() + period
-                _attempt(partial(duty, dispatcher))
+                with metrics.DISPATCHER_DUTY_SECONDS.labels(duty.__name__).time():
+                    _attempt(partial(duty, dispatcher))
     with reporting_unreachable(), dispatcher.engine.begin() as connection:
         workers.drop_lease(connection, ROLE, holder)
 
@@ -342,10 +357,13 @@ def _attempt(duty: Callable[[], Any], otherwise: Any = None) -> Any:
     try:
         return duty()
     except ServiceUnreachable:
+        metrics.DISPATCHER_FAILURES.labels("redis").inc()
         log.warning("redis_unreachable")
     except DBAPIError as error:
         lost = is_connection_lost(error)
+        metrics.DISPATCHER_FAILURES.labels("database" if lost else "other").inc()
         log.warning("database_unreachable" if lost else "duty_failed", error=None if lost else plain_reason(error))
     except Exception:
+        metrics.DISPATCHER_FAILURES.labels("other").inc()
         log.exception("duty_failed")
     return otherwise

@@ -177,6 +177,23 @@ def active(connection: Connection) -> list[RowMapping]:
     )
 
 
+def standing(connection: Connection) -> list[RowMapping]:
+    """Jobs that haven't ended, by state, reason and model: `state, reason, model_name, jobs`, and of their chunks, as
+    progress was last kept, `pending, running`."""
+    return list(
+        connection.execute(
+            text("""
+            select state, reason, model_name, count(*) as jobs,
+                   coalesce(sum((progress->'chunks'->>'pending')::int), 0)::int as pending,
+                   coalesce(sum((progress->'chunks'->>'running')::int), 0)::int as running
+            from vectormill.jobs
+            where state not in ('completed', 'failed', 'cancelled')
+            group by state, reason, model_name
+        """)
+        ).mappings()
+    )
+
+
 def take_over_staging(connection: Connection, job_id: UUID, fence: int, lease_seconds: float) -> bool:
     """Become the producer of a staging whose producer died: fence + 1. False when somebody was faster."""
     return (

@@ -1,0 +1,79 @@
+"""How things stand, for the metrics of the dispatcher that leads."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from sqlalchemy import Connection
+
+from pipeline import metrics
+from pipeline.jobs import JobState, Reason
+from pipeline.store import jobs, models, workers
+
+_OPEN = [state for state in JobState if not state.ended]
+_SHOWN = (
+    metrics.DISPATCHER_JOBS,
+    metrics.DISPATCHER_JOBS_PAUSED,
+    metrics.DISPATCHER_CHUNKS,
+    metrics.DISPATCHER_QUEUE_MESSAGES,
+    metrics.DISPATCHER_SLOTS,
+    metrics.DISPATCHER_WORKERS,
+)
+
+
+def show(
+    connection: Connection,
+    waiting: Callable[[Sequence[str]], Mapping[str, int]],
+    queue_of: Callable[[str], str],
+    seen_within_seconds: float,
+) -> None:
+    """Look, and let the metrics say it.
+
+    Args:
+        waiting: gives the messages that wait, of models by their slugs.
+        seen_within_seconds: workers seen since then live.
+    """
+    catalogue = models.every(connection)
+    _show_jobs(connection, [row["name"] for row in catalogue])
+    _show_workers(connection, [row["name"] for row in catalogue], seen_within_seconds)
+    for slug, messages in waiting([row["slug"] for row in catalogue]).items():
+        metrics.DISPATCHER_QUEUE_MESSAGES.labels(queue_of(slug)).set(messages)
+
+
+def forget() -> None:
+    """Another dispatcher leads: what this one has seen is no longer so."""
+    for gauge in _SHOWN:
+        gauge.clear()
+
+
+def _show_jobs(connection: Connection, names: Sequence[str]) -> None:
+    by_state: Counter[str] = Counter()
+    by_reason: Counter[str] = Counter()
+    pending: Counter[str] = Counter()
+    running: Counter[str] = Counter()
+    for row in jobs.standing(connection):
+        by_state[row["state"]] += row["jobs"]
+        if row["state"] == JobState.PAUSED:
+            by_reason[row["reason"]] += row["jobs"]
+        elif row["state"] in (JobState.QUEUED, JobState.RUNNING):
+            pending[row["model_name"]] += row["pending"]
+            running[row["model_name"]] += row["running"]
+    for state in _OPEN:
+        metrics.DISPATCHER_JOBS.labels(state).set(by_state[state])
+    for reason in Reason:
+        metrics.DISPATCHER_JOBS_PAUSED.labels(reason).set(by_reason[reason])
+    for name in names:
+        metrics.DISPATCHER_CHUNKS.labels(name, "pending").set(pending[name])
+        metrics.DISPATCHER_CHUNKS.labels(name, "running").set(running[name])
+
+
+def _show_workers(connection: Connection, names: Sequence[str], seen_within_seconds: float) -> None:
+    slots: Counter[str] = Counter()
+    by_state: Counter[str] = Counter()
+    for worker in workers.live(connection, seen_within_seconds):
+        by_state["resting" if worker["resting"] else "serving"] += 1
+        for name in () if worker["resting"] else set(worker["models"]) - worker["dropped"].keys():
+            slots[name] += worker["slots"]
+    for name in names:
+        metrics.DISPATCHER_SLOTS.labels(name).set(slots[name])
+    for state in ("serving", "resting"):
+        metrics.DISPATCHER_WORKERS.labels(state).set(by_state[state])
