@@ -19,7 +19,7 @@ MODEL = "a model's name in the catalogue"
 QUEUE = "a model's queue"
 DEVICE = "a device of the machine"
 ROUTE = "a route's template; `unknown`: there is no such route"
-STATUS = "a status of HTTP"
+STATUS = "a status of HTTP; `none`: the client left before"
 
 Series = TypeVar("Series", Counter, Summary, Histogram)
 

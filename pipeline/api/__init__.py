@@ -9,6 +9,7 @@
     engines             the way to an engine
     upstreams           the way to a model that another gateway has
     metering            usage rows, written behind the reply
+    counting            `/metrics`: requests by route
     administration      `/api`: usage and keys
 
 It loads no model.

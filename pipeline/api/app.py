@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.api import administration, embeddings
+from pipeline.api.counting import Counted, show
 from pipeline.api.database import Database
 from pipeline.api.directory import Directory
 from pipeline.api.embeddings import Gateway
@@ -74,12 +75,14 @@ def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
     app.include_router(administration.router)
     app.add_route("/healthz", _healthz)
     app.add_route("/readyz", readyz)
+    app.add_route("/metrics", show)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     # The last one added is the first one met.
     app.add_middleware(Bounded, most_bytes=settings.api_body_bytes)
     app.add_middleware(Identified)
+    app.add_middleware(Counted)
     describe = app.openapi
     app.openapi = partial(_described, describe)  # type: ignore[method-assign]
     return app

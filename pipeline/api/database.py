@@ -10,6 +10,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipeline import metrics
 from pipeline.errors import UpstreamUnavailable
 
 log = structlog.get_logger()
@@ -36,6 +37,7 @@ class Database:
 
     def note_failure(self, error: BaseException) -> None:
         """It was away, or didn't answer in time."""
+        metrics.API_DATABASE_FAILURES.inc()
         log.warning("database_unreachable", error=type(error).__name__)
         self._failed = time.monotonic()
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import RowMapping
 from starlette.requests import ClientDisconnect
 
+from pipeline import metrics
 from pipeline.api.directory import Caller, Directory
 from pipeline.api.engines import Engines
 from pipeline.api.limits import Limits
@@ -145,6 +146,7 @@ async def create_embeddings(request: Request) -> Response:
     headers = await gateway.limits.charge(caller, estimate)
     embedded = await _unless_gone(request, _embed(gateway, model, asked.texts))
     gateway.limits.learn(caller, model["name"], asked.texts, estimate, embedded.prompt_tokens)
+    metrics.API_TOKENS.labels(model["name"]).inc(embedded.prompt_tokens)
     gateway.meter.add(_usage(request, caller, model, asked, embedded))
     if embedded.truncated:
         headers["x-vectormill-truncated"] = str(len(embedded.truncated))

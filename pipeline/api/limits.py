@@ -16,6 +16,7 @@ from limits.errors import StorageError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from pipeline import metrics
 from pipeline.api.directory import Caller, Directory
 from pipeline.errors import InvalidPayload, RateLimited
 
@@ -110,6 +111,7 @@ class Limits:
         }
         if not passed:
             error = RateLimited(f"Your workspace's limit of {limit:,} {what} a minute is reached.")
+            metrics.API_REFUSALS.labels(f"{what}_per_minute").inc()
             error.retry_after_seconds, error.headers = window.wait_seconds(limit, cost), headers
             raise error
         return headers
@@ -128,11 +130,12 @@ class Limits:
             return
         tokens, cost = await self._directory.month(caller.workspace_id)
         if caller.monthly_tokens is not None and tokens >= caller.monthly_tokens:
-            reached = f"{caller.monthly_tokens:,} tokens"
+            limit, reached = "monthly_tokens", f"{caller.monthly_tokens:,} tokens"
         elif caller.monthly_cost is not None and cost >= caller.monthly_cost:
-            reached = f"a cost of {caller.monthly_cost:,}"
+            limit, reached = "monthly_cost", f"a cost of {caller.monthly_cost:,}"
         else:
             return
+        metrics.API_REFUSALS.labels(limit).inc()
         raise RateLimited(f"Your workspace's cap of {reached} a month is reached.", retry_after_seconds=3_600)
 
 

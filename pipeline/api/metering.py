@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 
+from pipeline import metrics
 from pipeline.api.database import Database, unreachable
 from pipeline.store import usage
 
@@ -27,6 +28,7 @@ class Meter:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._rows: deque[Mapping[str, Any]] = deque()
+        metrics.API_USAGE_ROWS_WAITING.set_function(lambda: len(self._rows))
         self._closing = asyncio.Event()
         self._writer = asyncio.ensure_future(self._run())
 
@@ -56,6 +58,7 @@ class Meter:
             try:
                 await self._write()
             except Exception as error:  # noqa: BLE001 - whatever it is, the rows stay and the writer goes on
+                metrics.API_DATABASE_FAILURES.inc()
                 log.warning("usage_waits", rows=len(self._rows), error=type(error).__name__)
                 await asyncio.sleep(_PERIOD_SECONDS)
 

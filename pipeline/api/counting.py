@@ -1,0 +1,46 @@
+"""What the api counts of requests, and `/metrics`. It is open: nothing in it belongs to a workspace."""
+
+from time import perf_counter
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline import exposition, metrics
+
+#: A client may call its method what it likes.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+async def show(_: Request) -> Response:
+    """The route `/metrics`."""
+    return Response(exposition.page(metrics.API), media_type=exposition.CONTENT_TYPE)
+
+
+class Counted:
+    """Counts requests and their time, by the route that answered."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI calls it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # Of a client that leaves before it has its answer.
+        status, begin = "none", perf_counter()
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            metrics.API_REQUESTS.labels(route, method, status).inc()
+            metrics.API_REQUEST_SECONDS.labels(route).observe(perf_counter() - begin)
