@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pipeline import exposition, metrics
 from pipeline.catalog import as_model
 from pipeline.errors import ModelError, ModelUnusable, UpstreamUnavailable, UserError
 from pipeline.jobs import Model
@@ -81,7 +82,7 @@ class Catalogue:
 
 
 def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
-    """The engine's HTTP: `POST /embed`, `GET /healthz`."""
+    """The engine's HTTP: `POST /embed`, `GET /healthz`, `GET /metrics`."""
 
     async def embed(request: Request) -> Response:
         try:
@@ -112,6 +113,10 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
     async def healthz(_: Request) -> Response:
         return Response(b"ok")
 
+    async def show(_: Request) -> Response:
+        serving.show()
+        return Response(exposition.page(metrics.ENGINE), media_type=exposition.CONTENT_TYPE)
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         follower = threading.Thread(target=catalogue.follow, name="catalogue", daemon=True)
@@ -122,7 +127,7 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
         follower.join(_GOODBYE_SECONDS)
         serving.stop()
 
-    routes = [Route("/embed", embed, methods=["POST"]), Route("/healthz", healthz)]
+    routes = [Route("/embed", embed, methods=["POST"]), Route("/healthz", healthz), Route("/metrics", show)]
     return Starlette(routes=routes, lifespan=lifespan)
 
 
@@ -153,7 +158,7 @@ def main() -> None:
     app = make_app(catalogue, serving)
     # uvicorn stops in order at this signal, then raises it again for the handler from before.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=75)
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -53,6 +53,10 @@ class Residents:
             self._loaded.move_to_end(model.name)
         return held[1]
 
+    def encoders(self) -> "list[Encoder]":
+        """All that are loaded."""
+        return [encoder for _, encoder in list(self._loaded.values())]
+
     def drop(self, name: str) -> None:
         """Let a model go."""
         self._loaded.pop(name, None)

@@ -6,15 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import structlog
 
+from pipeline import metrics
 from pipeline.errors import ModelError, ModelUnusable, UpstreamUnavailable
 from pipeline.jobs import Model
 from pipeline.wire import Embedded
-from workers.batching import MOST_CHARACTERS_PER_TOKEN, Tokenised
+from workers.batching import MOST_CHARACTERS_PER_TOKEN, Batch, Tokenised
 from workers.lanes import Lanes, Request, Text
 from workers.residents import Residents
 
@@ -46,6 +48,8 @@ class Serving:
     def __init__(self, residents: Residents, queue_seconds: float) -> None:
         self._residents, self._queue_seconds = residents, queue_seconds
         self._waiting_seconds = {"small": 0.0, "large": 0.0}
+        for size in self._waiting_seconds:
+            metrics.ENGINE_WAITING_SECONDS.labels(size).set_function(partial(self._waiting_seconds.__getitem__, size))
         self._in_flight = {"small": 0, "large": 0}
         self._lanes = Lanes()
         #: Of models by name and weights: until when, and why.
@@ -65,6 +69,13 @@ class Serving:
             self._changed.notify()
         self._reader.shutdown(cancel_futures=True)
         self._device.join()
+
+    def show(self) -> None:
+        """Let the metrics say what is in memory."""
+        loaded = self._residents.encoders()
+        metrics.ENGINE_MODELS_LOADED.set(len(loaded))
+        for encoder in loaded:
+            metrics.ENGINE_DEVICE_MEMORY_BYTES.labels(str(encoder.device)).set(encoder.held_bytes)
 
     def can_use(self, model: Model) -> bool:
         """Whether nothing speaks against a model: lately it could be loaded, and its canary came out right."""
@@ -127,6 +138,7 @@ class Serving:
         waiting = self._waiting_seconds[kind]
         # One that alone is more than the queue should hold is let in when the queue is empty.
         if waiting and waiting + seconds > self._queue_seconds:
+            metrics.ENGINE_REFUSED.inc()
             raise UpstreamUnavailable(
                 f"The queue holds {waiting:.0f} s of work; try again later.",
                 retry_after_seconds=max(1.0, waiting / 2),
@@ -194,6 +206,7 @@ class Serving:
             np.zeros(len(texts), np.bool_),
         )
         for batch in encoder.batches(tokenised):
+            _count(texts[0].request.model.name, batch)
             for row, n in enumerate(batch.at.tolist()):
                 text = texts[n]
                 if batch.vectors is None or not np.isfinite(batch.vectors[row]).all():
@@ -214,6 +227,14 @@ class Serving:
             unusable = self._give_up(failed[0][0].request.model, error)
         for text, why in failed:
             _answer(text.request, unusable or ModelError(f"input[{text.at}]: {why}"))
+
+
+def _count(model: str, batch: Batch) -> None:
+    metrics.ENGINE_BATCH_SECONDS.labels(model).observe(batch.seconds)
+    metrics.ENGINE_BATCHES.labels(model).inc()
+    metrics.ENGINE_ITEMS.labels(model).inc(len(batch.at))
+    metrics.ENGINE_TOKENS.labels(model).inc(int(batch.tokens.sum()))
+    metrics.ENGINE_PADDED_TOKENS.labels(model).inc(batch.padded_tokens)
 
 
 def _identity(model: Model) -> tuple[str, str]:
