@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from http import HTTPStatus
 from uuid import uuid4
 
@@ -113,10 +114,6 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
     async def healthz(_: Request) -> Response:
         return Response(b"ok")
 
-    async def show(_: Request) -> Response:
-        serving.show()
-        return Response(exposition.page(metrics.ENGINE), media_type=exposition.CONTENT_TYPE)
-
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         follower = threading.Thread(target=catalogue.follow, name="catalogue", daemon=True)
@@ -127,8 +124,14 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
         follower.join(_GOODBYE_SECONDS)
         serving.stop()
 
-    routes = [Route("/embed", embed, methods=["POST"]), Route("/healthz", healthz), Route("/metrics", show)]
+    routes = [Route("/embed", embed, methods=["POST"]), Route("/healthz", healthz), Route("/metrics", partial(_show, serving))]
     return Starlette(routes=routes, lifespan=lifespan)
+
+
+async def _show(serving: Serving, _: Request) -> Response:
+    """The route `/metrics`."""
+    serving.show()
+    return Response(exposition.page(metrics.ENGINE), media_type=exposition.CONTENT_TYPE)
 
 
 async def _gone(request: Request) -> None:
