@@ -124,7 +124,11 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
         follower.join(_GOODBYE_SECONDS)
         serving.stop()
 
-    routes = [Route("/embed", embed, methods=["POST"]), Route("/healthz", healthz), Route("/metrics", partial(_show, serving))]
+    routes = [
+        Route("/embed", embed, methods=["POST"]),
+        Route("/healthz", healthz),
+        Route("/metrics", partial(_show, serving)),
+    ]
     return Starlette(routes=routes, lifespan=lifespan)
 
 
