@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +23,9 @@ class Renewal:
         self._renew = renew
         self._period_seconds = lease_seconds / 3
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lease-renewal", daemon=True)
+        # What it logs bears what is bound here.
+        run = partial(copy_context().run, self._run)
+        self._thread = threading.Thread(target=run, name="lease-renewal", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -24,6 +24,7 @@ from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.jobs import Model, Reason, RejectCode
 from pipeline.plan import request_batches
 from pipeline.wire import TEXTS_FAULT, Reply, told_wait_seconds
+from workers import counting
 from workers.attempts import Attempts
 from workers.batching import Batch, Tokenised, share_out
 from workers.canary import CANARY, is_canary
@@ -77,6 +78,8 @@ class GatewayEncoder:
         self._ends_with: GatewayBusy | GatewayRefused | None = None
         #: When it last let something through.
         self._answered_at = 0.0
+        #: Since when the request that comes next waits for the limits; infinite: it doesn't.
+        self._waits_since = inf
         #: Up to when this slot's time has been metered.
         self._metered_at = 0.0
 
@@ -157,6 +160,8 @@ class GatewayEncoder:
         now = time.monotonic()
         left = max(self._answered_at, request.since) + PATIENCE_SECONDS - now
         leave = self._throttle.reserve(self._tokens(request), max(0.0, left))
+        if leave.wait_seconds > 0:
+            self._waits_since = min(self._waits_since, now)
         if leave.granted:
             self._pending.remove(request)
             self._next = Sent(request, leave, now + leave.wait_seconds)
@@ -205,6 +210,8 @@ class GatewayEncoder:
 
     def _post(self, threads: ThreadPoolExecutor, sent: Sent) -> None:
         request = sent.request
+        counting.waited(self._model.name, time.monotonic() - self._waits_since)
+        self._waits_since = inf
         attempt = self._attempts.begin(max(1, len(request.at)), self._tokens(request))
         posted = threads.submit(self._connection.post, self._key, self._texts_of(request), self.dimensions)
         self._flying[posted] = Sent(request, sent.leave, attempt=attempt, key=self._key)
@@ -216,6 +223,7 @@ class GatewayEncoder:
         return len(CANARY) if request.canary else int(self._lengths[request.at].sum())
 
     def _settle(self, sent: Sent, answer: Answer) -> Iterator[Batch]:
+        counting.answered(self._model.name, answer.status, answer.seconds)
         if answer.reply:
             yield from self._take(sent, answer, answer.reply)
             return
