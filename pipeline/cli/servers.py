@@ -22,7 +22,7 @@ from pipeline.embedded.files import last_lines, open_log
 from pipeline.embedded.machine import Machine
 from pipeline.embedded.processes import find_process, wait_until_gone
 from pipeline.embedded.runtime import Running, find_running, hold_home, stop_leftovers
-from pipeline.embedded.stages import STOP_SECONDS, app_stages
+from pipeline.embedded.stages import STOP_SECONDS, app_stages, metered_names
 from pipeline.errors import ServerFailed, ServiceUnreachable, UserError
 from pipeline.settings import Settings, load_settings
 
@@ -97,6 +97,7 @@ def env() -> None:
         "VECTORMILL_API_KEY": running.api_key,
         "VECTORMILL_FLOWER_URL": running.flower_url,
         "VECTORMILL_FLOWER_PASSWORD": running.flower_password,
+        "VECTORMILL_METRICS_URLS": " ".join(running.metrics_urls),
     }
     for name, value in values.items():
         typer.echo(f"export {name}={shlex.quote(value)}")
@@ -133,7 +134,12 @@ def _machine(settings: Settings, workers: int) -> Machine:
     from pipeline.cli.prepare import prepare_database
 
     prepare = partial(prepare_database, home=settings.home)
-    return Machine(settings, prepare=prepare, stages=lambda running: app_stages(running, workers))
+    return Machine(
+        settings,
+        prepare=prepare,
+        stages=lambda running: app_stages(running, workers),
+        metered=metered_names(workers),
+    )
 
 
 def _up_detached(settings: Settings, workers: int) -> None:

@@ -25,10 +25,19 @@ class Machine:
     Args:
         prepare: called once with the database's URL when the servers are ready; may give an API key.
         stages: the children after that.
+        metered: those of them that show metrics at a port of their own, by their names.
     """
 
-    def __init__(self, settings: Settings, *, prepare: Callable[[str], str | None], stages: Stages) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        prepare: Callable[[str], str | None],
+        stages: Stages,
+        metered: Iterable[str] = (),
+    ) -> None:
         self._settings = settings
+        self._metered = metered
         self._prepare = prepare
         self._stages = stages
         self._supervisor = Supervisor(settings.home / "logs", self._record_children)
@@ -87,6 +96,7 @@ class Machine:
             api_url=f"http://127.0.0.1:{_port(self._settings, 'api')}",
             flower_url=f"http://127.0.0.1:{_port(self._settings, 'flower')}",
             flower_password=password.get_secret_value() if password else token_urlsafe(24),
+            metrics_ports={name: _metrics_port(self._settings, name) for name in self._metered},
             ready=False,
             children=(),
         )
@@ -105,6 +115,11 @@ def _url(given: SecretStr | None, server: Postgres | Valkey | None) -> str:
         return given.get_secret_value()
     assert server
     return server.url
+
+
+def _metrics_port(settings: Settings, name: str) -> int:
+    """An engine's is the one that it answers the api at."""
+    return _port(settings, name) if name == "engine" else keep_port(settings.home, name)
 
 
 def _port(settings: Settings, name: str) -> int:

@@ -16,14 +16,16 @@ _ATTEMPTS = 200
 def keep_port(home: Path, name: str, *, first: Iterable[int] = (), then: Iterable[int] = ()) -> int:
     """Choose a free port for the server `name` and write it down in the home.
 
-    Tried in this order: those in `first`, the port it had before, those in `then`, any free one.
+    Tried in this order: those in `first`, the port it had before, those in `then`, any free one that is no other
+    server's of the home.
 
     Raises:
         ServerFailed: no free port was found.
     """
     file = home / "run" / f"{name}.port"
+    others = {port for other in file.parent.glob("*.port") if other != file for port in _last_port(other)}
     random_ports = random.Random().sample(_PORTS, _ATTEMPTS)  # noqa: S311 - a port is no secret
-    for port in (*first, *_last_port(file), *then, *random_ports):
+    for port in (*first, *_last_port(file), *then, *(port for port in random_ports if port not in others)):
         if _is_free(port):
             write_private(file, f"{port}\n")
             return port

@@ -33,9 +33,17 @@ class Running(BaseModel):
     #: Without credentials; the user is `vectormill`.
     flower_url: str
     flower_password: str = Field(repr=False)
+    #: Ports of loopback at which children show their metrics, by their names; the api does so at its own.
+    metrics_ports: dict[str, int] = Field(default_factory=dict)
     #: Whether all children have been ready.
     ready: bool
     children: tuple[ProcessMark, ...]
+
+    @property
+    def metrics_urls(self) -> list[str]:
+        """Where the metrics of each process are."""
+        ports = self.metrics_ports.values()
+        return [f"{self.api_url}/metrics", *(f"http://127.0.0.1:{port}/metrics" for port in ports)]
 
     @property
     def supervisor(self) -> ProcessMark:

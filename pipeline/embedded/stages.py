@@ -27,6 +27,16 @@ _REQUEST_GRACE_SECONDS = 630.0
 STOP_SECONDS = 2 * _REQUEST_GRACE_SECONDS + 30.0
 
 
+def worker_names(workers: int) -> list[str]:
+    """The names of so many worker processes."""
+    return [f"worker-{number}" for number in range(1, workers + 1)] if workers > 1 else ["worker"]
+
+
+def metered_names(workers: int) -> list[str]:
+    """The children that show metrics at a port of their own."""
+    return ["engine", "dispatcher", *worker_names(workers)]
+
+
 def app_stages(running: Running, workers: int) -> Iterator[tuple[Child, ...]]:
     """Yield the stages that follow the servers.
 
@@ -36,22 +46,27 @@ def app_stages(running: Running, workers: int) -> Iterator[tuple[Child, ...]]:
     environment = _environment(running)
     url = running.database_url
     started = _database_time(url)
+
+    def metered(name: str) -> dict[str, str]:
+        port = running.metrics_ports.get(name)
+        return environment if port is None else {**environment, "VECTORMILL_METRICS_PORT": str(port)}
+
     yield (
-        _child("dispatcher", environment, lambda: _count(url, _DISPATCHER_LEADS) > 0),
+        _child("dispatcher", metered("dispatcher"), lambda: _count(url, _DISPATCHER_LEADS) > 0),
         *(
             _child(
-                f"worker-{number}" if workers > 1 else "worker",
-                environment,
+                name,
+                metered(name),
                 lambda: _count(url, _WORKERS_SEEN, started) >= workers,
                 ready_seconds=_WORKER_READY_SECONDS,
                 # A warm shutdown lets the chunk at hand end.
                 stop_grace_seconds=_WORKER_GRACE_SECONDS,
             )
-            for number in range(1, workers + 1)
+            for name in worker_names(workers)
         ),
         _child(
             "engine",
-            environment,
+            {**environment, "VECTORMILL_ENGINE_PORT": str(running.metrics_ports.get("engine", 0))},
             lambda: _count(url, _ENGINES_SEEN, started) > 0,
             stop_grace_seconds=_REQUEST_GRACE_SECONDS,
         ),
@@ -93,6 +108,7 @@ def _environment(running: Running) -> dict[str, str]:
         # Our generic module names must not be looked for where the user happens to stand.
         "PYTHONSAFEPATH": "1",
         "VECTORMILL_HOME": str(running.home),
+        "VECTORMILL_METRICS_HOST": "127.0.0.1",
         "VECTORMILL_DATABASE_URL": running.database_url,
         "VECTORMILL_REDIS_URL": running.redis_url,
         "VECTORMILL_API_PORT": str(urlsplit(running.api_url).port),
