@@ -51,5 +51,35 @@ def _dying_in_parts() -> None:
     parts.write = write_and_die  # type: ignore[assignment]
 
 
-_MUTANTS = {"dying_in_parts": _dying_in_parts, "without_fence": _without_fence, "poisonable": _poisonable}
+def _talkative() -> None:
+    """Library code logs while a chunk is read, and while its lease is renewed before it goes on."""
+    import logging
+    import threading
+
+    from workers.encoder import Encoder
+
+    said, renewed = logging.getLogger("some.library"), threading.Event()
+    read, renew = Encoder.tokenise, chunks.renew
+
+    def tokenise(self, texts, *arguments, **named):  # type: ignore[no-untyped-def]
+        if len(texts) > 3:  # the model's own proofs are of fewer
+            said.warning("tokenising")
+            renewed.wait()
+        return read(self, texts, *arguments, **named)
+
+    def renew_aloud(*arguments: Any, **named: Any) -> Any:
+        if not renewed.is_set():
+            said.warning("renewing")
+            renewed.set()
+        return renew(*arguments, **named)
+
+    Encoder.tokenise, chunks.renew = tokenise, renew_aloud  # type: ignore[method-assign]
+
+
+_MUTANTS = {
+    "dying_in_parts": _dying_in_parts,
+    "poisonable": _poisonable,
+    "talkative": _talkative,
+    "without_fence": _without_fence,
+}
 _MUTANTS[os.environ["MUTANT"]]()
