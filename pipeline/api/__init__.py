@@ -1,4 +1,4 @@
-"""The door for other programs: `/v1`, an OpenAI-compatible gateway, and `/api`.
+"""The doors over HTTP: `/v1`, an OpenAI-compatible gateway; `/api`, where jobs stand; `/`, the dashboard.
 
     app                 the routes, what an error looks like, how large a body may be, start and stop
     embeddings          one request's way: key → body → limits → engine or upstream → reply → usage
@@ -10,7 +10,11 @@
     upstreams           the way to a model that another gateway has
     metering            usage rows, written behind the reply
     counting            `/metrics`: requests by route
+    asking              who asks `/api`, and which jobs they see
+    submissions, jobs   `/api/jobs`: make them, see and steer them, take what came of them
+    fleet               `/api`: workers, engines, models
     administration      `/api`: usage and keys
+    dashboard/          the same for a person, in a browser
 
 It loads no model.
 """

@@ -18,8 +18,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.api import administration, embeddings
+from pipeline.api import administration, embeddings, fleet, jobs, submissions
 from pipeline.api.counting import Counted, show
+from pipeline.api.dashboard import add_dashboard
 from pipeline.api.database import Database
 from pipeline.api.directory import Directory
 from pipeline.api.embeddings import Gateway
@@ -29,7 +30,18 @@ from pipeline.api.metering import Meter
 from pipeline.api.readiness import readyz
 from pipeline.api.token_ids import decoder
 from pipeline.api.upstreams import Upstreams
-from pipeline.errors import ApiError, InternalError, PayloadTooLarge
+from pipeline.errors import (
+    ApiError,
+    IdempotencyConflict,
+    IllegalTransition,
+    InternalError,
+    PayloadTooLarge,
+    ServiceUnreachable,
+    UnknownJob,
+    UnknownModel,
+    UserError,
+    VectormillError,
+)
 from pipeline.settings import Settings
 from pipeline.wire import make_error
 
@@ -37,6 +49,16 @@ log = structlog.get_logger()
 
 #: Of the framework's own refusals; the others are `invalid_payload`.
 _CODES: dict[int, str] = {HTTPStatus.NOT_FOUND: "not_found", HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed"}
+
+#: How the errors of steps are told; of several that fit, the first.
+_OF_STEPS: dict[type[VectormillError], tuple[int, str]] = {
+    UnknownJob: (404, "not_found"),
+    UnknownModel: (404, "model_not_found"),
+    IllegalTransition: (409, "illegal_transition"),
+    IdempotencyConflict: (422, "idempotency_conflict"),
+    ServiceUnreachable: (503, "unreachable"),
+    UserError: (400, "invalid_payload"),
+}
 
 
 def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
@@ -47,7 +69,7 @@ def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
         asked = Database(database)
         directory, engines, meter = Directory(asked), Engines(), Meter(asked)
         upstreams, limits = Upstreams(settings.gateway_seconds), Limits(redis_url, directory)
-        app.state.database = asked
+        app.state.database, app.state.engine, app.state.settings = asked, database, settings
         app.state.gateway = Gateway(
             directory=directory,
             limits=limits,
@@ -72,15 +94,18 @@ def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
         redirect_slashes=False,
     )
     app.include_router(embeddings.router)
-    app.include_router(administration.router)
+    for part in (submissions, jobs, fleet, administration):
+        app.include_router(part.router)
+    add_dashboard(app)
     app.add_route("/healthz", _healthz)
     app.add_route("/readyz", readyz)
     app.add_route("/metrics", show)
     app.add_exception_handler(ApiError, _answer)
+    app.add_exception_handler(VectormillError, _answer_step)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     # The last one added is the first one met.
-    app.add_middleware(Bounded, most_bytes=settings.api_body_bytes)
+    app.add_middleware(Bounded, most_bytes=settings.api_body_bytes, most_upload_bytes=settings.api_upload_bytes)
     app.add_middleware(Identified)
     app.add_middleware(Counted)
     describe = app.openapi
@@ -136,16 +161,18 @@ class Identified:
 class Bounded:
     """Refuses bodies over a limit before they are read whole, whatever the route does with them."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
-        self._app, self._most_bytes = app, most_bytes
+    def __init__(self, app: ASGIApp, most_bytes: int, most_upload_bytes: int) -> None:
+        self._app, self._most_bytes, self._most_upload_bytes = app, most_bytes, most_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI calls it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        told, size = Headers(scope=scope).get("content-length", "0"), 0
-        most_bytes = self._most_bytes
+        headers, size = Headers(scope=scope), 0
+        told, most_bytes = headers.get("content-length", "0"), self._most_bytes
+        if scope["path"] == "/api/jobs" and headers.get("content-type", "").startswith("multipart/form-data"):
+            most_bytes = self._most_upload_bytes
         if told.isdecimal() and int(told) > most_bytes:
             await _as_response(scope["path"], _too_large(most_bytes))(scope, receive, send)
             return
@@ -172,6 +199,14 @@ def _too_large(most_bytes: int) -> PayloadTooLarge:
 async def _answer(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _as_response(request.url.path, error)
+
+
+async def _answer_step(request: Request, error: Exception) -> Response:
+    """What a step raises, which knows no HTTP."""
+    for kind, (status, code) in _OF_STEPS.items():
+        if isinstance(error, kind):
+            return _write(request.url.path, status, code, str(error))
+    raise error
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:

@@ -257,10 +257,12 @@ def test_a_workspace_sees_nothing_of_another(working: Gateway, done: dict[str, A
         assert other.get("/api/jobs").json()["data"] == []
         assert other.get("/api/jobs", params={"workspace": "default"}).status_code == 404
         assert other.get("/api/usage").json()["data"] == []
+        assert other.get("/api/usage", params={"workspace": "default"}).status_code == 404
         assert {row["name"] for row in other.get("/api/models").json()["data"]} == {"static"}
         seen = other.get("/api/workers").json()
         assert {name for worker in seen["workers"] + seen["engines"] for name in worker["models"]} <= {"static"}
         mine = _upload(other, _ROWS[:3], name="theirs.jsonl").json()
+    assert line.get("/api/usage", params={"workspace": "strangers"}).status_code == 200
     # An admin's key sees all workspaces, and may narrow.
     everything = line.get("/api/jobs", params={"name": "theirs"}).json()["data"]
     assert [(row["id"], row["workspace"]) for row in everything] == [(mine["id"], "strangers")]
