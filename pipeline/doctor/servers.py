@@ -160,9 +160,9 @@ def _write_problem(client: redis.Redis) -> str | None:
 
 
 def _mend_of_write(problem: str) -> str:
-    if "MISCONF" in problem or "snapshot" in problem:
+    if "MISCONF" in problem:
         return "its disk is full or not writable: make room, or switch its snapshots off."
-    if "read only" in problem or "READONLY" in problem:
+    if "READONLY" in problem or "read only" in problem:
         return "let VECTORMILL_REDIS_URL name the primary."
     return "see its log and its ACL; vectormill needs keys, channels and scripts."
 

@@ -201,7 +201,7 @@ class Composed:
         """End a service as Docker does it, within its grace."""
         process = self.processes.pop(name)
         process.terminate()
-        process.wait(60)
+        process.wait(300)
 
 
 @pytest.fixture(scope="module")

