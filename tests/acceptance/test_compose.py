@@ -208,7 +208,7 @@ class Composed:
 def composed(servers: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
     folder = tmp_path_factory.mktemp("compose")
     subprocess.run([_CHECKOUT / "ops" / "docker" / "make-secrets.sh", "secrets"], cwd=folder, check=True)
-    ports = {name: free_port() for name in ("valkey", "api", "engine", "flower")}
+    ports = {name: free_port() for name in ("valkey", "api", "engine", "flower", "dispatcher", "worker")}
     made = Composed(folder, _instead(folder, ports))
     (folder / "absent").mkdir()
     for name in _ABSENT:
@@ -245,6 +245,8 @@ def _instead(folder: Path, ports: dict[str, int]) -> dict[str, str]:
         "8000": str(ports["api"]),
         "9000": str(ports["engine"]),
         "5555": str(ports["flower"]),
+        "9101": str(ports["dispatcher"]),
+        "9102": str(ports["worker"]),
     }
 
 
