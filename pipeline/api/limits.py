@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from pipeline import metrics
 from pipeline.api.directory import Caller, Directory
 from pipeline.errors import InvalidPayload, RateLimited
+from pipeline.wire import CHARACTERS_PER_TOKEN
 
 log = structlog.get_logger()
 
@@ -27,7 +28,6 @@ _REDIS_SECONDS = 0.5
 _REDIS_REST_SECONDS = 2.0
 #: Redis counts time in whole milliseconds.
 _MARGIN_SECONDS = 0.005
-_CHARACTERS_PER_TOKEN = 4.0
 
 
 class Limits:
@@ -56,7 +56,7 @@ class Limits:
 
     def estimated_tokens(self, model: str, longest: int | None, texts: list[str]) -> int:
         """About how many tokens a model reads of texts."""
-        size = self._characters_per_token.get(model, _CHARACTERS_PER_TOKEN)
+        size = self._characters_per_token.get(model, CHARACTERS_PER_TOKEN)
         return sum(min(ceil(len(text) / size) + 1, longest or len(text) + 1) for text in texts)
 
     def learn(self, caller: Caller, model: str, texts: list[str], charged: int, tokens: int) -> None:
@@ -65,7 +65,7 @@ class Limits:
             self._add_credit(caller, charged - tokens, limit)
         characters = sum(map(len, texts))
         if tokens and characters:
-            before = self._characters_per_token.get(model, _CHARACTERS_PER_TOKEN)
+            before = self._characters_per_token.get(model, CHARACTERS_PER_TOKEN)
             self._characters_per_token[model] = max(0.5, 0.9 * before + 0.1 * characters / tokens)
 
     async def charge(self, caller: Caller, tokens: int) -> dict[str, str]:
