@@ -5,6 +5,7 @@ from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from billiard.util import get_logger
 from celery import Celery, signals
 
 from pipeline import exposition, metrics
@@ -36,8 +37,11 @@ def worker_id_of(hostname: str) -> UUID:
 
 @signals.setup_logging.connect
 def _on_logging(**_: Any) -> None:
-    """In parent and children: in place of Celery's own lines."""
+    """In parent and children: in place of Celery's own lines, and the pool's."""
     configure_logs(load_settings().log_level)
+    pool = get_logger()
+    pool.propagate = True
+    pool.setLevel("WARNING")
 
 
 @signals.worker_process_init.connect
