@@ -40,7 +40,16 @@ class Counted:
         try:
             await self._app(scope, receive, sending)
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")
+            route = _template(scope)
             method = scope["method"] if scope["method"] in _METHODS else "other"
             metrics.API_REQUESTS.labels(route, method, status).inc()
             metrics.API_REQUEST_SECONDS.labels(route).observe(perf_counter() - begin)
+
+
+def _template(scope: Scope) -> str:
+    if route := scope.get("route"):
+        return str(route.path)
+    if "endpoint" not in scope:
+        return "unknown"
+    # The framework tells its own routes only. The others are a folder, or have no parameters.
+    return str(scope["root_path"] or scope["path"])
