@@ -8,7 +8,6 @@ gateway         a client of OpenAI-compatible APIs, in the encoder's place
 connection      HTTP to a gateway; inquiry: what doors ask of one
 throttle        how fast the fleet may send, in Redis; memory: what a child has learnt of a gateway
 requests        requests to a gateway on their way; attempts: as they are written down
-canary          the text that proves a model
 residents       the models a child keeps loaded
 engine, serving the encoder behind HTTP for the api; batches across its requests
 weights         where they are on this machine

@@ -15,10 +15,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers.utils.logging import disable_default_handler, disable_progress_bar, enable_propagation
 
+from pipeline.canary import CANARY, cosine, is_canary
 from pipeline.errors import ModelError
 from pipeline.jobs import RejectCode
 from workers.batching import MOST_CHARACTERS_PER_TOKEN, Batch, Tokenised, token_batches
-from workers.canary import CANARY, cosine, is_canary
 
 log = structlog.get_logger()
 

@@ -20,6 +20,7 @@ from math import inf
 import numpy as np
 import structlog
 
+from pipeline.canary import CANARY, is_canary
 from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.jobs import Model, Reason, RejectCode
 from pipeline.plan import request_batches
@@ -27,7 +28,6 @@ from pipeline.wire import TEXTS_FAULT, Reply, told_wait_seconds
 from workers import counting
 from workers.attempts import Attempts
 from workers.batching import Batch, Tokenised, share_out
-from workers.canary import CANARY, is_canary
 from workers.connection import Answer, Connection, key_of
 from workers.memory import Memory
 from workers.requests import Request, Sent, canary_request

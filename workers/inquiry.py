@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline.canary import CANARY, is_canary
 from pipeline.errors import ModelError
 from pipeline.jobs import Upstream
 from pipeline.wire import TEXTS_FAULT, Reply, estimated_tokens
-from workers.canary import CANARY, is_canary
 from workers.connection import Answer, Connection, key_of
 
 _SECONDS = 60.0

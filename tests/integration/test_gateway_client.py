@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import Engine
 
 from pipeline import status
+from pipeline.canary import CANARY
 from pipeline.catalog import add_gateway, find_model, workspace_id
 from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.jobs import Claim, Model, Upstream
@@ -36,7 +37,6 @@ from workers import gateway as client
 from workers import memory as remembering
 from workers import requests
 from workers.attempts import Attempts
-from workers.canary import CANARY
 from workers.connection import Connection
 from workers.gateway import GatewayEncoder
 from workers.inquiry import describe
