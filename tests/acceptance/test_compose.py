@@ -395,8 +395,8 @@ def test_images_run_as_nobody_and_bring_what_they_should() -> None:
         assert all("--constraint constraints.txt" in line for line in installs[:-1]), target
         assert installs[-1] == "RUN pip install --no-deps --force-reinstall .", target
         assert any("torch" in line or "[worker]" in line for line in installs) == (target != "api"), target
-    assert any("/whl/cpu" in line for line in found["build-worker"])
-    assert not any("/whl/cpu" in line for line in found["build-worker-cuda"])
+    assert any("$TORCH_INDEX" in line for line in found["build-worker"])
+    assert not any("$TORCH_INDEX" in line for line in found["build-worker-cuda"])
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:
