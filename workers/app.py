@@ -1,5 +1,6 @@
 """The Celery app of a worker, and the parent's signals. Entry point of `celery -A workers.app`."""
 
+import os
 from contextlib import suppress
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
@@ -42,6 +43,12 @@ def _on_logging(**_: Any) -> None:
     pool = get_logger()
     pool.propagate = True
     pool.setLevel("WARNING")
+
+
+@signals.worker_before_create_process.connect
+def _before_child(**_: Any) -> None:
+    """A child that finds this logs in Celery's own form until it knows better."""
+    os.environ.pop("_MP_FORK_LOGLEVEL_", None)
 
 
 @signals.worker_process_init.connect
