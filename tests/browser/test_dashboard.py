@@ -69,6 +69,7 @@ def test_a_job_moves_to_done_without_a_reload(site: Site) -> None:
     row.get_by_role("link", name="watched").click()
     expect(page.locator("main")).to_contain_text("3,000 embedded")
     expect(page.locator("main")).to_contain_text("balanced")
+    page.wait_for_load_state("networkidle")
     asked = len(visit.requests)
     page.wait_for_timeout(2_500)
     assert len(visit.requests) == asked, "a job that has ended is not asked for each second"
@@ -100,6 +101,9 @@ def test_cancel_asks_once(site: Site) -> None:
     expect(sure).to_be_hidden()
     page.get_by_text("Cancel…").click()
     expect(page.locator(".ask")).to_contain_text("can’t be resumed")
+    page.keyboard.press("Escape")
+    expect(sure).to_be_hidden()
+    page.get_by_text("Cancel…").click()
     sure.click()
     expect(page.locator("main")).to_contain_text("Cancelled", timeout=LIVE_MS)
     expect(page.locator("main")).to_contain_text("1,000 cancelled", timeout=LIVE_MS)
@@ -176,6 +180,8 @@ def test_by_keyboard_alone(site: Site) -> None:
     assert {"name", "by-keyboard"} <= reached
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", name="by-keyboard")).to_be_visible()
+    # Scripts come after the page.
+    expect(page.locator("#tip")).to_be_attached()
     strip = page.locator(".strip")
     strip.focus()
     page.keyboard.press("ArrowRight")
@@ -246,6 +252,13 @@ def test_nothing_scrolls_sideways(site: Site, width: int) -> None:
             ask.locator("summary").click()
             assert overflow(visit.page) <= 0, path
             ask.locator("summary").click()
+    visit.go("/keys")
+    visit.page.get_by_text("Make a key…").click()
+    visit.page.get_by_label("What it is for").fill("phone")
+    visit.page.get_by_role("button", name="Make it and show it once").click()
+    expect(visit.page.get_by_role("heading", name="Keep this key now")).to_be_visible()
+    visit.page.wait_for_load_state("load")
+    assert overflow(visit.page) <= 0
     visit.errors.clear()
     stranger = site.visit(width=width)
     stranger.go("/login")

@@ -348,7 +348,17 @@ def test_static_files_are_typed(gateway: Gateway) -> None:
     with visitor(gateway, None) as client:
         kinds = {
             name: client.get(f"/static/{name}").headers["content-type"].split(";")[0]
-            for name in ("look.css", "parts.css", "live.js", "morph.js", "tips.js", "copy.js", "log_in.js", "mark.svg")
+            for name in (
+                "look.css",
+                "parts.css",
+                "live.js",
+                "morph.js",
+                "tips.js",
+                "copy.js",
+                "asks.js",
+                "log_in.js",
+                "mark.svg",
+            )
         }
         assert set(kinds.values()) == {"text/css", "text/javascript", "image/svg+xml"}
         assert client.get("/static/../answer.py").status_code == 404

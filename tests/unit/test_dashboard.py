@@ -62,7 +62,15 @@ def test_percent_is_whole_only_when_it_is(part: float, whole: float, said: str) 
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(3.24, "3.2 s"), (42, "42 s"), (280, "4 min 40 s"), (3_600, "1 h"), (3_780, "1 h 3 min"), (90_000, "1 d 1 h")],
+    [
+        (0.02, "< 0.1 s"),
+        (3.24, "3.2 s"),
+        (42, "42 s"),
+        (280, "4 min 40 s"),
+        (3_600, "1 h"),
+        (3_780, "1 h 3 min"),
+        (90_000, "1 d 1 h"),
+    ],
 )
 def test_duration(seconds: float, said: str) -> None:
     assert words.duration(seconds) == said

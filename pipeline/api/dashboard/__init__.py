@@ -12,8 +12,9 @@ words       numbers and times as people say them, and what to do about a code
 """
 
 from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from starlette.staticfiles import StaticFiles
 
 from pipeline.api.dashboard import actions, job, key_pages, log_in, pages
@@ -21,8 +22,18 @@ from pipeline.api.dashboard import actions, job, key_pages, log_in, pages
 _FOLDER = Path(__file__).resolve().parent
 
 
+class _Static(StaticFiles):
+    """Style and scripts; a browser asks each time whether its copy is still good, so that no page meets old ones."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """As Starlette calls it."""
+        response = super().file_response(*args, **kwargs)
+        response.headers.update({"cache-control": "no-cache", "x-content-type-options": "nosniff"})
+        return response
+
+
 def add_dashboard(app: FastAPI) -> None:
     """Add the dashboard's routes to an application."""
     for part in (log_in, pages, job, actions, key_pages):
         app.include_router(part.router)
-    app.mount("/static", StaticFiles(directory=_FOLDER / "static"))
+    app.mount("/static", _Static(directory=_FOLDER / "static"))

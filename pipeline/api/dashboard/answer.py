@@ -118,16 +118,12 @@ def render(request: Request, template: str, status: int = 200, **variables: Any)
 def problem(request: Request, status: int, message: str) -> Response:
     """A page that says what went wrong. One that may mend itself is asked for again by the browser."""
     title = _TITLES.get(status, "That didn't work")
-    headers = {"retry-after": "2"} if status == 503 else {}
-    response = render(
-        request,
-        "problem.html",
-        status,
-        title=title,
-        message=message,
-        live=2 if status == 503 and request.method == "GET" else 0,
-    )
-    response.headers.update(headers)
+    viewer = getattr(request.state, "viewer", None)
+    # What is missing may be back soon; a form isn't sent again by itself.
+    live = 2 if status == 503 and request.method == "GET" else 0
+    response = render(request, "problem.html", status, viewer=viewer, title=title, message=message, live=live)
+    if status == 503:
+        response.headers["retry-after"] = "2"
     return response
 
 

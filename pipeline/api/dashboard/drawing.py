@@ -11,7 +11,7 @@ from pipeline.store.charts import Cell
 
 #: Widths of a column of the throughput chart: with steps like these it is redrawn seldom while a job goes on.
 _WIDTHS_SECONDS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1_800, 3_600, 7_200, 14_400, 43_200, 86_400, 604_800)
-_MOST_COLUMNS = 60
+_LEAST_COLUMNS, _MOST_COLUMNS = 12, 60
 MOST_CELLS = 120
 
 
@@ -70,8 +70,8 @@ def throughput(
     """Tokens a second over time. `spans` as `store.charts.throughput` gives them."""
     first = int(begin.timestamp() // width_seconds) * width_seconds
     slots = max(1, int((end.timestamp() - first) // width_seconds) + 1)
-    # A short job's columns are no wider than those of a long one.
-    room = max(slots, _MOST_COLUMNS // 2)
+    # A job of a second is a column, not a wall.
+    room = max(slots, _LEAST_COLUMNS)
     top = _scale(max((tokens / width_seconds for _, _, tokens in spans), default=0.0))
     columns = []
     for start, items, tokens in spans:

@@ -25,7 +25,7 @@ _FIRST_REJECTS = 3
 _FIRST_INPUTS = 5
 _PAGE = 50
 _MOST_CHARACTERS = 4_000
-#: Options that a person chose, as the page calls them; those that are usual aren't shown.
+#: Options, as the page calls them; those that are off aren't shown.
 _OPTIONS = {
     "dimensions": "dimensions",
     "dtype": "kept as",

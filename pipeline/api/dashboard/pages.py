@@ -97,6 +97,7 @@ def _workers(connection: Connection, viewer: Viewer) -> dict[str, Any]:
         "engines": [
             {
                 **row,
+                "every": not row["models"],
                 "models": [name for name in row["models"] if name in visible],
                 "silent": is_silent(row, now, _ENGINE_SILENT_SECONDS),
             }

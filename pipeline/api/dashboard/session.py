@@ -38,7 +38,10 @@ async def viewer(request: Request) -> Viewer:
         Unauthorized, InvalidApiKey: they must log in.
         UpstreamUnavailable: the database is away.
     """
-    return Viewer(await caller_of(request, request.cookies.get(_COOKIE, "")))
+    found = Viewer(await caller_of(request, request.cookies.get(_COOKIE, "")))
+    # For the page that tells what went wrong afterwards.
+    request.state.viewer = found
+    return found
 
 
 async def caller_of(request: Request, key: str) -> Caller:

@@ -75,6 +75,8 @@ def ordinal(value: int) -> str:
 def duration(seconds: float) -> str:
     """A time in two units at most: `4 min 40 s`."""
     whole = round(seconds)
+    if 0 < seconds < 0.05:
+        return "< 0.1 s"
     if whole < _MINUTE:
         return f"{seconds:.1f} s" if seconds < 9.95 and seconds != whole else f"{whole} s"
     if whole < _HOUR:

@@ -32,10 +32,13 @@ function show(element) {
   say(element, element.dataset.tip.replaceAll("|", "\n"));
 }
 
-document.addEventListener("pointerover", (event) => {
-  const found = event.target.closest?.("[data-tip]");
-  if (found !== shown) show(found);
-});
+// Not pointerover: that comes also when the page scrolls beneath a pointer that rests.
+for (const kind of ["pointermove", "pointerdown"]) {
+  document.addEventListener(kind, (event) => {
+    const found = event.target.closest?.("[data-tip]") ?? null;
+    if (found !== shown) show(found);
+  });
+}
 
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") show(null);
@@ -48,6 +51,6 @@ document.addEventListener("keydown", (event) => {
 });
 
 document.addEventListener("focusout", (event) => event.target.closest?.("[data-tips]") && show(null));
-document.addEventListener("scroll", () => shown && show(null), { passive: true });
+document.addEventListener("scroll", () => shown && place(shown), { passive: true });
 // The page was renewed: what is shown may mean something else by now, or be gone.
 document.addEventListener("fresh", () => shown && show(shown.isConnected ? shown : null));

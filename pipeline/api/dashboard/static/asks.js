@@ -1,0 +1,14 @@
+// Closes what asks "are you sure" when a person goes on elsewhere: by Escape, by a click beside it.
+
+document.addEventListener("keydown", (event) => {
+  const ask = event.key === "Escape" && event.target.closest?.("details.ask[open]");
+  if (!ask) return;
+  ask.open = false;
+  ask.querySelector("summary").focus();
+});
+
+document.addEventListener("click", (event) => {
+  for (const ask of document.querySelectorAll("details.ask[open]")) {
+    if (!ask.contains(event.target)) ask.open = false;
+  }
+});
