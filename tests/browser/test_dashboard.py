@@ -69,6 +69,10 @@ def test_a_job_moves_to_done_without_a_reload(site: Site) -> None:
     row.get_by_role("link", name="watched").click()
     expect(page.locator("main")).to_contain_text("3,000 embedded")
     expect(page.locator("main")).to_contain_text("balanced")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".facts .id").click()
+    expect(page.locator("#tip")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == str(job)
     page.wait_for_load_state("networkidle")
     asked = len(visit.requests)
     page.wait_for_timeout(2_500)
@@ -284,6 +288,13 @@ def test_axe_finds_nothing_serious(site: Site, axe: str, scheme: Scheme) -> None
     stranger = site.visit(scheme=scheme)
     stranger.go("/login")
     assert serious(stranger.page, axe) == []
+
+
+def test_axe_would_find_a_fault(site: Site, axe: str) -> None:
+    page = site.visit(site.gateway.key).page
+    page.goto(site.gateway.url + "/usage")
+    page.evaluate("document.querySelector('h1').style.color = '#ddd'; document.documentElement.removeAttribute('lang')")
+    assert {found[0] for found in serious(page, axe)} == {"color-contrast", "html-has-lang"}
 
 
 def serious(page: Page, axe: str) -> list[Any]:
