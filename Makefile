@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
 
-.PHONY: demo test test-browser screenshots lint bench clean
+.PHONY: demo test test-browser test-ops screenshots lint bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed" >&2; exit 1; }
@@ -35,6 +35,17 @@ $(BROWSER): $(INSTALLED)
 
 test-browser: $(BROWSER)
 	$(BIN)/python -m pytest tests/browser
+
+# Debian's prometheus brings promtool. Its service isn't wanted.
+test-ops:
+	@command -v promtool >/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { \
+			echo "the rules are tested by promtool: apt-get install prometheus" >&2; exit 1; }; \
+		echo "Installing promtool …"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+			apt-get install -y -qq --no-install-recommends prometheus >/dev/null; }
+	promtool check config ops/prometheus/prometheus.yml
+	promtool test rules ops/prometheus/rules_test.yml
 
 screenshots: $(BROWSER)
 	$(BIN)/python -m tests.browser.screenshots
