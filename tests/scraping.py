@@ -1,14 +1,19 @@
 """Metrics as one that scrapes sees them, and the metrics that a query asks for."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import metrics
 
+_OPS = Path(__file__).resolve().parent.parent / "ops"
 #: What a scraper adds to every series.
 ADDED = frozenset({"job", "instance"})
 _PARTS = {"counter": ("",), "gauge": ("",), "summary": ("_sum", "_count"), "histogram": ("_bucket", "_sum", "_count")}
@@ -51,3 +56,25 @@ def grouped_by(query: str) -> set[str]:
     """The labels that a query groups or matches by."""
     lists = re.findall(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)", query)
     return {label.strip() for each in lists for label in each.split(",") if label.strip()}
+
+
+def rule_queries() -> Iterator[tuple[str, str]]:
+    """The queries of the rules, each with its name."""
+    for group in yaml.safe_load((_OPS / "prometheus" / "rules.yml").read_text())["groups"]:
+        for rule in group["rules"]:
+            yield rule.get("alert") or rule["record"], rule["expr"]
+
+
+def panels() -> list[dict[str, Any]]:
+    """The panels of the Grafana dashboard, rows among them."""
+    found: list[dict[str, Any]] = json.loads((_OPS / "grafana" / "dashboards" / "vectormill.json").read_text())[
+        "panels"
+    ]
+    return found
+
+
+def dashboard_queries() -> Iterator[tuple[str, str]]:
+    """The queries of the panels, each with its panel's title."""
+    for panel in panels():
+        for target in panel.get("targets", []):
+            yield panel["title"], target["expr"].replace("$__rate_interval", "5m").replace("$model", ".*")

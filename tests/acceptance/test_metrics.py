@@ -21,7 +21,7 @@ from pipeline.store.database import make_engine
 from tests.acceptance.fleet import Fleet, eventually
 from tests.conftest import new_database
 from tests.ports import free_port
-from tests.scraping import ADDED, Sample, scrape, series, total
+from tests.scraping import ADDED, Sample, asked_for, dashboard_queries, rule_queries, scrape, series, total
 from tests.scripted_gateway import ScriptedGateway, error, good, scripted_gateway
 
 _TEXT, _KEY, _SECRET, _WORKSPACE = "unmistakable text", "unmistakable-key", "unmistakable-secret", "unmistakable-place"
@@ -178,6 +178,17 @@ def test_every_metric_is_served_as_the_list_says(watched: Watched) -> None:
                 assert isinstance(values, str) or one.labels[label] in values, one
             shown.add(noted.name)
     assert {each.name for each in metrics.EVERY} - shown == set()
+
+
+def test_what_a_rule_or_the_dashboard_asks_for_is_served(watched: Watched) -> None:
+    shown: dict[str, set[str]] = {}
+    for process in metrics.PROCESSES:
+        for one in watched.scrape(process.name):
+            shown.setdefault(one.name, set()).update(one.labels)
+    for where, query in (*rule_queries(), *dashboard_queries()):
+        for name, labels in asked_for(query):
+            assert name in shown, f"{where} asks for {name}, which nobody serves"
+            assert labels <= shown[name] | ADDED, f"{where} selects {name} by {labels - shown[name]}"
 
 
 def test_the_list_says_what_each_means() -> None:
