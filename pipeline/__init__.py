@@ -1,15 +1,15 @@
 """What a job is and where it stands. Read in the order of the data's way:
 
     jobs, errors        nouns, states, the one tree of errors
-    settings, logs      the environment; log lines
+    settings, logs, metrics       the environment; log lines; every metric's name
     tables, store/      the schema; every SQL statement, one named function each
-    sources → plan → submit       a corpus becomes items and chunks
+    sources → plan → submit       a corpus becomes items and chunks; request: what a door is asked for
     publish → dispatch            chunks become messages; sweep, finish, snapshots
     leases → writeback            a claim, and the one transaction that ends it
     status, results               what came of it
     catalog, keys                 models and vector spaces; keys to the api
     wire                          OpenAI's shape of requests and replies
-    canary              the text that proves a model
+    canary, figures     the text that proves a model; numbers as people say them
     doctor/, ready      what is wrong with a deployment; whether a process is ready
     embedded/           servers from wheels, the process tree of `vectormill up`
     cli/, api/          the doors

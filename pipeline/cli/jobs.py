@@ -10,6 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import figures
 from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli import look
 from pipeline.cli.desk import Desk, at_desk
@@ -65,7 +66,7 @@ def jobs(
             look.state(row["state"], row["reason"]),
             f"{counts['total']:,}",
             f"{over / counts['total']:.0%}" if counts["total"] else "–",
-            f"{look.number(row['rate']['items_per_second'])}/s",
+            f"{figures.short(row['rate']['items_per_second'])}/s",
             look.age(row["created_at"]),
         )
     look.stdout.print(table)
@@ -101,10 +102,10 @@ def _print_status(row: Mapping[str, Any]) -> None:
     table.add_row("tokens", f"{row['tokens']['prompt']:,}   {counts['truncated']:,} texts truncated")
     table.add_row("chunks", ", ".join(f"{count:,} {name}" for name, count in chunks.items() if count))
     table.add_row(
-        "rate", f"{look.number(rate['items_per_second'])} items/s   {look.number(rate['tokens_per_second'])} tok/s"
+        "rate", f"{figures.short(rate['items_per_second'])} items/s   {figures.short(rate['tokens_per_second'])} tok/s"
     )
     if row["eta_seconds"] is not None:
-        table.add_row("time left", f"about {look.duration(row['eta_seconds'])}")
+        table.add_row("time left", f"about {figures.duration(row['eta_seconds'])}")
     table.add_row("made", look.age(row["created_at"]))
     if row["labels"]:
         table.add_row("labels", ", ".join(f"{key}={value}" for key, value in row["labels"].items()))

@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import figures
+
 #: Columns where no terminal says how many it has.
 _PIPE_WIDTH = 140
 
@@ -35,42 +37,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def number(value: float) -> str:
-    """With thousands separators; short above 10,000 where precision is no use: use for rates."""
-    if value >= 999_950:
-        return f"{value / 1_000_000:.1f}M"
-    if value >= 999.5:
-        return f"{value / 1_000:.1f}k"
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
-
-
-def size(count: float) -> str:
-    """Bytes as people say them: `1.5 GB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if count >= 99.5 or unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1_000
-    return f"{count:.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: `4 min 40 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86_400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
-
-
 def age(moment: str | None) -> str:
     """How long ago an ISO time was."""
     if moment is None:
         return "–"
     then = datetime.fromisoformat(moment)
-    return duration(max(timedelta(0), datetime.now(then.tzinfo) - then).total_seconds()) + " ago"
+    return figures.duration(max(timedelta(0), datetime.now(then.tzinfo) - then).total_seconds()) + " ago"
 
 
 def state(name: str, reason: str | None = None) -> Text:
@@ -91,8 +63,8 @@ def progress_line(status: Mapping[str, Any]) -> Table:
         ProgressBar(total=1.0, completed=share, width=24, complete_style="blue", finished_style="green"),
         Text(f"{share:4.0%}".replace("%", " %"), no_wrap=True),
         Text(f"{over:,} / {items['total']:,}", no_wrap=True),
-        Text(f"{number(rate['items_per_second'])} items/s", no_wrap=True),
-        Text(f"{number(rate['tokens_per_second'])} tok/s", no_wrap=True),
+        Text(f"{figures.short(rate['items_per_second'])} items/s", no_wrap=True),
+        Text(f"{figures.short(rate['tokens_per_second'])} tok/s", no_wrap=True),
         _time_left(status),
     ]
     line.add_row(*cells)
@@ -104,17 +76,17 @@ def _time_left(status: Mapping[str, Any]) -> Text:
         return state(status["state"], status["reason"])
     if status["eta_seconds"] is None:
         return Text("time left: not yet", style="bright_black", no_wrap=True)
-    return Text(f"{duration(status['eta_seconds'])} left", no_wrap=True)
+    return Text(f"{figures.duration(status['eta_seconds'])} left", no_wrap=True)
 
 
 def plain_progress(status: Mapping[str, Any]) -> str:
     """The same line for a log: no colours, no bar."""
     items, rate = status["items"], status["rate"]
     over = items["total"] - items["pending"]
-    left = "" if status["eta_seconds"] is None else f"  {duration(status['eta_seconds'])} left"
+    left = "" if status["eta_seconds"] is None else f"  {figures.duration(status['eta_seconds'])} left"
     return (
         f"{status['name']}  {status['state']}  {over:,} / {items['total']:,}  "
-        f"{number(rate['items_per_second'])} items/s  {number(rate['tokens_per_second'])} tok/s{left}"
+        f"{figures.short(rate['items_per_second'])} items/s  {figures.short(rate['tokens_per_second'])} tok/s{left}"
     )
 
 

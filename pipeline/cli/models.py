@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pipeline import catalog
+from pipeline import catalog, figures
 from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli.connect import working
-from pipeline.cli.look import number, print_json, stderr, stdout
+from pipeline.cli.look import print_json, stderr, stdout
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import ModelError, UnknownModel, UserError
 from pipeline.jobs import Upstream
@@ -78,7 +78,7 @@ def list_models(
     for name in ("name", "dimensions", "max tokens", "rate on one slot"):
         table.add_column(name, justify="left" if name == "name" else "right")
     for row in rows:
-        rate = f"{number(row['tokens_per_second'])} tok/s"
+        rate = f"{figures.short(row['tokens_per_second'])} tok/s"
         table.add_row(row["name"], str(row["dimensions"]), f"{row['max_item_tokens'] or '–'}", rate)
     stdout.print(table)
 
@@ -161,7 +161,8 @@ def add(
             else:
                 catalog.add_model(connection, name, description, alias or ())
             models.change(connection, name, matryoshka=sizes or [], price_per_million=price)
-    rate, how = number(description["tokens_per_second"]), "by one request at a time" if upstream else "on one slot here"
+    rate = figures.short(description["tokens_per_second"])
+    how = "by one request at a time" if upstream else "on one slot here"
     stderr.print(f"Added {name}: {description['dimensions']} dimensions, {rate} tok/s {how}.")
 
 

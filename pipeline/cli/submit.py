@@ -14,11 +14,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import figures
 from pipeline.catalog import DEFAULT_WORKSPACE, as_model, find_model, find_row
 from pipeline.cli.connect import Place
 from pipeline.cli.desk import ApiDesk, at_desk
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
-from pipeline.cli.look import duration, number, print_json, size, stderr, stdout
+from pipeline.cli.look import print_json, stderr, stdout
 from pipeline.cli.oneshot import oneshot
 from pipeline.cli.results import model_source
 from pipeline.errors import UserError
@@ -264,10 +265,13 @@ def _estimate_table(found: Mapping[str, Any]) -> Table:
     table.add_row("duplicates", f"{duplicates['share']:.1%} of {duplicates['compared_items']:,} texts compared")
     table.add_row("truncated", f"{found['truncated']['share']:.1%}")
     slots = f"{time['slots']} slots" if time["slots"] else "one slot; no worker serves this model now"
-    table.add_row("time", f"about {duration(time['seconds'])} at {number(time['tokens_per_second'])} tok/s on {slots}")
+    table.add_row(
+        "time",
+        f"about {figures.duration(time['seconds'])} at {figures.short(time['tokens_per_second'])} tok/s on {slots}",
+    )
     for where, name in (("postgres", "Postgres"), ("parquet", "Parquet")):
         if found["bytes"][where]:
-            table.add_row("size", f"about {size(found['bytes'][where])} in {name}")
+            table.add_row("size", f"about {figures.size(found['bytes'][where])} in {name}")
     return table
 
 

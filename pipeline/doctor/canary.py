@@ -19,7 +19,7 @@ from pipeline.jobs import JobState
 from pipeline.purge import purge_job
 from pipeline.sources import Columns, Corpus
 from pipeline.store import embeddings, models, workers
-from pipeline.submit import Options, Planning, Submission, submit
+from pipeline.submit import Options, Submission, planning, submit
 
 _POLL_SECONDS = 0.1
 _CANCEL_SECONDS = 10.0
@@ -73,12 +73,7 @@ def _submit(patient: Patient, row: RowMapping) -> UUID:
             model=as_model(row),
             corpus=corpus,
             options=Options(name="doctor", priority=_PRIORITY, labels={"doctor": "canary"}),
-            planning=Planning(
-                chunk_seconds=settings.chunk_seconds,
-                chunk_items=settings.chunk_items,
-                chunk_bytes=settings.chunk_bytes,
-                lease_seconds=settings.lease_seconds,
-            ),
+            planning=planning(settings),
         ),
     ).job_id
 

@@ -16,24 +16,6 @@ NOW = datetime(2026, 9, 1, 12, 0, 0, tzinfo=UTC)
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (0, "0"),
-        (0.44, "0.4"),
-        (52.3, "52"),
-        (999, "999"),
-        (999.6, "1.0k"),
-        (4_312, "4.3k"),
-        (310_000, "310k"),
-        (12_400_000, "12.4M"),
-        (3.2e9, "3.2B"),
-    ],
-)
-def test_short(value: float, said: str) -> None:
-    assert words.short(value) == said
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
         (None, "–"),
         (Decimal(0), "0.00"),
         (Decimal("1234.5"), "1,234.50"),
@@ -58,22 +40,6 @@ def test_money(value: Decimal | None, said: str) -> None:
 )
 def test_percent_is_whole_only_when_it_is(part: float, whole: float, said: str) -> None:
     assert words.percent(part, whole) == said
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (0.02, "< 0.1 s"),
-        (3.24, "3.2 s"),
-        (42, "42 s"),
-        (280, "4 min 40 s"),
-        (3_600, "1 h"),
-        (3_780, "1 h 3 min"),
-        (90_000, "1 d 1 h"),
-    ],
-)
-def test_duration(seconds: float, said: str) -> None:
-    assert words.duration(seconds) == said
 
 
 @pytest.mark.parametrize(

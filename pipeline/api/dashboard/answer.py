@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sqlalchemy import Connection
 from starlette.responses import HTMLResponse, RedirectResponse
 
+from pipeline import figures
 from pipeline.api.asking import ask
 from pipeline.api.dashboard import drawing, session, words
 from pipeline.api.dashboard.session import Viewer
@@ -136,7 +137,9 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for filter_ in ("number", "short", "size", "money", "count", "ordinal", "duration", "ago", "until", "page_name"):
+    for filter_ in ("short", "size", "duration"):
+        made.filters[filter_] = getattr(figures, filter_)
+    for filter_ in ("number", "money", "count", "ordinal", "ago", "until", "page_name"):
         made.filters[filter_] = getattr(words, filter_)
     for name in ("percent", "progress", "reason", "advice", "time_left", "took"):
         made.globals[name] = getattr(words, name)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy import RowMapping
 
+from pipeline import figures
 from pipeline.api.dashboard import words
 from pipeline.store.charts import Cell
 
@@ -83,8 +84,8 @@ def throughput(
                 begin=round(100 * at / room, 3),
                 width=round(100 / room, 3),
                 height=round(100 * rate / top, 2) if top else 0.0,
-                tip=f"{words.short(rate)} tok/s, {words.short(items / width_seconds)} items/s"
-                f"|{words.duration(width_seconds)} from {when} UTC",
+                tip=f"{figures.short(rate)} tok/s, {figures.short(items / width_seconds)} items/s"
+                f"|{figures.duration(width_seconds)} from {when} UTC",
                 open=going_on and start + width_seconds > end.timestamp(),
             )
         )

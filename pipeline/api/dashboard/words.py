@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from markupsafe import Markup
 
+from pipeline.figures import duration
 from pipeline.jobs import Reason, RejectCode
 
 _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
@@ -16,23 +17,6 @@ _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
 def number(value: float) -> str:
     """With thousands separators."""
     return f"{value:,.0f}"
-
-
-def short(value: float) -> str:
-    """Three digits at most: `4.3k`, `310k`, `12.4M`."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size * 0.9995:
-            return f"{value / size:.{0 if value >= 99.95 * size else 1}f}{letter}"
-    return f"{value:.0f}" if value >= 9.95 or not value else f"{value:.1f}"
-
-
-def size(count: float) -> str:
-    """Bytes: `1.5 GB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if count >= 99.5 or unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1_000
-    return f"{count:.1f} TB"
 
 
 def money(value: Decimal | float | None) -> str:
@@ -70,24 +54,6 @@ def ordinal(value: int) -> str:
     """1st, 2nd, 3rd …"""
     ending = "th" if 10 <= value % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th")
     return f"{value:,}{ending}"
-
-
-def duration(seconds: float) -> str:
-    """A time in two units at most: `4 min 40 s`."""
-    whole = round(seconds)
-    if 0 < seconds < 0.05:
-        return "< 0.1 s"
-    if whole < _MINUTE:
-        return f"{seconds:.1f} s" if seconds < 9.95 and seconds != whole else f"{whole} s"
-    if whole < _HOUR:
-        return _two(whole // _MINUTE, "min", whole % _MINUTE, "s")
-    if whole < _DAY:
-        return _two(whole // _HOUR, "h", whole % _HOUR // _MINUTE, "min")
-    return _two(whole // _DAY, "d", whole % _DAY // _HOUR, "h")
-
-
-def _two(large: int, large_unit: str, small: int, small_unit: str) -> str:
-    return f"{large:,} {large_unit} {small} {small_unit}" if small else f"{large:,} {large_unit}"
 
 
 def rough(seconds: float) -> str:
