@@ -1,0 +1,178 @@
+"""Commands in README.md and in the runbooks, as they stand there, on an `up` of their own.
+
+A block is run, in the order of its file, unless a word after its language says what it needs: ```sh docker. Some of the
+README's are run by other tests.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psycopg
+import pytest
+
+from tests.machines import remove_what_root_keeps
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_RUNBOOKS = _CHECKOUT / "ops" / "runbooks"
+_LANGUAGES = {"sh", "sql", "python"}
+#: What a block may need that isn't here: a container engine, a GPU, somebody's account, a state or names of its own.
+_MARKS = {"docker", "gpu", "cloud", "example"}
+#: Beginnings of the README's blocks that are not run here, and why.
+_ELSEWHERE = {
+    "make demo": "it is the main job, which `make demo` itself is the test of",
+    "from openai import OpenAI": "tests/contract/test_openai_python.py",
+    "vectormill models add openai-small": "somebody's account; tests/acceptance/test_gateway_jobs.py has a gateway",
+    ".venv/bin/vectormill models add my-model": "a folder of the reader's; tests/integration/test_catalogue.py",
+    "vectormill migrate": "processes that don't end; tests/acceptance/test_compose.py",
+}
+_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block of a document."""
+
+    document: Path
+    line: int
+    language: str
+    mark: str
+    code: str
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.document.relative_to(_CHECKOUT)}:{self.line}"
+
+
+def blocks_of(document: Path) -> Iterator[Block]:
+    """The blocks of a document that have a language."""
+    whole = document.read_text(encoding="utf-8")
+    for found in re.finditer(r"^```(\w+)[ ]*(\w*)\n(.*?)^```$", whole, re.MULTILINE | re.DOTALL):
+        language, mark, code = found.groups()
+        yield Block(document, whole.count("\n", 0, found.start()) + 1, language, mark, code)
+
+
+def _is_elsewhere(block: Block) -> bool:
+    return any(block.code.startswith(beginning) for beginning in _ELSEWHERE)
+
+
+@dataclass
+class Reader:
+    """Somebody who follows the documents in a folder with the checkout's `.venv`."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, block: Block) -> None:
+        """Do what a block says."""
+        if block.language == "sql":
+            self._query(block)
+        else:
+            interpreter = ["bash", "-euo", "pipefail", "-c"] if block.language == "sh" else [sys.executable, "-c"]
+            self._command(block.where, *interpreter, block.code)
+
+    def _command(self, where: str, *command: str) -> str:
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, f"{where}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        return done.stdout
+
+    def _query(self, block: Block) -> None:
+        """Each statement, with the job's id where the document leaves it open."""
+        with psycopg.connect(self.environment["VECTORMILL_DATABASE_URL"]) as connection:
+            (job,) = connection.execute("select id::text from vectormill.jobs order by id limit 1").fetchone() or ("",)
+            for statement in block.code.replace("…", job).split(";"):
+                if statement.strip():
+                    connection.execute(statement.encode())
+
+    def load_environment(self) -> None:
+        """As `eval "$(vectormill env)"`."""
+        shown = self._command("env", "bash", "-euc", 'eval "$(vectormill env)"; env -0')
+        self.environment |= {
+            name: value
+            for name, _, value in (line.partition("=") for line in shown.split("\0"))
+            if name.startswith("VECTORMILL_")
+        }
+
+    def stop(self) -> None:
+        """Stop what runs."""
+        self._command("down", "vectormill", "down")
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Reader]:
+    """Has done all that the README says, in its order."""
+    with TemporaryDirectory() as there:
+        folder, home = Path(there), Path(there, "home")
+        folder.chmod(0o711)
+        (folder / ".venv").symlink_to(Path(sys.prefix))
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "VECTORMILL_HOME": str(home),
+            # Whoever has the default ports.
+            "VECTORMILL_API_PORT": "0",
+            "VECTORMILL_FLOWER_PORT": "0",
+            "HF_HUB_OFFLINE": "1",
+        }
+        made = Reader(folder, environment)
+        try:
+            for block in blocks_of(_CHECKOUT / "README.md"):
+                if not block.mark and not _is_elsewhere(block):
+                    made.run(block)
+                    # A reader's shell goes on with what a block has set.
+                    made.load_environment()
+            yield made
+        finally:
+            made.environment = environment
+            made.stop()
+            if os.geteuid() == 0:
+                remove_what_root_keeps(home)
+
+
+def test_the_readmes_commands_have_run(reader: Reader) -> None:
+    assert (reader.folder / "docs-vectors.parquet").exists()
+    assert (reader.folder / "vectors" / "_SUCCESS").exists()
+
+
+def test_the_metrics_of_each_process_are_where_env_says(reader: Reader) -> None:
+    import httpx2 as httpx
+
+    urls = reader.environment["VECTORMILL_METRICS_URLS"].split()
+    pages = [httpx.get(url).text for url in urls]
+    kinds = [re.findall(r"^# HELP vectormill_([a-z]+)_", page, re.MULTILINE) for page in pages]
+    assert [set(kind) for kind in kinds] == [{"api"}, {"engine"}, {"dispatcher"}, {"worker"}]
+    assert 'vectormill_worker_items_total{model="all-MiniLM-L6-v2",outcome="embedded"}' in pages[-1]
+
+
+def test_the_runbooks_commands_run(reader: Reader) -> None:
+    reader.environment["JOB"] = "docs"
+    done: set[str] = set()
+    for page in sorted(_RUNBOOKS.glob("*.md")):
+        for block in blocks_of(page):
+            if not block.mark and block.code not in done:
+                reader.run(block)
+                done.add(block.code)
+    assert len(done) > 20
+
+
+def test_every_block_is_run_or_says_what_it_needs() -> None:
+    for document in (_CHECKOUT / "README.md", *_RUNBOOKS.glob("*.md")):
+        for block in blocks_of(document):
+            assert block.language in _LANGUAGES, block.where
+            assert not block.mark or block.mark in _MARKS, block.where
+            if block.mark == "docker":
+                assert "docker compose " in block.code, block.where
