@@ -7,6 +7,7 @@
     publish → dispatch            chunks become messages; sweep, finish, snapshots
     leases → writeback            a claim, and the one transaction that ends it
     status, results               what came of it
+    standing                      how things stand, as metrics
     catalog, keys                 models and vector spaces; keys to the api
     wire                          OpenAI's shape of requests and replies
     canary, figures     the text that proves a model; numbers as people say them

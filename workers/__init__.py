@@ -2,6 +2,7 @@
 
 app, tasks      the Celery app, its signals and its one task
 run_chunk       claim → read → encode → commit: the heart
+counting        what a child counts on the way
 batching        which items go through the model together (pure)
 encoder         the model on its device: the only import of torch
 gateway         a client of OpenAI-compatible APIs, in the encoder's place
