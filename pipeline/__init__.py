@@ -1,7 +1,7 @@
 """What a job is and where it stands. Read in the order of the data's way:
 
     jobs, errors        nouns, states, the one tree of errors
-    settings, logs, metrics       the environment; log lines; every metric's name
+    settings, logs, metrics       the environment; log lines; every metric's name; exposition: how they are shown
     tables, store/      the schema; every SQL statement, one named function each
     sources → plan → submit       a corpus becomes items and chunks; request: what a door is asked for
     publish → dispatch            chunks become messages; sweep, finish, snapshots

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,10 +12,8 @@ from pipeline.embedded.runtime import Running
 from pipeline.settings import Settings
 
 
-def test_requests_are_finished_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The api stops before the engine that it needs, and both have the time of the longest request."""
-    monkeypatch.setattr(stages, "_database_time", lambda _: datetime.now(UTC))
-    running = Running(
+def _running(**more: Any) -> Running:
+    return Running(
         home=Path("/nowhere"),
         supervisor_pid=1,
         supervisor_started=0,
@@ -25,7 +24,30 @@ def test_requests_are_finished_at_the_end(monkeypatch: pytest.MonkeyPatch) -> No
         flower_password="secret",
         ready=False,
         children=(),
+        **more,
     )
+
+
+def test_each_shows_its_metrics_at_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "_database_time", lambda _: datetime.now(UTC))
+    monkeypatch.setenv("VECTORMILL_METRICS_PORT", "1")
+    ports = {name: 20_000 + at for at, name in enumerate(stages.metered_names(2))}
+    running = _running(metrics_ports=ports)
+    children = {child.name: child.env for stage in stages.app_stages(running, 2) for child in stage}
+    for name in ("dispatcher", "worker-1", "worker-2"):
+        assert children[name]["VECTORMILL_METRICS_PORT"] == str(ports[name])
+        assert children[name]["VECTORMILL_METRICS_HOST"] == "127.0.0.1"
+    assert children["engine"]["VECTORMILL_ENGINE_PORT"] == str(ports["engine"])
+    assert running.metrics_urls == [
+        "http://127.0.0.1:8000/metrics",
+        *(f"http://127.0.0.1:{ports[name]}/metrics" for name in ("engine", "dispatcher", "worker-1", "worker-2")),
+    ]
+
+
+def test_requests_are_finished_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The api stops before the engine that it needs, and both have the time of the longest request."""
+    monkeypatch.setattr(stages, "_database_time", lambda _: datetime.now(UTC))
+    running = _running()
     found = [{child.name: child for child in stage} for stage in stages.app_stages(running, 1)]
     (at_api,), (at_engine,) = ([n for n, stage in enumerate(found) if name in stage] for name in ("api", "engine"))
     assert at_api > at_engine
