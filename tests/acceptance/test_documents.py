@@ -1,7 +1,6 @@
 """Commands in README.md and in the runbooks, as they stand there, on an `up` of their own.
 
-A block is run, in the order of its file, unless a word after its language says what it needs: ```sh docker. Some of the
-README's are run by other tests.
+A block is run, in the order of its file, unless a word after its language says what it needs: ```sh docker.
 """
 
 import os
@@ -23,14 +22,6 @@ _RUNBOOKS = _CHECKOUT / "ops" / "runbooks"
 _LANGUAGES = {"sh", "sql", "python"}
 #: What a block may need that isn't here: a container engine, a GPU, somebody's account, a state or names of its own.
 _MARKS = {"docker", "gpu", "cloud", "example"}
-#: Beginnings of the README's blocks that are not run here, and why.
-_ELSEWHERE = {
-    "make demo": "it is the main job, which `make demo` itself is the test of",
-    "from openai import OpenAI": "tests/contract/test_openai_python.py",
-    "vectormill models add openai-small": "somebody's account; tests/acceptance/test_gateway_jobs.py has a gateway",
-    ".venv/bin/vectormill models add my-model": "a folder of the reader's; tests/integration/test_catalogue.py",
-    "vectormill migrate": "processes that don't end; tests/acceptance/test_compose.py",
-}
 _SECONDS = 300.0
 
 
@@ -56,10 +47,6 @@ def blocks_of(document: Path) -> Iterator[Block]:
     for found in re.finditer(r"^```(\w+)[ ]*(\w*)\n(.*?)^```$", whole, re.MULTILINE | re.DOTALL):
         language, mark, code = found.groups()
         yield Block(document, whole.count("\n", 0, found.start()) + 1, language, mark, code)
-
-
-def _is_elsewhere(block: Block) -> bool:
-    return any(block.code.startswith(beginning) for beginning in _ELSEWHERE)
 
 
 @dataclass
@@ -131,7 +118,7 @@ def reader() -> Iterator[Reader]:
         made = Reader(folder, environment)
         try:
             for block in blocks_of(_CHECKOUT / "README.md"):
-                if not block.mark and not _is_elsewhere(block):
+                if not block.mark:
                     made.run(block)
                     # A reader's shell goes on with what a block has set.
                     made.load_environment()
