@@ -153,7 +153,7 @@ def api(
     host: Annotated[str | None, typer.Option(help="Address to listen at. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port. Default: 8000.")] = None,
 ) -> None:
-    """Serve the OpenAI-compatible gateway, /v1, and /api. It loads no model: it needs engines.
+    """Serve the dashboard, /api for jobs, and /v1, the OpenAI-compatible gateway. It loads no model: /v1 needs engines.
 
     Examples:
 

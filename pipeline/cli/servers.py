@@ -210,7 +210,8 @@ def _greet(console: Console, running: Running, workers: int, *, detached: bool =
     console.print(f"Ready: Postgres, Valkey, dispatcher, {workers} worker{'s' * (workers > 1)}, engine, api, Flower.")
     console.print(f"  Postgres  {_without_password(running.database_url)}")
     console.print(f"  Valkey    {_without_password(running.redis_url)}")
-    console.print(f"  API       {running.api_url}/v1 (vectormill env prints a key)")
+    console.print(f"  Dashboard {running.api_url} (vectormill env prints a key to log in with)")
+    console.print(f"  API       {running.api_url}/v1, {running.api_url}/api")
     console.print(f"  Flower    {running.flower_url} (user vectormill; vectormill env prints the password)")
     console.print("Stop it with: vectormill down" if detached else "Ctrl-C stops it.")
 
