@@ -12,16 +12,16 @@ import orjson
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy import Engine
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.api import administration, embeddings, fleet, jobs, submissions
+from pipeline.api.bulk import CONNECTIONS, Bulk
 from pipeline.api.counting import Counted, show
 from pipeline.api.dashboard import add_dashboard
-from pipeline.api.database import Database
+from pipeline.api.database import AT_ONCE, Database
 from pipeline.api.directory import Directory
 from pipeline.api.embeddings import Gateway
 from pipeline.api.engines import Engines
@@ -43,6 +43,7 @@ from pipeline.errors import (
     VectormillError,
 )
 from pipeline.settings import Settings
+from pipeline.store.database import make_engine
 from pipeline.wire import make_error
 
 log = structlog.get_logger()
@@ -61,15 +62,16 @@ _OF_STEPS: dict[type[VectormillError], tuple[int, str]] = {
 }
 
 
-def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
+def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     """The application."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        asked = Database(database)
+        asked = Database(make_engine(database_url, application="vectormill-api", pool_size=AT_ONCE))
+        bulk = Bulk(make_engine(database_url, application="vectormill-api", pool_size=CONNECTIONS))
         directory, engines, meter = Directory(asked), Engines(), Meter(asked)
         upstreams, limits = Upstreams(settings.gateway_seconds), Limits(redis_url, directory)
-        app.state.database, app.state.engine, app.state.settings = asked, database, settings
+        app.state.database, app.state.bulk, app.state.settings = asked, bulk, settings
         app.state.gateway = Gateway(
             directory=directory,
             limits=limits,
@@ -84,6 +86,7 @@ def make_app(settings: Settings, database: Engine, redis_url: str) -> FastAPI:
         await upstreams.close()
         await limits.close()
         await meter.close()
+        bulk.close()
 
     app = FastAPI(
         title="vectormill",

@@ -1,6 +1,5 @@
 """`/api/jobs`: submit, see and steer jobs, and take what came of them."""
 
-import asyncio
 import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from pipeline.api.asking import (
     read_body,
     scope_of,
 )
+from pipeline.api.bulk import Bulk
 from pipeline.errors import InvalidPayload
 from pipeline.jobs import ChunkState, JobState, RejectCode
 from pipeline.store import chunks, items
@@ -348,7 +348,7 @@ async def list_rejects(
         last = found[limit - 1]["index"] if more else None
         return {"data": found[:limit], "counts": counts, "has_more": more, "after": last}
     job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
-    rows = _all_rejects(request.app.state.engine, job_id, after, code)
+    rows = _all_rejects(request.app.state.bulk.engine, job_id, after, code)
     return _file(_as_csv(rows) if format == "csv" else _as_json_lines(rows), f"{job_id}-rejects", format)
 
 
@@ -410,7 +410,8 @@ async def get_results(
     """Its vectors in index order, as a file that is made while it is sent."""
     job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
     until = 2**63 - 1 if end is None else end
-    pieces = await asyncio.to_thread(results.stream, request.app.state.engine, job_id, format, first, until)
+    bulk: Bulk = request.app.state.bulk
+    pieces = await bulk.run(lambda engine: results.stream(engine, job_id, format, first, until))
     return _file(pieces, str(job_id), format)
 
 

@@ -1,6 +1,5 @@
 """`POST /api/jobs`: a corpus that is uploaded, or one that the operator lets callers name, becomes a job."""
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
 from pipeline import status
-from pipeline.api.asking import SECURITY, caller_of, problems
+from pipeline.api.asking import SECURITY, ask, caller_of, problems
+from pipeline.api.bulk import Bulk
 from pipeline.api.directory import Caller
 from pipeline.api.jobs import Job
 from pipeline.catalog import find_model
@@ -86,13 +86,7 @@ async def create_job(
         made = await _from_sources(request, caller, settings, idempotency_key)
     if made.attached:
         response.status_code = 200
-    engine: Engine = request.app.state.engine
-    return Job(**await asyncio.to_thread(_status, engine, made))
-
-
-def _status(engine: Engine, made: Submitted) -> dict[str, Any]:
-    with engine.begin() as connection:
-        return status.job_status(connection, made.job_id)
+    return Job(**await ask(request, lambda connection: status.job_status(connection, made.job_id)))
 
 
 async def _from_sources(request: Request, caller: Caller, settings: Settings, key: str | None) -> Submitted:
@@ -108,11 +102,12 @@ async def _from_sources(request: Request, caller: Caller, settings: Settings, ke
     for source in wish.sources:
         _must_be_allowed("sources", source, settings.api_sources, "VECTORMILL_API_SOURCES")
 
-    def run() -> Submitted:
+    def act(engine: Engine) -> Submitted:
         corpus = Corpus(wish.sources, wish.columns(), settings.item_bytes)
-        return _submit(request.app.state.engine, caller, settings, wish, corpus, default_name(wish.sources[0]), key)
+        return _submit(engine, caller, settings, wish, corpus, default_name(wish.sources[0]), key)
 
-    return await asyncio.to_thread(run)
+    bulk: Bulk = request.app.state.bulk
+    return await bulk.run(act)
 
 
 async def _from_upload(request: Request, caller: Caller, settings: Settings, key: str | None) -> Submitted:
@@ -125,7 +120,8 @@ async def _from_upload(request: Request, caller: Caller, settings: Settings, key
         if wish.by_reference or wish.sources:
             raise InvalidPayload("sources and by_reference are for a job without an upload.", param="sources")
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
-        return await asyncio.to_thread(_submit_upload, request.app.state.engine, caller, settings, wish, files, key)
+        bulk: Bulk = request.app.state.bulk
+        return await bulk.run(lambda engine: _submit_upload(engine, caller, settings, wish, files, key))
     finally:
         await form.close()
 
@@ -152,9 +148,7 @@ def _submit_upload(
 ) -> Submitted:
     if not files:
         raise InvalidPayload("file: the form has none.", param="file")
-    folder = settings.home / "uploads"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with TemporaryDirectory(dir=folder) as kept:
+    with TemporaryDirectory(prefix="vectormill-upload-") as kept:
         uploads = [_keep(file, Path(kept, str(number))) for number, file in enumerate(files)]
         corpus = UploadedCorpus(uploads, wish.columns(), settings.item_bytes)
         return _submit(engine, caller, settings, wish, corpus, default_name(uploads[0].name), key)

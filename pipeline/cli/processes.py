@@ -164,12 +164,11 @@ def api(
     import uvicorn
 
     from pipeline.api.app import make_app
-    from pipeline.store.database import make_engine
 
     settings = load_settings()
     configure_logs(settings.log_level)
     database, redis = server_urls(settings)
-    app = make_app(settings, make_engine(database, application="vectormill-api", pool_size=8), redis)
+    app = make_app(settings, database, redis)
     # uvicorn stops in order at this signal, then raises it again for the handler from before.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     uvicorn.run(

@@ -24,7 +24,7 @@ _LEAST_TIMEOUT_SECONDS = 600
 _SKEW_SECONDS = 2.0
 _GREAT_SKEW_SECONDS = 60.0
 #: Connections: of a worker's child and its parent; of two dispatchers and two apis; of an engine.
-_A_SLOT, _A_WORKER, _THE_REST = 3, 1, 20
+_A_SLOT, _A_WORKER, _THE_REST = 3, 1, 41
 
 
 def postgres(patient: Patient) -> Iterator[Finding]:

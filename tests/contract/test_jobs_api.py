@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def _lines(rows: list[dict[str, Any]]) -> bytes:
 def working(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Gateway:
     """The gateway with a dispatcher and a worker, and a folder that callers may name."""
     gateway.fleet.environment["VECTORMILL_CHUNK_ITEMS"] = "50"
-    gateway.fleet.environment["VECTORMILL_HOME"] = str(tmp_path_factory.mktemp("home"))
+    gateway.fleet.environment["TMPDIR"] = str(tmp_path_factory.mktemp("uploads"))
     allowed = tmp_path_factory.mktemp("allowed")
     (allowed / "docs.jsonl").write_bytes(_lines(_ROWS))
     gateway.fleet.environment["VECTORMILL_API_SOURCES"] = str(allowed)
@@ -205,8 +206,7 @@ def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
     assert "neither JSON nor" in refused(content=b"\xff", headers={"content-type": "text/plain"})
     large = line.post("/api/jobs", data={"model": "static"}, files=[("file", ("a.jsonl", b"x" * 300_000))], headers={})
     assert (large.status_code, large.headers["content-type"]) == (413, "application/problem+json")
-    uploads = Path(working.fleet.environment["VECTORMILL_HOME"], "uploads")
-    assert list(uploads.iterdir()) == []
+    assert list(Path(working.fleet.environment["TMPDIR"]).glob("vectormill-upload-*")) == []
 
 
 def test_packed_and_several_files(line: httpx.Client) -> None:
@@ -217,6 +217,14 @@ def test_packed_and_several_files(line: httpx.Client) -> None:
     made = line.post("/api/jobs", data={"model": "static", "name": "two"}, files=files).json()
     assert made["items"]["total"] == 6
     assert _ended(line, made["id"])["state"] == "completed"
+
+
+def test_many_uploads_at_once(line: httpx.Client) -> None:
+    """More than there are connections: each waits for its turn, and statuses don't wait for them."""
+    with ThreadPoolExecutor(16) as threads:
+        made = list(threads.map(lambda n: _upload(line, _ROWS[:50], name=f"crowd-{n}.jsonl"), range(16)))
+    assert {reply.status_code for reply in made} == {201}
+    assert len({reply.json()["id"] for reply in made}) == 16
 
 
 def test_sources_that_the_operator_allows(line: httpx.Client, allowed: Path, tmp_path: Path) -> None:
