@@ -15,6 +15,7 @@
     submissions, jobs   `/api/jobs`: make them, see and steer them, take what came of them
     fleet               `/api`: workers, engines, models
     administration      `/api`: usage and keys
+    examples            what the OpenAPI description shows
     dashboard/          the same for a person, in a browser
 
 It loads no model.

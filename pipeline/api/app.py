@@ -25,6 +25,7 @@ from pipeline.api.database import AT_ONCE, Database
 from pipeline.api.directory import Directory
 from pipeline.api.embeddings import Gateway
 from pipeline.api.engines import Engines
+from pipeline.api.examples import add_examples
 from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
 from pipeline.api.readiness import readyz
@@ -117,8 +118,9 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
 
 
 def _described(describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The OpenAPI description, with how a key is sent."""
+    """The OpenAPI description, with examples and how a key is sent."""
     found = describe()
+    add_examples(found)
     schemes = found.setdefault("components", {}).setdefault("securitySchemes", {})
     schemes["bearer"] = {"type": "http", "scheme": "bearer", "description": "An API key: vectormill keys create."}
     return found

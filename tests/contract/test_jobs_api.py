@@ -277,6 +277,23 @@ def test_a_workspace_sees_nothing_of_another(working: Gateway, done: dict[str, A
     assert line.get("/api/jobs", params={"name": "theirs", "workspace": "default"}).json()["data"] == []
 
 
+def test_keys_and_models_of_others_are_not_there(working: Gateway, line: httpx.Client) -> None:
+    """The rest of the description's paths that name a thing: an admin of one workspace, with a key of another."""
+    theirs = line.get("/api/keys").json()[0]["id"]
+    working.workspace("neighbours")
+    admin = working.new_key("neighbours", admin=True)
+    named = {"{key_id}": theirs, "{model}": "minilm"}
+    walked = 0
+    with working.client(admin) as other:
+        for path, operations in line.get("/openapi.json").json()["paths"].items():
+            for hole, name in named.items():
+                for method in operations if hole in path else ():
+                    reply = other.request(method, path.replace(hole, name), json={})
+                    assert reply.status_code == 404, (method, path, reply.text)
+                    walked += 1
+    assert walked == 3
+
+
 def test_without_a_key(working: Gateway, line: httpx.Client) -> None:
     description = line.get("/openapi.json").json()
     for path, operations in description["paths"].items():
