@@ -9,10 +9,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from sqlalchemy import Connection
 
-from pipeline.api.asking import SECURITY, ask, caller_of, problems
+from pipeline.api.asking import SECURITY, Workspace, ask, caller_of, problems, scope_of
 from pipeline.store import engines, models, workers
 
-router = APIRouter(prefix="/api", responses=problems(), tags=["Fleet"])
+router = APIRouter(prefix="/api", responses=problems(400, 404), tags=["Fleet"])
 
 #: Workers and engines that are silent for longer are gone.
 _SILENCE_SECONDS = 30.0
@@ -95,11 +95,12 @@ def _only(row: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 @router.get("/models", openapi_extra=SECURITY)
-async def list_catalogue(request: Request) -> Catalogue:
+async def list_catalogue(request: Request, workspace: Workspace = None) -> Catalogue:
     """The models that your workspace may use; an admin's key sees the whole catalogue."""
     caller = await caller_of(request)
 
     def act(connection: Connection) -> list[Any]:
-        return models.every(connection) if caller.admin else models.of_workspace(connection, caller.workspace_id)
+        scope = scope_of(connection, caller, workspace)
+        return models.every(connection) if scope is None else models.of_workspace(connection, scope)
 
     return Catalogue(data=[CatalogueModel(**row) for row in await ask(request, act)])

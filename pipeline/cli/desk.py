@@ -19,7 +19,7 @@ from pipeline.jobs import JobState
 from pipeline.request import JobRequest
 from pipeline.results import export
 from pipeline.settings import Settings, load_settings
-from pipeline.store import items
+from pipeline.store import items, models
 from pipeline.store.database import is_connection_lost
 
 _PAGE = 1_000
@@ -61,6 +61,9 @@ class Desk(Protocol):
 
     def results(self, job: str, to: Path) -> str:
         """Write its vectors to a .parquet or .jsonl file. Returns what was written, for a person."""
+
+    def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
+        """The catalogue's models, or only those that the workspace may use."""
 
 
 class DatabaseDesk:
@@ -132,6 +135,12 @@ class DatabaseDesk:
         """Write its vectors to a file."""
         with self._of(job) as (connection, found):
             return f"{export(connection, found, to):,} vectors written to {to}."
+
+    def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
+        """The catalogue's models, or only those that the workspace may use."""
+        with self.place.engine.begin() as connection:
+            rows = models.every(connection) if everything else models.of_workspace(connection, self.place.workspace_id)
+            return [dict(row) for row in rows]
 
 
 class ApiDesk:
@@ -229,6 +238,11 @@ class ApiDesk:
         finally:
             partial.unlink(missing_ok=True)
         return f"Vectors written to {to}."
+
+    def models(self, *, everything: bool) -> list[Mapping[str, Any]]:  # noqa: ARG002 - the key decides
+        """The models that the key may use; of an admin's key, the whole catalogue."""
+        rows: list[Mapping[str, Any]] = self._get("/models")["data"]
+        return rows
 
     def submit(self, wish: JobRequest, files: Sequence[Path], idempotency_key: str | None) -> tuple[str, bool]:
         """Upload files as a job, or let it read the sources that the request names. Returns its id, and whether it

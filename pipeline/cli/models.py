@@ -13,6 +13,7 @@ from rich.table import Table
 from pipeline import catalog, figures
 from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli.connect import working
+from pipeline.cli.desk import at_desk
 from pipeline.cli.look import print_json, stderr, stdout
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import ModelError, UnknownModel, UserError
@@ -66,10 +67,10 @@ def list_models(
 
         vectormill models list --workspace search
     """
-    with working(workspace or DEFAULT_WORKSPACE) as place, place.engine.begin() as connection:
-        rows = models.of_workspace(connection, place.workspace_id) if workspace else models.every(connection)
+    with at_desk(workspace or DEFAULT_WORKSPACE) as desk:
+        rows = desk.models(everything=workspace is None)
     if as_json:
-        print_json([{name: _plain(row[name]) for name in _SHOWN} for row in rows])
+        print_json([{name: _plain(row[name]) for name in _SHOWN if name in row} for row in rows])
         return
     if not rows:
         stderr.print("No models yet. Add one: vectormill models add NAME --path DIR")

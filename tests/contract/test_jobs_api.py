@@ -324,6 +324,7 @@ def test_the_command_line_over_the_api(working: Gateway, tmp_path: Path) -> None
     assert pq.read_metadata(tmp_path / "far.parquet").num_rows == 298
     assert "nothing that can be tried again" in fleet.cli("retry", job).stderr
     assert fleet.cli("watch", job).returncode == 0
+    assert "static" in [row["name"] for row in json.loads(fleet.cli("models", "list", "--json").stdout)]
     failed = fleet.cli("pause", job, check=False)
     assert (failed.returncode, "can't be paused" in failed.stderr) == (2, True)
     assert fleet.cli("status", "nothing", check=False).returncode == 2
