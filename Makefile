@@ -37,7 +37,8 @@ test-browser: $(BROWSER)
 	$(BIN)/python -m pytest tests/browser
 
 # Debian's prometheus brings promtool. Its service isn't wanted.
-test-ops:
+# Compose file, images, doctor, Flower, metrics, rules, and every command in README and runbooks.
+test-ops: $(INSTALLED)
 	@command -v promtool >/dev/null || { \
 		test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { \
 			echo "the rules are tested by promtool: apt-get install prometheus" >&2; exit 1; }; \
@@ -46,6 +47,7 @@ test-ops:
 			apt-get install -y -qq --no-install-recommends prometheus >/dev/null; }
 	promtool check config ops/prometheus/prometheus.yml
 	promtool test rules ops/prometheus/rules_test.yml
+	$(BIN)/python -m pytest tests/deployment
 
 screenshots: $(BROWSER)
 	$(BIN)/python -m tests.browser.screenshots
