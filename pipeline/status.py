@@ -55,10 +55,12 @@ def job_status(connection: Connection, job_id: UUID) -> dict[str, Any]:
 
     Of a job that runs, counts may be the dispatcher's, a second old; where no dispatcher keeps them they are summed.
     """
+    # In this order: the last progress comes with the job's end, so an ended job never shows an earlier one.
+    row = job_row(connection, job_id)
     kept = jobs.fresh_progress(connection, job_id, FRESH_SECONDS)
     if kept is None:
         return sum_up(connection, job_id)
-    return {**kept, **_of_row(job_row(connection, job_id))}
+    return {**kept, **_of_row(row)}
 
 
 def list_jobs(connection: Connection, workspace_id: int | None, **wanted: Any) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ class Bounded:
             return
         headers, size = Headers(scope=scope), 0
         told, most_bytes = headers.get("content-length", "0"), self._most_bytes
-        if scope["path"] == "/api/jobs" and headers.get("content-type", "").startswith("multipart/form-data"):
+        if scope["path"] == "/api/jobs" and headers.get("content-type", "").lower().startswith("multipart/form-data"):
             most_bytes = self._most_upload_bytes
         if told.isdecimal() and int(told) > most_bytes:
             await _as_response(scope["path"], _too_large(most_bytes))(scope, receive, send)

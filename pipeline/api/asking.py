@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from pipeline import catalog, status
 from pipeline.api.directory import Caller
-from pipeline.errors import InvalidPayload, NotFound, UserError
+from pipeline.errors import InvalidPayload, NotFound, UnknownJob, UserError
 
 Found = TypeVar("Found")
 Body = TypeVar("Body", bound=BaseModel)
@@ -116,14 +116,21 @@ def scope_of(connection: Connection, caller: Caller, workspace: str | None) -> i
 async def ask_of_job(
     request: Request, job: str, act: Callable[[Connection, UUID], Found], workspace: str | None = None
 ) -> Found:
-    """Act on a job that the caller sees, by its id, the beginning of it, or its name.
+    """Act on a job that the caller sees, by its id, the beginning of it, or its name: an admin's own workspace comes
+    before others.
 
     Raises:
         UnknownJob: it sees none.
     """
     caller = await caller_of(request)
 
-    def run(connection: Connection) -> Found:
-        return act(connection, status.find_job(connection, scope_of(connection, caller, workspace), job))
+    def find(connection: Connection) -> UUID:
+        scope = scope_of(connection, caller, workspace)
+        try:
+            return status.find_job(connection, scope or caller.workspace_id, job)
+        except UnknownJob:
+            if scope is not None:
+                raise
+            return status.find_job(connection, None, job)
 
-    return await ask(request, run)
+    return await ask(request, lambda connection: act(connection, find(connection)))

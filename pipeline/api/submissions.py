@@ -8,15 +8,14 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy import Engine
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
 from pipeline import status
-from pipeline.api.asking import SECURITY, ask, caller_of, problems
+from pipeline.api.asking import SECURITY, ask, caller_of, problems, scope_of
 from pipeline.api.bulk import Bulk
-from pipeline.api.directory import Caller
 from pipeline.api.jobs import Job
 from pipeline.catalog import find_model
 from pipeline.errors import InvalidPayload, UserError
@@ -30,9 +29,10 @@ from pipeline.submit import Submission, Submitted, planning, submit
 router = APIRouter(prefix="/api/jobs", tags=["Jobs"])
 
 _MOST_FILES = 100
-_MOST_FIELDS = 1_000
-_MOST_FIELD_BYTES = 1024 * 1024
+_MOST_FIELDS = 150
+_MOST_FIELD_BYTES = 64 * 1024
 _BLOCK_BYTES = 1024 * 1024
+_MOST_ENDING = 20
 _LISTS = ("carry",)
 _SCHEMA = JobRequest.model_json_schema()
 _UPLOAD_SCHEMA = {
@@ -75,24 +75,31 @@ async def create_job(
         str | None,
         Header(min_length=1, max_length=200, description="Sending the same again attaches to the job made first."),
     ] = None,
+    workspace: Annotated[
+        str | None, Query(max_length=200, pattern="^[^\0]*$", description="Of an admin: make it there.")
+    ] = None,
 ) -> Any:
     """Make a job of files that are uploaded as `multipart/form-data`, or, as JSON, of `sources` that the operator
     allows (`VECTORMILL_API_SOURCES`). Answers when all items are in the database."""
     caller = await caller_of(request)
     settings: Settings = request.app.state.settings
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        made = await _from_upload(request, caller, settings, idempotency_key)
+    owner = await ask(
+        request, lambda connection: scope_of(connection, caller, workspace) if workspace else caller.workspace_id
+    )
+    assert owner is not None, "only who names no workspace sees all"
+    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        made = await _from_upload(request, owner, settings, idempotency_key)
     else:
-        made = await _from_sources(request, caller, settings, idempotency_key)
+        made = await _from_sources(request, owner, settings, idempotency_key)
     if made.attached:
         response.status_code = 200
     return Job(**await ask(request, lambda connection: status.job_status(connection, made.job_id)))
 
 
-async def _from_sources(request: Request, caller: Caller, settings: Settings, key: str | None) -> Submitted:
+async def _from_sources(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
     try:
         fields = json.loads(await request.body())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidPayload("The body is neither JSON nor multipart/form-data.") from error
     if not isinstance(fields, dict):
         raise InvalidPayload("The body isn't a JSON object.")
@@ -104,24 +111,24 @@ async def _from_sources(request: Request, caller: Caller, settings: Settings, ke
 
     def act(engine: Engine) -> Submitted:
         corpus = Corpus(wish.sources, wish.columns(), settings.item_bytes)
-        return _submit(engine, caller, settings, wish, corpus, default_name(wish.sources[0]), key)
+        return _submit(engine, owner, settings, wish, corpus, default_name(wish.sources[0]), key)
 
     bulk: Bulk = request.app.state.bulk
     return await bulk.run(act)
 
 
-async def _from_upload(request: Request, caller: Caller, settings: Settings, key: str | None) -> Submitted:
+async def _from_upload(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
     try:
         form = await request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
-    except MultiPartException as error:
-        raise InvalidPayload(f"The body isn't the form that it says: {error.message}") from error
+    except (MultiPartException, ValueError) as error:  # an unknown charset is a ValueError
+        raise InvalidPayload("The body isn't the form that its content-type says.") from error
     try:
         wish = read_request(_fields(form))
         if wish.by_reference or wish.sources:
             raise InvalidPayload("sources and by_reference are for a job without an upload.", param="sources")
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
         bulk: Bulk = request.app.state.bulk
-        return await bulk.run(lambda engine: _submit_upload(engine, caller, settings, wish, files, key))
+        return await bulk.run(lambda engine: _submit_upload(engine, owner, settings, wish, files, key))
     finally:
         await form.close()
 
@@ -135,7 +142,7 @@ def _fields(form: FormData) -> dict[str, Any]:
         if name in _LISTS:
             fields.setdefault(name, []).append(value)
         elif name == "labels":
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 value = json.loads(value)
             fields[name] = value
         else:
@@ -144,33 +151,35 @@ def _fields(form: FormData) -> dict[str, Any]:
 
 
 def _submit_upload(
-    engine: Engine, caller: Caller, settings: Settings, wish: JobRequest, files: Sequence[UploadFile], key: str | None
+    engine: Engine, owner: int, settings: Settings, wish: JobRequest, files: Sequence[UploadFile], key: str | None
 ) -> Submitted:
     if not files:
         raise InvalidPayload("file: the form has none.", param="file")
     with TemporaryDirectory(prefix="vectormill-upload-") as kept:
         uploads = [_keep(file, Path(kept, str(number))) for number, file in enumerate(files)]
         corpus = UploadedCorpus(uploads, wish.columns(), settings.item_bytes)
-        return _submit(engine, caller, settings, wish, corpus, default_name(uploads[0].name), key)
+        return _submit(engine, owner, settings, wish, corpus, default_name(uploads[0].name), key)
 
 
 def _keep(file: UploadFile, folder: Path) -> Upload:
-    """Keep an upload under its own name, which says what it is."""
-    name = PurePosixPath((file.filename or "").replace("\\", "/").replace("\0", "")).name[-200:]
-    if name in ("", ".", ".."):
-        raise InvalidPayload("file: it has no name; send one that ends in .jsonl, .csv, .tsv or .parquet.")
+    """Keep an upload under a name of ours; the endings of its own say what it is."""
+    sent = (file.filename or "").encode(errors="replace").decode().replace("\\", "/").replace("\0", "")
+    name = PurePosixPath(sent).name[-200:]
+    endings = "".join(PurePosixPath(name).suffixes[-2:])
+    if not endings.isascii() or len(endings) > _MOST_ENDING:
+        endings = ""
     folder.mkdir()
-    digest = hashlib.sha256()
-    with Path(folder, name).open("xb") as kept:
+    kept, digest = folder / f"upload{endings}", hashlib.sha256()
+    with kept.open("xb") as target:
         while block := file.file.read(_BLOCK_BYTES):
             digest.update(block)
-            kept.write(block)
-    return Upload(name, Path(folder, name), digest.hexdigest())
+            target.write(block)
+    return Upload(name or "file", kept, digest.hexdigest())
 
 
 def _submit(
     engine: Engine,
-    caller: Caller,
+    owner: int,
     settings: Settings,
     wish: JobRequest,
     corpus: Corpus,
@@ -180,11 +189,11 @@ def _submit(
     if wish.output:
         _must_be_allowed("output", wish.output, settings.api_outputs, "VECTORMILL_API_OUTPUTS")
     with engine.begin() as connection:
-        model = find_model(connection, caller.workspace_id, wish.model)
+        model = find_model(connection, owner, wish.model)
     return submit(
         engine,
         Submission(
-            workspace_id=caller.workspace_id,
+            workspace_id=owner,
             model=model,
             corpus=corpus,
             options=wish.options(name, key),
@@ -195,14 +204,15 @@ def _submit(
 
 def _must_be_allowed(field: str, place: str, allowed: Sequence[str], variable: str) -> None:
     """A place that a caller names must lie below one that the operator allows."""
-    if not any(_is_below(place, folder) for folder in allowed):
+    # Dots after a link would lead out of the folder that it leads to; - is this process's own standard input.
+    odd = place == "-" or {".", ".."} & set(place.split("/"))
+    if odd or not any(_is_below(place, folder) for folder in allowed):
         # The same words whatever is there.
         raise UserError(f"{field}: {place} isn't below a place that this gateway's operator allows ({variable}).")
 
 
 def _is_below(place: str, folder: str) -> bool:
     if is_remote(place) or is_remote(folder):
-        within = place.startswith(folder.rstrip("/") + "/") or place == folder
-        return within and not {"..", "."} & set(place.split("/"))
+        return place.startswith(folder.rstrip("/") + "/") or place == folder
     # A pattern's own links are followed by whoever reads it: links below an allowed folder are the operator's.
     return Path(place).resolve().is_relative_to(Path(folder).resolve())

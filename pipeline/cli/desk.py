@@ -250,11 +250,12 @@ class ApiDesk:
         headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
         fields = wish.model_dump(exclude_defaults=True)
         if not files:
-            return self._made(self._send("POST", "/jobs", json=fields, headers=headers))
+            return self._made(self._send("POST", "/jobs", params=self._scope, json=fields, headers=headers))
         with ExitStack() as opened:
             parts = [("file", (path.name, opened.enter_context(path.open("rb")))) for path in files]
             form = {name: _as_field(value) for name, value in fields.items()}
-            return self._made(self._send("POST", "/jobs", data=form, files=parts, headers=headers))
+            sent = self._send("POST", "/jobs", params=self._scope, data=form, files=parts, headers=headers)
+            return self._made(sent)
 
     @staticmethod
     def _made(reply: httpx.Response) -> tuple[str, bool]:

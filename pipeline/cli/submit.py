@@ -184,7 +184,7 @@ def _files_of(sources: list[str], folder: Path) -> list[Path]:
             with paths[-1].open("wb") as kept:
                 shutil.copyfileobj(sys.stdin.buffer, kept)
         else:
-            paths.append(Path(file.uri))
+            paths.append(Path(file.name))
     return paths
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import SourceError
 from pipeline.sources import Columns, Corpus
 
 
@@ -26,7 +27,13 @@ class UploadedCorpus(Corpus):
 
     def __init__(self, uploads: Sequence[Upload], columns: Columns, item_bytes: int) -> None:
         """List them; raises as `Corpus`."""
-        super().__init__([str(upload.path) for upload in uploads], columns, item_bytes)
+        try:
+            super().__init__([str(upload.path) for upload in uploads], columns, item_bytes)
+        except SourceError as error:
+            told = str(error)
+            for upload in uploads:
+                told = told.replace(str(upload.path), upload.name)
+            raise SourceError(told) from None
         self._uploads = uploads
         self.files = [replace(file, name=one.name) for file, one in zip(self.files, uploads, strict=True)]
 
@@ -36,6 +43,9 @@ class UploadedCorpus(Corpus):
         return [{"uri": f"upload:{one.name}", "etag": one.sha256, "bytes": file.bytes} for file, one in kept]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the bytes of each file and the columns."""
+        """SHA-256 over the bytes of each file, how they are read, and the columns."""
         columns = (self.columns.text, self.columns.key, self.columns.carry)
-        return hashlib.sha256(json.dumps([[one.sha256 for one in self._uploads], columns]).encode()).hexdigest()
+        files = [
+            (one.sha256, file.format, file.compression) for file, one in zip(self.files, self._uploads, strict=True)
+        ]
+        return hashlib.sha256(json.dumps([files, columns]).encode()).hexdigest()

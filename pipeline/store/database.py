@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import orjson
 import psycopg
 from psycopg import sql
 from sqlalchemy import Connection, Engine, create_engine, event, text
@@ -36,6 +37,8 @@ def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = 
         pool_size=pool_size,
         max_overflow=0,
         pool_pre_ping=ping,
+        # Numbers beyond 64 bits come as floats, which all that writes JSON can write.
+        json_deserializer=orjson.loads,
         # Parameters can be documents: no error message may show them.
         hide_parameters=True,
     )

@@ -197,7 +197,14 @@ def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
     assert "model" in refused(data={}, files=file)
     assert "no model" in refused(data={"model": "missing"}, files=file)
     assert "the form has none" in refused(files=[("model", (None, b"static"))])
-    assert "unknown kind of file" in refused(data={"model": "static"}, files=[("file", ("a.exe", b"x"))])
+    unknown = refused(data={"model": "static"}, files=[("file", ("a.exe", b"x"))])
+    assert unknown.startswith("a.exe: unknown kind of file")
+    long = [("file", ("文" * 100 + ".jsonl", _lines(_ROWS[:2])))]
+    assert line.post("/api/jobs", data={"model": "static"}, files=long).status_code == 201
+    deep = {"content": b"[" * 200_000, "headers": {"content-type": "application/json"}}
+    assert "neither JSON nor" in refused(**deep)
+    charset = "multipart/form-data; boundary=x; charset=undefined"
+    assert refused(content=b"--x--", headers={"content-type": charset})
     wrong = refused(data={"model": "static"}, files=[("file", ("../../b.jsonl", b'{"body": "x"}\n'))])
     # Named as its sender calls it, not as it is kept.
     assert wrong.startswith('b.jsonl line 1: no column "text"')
@@ -219,6 +226,15 @@ def test_packed_and_several_files(line: httpx.Client) -> None:
     assert _ended(line, made["id"])["state"] == "completed"
 
 
+def test_a_carried_number_beyond_64_bits(line: httpx.Client) -> None:
+    rows = [{"id": "a", "text": "sail", "far": 1e30}]
+    made = _upload(line, rows, name="far.jsonl", carry="far").json()
+    assert _ended(line, made["id"])["state"] == "completed"
+    assert line.get(f"/api/jobs/{made['id']}/results", params={"format": "jsonl"}).json()["far"] == 1e30
+    table = pq.read_table(pa.BufferReader(line.get(f"/api/jobs/{made['id']}/results").content))
+    assert float(table["far"][0].as_py()) == 1e30
+
+
 def test_many_uploads_at_once(line: httpx.Client) -> None:
     """More than there are connections: each waits for its turn, and statuses don't wait for them."""
     with ThreadPoolExecutor(16) as threads:
@@ -236,7 +252,16 @@ def test_sources_that_the_operator_allows(line: httpx.Client, allowed: Path, tmp
     reply = line.get(f"/api/jobs/{made.json()['id']}/results", params={"format": "jsonl", "first": 290})
     assert len(reply.text.splitlines()) == 10
     (allowed / "link").symlink_to(tmp_path)
-    for source in ("/etc/passwd", f"{allowed}/../x.jsonl", f"{allowed}x", f"{allowed}/link/x.jsonl", "s3://secret/x"):
+    (allowed / "here").symlink_to(allowed / "out")
+    for source in (
+        "-",
+        f"{allowed}/[h]ere/../docs.jsonl",
+        "/etc/passwd",
+        f"{allowed}/../x.jsonl",
+        f"{allowed}x",
+        f"{allowed}/link/x.jsonl",
+        "s3://secret/x",
+    ):
         refused = line.post("/api/jobs", json={"model": "static", "sources": [source]})
         assert (refused.status_code, "isn't below a place" in refused.text) == (400, True), source
     refused = line.post("/api/jobs", json={**wish, "output": str(tmp_path)})
@@ -270,11 +295,25 @@ def test_a_workspace_sees_nothing_of_another(working: Gateway, done: dict[str, A
         seen = other.get("/api/workers").json()
         assert {name for worker in seen["workers"] + seen["engines"] for name in worker["models"]} <= {"static"}
         mine = _upload(other, _ROWS[:3], name="theirs.jsonl").json()
+        elsewhere = other.post(
+            "/api/jobs",
+            data={"model": "static"},
+            files=[("file", ("docs.jsonl", _lines(_ROWS[:3])))],
+            params={"workspace": "default"},
+        )
+        assert elsewhere.status_code == 404
     assert line.get("/api/usage", params={"workspace": "strangers"}).status_code == 200
     # An admin's key sees all workspaces, and may narrow.
     everything = line.get("/api/jobs", params={"name": "theirs"}).json()["data"]
     assert [(row["id"], row["workspace"]) for row in everything] == [(mine["id"], "strangers")]
     assert line.get("/api/jobs", params={"name": "theirs", "workspace": "default"}).json()["data"] == []
+    # A job is made where an admin says; and of two jobs with a name, an admin's own comes first.
+    file = [("file", ("docs.jsonl", _lines(_ROWS[:3])))]
+    there = line.post("/api/jobs", data={"model": "static"}, files=file, params={"workspace": "strangers"}).json()
+    assert line.get(f"/api/jobs/{there['id']}", params={"workspace": "strangers"}).status_code == 200
+    own = line.get("/api/jobs/docs").json()["id"]
+    assert own not in (there["id"], mine["id"])
+    assert line.get("/api/jobs/docs", params={"workspace": "strangers"}).json()["id"] == there["id"]
 
 
 def test_keys_and_models_of_others_are_not_there(working: Gateway, line: httpx.Client) -> None:
