@@ -13,6 +13,7 @@
     counting            `/metrics`: requests by route
     asking              who asks `/api`, and which jobs they see
     submissions, jobs   `/api/jobs`: make them, see and steer them, take what came of them
+    shapes              how it shows them
     fleet               `/api`: workers, engines, models
     administration      `/api`: usage and keys
     examples            what the OpenAPI description shows

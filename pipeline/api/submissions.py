@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException
 from pipeline import status
 from pipeline.api.asking import SECURITY, ask, caller_of, problems, scope_of
 from pipeline.api.bulk import Bulk
-from pipeline.api.jobs import Job
+from pipeline.api.shapes import Job
 from pipeline.catalog import find_model
 from pipeline.errors import InvalidPayload, UserError
 from pipeline.request import JobRequest, default_name, read_request
