@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline import control, metrics, standing, status
 from pipeline.deliver import Deliveries
+from pipeline.errands import Errands
 from pipeline.errors import ServiceUnreachable
 from pipeline.jobs import JobState, Reason
 from pipeline.publish import Publisher, queue_of
@@ -48,6 +49,7 @@ class Dispatcher:
     publisher: Publisher
     lease_seconds: float
     text_retention_days: float
+    errands: Errands | None = None
     #: Last chunk id rung for, by job; a lap over when it passes the last pending one.
     cursors: dict[UUID, int] = field(default_factory=dict)
     #: Last chunk id cancelled, by job: going on from there, nothing that is gone is looked at again.
@@ -294,6 +296,12 @@ def remove_old_texts(dispatcher: Dispatcher) -> None:
             items.remove_texts(connection, *due, _REMOVE_LIMIT)
 
 
+def see_to_errands(dispatcher: Dispatcher) -> None:
+    """Begin what takes long and is due."""
+    if dispatcher.errands:
+        dispatcher.errands.begin()
+
+
 def show_standing(dispatcher: Dispatcher) -> None:
     """Let the metrics say how things stand."""
     with dispatcher.engine.connect() as connection:
@@ -305,6 +313,7 @@ DUTIES: tuple[tuple[Callable[[Dispatcher], None], float], ...] = (
     (publish, 0.25),
     (drain, 0.25),
     (finish, 0.25),
+    (see_to_errands, 0.5),
     (sweep, 1.0),
     (snapshot, 1.0),
     (judge_models, 5.0),

@@ -42,6 +42,7 @@ def dispatcher() -> None:
     Example: vectormill dispatcher
     """
     from pipeline.dispatch import Dispatcher, run
+    from pipeline.errands import CONNECTIONS, Errands, Means
     from pipeline.publish import Publisher
     from pipeline.store.database import make_engine
 
@@ -53,6 +54,7 @@ def dispatcher() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     engine = make_engine(database, application="vectormill-dispatcher", pool_size=2, ping=False)
+    beside = make_engine(database, application="vectormill-errands", pool_size=CONNECTIONS)
     publisher = Publisher(redis)
     try:
         run(
@@ -61,6 +63,7 @@ def dispatcher() -> None:
                 publisher=publisher,
                 lease_seconds=settings.lease_seconds,
                 text_retention_days=settings.text_retention_days,
+                errands=Errands(Means(beside, settings)),
             ),
             stop,
         )

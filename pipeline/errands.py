@@ -1,0 +1,92 @@
+"""What the dispatcher sees to beside its duties, since it takes seconds to hours: each piece in a thread of its own.
+
+A piece may be killed midway, or be done by two dispatchers at once: the database decides what counts.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from pipeline import metrics
+from pipeline.settings import Settings
+from pipeline.store.database import is_connection_lost, plain_reason
+
+log = structlog.get_logger()
+
+#: A piece that failed isn't begun again before so long.
+_AGAIN_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What pieces of work are done with."""
+
+    #: Each piece under way may hold two of its connections.
+    engine: Engine
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """A kind of work."""
+
+    name: str
+    #: Lists at most so many pieces that are due, by id, the oldest first.
+    due: Callable[[Connection, int], Sequence[Hashable]]
+    #: Does one of them.
+    do: Callable[[Means, Hashable], None]
+    #: Pieces at a time.
+    at_once: int = 2
+
+
+#: What there is to see to.
+ERRANDS: tuple[Errand, ...] = ()
+
+#: Connections that they may need together, with one to look for what is due.
+CONNECTIONS = 1 + 2 * sum(errand.at_once for errand in ERRANDS)
+
+
+class Errands:
+    """Pieces under way. Forgetting them costs doing them again, no more."""
+
+    def __init__(self, means: Means, kinds: Sequence[Errand] = ERRANDS) -> None:
+        self._means, self._kinds = means, kinds
+        self._under_way: set[tuple[str, Hashable]] = set()
+        #: When a piece that failed may be begun again, by the monotonic clock.
+        self._rests: dict[tuple[str, Hashable], float] = {}
+
+    def begin(self) -> None:
+        """Begin what is due, as far as there is room; never waits for it."""
+        now = time.monotonic()
+        self._rests = {piece: until for piece, until in self._rests.items() if until > now}
+        for kind in self._kinds:
+            room = kind.at_once - sum(name == kind.name for name, _ in self._under_way)
+            if room <= 0:
+                continue
+            with self._means.engine.connect() as connection:
+                due = kind.due(connection, room + len(self._under_way) + len(self._rests))
+            for piece in due:
+                which = (kind.name, piece)
+                if room > 0 and which not in self._under_way and which not in self._rests:
+                    room -= 1
+                    self._under_way.add(which)
+                    threading.Thread(target=partial(self._run, kind, piece), daemon=True).start()
+
+    def _run(self, kind: Errand, piece: Hashable) -> None:
+        which = (kind.name, piece)
+        try:
+            kind.do(self._means, piece)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed, and the log says it
+            self._rests[which] = time.monotonic() + _AGAIN_SECONDS
+            lost = isinstance(error, DBAPIError) and is_connection_lost(error)
+            metrics.DISPATCHER_FAILURES.labels("database" if lost else "other").inc()
+            told = plain_reason(error) if isinstance(error, DBAPIError) else str(error)[:500]
+            log.warning("errand_failed", errand=kind.name, piece=str(piece), error=type(error).__name__, message=told)
+        finally:
+            self._under_way.discard(which)
