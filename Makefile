@@ -37,7 +37,7 @@ test-browser: $(BROWSER)
 	$(BIN)/python -m pytest tests/browser
 
 # Debian's prometheus brings promtool. Its service isn't wanted.
-# Compose file, images, doctor, Flower, metrics, rules, and every command in README and runbooks.
+# Compose file, images, doctor, Flower, metrics, rules, and every command in README, runbooks and guides.
 test-ops: $(INSTALLED)
 	@command -v promtool >/dev/null || { \
 		test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { \

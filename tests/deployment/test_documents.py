@@ -1,4 +1,4 @@
-"""Commands in README.md and in the runbooks, as they stand there, on an `up` of their own.
+"""Commands in README.md, in the runbooks and in the guides, as they stand there, on an `up` of their own.
 
 A block is run, in the order of its file, unless a word after its language says what it needs: ```sh docker.
 """
@@ -19,6 +19,11 @@ from tests.machines import remove_what_root_keeps
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _RUNBOOKS = _CHECKOUT / "ops" / "runbooks"
+#: In an order in which each finds what it goes on with.
+_GUIDES = [
+    _CHECKOUT / "ops" / "guides" / f"{name}.md"
+    for name in ("README", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery")
+]
 _LANGUAGES = {"sh", "sql", "python"}
 #: What a block may need that isn't here: a container engine, a GPU, somebody's account, a state or names of its own.
 _MARKS = {"docker", "gpu", "cloud", "example"}
@@ -56,13 +61,12 @@ class Reader:
     folder: Path
     environment: dict[str, str]
 
-    def run(self, block: Block) -> None:
-        """Do what a block says."""
+    def run(self, block: Block) -> str:
+        """Do what a block says. Returns what it prints, of SQL the last statement's rows."""
         if block.language == "sql":
-            self._query(block)
-        else:
-            interpreter = ["bash", "-euo", "pipefail", "-c"] if block.language == "sh" else [sys.executable, "-c"]
-            self._command(block.where, *interpreter, block.code)
+            return self._query(block)
+        interpreter = ["bash", "-euo", "pipefail", "-c"] if block.language == "sh" else [sys.executable, "-c"]
+        return self._command(block.where, *interpreter, block.code)
 
     def _command(self, where: str, *command: str) -> str:
         done = subprocess.run(
@@ -77,13 +81,16 @@ class Reader:
         assert done.returncode == 0, f"{where}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
         return done.stdout
 
-    def _query(self, block: Block) -> None:
+    def _query(self, block: Block) -> str:
         """Each statement, with the job's id where the document leaves it open."""
         with psycopg.connect(self.environment["VECTORMILL_DATABASE_URL"]) as connection:
             (job,) = connection.execute("select id::text from vectormill.jobs order by id limit 1").fetchone() or ("",)
+            done = None
             for statement in block.code.replace("…", job).split(";"):
                 if statement.strip():
-                    connection.execute(statement.encode())
+                    done = connection.execute(statement.encode())
+            rows = done.fetchall() if done and done.description else []
+            return "\n".join("  ".join(str(value) for value in row) for row in rows)
 
     def load_environment(self) -> None:
         """As `eval "$(vectormill env)"`."""
@@ -156,8 +163,31 @@ def test_the_runbooks_commands_run(reader: Reader) -> None:
     assert len(done) > 20
 
 
+def test_the_guides_do_what_they_say(reader: Reader) -> None:
+    shown = {page.stem: [reader.run(block) for block in blocks_of(page) if not block.mark] for page in _GUIDES}
+    index = shown["indexing"]
+    assert index[-1].split("\n")[0] == "1", "an article is nearest to itself"
+    by_sdk, by_command, prompts, filtered, recall = shown["retrieval"]
+    found = [line.split("  ")[1] for line in by_sdk.splitlines()]
+    assert set(found) == {"Mills", "Millstones", "Bread"}
+    assert all(f"{title}. " in by_command for title in found)
+    assert prompts == "all-MiniLM-L6-v2    "
+    assert filtered.splitlines()[0] == "Mills"
+    assert float(recall) > 0.5
+    assert shown["batching"][0] == "(500, 384)\n"
+    alike, threshold, pairs, _, by_file = shown["similarity"]
+    assert alike.splitlines()[0].split("  ")[0] == "Millstones"
+    assert threshold
+    assert pairs.split("  ")[:2] == ["1", "2"]
+    assert by_file == "2 is like 1\n"
+
+
+def test_every_guide_is_read() -> None:
+    assert sorted(_GUIDES) == sorted((_CHECKOUT / "ops" / "guides").glob("*.md"))
+
+
 def test_every_block_is_run_or_says_what_it_needs() -> None:
-    for document in (_CHECKOUT / "README.md", *_RUNBOOKS.glob("*.md")):
+    for document in (_CHECKOUT / "README.md", *_RUNBOOKS.glob("*.md"), *_GUIDES):
         for block in blocks_of(document):
             assert block.language in _LANGUAGES, block.where
             assert not block.mark or block.mark in _MARKS, block.where
