@@ -10,7 +10,7 @@ from sqlalchemy import Connection, RowMapping
 from pipeline.errors import IllegalTransition, UserError
 from pipeline.jobs import RETRYABLE_REJECTS, JobState, Reason
 from pipeline.status import job_row
-from pipeline.store import chunks, jobs, models
+from pipeline.store import chunks, items, jobs, models
 
 
 def cancel(connection: Connection, job_id: UUID) -> JobState:
@@ -68,7 +68,7 @@ def pause_for(connection: Connection, job_id: UUID, reason: Reason, message: str
 
 def retry(connection: Connection, job_id: UUID) -> int:
     """Reopen an ended job's chunks that hold rejects which may be tried again, and, of a failed one, those that were
-    cancelled. Returns how many chunks that is; 0 leaves the job as it was.
+    cancelled. Returns how many chunks that is; 0 leaves the job as it was, also if it must fail again for its rejects.
 
     Raises:
         IllegalTransition: the job hasn't ended, or was cancelled.
@@ -85,10 +85,17 @@ def retry(connection: Connection, job_id: UUID) -> int:
         )
     if models.of_job(connection, job_id) is None:
         raise UserError(f"the model of job {job_id} is no longer in the catalogue as it was; submit it again.")
+    if row["max_rejects"] is not None and _lasting_rejects(connection, job_id) > row["max_rejects"]:
+        return 0
     reopened = chunks.reopen(connection, job_id, sorted(RETRYABLE_REJECTS))
     if reopened:
         jobs.requeue(connection, job_id)
     return reopened
+
+
+def _lasting_rejects(connection: Connection, job_id: UUID) -> int:
+    counts = items.count_rejects(connection, job_id)
+    return sum(count for code, count in counts.items() if code not in RETRYABLE_REJECTS)
 
 
 def _unless(connection: Connection, job_id: UUID, states: Sequence[JobState], done: str) -> JobState:

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import metrics
+from pipeline import metrics, sql_requests
 from pipeline.settings import Settings
+from pipeline.store import requests
 from pipeline.store.database import is_connection_lost, plain_reason
 
 log = structlog.get_logger()
@@ -40,13 +42,15 @@ class Errand:
     #: Lists at most so many pieces that are due, by id, the oldest first.
     due: Callable[[Connection, int], Sequence[Hashable]]
     #: Does one of them.
-    do: Callable[[Means, Hashable], None]
+    do: Callable[[Means, Any], None]
     #: Pieces at a time.
     at_once: int = 2
 
 
 #: What there is to see to.
-ERRANDS: tuple[Errand, ...] = ()
+ERRANDS: tuple[Errand, ...] = (
+    Errand("requests", requests.due, lambda means, job: sql_requests.stage(means.engine, means.settings, job)),
+)
 
 #: Connections that they may need together, with one to look for what is due.
 CONNECTIONS = 1 + 2 * sum(errand.at_once for errand in ERRANDS)

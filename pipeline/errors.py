@@ -25,6 +25,10 @@ class SourceError(UserError):
     """A source can't be read. The message names the file, the row and the mend."""
 
 
+class EmptySource(SourceError):
+    """A source has no rows."""
+
+
 class SourceChanged(SourceError):
     """A source is no longer what it was when the job was made."""
 

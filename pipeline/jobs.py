@@ -59,6 +59,34 @@ CHUNK_TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
 }
 
 
+class RequestState(enum.StrEnum):
+    """Where a request in SQL stands. `FAILED` carries a reason; asked for again, it is `REQUESTED` again."""
+
+    REQUESTED = "requested"
+    #: It is a job by now.
+    SUBMITTED = "submitted"
+    FAILED = "failed"
+
+
+class RequestReason(enum.StrEnum):
+    """Why a request in SQL has failed before it was a job."""
+
+    EMPTY_SOURCE = "empty_source"
+    #: The database refuses the query, or its columns don't serve.
+    QUERY_REFUSED = "query_refused"
+    SOURCE_UNREACHABLE = "source_unreachable"
+    #: An option, the model or the idempotency key doesn't fit.
+    REQUEST_REFUSED = "request_refused"
+
+
+class EventState(enum.StrEnum):
+    """Where an event for a webhook stands."""
+
+    WAITING = "waiting"
+    DELIVERED = "delivered"
+    GIVEN_UP = "given_up"
+
+
 class Reason(enum.StrEnum):
     """Why a job is paused or has failed."""
 

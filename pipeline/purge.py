@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine
 from pipeline.errors import IllegalTransition
 from pipeline.jobs import JobState
 from pipeline.status import job_row
-from pipeline.store import chunks, items, jobs, partitions
+from pipeline.store import chunks, items, jobs, partitions, requests
 from pipeline.tables import PARTITIONED
 
 #: Deleted at once.
@@ -75,7 +75,8 @@ def _forget_job(engine: Engine, job_id: UUID) -> int:
             gone = chunks.delete_some(connection, job_id, _ROWS)
         chunks_gone += gone
     with engine.begin() as connection:
-        jobs.delete(connection, job_id)
+        if jobs.delete(connection, job_id):
+            requests.delete(connection, job_id)
     return chunks_gone
 
 
@@ -105,6 +106,7 @@ def purge_month(engine: Engine, first: datetime) -> str | None:
         return why
     _forget_jobs(engine, *_ids_of(first))
     with engine.begin() as connection:
+        requests.delete_between(connection, *_ids_of(first))
         why = _month(connection, first).why_it_stays
     if why:
         return why

@@ -51,6 +51,9 @@ class JobRequest(BaseModel):
     output: _Address | None = Field(
         default=None, description="An empty folder or URI for Parquet files, which the operator allows."
     )
+    webhook: _Address | None = Field(
+        default=None, description="Where the job's end is told, an address that the operator allows."
+    )
 
     @model_validator(mode="after")
     def _check_carry(self) -> Self:
@@ -70,7 +73,7 @@ class JobRequest(BaseModel):
     def options(self, default_name: str, idempotency_key: str | None = None, **more: Any) -> Options:
         """How the job runs; `more` are options that only operators have."""
         names = ("dimensions", "dtype", "max_item_tokens", "on_long", "max_rejects", "unique_keys", "priority")
-        same = {name: getattr(self, name) for name in (*names, "labels", "by_reference", "output")}
+        same = {name: getattr(self, name) for name in (*names, "labels", "by_reference", "output", "webhook")}
         return Options(name=self.name or default_name, idempotency_key=idempotency_key, **{**same, **more})
 
 

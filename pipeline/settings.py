@@ -1,6 +1,7 @@
 """The environment's only reader. Nothing is read when this module is imported."""
 
 import os
+from base64 import b64decode
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,9 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     #: Redis or Valkey, as `redis://…`. Unset: the embedded server.
     redis_url: SecretStr | None = None
+    #: What queries of `vectormill.submit`, the function, run as: a login in Postgres that may read what they select
+    #: from, and nothing else. Unset: the embedded server's own; without one, requests are refused.
+    sql_url: SecretStr | None = None
     #: Where embedded servers, logs and the demo keep their files.
     home: Path = _CHECKOUT / ".vectormill"
 
@@ -70,6 +74,11 @@ class Settings(BaseSettings):
     gateway_seconds: float = Field(default=60, ge=1, le=600)
     #: Requests of one chunk that are under way at a time.
     gateway_in_flight: int = Field(default=4, ge=1, le=64)
+    #: Addresses, comma-separated, below which webhooks may be; empty: none.
+    webhooks: Annotated[tuple[str, ...], NoDecode] = ()
+    #: Signs what webhooks are told: `whsec_` and base64 of 24 to 64 bytes. Several, with spaces between, all sign: so
+    #: receivers can change from one to the next.
+    webhook_secret: SecretStr | None = None
     #: Where dispatchers and workers show their metrics, for one that scrapes. Unset: nowhere; 0 picks a free port.
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
@@ -86,10 +95,29 @@ class Settings(BaseSettings):
     #: Precision on CUDA; a CPU always embeds in float32. Set by `vectormill worker --precision`.
     worker_dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
 
-    @field_validator("worker_models", "worker_devices", "api_sources", "api_outputs", mode="before")
+    @field_validator("worker_models", "worker_devices", "api_sources", "api_outputs", "webhooks", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+    @field_validator("sql_url", mode="after")
+    @classmethod
+    def _check_sql_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("write postgresql://user:password@host/name")
+        return value
+
+    @field_validator("webhook_secret", mode="after")
+    @classmethod
+    def _check_webhook_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        for secret in value.get_secret_value().split() if value else ():
+            try:
+                key = b64decode(secret.removeprefix("whsec_"), validate=True)
+            except ValueError:
+                key = b""
+            if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
+                raise ValueError("write whsec_ and base64 of 24 to 64 bytes")
+        return value
 
     @field_validator("home", "flower_config", mode="after")
     @classmethod
@@ -131,7 +159,7 @@ def load_settings() -> Settings:
 
 
 #: Settings that may stand in a file, which the variable with `_FILE` after its name points to.
-_SECRETS = ("database_url", "redis_url", "flower_password")
+_SECRETS = ("database_url", "redis_url", "sql_url", "flower_password", "webhook_secret")
 
 
 def _secrets_in_files() -> dict[str, Any]:

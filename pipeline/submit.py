@@ -18,8 +18,8 @@ from uuid_utils.compat import uuid7
 
 from pipeline import control, parts
 from pipeline.catalog import vector_space_of
-from pipeline.errors import IdempotencyConflict, LeaseLost, SourceError, UserError, VectormillError
-from pipeline.jobs import Extent, Model, Reject
+from pipeline.errors import EmptySource, IdempotencyConflict, LeaseLost, UserError, VectormillError
+from pipeline.jobs import Extent, Model, Reason, Reject
 from pipeline.leases import Renewal
 from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
 from pipeline.settings import Settings
@@ -57,6 +57,8 @@ class Options:
     by_reference: bool = False
     #: Folder or URI of the Parquet files that vectors go to, instead of Postgres.
     output: str | None = None
+    #: Where the job's end is told, instead of where its workspace says.
+    webhook: str | None = None
     #: The user's own table, which gets each vector too, by key.
     into: str | None = None
     #: Whether that table gets an index at the job's end.
@@ -97,6 +99,8 @@ class Submission:
     corpus: Source
     options: Options
     planning: Planning
+    #: The job's id, a UUIDv7, where it is known already; needs an idempotency key.
+    job_id: UUID | None = None
     #: Hears how many items are committed.
     on_items: Callable[[int], None] = lambda _: None
 
@@ -117,6 +121,7 @@ class Submission:
             "into": into.to_json() if into else None,
             "columns": asdict(self.corpus.columns),
             "item_bytes": self.corpus.item_bytes,
+            "webhook": self.options.webhook,
         }
 
 
@@ -135,7 +140,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
     Nothing runnable is left when this raises.
 
     Raises:
-        SourceError: the corpus can't be read, or has no item.
+        SourceError: the corpus can't be read; `EmptySource`: it has no item.
         IdempotencyConflict: the key was used with another payload.
         UserError: an option doesn't fit the model, or `unique_keys` and a key comes twice.
     """
@@ -144,7 +149,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
     _check_lengths(options, submission.model)
     with engine.begin() as connection:
         job = jobs.NewJob(
-            id=uuid7(),
+            id=submission.job_id or uuid7(),
             workspace_id=submission.workspace_id,
             name=options.name,
             model_name=submission.model.name,
@@ -217,6 +222,8 @@ def _attach(engine: Engine, submission: Submission) -> Submitted:
     if found is None:  # it was undone just now
         return submit(engine, submission)
     job_id = found["id"]
+    if submission.job_id not in (None, job_id):
+        raise _conflict(key, job_id)
     if found["state"] == "staging":
         return _attach_to_staging(engine, submission, found)
     submission.corpus.read_fingerprint()
@@ -266,7 +273,7 @@ class _Staging:
         tokens = chunk_tokens(planning.chunk_seconds, model.tokens_per_second)
         self._planner = Planner(Limits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes))
         self._lease_seconds = planning.lease_seconds
-        self._items = self._chunks = 0
+        self._items = self._chunks = self._rejects = 0
         #: Indexes of rejects in items that no chunk covers yet.
         self._rejected_at: list[int] = []
         self._spots = _Spots()
@@ -363,6 +370,7 @@ class _Staging:
             sizes = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
             planned += self._planner.add(estimate_tokens(sizes, self._max_item_tokens), sizes)
         items.copy_rejects(connection, self._job_id, rejects)
+        self._rejects += len(rejects)
         self._rejected_at += [reject.index for reject in rejects]
         chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, planned)))
 
@@ -385,9 +393,10 @@ class _Staging:
     def _queue(self) -> None:
         options = self._submission.options
         if not self._items:
-            raise SourceError(f"{self._submission.corpus.name}: no rows; there is nothing to embed.")
+            raise EmptySource(f"{self._submission.corpus.name}: no rows; there is nothing to embed.")
         if options.unique_keys:
             self._check_keys()
+        limit = control.reject_limit(options.max_rejects, self._items)
         with self._engine.begin() as connection:
             self._hold(connection)
             chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, self._planner.finish())))
@@ -396,10 +405,13 @@ class _Staging:
                 self._job_id,
                 self._fence,
                 items_total=self._items,
-                max_rejects=control.reject_limit(options.max_rejects, self._items),
+                max_rejects=limit,
                 payload=self._submission.payload(),
                 keeps_texts=not options.by_reference,
             )
+            if limit is not None and limit < self._rejects < self._items:
+                # Before any chunk can be claimed: nobody pays for, or reads, a part of what fails anyway.
+                control.fail(connection, self._job_id, Reason.TOO_MANY_REJECTS, control.too_many(self._rejects, limit))
 
     def _check_keys(self) -> None:
         with self._engine.begin() as connection:

@@ -4,6 +4,8 @@
 foreign keys, so that dropping a partition is all it takes to forget a month.
 """
 
+from enum import StrEnum
+
 from pgvector.sqlalchemy import HALFVEC, VECTOR
 from sqlalchemy import (
     ARRAY,
@@ -32,7 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from pipeline.jobs import ChunkState, JobState
+from pipeline.jobs import ChunkState, EventState, JobState, RequestState
 
 SCHEMA = "vectormill"
 
@@ -60,7 +62,7 @@ def _count(name: str) -> Column[int]:
     return Column(name, BigInteger, nullable=False, server_default="0")
 
 
-def _state(states: type[JobState] | type[ChunkState]) -> CheckConstraint:
+def _state(states: type[StrEnum]) -> CheckConstraint:
     return CheckConstraint("state in ({})".format(", ".join(f"'{state}'" for state in states)), name="state")
 
 
@@ -75,6 +77,8 @@ workspaces = Table(
     Column("tokens_per_minute", BigInteger),
     Column("monthly_tokens", BigInteger),
     Column("monthly_cost", Numeric),
+    # Where its jobs' ends are told, unless a job says otherwise.
+    Column("webhook", Text),
     _moment("created_at", now=True),
     CheckConstraint("weight > 0", name="weight"),
 )
@@ -203,6 +207,35 @@ jobs = Table(
     ),
     Index("jobs_texts_idx", "finished_at", postgresql_where=text("texts_kept_from < items_total")),
     Index("jobs_newest_idx", "workspace_id", text("id desc")),
+)
+
+#: Jobs that were asked for by `vectormill.submit`, the function: each becomes a job over its query's rows.
+requests = Table(
+    "requests",
+    metadata,
+    # Of the job that it becomes.
+    Column("job_id", Uuid, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    # The role that was logged in.
+    Column("requested_by", Text, nullable=False),
+    Column("query", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("name", Text),
+    Column("text_column", Text, nullable=False),
+    Column("key_column", Text),
+    Column("options", JSONB, nullable=False),
+    Column("idempotency_key", Text),
+    # Over all that decides the result, as the function sees it.
+    Column("payload_sha256", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default="requested"),
+    Column("reason", Text),
+    Column("message", Text),
+    # Last.
+    Column("requested_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _moment("finished_at"),
+    _state(RequestState),
+    UniqueConstraint("workspace_id", "idempotency_key"),
+    Index("requests_due_idx", "requested_at", postgresql_where=text("state = 'requested'")),
 )
 
 inputs = Table(
@@ -407,6 +440,28 @@ engines = Table(
     Column("device", Text, nullable=False),
     _moment("started_at", now=True),
     _moment("seen_at", now=True),
+)
+
+#: What webhooks are told.
+events = Table(
+    "events",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("workspace_id", BigInteger, nullable=False),
+    Column("type", Text, nullable=False),
+    # May hold a token of the receiver's.
+    Column("url", Text, nullable=False),
+    # As it is sent and signed, each time the same.
+    Column("body", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default="waiting"),
+    Column("tries", SmallInteger, nullable=False, server_default="0"),
+    Column("next_try_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # What came of the last try.
+    Column("answer", Text),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _moment("finished_at"),
+    _state(EventState),
+    Index("events_due_idx", "next_try_at", postgresql_where=text("state = 'waiting'")),
 )
 
 #: One row per role that only one process may play at a time.

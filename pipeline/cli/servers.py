@@ -134,10 +134,11 @@ def _machine(settings: Settings, workers: int) -> Machine:
     from pipeline.cli.prepare import prepare_database
 
     prepare = partial(prepare_database, home=settings.home)
+    own = settings.database_url is None and settings.sql_url is None
     return Machine(
         settings,
         prepare=prepare,
-        stages=lambda running: app_stages(running, workers),
+        stages=lambda running: app_stages(running, workers, queries_as_owner=own),
         metered=metered_names(workers),
     )
 

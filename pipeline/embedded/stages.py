@@ -37,13 +37,17 @@ def metered_names(workers: int) -> list[str]:
     return ["engine", "dispatcher", *worker_names(workers)]
 
 
-def app_stages(running: Running, workers: int) -> Iterator[tuple[Child, ...]]:
+def app_stages(running: Running, workers: int, *, queries_as_owner: bool = False) -> Iterator[tuple[Child, ...]]:
     """Yield the stages that follow the servers.
 
     Args:
         workers: how many worker processes, each with its own children.
+        queries_as_owner: whether queries of requests in SQL may run as the database's owner, since all of it is one
+            person's.
     """
     environment = _environment(running)
+    if queries_as_owner:
+        environment["VECTORMILL_SQL_URL"] = running.database_url
     url = running.database_url
     started = _database_time(url)
 

@@ -27,6 +27,8 @@ _POSTGRES: dict[str, Any] = {
     "application_name": "vectormill-source",
     "options": "-c default_transaction_read_only=on",
 }
+#: Classes of Postgres' errors whose messages quote values of rows, or are a function's own words.
+_QUOTING = ("22", "23", "P0")
 #: Kinds of values that are written as strings where they are keys or carried.
 _WRITTEN_OUT = (UUID, Decimal, date, datetime, time)
 
@@ -34,7 +36,7 @@ _WRITTEN_OUT = (UUID, Decimal, date, datetime, time)
 class QueryCorpus:
     """The rows of a query on Postgres, DuckDB, or any database that SQLAlchemy has a driver for."""
 
-    def __init__(self, url: str, query: str, columns: Columns, item_bytes: int) -> None:
+    def __init__(self, url: str, query: str, columns: Columns, item_bytes: int, *, asked_by: str = "--from") -> None:
         """Connect to nothing yet.
 
         Args:
@@ -42,15 +44,17 @@ class QueryCorpus:
             query: one statement that returns rows.
             columns: the columns to read.
             item_bytes: a longer text is rejected.
+            asked_by: the option or setting that gives the URL, for messages.
 
         Raises:
             UserError: the URL isn't one, or its driver isn't installed.
         """
         self.columns = columns
         self.item_bytes = item_bytes
-        self._url = _parsed(url)
+        self._asked_by = asked_by
+        self._url = _parsed(url, asked_by)
         self._query = query.strip().rstrip(";")
-        self._engine = _engine(self._url)
+        self._engine = _engine(self._url, asked_by)
 
     @property
     def name(self) -> str:
@@ -166,24 +170,27 @@ class QueryCorpus:
         primary = getattr(diagnosis, "message_primary", None)
         state = getattr(error.orig, "sqlstate", None)
         if primary and not (state or "").startswith(("08", "57P")):
-            return SourceError(f"{self.name}: {primary}.")
+            quotes = (state or "").startswith(_QUOTING)
+            return SourceError(f"{self.name}: {type(error.orig).__name__ if quotes else primary}.")
         if self._url.get_backend_name() == "postgresql":
-            return ServiceUnreachable(f"can't reach {self._address}, the --from database; nothing was submitted.")
+            return ServiceUnreachable(
+                f"can't reach {self._address}, the {self._asked_by} database; nothing was submitted."
+            )
         first_line = str(error.orig).strip().splitlines()[0][:300] if str(error.orig).strip() else "no reason given"
         return SourceError(f"{self.name}: {first_line}")
 
 
-def _parsed(url: str) -> URL:
+def _parsed(url: str, asked_by: str) -> URL:
     try:
         made = sqlalchemy.make_url(url)
     except ArgumentError:
-        raise UserError("--from: not a URL; write it as postgresql://user:password@host/database.") from None
+        raise UserError(f"{asked_by}: not a URL; write it as postgresql://user:password@host/database.") from None
     if made.drivername in ("postgresql", "postgres"):
         return made.set(drivername="postgresql+psycopg")
     return made
 
 
-def _engine(url: URL) -> Engine:
+def _engine(url: URL, asked_by: str) -> Engine:
     backend = url.drivername.partition("+")[0]
     arguments: dict[str, Any] = {"postgresql": _POSTGRES, "duckdb": {"read_only": True}}.get(backend, {})
     try:
@@ -191,7 +198,7 @@ def _engine(url: URL) -> Engine:
     except (NoSuchModuleError, ImportError):
         extra = _EXTRAS.get(backend)
         mend = f"pip install 'vectormill[{extra}]'" if extra else "install a driver of SQLAlchemy for it"
-        raise UserError(f"--from {backend}://…: its driver isn't installed; {mend}.") from None
+        raise UserError(f"{asked_by} {backend}://…: its driver isn't installed; {mend}.") from None
 
 
 def _plain(value: Any) -> Any:

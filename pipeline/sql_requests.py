@@ -1,0 +1,104 @@
+"""Jobs that are asked for in SQL: a request becomes a job over its query's rows. The query runs on a connection of its
+own, whose login has the rights that the operator gave it: on the pipeline's own connection a query could take back any
+role that was set for it."""
+
+from typing import Any
+from uuid import UUID
+
+import structlog
+from sqlalchemy import Engine, RowMapping
+
+from pipeline.catalog import find_model
+from pipeline.errors import EmptySource, LeaseLost, ServiceUnreachable, SourceError, UserError
+from pipeline.jobs import RequestReason
+from pipeline.request import JobRequest, read_request
+from pipeline.settings import Settings
+from pipeline.sources.query import QueryCorpus
+from pipeline.store import requests
+from pipeline.store.database import reporting_unreachable
+from pipeline.submit import Submission, planning, submit
+
+log = structlog.get_logger()
+
+#: How long a request waits for a database that can't be reached.
+_PATIENCE_SECONDS = 900.0
+_MOST_MESSAGE = 2_000
+
+
+def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
+    """Make a job of a request, or say in it why not. Doing it twice, or at once with others, makes one job.
+
+    Raises:
+        ServiceUnreachable: the query's database can't be reached for now; the request waits.
+    """
+    with reporting_unreachable(), engine.begin() as connection:
+        row = requests.read(connection, job_id)
+    if row is None or row["state"] != "requested":
+        return
+    try:
+        submit(engine, _submission(engine, settings, row))
+    except LeaseLost:
+        return  # somebody else has taken it over
+    except ServiceUnreachable as error:
+        if row["waits_seconds"] < _PATIENCE_SECONDS:
+            with engine.begin() as connection:
+                requests.note(connection, job_id, _short(error))
+            raise
+        _fail(engine, row, RequestReason.SOURCE_UNREACHABLE, error)
+    except UserError as error:
+        _fail(engine, row, _reason(error), error)
+    else:
+        with engine.begin() as connection:
+            requests.end_submitted(connection, job_id)
+
+
+def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submission:
+    wish = _wish(row)
+    if settings.sql_url is None:
+        raise UserError(
+            "no login for queries: set VECTORMILL_SQL_URL of the dispatcher to the URL of a role that may read what "
+            "requests select from, and nothing else."
+        )
+    with engine.begin() as connection:
+        model = find_model(connection, row["workspace_id"], wish.model)
+    return Submission(
+        workspace_id=row["workspace_id"],
+        model=model,
+        corpus=QueryCorpus(
+            settings.sql_url.get_secret_value(),
+            row["query"],
+            wish.columns(),
+            settings.item_bytes,
+            asked_by="VECTORMILL_SQL_URL",
+        ),
+        # A key of its own lets another dispatcher go on where one died.
+        options=wish.options("query", row["idempotency_key"] or f"sql {row['job_id']}"),
+        planning=planning(settings),
+        job_id=row["job_id"],
+    )
+
+
+def _wish(row: RowMapping) -> JobRequest:
+    fields: dict[str, Any] = {name: row[name] for name in ("model", "name", "text_column", "key_column")}
+    return read_request({**row["options"], **fields})
+
+
+def _reason(error: UserError) -> RequestReason:
+    match error:
+        case EmptySource():
+            return RequestReason.EMPTY_SOURCE
+        case SourceError():
+            return RequestReason.QUERY_REFUSED
+        case _:
+            return RequestReason.REQUEST_REFUSED
+
+
+def _fail(engine: Engine, row: RowMapping, reason: RequestReason, error: Exception) -> None:
+    with engine.begin() as connection:
+        failed = requests.end_failed(connection, row["job_id"], reason, _short(error))
+    if failed:
+        log.warning("request_failed", job=str(row["job_id"]), reason=reason.value)
+
+
+def _short(error: Exception) -> str:
+    return str(error)[:_MOST_MESSAGE]

