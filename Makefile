@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
+INTEGRATIONS := .venv-integrations/.installed
 
-.PHONY: demo test test-browser test-ops screenshots lint bench clean
+.PHONY: demo test test-browser test-ops test-integrations screenshots lint bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed" >&2; exit 1; }
@@ -49,6 +50,16 @@ test-ops: $(INSTALLED)
 	promtool test rules ops/prometheus/rules_test.yml
 	$(BIN)/python -m pytest tests/deployment
 
+# Airflow, dbt and LiteLLM, whose requirements aren't ours.
+$(INTEGRATIONS): tests/integrations/requirements.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "Installing into $(@D) …"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+test-integrations: $(INSTALLED) $(INTEGRATIONS)
+	$(BIN)/python -m pytest tests/integrations
+
 screenshots: $(BROWSER)
 	$(BIN)/python -m tests.browser.screenshots
 
@@ -63,4 +74,4 @@ bench: $(INSTALLED)
 
 clean:
 	-@test ! -x $(BIN)/vectormill || $(BIN)/vectormill down
-	rm -rf $(VENV) .vectormill .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venv-integrations .vectormill .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,72 @@
+"""Each night a batch request over the day's texts, by the stock operators of OpenAI's provider.
+
+Needs apache-airflow-providers-openai, and the connection `openai_default`: the host is the gateway's address with its
+`/v1`, the password is a key of it.
+
+The day's texts are `<folder>/<day>.jsonl`, lines with `id` and `text`. What is uploaded depends on them alone, so that
+a task that runs again gets a batch request over the same job: nothing is embedded twice.
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pendulum
+from airflow.providers.openai.hooks.openai import OpenAIHook
+from airflow.providers.openai.operators.openai import OpenAITriggerBatchOperator
+from airflow.sdk import dag, task
+
+
+@dag(
+    schedule="@daily",
+    start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
+    catchup=False,
+    max_active_runs=1,
+    params={"folder": "/srv/articles", "model": "all-MiniLM-L6-v2"},
+)
+def batch_request() -> None:
+    """Upload, embed, fetch."""
+
+    @task(retries=2)
+    def upload(params: dict[str, Any] | None = None, ds: str | None = None) -> str:
+        """Upload the day's texts as lines of a batch request. Returns the file's id."""
+        assert params is not None
+        with TemporaryDirectory() as folder:
+            file = Path(folder, f"articles-{ds}.jsonl")
+            with Path(params["folder"], f"{ds}.jsonl").open() as texts, file.open("w") as lines:
+                for row in map(json.loads, texts):
+                    body = {"model": params["model"], "input": row["text"]}
+                    line = {"custom_id": row["id"], "method": "POST", "url": "/v1/embeddings", "body": body}
+                    lines.write(json.dumps(line) + "\n")
+            return OpenAIHook().upload_file(str(file), purpose="batch").id
+
+    embed = OpenAITriggerBatchOperator(
+        task_id="embed",
+        file_id=upload(),
+        endpoint="/v1/embeddings",
+        # Holds no worker while it waits. When the time is up the batch request is cancelled; what is embedded stays.
+        deferrable=True,
+        poll_interval=10,
+        timeout=6 * 3600,
+        metadata={"day": "{{ ds }}"},
+    )
+
+    @task(retries=2)
+    def fetch(batch_id: str, params: dict[str, Any] | None = None, ds: str | None = None) -> str:
+        """Write the output to `<folder>/<day>-vectors.jsonl`, whole or not at all. Returns its path."""
+        assert params is not None
+        client = OpenAIHook().conn
+        output = client.batches.retrieve(batch_id).output_file_id
+        assert output, "a completed batch request with vectors has an output file"
+        whole = Path(params["folder"], f"{ds}-vectors.jsonl")
+        part = whole.with_suffix(".part")
+        with client.files.with_streaming_response.content(output) as reply:
+            reply.stream_to_file(part)
+        part.replace(whole)
+        return str(whole)
+
+    fetch(embed.output)
+
+
+batch_request()

@@ -1,0 +1,71 @@
+"""Each night a job over the day's file, by HTTP; a sensor that holds no worker waits for its end.
+
+Needs apache-airflow-providers-http, and the connection `vectormill`: schema, host and port of the api, and in its extra
+`{"Authorization": "Bearer vm_…"}`. The api must allow the folder (VECTORMILL_API_SOURCES), which its machine must see.
+
+The day in the idempotency key makes a run that is cleared attach to the job that is there, or go on with it if it has
+failed.
+"""
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import pendulum
+from airflow.providers.http.operators.http import HttpOperator
+from airflow.providers.http.sensors.http import HttpSensor
+from airflow.sdk import dag
+from airflow.sdk.exceptions import AirflowFailException
+
+
+def has_completed(response: Any) -> bool:
+    """Whether a job has completed. A paused one is waited for: somebody may resume it.
+
+    Raises:
+        AirflowFailException: it has failed or was cancelled.
+    """
+    job = response.json()
+    if job["state"] in ("failed", "cancelled"):
+        raise AirflowFailException(f"job {job['id']} is {job['state']}: {job['reason'] or ''} {job['message'] or ''}")
+    return bool(job["state"] == "completed")
+
+
+@dag(
+    schedule="@daily",
+    start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
+    catchup=False,
+    max_active_runs=1,
+    params={"folder": "/srv/articles", "model": "all-MiniLM-L6-v2"},
+)
+def http_job() -> None:
+    """Submit, wait."""
+    submit = HttpOperator(
+        task_id="submit",
+        http_conn_id="vectormill",
+        method="POST",
+        endpoint="/api/jobs",
+        headers={"Content-Type": "application/json", "Idempotency-Key": "articles-{{ ds }}"},
+        data=json.dumps(
+            {
+                "name": "articles-{{ ds }}",
+                "model": "{{ params.model }}",
+                "sources": ["{{ params.folder }}/{{ ds }}.jsonl"],
+                "labels": {"day": "{{ ds }}"},
+            }
+        ),
+        response_filter=lambda response: response.json()["id"],
+        retries=2,
+    )
+    wait = HttpSensor(
+        task_id="wait",
+        http_conn_id="vectormill",
+        endpoint=f"/api/jobs/{submit.output}",
+        response_check=has_completed,
+        mode="reschedule",
+        poke_interval=timedelta(seconds=30),
+        timeout=timedelta(hours=6),
+    )
+    submit >> wait
+
+
+http_job()

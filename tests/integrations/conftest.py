@@ -1,0 +1,119 @@
+"""The gateway of the contract tests with a dispatcher and a worker, and the programs that come to it."""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.contract.conftest import Gateway, by_library, gateway
+
+__all__ = ["by_library", "gateway"]
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SCHEDULERS = CHECKOUT / "ops" / "schedulers"
+#: Made by `make test-integrations`.
+_PROGRAMS = CHECKOUT / ".venv-integrations" / "bin"
+_SECONDS = 300
+
+
+@dataclass
+class Site:
+    """Somebody else's machine: their programs, a folder for their files, and our gateway with a worker behind it."""
+
+    gateway: Gateway
+    folder: Path
+
+    @property
+    def reader(self) -> str:
+        """The address of our database."""
+        return self.gateway.fleet.environment["VECTORMILL_DATABASE_URL"]
+
+    def run(self, program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run one of their programs, to whatever end."""
+        return subprocess.run(
+            [str(_PROGRAMS / program), *arguments],
+            cwd=self.folder,
+            env={**os.environ, **environment, "PATH": f"{_PROGRAMS}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+
+    def write(self, name: str, rows: list[dict[str, Any]]) -> Path:
+        """A file of JSON lines in the folder."""
+        file = self.folder / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
+    def embedded(self) -> int:
+        """How many texts have been embedded for jobs, and are on the bill."""
+        query = "select coalesce(sum(items), 0) from vectormill.usage where job_id is not null"
+        return int(self.gateway.fleet.scalar(query))
+
+    def jobs(self, name: str) -> list[str]:
+        """The states of the jobs of this name."""
+        query = "select coalesce(json_agg(state order by id), '[]') from vectormill.jobs where name = :name"
+        return list(self.gateway.fleet.scalar(query, name=name))
+
+
+@pytest.fixture(scope="module")
+def site(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    assert _PROGRAMS.exists(), "make test-integrations installs what these tests run"
+    folder = tmp_path_factory.mktemp("site")
+    gateway.fleet.environment["VECTORMILL_API_SOURCES"] = str(folder)
+    gateway.fleet.kill("api")
+    gateway.start_api()
+    gateway.fleet.start_dispatcher()
+    gateway.fleet.start_worker(replicas=1)
+    return Site(gateway, folder)
+
+
+@dataclass
+class Airflow:
+    """An Airflow of its own on SQLite, with connections to the gateway."""
+
+    site: Site
+    environment: dict[str, str]
+
+    def run(self, dag: str, day: str, **params: Any) -> subprocess.CompletedProcess[str]:
+        """Run a DAG of `ops/schedulers/airflow` for a day, as `airflow dags test` does."""
+        conf = {"folder": str(self.site.folder), "model": "static", **params}
+        return self.site.run("airflow", "dags", "test", dag, day, "--conf", json.dumps(conf), **self.environment)
+
+    def python(self, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a program in Airflow's Python."""
+        return self.site.run("python", "-c", program, **self.environment, **environment)
+
+
+@pytest.fixture(scope="module")
+def airflow(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Airflow:
+    home = tmp_path_factory.mktemp("airflow")
+    address, key = urlsplit(site.gateway.url), site.gateway.key
+    by_openai = {"conn_type": "openai", "host": f"{site.gateway.url}/v1", "password": key}
+    by_http = {
+        "conn_type": "http",
+        "schema": "http",
+        "host": address.hostname,
+        "port": address.port,
+        "extra": {"Authorization": f"Bearer {key}"},
+    }
+    made = Airflow(
+        site,
+        {
+            "AIRFLOW_HOME": str(home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(SCHEDULERS / "airflow"),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__DEFAULT_TASK_RETRY_DELAY": "1",
+            "AIRFLOW_CONN_OPENAI_DEFAULT": json.dumps(by_openai),
+            "AIRFLOW_CONN_VECTORMILL": json.dumps(by_http),
+        },
+    )
+    done = site.run("airflow", "db", "migrate", **made.environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return made
