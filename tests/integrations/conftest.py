@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from tests.contract.conftest import Gateway, by_library, gateway
 
@@ -27,11 +30,8 @@ class Site:
 
     gateway: Gateway
     folder: Path
-
-    @property
-    def reader(self) -> str:
-        """The address of our database."""
-        return self.gateway.fleet.environment["VECTORMILL_DATABASE_URL"]
+    #: The role by which the queries of `vectormill.submit` are read.
+    reader: str
 
     def run(self, program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run one of their programs, to whatever end."""
@@ -67,11 +67,25 @@ def site(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Site:
     assert _PROGRAMS.exists(), "make test-integrations installs what these tests run"
     folder = tmp_path_factory.mktemp("site")
     gateway.fleet.environment["VECTORMILL_API_SOURCES"] = str(folder)
+    reader, sql_url = new_role(gateway)
+    gateway.fleet.environment["VECTORMILL_SQL_URL"] = sql_url
     gateway.fleet.kill("api")
     gateway.start_api()
     gateway.fleet.start_dispatcher()
     gateway.fleet.start_worker(replicas=1)
-    return Site(gateway, folder)
+    return Site(gateway, folder, reader)
+
+
+def new_role(gateway: Gateway) -> tuple[str, str]:
+    """Make a role that may log in and do nothing else. Returns its name and the database's URL for it."""
+    name, password = f"role_{uuid4().hex}", uuid4().hex
+    url = gateway.fleet.environment["VECTORMILL_DATABASE_URL"]
+    with psycopg.connect(url) as connection:
+        # Gone with the server: until then its grants are in a database of which another test knows nothing.
+        make = sql.SQL("create role {} login password {}")
+        connection.execute(make.format(sql.Identifier(name), sql.Literal(password)))
+    address = urlsplit(url)
+    return name, address._replace(netloc=f"{name}:{password}@{address.hostname}:{address.port}").geturl()
 
 
 @dataclass

@@ -23,13 +23,13 @@ select vectormill.submit(
     ).rows | first %}
     {% set job.state = row[0] if row else "not there" %}
     {% if job.state in ("failed", "cancelled", "not there") %}
-        {{ exceptions.raise_compiler_error(job_of(table) ~ " is " ~ job.state ~ ". " ~ (row[1] if row else "")) }}
+        {{ exceptions.raise_compiler_error(job_of(table) ~ ": " ~ job.state ~ (", " ~ row[1] if row else "")) }}
     {% elif job.state != "completed" %}
         {% do run_query("select pg_sleep(5)") %}
     {% endif %}
 {% endfor %}
 {% if job.state != "completed" %}
-    {{ exceptions.raise_compiler_error(job_of(table) ~ " is still " ~ job.state ~ " after " ~ hours ~ " hours.") }}
+    {{ exceptions.raise_compiler_error(job_of(table) ~ ": still " ~ job.state ~ " after " ~ hours ~ " hours") }}
 {% endif %}
 {{ log(job_of(table) ~ " is completed.", info=true) }}
 {% endmacro %}
