@@ -100,6 +100,13 @@ class Settings(BaseSettings):
     def _split_commas(cls, value: object) -> object:
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
 
+    @field_validator("redis_url", mode="after")
+    @classmethod
+    def _check_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not value.get_secret_value().startswith(("redis://", "rediss://")):
+            raise ValueError("write redis://user:password@host:6379/0, or rediss://…, which is encrypted")
+        return value
+
     @field_validator("sql_url", mode="after")
     @classmethod
     def _check_sql_url(cls, value: SecretStr | None) -> SecretStr | None:

@@ -14,7 +14,7 @@ from pipeline.doctor.findings import Finding, fail, ok, warn
 from pipeline.doctor.patient import Patient, is_loopback
 from pipeline.migrate import known_revisions
 from pipeline.store import health, partitions, workers
-from pipeline.store.database import plain_reason
+from pipeline.store.database import connection_reason
 
 _LEAST_POSTGRES = 15
 _LEAST_VECTOR = (0, 7)
@@ -23,6 +23,16 @@ _LEAST_REDIS = (6, 2)
 _LEAST_TIMEOUT_SECONDS = 600
 _SKEW_SECONDS = 2.0
 _GREAT_SKEW_SECONDS = 60.0
+#: What a server says that doesn't let us in, and what to do.
+_REFUSALS = (
+    ('database ".*" does not exist', "create it, or let VECTORMILL_DATABASE_URL name another."),
+    (
+        "authentication failed|no password supplied|role .* does not exist|not permitted to log in",
+        "set the user and password in VECTORMILL_DATABASE_URL right, here and for all processes.",
+    ),
+    ("no pg_hba.conf entry|SSL", "let its pg_hba.conf let this machine in, or give the URL the sslmode that it wants."),
+    ("permission denied for database", "grant connect on it to the role."),
+)
 #: Connections: of a worker's child and its parent; of two dispatchers and two apis; of an engine.
 _A_SLOT, _A_WORKER, _THE_REST = 3, 1, 41
 
@@ -33,11 +43,7 @@ def postgres(patient: Patient) -> Iterator[Finding]:
     try:
         server = patient.ask(health.server)
     except DBAPIError as error:
-        yield fail(
-            f"no answer from {where} ({plain_reason(error)})",
-            "check VECTORMILL_DATABASE_URL, or start one here: vectormill up --detach",
-            unreachable=True,
-        )
+        yield _no_connection(where, error)
         return
     if server["version_number"] < _LEAST_POSTGRES * 10_000:
         yield fail(f"{server['version']} at {where}", f"use PostgreSQL {_LEAST_POSTGRES} or newer.")
@@ -48,10 +54,24 @@ def postgres(patient: Patient) -> Iterator[Finding]:
         yield ok(f"{server['version']} at {where}")
 
 
+def _no_connection(where: str, error: DBAPIError) -> Finding:
+    """A server that says no needs a person; one that says nothing, or not yet, may answer in a moment."""
+    reason = connection_reason(error)
+    for pattern, mend in _REFUSALS:
+        if re.search(pattern, reason):
+            return fail(f"{where} refuses us: {reason}", mend)
+    mend = "check VECTORMILL_DATABASE_URL, or start one here: vectormill up --detach"
+    if re.search("too many clients|connection slots", reason):
+        mend = "raise max_connections and restart it, or run fewer workers."
+    return fail(f"no connection to {where}: {reason}", mend, unreachable=True)
+
+
 def pgvector(patient: Patient) -> Iterator[Finding]:
     """The extension is there and knows half precision."""
     found = patient.ask(health.vector_version)
-    if found is None:
+    if found is None and not patient.ask(health.vector_available):
+        yield fail("not on this server", "install it there (Debian: postgresql-NN-pgvector); create extension vector;")
+    elif found is None:
         yield fail("not in this database", "as a superuser: create extension vector;")
     elif _numbers(found) < _LEAST_VECTOR:
         yield fail(found, "install 0.7 or newer, then: alter extension vector update;")
@@ -133,6 +153,12 @@ def redis_server(patient: Patient) -> Iterator[Finding]:
     client = patient.redis
     try:
         info: Any = client.info()
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+        yield fail(
+            f"{where} refuses us: {str(error).rstrip('.')}",
+            "set the user and password in VECTORMILL_REDIS_URL right, and let its ACL allow info.",
+        )
+        return
     except redis.RedisError as error:
         yield fail(
             f"no answer from {where} ({type(error).__name__})",

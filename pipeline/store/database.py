@@ -103,6 +103,12 @@ def plain_reason(error: DBAPIError) -> str:
     return f"{type(error.orig).__name__}: {primary or 'no message'}"
 
 
+def connection_reason(error: DBAPIError) -> str:
+    """Why no connection came about, as the server or the network says it; there were no data yet to quote."""
+    first, *_ = str(error.orig).splitlines() or ["no message"]
+    return first.rpartition("failed: ")[2].removeprefix("FATAL:").strip()
+
+
 @contextmanager
 def reporting_unreachable(what: str = "the database") -> Iterator[None]:
     """Turn a lost connection into `ServiceUnreachable`, without the URL, which may hold a password."""

@@ -60,6 +60,12 @@ def vector_version(connection: Connection) -> str | None:
     return connection.execute(text("select extversion from pg_extension where extname = 'vector'")).scalar_one_or_none()
 
 
+def vector_available(connection: Connection) -> bool:
+    """Whether the server has pgvector's files, so that a database of it can have it."""
+    found = connection.execute(text("select exists (select from pg_available_extensions where name = 'vector')"))
+    return bool(found.scalar_one())
+
+
 def revision(connection: Connection) -> str | None:
     """The schema's revision; None: there is no schema yet."""
     if not connection.execute(text(f"select to_regclass('{SCHEMA}.alembic_version')")).scalar_one():

@@ -492,6 +492,58 @@ def test_a_fault_is_found_and_no_other(deployment: Deployment, plant: Plant, exp
     assert deployment.fleet.scalar("select count(*) from vectormill.jobs") == 0
 
 
+def _owner(url: str) -> str:
+    """User and password of a URL."""
+    return url.split("//")[1].split("@")[0]
+
+
+REFUSALS: list[tuple[str, Callable[[Deployment], Patient], str, str]] = [
+    (
+        "postgres",
+        lambda it: replace_urls(it, database=it.database_url.replace(_owner(it.database_url), "stranger:sesame")),
+        'authentication failed for user "stranger"',
+        "password in VECTORMILL_DATABASE_URL",
+    ),
+    (
+        "postgres",
+        lambda it: replace_urls(it, database=it.database_url.rsplit("/", 1)[0] + "/nowhere"),
+        'database "nowhere" does not exist',
+        "create it",
+    ),
+    (
+        "redis",
+        lambda it: replace_urls(it, redis=it.redis_url.replace(_owner(it.redis_url), ":sesame")),
+        "invalid username-password pair",
+        "password in VECTORMILL_REDIS_URL",
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "plant", "found", "mend"), REFUSALS, ids=["password", "database", "redis"])
+def test_who_is_refused_is_told_why(
+    deployment: Deployment, check: str, plant: Callable[[Deployment], Patient], found: str, mend: str
+) -> None:
+    patient = plant(deployment)
+    ((_, finding),) = examine(patient, [each for each in CHECKS if each.name == check])
+    patient.close()
+    assert (finding.state, finding.unreachable) == (State.FAIL, False), "to repeat it is of no use"
+    assert found in finding.found
+    assert mend in finding.mend
+    assert "sesame" not in finding.found + finding.mend
+
+
+def test_who_finds_nobody_may_repeat_it(deployment: Deployment) -> None:
+    for url, reason in (
+        ("postgresql://vectormill@127.0.0.1:1/vectormill", "Connection refused"),
+        ("postgresql://vectormill@nowhere.invalid/vectormill", "failed to resolve host 'nowhere.invalid'"),
+    ):
+        patient = replace_urls(deployment, database=url)
+        ((_, finding),) = examine(patient, [check for check in CHECKS if check.name == "postgres"])
+        patient.close()
+        assert finding.unreachable
+        assert reason in finding.found
+
+
 def test_each_check_has_a_fault_that_it_finds() -> None:
     untested = {check.name for check in CHECKS} - {name for _, expected in FAULTS for name in expected}
     assert untested == {"pgvector", "space"}, "these need a server and a disk of their own"
