@@ -4,9 +4,12 @@
     settings, logs, metrics       the environment; log lines; every metric's name; exposition: how they are shown
     tables, store/      the schema; every SQL statement, one named function each
     sources → plan → submit       a corpus becomes items and chunks; request: what a door is asked for
+    sql_requests                  the same, asked for in SQL
     publish → dispatch            chunks become messages; sweep, finish, snapshots
     leases → writeback            a claim, and the one transaction that ends it
     status, results               what came of it
+    webhooks                      who is told of it; deadlines: HTTP within a time
+    errands                       what the dispatcher sees to beside its duties
     standing                      how things stand, as metrics
     catalog, keys                 models and vector spaces; keys to the api
     wire                          OpenAI's shape of requests and replies

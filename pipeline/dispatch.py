@@ -14,13 +14,13 @@ import structlog
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import control, metrics, standing, status
+from pipeline import control, metrics, standing, status, webhooks
 from pipeline.deliver import Deliveries
 from pipeline.errands import Errands
 from pipeline.errors import ServiceUnreachable
 from pipeline.jobs import JobState, Reason
 from pipeline.publish import Publisher, queue_of
-from pipeline.store import chunks, items, jobs, models, partitions, usage, workers
+from pipeline.store import chunks, events, items, jobs, models, partitions, usage, workers
 from pipeline.store.database import is_connection_lost, plain_reason, reporting_unreachable
 from pipeline.submit import undo_staging
 
@@ -39,6 +39,7 @@ _LONGEST_DUTY_SECONDS = 0.5
 _BROKEN_CHUNKS = 3
 _BROKEN_CLAIMS = 15
 _STAGING_DEAD_SECONDS = 86_400
+_EVENT_DAYS = 30
 
 
 @dataclass(slots=True)
@@ -210,6 +211,7 @@ def finish(dispatcher: Dispatcher) -> None:
                 continue
             jobs.end(connection, job_id, state, account, reason=reason, message=message)
             jobs.save_progress(connection, job_id, status.sum_up(connection, job_id))
+            webhooks.job_ended(connection, row, state, account, reason=reason, message=message)
         metrics.DISPATCHER_JOBS_ENDED.labels(state).inc()
         log.info("job_ended", job=str(job_id), state=state.value, reason=reason, items=account["items"])
 
@@ -275,10 +277,11 @@ def measure_rates(dispatcher: Dispatcher) -> None:
 
 
 def keep_house(dispatcher: Dispatcher) -> None:
-    """Make partitions ahead, forget workers and submissions that nobody came back for."""
+    """Make partitions ahead, forget workers and submissions that nobody came back for, and old events."""
     with dispatcher.engine.begin() as connection:
         partitions.make_ahead(connection)
         workers.forget_unseen(connection, 3600)
+        events.forget_old(connection, _EVENT_DAYS)
         dead = jobs.dead_stagings(connection, _STAGING_DEAD_SECONDS)
     for job_id, fence in dead:
         undo_staging(dispatcher.engine, job_id, fence)

@@ -14,9 +14,9 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import metrics, sql_requests
+from pipeline import metrics, sql_requests, webhooks
 from pipeline.settings import Settings
-from pipeline.store import requests
+from pipeline.store import events, requests
 from pipeline.store.database import is_connection_lost, plain_reason
 
 log = structlog.get_logger()
@@ -50,6 +50,12 @@ class Errand:
 #: What there is to see to.
 ERRANDS: tuple[Errand, ...] = (
     Errand("requests", requests.due, lambda means, job: sql_requests.stage(means.engine, means.settings, job)),
+    Errand(
+        "webhooks",
+        events.due,
+        lambda means, event: webhooks.deliver(means.engine, means.settings, event),
+        at_once=4,
+    ),
 )
 
 #: Connections that they may need together, with one to look for what is due.

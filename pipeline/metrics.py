@@ -147,7 +147,10 @@ DISPATCHER_LEADS = DISPATCHER.gauge("leads", "1 or 0", "Whether it works; else i
 DISPATCHER_JOBS = DISPATCHER.gauge("jobs", "jobs", "Jobs that haven't ended", state=JobState)
 DISPATCHER_JOBS_PAUSED = DISPATCHER.gauge("jobs_paused", "jobs", "Paused jobs, by reason", reason=Reason)
 DISPATCHER_JOBS_ENDED = DISPATCHER.counter(
-    "jobs_ended", "jobs", "Jobs that ended, by how", state=[state for state in JobState if state.ended]
+    "jobs_ended",
+    "jobs",
+    "Jobs that ended, by how; and requests in SQL that failed before",
+    state=[state for state in JobState if state.ended],
 )
 DISPATCHER_CHUNKS = DISPATCHER.gauge(
     "chunks", "chunks", "Open chunks of queued and running jobs", model=MODEL, state=("pending", "running")
@@ -169,6 +172,12 @@ DISPATCHER_DUTY_SECONDS = DISPATCHER.seconds(
 )
 DISPATCHER_FAILURES = DISPATCHER.counter(
     "failures", "duties", "Duties that failed, by what failed", cause=("redis", "database", "other")
+)
+DISPATCHER_WEBHOOK_TRIES = DISPATCHER.counter(
+    "webhook_tries",
+    "tries",
+    "Tries to tell a webhook of an event, by what came of them. failed: it will be tried again",
+    outcome=("delivered", "failed", "given_up"),
 )
 
 #: An api.

@@ -8,6 +8,7 @@ from uuid import UUID
 import structlog
 from sqlalchemy import Engine, RowMapping
 
+from pipeline import metrics, webhooks
 from pipeline.catalog import find_model
 from pipeline.errors import EmptySource, LeaseLost, ServiceUnreachable, SourceError, UserError
 from pipeline.jobs import RequestReason
@@ -59,6 +60,8 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
             "no login for queries: set VECTORMILL_SQL_URL of the dispatcher to the URL of a role that may read what "
             "requests select from, and nothing else."
         )
+    if wish.webhook:
+        webhooks.check(wish.webhook, settings.webhooks)
     with engine.begin() as connection:
         model = find_model(connection, row["workspace_id"], wish.model)
     return Submission(
@@ -96,7 +99,10 @@ def _reason(error: UserError) -> RequestReason:
 def _fail(engine: Engine, row: RowMapping, reason: RequestReason, error: Exception) -> None:
     with engine.begin() as connection:
         failed = requests.end_failed(connection, row["job_id"], reason, _short(error))
+        if failed:
+            webhooks.request_failed(connection, row, reason, _short(error))
     if failed:
+        metrics.DISPATCHER_JOBS_ENDED.labels("failed").inc()
         log.warning("request_failed", job=str(row["job_id"]), reason=reason.value)
 
 

@@ -1,6 +1,5 @@
 """HTTP to a gateway: a body goes out, and whatever happens is an answer, within a time that holds for all of it."""
 
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit
 import httpcore2 as httpcore
 import orjson
 
+from pipeline.deadlines import Deadlines
 from pipeline.errors import BadReply, GatewayRefused
 from pipeline.jobs import Reason, Upstream
 from pipeline.settings import read_key
@@ -19,7 +19,6 @@ from pipeline.wire import CONNECT_SECONDS, Reply, endpoint_of, make_request, mos
 #: An error's page beyond this is left.
 _MOST_ERROR_BYTES = 65_536
 _KEEP_ALIVE_SECONDS = 30.0
-_PIECE_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +46,7 @@ class Connection:
     def __init__(self, upstream: Upstream, *, seconds: float, in_flight: int) -> None:
         self.upstream = upstream
         self._seconds = seconds
-        self._deadlines = _Deadlines()
+        self._deadlines = Deadlines()
         # No proxy and no redirection: they would take the key elsewhere.
         self._pool = httpcore.ConnectionPool(
             max_connections=in_flight, keepalive_expiry=_KEEP_ALIVE_SECONDS, network_backend=self._deadlines
@@ -145,54 +144,6 @@ def _error_in(page: bytes) -> tuple[str, str]:
         return "", ""
     fit = isinstance(code, str) and len(code) <= 64 and code.replace("_", "").isalnum() and code.isascii()
     return code if fit else "", message if isinstance(message, str) else ""
-
-
-class _Deadlines(httpcore.NetworkBackend):
-    """Connections whose every read and write ends at the moment that the thread has set: a gateway that sends a byte
-    now and then, of a body or of headers, doesn't hold its request for longer."""
-
-    def __init__(self) -> None:
-        self._inner = httpcore.SyncBackend()
-        self._thread = threading.local()
-
-    def end_at(self, moment: float) -> None:
-        """What this thread does next ends at this moment of the monotonic clock."""
-        self._thread.moment = moment
-
-    def left(self, most_seconds: float | None) -> float:
-        """Seconds until then, at most so many. Raises `httpcore.ReadTimeout`."""
-        left: float = self._thread.moment - time.monotonic()
-        if left <= 0:
-            raise httpcore.ReadTimeout
-        return left if most_seconds is None else min(left, most_seconds)
-
-    def connect_tcp(self, host: str, port: int, timeout: float | None = None, *how: Any, **more: Any) -> "_Stream":
-        """As the library's, within the time."""
-        return _Stream(self._inner.connect_tcp(host, port, self.left(timeout), *how, **more), self)
-
-
-class _Stream(httpcore.NetworkStream):
-    def __init__(self, inner: httpcore.NetworkStream, deadlines: _Deadlines) -> None:
-        self._inner, self._deadlines = inner, deadlines
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._inner.read(max_bytes, self._deadlines.left(timeout))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        for start in range(0, len(buffer), _PIECE_BYTES):
-            self._inner.write(buffer[start : start + _PIECE_BYTES], self._deadlines.left(timeout))
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def start_tls(
-        self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
-    ) -> "_Stream":
-        seconds = self._deadlines.left(timeout)
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, seconds), self._deadlines)
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
 
 
 def key_of(upstream: Upstream) -> str | None:

@@ -26,9 +26,12 @@ valkey_sha256=$(printf %s "$valkey" | sha256sum | cut -d ' ' -f 1)
 # Of the superuser, whom nothing uses but the image when it makes the database.
 write postgres_password "$(new)"
 write database_url "postgresql://vectormill:$(new)@postgres:5432/vectormill"
+# Of the queries that are asked for in SQL: it may read what you grant to it.
+write sql_url "postgresql://vectormill_queries:$(new)@postgres:5432/vectormill"
 write redis_url "redis://vectormill:$valkey@valkey:6379/0"
 write valkey_acl "user default off
 user vectormill on #$valkey_sha256 ~* &* +@all -@dangerous +info"
 write flower_password "$(new)"
+write webhook_secret "whsec_$(head -c 32 /dev/urandom | base64)"
 write grafana_password "$(new)"
 echo "Made $folder. Flower's user is vectormill, its password in $folder/flower_password." >&2

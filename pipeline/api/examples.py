@@ -87,6 +87,7 @@ EXAMPLES: dict[str, Any] = {
         "labels": {"team": "search"},
         "by_reference": True,
         "output": "s3://vectors/2026-11",
+        "webhook": "https://etl.example.com/hooks/vectormill",
     },
     "Job": _JOB,
     "JobPage": {"data": [_JOB], "has_more": True, "after": _JOB_ID},

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
-from pipeline import status
+from pipeline import status, webhooks
 from pipeline.api.asking import SECURITY, ask, caller_of, problems, scope_of
 from pipeline.api.bulk import Bulk
 from pipeline.api.shapes import Job
@@ -188,6 +188,8 @@ def _submit(
 ) -> Submitted:
     if wish.output:
         _must_be_allowed("output", wish.output, settings.api_outputs, "VECTORMILL_API_OUTPUTS")
+    if wish.webhook:
+        webhooks.check(wish.webhook, settings.webhooks)
     with engine.begin() as connection:
         model = find_model(connection, owner, wish.model)
     return submit(

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import figures
+from pipeline import figures, webhooks
 from pipeline.catalog import DEFAULT_WORKSPACE, as_model, find_model, find_row
 from pipeline.cli.connect import Place
 from pipeline.cli.desk import ApiDesk, at_desk
@@ -84,6 +84,10 @@ def submit(
         str | None, typer.Option(metavar="TABLE", help="Also upsert each vector by key into this table of yours.")
     ] = None,
     hnsw: Annotated[bool, typer.Option("--hnsw", help="Index that table's vectors at the end.")] = False,
+    webhook: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Tell this address of the job's end; VECTORMILL_WEBHOOKS says which may be."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate tokens, time and size from a sample; submit nothing.")
     ] = False,
@@ -127,6 +131,7 @@ def submit(
             "unique_keys": unique_keys,
             "by_reference": bool(by_reference),
             "output": output and _absolute(output),
+            "webhook": webhook,
         },
         of_options=True,
     )
@@ -135,6 +140,8 @@ def submit(
             _refuse_at_api({"--from": from_url, "--into": into, "--hnsw": hnsw, "--dry-run": dry_run})
             job_id = _submit_to_api(desk, wish, sources or [], idempotency_key)
         else:
+            if webhook:
+                webhooks.check(webhook, desk.place.settings.webhooks, "--webhook")
             corpus = _corpus(sources or [], from_url, query, wish.columns(key_required=into is not None), desk.place)
             options = wish.options(default_name(sources[0]) if sources else "query", idempotency_key)
             options = replace(options, into=into, hnsw=hnsw)

@@ -1,12 +1,14 @@
 """`vectormill workspaces`: who shares the workers."""
 
 import re
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 from rich.table import Table
 from sqlalchemy import Connection
 
+from pipeline import webhooks
 from pipeline.catalog import workspace_id
 from pipeline.cli.connect import working
 from pipeline.cli.look import print_json, stderr, stdout
@@ -28,7 +30,17 @@ MonthlyTokens = Annotated[
     ),
 ]
 MonthlyCost = Annotated[float | None, typer.Option(min=0, help="The same of the cost, by models' prices. 0: no cap.")]
+Webhook = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Tell this address how its jobs end; VECTORMILL_WEBHOOKS says which may be."),
+]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+class Clearable(StrEnum):
+    """What a workspace can do without."""
+
+    WEBHOOK = "webhook"
 
 
 @app.command()
@@ -40,6 +52,7 @@ def create(
     tokens_per_minute: TokensPerMinute = None,
     monthly_tokens: MonthlyTokens = None,
     monthly_cost: MonthlyCost = None,
+    webhook: Webhook = None,
 ) -> None:
     """Add a workspace. It may use the models named here.
 
@@ -56,6 +69,9 @@ def create(
         _enable(connection, made, model or [])
         if limits:
             workspaces.set_limits(connection, made, limits)
+        if webhook:
+            webhooks.check(webhook, place.settings.webhooks, "--webhook")
+            workspaces.set_webhook(connection, made, webhook)
     stderr.print(f"Workspace {name} added.")
     if not model:
         stderr.print(f"It may use no model yet: vectormill workspaces set {name} --model NAME")
@@ -70,18 +86,24 @@ def change(
     tokens_per_minute: TokensPerMinute = None,
     monthly_tokens: MonthlyTokens = None,
     monthly_cost: MonthlyCost = None,
+    webhook: Webhook = None,
+    clear: Annotated[list[Clearable] | None, typer.Option(help="Take it away; may be repeated.")] = None,
 ) -> None:
-    """Change a workspace's weight, its limits, or which models it may use: those named, and no others.
+    """Change a workspace's weight, its limits, its webhook, or which models it may use: those named, and no others.
 
     Examples:
 
         vectormill workspaces set search --weight 2
 
         vectormill workspaces set search --requests-per-minute 600 --tokens-per-minute 1000000
+
+        vectormill workspaces set search --webhook https://etl.example.com/hooks/vectormill
     """
     limits = _limits(requests_per_minute, tokens_per_minute, monthly_tokens, monthly_cost)
-    if weight is None and not model and not limits:
-        raise UserError("nothing to change; give --weight, --model or a limit.")
+    if weight is None and not (model or limits or webhook or clear):
+        raise UserError("nothing to change; give --weight, --model, --webhook or a limit.")
+    if webhook and clear:
+        raise UserError("--webhook and --clear webhook: give one of them.")
     if weight is not None:
         _check(weight)
     with working() as place, place.engine.begin() as connection:
@@ -90,6 +112,10 @@ def change(
             workspaces.set_weight(connection, found, weight)
         if limits:
             workspaces.set_limits(connection, found, limits)
+        if webhook:
+            webhooks.check(webhook, place.settings.webhooks, "--webhook")
+        if webhook or clear:
+            workspaces.set_webhook(connection, found, webhook)
         if model:
             _enable(connection, found, model)
     stderr.print(f"Workspace {name} changed.")

@@ -5,6 +5,7 @@
     host                this machine: versions, space, keys, addresses
     servers             Postgres and Redis
     fleet               the processes, by what they write down and what they answer
+    doors               the login of queries asked for in SQL; webhooks
     canary              a text through a worker, and its vector
     examination         the list, in order
 

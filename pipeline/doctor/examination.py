@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import redis
 from sqlalchemy.exc import DBAPIError
 
-from pipeline.doctor import canary, fleet, host, servers
+from pipeline.doctor import canary, doors, fleet, host, servers
 from pipeline.doctor.findings import Finding, State, fail, skipped
 from pipeline.doctor.patient import Patient
 from pipeline.errors import VectormillError
@@ -46,6 +46,8 @@ CHECKS = (
     Check("flower", fleet.flower),
     Check("password", host.flower_password),
     Check("addresses", host.addresses),
+    Check("queries", doors.queries, _POSTGRES),
+    Check("webhooks", doors.webhooks, _SCHEMA),
     Check("canary", canary.canary, (*_SCHEMA, "role", "partitions", "redis", "dispatcher", "workers")),
 )
 

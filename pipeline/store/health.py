@@ -153,3 +153,24 @@ def enabled_models(connection: Connection) -> Sequence[RowMapping]:
         """)
     )
     return list(rows.mappings())
+
+
+def query_login(connection: Connection) -> RowMapping:
+    """What the login of requests' queries may: `name, superuser, owner, reads_keys`; the last two of our tables, where
+    this database has them."""
+    return (
+        connection.execute(
+            text("""
+            select session_user as name, (select rolsuper from pg_roles where rolname = session_user) as superuser,
+                   exists (select from pg_namespace
+                           where nspname = :schema and pg_has_role(session_user, nspowner, 'member')) as owner,
+                   exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                           where n.nspname = :schema and c.relname = 'api_keys'
+                             and has_schema_privilege(n.oid, 'usage')
+                             and has_table_privilege(c.oid, 'select')) as reads_keys
+        """),
+            {"schema": SCHEMA},
+        )
+        .mappings()
+        .one()
+    )

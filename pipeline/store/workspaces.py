@@ -29,6 +29,11 @@ def set_limits(connection: Connection, workspace_id: int, limits: Mapping[str, f
     connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(**limits))
 
 
+def set_webhook(connection: Connection, workspace_id: int, url: str | None) -> None:
+    """Set where the ends of its jobs are told; None: nowhere."""
+    connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(webhook=url))
+
+
 def enable_models(connection: Connection, workspace_id: int, models: Sequence[str]) -> None:
     """Let a workspace use these models, and no others."""
     connection.execute(workspace_models.delete().where(workspace_models.c.workspace_id == workspace_id))
@@ -38,10 +43,10 @@ def enable_models(connection: Connection, workspace_id: int, models: Sequence[st
 
 
 def every(connection: Connection) -> list[RowMapping]:
-    """All workspaces by name: `name, weight, models, jobs` and limits, of jobs those that haven't ended."""
+    """All workspaces by name: `name, weight, models, jobs, webhook` and limits, of jobs those that haven't ended."""
     rows = connection.execute(
         text("""
-            select w.name, w.weight, w.requests_per_minute, w.tokens_per_minute, w.monthly_tokens,
+            select w.name, w.weight, w.webhook, w.requests_per_minute, w.tokens_per_minute, w.monthly_tokens,
                    cast(w.monthly_cost as double precision) as monthly_cost,
                    array(select m.model_name from vectormill.workspace_models m
                          where m.workspace_id = w.id order by 1) as models,

@@ -19,6 +19,7 @@ from tests.acceptance.fleet import eventually
 from tests.contract.conftest import Gateway
 
 _ROWS: list[dict[str, Any]] = [{"id": f"k{n}", "text": f"the mill grinds {n} sacks", "lang": "en"} for n in range(300)]
+_WEBHOOK = "http://127.0.0.1:1/hooks/of-this-job"
 _ROWS[7] = {"id": "k7", "text": "", "lang": "en"}
 _ROWS[9] = {"id": '=cmd,"9"', "text": None, "lang": "en"}
 
@@ -36,6 +37,7 @@ def working(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Gatew
     (allowed / "docs.jsonl").write_bytes(_lines(_ROWS))
     gateway.fleet.environment["VECTORMILL_API_SOURCES"] = str(allowed)
     gateway.fleet.environment["VECTORMILL_API_OUTPUTS"] = str(allowed)
+    gateway.fleet.environment["VECTORMILL_WEBHOOKS"] = "http://127.0.0.1:1/hooks"
     gateway.fleet.environment["VECTORMILL_API_UPLOAD_BYTES"] = "200000"
     gateway.fleet.kill("api")
     gateway.start_api()
@@ -72,10 +74,11 @@ def _ended(line: httpx.Client, job: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def done(line: httpx.Client) -> dict[str, Any]:
     """A job made by an upload, completed."""
-    reply = _upload(line, _ROWS, carry="lang", labels='{"team": "search"}', priority="3")
+    reply = _upload(line, _ROWS, carry="lang", labels='{"team": "search"}', priority="3", webhook=_WEBHOOK)
     assert reply.status_code == 201, reply.text
     made = reply.json()
     assert (made["name"], made["state"], made["items"]["total"]) == ("docs", "queued", 300)
+    assert _WEBHOOK not in reply.text, "an address may hold a token"
     return _ended(line, made["id"])
 
 
@@ -243,6 +246,11 @@ def test_many_uploads_at_once(line: httpx.Client) -> None:
     assert len({reply.json()["id"] for reply in made}) == 16
 
 
+def test_a_jobs_webhook_is_the_one_that_its_request_names(working: Gateway, done: dict[str, Any]) -> None:
+    url = working.fleet.scalar("select url from vectormill.events where body like :job", job=f"%{done['id']}%")
+    assert url == _WEBHOOK
+
+
 def test_sources_that_the_operator_allows(line: httpx.Client, allowed: Path, tmp_path: Path) -> None:
     wish = {"model": "static", "sources": [str(allowed)], "by_reference": True, "output": str(allowed / "out")}
     made = line.post("/api/jobs", json=wish)
@@ -266,6 +274,8 @@ def test_sources_that_the_operator_allows(line: httpx.Client, allowed: Path, tmp
         assert (refused.status_code, "isn't below a place" in refused.text) == (400, True), source
     refused = line.post("/api/jobs", json={**wish, "output": str(tmp_path)})
     assert (refused.status_code, "VECTORMILL_API_OUTPUTS" in refused.text) == (400, True)
+    refused = line.post("/api/jobs", json={**wish, "output": None, "webhook": "https://evil.test/hooks"})
+    assert (refused.status_code, "VECTORMILL_WEBHOOKS" in refused.text) == (400, True)
 
 
 def test_a_workspace_sees_nothing_of_another(working: Gateway, done: dict[str, Any], line: httpx.Client) -> None:

@@ -96,7 +96,7 @@ def test_secrets_are_files() -> None:
         values = " ".join(map(str, [*service.get("environment", {}).values(), *service.get("command", [])]))
         assert set(re.findall(r"/run/secrets/(\w+)", values)) <= given, name
         for variable, value in service.get("environment", {}).items():
-            if re.search("PASSWORD|DATABASE_URL|REDIS_URL", variable):
+            if re.search("PASSWORD|SECRET|DATABASE_URL|SQL_URL|REDIS_URL", variable):
                 assert variable.endswith("_FILE"), name
                 assert value.startswith("/run/secrets/"), name
 
@@ -221,6 +221,8 @@ def composed(servers: Running, tmp_path_factory: pytest.TempPathFactory) -> Iter
     name = f"composed_{os.getpid()}"
     _change(secrets / "database_url", "vectormill:", f"{name}:")
     _change(secrets / "database_url", "postgres:5432/vectormill", f"127.0.0.1:{address.port}/{name}")
+    _change(secrets / "sql_url", "vectormill_queries:", f"{name}_queries:")
+    _change(secrets / "sql_url", "postgres:5432/vectormill", f"127.0.0.1:{address.port}/{name}")
     _change(secrets / "redis_url", "valkey:6379", f"127.0.0.1:{ports['valkey']}")
     try:
         _run_init(made, servers)
@@ -232,7 +234,8 @@ def composed(servers: Running, tmp_path_factory: pytest.TempPathFactory) -> Iter
             process.wait()
         with psycopg.connect(servers.database_url, autocommit=True) as connection:
             connection.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
-            connection.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(name)))
+            for role in (name, f"{name}_queries"):
+                connection.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(role)))
 
 
 def _instead(folder: Path, ports: dict[str, int]) -> dict[str, str]:
@@ -241,6 +244,7 @@ def _instead(folder: Path, ports: dict[str, int]) -> dict[str, str]:
         "http://api:8000": f"http://127.0.0.1:{ports['api']}",
         "http://flower:5555": f"http://127.0.0.1:{ports['flower']}",
         "http://127.0.0.1:${FLOWER_PORT:-5555}": f"http://127.0.0.1:{ports['flower']}",
+        "${WEBHOOKS:-}": "https://etl.example.com/hooks",
         "0.0.0.0": "127.0.0.1",
         "8000": str(ports["api"]),
         "9000": str(ports["engine"]),
@@ -307,7 +311,11 @@ def test_each_service_runs_as_the_file_says(composed: Composed, static_descripti
     done = composed.run("doctor")
     assert done.returncode == 0, done.stdout
     assert "static embedded it" in done.stdout, "a text went through the worker"
+    assert "_queries runs the queries of requests in SQL" in done.stdout
+    assert "1 addresses allowed, none behind" in done.stdout
     assert "! warn" not in done.stdout
+
+    _ask_in_sql(url, composed)
 
     for name in running:
         composed.stop(name)
@@ -315,6 +323,26 @@ def test_each_service_runs_as_the_file_says(composed: Composed, static_descripti
             assert composed.check(name).returncode != 0, f"{name} is ready though it has ended"
     composed.start("worker-gpu")
     composed.stop("worker-gpu")
+
+
+def _ask_in_sql(url: str, composed: Composed) -> None:
+    """A query runs as the role that the secrets name, which reads what it was granted."""
+    role = urlsplit((composed.folder / "secrets" / "sql_url").read_text().strip()).username or ""
+    asked = "select vectormill.submit('select id, text from public.docs', 'static', 'nightly')::text"
+    look = "select state, message from vectormill.job_status where id = %s::uuid"
+
+    def ended(job: str) -> tuple[str, str | None] | None:
+        row = connection.execute(look, [job]).fetchone()
+        return row if row and row[0] in ("completed", "failed") else None
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("create table public.docs as select 'a' as id, 'A mill grinds grain.' as text")
+        (job,) = connection.execute(asked.encode()).fetchone() or ("",)
+        state, message = eventually(lambda: ended(job), "a refusal")
+        assert (state, "permission denied for table docs" in str(message)) == ("failed", True)
+        connection.execute(sql.SQL("grant select on public.docs to {}").format(sql.Identifier(role)))
+        assert connection.execute(asked.encode()).fetchone() == (job,)
+        assert eventually(lambda: ended(job), "the job's end") == ("completed", None)
 
 
 def test_postgres_health_check(composed: Composed, servers: Running) -> None:

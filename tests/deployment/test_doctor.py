@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+from pydantic import SecretStr
 from sqlalchemy import Engine, text
 
 from pipeline import catalog
@@ -34,6 +35,8 @@ from tests.jobs_made import job_row, make_job, make_model, run_sql, take
 from tests.ports import free_port
 
 _KEY = "NEAR_KEY"
+#: Runs the queries of requests in SQL.
+_QUERIES = "doctors_queries"
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,26 @@ class Deployment:
     def patient(self) -> Patient:
         """What the doctor looks at."""
         return Patient(
-            settings=Settings(home=self.home),
+            settings=self.settings(),
             database_url=self.database_url,
             redis_url=self.redis_url,
             api_url=self.api_url,
             flower_url=None,
             flower_password="long enough by far",
             canary_seconds=60,
+        )
+
+    def settings(self, **more: Any) -> Settings:
+        """What its dispatcher is set up with."""
+        login = self.database_url.replace(self.database_url.split("//")[1].split("@")[0], f"{_QUERIES}:secret")
+        return Settings(
+            home=self.home,
+            **{
+                "sql_url": SecretStr(login),
+                "webhooks": ("https://etl.example.com/hooks",),
+                "webhook_secret": SecretStr(f"whsec_{'YWFh' * 8}"),
+                **more,
+            },
         )
 
     def start_api(self) -> None:
@@ -100,6 +116,7 @@ def deployment(
         fleet = Fleet(engine=engine, environment=environment, logs=folder)
         made = Deployment(fleet, engine, url, redis_url, f"http://127.0.0.1:{free_port()}", folder)
         try:
+            run_sql(engine, f"create role {_QUERIES} login password 'secret'")
             made.start_api()
             fleet.start_dispatcher()
             made.start_worker()
@@ -107,6 +124,7 @@ def deployment(
             yield made
         finally:
             fleet.close()
+            run_sql(engine, f"drop role {_QUERIES}")
             engine.dispose()
 
 
@@ -431,6 +449,45 @@ def short_password(deployment: Deployment) -> Iterator[Patient]:
 
 
 @contextmanager
+def queries_of_the_owner(deployment: Deployment) -> Iterator[Patient]:
+    settings = deployment.settings(sql_url=SecretStr(deployment.database_url))
+    yield replace(deployment.patient(), settings=settings)
+
+
+@contextmanager
+def queries_that_read_keys(deployment: Deployment) -> Iterator[Patient]:
+    run_sql(deployment.engine, f"grant usage on schema vectormill to {_QUERIES}")
+    run_sql(deployment.engine, f"grant select on vectormill.api_keys to {_QUERIES}")
+    yield deployment.patient()
+    run_sql(deployment.engine, f"drop owned by {_QUERIES}")
+
+
+@contextmanager
+def queries_that_do_not_get_in(deployment: Deployment) -> Iterator[Patient]:
+    run_sql(deployment.engine, f"alter role {_QUERIES} nologin")
+    yield deployment.patient()
+    run_sql(deployment.engine, f"alter role {_QUERIES} login")
+
+
+@contextmanager
+def unsigned_webhooks(deployment: Deployment) -> Iterator[Patient]:
+    yield replace(deployment.patient(), settings=deployment.settings(webhook_secret=None))
+
+
+@contextmanager
+def webhook_without_an_address(deployment: Deployment) -> Iterator[Patient]:
+    yield replace(deployment.patient(), settings=deployment.settings(webhooks=("etl.example.com",)))
+
+
+@contextmanager
+def webhook_given_up(deployment: Deployment) -> Iterator[Patient]:
+    insert = """insert into vectormill.events (id, workspace_id, type, url, body, state, finished_at)
+                values ('evt_1', 1, 'job.completed', 'https://etl.example.com/hooks', '', 'given_up', now())"""
+    with sql(deployment, insert, "delete from vectormill.events") as patient:
+        yield patient
+
+
+@contextmanager
 def old_package(deployment: Deployment) -> Iterator[Patient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "requires", lambda _: ["numpy>=99", "pytest>=1"])
@@ -480,6 +537,12 @@ FAULTS: list[tuple[Plant, dict[str, State]]] = [
     (short_password, {"password": State.WARN}),
     (open_redis, {"addresses": State.FAIL}),
     (open_engine, {"addresses": State.WARN}),
+    (queries_of_the_owner, {"queries": State.FAIL}),
+    (queries_that_read_keys, {"queries": State.FAIL}),
+    (queries_that_do_not_get_in, {"queries": State.FAIL}),
+    (unsigned_webhooks, {"webhooks": State.FAIL}),
+    (webhook_without_an_address, {"webhooks": State.FAIL}),
+    (webhook_given_up, {"webhooks": State.WARN}),
     (other_weights, {"canary": State.FAIL}),
 ]
 
@@ -565,7 +628,7 @@ def test_the_command(deployment: Deployment, tmp_path: Path) -> None:
     fleet.environment |= {"VECTORMILL_FLOWER_PASSWORD": "long enough by far"}
     done = fleet.cli("doctor")
     lines = done.stdout.splitlines()
-    assert [line[:10] for line in lines if not line.startswith("✓ ok")] == ["– skipped "]
+    assert [line[:10] for line in lines if not line.startswith("✓ ok")] == ["– skipped "] * 3
     assert any("static embedded it" in line for line in lines)
     assert done.stderr == f"{len(lines) - 1} ok, 1 not looked at.\n"
 

@@ -62,8 +62,8 @@ def test_a_workspace_is_made_with_its_weight_and_models(engine: Engine, model: M
         assert find_model(connection, search, "large").name == "large"
     make_job(engine, model, workspace=search)
     assert listed(run) == [
-        {"name": "default", "weight": 1.0, "models": ["large", "small"], "jobs": 0, **_NO_LIMITS},
-        {"name": "search", "weight": 3.0, "models": ["large", "small"], "jobs": 1, **_NO_LIMITS},
+        {"name": "default", "weight": 1.0, "models": ["large", "small"], "jobs": 0, **_NO_LIMITS, "webhook": None},
+        {"name": "search", "weight": 3.0, "models": ["large", "small"], "jobs": 1, **_NO_LIMITS, "webhook": None},
     ]
     code, out, _ = run("list")
     assert (code, [line.split() for line in out.splitlines()][2]) == (0, ["search", "3", "1", "large,", "small"])
@@ -81,7 +81,7 @@ def test_set_changes_what_is_named_and_nothing_else(engine: Engine, model: Model
     make_model(engine, "large")
     run("create", "search", "--weight", "2", "--model", "small")
     assert run("set", "search", "--weight", "0.5") == (0, "", "Workspace search changed.\n")
-    search = {"name": "search", "weight": 0.5, "models": ["small"], "jobs": 0, **_NO_LIMITS}
+    search = {"name": "search", "weight": 0.5, "models": ["small"], "jobs": 0, **_NO_LIMITS, "webhook": None}
     assert listed(run)[1] == search
     assert run("set", "search", "--model", "large")[0] == 0
     search["models"] = ["large"]
@@ -104,7 +104,7 @@ def test_set_changes_what_is_named_and_nothing_else(engine: Engine, model: Model
         (("create", "search", "--weight", "nan"), "--weight nan: give a number above 0."),
         (("create", "search", "--model", "none"), 'no model "none"; vectormill models list shows them.'),
         (("set", "search", "--weight", "1"), 'no workspace "search".'),
-        (("set", "default"), "nothing to change; give --weight, --model or a limit."),
+        (("set", "default"), "nothing to change; give --weight, --model, --webhook or a limit."),
         (("set", "default", "--weight", "0"), "--weight 0: give a number above 0."),
         (("set", "default", "--weight", "2", "--model", "none"), 'no model "none"; vectormill models list shows them.'),
     ],
@@ -115,3 +115,22 @@ def test_a_mistake_is_one_clear_line_and_changes_nothing(
     before = listed(run)
     assert run(*arguments) == (2, "", f"error {sentence}\n")
     assert listed(run) == before
+
+
+def test_a_webhook_is_set_and_taken_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def webhooks() -> dict[str, Any]:
+        return {row["name"]: row["webhook"] for row in json.loads(run("list", "--json")[1])}
+
+    allowed, elsewhere = "https://etl.example.com/hooks/nightly", "https://evil.test/hooks"
+    code, _, told = run("set", "default", "--webhook", allowed)
+    assert code == 2
+    assert "VECTORMILL_WEBHOOKS lists them" in told
+    monkeypatch.setenv("VECTORMILL_WEBHOOKS", "https://etl.example.com/hooks")
+    assert run("create", "search", "--webhook", elsewhere)[0] == 2
+    assert run("create", "search", "--webhook", allowed)[0] == 0
+    assert run("set", "default", "--webhook", allowed)[0] == 0
+    assert webhooks() == {"default": allowed, "search": allowed}
+    assert run("set", "default", "--webhook", elsewhere)[0] == 2
+    assert run("set", "default", "--webhook", allowed, "--clear", "webhook")[0] == 2
+    assert run("set", "search", "--clear", "webhook")[0] == 0
+    assert webhooks() == {"default": allowed, "search": None}

@@ -1,5 +1,6 @@
 """Settings that stand in files."""
 
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,44 @@ from pipeline.settings import load_settings
 
 
 def test_secrets_are_read_from_the_files_that_variables_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("database_url", "redis_url", "flower_password"):
-        (tmp_path / name).write_text(f"redis://secret {name}\n")
+    secrets = {
+        "database_url": "a secret",
+        "redis_url": "redis://:another%20secret@here",
+        "sql_url": "postgresql://etl:a%20secret@here/x",
+        "flower_password": "a third secret",
+        "webhook_secret": f"{whsec(b'a' * 24)} {whsec(b'b' * 64)}",
+    }
+    for name, secret in secrets.items():
+        (tmp_path / name).write_text(f"{secret}\n")
         monkeypatch.setenv(f"VECTORMILL_{name.upper()}_FILE", str(tmp_path / name))
     settings = load_settings()
-    for name in ("database_url", "redis_url", "flower_password"):
-        assert getattr(settings, name).get_secret_value() == f"redis://secret {name}"
-    assert "secret " not in repr(settings)
+    for name, secret in secrets.items():
+        assert getattr(settings, name).get_secret_value() == secret
+        assert secret not in repr(settings)
+
+
+def whsec(key: bytes) -> str:
+    return f"whsec_{b64encode(key).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("WEBHOOK_SECRET", "guess", "whsec_ and base64 of 24 to 64 bytes"),
+        ("WEBHOOK_SECRET", whsec(b"a" * 23), "whsec_ and base64 of 24 to 64 bytes"),
+        ("WEBHOOK_SECRET", f"{whsec(b'a' * 24)} whsec_a?b", "whsec_ and base64 of 24 to 64 bytes"),
+        ("SQL_URL", "duckdb:///guess", "write postgresql://user:password@host/name"),
+    ],
+)
+def test_what_is_wrong_with_a_secret_is_said_without_it(
+    name: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"VECTORMILL_{name}", value)
+    with pytest.raises(UserError) as caught:
+        load_settings()
+    assert str(caught.value).startswith(f"VECTORMILL_{name}: ")
+    assert told in str(caught.value)
+    assert value not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [None, ""])

@@ -57,3 +57,17 @@ def test_requests_are_finished_at_the_end(monkeypatch: pytest.MonkeyPatch) -> No
         assert found[at][name].stop_grace_seconds > longest
     graces = [max(child.stop_grace_seconds for child in stage.values()) for stage in found]
     assert sum(graces) < stages.STOP_SECONDS
+
+
+@pytest.mark.parametrize(("own", "wanted"), [(True, "postgresql://here/x"), (False, None)])
+def test_only_on_a_database_of_its_own_do_queries_run_as_its_owner(
+    own: bool, wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_database_time", lambda _: datetime.now(UTC))
+    found = {
+        child.env.get("VECTORMILL_SQL_URL")
+        for stage in stages.app_stages(_running(), 1, queries_as_owner=own)
+        for child in stage
+        if child.name == "dispatcher"
+    }
+    assert found == {wanted}
