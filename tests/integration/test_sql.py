@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,9 +23,9 @@ from pipeline.embedded.wheels import wheel_folder
 from pipeline.errors import ServiceUnreachable
 from pipeline.jobs import Model
 from pipeline.publish import Publisher
-from pipeline.purge import purge_job
+from pipeline.purge import purge_job, purge_month
 from pipeline.settings import Settings
-from pipeline.store import requests
+from pipeline.store import partitions, requests
 from tests.jobs_made import chunk_rows, count, job_row, run_sql
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
@@ -217,6 +218,15 @@ def test_no_query_becomes_the_owner(
         assert "permission denied" in shown(engine, other)[2]
 
 
+def test_as_the_owner_a_query_would_read_all(
+    engine: Engine, model: Model, stage: Callable[..., None], database: str
+) -> None:
+    """So that the tests beside this one have something to find."""
+    job_id = ask(engine, "select name as id, name as text from vectormill.workspaces")
+    stage(database)
+    assert shown(engine, job_id)[0] == "queued"
+
+
 def test_no_query_writes(engine: Engine, model: Model, stage: Callable[..., None], role: str) -> None:
     run_sql(engine, f"grant insert on public.docs to {role}")
     run_sql(
@@ -274,6 +284,16 @@ def test_a_job_that_was_purged_is_made_anew(engine: Engine, model: Model, stage:
     purge_job(engine, job_id)
     assert run_sql(engine, "select * from vectormill.job_status") == []
     assert ask(engine, idempotency_key="nightly") != job_id
+
+
+def test_requests_go_with_their_month(engine: Engine, model: Model, stage: Callable[..., None]) -> None:
+    old, kept = ask(engine, "select"), ask(engine, "select 1")
+    stage()
+    first = datetime(2024, 5, 1, tzinfo=UTC)
+    change = "update vectormill.requests set job_id = :new where job_id = :old"
+    run_sql(engine, change, old=old, new=UUID(int=partitions.lowest_id(first).int + 1))
+    assert purge_month(engine, first) is None
+    assert run_sql(engine, "select job_id from vectormill.requests") == [(kept,)]
 
 
 def test_without_a_login_for_queries_it_is_said_what_to_set(
