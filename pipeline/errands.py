@@ -14,9 +14,8 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import metrics, sql_requests, webhooks
+from pipeline import batches, files, metrics, sql_requests, store, webhooks
 from pipeline.settings import Settings
-from pipeline.store import events, requests
 from pipeline.store.database import is_connection_lost, plain_reason
 
 log = structlog.get_logger()
@@ -42,17 +41,36 @@ class Errand:
     #: Lists at most so many pieces that are due, by id, the oldest first.
     due: Callable[[Connection, int], Sequence[Hashable]]
     #: Does one of them.
-    do: Callable[[Means, Any], None]
+    do: Callable[[Means, Any], object]
     #: Pieces at a time.
     at_once: int = 2
 
 
 #: What there is to see to.
 ERRANDS: tuple[Errand, ...] = (
-    Errand("requests", requests.due, lambda means, job: sql_requests.stage(means.engine, means.settings, job)),
     Errand(
-        "webhooks",
-        events.due,
+        "stage_request", store.requests.due, lambda means, job: sql_requests.stage(means.engine, means.settings, job)
+    ),
+    Errand(
+        "stage_batch_request",
+        store.batches.to_stage,
+        lambda means, batch: batches.stage(means.engine, means.settings, batch),
+    ),
+    Errand(
+        "finish_batch_request",
+        store.batches.to_end,
+        lambda means, batch: batches.finish(means.engine, means.settings, batch),
+    ),
+    Errand(
+        "expire_batch_request",
+        store.batches.to_expire,
+        lambda means, batch: batches.expire(means.engine, batch),
+        at_once=1,
+    ),
+    Errand("forget_file", store.files.expired, lambda means, file: files.forget(means.engine, file), at_once=1),
+    Errand(
+        "deliver_event",
+        store.events.due,
         lambda means, event: webhooks.deliver(means.engine, means.settings, event),
         at_once=4,
     ),

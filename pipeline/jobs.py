@@ -87,6 +87,19 @@ class EventState(enum.StrEnum):
     GIVEN_UP = "given_up"
 
 
+class BatchState(enum.StrEnum):
+    """Where a batch request stands, in the words of OpenAI's API."""
+
+    VALIDATING = "validating"
+    FAILED = "failed"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+
 class Reason(enum.StrEnum):
     """Why a job is paused or has failed."""
 
@@ -115,6 +128,7 @@ class RejectCode(enum.StrEnum):
     TOO_LARGE = "too_large"
     BAD_KEY = "bad_key"
     BAD_ROW = "bad_row"
+    BAD_REQUEST = "bad_request"
     TOO_LONG = "too_long"
     BAD_VECTOR = "bad_vector"
     ENCODE_FAILED = "encode_failed"

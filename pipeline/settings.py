@@ -60,6 +60,13 @@ class Settings(BaseSettings):
     #: Folders and URIs, comma-separated, below which jobs made through the api may read and write; empty: none.
     api_sources: Annotated[tuple[str, ...], NoDecode] = ()
     api_outputs: Annotated[tuple[str, ...], NoDecode] = ()
+    #: Folder or URI of the files of batch requests, for the api and the dispatcher alike. Unset: below the home.
+    files: str | None = Field(default=None, min_length=1)
+    #: How long those live that aren't made to live otherwise; output files live as long as their batch request says.
+    file_days: float = Field(default=30, gt=0, le=3650)
+    #: The most lines of a batch request, and the largest file.
+    batch_lines: int = Field(default=50_000, ge=1, le=1_000_000)
+    batch_bytes: int = Field(default=200 * _MIB, ge=1024, le=1024 * 1024 * _MIB)
     #: An api that commands on jobs go to instead of the database, and a key of it.
     api_url: str | None = Field(default=None, pattern="^https?://")
     api_key: SecretStr | None = None
@@ -125,6 +132,11 @@ class Settings(BaseSettings):
             if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
                 raise ValueError("write whsec_ and base64 of 24 to 64 bytes")
         return value
+
+    @property
+    def files_folder(self) -> str:
+        """Where the files of batch requests are."""
+        return self.files or str(self.home / "files")
 
     @field_validator("home", "flower_config", mode="after")
     @classmethod

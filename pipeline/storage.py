@@ -270,11 +270,28 @@ def write(uri: str, data: bytes | memoryview) -> None:
             raise StorageRefused(f"{uri}: there is a file where a folder must be.") from None
 
 
-def _write_local(path: Path, data: bytes | memoryview) -> None:
+def write_from(uri: str, source: BinaryIO) -> None:
+    """Write a file of any size as `write` does, from one that is open at its beginning.
+
+    Raises:
+        StorageRefused, StorageUnreachable: it isn't written.
+    """
+    with _reported(uri):
+        if is_remote(uri):
+            bucket, path = _split(uri)
+            obstore.put(_store(bucket), path, source, use_multipart=True)
+        else:
+            _write_local(Path(uri), source)
+
+
+def _write_local(path: Path, data: bytes | memoryview | BinaryIO) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as file:
         try:
-            file.write(data)
+            if isinstance(data, bytes | memoryview):
+                file.write(data)
+            else:
+                shutil.copyfileobj(data, file, _LOCAL_BYTES)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o666 & ~_umask())

@@ -34,7 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from pipeline.jobs import ChunkState, EventState, JobState, RequestState
+from pipeline.jobs import BatchState, ChunkState, EventState, JobState, RequestState
 
 SCHEMA = "vectormill"
 
@@ -471,4 +471,59 @@ leases = Table(
     Column("name", Text, primary_key=True),
     Column("holder", Text, nullable=False),
     _moment("lease_until", now=True),
+)
+
+#: Files of the Files API; their bytes are where VECTORMILL_FILES says.
+files = Table(
+    "files",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("uri", Text, nullable=False),
+    Column("etag", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False),
+    _moment("created_at", now=True),
+    _moment("expires_at"),
+    CheckConstraint("purpose in ('batch', 'batch_output')", name="purpose"),
+    Index("files_workspace_idx", "workspace_id", "id"),
+    Index("files_expiry_idx", "expires_at", postgresql_where=text("expires_at is not null")),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    Column("state", Text, nullable=False, server_default=BatchState.VALIDATING.value),
+    # What it becomes when its job has let go of it, where that isn't the job's own end.
+    Column("ends_as", Text),
+    Column("endpoint", Text, nullable=False),
+    Column("completion_window", Text, nullable=False),
+    # No foreign key: files may be deleted, batch requests stay.
+    Column("input_file_id", Text, nullable=False),
+    Column("output_file_id", Text),
+    Column("error_file_id", Text),
+    # Several batch requests of the same content share one; it may be purged.
+    Column("job_id", Uuid),
+    Column("model", Text),
+    Column("metadata", JSONB),
+    Column("max_rejects", Text, nullable=False, server_default=""),
+    Column("output_seconds", BigInteger),
+    Column("errors", JSONB),
+    # Frozen at its end.
+    Column("counts", JSONB),
+    _moment("created_at", now=True),
+    _moment("expires_at"),
+    _moment("in_progress_at"),
+    _moment("finalizing_at"),
+    _moment("cancelling_at"),
+    # Completed, failed, expired or cancelled.
+    _moment("ended_at"),
+    CheckConstraint("state in ({})".format(", ".join(f"'{state}'" for state in BatchState)), name="state"),
+    CheckConstraint("ends_as in ('cancelled', 'expired')", name="ends_as"),
+    Index("batches_workspace_idx", "workspace_id", "id"),
+    Index("batches_open_idx", "id", postgresql_where=text("ended_at is null")),
 )

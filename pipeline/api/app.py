@@ -1,6 +1,6 @@
 """The api's process: its routes, what an error looks like, start and stop."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from http import HTTPStatus
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.api import administration, embeddings, fleet, jobs, submissions
+from pipeline.api import administration, batches, embeddings, files, fleet, jobs, submissions
 from pipeline.api.bulk import CONNECTIONS, Bulk
 from pipeline.api.counting import Counted, show
 from pipeline.api.dashboard import add_dashboard
@@ -49,6 +49,7 @@ from pipeline.wire import make_error
 
 log = structlog.get_logger()
 
+_FORM_BYTES = 1024 * 1024
 #: Of the framework's own refusals; the others are `invalid_payload`.
 _CODES: dict[int, str] = {HTTPStatus.NOT_FOUND: "not_found", HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed"}
 
@@ -97,8 +98,7 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.include_router(embeddings.router)
-    for part in (submissions, jobs, fleet, administration):
+    for part in (embeddings, files, batches, submissions, jobs, fleet, administration):
         app.include_router(part.router)
     add_dashboard(app)
     app.add_route("/healthz", _healthz)
@@ -108,8 +108,10 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     app.add_exception_handler(VectormillError, _answer_step)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
+    # What stands around an upload's bytes in a form is small.
+    forms = {"/api/jobs": settings.api_upload_bytes, "/v1/files": settings.batch_bytes + _FORM_BYTES}
     # The last one added is the first one met.
-    app.add_middleware(Bounded, most_bytes=settings.api_body_bytes, most_upload_bytes=settings.api_upload_bytes)
+    app.add_middleware(Bounded, most_bytes=settings.api_body_bytes, most_of_forms=forms)
     app.add_middleware(Identified)
     app.add_middleware(Counted)
     describe = app.openapi
@@ -166,8 +168,8 @@ class Identified:
 class Bounded:
     """Refuses bodies over a limit before they are read whole, whatever the route does with them."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int, most_upload_bytes: int) -> None:
-        self._app, self._most_bytes, self._most_upload_bytes = app, most_bytes, most_upload_bytes
+    def __init__(self, app: ASGIApp, most_bytes: int, most_of_forms: Mapping[str, int]) -> None:
+        self._app, self._most_bytes, self._most_of_forms = app, most_bytes, most_of_forms
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI calls it."""
@@ -176,8 +178,8 @@ class Bounded:
             return
         headers, size = Headers(scope=scope), 0
         told, most_bytes = headers.get("content-length", "0"), self._most_bytes
-        if scope["path"] == "/api/jobs" and headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            most_bytes = self._most_upload_bytes
+        if headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            most_bytes = self._most_of_forms.get(scope["path"], most_bytes)
         if told.isdecimal() and int(told) > most_bytes:
             await _as_response(scope["path"], _too_large(most_bytes))(scope, receive, send)
             return

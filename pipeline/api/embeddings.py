@@ -110,7 +110,8 @@ class ModelList(BaseModel):
     data: list[ModelObject]
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
+#: How an OpenAPI description says what a route below `/v1` may answer else.
+ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorEnvelope, "description": codes}
     for status, codes in {
         400: "invalid_payload",
@@ -123,7 +124,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _SECURITY: dict[str, Any] = {"security": [{"bearer": []}]}
-router = APIRouter(prefix="/v1", responses=_ERRORS, tags=["OpenAI-compatible"])
+router = APIRouter(prefix="/v1", responses=ERRORS, tags=["OpenAI-compatible"])
 
 
 @router.post(

@@ -54,6 +54,41 @@ _MODEL_OBJECT = {
 }
 _SEEN = {"started_at": "2026-11-24T00:00:00Z", "seen_at": "2026-11-24T01:10:00Z"}
 
+_FILE = {
+    "id": "file-0198c2d16f007c3a9d412b7e5a1c9f10",
+    "object": "file",
+    "bytes": 1_204_331,
+    "created_at": 1_795_500_000,
+    "expires_at": 1_798_092_000,
+    "filename": "nightly.jsonl",
+    "purpose": "batch",
+    "status": "processed",
+}
+_BATCH = {
+    "id": "batch_0198c2d26f007c3a9d412b7e5a1c9f11",
+    "object": "batch",
+    "endpoint": "/v1/embeddings",
+    "model": _MODEL,
+    "errors": None,
+    "input_file_id": _FILE["id"],
+    "completion_window": "24h",
+    "status": "in_progress",
+    "output_file_id": None,
+    "error_file_id": None,
+    "created_at": 1_795_500_010,
+    "in_progress_at": 1_795_500_012,
+    "expires_at": 1_795_586_410,
+    "finalizing_at": None,
+    "completed_at": None,
+    "failed_at": None,
+    "expired_at": None,
+    "cancelling_at": None,
+    "cancelled_at": None,
+    "request_counts": {"total": 10_000, "completed": 6_144, "failed": 100},
+    "metadata": {"run": "2026-11-24"},
+    "job_id": _JOB_ID,
+}
+
 #: A schema's title → an example of it.
 EXAMPLES: dict[str, Any] = {
     "EmbeddingRequest": {"model": _MODEL, "input": ["A mill grinds grain."], "encoding_format": "float"},
@@ -65,6 +100,23 @@ EXAMPLES: dict[str, Any] = {
     },
     "ModelObject": _MODEL_OBJECT,
     "ModelList": {"object": "list", "data": [_MODEL_OBJECT]},
+    "FileObject": _FILE,
+    "FileList": {"object": "list", "data": [_FILE], "has_more": False, "first_id": _FILE["id"], "last_id": _FILE["id"]},
+    "FileDeleted": {"id": _FILE["id"], "object": "file", "deleted": True},
+    "NewBatch": {
+        "input_file_id": _FILE["id"],
+        "endpoint": "/v1/embeddings",
+        "completion_window": "24h",
+        "metadata": {"run": "2026-11-24"},
+    },
+    "Batch": _BATCH,
+    "BatchList": {
+        "object": "list",
+        "data": [_BATCH],
+        "has_more": False,
+        "first_id": _BATCH["id"],
+        "last_id": _BATCH["id"],
+    },
     "ErrorEnvelope": {
         "error": {
             "message": 'The model "m" is not enabled for your workspace.',

@@ -23,7 +23,7 @@ def read_jsonl(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes:
         SourceError: a line isn't a JSON object, or no row among the first has a required column.
     """
     watch = _ColumnWatch(name, columns)
-    for run in whole_lines(_no_array(blocks, name), name, _line_bytes(item_bytes)):
+    for run in whole_lines(_no_array(blocks, name), name, line_bytes(item_bytes)):
         if isinstance(run, LongLine):
             yield _long(run, columns)
             continue
@@ -42,7 +42,7 @@ def check_columns(blocks: Iterator[bytes], name: str, columns: Columns, item_byt
         SourceError: a line there isn't a JSON object, or none has a required column.
     """
     watch = _ColumnWatch(name, columns)
-    for run in whole_lines(_no_array(blocks, name), name, _line_bytes(item_bytes)):
+    for run in whole_lines(_no_array(blocks, name), name, line_bytes(item_bytes)):
         if not isinstance(run, LongLine):
             watch.look(run[0], run[1].split(b"\n"))
         if watch.content:
@@ -54,7 +54,7 @@ def read_part(
     blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int, first_line: int
 ) -> Iterator[Parsed]:
     """The rows of whole lines from amid a file. A line that isn't a JSON object comes as a `BadRow`."""
-    for run in whole_lines(blocks, name, _line_bytes(item_bytes)):
+    for run in whole_lines(blocks, name, line_bytes(item_bytes)):
         if isinstance(run, LongLine):
             yield _long(run._replace(number=run.number + first_line - 1), columns)
             continue
@@ -64,7 +64,8 @@ def read_part(
             yield _parse(lines[start : start + BLOCK_ROWS], first, name, columns, bad_rows=True)
 
 
-def _line_bytes(item_bytes: int) -> int:
+def line_bytes(item_bytes: int) -> int:
+    """The longest line that is read."""
     # An escaped letter takes six times its bytes; the rest is for the other columns.
     return item_bytes * 6 + 1024 * 1024
 
@@ -94,7 +95,7 @@ def _parse(lines: list[bytes], first: int, name: str, columns: Columns, *, bad_r
             text = row[text_column]
             key = row.get(key_column)
         except (ValueError, LookupError, TypeError, AttributeError):
-            found = _object_or_fault(line, name, number) if bad_rows else _object(line, name, number)
+            found = object_or_fault(line, name, number) if bad_rows else _object(line, name, number)
             if found is None:
                 continue
             row = {} if isinstance(found, BadRow) else found
@@ -133,7 +134,8 @@ def _object(line: bytes, name: str, number: int) -> dict[str, object] | None:
     return row
 
 
-def _object_or_fault(line: bytes, name: str, number: int) -> dict[str, object] | BadRow | None:
+def object_or_fault(line: bytes, name: str, number: int) -> dict[str, object] | BadRow | None:
+    """A line's object, or what is wrong with it; `None` for an empty line."""
     try:
         return _object(line, name, number)
     except SourceError as error:

@@ -89,6 +89,7 @@ class BadRow(NamedTuple):
     """Stands for the text of a row that can't be read."""
 
     fault: str
+    code: RejectCode = RejectCode.BAD_ROW
 
 
 class _BadKeyError(Exception):
@@ -148,7 +149,7 @@ def _text_problem(text: object, item_bytes: int) -> tuple[RejectCode, str] | Non
     if isinstance(text, LongLine):
         return RejectCode.TOO_LARGE, (f"the line has {text.size_bytes:,} bytes; at most {text.bound_bytes:,} are read")
     if isinstance(text, BadRow):
-        return RejectCode.BAD_ROW, text.fault
+        return text.code, text.fault
     if text is Missing:
         return RejectCode.MISSING_TEXT, "text is missing"
     if text is None:

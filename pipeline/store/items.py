@@ -7,7 +7,7 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, and_, delete, text
+from sqlalchemy import Connection, RowMapping, and_, delete, text
 
 from pipeline.jobs import Item, Reject
 from pipeline.store import binary
@@ -136,6 +136,35 @@ def count_rejects(connection: Connection, job_id: UUID) -> dict[str, int]:
         {"job": job_id},
     )
     return {row[0]: row[1] for row in rows}
+
+
+def rejects_with_carried(connection: Connection, job_id: UUID, after: int, limit: int) -> list[RowMapping]:
+    """As `list_rejects`, each with what its item carries."""
+    rows = connection.execute(
+        text("""
+            select r.index, r.key, r.code, r.message, i.carried
+            from vectormill.rejects r left join vectormill.items i on i.job_id = r.job_id and i.index = r.index
+            where r.job_id = :job and r.index > :after order by r.index limit :limit
+        """),
+        {"job": job_id, "after": after, "limit": limit},
+    )
+    return list(rows.mappings())
+
+
+def unsettled(connection: Connection, job_id: UUID, after: int, limit: int) -> list[RowMapping]:
+    """A page of a job's items that have neither vector nor reject in Postgres, in index order, from the first one past
+    index `after`."""
+    rows = connection.execute(
+        text("""
+            select i.index, i.key, i.carried from vectormill.items i
+            where i.job_id = :job and i.index > :after
+              and not exists (select 1 from vectormill.embeddings e where e.job_id = :job and e.index = i.index)
+              and not exists (select 1 from vectormill.rejects r where r.job_id = :job and r.index = i.index)
+            order by i.index limit :limit
+        """),
+        {"job": job_id, "after": after, "limit": limit},
+    )
+    return list(rows.mappings())
 
 
 def first_duplicate_key(connection: Connection, job_id: UUID) -> tuple[str, int, int] | None:

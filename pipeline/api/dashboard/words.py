@@ -148,6 +148,10 @@ REJECTS: dict[RejectCode, tuple[str, str]] = {
         "Split it into passages, or ask for a higher VECTORMILL_ITEM_BYTES.",
     ),
     RejectCode.BAD_KEY: ("The key can't be used.", "Give the row a short, printable key, and submit it again."),
+    RejectCode.BAD_REQUEST: (
+        "The line isn't a request for an embedding.",
+        "Mend the line that the message names, and upload the file again.",
+    ),
     RejectCode.BAD_ROW: ("The row can't be parsed.", "Mend the row that the message names, and submit it again."),
     RejectCode.TOO_LONG: (
         "The text has more tokens than the model reads, and the job was told to reject such texts.",

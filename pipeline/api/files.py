@@ -1,0 +1,226 @@
+"""`/v1/files`: what batch requests read and write."""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+from sqlalchemy import Connection, RowMapping
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException
+
+from pipeline import files as keeping
+from pipeline.api.asking import SECURITY, ask, caller_of
+from pipeline.api.bulk import Bulk
+from pipeline.api.directory import Caller
+from pipeline.api.embeddings import ERRORS
+from pipeline.errors import InvalidPayload, NotFound, PayloadTooLarge, SourceChanged
+from pipeline.settings import Settings
+from pipeline.store import files
+
+router = APIRouter(prefix="/v1", responses=ERRORS, tags=["OpenAI-compatible"])
+
+_BLOCK_BYTES = 1024 * 1024
+_MOST_FIELDS = 10
+_MOST_NAME = 200
+_SHORTEST_SECONDS, _LONGEST_SECONDS = 3_600, 2_592_000
+_ID = "^[^\0]*$"
+_FORM = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary", "description": "JSON lines, a request each."},
+        "purpose": {"type": "string", "enum": ["batch"]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": _SHORTEST_SECONDS, "maximum": _LONGEST_SECONDS},
+    },
+}
+
+
+class FileObject(BaseModel):
+    """A file."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    status: Literal["processed"] = "processed"
+
+
+class FileList(BaseModel):
+    """Files in the order of their making."""
+
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class FileDeleted(BaseModel):
+    """A file that is no more."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool = True
+
+
+class ExpiresAfter(BaseModel):
+    """When a file goes by itself."""
+
+    anchor: Literal["created_at"] = "created_at"
+    seconds: int = Field(ge=_SHORTEST_SECONDS, le=_LONGEST_SECONDS)
+
+
+@router.post(
+    "/files",
+    openapi_extra={
+        **SECURITY,
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}},
+    },
+)
+async def create_file(request: Request) -> FileObject:
+    """Upload the input of a batch request."""
+    caller = await caller_of(request)
+    settings: Settings = request.app.state.settings
+    bulk: Bulk = request.app.state.bulk
+    try:
+        form = await request.form(max_files=1, max_fields=_MOST_FIELDS)
+    except (MultiPartException, ValueError) as error:  # an unknown charset is a ValueError
+        raise InvalidPayload("The body isn't the form that its content-type says.") from error
+    try:
+        file, lives_seconds = _read_form(form)
+        if file.size is not None and file.size > settings.batch_bytes:
+            raise PayloadTooLarge(
+                f"The file has {file.size:,} bytes; at most {settings.batch_bytes:,} (VECTORMILL_BATCH_BYTES).",
+                param="file",
+            )
+        name = (file.filename or "file").encode(errors="replace").decode().replace("\0", "")[-_MOST_NAME:]
+        made = await bulk.run(
+            lambda engine: keeping.keep(
+                engine,
+                settings,
+                caller.workspace_id,
+                purpose="batch",
+                name=name,
+                source=file.file,
+                lives_seconds=lives_seconds,
+            )
+        )
+    finally:
+        await form.close()
+    return _shown(made)
+
+
+def _read_form(form: FormData) -> tuple[UploadFile, float | None]:
+    purpose, file = form.get("purpose"), form.get("file")
+    if not isinstance(file, UploadFile):
+        raise InvalidPayload("file: the form has none.", param="file")
+    if purpose != "batch":
+        raise InvalidPayload('purpose must be "batch".', param="purpose")
+    seconds = form.get("expires_after[seconds]")
+    if seconds is None:
+        return file, None
+    if not isinstance(seconds, str) or not seconds.isdecimal() or not seconds.isascii():
+        raise InvalidPayload("expires_after[seconds] isn't a whole number.", param="expires_after")
+    if not _SHORTEST_SECONDS <= int(seconds) <= _LONGEST_SECONDS:
+        told = f"expires_after[seconds] must lie between {_SHORTEST_SECONDS:,} and {_LONGEST_SECONDS:,}."
+        raise InvalidPayload(told, param="expires_after")
+    return file, int(seconds)
+
+
+@router.get("/files", openapi_extra=SECURITY)
+async def list_files(
+    request: Request,
+    purpose: Annotated[str | None, Query(max_length=50, pattern=_ID)] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    after: Annotated[
+        str | None, Query(max_length=100, pattern=_ID, description="The last id of the page before.")
+    ] = None,
+) -> FileList:
+    """Your files, newest first."""
+    caller = await caller_of(request)
+
+    def read(connection: Connection) -> Sequence[RowMapping]:
+        return files.page(
+            connection, caller.workspace_id, purpose=purpose, after=after, oldest_first=order == "asc", limit=limit + 1
+        )
+
+    found = await ask(request, read)
+    page = [_shown(row) for row in found[:limit]]
+    return FileList(
+        data=page,
+        has_more=len(found) > limit,
+        first_id=page[0].id if page else None,
+        last_id=page[-1].id if page else None,
+    )
+
+
+@router.get("/files/{file_id}", openapi_extra=SECURITY)
+async def retrieve_file(request: Request, file_id: str) -> FileObject:
+    """What is known of a file."""
+    return _shown(await find_file(request, await caller_of(request), file_id))
+
+
+@router.delete("/files/{file_id}", openapi_extra=SECURITY)
+async def delete_file(request: Request, file_id: str) -> FileDeleted:
+    """Delete a file."""
+    await find_file(request, await caller_of(request), file_id)
+    bulk: Bulk = request.app.state.bulk
+    await bulk.run(lambda engine: keeping.forget(engine, file_id))
+    return FileDeleted(id=file_id)
+
+
+@router.get(
+    "/files/{file_id}/content",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/octet-stream": {}}, "description": "Its bytes."}},
+    openapi_extra=SECURITY,
+)
+async def retrieve_content(request: Request, file_id: str) -> StreamingResponse:
+    """A file's bytes."""
+    found = await find_file(request, await caller_of(request), file_id)
+    try:
+        opened = await run_in_threadpool(keeping.open_kept, found)
+    except SourceChanged as error:
+        raise NotFound(f'the bytes of the file "{file_id}" are gone.') from error
+
+    def blocks() -> Iterator[bytes]:
+        with opened:
+            while block := opened.read(_BLOCK_BYTES):
+                yield block
+
+    return StreamingResponse(
+        blocks(), media_type="application/octet-stream", headers={"content-length": str(found["bytes"])}
+    )
+
+
+async def find_file(request: Request, caller: Caller, file_id: str) -> RowMapping:
+    """A file that the caller sees.
+
+    Raises:
+        NotFound: there is none.
+    """
+    found: RowMapping | None = None
+    if "\0" not in file_id:  # Postgres takes none in a text
+        found = await ask(request, lambda connection: files.find(connection, caller.workspace_id, file_id))
+    if found is None:
+        raise NotFound("no such file.", param="file_id")
+    return found
+
+
+def _shown(row: RowMapping) -> FileObject:
+    return FileObject(
+        id=row["id"],
+        bytes=row["bytes"],
+        created_at=int(row["created_at"].timestamp()),
+        expires_at=int(row["expires_at"].timestamp()) if row["expires_at"] else None,
+        filename=row["name"],
+        purpose=row["purpose"],
+    )

@@ -1,0 +1,248 @@
+"""The lines of a batch request's input file: each a request for embeddings, `{custom_id, method, url, body}`."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Final
+
+import orjson
+
+from pipeline.jobs import RejectCode
+from pipeline.sources.jsonl import line_bytes, object_or_fault
+from pipeline.sources.open import read_blocks, whole_lines, without_mark
+from pipeline.sources.rows import (
+    BLOCK_BYTES,
+    BLOCK_ROWS,
+    BadRow,
+    Columns,
+    LongLine,
+    Missing,
+    Parsed,
+    Rows,
+    judge,
+    shown,
+)
+
+ENDPOINT: Final = "/v1/embeddings"
+#: What of a line goes along with its text: the number of it, and how its vector is to be written.
+CARRIED: Final = ("line", "encoding_format")
+_MOST_FAULTS = 100
+_ENCODINGS = (None, "float", "base64")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a file can't be a batch request, or a line a part of it."""
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What all lines of a file must agree on, since a job has one vector space."""
+
+    model: str
+    dimensions: int | None
+
+    def differs(self, other: "Wish", line: int) -> Fault | None:
+        """What is wrong with a line that wishes otherwise."""
+        if other.model != self.model:
+            message = f'the model is "{shown(other.model)}", and "{shown(self.model)}" on lines before; use one a file'
+            return Fault("mismatched_model", message, line, "body.model")
+        if other.dimensions != self.dimensions:
+            said = self.dimensions or "none"
+            message = f"dimensions is {other.dimensions or 'none'}, and {said} on lines before; use one size a file"
+            return Fault("mismatched_dimensions", message, line, "body.dimensions")
+        return None
+
+
+@dataclass(slots=True)
+class Survey:
+    """A file looked through before anything is made of it."""
+
+    lines: int = 0
+    wish: Wish | None = None
+    #: Why the whole file is refused; at most a hundred.
+    faults: list[Fault] = field(default_factory=list)
+    #: What is wrong with lines, where no line is right; at most a hundred.
+    bad_lines: list[Fault] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    number: int
+    #: The text, or what stands for one that isn't good.
+    text: object
+    custom_id: object = None
+    encoding_format: str | None = None
+    wish: Wish | None = None
+
+
+class BatchLines:
+    """The rows of a batch request's file. A line that is no good request becomes a reject, and the rest goes on."""
+
+    columns = Columns(text="input", key="custom_id", key_required=True, carry=CARRIED)
+
+    def __init__(
+        self, name: str, uri: str, sha256: str, size_bytes: int, open_file: Callable[[], BinaryIO], item_bytes: int
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            name: as its sender calls it.
+            uri: what the job writes down of it.
+            sha256: of its bytes.
+            size_bytes: how many there are.
+            open_file: opens it at its beginning.
+            item_bytes: a longer text is rejected.
+        """
+        self.name = name
+        self.item_bytes = item_bytes
+        self._uri, self._sha256, self._size_bytes, self._open = uri, sha256, size_bytes, open_file
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """What the job writes down of it."""
+        return [{"uri": self._uri, "etag": self._sha256, "bytes": self._size_bytes}]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the file's bytes and how they are read."""
+        return hashlib.sha256(json.dumps([self._sha256, ENDPOINT]).encode()).hexdigest()
+
+    def read_fingerprint(self) -> str:
+        """The fingerprint."""
+        return self.fingerprint()
+
+    def survey(self, most_lines: int) -> Survey:
+        """Look the file through: how many lines, for which model, and why it can't be a batch request, if it can't.
+
+        Raises:
+            SourceError: it is no text in UTF-8.
+        """
+        found = Survey()
+        for line in self._lines():
+            found.lines += 1
+            if found.lines > most_lines:
+                message = f"the file has more than {most_lines:,} lines; split it, or ask the operator for more"
+                found.faults = [Fault("too_many_lines", message)]
+                break
+            if line.wish is None:
+                if isinstance(line.text, BadRow) and len(found.bad_lines) < _MOST_FAULTS:
+                    found.bad_lines.append(Fault(line.text.code, line.text.fault, line.number))
+            elif found.wish is None:
+                found.wish = line.wish
+            elif (fault := found.wish.differs(line.wish, line.number)) and len(found.faults) < _MOST_FAULTS:
+                found.faults.append(fault)
+        return found
+
+    def blocks(self) -> Iterator[Rows]:
+        """Read every line once, in order.
+
+        Raises:
+            SourceError: it is no text in UTF-8, or changed since it was uploaded.
+        """
+        #: Lines by a hash of their custom_id: a file of a million lines must not hold a million strings.
+        seen: dict[bytes, int] = {}
+        gathered: list[_Line] = []
+        size = 0
+        for line in self._lines():
+            line = _unless_twice(line, seen)
+            gathered.append(line)
+            size += len(line.text) if isinstance(line.text, str) else 0
+            if len(gathered) >= BLOCK_ROWS or size >= BLOCK_BYTES:
+                yield self._judged(gathered)
+                gathered, size = [], 0
+        if gathered:
+            yield self._judged(gathered)
+
+    def _judged(self, lines: list[_Line]) -> Rows:
+        parsed = Parsed(
+            [line.number for line in lines],
+            [line.text for line in lines],
+            [line.custom_id for line in lines],
+            [{"line": line.number, "encoding_format": line.encoding_format} for line in lines],
+        )
+        return judge(parsed, self.item_bytes, "line ")
+
+    def _lines(self) -> Iterator[_Line]:
+        with self._open() as file:
+            blocks = without_mark(read_blocks(file), self.name)
+            for run in whole_lines(blocks, self.name, line_bytes(self.item_bytes)):
+                if isinstance(run, LongLine):
+                    yield _Line(run.number, run)
+                    continue
+                first, data = run
+                for number, line in enumerate(data.split(b"\n"), first):
+                    row = self._row(line, number)
+                    if row is not None:
+                        yield _read(row, number)
+
+    def _row(self, line: bytes, number: int) -> dict[str, object] | BadRow | None:
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            row = None
+        return row if isinstance(row, dict) else object_or_fault(line, self.name, number)
+
+
+def _read(row: dict[str, object] | BadRow, number: int) -> _Line:
+    if isinstance(row, BadRow):
+        return _Line(number, row)
+    custom_id = row.get("custom_id")
+    if fault := _envelope_fault(row) or _body_fault(row["body"]):
+        return _Line(number, BadRow(fault, RejectCode.BAD_REQUEST), custom_id if isinstance(custom_id, str) else None)
+    body: Any = row["body"]
+    text = body.get("input", Missing)
+    if isinstance(text, list):
+        (text,) = text
+    return _Line(number, text, custom_id, body.get("encoding_format"), Wish(body["model"], body.get("dimensions")))
+
+
+def _envelope_fault(row: dict[str, object]) -> str | None:
+    custom_id, method, url = row.get("custom_id"), row.get("method"), row.get("url")
+    if custom_id is None:
+        return "custom_id is missing"
+    if not isinstance(custom_id, str) or not custom_id:
+        return "custom_id isn't a string with letters in it"
+    if method != "POST":
+        return f"method is {_quoted(method)}; it must be POST"
+    if url != ENDPOINT:
+        return f"url is {_quoted(url)}; this batch request is for {ENDPOINT}"
+    if not isinstance(row.get("body"), dict):
+        return "body is missing" if row.get("body") is None else "body isn't a JSON object"
+    return None
+
+
+def _body_fault(body: Any) -> str | None:
+    model, given, dimensions = body.get("model"), body.get("input"), body.get("dimensions")
+    if not isinstance(model, str) or not model:
+        return "body.model is missing" if model is None else "body.model isn't a model's name"
+    if isinstance(given, list) and [type(one) for one in given] != [str]:
+        if given and all(isinstance(one, str) for one in given):
+            return f"body.input is an array of {len(given):,} texts; write a line for each"
+        return "body.input is an array; send one text, as a string"
+    if body.get("encoding_format") not in _ENCODINGS:
+        return 'body.encoding_format must be "float" or "base64"'
+    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+        return "body.dimensions must be a whole number above 0"
+    return None
+
+
+def _quoted(given: object) -> str:
+    if given is None:
+        return "missing"
+    return f'"{shown(given)}"' if isinstance(given, str) else "not a string"
+
+
+def _unless_twice(line: _Line, seen: dict[bytes, int]) -> _Line:
+    if not isinstance(line.custom_id, str):
+        return line
+    mark = hashlib.blake2b(line.custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    first = seen.setdefault(mark, line.number)
+    if first == line.number or isinstance(line.text, BadRow):
+        return line
+    fault = f"custom_id comes twice, first on line {first:,}"
+    return _Line(line.number, BadRow(fault, RejectCode.BAD_REQUEST), line.custom_id)
