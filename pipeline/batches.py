@@ -27,7 +27,7 @@ from pipeline.errors import ServiceUnreachable, StorageRefused, UnknownModel, Us
 from pipeline.jobs import BatchState, JobState, Model
 from pipeline.settings import Settings
 from pipeline.sources.batch_lines import BatchLines, Fault, Wish
-from pipeline.store import batches, embeddings, items, jobs
+from pipeline.store import batches, embeddings, events, items, jobs
 from pipeline.store import files as kept_files
 from pipeline.submit import Options, Submission, Submitted, planning, submit
 
@@ -63,21 +63,29 @@ def stage(engine: Engine, settings: Settings, batch_id: str) -> None:
             raise _BatchRefused([Fault("file_not_found", f"the input file {batch['input_file_id']} is gone.")])
         made, model = _submit(engine, settings, batch, file)
     except _BatchRefused as refused:
-        _fail(engine, batch_id, refused.faults)
+        _fail(engine, batch, refused.faults)
     except StorageRefused:  # the operator's to mend
         raise
     except UnknownModel as error:
-        _fail(engine, batch_id, [Fault("model_not_found", str(error), param="body.model")])
+        _fail(engine, batch, [Fault("model_not_found", str(error), param="body.model")])
     except UserError as error:
-        _fail(engine, batch_id, [Fault("invalid_request", str(error))])
+        _fail(engine, batch, [Fault("invalid_request", str(error))])
     else:
         log.info("batch_request_staged", batch=batch_id, job=str(made), model=model)
 
 
-def _fail(engine: Engine, batch_id: str, faults: Sequence[Fault]) -> None:
+def _fail(engine: Engine, batch: RowMapping, faults: Sequence[Fault]) -> None:
     with engine.begin() as connection:
-        batches.end(connection, batch_id, BatchState.FAILED, errors=[asdict(fault) for fault in faults])
-    log.info("batch_request_refused", batch=batch_id, codes=sorted({fault.code for fault in faults}))
+        _end(connection, batch, BatchState.FAILED, errors=[asdict(fault) for fault in faults])
+    log.info("batch_request_refused", batch=batch["id"], codes=sorted({fault.code for fault in faults}))
+
+
+def _end(connection: Connection, batch: RowMapping, state: BatchState, **results: Any) -> bool:
+    """End a batch request, and let its workspace's webhook be told. False: it had ended."""
+    ended = batches.end(connection, batch["id"], state, **results)
+    if ended:
+        events.add(connection, batch["workspace_id"], f"batch.{state}", {"id": batch["id"]})
+    return ended
 
 
 def _submit(engine: Engine, settings: Settings, batch: RowMapping, file: RowMapping) -> tuple[UUID, str]:
@@ -144,25 +152,31 @@ def _attach(engine: Engine, batch_id: str, made: Submitted, model: str) -> bool:
         ServiceUnreachable: another batch request of the same content stages it right now; nothing is wrong.
     """
     with engine.begin() as connection:
-        # Who lets go of a job holds this lock too, so that none attaches to one that is about to be cancelled.
+        # Who lets go of a job holds these locks too, so that none attaches to one that is about to be cancelled.
+        batches.lock(connection, batch_id)
         job = jobs.lock(connection, made.job_id)
         if job is None or job["state"] == JobState.STAGING:
             raise ServiceUnreachable("the same content is being staged by another batch request; try again.")
         stopped = job["state"] == JobState.CANCELLED or job["ends_as"] == JobState.CANCELLED
-        if not stopped:
-            batches.begin(connection, batch_id, made.job_id, model)
+        if not stopped and not batches.begin(connection, batch_id, made.job_id, model):
+            _stop_unless_awaited(connection, job)
     return not stopped
+
+
+def _stop_unless_awaited(connection: Connection, job: RowMapping) -> None:
+    if not JobState(job["state"]).ended and not batches.goes_on_for_others(connection, job["id"]):
+        control.cancel(connection, job["id"])
 
 
 def let_go(connection: Connection, batch_id: str, ends_as: BatchState) -> bool:
     """Cancel a batch request, or let it expire; its job too, unless another one waits for that. What is finished stays.
     False: it was ending already."""
-    batch = batches.by_id(connection, batch_id)
+    batch = batches.lock(connection, batch_id)
     job = jobs.lock(connection, batch["job_id"]) if batch and batch["job_id"] else None
     if not batches.let_go(connection, batch_id, ends_as):
         return False
-    if job and not JobState(job["state"]).ended and not batches.goes_on_for_others(connection, job["id"]):
-        control.cancel(connection, job["id"])
+    if job:
+        _stop_unless_awaited(connection, job)
     return True
 
 
@@ -194,9 +208,9 @@ def finish(engine: Engine, settings: Settings, batch_id: str) -> None:
     ended = False
     try:
         with engine.begin() as connection:
-            ended = batches.end(
+            ended = _end(
                 connection,
-                batch_id,
+                batch,
                 state,
                 output_file_id=output,
                 error_file_id=error,
@@ -218,7 +232,7 @@ def _end_without_job(engine: Engine, batch: RowMapping) -> None:
     gone = Fault("job_purged", f"its job {batch['job_id']} was purged before the results were written.")
     state = BatchState(batch["ends_as"]) if batch["job_id"] is None else BatchState.FAILED
     with engine.begin() as connection:
-        batches.end(connection, batch["id"], state, errors=[asdict(gone)] if batch["job_id"] else ())
+        _end(connection, batch, state, errors=[asdict(gone)] if batch["job_id"] else ())
 
 
 def _errors_of(connection: Connection, job: RowMapping) -> list[dict[str, Any]]:

@@ -29,6 +29,13 @@ def by_id(connection: Connection, batch_id: str) -> RowMapping | None:
     return connection.execute(batches.select().where(batches.c.id == batch_id)).mappings().one_or_none()
 
 
+def lock(connection: Connection, batch_id: str) -> RowMapping | None:
+    """A batch request's row, locked. Who locks its job too does that afterwards."""
+    return (
+        connection.execute(batches.select().where(batches.c.id == batch_id).with_for_update()).mappings().one_or_none()
+    )
+
+
 def page(connection: Connection, workspace_id: int, after: str | None, limit: int) -> Sequence[RowMapping]:
     """A workspace's batch requests, newest first, from the one past `after` on."""
     found = batches.select().where(batches.c.workspace_id == workspace_id)
@@ -80,17 +87,18 @@ def to_expire(connection: Connection, limit: int) -> list[str]:
     return list(rows.scalars())
 
 
-def begin(connection: Connection, batch_id: str, job_id: UUID, model: str) -> None:
-    """It has become a job, or attached to one."""
-    connection.execute(
+def begin(connection: Connection, batch_id: str, job_id: UUID, model: str) -> bool:
+    """It has become a job, or attached to one. False: it has been let go meanwhile."""
+    state = connection.execute(
         text("""
             update vectormill.batches
             set job_id = :job, model = :model, in_progress_at = now(),
                 state = case when state = 'validating' then 'in_progress' else state end
-            where id = :batch and job_id is null and ended_at is null
+            where id = :batch and job_id is null and ended_at is null returning state
         """),
         {"batch": batch_id, "job": job_id, "model": model},
-    )
+    ).scalar_one_or_none()
+    return state == BatchState.IN_PROGRESS
 
 
 def let_go(connection: Connection, batch_id: str, ends_as: BatchState) -> bool:

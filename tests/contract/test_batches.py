@@ -263,6 +263,21 @@ def test_one_that_shares_a_job_goes_without_it(without_worker: Gateway, client: 
     assert (now.status, counts(now)) == ("completed", (20, 20, 0))
 
 
+def test_cancelled_before_it_is_a_job(without_worker: Gateway, client: OpenAI) -> None:
+    """Whatever the moment, nobody pays for a batch request that was cancelled at once."""
+    batches = [
+        request(client, [line(f"at-once-{n}", f"number {n}") for n in range(2_000 * n, 2_000 * n + 2_000)])
+        for n in range(5)
+    ]
+    for one in batches:
+        client.batches.cancel(one.id)
+    for one in batches:
+        now = ended(client, one)
+        assert (now.status, now.output_file_id) == ("cancelled", None)
+    open_jobs = "select count(*) from vectormill.jobs where state not in ('completed', 'failed', 'cancelled')"
+    eventually(lambda: without_worker.fleet.scalar(open_jobs) == 0, "the end of their jobs")
+
+
 def test_a_window_that_passes(without_worker: Gateway, client: OpenAI) -> None:
     batch = in_progress(client, request(client, [line("late", "text that is never read")], completion_window="1h"))
     assert batch.expires_at - batch.created_at == 3_600
