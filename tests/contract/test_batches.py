@@ -14,14 +14,26 @@ from sqlalchemy import text
 
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import Gateway
+from tests.receiver import Receiver, receiving
 
+SECRET = "whsec_" + base64.b64encode(b"a secret of thirty-two bytes....").decode()
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 
 @pytest.fixture(scope="module")
-def running(gateway: Gateway) -> Gateway:
+def receiver() -> Iterator[Receiver]:
+    with receiving() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def running(gateway: Gateway, receiver: Receiver) -> Gateway:
     """The gateway with a dispatcher and a worker."""
-    gateway.fleet.environment["VECTORMILL_CHUNK_ITEMS"] = "2000"
+    gateway.fleet.environment |= {
+        "VECTORMILL_CHUNK_ITEMS": "2000",
+        "VECTORMILL_WEBHOOKS": receiver.url,
+        "VECTORMILL_WEBHOOK_SECRET": SECRET,
+    }
     gateway.fleet.start_dispatcher()
     gateway.fleet.start_worker(replicas=1)
     return gateway
@@ -389,6 +401,25 @@ def test_another_workspace_sees_nothing(running: Gateway, client: OpenAI) -> Non
         ):
             with pytest.raises(openai.NotFoundError):
                 look()
+
+
+def test_its_end_is_told_as_openai_tells_it(running: Gateway, receiver: Receiver) -> None:
+    with OpenAI(base_url=f"{running.url}/v1", api_key=running.workspace("told"), webhook_secret=SECRET) as client:
+        running.fleet.cli("workspaces", "set", "told", "--webhook", f"{receiver.url}/hook")
+        ends = {
+            ended(client, request(client, lines)).id: state
+            for state, lines in (("completed", [line("a", "tell me")]), ("failed", [b"nothing\n"]))
+        }
+        told: dict[str, str] = {}
+        for wanted in range(1, 100):
+            receiver.wait_for(wanted)
+            _, headers, body = receiver.got[wanted - 1]
+            event: Any = client.webhooks.unwrap(body, headers)
+            if event.type.startswith("batch."):
+                told[event.data.id] = event.type.removeprefix("batch.")
+            if told.keys() == ends.keys():
+                break
+        assert told == ends
 
 
 def test_a_file_over_the_limit(running: Gateway) -> None:
