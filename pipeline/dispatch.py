@@ -4,7 +4,7 @@ dispatcher that starts afresh only rings twice for a few chunks."""
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -212,8 +212,19 @@ def finish(dispatcher: Dispatcher) -> None:
             jobs.end(connection, job_id, state, account, reason=reason, message=message)
             jobs.save_progress(connection, job_id, status.sum_up(connection, job_id))
             webhooks.job_ended(connection, row, state, account, reason=reason, message=message)
-        metrics.DISPATCHER_JOBS_ENDED.labels(state).inc()
+        _count_end(dispatcher, job_id, state, account["items"])
         log.info("job_ended", job=str(job_id), state=state.value, reason=reason, items=account["items"])
+
+
+def _count_end(dispatcher: Dispatcher, job_id: UUID, state: JobState, counts: Mapping[str, int]) -> None:
+    metrics.DISPATCHER_JOBS_ENDED.labels(state).inc()
+    for outcome in ("embedded", "reused", "rejected", "cancelled"):
+        metrics.DISPATCHER_ITEMS.labels(outcome).inc(counts[outcome])
+    if counts["rejected"]:
+        with dispatcher.engine.begin() as connection:
+            by_code = items.count_rejects(connection, job_id)
+        for code, times in by_code.items():
+            metrics.DISPATCHER_REJECTS.labels(code).inc(times)
 
 
 def snapshot(dispatcher: Dispatcher) -> None:

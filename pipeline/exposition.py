@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,8 @@ import psutil
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.metrics_core import Metric
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from pipeline import metrics
@@ -24,6 +26,8 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 #: The library reads it when it is imported: from then on values are kept in this folder.
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _PREFIX = "vectormill-metrics-"
+#: In the place of the pid, in names of files that hold what the dead have counted.
+_GONE = "gone"
 #: Held for as long as the folder's worker lives.
 _LOCK = "lock"
 
@@ -50,8 +54,11 @@ def serve(process: metrics.Process, host: str, port: int | None) -> None:
 
 def _registry(process: metrics.Process) -> CollectorRegistry:
     folder = os.environ.get(FOLDER_VARIABLE)
-    if folder is None:
-        return process.registry
+    return process.registry if folder is None else of_folder(process, Path(folder))
+
+
+def of_folder(process: metrics.Process, folder: Path) -> CollectorRegistry:
+    """What processes of one kind have written to a folder, together."""
     registry = CollectorRegistry()
     registry.register(_Together(folder, process.name))
     return registry
@@ -60,19 +67,32 @@ def _registry(process: metrics.Process) -> CollectorRegistry:
 class _Together(Collector):
     """What several processes of one kind have written to a folder."""
 
-    def __init__(self, folder: str, process: str) -> None:
-        self._folder = Path(folder)
-        self._files = MultiProcessCollector(None, folder)
+    def __init__(self, folder: Path, process: str) -> None:
+        self._folder = folder
+        self._files = MultiProcessCollector(None, str(folder))
         self._prefix = f"vectormill_{process}_"
+        #: Each scrape has a thread: none may read while another moves counts.
+        self._lock = threading.Lock()
 
     def collect(self) -> Iterable[Metric]:
         """What has been counted, and what those that live hold."""
-        for file in self._folder.glob("gauge_live*_*.db"):
-            pid = int(file.stem.rpartition("_")[2])
-            if not psutil.pid_exists(pid):
-                mark_process_dead(pid, str(self._folder))
-        # Metrics without labels of other kinds of processes are in the files too, with nothing in them.
-        return (found for found in self._files.collect() if found.name.startswith(self._prefix))
+        with self._lock:
+            for file in self._folder.glob("*.db"):
+                kind, _, pid = file.stem.rpartition("_")
+                if pid != _GONE and not psutil.pid_exists(int(pid)):
+                    self._take_over(file, kind)
+            # Metrics without labels of other kinds of processes are in the files too, with nothing in them.
+            return [found for found in self._files.collect() if found.name.startswith(self._prefix)]
+
+    def _take_over(self, file: Path, kind: str) -> None:
+        """Add a dead process' counts to those of the dead before it. What it held, it holds no longer."""
+        if file.stat().st_size and not kind.startswith("gauge"):
+            counts = list(MmapedDict.read_all_values_from_file(file))
+            whole = MmapedDict(str(self._folder / f"{kind}_{_GONE}.db"))
+            for key, count, moment, _ in counts:
+                whole.write_value(key, whole.read_value(key)[0] + count, moment)
+            whole.close()
+        file.unlink()
 
 
 def make_folder() -> Path:

@@ -87,6 +87,10 @@ def _born(series: Series, noted: Metric) -> Series:
     return series
 
 
+#: What comes of a claim, and of an item that a worker commits.
+CLAIM_OUTCOMES = ("done", "missed", "held", "busy", "refused", "lost", "unusable", "given_back", "away", "crashed")
+ITEM_OUTCOMES = ("embedded", "rejected")
+
 #: A worker: its parent and its children together.
 WORKER = Process("worker")
 
@@ -98,15 +102,17 @@ WORKER_CLAIMS = WORKER.counter(
     "lost: another claim has the chunk. unusable: the model can't be used here. given_back: for another reason. "
     "away: the database. crashed: the child ended itself",
     model=MODEL,
-    outcome=("done", "missed", "held", "busy", "refused", "lost", "unusable", "given_back", "away", "crashed"),
+    outcome=CLAIM_OUTCOMES,
 )
 WORKER_CHUNK_SECONDS = WORKER.histogram(
     "chunk", (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320), "From a claim to its end", model=MODEL
 )
 WORKER_ITEMS = WORKER.counter(
-    "items", "items", "Items committed, by what has become of them", model=MODEL, outcome=("embedded", "rejected")
+    "items", "items", "Items committed, by what has become of them", model=MODEL, outcome=ITEM_OUTCOMES
 )
-WORKER_REJECTS = WORKER.counter("rejects", "items", "Items rejected, by code", code=RejectCode)
+WORKER_REJECTS = WORKER.counter(
+    "rejects", "items", "Items that it rejected, by code; a submission's own are the dispatcher's", code=RejectCode
+)
 WORKER_BATCHES = WORKER.counter("batches", "batches", "Forward passes, or answers of a gateway", model=MODEL)
 WORKER_TOKENS = WORKER.counter("tokens", "tokens", "Tokens of the texts in batches", model=MODEL)
 WORKER_PADDED_TOKENS = WORKER.counter(
@@ -151,6 +157,15 @@ DISPATCHER_JOBS_ENDED = DISPATCHER.counter(
     "jobs",
     "Jobs that ended, by how; and requests in SQL that failed before",
     state=[state for state in JobState if state.ended],
+)
+DISPATCHER_ITEMS = DISPATCHER.counter(
+    "items",
+    "items",
+    "Items of jobs that ended, as their receipts have them; of a job that is retried at each of its ends",
+    outcome=("embedded", "reused", "rejected", "cancelled"),
+)
+DISPATCHER_REJECTS = DISPATCHER.counter(
+    "rejects", "items", "Rejects of jobs that ended, by code: workers' and those of the submission", code=RejectCode
 )
 DISPATCHER_CHUNKS = DISPATCHER.gauge(
     "chunks", "chunks", "Open chunks of queued and running jobs", model=MODEL, state=("pending", "running")

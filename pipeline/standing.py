@@ -1,8 +1,9 @@
 """How things stand, for the metrics of the dispatcher that leads."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from prometheus_client import Gauge
 from sqlalchemy import Connection
 
 from pipeline import metrics
@@ -37,6 +38,16 @@ def show(
     _show_workers(connection, [row["name"] for row in catalogue], seen_within_seconds)
     for slug, messages in waiting([row["slug"] for row in catalogue]).items():
         metrics.DISPATCHER_QUEUE_MESSAGES.labels(queue_of(slug)).set(messages)
+    _forget_others(metrics.DISPATCHER_CHUNKS, "model", {row["name"] for row in catalogue})
+    _forget_others(metrics.DISPATCHER_SLOTS, "model", {row["name"] for row in catalogue})
+    _forget_others(metrics.DISPATCHER_QUEUE_MESSAGES, "queue", {queue_of(row["slug"]) for row in catalogue})
+
+
+def _forget_others(gauge: Gauge, label: str, kept: Collection[str]) -> None:
+    """Models that are no longer in the catalogue."""
+    shown = {sample.labels[label] for found in gauge.collect() for sample in found.samples}
+    for value in shown.difference(kept):
+        gauge.remove_by_labels({label: value})
 
 
 def forget() -> None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from time import perf_counter
 
 from sqlalchemy.exc import DBAPIError
@@ -35,14 +36,25 @@ _OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
+@cache
+def _begin(model: str) -> None:
+    """Show a model's outcomes from zero on: what first shows itself with a count doesn't seem to have grown."""
+    for outcome in metrics.CLAIM_OUTCOMES:
+        metrics.WORKER_CLAIMS.labels(model, outcome)
+    for outcome in metrics.ITEM_OUTCOMES:
+        metrics.WORKER_ITEMS.labels(model, outcome)
+
+
 def let_go(model: str, outcome: str) -> None:
     """A message came to nothing."""
+    _begin(model)
     metrics.WORKER_CLAIMS.labels(model, outcome).inc()
 
 
 @contextmanager
 def claimed(model: str) -> Iterator[None]:
     """A claim, from its beginning to its end."""
+    _begin(model)
     begin, outcome = perf_counter(), "done"
     try:
         yield

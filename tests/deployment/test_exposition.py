@@ -4,12 +4,15 @@ import fcntl
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from prometheus_client import generate_latest
 
-from pipeline import exposition
+from pipeline import exposition, metrics
 from tests.acceptance.fleet import Fleet, eventually
 
 
@@ -70,3 +73,30 @@ def test_folders_go_when_nobody_holds_them(monkeypatch: pytest.MonkeyPatch, tmp_
     assert made.exists(), "this process holds it"
     assert not held.exists()
     assert again != made
+
+
+_CHILD = """
+import os
+from pipeline import metrics
+metrics.WORKER_BATCHES.labels("m").inc(3)
+metrics.WORKER_CHUNK_SECONDS.labels("m").observe(7)
+metrics.WORKER_STEP_SECONDS.labels("m", "read").observe(0.5)
+metrics.WORKER_DEVICE_MEMORY_BYTES.labels("cpu").set(1_000)
+os._exit(70)
+"""
+
+
+def test_counts_of_the_dead_stay_and_their_files_go(tmp_path: Path) -> None:
+    shown = exposition.of_folder(metrics.WORKER, tmp_path)
+    for times in range(1, 4):
+        environment = {**os.environ, exposition.FOLDER_VARIABLE: str(tmp_path)}
+        assert subprocess.run([sys.executable, "-c", _CHILD], env=environment, check=False).returncode == 70
+        for _ in range(2):  # a scrape changes nothing
+            page = generate_latest(shown).decode()
+            assert f'vectormill_worker_batches_total{{model="m"}} {3 * times:.1f}\n' in page
+            assert f'vectormill_worker_chunk_seconds_bucket{{le="10.0",model="m"}} {times:.1f}\n' in page
+            assert 'vectormill_worker_chunk_seconds_bucket{le="5.0",model="m"} 0.0\n' in page
+            assert f'vectormill_worker_step_seconds_sum{{model="m",step="read"}} {0.5 * times}\n' in page
+            assert "vectormill_worker_device_memory_bytes{" not in page
+        files = {file.name for file in tmp_path.iterdir()}
+        assert files == {"counter_gone.db", "histogram_gone.db", "summary_gone.db"}

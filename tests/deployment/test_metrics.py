@@ -12,7 +12,7 @@ import psutil
 import psycopg
 import pytest
 import redis
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from pipeline import catalog, keys, metrics, status
 from pipeline.embedded.runtime import Running
@@ -259,6 +259,15 @@ def test_the_dispatcher_shows_how_things_stand(watched: Watched) -> None:
     assert ended == {"completed": 3, "failed": 1}
     eventually(lambda: total(shown(), "vectormill_dispatcher_slots", model="static") == 2, "two slots")
     eventually(lambda: total(shown(), "vectormill_dispatcher_jobs") == 0, "no open job")
+    with watched.engine.begin() as connection:
+        rejects = connection.execute(text("select code, count(*) from vectormill.rejects group by code")).all()
+    assert ("missing_text", _WITHOUT) in rejects, "which no worker has seen"
+    for code, times in rejects:
+        assert total(shown(), "vectormill_dispatcher_rejects_total", code=code) == times
+    receipts = [watched.receipt(name)["items"] for name in watched.jobs]
+    for outcome in ("embedded", "rejected", "cancelled", "reused"):
+        expected = sum(items[outcome] for items in receipts)
+        assert total(shown(), "vectormill_dispatcher_items_total", outcome=outcome) == expected
     assert total(shown(), "vectormill_dispatcher_messages_published_total", queue="embed.static") >= 4
     assert total(shown(), "vectormill_dispatcher_duty_seconds_count", duty="sweep") >= 1
     assert total(shown(), "vectormill_dispatcher_leases_expired_total") == 0

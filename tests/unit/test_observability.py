@@ -21,7 +21,7 @@ def _alerts() -> Iterator[dict[str, Any]]:
 def test_queries_ask_for_metrics_of_the_list_by_their_own_labels() -> None:
     known = series()
     for where, query in (*rule_queries(), *dashboard_queries()):
-        labels = set(ADDED) | {"le"}
+        labels = set(ADDED) | {"le"} | ({"alertname", "severity"} if "ALERTS" in query else set())
         for name, selected in asked_for(query):
             assert name in known, f"{where} asks for {name}"
             of_metric = set(known[name].labels) | ADDED | ({"le"} if name.endswith("_bucket") else set())

@@ -1,0 +1,33 @@
+"""What the dispatcher's metrics say of models that come and go."""
+
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import Engine
+
+from pipeline import metrics, standing
+from pipeline.publish import queue_of
+from tests.jobs_made import make_model, run_sql
+
+_OF_MODELS = (metrics.DISPATCHER_CHUNKS, metrics.DISPATCHER_SLOTS, metrics.DISPATCHER_QUEUE_MESSAGES)
+
+
+def _waiting(slugs: Sequence[str]) -> Mapping[str, int]:
+    return dict.fromkeys(slugs, 1)
+
+
+def _shown(engine: Engine) -> set[str]:
+    """The values of the labels of what is shown of models."""
+    with engine.begin() as connection:
+        standing.show(connection, _waiting, queue_of, seen_within_seconds=30)
+    samples = [sample for gauge in _OF_MODELS for found in gauge.collect() for sample in found.samples]
+    return {value for sample in samples for name, value in sample.labels.items() if name in ("model", "queue")}
+
+
+def test_a_model_that_is_removed_is_shown_no_longer(engine: Engine) -> None:
+    standing.forget()
+    for name in ("stays", "goes"):
+        make_model(engine, name)
+    assert _shown(engine) == {"stays", "goes", "embed.stays", "embed.goes"}
+    run_sql(engine, "delete from vectormill.models where name = 'goes'")
+    assert _shown(engine) == {"stays", "embed.stays"}
+    standing.forget()
