@@ -46,6 +46,8 @@ def test_every_alert_says_what_it_is_and_has_its_page() -> None:
         notes = alert["annotations"]
         assert notes.keys() == {"summary", "description", "runbook"}, alert["alert"]
         assert all(notes.values())
+        assert "{{ $value" in notes["summary"] or re.search(r"\d", notes["summary"]), f"{alert['alert']}: how much?"
+        assert alert["for"], "a scrape that is missed is no alarm"
         assert alert["labels"]["severity"] in ("critical", "warning")
         page = (_OPS.parent / notes["runbook"]).read_text()
         assert page.startswith(f"# {alert['alert']}\n")
