@@ -167,3 +167,10 @@ def test_results(engine: Engine, job_id: UUID, run: Run, tmp_path: Path) -> None
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "3 vectors written to out.jsonl.\n")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [["index", "key", "embedding", "tokens", "truncated"]] * 3
+
+
+def test_a_webhook_must_be_one_that_the_operator_allows(engine: Engine, model: Model, run: Run) -> None:
+    done = run("submit", "-", "--model", "small", "--webhook", "https://evil.test/token", stdin='{"text": "t"}\n')
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--webhook: https://evil.test isn't below an address" in " ".join(done.stderr.split())
+    assert run_sql(engine, "select * from vectormill.jobs") == []
