@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -331,16 +332,22 @@ def test_keys_and_models_of_others_are_not_there(working: Gateway, line: httpx.C
     theirs = line.get("/api/keys").json()[0]["id"]
     working.workspace("neighbours")
     admin = working.new_key("neighbours", admin=True)
-    named = {"{key_id}": theirs, "{model}": "minilm"}
+    file = line.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", b"{}\n")}).json()["id"]
+    wish = {"input_file_id": file, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+    batch = line.post("/v1/batches", json=wish).json()["id"]
+    named = {"{key_id}": theirs, "{model}": "minilm", "{file_id}": file, "{batch_id}": batch}
     walked = 0
     with working.client(admin) as other:
+        assert other.post("/v1/batches", json=wish).status_code == 404
         for path, operations in line.get("/openapi.json").json()["paths"].items():
+            assert set(re.findall("{.*?}", path)) <= {*named, "{job}"}, f"{path}: whose is it?"
             for hole, name in named.items():
                 for method in operations if hole in path else ():
                     reply = other.request(method, path.replace(hole, name), json={})
                     assert reply.status_code == 404, (method, path, reply.text)
                     walked += 1
-    assert walked == 3
+    assert walked == 8
+    assert line.get(f"/v1/files/{file}").status_code == line.get(f"/v1/batches/{batch}").status_code == 200
 
 
 def test_without_a_key(working: Gateway, line: httpx.Client) -> None:
