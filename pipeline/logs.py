@@ -9,9 +9,11 @@ import sys
 import structlog
 from structlog.typing import Processor
 
-#: Of libraries only warnings come through; at debug some would show headers. Celery tells what becomes of tasks.
+#: Of libraries only warnings come through; at debug some would show headers. Celery tells what becomes of its worker.
 _LIBRARIES_LEVEL = logging.WARNING
 _TALKERS = ("celery",)
+#: A line for each message, with nothing in it that says whose: `chunk_ended` does.
+_CHATTERERS = ("celery.worker.strategy", "celery.app.trace")
 
 
 def configure_logs(level: str) -> None:
@@ -38,6 +40,8 @@ def configure_logs(level: str) -> None:
     logging.basicConfig(level=max(number, _LIBRARIES_LEVEL), handlers=[handler], force=True)
     for name in _TALKERS:
         logging.getLogger(name).setLevel(number)
+    for name in _CHATTERERS:
+        logging.getLogger(name).setLevel(max(number, _LIBRARIES_LEVEL))
     logging.captureWarnings(True)
 
 

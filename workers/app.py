@@ -36,9 +36,10 @@ def worker_id_of(hostname: str) -> UUID:
     return uuid5(NAMESPACE_URL, f"vectormill-worker:{hostname}")
 
 
+@signals.celeryd_init.connect
 @signals.setup_logging.connect
 def _on_logging(**_: Any) -> None:
-    """In parent and children: in place of Celery's own lines, and the pool's."""
+    """In parent and children, in place of Celery's own lines and the pool's; before it warns root."""
     configure_logs(load_settings().log_level)
     pool = get_logger()
     pool.propagate = True

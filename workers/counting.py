@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import cache
 from time import perf_counter
 
+import structlog
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import metrics
@@ -22,6 +23,8 @@ from pipeline.intake import Serving
 from pipeline.store.database import is_connection_lost
 from pipeline.writeback import Part
 from workers.batching import Batch
+
+log = structlog.get_logger()
 
 #: How a claim ends by an error; of several that fit, the first. Any other one ends the child.
 _OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
@@ -62,7 +65,9 @@ def claimed(model: str) -> Iterator[None]:
         outcome = _outcome(error)
         raise
     finally:
-        metrics.WORKER_CHUNK_SECONDS.labels(model).observe(perf_counter() - begin)
+        seconds = perf_counter() - begin
+        log.info("chunk_ended", model=model, outcome=outcome, seconds=round(seconds, 3))
+        metrics.WORKER_CHUNK_SECONDS.labels(model).observe(seconds)
         metrics.WORKER_CLAIMS.labels(model, outcome).inc()
         if outcome == "lost":
             metrics.WORKER_LEASES_LOST.labels("overtaken").inc()

@@ -6,6 +6,7 @@ import hmac
 from flower.views.monitor import Metrics
 from tornado.web import authenticated
 
+from pipeline.logs import configure_logs
 from pipeline.settings import load_settings
 
 _settings = load_settings()
@@ -14,7 +15,9 @@ _password = _settings.flower_password.get_secret_value()
 
 address = _settings.flower_host
 port = _settings.flower_port
-logging = _settings.log_level
+# In JSON, as all processes log; Flower would set up lines of its own.
+configure_logs(_settings.log_level)
+logging = "none"
 
 basic_auth = [f"vectormill:{_password}"]
 # The same after a restart, and no one else's.

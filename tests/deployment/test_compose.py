@@ -101,6 +101,11 @@ def test_secrets_are_files() -> None:
                 assert value.startswith("/run/secrets/"), name
 
 
+def test_logs_are_bounded() -> None:
+    for name, service in services().items():
+        assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
+
+
 def test_mounted_files_exist() -> None:
     for name, service in services().items():
         for volume in service.get("volumes", []):

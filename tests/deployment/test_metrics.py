@@ -307,9 +307,8 @@ def test_no_text_and_no_key_is_in_a_log_a_metric_or_a_page_of_flower(watched: Wa
 
 
 def _lines(fleet: Fleet) -> list[dict[str, Any]]:
-    """What a worker has logged; before that Celery warns root."""
-    whole = (fleet.logs / "worker.log").read_text()
-    return [json.loads(line) for line in whole[whole.index("\n{") + 1 :].splitlines()]
+    """What a worker has logged, from its first line on."""
+    return [json.loads(line) for line in (fleet.logs / "worker.log").read_text().splitlines()]
 
 
 def test_a_workers_lines_are_json_with_what_they_are_about(watched: Watched) -> None:
@@ -322,6 +321,22 @@ def test_a_workers_lines_are_json_with_what_they_are_about(watched: Watched) -> 
     )
     assert given_back["fence"] >= 1
     assert [line for line in lines if line.get("logger", "").startswith("celery")]
+    ended = [line for line in lines if line["event"] == "chunk_ended" and line["job"] == str(watched.jobs["static"])]
+    assert {line["chunk"] for line in ended} == set(
+        watched.fleet.scalar(
+            "select array_agg(id) from vectormill.chunks where job_id = :job", job=watched.jobs["static"]
+        )
+    )
+    assert all(line["fence"] >= 1 and line["outcome"] == "done" and line["seconds"] > 0 for line in ended)
+
+
+def test_every_line_of_every_process_is_json(watched: Watched) -> None:
+    logs = {file.stem: file.read_text().splitlines() for file in watched.fleet.logs.glob("*.log")}
+    assert logs.keys() >= {"api", "dispatcher", "engine", "flower", "worker"}
+    for name, lines in logs.items():
+        for line in lines:
+            assert line.startswith("{"), f"{name}: {line}"
+            assert json.loads(line)["event"], f"{name}: {line}"
 
 
 def test_library_code_logs_with_job_chunk_and_fence(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
