@@ -10,7 +10,6 @@ import orjson
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection, Engine
-from starlette.concurrency import run_in_threadpool
 
 from pipeline import control, results, status
 from pipeline.api.asking import (
@@ -195,8 +194,10 @@ async def list_rejects(
         last = found[limit - 1]["index"] if more else None
         return {"data": found[:limit], "counts": counts, "has_more": more, "after": last}
     job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
-    rows = _all_rejects(request.app.state.bulk.engine, job_id, after, code)
-    return _file(_as_csv(rows) if format == "csv" else _as_json_lines(rows), f"{job_id}-rejects", format)
+    bulk: Bulk = request.app.state.bulk
+    encode = _as_csv if format == "csv" else _as_json_lines
+    pieces = await bulk.begin(lambda: encode(_all_rejects(bulk.engine, job_id, after, code)))
+    return _file(pieces, f"{job_id}-rejects", format)
 
 
 def _all_rejects(engine: Engine, job_id: UUID, after: int, code: str | None) -> Iterator[list[dict[str, Any]]]:
@@ -218,9 +219,12 @@ def _as_json_lines(pages: Iterator[list[dict[str, Any]]]) -> Iterator[bytes]:
 
 def _as_csv(pages: Iterator[list[dict[str, Any]]]) -> Iterator[bytes]:
     names = ("index", "key", "code", "message")
-    yield _csv_rows([names])
-    for page in pages:
-        yield _csv_rows([[_harmless(row[name]) for name in names] for row in page])
+    head = _csv_rows([names])
+    for page in pages:  # the head with the first: what fails before that can be answered
+        yield head + _csv_rows([[_harmless(row[name]) for name in names] for row in page])
+        head = b""
+    if head:
+        yield head
 
 
 def _csv_rows(rows: Sequence[Sequence[Any]]) -> bytes:
@@ -258,8 +262,7 @@ async def get_results(
     job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
     until = 2**63 - 1 if end is None else end
     bulk: Bulk = request.app.state.bulk
-    # Not in its line: it begins with one short question.
-    pieces = await run_in_threadpool(results.stream, bulk.engine, job_id, format, first, until)
+    pieces = await bulk.begin(lambda: results.stream(bulk.engine, job_id, format, first, until))
     return _file(pieces, str(job_id), format)
 
 

@@ -2,20 +2,21 @@
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from pipeline.api import directory as directory_module
 from pipeline.api import metering
+from pipeline.api.bulk import Bulk
 from pipeline.api.database import Database
 from pipeline.api.directory import Directory
 from pipeline.api.metering import Meter
-from pipeline.errors import ModelNotFound
+from pipeline.errors import ModelNotFound, UpstreamUnavailable
 from pipeline.store import models, usage
 from tests.acceptance.fleet import eventually
 from tests.jobs_made import run_sql
@@ -166,3 +167,23 @@ def test_a_defect_isnt_taken_for_an_outage(engine: Engine, monkeypatch: pytest.M
         assert database.seconds_since_failure == float("inf")
 
     asyncio.run(body())
+
+
+def test_a_reply_in_pieces_begins_when_its_first_is_there(engine: Engine) -> None:
+    few = create_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+
+    def pieces() -> Iterator[bytes]:
+        for number in range(2):
+            with few.begin() as connection:
+                yield str(connection.execute(text(f"select {number}")).scalar_one()).encode()
+
+    async def body() -> None:
+        bulk = Bulk(few)
+        with few.connect(), pytest.raises(UpstreamUnavailable):
+            await bulk.begin(pieces)
+        assert list(await bulk.begin(pieces)) == [b"0", b"1"]
+        assert list(await bulk.begin(lambda: iter(()))) == [b""]
+        bulk.close()
+
+    asyncio.run(body())
+    few.dispose()
