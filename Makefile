@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
 INTEGRATIONS := .venv-integrations/.installed
 
-.PHONY: demo test test-browser test-ops test-integrations screenshots lint bench clean
+.PHONY: demo test test-acceptance test-browser test-ops test-integrations screenshots lint bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed" >&2; exit 1; }
@@ -21,6 +21,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Whole jobs by every way in and out, through gateways, from SQL. The faults are in `make test` already.
+test-acceptance: $(INSTALLED)
+	$(BIN)/python -m pytest tests/acceptance --ignore tests/acceptance/test_faults.py
 
 # Chromium isn't on PyPI: Debian's is installed by root, who else has it already or is told what is missing.
 $(BROWSER): $(INSTALLED)
