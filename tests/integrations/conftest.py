@@ -62,6 +62,19 @@ class Site:
         return list(self.gateway.fleet.scalar(query, name=name))
 
 
+def batch_lines(about: str, count: int) -> list[dict[str, Any]]:
+    """Lines of a batch request that no other test makes."""
+    return [
+        {
+            "custom_id": f"{about}-{n}",
+            "method": "POST",
+            "url": "/v1/embeddings",
+            "body": {"model": "static", "input": f"{about}: the mill grinds {n} sacks"},
+        }
+        for n in range(count)
+    ]
+
+
 @pytest.fixture(scope="module")
 def site(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Site:
     assert _PROGRAMS.exists(), "make test-integrations installs what these tests run"
