@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ def gateway(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
+    with running_gateway(servers, static_description, bundled_description, folder) as made:
+        yield made
+
+
+@contextmanager
+def running_gateway(
+    servers: Running, static_description: dict[str, Any], bundled_description: dict[str, Any], folder: Path
+) -> Iterator[Gateway]:
+    """Run a gateway for the length of the block, with its logs and files in a folder."""
     with new_database(servers.database_url) as url:
         engine = make_engine(url, application="vectormill-tests", pool_size=4)
         broken = folder / "broken"

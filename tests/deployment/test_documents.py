@@ -174,7 +174,7 @@ def test_the_guides_do_what_they_say(reader: Reader) -> None:
     assert prompts == "all-MiniLM-L6-v2    "
     assert filtered.splitlines()[0] == "Mills"
     assert float(recall) > 0.5
-    assert shown["batching"][0] == "(500, 384)\n"
+    assert shown["batching"] == ["(500, 384)\n", "500 (384,)\n"]
     alike, threshold, pairs, _, by_file = shown["similarity"]
     assert alike.splitlines()[0].split("  ")[0] == "Millstones"
     assert threshold

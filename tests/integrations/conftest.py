@@ -1,8 +1,10 @@
-"""The gateway of the contract tests with a dispatcher and a worker, and the programs that come to it."""
+"""The gateway of the contract tests with a dispatcher and a worker, and the programs that come to it; all tests share
+one, each with names of its own."""
 
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.contract.conftest import Gateway, by_library, gateway
+from pipeline.embedded.runtime import Running
+from tests.contract.conftest import Gateway, by_library, running_gateway
 
-__all__ = ["by_library", "gateway"]
+__all__ = ["by_library"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCHEDULERS = CHECKOUT / "ops" / "schedulers"
@@ -75,18 +78,24 @@ def batch_lines(about: str, count: int) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def site(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Site:
+@pytest.fixture(scope="session")
+def site(
+    servers: Running,
+    static_description: dict[str, Any],
+    bundled_description: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Site]:
     assert _PROGRAMS.exists(), "make test-integrations installs what these tests run"
-    folder = tmp_path_factory.mktemp("site")
-    gateway.fleet.environment["VECTORMILL_API_SOURCES"] = str(folder)
-    reader, sql_url = new_role(gateway)
-    gateway.fleet.environment["VECTORMILL_SQL_URL"] = sql_url
-    gateway.fleet.kill("api")
-    gateway.start_api()
-    gateway.fleet.start_dispatcher()
-    gateway.fleet.start_worker(replicas=1)
-    return Site(gateway, folder, reader)
+    folder, ours = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("gateway")
+    with running_gateway(servers, static_description, bundled_description, ours) as gateway:
+        reader, sql_url = new_role(gateway)
+        gateway.fleet.environment["VECTORMILL_API_SOURCES"] = str(folder)
+        gateway.fleet.environment["VECTORMILL_SQL_URL"] = sql_url
+        gateway.stop_api()
+        gateway.start_api()
+        gateway.fleet.start_dispatcher()
+        gateway.fleet.start_worker(replicas=1)
+        yield Site(gateway, folder, reader)
 
 
 def new_role(gateway: Gateway) -> tuple[str, str]:
@@ -94,7 +103,7 @@ def new_role(gateway: Gateway) -> tuple[str, str]:
     name, password = f"role_{uuid4().hex}", uuid4().hex
     url = gateway.fleet.environment["VECTORMILL_DATABASE_URL"]
     with psycopg.connect(url) as connection:
-        # Gone with the server: until then its grants are in a database of which another test knows nothing.
+        # It goes with the servers of the tests.
         make = sql.SQL("create role {} login password {}")
         connection.execute(make.format(sql.Identifier(name), sql.Literal(password)))
     address = urlsplit(url)
@@ -118,7 +127,7 @@ class Airflow:
         return self.site.run("python", "-c", program, **self.environment, **environment)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def airflow(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Airflow:
     home = tmp_path_factory.mktemp("airflow")
     address, key = urlsplit(site.gateway.url), site.gateway.key

@@ -14,7 +14,7 @@ from openai import OpenAI
 from tests.acceptance.fleet import eventually
 from tests.integrations.conftest import Airflow, Site, batch_lines
 
-_TEXTS = [{"id": f"a{n}", "text": f"the mill grinds {n} sacks"} for n in range(120)]
+_TEXTS = [{"id": f"a{n}", "text": f"in December the mill grinds {n} sacks"} for n in range(120)]
 #: Uploads a file, triggers a batch request over it and waits, as often as told. Prints ids, or what was raised.
 _PROGRAM = """
 import json, os
@@ -58,27 +58,27 @@ def _told(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_the_dag_completes_and_a_second_run_attaches(airflow: Airflow, by_library: Any) -> None:
     site = airflow.site
-    site.write("2026-11-24.jsonl", _TEXTS)
+    site.write("2026-12-24.jsonl", _TEXTS)
     before = site.embedded()
     for _ in range(2):
-        done = airflow.run("batch_request", "2026-11-24")
+        done = airflow.run("batch_request", "2026-12-24")
         assert done.returncode == 0, _told(done)
-    lines = (site.folder / "2026-11-24-vectors.jsonl").read_text().splitlines()
+    lines = (site.folder / "2026-12-24-vectors.jsonl").read_text().splitlines()
     found = {row["custom_id"]: row["response"]["body"]["data"][0]["embedding"] for row in map(json.loads, lines)}
     assert found.keys() == {row["id"] for row in _TEXTS}
     whole = by_library([row["text"] for row in _TEXTS])
     np.testing.assert_allclose([found[row["id"]] for row in _TEXTS], whole, atol=1e-5)
-    assert site.jobs("articles-2026-11-24") == ["completed"]
+    assert site.jobs("articles-2026-12-24") == ["completed"]
     assert site.embedded() == before + len(_TEXTS)
 
 
 def test_a_bad_upstream_fails_the_dag(airflow: Airflow) -> None:
     rows = [row if n % 5 else {"id": row["id"], "text": ""} for n, row in enumerate(_TEXTS)]
-    airflow.site.write("2026-11-25.jsonl", rows)
-    done = airflow.run("batch_request", "2026-11-25")
+    airflow.site.write("2026-12-25.jsonl", rows)
+    done = airflow.run("batch_request", "2026-12-25")
     assert done.returncode != 0
     assert "OpenAIBatchJobException" in done.stdout + done.stderr
-    assert not (airflow.site.folder / "2026-11-25-vectors.jsonl").exists()
+    assert not (airflow.site.folder / "2026-12-25-vectors.jsonl").exists()
 
 
 def test_it_completes_and_attaches(airflow: Airflow, client: OpenAI) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.integrations.conftest import SCHEDULERS, Site
 
-_TEXTS = [{"id": f"d{n}", "text": f"the mill grinds {n} sacks"} for n in range(150)]
+_TEXTS = [{"id": f"d{n}", "text": f"in September the mill grinds {n} sacks"} for n in range(150)]
 
 
 class _Crontab:
@@ -59,26 +59,26 @@ def crontab(site: Site) -> _Crontab:
 
 
 def test_the_line_runs_and_attaches_when_it_runs_again(site: Site, crontab: _Crontab) -> None:
-    site.write("2026-11-24.jsonl", _TEXTS)
+    site.write("2026-09-24.jsonl", _TEXTS)
     before = site.embedded()
-    first = crontab.run("2026-11-24")
+    first = crontab.run("2026-09-24")
     assert first.returncode == 0, first.stderr
-    again = crontab.run("2026-11-24")
+    again = crontab.run("2026-09-24")
     assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
-    assert pq.read_table(site.folder / "2026-11-24.parquet").num_rows == len(_TEXTS)
-    assert site.jobs("docs-2026-11-24") == ["completed"]
+    assert pq.read_table(site.folder / "2026-09-24.parquet").num_rows == len(_TEXTS)
+    assert site.jobs("docs-2026-09-24") == ["completed"]
     assert site.embedded() == before + len(_TEXTS)
 
 
 def test_a_bad_upstream_fails_loudly(site: Site, crontab: _Crontab) -> None:
-    site.write("2026-11-25.jsonl", [row if n % 5 else {"id": row["id"]} for n, row in enumerate(_TEXTS)])
-    done = crontab.run("2026-11-25")
+    site.write("2026-09-25.jsonl", [row if n % 5 else {"id": row["id"]} for n, row in enumerate(_TEXTS)])
+    done = crontab.run("2026-09-25")
     assert done.returncode == 3, done.stderr
     assert "too_many_rejects" in done.stderr
-    assert not (site.folder / "2026-11-25.parquet").exists(), "nothing downstream sees half a result"
+    assert not (site.folder / "2026-09-25.parquet").exists(), "nothing downstream sees half a result"
 
 
 def test_a_missing_upstream_fails_loudly(site: Site, crontab: _Crontab) -> None:
-    done = crontab.run("2026-11-26")
+    done = crontab.run("2026-09-26")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "2026-11-26.jsonl" in done.stderr
+    assert "2026-09-26.jsonl" in done.stderr

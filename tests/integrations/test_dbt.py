@@ -77,31 +77,31 @@ def dbt(site: Site, tmp_path_factory: pytest.TempPathFactory) -> _Dbt:
 def test_a_model_is_embedded_and_a_second_run_attaches(dbt: _Dbt) -> None:
     before = dbt.site.embedded()
     for _ in range(2):
-        built = dbt.run("run", day="2026-11-24")
+        built = dbt.run("run", day="2026-10-24")
         assert built.returncode == 0, built.stdout
-        waited = dbt.wait(day="2026-11-24")
+        waited = dbt.wait(day="2026-10-24")
         assert waited.returncode == 0, waited.stdout
-    assert "articles-2026-11-24 is completed." in waited.stdout
-    assert dbt.site.jobs("articles-2026-11-24") == ["completed"]
+    assert "articles-2026-10-24 is completed." in waited.stdout
+    assert dbt.site.jobs("articles-2026-10-24") == ["completed"]
     assert dbt.site.embedded() == before + _ROWS
     keys = """
         select count(distinct e.key) from vectormill.embeddings e join vectormill.jobs j on j.id = e.job_id
         where j.name = :name
     """
-    assert dbt.site.gateway.fleet.scalar(keys, name="articles-2026-11-24") == _ROWS
+    assert dbt.site.gateway.fleet.scalar(keys, name="articles-2026-10-24") == _ROWS
 
 
 def test_an_empty_upstream_fails_loudly(dbt: _Dbt) -> None:
     dbt.do("update raw.articles set body = ''")
-    built = dbt.run("run", day="2026-11-25")
+    built = dbt.run("run", day="2026-10-25")
     assert built.returncode == 0, built.stdout
-    waited = dbt.wait(day="2026-11-25")
+    waited = dbt.wait(day="2026-10-25")
     assert waited.returncode != 0
-    assert "articles-2026-11-25: failed, empty_source" in waited.stdout
+    assert "articles-2026-10-25: failed, empty_source" in waited.stdout
 
 
 def test_who_may_not_is_refused(dbt: _Dbt) -> None:
     dbt.do(f'revoke execute on function vectormill.submit from "{dbt.environment["DBT_USER"]}"')
-    built = dbt.run("run", day="2026-11-26")
+    built = dbt.run("run", day="2026-10-26")
     assert built.returncode != 0
     assert "permission denied for function submit" in built.stdout

@@ -62,7 +62,7 @@ def http_job() -> None:
         endpoint=f"/api/jobs/{submit.output}",
         response_check=has_completed,
         mode="reschedule",
-        poke_interval=timedelta(seconds=30),
+        poke_interval=timedelta(seconds=10),
         timeout=timedelta(hours=6),
     )
     submit >> wait
