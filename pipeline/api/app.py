@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipeline.api import administration, batches, embeddings, files, fleet, jobs, submissions
 from pipeline.api.bulk import CONNECTIONS, Bulk
 from pipeline.api.counting import Counted, show
-from pipeline.api.dashboard import add_dashboard
+from pipeline.api.dashboard import add_dashboard, is_for_people, no_page
 from pipeline.api.database import AT_ONCE, Database
 from pipeline.api.directory import Directory
 from pipeline.api.embeddings import Gateway
@@ -218,6 +218,8 @@ async def _answer_step(request: Request, error: Exception) -> Response:
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code in (404, 405) and is_for_people(request):
+        return no_page(request, error.status_code)
     code = _CODES.get(error.status_code, "invalid_payload")
     return _write(request.url.path, error.status_code, code, str(error.detail), headers=error.headers)
 

@@ -188,6 +188,30 @@ def test_jobs_of_others_are_not_there(gateway: Gateway, browser: httpx.Client, m
     assert "ours-only" in browser.get("/").text
 
 
+def test_an_unknown_address_is_a_page_for_people_and_a_problem_for_programs(gateway: Gateway) -> None:
+    job = uuid4()
+    with visitor(gateway, gateway.key) as client:
+        people = {"accept": "text/html,application/xhtml+xml"}
+        for path, status in (("/nothing", 404), (f"/jobs/{job}/cancel", 405), ("/logout", 405)):
+            page = client.get(path, headers=people)
+            assert (page.status_code, page.headers["content-type"]) == (status, "text/html; charset=utf-8")
+            assert 'href="/">To the jobs' in page.text
+            assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+            assert client.get(path).headers["content-type"] == "application/problem+json"
+        assert client.get("/api/nothing", headers=people).headers["content-type"] == "application/problem+json"
+        assert "error" in client.get("/v1/nothing", headers=people).json()
+
+
+def test_a_receipt_is_verified_in_its_workspace(gateway: Gateway, browser: httpx.Client, model: Model) -> None:
+    with gateway.engine.begin() as connection:
+        place = workspaces.create(connection, "two words", 1.0)
+    ended = "update vectormill.jobs set state = 'cancelled', finished_at = now() where id = :job"
+    for workspace, said in ((None, "--verify<"), (place, "--verify --workspace &#39;two words&#39;<")):
+        job = make_job(gateway.engine, model, workspace=workspace)
+        run_sql(gateway.engine, ended, job=job)
+        assert f"vectormill receipt {str(job)[:13]} {said}" in browser.get(f"/jobs/{job}").text
+
+
 def test_a_job_is_paused_resumed_and_cancelled(gateway: Gateway, browser: httpx.Client, model: Model) -> None:
     job = make_job(gateway.engine, model)
     for action, state in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelling")):

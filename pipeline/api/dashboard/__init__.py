@@ -18,6 +18,9 @@ from fastapi import FastAPI, Response
 from starlette.staticfiles import StaticFiles
 
 from pipeline.api.dashboard import actions, job, key_pages, log_in, pages
+from pipeline.api.dashboard.answer import is_for_people, no_page
+
+__all__ = ["add_dashboard", "is_for_people", "no_page"]
 
 _FOLDER = Path(__file__).resolve().parent
 

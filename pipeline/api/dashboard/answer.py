@@ -1,6 +1,7 @@
 """A page's way: viewer → one snapshot of the database → template → ETag; and what an error looks like."""
 
 import asyncio
+import shlex
 from collections.abc import Callable, Coroutine
 from functools import cache
 from hashlib import sha256
@@ -39,9 +40,12 @@ _TITLES = {
     403: "Not allowed",
     404: "Not found",
     409: "Not now",
+    405: "Not an address to open",
     413: "Too large",
     503: "The database can't be reached",
 }
+_NOTHING_HERE = "There is nothing here that this key may see. Is the address whole?"
+_FORMS_ONLY = "This address only takes what a page's buttons send. Go to the jobs, and use the buttons there."
 
 
 class PageRoute(APIRoute):
@@ -60,7 +64,7 @@ class PageRoute(APIRoute):
             except ApiError as error:
                 response = problem(request, error.status, str(error))
             except (UnknownJob, RequestValidationError):
-                response = problem(request, 404, "There is nothing here that this key may see. Is the address whole?")
+                response = problem(request, 404, _NOTHING_HERE)
             except UserError as error:
                 response = problem(request, 409 if isinstance(error, IllegalTransition) else 400, str(error))
             except Exception as error:
@@ -70,6 +74,19 @@ class PageRoute(APIRoute):
             return response
 
         return answer
+
+
+def is_for_people(request: Request) -> bool:
+    """Whether a browser asks for a page, where programs have no addresses."""
+    path = f"{request.url.path}/"
+    return "text/html" in request.headers.get("accept", "") and not path.startswith(("/v1/", "/api/", "/static/"))
+
+
+def no_page(request: Request, status: int) -> Response:
+    """The page of an address that none of ours answers: 404, or 405 where only forms go."""
+    response = problem(request, status, _FORMS_ONLY if status == 405 else _NOTHING_HERE)
+    response.headers.update(_HEADERS)
+    return response
 
 
 async def show(request: Request, template: str, look: Look) -> Response:
@@ -137,6 +154,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters["quoted"] = shlex.quote
     for filter_ in ("short", "size", "duration"):
         made.filters[filter_] = getattr(figures, filter_)
     for filter_ in ("number", "money", "count", "ordinal", "ago", "until", "page_name"):

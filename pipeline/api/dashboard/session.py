@@ -71,7 +71,8 @@ def must_be_ours(request: Request) -> None:
         ours = site == "same-origin"
     else:
         # Browsers that reach us by plain http from elsewhere than loopback leave the header out.
-        ours = urlsplit(request.headers.get("origin", "")).netloc == request.headers.get("host")
+        origin = urlsplit(request.headers.get("origin", "")).netloc
+        ours = bool(origin) and origin == request.headers.get("host")
     if not ours:
         raise Forbidden("This form was sent from another site, so nothing was done. Go back and use the page itself.")
 
