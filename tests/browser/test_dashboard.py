@@ -2,16 +2,19 @@
 
 import re
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from playwright.sync_api import Page, expect
+from sqlalchemy import create_engine, text
 
-from pipeline import catalog, keys
+from pipeline import catalog, keys, tables
+from pipeline.jobs import RejectCode
+from pipeline.store import workers
 from tests.acceptance.fleet import eventually
 from tests.browser.chromium import Scheme
 from tests.browser.conftest import Site
-from tests.jobs_made import job_row, run_sql
+from tests.jobs_made import job_row, make_job, make_model, run_sql
 
 LIVE_MS = 90_000
 
@@ -206,20 +209,15 @@ def test_a_revoked_key_is_logged_out_without_a_reload(site: Site) -> None:
 def test_a_form_of_another_site_is_refused(site: Site) -> None:
     job = submit(site, "not-yours", 200, paused=True)
     page = site.visit(site.gateway.key).page
-    # `localhost` is another site than `127.0.0.1`, and still this machine.
+    # `localhost` is another site than `127.0.0.1`, and still this machine. The page isn't ours: ours send no such form.
     elsewhere = page.context.new_page()
-    elsewhere.goto(site.gateway.url.replace("127.0.0.1", "localhost") + "/login")
-    elsewhere.evaluate(
-        """address => {
-            const form = document.createElement("form");
-            form.method = "post";
-            form.action = address;
-            document.body.append(form);
-            form.submit();
-        }""",
-        f"{site.gateway.url}/jobs/{job}/cancel",
-    )
-    elsewhere.wait_for_timeout(1_000)
+    address = f"{site.gateway.url}/jobs/{job}/cancel"
+    html = f'<form method="post" action="{address}"><button>Win a prize</button></form>'
+    elsewhere.route("**/prize", lambda route: route.fulfill(body=html, content_type="text/html"))
+    elsewhere.goto(site.gateway.url.replace("127.0.0.1", "localhost") + "/prize")
+    with elsewhere.expect_response(address) as refused:
+        elsewhere.get_by_role("button").click()
+    assert refused.value.status == 403
     assert job_row(site.gateway.engine, job)["state"] == "paused"
 
 
@@ -233,6 +231,93 @@ def test_a_lost_connection_is_told_and_recovers(site: Site) -> None:
     site.gateway.start_api()
     expect(page.locator("#lost")).to_be_hidden(timeout=40_000)
     visit.errors.clear()
+
+
+def test_a_page_found_while_the_database_is_away_comes_back_whole(site: Site) -> None:
+    visit = site.visit()
+    page, url = visit.page, site.gateway.engine.url
+    # The api doesn't know this key yet.
+    page.context.add_cookies([{"name": "vectormill_key", "value": site.gateway.new_key(), "url": site.gateway.url}])
+    elsewhere = create_engine(url.set(database="template1"), isolation_level="AUTOCOMMIT")
+    with elsewhere.connect() as connection:
+        connection.exec_driver_sql(f'alter database "{url.database}" with allow_connections false')
+        try:
+            ended = "select pg_terminate_backend(pid) from pg_stat_activity where datname = :name"
+            connection.execute(text(f"{ended} and application_name = 'vectormill-api'"), {"name": url.database})
+            page.goto(site.gateway.url + "/models")
+            expect(page.get_by_role("heading", name="The database can't be reached")).to_be_visible()
+        finally:
+            connection.exec_driver_sql(f'alter database "{url.database}" with allow_connections true')
+    elsewhere.dispose()
+    expect(page.get_by_role("heading", name="Models")).to_be_visible(timeout=40_000)
+    expect(page.get_by_role("link", name="Workers")).to_be_visible()
+    expect(page.get_by_role("button", name="Log out")).to_be_visible()
+    visit.errors.clear()
+
+
+def test_a_new_key_stays_until_it_is_left(site: Site) -> None:
+    page = site.visit(site.gateway.key).page
+    page.goto(site.gateway.url + "/keys")
+    page.get_by_text("Make a key…").click()
+    page.get_by_label("What it is for").fill("kept")
+    page.get_by_role("button", name="Make it and show it once").click()
+    expect(page.get_by_role("heading", name="Keep this key now")).to_be_visible()
+    expect(page.locator("#tip")).to_be_attached()
+    # As it is when a person comes back from where they pasted it.
+    asked = page.evaluate("""() => {
+        let count = 0;
+        const fetch = window.fetch;
+        window.fetch = (...what) => { count += 1; return fetch(...what); };
+        document.dispatchEvent(new Event("visibilitychange"));
+        window.dispatchEvent(new Event("online"));
+        return count;
+    }""")
+    assert asked == 0
+    expect(page.locator(".command code")).to_contain_text("vm_")
+
+
+def long_names(site: Site) -> list[str]:
+    """Pages of names without a place to break them."""
+    engine, long = site.gateway.engine, "W" * 200
+    found = run_sql(engine, "select id from vectormill.jobs where name = :name", name=long)
+    if found:
+        job = found[0][0]
+    else:
+        model = make_model(engine, "M" * 200)
+        codes = {0: RejectCode.ENCODE_FAILED, 1: RejectCode.BAD_KEY}
+        labels = {"L" * 200: long}
+        job = make_job(engine, model, rejected=codes, name=long, labels=labels, idempotency_key=long)
+        endless = (
+            "update vectormill.rejects set key = repeat('k', 1000), message = repeat('m', 500) where job_id = :job"
+        )
+        run_sql(engine, endless, job=job)
+        run_sql(engine, "update vectormill.items set text = repeat('t', 5000) where job_id = :job", job=job)
+        run_sql(
+            engine,
+            "update vectormill.jobs set message = repeat('x', 300), state = 'failed', "
+            "reason = 'too_many_rejects' where id = :job",
+            job=job,
+        )
+        with engine.begin() as connection:
+            worker = uuid4()
+            workers.show(connection, worker, host="H" * 200, device="cpu", models=[model.name], slots=1)
+            workers.drop_model(connection, worker, model.name, "E" * 300)
+            metered = {"workspace_id": catalog.workspace_id(connection), "model": model.name, "job_id": job}
+            usage = tables.usage.insert().values(items=1, prompt_tokens=10**12, total_tokens=10**12, **metered)
+            connection.execute(usage)
+            keys.create(connection, catalog.workspace_id(connection), "N" * 100)
+    rejects = f"/jobs/{job}/rejects"
+    pages = ["/", f"/?name={long}", f"/jobs/{job}", rejects, f"{rejects}?text=2", "/workers", "/models", "/keys"]
+    return [*pages, "/usage?by=job", "/usage?by=model"]
+
+
+@pytest.mark.parametrize("width", [360, 768, 1_280])
+def test_long_names_break(site: Site, width: int) -> None:
+    visit = site.visit(site.gateway.key, width=width)
+    for path in long_names(site):
+        visit.go(path)
+        assert overflow(visit.page) <= 0, path
+        assert visit.page.locator(".brand").bounding_box()["height"] < 30, path
 
 
 def every_page(site: Site) -> list[str]:

@@ -24,7 +24,8 @@ function plan(milliseconds) {
 }
 
 async function ask() {
-  if (asking) return;
+  // A page that isn't live may be what a form came back with, a new key say: it has no address to ask for it again.
+  if (asking || !seconds()) return;
   asking = true;
   const began = performance.now();
   try {
@@ -54,7 +55,8 @@ async function ask() {
 
 function show(html) {
   const fresh = new DOMParser().parseFromString(html, "text/html");
-  morph(main, fresh.querySelector("main"));
+  // The frame too: a page that said that the database is away knew nobody.
+  for (const part of ["header", "main", "footer"]) morph(document.querySelector(part), fresh.querySelector(part));
   if (document.title !== fresh.title) document.title = fresh.title;
   document.dispatchEvent(new Event("fresh"));
 }
