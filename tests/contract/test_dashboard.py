@@ -224,6 +224,15 @@ def test_a_job_is_paused_resumed_and_cancelled(gateway: Gateway, browser: httpx.
     assert browser.post(f"/jobs/{job}/purge").status_code == 404
 
 
+def test_large_numbers_are_shortened_in_the_list(gateway: Gateway, browser: httpx.Client, model: Model) -> None:
+    job = make_job(gateway.engine, model, name="hundred-million")
+    run_sql(gateway.engine, "update vectormill.jobs set items_total = 100000000 where id = :job", job=job)
+    run_sql(gateway.engine, "update vectormill.chunks set rejected = 600000 where job_id = :job", job=job)
+    page = browser.get("/?name=hundred-million").text
+    assert '<span title="100,000,000 items">100M</span>' in page
+    assert 'title="1,200,000 rejects">1.2M ✕<' in page
+
+
 def test_retry_is_offered_where_it_can_help(gateway: Gateway, browser: httpx.Client, model: Model) -> None:
     job = make_job(gateway.engine, model, rejected={0: RejectCode.ENCODE_FAILED, 5: RejectCode.EMPTY_TEXT})
     hopeless = make_job(gateway.engine, model, rejected={0: RejectCode.EMPTY_TEXT})
