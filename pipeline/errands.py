@@ -85,36 +85,40 @@ class Errands:
 
     def __init__(self, means: Means, kinds: Sequence[Errand] = ERRANDS) -> None:
         self._means, self._kinds = means, kinds
+        #: Guards what follows: threads change it when they end.
+        self._lock = threading.Lock()
         self._under_way: set[tuple[str, Hashable]] = set()
         #: When a piece that failed may be begun again, by the monotonic clock.
         self._rests: dict[tuple[str, Hashable], float] = {}
 
     def begin(self) -> None:
         """Begin what is due, as far as there is room; never waits for it."""
-        now = time.monotonic()
-        self._rests = {piece: until for piece, until in self._rests.items() if until > now}
         for kind in self._kinds:
-            room = kind.at_once - sum(name == kind.name for name, _ in self._under_way)
+            with self._lock:
+                now = time.monotonic()
+                self._rests = {piece: until for piece, until in self._rests.items() if until > now}
+                not_now = {piece for name, piece in (*self._under_way, *self._rests) if name == kind.name}
+                room = kind.at_once - sum(name == kind.name for name, _ in self._under_way)
             if room <= 0:
                 continue
             with self._means.engine.connect() as connection:
-                due = kind.due(connection, room + len(self._under_way) + len(self._rests))
-            for piece in due:
-                which = (kind.name, piece)
-                if room > 0 and which not in self._under_way and which not in self._rests:
-                    room -= 1
-                    self._under_way.add(which)
-                    threading.Thread(target=partial(self._run, kind, piece), daemon=True).start()
+                due = kind.due(connection, room + len(not_now))
+            for piece in [piece for piece in due if piece not in not_now][:room]:
+                with self._lock:
+                    self._under_way.add((kind.name, piece))
+                threading.Thread(target=partial(self._run, kind, piece), daemon=True).start()
 
     def _run(self, kind: Errand, piece: Hashable) -> None:
         which = (kind.name, piece)
         try:
             kind.do(self._means, piece)
         except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed, and the log says it
-            self._rests[which] = time.monotonic() + _AGAIN_SECONDS
+            with self._lock:
+                self._rests[which] = time.monotonic() + _AGAIN_SECONDS
             lost = isinstance(error, DBAPIError) and is_connection_lost(error)
             metrics.DISPATCHER_FAILURES.labels("database" if lost else "other").inc()
             told = plain_reason(error) if isinstance(error, DBAPIError) else str(error)[:500]
             log.warning("errand_failed", errand=kind.name, piece=str(piece), error=type(error).__name__, message=told)
         finally:
-            self._under_way.discard(which)
+            with self._lock:
+                self._under_way.discard(which)

@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     @field_validator("worker_models", "worker_devices", "api_sources", "api_outputs", "webhooks", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
-        return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("redis_url", mode="after")
     @classmethod

@@ -7,10 +7,11 @@ from uuid import UUID
 
 import structlog
 from sqlalchemy import Engine, RowMapping
+from sqlalchemy.exc import DBAPIError
 
 from pipeline import metrics, webhooks
 from pipeline.catalog import find_model
-from pipeline.errors import EmptySource, LeaseLost, ServiceUnreachable, SourceError, UserError
+from pipeline.errors import EmptySource, LeaseLost, ServiceUnreachable, SourceError, UserError, VectormillError
 from pipeline.jobs import RequestReason
 from pipeline.request import JobRequest, read_request
 from pipeline.settings import Settings
@@ -48,6 +49,11 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
         _fail(engine, row, RequestReason.SOURCE_UNREACHABLE, error)
     except UserError as error:
         _fail(engine, row, _reason(error), error)
+    except DBAPIError:  # ours, not the query's
+        raise
+    except Exception as error:
+        _fail(engine, row, RequestReason.QUERY_REFUSED, error)
+        raise
     else:
         with engine.begin() as connection:
             requests.end_submitted(connection, job_id)
@@ -107,4 +113,6 @@ def _fail(engine: Engine, row: RowMapping, reason: RequestReason, error: Excepti
 
 
 def _short(error: Exception) -> str:
+    if not isinstance(error, VectormillError):  # it may quote what the query returned
+        return f"a row can't be read ({type(error).__name__})."
     return str(error)[:_MOST_MESSAGE]

@@ -193,5 +193,5 @@ def _send(event: RowMapping, settings: Settings) -> tuple[int | None, str]:
             return response.status, f"answers {response.status}"
     except httpcore.TimeoutException:
         return None, f"doesn't answer within {_TRY_SECONDS:g} s"
-    except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol) as error:
+    except Exception as error:  # noqa: BLE001 - an address that no name server takes, a missing file of authorities
         return None, f"can't be reached ({type(error).__name__})"

@@ -11,7 +11,7 @@ from uuid import UUID
 import sqlalchemy
 from sqlalchemy import Connection, CursorResult, Engine
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
 from pipeline.errors import ServiceUnreachable, SourceError, UserError
 from pipeline.sources.rows import BLOCK_BYTES, BLOCK_ROWS, Columns, Parsed, Rows, judge, missing_column, shown
@@ -173,6 +173,10 @@ class QueryCorpus:
             quotes = (state or "").startswith(_QUOTING)
             return SourceError(f"{self.name}: {type(error.orig).__name__ if quotes else primary}.")
         if self._url.get_backend_name() == "postgresql":
+            if not isinstance(error, OperationalError | InterfaceError):  # the driver's own: infinity is no date to it
+                return SourceError(
+                    f"{self.name}: a value can't be read ({type(error.orig).__name__}); cast it to text."
+                )
             return ServiceUnreachable(
                 f"can't reach {self._address}, the {self._asked_by} database; nothing was submitted."
             )

@@ -188,7 +188,8 @@ def _key(value: object) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         raise _BadKeyError("key is not a finite number")
     if not isinstance(value, str | int | float):
-        raise _BadKeyError(f"key is {_KINDS[type(value)]}, not a string or a number")
+        kind = _KINDS.get(type(value), f"of type {type(value).__name__}")
+        raise _BadKeyError(f"key is {kind}, not a string or a number")
     key = value if isinstance(value, str) else repr(value)
     try:
         size = len(key.encode())

@@ -48,13 +48,15 @@ def end_submitted(connection: Connection, job_id: UUID) -> None:
 
 
 def end_failed(connection: Connection, job_id: UUID, reason: RequestReason, message: str) -> bool:
-    """The request can't be a job as it is. False: it isn't waiting any more."""
+    """The request can't be a job as it is. False: it isn't waiting any more, or
+    somebody else is making a job of it."""
     return (
         connection.execute(
             text("""
             update vectormill.requests
             set state = 'failed', reason = :reason, message = :message, finished_at = clock_timestamp()
             where job_id = :job and state = 'requested'
+              and not exists (select from vectormill.jobs where id = :job and state <> 'failed')
         """),
             {"job": job_id, "reason": reason, "message": message},
         ).rowcount

@@ -52,6 +52,20 @@ def test_a_text_that_is_none_is_rejected(database: str) -> None:
     ]
 
 
+def test_keys_of_a_kind_that_none_may_be(database: str) -> None:
+    query = r"select '\x00'::bytea as id, 'a' as text"
+    (block,) = corpus(database, query).blocks()
+    assert [(code, message) for _, code, message in block.problems] == [
+        (RejectCode.BAD_KEY, "row 1: key is of type bytes, not a string or a number")
+    ]
+
+
+def test_a_value_that_the_driver_has_no_word_for(database: str) -> None:
+    query = "select 1 as id, 'a' as text, 'infinity'::date as valid_to"
+    with pytest.raises(SourceError, match=r"a value can't be read \(DataError\); cast it to text"):
+        rows(corpus(database, query))
+
+
 def test_percent_signs_and_colons_are_no_parameters(database: str) -> None:
     assert rows(corpus(database, "select 'a:b %s %(x)s' as text where 'ab' like '%b';")) == [(None, "a:b %s %(x)s")]
 
