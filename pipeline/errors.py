@@ -193,6 +193,30 @@ class InternalError(ApiError):
     retryable = True
 
 
+class SubmissionUndone(ApiError):
+    """The submission that this one attached to came to nothing."""
+
+    status = 503
+    code = "submission_undone"
+    retryable = True
+
+
+class Busy(ApiError):
+    """The gateway has as much under way as it takes."""
+
+    status = 503
+    code = "busy"
+    retryable = True
+
+
+class RequestStalled(ApiError):
+    """The rest of a body didn't come."""
+
+    status = 408
+    code = "request_stalled"
+    retryable = True
+
+
 class UpstreamUnavailable(ApiError):
     """What embeds for the gateway can't be reached for now."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError
 from pipeline.parts import OUR_COLUMNS
@@ -15,6 +15,8 @@ from pipeline.submit import Options
 Word = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern="^[^\0]*$")]
 _Address = Annotated[str, StringConstraints(min_length=1, max_length=2_000, pattern="^[^\0]*$")]
 _MOST_SOURCES = 1_000
+#: Clients and proxies take these for a way up, however they are written.
+_UNADDRESSABLE = (".", "..")
 _MOST_COLUMNS = 100
 
 
@@ -55,6 +57,13 @@ class JobRequest(BaseModel):
         default=None, description="Where the job's end is told, an address that the operator allows."
     )
 
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str | None) -> str | None:
+        if name in _UNADDRESSABLE:
+            raise ValueError(f"\"{name}\" can't be a job's name: no path can hold it")
+        return name
+
     @model_validator(mode="after")
     def _check_carry(self) -> Self:
         if taken := sorted(set(self.carry) & set(OUR_COLUMNS)):
@@ -77,6 +86,18 @@ class JobRequest(BaseModel):
         return Options(name=self.name or default_name, idempotency_key=idempotency_key, **{**same, **more})
 
 
+_AT_THE_DATABASE = "only vectormill submit takes it, with VECTORMILL_DATABASE_URL set"
+#: Options of `vectormill submit` that aren't fields, and what to do instead.
+_ELSEWHERE = {
+    **dict.fromkeys(("from", "query", "into", "hnsw", "dry_run"), _AT_THE_DATABASE),
+    "by_value": "it is what happens without by_reference; leave it out",
+    "idempotency_key": "send it as the header Idempotency-Key",
+    "label": "write labels, an object",
+    "file": "send it as a file, with a name that says what it is",
+    "workspace": "send it in the address, as ?workspace=NAME",
+}
+
+
 def read_request(fields: Mapping[str, Any], *, of_options: bool = False) -> JobRequest:
     """A request as it was sent, or as a command's options say.
 
@@ -90,6 +111,8 @@ def read_request(fields: Mapping[str, Any], *, of_options: bool = False) -> JobR
         where = ".".join(str(part) for part in first["loc"])
         if of_options and first["loc"]:
             where = f"--{str(first['loc'][0]).replace('_', '-')}"
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{where}: {_ELSEWHERE.get(where, 'there is no such field')}.") from None
         told = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{where}: {told[:1].lower()}{told[1:]}." if where else f"{told}.") from None
 
@@ -99,4 +122,5 @@ def default_name(source: str) -> str:
     if source == "-":
         return "stdin"
     plain = (part for part in reversed(Path(source).parts) if not any(sign in part for sign in "*?["))
-    return next(plain, source).split(".")[0] or source
+    name = next(plain, source).split(".")[0] or source
+    return name if name not in _UNADDRESSABLE else Path(source).absolute().resolve().name or "docs"

@@ -42,7 +42,7 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
             count += len(block)
 
     partial = target.with_name(f".{target.name}.partial")
-    folder = _output_of(connection, job_id)
+    folder, carried = _written(connection, job_id)
     if folder:
         blocks = _read_parts(folder, job_id, (chunk.outputs for chunk in outputs.by_chunk(connection, job_id)))
     else:
@@ -50,7 +50,7 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
     dimensions = jobs.vector_space(connection, job_id)["dimensions"]
     try:
         with partial.open("wb") as file:
-            for piece in encode(counted(blocks), kind, dimensions):
+            for piece in encode(counted(blocks), kind, dimensions, carried):
                 file.write(piece)
         os.replace(partial, target)
     except OSError as error:
@@ -64,7 +64,7 @@ def stream(engine: Engine, job_id: UUID, kind: str, first_index: int, end_index:
     """A job's vectors from `first_index` to before `end_index`, as `encode` writes them. No transaction lasts longer
     than a page of them, however slowly they are taken."""
     with engine.begin() as connection:
-        folder = _output_of(connection, job_id)
+        folder, carried = _written(connection, job_id)
         dimensions = jobs.vector_space(connection, job_id)["dimensions"]
         written = [
             chunk.outputs
@@ -73,19 +73,21 @@ def stream(engine: Engine, job_id: UUID, kind: str, first_index: int, end_index:
         ]
     blocks = _read_parts(folder, job_id, written) if folder else _pages(engine, job_id, first_index, end_index)
     within = ([row for row in block if first_index <= row[0] < end_index] for block in blocks)
-    return encode((block for block in within if block), kind, dimensions)
+    return encode((block for block in within if block), kind, dimensions, carried)
 
 
-def encode(blocks: Iterator[Block], kind: str, dimensions: int) -> Iterator[bytes]:
-    """Rows as the bytes of one file, `parquet` or `jsonl`, piece by piece."""
-    return _ENCODERS[kind](blocks, dimensions)
+def encode(blocks: Iterator[Block], kind: str, dimensions: int, carried: Sequence[str]) -> Iterator[bytes]:
+    """Rows as the bytes of one file, `parquet` or `jsonl`, piece by piece; Parquet has the columns `carried` whatever
+    the rows have."""
+    return _ENCODERS[kind](blocks, dimensions, carried)
 
 
-def _output_of(connection: Connection, job_id: UUID) -> str | None:
+def _written(connection: Connection, job_id: UUID) -> tuple[str | None, list[str]]:
+    """The folder of a job's Parquet files, if it has one, and the columns that it carries."""
     row = jobs.by_id(connection, job_id)
     assert row
-    folder: str | None = row["options"].get("output")
-    return folder
+    columns = row["options"].get("columns", {}).get("carry", ())
+    return row["options"].get("output"), [name for name in dict.fromkeys(columns) if name not in OUR_COLUMNS]
 
 
 def _pages(engine: Engine, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
@@ -99,7 +101,7 @@ def _pages(engine: Engine, job_id: UUID, first_index: int, end_index: int) -> It
         first_index = page[-1][0] + 1
 
 
-def _json_lines(blocks: Iterator[Block], _dimensions: int) -> Iterator[bytes]:
+def _json_lines(blocks: Iterator[Block], _dimensions: int, _carried: Sequence[str]) -> Iterator[bytes]:
     for block in blocks:
         yield b"".join(_json_line(*row) for row in block)
 
@@ -154,20 +156,20 @@ class _Sink:
         return taken
 
 
-def _parquet(blocks: Iterator[Block], dimensions: int) -> Iterator[bytes]:
-    first = next(blocks, None)
-    carried = sorted({name for row in first or () for name in _without_clash(row[5])})
+def _parquet(blocks: Iterator[Block], dimensions: int, carried: Sequence[str]) -> Iterator[bytes]:
     schema = parts.schema(dimensions, half=False, carried=carried)
     sink = _Sink()
     with pq.ParquetWriter(sink, schema, **parts.WRITING) as writer:
-        while first:
-            writer.write_batch(_batch(first, schema, carried))
+        for block in blocks:
+            writer.write_batch(_batch(block, schema, carried))
             yield sink.take()
-            first = next(blocks, None)
     yield sink.take()
 
 
-_ENCODERS: dict[str, Callable[[Iterator[Block], int], Iterator[bytes]]] = {"parquet": _parquet, "jsonl": _json_lines}
+_ENCODERS: dict[str, Callable[[Iterator[Block], int, Sequence[str]], Iterator[bytes]]] = {
+    "parquet": _parquet,
+    "jsonl": _json_lines,
+}
 
 
 def _batch(block: Block, schema: Any, carried: Sequence[str]) -> Any:

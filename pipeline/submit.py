@@ -147,6 +147,12 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
     options = submission.options
     _check(options, submission.corpus)
     _check_lengths(options, submission.model)
+    key = options.idempotency_key
+    with engine.begin() as connection:
+        # An insert would wait for what the job's producer is about to commit.
+        known = key is not None and jobs.by_idempotency_key(connection, submission.workspace_id, key) is not None
+    if known:
+        return _attach(engine, submission)
     with engine.begin() as connection:
         job = jobs.NewJob(
             id=submission.job_id or uuid7(),

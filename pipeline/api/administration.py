@@ -10,6 +10,7 @@ from sqlalchemy import Connection, RowMapping
 
 from pipeline import keys
 from pipeline.api.asking import SECURITY, ask, caller_of, described, problems, read_body, scope_of
+from pipeline.api.paths import as_sent
 from pipeline.errors import InvalidPayload, NotFound, UserError
 from pipeline.store import keys as stored_keys
 from pipeline.store import usage
@@ -147,4 +148,4 @@ async def revoke_key(request: Request, key_id: str) -> None:
 
 
 def _id(given: str) -> str:
-    return given.replace("\0", "")
+    return as_sent(given).replace("\0", "")

@@ -1,5 +1,6 @@
 """The api's process: its routes, what an error looks like, start and stop."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -28,6 +29,7 @@ from pipeline.api.engines import Engines
 from pipeline.api.examples import add_examples
 from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
+from pipeline.api.paths import Segmented
 from pipeline.api.readiness import readyz
 from pipeline.api.token_ids import decoder
 from pipeline.api.upstreams import Upstreams
@@ -37,6 +39,7 @@ from pipeline.errors import (
     IllegalTransition,
     InternalError,
     PayloadTooLarge,
+    RequestStalled,
     ServiceUnreachable,
     UnknownJob,
     UnknownModel,
@@ -50,6 +53,8 @@ from pipeline.wire import make_error
 log = structlog.get_logger()
 
 _FORM_BYTES = 1024 * 1024
+#: How long the next piece of a body may take: an upload holds its place meanwhile.
+_STALL_SECONDS = 60.0
 #: Of the framework's own refusals; the others are `invalid_payload`.
 _CODES: dict[int, str] = {HTTPStatus.NOT_FOUND: "not_found", HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed"}
 
@@ -113,6 +118,7 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     # The last one added is the first one met.
     app.add_middleware(Bounded, most_bytes=settings.api_body_bytes, most_of_forms=forms)
     app.add_middleware(Identified)
+    app.add_middleware(Segmented)
     app.add_middleware(Counted)
     describe = app.openapi
     app.openapi = partial(_described, describe)  # type: ignore[method-assign]
@@ -166,17 +172,21 @@ class Identified:
 
 
 class Bounded:
-    """Refuses bodies over a limit before they are read whole, whatever the route does with them."""
+    """Refuses bodies over a limit before they are read whole, and those that stall, whatever the route does with
+    them."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int, most_of_forms: Mapping[str, int]) -> None:
+    def __init__(
+        self, app: ASGIApp, most_bytes: int, most_of_forms: Mapping[str, int], stall_seconds: float = _STALL_SECONDS
+    ) -> None:
         self._app, self._most_bytes, self._most_of_forms = app, most_bytes, most_of_forms
+        self._stall_seconds = stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI calls it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, size = Headers(scope=scope), 0
+        headers, size, more = Headers(scope=scope), 0, True
         told, most_bytes = headers.get("content-length", "0"), self._most_bytes
         if headers.get("content-type", "").lower().startswith("multipart/form-data"):
             most_bytes = self._most_of_forms.get(scope["path"], most_bytes)
@@ -185,8 +195,14 @@ class Bounded:
             return
 
         async def receiving() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, more
+            try:
+                # After the body comes only that the client has gone, which may take its time.
+                async with asyncio.timeout(self._stall_seconds if more else None):
+                    message = await receive()
+            except TimeoutError as error:
+                raise _stalled(self._stall_seconds) from error
+            more = message.get("more_body", False)
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
                 if size > most_bytes:
@@ -199,6 +215,12 @@ class Bounded:
 def _too_large(most_bytes: int) -> PayloadTooLarge:
     error = PayloadTooLarge(f"The body is larger than {most_bytes:,} bytes; send less in a request.")
     # The rest isn't read.
+    error.headers["connection"] = "close"
+    return error
+
+
+def _stalled(seconds: float) -> RequestStalled:
+    error = RequestStalled(f"No piece of the body came for {seconds:g} s; send it again.")
     error.headers["connection"] = "close"
     return error
 

@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 
 from pipeline import catalog, status
 from pipeline.api.directory import Caller
+from pipeline.api.paths import as_sent
 from pipeline.errors import InvalidPayload, NotFound, UnknownJob, UserError
 
 Found = TypeVar("Found")
@@ -34,6 +35,7 @@ _MEANINGS = {
     401: "No live key.",
     403: "An admin's key is needed.",
     404: "There is none.",
+    408: "The rest of the body didn't come; try again.",
     409: "Its state doesn't allow this.",
     413: "The body is too large.",
     422: "The idempotency key was used with another payload.",
@@ -123,6 +125,7 @@ async def ask_of_job(
         UnknownJob: it sees none.
     """
     caller = await caller_of(request)
+    job = as_sent(job)
 
     def find(connection: Connection) -> UUID:
         scope = scope_of(connection, caller, workspace)

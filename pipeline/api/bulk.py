@@ -1,9 +1,9 @@
 """Corpora in and results out: what takes long, on threads and connections of its own."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from itertools import chain
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.concurrency import run_in_threadpool
 
 from pipeline.api.database import unreachable
+from pipeline.errors import Busy
 from pipeline.store.database import is_connection_lost
 
 Found = TypeVar("Found")
@@ -21,6 +22,10 @@ Found = TypeVar("Found")
 _AT_ONCE = 3
 #: The others are for pages of results.
 CONNECTIONS = 10
+#: Uploads that may lie on disk, whole or in part.
+UPLOADS_AT_ONCE = 6
+#: How long another one waits for a place.
+_UPLOAD_PATIENCE_SECONDS = 60.0
 
 
 class Bulk:
@@ -29,6 +34,24 @@ class Bulk:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="bulk")
+        self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
+
+    @asynccontextmanager
+    async def upload(self) -> AsyncIterator[None]:
+        """A place for an upload, from its first byte until nothing of it is left on disk.
+
+        Raises:
+            Busy: none became free in time.
+        """
+        try:
+            async with asyncio.timeout(_UPLOAD_PATIENCE_SECONDS):
+                await self._uploads.acquire()
+        except TimeoutError as error:
+            raise Busy("Too many uploads are under way; send it again.", retry_after_seconds=10) from error
+        try:
+            yield
+        finally:
+            self._uploads.release()
 
     async def run(self, act: Callable[[Engine], Found]) -> Found:
         """What `act` returns; it waits for its turn.

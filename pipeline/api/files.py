@@ -89,6 +89,11 @@ async def create_file(request: Request) -> FileObject:
     caller = await caller_of(request)
     settings: Settings = request.app.state.settings
     bulk: Bulk = request.app.state.bulk
+    async with bulk.upload():
+        return _shown(await _keep(request, caller, settings, bulk))
+
+
+async def _keep(request: Request, caller: Caller, settings: Settings, bulk: Bulk) -> RowMapping:
     try:
         form = await request.form(max_files=1, max_fields=_MOST_FIELDS)
     except (MultiPartException, ValueError) as error:  # an unknown charset is a ValueError
@@ -101,7 +106,7 @@ async def create_file(request: Request) -> FileObject:
                 param="file",
             )
         name = (file.filename or "file").encode(errors="replace").decode().replace("\0", "")[-_MOST_NAME:]
-        made = await bulk.run(
+        return await bulk.run(
             lambda engine: keeping.keep(
                 engine,
                 settings,
@@ -114,7 +119,6 @@ async def create_file(request: Request) -> FileObject:
         )
     finally:
         await form.close()
-    return _shown(made)
 
 
 def _read_form(form: FormData) -> tuple[UploadFile, float | None]:

@@ -185,9 +185,10 @@ async def list_rejects(
     """Its items that could not be embedded, each with its code and why."""
     if format == "json":
 
-        def act(connection: Connection, job_id: UUID) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        def act(connection: Connection, job_id: UUID) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
             page = items.list_rejects(connection, job_id, after, limit + 1, code)
-            return page, items.count_rejects(connection, job_id)
+            # Once for all pages: it reads every reject.
+            return page, items.count_rejects(connection, job_id) if after < 0 else None
 
         found, counts = await ask_of_job(request, job, act, workspace)
         more = len(found) > limit

@@ -117,7 +117,9 @@ class RejectPage(BaseModel):
     """Rejects in the order of their items."""
 
     data: list[Rejected]
-    counts: dict[str, int] = Field(description="All of the job's rejects, by code.")
+    counts: dict[str, int] | None = Field(
+        description="All of the job's rejects by code, with the first page; null: this is another."
+    )
     has_more: bool
     after: int | None = Field(description="Send it as `after` for the next page.")
 

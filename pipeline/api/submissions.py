@@ -18,7 +18,7 @@ from pipeline.api.asking import SECURITY, ask, caller_of, problems, scope_of
 from pipeline.api.bulk import Bulk
 from pipeline.api.shapes import Job
 from pipeline.catalog import find_model
-from pipeline.errors import InvalidPayload, UserError
+from pipeline.errors import InvalidPayload, SubmissionUndone, UnknownJob, UserError
 from pipeline.request import JobRequest, default_name, read_request
 from pipeline.settings import Settings
 from pipeline.sources import Corpus
@@ -55,7 +55,7 @@ _UPLOAD_SCHEMA = {
     response_model=Job,
     responses={
         200: {"model": Job, "description": "The job that this idempotency key made before."},
-        **problems(400, 404, 413, 422),
+        **problems(400, 404, 408, 413, 422),
     },
     openapi_extra={
         **SECURITY,
@@ -80,20 +80,30 @@ async def create_job(
     ] = None,
 ) -> Any:
     """Make a job of files that are uploaded as `multipart/form-data`, or, as JSON, of `sources` that the operator
-    allows (`VECTORMILL_API_SOURCES`). Answers when all items are in the database."""
+    allows (`VECTORMILL_API_SOURCES`). Answers when all items are in the database; while an earlier request with
+    the same idempotency key isn't that far, with its job in the state `staging`."""
     caller = await caller_of(request)
+    if unknown := set(request.query_params) - {"workspace"}:
+        raise InvalidPayload(f"{min(unknown)}: send it in the body, not in the address.", param=min(unknown))
     settings: Settings = request.app.state.settings
     owner = await ask(
         request, lambda connection: scope_of(connection, caller, workspace) if workspace else caller.workspace_id
     )
     assert owner is not None, "only who names no workspace sees all"
-    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        made = await _from_upload(request, owner, settings, idempotency_key)
-    else:
-        made = await _from_sources(request, owner, settings, idempotency_key)
+    try:
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            made = await _from_upload(request, owner, settings, idempotency_key)
+        else:
+            made = await _from_sources(request, owner, settings, idempotency_key)
+        job = Job(**await ask(request, lambda connection: status.job_status(connection, made.job_id)))
+    except UnknownJob as error:
+        raise SubmissionUndone(
+            "An earlier request with this idempotency key has just come to nothing; send this one again.",
+            retry_after_seconds=1,
+        ) from error
     if made.attached:
         response.status_code = 200
-    return Job(**await ask(request, lambda connection: status.job_status(connection, made.job_id)))
+    return job
 
 
 async def _from_sources(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
@@ -118,6 +128,12 @@ async def _from_sources(request: Request, owner: int, settings: Settings, key: s
 
 
 async def _from_upload(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
+    bulk: Bulk = request.app.state.bulk
+    async with bulk.upload():
+        return await _submit_form(request, bulk, owner, settings, key)
+
+
+async def _submit_form(request: Request, bulk: Bulk, owner: int, settings: Settings, key: str | None) -> Submitted:
     try:
         form = await request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
     except (MultiPartException, ValueError) as error:  # an unknown charset is a ValueError
@@ -127,7 +143,6 @@ async def _from_upload(request: Request, owner: int, settings: Settings, key: st
         if wish.by_reference or wish.sources:
             raise InvalidPayload("sources and by_reference are for a job without an upload.", param="sources")
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
-        bulk: Bulk = request.app.state.bulk
         return await bulk.run(lambda engine: _submit_upload(engine, owner, settings, wish, files, key))
     finally:
         await form.close()
@@ -206,6 +221,9 @@ def _submit(
 
 def _must_be_allowed(field: str, place: str, allowed: Sequence[str], variable: str) -> None:
     """A place that a caller names must lie below one that the operator allows."""
+    if place != "-" and not is_remote(place) and not Path(place).is_absolute():
+        # Relative to what? Each process has a folder of its own.
+        raise UserError(f"{field}: {place} is relative; give a whole path, such as /data/docs, or a URI.")
     # Dots after a link would lead out of the folder that it leads to; - is this process's own standard input.
     odd = place == "-" or {".", ".."} & set(place.split("/"))
     if odd or not any(_is_below(place, folder) for folder in allowed):

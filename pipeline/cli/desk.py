@@ -1,9 +1,11 @@
-"""Where commands on jobs are carried out: at the database, or at an api that `VECTORMILL_API_URL` names."""
+"""Where commands on jobs and keys are carried out: at the database, or at an api that `VECTORMILL_API_URL` names."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -11,19 +13,22 @@ from urllib.parse import quote
 import httpx2 as httpx
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import control, status
+from pipeline import control, keys, status
 from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli.connect import Place, working
 from pipeline.errors import ServiceUnreachable, UserError, VectormillError
 from pipeline.jobs import JobState
+from pipeline.keys import NewKey
 from pipeline.request import JobRequest
 from pipeline.results import export
 from pipeline.settings import Settings, load_settings
 from pipeline.store import items, models
+from pipeline.store import keys as stored_keys
 from pipeline.store.database import is_connection_lost
 
 _PAGE = 1_000
 _LIST_PAGE = 100
+_MOMENTS = ("created_at", "expires_at", "revoked_at")
 _CONNECT_SECONDS = 5.0
 #: An upload is answered when all of its items are in the database; a verification counts them.
 _MOST_SECONDS = 3_600.0
@@ -64,6 +69,18 @@ class Desk(Protocol):
 
     def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
         """The catalogue's models, or only those that the workspace may use."""
+
+    def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
+        """Make a key of the workspace."""
+
+    def keys(self) -> list[dict[str, Any]]:
+        """The workspace's keys, newest first, without their secrets; moments as ISO 8601."""
+
+    def rotate_key(self, key: str, overlap: timedelta) -> NewKey:
+        """Make a key in place of another one."""
+
+    def revoke_key(self, key: str) -> None:
+        """End a key now."""
 
 
 class DatabaseDesk:
@@ -142,6 +159,29 @@ class DatabaseDesk:
             rows = models.every(connection) if everything else models.of_workspace(connection, self.place.workspace_id)
             return [dict(row) for row in rows]
 
+    def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
+        """Make a key of the workspace."""
+        with self.place.engine.begin() as connection:
+            return keys.create(connection, self.place.workspace_id, name, admin=admin, lives=lives)
+
+    def keys(self) -> list[dict[str, Any]]:
+        """The workspace's keys."""
+        with self.place.engine.begin() as connection:
+            rows = [dict(row) for row in stored_keys.every(connection, self.place.workspace_id)]
+        for row in rows:
+            row |= {name: row[name].isoformat() if row[name] else None for name in _MOMENTS}
+        return rows
+
+    def rotate_key(self, key: str, overlap: timedelta) -> NewKey:
+        """Make a key in place of another one."""
+        with self.place.engine.begin() as connection:
+            return keys.rotate(connection, self.place.workspace_id, key, overlap)
+
+    def revoke_key(self, key: str) -> None:
+        """End a key now."""
+        with self.place.engine.begin() as connection:
+            keys.revoke(connection, self.place.workspace_id, key)
+
 
 class ApiDesk:
     """Commands that an api carries out, as its key allows."""
@@ -178,17 +218,9 @@ class ApiDesk:
         return found
 
     def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
-        """Its rejects in index order."""
-        rows: list[dict[str, Any]] = []
-        after = -1
-        while limit is None or len(rows) < limit:
-            size = _PAGE if limit is None else min(_PAGE, limit - len(rows))
-            page = self._get(_path(job, "rejects"), after=after, limit=size)
-            rows += page["data"]
-            if not page["has_more"]:
-                break
-            after = page["after"]
-        return rows
+        """Its rejects in index order, of which no more is read than is asked for."""
+        with self._stream(_path(job, "rejects"), format="jsonl") as reply:
+            return [json.loads(line) for line in islice(reply.iter_lines(), limit)]
 
     def reject_counts(self, job: str) -> dict[str, int]:
         """How many rejects it has, by code."""
@@ -220,16 +252,8 @@ class ApiDesk:
         if kind not in ("parquet", "jsonl"):
             raise UserError(f"--to {to}: give a file that ends in .parquet or .jsonl.")
         partial = to.with_name(f".{to.name}.partial")
-        asked = {"format": kind, **self._scope}
         try:
-            with (
-                _reporting(self._url),
-                self._client.stream("GET", _path(job, "results"), params=asked) as reply,
-                partial.open("wb") as file,
-            ):
-                if not reply.is_success:
-                    reply.read()
-                _check(reply)
+            with self._stream(_path(job, "results"), format=kind) as reply, partial.open("wb") as file:
                 for piece in reply.iter_bytes():
                     file.write(piece)
             partial.replace(to)
@@ -243,6 +267,35 @@ class ApiDesk:
         """The models that the key may use; of an admin's key, the whole catalogue."""
         rows: list[Mapping[str, Any]] = self._get("/models")["data"]
         return rows
+
+    def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
+        """Make a key of the workspace of this key, an admin's."""
+        wish: dict[str, Any] = {"name": name, "admin": admin}
+        if lives is not None:
+            wish["expires_in_days"] = lives / timedelta(days=1)
+        return NewKey(**self._of_keys("POST", "/keys", json=wish).json())
+
+    def keys(self) -> list[dict[str, Any]]:
+        """The keys of the workspace of this key, an admin's."""
+        rows: list[dict[str, Any]] = self._of_keys("GET", "/keys").json()
+        return rows
+
+    def rotate_key(self, key: str, overlap: timedelta) -> NewKey:
+        """Make a key in place of another one."""
+        wish = {"overlap_hours": overlap / timedelta(hours=1)}
+        return NewKey(**self._of_keys("POST", f"/keys/{_segment(key, 'key')}/rotate", json=wish).json())
+
+    def revoke_key(self, key: str) -> None:
+        """End a key now."""
+        self._of_keys("DELETE", f"/keys/{_segment(key, 'key')}")
+
+    def _of_keys(self, method: str, path: str, **how: Any) -> httpx.Response:
+        if self._scope:
+            raise UserError(
+                "--workspace: over an api, keys are those of the workspace of VECTORMILL_API_KEY; leave it out, "
+                "or set VECTORMILL_DATABASE_URL."
+            )
+        return self._send(method, path, **how)
 
     def submit(self, wish: JobRequest, files: Sequence[Path], idempotency_key: str | None) -> tuple[str, bool]:
         """Upload files as a job, or let it read the sources that the request names. Returns its id, and whether it
@@ -267,6 +320,14 @@ class ApiDesk:
     def _post(self, path: str, **body: Any) -> Any:
         return self._send("POST", path, params=self._scope, **body).json()
 
+    @contextmanager
+    def _stream(self, path: str, **asked: Any) -> Iterator[httpx.Response]:
+        with _reporting(self._url), self._client.stream("GET", path, params={**asked, **self._scope}) as reply:
+            if not reply.is_success:
+                reply.read()
+            _check(reply)
+            yield reply
+
     def _send(self, method: str, path: str, **how: Any) -> httpx.Response:
         with _reporting(self._url):
             reply = self._client.request(method, path, **how)
@@ -275,7 +336,14 @@ class ApiDesk:
 
 
 def _path(job: str, more: str = "") -> str:
-    return f"/jobs/{quote(job, safe='')}" + (f"/{more}" if more else "")
+    return f"/jobs/{_segment(job, 'job')}" + (f"/{more}" if more else "")
+
+
+def _segment(name: str, what: str) -> str:
+    """A name as one segment of a path. What none can hold names nothing."""
+    if name in ("", ".", ".."):
+        raise UserError(f'no {what} "{name}".')
+    return quote(name, safe="")
 
 
 def _as_field(value: Any) -> Any:

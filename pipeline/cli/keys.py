@@ -9,12 +9,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import keys as api_keys
 from pipeline.catalog import DEFAULT_WORKSPACE
-from pipeline.cli.connect import working
+from pipeline.cli.desk import at_desk
 from pipeline.cli.look import age, print_json, stderr, stdout
 from pipeline.errors import UserError
-from pipeline.store import keys as stored_keys
+from pipeline.keys import NewKey
 
 app = typer.Typer(help="API keys of a workspace.", no_args_is_help=True)
 
@@ -41,8 +40,8 @@ def create(
         export OPENAI_API_KEY=$(vectormill keys create)
     """
     lives = None if expires is None else _span("--expires", expires)
-    with working(workspace) as place, place.engine.begin() as connection:
-        made = api_keys.create(connection, place.workspace_id, name, admin=admin, lives=lives)
+    with at_desk(workspace) as desk:
+        made = desk.create_key(name, admin=admin, lives=lives)
     _show(made)
 
 
@@ -52,11 +51,8 @@ def list_keys(workspace: Workspace = DEFAULT_WORKSPACE, as_json: Json = False) -
 
     Example: vectormill keys list --json
     """
-    with working(workspace) as place, place.engine.begin() as connection:
-        rows = [dict(row) for row in stored_keys.every(connection, place.workspace_id)]
-    for row in rows:
-        for moment in ("created_at", "expires_at", "revoked_at"):
-            row[moment] = row[moment].isoformat() if row[moment] else None
+    with at_desk(workspace) as desk:
+        rows = desk.keys()
     if as_json:
         print_json(rows)
         return
@@ -84,8 +80,8 @@ def rotate(
 
     Example: vectormill keys rotate 3f0c9a7be1d2c4a8 --overlap 2h
     """
-    with working(workspace) as place, place.engine.begin() as connection:
-        made = api_keys.rotate(connection, place.workspace_id, key, _span("--overlap", overlap))
+    with at_desk(workspace) as desk:
+        made = desk.rotate_key(key, _span("--overlap", overlap))
     _show(made)
     stderr.print(f"The old key {key} ends in {overlap}.")
 
@@ -96,12 +92,12 @@ def revoke(key: KeyId, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
     Example: vectormill keys revoke 3f0c9a7be1d2c4a8
     """
-    with working(workspace) as place, place.engine.begin() as connection:
-        api_keys.revoke(connection, place.workspace_id, key)
+    with at_desk(workspace) as desk:
+        desk.revoke_key(key)
     stderr.print(f"Key {key} revoked.")
 
 
-def _show(made: api_keys.NewKey) -> None:
+def _show(made: NewKey) -> None:
     sys.stdout.write(made.token + "\n")
     stderr.print(f"Key {made.id}: keep it now, it isn't shown again.")
 

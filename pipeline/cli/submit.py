@@ -137,7 +137,7 @@ def submit(
     )
     with at_desk(workspace) as desk:
         if isinstance(desk, ApiDesk):
-            _refuse_at_api({"--from": from_url, "--into": into, "--hnsw": hnsw, "--dry-run": dry_run})
+            _refuse_at_api({"--from": from_url, "--query": query, "--into": into, "--hnsw": hnsw, "--dry-run": dry_run})
             job_id = _submit_to_api(desk, wish, sources or [], idempotency_key)
         else:
             if webhook:

@@ -5,19 +5,32 @@ import gzip
 import io
 import json
 import re
+import select
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2 as httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from fastapi.testclient import TestClient
+from sqlalchemy import text
 
-from tests.acceptance.fleet import eventually
+from pipeline.api.bulk import UPLOADS_AT_ONCE
+from pipeline.cli.desk import ApiDesk
+from pipeline.errors import UserError
+from tests.acceptance.fleet import Fleet, eventually
 from tests.contract.conftest import Gateway
+from tests.contract.walk import Theirs, leaks, operations
 
 _ROWS: list[dict[str, Any]] = [{"id": f"k{n}", "text": f"the mill grinds {n} sacks", "lang": "en"} for n in range(300)]
 _WEBHOOK = "http://127.0.0.1:1/hooks/of-this-job"
@@ -60,7 +73,7 @@ def line(working: Gateway) -> Iterator[httpx.Client]:
 
 def _upload(line: httpx.Client, rows: list[dict[str, Any]], name: str = "docs.jsonl", **fields: Any) -> httpx.Response:
     headers = {"idempotency-key": fields.pop("key")} if "key" in fields else {}
-    form = {"model": "static", **fields}
+    form = {"model": "static", **({"name": fields.pop("name_")} if "name_" in fields else {}), **fields}
     return line.post("/api/jobs", data=form, files=[("file", (name, _lines(rows)))], headers=headers)
 
 
@@ -98,6 +111,8 @@ def test_upload_to_vectors(done: dict[str, Any], line: httpx.Client, by_library:
     assert [row["index"] for row in rows] == [5, 6, 8, 10, 11]
     assert rows[0]["embedding"] == pytest.approx(table["embedding"][5].as_py())
     assert line.get(f"/api/jobs/{done['id']}/results", params={"format": "jsonl", "first": 900}).content == b""
+    empty = line.get(f"/api/jobs/{done['id']}/results", params={"first": 900}).content
+    assert pq.read_table(pa.BufferReader(empty)).schema == table.schema
 
 
 def test_shortened(line: httpx.Client, working: Gateway, by_library: Any) -> None:
@@ -120,6 +135,7 @@ def test_rejects(done: dict[str, Any], line: httpx.Client) -> None:
     assert ([row["index"] for row in page["data"]], page["has_more"], page["after"]) == ([7], True, 7)
     page = line.get(path, params={"limit": 1, "after": 7}).json()
     assert ([row["code"] for row in page["data"]], page["has_more"], page["after"]) == (["missing_text"], False, None)
+    assert page["counts"] is None, "counted once for all pages"
     assert [row["index"] for row in line.get(path, params={"code": "missing_text"}).json()["data"]] == [9]
     lines = [json.loads(one) for one in line.get(path, params={"format": "jsonl"}).text.splitlines()]
     assert [(row["index"], row["key"]) for row in lines] == [(7, "k7"), (9, '=cmd,"9"')]
@@ -191,6 +207,69 @@ def test_an_idempotency_key_attaches(line: httpx.Client) -> None:
     assert (other.status_code, other.json()["title"]) == (422, "idempotency conflict")
 
 
+def test_an_idempotency_key_attaches_to_what_is_under_way(working: Gateway, line: httpx.Client) -> None:
+    """The first request can't copy its items while their table is locked; the second is told of the same job."""
+    with working.engine.begin() as holding, ThreadPoolExecutor(1) as threads:
+        holding.execute(text("lock table vectormill.items in share mode"))
+        first = threads.submit(_upload, line, _ROWS[:20], key="slow-1")
+        query = "select id from vectormill.jobs where idempotency_key = 'slow-1'"
+        job = str(eventually(lambda: working.fleet.scalar(query), "a job in staging"))
+        again = _upload(line, _ROWS[:20], key="slow-1")
+        assert (again.status_code, again.json()["id"], again.json()["state"]) == (200, job, "staging")
+        holding.commit()
+        assert (first.result().status_code, first.result().json()["id"]) == (201, job)
+
+
+@pytest.mark.parametrize(
+    "name", ["team/docs", "docs/cancel", "what? #1", "100 %", "a%2Fb", "../docs", "a/..", "ü ; & = +", "docs.v1"]
+)
+def test_any_name_can_be_addressed(line: httpx.Client, working: Gateway, name: str) -> None:
+    made = _upload(line, _ROWS[:2], name="named.jsonl", name_=name).json()
+    path = f"/api/jobs/{quote(name, safe='')}"
+    assert made["name"] == name
+    assert line.get(path).json()["id"] == made["id"]
+    assert line.get(f"{path}/receipt").json()["id"] == made["id"]
+    assert line.post(f"{path}/priority", json={"priority": 2}).json()["id"] == made["id"]
+    with closing(ApiDesk(working.url, working.key, "default")) as desk:
+        assert desk.status(name)["id"] == made["id"]
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_name_that_no_path_can_hold(line: httpx.Client, working: Gateway, name: str) -> None:
+    refused = _upload(line, _ROWS[:2], name_=name)
+    assert (refused.status_code, refused.json()["detail"]) == (
+        400,
+        f"name: \"{name}\" can't be a job's name: no path can hold it.",
+    )
+    with closing(ApiDesk(working.url, working.key, "default")) as desk, pytest.raises(UserError, match="no job"):
+        desk.status(name)
+
+
+def test_uploads_on_disk_are_bounded(working: Gateway, line: httpx.Client) -> None:
+    """As many as there are places send a part each; one more is not read before one of them has gone."""
+    head = (
+        "POST /api/jobs HTTP/1.1\r\nhost: here\r\nexpect: 100-continue\r\n"
+        f"authorization: Bearer {working.key}\r\n"
+        "content-type: multipart/form-data; boundary=x\r\ncontent-length: 1000\r\n\r\n"
+    ).encode()
+    host, port = working.url.removeprefix("http://").split(":")
+    with ExitStack() as opened:
+
+        def begin() -> socket.socket:
+            made = opened.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            made.sendall(head)
+            return made
+
+        holding = [begin() for _ in range(UPLOADS_AT_ONCE)]
+        for one in holding:
+            assert one.recv(100).startswith(b"HTTP/1.1 100 ")
+        waiting = begin()
+        assert line.get("/api/jobs").status_code == 200, "statuses don't wait for uploads"
+        assert select.select([waiting], [], [], 0.5)[0] == []
+        holding[0].close()
+        assert waiting.recv(100).startswith(b"HTTP/1.1 100 ")
+
+
 def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
     def refused(**how: Any) -> str:
         reply = line.post("/api/jobs", **how)
@@ -213,7 +292,14 @@ def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
     # Named as its sender calls it, not as it is kept.
     assert wrong.startswith('b.jsonl line 1: no column "text"')
     assert "priority" in refused(data={"model": "static", "priority": "many"}, files=file)
-    assert "surprise" in refused(data={"model": "static", "surprise": "1"}, files=file)
+    assert refused(data={"model": "static", "surprise": "1"}, files=file) == "surprise: there is no such field."
+    for option in ("query", "from", "into", "hnsw", "dry_run"):
+        told = refused(data={"model": "static", option: "1"}, files=file)
+        assert told == f"{option}: only vectormill submit takes it, with VECTORMILL_DATABASE_URL set."
+        assert told == refused(json={"model": "static", "sources": ["/x"], option: "1"})
+    assert "by_value: it is what happens" in refused(data={"model": "static", "by_value": "1"}, files=file)
+    assert "the header Idempotency-Key" in refused(data={"model": "static", "idempotency_key": "a"}, files=file)
+    assert refused(data={"model": "static"}, files=file, params={"priority": 3}).startswith("priority: send it in the")
     assert "neither JSON nor" in refused(content=b"\xff", headers={"content-type": "text/plain"})
     large = line.post("/api/jobs", data={"model": "static"}, files=[("file", ("a.jsonl", b"x" * 300_000))], headers={})
     assert (large.status_code, large.headers["content-type"]) == (413, "application/problem+json")
@@ -273,38 +359,107 @@ def test_sources_that_the_operator_allows(line: httpx.Client, allowed: Path, tmp
     ):
         refused = line.post("/api/jobs", json={"model": "static", "sources": [source]})
         assert (refused.status_code, "isn't below a place" in refused.text) == (400, True), source
+    for field, value in (("output", "vectors"), ("sources", ["docs.jsonl"])):
+        refused = line.post("/api/jobs", json={**wish, field: value})
+        assert (
+            refused.status_code,
+            f"{field}: {value[0] if field == 'sources' else value} is relative" in refused.text,
+        ) == (
+            400,
+            True,
+        )
     refused = line.post("/api/jobs", json={**wish, "output": str(tmp_path)})
     assert (refused.status_code, "VECTORMILL_API_OUTPUTS" in refused.text) == (400, True)
     refused = line.post("/api/jobs", json={**wish, "output": None, "webhook": "https://evil.test/hooks"})
     assert (refused.status_code, "VECTORMILL_WEBHOOKS" in refused.text) == (400, True)
 
 
-def test_a_workspace_sees_nothing_of_another(working: Gateway, done: dict[str, Any], line: httpx.Client) -> None:
-    """Walks the whole description: with a job of another workspace in a path, there is never more than a 404."""
-    stranger = working.workspace("strangers")
+@pytest.fixture(scope="module")
+def theirs(done: dict[str, Any], line: httpx.Client) -> Theirs:
+    """One of each that can be named, of the workspace default."""
+    key = line.get("/api/keys").json()[0]["id"]
+    file = line.post("/v1/files", data={"purpose": "batch"}, files={"file": ("ours.jsonl", b"{}\n")}).json()["id"]
+    batch = line.post("/v1/batches", json=_batch_of(file)).json()["id"]
+    return Theirs(
+        named={
+            "job": (done["id"], done["id"][:20], done["name"]),
+            "key_id": (key,),
+            "model": ("minilm",),
+            "file_id": (file,),
+            "batch_id": (batch,),
+        },
+        workspace="default",
+        secrets=(done["id"], key, file, batch, "minilm", "ours.jsonl"),
+    )
+
+
+def _batch_of(file: str) -> dict[str, str]:
+    return {"input_file_id": file, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+
+
+@pytest.mark.parametrize("admin", [False, True])
+def test_a_workspace_sees_nothing_of_another(working: Gateway, line: httpx.Client, theirs: Theirs, admin: bool) -> None:
+    """Walks the whole description; an admin's key sees jobs and models of all, and no more."""
+    name = f"walkers-{admin}"
+    working.workspace(name)
     description = line.get("/openapi.json").json()
-    walked = 0
-    with working.client(stranger) as other:
-        for path, operations in description["paths"].items():
-            if "{job}" not in path:
-                continue
-            for method in operations:
-                for name in (done["id"], done["id"][:20], done["name"]):
-                    reply = other.request(method, path.replace("{job}", name), json={"priority": 1})
-                    assert reply.status_code == 404, (method, path, reply.text)
-                    assert done["id"] not in reply.text.replace(name, "")
-                    # The very words of a job that never was.
-                    unknown = other.request(method, path.replace("{job}", "never"), json={"priority": 1})
-                    assert reply.json()["detail"] == unknown.json()["detail"].replace("never", name)
-                walked += 1
-        assert walked >= 9
+    with working.client(working.new_key(name, admin=admin)) as other:
+        found, walked = leaks(description, other, theirs)
+        assert walked == len(list(operations(description))) > 30
+        assert other.get("/api/keys").status_code == (200 if admin else 403)
+        assert other.post("/v1/batches", json=_batch_of(theirs.named["file_id"][0])).status_code == 404
+        embedded = other.post("/v1/embeddings", json={"model": "minilm", "input": "sail"})
+        assert embedded.status_code == 404
+    if admin:
+        found = [leak for leak in found if not re.search(r"/api/(jobs|usage|workers|models)\b", leak)]
+    assert found == []
+    held = {hole: names[0] for hole, names in theirs.named.items()}
+    for path in ("/v1/files/{file_id}", "/v1/batches/{batch_id}", "/api/jobs/{job}"):
+        assert line.get(path.format(**held)).status_code == 200, path
+    assert held["key_id"] in [row["id"] for row in line.get("/api/keys").json() if row["live"]]
+
+
+def test_the_walk_sees_what_leaks(theirs: Theirs) -> None:
+    """Operations that were added carelessly: each is found."""
+    app = FastAPI(openapi_url="/openapi.json")
+
+    @app.get("/api/jobs/{job}/owner")
+    def name_by_id(job: str) -> dict[str, str]:
+        return {"workspace": theirs.workspace}
+
+    @app.get("/api/jobs/{job}/size")
+    def refuse_in_other_words(job: str) -> Any:
+        told = "there is none" if job == "never" else "it isn't yours"
+        return JSONResponse({"detail": told}, 404)
+
+    @app.get("/api/recent")
+    def list_everybodys() -> list[str]:
+        return [theirs.named["job"][0]]
+
+    @app.get("/api/bills")
+    def list_of_any_workspace(workspace: str | None = None) -> list[str]:
+        return []
+
+    @app.get("/api/labels/{label}")
+    def take_a_new_name(label: str) -> None: ...
+
+    @app.post("/api/purges")
+    def take_a_body() -> None: ...
+
+    with TestClient(app) as other:
+        found, walked = leaks(app.openapi(), other, theirs)
+    assert walked == 6
+    assert {leak.split(":")[0].split(" of ")[0].split(" shows ")[0] for leak in found} == {
+        *("get /api/jobs/{job}/owner", "get /api/jobs/{job}/size", "get /api/recent", "get /api/bills"),
+        *("get /api/labels/{label}", "post /api/purges"),
+    }
+
+
+def test_workspaces_are_told_apart(working: Gateway, done: dict[str, Any], line: httpx.Client) -> None:
+    with working.client(working.workspace("strangers")) as other:
         assert other.get("/api/jobs").json()["data"] == []
-        assert other.get("/api/jobs", params={"workspace": "default"}).status_code == 404
         assert other.get("/api/usage").json()["data"] == []
-        assert other.get("/api/usage", params={"workspace": "default"}).status_code == 404
         assert {row["name"] for row in other.get("/api/models").json()["data"]} == {"static"}
-        seen = other.get("/api/workers").json()
-        assert {name for worker in seen["workers"] + seen["engines"] for name in worker["models"]} <= {"static"}
         mine = _upload(other, _ROWS[:3], name="theirs.jsonl").json()
         elsewhere = other.post(
             "/api/jobs",
@@ -327,42 +482,89 @@ def test_a_workspace_sees_nothing_of_another(working: Gateway, done: dict[str, A
     assert line.get("/api/jobs/docs", params={"workspace": "strangers"}).json()["id"] == there["id"]
 
 
-def test_keys_and_models_of_others_are_not_there(working: Gateway, line: httpx.Client) -> None:
-    """The rest of the description's paths that name a thing: an admin of one workspace, with a key of another."""
-    theirs = line.get("/api/keys").json()[0]["id"]
-    working.workspace("neighbours")
-    admin = working.new_key("neighbours", admin=True)
-    file = line.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", b"{}\n")}).json()["id"]
-    wish = {"input_file_id": file, "endpoint": "/v1/embeddings", "completion_window": "24h"}
-    batch = line.post("/v1/batches", json=wish).json()["id"]
-    named = {"{key_id}": theirs, "{model}": "minilm", "{file_id}": file, "{batch_id}": batch}
-    walked = 0
-    with working.client(admin) as other:
-        assert other.post("/v1/batches", json=wish).status_code == 404
-        for path, operations in line.get("/openapi.json").json()["paths"].items():
-            assert set(re.findall("{.*?}", path)) <= {*named, "{job}"}, f"{path}: whose is it?"
-            for hole, name in named.items():
-                for method in operations if hole in path else ():
-                    reply = other.request(method, path.replace(hole, name), json={})
-                    assert reply.status_code == 404, (method, path, reply.text)
-                    walked += 1
-    assert walked == 8
-    assert line.get(f"/v1/files/{file}").status_code == line.get(f"/v1/batches/{batch}").status_code == 200
+def _plain(value: Any) -> Any:
+    """Moments are written in several ways."""
+    return {
+        name: datetime.fromisoformat(held) if name.endswith("_at") and held else held for name, held in value.items()
+    }
+
+
+def test_what_reads_a_job_reads_the_same_over_the_api(working: Gateway, done: dict[str, Any], far: Fleet) -> None:
+    """The fields that other programs rely on, by the command at the database, over the api, and by HTTP."""
+
+    def read(*command: str) -> Any:
+        here, there = (json.loads(fleet.cli(*command, "--json").stdout) for fleet in (working.fleet, far))
+        return (here, there)
+
+    here, there = map(_plain, read("status", done["id"]))
+    assert here.keys() >= {
+        *("id", "name", "state", "reason", "model", "labels", "items", "tokens", "rate", "eta_seconds", "chunks"),
+        *("created_at", "started_at", "finished_at"),
+    }
+    assert here["items"].keys() == {
+        *("total", "embedded", "reused", "rejected", "cancelled", "pending", "truncated"),
+    }
+    assert here["tokens"].keys() == {"prompt"}
+    assert here["rate"].keys() == {"items_per_second", "tokens_per_second"}
+    assert here["chunks"].keys() == {"pending", "running", "done", "cancelled"}
+    # Rates are of the last minute, which goes on.
+    assert {**there, "rate": here["rate"]} == {**here, "workspace": None}
+    assert there["rate"].keys() == here["rate"].keys()
+
+    here, there = read("rejects", done["id"])
+    assert [row.keys() for row in here] == [{"index", "key", "code", "message"}] * 2
+    assert there == here
+    assert json.loads(far.cli("rejects", done["id"], "--limit", "1", "--json").stdout) == here[:1]
+
+    for verify in ((), ("--verify",)):
+        here, there = read("receipt", done["id"], *verify)
+        assert here["items"].keys() == {"in", "embedded", "reused", "rejected", "cancelled"}
+        assert here["tokens"].keys() >= {"prompt", "billed"}
+        assert here["balanced"] is True
+        assert ({"verified", "missing", "double"} <= here.keys()) == bool(verify)
+        assert there == here
+
+
+def test_keys_over_the_api(working: Gateway, far: Fleet) -> None:
+    made = far.cli("keys", "create", "--name", "nightly", "--expires", "12h")
+    key = made.stdout.split("_")[1]
+    assert key in made.stderr
+    other = far.cli("keys", "rotate", key, "--overlap", "1h").stdout.strip()
+    assert "revoked" in far.cli("keys", "revoke", key).stderr
+    rows = {row["id"]: row for row in json.loads(far.cli("keys", "list", "--json").stdout)}
+    here = json.loads(working.fleet.cli("keys", "list", "--json").stdout)
+    assert list(map(_plain, rows.values())) == list(map(_plain, here))
+    assert (rows[key]["name"], rows[key]["admin"], rows[key]["live"]) == ("nightly", False, False)
+    new = _plain(rows[other.split("_")[1]])
+    assert new["live"]
+    assert (new["expires_at"] - new["created_at"]).total_seconds() == 12 * 3_600
+    with closing(ApiDesk(working.url, working.key, "default")) as desk:
+        for name in (key, "a/b", ".."):
+            with pytest.raises(UserError, match=f'no key "{name}"'):
+                desk.revoke_key(name)
+    with closing(ApiDesk(working.url, working.key, "search")) as desk, pytest.raises(UserError, match="leave it out"):
+        desk.keys()
+    with closing(ApiDesk(working.url, other, "default")) as desk, pytest.raises(UserError, match="admin's key"):
+        desk.keys()
+
+
+@pytest.fixture
+def far(working: Gateway, tmp_path: Path) -> Fleet:
+    """Commands without a database in their environment."""
+    environment = {**working.fleet.environment, "VECTORMILL_API_URL": working.url, "VECTORMILL_API_KEY": working.key}
+    del environment["VECTORMILL_DATABASE_URL"], environment["VECTORMILL_REDIS_URL"]
+    return Fleet(engine=working.engine, environment=environment, logs=tmp_path)
 
 
 def test_without_a_key(working: Gateway, line: httpx.Client) -> None:
-    description = line.get("/openapi.json").json()
-    for path, operations in description["paths"].items():
-        for method in operations:
-            reply = httpx.request(method, working.url + path.replace("{", "").replace("}", ""))
-            assert reply.status_code == 401, (method, path)
+    for method, path, _ in operations(line.get("/openapi.json").json()):
+        reply = httpx.request(method, working.url + path.replace("{", "").replace("}", ""))
+        assert reply.status_code == 401, (method, path)
 
 
-def test_the_command_line_over_the_api(working: Gateway, tmp_path: Path) -> None:
+def test_the_command_line_over_the_api(far: Fleet, tmp_path: Path) -> None:
     """Every command on jobs, without a database in its environment."""
-    environment = {**working.fleet.environment, "VECTORMILL_API_URL": working.url, "VECTORMILL_API_KEY": working.key}
-    del environment["VECTORMILL_DATABASE_URL"], environment["VECTORMILL_REDIS_URL"]
-    fleet = type(working.fleet)(engine=working.engine, environment=environment, logs=tmp_path)
+    fleet, environment = far, far.environment
     corpus = tmp_path / "far.jsonl"
     corpus.write_bytes(_lines(_ROWS))
     sent = fleet.cli(
@@ -384,7 +586,10 @@ def test_the_command_line_over_the_api(working: Gateway, tmp_path: Path) -> None
     failed = fleet.cli("pause", job, check=False)
     assert (failed.returncode, "can't be paused" in failed.stderr) == (2, True)
     assert fleet.cli("status", "nothing", check=False).returncode == 2
-    assert fleet.cli("submit", str(corpus), "--model", "static", "--into", "t", check=False).returncode == 2
+    for option in ("--into", "--query", "--from"):
+        refused = fleet.cli("submit", str(corpus), "--model", "static", option, "t", check=False)
+        told = f"{option} needs the database itself: set VECTORMILL_DATABASE_URL."
+        assert (refused.returncode, told in refused.stderr) == (2, True)
     environment["VECTORMILL_API_KEY"] = "vm_wrong"
     assert fleet.cli("jobs", check=False).returncode == 2
     environment["VECTORMILL_API_URL"] = "http://127.0.0.1:1"

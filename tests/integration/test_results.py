@@ -28,7 +28,7 @@ def write(engine: Engine, job_id: UUID, target: Path) -> int:
 @pytest.fixture
 def job_id(engine: Engine, model: Model) -> UUID:
     """A job of three blocks: its second half was written first, one item is a reject, others carry a column."""
-    job_id = make_job(engine, model, ITEMS, per_chunk=ITEMS // 2)
+    job_id = make_job(engine, model, ITEMS, per_chunk=ITEMS // 2, options={"columns": {"carry": ["lang", "key", "n"]}})
     write_chunk(engine, taken(engine, job_id, 1), 0, part_of(range(ITEMS // 2, ITEMS)), DONE)
     good = [index for index in range(ITEMS // 2) if index != 7]
     write_chunk(engine, taken(engine, job_id, 0), 0, part_of(good, [reject(7)]), DONE)
@@ -86,13 +86,19 @@ def test_half_precision(engine: Engine, model: Model, tmp_path: Path) -> None:
 
 
 def test_a_job_without_vectors(engine: Engine, model: Model, tmp_path: Path) -> None:
-    job_id = make_job(engine, model)
+    job_id = make_job(engine, model, options={"columns": {"carry": ["lang"]}})
     assert write(engine, job_id, tmp_path / "out.parquet") == 0
     table = pq.read_table(tmp_path / "out.parquet")
-    assert (table.num_rows, table.column_names) == (0, ["index", "key", "embedding", "tokens", "truncated"])
+    assert (table.num_rows, table.column_names) == (0, ["index", "key", "embedding", "tokens", "truncated", "lang"])
     assert table.schema.field("embedding").type.list_size == DIMENSIONS
     assert write(engine, job_id, tmp_path / "out.jsonl") == 0
     assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def test_a_column_that_begins_late(engine: Engine, job_id: UUID, tmp_path: Path) -> None:
+    run_sql(engine, "update vectormill.items set carried = carried - 'lang' where index < 3000")
+    write(engine, job_id, tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet")["lang"].to_pylist() == [None] * 2_999 + ["dé"] * 2_000
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out", "nowhere/out.parquet", "nowhere/out.jsonl"])

@@ -1,0 +1,85 @@
+"""A walk over all operations of an OpenAPI description, with a key that must see nothing of another workspace."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2 as httpx
+
+#: What takes a body and names nothing in its path makes something of one's own. What these may name besides is tried by
+#: tests of their own.
+MAKING = {
+    ("post", "/v1/embeddings"),
+    ("post", "/v1/files"),
+    ("post", "/v1/batches"),
+    ("post", "/api/jobs"),
+    ("post", "/api/keys"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Theirs:
+    """What belongs to another workspace."""
+
+    #: A path's parameter → names of theirs that it can hold.
+    named: Mapping[str, Sequence[str]]
+    workspace: str
+    #: Words that stand in no answer unless they were sent.
+    secrets: Sequence[str]
+
+
+def operations(description: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """`(method, path, operation)` of each."""
+    for path, found in description["paths"].items():
+        for method, operation in found.items():
+            yield method, path, operation
+
+
+def leaks(description: Mapping[str, Any], line: httpx.Client, theirs: Theirs) -> tuple[list[str], int]:
+    """What `line` sees of theirs, one sentence each, and how many operations were walked: all of them."""
+    found: list[str] = []
+    walked = 0
+    for method, path, operation in operations(description):
+        walked += 1
+        holes = re.findall("{(.*?)}", path)
+        if unknown := [hole for hole in holes if hole not in theirs.named]:
+            found.append(f"{method} {path}: whose is {unknown[0]}?")
+        elif holes:
+            found += _named(line, method, path, holes[0], theirs)
+        elif method == "get":
+            found += _listed(line, path, operation, theirs)
+        elif (method, path) not in MAKING:
+            found.append(f"{method} {path}: what may it name?")
+    return found, walked
+
+
+def _named(line: httpx.Client, method: str, path: str, hole: str, theirs: Theirs) -> Iterator[str]:
+    """A name of theirs is a 404, or a 403 where only an admin's key may ask, in the very words of what never was."""
+    for name in theirs.named[hole]:
+        reply, unknown = (
+            line.request(method, path.replace(f"{{{hole}}}", asked), json={"priority": 1}) for asked in (name, "never")
+        )
+        if reply.status_code not in (404, 403):
+            yield f"{method} {path} of {name}: {reply.status_code}"
+        elif (reply.status_code, _told(reply)) != (unknown.status_code, _told(unknown).replace("never", name)):
+            yield f"{method} {path} of {name}: {_told(reply)}"
+        elif any(secret in reply.text.replace(name, "") for secret in theirs.secrets):
+            yield f"{method} {path} of {name}: {reply.text}"
+
+
+def _told(reply: httpx.Response) -> str:
+    body = reply.json()
+    return str(body["error"]["message"] if "error" in body else body["detail"])
+
+
+def _listed(line: httpx.Client, path: str, operation: Mapping[str, Any], theirs: Theirs) -> Iterator[str]:
+    reply = line.get(path)
+    if reply.status_code not in (200, 403):
+        yield f"get {path}: {reply.status_code}"
+    if shown := [secret for secret in theirs.secrets if secret in reply.text]:
+        yield f"get {path} shows {shown[0]}"
+    if any(one["name"] == "workspace" for one in operation.get("parameters", ())):
+        narrowed = line.get(path, params={"workspace": theirs.workspace})
+        if narrowed.status_code != 404:
+            yield f"get {path} of the workspace {theirs.workspace}: {narrowed.status_code}"
