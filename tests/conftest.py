@@ -89,7 +89,8 @@ class _new_database:  # noqa: N801 - used as a function
         self._server, self._template, self._name = server, template, f"test_{uuid4().hex}"
 
     def __enter__(self) -> str:
-        create = sql.SQL("create database {} template {}")
+        # Copying files takes half as long as logging their blocks.
+        create = sql.SQL("create database {} template {} strategy file_copy")
         _administer(self._server, create.format(sql.Identifier(self._name), sql.Identifier(self._template)))
         return _with_database(self._server, self._name)
 
