@@ -130,8 +130,8 @@ class BatchLines:
                 found.faults = [Fault("too_many_lines", message)]
                 break
             if line.wish is None:
-                if isinstance(line.text, BadRow) and len(found.bad_lines) < _MOST_FAULTS:
-                    found.bad_lines.append(Fault(line.text.code, line.text.fault, line.number))
+                if len(found.bad_lines) < _MOST_FAULTS:
+                    found.bad_lines.append(_fault_of(line))
             elif found.wish is None:
                 found.wish = line.wish
             elif (fault := found.wish.differs(line.wish, line.number)) and len(found.faults) < _MOST_FAULTS:
@@ -188,6 +188,12 @@ class BatchLines:
         return row if isinstance(row, dict) else object_or_fault(line, self.name, number)
 
 
+def _fault_of(line: _Line) -> Fault:
+    if isinstance(line.text, BadRow):
+        return Fault(line.text.code, line.text.fault, line.number)
+    return Fault(RejectCode.TOO_LARGE, "the line is longer than is ever read", line.number)
+
+
 def _read(row: dict[str, object] | BadRow, number: int) -> _Line:
     if isinstance(row, BadRow):
         return _Line(number, row)
@@ -220,6 +226,8 @@ def _body_fault(body: Any) -> str | None:
     model, given, dimensions = body.get("model"), body.get("input"), body.get("dimensions")
     if not isinstance(model, str) or not model:
         return "body.model is missing" if model is None else "body.model isn't a model's name"
+    if not model.isprintable():  # no name has what Postgres takes in no text
+        return "body.model isn't a model's name"
     if isinstance(given, list) and [type(one) for one in given] != [str]:
         if given and all(isinstance(one, str) for one in given):
             return f"body.input is an array of {len(given):,} texts; write a line for each"

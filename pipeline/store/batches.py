@@ -80,7 +80,8 @@ def to_expire(connection: Connection, limit: int) -> list[str]:
     rows = connection.execute(
         text("""
             select id from vectormill.batches
-            where ended_at is null and ends_as is null and expires_at < now() order by id limit :limit
+            where ended_at is null and ends_as is null and state <> 'finalizing' and expires_at < now()
+            order by id limit :limit
         """),
         {"limit": limit},
     )
@@ -93,7 +94,7 @@ def begin(connection: Connection, batch_id: str, job_id: UUID, model: str) -> bo
         text("""
             update vectormill.batches
             set job_id = :job, model = :model, in_progress_at = now(),
-                state = case when state = 'validating' then 'in_progress' else state end
+                state = case when state = 'validating' and ends_as is null then 'in_progress' else state end
             where id = :batch and job_id is null and ended_at is null returning state
         """),
         {"batch": batch_id, "job": job_id, "model": model},

@@ -169,6 +169,8 @@ REFUSED: Mapping[str, tuple[list[Any], str, int | None, str]] = {
     "two sizes": ([line("a", "x"), line("b", "y", dimensions=64)], "mismatched_dimensions", 2, "dimensions is 64"),
     "no such model": ([line("a", "x", model="nobody's")], "model_not_found", None, "nobody's"),
     "no such size": ([line("a", "x", dimensions=63)], "invalid_request", None, "64"),
+    "no model's name": ([line("a", "x", model="a\0b")], "bad_request", 1, "isn't a model's name"),
+    "only a line that is too long": ([b"x" * 8_000_000 + b"\n"], "too_large", 1, "longer than is ever read"),
     "no good line": ([b"{}\n", b"no\n"], "bad_request", 1, "custom_id is missing"),
     "only empty texts": ([line("a", ""), line("b", " ")], "all_rejected", None, ""),
 }
