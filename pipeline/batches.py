@@ -225,7 +225,8 @@ def finish(engine: Engine, settings: Settings, batch_id: str) -> None:
         if not ended:  # another dispatcher was first
             for file_id in filter(None, (output, error)):
                 files.forget(engine, file_id)
-    log.info("batch_request_ended", batch=batch_id, job=str(job["id"]), state=state.value)
+    if ended:
+        log.info("batch_request_ended", batch=batch_id, job=str(job["id"]), state=state.value)
 
 
 def _end_without_job(engine: Engine, batch: RowMapping) -> None:
