@@ -117,27 +117,39 @@ class Airflow:
     site: Site
     environment: dict[str, str]
 
-    def run(self, dag: str, day: str, **params: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, dag: str, day: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a DAG of `ops/schedulers/airflow` for a day, as `airflow dags test` does."""
-        conf = {"folder": str(self.site.folder), "model": "static", **params}
-        return self.site.run("airflow", "dags", "test", dag, day, "--conf", json.dumps(conf), **self.environment)
+        conf = json.dumps({"folder": str(self.site.folder), "model": "static"})
+        environment = {**self.environment, **environment}
+        return self.site.run("airflow", "dags", "test", dag, day, "--conf", conf, **environment)
 
     def python(self, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a program in Airflow's Python."""
         return self.site.run("python", "-c", program, **self.environment, **environment)
 
 
+def by_http(url: str, key: str) -> str:
+    """A connection of Airflow to an api."""
+    address = urlsplit(url)
+    return json.dumps(
+        {
+            "conn_type": "http",
+            "schema": "http",
+            "host": address.hostname,
+            "port": address.port,
+            "extra": {"Authorization": f"Bearer {key}"},
+        }
+    )
+
+
 @pytest.fixture(scope="session")
 def airflow(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Airflow:
     home = tmp_path_factory.mktemp("airflow")
-    address, key = urlsplit(site.gateway.url), site.gateway.key
-    by_openai = {"conn_type": "openai", "host": f"{site.gateway.url}/v1", "password": key}
-    by_http = {
-        "conn_type": "http",
-        "schema": "http",
-        "host": address.hostname,
-        "port": address.port,
-        "extra": {"Authorization": f"Bearer {key}"},
+    by_openai = {
+        "conn_type": "openai",
+        "host": f"{site.gateway.url}/v1",
+        "password": site.gateway.key,
+        "extra": {"openai_client_kwargs": {"max_retries": 8}},
     }
     made = Airflow(
         site,
@@ -147,7 +159,7 @@ def airflow(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Airflow:
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__DEFAULT_TASK_RETRY_DELAY": "1",
             "AIRFLOW_CONN_OPENAI_DEFAULT": json.dumps(by_openai),
-            "AIRFLOW_CONN_VECTORMILL": json.dumps(by_http),
+            "AIRFLOW_CONN_VECTORMILL": by_http(site.gateway.url, site.gateway.key),
         },
     )
     done = site.run("airflow", "db", "migrate", **made.environment)

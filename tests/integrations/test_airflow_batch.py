@@ -58,7 +58,7 @@ def _told(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_the_dag_completes_and_a_second_run_attaches(airflow: Airflow, by_library: Any) -> None:
     site = airflow.site
-    site.write("2026-12-24.jsonl", _TEXTS)
+    site.write("2026-12-24.jsonl", [*_TEXTS, {"id": 7, "text": " "}])
     before = site.embedded()
     for _ in range(2):
         done = airflow.run("batch_request", "2026-12-24")
@@ -66,6 +66,8 @@ def test_the_dag_completes_and_a_second_run_attaches(airflow: Airflow, by_librar
     lines = (site.folder / "2026-12-24-vectors.jsonl").read_text().splitlines()
     found = {row["custom_id"]: row["response"]["body"]["data"][0]["embedding"] for row in map(json.loads, lines)}
     assert found.keys() == {row["id"] for row in _TEXTS}
+    (error,) = map(json.loads, (site.folder / "2026-12-24-errors.jsonl").read_text().splitlines())
+    assert (error["custom_id"], error["error"]["code"]) == ("7", "empty_text")
     whole = by_library([row["text"] for row in _TEXTS])
     np.testing.assert_allclose([found[row["id"]] for row in _TEXTS], whole, atol=1e-5)
     assert site.jobs("articles-2026-12-24") == ["completed"]

@@ -81,7 +81,7 @@ def test_a_model_is_embedded_and_a_second_run_attaches(dbt: _Dbt) -> None:
         assert built.returncode == 0, built.stdout
         waited = dbt.wait(day="2026-10-24")
         assert waited.returncode == 0, waited.stdout
-    assert "articles-2026-10-24 is completed." in waited.stdout
+        assert "articles-2026-10-24 is completed." in waited.stdout
     assert dbt.site.jobs("articles-2026-10-24") == ["completed"]
     assert dbt.site.embedded() == before + _ROWS
     keys = """
@@ -89,6 +89,19 @@ def test_a_model_is_embedded_and_a_second_run_attaches(dbt: _Dbt) -> None:
         where j.name = :name
     """
     assert dbt.site.gateway.fleet.scalar(keys, name="articles-2026-10-24") == _ROWS
+
+
+def test_another_job_of_the_same_name_isnt_waited_for(dbt: _Dbt) -> None:
+    """Of another workspace, and made later."""
+    built = dbt.run("run", day="2026-10-23")
+    assert built.returncode == 0, built.stdout
+    dbt.site.gateway.workspace("namesakes")
+    texts = dbt.site.write("namesake.jsonl", [{"id": n, "text": ""} for n in range(3)])
+    asked = ("--model", "static", "--name", "articles-2026-10-23", "--workspace", "namesakes")
+    dbt.site.gateway.fleet.await_end(dbt.site.gateway.fleet.submit(str(texts), *asked))
+    waited = dbt.wait()
+    assert waited.returncode == 0, waited.stdout
+    assert dbt.site.jobs("articles-2026-10-23") == ["completed", "failed"]
 
 
 def test_an_empty_upstream_fails_loudly(dbt: _Dbt) -> None:

@@ -1,10 +1,12 @@
 """Each night a batch request over the day's texts, by the stock operators of OpenAI's provider.
 
 Needs apache-airflow-providers-openai, and the connection `openai_default`: the host is the gateway's address with its
-`/v1`, the password is a key of it.
+`/v1`, the password is a key of it, and the extra is `{"openai_client_kwargs": {"max_retries": 8}}`, so that a gateway
+that restarts doesn't fail a run.
 
-The day's texts are `<folder>/<day>.jsonl`, lines with `id` and `text`. What is uploaded depends on them alone, so that
-a task that runs again gets a batch request over the same job: nothing is embedded twice.
+The day's texts are `<folder>/<day>.jsonl`, lines with `id` and `text`, at most 50,000 and 200 MiB, in a folder that all
+workers of Airflow see. What is uploaded depends on them alone, so that a task that runs again gets a batch request over
+the same job: nothing is embedded twice.
 """
 
 import json
@@ -37,7 +39,7 @@ def batch_request() -> None:
             with Path(params["folder"], f"{ds}.jsonl").open() as texts, file.open("w") as lines:
                 for row in map(json.loads, texts):
                     body = {"model": params["model"], "input": row["text"]}
-                    line = {"custom_id": row["id"], "method": "POST", "url": "/v1/embeddings", "body": body}
+                    line = {"custom_id": str(row["id"]), "method": "POST", "url": "/v1/embeddings", "body": body}
                     lines.write(json.dumps(line) + "\n")
             return OpenAIHook().upload_file(str(file), purpose="batch").id
 
@@ -53,18 +55,23 @@ def batch_request() -> None:
     )
 
     @task(retries=2)
-    def fetch(batch_id: str, params: dict[str, Any] | None = None, ds: str | None = None) -> str:
-        """Write the output to `<folder>/<day>-vectors.jsonl`, whole or not at all. Returns its path."""
+    def fetch(batch_id: str, params: dict[str, Any] | None = None, ds: str | None = None) -> list[str]:
+        """Write the output to `<folder>/<day>-vectors.jsonl`, and what was rejected, if anything was, to
+        `<day>-errors.jsonl`; each whole or not at all. Returns their paths."""
         assert params is not None
         client = OpenAIHook().conn
-        output = client.batches.retrieve(batch_id).output_file_id
-        assert output, "a completed batch request with vectors has an output file"
-        whole = Path(params["folder"], f"{ds}-vectors.jsonl")
-        part = whole.with_suffix(".part")
-        with client.files.with_streaming_response.content(output) as reply:
-            reply.stream_to_file(part)
-        part.replace(whole)
-        return str(whole)
+        batch = client.batches.retrieve(batch_id)
+        assert batch.output_file_id, "a completed batch request with vectors has an output file"
+        written = []
+        for name, file_id in (("errors", batch.error_file_id), ("vectors", batch.output_file_id)):
+            if file_id:
+                whole = Path(params["folder"], f"{ds}-{name}.jsonl")
+                part = whole.with_suffix(".part")
+                with client.files.with_streaming_response.content(file_id) as reply:
+                    reply.stream_to_file(part)
+                part.replace(whole)
+                written.append(str(whole))
+        return written
 
     fetch(embed.output)
 

@@ -3,8 +3,9 @@
 Needs apache-airflow-providers-http, and the connection `vectormill`: schema, host and port of the api, and in its extra
 `{"Authorization": "Bearer vm_…"}`. The api must allow the folder (VECTORMILL_API_SOURCES), which its machine must see.
 
-The day in the idempotency key makes a run that is cleared attach to the job that is there, or go on with it if it has
-failed.
+The day in the idempotency key makes each try, and a run that is cleared, attach to the job that is there, or go on with
+it if it has failed. So both tasks are tried again whatever went wrong, an answer that was lost on its way too, after
+Airflow's `default_task_retry_delay`. Only a job that has failed or was cancelled ends the run at once.
 """
 
 import json
@@ -35,6 +36,7 @@ def has_completed(response: Any) -> bool:
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
     catchup=False,
     max_active_runs=1,
+    default_args={"retries": 3},
     params={"folder": "/srv/articles", "model": "all-MiniLM-L6-v2"},
 )
 def http_job() -> None:
@@ -54,13 +56,14 @@ def http_job() -> None:
             }
         ),
         response_filter=lambda response: response.json()["id"],
-        retries=2,
     )
     wait = HttpSensor(
         task_id="wait",
         http_conn_id="vectormill",
         endpoint=f"/api/jobs/{submit.output}",
         response_check=has_completed,
+        # By default one waits for a job that isn't there.
+        response_error_codes_allowlist=[],
         mode="reschedule",
         poke_interval=timedelta(seconds=10),
         timeout=timedelta(hours=6),

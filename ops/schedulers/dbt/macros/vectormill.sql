@@ -1,35 +1,48 @@
-{#- A job over a table, for a post-hook. Its name is the table's and the day. -#}
+{#- A job over a table, for a post-hook. Its name is the table's and the day. Its id is kept, for who waits for it. -#}
 {% macro submit_to_vectormill(relation, key_column, text_column) %}
-select vectormill.submit(
+{% set name = relation.identifier ~ "-" ~ var("day", run_started_at.strftime("%Y-%m-%d")) %}
+insert into {{ kept_jobs() }} as kept (table_name, job_id)
+select '{{ relation.identifier }}', vectormill.submit(
     query => 'select {{ key_column }}, {{ text_column }} from {{ relation }}',
     model => '{{ var("model") }}',
-    name => '{{ job_of(relation.identifier) }}',
+    name => '{{ name }}',
     key_column => '{{ key_column }}',
     text_column => '{{ text_column }}',
-    idempotency_key => 'dbt {{ job_of(relation.identifier) }}'
+    idempotency_key => 'dbt {{ relation.schema }}.{{ name }}'
 )
+on conflict (table_name) do update set job_id = excluded.job_id
 {% endmacro %}
 
-{% macro job_of(table) %}{{ table }}-{{ var("day", run_started_at.strftime("%Y-%m-%d")) }}{% endmacro %}
+{#- The job that was asked for last, of each table. -#}
+{% macro kept_jobs() %}{{ target.schema }}.vectormill_jobs{% endmacro %}
 
-{#- Wait for a table's job of today: dbt run-operation wait_for_vectormill --args '{table: articles}'
-    It fails if the job fails, so that what comes after it in a script isn't begun. -#}
+{#- For on-run-start. -#}
+{% macro make_kept_jobs() %}
+create table if not exists {{ kept_jobs() }} (table_name text primary key, job_id uuid not null)
+{% endmacro %}
+
+{#- Wait for the job that a table's last run asked for: dbt run-operation wait_for_vectormill --args '{table: articles}'
+    It fails if the job fails, so that what comes after it in a script isn't begun. A paused job is waited for. -#}
 {% macro wait_for_vectormill(table, hours=6) %}
-{% set job = namespace(state="") %}
+{% set job = namespace(name=table, state="") %}
 {% for _ in range(hours * 720) if job.state != "completed" %}
     {% set row = run_query(
-        "select state, concat_ws(': ', reason, message) from vectormill.job_status where name = '"
-        ~ job_of(table) ~ "' order by created_at desc limit 1"
+        "select name, state, concat_ws(': ', reason, message) from vectormill.job_status where id = (select job_id from "
+        ~ kept_jobs() ~ " where table_name = '" ~ table ~ "')"
     ).rows | first %}
-    {% set job.state = row[0] if row else "not there" %}
-    {% if job.state in ("failed", "cancelled", "not there") %}
-        {{ exceptions.raise_compiler_error(job_of(table) ~ ": " ~ job.state ~ (", " ~ row[1] if row else "")) }}
+    {% if not row %}
+        {{ exceptions.raise_compiler_error("no job of " ~ table ~ ": run its model first") }}
+    {% endif %}
+    {% set job.name = row[0] %}
+    {% set job.state = row[1] %}
+    {% if job.state in ("failed", "cancelled") %}
+        {{ exceptions.raise_compiler_error(job.name ~ ": " ~ job.state ~ ", " ~ row[2]) }}
     {% elif job.state != "completed" %}
         {% do run_query("select pg_sleep(5)") %}
     {% endif %}
 {% endfor %}
 {% if job.state != "completed" %}
-    {{ exceptions.raise_compiler_error(job_of(table) ~ ": still " ~ job.state ~ " after " ~ hours ~ " hours") }}
+    {{ exceptions.raise_compiler_error(job.name ~ ": still " ~ job.state ~ " after " ~ hours ~ " hours") }}
 {% endif %}
-{{ log(job_of(table) ~ " is completed.", info=true) }}
+{{ log(job.name ~ " is completed.", info=true) }}
 {% endmacro %}
