@@ -28,6 +28,8 @@ CHARACTERS_PER_TOKEN = 4.0
 _MOST_WAIT_SECONDS = 3_600.0
 _MOST_USER = 512
 _ENCODINGS = ("float", "base64")
+#: What a text may be called, by Voyage, NVIDIA and Cohere → whether it is a query.
+INPUT_TYPES = {"query": True, "search_query": True, "document": False, "passage": False, "search_document": False}
 Vectors = npt.NDArray[np.float32]
 #: Token ids to text; raises ValueError.
 Decode = Callable[[list[int]], str]
@@ -44,6 +46,8 @@ class Asked:
     dimensions: int | None
     #: Whom the caller acts for.
     user: str | None
+    #: Whether the texts are queries; else they are documents.
+    queries: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +86,7 @@ def parse_request(body: bytes, most_text_bytes: int, decode: Decode | None = Non
         base64=_encoding(fields.get("encoding_format")) == "base64",
         dimensions=_dimensions(fields.get("dimensions")),
         user=_user(fields.get("user")),
+        queries=_queries(fields.get("input_type")),
     )
 
 
@@ -154,6 +159,14 @@ def _user(given: Any) -> str | None:
     if not isinstance(given, str) or len(given) > _MOST_USER:
         raise InvalidPayload(f"user must be a string of at most {_MOST_USER} characters.", param="user")
     return given.replace("\0", "")
+
+
+def _queries(given: Any) -> bool:
+    if given is None:
+        return False
+    if not isinstance(given, str) or given not in INPUT_TYPES:
+        raise InvalidPayload('input_type must be "query" or "document".', param="input_type")
+    return INPUT_TYPES[given]
 
 
 def shortened(vectors: Vectors, dimensions: int) -> Vectors:

@@ -93,7 +93,7 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
         model = catalogue.models.get(asked["model"])
         if model is None:
             return Response(b"this engine doesn't serve the model", 404)
-        work = asyncio.ensure_future(serving.embed(model, asked["texts"]))
+        work = asyncio.ensure_future(serving.embed(model, asked["texts"], asked.get("prompt")))
         gone = asyncio.ensure_future(_gone(request))
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()

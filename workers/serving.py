@@ -124,8 +124,9 @@ class Serving:
             except Exception as error:
                 raise self._give_up(model, error) from error
 
-    async def embed(self, model: Model, texts: Sequence[str]) -> Embedded:
-        """Vectors of texts, read as documents. A cancelled call gives its place in the queue up.
+    async def embed(self, model: Model, texts: Sequence[str], prompt: str | None = None) -> Embedded:
+        """Vectors of texts, each read with `prompt` before it, by default as a document. A cancelled call gives its
+        place in the queue up.
 
         Raises:
             UpstreamUnavailable: too much waits already.
@@ -146,15 +147,15 @@ class Serving:
         self._waiting_seconds[kind] += seconds
         self._in_flight[kind] += 1
         try:
-            return await self._embedded(model, texts)
+            return await self._embedded(model, texts, prompt)
         finally:
             self._in_flight[kind] -= 1
             # Not by subtraction alone: what rounding leaves would count as waiting.
             self._waiting_seconds[kind] = self._waiting_seconds[kind] - seconds if self._in_flight[kind] else 0.0
 
-    async def _embedded(self, model: Model, texts: Sequence[str]) -> Embedded:
+    async def _embedded(self, model: Model, texts: Sequence[str], prompt: str | None) -> Embedded:
         encoder = await self.load(model)
-        tokenised = await self._read(encoder, texts)
+        tokenised = await self._read(encoder, texts, prompt)
         vectors = np.empty((len(texts), encoder.dimensions), np.float32)
         request = Request(model, asyncio.get_running_loop().create_future(), tokenised, vectors, len(texts))
         with self._changed:
@@ -165,10 +166,12 @@ class Serving:
         finally:
             request.dropped = True
 
-    async def _read(self, encoder: "Encoder", texts: Sequence[str]) -> Tokenised:
+    async def _read(self, encoder: "Encoder", texts: Sequence[str], prompt: str | None) -> Tokenised:
         """Token ids, in slices between which other requests have their turn."""
         loop = asyncio.get_running_loop()
-        parts = [await loop.run_in_executor(self._reader, encoder.tokenise, part) for part in _slices(texts)]
+        parts = [
+            await loop.run_in_executor(self._reader, encoder.tokenise, part, None, prompt) for part in _slices(texts)
+        ]
         if len(parts) == 1:
             return parts[0]
         return Tokenised(

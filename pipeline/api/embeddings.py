@@ -47,6 +47,10 @@ class EmbeddingRequest(BaseModel):
     encoding_format: str | None = Field(default="float", description="float, or base64 of little-endian float32.")
     dimensions: int | None = Field(default=None, ge=1, description="Where the model can be shortened.")
     user: str | None = Field(default=None, max_length=512, description="Whom you act for; kept with the usage.")
+    input_type: str | None = Field(
+        default="document",
+        description="query: the texts are read with the model's query_prompt instead of its document_prompt.",
+    )
 
 
 class Embedding(BaseModel):
@@ -99,6 +103,8 @@ class ModelObject(BaseModel):
     dimensions: int
     shorter_dimensions: list[int]
     max_tokens: int | None
+    query_prompt: str
+    document_prompt: str
     price_per_million_tokens: float | None
     aliases: list[str]
 
@@ -145,7 +151,7 @@ async def create_embeddings(request: Request) -> Response:
     gateway.meter.check()
     estimate = gateway.limits.estimated_tokens(model["name"], model["max_item_tokens"], asked.texts)
     headers = await gateway.limits.charge(caller, estimate)
-    embedded = await _unless_gone(request, _embed(gateway, model, asked.texts))
+    embedded = await _unless_gone(request, _embed(gateway, model, asked))
     gateway.limits.learn(caller, model["name"], asked.texts, estimate, embedded.prompt_tokens)
     metrics.API_TOKENS.labels(model["name"]).inc(embedded.prompt_tokens)
     gateway.meter.add(_usage(request, caller, model, asked, embedded))
@@ -156,10 +162,11 @@ async def create_embeddings(request: Request) -> Response:
     return Response(make_reply(asked, embedded), media_type=_JSON, headers=headers)
 
 
-async def _embed(gateway: Gateway, model: RowMapping, texts: list[str]) -> Embedded:
+async def _embed(gateway: Gateway, model: RowMapping, asked: Asked) -> Embedded:
     if upstream := as_upstream(model):
-        return await gateway.upstreams.embed(upstream, model["dimensions"], texts)
-    return await gateway.engines.embed(await gateway.directory.engines(), model["name"], texts)
+        return await gateway.upstreams.embed(upstream, model["dimensions"], asked.texts)
+    prompt = model["query_prompt"] if asked.queries else None
+    return await gateway.engines.embed(await gateway.directory.engines(), model["name"], asked.texts, prompt)
 
 
 def _dimensions(model: RowMapping, wanted: int | None) -> int:
@@ -231,6 +238,8 @@ def _model(row: RowMapping, called: str) -> ModelObject:
         dimensions=row["dimensions"],
         shorter_dimensions=sorted(row["matryoshka"]),
         max_tokens=row["max_item_tokens"],
+        query_prompt=row["query_prompt"],
+        document_prompt=row["document_prompt"],
         price_per_million_tokens=None if price is None else float(price),
         aliases=row["aliases"],
     )

@@ -54,15 +54,17 @@ class Engines:
         """Close its connections."""
         await self._session.close()
 
-    async def embed(self, engines: Sequence[RowMapping], model: str, texts: Sequence[str]) -> Embedded:
-        """Vectors of texts by one of `engines`.
+    async def embed(
+        self, engines: Sequence[RowMapping], model: str, texts: Sequence[str], prompt: str | None = None
+    ) -> Embedded:
+        """Vectors of texts by one of `engines`. Each is read with `prompt` before it, by default as a document.
 
         Raises:
             UpstreamUnavailable: none serves the model, can be reached, or has room.
             InternalError: one failed on these texts, or none can load the model.
         """
         serving = [engine["url"] for engine in engines if model in engine["models"]]
-        body = orjson.dumps({"model": model, "texts": texts})
+        body = orjson.dumps({"model": model, "texts": texts, "prompt": prompt})
         outcomes: Counter[_Outcome] = Counter()
         wait = 1.0
         for url in sorted(serving, key=lambda url: self._in_flight[url]):

@@ -49,6 +49,8 @@ _MODEL_OBJECT = {
     "dimensions": 384,
     "shorter_dimensions": [],
     "max_tokens": 256,
+    "query_prompt": "",
+    "document_prompt": "",
     "price_per_million_tokens": 0.02,
     "aliases": ["text-embedding-3-small"],
 }

@@ -23,12 +23,14 @@ from pipeline.sources.rows import (
     judge,
     shown,
 )
+from pipeline.wire import INPUT_TYPES
 
 ENDPOINT: Final = "/v1/embeddings"
 #: What of a line goes along with its text: the number of it, and how its vector is to be written.
 CARRIED: Final = ("line", "encoding_format")
 _MOST_FAULTS = 100
 _ENCODINGS = (None, "float", "base64")
+_INPUT_TYPES = (None, *(called for called, is_query in INPUT_TYPES.items() if not is_query))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +236,8 @@ def _body_fault(body: Any) -> str | None:
         return "body.input is an array; send one text, as a string"
     if body.get("encoding_format") not in _ENCODINGS:
         return 'body.encoding_format must be "float" or "base64"'
+    if (given_type := body.get("input_type")) not in _INPUT_TYPES:
+        return f"body.input_type is {_quoted(given_type)}; a batch request embeds documents"
     if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
         return "body.dimensions must be a whole number above 0"
     return None

@@ -24,6 +24,8 @@ from tests.conftest import new_database
 from tests.ports import free_port
 
 SIZES = [64, 128]
+#: What the engine may serve. A test adds the last one.
+SERVED = "static,minilm,broken,asymmetric"
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
 _NODE_FOLDER = _CHECKOUT / ".vectormill" / "test-node"
 
@@ -117,7 +119,7 @@ def running_gateway(
         fleet = Fleet(engine=engine, environment=environment, logs=folder)
         made = Gateway(fleet, engine, f"http://127.0.0.1:{free_port()}", key)
         try:
-            fleet.start("engine", "workers.engine", VECTORMILL_WORKER_MODELS="static,minilm,broken")
+            fleet.start("engine", "workers.engine", VECTORMILL_WORKER_MODELS=SERVED)
             made.start_api()
             eventually(lambda: fleet.scalar("select count(*) from vectormill.engines"), "an engine")
             yield made

@@ -91,9 +91,10 @@ def test_ten_thousand_lines_of_which_one_in_a_hundred_is_bad(running: Gateway, c
         7: line("x7", ""),
         8: line("x8", [1, 2, 3]),
         9: line("doc-1", "its custom_id is the second line's"),
+        10: line("x10", "a", input_type="query"),
     }
     texts = {number: f"document number {number} of the corpus" for number in range(10_000) if number % 100 != 50}
-    lines = [line(f"doc-{n}", texts[n]) if n in texts else bad[n // 100 % 10] for n in range(10_000)]
+    lines = [line(f"doc-{n}", texts[n]) if n in texts else bad[n // 100 % 11] for n in range(10_000)]
     batch = ended(client, request(client, lines, metadata={"run": "2026-11-24"}))
     assert (batch.status, counts(batch), batch.errors) == ("completed", (10_000, 9_900, 100), None)
     assert (batch.metadata, batch.model, batch.completion_window) == ({"run": "2026-11-24"}, "static", "24h")
@@ -113,7 +114,7 @@ def test_ten_thousand_lines_of_which_one_in_a_hundred_is_bad(running: Gateway, c
     assert all(
         one["response"] is None and f"line {one['error']['line']:,}: " in one["error"]["message"] for one in errors
     )
-    told = [(one["custom_id"], one["error"]["code"], one["error"]["message"].partition(": ")[2]) for one in errors[:10]]
+    told = [(one["custom_id"], one["error"]["code"], one["error"]["message"].partition(": ")[2]) for one in errors[:11]]
     assert told == [
         (None, "bad_row", "not valid JSON (expecting value at column 1)"),
         (None, "bad_row", "not a JSON object; write one object per line"),
@@ -125,6 +126,7 @@ def test_ten_thousand_lines_of_which_one_in_a_hundred_is_bad(running: Gateway, c
         ("x7", "empty_text", "text is empty"),
         ("x8", "bad_request", "body.input is an array; send one text, as a string"),
         ("doc-1", "bad_request", "custom_id comes twice, first on line 2"),
+        ("x10", "bad_request", 'body.input_type is "query"; a batch request embeds documents'),
     ]
     # It is a job like any other.
     with running.client() as status_api:

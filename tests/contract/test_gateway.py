@@ -17,7 +17,7 @@ import pytest
 from pipeline import catalog
 from pipeline import keys as api_keys
 from tests.acceptance.fleet import eventually
-from tests.contract.conftest import Gateway
+from tests.contract.conftest import SERVED, Gateway
 from tests.jobs_made import run_sql
 
 
@@ -297,7 +297,7 @@ def test_an_engine_that_dies_and_one_that_comes(gateway: Gateway, by_library: An
     with gateway.client() as client:
         gateway.fleet.kill("engine")
         assert code(embed(client)) == (503, "upstream_unavailable")
-        gateway.fleet.start("engine", "workers.engine", VECTORMILL_WORKER_MODELS="static,minilm,broken")
+        gateway.fleet.start("engine", "workers.engine", VECTORMILL_WORKER_MODELS=SERVED)
         eventually(lambda: embed(client).status_code == 200, "the new engine", 60)
         found = embed(client, ["back again"]).json()["data"][0]["embedding"]
         np.testing.assert_allclose(np.array([found], np.float32), by_library(["back again"]), atol=1e-6)

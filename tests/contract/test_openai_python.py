@@ -1,7 +1,10 @@
 """What openai-python makes of the gateway."""
 
 import asyncio
+import json
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from tests.acceptance.fleet import eventually
 from tests.contract.conftest import SIZES, Gateway
 from tests.scripted_gateway import error, scripted_gateway
 
@@ -91,6 +95,38 @@ def test_dimensions(client: OpenAI, by_library: Any) -> None:
         client.embeddings.create(model="static", input="x", dimensions=100)
     with pytest.raises(openai.BadRequestError, match="minilm gives 384 dimensions, not 64"):
         client.embeddings.create(model="minilm", input="x", dimensions=64)
+
+
+@pytest.fixture(scope="module")
+def asymmetric(gateway: Gateway, static_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model that brings prompts, added as `asymmetric`; as the library has it."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path_factory.mktemp("models") / "asymmetric"
+    shutil.copytree(static_model, folder)
+    config = folder / "config_sentence_transformers.json"
+    prompts = {"query": "which text answers: ", "document": "some text: "}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prompts": prompts}))
+    gateway.fleet.cli("models", "add", "asymmetric", "--path", str(folder))
+    shown = "select 'asymmetric' = any(models) from vectormill.engines order by seen_at desc limit 1"
+    eventually(lambda: gateway.fleet.scalar(shown), "an engine that serves the model")
+    return SentenceTransformer(str(folder))
+
+
+def test_queries_and_documents(client: OpenAI, asymmetric: Any, by_library: Any) -> None:
+    def ask(model: str, input_type: str | None) -> "np.ndarray[Any, Any]":
+        return vectors(client.embeddings.create(model=model, input=TEXTS, extra_body={"input_type": input_type}))
+
+    documents, queries = asymmetric.encode_document(TEXTS), asymmetric.encode_query(TEXTS)
+    assert np.abs(documents - queries).max() > 0.01
+    np.testing.assert_allclose(vectors(client.embeddings.create(model="asymmetric", input=TEXTS)), documents, atol=1e-6)
+    for called in (None, "document", "passage", "search_document"):
+        np.testing.assert_allclose(ask("asymmetric", called), documents, atol=1e-6)
+    for called in ("query", "search_query"):
+        np.testing.assert_allclose(ask("asymmetric", called), queries, atol=1e-6)
+        np.testing.assert_allclose(ask("static", called), by_library(TEXTS), atol=1e-6)
+    found = client.models.retrieve("asymmetric").model_dump()
+    assert (found["query_prompt"], found["document_prompt"]) == ("which text answers: ", "some text: ")
 
 
 def test_models(client: OpenAI) -> None:

@@ -35,11 +35,12 @@ def embed(client: httpx.Client, texts: list[str], **fields: object) -> httpx.Res
 
 
 def test_vectors_come_from_the_upstream(client: httpx.Client, far: ScriptedGateway) -> None:
-    reply = embed(client, ["one text", "and another"]).json()
+    reply = embed(client, ["one text", "and another"], input_type="query").json()
     found = np.array([row["embedding"] for row in reply["data"]])
     np.testing.assert_allclose(found, [vector_of("one text"), vector_of("and another")], atol=1e-6)
     assert (reply["model"], reply["usage"]["prompt_tokens"]) == ("far", 4)
     assert [request["model"] for request in far.requests] == ["embed-1"]
+    assert "input_type" not in far.requests[0], "OpenAI refuses what it doesn't know"
     assert far.keys == ["Bearer sk-operator"], "the operator's key, not the caller's"
 
 

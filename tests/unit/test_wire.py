@@ -44,9 +44,9 @@ def refusal(**fields: Any) -> tuple[str, str | None]:
 
 def test_a_request_with_everything() -> None:
     asked = ask(input=["a", "b"], encoding_format="base64", dimensions=64, user="u", input_type="query", truncate="END")
-    assert asked == Asked(model="m", texts=["a", "b"], base64=True, dimensions=64, user="u")
+    assert asked == Asked(model="m", texts=["a", "b"], base64=True, dimensions=64, user="u", queries=True)
     assert ask() == Asked(model="m", texts=["x"], base64=False, dimensions=None, user=None)
-    assert ask(encoding_format=None, dimensions=None, user=None) == ask()
+    assert ask(encoding_format=None, dimensions=None, user=None, input_type=None) == ask(input_type="document") == ask()
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,8 @@ def test_a_request_with_everything() -> None:
         ({"model": ""}, "model must be a string of at most 256 characters.", "model"),
         ({"input": None}, "input is missing from the request body.", "input"),
         ({"input": {}}, "input must be a string or an array of strings.", "input"),
+        ({"input_type": "question"}, 'input_type must be "query" or "document".', "input_type"),
+        ({"input_type": ["query"]}, 'input_type must be "query" or "document".', "input_type"),
         ({"input": 7}, "input must be a string or an array of strings.", "input"),
         ({"input": []}, "input is an empty array.", "input"),
         ({"input": ""}, "input[0] is an empty string.", "input"),
@@ -121,7 +123,9 @@ _ANYTHING = st.recursive(
 
 @settings(deadline=None)
 @given(
-    st.fixed_dictionaries({}, optional=dict.fromkeys(("model", "input", "encoding_format", "dimensions"), _ANYTHING))
+    st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(("model", "input", "encoding_format", "dimensions", "input_type"), _ANYTHING)
+    )
 )
 def test_any_json_is_a_request_or_refused(fields: dict[str, Any]) -> None:
     with suppress(InvalidPayload):
