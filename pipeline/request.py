@@ -89,7 +89,7 @@ class JobRequest(BaseModel):
 _AT_THE_DATABASE = "only vectormill submit takes it, with VECTORMILL_DATABASE_URL set"
 #: Options of `vectormill submit` that aren't fields, and what to do instead.
 _ELSEWHERE = {
-    **dict.fromkeys(("from", "query", "into", "hnsw", "dry_run"), _AT_THE_DATABASE),
+    **dict.fromkeys(("from", "query", "into", "hnsw", "allow_empty", "dry_run"), _AT_THE_DATABASE),
     "by_value": "it is what happens without by_reference; leave it out",
     "idempotency_key": "send it as the header Idempotency-Key",
     "label": "write labels, an object",

@@ -22,7 +22,7 @@ from pipeline.cli.jobs import Timeout, Workspace, watch_job
 from pipeline.cli.look import print_json, stderr, stdout
 from pipeline.cli.oneshot import oneshot
 from pipeline.cli.results import model_source
-from pipeline.errors import UserError
+from pipeline.errors import EmptySource, UserError
 from pipeline.estimate import estimate
 from pipeline.request import JobRequest, default_name, read_request
 from pipeline.sources import Columns, Compression, Corpus, Source
@@ -88,6 +88,9 @@ def submit(
         str | None,
         typer.Option(metavar="URL", help="Tell this address of the job's end; VECTORMILL_WEBHOOKS says which may be."),
     ] = None,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="No rows are no mistake: make no job, and exit with 0.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate tokens, time and size from a sample; submit nothing.")
     ] = False,
@@ -137,7 +140,8 @@ def submit(
     )
     with at_desk(workspace) as desk:
         if isinstance(desk, ApiDesk):
-            _refuse_at_api({"--from": from_url, "--query": query, "--into": into, "--hnsw": hnsw, "--dry-run": dry_run})
+            given = {"--from": from_url, "--query": query, "--into": into, "--hnsw": hnsw}
+            _refuse_at_api({**given, "--allow-empty": allow_empty, "--dry-run": dry_run})
             job_id = _submit_to_api(desk, wish, sources or [], idempotency_key)
         else:
             if webhook:
@@ -150,7 +154,13 @@ def submit(
             if dry_run:
                 _estimate(desk.place, model, corpus, options, as_json=as_json)
                 return
-            job_id = _submit(desk.place, model, corpus, options)
+            try:
+                job_id = _submit(desk.place, model, corpus, options)
+            except EmptySource as error:
+                if not allow_empty:
+                    raise
+                stderr.print(str(error), markup=False)
+                return
         sys.stdout.write(f"{job_id}\n")
         sys.stdout.flush()
         if wait:

@@ -73,11 +73,11 @@ def test_an_empty_upstream_fails_and_is_told_of(night: Fleet, receiver: Receiver
     look = "select state || ' ' || reason from vectormill.job_status where id = cast(:id as uuid)"
     assert night.scalar(look, id=job) == "failed empty_source"
 
-    done = night.cli(
-        *("submit", "--from", database, "--query", f"{_TEXTS} where false", "--model", "static", "--wait"), check=False
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "no rows; there is nothing to embed." in done.stderr
+    asked = ("submit", "--from", database, "--query", f"{_TEXTS} where false", "--model", "static", "--wait")
+    for way, code in ((), 2), (("--allow-empty",), 0):
+        done = night.cli(*asked, *way, check=False)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert "no rows; there is nothing to embed." in done.stderr
     assert night.scalar("select count(*) from vectormill.jobs") == 0
 
 
