@@ -36,8 +36,8 @@ def lowest_id(moment: datetime) -> UUID:
     return UUID(int=int(moment.timestamp() * 1000) << 80)
 
 
-#: An arbitrary constant: whoever holds this advisory lock makes partitions.
-_LOCK = 0x766D7061
+#: Whoever makes partitions waits no longer for another one who does.
+_LOCK_SECONDS = 10
 
 
 def _exists(connection: Connection, table: str, month: datetime) -> bool:
@@ -50,7 +50,9 @@ def make_month(connection: Connection, month: datetime) -> None:
     """Make the partitions for `month` where they don't exist."""
     if all(_exists(connection, table, month) for table in PARTITIONED):
         return
-    connection.execute(text("select pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+    connection.execute(text("select set_config('lock_timeout', :limit, true)"), {"limit": f"{_LOCK_SECONDS}s"})
+    # One at a time: attaching takes this lock anyway. An advisory one could be held by anybody's query.
+    connection.execute(text("lock table vectormill.items in share update exclusive mode"))
     driver = psycopg_connection(connection)
     for table in PARTITIONED:
         if _exists(connection, table, month):
@@ -66,6 +68,7 @@ def make_month(connection: Connection, month: datetime) -> None:
                 sql.Literal(str(lowest_id(next_month(month)))),
             )
         )
+    connection.execute(text("set local lock_timeout to default"))
 
 
 def months(connection: Connection) -> list[datetime]:

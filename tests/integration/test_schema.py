@@ -12,6 +12,7 @@ from uuid import UUID
 import pytest
 from alembic import command
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
 
 from pipeline.migrate import alembic_config, upgrade
 from pipeline.store import partitions
@@ -91,6 +92,19 @@ def test_four_at_once_may_make_a_month(engine: Engine) -> None:
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(run, range(4)))
     assert {f"{table}_2031_12" for table in PARTITIONED} <= tables(engine)
+
+
+def test_nobody_waits_for_ever_to_make_a_month(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partitions, "_LOCK_SECONDS", 0.1)
+    with engine.connect() as other, engine.connect() as connection:
+        # What was once waited for, and any login may hold.
+        other.execute(text("select pg_advisory_lock(1987932257)"))
+        partitions.make_month(connection, month(2032, 1))
+        assert connection.execute(text("show lock_timeout")).scalar_one() == "0"
+        connection.rollback()
+        other.execute(text("lock table vectormill.items in share update exclusive mode"))
+        with pytest.raises(OperationalError, match="lock timeout"):
+            partitions.make_month(connection, month(2032, 1))
 
 
 @pytest.mark.parametrize(
