@@ -7,21 +7,40 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping
 
+from pipeline import webhooks
 from pipeline.errors import IllegalTransition, UserError
 from pipeline.jobs import RETRYABLE_REJECTS, JobState, Reason
 from pipeline.status import job_row
-from pipeline.store import chunks, items, jobs, models
+from pipeline.store import chunks, items, jobs, models, requests
+
+_CANCELLED = "cancelled by a person"
 
 
 def cancel(connection: Connection, job_id: UUID) -> JobState:
-    """Ask a job to stop. What is committed stays. Cancelling a cancelled job changes nothing.
+    """Ask a job to stop. What is committed stays. Cancelling a cancelled job changes nothing. What was asked for in SQL
+    may be cancelled before it is a job.
 
     Raises:
         IllegalTransition: it has ended otherwise.
     """
-    if not jobs.begin_cancelling(connection, job_id, JobState.CANCELLED, Reason.BY_USER, "cancelled by a person"):
-        return _unless(connection, job_id, (JobState.CANCELLING, JobState.CANCELLED), "cancelled")
-    return JobState.CANCELLING
+    if jobs.begin_cancelling(connection, job_id, JobState.CANCELLED, Reason.BY_USER, _CANCELLED):
+        return JobState.CANCELLING
+    if _cancel_request(connection, job_id):
+        return JobState.CANCELLED
+    return _unless(connection, job_id, (JobState.CANCELLING, JobState.CANCELLED), "cancelled")
+
+
+def _cancel_request(connection: Connection, job_id: UUID) -> bool:
+    # In this order: who makes a job of the request holds the job's row first too.
+    job = jobs.lock(connection, job_id)
+    if job and job["state"] not in (JobState.STAGING, JobState.FAILED):
+        return False
+    request = requests.cancel(connection, job_id, Reason.BY_USER, _CANCELLED)
+    if request is None:
+        return False
+    jobs.end_staging(connection, job_id)
+    webhooks.request_ended(connection, request, JobState.CANCELLED, Reason.BY_USER, _CANCELLED)
+    return True
 
 
 def pause(connection: Connection, job_id: UUID) -> JobState:

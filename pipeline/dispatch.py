@@ -20,7 +20,7 @@ from pipeline.errands import Errands
 from pipeline.errors import ServiceUnreachable
 from pipeline.jobs import JobState, Reason
 from pipeline.publish import Publisher, queue_of
-from pipeline.store import chunks, events, items, jobs, models, partitions, usage, workers
+from pipeline.store import chunks, events, items, jobs, models, partitions, requests, usage, workers
 from pipeline.store.database import is_connection_lost, plain_reason, reporting_unreachable
 from pipeline.submit import undo_staging
 
@@ -288,11 +288,12 @@ def measure_rates(dispatcher: Dispatcher) -> None:
 
 
 def keep_house(dispatcher: Dispatcher) -> None:
-    """Make partitions ahead, forget workers and submissions that nobody came back for, and old events."""
+    """Make partitions ahead, forget workers and submissions that nobody came back for, old events, and old queries."""
     with dispatcher.engine.begin() as connection:
         partitions.make_ahead(connection)
         workers.forget_unseen(connection, 3600)
         events.forget_old(connection, _EVENT_DAYS)
+        requests.forget_queries(connection, dispatcher.text_retention_days)
         dead = jobs.dead_stagings(connection, _STAGING_DEAD_SECONDS)
     for job_id, fence in dead:
         undo_staging(dispatcher.engine, job_id, fence)

@@ -29,6 +29,10 @@ class EmptySource(SourceError):
     """A source has no rows."""
 
 
+class SourceStopped(SourceError):
+    """A query was ended before its last row."""
+
+
 class SourceChanged(SourceError):
     """A source is no longer what it was when the job was made."""
 

@@ -60,12 +60,14 @@ CHUNK_TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
 
 
 class RequestState(enum.StrEnum):
-    """Where a request in SQL stands. `FAILED` carries a reason; asked for again, it is `REQUESTED` again."""
+    """Where a request in SQL stands. `FAILED` carries a reason; asked for again, it is `REQUESTED` again. `CANCELLED`
+    it stays: a person has said so."""
 
     REQUESTED = "requested"
     #: It is a job by now.
     SUBMITTED = "submitted"
     FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 class RequestReason(enum.StrEnum):
@@ -74,6 +76,8 @@ class RequestReason(enum.StrEnum):
     EMPTY_SOURCE = "empty_source"
     #: The database refuses the query, or its columns don't serve.
     QUERY_REFUSED = "query_refused"
+    #: The query took longer than it may, or somebody ended it in its database.
+    QUERY_STOPPED = "query_stopped"
     SOURCE_UNREACHABLE = "source_unreachable"
     #: An option, the model or the idempotency key doesn't fit.
     REQUEST_REFUSED = "request_refused"

@@ -16,11 +16,14 @@ class Renewal:
     """Calls `renew` every third of a lease, from entering to leaving the `with` block.
 
     `renew` returns whether the lease still holds. A call that raises (the database is away) is tried again at the next
-    turn: whether the lease outlived the gap is for the database to say.
+    turn: whether the lease outlived the gap is for the database to say. When it doesn't hold any more, `on_lost` is
+    called.
     """
 
-    def __init__(self, renew: Callable[[], bool], lease_seconds: float) -> None:
-        self._renew = renew
+    def __init__(
+        self, renew: Callable[[], bool], lease_seconds: float, on_lost: Callable[[], None] = lambda: None
+    ) -> None:
+        self._renew, self._on_lost = renew, on_lost
         self._period_seconds = lease_seconds / 3
         self._stopped = threading.Event()
         # What it logs bears what is bound here.
@@ -48,4 +51,5 @@ class Renewal:
                 log.warning("lease_renewal_failed", error=type(error).__name__)
                 continue
             if not holds:
+                self._on_lost()
                 return

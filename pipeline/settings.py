@@ -26,6 +26,8 @@ class Settings(BaseSettings):
     #: What queries of `vectormill.submit`, the function, run as: a login in Postgres that may read what they select
     #: from, and nothing else. Unset: the embedded server's own; without one, requests are refused.
     sql_url: SecretStr | None = None
+    #: The most that such a query may take, from its beginning to its last row: it holds one of two places.
+    sql_seconds: float = Field(default=3600, ge=1, le=7 * 86_400)
     #: Where embedded servers, logs and the demo keep their files.
     home: Path = _CHECKOUT / ".vectormill"
 

@@ -5,24 +5,33 @@ role that was set for it."""
 from typing import Any
 from uuid import UUID
 
+import orjson
 import structlog
-from sqlalchemy import Engine, RowMapping
+from sqlalchemy import Connection, Engine, RowMapping
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import metrics, webhooks
+from pipeline import control, metrics, webhooks
 from pipeline.catalog import find_model
-from pipeline.errors import EmptySource, LeaseLost, ServiceUnreachable, SourceError, UserError, VectormillError
-from pipeline.jobs import RequestReason
+from pipeline.errors import (
+    EmptySource,
+    LeaseLost,
+    ServiceUnreachable,
+    SourceError,
+    SourceStopped,
+    UserError,
+    VectormillError,
+)
+from pipeline.jobs import JobState, RequestReason, RequestState
 from pipeline.request import JobRequest, read_request
 from pipeline.settings import Settings
 from pipeline.sources.query import QueryCorpus
-from pipeline.store import requests
+from pipeline.store import jobs, requests
 from pipeline.store.database import reporting_unreachable
-from pipeline.submit import Submission, planning, submit
+from pipeline.submit import Submission, planning, submit, undo_staging
 
 log = structlog.get_logger()
 
-#: How long a request waits for a database that can't be reached.
+#: How long a request waits for a database that can't be reached, from when it first couldn't.
 _PATIENCE_SECONDS = 900.0
 _MOST_MESSAGE = 2_000
 
@@ -39,12 +48,12 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
         return
     try:
         submit(engine, _submission(engine, settings, row))
-    except LeaseLost:
-        return  # somebody else has taken it over
+    except LeaseLost:  # somebody else has taken it over, or has cancelled it
+        _heed_cancel(engine, job_id)
     except ServiceUnreachable as error:
         if row["waits_seconds"] < _PATIENCE_SECONDS:
             with engine.begin() as connection:
-                requests.note(connection, job_id, _short(error))
+                requests.note_unreachable(connection, job_id, _short(error))
             raise
         _fail(engine, row, RequestReason.SOURCE_UNREACHABLE, error)
     except UserError as error:
@@ -57,6 +66,19 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
     else:
         with engine.begin() as connection:
             requests.end_submitted(connection, job_id)
+        _heed_cancel(engine, job_id)
+
+
+def _heed_cancel(engine: Engine, job_id: UUID) -> None:
+    """Leave nothing of a request that was cancelled while a job was made of it."""
+    with engine.begin() as connection:
+        row, job = requests.read(connection, job_id), jobs.by_id(connection, job_id)
+        if row is None or job is None or row["state"] != RequestState.CANCELLED:
+            return
+        if job["state"] in (JobState.QUEUED, JobState.RUNNING):  # one that had failed, and was tried again just then
+            control.cancel(connection, job_id)
+    if job["state"] == JobState.STAGING:
+        undo_staging(engine, job_id, job["fence"])
 
 
 def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submission:
@@ -70,32 +92,49 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
         webhooks.check(wish.webhook, settings.webhooks)
     with engine.begin() as connection:
         model = find_model(connection, row["workspace_id"], wish.model)
+    corpus = QueryCorpus(
+        settings.sql_url.get_secret_value(),
+        row["query"],
+        wish.columns(),
+        settings.item_bytes,
+        asked_by="VECTORMILL_SQL_URL",
+        movable=True,
+        seconds=settings.sql_seconds,
+    )
     return Submission(
         workspace_id=row["workspace_id"],
         model=model,
-        corpus=QueryCorpus(
-            settings.sql_url.get_secret_value(),
-            row["query"],
-            wish.columns(),
-            settings.item_bytes,
-            asked_by="VECTORMILL_SQL_URL",
-        ),
+        corpus=corpus,
         # A key of its own lets another dispatcher go on where one died.
         options=wish.options("query", row["idempotency_key"] or f"sql {row['job_id']}"),
         planning=planning(settings),
         job_id=row["job_id"],
+        on_queue=lambda connection: _end_submitted(connection, row["job_id"]),
+        on_lost=lambda: corpus.stop(LeaseLost()),
     )
+
+
+def _end_submitted(connection: Connection, job_id: UUID) -> None:
+    """In the transaction that queues the job, so that what is cancelled never runs."""
+    if not requests.end_submitted(connection, job_id):
+        raise LeaseLost("the request was cancelled meanwhile.")
 
 
 def _wish(row: RowMapping) -> JobRequest:
     fields: dict[str, Any] = {name: row[name] for name in ("model", "name", "text_column", "key_column")}
-    return read_request({**row["options"], **fields})
+    try:
+        options = orjson.loads(row["options"])
+    except ValueError:
+        raise UserError("options: they hold a number that is too large, or too many brackets.") from None
+    return read_request({**options, **fields})
 
 
 def _reason(error: UserError) -> RequestReason:
     match error:
         case EmptySource():
             return RequestReason.EMPTY_SOURCE
+        case SourceStopped():
+            return RequestReason.QUERY_STOPPED
         case SourceError():
             return RequestReason.QUERY_REFUSED
         case _:
@@ -106,7 +145,7 @@ def _fail(engine: Engine, row: RowMapping, reason: RequestReason, error: Excepti
     with engine.begin() as connection:
         failed = requests.end_failed(connection, row["job_id"], reason, _short(error))
         if failed:
-            webhooks.request_failed(connection, row, reason, _short(error))
+            webhooks.request_ended(connection, row, JobState.FAILED, reason, _short(error))
     if failed:
         metrics.DISPATCHER_JOBS_ENDED.labels("failed").inc()
         log.warning("request_failed", job=str(row["job_id"]), reason=reason.value)

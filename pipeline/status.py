@@ -1,25 +1,27 @@
 """Where a job stands, and its receipt: always sums over its chunks."""
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping
 
 from pipeline.errors import UnknownJob, UserError
-from pipeline.jobs import JobState
-from pipeline.store import attempts, chunks, jobs, usage
+from pipeline.jobs import JobState, RequestState
+from pipeline.store import attempts, chunks, jobs, requests, usage
 from pipeline.verify import count_missing_and_double
 
 #: Rates are taken over so long a time, or since the job's start.
 RATE_WINDOW_SECONDS = 60.0
 #: Kept progress that is older is no progress: its dispatcher may be gone.
 FRESH_SECONDS = 5.0
+_WAITS = "asked for in SQL; the dispatcher makes a job of it"
 
 
 def find_job(connection: Connection, workspace_id: int | None, name_or_id: str) -> UUID:
     """The job of a workspace, or of any, with this id, a unique beginning of it, or this name (the newest that bears
-    it).
+    it). What was asked for in SQL and is no job yet, or can't be one, has the id that the job would have.
 
     Raises:
         UnknownJob: there is none.
@@ -27,10 +29,11 @@ def find_job(connection: Connection, workspace_id: int | None, name_or_id: str) 
     """
     if "\0" in name_or_id:  # Postgres takes none in a text
         raise UnknownJob("no such job.")
-    named = jobs.newest_named(connection, workspace_id, name_or_id)
-    if named is not None:
-        return named
-    found = jobs.ids_beginning(connection, workspace_id, name_or_id.lower(), 2)
+    newest = (store.newest_named(connection, workspace_id, name_or_id) for store in (jobs, requests))
+    if named := [job_id for job_id in newest if job_id]:
+        return max(named)
+    of_each = (store.ids_beginning(connection, workspace_id, name_or_id.lower(), 2) for store in (jobs, requests))
+    found = [job_id for ids in of_each for job_id in ids]
     if not found:
         raise UnknownJob(f'no job "{name_or_id}"; vectormill jobs lists them.')
     if len(found) > 1:
@@ -46,6 +49,8 @@ def job_row(connection: Connection, job_id: UUID) -> RowMapping:
     """
     row = jobs.by_id(connection, job_id)
     if row is None:
+        if asked := requests.standing(connection, job_id):
+            raise UnknownJob(f"{job_id} is no job: it was asked for in SQL, and is {asked['state']}.")
         raise UnknownJob(f"no job {job_id}; vectormill jobs lists them.")
     return row
 
@@ -54,13 +59,52 @@ def job_status(connection: Connection, job_id: UUID) -> dict[str, Any]:
     """All that `status --json` shows of a job. Counts are items or tokens, rates are per second.
 
     Of a job that runs, counts may be the dispatcher's, a second old; where no dispatcher keeps them they are summed.
+    What was asked for in SQL is shown as `staging`, `failed` or `cancelled` though it is no job.
     """
     # In this order: the last progress comes with the job's end, so an ended job never shows an earlier one.
-    row = job_row(connection, job_id)
+    row = jobs.by_id(connection, job_id)
+    asked = None
+    if row is None or row["state"] in (JobState.STAGING, JobState.FAILED):
+        asked = requests.standing(connection, job_id)
+    if row is None:
+        return _of_request(asked) if asked else sum_up(connection, job_id)
     kept = jobs.fresh_progress(connection, job_id, FRESH_SECONDS)
-    if kept is None:
-        return sum_up(connection, job_id)
-    return {**kept, **_of_row(row)}
+    found = sum_up(connection, job_id) if kept is None else {**kept, **_of_row(row)}
+    return found | (_asked(asked) if asked else {})
+
+
+def _asked(asked: RowMapping) -> dict[str, Any]:
+    """How it stands by its request, where there is one: a failed job may have been asked for again."""
+    waits = asked["state"] == RequestState.REQUESTED
+    return {
+        "state": JobState.STAGING.value if waits else asked["state"],
+        "reason": asked["reason"],
+        "message": asked["message"] or (_WAITS if waits else None),
+        "finished_at": _written(asked["finished_at"]),
+    }
+
+
+def _of_request(asked: RowMapping) -> dict[str, Any]:
+    """What `job_status` shows of what is no job."""
+    return {
+        "id": str(asked["id"]),
+        "name": asked["name"],
+        **_asked(asked),
+        "model": asked["model"],
+        "labels": {},
+        "output": None,
+        "items": dict.fromkeys(("total", "embedded", "reused", "rejected", "cancelled", "pending", "truncated"), 0),
+        "tokens": {"prompt": 0},
+        "rate": {"items_per_second": 0.0, "tokens_per_second": 0.0},
+        "eta_seconds": None,
+        "chunks": dict.fromkeys(("pending", "running", "done", "cancelled"), 0),
+        "created_at": _written(asked["created_at"]),
+        "started_at": None,
+    }
+
+
+def _written(moment: datetime | None) -> str | None:
+    return moment.isoformat() if moment else None
 
 
 def list_jobs(connection: Connection, workspace_id: int | None, **wanted: Any) -> list[dict[str, Any]]:
@@ -103,10 +147,7 @@ def _of_row(row: RowMapping) -> dict[str, Any]:
         "model": row["model_name"],
         "labels": row["labels"],
         "output": row["options"].get("output"),
-        **{
-            moment: row[moment].isoformat() if row[moment] else None
-            for moment in ("created_at", "started_at", "finished_at")
-        },
+        **{moment: _written(row[moment]) for moment in ("created_at", "started_at", "finished_at")},
     }
 
 

@@ -103,6 +103,10 @@ class Submission:
     job_id: UUID | None = None
     #: Hears how many items are committed.
     on_items: Callable[[int], None] = lambda _: None
+    #: Called in the transaction that makes a new job runnable; what it raises undoes the job.
+    on_queue: Callable[[Connection], None] = lambda _: None
+    #: Hears that somebody else has the job by now, while the corpus may still be read.
+    on_lost: Callable[[], None] = lambda: None
 
     def payload(self) -> str:
         """SHA-256 over the sources and the options that decide the result; a stream counts once it is read."""
@@ -287,7 +291,7 @@ class _Staging:
     def run(self) -> None:
         """Stage and queue, or undo."""
         try:
-            with Renewal(self._renew, self._lease_seconds):
+            with Renewal(self._renew, self._lease_seconds, self._submission.on_lost):
                 self._stage()
         except BaseException as error:
             undo_staging(self._engine, self._job_id, self._fence)
@@ -418,6 +422,7 @@ class _Staging:
             if limit is not None and limit < self._rejects < self._items:
                 # Before any chunk can be claimed: nobody pays for, or reads, a part of what fails anyway.
                 control.fail(connection, self._job_id, Reason.TOO_MANY_REJECTS, control.too_many(self._rejects, limit))
+            self._submission.on_queue(connection)
 
     def _check_keys(self) -> None:
         with self._engine.begin() as connection:

@@ -79,6 +79,8 @@ workspaces = Table(
     Column("monthly_cost", Numeric),
     # Where its jobs' ends are told, unless a job says otherwise.
     Column("webhook", Text),
+    # Of Postgres: who may ask for jobs in SQL. None: in `default` anybody who may execute the function, else nobody.
+    Column("sql_roles", ARRAY(Text), nullable=False, server_default="{}"),
     _moment("created_at", now=True),
     CheckConstraint("weight > 0", name="weight"),
 )
@@ -218,7 +220,8 @@ requests = Table(
     Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
     # The role that was logged in.
     Column("requested_by", Text, nullable=False),
-    Column("query", Text, nullable=False),
+    # None: forgotten, as the texts of its job are.
+    Column("query", Text),
     Column("model", Text, nullable=False),
     Column("name", Text),
     Column("text_column", Text, nullable=False),
@@ -232,10 +235,14 @@ requests = Table(
     Column("message", Text),
     # Last.
     Column("requested_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # Since when the query's database can't be reached.
+    _moment("unreachable_since"),
     _moment("finished_at"),
     _state(RequestState),
     UniqueConstraint("workspace_id", "idempotency_key"),
     Index("requests_due_idx", "requested_at", postgresql_where=text("state = 'requested'")),
+    Index("requests_no_job_idx", "job_id", postgresql_where=text("state <> 'submitted'")),
+    Index("requests_queries_idx", "finished_at", postgresql_where=text("query is not null")),
 )
 
 inputs = Table(
@@ -461,7 +468,9 @@ events = Table(
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     _moment("finished_at"),
     _state(EventState),
-    Index("events_due_idx", "next_try_at", postgresql_where=text("state = 'waiting'")),
+    # Whom it is for, by host and port.
+    Index("events_due_idx", text("split_part(url, '/', 3)"), "next_try_at", postgresql_where=text("state = 'waiting'")),
+    Index("events_ended_idx", "state", "finished_at", postgresql_where=text("state <> 'waiting'")),
 )
 
 #: One row per role that only one process may play at a time.

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpcore2 as httpcore
+import orjson
 import structlog
 from sqlalchemy import Connection, Engine, RowMapping
 
@@ -102,20 +103,24 @@ def job_ended(
     events.add(connection, job["workspace_id"], f"job.{state}", data, url=job["options"].get("webhook"))
 
 
-def request_failed(connection: Connection, request: RowMapping, reason: str, message: str) -> None:
-    """Tell that what was asked for in SQL will be no job."""
+def request_ended(connection: Connection, request: RowMapping, state: JobState, reason: str, message: str) -> None:
+    """Tell that what was asked for in SQL has failed, or was cancelled, before it was a job."""
+    try:
+        options: dict[str, Any] = orjson.loads(request["options"])
+    except ValueError:  # that may be why it has failed
+        options = {}
     data = {
         "id": str(request["job_id"]),
         "name": request["name"] or "query",
-        "state": "failed",
+        "state": state.value,
         "reason": reason,
         "message": message,
         "model": request["model"],
-        "labels": request["options"].get("labels", {}),
+        "labels": options.get("labels", {}),
         "items": {"in": 0, "embedded": 0, "reused": 0, "rejected": 0, "cancelled": 0},
         "tokens": {"prompt": 0},
     }
-    events.add(connection, request["workspace_id"], "job.failed", data, url=request["options"].get("webhook"))
+    events.add(connection, request["workspace_id"], f"job.{state}", data, url=options.get("webhook"))
 
 
 def signatures(secrets: str, event_id: str, timestamp: int, body: str) -> str:

@@ -23,6 +23,7 @@ psql --quiet --set ON_ERROR_STOP=1 --username "$POSTGRES_USER" --dbname postgres
 create role :"role" login password :'password';
 create role :"queries" login password :'queries_password';
 alter role :"queries" set default_transaction_read_only = on;
+alter role :"queries" set statement_timeout = '30min';
 create database :"database" owner :"role";
 \connect :"database"
 create extension vector;

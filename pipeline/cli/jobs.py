@@ -136,6 +136,8 @@ def watch_job(desk: Desk, job_id: str, timeout_seconds: float | None, *, verify:
         show(None)
     if row["message"] and row["state"] != JobState.COMPLETED:
         look.stderr.print(look.state(row["state"], row["reason"]), row["message"])
+    if not row["items"]["total"]:  # asked for in SQL, and never a job: there is no receipt
+        return _EXIT_CODES[JobState(row["state"])]
     account = desk.receipt(job_id, verify=verify)
     look.stderr.print(look.ledger(account, desk.reject_counts(job_id)))
     look.stderr.print(look.verdict(account))

@@ -34,6 +34,15 @@ Webhook = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Tell this address how its jobs end; VECTORMILL_WEBHOOKS says which may be."),
 ]
+SqlRoles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sql-role",
+        metavar="ROLE",
+        help="A role of Postgres that may ask for its jobs by vectormill.submit; may be repeated. Without any: in the "
+        "workspace default whoever may execute the function, elsewhere nobody.",
+    ),
+]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
@@ -41,6 +50,7 @@ class Clearable(StrEnum):
     """What a workspace can do without."""
 
     WEBHOOK = "webhook"
+    SQL_ROLES = "sql-roles"
 
 
 @app.command()
@@ -53,6 +63,7 @@ def create(
     monthly_tokens: MonthlyTokens = None,
     monthly_cost: MonthlyCost = None,
     webhook: Webhook = None,
+    sql_role: SqlRoles = None,
 ) -> None:
     """Add a workspace. It may use the models named here.
 
@@ -72,6 +83,8 @@ def create(
         if webhook:
             webhooks.check(webhook, place.settings.webhooks, "--webhook")
             workspaces.set_webhook(connection, made, webhook)
+        if sql_role:
+            workspaces.set_sql_roles(connection, made, sql_role)
     stderr.print(f"Workspace {name} added.")
     if not model:
         stderr.print(f"It may use no model yet: vectormill workspaces set {name} --model NAME")
@@ -87,9 +100,11 @@ def change(
     monthly_tokens: MonthlyTokens = None,
     monthly_cost: MonthlyCost = None,
     webhook: Webhook = None,
+    sql_role: SqlRoles = None,
     clear: Annotated[list[Clearable] | None, typer.Option(help="Take it away; may be repeated.")] = None,
 ) -> None:
-    """Change a workspace's weight, its limits, its webhook, or which models it may use: those named, and no others.
+    """Change a workspace's weight, its limits, its webhook, or which models it may use and which roles may ask for its
+    jobs in SQL: those named, and no others.
 
     Examples:
 
@@ -98,12 +113,14 @@ def change(
         vectormill workspaces set search --requests-per-minute 600 --tokens-per-minute 1000000
 
         vectormill workspaces set search --webhook https://etl.example.com/hooks/vectormill
+
+        vectormill workspaces set search --sql-role etl
     """
     limits = _limits(requests_per_minute, tokens_per_minute, monthly_tokens, monthly_cost)
-    if weight is None and not (model or limits or webhook or clear):
-        raise UserError("nothing to change; give --weight, --model, --webhook or a limit.")
-    if webhook and clear:
-        raise UserError("--webhook and --clear webhook: give one of them.")
+    gone = set(clear or ())
+    if weight is None and not (model or limits or webhook or sql_role or gone):
+        raise UserError("nothing to change; give --weight, --model, --webhook, --sql-role or a limit.")
+    _check_cleared(gone, webhook=webhook, sql_roles=sql_role)
     if weight is not None:
         _check(weight)
     with working() as place, place.engine.begin() as connection:
@@ -114,10 +131,12 @@ def change(
             workspaces.set_limits(connection, found, limits)
         if webhook:
             webhooks.check(webhook, place.settings.webhooks, "--webhook")
-        if webhook or clear:
+        if webhook or Clearable.WEBHOOK in gone:
             workspaces.set_webhook(connection, found, webhook)
         if model:
             _enable(connection, found, model)
+        if sql_role or Clearable.SQL_ROLES in gone:
+            workspaces.set_sql_roles(connection, found, sql_role or [])
     stderr.print(f"Workspace {name} changed.")
 
 
@@ -158,6 +177,13 @@ def _limits(
 def _check(weight: float) -> None:
     if not 0 < weight <= 1_000_000:
         raise UserError(f"--weight {weight:g}: give a number above 0.")
+
+
+def _check_cleared(gone: set[Clearable], *, webhook: str | None, sql_roles: list[str] | None) -> None:
+    if webhook and Clearable.WEBHOOK in gone:
+        raise UserError("--webhook and --clear webhook: give one of them.")
+    if sql_roles and Clearable.SQL_ROLES in gone:
+        raise UserError("--sql-role and --clear sql-roles: give one of them.")
 
 
 def _enable(connection: Connection, workspace: int, names: list[str]) -> None:

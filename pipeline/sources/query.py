@@ -2,18 +2,23 @@
 
 import hashlib
 import json
+import os
+import socket
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import sqlalchemy
 from sqlalchemy import Connection, CursorResult, Engine
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
-from pipeline.errors import ServiceUnreachable, SourceError, UserError
+from pipeline.errors import ServiceUnreachable, SourceError, SourceStopped, UserError, VectormillError
 from pipeline.sources.rows import BLOCK_BYTES, BLOCK_ROWS, Columns, Parsed, Rows, judge, missing_column, shown
 
 #: Rows that the driver hands over at once: a thousand of the longest texts are too many already.
@@ -25,10 +30,19 @@ _POSTGRES: dict[str, Any] = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "application_name": "vectormill-source",
-    "options": "-c default_transaction_read_only=on",
 }
+_READ_ONLY = "-c default_transaction_read_only=on"
+#: Of no statement more than so long, and of none more than its role may.
+_LIMIT_STATEMENTS = """
+select set_config('statement_timeout', least(nullif(setting::bigint, 0), {:d})::text, false)
+from pg_settings where name = 'statement_timeout'
+"""
+#: How long asking a server to stop may take, and its stopping, before the connection is cut.
+_CANCEL_SECONDS = 5.0
 #: Classes of Postgres' errors whose messages quote values of rows, or are a function's own words.
 _QUOTING = ("22", "23", "P0")
+#: Postgres' word for a statement that was cancelled, by its time-out or by a person.
+_CANCELED = "57014"
 #: Kinds of values that are written as strings where they are keys or carried.
 _WRITTEN_OUT = (UUID, Decimal, date, datetime, time)
 
@@ -36,7 +50,17 @@ _WRITTEN_OUT = (UUID, Decimal, date, datetime, time)
 class QueryCorpus:
     """The rows of a query on Postgres, DuckDB, or any database that SQLAlchemy has a driver for."""
 
-    def __init__(self, url: str, query: str, columns: Columns, item_bytes: int, *, asked_by: str = "--from") -> None:
+    def __init__(
+        self,
+        url: str,
+        query: str,
+        columns: Columns,
+        item_bytes: int,
+        *,
+        asked_by: str = "--from",
+        movable: bool = False,
+        seconds: float | None = None,
+    ) -> None:
         """Connect to nothing yet.
 
         Args:
@@ -45,6 +69,8 @@ class QueryCorpus:
             columns: the columns to read.
             item_bytes: a longer text is rejected.
             asked_by: the option or setting that gives the URL, for messages.
+            movable: the database is the same one wherever it is, and known by its name alone.
+            seconds: the most that it may take, from its beginning to its last row; of Postgres only.
 
         Raises:
             UserError: the URL isn't one, or its driver isn't installed.
@@ -54,6 +80,13 @@ class QueryCorpus:
         self._asked_by = asked_by
         self._url = _parsed(url, asked_by)
         self._query = query.strip().rstrip(";")
+        self._movable = movable
+        self._seconds = seconds
+        #: Guards what follows, of which another thread may make use.
+        self._lock = threading.Lock()
+        self._reading: tuple[psycopg.Connection, socket.socket] | None = None
+        self._stopped: VectormillError | None = None
+        self._ended = threading.Event()
         self._engine = _engine(self._url, asked_by)
 
     @property
@@ -77,9 +110,10 @@ class QueryCorpus:
         return [{"uri": self._address, "etag": etag, "bytes": None}]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the database's address, the query and the columns."""
+        """SHA-256 over the database's address, or its name where it is movable, the query and the columns."""
         columns = (self.columns.text, self.columns.key, self.columns.carry)
-        return hashlib.sha256(json.dumps([self._address, self._query, columns]).encode()).hexdigest()
+        database = self._url.database if self._movable else self._address
+        return hashlib.sha256(json.dumps([database, self._query, columns]).encode()).hexdigest()
 
     def read_fingerprint(self) -> str:
         """The fingerprint."""
@@ -90,15 +124,68 @@ class QueryCorpus:
 
         Raises:
             SourceError: the database refuses the query, or a column is missing or can't serve.
+            SourceStopped: it has taken too long, or was ended in the database.
             ServiceUnreachable: the database can't be reached, or was lost midway.
         """
         try:
-            with self._engine.connect() as connection:
+            with self._engine.connect() as connection, self._stoppable(connection):
                 yield from self._read(connection)
         except DBAPIError as error:
-            raise self._as_ours(error) from None
+            raise self._stopped or self._as_ours(error) from None
         finally:
             self._engine.dispose()
+
+    def stop(self, why: VectormillError) -> None:
+        """Let whoever reads raise `why` instead of going on; for another thread, and of Postgres only."""
+        with self._lock:
+            self._stopped = self._stopped or why
+            if self._reading is None:
+                return
+            driver, connected = self._reading
+            with suppress(psycopg.Error):
+                driver.cancel_safe(timeout=_CANCEL_SECONDS)
+        if self._ended.wait(_CANCEL_SECONDS):
+            return
+        # The server doesn't listen, or what was cancelled was over, and more is fetched.
+        with self._lock, suppress(OSError):
+            if self._reading is not None:
+                connected.shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def _stoppable(self, connection: Connection) -> Iterator[None]:
+        driver = connection.connection.driver_connection
+        if not isinstance(driver, psycopg.Connection):
+            yield
+            return
+        # Of its own: the driver's number may be another connection's by the time that it is used.
+        with socket.socket(fileno=os.dup(driver.fileno())) as connected:
+            with self._lock:
+                if self._stopped:
+                    raise self._stopped
+                self._reading = driver, connected
+            try:
+                with self._limited(connection):
+                    yield
+            finally:
+                self._ended.set()
+                with self._lock:
+                    self._reading = None
+
+    @contextmanager
+    def _limited(self, connection: Connection) -> Iterator[None]:
+        if self._seconds is None:
+            yield
+            return
+        told = f"{self.name}: it has taken longer than {self._seconds:,g} s, the most that it may."
+        timer = threading.Timer(self._seconds, self.stop, [SourceStopped(told)])
+        timer.daemon = True
+        timer.start()
+        try:
+            # For a server that goes on when its client has gone. A query may undo this, but not the timer.
+            connection.exec_driver_sql(_LIMIT_STATEMENTS.format(int(self._seconds * 1000)))
+            yield
+        finally:
+            timer.cancel()
 
     def _read(self, connection: Connection) -> Iterator[Rows]:
         # As it was written: a colon or a percent sign is no parameter.
@@ -171,7 +258,8 @@ class QueryCorpus:
         state = getattr(error.orig, "sqlstate", None)
         if primary and not (state or "").startswith(("08", "57P")):
             quotes = (state or "").startswith(_QUOTING)
-            return SourceError(f"{self.name}: {type(error.orig).__name__ if quotes else primary}.")
+            kind = SourceStopped if state == _CANCELED else SourceError
+            return kind(f"{self.name}: {type(error.orig).__name__ if quotes else primary}.")
         if self._url.get_backend_name() == "postgresql":
             if not isinstance(error, OperationalError | InterfaceError):  # the driver's own: infinity is no date to it
                 return SourceError(
@@ -196,7 +284,12 @@ def _parsed(url: str, asked_by: str) -> URL:
 
 def _engine(url: URL, asked_by: str) -> Engine:
     backend = url.drivername.partition("+")[0]
-    arguments: dict[str, Any] = {"postgresql": _POSTGRES, "duckdb": {"read_only": True}}.get(backend, {})
+    arguments: dict[str, Any] = {"duckdb": {"read_only": True}}.get(backend, {})
+    if backend == "postgresql":
+        own = url.query.get("options", ())
+        # Ours last, so that it counts.
+        options = " ".join([own] if isinstance(own, str) else own)
+        arguments = _POSTGRES | {"options": f"{options} {_READ_ONLY}".strip()}
     try:
         return sqlalchemy.create_engine(url, connect_args=arguments, hide_parameters=True)
     except (NoSuchModuleError, ImportError):

@@ -254,6 +254,17 @@ def queue(
     )
 
 
+def end_staging(connection: Connection, job_id: UUID) -> None:
+    """Take a staging from its producer, whose next step fails; nobody goes on with it, and it is soon forgotten."""
+    connection.execute(
+        text("""
+            update vectormill.jobs set fence = fence + 1, lease_until = now() - interval '1 year'
+            where id = :job and state = 'staging'
+        """),
+        {"job": job_id},
+    )
+
+
 def delete_staging(connection: Connection, job_id: UUID, fence: int) -> bool:
     """Forget a staging job and its chunks, if it is still this producer's."""
     return (

@@ -1,4 +1,7 @@
-"""Jobs that are asked for in SQL: the rows that the function `vectormill.submit` writes (migrations 0008)."""
+"""Jobs that are asked for in SQL: the rows that the function `vectormill.submit` writes (migrations 0008, 0009).
+
+Options are read as text: JSON of Postgres' may hold numbers that no program reads.
+"""
 
 from collections.abc import Sequence
 from uuid import UUID
@@ -21,11 +24,13 @@ def due(connection: Connection, limit: int) -> Sequence[UUID]:
 
 
 def read(connection: Connection, job_id: UUID) -> RowMapping | None:
-    """A request's row, with `waits_seconds`: how long ago it was made, or made again."""
+    """A request's row, with `waits_seconds`: for how long its database can't be reached."""
     return (
         connection.execute(
             text("""
-            select *, extract(epoch from clock_timestamp() - requested_at)::float8 as waits_seconds
+            select job_id, workspace_id, query, model, name, text_column, key_column, options::text as options,
+                   idempotency_key, state,
+                   coalesce(extract(epoch from clock_timestamp() - unreachable_since), 0)::float8 as waits_seconds
             from vectormill.requests where job_id = :job
         """),
             {"job": job_id},
@@ -35,15 +40,62 @@ def read(connection: Connection, job_id: UUID) -> RowMapping | None:
     )
 
 
-def end_submitted(connection: Connection, job_id: UUID) -> None:
-    """The request is a job by now, which the database has queued."""
-    connection.execute(
+def standing(connection: Connection, job_id: UUID) -> RowMapping | None:
+    """How a request, or the job that came of it, stands, as `vectormill.job_status` shows it."""
+    return (
+        connection.execute(
+            text("""
+            select id, name, state, reason, message, model, created_at, started_at, finished_at
+            from vectormill.job_status where id = :job
+        """),
+            {"job": job_id},
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
+def newest_named(connection: Connection, workspace_id: int | None, name: str) -> UUID | None:
+    """The newest request of this name, in a workspace or in all, of those that are no job."""
+    return connection.execute(
         text("""
+            select job_id from vectormill.requests r
+            where (workspace_id = :workspace or cast(:workspace as bigint) is null)
+              and state <> 'submitted' and coalesce(name, 'query') = :name
+              and not exists (select from vectormill.jobs j where j.id = r.job_id)
+            order by job_id desc limit 1
+        """),
+        {"workspace": workspace_id, "name": name},
+    ).scalar_one_or_none()
+
+
+def ids_beginning(connection: Connection, workspace_id: int | None, beginning: str, limit: int) -> list[UUID]:
+    """Ids of requests that are no job, in a workspace or in all, whose written form begins so, newest first."""
+    rows = connection.execute(
+        text("""
+            select job_id from vectormill.requests r
+            where (workspace_id = :workspace or cast(:workspace as bigint) is null)
+              and state <> 'submitted' and starts_with(job_id::text, :beginning)
+              and not exists (select from vectormill.jobs j where j.id = r.job_id)
+            order by job_id desc limit :limit
+        """),
+        {"workspace": workspace_id, "beginning": beginning, "limit": limit},
+    )
+    return list(rows.scalars())
+
+
+def end_submitted(connection: Connection, job_id: UUID) -> bool:
+    """The request is a job by now, which the database has queued. False: it waits no more, or it is no job."""
+    return (
+        connection.execute(
+            text("""
             update vectormill.requests r set state = 'submitted', message = null, finished_at = clock_timestamp()
             where job_id = :job and state = 'requested'
               and exists (select from vectormill.jobs j where j.id = r.job_id and j.state <> 'staging')
         """),
-        {"job": job_id},
+            {"job": job_id},
+        ).rowcount
+        == 1
     )
 
 
@@ -64,11 +116,47 @@ def end_failed(connection: Connection, job_id: UUID, reason: RequestReason, mess
     )
 
 
-def note(connection: Connection, job_id: UUID, message: str) -> None:
-    """Say why a request still waits."""
+def cancel(connection: Connection, job_id: UUID, reason: str, message: str) -> RowMapping | None:
+    """Let a request be no job, whose row, if there is one, the caller has locked. None: it waits no more."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.requests
+            set state = 'cancelled', reason = :reason, message = :message, finished_at = clock_timestamp()
+            where job_id = :job and state = 'requested'
+            returning job_id, workspace_id, model, name, options::text as options
+        """),
+            {"job": job_id, "reason": reason, "message": message},
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
+def note_unreachable(connection: Connection, job_id: UUID, message: str) -> None:
+    """Say why a request still waits, and remember since when."""
     connection.execute(
-        text("update vectormill.requests set message = :message where job_id = :job and state = 'requested'"),
+        text("""
+            update vectormill.requests
+            set message = :message, unreachable_since = coalesce(unreachable_since, clock_timestamp())
+            where job_id = :job and state = 'requested'
+        """),
         {"job": job_id, "message": message},
+    )
+
+
+def forget_queries(connection: Connection, days: float) -> None:
+    """Forget the queries, which may hold texts, of what ended so long ago. Their hash stays."""
+    connection.execute(
+        text("""
+            update vectormill.requests r set query = null
+            where query is not null and state <> 'requested'
+              and finished_at < now() - make_interval(secs => 86400 * :days)
+              and not exists (select from vectormill.jobs j
+                              where j.id = r.job_id and (j.finished_at < now() - make_interval(secs => 86400 * :days))
+                                    is not true)
+        """),
+        {"days": days},
     )
 
 

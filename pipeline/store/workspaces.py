@@ -34,6 +34,11 @@ def set_webhook(connection: Connection, workspace_id: int, url: str | None) -> N
     connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(webhook=url))
 
 
+def set_sql_roles(connection: Connection, workspace_id: int, roles: Sequence[str]) -> None:
+    """Let these roles of Postgres, and no others but the owner, ask for its jobs in SQL."""
+    connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(sql_roles=list(roles)))
+
+
 def enable_models(connection: Connection, workspace_id: int, models: Sequence[str]) -> None:
     """Let a workspace use these models, and no others."""
     connection.execute(workspace_models.delete().where(workspace_models.c.workspace_id == workspace_id))
@@ -43,10 +48,12 @@ def enable_models(connection: Connection, workspace_id: int, models: Sequence[st
 
 
 def every(connection: Connection) -> list[RowMapping]:
-    """All workspaces by name: `name, weight, models, jobs, webhook` and limits, of jobs those that haven't ended."""
+    """All workspaces by name: `name, weight, models, jobs, webhook, sql_roles` and limits, of jobs those that haven't
+    ended."""
     rows = connection.execute(
         text("""
-            select w.name, w.weight, w.webhook, w.requests_per_minute, w.tokens_per_minute, w.monthly_tokens,
+            select w.name, w.weight, w.webhook, w.sql_roles,
+                   w.requests_per_minute, w.tokens_per_minute, w.monthly_tokens,
                    cast(w.monthly_cost as double precision) as monthly_cost,
                    array(select m.model_name from vectormill.workspace_models m
                          where m.workspace_id = w.id order by 1) as models,

@@ -8,9 +8,9 @@ import duckdb
 import pytest
 from sqlalchemy import Engine
 
-from pipeline.errors import ServiceUnreachable, SourceError, UserError
+from pipeline.errors import LeaseLost, ServiceUnreachable, SourceError, SourceStopped, UserError
 from pipeline.jobs import RejectCode
-from pipeline.sources import Columns
+from pipeline.sources import Columns, query
 from pipeline.sources.query import QueryCorpus
 from tests.jobs_made import run_sql
 
@@ -96,6 +96,28 @@ def test_what_a_query_may_not(database: str, engine: Engine, query: str, said: s
         rows(corpus(database, query))
     assert "vectormill:" not in str(refused.value)
     assert run_sql(engine, "select count(*) from vectormill.jobs") == [(0,)]
+
+
+def test_options_of_the_url_count_but_for_the_right_to_write(database: str) -> None:
+    url = f"{database}?options=-c%20statement_timeout%3D50%20-c%20default_transaction_read_only%3Doff"
+    with pytest.raises(SourceStopped, match="statement timeout"):
+        rows(QueryCorpus(url, "select pg_sleep(60)::text as text", Columns(), 1_000, seconds=600))
+    shown = "select current_setting('transaction_read_only') as text"
+    assert rows(corpus(url, shown)) == [(None, "on")]
+
+
+def test_it_can_be_stopped_where_the_server_has_nothing_to_cancel(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(query, "_CANCEL_SECONDS", 0.1)
+    source = corpus(database, "select repeat('x', 900) as text from generate_series(1, 100000)")
+    blocks = source.blocks()
+    next(blocks)
+    source.stop(LeaseLost())
+    with pytest.raises(LeaseLost):
+        list(blocks)
+    with pytest.raises(LeaseLost):
+        list(source.blocks())
 
 
 def test_bytes_cant_be_carried(database: str) -> None:

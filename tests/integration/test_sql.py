@@ -16,16 +16,21 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
-from pipeline import sql_requests
-from pipeline.dispatch import Dispatcher, drain, finish
+from pipeline import control, sql_requests, status
+from pipeline.api.shapes import Job
+from pipeline.cli.connect import Place
+from pipeline.cli.desk import DatabaseDesk
+from pipeline.cli.jobs import watch_job
+from pipeline.dispatch import Dispatcher, drain, finish, keep_house
 from pipeline.embedded.runtime import Running
 from pipeline.embedded.wheels import wheel_folder
-from pipeline.errors import ServiceUnreachable
-from pipeline.jobs import Model
+from pipeline.errors import ServiceUnreachable, UnknownJob
+from pipeline.jobs import JobState, Model
 from pipeline.publish import Publisher
 from pipeline.purge import purge_job, purge_month
 from pipeline.settings import Settings
 from pipeline.store import partitions, requests
+from tests.acceptance.fleet import eventually
 from tests.jobs_made import chunk_rows, count, job_row, run_sql
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
@@ -56,8 +61,8 @@ def reader(engine: Engine, database: str, role: str) -> Iterator[str]:
 def stage(engine: Engine, reader: str) -> Callable[..., None]:
     """Do the dispatcher's errand for all that is due."""
 
-    def stage(url: str | None = reader) -> None:
-        settings = Settings(sql_url=SecretStr(url) if url else None)
+    def stage(url: str | None = reader, **more: Any) -> None:
+        settings = Settings(sql_url=SecretStr(url) if url else None, **more)
         with engine.begin() as connection:
             due = requests.due(connection, 10)
         for job_id in due:
@@ -167,6 +172,9 @@ def test_a_key_that_another_door_has_used_is_refused(engine: Engine, model: Mode
         ({"idempotency_key": ""}, "idempotency_key: give 1 to 200 characters."),
         ({"options": []}, "options: give a JSON object."),
         ({"options": {"priority": "1"}}, 'options: "priority" must be of type number.'),
+        ({"options": {"priority": 101}}, 'options: "priority" must be a whole number from -100 to 100.'),
+        ({"options": {"dimensions": 1.5}}, 'options: "dimensions" must be a whole number from 1 to 16000.'),
+        ({"options": {"labels": {"a": "x" * 100_000}}}, "options: they are longer than 100,000 bytes."),
         (
             {"options": {"into": "t"}},
             'options: there is no "into"; there are carry, labels, priority, dimensions, dtype, max_item_tokens, '
@@ -190,7 +198,7 @@ def test_what_is_wrong_is_said_at_once(engine: Engine, model: Model, asked: dict
         ("with gone as (delete from public.docs returning *) select * from gone", {}, "query_refused", "DECLARE CURS"),
         ("select id, text, text::int from public.docs", {}, "query_refused", ": InvalidTextRepresentation."),
         ("select 'a' as text", {"options": {"dimensions": 3}}, "request_refused", "dimensions"),
-        ("select 'a' as text", {"options": {"priority": 1_000}}, "request_refused", "priority: input should be less"),
+        ("select 'a' as text", {"options": {"max_rejects": "-1"}}, "request_refused", "--max-rejects"),
     ],
 )
 def test_what_can_not_be_fails_with_its_reason(
@@ -296,6 +304,141 @@ def test_requests_go_with_their_month(engine: Engine, model: Model, stage: Calla
     assert run_sql(engine, "select job_id from vectormill.requests") == [(kept,)]
 
 
+def test_options_that_nobody_reads_fail_the_request(engine: Engine, model: Model, stage: Callable[..., None]) -> None:
+    job_id = ask(engine)
+    run_sql(engine, """update vectormill.requests set options = '{"priority": 1e400}'""")
+    run_sql(engine, "update vectormill.workspaces set webhook = 'https://etl.example.com'")
+    stage()
+    told = "options: they hold a number that is too large, or too many brackets."
+    assert shown(engine, job_id) == ("failed", "request_refused", told)
+    assert run_sql(engine, "select type from vectormill.events") == [("job.failed",)]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select pg_sleep(1000)::text as text",
+        # Each piece that is fetched is quick, and no statement has a limit from the first row on.
+        "select set_config('statement_timeout', '0', false), pg_sleep(0.001)::text as text, generate_series(1, 100000)",
+    ],
+)
+def test_an_endless_query_is_stopped(engine: Engine, model: Model, stage: Callable[..., None], query: str) -> None:
+    job_id = ask(engine, query)
+    stage(sql_seconds=1)
+    state, reason, message = shown(engine, job_id)
+    assert (state, reason) == ("failed", "query_stopped")
+    assert "it has taken longer than 1 s, the most that it may." in message or "statement timeout" in message
+    assert count(engine, "jobs") == count(engine, "items") == 0
+    assert_nothing_runs(engine)
+
+
+def assert_nothing_runs(engine: Engine) -> None:
+    look = "select count(*) = 0 from pg_stat_activity where datname = current_database() and application_name = :name"
+    eventually(lambda: run_sql(engine, look, name="vectormill-source")[0][0], "the query's session to end")
+
+
+@pytest.fixture
+def gate(database: str) -> Iterator[psycopg.Connection]:
+    """Who holds up the queries that ask for it, until it is closed."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("select pg_advisory_lock(7)")
+        yield connection
+
+
+GATED = "select id, text from public.docs, pg_advisory_xact_lock(7)"
+
+
+def test_what_is_cancelled_is_no_job(
+    engine: Engine, model: Model, stage: Callable[..., None], gate: psycopg.Connection
+) -> None:
+    run_sql(engine, "update vectormill.workspaces set webhook = 'https://etl.example.com'")
+    waiting, staged = ask(engine), ask(engine, GATED, idempotency_key="nightly")
+    cancel(engine, waiting)
+    with ThreadPoolExecutor(1) as threads:
+        staging = threads.submit(stage, lease_seconds=1)
+        wait_for_the_gate(engine)
+        assert shown(engine, staged)[0] == "staging"
+        cancel(engine, staged)
+        assert shown(engine, staged) == ("cancelled", "by_user", "cancelled by a person")
+        staging.result(30)
+    for job_id in (waiting, staged):
+        assert shown(engine, job_id) == ("cancelled", "by_user", "cancelled by a person")
+    assert count(engine, "jobs") == count(engine, "items") == 0
+    assert_nothing_runs(engine)
+    assert run_sql(engine, "select type from vectormill.events") == [("job.cancelled",)] * 2
+    assert ask(engine, GATED, idempotency_key="nightly") == staged
+    stage()
+    assert shown(engine, staged)[0] == "cancelled", "a person has said so"
+
+
+def test_what_is_cancelled_before_its_staging_is_there_never_runs(
+    engine: Engine, model: Model, stage: Callable[..., None], gate: psycopg.Connection
+) -> None:
+    job_id = ask(engine, GATED)
+    with ThreadPoolExecutor(1) as threads:
+        staging = threads.submit(stage)
+        wait_for_the_gate(engine)
+        run_sql(engine, "update vectormill.requests set state = 'cancelled'")
+        gate.close()
+        staging.result(30)
+    assert shown(engine, job_id)[0] == "cancelled"
+    assert count(engine, "jobs") == count(engine, "items") == 0
+
+
+def cancel(engine: Engine, job_id: UUID) -> None:
+    with engine.begin() as connection:
+        assert control.cancel(connection, job_id) is JobState.CANCELLED
+
+
+def wait_for_the_gate(engine: Engine) -> None:
+    look = "select count(*) = 1 from pg_locks where locktype = 'advisory' and objid = 7 and not granted"
+    eventually(lambda: run_sql(engine, look)[0][0], "the query to wait")
+
+
+def test_what_is_no_job_yet_has_a_status(engine: Engine, model: Model, stage: Callable[..., None]) -> None:
+    first = ask(engine, "select id, text from public.docs where false", name="docs", idempotency_key="k")
+    row = status_of(engine, "docs")
+    assert (row.id, row.state, row.model) == (first, "staging", "small")
+    assert row.message == "asked for in SQL; the dispatcher makes a job of it"
+    with engine.begin() as connection, pytest.raises(UnknownJob, match=f"{first} is no job: it was asked for in SQL"):
+        control.pause(connection, first)
+    stage()
+    row = status_of(engine, str(first)[:20])
+    assert (row.state, row.reason) == ("failed", "empty_source")
+    assert "no rows; there is nothing to embed." in (row.message or "")
+    assert watch_job(DatabaseDesk(Place(settings=Settings(), engine=engine, workspace_id=1)), str(first), 10) == 3
+    second = ask(engine, name="docs")
+    stage()
+    assert (status_of(engine, "docs").id, status_of(engine, "docs").state) == (second, "queued")
+    third = ask(engine, "select wrong", name="docs")
+    assert (status_of(engine, "docs").id, status_of(engine, "docs").state) == (third, "staging")
+
+
+def status_of(engine: Engine, name: str) -> Job:
+    """What the api answers."""
+    with engine.begin() as connection:
+        return Job(**status.job_status(connection, status.find_job(connection, 1, name)))
+
+
+def test_queries_are_forgotten_as_texts_are(
+    engine: Engine, model: Model, stage: Callable[..., None], redis_url: str
+) -> None:
+    refused_one = ask(engine, "select 'a secret' as wrong", idempotency_key="k")
+    made, waiting = ask(engine), ask(engine, "select 2 as id")
+    stage()
+    run_sql(engine, "update vectormill.requests set state = 'requested' where job_id = :id", id=waiting)
+    run_sql(engine, "update vectormill.requests set finished_at = now() - interval '8 days'")
+    keep_house(dispatcher(engine, redis_url))
+    kept = "select job_id from vectormill.requests where query is not null order by 1"
+    assert run_sql(engine, kept) == [(made,), (waiting,)], "its job hasn't ended"
+    run_sql(engine, "update vectormill.jobs set state = 'completed', finished_at = now() - interval '8 days'")
+    keep_house(dispatcher(engine, redis_url))
+    assert run_sql(engine, kept) == [(waiting,)]
+    assert ask(engine, "select 'a secret' as wrong", idempotency_key="k") == refused_one
+    stage()
+    assert shown(engine, refused_one)[:2] == ("failed", "query_refused"), "it is back when it is asked for again"
+
+
 def test_without_a_login_for_queries_it_is_said_what_to_set(
     engine: Engine, model: Model, stage: Callable[..., None]
 ) -> None:
@@ -315,12 +458,16 @@ def test_a_request_waits_for_a_database_that_is_away_and_not_for_ever(
     assert shown(engine, job_id)[:2] == ("requested", None)
     assert "can't reach postgresql://127.0.0.1:1/nothing" in shown(engine, job_id)[2]
     run_sql(engine, "update vectormill.requests set requested_at = now() - interval '1 day'")
+    with pytest.raises(ServiceUnreachable):
+        stage(NOWHERE)
+    assert shown(engine, job_id)[:2] == ("requested", None), "it may have waited for its turn"
+    run_sql(engine, "update vectormill.requests set unreachable_since = unreachable_since - interval '16 minutes'")
     stage(NOWHERE)
     assert shown(engine, job_id)[:2] == ("failed", "source_unreachable")
 
 
 def test_a_dispatcher_that_died_while_it_staged_is_taken_over(
-    engine: Engine, model: Model, stage: Callable[..., None]
+    engine: Engine, model: Model, stage: Callable[..., None], reader: str
 ) -> None:
     job_id = ask(engine)
     stage()
@@ -330,7 +477,7 @@ def test_a_dispatcher_that_died_while_it_staged_is_taken_over(
     assert run_sql(engine, "select state from vectormill.requests") == [("requested",)], "another one is at it"
     assert shown(engine, job_id)[0] == "staging"
     run_sql(engine, "update vectormill.jobs set lease_until = now() - interval '1 second'")
-    stage()
+    stage(reader.replace("127.0.0.1", "localhost"))  # it may have moved meanwhile
     assert shown(engine, job_id)[0] == "queued"
     assert count(engine, "items") == 10
 
@@ -371,6 +518,21 @@ def test_who_may_ask_and_who_may_read(engine: Engine, model: Model, database: st
         rows = connection.execute("select state, requested_by from vectormill.job_status order by id").fetchall()
         assert [row[1] == role for row in rows] == [False, True]
         assert connection.execute("select * from vectormill.rejects").fetchall() == []
+
+        run_sql(engine, "insert into vectormill.workspaces (name) values ('search')")
+        run_sql(
+            engine, "insert into vectormill.workspace_models select id, 'small' from vectormill.workspaces where id > 1"
+        )
+        there = b"select vectormill.submit('select 1', 'small', workspace => 'search')"
+        denied = f'role "{role}" may not ask for jobs in the workspace "search"'
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match=denied):
+            connection.execute(there)
+        run_sql(engine, "update vectormill.workspaces set sql_roles = array['gone', :role] where id > 1", role=role)
+        connection.execute(there)
+        run_sql(engine, "update vectormill.workspaces set sql_roles = '{gone}' where id = 1")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match='in the workspace "default"'):
+            connection.execute(statement)
+        ask(engine)  # as the owner, who may
 
 
 def test_psql(engine: Engine, model: Model, reader: str, role: str, database: str) -> None:

@@ -47,7 +47,10 @@ def listed(run: Run) -> list[dict[str, Any]]:
     return found
 
 
-_NO_LIMITS = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "monthly_tokens", "monthly_cost"))
+_NO_LIMITS: dict[str, Any] = {
+    **dict.fromkeys(("requests_per_minute", "tokens_per_minute", "monthly_tokens", "monthly_cost")),
+    "sql_roles": [],
+}
 
 
 def test_a_workspace_is_made_with_its_weight_and_models(engine: Engine, model: Model, run: Run) -> None:
@@ -92,6 +95,10 @@ def test_set_changes_what_is_named_and_nothing_else(engine: Engine, model: Model
     assert listed(run)[1] == search | limits
     assert run("set", "search", "--requests-per-minute", "0")[0] == 0
     assert listed(run)[1] == search | limits | {"requests_per_minute": None}
+    assert run("set", "search", "--sql-role", "etl", "--sql-role", "dbt")[0] == 0
+    assert listed(run)[1]["sql_roles"] == ["etl", "dbt"]
+    assert run("set", "search", "--clear", "sql-roles")[0] == 0
+    assert listed(run)[1]["sql_roles"] == []
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,7 @@ def test_set_changes_what_is_named_and_nothing_else(engine: Engine, model: Model
         (("create", "search", "--weight", "nan"), "--weight nan: give a number above 0."),
         (("create", "search", "--model", "none"), 'no model "none"; vectormill models list shows them.'),
         (("set", "search", "--weight", "1"), 'no workspace "search".'),
-        (("set", "default"), "nothing to change; give --weight, --model, --webhook or a limit."),
+        (("set", "default"), "nothing to change; give --weight, --model, --webhook, --sql-role or a limit."),
         (("set", "default", "--weight", "0"), "--weight 0: give a number above 0."),
         (("set", "default", "--weight", "2", "--model", "none"), 'no model "none"; vectormill models list shows them.'),
     ],
