@@ -1,7 +1,9 @@
 """HTTP whose every step ends at a moment that is set for all of it: who sends a byte now and then doesn't hold it."""
 
+import socket
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import httpcore2 as httpcore
@@ -28,8 +30,33 @@ class Deadlines(httpcore.NetworkBackend):
         return left if most_seconds is None else min(left, most_seconds)
 
     def connect_tcp(self, host: str, port: int, timeout: float | None = None, *how: Any, **more: Any) -> "_Stream":
-        """As the library's, within the time."""
-        return _Stream(self._inner.connect_tcp(host, port, self.left(timeout), *how, **more), self)
+        """As the library's, with the look-up of the name, within the time."""
+        failed: Exception = httpcore.ConnectError(f"{host} has no address")
+        for address in self._look_up(host, port):
+            try:
+                return _Stream(self._inner.connect_tcp(address, port, self.left(timeout), *how, **more), self)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failed = error
+        raise failed
+
+    def _look_up(self, host: str, port: int) -> list[str]:
+        """A host's addresses. No resolver can be told how long it may take: one that takes longer is left to itself."""
+        found: Future[list[str]] = Future()
+
+        def look_up() -> None:
+            try:
+                infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                found.set_result(list(dict.fromkeys(str(info[4][0]) for info in infos)))
+            except Exception as error:  # noqa: BLE001 - the caller's
+                found.set_exception(error)
+
+        threading.Thread(target=look_up, name="look-up", daemon=True).start()
+        try:
+            return found.result(self.left(None))
+        except TimeoutError:
+            raise httpcore.ConnectTimeout from None
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from error
 
 
 class _Stream(httpcore.NetworkStream):

@@ -69,9 +69,9 @@ ERRANDS: tuple[Errand, ...] = (
     ),
     Errand("forget_file", store.files.expired, lambda means, file: files.forget(means.engine, file), at_once=1),
     Errand(
-        "deliver_event",
+        "deliver_events",
         store.events.due,
-        lambda means, event: webhooks.deliver(means.engine, means.settings, event),
+        lambda means, host: webhooks.deliver(means.engine, means.settings, host),
         at_once=4,
     ),
 )

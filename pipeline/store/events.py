@@ -1,5 +1,5 @@
 """Events that webhooks are told of. An event is written in the transaction in which it happens, and kept until it is
-delivered or given up."""
+delivered or given up. Whom it is for is the host of its address, with the port."""
 
 import json
 import time
@@ -34,29 +34,42 @@ def add(
 
 
 def due(connection: Connection, limit: int) -> Sequence[str]:
-    """Ids of events that are to be tried, the longest due first."""
+    """Hosts for which there are events to be tried, the longest due first. It looks at one event of each host."""
     rows = connection.execute(
         text("""
-            select id from vectormill.events where state = 'waiting' and next_try_at <= clock_timestamp()
-            order by next_try_at limit :limit
+            with recursive hosts (host) as (
+              select min(split_part(url, '/', 3)) from vectormill.events where state = 'waiting'
+              union all
+              select (select min(split_part(url, '/', 3)) from vectormill.events
+                      where state = 'waiting' and split_part(url, '/', 3) > hosts.host)
+              from hosts where host is not null
+            )
+            select host from hosts cross join lateral (
+              select min(next_try_at) as first from vectormill.events
+              where state = 'waiting' and split_part(url, '/', 3) = host
+            ) due
+            where first <= clock_timestamp() order by first limit :limit
         """),
         {"limit": limit},
     )
     return list(rows.scalars())
 
 
-def take(connection: Connection, event_id: str, lease_seconds: float) -> RowMapping | None:
-    """Begin a try: `id, type, url, body, tries`, this one counted. Nobody else begins one for so long. None: it isn't
-    due."""
+def take(connection: Connection, host: str, lease_seconds: float) -> RowMapping | None:
+    """Begin a try of a host's longest due event: `id, type, url, body, tries`, this one counted. Nobody else begins one
+    for so long. None: none is due."""
     return (
         connection.execute(
             text("""
             update vectormill.events
             set tries = tries + 1, next_try_at = clock_timestamp() + make_interval(secs => :lease)
-            where id = :id and state = 'waiting' and next_try_at <= clock_timestamp()
+            where id = (select id from vectormill.events
+                        where state = 'waiting' and split_part(url, '/', 3) = :host
+                          and next_try_at <= clock_timestamp()
+                        order by next_try_at limit 1 for update skip locked)
             returning id, type, url, body, tries
         """),
-            {"id": event_id, "lease": lease_seconds},
+            {"host": host, "lease": lease_seconds},
         )
         .mappings()
         .one_or_none()
@@ -91,11 +104,10 @@ def standing(connection: Connection, given_up_within_seconds: float) -> RowMappi
     return (
         connection.execute(
             text("""
-            select count(*) filter (where state = 'waiting') as waiting,
-                   count(*) filter (where state = 'waiting' and answer is not null) as late,
-                   count(*) filter (where state = 'given_up'
-                                    and finished_at > now() - make_interval(secs => :age)) as given_up
-            from vectormill.events where state <> 'delivered'
+            select count(*) as waiting, count(answer) as late,
+                   (select count(*) from vectormill.events
+                    where state = 'given_up' and finished_at > now() - make_interval(secs => :age)) as given_up
+            from vectormill.events where state = 'waiting'
         """),
             {"age": given_up_within_seconds},
         )
@@ -107,6 +119,9 @@ def standing(connection: Connection, given_up_within_seconds: float) -> RowMappi
 def forget_old(connection: Connection, days: float) -> None:
     """Forget events that ended so long ago."""
     connection.execute(
-        text("delete from vectormill.events where finished_at < now() - make_interval(secs => 86400 * :days)"),
+        text("""
+            delete from vectormill.events
+            where state in ('delivered', 'given_up') and finished_at < now() - make_interval(secs => 86400 * :days)
+        """),
         {"days": days},
     )

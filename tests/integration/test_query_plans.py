@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event
 
 from pipeline.embedded.runtime import Running
-from pipeline.store import chunks, jobs, outputs
+from pipeline.store import chunks, events, jobs, outputs, requests
 from pipeline.store.database import make_engine
 from tests.conftest import new_database
 from tests.jobs_made import WORKER, make_job, make_model, run_sql
@@ -61,7 +61,31 @@ def big(_big_database: Engine) -> tuple[Engine, list[UUID]]:
         select job_id, id, 1, 0, 'part', 4, 1000 from vectormill.chunks where state = 'done'
         """,
     )
-    run_sql(engine, "analyze vectormill.chunks, vectormill.rejects, vectormill.jobs, vectormill.outputs")
+    run_sql(
+        engine,
+        """
+        insert into vectormill.events (id, workspace_id, type, url, body, state, finished_at)
+        select n, 1, 'job.completed', 'https://h' || n % 10 || '/hooks', '{}',
+               case when n % 100 = 0 then 'waiting' when n % 100 = 1 then 'given_up' else 'delivered' end,
+               case when n % 100 > 0 then now() - n * interval '1 minute' end
+        from generate_series(1, 20000) n
+        """,
+    )
+    run_sql(
+        engine,
+        """
+        insert into vectormill.requests
+          (job_id, workspace_id, requested_by, model, text_column, options, payload_sha256, state, finished_at)
+        select uuidv7(), 1, 'etl', 'small', 'text', '{}', '', case when n % 1000 = 0 then 'failed' else 'submitted' end,
+               now() - interval '30 days'
+        from generate_series(1, 10000) n
+        """,
+    )
+    run_sql(
+        engine,
+        "analyze vectormill.chunks, vectormill.rejects, vectormill.jobs, vectormill.outputs, vectormill.events, "
+        "vectormill.requests",
+    )
     return engine, made
 
 
@@ -138,6 +162,12 @@ def _some(engine: Engine, job: UUID, state: str) -> int:
         ("active", "jobs_active_idx"),
         ("take_old_texts", "jobs_texts_idx"),
         ("outputs", "outputs_pkey"),
+        ("due_events", "events_due_idx"),
+        ("take_event", "events_due_idx"),
+        ("standing_events", "events_ended_idx"),
+        ("forget_old_events", "events_ended_idx"),
+        ("requests_named", "requests_no_job_idx"),
+        ("forget_queries", "requests_queries_idx"),
     ],
 )
 def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str, index: str) -> None:
@@ -164,12 +194,18 @@ def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str
         "active": jobs.active,
         "take_old_texts": lambda c: jobs.take_old_texts(c, 7, 1_000),
         "outputs": lambda c: outputs.of_job(c, job, chunk),
+        "due_events": lambda c: events.due(c, 10),
+        "take_event": lambda c: events.take(c, "h3", 60),
+        "standing_events": lambda c: events.standing(c, 3600),
+        "forget_old_events": lambda c: events.forget_old(c, 30),
+        "requests_named": lambda c: requests.newest_named(c, 1, "docs"),
+        "forget_queries": lambda c: requests.forget_queries(c, 7),
     }
     with engine.connect() as connection:
         found = plan(connection, acts[name])
     assert index in found, found
     if name != "reopen":
-        assert "Seq Scan on chunks" not in found, found
+        assert not re.search("Seq Scan on (chunks|events|requests)", found), found
 
 
 @pytest.mark.parametrize("name", ["pending_after", "has_open", "cancel_pending"])

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
@@ -46,8 +47,8 @@ def deliver(engine: Engine, settings: Settings) -> Callable[[], None]:
     def deliver() -> None:
         with engine.begin() as connection:
             due = events.due(connection, 10)
-        for event_id in due:
-            webhooks.deliver(engine, settings, event_id)
+        for host in due:
+            webhooks.deliver(engine, settings, host)
 
     return deliver
 
@@ -256,10 +257,8 @@ def test_nothing_is_sent_where_the_operator_does_not_allow_it_or_unsigned(
     done(engine, model, f"{receiver.url}/hooks")
     end()
     unsigned = settings.model_copy(update={"webhook_secret": None})
-    with engine.begin() as connection:
-        due = events.due(connection, 10)
-    for event_id in due:
-        webhooks.deliver(engine, unsigned, event_id)
+    for _ in range(2):
+        webhooks.deliver(engine, unsigned, urlsplit(receiver.url).netloc)
     assert receiver.got == []
     assert {row[0] for row in state(engine)} == {"waiting"}, "an operator may still mend it"
     assert {row[2] for row in state(engine)} == {
@@ -272,26 +271,38 @@ def test_who_takes_long_or_is_away_holds_nothing(
     engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None]
 ) -> None:
     monkeypatch.setattr(webhooks, "_TRY_SECONDS", 0.5)
+    resolve, resolved = socket.getaddrinfo, threading.Event()
+    never = "http://never.resolved.test"
+
+    def resolver(host: str, *how: Any, **more: Any) -> Any:
+        if host in never:
+            resolved.wait(60)
+        return resolve(host, *how, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolver)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         done(engine, model, url)
         end()
         run_sql(engine, "update vectormill.events set created_at = now() - interval '1 minute'")
-        done(engine, model, "http://127.0.0.1:1")
-        end()
-        allowed = Settings(webhooks=(url, "http://127.0.0.1:1"), webhook_secret=SecretStr(SECRET))
+        for other in ("http://127.0.0.1:1", never):
+            done(engine, model, other)
+            end()
+        allowed = Settings(webhooks=(url, "http://127.0.0.1:1", never), webhook_secret=SecretStr(SECRET))
         with engine.begin() as connection:
             due = events.due(connection, 10)
         held: list[int] = []
         dripping = threading.Thread(target=_drip, args=(silent, lambda: held.append(engine.pool.checkedout())))  # type: ignore[attr-defined]
         dripping.start()
-        for event_id in due:
-            webhooks.deliver(engine, allowed, event_id)
+        for host in due:
+            webhooks.deliver(engine, allowed, host)
     dripping.join()
+    resolved.set()
     assert held == [0], "no connection of the database is held meanwhile"
     assert state(engine) == [
         ("waiting", 1, "doesn't answer within 0.5 s"),
         ("waiting", 1, "can't be reached (ConnectError)"),
+        ("waiting", 1, "doesn't answer within 0.5 s"),
     ]
 
 
@@ -316,10 +327,11 @@ def test_a_try_whose_dispatcher_died_is_made_again(
     done(engine, model, f"{receiver.url}/hooks")
     end()
     with engine.begin() as connection:
-        (event_id,) = events.due(connection, 10)
-        assert events.take(connection, event_id, 60)
+        (host,) = events.due(connection, 10)
+        assert events.take(connection, host, 60)
     with engine.begin() as connection:
-        assert events.take(connection, event_id, 60) is None, "another dispatcher leaves it alone"
+        assert events.due(connection, 10) == []
+        assert events.take(connection, host, 60) is None, "another dispatcher leaves it alone"
     deliver()
     assert receiver.got == []
     make_due(engine)
@@ -327,15 +339,26 @@ def test_a_try_whose_dispatcher_died_is_made_again(
     assert state(engine) == [("delivered", 2, "answers 204")]
 
 
-def test_the_dispatcher_sees_to_it(
+def test_the_dispatcher_sees_to_it_whoever_else_does_not_answer(
     engine: Engine, model: Model, receiver: Receiver, settings: Settings, end: Callable[[], None]
 ) -> None:
-    done(engine, model, f"{receiver.url}/hooks")
-    end()
-    errands = Errands(Means(engine, settings))
-    errands.begin()
-    receiver.wait_for(1)
-    eventually(lambda: state(engine) == [("delivered", 1, "answers 204")], "the answer to be kept")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dead = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for url in (*[dead] * 6, *[f"{receiver.url}/hooks"] * 3):
+            done(engine, model, url)
+            end()
+        allowed = settings.model_copy(update={"webhooks": (*settings.webhooks, dead)})
+        Errands(Means(engine, allowed)).begin()
+        receiver.wait_for(3)
+        eventually(lambda: state(engine)[6:] == [("delivered", 1, "answers 204")] * 3, "the answers to be kept")
+        assert sum(row[1] for row in state(engine)[:6]) == 1, "one try at a time"
+    # It has been cut off.
+    eventually(lambda: standing(engine) == {"waiting": 6, "late": 1, "given_up": 0}, "the try that failed")
+
+
+def standing(engine: Engine) -> dict[str, int]:
+    with engine.begin() as connection:
+        return dict(events.standing(connection, 60))
 
 
 def test_old_events_are_forgotten(engine: Engine, model: Model, receiver: Receiver, end: Callable[[], None]) -> None:
