@@ -5,8 +5,10 @@ Needs apache-airflow-providers-openai, and the connection `openai_default`: the 
 that restarts doesn't fail a run.
 
 The day's texts are `<folder>/<day>.jsonl`, lines with `id` and `text`, at most 50,000 and 200 MiB, in a folder that all
-workers of Airflow see. What is uploaded depends on them alone, so that a task that runs again gets a batch request over
-the same job: nothing is embedded twice.
+workers of Airflow see. The day is Airflow's `ds`, the date of the run; a run by hand needs a logical date.
+
+What is uploaded depends on the texts alone, so that a task that runs again gets a batch request over the same job:
+nothing is embedded twice.
 """
 
 import json
@@ -21,7 +23,8 @@ from airflow.sdk import dag, task
 
 
 @dag(
-    schedule="@daily",
+    # Not "@daily": that is at midnight, and the day that it names has just begun.
+    schedule="15 2 * * *",
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
     catchup=False,
     max_active_runs=1,

@@ -3,6 +3,9 @@
 Needs apache-airflow-providers-http, and the connection `vectormill`: schema, host and port of the api, and in its extra
 `{"Authorization": "Bearer vm_…"}`. The api must allow the folder (VECTORMILL_API_SOURCES), which its machine must see.
 
+The day's file is `<folder>/<day>.jsonl`, lines with `id` and `text`; the day is Airflow's `ds`, the date of the run. A
+run by hand needs a logical date.
+
 The day in the idempotency key makes each try, and a run that is cleared, attach to the job that is there, or go on with
 it if it has failed. So both tasks are tried again whatever went wrong, an answer that was lost on its way too, after
 Airflow's `default_task_retry_delay`. Only a job that has failed or was cancelled ends the run at once.
@@ -32,7 +35,8 @@ def has_completed(response: Any) -> bool:
 
 
 @dag(
-    schedule="@daily",
+    # Not "@daily": that is at midnight, and the day that it names has just begun.
+    schedule="15 2 * * *",
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
     catchup=False,
     max_active_runs=1,
