@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine
 from pipeline import parts
 from pipeline.errors import UserError
 from pipeline.parts import OUR_COLUMNS
+from pipeline.status import job_row
 from pipeline.store import embeddings, jobs, outputs
 from pipeline.store.outputs import Output
 
@@ -28,7 +29,7 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
     columns. The file appears when it is whole. Returns how many rows it has.
 
     Raises:
-        UserError: another ending, or the folder can't be written.
+        UserError: another ending, or the folder can't be written; `UnknownJob`: there is none.
     """
     kind = target.suffix.removeprefix(".")
     if kind not in _ENCODERS:
@@ -84,8 +85,7 @@ def encode(blocks: Iterator[Block], kind: str, dimensions: int, carried: Sequenc
 
 def _written(connection: Connection, job_id: UUID) -> tuple[str | None, list[str]]:
     """The folder of a job's Parquet files, if it has one, and the columns that it carries."""
-    row = jobs.by_id(connection, job_id)
-    assert row
+    row = job_row(connection, job_id)
     columns = row["options"].get("columns", {}).get("carry", ())
     return row["options"].get("output"), [name for name in dict.fromkeys(columns) if name not in OUR_COLUMNS]
 

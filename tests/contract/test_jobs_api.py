@@ -27,6 +27,7 @@ from sqlalchemy import text
 
 from pipeline.api.bulk import UPLOADS_AT_ONCE
 from pipeline.cli.desk import ApiDesk
+from pipeline.cli.jobs import watch_job
 from pipeline.errors import UserError
 from tests.acceptance.fleet import Fleet, eventually
 from tests.contract.conftest import Gateway
@@ -94,6 +95,19 @@ def done(line: httpx.Client) -> dict[str, Any]:
     assert (made["name"], made["state"], made["items"]["total"]) == ("docs", "queued", 300)
     assert _WEBHOOK not in reply.text, "an address may hold a token"
     return _ended(line, made["id"])
+
+
+def test_what_was_asked_for_in_sql_and_is_no_job_has_a_status(working: Gateway, line: httpx.Client) -> None:
+    ask = "select vectormill.submit('select 1 as text', 'static', name => 'asked')::text"
+    job = working.fleet.scalar(ask)
+    row = _ended(line, "asked")
+    assert (row["id"], row["state"], row["reason"]) == (job, "failed", "request_refused")
+    with closing(ApiDesk(working.url, working.key, "default")) as desk:
+        assert watch_job(desk, "asked", 10) == 3
+    replies = [line.post(f"/api/jobs/asked/{verb}") for verb in ("cancel", "pause", "resume", "retry")]
+    replies += [line.get(f"/api/jobs/asked/{part}") for part in ("results", "receipt")]
+    told = f"{job} is no job: it was asked for in SQL, and is failed."
+    assert {(reply.status_code, reply.json()["detail"]) for reply in replies} == {(404, told)}
 
 
 def test_upload_to_vectors(done: dict[str, Any], line: httpx.Client, by_library: Any) -> None:
