@@ -9,7 +9,7 @@
     leases → writeback            a claim, and the one transaction that ends it
     status, results               what came of it
     webhooks                      who is told of it; deadlines: HTTP within a time
-    files, batches                OpenAI's batch requests: files become jobs, and their ends files
+    files, batches, batch_results    OpenAI's batch requests: files become jobs, and their ends files
     errands                       what the dispatcher sees to beside its duties
     standing                      how things stand, as metrics
     catalog, keys                 models and vector spaces; keys to the api

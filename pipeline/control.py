@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection, RowMapping
 
 from pipeline import webhooks
-from pipeline.errors import IllegalTransition, UserError
+from pipeline.errors import IllegalTransition, NotRetriable, UserError
 from pipeline.jobs import RETRYABLE_REJECTS, JobState, Reason
 from pipeline.status import job_row
 from pipeline.store import chunks, items, jobs, models, requests
@@ -91,21 +91,23 @@ def retry(connection: Connection, job_id: UUID) -> int:
 
     Raises:
         IllegalTransition: the job hasn't ended, or was cancelled.
-        UserError: its texts have been removed.
+        NotRetriable: its texts have been removed, or its model has.
     """
     row = jobs.lock(connection, job_id)
     if row is None or row["state"] not in (JobState.COMPLETED, JobState.FAILED):
         _unless(connection, job_id, (), "retried")
     assert row is not None
-    if row["texts_removed_at"]:
-        raise UserError(
-            f"job {job_id} ended too long ago: its texts were removed on "
-            f"{row['texts_removed_at']:%Y-%m-%d}; submit it again."
-        )
-    if models.of_job(connection, job_id) is None:
-        raise UserError(f"the model of job {job_id} is no longer in the catalogue as it was; submit it again.")
     if row["max_rejects"] is not None and _lasting_rejects(connection, job_id) > row["max_rejects"]:
         return 0
+    if row["texts_removed_at"]:
+        raise NotRetriable(
+            f"job {job_id} ended too long ago: its texts were removed on "
+            f"{row['texts_removed_at']:%Y-%m-%d}; submit it again.",
+            job_id,
+        )
+    if models.of_job(connection, job_id) is None:
+        message = f"the model of job {job_id} is no longer in the catalogue as it was; submit it again."
+        raise NotRetriable(message, job_id)
     reopened = chunks.reopen(connection, job_id, sorted(RETRYABLE_REJECTS))
     if reopened:
         jobs.requeue(connection, job_id)
@@ -124,11 +126,11 @@ def _unless(connection: Connection, job_id: UUID, states: Sequence[JobState], do
     return state
 
 
-def reject_limit(option: str, items_total: int) -> int | None:
+def reject_limit(option: str, items_total: int, *, called: str = "--max-rejects") -> int | None:
     """How many rejects a job of `items_total` items may have: `N`, `P%`, or "" for the default, 10 % from 100 items on.
 
     Raises:
-        UserError: `option` is neither.
+        UserError: `option` is neither; the message calls it as its sender does.
     """
     if not option:
         return items_total // 10 if items_total >= 100 else None
@@ -142,7 +144,7 @@ def reject_limit(option: str, items_total: int) -> int | None:
             raise ValueError
         return int(option)
     except (ValueError, InvalidOperation):
-        raise UserError(f'--max-rejects "{option}": give a count such as 50, or a share such as 2.5%.') from None
+        raise UserError(f'{called} "{option}": give a count such as 50, or a share such as 2.5%.') from None
 
 
 def outcome(row: RowMapping, account: Mapping[str, Any]) -> tuple[JobState, str | None, str | None]:

@@ -14,13 +14,14 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import batches, files, metrics, sql_requests, store, webhooks
+from pipeline import batch_results, batches, files, metrics, sql_requests, store, webhooks
+from pipeline.errors import Waiting
 from pipeline.settings import Settings
 from pipeline.store.database import is_connection_lost, plain_reason
 
 log = structlog.get_logger()
 
-#: A piece that failed isn't begun again before so long.
+#: A piece that failed, or that must wait, isn't begun again before so long.
 _AGAIN_SECONDS = 10.0
 
 
@@ -59,7 +60,7 @@ ERRANDS: tuple[Errand, ...] = (
     Errand(
         "finish_batch_request",
         store.batches.to_end,
-        lambda means, batch: batches.finish(means.engine, means.settings, batch),
+        lambda means, batch: batch_results.finish(means.engine, means.settings, batch),
     ),
     Errand(
         "expire_batch_request",
@@ -87,8 +88,9 @@ class Errands:
         self._means, self._kinds = means, kinds
         #: Guards what follows: threads change it when they end.
         self._lock = threading.Lock()
-        self._under_way: set[tuple[str, Hashable]] = set()
-        #: When a piece that failed may be begun again, by the monotonic clock.
+        #: By errand and piece.
+        self.under_way: set[tuple[str, Hashable]] = set()
+        #: When such a piece may be begun again, by the monotonic clock.
         self._rests: dict[tuple[str, Hashable], float] = {}
 
     def begin(self) -> None:
@@ -97,28 +99,34 @@ class Errands:
             with self._lock:
                 now = time.monotonic()
                 self._rests = {piece: until for piece, until in self._rests.items() if until > now}
-                not_now = {piece for name, piece in (*self._under_way, *self._rests) if name == kind.name}
-                room = kind.at_once - sum(name == kind.name for name, _ in self._under_way)
+                not_now = {piece for name, piece in (*self.under_way, *self._rests) if name == kind.name}
+                room = kind.at_once - sum(name == kind.name for name, _ in self.under_way)
             if room <= 0:
                 continue
             with self._means.engine.connect() as connection:
                 due = kind.due(connection, room + len(not_now))
             for piece in [piece for piece in due if piece not in not_now][:room]:
                 with self._lock:
-                    self._under_way.add((kind.name, piece))
+                    self.under_way.add((kind.name, piece))
                 threading.Thread(target=partial(self._run, kind, piece), daemon=True).start()
 
     def _run(self, kind: Errand, piece: Hashable) -> None:
         which = (kind.name, piece)
         try:
             kind.do(self._means, piece)
+        except Waiting as waiting:
+            self._rest(which)
+            log.info("errand_waits", errand=kind.name, piece=str(piece), message=str(waiting))
         except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed, and the log says it
-            with self._lock:
-                self._rests[which] = time.monotonic() + _AGAIN_SECONDS
+            self._rest(which)
             lost = isinstance(error, DBAPIError) and is_connection_lost(error)
             metrics.DISPATCHER_FAILURES.labels("database" if lost else "other").inc()
             told = plain_reason(error) if isinstance(error, DBAPIError) else str(error)[:500]
             log.warning("errand_failed", errand=kind.name, piece=str(piece), error=type(error).__name__, message=told)
         finally:
             with self._lock:
-                self._under_way.discard(which)
+                self.under_way.discard(which)
+
+    def _rest(self, which: tuple[str, Hashable]) -> None:
+        with self._lock:
+            self._rests[which] = time.monotonic() + _AGAIN_SECONDS

@@ -1,6 +1,7 @@
 """The one tree of errors. Each type says whether trying again can help, and how a command ends."""
 
 from typing import ClassVar
+from uuid import UUID
 
 
 class VectormillError(Exception):
@@ -53,6 +54,14 @@ class IllegalTransition(UserError):
     """The job's state doesn't allow this."""
 
 
+class NotRetriable(UserError):
+    """What the job was made of is gone. The same corpus may be submitted again."""
+
+    def __init__(self, message: str, job_id: UUID) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
 class IdempotencyConflict(UserError):
     """The idempotency key was used before with another payload."""
 
@@ -66,6 +75,12 @@ class ServiceUnreachable(VectormillError):
 
 class StorageUnreachable(ServiceUnreachable):
     """A storage doesn't answer, after its client's own retries."""
+
+
+class Waiting(VectormillError):
+    """Something else must end before this can be done. Nothing is wrong."""
+
+    retryable = True
 
 
 class WaitTimedOut(VectormillError):

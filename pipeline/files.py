@@ -1,6 +1,7 @@
 """Files of the Files API: what callers upload for batch requests, and what these answer with."""
 
 import hashlib
+from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import UUID
 
@@ -8,7 +9,7 @@ from sqlalchemy import Engine, RowMapping
 from uuid_utils.compat import uuid7
 
 from pipeline import storage
-from pipeline.errors import StorageUnreachable
+from pipeline.errors import SourceChanged, StorageUnreachable
 from pipeline.settings import Settings
 from pipeline.store import files
 
@@ -45,20 +46,20 @@ def keep(
     file_id = new_id("file-")
     uri = storage.join(storage.join(settings.files_folder, str(workspace_id)), file_id)
     storage.write_from(uri, source)
-    there = storage.stat(uri)
-    if there is None or there.bytes != size:
-        raise StorageUnreachable(f"{uri}: the file isn't there as it was written; try again.")
-    row: dict[str, Any] = {
-        "id": file_id,
-        "workspace_id": workspace_id,
-        "purpose": purpose,
-        "name": name,
-        "uri": there.uri,
-        "etag": there.etag,
-        "bytes": size,
-        "sha256": digest.hexdigest(),
-    }
     try:
+        there = storage.stat(uri)
+        if there is None or there.bytes != size:
+            raise StorageUnreachable(f"{uri}: the file isn't there as it was written; try again.")
+        row: dict[str, Any] = {
+            "id": file_id,
+            "workspace_id": workspace_id,
+            "purpose": purpose,
+            "name": name,
+            "uri": there.uri,
+            "etag": there.etag,
+            "bytes": size,
+            "sha256": digest.hexdigest(),
+        }
         with engine.begin() as connection:
             return files.insert(connection, row, lives_seconds or settings.file_days * _DAY_SECONDS)
     except BaseException:
@@ -73,7 +74,14 @@ def open_kept(file: RowMapping) -> BinaryIO:
         SourceChanged: they are gone, or others by now.
         StorageRefused, StorageUnreachable
     """
-    return storage.open_file(file["uri"], file["etag"])
+    uri: str = file["uri"]
+    try:
+        return storage.open_file(uri, file["etag"])
+    except SourceChanged:
+        # No file is deleted with its folder: where that is missing, what it is mounted from is away.
+        if not storage.is_remote(uri) and not Path(uri).parent.is_dir():
+            raise StorageUnreachable(f"{uri}: its folder is missing; mount it again.") from None
+        raise
 
 
 def forget(engine: Engine, file_id: str) -> bool:

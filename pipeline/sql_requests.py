@@ -109,7 +109,7 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
         options=wish.options("query", row["idempotency_key"] or f"sql {row['job_id']}"),
         planning=planning(settings),
         job_id=row["job_id"],
-        on_queue=lambda connection: _end_submitted(connection, row["job_id"]),
+        on_queue=_end_submitted,
         on_lost=lambda: corpus.stop(LeaseLost()),
     )
 

@@ -263,11 +263,8 @@ def write(uri: str, data: bytes | memoryview) -> None:
         if is_remote(uri):
             bucket, path = _split(uri)
             obstore.put(_store(bucket), path, bytes(data), use_multipart=False)
-            return
-        try:
+        else:
             _write_local(Path(uri), data)
-        except (NotADirectoryError, FileExistsError):
-            raise StorageRefused(f"{uri}: there is a file where a folder must be.") from None
 
 
 def write_from(uri: str, source: BinaryIO) -> None:
@@ -285,7 +282,10 @@ def write_from(uri: str, source: BinaryIO) -> None:
 
 
 def _write_local(path: Path, data: bytes | memoryview | BinaryIO) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError):
+        raise StorageRefused(f"{path}: there is a file where a folder must be.") from None
     with NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as file:
         try:
             if isinstance(data, bytes | memoryview):
@@ -330,7 +330,7 @@ def move(source: str, target: str) -> None:
 
 def delete(uri: str) -> None:
     """Delete a file, if it is there."""
-    with _reported(uri), suppress(FileNotFoundError):
+    with _reported(uri), suppress(FileNotFoundError, NotADirectoryError):
         if is_remote(uri):
             bucket, path = _split(uri)
             obstore.delete(_store(bucket), path)

@@ -18,7 +18,7 @@ from uuid_utils.compat import uuid7
 
 from pipeline import control, parts
 from pipeline.catalog import vector_space_of
-from pipeline.errors import EmptySource, IdempotencyConflict, LeaseLost, UserError, VectormillError
+from pipeline.errors import EmptySource, IdempotencyConflict, LeaseLost, NotRetriable, UserError, VectormillError
 from pipeline.jobs import Extent, Model, Reason, Reject
 from pipeline.leases import Renewal
 from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
@@ -103,8 +103,8 @@ class Submission:
     job_id: UUID | None = None
     #: Hears how many items are committed.
     on_items: Callable[[int], None] = lambda _: None
-    #: Called in the transaction that makes a new job runnable; what it raises undoes the job.
-    on_queue: Callable[[Connection], None] = lambda _: None
+    #: Called in the transaction that makes the job runnable, anew or again; what it raises undoes that.
+    on_queue: Callable[[Connection, UUID], None] = lambda _, __: None
     #: Hears that somebody else has the job by now, while the corpus may still be read.
     on_lost: Callable[[], None] = lambda: None
 
@@ -146,6 +146,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
     Raises:
         SourceError: the corpus can't be read; `EmptySource`: it has no item.
         IdempotencyConflict: the key was used with another payload.
+        NotRetriable: its job has failed for good.
         UserError: an option doesn't fit the model, or `unique_keys` and a key comes twice.
     """
     options = submission.options
@@ -239,12 +240,27 @@ def _attach(engine: Engine, submission: Submission) -> Submitted:
     submission.corpus.read_fingerprint()
     if submission.payload() != found["payload_sha256"]:
         raise _conflict(key, job_id)
-    if found["state"] != "failed":
-        return Submitted(job_id, f"this idempotency key made job {job_id} before; it is {found['state']}")
+    if found["state"] == "failed":
+        return _resume(engine, submission, job_id)
+    return Submitted(job_id, f"this idempotency key made job {job_id} before; it is {found['state']}")
+
+
+def _resume(engine: Engine, submission: Submission, job_id: UUID) -> Submitted:
+    """Let a failed job go on."""
+    made = f"this idempotency key made job {job_id} before"
+    reopened = None
     with engine.begin() as connection:
-        reopened = control.retry(connection, job_id)
-    how = f"resumed with {reopened:,} chunks" if reopened else "and nothing in it can be tried again"
-    return Submitted(job_id, f"this idempotency key made job {job_id} before; it had failed, {how}")
+        row = jobs.lock(connection, job_id)
+        if row is not None and row["state"] == "failed":
+            try:
+                reopened = control.retry(connection, job_id)
+            except NotRetriable as error:
+                raise NotRetriable(f"{made}, which failed: {error} Use another key.", job_id) from error
+            submission.on_queue(connection, job_id)
+    if reopened is None:  # another submission was faster
+        return _attach(engine, submission)
+    how = f"resumed with {reopened:,} chunks" if reopened else "and nothing in it can be tried again; use another key"
+    return Submitted(job_id, f"{made}; it had failed, {how}")
 
 
 def _attach_to_staging(engine: Engine, submission: Submission, found: RowMapping) -> Submitted:
@@ -422,7 +438,7 @@ class _Staging:
             if limit is not None and limit < self._rejects < self._items:
                 # Before any chunk can be claimed: nobody pays for, or reads, a part of what fails anyway.
                 control.fail(connection, self._job_id, Reason.TOO_MANY_REJECTS, control.too_many(self._rejects, limit))
-            self._submission.on_queue(connection)
+            self._submission.on_queue(connection, self._job_id)
 
     def _check_keys(self) -> None:
         with self._engine.begin() as connection:

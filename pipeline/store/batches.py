@@ -58,14 +58,14 @@ def to_stage(connection: Connection, limit: int) -> list[str]:
 
 def to_end(connection: Connection, limit: int) -> list[str]:
     """Those whose job has ended, or that let go of it: cancelled or expired before it began, or while another batch
-    request goes on with it."""
+    request goes on with it. Also those that were being ended when their job was tried again."""
     rows = connection.execute(
         text("""
             select b.id from vectormill.batches b left join vectormill.jobs j on j.id = b.job_id
             where b.ended_at is null
               and case when b.job_id is null then b.ends_as is not null
                        else j.id is null or j.state in ('completed', 'failed', 'cancelled')
-                            or (b.ends_as is not null and exists
+                            or b.state = 'finalizing' or (b.ends_as is not null and exists
                                 (select 1 from vectormill.batches o
                                  where o.ended_at is null and o.job_id = b.job_id and o.ends_as is null)) end
             order by b.id limit :limit
@@ -89,17 +89,18 @@ def to_expire(connection: Connection, limit: int) -> list[str]:
 
 
 def begin(connection: Connection, batch_id: str, job_id: UUID, model: str) -> bool:
-    """It has become a job, or attached to one. False: it has been let go meanwhile."""
-    state = connection.execute(
-        text("""
-            update vectormill.batches
-            set job_id = :job, model = :model, in_progress_at = now(),
-                state = case when state = 'validating' and ends_as is null then 'in_progress' else state end
-            where id = :batch and job_id is null and ended_at is null returning state
-        """),
-        {"batch": batch_id, "job": job_id, "model": model},
-    ).scalar_one_or_none()
-    return state == BatchState.IN_PROGRESS
+    """It becomes a job, or attaches to one. False: it has one already, or has been let go meanwhile."""
+    return (
+        connection.execute(
+            text("""
+                update vectormill.batches
+                set job_id = :job, model = :model, in_progress_at = now(), state = 'in_progress'
+                where id = :batch and job_id is null and ended_at is null and ends_as is null
+            """),
+            {"batch": batch_id, "job": job_id, "model": model},
+        ).rowcount
+        == 1
+    )
 
 
 def let_go(connection: Connection, batch_id: str, ends_as: BatchState) -> bool:
@@ -139,6 +140,17 @@ def begin_finalizing(connection: Connection, batch_id: str) -> None:
             update vectormill.batches set finalizing_at = coalesce(finalizing_at, now()),
                    state = case when state = 'in_progress' then 'finalizing' else state end
             where id = :batch and ended_at is null
+        """),
+        {"batch": batch_id},
+    )
+
+
+def wait_again(connection: Connection, batch_id: str) -> None:
+    """Its job runs again: its files aren't written yet."""
+    connection.execute(
+        text("""
+            update vectormill.batches set state = 'in_progress', finalizing_at = null
+            where id = :batch and state = 'finalizing' and ended_at is null and ends_as is null
         """),
         {"batch": batch_id},
     )

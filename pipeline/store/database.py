@@ -51,6 +51,15 @@ def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = 
     return engine
 
 
+@contextmanager
+def snapshot(engine: Engine) -> Iterator[Connection]:
+    """A transaction that sees all as it is at its first statement, whatever others commit meanwhile. It can't write."""
+    with engine.connect() as connection:
+        connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with connection.begin():
+            yield connection
+
+
 def psycopg_connection(connection: Connection) -> psycopg.Connection:
     """The driver's connection beneath `connection`, for COPY; it is in the same transaction."""
     driver = connection.connection.driver_connection

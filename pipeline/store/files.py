@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, text
+from sqlalchemy import Connection, RowMapping, func, text
 
 from pipeline.tables import files
 
@@ -41,10 +41,15 @@ def delete(connection: Connection, file_id: str) -> bool:
     return connection.execute(files.delete().where(files.c.id == file_id)).rowcount > 0
 
 
+def expire(connection: Connection, file_ids: Sequence[str]) -> None:
+    """Let files be past their time."""
+    connection.execute(files.update().where(files.c.id.in_(file_ids)).values(expires_at=func.now()))
+
+
 def expired(connection: Connection, limit: int) -> list[str]:
     """Files that are past their time, by id."""
     rows = connection.execute(
-        text("select id from vectormill.files where expires_at < now() order by expires_at limit :limit"),
+        text("select id from vectormill.files where expires_at <= now() order by expires_at limit :limit"),
         {"limit": limit},
     )
     return list(rows.scalars())

@@ -108,6 +108,11 @@ def by_idempotency_key(connection: Connection, workspace_id: int, key: str) -> R
     )
 
 
+def release_key(connection: Connection, job_id: UUID) -> None:
+    """Let a job's idempotency key be another job's."""
+    connection.execute(text("update vectormill.jobs set idempotency_key = null where id = :job"), {"job": job_id})
+
+
 def ids_beginning(connection: Connection, workspace_id: int | None, beginning: str, limit: int) -> list[UUID]:
     """Ids of a workspace's jobs, or of everybody's, whose written form begins so, newest first."""
     rows = connection.execute(
