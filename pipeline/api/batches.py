@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from sqlalchemy import Connection, RowMapping
 
 from pipeline import batches as steps
@@ -13,7 +13,8 @@ from pipeline import control, status
 from pipeline.api.asking import SECURITY, ask, caller_of, described, read_body
 from pipeline.api.embeddings import ERRORS
 from pipeline.api.files import ExpiresAfter, find_file
-from pipeline.errors import InvalidPayload, NotFound, UnknownJob
+from pipeline.api.pages import After, Listed, Page
+from pipeline.errors import InvalidPayload, NotFound, UnknownJob, UserError
 from pipeline.files import new_id
 from pipeline.jobs import BatchState
 from pipeline.sources.batch_lines import ENDPOINT
@@ -29,6 +30,21 @@ _Key = Annotated[str, Field(min_length=1, max_length=64, pattern=_NO_NUL)]
 _Value = Annotated[str, Field(max_length=512, pattern=_NO_NUL)]
 
 
+def _as_option(given: object) -> object:
+    """A limit as the command's option has it."""
+    if given is None:
+        return ""
+    return str(given) if type(given) is int else given
+
+
+_Limit = Annotated[
+    str,
+    BeforeValidator(_as_option),
+    Field(max_length=30, pattern=_NO_NUL),
+    WithJsonSchema({"anyOf": [{"type": "string", "maxLength": 30}, {"type": "integer"}, {"type": "null"}]}),
+]
+
+
 class NewBatch(BaseModel):
     """A batch request to make. Other fields are ignored."""
 
@@ -39,11 +55,8 @@ class NewBatch(BaseModel):
     completion_window: str = Field(max_length=10, description="24h, or another number of h or d, up to 30d.")
     metadata: dict[_Key, _Value] | None = Field(default=None, max_length=16, description="Kept with batch and job.")
     output_expires_after: ExpiresAfter | None = Field(default=None, description="Of the output and the error file.")
-    max_rejects: str = Field(
-        default="",
-        max_length=30,
-        pattern=_NO_NUL,
-        description="Fail beyond so many bad lines, `50` or `2.5%`. Default: 10 % from 100 lines on.",
+    max_rejects: _Limit = Field(
+        default="", description="Fail beyond so many bad lines, 50 or `2.5%`. Default: 10 % from 100 lines on."
     )
 
 
@@ -71,10 +84,9 @@ class RequestCounts(BaseModel):
     failed: int
 
 
-class Batch(BaseModel):
+class Batch(Listed):
     """A batch request."""
 
-    id: str
     object: Literal["batch"] = "batch"
     endpoint: Literal["/v1/embeddings"] = "/v1/embeddings"
     model: str | None
@@ -98,14 +110,8 @@ class Batch(BaseModel):
     job_id: str | None = Field(description="The job that it is, for the status API.")
 
 
-class BatchList(BaseModel):
+class BatchList(Page[Batch]):
     """Batch requests, newest first."""
-
-    object: Literal["list"] = "list"
-    data: list[Batch]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
 
 
 @router.post("/batches", openapi_extra=described(NewBatch))
@@ -114,7 +120,10 @@ async def create_batch(request: Request) -> Batch:
     caller = await caller_of(request)
     wish = await read_body(request, NewBatch)
     window_seconds = _seconds_of(wish.completion_window)
-    control.reject_limit(wish.max_rejects, 0)
+    try:
+        control.reject_limit(wish.max_rejects, 0, called="max_rejects")
+    except UserError as error:
+        raise InvalidPayload(str(error), param="max_rejects") from error
     file = await find_file(request, caller, wish.input_file_id)
     if file["purpose"] != "batch":
         raise InvalidPayload('input_file_id names a file whose purpose isn\'t "batch".', param="input_file_id")
@@ -146,26 +155,17 @@ def _seconds_of(window: str) -> float:
 @router.get("/batches", openapi_extra=SECURITY)
 async def list_batches(
     request: Request,
-    after: Annotated[
-        str | None, Query(max_length=100, pattern=_NO_NUL, description="The last id of the page before.")
-    ] = None,
+    after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> BatchList:
     """Your batch requests, newest first."""
     caller = await caller_of(request)
 
-    def read(connection: Connection) -> list[Batch]:
+    def read(connection: Connection) -> BatchList:
         found = batches.page(connection, caller.workspace_id, after, limit + 1)
-        return [_shown(connection, row) for row in found]
+        return BatchList.of([_shown(connection, row) for row in found], limit)
 
-    found = await ask(request, read)
-    page = found[:limit]
-    return BatchList(
-        data=page,
-        has_more=len(found) > limit,
-        first_id=page[0].id if page else None,
-        last_id=page[-1].id if page else None,
-    )
+    return await ask(request, read)
 
 
 @router.get("/batches/{batch_id}", openapi_extra=SECURITY)

@@ -1,8 +1,10 @@
 """`/v1/files`: what batch requests read and write."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
+import structlog
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
@@ -16,9 +18,20 @@ from pipeline.api.asking import SECURITY, ask, caller_of
 from pipeline.api.bulk import Bulk
 from pipeline.api.directory import Caller
 from pipeline.api.embeddings import ERRORS
-from pipeline.errors import InvalidPayload, NotFound, PayloadTooLarge, SourceChanged
+from pipeline.api.pages import After, Listed, Page
+from pipeline.errors import (
+    InvalidPayload,
+    NotFound,
+    PayloadTooLarge,
+    SourceChanged,
+    StorageRefused,
+    StorageUnreachable,
+    UpstreamUnavailable,
+)
 from pipeline.settings import Settings
 from pipeline.store import files
+
+log = structlog.get_logger()
 
 router = APIRouter(prefix="/v1", responses=ERRORS, tags=["OpenAI-compatible"])
 
@@ -39,10 +52,9 @@ _FORM = {
 }
 
 
-class FileObject(BaseModel):
+class FileObject(Listed):
     """A file."""
 
-    id: str
     object: Literal["file"] = "file"
     bytes: int
     created_at: int
@@ -52,14 +64,8 @@ class FileObject(BaseModel):
     status: Literal["processed"] = "processed"
 
 
-class FileList(BaseModel):
+class FileList(Page[FileObject]):
     """Files in the order of their making."""
-
-    object: Literal["list"] = "list"
-    data: list[FileObject]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
 
 
 class FileDeleted(BaseModel):
@@ -106,17 +112,18 @@ async def _keep(request: Request, caller: Caller, settings: Settings, bulk: Bulk
                 param="file",
             )
         name = (file.filename or "file").encode(errors="replace").decode().replace("\0", "")[-_MOST_NAME:]
-        return await bulk.run(
-            lambda engine: keeping.keep(
-                engine,
-                settings,
-                caller.workspace_id,
-                purpose="batch",
-                name=name,
-                source=file.file,
-                lives_seconds=lives_seconds,
+        with _storage():
+            return await bulk.run(
+                lambda engine: keeping.keep(
+                    engine,
+                    settings,
+                    caller.workspace_id,
+                    purpose="batch",
+                    name=name,
+                    source=file.file,
+                    lives_seconds=lives_seconds,
+                )
             )
-        )
     finally:
         await form.close()
 
@@ -144,9 +151,7 @@ async def list_files(
     purpose: Annotated[str | None, Query(max_length=50, pattern=_ID)] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
-    after: Annotated[
-        str | None, Query(max_length=100, pattern=_ID, description="The last id of the page before.")
-    ] = None,
+    after: After = None,
 ) -> FileList:
     """Your files, newest first."""
     caller = await caller_of(request)
@@ -156,14 +161,7 @@ async def list_files(
             connection, caller.workspace_id, purpose=purpose, after=after, oldest_first=order == "asc", limit=limit + 1
         )
 
-    found = await ask(request, read)
-    page = [_shown(row) for row in found[:limit]]
-    return FileList(
-        data=page,
-        has_more=len(found) > limit,
-        first_id=page[0].id if page else None,
-        last_id=page[-1].id if page else None,
-    )
+    return FileList.of([_shown(row) for row in await ask(request, read)], limit)
 
 
 @router.get("/files/{file_id}", openapi_extra=SECURITY)
@@ -177,7 +175,8 @@ async def delete_file(request: Request, file_id: str) -> FileDeleted:
     """Delete a file."""
     await find_file(request, await caller_of(request), file_id)
     bulk: Bulk = request.app.state.bulk
-    await bulk.run(lambda engine: keeping.forget(engine, file_id))
+    with _storage():
+        await bulk.run(lambda engine: keeping.forget(engine, file_id))
     return FileDeleted(id=file_id)
 
 
@@ -191,7 +190,8 @@ async def retrieve_content(request: Request, file_id: str) -> StreamingResponse:
     """A file's bytes."""
     found = await find_file(request, await caller_of(request), file_id)
     try:
-        opened = await run_in_threadpool(keeping.open_kept, found)
+        with _storage():
+            opened = await run_in_threadpool(keeping.open_kept, found)
     except SourceChanged as error:
         raise NotFound(f'the bytes of the file "{file_id}" are gone.') from error
 
@@ -203,6 +203,17 @@ async def retrieve_content(request: Request, file_id: str) -> StreamingResponse:
     return StreamingResponse(
         blocks(), media_type="application/octet-stream", headers={"content-length": str(found["bytes"])}
     )
+
+
+@contextmanager
+def _storage() -> Iterator[None]:
+    """Say that the storage is away as it concerns callers: where files are is the operator's business."""
+    try:
+        yield
+    except (StorageRefused, StorageUnreachable) as error:
+        log.warning("storage_failed", error=type(error).__name__, message=str(error))
+        told = "The gateway's storage of files can't be used for now; try again."
+        raise UpstreamUnavailable(told, retry_after_seconds=10) from error
 
 
 async def find_file(request: Request, caller: Caller, file_id: str) -> RowMapping:

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Final
 
 import orjson
 
+from pipeline.errors import SourceError
 from pipeline.jobs import RejectCode
 from pipeline.sources.jsonl import line_bytes, object_or_fault
 from pipeline.sources.open import read_blocks, whole_lines, without_mark
@@ -29,6 +30,8 @@ ENDPOINT: Final = "/v1/embeddings"
 #: What of a line goes along with its text: the number of it, and how its vector is to be written.
 CARRIED: Final = ("line", "encoding_format")
 _MOST_FAULTS = 100
+#: How gzip's and Zstandard's files begin; no line in UTF-8 does.
+_PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")
 _ENCODINGS = (None, "float", "base64")
 _INPUT_TYPES = (None, *(called for called, is_query in INPUT_TYPES.items() if not is_query))
 
@@ -122,7 +125,7 @@ class BatchLines:
         """Look the file through: how many lines, for which model, and why it can't be a batch request, if it can't.
 
         Raises:
-            SourceError: it is no text in UTF-8.
+            SourceError: it is packed, or UTF-16.
         """
         found = Survey()
         for line in self._lines():
@@ -144,7 +147,7 @@ class BatchLines:
         """Read every line once, in order.
 
         Raises:
-            SourceError: it is no text in UTF-8, or changed since it was uploaded.
+            SourceError: it is packed, or UTF-16, or changed since it was uploaded.
         """
         #: Lines by a hash of their custom_id: a file of a million lines must not hold a million strings.
         seen: dict[bytes, int] = {}
@@ -171,7 +174,7 @@ class BatchLines:
 
     def _lines(self) -> Iterator[_Line]:
         with self._open() as file:
-            blocks = without_mark(read_blocks(file), self.name)
+            blocks = without_mark(self._unpacked(read_blocks(file)), self.name)
             for run in whole_lines(blocks, self.name, line_bytes(self.item_bytes)):
                 if isinstance(run, LongLine):
                     yield _Line(run.number, run)
@@ -181,6 +184,13 @@ class BatchLines:
                     row = self._row(line, number)
                     if row is not None:
                         yield _read(row, number)
+
+    def _unpacked(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
+        first = next(blocks, b"")
+        if first.startswith(_PACKED):
+            raise SourceError(f"{self.name}: the file is packed; send it unpacked.")
+        yield first
+        yield from blocks
 
     def _row(self, line: bytes, number: int) -> dict[str, object] | BadRow | None:
         try:

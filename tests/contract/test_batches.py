@@ -1,6 +1,8 @@
 """Batch requests as openai-python makes them: files, states, results, errors, cancel, expiry."""
 
 import base64
+import codecs
+import gzip
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -174,7 +176,9 @@ REFUSED: Mapping[str, tuple[list[Any], str, int | None, str]] = {
     "no model's name": ([line("a", "x", model="a\0b")], "bad_request", 1, "isn't a model's name"),
     "only a line that is too long": ([b"x" * 8_000_000 + b"\n"], "too_large", 1, "longer than is ever read"),
     "no good line": ([b"{}\n", b"no\n"], "bad_request", 1, "custom_id is missing"),
-    "only empty texts": ([line("a", ""), line("b", " ")], "all_rejected", None, ""),
+    "packed": ([gzip.compress(packed([line("a", "x")]))], "invalid_request", None, "send it unpacked"),
+    "UTF-16": ([json.dumps(line("a", "x")).encode("utf-16")], "invalid_request", None, "save it as UTF-8"),
+    "only empty texts": ([line("a", ""), line("b", " ")], "all_rejected", None, "every line is bad"),
 }
 
 
@@ -195,10 +199,27 @@ def test_too_many_bad_lines_fail_it_and_no_half_result_is_seen(client: OpenAI) -
     batch = ended(client, request(client, lines))
     assert (batch.status, batch.output_file_id) == ("failed", None)
     assert batch.errors.data[0].code == "too_many_rejects"
+    assert batch.errors.data[0].message == "40 lines are bad, max_rejects allows 20; the error file has them."
     assert (batch.errors.data[1].code, batch.errors.data[1].line) == ("empty_text", 1)
     assert len(read(client, batch.error_file_id)) == 40
-    lenient = ended(client, request(client, lines, extra_body={"max_rejects": "25%"}))
-    assert (lenient.status, counts(lenient)) == ("completed", (200, 160, 40))
+    for limit, state in ((None, "failed"), (39, "failed"), (40, "completed"), ("25%", "completed")):
+        batch = ended(client, request(client, lines, extra_body={"max_rejects": limit}))
+        assert (limit, batch.status, counts(batch)) == (limit, state, (200, 160 if state == "completed" else 0, 40))
+
+
+def test_lines_as_windows_writes_them(client: OpenAI, by_library: Any) -> None:
+    """A byte-order mark, ends of two characters, an empty line, no end of the last; and a line that isn't UTF-8."""
+    good = [json.dumps(line(f"line-{n}", f"text {n}")).encode() for n in range(3)]
+    bad = json.dumps(line("bad", "a?b")).encode().replace(b"?", b"\xff")
+    data = codecs.BOM_UTF8 + b"\r\n".join([good[0], b"", bad, good[1], good[2]])
+    batch = ended(client, request(client, [data]))
+    assert (batch.status, counts(batch)) == ("completed", (4, 3, 1))
+    results = read(client, batch.output_file_id)
+    assert [one["custom_id"] for one in results] == ["line-0", "line-1", "line-2"]
+    vectors = [one["response"]["body"]["data"][0]["embedding"] for one in results]
+    np.testing.assert_allclose(vectors, by_library([f"text {n}" for n in range(3)]), atol=1e-6)
+    (error,) = read(client, batch.error_file_id)
+    assert (error["error"]["code"], error["error"]["line"]) == ("invalid_utf8", 3)
 
 
 def test_more_lines_than_allowed(running: Gateway, client: OpenAI) -> None:
@@ -381,6 +402,17 @@ def test_what_is_asked_wrongly(client: OpenAI) -> None:
     file = client.files.create(file=("a.jsonl", packed([line("a", "x")])), purpose="batch")
     with pytest.raises(openai.BadRequestError, match="endpoint"):
         client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    wrong: list[Any] = ["many", "101%", -1, 2.5, True, [], 10**30]
+    for limit in wrong:
+        with pytest.raises(openai.BadRequestError, match="max_rejects") as refused:
+            client.batches.create(
+                input_file_id=file.id,
+                endpoint="/v1/embeddings",
+                completion_window="24h",
+                extra_body={"max_rejects": limit},
+            )
+        assert refused.value.param == "max_rejects"
+        assert "--" not in refused.value.message
     with pytest.raises(openai.BadRequestError, match="completion_window"):
         client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="31d")  # type: ignore[arg-type]
     with pytest.raises(openai.NotFoundError, match="no such file"):
@@ -389,6 +421,28 @@ def test_what_is_asked_wrongly(client: OpenAI) -> None:
         client.batches.retrieve("batch_none")
     with pytest.raises(openai.NotFoundError, match="no such batch request"):
         client.batches.cancel("batch_none")
+
+
+def test_a_storage_that_is_away(running: Gateway, client: OpenAI) -> None:
+    """It says so, without where it is, and nothing is lost."""
+    file = client.files.create(file=("a.jsonl", packed([line("a", "kept away")])), purpose="batch")
+    folder = Path(running.fleet.environment["VECTORMILL_FILES"])
+    away = folder.rename(folder.with_name("files-away"))
+    folder.write_text("a file where a folder must be")
+    try:
+        for act in (
+            lambda: client.files.create(file=("b.jsonl", b"{}\n"), purpose="batch"),
+            lambda: client.files.content(file.id),
+        ):
+            with pytest.raises(openai.InternalServerError, match="storage of files can't be used for now") as refused:
+                act()
+            assert (refused.value.status_code, refused.value.code) == (503, "upstream_unavailable")
+            assert str(folder) not in refused.value.message
+    finally:
+        folder.unlink()
+        away.rename(folder)
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
+    assert ended(client, batch).status == "completed"
 
 
 def test_another_workspace_sees_nothing(running: Gateway, client: OpenAI) -> None:
