@@ -146,6 +146,8 @@ def _why_failed(connection: Connection, job: RowMapping, rejected: int) -> list[
             told = f"{rejected:,} lines are bad, max_rejects allows {job['max_rejects']:,}; the error file has them"
         case Reason.ALL_REJECTED:
             told = "every line is bad; the error file has them"
+        case Reason.MODEL_CANNOT_LOAD:  # the job's message may say where its files are
+            told = "no worker can use its model; the operator sees why"
         case reason:
             told = job["message"] or (reason or "it failed").replace("_", " ")
     rejects = items.rejects_with_carried(connection, job["id"], -1, _MOST_FAULTS - 1)

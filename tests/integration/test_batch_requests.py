@@ -104,7 +104,7 @@ def embed(engine: Engine, job: UUID, start: int = 0, stop: int = 8, bad: Sequenc
 def failed(engine: Engine, job: UUID, end_jobs: Callable[[], None]) -> None:
     """Let a job fail for a reason that isn't its texts."""
     with engine.begin() as connection:
-        control.fail(connection, job, Reason.MODEL_CANNOT_LOAD, "no worker can load it")
+        control.fail(connection, job, Reason.MODEL_CANNOT_LOAD, "no folder /models/small on this machine")
     end_jobs()
     assert job_row(engine, job)["state"] == "failed"
 
@@ -278,6 +278,19 @@ def test_an_input_file_whose_storage_is_away_is_waited_for(engine: Engine, model
     (error,) = row_of(engine, batch)["errors"]
     assert error["code"] == "file_not_found"
     assert str(folder) not in error["message"], "where files are is the operator's business"
+
+
+def test_why_a_model_cant_be_loaded_is_the_operators_business(
+    engine: Engine, model: Model, settings: Settings, end_jobs: Callable[[], None]
+) -> None:
+    batch, job = staged(engine, settings)
+    failed(engine, job, end_jobs)
+    finish(engine, settings, batch)
+    told = [(error["code"], error["message"]) for error in row_of(engine, batch)["errors"]]
+    assert told == [
+        ("model_cannot_load", "no worker can use its model; the operator sees why."),
+        ("empty_text", "line 5: text is empty"),
+    ]
 
 
 # The same content again
