@@ -349,7 +349,10 @@ def test_a_dispatcher_that_dies_while_it_stages(without_worker: Gateway, client:
 
 
 def test_pages_of_files_and_batches(client: OpenAI) -> None:
-    made = [client.files.create(file=(f"{n}.jsonl", packed([line("a", "x")])), purpose="batch") for n in range(3)]
+    # Of the same content each would wait until the one before is staged.
+    made = [
+        client.files.create(file=(f"{n}.jsonl", packed([line("a", f"page {n}")])), purpose="batch") for n in range(3)
+    ]
     assert [one.id for one in client.files.list(limit=2).data] == [made[2].id, made[1].id]
     page = client.files.list(limit=2, order="asc", after=made[0].id, purpose="batch")
     assert [one.id for one in page.data] == [made[1].id, made[2].id]
