@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine, RowMapping
 
 from pipeline import metrics
 from pipeline.deadlines import Deadlines
-from pipeline.errors import UserError
+from pipeline.errors import UserError, Waiting
 from pipeline.jobs import EventState, JobState
 from pipeline.settings import Settings
 from pipeline.store import events
@@ -156,12 +156,18 @@ def judge(status: int | None, tries: int) -> Verdict:
 
 def deliver(engine: Engine, settings: Settings, host: str) -> None:
     """Tell the webhooks of a host of the events that are due, one after the other: who doesn't answer keeps nobody else
-    waiting. No connection of the database is held meanwhile."""
+    waiting. No connection of the database is held meanwhile.
+
+    Raises:
+        Waiting: it doesn't answer.
+    """
     for _ in range(_MOST_TRIES):
         with engine.begin() as connection:
             event = events.take(connection, host, _LEASE_SECONDS)
-        if event is None or not _try(engine, settings, event):
+        if event is None:
             return
+        if not _try(engine, settings, event):
+            raise Waiting(f"{host} gave no answer; its other events wait.")
 
 
 def _try(engine: Engine, settings: Settings, event: RowMapping) -> bool:

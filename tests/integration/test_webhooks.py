@@ -17,6 +17,7 @@ from sqlalchemy import Engine
 from pipeline import control, webhooks
 from pipeline.dispatch import Dispatcher, drain, finish
 from pipeline.errands import Errands, Means
+from pipeline.errors import Waiting
 from pipeline.jobs import Model, RejectCode
 from pipeline.publish import Publisher
 from pipeline.settings import Settings
@@ -258,7 +259,8 @@ def test_nothing_is_sent_where_the_operator_does_not_allow_it_or_unsigned(
     end()
     unsigned = settings.model_copy(update={"webhook_secret": None})
     for _ in range(2):
-        webhooks.deliver(engine, unsigned, urlsplit(receiver.url).netloc)
+        with pytest.raises(Waiting):
+            webhooks.deliver(engine, unsigned, urlsplit(receiver.url).netloc)
     assert receiver.got == []
     assert {row[0] for row in state(engine)} == {"waiting"}, "an operator may still mend it"
     assert {row[2] for row in state(engine)} == {
@@ -295,7 +297,8 @@ def test_who_takes_long_or_is_away_holds_nothing(
         dripping = threading.Thread(target=_drip, args=(silent, lambda: held.append(engine.pool.checkedout())))  # type: ignore[attr-defined]
         dripping.start()
         for host in due:
-            webhooks.deliver(engine, allowed, host)
+            with pytest.raises(Waiting, match=f"{host} gave no answer"):
+                webhooks.deliver(engine, allowed, host)
     dripping.join()
     resolved.set()
     assert held == [0], "no connection of the database is held meanwhile"
@@ -348,12 +351,18 @@ def test_the_dispatcher_sees_to_it_whoever_else_does_not_answer(
             done(engine, model, url)
             end()
         allowed = settings.model_copy(update={"webhooks": (*settings.webhooks, dead)})
-        Errands(Means(engine, allowed)).begin()
+        errands = Errands(Means(engine, allowed))
+        errands.begin()
         receiver.wait_for(3)
         eventually(lambda: state(engine)[6:] == [("delivered", 1, "answers 204")] * 3, "the answers to be kept")
         assert sum(row[1] for row in state(engine)[:6]) == 1, "one try at a time"
     # It has been cut off.
     eventually(lambda: standing(engine) == {"waiting": 6, "late": 1, "given_up": 0}, "the try that failed")
+    done(engine, model, f"{receiver.url}/hooks")
+    end()
+    errands.begin()
+    receiver.wait_for(4)
+    assert sum(row[1] for row in state(engine)[:6]) == 1, "who doesn't answer rests"
 
 
 def standing(engine: Engine) -> dict[str, int]:
