@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import control, metrics, standing, status, webhooks
@@ -31,6 +32,9 @@ ROLE = "dispatcher"
 WORKER_SEEN_SECONDS = 30
 _ROLE_SECONDS = 10
 _DRAIN_LIMIT = 5_000
+#: Lost chunks that are looked at in a round, and how long one that was rung for isn't rung for again.
+_LOST_LIMIT = 1_000
+_RING_AGAIN_SECONDS = 5.0
 _REMOVE_LIMIT = 20_000
 _SNAPSHOT_FACTOR = 20
 #: A duty that has more to do than this leaves the rest for its next turn.
@@ -53,6 +57,8 @@ class Dispatcher:
     errands: Errands | None = None
     #: Last chunk id rung for, by job; a lap over when it passes the last pending one.
     cursors: dict[UUID, int] = field(default_factory=dict)
+    #: When this one last rang for a chunk whose claim was lost, by the monotonic clock.
+    rung: dict[int, float] = field(default_factory=dict)
     #: Last chunk id cancelled, by job: going on from there, nothing that is gone is looked at again.
     drained: dict[UUID, int] = field(default_factory=dict)
     #: When each job's progress is next recomputed, by the monotonic clock.
@@ -77,6 +83,7 @@ def publish(dispatcher: Dispatcher) -> None:
         slugs = {row["name"]: row["slug"] for row in models.every(connection)}
         slots = _slots(workers.live(connection, WORKER_SEEN_SECONDS))
         in_flight = chunks.tokens_in_flight(connection)
+        lost = _lost(dispatcher, connection)
         by_model = defaultdict(list)
         for job in runnable:
             if job["model_name"] in slugs:
@@ -85,7 +92,7 @@ def publish(dispatcher: Dispatcher) -> None:
         for name, of_model in by_model.items():
             room = max(4, slots[name]) - waiting[slugs[name]]
             tokens = Tokens([each for each in in_flight if each.model == name])
-            feeds = {job["id"]: _Feed(dispatcher, connection, job["id"], room) for job in of_model}
+            feeds = {job["id"]: _Feed(dispatcher, connection, job["id"], room, lost[job["id"]]) for job in of_model}
             for job_id, chunk_id in choose(of_model, feeds, tokens, room):
                 dispatcher.publisher.ring(slugs[name], job_id, chunk_id)
                 metrics.DISPATCHER_MESSAGES_PUBLISHED.labels(queue_of(slugs[name])).inc()
@@ -100,18 +107,44 @@ def _slots(live: Sequence[Any]) -> dict[str, int]:
     return slots
 
 
-class _Feed:
-    """A job's pending chunks from its cursor on, each at most once a round, going past the end to the start."""
+def _lost(dispatcher: Dispatcher, connection: Connection) -> Mapping[UUID, Sequence[tuple[int, int]]]:
+    """Pending chunks whose claim was lost, by job. They don't wait for the cursor's next lap, since the job may be huge;
+    each is rung for now and then, since its message may be lost too."""
+    now, found = time.monotonic(), defaultdict(list)
+    pending = chunks.lost_pending(connection, _LOST_LIMIT)
+    dispatcher.rung = {chunk: dispatcher.rung[chunk] for _, chunk, _ in pending if chunk in dispatcher.rung}
+    for job_id, chunk, tokens in pending:
+        if now - dispatcher.rung.get(chunk, -_RING_AGAIN_SECONDS) >= _RING_AGAIN_SECONDS:
+            found[job_id].append((chunk, tokens))
+    return found
 
-    def __init__(self, dispatcher: Dispatcher, connection: Any, job_id: UUID, limit: int) -> None:
-        self._next = self._read(dispatcher, connection, job_id, limit)
+
+class _Feed:
+    """A job's pending chunks, each at most once a round: those that were lost, then the others from the cursor on, past
+    the end to the start."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        connection: Connection,
+        job_id: UUID,
+        limit: int,
+        lost: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._next = chain(self._ring(dispatcher, lost[:limit]), self._read(dispatcher, connection, job_id, limit))
 
     def take(self) -> tuple[int, int] | None:
         """The next chunk as (id, estimated tokens)."""
         return next(self._next, None)
 
     @staticmethod
-    def _read(dispatcher: Dispatcher, connection: Any, job_id: UUID, limit: int) -> Iterator[tuple[int, int]]:
+    def _ring(dispatcher: Dispatcher, lost: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        for chunk_id, tokens in lost:
+            dispatcher.rung[chunk_id] = time.monotonic()
+            yield chunk_id, tokens
+
+    @staticmethod
+    def _read(dispatcher: Dispatcher, connection: Connection, job_id: UUID, limit: int) -> Iterator[tuple[int, int]]:
         start = dispatcher.cursors.get(job_id, 0)
         found = list(chunks.pending_after(connection, job_id, start, limit))
         if len(found) < limit and start:

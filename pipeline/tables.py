@@ -298,6 +298,7 @@ chunks = Table(
     # Also how an item's chunk is found.
     UniqueConstraint("job_id", "first_index"),
     Index("chunks_open_idx", "job_id", "id", postgresql_where=text("state in ('pending', 'running')")),
+    Index("chunks_lost_idx", "id", postgresql_where=text("state = 'pending' and crashes > 0")),
     Index("chunks_lease_idx", "lease_until", postgresql_where=text("state = 'running'")),
 )
 

@@ -303,6 +303,19 @@ def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) 
     return [(row[0], row[1]) for row in rows]
 
 
+def lost_pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int, int]]:
+    """Claimable chunks of any job whose last claim was lost: (job id, chunk id, estimated tokens)."""
+    rows = connection.execute(
+        text("""
+            select job_id, id, estimated_tokens from vectormill.chunks
+            where state = 'pending' and crashes > 0 and (not_before is null or not_before <= now())
+            order by id limit :limit
+        """),
+        {"limit": limit},
+    )
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
 def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int) -> list[int]:
     """Cancel up to `limit` pending chunks of a job past id `after`; what they had committed stays. Returns the ids."""
     rows = connection.execute(

@@ -138,6 +138,23 @@ def test_the_cursor_goes_round(engine: Engine, model: Model, valkey: "redis.Redi
     assert waiting(valkey) == [*ids[4:], *ids[:2]]
 
 
+def test_a_lost_chunk_waits_for_no_lap(
+    engine: Engine, model: Model, valkey: "redis.Redis", dispatcher: Dispatcher
+) -> None:
+    job_id = make_job(engine, model, 40)
+    ids = chunk_ids(engine, job_id)
+    publish(dispatcher)
+    taken(engine, job_id, 0, lease_seconds=-1)
+    with engine.begin() as connection:
+        assert chunks.expire_leases(connection, 10) == [ids[0]]
+    drop(valkey, 4)
+    publish(dispatcher)
+    assert waiting(valkey) == [ids[0], *ids[4:7]]
+    drop(valkey, 4)
+    publish(dispatcher)
+    assert waiting(valkey) == [*ids[7:10], ids[0]], "its message may be on its way, and it isn't rung for at once again"
+
+
 def test_only_pending_chunks_whose_time_has_come_are_rung_for(
     engine: Engine, model: Model, valkey: "redis.Redis", dispatcher: Dispatcher
 ) -> None:
