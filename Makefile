@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
 INTEGRATIONS := .venv-integrations/.installed
 
-.PHONY: demo test test-acceptance test-browser test-ops test-integrations screenshots lint bench clean
+.PHONY: demo test test-acceptance test-browser test-ops test-integrations drill screenshots lint bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed" >&2; exit 1; }
@@ -22,9 +22,19 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# Whole jobs by every way in and out, through gateways, from SQL. The faults are in `make test` already.
+# Whole jobs by every way in and out, through gateways, from SQL; mutants. A short drill is in `make test` already.
 test-acceptance: $(INSTALLED)
-	$(BIN)/python -m pytest tests/acceptance --ignore tests/acceptance/test_faults.py
+	$(BIN)/python -m pytest tests/acceptance --ignore tests/acceptance/test_faults.py \
+		--ignore tests/acceptance/faults/test_drill.py
+
+SEED ?= $(shell date +%s)
+MINUTES ?= 60
+
+# Faults for as long as you like, on servers of its own. Root has disks that fill up, and a clock that is ahead.
+drill: $(INSTALLED)
+	@test "$$(id -u)" != 0 || test -e /usr/lib/*/faketime/libfaketime.so.1 || ! command -v apt-get >/dev/null || { \
+		apt-get update -qq && apt-get install -y -qq faketime >/dev/null; }
+	$(BIN)/python -m tests.acceptance.faults --seed $(SEED) --minutes $(MINUTES)
 
 # Chromium isn't on PyPI: Debian's is installed by root, who else has it already or is told what is missing.
 $(BROWSER): $(INSTALLED)

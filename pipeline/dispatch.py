@@ -108,8 +108,8 @@ def _slots(live: Sequence[Any]) -> dict[str, int]:
 
 
 def _lost(dispatcher: Dispatcher, connection: Connection) -> Mapping[UUID, Sequence[tuple[int, int]]]:
-    """Pending chunks whose claim was lost, by job. They don't wait for the cursor's next lap, since the job may be huge;
-    each is rung for now and then, since its message may be lost too."""
+    """Pending chunks whose claim was lost, by job. They don't wait for the cursor's next lap, as the job may be huge;
+    each is rung for now and then, as its message may be lost too."""
     now, found = time.monotonic(), defaultdict(list)
     pending = chunks.lost_pending(connection, _LOST_LIMIT)
     dispatcher.rung = {chunk: dispatcher.rung[chunk] for _, chunk, _ in pending if chunk in dispatcher.rung}

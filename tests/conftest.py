@@ -1,9 +1,6 @@
 """What many tests stand on: real servers, a fresh database for each test, and a small model made once per checkout."""
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,15 +13,12 @@ import redis
 from psycopg import sql
 from sqlalchemy import Engine
 
-from pipeline.cli.prepare import bundled_model_folder
 from pipeline.embedded.runtime import Running
 from pipeline.migrate import upgrade
 from pipeline.store.database import make_engine
 from tests.machines import remove_what_root_keeps, running_servers
-from tests.static_model import make_static_model
+from tests.models import bundled_folder, described, static_folder
 
-_CHECKOUT = Path(__file__).resolve().parent.parent
-_MODELS = _CHECKOUT / ".vectormill" / "test-models"
 _TEMPLATE = "vectormill_template"
 
 # Tests see no setting of the shell they are started from, and never the network.
@@ -118,55 +112,22 @@ def redis_url(servers: Running) -> str:
 @pytest.fixture(scope="session")
 def bundled_model() -> Path:
     """The folder of all-MiniLM-L6-v2."""
-    folder = bundled_model_folder()
-    assert folder, "the extra `embedded` brings it"
-    return folder
+    return bundled_folder()
 
 
 @pytest.fixture(scope="session")
-def static_model(bundled_model: Path) -> Path:
+def static_model() -> Path:
     """The folder of a model of static embeddings, 256 dimensions: loads and embeds in no time."""
-    folder = _MODELS / "static-256"
-    if not folder.exists():
-        _MODELS.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=_MODELS) as making:
-            made = Path(making, "made")
-            make_static_model(bundled_model, made)
-            try:
-                made.rename(folder)
-            except OSError:  # another run was faster
-                assert folder.exists()
-    return folder
+    return static_folder()
 
 
 @pytest.fixture(scope="session")
 def static_description(static_model: Path) -> dict[str, Any]:
     """What the catalogue records of `static_model`."""
-    return _described("static-256", static_model)
+    return described("static-256", static_model)
 
 
 @pytest.fixture(scope="session")
 def bundled_description(bundled_model: Path) -> dict[str, Any]:
     """What the catalogue records of `bundled_model`."""
-    return _described("all-MiniLM-L6-v2", bundled_model)
-
-
-def _described(name: str, folder: Path) -> dict[str, Any]:
-    file = _MODELS / f"{name}.json"
-    if file.exists():
-        kept: dict[str, Any] = json.loads(file.read_bytes())
-        if kept["path"] == str(folder) and folder.stat().st_mtime < file.stat().st_mtime:
-            return kept
-    described = _run([sys.executable, "-m", "workers.oneshot", "describe", str(folder)])
-    _MODELS.mkdir(parents=True, exist_ok=True)
-    making = file.with_name(f"{uuid4().hex}.json")
-    making.write_bytes(described)
-    making.replace(file)
-    found: dict[str, Any] = json.loads(described)
-    return found
-
-
-def _run(command: list[str]) -> bytes:
-    done = subprocess.run(command, capture_output=True, check=False, cwd=_CHECKOUT, env=dict(os.environ))
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    return done.stdout
+    return described("all-MiniLM-L6-v2", bundled_model)

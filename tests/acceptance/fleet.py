@@ -56,13 +56,15 @@ class Fleet:
         self.processes[name] = process
         return process
 
-    def start_dispatcher(self) -> None:
-        """Start a dispatcher and wait until it leads."""
-        self.start("dispatcher", "pipeline.cli", "dispatcher")
+    def start_dispatcher(self, module: str = "pipeline.cli") -> None:
+        """Start a dispatcher, from another `module` for a mutant, and wait until it leads."""
+        self.start("dispatcher", module, "dispatcher")
         query = "select exists (select from vectormill.leases where lease_until > now())"
         eventually(lambda: self.scalar(query), "a dispatcher that leads")
 
-    def start_worker(self, replicas: int = 2, app: str = "workers.app", name: str = "worker") -> None:
+    def start_worker(
+        self, replicas: int = 2, app: str = "workers.app", name: str = "worker", **environment: str
+    ) -> None:
         """Start a worker, with `app` in place of the usual one for a mutant, and wait until it serves."""
         before = self.scalar("select count(*) from vectormill.workers")
         self.start(
@@ -71,6 +73,7 @@ class Fleet:
             *("--hostname", f"{name}-{time.monotonic_ns()}@test", "--without-gossip"),
             VECTORMILL_WORKER_DEVICES="cpu",
             VECTORMILL_WORKER_REPLICAS=str(replicas),
+            **environment,
         )
         count = "select count(*) from vectormill.workers"
         eventually(lambda: self.scalar(count) > before, "a worker that shows itself")
@@ -80,6 +83,16 @@ class Fleet:
         process = self.processes.pop(name)
         process.kill()
         process.wait()
+
+    def kill_tree(self, name: str) -> None:
+        """SIGKILL a process that `start` started and all below it, as when a machine dies."""
+        children = psutil.Process(self.processes[name].pid).children(recursive=True)
+        for child in children:
+            child.suspend()  # or a parent would tell of its child's death
+        self.kill(name)
+        for child in children:
+            with _gone_already():
+                child.kill()
 
     def close(self) -> None:
         """End everything, workers' children too."""
@@ -137,12 +150,13 @@ class Fleet:
         def look() -> tuple[psutil.Process, int, int] | None:
             with self.engine.begin() as connection:
                 row = connection.execute(query, {"job": job, "chunk": chunk, "after": after}).one_or_none()
-            child = self._child_on_port(row.client_port) if row else None
+            child = self.child_on_port(row.client_port) if row else None
             return (child, row.id, row.fence) if row and child else None
 
         return eventually(look, "a child at work")
 
-    def _child_on_port(self, port: int) -> psutil.Process | None:
+    def child_on_port(self, port: int) -> psutil.Process | None:
+        """The child of one of our processes that speaks from a port of loopback."""
         for process in self.processes.values():
             with _gone_already():
                 for child in psutil.Process(process.pid).children(recursive=True):

@@ -1,6 +1,7 @@
-"""Workers with one thing changed, as Celery apps: `celery -A tests.acceptance.mutants:NAME`.
+"""Processes with one thing changed: workers by `celery -A tests.acceptance.mutants`, dispatchers by
+`python -m tests.acceptance.mutants dispatcher`.
 
-The module is in each app's `include`, so that spawned children are changed as well; which change they get is said by
+The module is in the app's `include`, so that spawned children are changed as well; which change they get is said by
 the environment, since a child imports the module afresh.
 """
 
@@ -19,6 +20,31 @@ app.conf.include = [*app.conf.include, __name__]
 def _without_fence() -> None:
     """Whoever commits is believed."""
     chunks.OURS = "cast(:fence as bigint) is not null"
+
+
+def _without_renewal() -> None:
+    """Nobody renews a lease."""
+    from pipeline.leases import Renewal
+
+    Renewal._run = lambda self: None  # type: ignore[method-assign]
+
+
+def _without_sweep() -> None:
+    """Leases that run out are left as they are."""
+    chunks.expire_leases = lambda *_: []
+
+
+def _without_one_transaction() -> None:
+    """The chunk is committed before its vectors are."""
+    record = chunks.record
+
+    def record_at_once(connection: Any, *arguments: Any) -> bool:
+        done = record(connection, *arguments)
+        driver = connection.connection.driver_connection
+        driver.execute("commit and chain")
+        return done
+
+    chunks.record = record_at_once  # type: ignore[assignment]
 
 
 def _poisonable() -> None:
@@ -81,5 +107,13 @@ _MUTANTS = {
     "poisonable": _poisonable,
     "talkative": _talkative,
     "without_fence": _without_fence,
+    "without_one_transaction": _without_one_transaction,
+    "without_renewal": _without_renewal,
+    "without_sweep": _without_sweep,
 }
 _MUTANTS[os.environ["MUTANT"]]()
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main()

@@ -1,5 +1,6 @@
 """The oracle: joins what went in with what came out, and trusts no counter. An empty list means it has no objection."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,20 +8,26 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 from sqlalchemy import Connection, text
 
-from pipeline import status
+from pipeline import status, storage
 from pipeline.store import embeddings
 
 _LEAST_COSINE = 0.99999
 
 
-def objections(connection: Connection, job: UUID, corpus: Path, calm: UUID | None = None) -> list[str]:
-    """What is wrong with a job that has ended, given the JSON lines it was made of and a calm run of the same."""
+def objections(
+    connection: Connection, job: UUID, corpus: Path, calm: UUID | None = None, losses: int | None = None
+) -> list[str]:
+    """What is wrong with a job that should have ended, given the JSON lines it was made of, a calm run of the same, and
+    how many lost claims have a cause."""
     return [
         *_inputs(connection, job, corpus),
         *_counts(connection, job),
         *_fences(connection, job),
+        *(_losses(connection, job, losses) if losses is not None else ()),
         *(_vectors(connection, job, calm) if calm else ()),
     ]
 
@@ -30,10 +37,8 @@ def _inputs(connection: Connection, job: UUID, corpus: Path) -> Iterator[str]:
     keys = [str(json.loads(line)["id"]) for line in corpus.read_text(encoding="utf-8").splitlines()]
     state = connection.execute(text("select state from vectormill.jobs where id = :job"), {"job": job}).scalar_one()
     outcomes: dict[int, list[str]] = {}
-    for table in ("embeddings", "rejects"):
-        rows = connection.execute(text(f"select index, key from vectormill.{table} where job_id = :job"), {"job": job})
-        for index, key in rows:
-            outcomes.setdefault(index, []).append(key)
+    for index, key in (*_embedded(connection, job), *_rejected(connection, job)):
+        outcomes.setdefault(index, []).append(key)
     missing = len(keys) - len(outcomes)
     if missing and state == "completed":
         yield f"{missing} items have no outcome"
@@ -43,15 +48,45 @@ def _inputs(connection: Connection, job: UUID, corpus: Path) -> Iterator[str]:
         yield f"{strange} outcomes under another key or index than the input's"
 
 
+def _embedded(connection: Connection, job: UUID) -> Iterator[tuple[int, str]]:
+    """(index, key) of every vector that a reader of the job's output sees."""
+    if folder := _output(connection, job):
+        for table in _parts(folder):
+            yield from zip(table["index"].to_pylist(), table["key"].to_pylist(), strict=True)
+    else:
+        yield from _pairs(connection, "select index, key from vectormill.embeddings where job_id = :job", job)
+
+
+def _rejected(connection: Connection, job: UUID) -> Iterator[tuple[int, str]]:
+    yield from _pairs(connection, "select index, key from vectormill.rejects where job_id = :job", job)
+
+
+def _pairs(connection: Connection, query: str, job: UUID) -> Iterator[tuple[int, str]]:
+    yield from connection.execute(text(query), {"job": job})
+
+
+def _output(connection: Connection, job: UUID) -> str | None:
+    query = text("select options->>'output' from vectormill.jobs where id = :job")
+    folder: str | None = connection.execute(query, {"job": job}).scalar_one()
+    return folder
+
+
+def _parts(folder: str) -> Iterator[pa.Table]:
+    """The files that a data set's manifest lists; a data set without one isn't there."""
+    manifest = storage.read(f"{folder}/_manifest.json")
+    for file in json.loads(manifest)["files"] if manifest else ():
+        yield pq.read_table(io.BytesIO(storage.read(f"{folder}/{file['name']}") or b""))
+
+
 def _counts(connection: Connection, job: UUID) -> Iterator[str]:
     """The receipt, the usage and the rows say the same."""
     receipt = status.receipt(connection, job, verify=True)
     if not receipt["verified"]:
         yield f"the receipt doesn't verify: {receipt}"
-    tokens = _sum(connection, "select sum(tokens) from vectormill.embeddings where job_id = :job", job)
+    embedded = _tokens(connection, job)
     metered = _sum(connection, "select sum(prompt_tokens) from vectormill.usage where job_id = :job", job)
-    if not tokens == metered == receipt["tokens"]["prompt"]:
-        yield f"tokens: {tokens} embedded, {metered} metered, {receipt['tokens']['prompt']} on the receipt"
+    if embedded is not None and not embedded == metered == receipt["tokens"]["prompt"]:
+        yield f"tokens: {embedded} embedded, {metered} metered, {receipt['tokens']['prompt']} on the receipt"
     open_chunks = "select count(*) from vectormill.chunks where job_id = :job and state in ('pending', 'running')"
     if stuck := _sum(connection, open_chunks, job):
         yield f"{stuck} chunks are stuck"
@@ -76,8 +111,24 @@ def _fences(connection: Connection, job: UUID) -> Iterator[str]:
         yield f"{count} chunks ended by a claim that had lost them"
 
 
+def _losses(connection: Connection, job: UUID, explained: int) -> Iterator[str]:
+    """What is lost is embedded again: only a fault may cost that."""
+    lost = _sum(connection, "select count(*) from vectormill.claim_losses where job_id = :job", job)
+    if lost > explained:
+        yield f"{lost} claims were lost, {explained} of them for a cause"
+
+
 def _sum(connection: Connection, query: str, job: UUID) -> int:
     return int(connection.execute(text(query), {"job": job}).scalar() or 0)
+
+
+def _tokens(connection: Connection, job: UUID) -> int | None:
+    """Tokens that stand beside the vectors; `None` for a data set that isn't there, since its job didn't complete."""
+    folder = _output(connection, job)
+    if folder is None:
+        return _sum(connection, "select sum(tokens) from vectormill.embeddings where job_id = :job", job)
+    tables = list(_parts(folder))
+    return sum(int(np.sum(table["tokens"].to_numpy())) for table in tables) if tables else None
 
 
 def _vectors(connection: Connection, job: UUID, calm: UUID) -> Iterator[str]:
@@ -88,6 +139,14 @@ def _vectors(connection: Connection, job: UUID, calm: UUID) -> Iterator[str]:
 
 def vectors(connection: Connection, job: UUID) -> dict[int, npt.NDArray[np.float32]]:
     """A job's vectors by index."""
+    if folder := _output(connection, job):
+        return {
+            index: np.asarray(vector, np.float32)
+            for table in _parts(folder)
+            for index, vector in zip(
+                table["index"].to_pylist(), table["embedding"].to_numpy(zero_copy_only=False), strict=True
+            )
+        }
     return {row[0]: row[2] for block in embeddings.stream(connection, job) for row in block}
 
 

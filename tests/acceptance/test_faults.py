@@ -1,10 +1,9 @@
-"""The main job under faults: workers killed and frozen, Redis wiped, the dispatcher killed. The oracle judges."""
+"""Single faults, each with a job of its own. The oracle judges. Many faults at once are in faults/."""
 
 from pathlib import Path
 from uuid import UUID
 
 import pytest
-import redis
 from sqlalchemy import text
 
 from tests.acceptance.conftest import write_corpus
@@ -12,47 +11,9 @@ from tests.acceptance.fleet import POISON, Fleet, eventually
 from tests.acceptance.oracle import objections
 
 
-def _objections(fleet: Fleet, job: UUID, corpus: Path, calm: UUID | None = None) -> list[str]:
+def _objections(fleet: Fleet, job: UUID, corpus: Path) -> list[str]:
     with fleet.engine.begin() as connection:
-        return objections(connection, job, corpus, calm)
-
-
-def test_nothing_is_lost_or_doubled(fleet: Fleet, texts: list[str], tmp_path: Path, redis_url: str) -> None:
-    corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
-    fleet.start_dispatcher()
-    fleet.start_worker()
-    # Of its beginning, where the faults are.
-    beginning = write_corpus(tmp_path / "beginning.jsonl", texts[:1_500])
-    calm = fleet.submit(str(beginning), "--model", "minilm")
-    assert fleet.await_end(calm)["state"] == "completed"
-    assert _objections(fleet, calm, beginning) == []
-
-    job = fleet.submit(str(corpus), "--model", "minilm")
-    killed = []
-    for _ in range(2):
-        child, chunk, fence = fleet.child_at_work(job)
-        child.kill()
-        killed.append((chunk, fence))
-        eventually(
-            lambda: (
-                fleet.scalar("select count(*) from vectormill.claim_losses where job_id = :job", job=job) == len(killed)
-            ),
-            "the loss of the killed child's claim",
-        )
-    redis.Redis.from_url(redis_url).flushall()
-    fleet.kill("dispatcher")
-    fleet.start_dispatcher()
-    assert fleet.status(job)["state"] == "running", "the job must outlast the faults, or they prove nothing"
-
-    ended = fleet.await_end(job)
-    assert ended["state"] == "completed"
-    assert ended["items"]["embedded"] == len(texts)
-    assert ended["chunks"]["done"] >= 20
-    assert _objections(fleet, job, corpus, calm) == []
-    last = "select max(first_index + items) from vectormill.chunks where id = any(:chunks)"
-    assert fleet.scalar(last, chunks=[chunk for chunk, _ in killed]) <= 1_500
-    lost = "select array_agg((chunk_id, fence)::text order by id) from vectormill.claim_losses where job_id = :job"
-    assert fleet.scalar(lost, job=job) == [f"({chunk},{fence})" for chunk, fence in killed]
+        return objections(connection, job, corpus)
 
 
 @pytest.mark.parametrize("fenced", [True, False])

@@ -25,7 +25,7 @@ from pipeline.store import jobs
 from tests.benchmarks.corpus import write_tiny_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, model_folder, whole_machine
-from tests.static_model import make_static_model
+from tests.models import make_static_model
 
 _FEW, _MANY = 200_000, 2_000_000
 _BLOCK = 50_000

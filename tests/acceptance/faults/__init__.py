@@ -1,0 +1,10 @@
+"""Drills: real processes at work, faults from a seeded schedule, and an oracle that joins what went in with what came
+out.
+
+    wire.py       a line to Postgres that knows the protocol: it strikes inside COPY, before COMMIT, after COMMIT
+    site.py       what is drilled: servers, dispatchers, workers, a gateway, an object store, two small disks
+    load.py       jobs of all kinds, one after the other, as long as the drill lasts
+    faults.py     each kind of fault: how it is done, how it is mended, when its victim is back
+    drill.py      the schedule, the drill, its table
+    __main__.py   `python -m tests.acceptance.faults --seed 1 --minutes 60`
+"""

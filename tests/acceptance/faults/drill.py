@@ -1,0 +1,126 @@
+"""A drill: a schedule from a seed, done on a site under load, and the table of what came of it."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+from statistics import median, quantiles
+
+from sqlalchemy.exc import DBAPIError
+
+from tests.acceptance.faults.faults import KINDS, Kind, recovered
+from tests.acceptance.faults.load import Load
+from tests.acceptance.faults.site import Site
+
+_RECOVERY_SECONDS = 120.0
+_POLL_SECONDS = 0.05
+_PAUSE_SECONDS = (0.0, 3.0)
+
+
+@dataclass
+class Report:
+    """What a drill has seen."""
+
+    seed: int
+    #: Seconds to recovery of each fault, by its kind.
+    recoveries: dict[str, list[float]] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+    items: int = 0
+    jobs: int = 0
+    tokens_embedded: float = 0
+    tokens_committed: float = 0
+
+    #: Faults that were begun.
+    tried: int = 0
+
+    @property
+    def faults(self) -> int:
+        """How many were done."""
+        return sum(map(len, self.recoveries.values()))
+
+    @property
+    def wasted(self) -> float:
+        """The share of tokens that were embedded in vain."""
+        return 1 - self.tokens_committed / self.tokens_embedded if self.tokens_embedded else 0.0
+
+    def table(self) -> str:
+        """As Markdown."""
+        lines = ["| fault | times | recovery p50 | p99 |", "|---|---:|---:|---:|"]
+        for name, seconds in self.recoveries.items():
+            lines.append(f"| {name} | {len(seconds)} | {median(seconds):.1f} s | {_p99(seconds):.1f} s |")
+        every = [one for seconds in self.recoveries.values() for one in seconds]
+        if every:
+            lines.append(f"| all | {len(every)} | {median(every):.1f} s | {_p99(every):.1f} s |")
+        lines.append("")
+        lines.append(
+            f"{self.items:,} items in {self.jobs} jobs; {self.wasted:.1%} of the tokens embedded in vain; "
+            f"{len(self.said)} objections."
+        )
+        return "\n".join(lines)
+
+
+def _p99(seconds: list[float]) -> float:
+    return quantiles(seconds, n=100, method="inclusive")[98] if len(seconds) > 1 else seconds[0]
+
+
+def schedule(seed: int, kinds: tuple[Kind, ...]) -> Iterator[tuple[Kind, Random]]:
+    """Faults without end, each with dice of its own: the bag of all kinds is emptied before it is filled again."""
+    random = Random(seed)
+    while True:
+        bag = [kind for kind in kinds for _ in range(kind.weight)]
+        random.shuffle(bag)
+        for kind in bag:
+            yield kind, Random(random.random())
+
+
+def drill(
+    site: Site,
+    load: Load,
+    seed: int,
+    kinds: tuple[Kind, ...] = KINDS,
+    *,
+    goes_on: Callable[[Report], bool],
+    tell: Callable[[str], None] = print,
+) -> Report:
+    """Do faults one after the other as long as `goes_on` says, then let the work end and look at what is left."""
+    report = Report(seed)
+    site.start_all()
+    load.begin()
+    for kind, random in schedule(seed, tuple(kind for kind in kinds if kind.possible(site))):
+        if not goes_on(report):
+            break
+        time.sleep(random.uniform(*_PAUSE_SECONDS))
+        site.keep_counts()
+        report.tried += 1
+        _do(site, load, kind, random, report, tell)
+    load.finish()
+    site.keep_counts()
+    report.tokens_committed = float(site.scalar("select coalesce(sum(prompt_tokens), 0) from vectormill.usage"))
+    report.said += load.said
+    report.said += site.end_all()
+    report.tokens_embedded = site.tokens_embedded()
+    report.items, report.jobs = load.items_ended, sum(map(len, load.ended.values()))
+    return report
+
+
+def _do(site: Site, load: Load, kind: Kind, random: Random, report: Report, tell: Callable[[str], None]) -> None:
+    load.explain(kind.pauses)
+    try:
+        done = site.insist(lambda: kind.do(site, random))
+        moment = None if done.claim else site.scalar("select clock_timestamp()")
+        deadline = time.monotonic() + _RECOVERY_SECONDS
+        while not recovered(site, done, moment):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no recovery within {_RECOVERY_SECONDS:g} s")
+            time.sleep(_POLL_SECONDS)
+    except (AssertionError, OSError, DBAPIError) as error:
+        report.said.append(f"{kind.name}: {error}")
+        tell(f"{kind.name}: {error}")
+        return
+    finally:
+        load.explain(kind.pauses)
+        site.keep_counts()
+    seconds = time.monotonic() - done.since
+    report.recoveries.setdefault(kind.name, []).append(seconds)
+    report.said += [f"{kind.name}: {said}" for said in done.said]
+    tell(f"{report.faults:4} {kind.name}: back after {seconds:.1f} s")

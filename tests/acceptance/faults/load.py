@@ -1,0 +1,186 @@
+"""Jobs of all kinds, one after the other in lanes, as long as a drill lasts; the oracle judges each at its end."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import control
+from pipeline.errors import IllegalTransition
+from pipeline.purge import purge_job
+from tests.acceptance.faults.site import BUCKET, Site
+from tests.acceptance.oracle import objections
+
+#: `submit` says with this code that the same may be tried again.
+_UNREACHABLE = 6
+_STUCK_SECONDS = 300.0
+_POLL_SECONDS = 0.2
+#: A lane whose jobs are done at once rests for a while, or it would do nothing but submit.
+_LEAST_SECONDS = 10.0
+#: A fault explains a pause for so long after it is over.
+_EXPLAINS_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """A kind of job: by which model, from what, to where."""
+
+    model: str
+    #: `jsonl`, whose rows go to Postgres, or `parquet`, which workers read themselves.
+    corpus: str
+    #: None: Postgres.
+    output: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.corpus} → {self.output or 'postgres'}"
+
+
+_LANES = (
+    (
+        Way("minilm", "jsonl"),
+        Way("minilm", "parquet"),
+        Way("minilm", "jsonl", "disk"),
+        Way("minilm", "parquet", "store"),
+    ),
+    (Way("static", "parquet", "disk"), Way("static", "jsonl"), Way("static", "parquet", "store")),
+    (Way("far", "jsonl"), Way("far", "parquet", "disk")),
+)
+
+
+@dataclass
+class Load:
+    """What works while faults are done, and what the oracle has said of it."""
+
+    site: Site
+    items: int
+    said: list[str] = field(default_factory=list)
+    #: Jobs that have ended, and their items, by way.
+    ended: dict[Way, list[int]] = field(default_factory=dict)
+    #: Until when which pause is explained, by the monotonic clock.
+    explained: dict[str, float] = field(default_factory=dict)
+    _calm: dict[str, UUID] = field(default_factory=dict)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Do a calm run of each model, then set the lanes going."""
+        self._write_corpora()
+        for way in (Way("minilm", "jsonl"), Way("static", "jsonl"), Way("far", "jsonl")):
+            job = self._submit(way, uuid4().hex)
+            assert self.site.fleet.await_end(job)["state"] == "completed"
+            with self.site.fleet.engine.begin() as connection:
+                assert objections(connection, job, self._jsonl) == []
+            self._calm[way.model] = job
+        for lane in _LANES:
+            thread = threading.Thread(target=self._go, args=(lane,), name=lane[0].model, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def finish(self) -> None:
+        """Let the jobs at hand end, and no others begin."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+    def explain(self, reasons: Iterator[str] | tuple[str, ...]) -> None:
+        """A fault may pause jobs for these reasons; they are resumed, as a person would."""
+        for reason in reasons:
+            self.explained[reason] = time.monotonic() + _EXPLAINS_SECONDS
+
+    @property
+    def items_ended(self) -> int:
+        """Items of the jobs that have ended."""
+        return sum(sum(counts) for counts in self.ended.values())
+
+    @property
+    def _jsonl(self) -> Path:
+        return self.site.folder / "corpus.jsonl"
+
+    def _write_corpora(self) -> None:
+        rows = [
+            {"id": f"doc-{n}", "text": f"Document {n} tells of {n % 97} mills on {n % 89} rivers in the year {n}."}
+            for n in range(self.items)
+        ]
+        self._jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        pq.write_table(pa.Table.from_pylist(rows), self._jsonl.with_suffix(".parquet"), row_group_size=500)
+
+    def _go(self, lane: tuple[Way, ...]) -> None:
+        for way in cycle(lane):
+            if self._stopping.is_set():
+                return
+            begun = time.monotonic()
+            try:
+                self._run(way)
+            except Exception as error:  # noqa: BLE001 - a lane that dies silently would prove nothing
+                self.said.append(f"{way}: {type(error).__name__}: {error}")
+            self._stopping.wait(max(0.0, _LEAST_SECONDS - (time.monotonic() - begun)))
+
+    def _run(self, way: Way) -> None:
+        job = self._submit(way, uuid4().hex)
+        state = self._await_end(way, job)
+        if state != "completed":
+            rows = self.site.rows("select reason, message from vectormill.jobs where id = :job", job=job)
+            self.said.append(f"{way}: job {job} is {state}: {dict(rows[0])}")
+            return
+        self.said += [f"{way}: job {job}: {said}" for said in self.site.insist(lambda: self._objections(way, job))]
+        self.ended.setdefault(way, []).append(self.items)
+        self.site.insist(lambda: purge_job(self.site.fleet.engine, job))
+
+    def _objections(self, way: Way, job: UUID) -> list[str]:
+        query = "select coalesce(sum(rejected), 0) from vectormill.chunks where job_id = :job"
+        rejected = self.site.scalar(query, job=job)
+        with self.site.fleet.engine.begin() as connection:
+            found = objections(connection, job, self._jsonl, self._calm[way.model])
+        return [*found, f"{rejected} healthy items are rejected"] if rejected else found
+
+    def _submit(self, way: Way, key: str) -> UUID:
+        source = self._jsonl.with_suffix(f".{way.corpus}")
+        arguments = [str(source), "--model", way.model, "--idempotency-key", key]
+        arguments += ["--by-reference" if way.corpus == "parquet" else "--by-value"]
+        if way.output:
+            where = f"s3://{BUCKET}" if way.output == "store" else str(self._disk)
+            arguments += ["--output", f"{where}/{key}"]
+        deadline = time.monotonic() + _STUCK_SECONDS
+        while True:
+            done = self.site.fleet.cli("submit", *arguments, check=False)
+            if done.returncode == 0:
+                return UUID(done.stdout.strip())
+            if done.returncode != _UNREACHABLE or time.monotonic() > deadline:
+                raise AssertionError(f"submit ended with {done.returncode}: {done.stderr[-500:]}")
+
+    @property
+    def _disk(self) -> Path:
+        return self.site.parquet.folder if self.site.parquet else self.site.folder / "parquet"
+
+    def _await_end(self, way: Way, job: UUID) -> str:
+        deadline = time.monotonic() + _STUCK_SECONDS
+        while time.monotonic() < deadline:
+            query = "select state, reason, message from vectormill.jobs where id = :job"
+            row = self.site.rows(query, job=job)[0]
+            if row["state"] in ("completed", "failed", "cancelled"):
+                return str(row["state"])
+            if row["state"] == "paused":
+                if self.explained.get(row["reason"], 0.0) < time.monotonic():
+                    self.said.append(f"{way}: job {job} paused without a cause: {row['reason']}: {row['message']}")
+                time.sleep(1.0)
+                self.site.insist(lambda: self._resume(job))
+            time.sleep(_POLL_SECONDS)
+        query = """
+            select id, state, fence, crashes, last_error from vectormill.chunks
+            where job_id = :job and state <> 'done' limit 5
+        """
+        return f"stuck: {[dict(row) for row in self.site.rows(query, job=job)]}"
+
+    def _resume(self, job: UUID) -> None:
+        with self.site.fleet.engine.begin() as connection:
+            try:
+                control.resume(connection, job)
+            except IllegalTransition:
+                return

@@ -1,0 +1,281 @@
+"""What is drilled: servers of its own, and on them the processes as operators run them."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import psutil
+import psycopg
+from prometheus_client.mmap_dict import MmapedDict
+from psycopg import sql
+from sqlalchemy import RowMapping, text
+from sqlalchemy.exc import DBAPIError
+
+from pipeline.catalog import add_model
+from pipeline.embedded.place import Place
+from pipeline.embedded.runtime import read_running
+from pipeline.migrate import upgrade
+from pipeline.store.database import is_connection_lost, make_engine
+from tests.acceptance.faults.disk import Disk, small_disk
+from tests.acceptance.faults.wire import Wire, wire_to
+from tests.acceptance.fleet import Fleet, eventually
+from tests.lines import Line, line_to
+from tests.machines import remove_what_root_keeps, running_servers
+from tests.models import bundled_folder, described, static_folder
+from tests.object_store import environment_of, s3_server
+from tests.scripted_gateway import ScriptedGateway, scripted_gateway
+
+T = TypeVar("T")
+
+BUCKET = "vectors"
+#: Dispatchers and workers. A worker has two children.
+DISPATCHERS = ("dispatcher-1", "dispatcher-2")
+WORKERS = ("worker-1", "worker-2")
+_REPLICAS = 2
+_DISK_BYTES = 2 * 1024**3
+_PATIENCE_SECONDS = 120.0
+
+
+@dataclass
+class Site:
+    """The installation under drill, and the places where it can be struck."""
+
+    fleet: Fleet
+    folder: Path
+    home: Path
+    #: How workers reach Postgres, Redis and the object store.
+    wire: Wire
+    redis_line: Line
+    store_line: Line
+    redis_url: str
+    gateway: ScriptedGateway
+    store: dict[str, str]
+    lease_seconds: float
+    #: Where Postgres keeps tables, and where Parquet goes, if disks can be had here.
+    tables: Disk | None
+    parquet: Disk | None
+    #: Workers that were killed, and could clear nothing away.
+    killed: int = 0
+    #: Counts of processes that are gone, by hard links to their files.
+    kept: dict[str, Path] = field(default_factory=dict)
+
+    def start(self, name: str) -> None:
+        """Start one of the dispatchers or workers, as an operator's service manager would."""
+        if name in DISPATCHERS:
+            self.fleet.start(name, "pipeline.cli", "dispatcher")
+        else:
+            self.start_worker(name)
+
+    def start_worker(self, name: str, **environment: str) -> "subprocess.Popen[bytes]":
+        """Start a worker."""
+        command = ("pipeline.cli", "worker", "--devices", "cpu", "--replicas", str(_REPLICAS))
+        return self.fleet.start(name, *command, **self.worker_environment, **environment)
+
+    @property
+    def worker_environment(self) -> dict[str, str]:
+        """By which a worker goes through what can be struck."""
+        database, broker = (self.fleet.environment[f"VECTORMILL_{name}_URL"] for name in ("DATABASE", "REDIS"))
+        return {
+            "VECTORMILL_DATABASE_URL": at_port(database, self.wire.port),
+            "VECTORMILL_REDIS_URL": at_port(broker, self.redis_line.port),
+            "VECTORMILL_METRICS_PORT": "0",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store_line.port}",
+        }
+
+    def start_all(self) -> None:
+        """Start all, and wait until all serve."""
+        for name in (*DISPATCHERS, *WORKERS):
+            self.start(name)
+        self.await_workers()
+
+    def await_workers(self) -> None:
+        """Wait until as many workers show themselves as there are."""
+        query = "select count(*) from vectormill.workers where seen_at > now() - interval '15 s'"
+        eventually(lambda: self.scalar(query) >= len(WORKERS), "workers that show themselves")
+
+    def server(self, name: str) -> psutil.Process:
+        """The process of `postgres` or `valkey`, as it runs now."""
+
+        def look() -> psutil.Process | None:
+            running = read_running(self.home)
+            for mark in running.children if running else ():
+                if mark.name == name and psutil.pid_exists(mark.pid):
+                    return psutil.Process(mark.pid)
+            return None
+
+        return eventually(look, f"a {name} that runs")
+
+    def rows(self, query: str, **values: Any) -> list[RowMapping]:
+        """Rows from the database, asked for again while it is away."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                with self.fleet.engine.begin() as connection:
+                    return list(connection.execute(text(query), values).mappings())
+            except DBAPIError as error:
+                if not is_connection_lost(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def scalar(self, query: str, **values: Any) -> Any:
+        """One value from the database, asked for again while it is away."""
+        rows = self.rows(query, **values)
+        return next(iter(rows[0].values())) if rows else None
+
+    def insist(self, do: Callable[[], T]) -> T:
+        """Do what may meet a database that is away, until it isn't."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return do()
+            except DBAPIError as error:
+                if not is_connection_lost(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def keep_counts(self) -> None:
+        """Hold on to the counts of workers' children: a link outlives the worker's folder."""
+        for file in (self.folder / "tmp").glob("vectormill-metrics-*/counter_*.db"):
+            kept = self.folder / "counts" / f"{file.parent.name}-{file.name}"
+            if kept.name not in self.kept:
+                with suppress(OSError):
+                    os.link(file, kept)
+                    self.kept[kept.name] = kept
+
+    def tokens_embedded(self) -> float:
+        """Tokens of all batches that came back from a model, whatever became of them."""
+        self.keep_counts()
+        return sum(
+            value
+            for file in self.kept.values()
+            if file.stat().st_size
+            for key, value, *_ in MmapedDict.read_all_values_from_file(str(file))
+            if '"vectormill_worker_tokens_total"' in key
+        )
+
+    def end_all(self) -> list[str]:
+        """Ask all to end, as a deployment does. Returns what doesn't, and what is left behind."""
+        said = []
+        for process in self.fleet.processes.values():
+            process.terminate()
+        for name, process in self.fleet.processes.items():
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                said.append(f"{name} doesn't end")
+        with suppress(AssertionError):
+            eventually(lambda: not self._processes(), "no process", 15)
+        said += [f"a process is left: {process.cmdline()[:6]}" for process in self._processes()]
+        names = "'^vectormill-(worker|presence|dispatcher|errands)$'"
+        query = f"select count(*) from pg_stat_activity where application_name ~ {names}"
+        with suppress(AssertionError):
+            eventually(lambda: self.scalar(query) == 0, "no connection", 10)
+        if count := self.scalar(query):
+            said.append(f"{count} connections are left")
+        # torch makes a folder for its compiler, and leaves it; a worker that was killed leaves an empty one.
+        files = sorted(path.name for path in (self.folder / "tmp").iterdir() if "torchinductor" not in path.name)
+        if len(files) > self.killed or not all(name.startswith("pymp-") for name in files):
+            said.append(f"files are left: {files[:5]}")
+        return said
+
+    def _processes(self) -> list[psutil.Process]:
+        """Ours, whoever's children they are by now."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("TMPDIR") == str(self.folder / "tmp"):
+                    found.append(process)
+        return found
+
+
+def at_port(url: str, port: int) -> str:
+    """The same server by way of another port."""
+    parts = urlsplit(url)
+    login = parts.netloc.rpartition("@")[0]
+    return parts._replace(netloc=f"{login}@127.0.0.1:{port}").geturl()
+
+
+@contextmanager
+def site(*, lease_seconds: float, chunk_items: int | None = None, disks: bool = True) -> Iterator[Site]:
+    """Make an installation with three models (`minilm`, `static` and the gateway `far`), nothing started yet. All that
+    it started ends with the block."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="drill-")))
+        folder.chmod(0o711)
+        home = folder / "home"
+        if os.geteuid() == 0:
+            stack.callback(remove_what_root_keeps, home)
+        for name in ("tmp", "counts", "logs"):
+            (folder / name).mkdir()
+        account = Place.of_home(home).account
+        can = disks and os.geteuid() == 0 and shutil.which("mount") is not None
+        tables = stack.enter_context(small_disk(folder / "tables", _DISK_BYTES, account)) if can else None
+        parquet = stack.enter_context(small_disk(folder / "parquet", _DISK_BYTES, None)) if can else None
+        running = stack.enter_context(running_servers(home, lambda url: _prepare(url, tables)))
+        database, broker = urlsplit(running.database_url), urlsplit(running.redis_url)
+        assert database.port
+        assert broker.port
+        store = stack.enter_context(s3_server(BUCKET))
+        stack.enter_context(environment_of(store))
+        gateway = stack.enter_context(scripted_gateway())
+        engine = make_engine(running.database_url, application="vectormill-tests", pool_size=8)
+        stack.callback(engine.dispose)
+        environment = {
+            **store,
+            "VECTORMILL_DATABASE_URL": running.database_url,
+            "VECTORMILL_REDIS_URL": running.redis_url,
+            "VECTORMILL_LEASE_SECONDS": str(lease_seconds),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TMPDIR": str(folder / "tmp"),
+            "FAR_KEY": "sk-drill",
+        }
+        if chunk_items:
+            environment["VECTORMILL_CHUNK_ITEMS"] = str(chunk_items)
+        fleet = Fleet(engine, environment, folder / "logs")
+        stack.callback(fleet.close)
+        made = Site(
+            fleet=fleet,
+            folder=folder,
+            home=home,
+            wire=stack.enter_context(wire_to("127.0.0.1", database.port)),
+            redis_line=stack.enter_context(line_to("127.0.0.1", broker.port)),
+            store_line=stack.enter_context(line_to("127.0.0.1", urlsplit(store["AWS_ENDPOINT_URL"]).port or 0)),
+            redis_url=running.redis_url,
+            gateway=gateway,
+            store=store,
+            lease_seconds=lease_seconds,
+            tables=tables,
+            parquet=parquet,
+        )
+        _add_models(made)
+        yield made
+
+
+def _prepare(url: str, tables: Disk | None) -> None:
+    if tables:
+        name = sql.Identifier(urlsplit(url).path.removeprefix("/"))
+        with psycopg.connect(url, autocommit=True) as connection:
+            where = sql.Literal(str(tables.folder))
+            connection.execute(sql.SQL("create tablespace small location {}").format(where))
+            connection.execute(sql.SQL("alter database {} set default_tablespace = small").format(name))
+    engine = make_engine(url, application="vectormill-tests")
+    with engine.begin() as connection:
+        upgrade(connection)
+    engine.dispose()
+
+
+def _add_models(made: Site) -> None:
+    with made.fleet.engine.begin() as connection:
+        add_model(connection, "minilm", described("all-MiniLM-L6-v2", bundled_folder()))
+        add_model(connection, "static", described("static-256", static_folder()))
+    where = ("--gateway", made.gateway.url, "--upstream-model", "embed-1", "--key-env", "FAR_KEY")
+    made.fleet.cli("models", "add", "far", *where, "--request-inputs", "50")

@@ -1,0 +1,42 @@
+"""A short drill: of each part of the installation some fault, in an order that the seed decides."""
+
+import os
+from dataclasses import replace
+
+from tests.acceptance.faults.drill import drill
+from tests.acceptance.faults.faults import KINDS
+from tests.acceptance.faults.load import Load
+from tests.acceptance.faults.site import site
+
+#: `make test` takes another seed by this, to do a drill over that has failed.
+_SEED = int(os.environ.get("SEED", "1"))
+_KINDS = (
+    "worker child killed while it embeds",
+    "worker child killed inside COPY",
+    "worker child killed before COMMIT arrives",
+    "worker child killed before COMMIT's answer",
+    "connection cut before COMMIT's answer",
+    "worker killed",
+    "dispatcher killed",
+    "Redis flushed",
+    "Redis killed",
+    "Postgres restarted at once",
+    "backends terminated",
+    "object store cut off",
+    "gateway: 503",
+)
+
+
+def test_nothing_is_lost_or_doubled() -> None:
+    kinds = tuple(replace(kind, weight=1) for kind in KINDS if kind.name in _KINDS)
+    with site(lease_seconds=5, chunk_items=200, disks=False) as made:
+        report = drill(
+            made,
+            Load(made, items=2_000),
+            _SEED,
+            kinds,
+            goes_on=lambda so_far: so_far.tried < len(kinds),
+        )
+    assert report.said == [], f"seed {_SEED}"
+    assert set(report.recoveries) == set(_KINDS)
+    assert report.items > 0

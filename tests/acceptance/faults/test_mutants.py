@@ -1,0 +1,92 @@
+"""With a guarantee switched off the oracle objects, where it doesn't with all of them on: so it can. The fence's mutant
+is in test_faults.py."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import pytest
+
+from tests.acceptance.conftest import LEASE_SECONDS, write_corpus
+from tests.acceptance.faults.site import at_port
+from tests.acceptance.faults.wire import Call, Moment, Wire, wire_to
+from tests.acceptance.fleet import Fleet, eventually
+from tests.acceptance.oracle import objections
+
+_MUTANTS = "tests.acceptance.mutants"
+
+
+def _objections(fleet: Fleet, job: UUID, corpus: Path, losses: int) -> list[str]:
+    with fleet.engine.begin() as connection:
+        return objections(connection, job, corpus, losses=losses)
+
+
+@pytest.mark.parametrize("renewed", [True, False])
+def test_a_lease_that_nobody_renews(fleet: Fleet, texts: list[str], tmp_path: Path, renewed: bool) -> None:
+    """A chunk takes longer than its lease; without renewal it is taken for lost, and embedded again."""
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
+    fleet.environment |= {"VECTORMILL_CHUNK_ITEMS": "10000", "MUTANT": "without_renewal"}
+    fleet.start_dispatcher()
+    fleet.start_worker(1, app="workers.app" if renewed else _MUTANTS)
+    job = fleet.submit(str(corpus), "--model", "minilm")
+    lost = "select count(*) from vectormill.claim_losses"
+    eventually(
+        lambda: fleet.status(job)["state"] == "completed" or fleet.scalar(lost), "the job's end, or a lost claim"
+    )
+    if renewed:
+        query = "select max(finished_at - started_at) > make_interval(secs => :lease) from vectormill.chunks"
+        assert fleet.scalar(query, lease=LEASE_SECONDS), "the chunk must outlast its lease, or this proves nothing"
+    assert bool(_objections(fleet, job, corpus, 0)) is not renewed
+
+
+@pytest.mark.parametrize("swept", [True, False])
+def test_a_chunk_whose_worker_is_gone(fleet: Fleet, texts: list[str], tmp_path: Path, swept: bool) -> None:
+    """Its machine dies, and with it who could tell; without the sweep nobody ever takes the chunk again."""
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:750])
+    fleet.environment["MUTANT"] = "without_sweep"
+    fleet.start_dispatcher("pipeline.cli" if swept else _MUTANTS)
+    fleet.start_worker(1, name="doomed")
+    job = fleet.submit(str(corpus), "--model", "minilm")
+    _, chunk, _ = fleet.child_at_work(job)
+    fleet.kill_tree("doomed")
+    fleet.start_worker(1)
+    long_gone = """
+        select state = 'done' or lease_until < now() - make_interval(secs => 3 * :lease)
+               and not exists (select from vectormill.chunks where id <> :chunk and state <> 'done')
+        from vectormill.chunks where id = :chunk
+    """
+    eventually(lambda: fleet.scalar(long_gone, chunk=chunk, lease=LEASE_SECONDS), "what becomes of the chunk")
+    if swept:
+        fleet.await_end(job)
+    assert bool(_objections(fleet, job, corpus, 1)) is not swept
+
+
+@pytest.fixture
+def wire(fleet: Fleet) -> Iterator[Wire]:
+    port = urlsplit(fleet.environment["VECTORMILL_DATABASE_URL"]).port
+    assert port
+    with wire_to("127.0.0.1", port) as made:
+        yield made
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_child_killed_inside_copy(fleet: Fleet, wire: Wire, texts: list[str], tmp_path: Path, at_once: bool) -> None:
+    """Without one transaction its chunk is done, and has no vectors."""
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:500])
+    fleet.environment["MUTANT"] = "without_one_transaction"
+    url = at_port(fleet.environment["VECTORMILL_DATABASE_URL"], wire.port)
+    fleet.start_dispatcher()
+    fleet.start_worker(1, app="workers.app" if at_once else _MUTANTS, VECTORMILL_DATABASE_URL=url)
+
+    def kill(call: Call) -> None:
+        child = fleet.child_on_port(call.port)
+        assert child
+        child.kill()
+        child.wait()
+        call.cut()
+
+    job = fleet.submit(str(corpus), "--model", "static")
+    assert wire.strike(Moment.IN_COPY, kill, 60)
+    fleet.await_end(job)
+    assert bool(_objections(fleet, job, corpus, 1)) is not at_once
