@@ -1,4 +1,7 @@
-"""`python -m tests.acceptance.faults --seed 1 --minutes 60`: a long drill. Ends with 1 if there is any objection."""
+"""`python -m tests.acceptance.faults --seed 1 --minutes 60`: a long drill, whose leases and chunks are short, so that
+much happens; with `--defaults` one at default settings, which measures what is promised there. Ends with 1 if there is
+any objection.
+"""
 
 import argparse
 import os
@@ -8,13 +11,14 @@ import time
 from pathlib import Path
 
 from tests.acceptance.faults.drill import Report, drill
-from tests.acceptance.faults.faults import KINDS
-from tests.acceptance.faults.load import Load
+from tests.acceptance.faults.faults import AT_DEFAULTS, KINDS
+from tests.acceptance.faults.load import LANES, Load, Way
 from tests.acceptance.faults.site import site
 
-_LEASE_SECONDS = 5.0
-_CHUNK_ITEMS = 200
-_ITEMS = 3_000
+_LEASE_SECONDS, _CHUNK_ITEMS, _ITEMS = 5.0, 200, 3_000
+_DEFAULT_LEASE_SECONDS, _MANY_ITEMS = 30.0, 40_000
+#: So that there is always more than is under way.
+_LANES_AT_DEFAULTS = ((Way("minilm", "jsonl"),), (Way("minilm", "jsonl"),))
 
 
 def main() -> None:
@@ -22,17 +26,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--kind", action="append", help="only kinds whose name contains this")
+    parser.add_argument("--defaults", action="store_true", help="default settings, few kinds, with time limits")
     asked = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    kinds = tuple(kind for kind in KINDS if not asked.kind or any(part in kind.name for part in asked.kind))
+    kinds = tuple(
+        kind
+        for kind in (AT_DEFAULTS if asked.defaults else KINDS)
+        if not asked.kind or any(part in kind.name for part in asked.kind)
+    )
     print(f"seed {asked.seed}", flush=True)
     ends = time.monotonic() + 60 * asked.minutes
 
     def goes_on(_: Report) -> bool:
         return time.monotonic() < ends
 
-    with site(lease_seconds=_LEASE_SECONDS, chunk_items=_CHUNK_ITEMS) as made:
-        load = Load(made, _ITEMS)
+    lease_seconds, chunk_items = (_DEFAULT_LEASE_SECONDS, None) if asked.defaults else (_LEASE_SECONDS, _CHUNK_ITEMS)
+    with site(lease_seconds=lease_seconds, chunk_items=chunk_items) as made:
+        load = Load(made, _MANY_ITEMS, _LANES_AT_DEFAULTS) if asked.defaults else Load(made, _ITEMS, LANES)
         report = drill(made, load, asked.seed, kinds, goes_on=goes_on, tell=lambda line: print(line, flush=True))
         if report.said:
             print("\n".join(f"OBJECTION {said}" for said in report.said), flush=True)

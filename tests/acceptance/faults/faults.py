@@ -58,6 +58,10 @@ class Kind:
     #: Reasons for which jobs may pause by it.
     pauses: tuple[str, ...] = ()
     possible: Callable[[Site], bool] = lambda _: True
+    #: Whether all is as before, given the database's time when the fault was over. Default: `recovered`.
+    back: "Callable[[Site, Done, Any], bool] | None" = None
+    #: Within which it must be.
+    most_seconds: float = 120.0
 
 
 # ------------------------------------------------------------------------------------------------ workers
@@ -91,11 +95,26 @@ def kill_child(site: Site, random: Random) -> Done:
     return Done(time.monotonic(), claim)
 
 
+def _worker_of(site: Site, child: psutil.Process) -> str:
+    return next(n for n in WORKERS if child in psutil.Process(site.fleet.processes[n].pid).children(recursive=True))
+
+
 def kill_worker(site: Site, random: Random) -> Done:
     """A worker's parent dies, and is started again."""
     child, claim = _at_work(site, random)
-    name = next(n for n in WORKERS if child in psutil.Process(site.fleet.processes[n].pid).children(recursive=True))
+    name = _worker_of(site, child)
     site.fleet.kill(name)
+    site.killed += 1
+    since = time.monotonic()
+    site.start(name)
+    return Done(since, claim)
+
+
+def kill_machine(site: Site, random: Random) -> Done:
+    """A worker dies with all its children at once: nobody is left to tell. Another one takes its place."""
+    child, claim = _at_work(site, random)
+    name = _worker_of(site, child)
+    site.fleet.kill_tree(name)
     site.killed += 1
     since = time.monotonic()
     site.start(name)
@@ -454,4 +473,33 @@ KINDS = (
     Kind("gateway: too few vectors", _answering(_too_few, share=0.5), pauses=_REFUSED),
     Kind("gateway: not a number", _answering(_not_finite, share=0.5), pauses=_REFUSED),
     Kind("gateway: no answer", _answering(_no_answer, share=0.7)),
+)
+
+
+class FullSpeed:
+    """Every slot is at work, and has been for a while."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+
+    def __call__(self, site: Site, _: Done, __: Any) -> bool:
+        """Ask again and again; once it is true, the next fault may come."""
+        busy = site.scalar("select count(*) from vectormill.chunks where state = 'running'") == site.slots
+        self._since = (self._since or time.monotonic()) if busy else None
+        back = self._since is not None and time.monotonic() - self._since >= self._seconds
+        if back:
+            self._since = None
+        return back
+
+
+_STEADY_SECONDS = 3.0
+
+#: At default settings, with what is promised there. Full speed includes three seconds of it.
+AT_DEFAULTS = (
+    Kind("machine of a worker dead", kill_machine, 2, most_seconds=45),
+    Kind("worker child killed while it embeds", kill_child, 2, most_seconds=45),
+    Kind("worker child frozen shortly", freeze_shortly),
+    Kind("Redis flushed", flush_redis, back=FullSpeed(_STEADY_SECONDS), most_seconds=15),
+    Kind("Redis killed", kill_redis, back=FullSpeed(_STEADY_SECONDS), most_seconds=30),
 )

@@ -90,6 +90,11 @@ class Site:
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store_line.port}",
         }
 
+    @property
+    def slots(self) -> int:
+        """Chunks that run at a time."""
+        return _REPLICAS * len(WORKERS)
+
     def start_all(self) -> None:
         """Start all, and wait until all serve."""
         for name in (*DISPATCHERS, *WORKERS):
