@@ -22,10 +22,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# Whole jobs by every way in and out, through gateways, from SQL; mutants. A short drill is in `make test` already.
+# Whole jobs by every way in and out, through gateways, from SQL; single faults, mutants. A short drill is in `make test`.
 test-acceptance: $(INSTALLED)
-	$(BIN)/python -m pytest tests/acceptance --ignore tests/acceptance/test_faults.py \
-		--ignore tests/acceptance/faults/test_drill.py
+	$(BIN)/python -m pytest tests/acceptance --ignore tests/acceptance/faults/test_drill.py
 
 SEED ?= $(shell date +%s)
 MINUTES ?= 60
