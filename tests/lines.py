@@ -5,6 +5,31 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+
+@dataclass(eq=False)
+class Call:
+    """A client's connection to the server by way of a line."""
+
+    near: socket.socket
+    far: socket.socket
+
+    @property
+    def port(self) -> int:
+        """The client's port, by which its process is found."""
+        return int(self.near.getpeername()[1])
+
+    @property
+    def server_port(self) -> int:
+        """The port by which the server knows it."""
+        return int(self.far.getsockname()[1])
+
+    def cut(self) -> None:
+        """End it on both sides."""
+        for end in (self.near, self.far):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass
@@ -13,57 +38,91 @@ class Line:
 
     port: int
     target: tuple[str, int]
-    flowing: threading.Event = field(default_factory=threading.Event)
+    _flowing: threading.Event = field(default_factory=threading.Event)
     _cut: bool = False
-    _sockets: list[socket.socket] = field(default_factory=list)
+    #: Guards the calls.
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _calls: list[Call] = field(default_factory=list)
 
     def freeze(self) -> None:
         """Nothing comes through any more; nobody is told."""
-        self.flowing.clear()
+        self._flowing.clear()
 
     def cut(self) -> None:
         """Connections end, and new ones too."""
         self._cut = True
-        for end in self._sockets:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        self.flowing.set()
+        for call in self.calls():
+            call.cut()
+        self._flowing.set()
 
     def mend(self) -> None:
         """All is as before."""
         self._cut = False
-        self.flowing.set()
+        self._flowing.set()
+
+    def calls(self) -> list[Call]:
+        """The connections that there are."""
+        with self._lock:
+            return list(self._calls)
 
     def serve(self, listener: socket.socket) -> None:
         """Pass on what comes, until the listener is closed."""
         with suppress(OSError):
             while True:
                 near, _ = listener.accept()
-                if self._cut:
-                    near.close()
-                    continue
-                try:
-                    far = socket.create_connection(self.target)
-                except OSError:  # the server is away
-                    near.close()
-                    continue
-                self._sockets += [near, far]
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+                threading.Thread(target=self._connect, args=(near,), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError), source, sink:
-            while data := source.recv(65_536):
-                self.flowing.wait()
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_RDWR)
+    def _connect(self, near: socket.socket) -> None:
+        with near:
+            try:
+                far = socket.create_connection(self.target)
+            except OSError:  # the server is away
+                return
+            with far:
+                call = self._call(near, far)
+                with self._lock:
+                    self._calls.append(call)
+                if self._cut:
+                    call.cut()
+                answers = threading.Thread(target=self._pass, args=(call, self._from_server(call), near), daemon=True)
+                answers.start()
+                self._pass(call, self._from_client(call), far)
+                answers.join()
+                with self._lock:
+                    self._calls.remove(call)
+
+    def _pass(self, call: Call, pieces: Iterator[bytes], sink: socket.socket) -> None:
+        with suppress(OSError):
+            for piece in pieces:
+                self._flowing.wait()
+                sink.sendall(piece)
+        call.cut()
+
+    # What lines that know a protocol do otherwise.
+
+    def _call(self, near: socket.socket, far: socket.socket) -> Any:
+        return Call(near, far)
+
+    def _from_client(self, call: Any) -> Iterator[bytes]:
+        return _pieces(call.near)
+
+    def _from_server(self, call: Any) -> Iterator[bytes]:
+        return _pieces(call.far)
+
+
+def _pieces(source: socket.socket) -> Iterator[bytes]:
+    while data := source.recv(65_536):
+        yield data
+
+
+L = TypeVar("L", bound=Line)
 
 
 @contextmanager
-def line_to(host: str, port: int) -> Iterator[Line]:
-    """A line to a server, which ends with the block."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        line = Line(listener.getsockname()[1], (host, port))
+def line_to(host: str, port: int, kind: type[L]) -> Iterator[L]:
+    """A line of this kind to a server, which ends with the block."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        line = kind(listener.getsockname()[1], (host, port))
         line.mend()
         threading.Thread(target=line.serve, args=(listener,), daemon=True).start()
         try:

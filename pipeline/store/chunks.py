@@ -304,12 +304,14 @@ def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) 
 
 
 def lost_pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int, int]]:
-    """Claimable chunks of any job whose last claim was lost: (job id, chunk id, estimated tokens)."""
+    """Claimable chunks of runnable jobs whose last claim was lost: (job id, chunk id, estimated tokens)."""
     rows = connection.execute(
         text("""
-            select job_id, id, estimated_tokens from vectormill.chunks
-            where state = 'pending' and crashes > 0 and (not_before is null or not_before <= now())
-            order by id limit :limit
+            select c.job_id, c.id, c.estimated_tokens
+            from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
+            where c.state = 'pending' and c.crashes > 0 and (c.not_before is null or c.not_before <= now())
+              and j.state in ('queued', 'running')
+            order by c.id limit :limit
         """),
         {"limit": limit},
     )

@@ -22,7 +22,7 @@ def line(gateway: Gateway) -> Iterator[Line]:
     parts = urlsplit(url)
     assert parts.hostname
     assert parts.port
-    with line_to(parts.hostname, parts.port) as made:
+    with line_to(parts.hostname, parts.port, Line) as made:
         gateway.stop_api()
         gateway.start_api(VECTORMILL_DATABASE_URL=url.replace(f":{parts.port}/", f":{made.port}/"))
         yield made

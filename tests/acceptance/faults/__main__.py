@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from tests.acceptance.faults.drill import Report, drill
-from tests.acceptance.faults.faults import AT_DEFAULTS, KINDS
+from tests.acceptance.faults.kinds import AT_DEFAULTS, KINDS
 from tests.acceptance.faults.load import LANES, Load, Way
 from tests.acceptance.faults.site import site
 

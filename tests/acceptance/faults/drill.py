@@ -8,7 +8,8 @@ from statistics import median, quantiles
 
 from sqlalchemy.exc import DBAPIError
 
-from tests.acceptance.faults.faults import KINDS, Kind, recovered
+from tests.acceptance.faults.faults import Kind, recovered
+from tests.acceptance.faults.kinds import KINDS
 from tests.acceptance.faults.load import Load
 from tests.acceptance.faults.site import Site
 
@@ -31,7 +32,6 @@ class Report:
     tokens_embedded: float = 0
     tokens_committed: float = 0
     chunks: int = 0
-
     #: Faults that were begun.
     tried: int = 0
 

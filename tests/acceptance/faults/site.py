@@ -25,7 +25,7 @@ from pipeline.embedded.runtime import read_running
 from pipeline.migrate import upgrade
 from pipeline.store.database import is_connection_lost, make_engine
 from tests.acceptance.faults.disk import Disk, small_disk
-from tests.acceptance.faults.wire import Wire, wire_to
+from tests.acceptance.faults.wire import Wire
 from tests.acceptance.fleet import Fleet, eventually
 from tests.lines import Line, line_to
 from tests.machines import remove_what_root_keeps, running_servers
@@ -57,7 +57,6 @@ class Site:
     store_line: Line
     redis_url: str
     gateway: ScriptedGateway
-    store: dict[str, str]
     lease_seconds: float
     #: Where Postgres keeps tables, and where Parquet goes, if disks can be had here.
     tables: Disk | None
@@ -99,10 +98,6 @@ class Site:
         """Start all, and wait until all serve."""
         for name in (*DISPATCHERS, *WORKERS):
             self.start(name)
-        self.await_workers()
-
-    def await_workers(self) -> None:
-        """Wait until as many workers show themselves as there are."""
         query = "select count(*) from vectormill.workers where seen_at > now() - interval '15 s'"
         eventually(lambda: self.scalar(query) >= len(WORKERS), "workers that show themselves")
 
@@ -120,15 +115,12 @@ class Site:
 
     def rows(self, query: str, **values: Any) -> list[RowMapping]:
         """Rows from the database, asked for again while it is away."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            try:
-                with self.fleet.engine.begin() as connection:
-                    return list(connection.execute(text(query), values).mappings())
-            except DBAPIError as error:
-                if not is_connection_lost(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+
+        def ask() -> list[RowMapping]:
+            with self.fleet.engine.begin() as connection:
+                return list(connection.execute(text(query), values).mappings())
+
+        return self.insist(ask)
 
     def scalar(self, query: str, **values: Any) -> Any:
         """One value from the database, asked for again while it is away."""
@@ -251,12 +243,11 @@ def site(*, lease_seconds: float, chunk_items: int | None = None, disks: bool = 
             fleet=fleet,
             folder=folder,
             home=home,
-            wire=stack.enter_context(wire_to("127.0.0.1", database.port)),
-            redis_line=stack.enter_context(line_to("127.0.0.1", broker.port)),
-            store_line=stack.enter_context(line_to("127.0.0.1", urlsplit(store["AWS_ENDPOINT_URL"]).port or 0)),
+            wire=stack.enter_context(line_to("127.0.0.1", database.port, Wire)),
+            redis_line=stack.enter_context(line_to("127.0.0.1", broker.port, Line)),
+            store_line=stack.enter_context(line_to("127.0.0.1", urlsplit(store["AWS_ENDPOINT_URL"]).port or 0, Line)),
             redis_url=running.redis_url,
             gateway=gateway,
-            store=store,
             lease_seconds=lease_seconds,
             tables=tables,
             parquet=parquet,

@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 
 from tests.acceptance.faults.drill import drill
-from tests.acceptance.faults.faults import KINDS
+from tests.acceptance.faults.kinds import KINDS
 from tests.acceptance.faults.load import Load
 from tests.acceptance.faults.site import site
 

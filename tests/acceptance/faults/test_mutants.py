@@ -10,9 +10,10 @@ import pytest
 
 from tests.acceptance.conftest import LEASE_SECONDS, write_corpus
 from tests.acceptance.faults.site import at_port
-from tests.acceptance.faults.wire import Call, Moment, Wire, wire_to
+from tests.acceptance.faults.wire import Moment, Wire
 from tests.acceptance.fleet import Fleet, eventually
 from tests.acceptance.oracle import objections
+from tests.lines import Call, line_to
 
 _MUTANTS = "tests.acceptance.mutants"
 
@@ -67,7 +68,7 @@ def test_a_chunk_whose_worker_is_gone(fleet: Fleet, texts: list[str], tmp_path: 
 def wire(fleet: Fleet) -> Iterator[Wire]:
     port = urlsplit(fleet.environment["VECTORMILL_DATABASE_URL"]).port
     assert port
-    with wire_to("127.0.0.1", port) as made:
+    with line_to("127.0.0.1", port, Wire) as made:
         yield made
 
 

@@ -7,9 +7,11 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from tests.lines import Call, Line
 
 #: What a write-back says to Postgres in its transaction, by which one is told from other transactions.
 _COPY = b'copy "vectormill"."embeddings_'
@@ -27,32 +29,14 @@ class Moment(StrEnum):
     AFTER_COMMIT = "after_commit"
 
 
-@dataclass
-class Call:
-    """A client's connection to Postgres by way of the wire."""
+@dataclass(eq=False)
+class WriteBack(Call):
+    """A client's connection to Postgres."""
 
-    near: socket.socket
-    far: socket.socket
     #: The transaction at hand writes a part of a chunk.
     writes: bool = False
     #: Texts of prepared statements by their names.
     prepared: dict[bytes, bytes] = field(default_factory=dict)
-
-    @property
-    def port(self) -> int:
-        """The client's port, by which its process is found."""
-        return int(self.near.getpeername()[1])
-
-    @property
-    def server_port(self) -> int:
-        """The port by which Postgres knows it."""
-        return int(self.far.getsockname()[1])
-
-    def cut(self) -> None:
-        """End it on both sides."""
-        for end in (self.near, self.far):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass
@@ -62,17 +46,11 @@ class _Trap:
     sprung: threading.Event = field(default_factory=threading.Event)
 
 
-class Wire:
+@dataclass
+class Wire(Line):
     """A port of loopback through which Postgres is reached."""
 
-    def __init__(self, listener: socket.socket, target: tuple[str, int]) -> None:
-        self.port: int = listener.getsockname()[1]
-        self._listener, self._target = listener, target
-        self._lock = threading.Lock()
-        self._trap: _Trap | None = None
-        self._calls: list[Call] = []
-        self._flowing = threading.Event()
-        self._flowing.set()
+    _trap: _Trap | None = None
 
     def strike(self, moment: Moment, do: Callable[[Call], None], seconds: float) -> bool:
         """Wait for a write-back that comes to `moment`, and call `do` while it stands still there. False: none came."""
@@ -88,63 +66,19 @@ class Wire:
 
     def near_port(self, server_port: int) -> int | None:
         """The client's port of the connection that Postgres knows by this one."""
-        with self._lock:
-            calls = list(self._calls)
-        for call in calls:
+        for call in self.calls():
             with suppress(OSError):
                 if call.server_port == server_port:
                     return call.port
         return None
 
-    def freeze(self) -> None:
-        """Nothing comes through any more, and nobody is told."""
-        self._flowing.clear()
-
-    def thaw(self, *, cut: bool) -> None:
-        """All flows again; with `cut`, the connections that were frozen end instead."""
-        if cut:
-            with self._lock:
-                calls = list(self._calls)
-            for call in calls:
-                call.cut()
-        self._flowing.set()
-
-    def serve(self) -> None:
-        """Pass on what comes, until the listener is closed."""
-        with suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                threading.Thread(target=self._connect, args=(near,), daemon=True).start()
-
-    def _connect(self, near: socket.socket) -> None:
-        try:
-            far = socket.create_connection(self._target, timeout=5)
-        except OSError:
-            near.close()
-            return
-        far.settimeout(None)
+    def _call(self, near: socket.socket, far: socket.socket) -> WriteBack:
+        # A message goes out in parts; none waits for the answer to the one before.
         for end in (near, far):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        call = Call(near, far)
-        with self._lock:
-            self._calls.append(call)
-        answers = threading.Thread(target=self._pass, args=(call, self._from_server(call), near), daemon=True)
-        answers.start()
-        self._pass(call, self._from_client(call), far)
-        answers.join()
-        with self._lock:
-            self._calls.remove(call)
-        near.close()
-        far.close()
+        return WriteBack(near, far)
 
-    def _pass(self, call: Call, pieces: Iterator[bytes], sink: socket.socket) -> None:
-        with suppress(OSError):
-            for piece in pieces:
-                self._flowing.wait()
-                sink.sendall(piece)
-        call.cut()
-
-    def _from_client(self, call: Call) -> Iterator[bytes]:
+    def _from_client(self, call: WriteBack) -> Iterator[bytes]:
         reader = _Reader(call.near)
         # Before the start-up message, which has no type, encryption may be asked for; Postgres says no in one byte.
         while head := reader.take(4):
@@ -165,7 +99,7 @@ class Wire:
                 self._spring(Moment.BEFORE_COMMIT, call)
             yield message
 
-    def _from_server(self, call: Call) -> Iterator[bytes]:
+    def _from_server(self, call: WriteBack) -> Iterator[bytes]:
         reader = _Reader(call.far)
         first = reader.take(1)
         while first == b"N":
@@ -185,7 +119,7 @@ class Wire:
         with self._lock:
             return self._trap is not None and self._trap.moment is moment
 
-    def _spring(self, moment: Moment, call: Call) -> None:
+    def _spring(self, moment: Moment, call: WriteBack) -> None:
         with self._lock:
             trap = self._trap
             if trap is None or trap.moment is not moment:
@@ -195,7 +129,7 @@ class Wire:
         trap.sprung.set()
 
 
-def _statement(call: Call, kind: bytes, body: bytes) -> bytes:
+def _statement(call: WriteBack, kind: bytes, body: bytes) -> bytes:
     """The SQL that a message stands for: one that is asked, prepared, or was and is asked again."""
     if kind == b"Q":
         return body
@@ -222,16 +156,3 @@ class _Reader:
     def message(self) -> bytes:
         head = self.take(5)
         return head + self.take(struct.unpack(">I", head[1:])[0] - 4) if head else b""
-
-
-@contextmanager
-def wire_to(host: str, port: int) -> Iterator[Wire]:
-    """A wire to a Postgres, which ends with the block."""
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        wire = Wire(listener, (host, port))
-        threading.Thread(target=wire.serve, daemon=True).start()
-        try:
-            yield wire
-        finally:
-            wire.thaw(cut=True)
-            listener.shutdown(socket.SHUT_RDWR)

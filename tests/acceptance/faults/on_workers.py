@@ -1,0 +1,175 @@
+"""Faults of workers: killed, frozen, cut off, ended, with a wrong clock."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from glob import glob
+from random import Random
+
+import psutil
+
+from tests.acceptance.faults.faults import Claimed, Do, Done, is_back
+from tests.acceptance.faults.site import WORKERS, Site
+from tests.acceptance.faults.wire import Moment
+from tests.acceptance.fleet import eventually
+from tests.lines import Call
+
+#: Where Debian has the library by which a process sees another time.
+FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
+_STRIKE_SECONDS = 60.0
+
+
+def _at_work(site: Site, random: Random) -> tuple[psutil.Process, Claimed]:
+    """A child that runs a chunk right now, and the claim."""
+    query = """
+        select c.id, c.fence, a.client_port from vectormill.chunks c
+        join pg_stat_activity a on a.pid = c.backend_pid where c.state = 'running' order by c.id
+    """
+
+    def look() -> tuple[psutil.Process, Claimed] | None:
+        rows = [row for row in site.rows(query) if row["client_port"]]
+        random.shuffle(rows)
+        for row in rows:
+            port = site.wire.near_port(row["client_port"])
+            if port and (child := site.fleet.child_on_port(port)):
+                return child, Claimed(row["id"], row["fence"])
+        return None
+
+    return eventually(look, "a child at work")
+
+
+def kill_child(site: Site, random: Random) -> Done:
+    """A child dies in the middle of its chunk."""
+    child, claim = _at_work(site, random)
+    time.sleep(random.uniform(0, 0.3))
+    with suppress(psutil.NoSuchProcess):
+        child.kill()
+    return Done(time.monotonic(), claim)
+
+
+def kill_worker(site: Site, random: Random) -> Done:
+    """A worker's parent dies, and is started again."""
+    return _kill_and_start(site, random, site.fleet.kill)
+
+
+def kill_machine(site: Site, random: Random) -> Done:
+    """A worker dies with all its children at once: nobody is left to tell. Another one takes its place."""
+    return _kill_and_start(site, random, site.fleet.kill_tree)
+
+
+def _kill_and_start(site: Site, random: Random, kill: Callable[[str], None]) -> Done:
+    child, claim = _at_work(site, random)
+    trees = {name: psutil.Process(site.fleet.processes[name].pid).children(recursive=True) for name in WORKERS}
+    name = next(name for name, tree in trees.items() if child in tree)
+    kill(name)
+    site.killed += 1
+    since = time.monotonic()
+    site.start(name)
+    return Done(since, claim)
+
+
+def freeze_child(site: Site, random: Random) -> Done:
+    """A child stands still for longer than its lease, and then goes on as if nothing had been."""
+    child, claim = _at_work(site, random)
+    return _freeze_until_lost(site, child, claim)
+
+
+def _freeze_until_lost(site: Site, child: psutil.Process, claim: Claimed) -> Done:
+    child.suspend()
+    since = time.monotonic()
+    try:
+        eventually(lambda: is_back(site, claim), "another claim on a frozen child's chunk", 10 * site.lease_seconds)
+    finally:
+        child.resume()
+    return Done(since, claim)
+
+
+def freeze_shortly(site: Site, random: Random) -> Done:
+    """A child stands still for less than its lease less the renewal interval: its claim holds."""
+    child, claim = _at_work(site, random)
+    child.suspend()
+    # A margin for all that isn't the freeze.
+    time.sleep(random.uniform(0.2, 0.9) * (site.lease_seconds * 2 / 3))
+    child.resume()
+    query = "select count(*) from vectormill.claim_losses where chunk_id = :chunk and fence = :fence"
+    lost = site.scalar(query, chunk=claim.chunk, fence=claim.fence)
+    return Done(time.monotonic(), said=("a claim is lost by a short freeze",) if lost else ())
+
+
+def rolling_restart(site: Site, random: Random) -> Done:
+    """A worker is asked to end, does what it has at hand, and another one takes its place."""
+    name = random.choice(WORKERS)
+    process = site.fleet.processes[name]
+    process.terminate()
+    code = process.wait(timeout=120)
+    site.start(name)
+    return Done(time.monotonic(), said=(f"a worker ended with {code}",) if code else ())
+
+
+def strike(moment: Moment, act: Callable[[Site, psutil.Process, Call, Claimed], Done]) -> Do:
+    """Strike a write-back at a moment of it."""
+
+    def do(site: Site, _: Random) -> Done:
+        done: list[Done] = []
+
+        def spring(call: Call) -> None:
+            query = """
+                select c.id, c.fence from vectormill.chunks c join pg_stat_activity a on a.pid = c.backend_pid
+                where a.client_port = :port and c.state in ('running', 'done')
+                order by c.finished_at desc nulls first limit 1
+            """
+            rows = site.rows(query, port=call.server_port)
+            child = site.fleet.child_on_port(call.port)
+            if rows and child:
+                done.append(act(site, child, call, Claimed(rows[0]["id"], rows[0]["fence"])))
+
+        # One that a reader's connection springs, or whose claim is lost already, is no strike.
+        while site.wire.strike(moment, spring, _STRIKE_SECONDS):
+            if done:
+                return done[0]
+        raise AssertionError(f"no write-back came to {moment}")
+
+    return do
+
+
+def kill(_: Site, child: psutil.Process, call: Call, claim: Claimed) -> Done:
+    with suppress(psutil.NoSuchProcess):
+        child.kill()
+        child.wait(timeout=10)
+    call.cut()
+    return Done(time.monotonic(), claim)
+
+
+def cut(_: Site, __: psutil.Process, call: Call, claim: Claimed) -> Done:
+    call.cut()
+    return Done(time.monotonic(), claim)
+
+
+def freeze_in_copy(site: Site, random: Random) -> Done:
+    """A child stands still while it writes, its backend holding locks."""
+    struck: list[psutil.Process] = []
+
+    def freeze(_: Site, child: psutil.Process, __: Call, claim: Claimed) -> Done:
+        child.suspend()
+        struck.append(child)
+        return Done(time.monotonic(), claim)
+
+    frozen = strike(Moment.IN_COPY, freeze)(site, random)
+    assert frozen.claim
+    return _freeze_until_lost(site, struck[0], frozen.claim)
+
+
+def clock_ahead(site: Site, random: Random) -> Done:
+    """A worker whose clock is hours ahead takes part, and leaves."""
+    known = [row["id"] for row in site.rows("select id from vectormill.workers")]
+    environment = {"LD_PRELOAD": glob(FAKETIME)[0], "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    process = site.start_worker("worker-ahead", **environment, FAKETIME=f"+{random.randint(2, 48)}h")
+    query = """
+        select exists (select from vectormill.chunks c join vectormill.workers w on w.id = c.worker_id
+                       where c.state = 'done' and w.id <> all(:known))
+    """
+    eventually(lambda: site.scalar(query, known=known), "a chunk done by the worker whose clock is ahead")
+    process.terminate()
+    code = process.wait(timeout=120)
+    del site.fleet.processes["worker-ahead"]
+    return Done(time.monotonic(), said=(f"the worker whose clock is ahead ended with {code}",) if code else ())
