@@ -74,7 +74,8 @@ class Dispatcher:
 
 
 def publish(dispatcher: Dispatcher) -> None:
-    """Ring for pending chunks until each model's queue holds one message a live slot, at least four."""
+    """Ring for pending chunks until each model's queue holds one message a live slot, at least four. Those whose claim
+    was lost come on top, and to the front: they have waited for a lease already."""
     with dispatcher.engine.connect() as connection:
         runnable = [job for job in jobs.active(connection) if job["state"] in ("queued", "running")]
         if not runnable:
@@ -90,11 +91,12 @@ def publish(dispatcher: Dispatcher) -> None:
                 by_model[job["model_name"]].append(job)
         waiting = dispatcher.publisher.waiting([slugs[name] for name in by_model])
         for name, of_model in by_model.items():
-            room = max(4, slots[name]) - waiting[slugs[name]]
+            window = max(4, slots[name])
+            room = window - waiting[slugs[name]] + min(window, sum(len(lost[job["id"]]) for job in of_model))
             tokens = Tokens([each for each in in_flight if each.model == name])
             feeds = {job["id"]: _Feed(dispatcher, connection, job["id"], room, lost[job["id"]]) for job in of_model}
             for job_id, chunk_id in choose(of_model, feeds, tokens, room):
-                dispatcher.publisher.ring(slugs[name], job_id, chunk_id)
+                dispatcher.publisher.ring(slugs[name], job_id, chunk_id, first=chunk_id in dispatcher.rung)
                 metrics.DISPATCHER_MESSAGES_PUBLISHED.labels(queue_of(slugs[name])).inc()
     dispatcher.cursors = {job["id"]: dispatcher.cursors.get(job["id"], 0) for job in runnable}
 
@@ -287,8 +289,8 @@ def snapshot(dispatcher: Dispatcher) -> None:
 
 
 def judge_models(dispatcher: Dispatcher) -> None:
-    """Pause the jobs of a model whose claims are mostly lost; fail, or of a gateway's pause, those of one that no live
-    worker can load."""
+    """Pause the jobs of a model whose claims are mostly lost, and of one that no live worker can load; fail those that
+    none ever could."""
     with dispatcher.engine.begin() as connection:
         for job in jobs.active(connection):
             if job["state"] in ("queued", "running") and models.of_job(connection, job["id"]) is None:
@@ -303,6 +305,8 @@ def judge_models(dispatcher: Dispatcher) -> None:
             for job_id in jobs.running_of_model(connection, name):
                 if row and row["kind"] == "gateway":  # a person can mend it
                     control.pause_for(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
+                elif jobs.has_begun(connection, job_id):  # it could be loaded then
+                    control.pause_for(connection, job_id, Reason.WORKERS_FAILING, reason)
                 else:
                     control.fail(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
         for name, (lost, distinct, commits) in chunks.losses_and_commits(connection, 600).items():

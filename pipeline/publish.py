@@ -77,8 +77,8 @@ class Publisher:
         except redis.RedisError as error:
             raise ServiceUnreachable("can't reach Redis; check VECTORMILL_REDIS_URL") from error
 
-    def ring(self, slug: str, job_id: UUID, chunk_id: int) -> None:
-        """Tell the model's workers of a pending chunk.
+    def ring(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
+        """Tell the model's workers of a pending chunk; `first`: before all that they have been told and not heard yet.
 
         Raises:
             ServiceUnreachable: Redis doesn't answer.
@@ -94,6 +94,8 @@ class Publisher:
                 argsrepr=f"(job={job_id}, chunk={chunk_id})",
                 retry=False,
             )
+            if first:  # what came last goes to the end that is taken from; if it's gone already, another one does
+                self._redis.lmove(queue_of(slug), queue_of(slug), "LEFT", "RIGHT")
         except (OperationalError, redis.RedisError) as error:
             raise ServiceUnreachable("can't reach Redis; check VECTORMILL_REDIS_URL") from error
 

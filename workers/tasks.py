@@ -191,7 +191,14 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
     except GatewayRefused as error:
         _give_back(child.engine, claim, error)
         _pause_jobs(child.engine, model, error)
-    except (LeaseLost, ModelError, DBAPIError) as error:
+    except ModelError as error:
+        # It came out right when it was loaded. A process that lost its device never finds it again, a new one may.
+        log.error("model_stopped", model=model.name, reason=str(error))
+        _give_back(child.engine, claim, error)
+        with child.engine.begin() as connection:
+            chunks.note_loss(connection, chunk_id, worker_id, "model stopped")
+        os._exit(70)
+    except (LeaseLost, DBAPIError) as error:
         _give_back(child.engine, claim, error)
         if claim.options.get("into") and isinstance(error, IntegrityError | DataError | ProgrammingError):
             _stop_job(child.engine, job_id, error)

@@ -271,6 +271,30 @@ def free_lost_claim(connection: Connection, chunk_id: int, worker_id: UUID, task
     return rows.first() is not None
 
 
+def note_loss(connection: Connection, chunk_id: int, worker_id: UUID, cause: str) -> None:
+    """Write down, against a worker and its model, that it took a pending chunk and made nothing of it for a reason that
+    isn't the chunk's: its count of crashes stays as it is."""
+    connection.execute(
+        text("""
+            insert into vectormill.claim_losses (model, job_id, chunk_id, fence, worker_id, cause)
+            select j.model_name, c.job_id, c.id, c.fence, :worker, :cause
+            from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id where c.id = :chunk
+        """),
+        {"chunk": chunk_id, "worker": worker_id, "cause": cause},
+    )
+
+
+def is_unclaimed(connection: Connection, chunk_id: int, task_id: str) -> bool:
+    """Whether a chunk waits, and this task has never claimed it."""
+    return connection.execute(
+        text("""
+            select exists (select from vectormill.chunks
+                           where id = :chunk and state = 'pending' and task_id is distinct from :task)
+        """),
+        {"chunk": chunk_id, "task": task_id},
+    ).scalar_one()
+
+
 def terminate_frozen_backends(connection: Connection, lease_seconds: float) -> list[int]:
     """End the backends of claims that are past their lease by another lease and still inside a transaction that began
     before: their worker froze while it was writing, and no Postgres time-out ends that."""

@@ -492,6 +492,12 @@ def running_of_model(connection: Connection, model: str) -> list[UUID]:
     return [row[0] for row in rows]
 
 
+def has_begun(connection: Connection, job_id: UUID) -> bool:
+    """Whether any of its chunks was ever claimed."""
+    query = text("select started_at is not null from vectormill.jobs where id = :job")
+    return connection.execute(query, {"job": job_id}).scalar_one()
+
+
 def take_old_texts(connection: Connection, older_than_days: float, limit: int) -> tuple[UUID, int] | None:
     """The next range of item texts that is past its retention: (job, first index), `limit` items long. From the first
     range on the job counts as one whose texts are removed."""

@@ -187,6 +187,32 @@ def test_a_dead_child_frees_its_own_claim_only(
     assert (row["state"], row["crashes"], row["isolation"], row["last_error"]) == wanted
 
 
+def test_only_a_task_that_never_claimed_died_before_its_claim(engine: Engine, model: Model) -> None:
+    job_id = make_job(engine, model)
+    chunk = chunk_rows(engine, job_id)[0]["id"]
+
+    def unclaimed(task: str) -> bool:
+        with engine.begin() as connection:
+            return chunks.is_unclaimed(connection, chunk, task)
+
+    assert unclaimed("mine")
+    taken(engine, job_id, task="mine", lease_seconds=EXPIRED)
+    assert not unclaimed("other"), "another task runs it"
+    expire(engine)
+    assert not unclaimed("mine"), "the sweep has counted this loss"
+    assert unclaimed("other")
+
+
+def test_a_loss_that_is_not_the_chunks_leaves_its_crashes(engine: Engine, model: Model) -> None:
+    job_id = make_job(engine, model)
+    row = chunk_rows(engine, job_id)[0]
+    with engine.begin() as connection:
+        chunks.note_loss(connection, row["id"], WORKER, "model stopped")
+        assert chunks.worker_losses_since_commit(connection, WORKER) == 1
+        assert chunks.losses_and_commits(connection, 600) == {model.name: (1, 1, 0)}
+    assert chunk_rows(engine, job_id)[0] == row
+
+
 def test_what_a_retry_reopened_is_not_the_old_claims_any_more(engine: Engine, model: Model) -> None:
     job_id = make_job(engine, model)
     frozen = taken(engine, job_id, lease_seconds=EXPIRED)

@@ -147,12 +147,15 @@ def test_a_lost_chunk_waits_for_no_lap(
     taken(engine, job_id, 0, lease_seconds=-1)
     with engine.begin() as connection:
         assert chunks.expire_leases(connection, 10) == [ids[0]]
-    drop(valkey, 4)
     publish(dispatcher)
-    assert waiting(valkey) == [ids[0], *ids[4:7]]
-    drop(valkey, 4)
+    assert waiting(valkey) == [ids[0], *ids[:4]], "the queue is full, and it comes before all that is in it"
+    drop(valkey, 5)
     publish(dispatcher)
-    assert waiting(valkey) == [*ids[7:10], ids[0]], "its message may be on its way, and it isn't rung for at once again"
+    assert waiting(valkey) == ids[4:8], "its message may be on its way, and it isn't rung for at once again"
+    drop(valkey, 4)
+    dispatcher.rung[ids[0]] -= 10
+    publish(dispatcher)
+    assert waiting(valkey)[0] == ids[0], "but again in a while"
 
 
 def test_only_pending_chunks_whose_time_has_come_are_rung_for(
@@ -346,6 +349,17 @@ def test_jobs_of_a_model_that_nobody_can_load_fail(engine: Engine, model: Model,
     finish(dispatcher)
     assert state(engine, job_id) == ("failed", "model_cannot_load")
     assert state(engine, other) == ("queued", None)
+
+
+def test_jobs_of_a_model_that_nobody_can_load_any_more_pause(
+    engine: Engine, model: Model, dispatcher: Dispatcher
+) -> None:
+    job_id = make_job(engine, model)
+    taken(engine, job_id)
+    drop_model(engine, show_worker(engine, "small", 1))
+    judge_models(dispatcher)
+    assert state(engine, job_id) == ("paused", "workers_failing")
+    assert job_row(engine, job_id)["message"] == "its canary came out wrong"
 
 
 def drop_model(engine: Engine, worker: UUID) -> None:
