@@ -296,25 +296,29 @@ def judge_models(dispatcher: Dispatcher) -> None:
             if job["state"] in ("queued", "running") and models.of_job(connection, job["id"]) is None:
                 message = "its model is no longer in the catalogue as it was"
                 jobs.begin_cancelling(connection, job["id"], JobState.FAILED, Reason.MODEL_CANNOT_LOAD, message)
-        live = workers.live(connection, WORKER_SEEN_SECONDS)
-        dropped = {name: reason for worker in live for name, reason in worker["dropped"].items()}
-        for name, reason in dropped.items():
-            if any(name in worker["models"] for worker in live):
-                continue
-            row = models.by_name(connection, name)
-            for job_id in jobs.running_of_model(connection, name):
-                if row and row["kind"] == "gateway":  # a person can mend it
-                    control.pause_for(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
-                elif jobs.has_begun(connection, job_id):  # it could be loaded then
-                    control.pause_for(connection, job_id, Reason.WORKERS_FAILING, reason)
-                else:
-                    control.fail(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
+        _judge_dropped(connection)
         for name, (lost, distinct, commits) in chunks.losses_and_commits(connection, 600).items():
             # One text that kills its process loses five claims of one chunk; only losses all over are the workers'.
             if lost > commits and (distinct >= _BROKEN_CHUNKS or lost >= _BROKEN_CLAIMS):
                 for job_id in jobs.running_of_model(connection, name):
                     message = f"{lost} claims lost and {commits} commits in ten minutes; see the workers' logs"
                     jobs.move(connection, job_id, JobState.PAUSED, reason=Reason.WORKERS_FAILING, message=message)
+
+
+def _judge_dropped(connection: Connection) -> None:
+    live = workers.live(connection, WORKER_SEEN_SECONDS)
+    dropped = {name: reason for worker in live for name, reason in worker["dropped"].items()}
+    for name, reason in dropped.items():
+        if any(name in worker["models"] for worker in live):
+            continue
+        row = models.by_name(connection, name)
+        for job_id in jobs.running_of_model(connection, name):
+            if row and row["kind"] == "gateway":  # a person can mend it
+                control.pause_for(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
+            elif jobs.has_begun(connection, job_id):  # it could be loaded then
+                control.pause_for(connection, job_id, Reason.WORKERS_FAILING, reason)
+            else:
+                control.fail(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
 
 
 def measure_rates(dispatcher: Dispatcher) -> None:

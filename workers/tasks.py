@@ -182,6 +182,11 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
         counting.let_go(model.name, "missed")
         return
     structlog.contextvars.bind_contextvars(fence=claim.fence)
+    _embed(child, model, claim)
+
+
+def _embed(child: Child, model: Model, claim: Claim) -> None:
+    """From the claim to its end, whatever that is."""
     try:
         with counting.claimed(model.name):
             encoder, watch = child.prepare(model, claim)
@@ -196,16 +201,16 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
         log.error("model_stopped", model=model.name, reason=str(error))
         _give_back(child.engine, claim, error)
         with child.engine.begin() as connection:
-            chunks.note_loss(connection, chunk_id, worker_id, "model stopped")
+            chunks.note_loss(connection, claim.chunk_id, claim.worker_id, "model stopped")
         os._exit(70)
     except (LeaseLost, DBAPIError) as error:
         _give_back(child.engine, claim, error)
         if claim.options.get("into") and isinstance(error, IntegrityError | DataError | ProgrammingError):
-            _stop_job(child.engine, job_id, error)
+            _stop_job(child.engine, claim.job_id, error)
         raise
     except (SourceError, StorageRefused, StorageUnreachable) as error:
         _give_back(child.engine, claim, error)
-        _stop_job(child.engine, job_id, error)
+        _stop_job(child.engine, claim.job_id, error)
     except Exception as error:  # noqa: BLE001
         # A text did this, or a fault of ours. Die: the parent frees the claim and counts the loss, so that
         # isolation finds the text, and a worker that loses chunk after chunk rests.
