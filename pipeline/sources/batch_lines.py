@@ -11,7 +11,7 @@ import orjson
 from pipeline.errors import SourceError
 from pipeline.jobs import RejectCode
 from pipeline.sources.jsonl import line_bytes, object_or_fault
-from pipeline.sources.open import read_blocks, whole_lines, without_mark
+from pipeline.sources.open import PACKED, read_blocks, whole_lines, without_mark
 from pipeline.sources.rows import (
     BLOCK_BYTES,
     BLOCK_ROWS,
@@ -30,8 +30,6 @@ ENDPOINT: Final = "/v1/embeddings"
 #: What of a line goes along with its text: the number of it, and how its vector is to be written.
 CARRIED: Final = ("line", "encoding_format")
 _MOST_FAULTS = 100
-#: How gzip's and Zstandard's files begin; no line in UTF-8 does.
-_PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")
 _ENCODINGS = (None, "float", "base64")
 _INPUT_TYPES = (None, *(called for called, is_query in INPUT_TYPES.items() if not is_query))
 
@@ -177,7 +175,8 @@ class BatchLines:
             blocks = without_mark(self._unpacked(read_blocks(file)), self.name)
             for run in whole_lines(blocks, self.name, line_bytes(self.item_bytes)):
                 if isinstance(run, LongLine):
-                    yield _Line(run.number, run)
+                    if not run.blank:
+                        yield _Line(run.number, run)
                     continue
                 first, data = run
                 for number, line in enumerate(data.split(b"\n"), first):
@@ -187,7 +186,7 @@ class BatchLines:
 
     def _unpacked(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
         first = next(blocks, b"")
-        if first.startswith(_PACKED):
+        if first.startswith(PACKED):
             raise SourceError(f"{self.name}: the file is packed; send it unpacked.")
         yield first
         yield from blocks

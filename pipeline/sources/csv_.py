@@ -6,9 +6,19 @@ from collections.abc import Iterator
 
 from pipeline.errors import SourceError
 from pipeline.sources.open import whole_lines
-from pipeline.sources.rows import BLOCK_BYTES, BLOCK_ROWS, Columns, LongLine, Parsed, missing_column, shown
+from pipeline.sources.rows import (
+    BLOCK_BYTES,
+    BLOCK_ROWS,
+    Columns,
+    LongLine,
+    Parsed,
+    missing_column,
+    shown,
+    skipped,
+)
 
 _MIB = 1024 * 1024
+_DIVIDERS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}
 
 
 class _Endless(csv.Error):
@@ -41,17 +51,21 @@ def read_csv(
     Raises:
         SourceError: the header lacks a required column or has one twice, or a row doesn't fit the header.
     """
-    reader = _Reader(blocks, name, delimiter, _field_bytes(item_bytes), "utf-8", first_line)
-    if header is None:
-        header = Header(reader.row(), f"{name} line 1", columns)
+    reader = _Reader(blocks, name, delimiter, item_bytes, first_line)
+    header = header or reader.header(columns)
     numbers: list[int] = []
     rows: list[list[str]] = []
+    block_start = reader.start
     for number, row in reader.rows(header.width):
-        numbers.append(number)
-        rows.append(row)
-        if len(rows) >= BLOCK_ROWS or reader.feed.held >= BLOCK_BYTES:
+        long = isinstance(row, LongLine)
+        if rows and (long or len(rows) >= BLOCK_ROWS or reader.start - block_start >= BLOCK_BYTES):
             yield header.parsed(numbers, rows)
-            numbers, rows, reader.feed.held = [], [], 0
+            numbers, rows, block_start = [], [], reader.start
+        if isinstance(row, LongLine):
+            yield skipped(row._replace(number=number), columns)
+        else:
+            numbers.append(number)
+            rows.append(row)
     if rows:
         yield header.parsed(numbers, rows)
 
@@ -62,8 +76,7 @@ def read_header(blocks: Iterator[bytes], name: str, delimiter: str, columns: Col
     Raises:
         SourceError: it lacks a required column or has one twice.
     """
-    reader = _Reader(blocks, name, delimiter, _field_bytes(item_bytes), "utf-8", 1)
-    return Header(reader.row(), f"{name} line 1", columns)
+    return _Reader(blocks, name, delimiter, item_bytes, 1).header(columns)
 
 
 def csv_rows(
@@ -74,82 +87,90 @@ def csv_rows(
     Raises:
         SourceError: a row doesn't have `width` fields, or can't be read.
     """
-    # In Latin-1 each byte is a letter, and no letter of UTF-8 has a byte that means something to `csv`.
-    reader = _Reader(blocks, name, delimiter, 4 * _field_bytes(item_bytes), "latin-1", 1)
+    reader = _Reader(blocks, name, delimiter, item_bytes, 1)
     reader.row()
-    start = reader.feed.given
     for number, _ in reader.rows(width):
-        # Empty lines before the row belong to it: they are none when it is read.
-        yield start, reader.feed.given - start, number
-        start = reader.feed.given
-
-
-def _field_bytes(item_bytes: int) -> int:
-    return item_bytes * 4 + _MIB
+        yield reader.start, reader.feed.given - reader.start, number
 
 
 class _Reader:
     """`csv`, and where it stands."""
 
-    def __init__(
-        self, blocks: Iterator[bytes], name: str, delimiter: str, field_bytes: int, encoding: str, first_line: int
-    ) -> None:
-        csv.field_size_limit(field_bytes)
-        self.feed = _Feed(blocks, name, field_bytes * 4, encoding)
+    def __init__(self, blocks: Iterator[bytes], name: str, delimiter: str, item_bytes: int, first_line: int) -> None:
+        self._row_bytes = 4 * (item_bytes * 4 + _MIB)
+        csv.field_size_limit(self._row_bytes)
+        self.feed = _Feed(blocks, name, self._row_bytes)
         self._reader = csv.reader(self.feed.lines(), delimiter=delimiter, strict=True)
         self._name = name
-        self._field_bytes = field_bytes
         self._lines_before = first_line - 1
         self._number = first_line  # of the next row
 
+    @property
+    def start(self) -> int:
+        """Bytes before the row that came last."""
+        return self.feed.row_start
+
+    def header(self, columns: Columns) -> "Header":
+        """The first row as a header; `SourceError` where it can't be used."""
+        row = self.row()
+        if self.feed.take_long():
+            raise SourceError(f"{self._name} line 1: {_endless(self._row_bytes)}")
+        return Header(row, f"{self._name} line 1", columns)
+
     def row(self) -> list[str] | None:
-        """The next row; `None` at the end."""
+        """The next row; `None` at the end, empty for an empty line."""
         self._number = self._lines_before + self._reader.line_num + 1
-        self.feed.unclaimed = 0
+        self.feed.row_start = self.feed.given
         try:
             return next(self._reader, None)
         except csv.Error as error:
-            fault = _fault(error, self._field_bytes)
+            fault = _fault(error, self._row_bytes)
             raise SourceError(f"{self._name} line {self._number:,}: {fault}") from None
 
-    def rows(self, width: int) -> Iterator[tuple[int, list[str]]]:
+    def rows(self, width: int) -> Iterator[tuple[int, list[str] | LongLine]]:
         """The rows that are left, each with the number of its first line; `SourceError` where one has another width."""
         while (row := self.row()) is not None:
             if len(row) == width:
                 yield self._number, row
             elif row:
                 raise SourceError(_misfit(f"{self._name} line {self._number:,}", len(row), width))
+            elif long := self.feed.take_long():
+                yield self._number, long
 
 
 class _Feed:
     """Gives `csv` its lines, and counts what it takes."""
 
-    def __init__(self, blocks: Iterator[bytes], name: str, bound_bytes: int, encoding: str) -> None:
-        self._runs = whole_lines(blocks, name, bound_bytes)
-        self._bound_bytes = bound_bytes
-        self._encoding = encoding
-        #: Letters given since the last row, and since the last block of rows; the reader of rows resets both.
-        self.unclaimed = 0
-        self.held = 0
-        #: Letters given.
+    def __init__(self, blocks: Iterator[bytes], name: str, row_bytes: int) -> None:
+        self._runs = whole_lines(blocks, name, row_bytes)
+        self._row_bytes = row_bytes
+        self._long: LongLine | None = None
+        #: Bytes given, and how many of them before the row at hand; the reader of rows sets the latter.
         self.given = 0
+        self.row_start = 0
+
+    def take_long(self) -> LongLine | None:
+        """The line that was skipped just now, where an empty one was given."""
+        long, self._long = self._long, None
+        return long
 
     def lines(self) -> Iterator[str]:
         """Lines with their ends; invalid UTF-8 becomes surrogates."""
-        for text in self._texts():
-            for line in text:
-                self.given += len(line)
-                yield line
-
-    def _texts(self) -> Iterator[io.StringIO]:
         for run in self._runs:
-            if isinstance(run, LongLine) or self.unclaimed > self._bound_bytes:
-                raise _Endless
-            data = run[1] + b"\n"
-            self.unclaimed += len(data)
-            self.held += len(data)
+            if isinstance(run, LongLine):
+                # A row by itself, unless a quote that is open there or before says otherwise.
+                if self.given > self.row_start or run.quotes % 2:
+                    raise _Endless
+                self._long = run
+                self.given += run.size_bytes + 1
+                yield "\n"
+                continue
             # Splits at CR, LF and CRLF as `csv` wants it, and nowhere else.
-            yield io.StringIO(data.decode(self._encoding, "surrogateescape"), newline="")
+            for line in io.StringIO((run[1] + b"\n").decode("utf-8", "surrogateescape"), newline=""):
+                if self.given - self.row_start > self._row_bytes:
+                    raise _Endless
+                self.given += len(line) if line.isascii() else len(line.encode("utf-8", "surrogateescape"))
+                yield line
 
 
 class Header:
@@ -164,6 +185,7 @@ class Header:
             raise SourceError(f'{place}: the column "{shown(twice)}" stands twice in the header; rename one.')
         for option, column in columns.required:
             if column not in header:
+                _check_kind(header, place)
                 candidates = [name for name in header if name != columns.key]
                 raise missing_column(place, option, column, header, candidates)
         self.width = len(header)
@@ -182,14 +204,27 @@ class Header:
         )
 
 
+def _check_kind(header: list[str], place: str) -> None:
+    """Raise `SourceError` where what should be a header shows that the file is of another kind."""
+    if header[0].lstrip().startswith("{"):
+        raise SourceError(f"{place}: a JSON object, not a header; name JSON lines with .jsonl at the end.")
+    divider = next((called for sign, called in _DIVIDERS.items() if sign in header[0]), None)
+    if len(header) == 1 and divider:
+        raise SourceError(f"{place}: columns are divided by {divider}; .csv is read with commas, and .tsv with tabs.")
+
+
 def _misfit(place: str, fields: int, width: int) -> str:
     return f"{place}: {fields:,} field{'s' if fields > 1 else ''} where the header has {width:,}."
 
 
-def _fault(error: csv.Error, field_bytes: int) -> str:
+def _fault(error: csv.Error, row_bytes: int) -> str:
     """What is wrong with the row, from the few words of `csv`."""
     if isinstance(error, _Endless) or "field limit" in str(error):
-        return f"a field is longer than {field_bytes:,} letters; is a quote there never closed?"
+        return _endless(row_bytes)
     if "end of data" in str(error):
         return "a quote opened there is never closed."
     return 'a closing quote inside a field; write quotes within a field twice, as "".'
+
+
+def _endless(row_bytes: int) -> str:
+    return f"the row is longer than {row_bytes:,} bytes; is a quote there never closed?"

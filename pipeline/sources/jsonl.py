@@ -8,7 +8,7 @@ import orjson
 
 from pipeline.errors import SourceError
 from pipeline.sources.open import whole_lines
-from pipeline.sources.rows import BLOCK_ROWS, BadRow, Columns, LongLine, Missing, Parsed, missing_column
+from pipeline.sources.rows import BLOCK_ROWS, BadRow, Columns, LongLine, Missing, Parsed, missing_column, skipped
 
 #: A column that none of a file's first rows has is a wrong name, not a row's fault.
 HEAD_ROWS: Final = 1_000
@@ -25,7 +25,8 @@ def read_jsonl(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes:
     watch = _ColumnWatch(name, columns)
     for run in whole_lines(_no_array(blocks, name), name, line_bytes(item_bytes)):
         if isinstance(run, LongLine):
-            yield _long(run, columns)
+            if not run.blank:
+                yield skipped(run, columns)
             continue
         first, data = run
         lines = data.split(b"\n")
@@ -56,7 +57,8 @@ def read_part(
     """The rows of whole lines from amid a file. A line that isn't a JSON object comes as a `BadRow`."""
     for run in whole_lines(blocks, name, line_bytes(item_bytes)):
         if isinstance(run, LongLine):
-            yield _long(run._replace(number=run.number + first_line - 1), columns)
+            if not run.blank:
+                yield skipped(run._replace(number=run.number + first_line - 1), columns)
             continue
         lines = run[1].split(b"\n")
         for start in range(0, len(lines), BLOCK_ROWS):
@@ -68,10 +70,6 @@ def line_bytes(item_bytes: int) -> int:
     """The longest line that is read."""
     # An escaped letter takes six times its bytes; the rest is for the other columns.
     return item_bytes * 6 + 1024 * 1024
-
-
-def _long(line: LongLine, columns: Columns) -> Parsed:
-    return Parsed([line.number], [line], [None], [{}] if columns.carry else None)
 
 
 def _no_array(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:

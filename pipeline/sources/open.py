@@ -19,6 +19,13 @@ _PACKED_BYTES = 1024
 _BOMB_RATIO = 1000
 _BOMB_BYTES = 256 * 1024 * 1024
 
+# How files begin, whatever they are called. Zstandard may begin with a frame that is skipped.
+_GZIP = (b"\x1f\x8b",)
+_ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)))
+#: No line in UTF-8 begins so.
+PACKED = (*_GZIP, *_ZSTD)
+_PARQUET = (b"PAR1\x15",)
+
 
 def is_bomb(packed_bytes: int, unpacked_bytes: int) -> bool:
     """Whether data grows beyond what an honest corpus does."""
@@ -62,7 +69,17 @@ def open_blocks(file: SourceFile) -> Iterator[bytes]:
 def unpacked_blocks(file: SourceFile) -> Iterator[bytes]:
     """The unpacked bytes of a file, about 1 MiB at a time, as they are."""
     with file.open() as raw:
+        _check_packing(raw, file)
         yield from _unpack(raw, file.compression)
+
+
+def _check_packing(raw: BinaryIO, file: SourceFile) -> None:
+    """Raise `SourceError` where a name says that a file is packed, and its first bytes that it isn't."""
+    begun = raw.read(4)
+    raw.seek(0)
+    expected = {Compression.NONE: (b"",), Compression.GZIP: _GZIP, Compression.ZSTD: _ZSTD}[file.compression]
+    if len(begun) == 4 and not begun.startswith(expected):
+        raise SourceError(f"{file.name}: not {file.compression} data, as its name says; name it for what it is.")
 
 
 def open_range(file: SourceFile, start: int, length: int) -> Iterator[bytes]:
@@ -94,8 +111,13 @@ def read_blocks(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def without_mark(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """The blocks without UTF-8's byte-order mark; UTF-16's raises `SourceError`."""
+    """The blocks without UTF-8's byte-order mark; UTF-16's, packed data or Parquet raises `SourceError`."""
     first = next(blocks, b"")
+    if first.startswith(PACKED):
+        packing, ending = ("gzip", ".gz") if first.startswith(_GZIP) else ("zstd", ".zst")
+        raise SourceError(f"{name}: not text but {packing} data; unpack it, or name it with {ending} at the end.")
+    if first.startswith(_PARQUET):
+        raise SourceError(f"{name}: not text but Parquet; give it as a file whose name ends in .parquet.")
     if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise SourceError(f"{name}: the file is UTF-16; save it as UTF-8.")
     yield first[mark_bytes(first) :]
@@ -119,6 +141,7 @@ def whole_lines(blocks: Iterable[bytes], name: str, bound_bytes: int) -> Iterato
     number = 1
     parts: list[bytes] = []  # of a line whose end hasn't come yet
     size = 0
+    dropped = _Dropped()
     try:
         for block in blocks:
             end = block.find(b"\n")
@@ -126,12 +149,13 @@ def whole_lines(blocks: Iterable[bytes], name: str, bound_bytes: int) -> Iterato
                 parts.append(block)
                 size += len(block)
                 if size > bound_bytes:
-                    parts.clear()
+                    dropped.take(parts)
                 continue
             if size + end > bound_bytes:
-                yield LongLine(number, size + end, bound_bytes)
-                number += 1
-                parts.clear()
+                parts.append(block[:end])
+                dropped.take(parts)
+                yield LongLine(number, size + end, bound_bytes, dropped.quotes, dropped.blank)
+                number, dropped = number + 1, _Dropped()
                 block = block[end + 1 :]
             last = block.rfind(b"\n")
             if last >= 0:
@@ -143,9 +167,22 @@ def whole_lines(blocks: Iterable[bytes], name: str, bound_bytes: int) -> Iterato
     except BrokenStreamError as broken:
         raise SourceError(f"{name}: {broken.sentence(number - 1)}") from None
     if size > bound_bytes:
-        yield LongLine(number, size, bound_bytes)
+        yield LongLine(number, size, bound_bytes, dropped.quotes, dropped.blank)
     elif size:
         yield number, b"".join(parts)
+
+
+class _Dropped:
+    """What is known of a line that is too long to be held."""
+
+    def __init__(self) -> None:
+        self.quotes, self.blank = 0, True
+
+    def take(self, parts: list[bytes]) -> None:
+        """Look at parts of it, and empty their list."""
+        self.quotes += sum(part.count(b'"') for part in parts)
+        self.blank = self.blank and not any(part.strip() for part in parts)
+        parts.clear()
 
 
 def _unpack(raw: BinaryIO, compression: Compression) -> Iterator[bytes]:

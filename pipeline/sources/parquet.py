@@ -1,6 +1,9 @@
 """Parquet, row group by row group."""
 
+import io
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from typing import BinaryIO, Self
 
@@ -18,6 +21,7 @@ from pipeline.sources.rows import BLOCK_BYTES, Columns, Parsed, missing_column, 
 _BATCH_ROWS = 1_000
 #: The most that a batch's dictionaries may unfold to.
 _BATCH_BYTES = 64 * 1024 * 1024
+_BAD_FOOTER = "the Parquet footer can't be read; the file is truncated or damaged."
 
 
 def read_parquet(file: SourceFile, columns: Columns) -> Iterator[Parsed]:
@@ -49,6 +53,33 @@ def row_groups(file: SourceFile, columns: Columns) -> Iterator[tuple[int, int, i
             yield group, table.metadata.row_group(group).num_rows, table.average_bytes(group)
 
 
+class _DataReachedError(Exception):
+    """Metadata has been read without a fault."""
+
+
+class _MetadataOnly(io.RawIOBase):
+    """A file of the right size whose bytes nobody may read."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._at = size, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, _size: int = -1, /) -> bytes:
+        raise _DataReachedError
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
 class _Table:
     """An open Parquet file, and the columns that are wanted of it."""
 
@@ -58,13 +89,17 @@ class _Table:
         self._raw = file.open()
         try:
             self.metadata = _metadata(self._raw, file.name)
+            self._unread = _piece_by_piece(_MetadataOnly(file.bytes or 0), self.metadata, [])
             schema = self.metadata.schema.to_arrow_schema()
             self._wanted = _checked(schema, file.name, columns)
+            paths = [self.metadata.schema.column(at).path for at in range(self.metadata.num_columns)]
+        except UnicodeDecodeError:
+            self._raw.close()
+            raise SourceError(f"{file.name}: a column's name is not valid UTF-8; make the file again.") from None
         except BaseException:
             self._raw.close()
             raise
         self._texts = [name for name in self._wanted if _is_text(schema.field(name).type)]
-        paths = [self.metadata.schema.column(at).path for at in range(self.metadata.num_columns)]
         # A nested column is stored as several.
         self._stored = [
             at
@@ -81,22 +116,21 @@ class _Table:
     def rows(self, group: int, skip: int, count: int, first: int) -> Iterator[Parsed]:
         """`count` rows from row group `group` on, after `skip` of its rows; `first` numbers them."""
         try:
-            parquet, folded = self._open([]), self._open(self._texts)
+            parquet, folded = (_piece_by_piece(self._raw, self.metadata, columns) for columns in ([], self._texts))
             while count and group < self.metadata.num_row_groups:
-                for part in self._group(parquet, folded, group, skip, count):
+                left = min(count, self.metadata.row_group(group).num_rows - skip)
+                count -= left
+                for part in self._group(parquet, folded, group, skip, left):
                     yield _parsed(part, first, self._columns)
                     first += len(part)
-                    count -= len(part)
+                    left -= len(part)
+                if left:
+                    missing = f"{left:,} rows that the footer names aren't there"
+                    raise SourceError(f"{self._name} row {first:,}: {missing}; make the file again.")
                 group, skip = group + 1, 0
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             fault = reason(error) if isinstance(error, OSError) and error.errno else "the data is damaged"
             raise SourceError(f"{self._name} row {first:,}: {fault}; make the file again.") from None
-
-    def _open(self, folded: list[str]) -> pq.ParquetFile:
-        """Open for reading piece by piece; the columns `folded` stay dictionaries."""
-        return pq.ParquetFile(
-            self._raw, metadata=self.metadata, read_dictionary=folded, pre_buffer=False, buffer_size=READ_BYTES
-        )
 
     def _group(
         self, parquet: pq.ParquetFile, folded: pq.ParquetFile, group: int, skip: int, count: int
@@ -116,6 +150,7 @@ class _Table:
 
     def average_bytes(self, group: int) -> int:
         """What a row of a group takes unpacked, before dictionaries unfold; at least 1."""
+        self._check_chunks(group)
         found = self.metadata.row_group(group)
         stored = [found.column(at) for at in self._stored]
         unpacked: int = sum(column.total_uncompressed_size for column in stored)
@@ -123,15 +158,39 @@ class _Table:
             raise SourceError(f"{self._name}: the data grows over 1,000-fold; write it again with less compression.")
         return max(1, unpacked // max(1, found.num_rows))
 
+    def _check_chunks(self, group: int) -> None:
+        """Raise `SourceError` where metadata of the columns is damaged: asked for it, Arrow would end the process, and
+        only where it is about to read does it raise."""
+        try:
+            for _ in self._unread.iter_batches(1, [group], self._wanted, use_threads=False):
+                break
+        except _DataReachedError:
+            return
+        except (pa.ArrowException, OSError):
+            raise SourceError(f"{self._name}: {_BAD_FOOTER}") from None
+
+
+def _piece_by_piece(raw: BinaryIO | _MetadataOnly, metadata: pq.FileMetaData, folded: list[str]) -> pq.ParquetFile:
+    """Open for reading in bounded memory; the columns `folded` stay dictionaries."""
+    return pq.ParquetFile(
+        raw,
+        metadata=metadata,
+        read_dictionary=folded,
+        pre_buffer=False,
+        buffer_size=READ_BYTES,
+        page_checksum_verification=True,
+    )
+
 
 def _metadata(raw: BinaryIO, name: str) -> pq.FileMetaData:
-    try:
-        return pq.read_metadata(raw)
-    except (pa.ArrowException, OSError):
-        raw.seek(0)
-        begun = raw.read(4) == b"PAR1"
-    if begun:
-        raise SourceError(f"{name}: the Parquet footer can't be read; the file is truncated or damaged.")
+    with suppress(pa.ArrowException, OSError):
+        found = pq.read_metadata(raw)
+        rows = [found.row_group(group).num_rows for group in range(found.num_row_groups)]
+        if min(rows, default=0) >= 0 and sum(rows) == found.num_rows:
+            return found
+    raw.seek(0)
+    if raw.read(4) == b"PAR1":
+        raise SourceError(f"{name}: {_BAD_FOOTER}")
     raise SourceError(f"{name}: not a Parquet file.")
 
 

@@ -83,6 +83,9 @@ class LongLine(NamedTuple):
     number: int
     size_bytes: int
     bound_bytes: int
+    #: How many quotes it has, and whether it is white space alone.
+    quotes: int
+    blank: bool
 
 
 class BadRow(NamedTuple):
@@ -90,6 +93,11 @@ class BadRow(NamedTuple):
 
     fault: str
     code: RejectCode = RejectCode.BAD_ROW
+
+
+def skipped(line: LongLine, columns: Columns) -> Parsed:
+    """The row of a line that was skipped."""
+    return Parsed([line.number], [line], [None], [{}] if columns.carry else None)
 
 
 class _BadKeyError(Exception):

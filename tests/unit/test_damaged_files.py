@@ -1,0 +1,270 @@
+"""Whatever happens to a file's bytes, it is read or refused in one sentence, alike by value and by reference."""
+
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import SourceError
+from pipeline.jobs import RejectCode
+from pipeline.sources import Columns, Corpus, Rows
+from pipeline.sources.reference import read_extent
+from tests.unit.test_reference import extents
+
+ITEM_BYTES = 60
+COLUMNS = Columns(carry=("n",))
+TEXTS = ["plain", "é数🙂", "", "two\nlines", "a\0b", ' "quoted", ', "x" * 70, "\u2028\x85", " \t", "tail"] * 2
+
+#: Key, text, what is wrong with it and on which line, what is carried.
+Row = tuple[str | None, bytes | None, str, bytes]
+
+
+def _json_lines() -> list[bytes]:
+    rows = ({"id": n, "text": text, "n": {"deep": [n, {"er": None}]}} for n, text in enumerate(TEXTS))
+    return [json.dumps(row, ensure_ascii=n % 2 == 0).encode() + b"\n" for n, row in enumerate(rows)]
+
+
+def _csv_lines(delimiter: str) -> list[bytes]:
+    found = []
+    for row in [["id", "text", "n"], *([f"k{n}", text, f"{n}"] for n, text in enumerate(TEXTS))]:
+        line = io.StringIO(newline="")
+        csv.writer(line, delimiter=delimiter).writerow(row)
+        found.append(line.getvalue().encode())
+    return found
+
+
+def _parquet(**options: object) -> bytes:
+    table = pa.table(
+        {
+            "id": list(range(len(TEXTS))),
+            "text": TEXTS,
+            "n": [[{"deep": n}] for n in range(len(TEXTS))],
+        }
+    )
+    file = io.BytesIO()
+    pq.write_table(table, file, row_group_size=7, write_page_checksum=True, **options)
+    return file.getvalue()
+
+
+#: The lines of text formats, so that it is known where each row ends.
+LINES = {"jsonl": _json_lines(), "csv": _csv_lines(","), "tsv": _csv_lines("\t")}
+PACKINGS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": lambda data: gzip.compress(data, mtime=0),
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+FILES = {
+    **{f"a.{kind}{end}": pack(b"".join(lines)) for kind, lines in LINES.items() for end, pack in PACKINGS.items()},
+    "a.parquet": _parquet(),
+}
+#: More ways to write Parquet; no name of their own.
+PARQUETS = [
+    FILES["a.parquet"],
+    _parquet(use_dictionary=False, compression="none"),
+    _parquet(compression="zstd", data_page_version="2.0"),
+    _parquet(store_schema=False, compression="gzip", write_statistics=False),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Some bytes are gone, and others stand in their place."""
+
+    #: Of the first byte; beyond the end it begins anew.
+    at: int
+    #: How many are gone; `None`: all that follow.
+    gone: int | None
+    put: bytes
+
+    def start(self, data: bytes) -> int:
+        """Where the damage begins."""
+        return self.at % (len(data) + 1)
+
+    def of(self, data: bytes) -> bytes:
+        """The damaged file."""
+        start = self.start(data)
+        rest = b"" if self.gone is None else data[start + self.gone :]
+        return data[:start] + self.put + rest
+
+
+NASTY = st.sampled_from(
+    [
+        *(b"", b"\0", b"\n", b"\r", b'"', b",", b"\t", b"{", b"[", b"}\n{", b"\n\n", b"\xff" * 4, b"PAR1", b"\\ud800"),
+        *("é".encode("latin-1"), "é,\n".encode("utf-16"), "\ufeff".encode(), b"\xed\xa0\x80", b"NaN", b"9" * 400),
+    ]
+)
+SPLICES = st.builds(
+    lambda data, at: data[at % len(data) :], st.sampled_from(list(FILES.values())), st.integers(0, 4000)
+)
+DAMAGES = st.builds(
+    Damage,
+    st.integers(0, 6000),
+    st.one_of(st.integers(0, 9), st.none()),
+    st.one_of(NASTY, st.binary(max_size=8), SPLICES),
+)
+rounds = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("damaged")
+
+
+def by_value(path: Path) -> list[Row] | str:
+    """Its rows, or why it is refused."""
+    return _outcome(path, lambda: _rows(Corpus([str(path)], COLUMNS, ITEM_BYTES).blocks()))
+
+
+def by_reference(path: Path) -> list[Row] | str:
+    """The same as planning and workers see it."""
+
+    def read() -> Iterator[Row]:
+        planned = list(extents(Corpus([str(path)], COLUMNS, ITEM_BYTES), 3))
+        for extent, count in planned:
+            yield from _rows(read_extent(extent, count, COLUMNS, ITEM_BYTES))
+
+    return _outcome(path, read)
+
+
+def _outcome(path: Path, read: Callable[[], Iterator[Row]]) -> list[Row] | str:
+    try:
+        return list(read())
+    except SourceError as error:
+        said = str(error)
+    assert path.name in said
+    assert said.isprintable()
+    assert said[-1] in ".?"
+    assert len(said) < 1_200
+    assert not re.search(r"Error|Exception|NoneType|Traceback|Arrow|[Tt]hrift|object at|b'|codec", said), said
+    return said
+
+
+def _rows(blocks: Iterator[Rows]) -> Iterator[Row]:
+    for rows in blocks:
+        assert len(rows.keys) == len(rows.texts)
+        assert [at for at, text in enumerate(rows.texts) if text is None] == [at for at, *_ in rows.problems]
+        assert all(isinstance(code, RejectCode) and message.isprintable() for _, code, message in rows.problems)
+        faults = {at: re.sub(r"^.*?(line|row) ", "", message) for at, _, message in rows.problems}
+        for at, (key, text) in enumerate(zip(rows.keys, rows.texts, strict=True)):
+            yield key, text, faults.get(at, ""), rows.carried[at] if rows.carried else b""
+
+
+def check(path: Path, data: bytes) -> list[Row] | str:
+    """Read a file by both ways, and return what the first one says."""
+    path.write_bytes(data)
+    value, reference = by_value(path), by_reference(path)
+    if isinstance(value, list):
+        assert reference == value
+    elif isinstance(reference, list):
+        # A line that is no JSON object is met by the worker alone.
+        assert ".jsonl" in path.name
+        assert any("not valid JSON" in fault or "not a JSON object" in fault for _, _, fault, _ in reference)
+    return value
+
+
+@pytest.mark.parametrize("name", FILES)
+@rounds
+@given(damages=st.lists(DAMAGES, min_size=1, max_size=2))
+def test_a_damaged_file_is_read_or_refused(name: str, damages: list[Damage], folder: Path) -> None:
+    data = FILES[name]
+    for damage in damages:
+        data = damage.of(data)
+    check(folder / name, data)
+
+
+@pytest.mark.parametrize("at", range(len(PARQUETS)))
+@rounds
+@given(damages=st.lists(DAMAGES, min_size=1, max_size=2))
+def test_damaged_parquet_is_read_or_refused(at: int, damages: list[Damage], folder: Path) -> None:
+    data = PARQUETS[at]
+    for damage in damages:
+        data = damage.of(data)
+    check(folder / "a.parquet", data)
+
+
+@pytest.mark.parametrize("label", FILES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_with_another_ones_ending(name: str, label: str, folder: Path) -> None:
+    found = check(folder / label, FILES[name])
+    if name == label:
+        assert len(found) == len(TEXTS)
+    elif {name[:5], label[:5]} != {"a.csv", "a.tsv"}:
+        assert isinstance(found, str)
+
+
+@pytest.mark.parametrize("kind", LINES)
+@rounds
+@given(damage=DAMAGES)
+def test_rows_before_the_damage_are_the_originals(kind: str, damage: Damage, folder: Path) -> None:
+    data = FILES[f"a.{kind}"]
+    clean, found = check(folder / f"a.{kind}", data), check(folder / f"a.{kind}", damage.of(data))
+    ends = [sum(map(len, LINES[kind][: at + 1])) for at in range(len(LINES[kind]))]
+    whole = sum(end <= damage.start(data) for end in ends) - (kind != "jsonl")
+    if isinstance(found, list) and whole > 0:
+        assert found[:whole] == clean[:whole]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".gz", ".zst"))])
+@rounds
+@given(at=st.integers(0, 6000), gone=st.one_of(st.integers(0, 9), st.none()), put=NASTY | st.binary(max_size=8))
+def test_what_is_packed_is_whole_or_refused(name: str, at: int, gone: int | None, put: bytes, folder: Path) -> None:
+    damaged = Damage(at, gone, put).of(FILES[name])
+    found = check(folder / name, damaged)
+    if isinstance(found, list):
+        assert found == check(folder / name, FILES[name])
+
+
+def test_damaged_statistics_of_parquet_do_not_end_the_process(folder: Path) -> None:
+    data = PARQUETS[0]
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    for at in range(footer, footer + 100):
+        check(folder / "a.parquet", Damage(at, 1, bytes([(data[at] + 1) % 256])).of(data))
+
+
+def test_rows_that_a_damaged_parquet_file_lacks_are_missed(folder: Path) -> None:
+    data = _parquet(write_statistics=False)
+    # Of the first column in the first row group: seven values become -44, as varints in zigzag.
+    at = data.index(b"\x02id\x15\x02\x16\x0e") + len(b"\x02id\x15\x02\x16")
+    found = check(folder / "a.parquet", Damage(at, 1, b"\x57").of(data))
+    assert found == f"{folder}/a.parquet row 1: 7 rows that the footer names aren't there; make the file again."
+
+
+LONG = b"x" * 5 * 1024 * 1024
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("row", [b"k1,%s,1", b'k1,"%s",1', b'k1,"said ""%s""",1'])
+def test_a_csv_row_longer_than_any_that_is_read_is_rejected(row: bytes, end: bytes, folder: Path) -> None:
+    lines = [b"id,text,n", b"k0,good,0", row % LONG, b"", b"k2,good,2"]
+    found = check(folder / "a.csv", end.join(lines))
+    size = len(row % LONG) + len(end) - 1
+    assert isinstance(found, list)
+    assert [(key, text, fault) for key, text, fault, _ in found] == [
+        ("k0", b"good", ""),
+        (None, None, f"3: the line has {size:,} bytes; at most 4,195,264 are read"),
+        ("k2", b"good", ""),
+    ]
+
+
+def test_a_long_blank_line_is_no_row(folder: Path) -> None:
+    line = b'{"text": "good", "n": 0}\n'
+    assert len(check(folder / "a.jsonl", line + b" " * 5 * 1024 * 1024 + b"\n" + line)) == 2
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n\n\n", "\r\n"])
+def test_lines_of_csv_are_counted_with_the_blank_ones(blank: str, folder: Path) -> None:
+    found = check(folder / "a.csv", f"id,text,n\na,good,0\n{blank}b,,1\n{blank}c,,2\n{blank}d,,3\n".encode())
+    blanks = blank.count("\n")
+    assert isinstance(found, list)
+    assert [fault for *_, fault, _ in found if fault] == [f"{2 + (1 + blanks) * at}: text is empty" for at in (1, 2, 3)]
