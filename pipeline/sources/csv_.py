@@ -180,7 +180,7 @@ class Header:
         """Raise `SourceError` where the header can't be used."""
         if header is None or not any(header):
             raise SourceError(f"{place}: no header; name the columns there.")
-        twice = next((column for column in header if header.count(column) > 1), None)
+        twice = next((column for column in header if column and header.count(column) > 1), None)
         if twice is not None:
             raise SourceError(f'{place}: the column "{shown(twice)}" stands twice in the header; rename one.')
         for option, column in columns.required:

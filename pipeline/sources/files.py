@@ -45,6 +45,8 @@ _COMPRESSIONS = {".gz": Compression.GZIP, ".zst": Compression.ZSTD}
 
 _KINDS = ".jsonl, .ndjson, .csv, .tsv and .parquet are read, all but .parquet also with .gz or .zst"
 _GLOB = re.compile(r"[*?\[]")
+#: What no name may hold that is to stand in a message, or in Postgres: controls, and what isn't UTF-8.
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,9 @@ def find_files(sources: Sequence[str]) -> list[SourceFile]:
     files = [file for source in sources for file in _find(source)]
     seen: set[str | None] = set()
     for file in files:
+        for name in filter(_UNFIT.search, (file.name, file.uri or "")):
+            shown = _UNFIT.sub("\ufffd", name)
+            raise SourceError(f"{shown}: a control character, or no UTF-8, in the name; rename it.")
         if file.uri in seen:
             raise SourceError(f"{file.name}: given twice.")
         seen.add(file.uri)
@@ -110,6 +115,8 @@ def reason(error: OSError) -> str:
 
 
 def _find(source: str) -> list[SourceFile]:
+    if not source:
+        raise SourceError("a source is empty; give files, a folder, or - for standard input.")
     if source == "-":
         return [
             SourceFile(
@@ -207,6 +214,8 @@ def _walk(folder: str) -> Iterator[str]:
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in filter(os.path.islink, (os.path.join(parent, name) for name in folders)):
+            raise SourceError(f"{link}: a link to a folder isn't followed; give the folder that it leads to.")
         yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
 
 

@@ -121,6 +121,8 @@ def _object(line: bytes, name: str, number: int) -> dict[str, object] | None:
     try:
         row = _decode(line)
     except json.JSONDecodeError as error:
+        if line.strip() == b"{":
+            raise SourceError(f"{place}: an object that goes on over the next lines; write each on one line.") from None
         fault = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
         raise SourceError(f"{place}: not valid JSON ({fault} at column {error.colno:,}).") from None
     except RecursionError:

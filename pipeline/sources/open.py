@@ -111,14 +111,17 @@ def read_blocks(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def without_mark(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """The blocks without UTF-8's byte-order mark; UTF-16's, packed data or Parquet raises `SourceError`."""
+    """The blocks without UTF-8's byte-order mark; other marks, packed data or Parquet raise `SourceError`."""
     first = next(blocks, b"")
     if first.startswith(PACKED):
         packing, ending = ("gzip", ".gz") if first.startswith(_GZIP) else ("zstd", ".zst")
         raise SourceError(f"{name}: not text but {packing} data; unpack it, or name it with {ending} at the end.")
     if first.startswith(_PARQUET):
         raise SourceError(f"{name}: not text but Parquet; give it as a file whose name ends in .parquet.")
-    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if first.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise SourceError(f"{name}: the file is UTF-32; save it as UTF-8.")
+    # Without a mark, the first letter shows it.
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or first[:2].count(0) == 1:
         raise SourceError(f"{name}: the file is UTF-16; save it as UTF-8.")
     yield first[mark_bytes(first) :]
     yield from blocks
