@@ -51,21 +51,24 @@ def read_csv(
     Raises:
         SourceError: the header lacks a required column or has one twice, or a row doesn't fit the header.
     """
-    reader = _Reader(blocks, name, delimiter, item_bytes, first_line)
+    reader = _Reader(blocks, name, delimiter, item_bytes, first_line=first_line)
     header = header or reader.header(columns)
+    feed = reader.feed
     numbers: list[int] = []
     rows: list[list[str]] = []
-    block_start = reader.start
+    block_start = feed.given
     for number, row in reader.rows(header.width):
-        long = isinstance(row, LongLine)
-        if rows and (long or len(rows) >= BLOCK_ROWS or reader.start - block_start >= BLOCK_BYTES):
-            yield header.parsed(numbers, rows)
-            numbers, rows, block_start = [], [], reader.start
         if isinstance(row, LongLine):
+            if rows:
+                yield header.parsed(numbers, rows)
             yield skipped(row._replace(number=number), columns)
         else:
             numbers.append(number)
             rows.append(row)
+            if len(rows) < BLOCK_ROWS and feed.given - block_start < BLOCK_BYTES:
+                continue
+            yield header.parsed(numbers, rows)
+        numbers, rows, block_start = [], [], feed.given
     if rows:
         yield header.parsed(numbers, rows)
 
@@ -76,7 +79,7 @@ def read_header(blocks: Iterator[bytes], name: str, delimiter: str, columns: Col
     Raises:
         SourceError: it lacks a required column or has one twice.
     """
-    return _Reader(blocks, name, delimiter, item_bytes, 1).header(columns)
+    return _Reader(blocks, name, delimiter, item_bytes).header(columns)
 
 
 def csv_rows(
@@ -87,7 +90,8 @@ def csv_rows(
     Raises:
         SourceError: a row doesn't have `width` fields, or can't be read.
     """
-    reader = _Reader(blocks, name, delimiter, item_bytes, 1)
+    # In Latin-1 each byte is a letter, and no letter of UTF-8 has a byte that means something to `csv`.
+    reader = _Reader(blocks, name, delimiter, item_bytes, encoding="latin-1")
     reader.row()
     for number, _ in reader.rows(width):
         yield reader.start, reader.feed.given - reader.start, number
@@ -96,10 +100,19 @@ def csv_rows(
 class _Reader:
     """`csv`, and where it stands."""
 
-    def __init__(self, blocks: Iterator[bytes], name: str, delimiter: str, item_bytes: int, first_line: int) -> None:
+    def __init__(
+        self,
+        blocks: Iterator[bytes],
+        name: str,
+        delimiter: str,
+        item_bytes: int,
+        *,
+        encoding: str = "utf-8",
+        first_line: int = 1,
+    ) -> None:
         self._row_bytes = 4 * (item_bytes * 4 + _MIB)
         csv.field_size_limit(self._row_bytes)
-        self.feed = _Feed(blocks, name, self._row_bytes)
+        self.feed = _Feed(blocks, name, self._row_bytes, encoding)
         self._reader = csv.reader(self.feed.lines(), delimiter=delimiter, strict=True)
         self._name = name
         self._lines_before = first_line - 1
@@ -107,7 +120,7 @@ class _Reader:
 
     @property
     def start(self) -> int:
-        """Bytes before the row that came last."""
+        """Letters before the row that came last."""
         return self.feed.row_start
 
     def header(self, columns: Columns) -> "Header":
@@ -141,11 +154,11 @@ class _Reader:
 class _Feed:
     """Gives `csv` its lines, and counts what it takes."""
 
-    def __init__(self, blocks: Iterator[bytes], name: str, row_bytes: int) -> None:
+    def __init__(self, blocks: Iterator[bytes], name: str, row_bytes: int, encoding: str) -> None:
         self._runs = whole_lines(blocks, name, row_bytes)
-        self._row_bytes = row_bytes
+        self._row_bytes, self._encoding = row_bytes, encoding
         self._long: LongLine | None = None
-        #: Bytes given, and how many of them before the row at hand; the reader of rows sets the latter.
+        #: Letters given, and how many of them before the row at hand; the reader of rows sets the latter.
         self.given = 0
         self.row_start = 0
 
@@ -156,6 +169,7 @@ class _Feed:
 
     def lines(self) -> Iterator[str]:
         """Lines with their ends; invalid UTF-8 becomes surrogates."""
+        bound = self._row_bytes
         for run in self._runs:
             if isinstance(run, LongLine):
                 # A row by itself, unless a quote that is open there or before says otherwise.
@@ -166,10 +180,10 @@ class _Feed:
                 yield "\n"
                 continue
             # Splits at CR, LF and CRLF as `csv` wants it, and nowhere else.
-            for line in io.StringIO((run[1] + b"\n").decode("utf-8", "surrogateescape"), newline=""):
-                if self.given - self.row_start > self._row_bytes:
+            for line in io.StringIO((run[1] + b"\n").decode(self._encoding, "surrogateescape"), newline=""):
+                if self.given - self.row_start > bound:
                     raise _Endless
-                self.given += len(line) if line.isascii() else len(line.encode("utf-8", "surrogateescape"))
+                self.given += len(line)
                 yield line
 
 
