@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
+from math import inf
 from typing import BinaryIO, Self
 
 import numpy as np
@@ -15,12 +16,21 @@ import pyarrow.parquet as pq
 from pipeline.errors import SourceError
 from pipeline.sources.files import SourceFile, reason
 from pipeline.sources.open import READ_BYTES, is_bomb
+from pipeline.sources.pages import Page, pages
 from pipeline.sources.rows import BLOCK_BYTES, Columns, Parsed, missing_column, shown
+from pipeline.storage import is_remote
 
 #: The most rows read at once: texts in a run may be far longer than the average.
 _BATCH_ROWS = 1_000
 #: The most that a batch's dictionaries may unfold to.
 _BATCH_BYTES = 64 * 1024 * 1024
+#: A guess at a string of which others are but endings.
+_PREFIX_BYTES = 1024 * 1024
+_PREFIXED = {"DELTA_BYTE_ARRAY"}
+_FOLDED = {"PLAIN_DICTIONARY", "RLE_DICTIONARY"}
+#: Of a file, when only the headers of its pages are wanted.
+_HEADER_BYTES = 512
+_GROWS = "the data grows over 1,000-fold; write it again with less compression."
 _BAD_FOOTER = "the Parquet footer can't be read; the file is truncated or damaged."
 
 
@@ -84,6 +94,7 @@ class _Table:
     """An open Parquet file, and the columns that are wanted of it."""
 
     def __init__(self, file: SourceFile, columns: Columns) -> None:
+        self._file = file
         self._name = file.name
         self._columns = columns
         self._raw = file.open()
@@ -136,7 +147,8 @@ class _Table:
         self, parquet: pq.ParquetFile, folded: pq.ParquetFile, group: int, skip: int, count: int
     ) -> Iterator[pa.RecordBatch]:
         """Up to `count` rows of a group past the first `skip`, in small parts."""
-        longest = _longest_bytes(folded, group, self._texts)
+        self._check_pages(group)
+        longest = self._longest_bytes(folded, group)
         rows = min(_BATCH_ROWS, BLOCK_BYTES // self.average_bytes(group), _BATCH_BYTES // longest)
         for batch in parquet.iter_batches(max(1, rows), [group], self._wanted, use_threads=False):
             if skip >= len(batch):
@@ -148,6 +160,23 @@ class _Table:
             if not count:
                 return
 
+    def _longest_bytes(self, folded: pq.ParquetFile, group: int) -> int:
+        """The longest string that the group's texts may hold more often than their sizes show; at least 1.
+
+        A small file may name one long text a million times in a dictionary, or write but what differs from the one
+        before.
+        """
+        found = self.metadata.row_group(group)
+        stored = [found.column(at) for at in self._stored]
+        encodings = {column.path_in_schema: set(column.encodings) for column in stored}
+        longest = _PREFIX_BYTES if any(encodings[name] & _PREFIXED for name in self._texts) else 1
+        texts = [name for name in self._texts if encodings[name] & _FOLDED]
+        for batch in folded.iter_batches(1, [group], texts, use_threads=False) if texts else ():
+            for column in batch.columns:
+                longest = max(longest, pc.max(pc.binary_length(column.dictionary)).as_py() or 0)
+            break
+        return longest
+
     def average_bytes(self, group: int) -> int:
         """What a row of a group takes unpacked, before dictionaries unfold; at least 1."""
         self._check_chunks(group)
@@ -155,8 +184,28 @@ class _Table:
         stored = [found.column(at) for at in self._stored]
         unpacked: int = sum(column.total_uncompressed_size for column in stored)
         if is_bomb(sum(column.total_compressed_size for column in stored), unpacked):
-            raise SourceError(f"{self._name}: the data grows over 1,000-fold; write it again with less compression.")
+            raise SourceError(f"{self._name}: {_GROWS}")
         return max(1, unpacked // max(1, found.num_rows))
+
+    def _check_pages(self, group: int) -> None:
+        """Raise `SourceError` where a page's header would have Arrow make room for what can't be there."""
+        assert self._file.uri is not None
+        if is_remote(self._file.uri):  # it would be fetched twice
+            return
+        self._check_chunks(group)
+        found = self.metadata.row_group(group)
+        raw = self._file.open()
+        assert isinstance(raw, io.BufferedReader)
+        with io.BufferedReader(raw.detach(), _HEADER_BYTES) as headers:
+            for column in (found.column(at) for at in self._stored):
+                start = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
+                nested = "." in column.path_in_schema
+                for page in pages(headers, max(0, start), column.total_compressed_size):
+                    if not page.fits or page.values > _most_values(page, found.num_rows, nested=nested):
+                        raise SourceError(f"{self._name}: the data is damaged; make the file again.")
+                    # An element of a list takes eight bytes at the least.
+                    if is_bomb(page.packed_bytes, max(page.unpacked_bytes, 8 * page.values if nested else 0)):
+                        raise SourceError(f"{self._name}: {_GROWS}")
 
     def _check_chunks(self, group: int) -> None:
         """Raise `SourceError` where metadata of the columns is damaged: asked for it, Arrow would end the process, and
@@ -168,6 +217,13 @@ class _Table:
             return
         except (pa.ArrowException, OSError):
             raise SourceError(f"{self._name}: {_BAD_FOOTER}") from None
+
+
+def _most_values(page: Page, rows: int, *, nested: bool) -> float:
+    """How many values a page may have: of a dictionary each takes a byte or more, and of a plain column a row."""
+    if page.is_dictionary:
+        return page.unpacked_bytes
+    return inf if nested else rows
 
 
 def _piece_by_piece(raw: BinaryIO | _MetadataOnly, metadata: pq.FileMetaData, folded: list[str]) -> pq.ParquetFile:
@@ -258,19 +314,6 @@ def _is_json(kind: pa.DataType) -> bool:
     if pa.types.is_nested(kind):
         return all(_is_json(kind.field(at).type) for at in range(kind.num_fields))
     return _is_plain(kind)
-
-
-def _longest_bytes(folded: pq.ParquetFile, group: int, texts: list[str]) -> int:
-    """The longest string in the group's dictionaries; at least 1.
-
-    A small file may name one long text a million times, which its sizes don't show.
-    """
-    longest = 1
-    for batch in folded.iter_batches(1, [group], texts, use_threads=False):
-        for column in batch.columns:
-            longest = max(longest, pc.max(pc.binary_length(column.dictionary)).as_py() or 0)
-        break
-    return longest
 
 
 def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

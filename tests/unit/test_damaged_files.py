@@ -240,6 +240,21 @@ def test_rows_that_a_damaged_parquet_file_lacks_are_missed(folder: Path) -> None
     assert found == f"{folder}/a.parquet row 1: 7 rows that the footer names aren't there; make the file again."
 
 
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"])
+def test_parquet_of_any_encoding_is_read(encoding: str, folder: Path) -> None:
+    found = check(folder / "a.parquet", _parquet(use_dictionary=False, column_encoding={"text": encoding}))
+    assert found == check(folder / "a.parquet", FILES["a.parquet"])
+
+
+def test_a_page_that_claims_more_bytes_than_there_are_is_refused(folder: Path) -> None:
+    data = PARQUETS[1]
+    # The first page's header begins the file: its kind, and its size unpacked and packed, 62 bytes in zigzag.
+    assert data[4:10] == b"\x15\x00\x15\x7c\x15\x7c"
+    for at in (7, 9):
+        found = check(folder / "a.parquet", Damage(at, 1, b"\xf8\xff\xff\xff\x07").of(data))
+        assert found == f"{folder}/a.parquet: the data is damaged; make the file again."
+
+
 LONG = b"x" * 5 * 1024 * 1024
 
 
