@@ -33,7 +33,7 @@ class Watch:
     hung_after_seconds: float
     #: The chunk is given back when it has taken so long.
     most_seconds: float
-    #: What a gateway is paid for is committed so often; what is made here, slice by slice.
+    #: What has been made is committed so often; at the end of each slice it always is.
     commit_seconds: float = inf
     began: float = field(default_factory=monotonic)
     #: Infinite while no batch is under way.

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from uuid import UUID
 
 import psutil
@@ -49,6 +50,8 @@ _LEAST_HANG_SECONDS = 60.0
 _HANG_FACTOR = 20
 #: What a gateway is paid for is committed so often.
 _COMMIT_SECONDS = 10.0
+#: Vectors made here go to Postgres in about so many commits a chunk.
+_COMMITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,10 @@ class Child:
         metrics.WORKER_DEVICE_MEMORY_BYTES.labels(str(resident.device)).set(resident.held_bytes)
         # A single long text may exceed the budget.
         expected_seconds = max(resident.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
-        return resident, Watch(max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds), most_seconds)
+        hung_after = max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds)
+        # A commit costs little beside what a crash then doesn't. A part file would be one more file.
+        commit_seconds = inf if claim.options.get("output") else self.settings.chunk_seconds / _COMMITS
+        return resident, Watch(hung_after, most_seconds, commit_seconds=commit_seconds)
 
 
 @cache

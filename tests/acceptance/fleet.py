@@ -19,8 +19,6 @@ from pipeline import status
 
 T = TypeVar("T")
 
-#: A text that begins so kills the process of a poisonable worker, as a bug in a native library would.
-POISON = "kill the process that reads this"
 _PATIENCE_SECONDS = 120.0
 
 
@@ -131,10 +129,10 @@ class Fleet:
         with self.engine.begin() as connection:
             return status.job_status(connection, job)
 
-    def await_end(self, job: UUID) -> dict[str, Any]:
+    def await_end(self, job: UUID, seconds: float = _PATIENCE_SECONDS) -> dict[str, Any]:
         """Wait for a job's end. Returns its status."""
         ended = ("completed", "failed", "cancelled")
-        eventually(lambda: self.status(job)["state"] in ended, f"the end of job {job}")
+        eventually(lambda: self.status(job)["state"] in ended, f"the end of job {job}", seconds)
         return self.status(job)
 
     def child_at_work(self, job: UUID, chunk: int | None = None, after: int = 0) -> tuple[psutil.Process, int, int]:

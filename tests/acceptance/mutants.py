@@ -7,11 +7,12 @@ the environment, since a child imports the module afresh.
 
 import os
 import signal
+import threading
 from contextlib import suppress
 from typing import Any
 
 from pipeline.store import chunks
-from tests.acceptance.fleet import POISON
+from tests.acceptance.poison import Poison
 from workers.app import app
 
 app.conf.include = [*app.conf.include, __name__]
@@ -48,16 +49,64 @@ def _without_one_transaction() -> None:
 
 
 def _poisonable() -> None:
+    """Some texts do harm when the model meets them. A hang is found soon."""
+    from workers import tasks
     from workers.encoder import Encoder
 
-    read = Encoder.tokenise
+    tasks._LEAST_HANG_SECONDS, tasks._HANG_FACTOR = 3.0, 3
+    forward = Encoder._forward
+    heads: dict[Poison, list[int]] = {}
 
-    def tokenise(self, texts, *arguments, **named):  # type: ignore[no-untyped-def]
-        if any(text.startswith(POISON) for text in texts):
+    def met(self: Encoder, ids: list[list[int]]) -> dict[Poison, list[int]]:
+        if not heads:
+            tokenised = self._reader.read([poison.value for poison in Poison], None)
+            heads.update(zip(Poison, (_words(self, one) for one in tokenised.ids), strict=True))
+        return {
+            poison: at
+            for poison, head in heads.items()
+            if (at := [n for n, one in enumerate(ids) if _words(self, one)[: len(head)] == head])
+        }
+
+    def run(self: Encoder, ids: list[list[int]]) -> Any:
+        found = met(self, ids)
+        if Poison.KILLS in found:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, texts, *arguments, **named)
+        if Poison.HANGS in found:
+            threading.Event().wait()
+        if Poison.RAISES in found:
+            raise RuntimeError("an operator that isn't there")
+        vectors = forward(self, ids).copy()
+        vectors[found.get(Poison.MAKES_NAN, [])] = float("nan")
+        return vectors
 
-    Encoder.tokenise = tokenise  # type: ignore[method-assign]
+    Encoder._forward = run  # type: ignore[method-assign]
+
+
+def _words(encoder: Any, ids: list[int]) -> list[int]:
+    """Ids without the marks around a text, which a model with attention has."""
+    return ids if encoder._reader.flat else ids[1:-1]
+
+
+def _dying_at_load() -> None:
+    """The driver kills each process that runs anything on the device."""
+    from workers.encoder import Encoder
+
+    Encoder.prove = lambda self, expected: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+
+
+def _losing_the_device() -> None:
+    """After some batches a process can do nothing any more on its device; another one can."""
+    from workers.encoder import Encoder
+
+    forward, left = Encoder._forward, [6]
+
+    def run(self: Encoder, ids: list[list[int]]) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("the device is lost")
+        return forward(self, ids)
+
+    Encoder._forward = run  # type: ignore[method-assign]
 
 
 def _dying_in_parts() -> None:
@@ -80,7 +129,6 @@ def _dying_in_parts() -> None:
 def _talkative() -> None:
     """Library code logs while a chunk is read, and while its lease is renewed before it goes on."""
     import logging
-    import threading
 
     from workers.encoder import Encoder
 
@@ -104,6 +152,8 @@ def _talkative() -> None:
 
 _MUTANTS = {
     "dying_in_parts": _dying_in_parts,
+    "dying_at_load": _dying_at_load,
+    "losing_the_device": _losing_the_device,
     "poisonable": _poisonable,
     "talkative": _talkative,
     "without_fence": _without_fence,

@@ -4,10 +4,9 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from sqlalchemy import text
 
 from tests.acceptance.conftest import write_corpus
-from tests.acceptance.fleet import POISON, Fleet, eventually
+from tests.acceptance.fleet import Fleet, eventually
 from tests.acceptance.oracle import objections
 
 
@@ -49,32 +48,6 @@ def test_a_worker_frozen_past_its_lease(
         second.resume()
         fleet.await_end(job)
     assert bool(_objections(fleet, job, corpus)) is not fenced
-
-
-def test_a_text_that_kills_its_process_is_rejected_alone(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
-    bad = 1_234
-    corpus = write_corpus(tmp_path / "corpus.jsonl", [*texts[:bad], f"{POISON}, please", *texts[bad:2_000]])
-    fleet.start_dispatcher()
-    fleet.environment["MUTANT"] = "poisonable"
-    fleet.start_worker(2, app="tests.acceptance.mutants")
-    job = fleet.submit(str(corpus), "--model", "static")
-    ended = fleet.await_end(job)
-    assert ended["state"] == "completed"
-    assert ended["items"] == {
-        "total": 2_001,
-        "embedded": 2_000,
-        "reused": 0,
-        "rejected": 1,
-        "cancelled": 0,
-        "pending": 0,
-        "truncated": ended["items"]["truncated"],
-    }
-    with fleet.engine.begin() as connection:
-        query = text("select index, key, code from vectormill.rejects where job_id = :job")
-        assert [tuple(row) for row in connection.execute(query, {"job": job})] == [
-            (bad, f"doc-{bad}", "crashed_worker")
-        ]
-    assert _objections(fleet, job, corpus) == []
 
 
 def test_two_jobs_on_two_models_one_cancelled_midway(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:

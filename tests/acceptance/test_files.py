@@ -13,7 +13,8 @@ import pytest
 
 from pipeline import status, storage
 from tests.acceptance.conftest import write_corpus
-from tests.acceptance.fleet import POISON, Fleet, eventually
+from tests.acceptance.fleet import Fleet, eventually
+from tests.acceptance.poison import Poison
 from tests.object_store import environment_of, s3_server
 
 
@@ -73,7 +74,7 @@ def _if_state(fleet: Fleet, job: UUID, state: str) -> dict[str, Any] | None:
 
 
 def test_retried_items_join_the_data_set(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus.jsonl", [*texts[:300], f"{POISON}, please", *texts[300:600]])
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [*texts[:300], f"{Poison.KILLS}, please", *texts[300:600]])
     out = tmp_path / "out"
     fleet.start_dispatcher()
     fleet.environment["MUTANT"] = "poisonable"

@@ -9,10 +9,11 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 from tests.acceptance.faults.drill import Report, drill
 from tests.acceptance.faults.kinds import AT_DEFAULTS, KINDS
-from tests.acceptance.faults.load import LANES, Load, Way
+from tests.acceptance.faults.load import LANES, POISONED, Load, Way
 from tests.acceptance.faults.site import site
 
 _LEASE_SECONDS, _CHUNK_ITEMS, _ITEMS = 5.0, 200, 3_000
@@ -41,8 +42,9 @@ def main() -> None:
         return time.monotonic() < ends
 
     lease_seconds, chunk_items = (_DEFAULT_LEASE_SECONDS, None) if asked.defaults else (_LEASE_SECONDS, _CHUNK_ITEMS)
-    with site(lease_seconds=lease_seconds, chunk_items=chunk_items) as made:
-        load = Load(made, _MANY_ITEMS, _LANES_AT_DEFAULTS) if asked.defaults else Load(made, _ITEMS, LANES)
+    items, lanes = (_MANY_ITEMS, _LANES_AT_DEFAULTS) if asked.defaults else (_ITEMS, (*LANES, POISONED))
+    with site(lease_seconds=lease_seconds, chunk_items=chunk_items, brittle=not asked.defaults) as made:
+        load = Load(made, items, lanes, Random(asked.seed))
         report = drill(made, load, asked.seed, kinds, goes_on=goes_on, tell=lambda line: print(line, flush=True))
         if report.said:
             print("\n".join(f"OBJECTION {said}" for said in report.said), flush=True)

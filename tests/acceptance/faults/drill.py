@@ -1,6 +1,7 @@
 """A drill: a schedule from a seed, done on a site under load, and the table of what came of it."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -11,7 +12,9 @@ from sqlalchemy.exc import DBAPIError
 from tests.acceptance.faults.faults import Kind, recovered
 from tests.acceptance.faults.kinds import KINDS
 from tests.acceptance.faults.load import Load
+from tests.acceptance.faults.secrets import leaks
 from tests.acceptance.faults.site import Site
+from tests.acceptance.poison import Poison
 
 #: What isn't back by then won't be.
 _RECOVERY_SECONDS = 180.0
@@ -32,6 +35,8 @@ class Report:
     tokens_embedded: float = 0
     tokens_committed: float = 0
     chunks: int = 0
+    #: Texts that did harm, by kind, and were rejected for it.
+    poisons: Counter[Poison] = field(default_factory=Counter)
     #: Faults that were begun.
     tried: int = 0
 
@@ -65,6 +70,9 @@ class Report:
             f"{self.wasted_chunks:.2f} chunks a fault; "
             f"{len(self.said)} objections."
         )
+        if self.poisons:
+            told = ", ".join(f'{count} "{poison}"' for poison, count in sorted(self.poisons.items()))
+            lines += ["", f"Texts that do harm, each rejected with its code: {told}."]
         return "\n".join(lines)
 
 
@@ -107,8 +115,10 @@ def drill(
     report.tokens_committed = float(site.scalar("select coalesce(sum(prompt_tokens), 0) from vectormill.usage"))
     report.chunks = site.scalar("select count(distinct chunk_id) from vectormill.usage")
     report.said += load.said
+    report.said += leaks(site)
     report.said += site.end_all()
     report.tokens_embedded = site.tokens_embedded()
+    report.poisons = load.poisons
     report.items, report.jobs = load.items_ended, sum(map(len, load.ended.values()))
     return report
 

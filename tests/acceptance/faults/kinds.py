@@ -48,6 +48,8 @@ KINDS = (
         possible=_has_disks,
     ),
     Kind("object store cut off", on_servers.cut_off(lambda site: site.store_line)),
+    Kind("object store: 503", on_servers.refused(lambda site: site.store_line)),
+    Kind("worker child killed inside an upload", on_workers.kill_in_upload),
     Kind("object store frozen", on_servers.frozen(lambda site: site.store_line)),
     Kind("gateway: 429 storm", on_servers.answering(lambda _: error(429, retry_after="1"))),
     Kind("gateway: 503", on_servers.answering(lambda _: error(503))),

@@ -3,10 +3,12 @@
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
+from random import Random
 from uuid import UUID, uuid4
 
 import pyarrow as pa
@@ -15,8 +17,10 @@ import pyarrow.parquet as pq
 from pipeline import control
 from pipeline.errors import IllegalTransition
 from pipeline.purge import purge_job
+from tests.acceptance.faults.secrets import CANARY
 from tests.acceptance.faults.site import BUCKET, Site
 from tests.acceptance.oracle import objections
+from tests.acceptance.poison import Poison
 
 #: `submit` says with this code that the same may be tried again.
 _UNREACHABLE = 6
@@ -37,9 +41,11 @@ class Way:
     corpus: str
     #: None: Postgres.
     output: str | None = None
+    #: Some of the texts do harm to the model.
+    poisoned: bool = False
 
     def __str__(self) -> str:
-        return f"{self.model} {self.corpus} → {self.output or 'postgres'}"
+        return f"{self.model} {self.corpus} → {self.output or 'postgres'}{', poisoned' if self.poisoned else ''}"
 
 
 LANES = (
@@ -52,6 +58,18 @@ LANES = (
     (Way("static", "parquet", "disk"), Way("static", "jsonl"), Way("static", "parquet", "store")),
     (Way("far", "jsonl"), Way("far", "parquet", "disk")),
 )
+#: Of a site with a brittle model.
+POISONED = (Way("brittle", "jsonl", poisoned=True), Way("brittle", "parquet", "disk", poisoned=True))
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """What a job is made of."""
+
+    #: JSON lines. The same rows are beside it as Parquet.
+    file: Path
+    #: Texts that do harm, by index.
+    poisons: dict[int, Poison] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,24 +80,28 @@ class Load:
     #: Of each job.
     items: int
     lanes: tuple[tuple[Way, ...], ...] = LANES
+    #: Decides where poison is.
+    random: Random = field(default_factory=lambda: Random(0))
     said: list[str] = field(default_factory=list)
     #: Jobs that have ended, and their items, by way.
     ended: dict[Way, list[int]] = field(default_factory=dict)
     #: Until when which pause is explained, by the monotonic clock.
     explained: dict[str, float] = field(default_factory=dict)
+    #: Texts that did harm and were rejected for it, alone.
+    poisons: Counter[Poison] = field(default_factory=Counter)
     _calm: dict[str, UUID] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def begin(self) -> None:
         """Do a calm run of each model, then set the lanes going."""
-        self._write_corpora()
+        healthy = self._write("corpus", {})
         for model in {lane[0].model for lane in self.lanes}:
             way = Way(model, "jsonl")
-            job = self._submit(way, uuid4().hex)
+            job = self._submit(way, healthy, uuid4().hex)
             assert self._await_end(way, job) == "completed"
             with self.site.fleet.engine.begin() as connection:
-                assert objections(connection, job, self._jsonl) == []
+                assert objections(connection, job, healthy.file) == []
             self._calm[model] = job
         for lane in self.lanes:
             thread = threading.Thread(target=self._go, args=(lane,), name=lane[0].model, daemon=True)
@@ -102,17 +124,25 @@ class Load:
         """Items of the jobs that have ended."""
         return sum(sum(counts) for counts in self.ended.values())
 
-    @property
-    def _jsonl(self) -> Path:
-        return self.site.folder / "corpus.jsonl"
-
-    def _write_corpora(self) -> None:
+    def _write(self, name: str, poisons: dict[int, Poison]) -> _Corpus:
         rows = [
-            {"id": f"doc-{n}", "text": f"Document {n} tells of {n % 97} mills on {n % 89} rivers in the year {n}."}
+            {"id": f"doc-{n}", "text": f"{CANARY} {n} look at {n % 97} mills on {n % 89} rivers in the year {n}."}
             for n in range(self.items)
         ]
-        self._jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        pq.write_table(pa.Table.from_pylist(rows), self._jsonl.with_suffix(".parquet"), row_group_size=500)
+        for at, poison in poisons.items():
+            rows[at]["text"] = f"{poison}: {rows[at]['text']}"
+        file = self.site.folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        pq.write_table(pa.Table.from_pylist(rows), file.with_suffix(".parquet"), row_group_size=500)
+        return _Corpus(file, poisons)
+
+    def _poisoned(self, name: str) -> _Corpus:
+        """A corpus with all poisons close together, and a killer and harmless ones anywhere."""
+        first = self.random.randrange(self.items - len(Poison))
+        kinds = self.random.sample(list(Poison), len(Poison))
+        elsewhere = dict.fromkeys(self.random.sample(range(self.items), 3), Poison.MAKES_NAN)
+        killer = {self.random.randrange(self.items): Poison.KILLS}
+        return self._write(name, {**elsewhere, **killer, **dict(enumerate(kinds, first))})
 
     def _go(self, lane: tuple[Way, ...]) -> None:
         for way in cycle(lane):
@@ -126,25 +156,34 @@ class Load:
             self._stopping.wait(max(0.0, _LEAST_SECONDS - (time.monotonic() - begun)))
 
     def _run(self, way: Way) -> None:
-        job = self._submit(way, uuid4().hex)
+        key = uuid4().hex
+        corpus = self._poisoned(key) if way.poisoned else _Corpus(self.site.folder / "corpus.jsonl")
+        job = self._submit(way, corpus, key)
         state = self._await_end(way, job)
         if state != "completed":
             rows = self.site.rows("select reason, message from vectormill.jobs where id = :job", job=job)
             self.said.append(f"{way}: job {job} is {state}: {dict(rows[0])}")
             return
-        self.said += [f"{way}: job {job}: {said}" for said in self.site.insist(lambda: self._objections(way, job))]
+        self.said += [
+            f"{way}: job {job}: {said}" for said in self.site.insist(lambda: self._objections(way, job, corpus))
+        ]
         self.ended.setdefault(way, []).append(self.items)
         self.site.insist(lambda: purge_job(self.site.fleet.engine, job))
 
-    def _objections(self, way: Way, job: UUID) -> list[str]:
-        query = "select coalesce(sum(rejected), 0) from vectormill.chunks where job_id = :job"
-        rejected = self.site.scalar(query, job=job)
+    def _objections(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
+        rows = self.site.rows("select index, code from vectormill.rejects where job_id = :job", job=job)
         with self.site.fleet.engine.begin() as connection:
-            found = objections(connection, job, self._jsonl, self._calm[way.model])
-        return [*found, f"{rejected} healthy items are rejected"] if rejected else found
+            found = objections(connection, job, corpus.file, self._calm[way.model])
+        rejected = {row["index"]: row["code"] for row in rows}
+        wanted = {at: poison.code for at, poison in corpus.poisons.items()}
+        if rejected != wanted:
+            different = dict(sorted(rejected.items() ^ wanted.items())[:5])
+            return [*found, f"{len(rejected)} rejects, {len(wanted)} poisons; different: {different}"]
+        self.poisons.update(corpus.poisons.values())
+        return found
 
-    def _submit(self, way: Way, key: str) -> UUID:
-        source = self._jsonl.with_suffix(f".{way.corpus}")
+    def _submit(self, way: Way, corpus: _Corpus, key: str) -> UUID:
+        source = corpus.file.with_suffix(f".{way.corpus}")
         arguments = [str(source), "--model", way.model, "--idempotency-key", key]
         arguments += ["--by-reference" if way.corpus == "parquet" else "--by-value"]
         if way.output:

@@ -14,6 +14,7 @@ import redis
 from tests.acceptance.faults.disk import Disk
 from tests.acceptance.faults.faults import Do, Done
 from tests.acceptance.faults.site import DISPATCHERS, Site
+from tests.acceptance.faults.store_line import StoreLine
 from tests.acceptance.fleet import eventually
 from tests.lines import Line
 from tests.scripted_gateway import Answering, good
@@ -116,6 +117,11 @@ def cut_off(line: Callable[[Site], Line]) -> Do:
 def frozen(line: Callable[[Site], Line]) -> Do:
     """For a while nothing comes through."""
     return _for_a_while(lambda site: line(site).freeze(), lambda site: line(site).mend())
+
+
+def refused(line: Callable[[Site], StoreLine]) -> Do:
+    """For a while each request is answered with 503."""
+    return _for_a_while(lambda site: line(site).refuse(), lambda site: line(site).mend())
 
 
 def _for_a_while(begin: Callable[[Site], None], end: Callable[[Site], None]) -> Do:

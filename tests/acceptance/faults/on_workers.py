@@ -113,15 +113,10 @@ def strike(moment: Moment, act: Callable[[Site, psutil.Process, Call, Claimed], 
         done: list[Done] = []
 
         def spring(call: Call) -> None:
-            query = """
-                select c.id, c.fence from vectormill.chunks c join pg_stat_activity a on a.pid = c.backend_pid
-                where a.client_port = :port and c.state in ('running', 'done')
-                order by c.finished_at desc nulls first limit 1
-            """
-            rows = site.rows(query, port=call.server_port)
+            claim = _claim_of(site, [call.server_port])
             child = site.fleet.child_on_port(call.port)
-            if rows and child:
-                done.append(act(site, child, call, Claimed(rows[0]["id"], rows[0]["fence"])))
+            if claim and child:
+                done.append(act(site, child, call, claim))
 
         # One that a reader's connection springs, or whose claim is lost already, is no strike.
         while site.wire.strike(moment, spring, _STRIKE_SECONDS):
@@ -130,6 +125,36 @@ def strike(moment: Moment, act: Callable[[Site, psutil.Process, Call, Claimed], 
         raise AssertionError(f"no write-back came to {moment}")
 
     return do
+
+
+def _claim_of(site: Site, ports: list[int]) -> Claimed | None:
+    """The claim, which may just have ended, of the child whose connections Postgres knows by these ports."""
+    query = """
+        select c.id, c.fence from vectormill.chunks c join pg_stat_activity a on a.pid = c.backend_pid
+        where a.client_port = any(:ports) and c.state in ('running', 'done')
+        order by c.finished_at desc nulls first limit 1
+    """
+    rows = site.rows(query, ports=ports)
+    return Claimed(rows[0]["id"], rows[0]["fence"]) if rows else None
+
+
+def kill_in_upload(site: Site, _: Random) -> Done:
+    """A child dies while a part of a data set goes up to the object store: half of it may be there."""
+    done: list[Done] = []
+
+    def spring(call: Call) -> None:
+        child = site.fleet.child_on_port(call.port)
+        if child is None:
+            return
+        own = {connection.laddr.port for connection in child.net_connections("tcp4")}
+        claim = _claim_of(site, [each.server_port for each in site.wire.calls() if each.port in own])
+        if claim:
+            done.append(kill(site, child, call, claim))
+
+    while site.store_line.strike(spring, _STRIKE_SECONDS):
+        if done:
+            return done[0]
+    raise AssertionError("nothing was uploaded")
 
 
 def kill(_: Site, child: psutil.Process, call: Call, claim: Claimed) -> Done:

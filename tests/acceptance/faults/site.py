@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import httpx2 as httpx
 import psutil
 import psycopg
-from prometheus_client.mmap_dict import MmapedDict
 from psycopg import sql
 from sqlalchemy import RowMapping, text
 from sqlalchemy.exc import DBAPIError
@@ -24,13 +25,16 @@ from pipeline.embedded.place import Place
 from pipeline.embedded.runtime import read_running
 from pipeline.migrate import upgrade
 from pipeline.store.database import is_connection_lost, make_engine
+from tests.acceptance.counts import COUNTERS, tokens_embedded
 from tests.acceptance.faults.disk import Disk, small_disk
+from tests.acceptance.faults.store_line import StoreLine
 from tests.acceptance.faults.wire import Wire
 from tests.acceptance.fleet import Fleet, eventually
 from tests.lines import Line, line_to
 from tests.machines import remove_what_root_keeps, running_servers
 from tests.models import bundled_folder, described, static_folder
 from tests.object_store import environment_of, s3_server
+from tests.ports import free_port
 from tests.scripted_gateway import ScriptedGateway, scripted_gateway
 
 T = TypeVar("T")
@@ -39,6 +43,10 @@ BUCKET = "vectors"
 #: Dispatchers and workers. A worker has two children.
 DISPATCHERS = ("dispatcher-1", "dispatcher-2")
 WORKERS = ("worker-1", "worker-2")
+#: A model to which some texts do harm, and its only worker, to which nothing else does.
+BRITTLE = "brittle"
+FLOWER_PASSWORD = "sesame-of-the-drill"
+GATEWAY_KEY = "sk-key-of-the-drill"
 _REPLICAS = 2
 _DISK_BYTES = 2 * 1024**3
 _PATIENCE_SECONDS = 120.0
@@ -54,13 +62,18 @@ class Site:
     #: How workers reach Postgres, Redis and the object store.
     wire: Wire
     redis_line: Line
-    store_line: Line
+    store_line: StoreLine
     redis_url: str
     gateway: ScriptedGateway
     lease_seconds: float
+    models: tuple[str, ...]
+    api_url: str
+    flower_url: str
+    #: Of an administrator.
+    api_key: str = ""
     #: Where Postgres keeps tables, and where Parquet goes, if disks can be had here.
-    tables: Disk | None
-    parquet: Disk | None
+    tables: Disk | None = None
+    parquet: Disk | None = None
     #: Workers that were killed, and could clear nothing away.
     killed: int = 0
     #: Counts of processes that are gone, by hard links to their files.
@@ -75,7 +88,8 @@ class Site:
 
     def start_worker(self, name: str, **environment: str) -> "subprocess.Popen[bytes]":
         """Start a worker."""
-        command = ("pipeline.cli", "worker", "--devices", "cpu", "--replicas", str(_REPLICAS))
+        models = (part for model in self.models if model != BRITTLE for part in ("--model", model))
+        command = ("pipeline.cli", "worker", "--devices", "cpu", "--replicas", str(_REPLICAS), *models)
         return self.fleet.start(name, *command, **self.worker_environment, **environment)
 
     @property
@@ -96,10 +110,28 @@ class Site:
 
     def start_all(self) -> None:
         """Start all, and wait until all serve."""
+        self._start_doors()
         for name in (*DISPATCHERS, *WORKERS):
             self.start(name)
         query = "select count(*) from vectormill.workers where seen_at > now() - interval '15 s'"
         eventually(lambda: self.scalar(query) >= len(WORKERS), "workers that show themselves")
+        if BRITTLE in self.models:
+            self.fleet.start_worker(
+                name=BRITTLE,
+                app="tests.acceptance.mutants",
+                MUTANT="poisonable",
+                VECTORMILL_WORKER_MODELS=BRITTLE,
+                VECTORMILL_METRICS_PORT="0",
+            )
+
+    def _start_doors(self) -> None:
+        self.api_key = self.fleet.cli("keys", "create", "--name", "drill", "--admin").stdout.strip()
+        api, flower = (str(urlsplit(url).port) for url in (self.api_url, self.flower_url))
+        self.fleet.start("api", "pipeline.cli", "api", "--port", api)
+        secret = {"VECTORMILL_FLOWER_PORT": flower, "VECTORMILL_FLOWER_PASSWORD": FLOWER_PASSWORD}
+        self.fleet.start("flower", "pipeline.cli", "flower", **secret)
+        for url in (f"{self.api_url}/healthz", f"{self.flower_url}/healthcheck"):
+            eventually(partial(_answers, url), f"an answer from {url}")
 
     def server(self, name: str) -> psutil.Process:
         """The process of `postgres` or `valkey`, as it runs now."""
@@ -140,7 +172,7 @@ class Site:
 
     def keep_counts(self) -> None:
         """Hold on to the counts of workers' children: a link outlives the worker's folder."""
-        for file in (self.folder / "tmp").glob("vectormill-metrics-*/counter_*.db"):
+        for file in (self.folder / "tmp").glob(COUNTERS):
             kept = self.folder / "counts" / f"{file.parent.name}-{file.name}"
             if kept.name not in self.kept:
                 with suppress(OSError):
@@ -150,13 +182,7 @@ class Site:
     def tokens_embedded(self) -> float:
         """Tokens of all batches that came back from a model, whatever became of them."""
         self.keep_counts()
-        return sum(
-            value
-            for file in self.kept.values()
-            if file.stat().st_size
-            for key, value, *_ in MmapedDict.read_all_values_from_file(str(file))
-            if '"vectormill_worker_tokens_total"' in key
-        )
+        return tokens_embedded(self.kept.values())
 
     def end_all(self) -> list[str]:
         """Ask all to end, as a deployment does. Returns what doesn't, and what is left behind."""
@@ -193,6 +219,13 @@ class Site:
         return found
 
 
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def at_port(url: str, port: int) -> str:
     """The same server by way of another port."""
     parts = urlsplit(url)
@@ -201,9 +234,11 @@ def at_port(url: str, port: int) -> str:
 
 
 @contextmanager
-def site(*, lease_seconds: float, chunk_items: int | None = None, disks: bool = True) -> Iterator[Site]:
-    """Make an installation with three models (`minilm`, `static` and the gateway `far`), nothing started yet. All that
-    it started ends with the block."""
+def site(
+    *, lease_seconds: float, chunk_items: int | None = None, disks: bool = True, brittle: bool = False
+) -> Iterator[Site]:
+    """Make an installation with three models (`minilm`, `static` and the gateway `far`) and one that is `brittle`,
+    nothing started yet. All that it started ends with the block."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="drill-")))
         folder.chmod(0o711)
@@ -233,7 +268,7 @@ def site(*, lease_seconds: float, chunk_items: int | None = None, disks: bool = 
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TMPDIR": str(folder / "tmp"),
-            "FAR_KEY": "sk-drill",
+            "FAR_KEY": GATEWAY_KEY,
         }
         if chunk_items:
             environment["VECTORMILL_CHUNK_ITEMS"] = str(chunk_items)
@@ -245,10 +280,15 @@ def site(*, lease_seconds: float, chunk_items: int | None = None, disks: bool = 
             home=home,
             wire=stack.enter_context(line_to("127.0.0.1", database.port, Wire)),
             redis_line=stack.enter_context(line_to("127.0.0.1", broker.port, Line)),
-            store_line=stack.enter_context(line_to("127.0.0.1", urlsplit(store["AWS_ENDPOINT_URL"]).port or 0, Line)),
+            store_line=stack.enter_context(
+                line_to("127.0.0.1", urlsplit(store["AWS_ENDPOINT_URL"]).port or 0, StoreLine)
+            ),
             redis_url=running.redis_url,
             gateway=gateway,
             lease_seconds=lease_seconds,
+            models=("minilm", "static", "far", *([BRITTLE] if brittle else [])),
+            api_url=f"http://127.0.0.1:{free_port()}",
+            flower_url=f"http://127.0.0.1:{free_port()}",
             tables=tables,
             parquet=parquet,
         )
@@ -273,5 +313,7 @@ def _add_models(made: Site) -> None:
     with made.fleet.engine.begin() as connection:
         add_model(connection, "minilm", described("all-MiniLM-L6-v2", bundled_folder()))
         add_model(connection, "static", described("static-256", static_folder()))
+        if BRITTLE in made.models:
+            add_model(connection, BRITTLE, described("static-256", static_folder()))
     where = ("--gateway", made.gateway.url, "--upstream-model", "embed-1", "--key-env", "FAR_KEY")
     made.fleet.cli("models", "add", "far", *where, "--request-inputs", "50")

@@ -1,0 +1,23 @@
+"""Texts that do harm to a brittle model, each as a bug in a native library would, and what must become of them."""
+
+from enum import StrEnum
+
+
+class Poison(StrEnum):
+    """How such a text begins."""
+
+    KILLS = "kill the process that reads this"
+    HANGS = "stand still over this for ever"
+    RAISES = "raise an error at these words"
+    MAKES_NAN = "make no number of these words"
+
+    @property
+    def code(self) -> str:
+        """With which it must be rejected."""
+        match self:
+            case Poison.RAISES:
+                return "encode_failed"
+            case Poison.MAKES_NAN:
+                return "bad_vector"
+            case _:
+                return "crashed_worker"

@@ -1,0 +1,127 @@
+"""Texts that do harm: each is rejected with its code, and nothing else is. Workers that are broken: no text is
+blamed."""
+
+import shutil
+from os import SEEK_CUR, SEEK_END
+from pathlib import Path
+from uuid import UUID
+
+from sqlalchemy import text
+
+from tests.acceptance.conftest import write_corpus
+from tests.acceptance.counts import COUNTERS, tokens_embedded
+from tests.acceptance.fleet import Fleet, eventually
+from tests.acceptance.oracle import objections
+from tests.acceptance.poison import Poison
+from tests.models import bundled_folder
+
+#: Each process that is lost takes its libraries and its model to load again.
+_SECONDS = 300.0
+
+
+def _start_brittle(fleet: Fleet, mutant: str, replicas: int = 2) -> None:
+    fleet.start_dispatcher()
+    fleet.environment["MUTANT"] = mutant
+    fleet.start_worker(replicas, app="tests.acceptance.mutants")
+
+
+def _rejects(fleet: Fleet, job: UUID) -> dict[int, str]:
+    with fleet.engine.begin() as connection:
+        query = text("select index, code from vectormill.rejects where job_id = :job")
+        return {row[0]: row[1] for row in connection.execute(query, {"job": job})}
+
+
+def _objections(fleet: Fleet, job: UUID, corpus: Path) -> list[str]:
+    with fleet.engine.begin() as connection:
+        return objections(connection, job, corpus)
+
+
+def test_each_poison_is_rejected_and_nothing_else(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    """Alone, and several in one chunk, beside each other and apart."""
+    chosen = texts[:1_500]
+    poisons = {
+        **dict(enumerate(Poison, 300)),
+        430: Poison.MAKES_NAN,
+        760: Poison.RAISES,
+        1_499: Poison.MAKES_NAN,
+    }
+    for at, poison in poisons.items():
+        chosen[at] = f"{poison}, please"
+    corpus = write_corpus(tmp_path / "corpus.jsonl", chosen)
+    _start_brittle(fleet, "poisonable")
+    job = fleet.submit(str(corpus), "--model", "minilm")
+    assert fleet.await_end(job, _SECONDS)["state"] == "completed"
+    assert _rejects(fleet, job) == {at: poison.code for at, poison in poisons.items()}
+    assert _objections(fleet, job, corpus) == []
+
+
+def test_one_poison_in_ten_thousand_costs_little(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    """At the default size of chunks, no more than 2 % is embedded in vain."""
+    chosen = [f"{texts[n % len(texts)]} {texts[-n % len(texts)]} {n}" for n in range(10_000)]
+    chosen[4_321] = f"{Poison.KILLS} {chosen[4_321]}"
+    corpus = write_corpus(tmp_path / "corpus.jsonl", chosen)
+    del fleet.environment["VECTORMILL_CHUNK_ITEMS"]
+    counts = tmp_path / "counts"
+    counts.mkdir()
+    fleet.environment["TMPDIR"] = str(counts)
+    _start_brittle(fleet, "poisonable")
+    job = fleet.submit(str(corpus), "--model", "minilm")
+    assert fleet.await_end(job, _SECONDS)["state"] == "completed"
+    assert _rejects(fleet, job) == {4_321: "crashed_worker"}
+    committed = fleet.scalar("select sum(prompt_tokens) from vectormill.usage where job_id = :job", job=job)
+    assert 1 <= tokens_embedded(counts.glob(COUNTERS)) / committed <= 1.02
+
+
+def test_a_driver_that_kills_pauses_its_jobs_and_blames_no_text(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:1_000])
+    _start_brittle(fleet, "dying_at_load")
+    job = fleet.submit(str(corpus), "--model", "static")
+    eventually(lambda: fleet.status(job)["state"] == "paused", "a job that is paused")
+    assert fleet.status(job)["reason"] == "workers_failing"
+    crashes = "select max(crashes) from vectormill.chunks where job_id = :job"
+    assert (_rejects(fleet, job), fleet.scalar(crashes, job=job)) == ({}, 0)
+    fleet.kill_tree("worker")
+    fleet.start_worker(name="mended")
+    fleet.cli("resume", str(job))
+    assert fleet.await_end(job, _SECONDS)["items"]["embedded"] == 1_000
+    assert _objections(fleet, job, corpus) == []
+
+
+def test_a_process_that_loses_its_device_blames_no_text(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:1_000])
+    _start_brittle(fleet, "losing_the_device")
+    job = fleet.submit(str(corpus), "--model", "static")
+    assert fleet.await_end(job, _SECONDS)["items"]["embedded"] == 1_000
+    assert _objections(fleet, job, corpus) == []
+    lost = "select count(*) from vectormill.claim_losses where cause = 'model stopped'"
+    assert fleet.scalar(lost) > 0
+
+
+def test_weights_that_were_changed_pause_the_job_and_blame_no_text(
+    fleet: Fleet, texts: list[str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(bundled_folder(), tmp_path / "model")
+    fleet.cli("models", "add", "ours", "--path", str(folder))
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:2_000])
+    fleet.start_dispatcher()
+    fleet.start_worker(1)
+    job = fleet.submit(str(corpus), "--model", "ours")
+    child, _, _ = fleet.child_at_work(job)
+    _flip_a_byte(folder / "model.safetensors")
+    child.kill()
+    eventually(lambda: fleet.status(job)["state"] == "paused", "a job that is paused")
+    assert fleet.status(job)["reason"] == "workers_failing"
+    _flip_a_byte(folder / "model.safetensors")
+    fleet.kill_tree("worker")
+    fleet.start_worker(name="mended")
+    fleet.cli("resume", str(job))
+    assert fleet.await_end(job, _SECONDS)["items"]["embedded"] == 2_000
+    assert _objections(fleet, job, corpus) == []
+
+
+def _flip_a_byte(file: Path) -> None:
+    with file.open("r+b") as weights:
+        weights.seek(-1_000, SEEK_END)
+        byte = weights.read(1)[0]
+        weights.seek(-1, SEEK_CUR)
+        weights.write(bytes([byte ^ 1]))
