@@ -9,6 +9,13 @@ from prometheus_client.mmap_dict import MmapedDict
 COUNTERS = "vectormill-metrics-*/counter_*.db"
 
 
+def counts_below(folder: Path) -> str:
+    """A folder for `PROMETHEUS_MULTIPROC_DIR` of a worker that isn't started by `vectormill worker`."""
+    made = folder / "vectormill-metrics-made"
+    made.mkdir(parents=True)
+    return str(made)
+
+
 def tokens_embedded(files: Iterable[Path]) -> float:
     """Tokens of all batches that came back from a model, whatever became of them."""
     return sum(

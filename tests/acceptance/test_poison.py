@@ -9,7 +9,7 @@ from uuid import UUID
 from sqlalchemy import text
 
 from tests.acceptance.conftest import write_corpus
-from tests.acceptance.counts import COUNTERS, tokens_embedded
+from tests.acceptance.counts import COUNTERS, counts_below, tokens_embedded
 from tests.acceptance.fleet import Fleet, eventually
 from tests.acceptance.oracle import objections
 from tests.acceptance.poison import Poison
@@ -61,15 +61,13 @@ def test_one_poison_in_ten_thousand_costs_little(fleet: Fleet, texts: list[str],
     chosen[4_321] = f"{Poison.KILLS} {chosen[4_321]}"
     corpus = write_corpus(tmp_path / "corpus.jsonl", chosen)
     del fleet.environment["VECTORMILL_CHUNK_ITEMS"]
-    counts = tmp_path / "counts"
-    counts.mkdir()
-    fleet.environment["TMPDIR"] = str(counts)
+    fleet.environment["PROMETHEUS_MULTIPROC_DIR"] = counts_below(tmp_path)
     _start_brittle(fleet, "poisonable")
     job = fleet.submit(str(corpus), "--model", "minilm")
     assert fleet.await_end(job, _SECONDS)["state"] == "completed"
     assert _rejects(fleet, job) == {4_321: "crashed_worker"}
     committed = fleet.scalar("select sum(prompt_tokens) from vectormill.usage where job_id = :job", job=job)
-    assert 1 <= tokens_embedded(counts.glob(COUNTERS)) / committed <= 1.02
+    assert 1 <= tokens_embedded(tmp_path.glob(COUNTERS)) / committed <= 1.02
 
 
 def test_a_driver_that_kills_pauses_its_jobs_and_blames_no_text(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:

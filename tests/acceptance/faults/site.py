@@ -25,7 +25,7 @@ from pipeline.embedded.place import Place
 from pipeline.embedded.runtime import read_running
 from pipeline.migrate import upgrade
 from pipeline.store.database import is_connection_lost, make_engine
-from tests.acceptance.counts import COUNTERS, tokens_embedded
+from tests.acceptance.counts import COUNTERS, counts_below, tokens_embedded
 from tests.acceptance.faults.disk import Disk, small_disk
 from tests.acceptance.faults.store_line import StoreLine
 from tests.acceptance.faults.wire import Wire
@@ -121,7 +121,7 @@ class Site:
                 app="tests.acceptance.mutants",
                 MUTANT="poisonable",
                 VECTORMILL_WORKER_MODELS=BRITTLE,
-                VECTORMILL_METRICS_PORT="0",
+                PROMETHEUS_MULTIPROC_DIR=counts_below(self.folder / "tmp"),
             )
 
     def _start_doors(self) -> None:
