@@ -67,7 +67,7 @@ def test_one_poison_in_ten_thousand_costs_little(fleet: Fleet, texts: list[str],
     assert fleet.await_end(job, _SECONDS)["state"] == "completed"
     assert _rejects(fleet, job) == {4_321: "crashed_worker"}
     committed = fleet.scalar("select sum(prompt_tokens) from vectormill.usage where job_id = :job", job=job)
-    assert 1 <= tokens_embedded(tmp_path.glob(COUNTERS)) / committed <= 1.02
+    assert 1 <= tokens_embedded(tmp_path.glob(COUNTERS)) / float(committed) <= 1.02
 
 
 def test_a_driver_that_kills_pauses_its_jobs_and_blames_no_text(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
