@@ -206,7 +206,7 @@ def test_ten_million_empty_rows_by_reference_fail_their_job_early(fleet: Fleet, 
     path = tmp_path / "empty.parquet"
     path.write_bytes(_parquet({"text": pa.array([""]).take(pa.array([0] * BY_REFERENCE_ROWS, pa.int8()))}))
     assert path.stat().st_size < MIB
-    fleet.environment |= {"VECTORMILL_CHUNK_ITEMS": "8192", "VECTORMILL_LEASE_SECONDS": "30"}
+    fleet.environment |= {"VECTORMILL_CHUNK_ITEMS": "50000", "VECTORMILL_LEASE_SECONDS": "30"}
     fleet.start_dispatcher()
     fleet.start_worker(replicas=2)
     code, said, peak = _submit(fleet, str(path), "--by-reference", "--name", "empty")
