@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import redis
+from psycopg.errors import InsufficientPrivilege
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.doctor import canary, doors, fleet, host, servers
@@ -71,6 +72,9 @@ def _look(check: Check, patient: Patient) -> Iterator[Finding]:
     try:
         yield from check.look(patient)
     except DBAPIError as error:
+        if isinstance(error.orig, InsufficientPrivilege):
+            yield skipped(f"this login may not look ({plain_reason(error)})")
+            return
         yield fail(f"can't be looked at: {plain_reason(error)}", "see Postgres' log.")
     except redis.RedisError as error:
         yield fail(f"can't be looked at: {type(error).__name__}", "see Redis' log.")

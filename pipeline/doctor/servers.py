@@ -96,15 +96,21 @@ def schema(patient: Patient) -> Iterator[Finding]:
 def role(patient: Patient) -> Iterator[Finding]:
     """The database's role may do what processes do, and not everything."""
     missing = patient.ask(health.missing_rights)
+    served = patient.ask(health.processes_served)
     server = patient.ask(health.server)
-    if missing:
+    if missing and served:
+        yield ok(f"a login for {' and '.join(served)}, with no more rights than that; the owner's sees all")
+    elif missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         yield fail(
             f"it may not {', '.join(missing[:3])}{more}",
-            "processes need the role that made the schema, or its rights; a reader needs no doctor.",
+            "let it be the role that made the schema, or a process's login: ops/postgres/roles.sql.",
         )
     elif server["superuser"] and not is_loopback(urlsplit(patient.database_url).hostname):
-        yield warn("it is a superuser", "a plain one that owns the database is enough: ops/docker/postgres-init.sh.")
+        yield warn(
+            "it is a superuser",
+            "a plain one that owns the database is enough, or one a process: ops/postgres/roles.sql.",
+        )
     else:
         yield ok("may read, write and make partitions")
 
@@ -122,7 +128,7 @@ def settings(patient: Patient) -> Iterator[Finding]:
     for name in ("statement_timeout", "transaction_timeout", "idle_session_timeout"):
         seconds = int(found.get(name, 0)) / 1000
         if 0 < seconds < _LEAST_TIMEOUT_SECONDS:
-            mend = f"alter role … set {name} = 0; or {_LEAST_TIMEOUT_SECONDS} s and more."
+            mend = f"for its role: alter role … set {name} = 0; or {_LEAST_TIMEOUT_SECONDS} s and more."
             findings.append(warn(f"{name} is {seconds:g} s", mend))
     findings += _connections(patient, found)
     yield from findings or [ok(f"max_connections {found['max_connections']}, fsync on")]

@@ -94,6 +94,21 @@ def missing_rights(connection: Connection) -> list[str]:
     return list(rows.scalars())
 
 
+def processes_served(connection: Connection) -> list[str]:
+    """The kinds of processes for which this login has the rights that ops/postgres/roles.sql gives."""
+    rows = connection.execute(
+        text("""
+            select substr(rolname, length('vectormill_') + 1) from pg_roles
+            where rolname in ('vectormill_dispatcher', 'vectormill_worker', 'vectormill_engine', 'vectormill_api',
+                              'vectormill_reader')
+              and pg_has_role(oid, 'usage') and has_schema_privilege(rolname, :schema, 'usage')
+            order by 1
+        """),
+        {"schema": SCHEMA},
+    )
+    return list(rows.scalars())
+
+
 def overdue_chunks(connection: Connection, seconds: float) -> RowMapping:
     """Running chunks whose lease ran out more than so long ago: `chunks, jobs`, and `oldest_seconds` of the oldest."""
     return (

@@ -47,27 +47,11 @@ def _exists(connection: Connection, table: str, month: datetime) -> bool:
 
 
 def make_month(connection: Connection, month: datetime) -> None:
-    """Make the partitions for `month` where they don't exist."""
+    """Make the partitions for `month` where they don't exist, as the database's function does (migration 0011)."""
     if all(_exists(connection, table, month) for table in PARTITIONED):
         return
     connection.execute(text("select set_config('lock_timeout', :limit, true)"), {"limit": f"{_LOCK_SECONDS}s"})
-    # One at a time: attaching takes this lock anyway. An advisory one could be held by anybody's query.
-    connection.execute(text("lock table vectormill.items in share update exclusive mode"))
-    driver = psycopg_connection(connection)
-    for table in PARTITIONED:
-        if _exists(connection, table, month):
-            continue
-        child, parent = sql.Identifier(SCHEMA, _name(table, month)), sql.Identifier(SCHEMA, table)
-        # Made apart and attached: that lets readers and writers of the other months go on.
-        driver.execute(sql.SQL("create table {} (like {} including all)").format(child, parent))
-        driver.execute(
-            sql.SQL("alter table {} attach partition {} for values from ({}) to ({})").format(
-                parent,
-                child,
-                sql.Literal(str(lowest_id(month))),
-                sql.Literal(str(lowest_id(next_month(month)))),
-            )
-        )
+    connection.execute(text("select vectormill.make_partitions(:month)"), {"month": month.date()})
     connection.execute(text("set local lock_timeout to default"))
 
 

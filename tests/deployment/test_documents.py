@@ -187,8 +187,8 @@ def test_every_guide_is_read() -> None:
 
 
 def test_every_block_is_run_or_says_what_it_needs() -> None:
-    schedulers = _CHECKOUT / "ops" / "schedulers" / "README.md"
-    for document in (_CHECKOUT / "README.md", schedulers, *_RUNBOOKS.glob("*.md"), *_GUIDES):
+    more = (_CHECKOUT / "ops" / folder / "README.md" for folder in ("schedulers", "postgres"))
+    for document in (_CHECKOUT / "README.md", *more, *_RUNBOOKS.glob("*.md"), *_GUIDES):
         for block in blocks_of(document):
             assert block.language in _LANGUAGES, block.where
             assert not block.mark or block.mark in _MARKS, block.where

@@ -1,0 +1,271 @@
+"""What a process's login may not do; and what it can, that whole jobs (tests/acceptance/test_roles.py) rarely meet."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import psycopg
+import pytest
+from psycopg.errors import InsufficientPrivilege
+from sqlalchemy import Engine
+from uuid_utils.compat import uuid7
+
+from pipeline import control
+from pipeline.doctor import servers as checks
+from pipeline.doctor.examination import CHECKS, examine
+from pipeline.doctor.findings import State
+from pipeline.doctor.patient import Patient
+from pipeline.jobs import Model
+from pipeline.purge import purge_month
+from pipeline.settings import Settings
+from pipeline.store import chunks, partitions
+from pipeline.store.database import make_engine
+from tests.acceptance.fleet import eventually
+from tests.jobs_made import make_job, run_sql, taken
+from tests.roles import PROCESSES, logins
+
+#: Refused to all of them.
+_EVERYBODY = """
+drop table vectormill.jobs
+create table vectormill.mine (id int)
+create function vectormill.mine() returns int language sql as 'select 1'
+alter table vectormill.jobs add column mine int
+truncate vectormill.items
+create schema mine
+update vectormill.alembic_version set version_num = 'mine'
+insert into vectormill.models (name) values ('mine')
+delete from vectormill.models
+update vectormill.models set path = 'mine'
+update vectormill.models set gateway_url = 'http://mine'
+insert into vectormill.workspaces (name) values ('mine')
+update vectormill.workspaces set monthly_cost = null
+insert into vectormill.workspace_models values (1, 'small')
+update vectormill.embeddings set vector = null
+delete from vectormill.embeddings
+update vectormill.usage set cost = 0
+delete from vectormill.usage
+update vectormill.outputs set name = 'mine'
+delete from vectormill.outputs
+delete from vectormill.attempts
+delete from vectormill.claim_losses
+update vectormill.jobs set workspace_id = 1, options = '{}'
+"""
+#: The dispatcher sets jobs' columns as it likes.
+_BUT_THE_DISPATCHER = _EVERYBODY.splitlines()[-1]
+_REFUSED = {
+    "dispatcher": """
+select id from vectormill.api_keys
+insert into vectormill.embeddings (job_id, index) values (gen_random_uuid(), 0)
+insert into vectormill.usage (workspace_id, model) values (1, 'small')
+insert into vectormill.outputs (job_id) values (gen_random_uuid())
+insert into vectormill.workers (id) values (gen_random_uuid())
+update vectormill.engines set url = 'http://mine'
+""",
+    "worker": """
+select id from vectormill.api_keys
+select query from vectormill.requests
+select url from vectormill.events
+select name from vectormill.workspaces
+select cost from vectormill.usage
+insert into vectormill.jobs (id) values (gen_random_uuid())
+delete from vectormill.jobs
+update vectormill.jobs set priority = 9
+update vectormill.jobs set receipt = null
+insert into vectormill.chunks (job_id) values (gen_random_uuid())
+update vectormill.chunks set items = 1
+update vectormill.chunks set job_id = gen_random_uuid()
+delete from vectormill.chunks
+update vectormill.items set text = 'mine'
+delete from vectormill.items
+delete from vectormill.rejects
+update vectormill.attempts set estimated_tokens = 0
+update vectormill.leases set holder = 'mine'
+insert into vectormill.files (id) values ('mine')
+select vectormill.make_partitions('2030-01-01')
+""",
+    "engine": """
+select text from vectormill.items
+select vector from vectormill.embeddings
+select id from vectormill.jobs
+select id from vectormill.api_keys
+select id from vectormill.chunks
+select id from vectormill.usage
+select uri from vectormill.files
+insert into vectormill.workers (id) values (gen_random_uuid())
+select vectormill.make_partitions('2030-01-01')
+""",
+    "api": """
+update vectormill.api_keys set admin = true
+update vectormill.api_keys set secret_sha256 = ''
+delete from vectormill.api_keys
+select query from vectormill.requests
+insert into vectormill.requests (job_id) values (gen_random_uuid())
+select body from vectormill.events
+insert into vectormill.embeddings (job_id, index) values (gen_random_uuid(), 0)
+update vectormill.items set text = 'mine'
+update vectormill.chunks set embedded = 0
+update vectormill.chunks set items = 1
+update vectormill.leases set holder = 'mine'
+insert into vectormill.workers (id) values (gen_random_uuid())
+update vectormill.engines set url = 'http://mine'
+insert into vectormill.attempts (chunk_id) values (1)
+""",
+    "reader": """
+select id from vectormill.api_keys
+select query from vectormill.requests
+select url from vectormill.events
+select webhook from vectormill.workspaces
+update vectormill.jobs set priority = 9
+delete from vectormill.jobs
+insert into vectormill.items (job_id, index) values (gen_random_uuid(), 0)
+update vectormill.chunks set state = 'done'
+delete from vectormill.workers
+update vectormill.leases set holder = 'mine'
+select vectormill.make_partitions('2030-01-01')
+""",
+}
+
+
+@pytest.fixture
+def urls(database: str) -> dict[str, str]:
+    return logins(database)
+
+
+def refused(url: str, statement: str) -> bool:
+    """Whether Postgres refuses a login a statement for want of rights. It is rolled back."""
+    with psycopg.connect(url) as connection:
+        try:
+            connection.execute(statement.encode())
+        except InsufficientPrivilege:
+            return True
+        except psycopg.Error:
+            return False
+        finally:
+            connection.rollback()
+    return False
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_what_a_process_may_not_do(process: str, urls: dict[str, str], engine: Engine, model: Model) -> None:
+    make_job(engine, model)
+    leaf = partitions.leaf("items", uuid7()).as_string()
+    statements = [*_EVERYBODY.strip().splitlines(), *_REFUSED[process].strip().splitlines(), f"drop table {leaf}"]
+    if process == "dispatcher":
+        statements.remove(_BUT_THE_DISPATCHER)
+    else:
+        statements.append(f"delete from {leaf}" if process != "api" else f"update {leaf} set text = ''")
+    assert [statement for statement in statements if not refused(urls[process], statement)] == []
+
+
+def test_the_script_takes_back_what_it_doesnt_give(urls: dict[str, str], engine: Engine, database: str) -> None:
+    run_sql(engine, "grant select on vectormill.api_keys to vectormill_worker")
+    run_sql(engine, "grant update (text) on vectormill.items to vectormill_worker")
+    assert not refused(urls["worker"], "select id from vectormill.api_keys")
+    logins(database)
+    assert refused(urls["worker"], "select id from vectormill.api_keys")
+    assert refused(urls["worker"], "update vectormill.items set text = ''")
+
+
+@pytest.fixture
+def as_worker(urls: dict[str, str]) -> Iterator[Engine]:
+    made = make_engine(urls["worker"], application="vectormill-worker")
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def as_dispatcher(urls: dict[str, str]) -> Iterator[Engine]:
+    made = make_engine(urls["dispatcher"], application="vectormill-dispatcher")
+    yield made
+    made.dispose()
+
+
+def test_months_that_the_dispatcher_makes_have_the_rights_of_their_tables(
+    urls: dict[str, str], as_dispatcher: Engine, engine: Engine
+) -> None:
+    month = datetime(2021, 3, 1, tzinfo=UTC)
+    with as_dispatcher.begin() as connection:
+        partitions.make_month(connection, month)
+    leaf = partitions.leaf("items", partitions.lowest_id(month)).as_string()
+    insert = f"insert into {leaf} (job_id, index) values ('{partitions.lowest_id(month)}', 0)"
+    with psycopg.connect(urls["worker"]) as connection:
+        connection.execute(insert.encode())
+    assert refused(urls["worker"], f"update {leaf} set text = ''")
+    assert refused(urls["reader"], insert)
+    assert not refused(urls["reader"], f"select text from {leaf}")
+    assert refused(urls["engine"], f"select text from {leaf}")
+    assert purge_month(engine, month) is None, "the owner's, whoever made it"
+
+
+def test_the_dispatcher_ends_the_backend_of_a_worker_that_froze(
+    as_dispatcher: Engine, as_worker: Engine, engine: Engine, model: Model
+) -> None:
+    job = make_job(engine, model)
+    claim = taken(as_worker, job, lease_seconds=0.2)
+    with as_worker.connect() as frozen:
+        chunks.renew(frozen, claim, committing=True)
+
+        def ended() -> list[int]:
+            with as_dispatcher.begin() as connection:
+                return chunks.terminate_frozen_backends(connection, 0.1)
+
+        assert eventually(ended, "an ended backend") == [claim.chunk_id]
+        frozen.invalidate()
+
+
+def test_the_api_cancels_what_was_asked_for_in_sql(urls: dict[str, str], engine: Engine, model: Model) -> None:
+    job = run_sql(engine, "select vectormill.submit('select 1 as id, ''a'' as text', 'small')")[0][0]
+    run_sql(engine, "update vectormill.workspaces set webhook = 'http://127.0.0.1:1/'")
+    as_api = make_engine(urls["api"], application="vectormill-api")
+    with as_api.begin() as connection:
+        assert control.cancel(connection, job) == "cancelled"
+    as_api.dispose()
+    assert run_sql(engine, "select count(*) from vectormill.events")[0][0] == 1
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_doctor_takes_no_processs_login_for_broken(
+    process: str, urls: dict[str, str], redis_url: str, settings: Settings
+) -> None:
+    patient = Patient(
+        settings=settings,
+        database_url=urls[process],
+        redis_url=redis_url,
+        api_url=None,
+        flower_url=None,
+        flower_password=None,
+    )
+    asked = [check for check in CHECKS if check.name not in ("dispatcher", "workers", "engines", "flower")]
+    try:
+        found = [(name, finding) for name, finding in examine(patient, asked)]
+        (role,) = checks.role(patient)
+    finally:
+        patient.close()
+    assert [(name, finding) for name, finding in found if finding.state is State.FAIL] == []
+    assert role.found.startswith(f"a login for {process}")
+    canary = next(finding for name, finding in found if name == "canary")
+    assert canary.state is State.SKIPPED
+
+
+def test_the_doctor_objects_to_a_login_without_rights(database: str, redis_url: str, settings: Settings) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("drop role if exists test_nobody; create role test_nobody login password 'nobody'")
+    bare = database.rpartition("@")[2]
+    patient = Patient(
+        settings=settings,
+        database_url=f"postgresql://test_nobody:nobody@{bare}",
+        redis_url=redis_url,
+        api_url=None,
+        flower_url=None,
+        flower_password=None,
+    )
+    try:
+        (role,) = checks.role(patient)
+    finally:
+        patient.close()
+    assert role.state is State.FAIL
+    assert "roles.sql" in role.mend
+
+
+@pytest.fixture
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
