@@ -5,18 +5,24 @@ from typing import Any
 from uuid import UUID
 
 import redis
+import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
 
 from pipeline.errors import ServiceUnreachable
 
+log = structlog.get_logger()
+
 RUN_CHUNK = "vectormill.run_chunk"
-_QUEUE = "embed."
+#: What the names of models' queues begin with.
+QUEUE = "embed."
+#: What a worker without models listens to; nobody writes there.
+IDLE_QUEUE = "vectormill.idle"
 
 
 def queue_of(slug: str) -> str:
     """The queue of a model."""
-    return _QUEUE + slug
+    return QUEUE + slug
 
 
 def celery_settings(redis_url: str) -> dict[str, Any]:
@@ -33,7 +39,7 @@ def celery_settings(redis_url: str) -> dict[str, Any]:
         "result_backend": None,
         "task_serializer": "json",
         "accept_content": ["json"],
-        "task_default_queue": "vectormill.idle",
+        "task_default_queue": IDLE_QUEUE,
         "task_send_sent_event": True,
         "worker_send_task_events": True,
         # A loading model must not get a fresh child killed.
@@ -73,9 +79,19 @@ class Publisher:
             with self._redis.pipeline(transaction=False) as pipe:
                 for slug in slugs:
                     pipe.llen(queue_of(slug))
-                return dict(zip(slugs, pipe.execute(), strict=True))
+                return dict(zip(slugs, map(self._length, slugs, pipe.execute(raise_on_error=False)), strict=True))
         except redis.RedisError as error:
             raise ServiceUnreachable("can't reach Redis; check VECTORMILL_REDIS_URL") from error
+
+    def _length(self, slug: str, answer: Any) -> int:
+        """A queue's length as Redis answers. What is no list was put there by somebody else, and goes."""
+        if isinstance(answer, redis.ResponseError) and str(answer).startswith("WRONGTYPE"):
+            log.warning("queue_made_anew", queue=queue_of(slug))
+            self._redis.delete(queue_of(slug))
+            return 0
+        if isinstance(answer, Exception):
+            raise answer
+        return int(answer)
 
     def ring(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
         """Tell the model's workers of a pending chunk; `first`: before all that they have been told and not heard yet.

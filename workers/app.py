@@ -14,12 +14,14 @@ from pipeline.errors import UserError
 from pipeline.logs import configure_logs
 from pipeline.publish import celery_settings
 from pipeline.settings import Settings, load_settings
+from workers import messages
 from workers.presence import Presence
 
 
 def _make_app(settings: Settings) -> Celery:
     if settings.redis_url is None or settings.database_url is None:
         raise UserError("a worker needs VECTORMILL_DATABASE_URL and VECTORMILL_REDIS_URL.")
+    messages.watch()
     made = Celery("vectormill", include=["workers.tasks"])
     made.conf.update(celery_settings(settings.redis_url.get_secret_value()))
     # The last resort against a child that hangs; the child itself gives up long before.

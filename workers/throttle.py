@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -46,7 +47,10 @@ local now = clock[1] + clock[2] / 1e6
 local state = KEYS[1]
 local values = {}
 local flat = redis.call('HGETALL', state)
-for at = 1, #flat, 2 do values[flat[at]] = tonumber(flat[at + 1]) end
+for at = 1, #flat, 2 do
+  local value = tonumber(flat[at + 1])
+  if value and math.abs(value) < 1e12 then values[flat[at]] = value end -- what no moment and no rate is isn't ours
+end
 local function set(name, value)
   values[name] = value
   redis.call('HSET', state, name, string.format('%.6f', value))
@@ -350,8 +354,16 @@ class Throttle:
         if script not in self._scripts:
             self._scripts[script] = self.client.register_script(script)
         key = f"vectormill:throttle:{account_of(self.upstream, self.key)}"
+        run = partial(self._scripts[script], keys=[key, f"{key}:senders"], args=list(arguments))
         try:
-            return read(self._scripts[script](keys=[key, f"{key}:senders"], args=list(arguments)))
+            try:
+                return read(run())
+            except redis.ResponseError as error:
+                if not is_spoiled(error):
+                    raise
+                log.warning("limits_begun_anew", gateway=self.upstream.url)
+                self.client.delete(key, f"{key}:senders")
+                return read(run())
         except redis.RedisError as error:
             log.warning("redis_unreachable", error=type(error).__name__)
             self._away_until = time.monotonic() + _REDIS_REST_SECONDS
@@ -362,6 +374,11 @@ def account_of(upstream: Upstream, key: str | None) -> str:
     """Senders that share this share a gateway's limits. Of the key it is a digest only."""
     whole = "\n".join((upstream.url, upstream.model, key or ""))
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def is_spoiled(error: "redis.ResponseError") -> bool:
+    """Whether a script failed for what it found: somebody else has written to its keys."""
+    return type(error) is redis.ResponseError and "user_script" in str(error) and "MISCONF" not in str(error)
 
 
 def connect(redis_url: str) -> "redis.Redis":

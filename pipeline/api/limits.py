@@ -14,7 +14,7 @@ from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from pipeline import metrics
 from pipeline.api.directory import Caller, Directory
@@ -119,11 +119,22 @@ class Limits:
     async def _count(self, item: RateLimitItem, names: tuple[str, ...], cost: int) -> "tuple[bool, Window]":
         if time.monotonic() >= self._local_until:
             try:
-                return await self._shared.count(item, names, cost)
+                return await self._count_shared(item, names, cost)
             except (StorageError, RedisError, OSError, TimeoutError) as error:
                 log.warning("redis_unreachable", error=type(error).__name__)
                 self._local_until = time.monotonic() + _REDIS_REST_SECONDS
         return await self._local.count(item, names, cost)
+
+    async def _count_shared(self, item: RateLimitItem, names: tuple[str, ...], cost: int) -> "tuple[bool, Window]":
+        try:
+            return await self._shared.count(item, names, cost)
+        except (StorageError, ValueError) as error:
+            # Of another kind than a count: somebody else has written there.
+            if isinstance(error, StorageError) and type(error.storage_error) is not ResponseError:
+                raise
+            log.warning("limits_begun_anew", limit=names[0], workspace=names[1])
+            await self._shared.forget(item, names)
+            return await self._shared.count(item, names, cost)
 
     async def _check_month(self, caller: Caller) -> None:
         if caller.monthly_tokens is None and caller.monthly_cost is None:
@@ -184,6 +195,10 @@ class _Counter:
         # What is counted now is kept for one more period after its own.
         left = max(0.0, expires - period)
         return passed, Window(period_seconds=period, previous=previous, current=current, left_seconds=left)
+
+    async def forget(self, item: RateLimitItem, names: tuple[str, ...]) -> None:
+        """Begin a window anew."""
+        await self._limiter.clear(item, *names)
 
 
 def _span(seconds: float) -> str:

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
+import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -161,3 +162,27 @@ def test_a_refused_request_costs_nothing_and_what_was_taken_is_paid(limits: Call
         assert made._credit[7] == 1_000
 
     run(limits, body)
+
+
+@pytest.mark.parametrize("put", ["words", "set"])
+def test_a_count_that_others_spoil_begins_anew(redis_url: str, put: str) -> None:
+    async def body() -> None:
+        made = Limits(redis_url, cast(Directory, None), 60)
+        who = caller(requests_per_minute=2)
+        with redis.Redis.from_url(redis_url) as store:
+            await made.charge(who, 1)
+            for key in store.keys("*"):
+                store.delete(key)
+                store.set(key, "junk") if put == "words" else store.sadd(key, "junk")
+            assert (await made.charge(who, 1))["x-ratelimit-remaining-requests"] == "1"
+            assert (await made.charge(who, 1))["x-ratelimit-remaining-requests"] == "0"
+            with pytest.raises(RateLimited):
+                await made.charge(who, 1)
+            # Counted by all: another process knows it.
+            other = Limits(redis_url, cast(Directory, None), 60)
+            with pytest.raises(RateLimited):
+                await other.charge(who, 1)
+            await other.close()
+        await made.close()
+
+    asyncio.run(body())

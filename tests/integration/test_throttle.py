@@ -333,3 +333,23 @@ def test_redis_is_asked_again_after_a_while(redis_url: str, monkeypatch: pytest.
         monkeypatch.setattr(time, "monotonic", lambda: later)
         sender.reserve(10, _PATIENCE)
         assert store.exists(_key())
+
+
+@pytest.mark.parametrize("spoil", ["key", "senders", "values", "infinite"])
+def test_what_others_write_to_the_account_is_forgotten(sender: Throttle, store: "redis.Redis", spoil: str) -> None:
+    passed(sender, limits(requests=60))
+    key = f"vectormill:throttle:{account_of(_UPSTREAM, None)}"
+    match spoil:
+        case "key":
+            store.set(key, "junk")
+        case "senders":
+            store.set(f"{key}:senders", "junk")
+        case "values":
+            store.hset(key, mapping={"requests_cut_at": "1", "requests_limit": "junk", "told": "junk"})
+        case "infinite":
+            store.hset(key, mapping={"told": "inf", "open": "1e300", "requests_free": "nan"})
+    assert sender.reserve(10, _PATIENCE).granted
+    assert sender.held_seconds() == 0
+    passed(sender, limits(requests=60))
+    assert sender.reserve(10, _PATIENCE).wait_seconds == pytest.approx(1, abs=1.5)
+    assert store.type(key) == "hash"
