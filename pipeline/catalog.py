@@ -103,8 +103,9 @@ def weights_sha256(folder: Path) -> str:
     """SHA-256 over the files in `folder` that decide a vector, by relative path and content.
 
     Raises:
-        ModelError: no safetensors weights in it.
+        ModelError: no safetensors weights in it, or others for a part of the model.
     """
+    _check_parts(folder)
     files = sorted(path for path in _files(folder) if path.suffix in _DECISIVE)
     if not any(path.suffix == ".safetensors" for path in files):
         unsafe = next((path.name for path in _files(folder) if path.suffix in _UNSAFE), None)
@@ -116,6 +117,22 @@ def weights_sha256(folder: Path) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         whole.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
     return whole.hexdigest()
+
+
+def _check_parts(folder: Path) -> None:
+    """See that no part of a model would be loaded from another format than safetensors."""
+    try:
+        listed = json.loads((folder / "modules.json").read_bytes())
+        parts = [folder / module["path"] for module in listed]
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder}: modules.json isn't a list of modules with their paths.") from error
+    for part in parts:
+        weights = [path for path in part.glob("*") if path.suffix in (".safetensors", *_UNSAFE)]
+        if weights and not any(path.suffix == ".safetensors" for path in weights):
+            named = weights[0].relative_to(folder)
+            raise ModelError(f"{folder}: {named} isn't .safetensors; vectormill loads no other format.")
 
 
 def weights_bytes(folder: Path) -> int:

@@ -34,7 +34,7 @@ _POSTGRES: dict[str, Any] = {
 _READ_ONLY = "-c default_transaction_read_only=on"
 #: Of no statement more than so long, and of none more than its role may.
 _LIMIT_STATEMENTS = """
-select set_config('statement_timeout', least(nullif(setting::bigint, 0), {:d})::text, false)
+select set_config('statement_timeout', least(nullif(setting::bigint, 0), %s)::text, false)
 from pg_settings where name = 'statement_timeout'
 """
 #: How long asking a server to stop may take, and its stopping, before the connection is cut.
@@ -182,7 +182,7 @@ class QueryCorpus:
         timer.start()
         try:
             # For a server that goes on when its client has gone. A query may undo this, but not the timer.
-            connection.exec_driver_sql(_LIMIT_STATEMENTS.format(int(self._seconds * 1000)))
+            connection.exec_driver_sql(_LIMIT_STATEMENTS, (int(self._seconds * 1000),))
             yield
         finally:
             timer.cancel()
