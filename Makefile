@@ -79,6 +79,7 @@ screenshots: $(BROWSER)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive pipeline workers migrations ops
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -40,7 +40,7 @@ class _Reservoir(Generic[T]):
     kept: list[T] = field(default_factory=list)
     seen: int = 0
     #: Always the same one, so that an estimate repeats.
-    choose: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311
+    choose: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311  # nosec B311
 
     def offer(self, value: T) -> None:
         """Let one more pass by."""

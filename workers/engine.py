@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from http import HTTPStatus
+from ipaddress import ip_address
 from uuid import uuid4
 
 import orjson
@@ -151,7 +152,7 @@ def main() -> None:
     if settings.database_url is None:
         raise UserError("an engine needs VECTORMILL_DATABASE_URL.")
     listener = socket.create_server((settings.engine_host, settings.engine_port), backlog=1024)
-    host = settings.engine_host if settings.engine_host not in ("0.0.0.0", "::") else socket.gethostname()  # noqa: S104
+    host = socket.gethostname() if _is_everywhere(settings.engine_host) else settings.engine_host
     database = make_engine(settings.database_url.get_secret_value(), application="vectormill-engine", pool_size=1)
     device = settings.worker_devices[0]
     memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
@@ -167,6 +168,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=75)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _is_everywhere(host: str) -> bool:
+    """Whether it means every address of this machine, and so is none to be reached at."""
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:  # a name
+        return False
 
 
 def _load_all(catalogue: Catalogue, serving: Serving) -> None:

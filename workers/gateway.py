@@ -169,7 +169,7 @@ class GatewayEncoder:
         if leave.wait_seconds > left and not self._flying:
             self._give_up(request.trouble or "lets no more through for now", leave.wait_seconds)
             return inf
-        return now + leave.wait_seconds * random.uniform(1.0, 1.2) + 0.01  # noqa: S311
+        return now + leave.wait_seconds * random.uniform(1.0, 1.2) + 0.01  # noqa: S311  # nosec B311
 
     def _pick(self) -> Request | None:
         """The request that comes next: the first one that may go, no larger than the gateway takes."""

@@ -51,7 +51,7 @@ class Request:
     def rest(self, times: int) -> None:
         """Not again at once, after so many times."""
         seconds = min(_MOST_REST_SECONDS, _REST_SECONDS * 2**times)
-        self.rests_until = time.monotonic() + seconds * random.uniform(0.5, 1.0)  # noqa: S311
+        self.rests_until = time.monotonic() + seconds * random.uniform(0.5, 1.0)  # noqa: S311  # nosec B311
 
     def split(self, lengths: npt.NDArray[np.int32], *, refused: bool) -> "list[Request]":
         """Both halves. `lengths`: tokens of all texts; `refused`: maybe for its size."""

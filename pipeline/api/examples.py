@@ -241,7 +241,7 @@ EXAMPLES: dict[str, Any] = {
     },
     "KeyWish": {"name": "nightly", "admin": False, "expires_in_days": 90},
     "Rotation": {"overlap_hours": 24},
-    "MadeKey": {"id": "4f1c2a9be07d3358", "token": "vm_4f1c2a9be07d3358_…"},
+    "MadeKey": {"id": "4f1c2a9be07d3358", "token": f"vm_{_KEY['id']}_…"},
     "Key": _KEY,
 }
 

@@ -210,7 +210,7 @@ def _become(module: list[str], environment: dict[str, str]) -> None:
     # Python and Celery both look for our generic module names where the user happens to stand.
     environment = {**environment, "VECTORMILL_HOME": str(load_settings().home), "PYTHONSAFEPATH": "1"}
     os.chdir("/")
-    os.execve(sys.executable, command, environment)  # noqa: S606 - no shell is what we want
+    os.execve(sys.executable, command, environment)  # noqa: S606 - no shell is what we want  # nosec B606
 
 
 def _choose_devices(wish: str) -> list[tuple[str, int]]:

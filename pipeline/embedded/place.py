@@ -136,7 +136,7 @@ def _make_roots_folder() -> None:
 def _make_readable(folder: Path) -> None:
     """Give a tree that we made modes which don't depend on the umask or on the wheel's installation."""
     for parent, _, files in os.walk(folder):
-        os.chmod(parent, 0o755)  # noqa: S103
+        os.chmod(parent, 0o755)  # noqa: S103  # nosec B103
         for file in files:
             path = Path(parent, file)
             if not path.is_symlink():

@@ -24,7 +24,7 @@ def keep_port(home: Path, name: str, *, first: Iterable[int] = (), then: Iterabl
     """
     file = home / "run" / f"{name}.port"
     others = {port for other in file.parent.glob("*.port") if other != file for port in _last_port(other)}
-    random_ports = random.Random().sample(_PORTS, _ATTEMPTS)  # noqa: S311 - a port is no secret
+    random_ports = random.Random().sample(_PORTS, _ATTEMPTS)  # noqa: S311 - a port is no secret  # nosec B311
     for port in (*first, *_last_port(file), *then, *(port for port in random_ports if port not in others)):
         if _is_free(port):
             write_private(file, f"{port}\n")

@@ -204,7 +204,7 @@ def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
               output_uri = coalesce(:output, output_uri),
               finished_at = case when :state in ('done', 'cancelled') then clock_timestamp() end
             where id = :chunk and """
-                + OURS
+                + OURS  # a constant  # nosec B608
             ),
             {
                 "chunk": claim.chunk_id,
