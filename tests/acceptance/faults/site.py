@@ -35,6 +35,7 @@ from tests.machines import remove_what_root_keeps, running_servers
 from tests.models import bundled_folder, described, static_folder
 from tests.object_store import environment_of, s3_server
 from tests.ports import free_port
+from tests.roles import logins
 from tests.scripted_gateway import ScriptedGateway, scripted_gateway
 
 T = TypeVar("T")
@@ -66,6 +67,8 @@ class Site:
     redis_url: str
     gateway: ScriptedGateway
     lease_seconds: float
+    #: URLs by process: each has a login with the rights that it needs. Commands have the owner's.
+    logins: dict[str, str]
     models: tuple[str, ...]
     api_url: str
     flower_url: str
@@ -82,7 +85,7 @@ class Site:
     def start(self, name: str) -> None:
         """Start one of the dispatchers or workers, as an operator's service manager would."""
         if name in DISPATCHERS:
-            self.fleet.start(name, "pipeline.cli", "dispatcher")
+            self.fleet.start(name, "pipeline.cli", "dispatcher", VECTORMILL_DATABASE_URL=self.logins["dispatcher"])
         else:
             self.start_worker(name)
 
@@ -95,10 +98,9 @@ class Site:
     @property
     def worker_environment(self) -> dict[str, str]:
         """By which a worker goes through what can be struck."""
-        database, broker = (self.fleet.environment[f"VECTORMILL_{name}_URL"] for name in ("DATABASE", "REDIS"))
         return {
-            "VECTORMILL_DATABASE_URL": at_port(database, self.wire.port),
-            "VECTORMILL_REDIS_URL": at_port(broker, self.redis_line.port),
+            "VECTORMILL_DATABASE_URL": at_port(self.logins["worker"], self.wire.port),
+            "VECTORMILL_REDIS_URL": at_port(self.fleet.environment["VECTORMILL_REDIS_URL"], self.redis_line.port),
             "VECTORMILL_METRICS_PORT": "0",
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store_line.port}",
         }
@@ -120,6 +122,7 @@ class Site:
                 name=BRITTLE,
                 app="tests.acceptance.mutants",
                 MUTANT="poisonable",
+                VECTORMILL_DATABASE_URL=self.logins["worker"],
                 VECTORMILL_WORKER_MODELS=BRITTLE,
                 PROMETHEUS_MULTIPROC_DIR=counts_below(self.folder / "tmp"),
             )
@@ -127,7 +130,8 @@ class Site:
     def _start_doors(self) -> None:
         self.api_key = self.fleet.cli("keys", "create", "--name", "drill", "--admin").stdout.strip()
         api, flower = (str(urlsplit(url).port) for url in (self.api_url, self.flower_url))
-        self.fleet.start("api", "pipeline.cli", "api", "--port", api)
+        login = {"VECTORMILL_DATABASE_URL": self.logins["api"]}
+        self.fleet.start("api", "pipeline.cli", "api", "--port", api, **login)
         secret = {"VECTORMILL_FLOWER_PORT": flower, "VECTORMILL_FLOWER_PASSWORD": FLOWER_PASSWORD}
         self.fleet.start("flower", "pipeline.cli", "flower", **secret)
         for url in (f"{self.api_url}/healthz", f"{self.flower_url}/healthcheck"):
@@ -289,6 +293,7 @@ def site(
             models=("minilm", "static", "far", *([BRITTLE] if brittle else [])),
             api_url=f"http://127.0.0.1:{free_port()}",
             flower_url=f"http://127.0.0.1:{free_port()}",
+            logins=logins(running.database_url),
             tables=tables,
             parquet=parquet,
         )
