@@ -29,11 +29,12 @@ test-acceptance: $(INSTALLED)
 SEED ?= $(shell date +%s)
 MINUTES ?= 60
 
-# Faults for as long as you like, on servers of its own. Root has disks that fill up, and a clock that is ahead.
+# Faults for as long as you like, on servers of its own; with DEFAULTS=1 a few kinds at default settings, and their time
+# limits. Root has disks that fill up, and a clock that is ahead.
 drill: $(INSTALLED)
 	@test "$$(id -u)" != 0 || test -e /usr/lib/*/faketime/libfaketime.so.1 || ! command -v apt-get >/dev/null || { \
 		apt-get update -qq && apt-get install -y -qq faketime >/dev/null; }
-	$(BIN)/python -m tests.acceptance.faults --seed $(SEED) --minutes $(MINUTES)
+	$(BIN)/python -m tests.acceptance.faults --seed $(SEED) --minutes $(MINUTES) $(if $(DEFAULTS),--defaults)
 
 # Chromium isn't on PyPI: Debian's is installed by root, who else has it already or is told what is missing.
 $(BROWSER): $(INSTALLED)
