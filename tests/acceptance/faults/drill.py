@@ -109,7 +109,10 @@ def drill(
         time.sleep(random.uniform(*_PAUSE_SECONDS))
         site.keep_counts()
         report.tried += 1
+        heard = len(load.said)
         _do(site, load, kind, random, report, tell)
+        for said in load.said[heard:]:
+            tell(f"     {said}")
     load.finish()
     site.keep_counts()
     report.tokens_committed = float(site.scalar("select coalesce(sum(prompt_tokens), 0) from vectormill.usage"))
