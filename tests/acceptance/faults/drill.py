@@ -103,16 +103,17 @@ def drill(
     report = Report(seed)
     site.start_all()
     load.begin()
+    told = 0
     for kind, random in schedule(seed, tuple(kind for kind in kinds if kind.possible(site))):
         if not goes_on(report):
             break
         time.sleep(random.uniform(*_PAUSE_SECONDS))
         site.keep_counts()
         report.tried += 1
-        heard = len(load.said)
         _do(site, load, kind, random, report, tell)
-        for said in load.said[heard:]:
+        for said in load.said[told:]:
             tell(f"     {said}")
+            told += 1
     load.finish()
     site.keep_counts()
     report.tokens_committed = float(site.scalar("select coalesce(sum(prompt_tokens), 0) from vectormill.usage"))
