@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
-from math import inf
 from typing import BinaryIO, Self
 
 import numpy as np
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import SourceError
 from pipeline.sources.files import SourceFile, reason
 from pipeline.sources.open import READ_BYTES, is_bomb
-from pipeline.sources.pages import Page, pages
+from pipeline.sources.pages import GROWS, Stored, check_pages
 from pipeline.sources.rows import BLOCK_BYTES, Columns, Parsed, missing_column, shown
 from pipeline.storage import is_remote
 
@@ -28,9 +27,6 @@ _BATCH_BYTES = 64 * 1024 * 1024
 _PREFIX_BYTES = 1024 * 1024
 _PREFIXED = {"DELTA_BYTE_ARRAY"}
 _FOLDED = {"PLAIN_DICTIONARY", "RLE_DICTIONARY"}
-#: Of a file, when only the headers of its pages are wanted.
-_HEADER_BYTES = 512
-_GROWS = "the data grows over 1,000-fold; write it again with less compression."
 _BAD_FOOTER = "the Parquet footer can't be read; the file is truncated or damaged."
 
 
@@ -139,7 +135,7 @@ class _Table:
                     missing = f"{left:,} rows that the footer names aren't there"
                     raise SourceError(f"{self._name} row {first:,}: {missing}; make the file again.")
                 group, skip = group + 1, 0
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
             fault = reason(error) if isinstance(error, OSError) and error.errno else "the data is damaged"
             raise SourceError(f"{self._name} row {first:,}: {fault}; make the file again.") from None
 
@@ -184,28 +180,33 @@ class _Table:
         stored = [found.column(at) for at in self._stored]
         unpacked: int = sum(column.total_uncompressed_size for column in stored)
         if is_bomb(sum(column.total_compressed_size for column in stored), unpacked):
-            raise SourceError(f"{self._name}: {_GROWS}")
+            raise SourceError(f"{self._name}: {GROWS}")
         return max(1, unpacked // max(1, found.num_rows))
 
     def _check_pages(self, group: int) -> None:
-        """Raise `SourceError` where a page's header would have Arrow make room for what can't be there."""
+        """Raise `SourceError` where a page's header would have Arrow make room for what can't be there.
+
+        An object's pages aren't looked at, since each header would be a request of its own. There it stays with what
+        the footer says, which is held against the object's size; a page has at most 2 GiB.
+        """
         assert self._file.uri is not None
-        if is_remote(self._file.uri):  # it would be fetched twice
+        if is_remote(self._file.uri):
             return
         self._check_chunks(group)
+        check_pages(self._file, tuple(self._stored_in(group, at) for at in self._stored))
+
+    def _stored_in(self, group: int, at: int) -> Stored:
         found = self.metadata.row_group(group)
-        raw = self._file.open()
-        assert isinstance(raw, io.BufferedReader)
-        with io.BufferedReader(raw.detach(), _HEADER_BYTES) as headers:
-            for column in (found.column(at) for at in self._stored):
-                start = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
-                nested = "." in column.path_in_schema
-                for page in pages(headers, max(0, start), column.total_compressed_size):
-                    if not page.fits or page.values > _most_values(page, found.num_rows, nested=nested):
-                        raise SourceError(f"{self._name}: the data is damaged; make the file again.")
-                    # An element of a list takes eight bytes at the least.
-                    if is_bomb(page.packed_bytes, max(page.unpacked_bytes, 8 * page.values if nested else 0)):
-                        raise SourceError(f"{self._name}: {_GROWS}")
+        column = found.column(at)
+        # As Arrow finds it: some writers name a dictionary at 0 where there is none.
+        starts = (column.data_page_offset, column.dictionary_page_offset or 0)
+        return Stored(
+            start=min((start for start in starts if start > 0), default=0),
+            bytes=column.total_compressed_size,
+            values=column.num_values,
+            rows=found.num_rows,
+            repeated=self.metadata.schema.column(at).max_repetition_level > 0,
+        )
 
     def _check_chunks(self, group: int) -> None:
         """Raise `SourceError` where metadata of the columns is damaged: asked for it, Arrow would end the process, and
@@ -217,13 +218,6 @@ class _Table:
             return
         except (pa.ArrowException, OSError):
             raise SourceError(f"{self._name}: {_BAD_FOOTER}") from None
-
-
-def _most_values(page: Page, rows: int, *, nested: bool) -> float:
-    """How many values a page may have: of a dictionary each takes a byte or more, and of a plain column a row."""
-    if page.is_dictionary:
-        return page.unpacked_bytes
-    return inf if nested else rows
 
 
 def _piece_by_piece(raw: BinaryIO | _MetadataOnly, metadata: pq.FileMetaData, folded: list[str]) -> pq.ParquetFile:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pipeline.errors import SourceError
 from pipeline.jobs import RejectCode
 from pipeline.sources import Columns, Corpus, Rows
+from pipeline.sources.pages import Stored, pages
 from pipeline.sources.reference import read_extent
 from tests.unit.test_reference import extents
 
@@ -253,6 +254,96 @@ def test_a_page_that_claims_more_bytes_than_there_are_is_refused(folder: Path) -
     for at in (7, 9):
         found = check(folder / "a.parquet", Damage(at, 1, b"\xf8\xff\xff\xff\x07").of(data))
         assert found == f"{folder}/a.parquet: the data is damaged; make the file again."
+
+
+#: A string of statistics that is said to be longer than a place in a file can be told.
+ENDLESS = b"\x18" + b"\xff" * 9 + b"\x01"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        ENDLESS,
+        ENDLESS[:-1] + b"\x7f",
+        b"\x18" + b"\xff" * 8 + b"\x7f",
+        b"\x19\x1c",  # a list
+        b"\x1c" * 10,  # structs in structs
+        b"\x15\x00" * 20,  # numbers without end
+        b"\x15\x00\x15\x7c\x15\x7c\x00",  # without the header of its kind
+        b"\x15\x00\x15\x7c\x15\x7c\x2c\x15\x01\x00\x00",  # -1 values
+        # A page of 62 bytes by fields that Arrow doesn't heed.
+        b"\x15\x00\x15\x7d\x15\x7c\x06\x04\x7c\x2c\x15\x02\x00\x00",
+        b"\x15\x00\x15\x7d\x15\x7c\x05\x84\x80\x10\x7c\x2c\x15\x02\x00\x00",
+    ],
+)
+def test_a_page_whose_header_cannot_be_read_is_refused(header: bytes, folder: Path) -> None:
+    found = check(folder / "a.parquet", Damage(4, len(header), header).of(PARQUETS[1]))
+    assert found == f"{folder}/a.parquet: the data is damaged; make the file again."
+
+
+class CountedReads(io.BytesIO):
+    """Bytes, and how many times they have been read."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        return super().read(size)
+
+
+VARINTS = st.one_of(
+    st.integers(0, 200).map(lambda n: bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7])),
+    st.sampled_from([b"\x80" * 8 + b"\x01", b"\xff" * 8 + b"\x7f", ENDLESS[1:], b"\xff" * 30]),
+)
+FIELDS = st.builds(
+    bytes.__add__, st.sampled_from([b"\x15", b"\x16", b"\x18", b"\x05", b"\x25", b"\x2c", b"\x17"]), VARINTS
+)
+HEADER = b"\x15\x00\x15\x08\x15\x08\x2c\x15\x02\x00\x00data"
+HEADERS = st.lists(st.one_of(FIELDS, st.binary(max_size=20), st.just(b"\0"), st.just(HEADER)), max_size=40)
+
+
+@settings(max_examples=1_000, deadline=None, derandomize=True)
+@given(parts=HEADERS, start=st.integers(0, 20), size=st.integers(0, 600), values=st.integers(0, 50))
+def test_any_bytes_are_pages_or_none(parts: list[bytes], start: int, size: int, values: int) -> None:
+    raw = CountedReads(b"".join(parts))
+    found = list(pages(raw, Stored(start, size, values, rows=values, repeated=False)))
+    assert all(page.sound for page in found[:-1])
+    assert sum(page.packed_bytes for page in found if page.sound) <= size
+    assert raw.reads <= len(raw.getvalue()) + 1
+
+
+def test_a_header_is_not_read_without_end() -> None:
+    raw = CountedReads(b"\x15\x00" * 1_000_000)
+    (page,) = pages(raw, Stored(0, 2_000_000, 1, rows=1, repeated=False))
+    assert not page.sound
+    assert raw.reads < 2_000
+
+
+def test_a_column_that_repeats_without_being_a_list_is_read(folder: Path) -> None:
+    # As protobuf's writers do: each row has several values, and no path has a dot. Its pages are those of a list.
+    kind = pa.schema(
+        [
+            pa.field("text", pa.string(), nullable=False),
+            pa.field("n", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+        ]
+    )
+    file = io.BytesIO()
+    rows = pa.table({"text": ["a", "b"], "n": [[1, 2, 3], [4, 5]]}, kind)
+    pq.write_table(rows, file, store_schema=False, use_dictionary=False, write_statistics=False)
+    data = file.getvalue()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    schema = data[footer:-8]
+    nested = schema[schema.index(b"\x35\x00\x18\x01n") : schema.index(b"\x07element\x00") + len(b"\x07element\x00")]
+    for listed, plain in (
+        (b"\x19\x5c", b"\x19\x3c"),  # of five elements three stay
+        (nested, b"\x15\x02\x25\x04\x18\x01n\x00"),
+        (b"\x19\x38\x01n\x04list\x07element", b"\x19\x18\x01n"),
+    ):
+        assert schema.count(listed) == 1
+        schema = schema.replace(listed, plain)
+    found = check(folder / "a.parquet", data[:footer] + schema + len(schema).to_bytes(4, "little") + b"PAR1")
+    assert isinstance(found, list)
+    assert [row[1:] for row in found] == [(b"a", "", b'{"n":[1,2,3]}'), (b"b", "", b'{"n":[4,5]}')]
 
 
 LONG = b"x" * 5 * 1024 * 1024

@@ -501,12 +501,13 @@ def test_a_parquet_column_that_stands_twice() -> None:
     assert refusal("a.parquet") == 'a.parquet: the column "text" stands twice in the schema; rename one.'
 
 
-def test_damaged_parquet_pages() -> None:
+@pytest.mark.parametrize(("start", "place"), [(4, ""), (400, " row 1")], ids=["a page's header", "its data"])
+def test_damaged_parquet_pages(start: int, place: str) -> None:
     put_parquet("a.parquet", {"text": [f"text {at}" for at in range(5000)]}, compression="zstd")
     data = bytearray(Path("a.parquet").read_bytes())
-    data[4:2000] = b"\xff" * 1996
+    data[start:2000] = b"\xff" * (2000 - start)
     Path("a.parquet").write_bytes(data)
-    assert refusal("a.parquet") == "a.parquet row 1: the data is damaged; make the file again."
+    assert refusal("a.parquet") == f"a.parquet{place}: the data is damaged; make the file again."
 
 
 # Packed files and streams
