@@ -163,8 +163,8 @@ class _Table:
         before.
         """
         found = self.metadata.row_group(group)
-        stored = [found.column(at) for at in self._stored]
-        encodings = {column.path_in_schema: set(column.encodings) for column in stored}
+        # By the schema's names: a row group of a damaged file has others.
+        encodings = {self.metadata.schema.column(at).path: set(found.column(at).encodings) for at in self._stored}
         longest = _PREFIX_BYTES if any(encodings[name] & _PREFIXED for name in self._texts) else 1
         texts = [name for name in self._texts if encodings[name] & _FOLDED]
         for batch in folded.iter_batches(1, [group], texts, use_threads=False) if texts else ():

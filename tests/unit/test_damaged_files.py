@@ -241,6 +241,12 @@ def test_rows_that_a_damaged_parquet_file_lacks_are_missed(folder: Path) -> None
     assert found == f"{folder}/a.parquet row 1: 7 rows that the footer names aren't there; make the file again."
 
 
+def test_a_column_that_row_groups_call_by_another_name_is_read(folder: Path) -> None:
+    data = PARQUETS[0].replace(b"\x19\x18\x04text", b"\x19\x18\x04tent")
+    assert data != PARQUETS[0]
+    assert check(folder / "a.parquet", data) == check(folder / "a.parquet", PARQUETS[0])
+
+
 @pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"])
 def test_parquet_of_any_encoding_is_read(encoding: str, folder: Path) -> None:
     found = check(folder / "a.parquet", _parquet(use_dictionary=False, column_encoding={"text": encoding}))
