@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -92,12 +91,12 @@ def publish(dispatcher: Dispatcher) -> None:
         waiting = dispatcher.publisher.waiting([slugs[name] for name in by_model])
         for name, of_model in by_model.items():
             window = max(4, slots[name])
-            room = window - waiting[slugs[name]] + min(window, sum(len(lost[job["id"]]) for job in of_model))
+            room = window - waiting[slugs[name]]
+            _ring_lost(dispatcher, slugs[name], of_model, lost, window)
             tokens = Tokens([each for each in in_flight if each.model == name])
-            feeds = {job["id"]: _Feed(dispatcher, connection, job["id"], room, lost[job["id"]]) for job in of_model}
+            feeds = {job["id"]: _Feed(dispatcher, connection, job["id"], room) for job in of_model}
             for job_id, chunk_id in choose(of_model, feeds, tokens, room):
-                dispatcher.publisher.ring(slugs[name], job_id, chunk_id, first=chunk_id in dispatcher.rung)
-                metrics.DISPATCHER_MESSAGES_PUBLISHED.labels(queue_of(slugs[name])).inc()
+                _ring(dispatcher, slugs[name], job_id, chunk_id)
     dispatcher.cursors = {job["id"]: dispatcher.cursors.get(job["id"], 0) for job in runnable}
 
 
@@ -109,41 +108,42 @@ def _slots(live: Sequence[Any]) -> dict[str, int]:
     return slots
 
 
-def _lost(dispatcher: Dispatcher, connection: Connection) -> Mapping[UUID, Sequence[tuple[int, int]]]:
+def _ring(dispatcher: Dispatcher, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
+    dispatcher.publisher.ring(slug, job_id, chunk_id, first=first)
+    metrics.DISPATCHER_MESSAGES_PUBLISHED.labels(queue_of(slug)).inc()
+
+
+def _lost(dispatcher: Dispatcher, connection: Connection) -> Mapping[UUID, Sequence[int]]:
     """Pending chunks whose claim was lost, by job. They don't wait for the cursor's next lap, as the job may be huge;
     each is rung for now and then, as its message may be lost too."""
     now, found = time.monotonic(), defaultdict(list)
     pending = chunks.lost_pending(connection, _LOST_LIMIT)
-    dispatcher.rung = {chunk: dispatcher.rung[chunk] for _, chunk, _ in pending if chunk in dispatcher.rung}
-    for job_id, chunk, tokens in pending:
+    dispatcher.rung = {chunk: dispatcher.rung[chunk] for _, chunk in pending if chunk in dispatcher.rung}
+    for job_id, chunk in pending:
         if now - dispatcher.rung.get(chunk, -_RING_AGAIN_SECONDS) >= _RING_AGAIN_SECONDS:
-            found[job_id].append((chunk, tokens))
+            found[job_id].append(chunk)
     return found
 
 
-class _Feed:
-    """A job's pending chunks, each at most once a round: those that were lost, then the others from the cursor on, past
-    the end to the start."""
+def _ring_lost(
+    dispatcher: Dispatcher, slug: str, of_model: Sequence[Any], lost: Mapping[UUID, Sequence[int]], most: int
+) -> None:
+    """Ring for lost chunks, whatever waits already: the oldest comes first, and so is rung for last."""
+    oldest = sorted((chunk_id, job["id"]) for job in of_model for chunk_id in lost.get(job["id"], ()))[:most]
+    for chunk_id, job_id in reversed(oldest):
+        dispatcher.rung[chunk_id] = time.monotonic()
+        _ring(dispatcher, slug, job_id, chunk_id, first=True)
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        connection: Connection,
-        job_id: UUID,
-        limit: int,
-        lost: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        self._next = chain(self._ring(dispatcher, lost[:limit]), self._read(dispatcher, connection, job_id, limit))
+
+class _Feed:
+    """A job's pending chunks, each at most once a round, from the cursor on, past the end to the start."""
+
+    def __init__(self, dispatcher: Dispatcher, connection: Connection, job_id: UUID, limit: int) -> None:
+        self._next = self._read(dispatcher, connection, job_id, limit)
 
     def take(self) -> tuple[int, int] | None:
         """The next chunk as (id, estimated tokens)."""
         return next(self._next, None)
-
-    @staticmethod
-    def _ring(dispatcher: Dispatcher, lost: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        for chunk_id, tokens in lost:
-            dispatcher.rung[chunk_id] = time.monotonic()
-            yield chunk_id, tokens
 
     @staticmethod
     def _read(dispatcher: Dispatcher, connection: Connection, job_id: UUID, limit: int) -> Iterator[tuple[int, int]]:

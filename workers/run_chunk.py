@@ -193,7 +193,7 @@ class _Embedding:
                 self._add(batch)
                 if monotonic() > due:
                     part, bad = self._taken()
-                    if bad:  # whose fault that is must be known first
+                    if _is_suspect(part, bad):  # whose fault that is must be known first
                         due = inf
                         continue
                     self._forget()
@@ -213,7 +213,7 @@ class _Embedding:
             ModelError, GatewayChanged: something came out wrong, and the canary does so too: it isn't the items' fault.
         """
         part, bad = self._taken()
-        if bad or any(reject.code is RejectCode.ENCODE_FAILED for reject in part.rejects):
+        if _is_suspect(part, bad):
             try:
                 self._encoder.prove_again()
             except GatewayChanged:
@@ -252,6 +252,11 @@ class _Embedding:
         """What has been taken is handed over."""
         self._made[:] = False
         self._rejects, self._seconds = [], 0.0
+
+
+def _is_suspect(part: Part, bad: Sequence[Reject]) -> bool:
+    """Whether something came out wrong, by the fault of an item or of the model."""
+    return bool(bad) or any(reject.code is RejectCode.ENCODE_FAILED for reject in part.rejects)
 
 
 def _too_long(item: Item, claim: Claim) -> Reject:

@@ -205,10 +205,12 @@ def _embed(child: Child, model: Model, claim: Claim) -> None:
     except ModelError as error:
         # It came out right when it was loaded. A process that lost its device never finds it again, a new one may.
         log.error("model_stopped", model=model.name, reason=str(error))
-        _give_back(child.engine, claim, error)
-        with child.engine.begin() as connection:
-            chunks.note_loss(connection, claim.chunk_id, claim.worker_id, "model stopped")
-        os._exit(70)
+        try:
+            _give_back(child.engine, claim, error)
+            with child.engine.begin() as connection:
+                chunks.note_stop(connection, claim)
+        finally:
+            os._exit(70)
     except (LeaseLost, DBAPIError) as error:
         _give_back(child.engine, claim, error)
         if claim.options.get("into") and isinstance(error, IntegrityError | DataError | ProgrammingError):

@@ -225,6 +225,8 @@ def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
     )
 
 
+_STOPPED = "model stopped"
+
 _LOSE = """
     with lost as (
       update vectormill.chunks c
@@ -271,16 +273,37 @@ def free_lost_claim(connection: Connection, chunk_id: int, worker_id: UUID, task
     return rows.first() is not None
 
 
-def note_loss(connection: Connection, chunk_id: int, worker_id: UUID, cause: str) -> None:
-    """Write down, against a worker and its model, that it took a pending chunk and made nothing of it for a reason that
-    isn't the chunk's: its count of crashes stays as it is."""
+def note_loss_before_claim(connection: Connection, chunk_id: int, worker_id: UUID, cause: str) -> None:
+    """Write down, against a worker and its model, that a process died over a chunk that it hadn't claimed yet: while it
+    loaded the model. Such a loss has fence 0."""
+    _note_loss(connection, chunk_id, 0, worker_id, cause)
+
+
+def note_stop(connection: Connection, claim: Claim) -> None:
+    """The model stopped working under a claim that has been given back: a loss of its worker's and model's. When that
+    has happened to the chunk before, and nothing was committed since, a text may do it: then it counts as a crash."""
+    connection.execute(
+        text("""
+            update vectormill.chunks c set crashes = c.crashes + 1, isolation = c.isolation + 1
+            where c.id = :chunk and c.fence = :fence and c.state = 'pending'
+              and exists (select from vectormill.claim_losses l
+                          where l.chunk_id = c.id and l.cause = :cause
+                            and l.lost_at > coalesce((select max(u.created_at) from vectormill.usage u
+                                                      where u.chunk_id = c.id), '-infinity'))
+        """),
+        {"chunk": claim.chunk_id, "fence": claim.fence, "cause": _STOPPED},
+    )
+    _note_loss(connection, claim.chunk_id, claim.fence, claim.worker_id, _STOPPED)
+
+
+def _note_loss(connection: Connection, chunk_id: int, fence: int, worker_id: UUID, cause: str) -> None:
     connection.execute(
         text("""
             insert into vectormill.claim_losses (model, job_id, chunk_id, fence, worker_id, cause)
-            select j.model_name, c.job_id, c.id, c.fence, :worker, :cause
+            select j.model_name, c.job_id, c.id, :fence, :worker, :cause
             from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id where c.id = :chunk
         """),
-        {"chunk": chunk_id, "worker": worker_id, "cause": cause},
+        {"chunk": chunk_id, "fence": fence, "worker": worker_id, "cause": cause},
     )
 
 
@@ -327,11 +350,11 @@ def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) 
     return [(row[0], row[1]) for row in rows]
 
 
-def lost_pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int, int]]:
-    """Claimable chunks of runnable jobs whose last claim was lost: (job id, chunk id, estimated tokens)."""
+def lost_pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int]]:
+    """Claimable chunks of runnable jobs whose last claim was lost: (job id, chunk id)."""
     rows = connection.execute(
         text("""
-            select c.job_id, c.id, c.estimated_tokens
+            select c.job_id, c.id
             from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
             where c.state = 'pending' and c.crashes > 0 and (c.not_before is null or c.not_before <= now())
               and j.state in ('queued', 'running')
@@ -339,7 +362,7 @@ def lost_pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int
         """),
         {"limit": limit},
     )
-    return [(row[0], row[1], row[2]) for row in rows]
+    return [(row[0], row[1]) for row in rows]
 
 
 def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int) -> list[int]:
@@ -487,7 +510,9 @@ def losses_and_commits(connection: Connection, window_seconds: float) -> dict[st
                      greatest(now() - make_interval(secs => :window), min(coalesce(resumed_at, queued_at))) as moment
               from vectormill.jobs where state in ('queued', 'running') group by model_name
             ), lost as (
-              select l.model, s.moment, count(*) as claims, count(distinct l.chunk_id) as chunks
+              -- No text is at fault for a loss before the claim, so each of them tells as much as another chunk's.
+              select l.model, s.moment, count(*) as claims,
+                     count(distinct (l.chunk_id, case when l.fence = 0 then l.id end)) as chunks
               from vectormill.claim_losses l join since s on s.model = l.model and l.lost_at > s.moment
               group by l.model, s.moment
             )
@@ -502,10 +527,11 @@ def losses_and_commits(connection: Connection, window_seconds: float) -> dict[st
 
 
 def worker_losses_since_commit(connection: Connection, worker_id: UUID) -> int:
-    """How many distinct chunks a worker has lost since it last committed anything."""
+    """How many distinct chunks a worker has lost since it last committed anything; what it lost before a claim counts
+    each time."""
     return connection.execute(
         text("""
-            select count(distinct l.chunk_id) from vectormill.claim_losses l
+            select count(distinct (l.chunk_id, case when l.fence = 0 then l.id end)) from vectormill.claim_losses l
             where l.worker_id = :worker and l.lost_at > coalesce(
               (select max(u.created_at) from vectormill.usage u
                join vectormill.chunks c on c.id = u.chunk_id and c.worker_id = :worker

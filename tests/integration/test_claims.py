@@ -203,14 +203,34 @@ def test_only_a_task_that_never_claimed_died_before_its_claim(engine: Engine, mo
     assert unclaimed("other")
 
 
-def test_a_loss_that_is_not_the_chunks_leaves_its_crashes(engine: Engine, model: Model) -> None:
+def test_deaths_before_a_claim_count_each_and_blame_no_chunk(engine: Engine, model: Model) -> None:
     job_id = make_job(engine, model)
     row = chunk_rows(engine, job_id)[0]
     with engine.begin() as connection:
-        chunks.note_loss(connection, row["id"], WORKER, "model stopped")
-        assert chunks.worker_losses_since_commit(connection, WORKER) == 1
-        assert chunks.losses_and_commits(connection, 600) == {model.name: (1, 1, 0)}
+        for _ in range(2):
+            chunks.note_loss_before_claim(connection, row["id"], WORKER, "died before its claim")
+        assert chunks.worker_losses_since_commit(connection, WORKER) == 2
+        assert chunks.losses_and_commits(connection, 600) == {model.name: (2, 2, 0)}
     assert chunk_rows(engine, job_id)[0] == row
+
+
+def test_a_model_that_stops_over_a_chunk_again_is_a_crash_of_it(engine: Engine, model: Model) -> None:
+    job_id = make_job(engine, model)
+
+    def stop() -> tuple[int, int]:
+        claim = taken(engine, job_id)
+        with engine.begin() as connection:
+            assert chunks.record(connection, claim, Progress(state=ChunkState.PENDING, isolation=None))
+            chunks.note_stop(connection, claim)
+        row = chunk_rows(engine, job_id)[0]
+        return row["crashes"], row["isolation"]
+
+    assert stop() == (0, 0), "the device may be at fault"
+    assert stop() == (1, 1)
+    assert stop() == (2, 2)
+    write_chunk(engine, taken(engine, job_id), 0, part_of([0]), RUNNING)
+    run_sql(engine, "update vectormill.chunks set state = 'pending', lease_until = null")
+    assert stop()[0] == 0, "something was committed since"
 
 
 def test_what_a_retry_reopened_is_not_the_old_claims_any_more(engine: Engine, model: Model) -> None:

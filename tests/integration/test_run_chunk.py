@@ -115,3 +115,26 @@ def test_a_model_that_broke_writes_nothing(
         run(engine, encoder, claim)
     assert run_sql(engine, "select count(*) from vectormill.rejects") == [(0,)]
     assert run_sql(engine, "select count(*) from vectormill.embeddings") == [(0,)]
+
+
+def test_what_fails_within_a_chunk_is_not_committed_before_the_canary_is_asked(
+    engine: Engine, encoder: Encoder, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that is lost makes each text fail by itself, and parts of the chunk are committed meanwhile."""
+    forward, ran = encoder._forward, []
+
+    def lost_after_one(ids: list[list[int]]) -> Any:
+        ran.append(len(ids))
+        if len(ran) > 1:
+            raise RuntimeError("the device is lost")
+        return forward(ids)
+
+    monkeypatch.setattr(encoder, "_forward", lost_after_one)
+    monkeypatch.setattr(encoder, "budget_tokens", 8)
+    how = watch()
+    how.commit_seconds = 0.0
+    claim = taken(engine, make_job(engine, model, 40, per_chunk=40))
+    with pytest.raises(ModelError):
+        run(engine, encoder, claim, how)
+    assert run_sql(engine, "select count(*) from vectormill.rejects") == [(0,)]
+    assert run_sql(engine, "select count(*) from vectormill.embeddings") == [(ran[0],)]
