@@ -10,6 +10,7 @@ import psutil
 import structlog
 from billiard import current_process
 from celery import Task
+from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 
@@ -213,12 +214,12 @@ def _embed(child: Child, model: Model, claim: Claim) -> None:
             os._exit(70)
     except (LeaseLost, DBAPIError) as error:
         _give_back(child.engine, claim, error)
-        if claim.options.get("into") and isinstance(error, IntegrityError | DataError | ProgrammingError):
-            _stop_job(child.engine, claim.job_id, error)
+        if isinstance(error, IntegrityError | DataError | ProgrammingError):
+            _stop_job(child.engine, claim, error)
         raise
     except (SourceError, StorageRefused, StorageUnreachable) as error:
         _give_back(child.engine, claim, error)
-        _stop_job(child.engine, claim.job_id, error)
+        _stop_job(child.engine, claim, error)
     except Exception as error:  # noqa: BLE001
         # A text did this, or a fault of ours. Die: the parent frees the claim and counts the loss, so that
         # isolation finds the text, and a worker that loses chunk after chunk rests.
@@ -234,9 +235,10 @@ def _pause_jobs(engine: Engine, model: Model, error: GatewayRefused) -> None:
             control.pause_for(connection, job_id, Reason(error.reason), str(error))
 
 
-def _stop_job(engine: Engine, job_id: UUID, error: Exception) -> None:
-    """End a job whose files aren't what they were, or whose table takes no vectors; pause one whose storage refuses
-    us. A storage that doesn't answer is tried again with the next claim."""
+def _stop_job(engine: Engine, claim: Claim, error: Exception) -> None:
+    """End a job whose files aren't what they were, or whose table takes no vectors; pause one whose storage or database
+    refuses us. A storage that doesn't answer is tried again with the next claim."""
+    job_id, into = claim.job_id, claim.options.get("into")
     with engine.begin() as connection:
         match error:
             case StorageRefused():
@@ -245,9 +247,12 @@ def _stop_job(engine: Engine, job_id: UUID, error: Exception) -> None:
                 control.fail(connection, job_id, Reason.SOURCE_CHANGED, str(error))
             case SourceError():
                 control.fail(connection, job_id, Reason.SOURCE_DAMAGED, str(error))
-            case DBAPIError():
+            case DBAPIError() if into:
                 message = f"the table that --into names refuses the vectors ({plain_reason(error)})"
                 control.fail(connection, job_id, Reason.TABLE_REFUSED, message)
+            case DBAPIError(orig=InsufficientPrivilege()):
+                message = f"the workers' login lacks a right ({plain_reason(error)}); run ops/postgres/roles.sql"
+                control.pause_for(connection, job_id, Reason.WORKERS_FAILING, message)
 
 
 def most_chunk_seconds(settings: Settings) -> float:

@@ -56,6 +56,7 @@ def _poisonable() -> None:
     tasks._LEAST_HANG_SECONDS, tasks._HANG_FACTOR = 3.0, 3
     forward = Encoder._forward
     heads: dict[Poison, list[int]] = {}
+    broken: list[int] = []
 
     def met(self: Encoder, ids: list[list[int]]) -> dict[Poison, list[int]]:
         if not heads:
@@ -69,6 +70,9 @@ def _poisonable() -> None:
 
     def run(self: Encoder, ids: list[list[int]]) -> Any:
         found = met(self, ids)
+        broken.extend(found.get(Poison.BREAKS, []))
+        if broken:
+            raise RuntimeError("the device is lost")
         if Poison.KILLS in found:
             os.kill(os.getpid(), signal.SIGKILL)
         if Poison.HANGS in found:

@@ -10,6 +10,7 @@ class Poison(StrEnum):
     HANGS = "stand still over this for ever"
     RAISES = "raise an error at these words"
     MAKES_NAN = "make no number of these words"
+    BREAKS = "break the device under these words"
 
     @property
     def code(self) -> str:

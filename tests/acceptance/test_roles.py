@@ -233,3 +233,22 @@ def _a_reader_looks(it: Installation) -> None:
     assert it.read("status", "docs")["state"] == "completed"
     assert it.read("receipt", "docs", "--verify")["verified"]
     it.read("rejects", "docs")
+
+
+def test_a_right_that_a_worker_lacks_pauses_the_job(
+    fleet: Fleet, database: str, texts: list[str], tmp_path: Path
+) -> None:
+    """As after an upgrade without roles.sql."""
+    urls = logins(database)
+    with fleet.engine.begin() as connection:
+        connection.exec_driver_sql("revoke insert on vectormill.usage from vectormill_worker")
+    fleet.start_dispatcher()
+    fleet.start_worker(1, VECTORMILL_DATABASE_URL=urls["worker"])
+    job = fleet.submit(str(write_corpus(tmp_path / "corpus.jsonl", texts[:300])), "--model", "static")
+    eventually(lambda: fleet.status(job)["state"] == "paused", "a job that is paused")
+    status = fleet.status(job)
+    assert status["reason"] == "workers_failing"
+    assert "permission denied for table usage" in fleet.scalar("select message from vectormill.jobs")
+    logins(database)
+    fleet.cli("resume", str(job))
+    assert fleet.await_end(job)["items"]["embedded"] == 300

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline import control
 from pipeline.errors import IllegalTransition
 from pipeline.purge import purge_job
-from tests.acceptance.faults.secrets import CANARY
+from tests.acceptance.faults.secrets import CANARY, leaks_of_job
 from tests.acceptance.faults.site import BUCKET, Site
 from tests.acceptance.oracle import objections
 from tests.acceptance.poison import Poison
@@ -167,6 +167,7 @@ class Load:
         self.said += [
             f"{way}: job {job}: {said}" for said in self.site.insist(lambda: self._objections(way, job, corpus))
         ]
+        self.said += [f"{way}: job {job}: {said}" for said in leaks_of_job(self.site, job)]
         self.ended.setdefault(way, []).append(self.items)
         self.site.insist(lambda: purge_job(self.site.fleet.engine, job))
 

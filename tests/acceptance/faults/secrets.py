@@ -1,7 +1,13 @@
 """What may be found nowhere outside of the database's tables: texts of documents, and keys."""
 
-from collections.abc import Iterator
+import base64
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import httpx2 as httpx
 import redis
@@ -10,37 +16,59 @@ from tests.acceptance.faults.site import FLOWER_PASSWORD, GATEWAY_KEY, Site
 
 #: Words of every document.
 CANARY = "nineteen vermilion herons"
-_ERRORS = (
-    "select message from vectormill.jobs",
-    "select last_error from vectormill.chunks",
-    "select message from vectormill.rejects",
-    "select cause from vectormill.claim_losses",
-    "select dropped::text || coalesce(resting, '') from vectormill.workers",
-)
+#: What is told of a job beside its rows.
+_TOLD = {
+    "a job's message": "select message as told from vectormill.jobs where id = :job",
+    "a chunk's error": "select last_error as told from vectormill.chunks where job_id = :job",
+    "a reject's message": "select message as told from vectormill.rejects where job_id = :job",
+    "a loss' cause": "select cause as told from vectormill.claim_losses where job_id = :job",
+}
+_OF_WORKERS = "select dropped::text || coalesce(resting, '') as told from vectormill.workers"
 _PAGES = ("/", "/tasks", "/workers", "/broker", "/api/workers", "/api/tasks?limit=10000", "/metrics")
 _MOST_TASKS = 50
+_BODY = re.compile(r'"body": "([A-Za-z0-9+/=]+)"')
 
 
 def leaks(site: Site) -> list[str]:
     """Where a document's text or a key is found, while the processes still run."""
     _provoke(site)
-    found = {
-        f"{name} is in {place}"
-        for place, content in _places(site)
-        for name, secret in _secrets(site)
-        if secret in content
-    }
-    return sorted(found)
+    planted = _plant(site)
+    found = _found(site, _places(site))
+    missed = planted - found
+    return sorted(found - planted) + [f"the search doesn't see that {one}" for one in sorted(missed)]
+
+
+def leaks_of_job(site: Site, job: UUID) -> list[str]:
+    """Where they are found in what is told of a job, and in Redis meanwhile."""
+    told = ((table, str(row["told"])) for table, query in _TOLD.items() for row in site.rows(query, job=job))
+    return sorted(_found(site, chain(told, _redis(site))))
+
+
+def _found(site: Site, places: Iterable[tuple[str, str]]) -> set[str]:
+    secrets = list(_secrets(site))
+    return {f"{name} is in {place}" for place, content in places for name, secret in secrets if secret in content}
 
 
 def _secrets(site: Site) -> Iterator[tuple[str, str]]:
     yield "a document's text", CANARY
     yield "the gateway's key", GATEWAY_KEY
-    yield "the api's key", site.api_key.rpartition("_")[2]
+    yield "the api's key", site.api_key.split("_", 2)[2]
     yield "Flower's password", FLOWER_PASSWORD
     for name in ("DATABASE", "REDIS"):
         if password := urlsplit(site.fleet.environment[f"VECTORMILL_{name}_URL"]).password:
             yield f"the password of VECTORMILL_{name}_URL", password
+
+
+def _plant(site: Site) -> set[str]:
+    """Put a text and a key where the search must find them. Returns what it must say."""
+    (site.folder / "logs" / "planted.log").write_text(f"{CANARY} {GATEWAY_KEY}")
+    with redis.Redis.from_url(site.redis_url) as client:
+        client.rpush("planted", json.dumps({"body": base64.b64encode(CANARY.encode()).decode()}))
+    return {
+        "a document's text is in the log planted.log",
+        "the gateway's key is in the log planted.log",
+        "a document's text is in Redis' planted",
+    }
 
 
 def _provoke(site: Site) -> None:
@@ -65,13 +93,26 @@ def _places(site: Site) -> Iterator[tuple[str, str]]:
     for folder in (site.folder / "logs", site.home / "logs"):
         for file in folder.rglob("*.log*"):
             yield f"the log {file.name}", file.read_text(encoding="utf-8", errors="replace")
-    for query in _ERRORS:
-        for row in site.rows(query):
-            yield query.removeprefix("select "), str(next(iter(row.values())))
-    with redis.Redis.from_url(site.redis_url) as client:
-        for key in client.scan_iter(count=1_000):
-            yield "Redis", f"{key!r} {client.dump(key)!r}"
+    for row in site.rows(_OF_WORKERS):
+        yield "what a worker tells", row["told"]
+    yield from _redis(site)
     yield from _pages(site)
+
+
+def _redis(site: Site) -> Iterator[tuple[str, str]]:
+    """All that Redis holds, with the bodies of messages unpacked."""
+    with suppress(redis.RedisError), redis.Redis.from_url(site.redis_url, decode_responses=True) as client:
+        readers = {
+            "list": lambda key: client.lrange(key, 0, -1),
+            "hash": client.hgetall,
+            "zset": lambda key: client.zrange(key, 0, -1),
+            "set": client.smembers,
+            "string": client.get,
+        }
+        for key in client.scan_iter(count=1_000):
+            content = str(readers[client.type(key)](key))
+            bodies = (base64.b64decode(body).decode() for body in _BODY.findall(content))
+            yield f"Redis' {key}", " ".join((key, content, *bodies))
 
 
 def _pages(site: Site) -> Iterator[tuple[str, str]]:
