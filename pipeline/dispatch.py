@@ -289,8 +289,8 @@ def snapshot(dispatcher: Dispatcher) -> None:
 
 
 def judge_models(dispatcher: Dispatcher) -> None:
-    """Pause the jobs of a model whose claims are mostly lost, and of one that no live worker can load; fail those that
-    none ever could."""
+    """Pause the jobs of a model whose claims are mostly lost, and of one that no live worker can load; of the latter
+    those fail that haven't begun."""
     with dispatcher.engine.begin() as connection:
         for job in jobs.active(connection):
             if job["state"] in ("queued", "running") and models.of_job(connection, job["id"]) is None:
