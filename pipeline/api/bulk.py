@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from pipeline.api.database import unreachable
 from pipeline.errors import Busy
-from pipeline.store.database import is_connection_lost
+from pipeline.store.database import is_connection_lost, is_without_room
 
 Found = TypeVar("Found")
 
@@ -89,6 +89,6 @@ def _reporting_unreachable() -> Iterator[None]:
     except PoolTimeout as error:
         raise unreachable() from error
     except DBAPIError as error:
-        if is_connection_lost(error):
+        if is_connection_lost(error) or is_without_room(error):
             raise unreachable() from error
         raise

@@ -86,6 +86,11 @@ def _is_state_of_loss(error: BaseException | None) -> bool:
     return state is None or state.startswith(("57P", "08"))
 
 
+def is_without_room(error: Exception) -> bool:
+    """Whether the server lacks disk, memory or connections for it: the same work may succeed later."""
+    return (getattr(getattr(error, "orig", error), "sqlstate", None) or "").startswith("53")
+
+
 @contextmanager
 def copying(connection: Connection, table: sql.Identifier, columns: Sequence[str]) -> Iterator[psycopg.Copy]:
     """Binary COPY into `table`."""
@@ -126,6 +131,9 @@ def reporting_unreachable(what: str = "the database") -> Iterator[None]:
     except (DBAPIError, psycopg.OperationalError) as error:
         if getattr(getattr(error, "orig", None), "sqlstate", None) in ("3F000", "42P01"):
             raise UserError(f"{what} has no schema for vectormill, or an old one; run: vectormill migrate") from error
+        if is_without_room(error):
+            cause = type(getattr(error, "orig", error)).__name__
+            raise ServiceUnreachable(f"{what} has no room ({cause}); make some, then do the same again") from error
         if not is_connection_lost(error):
             raise
         raise ServiceUnreachable(
