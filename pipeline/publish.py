@@ -5,13 +5,11 @@ from typing import Any
 from uuid import UUID
 
 import redis
-import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
 
 from pipeline.errors import ServiceUnreachable
-
-log = structlog.get_logger()
+from pipeline.spoiled import is_of_another_type, make_anew
 
 RUN_CHUNK = "vectormill.run_chunk"
 #: What the names of models' queues begin with.
@@ -84,10 +82,9 @@ class Publisher:
             raise ServiceUnreachable("can't reach Redis; check VECTORMILL_REDIS_URL") from error
 
     def _length(self, slug: str, answer: Any) -> int:
-        """A queue's length as Redis answers. What is no list was put there by somebody else, and goes."""
-        if isinstance(answer, redis.ResponseError) and str(answer).startswith("WRONGTYPE"):
-            log.warning("queue_made_anew", queue=queue_of(slug))
-            self._redis.delete(queue_of(slug))
+        """A queue's length as Redis answers."""
+        if is_of_another_type(answer):
+            make_anew(self._redis, {queue_of(slug): "list"})
             return 0
         if isinstance(answer, Exception):
             raise answer

@@ -1,148 +1,148 @@
-"""What a worker believes of a message: the task's id, the job and the chunk. Whoever may write to Redis may write
-anything there; what isn't such a message is refused with a line in the log, and never comes to Celery or to a child.
+"""How a worker reads Redis, where others may write: what can't be read, or isn't believed (`believed`), is refused with
+a line in the log, and never comes to Celery or to a child; what stands where Celery keeps something else is removed.
 
 A refused message is lost, as any may be: the dispatcher rings again for what is pending.
 """
 
-import base64
-import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable
 from queue import Empty
 from typing import Any
-from uuid import UUID, uuid4
 
 import structlog
 from kombu.transport import TRANSPORT_ALIASES, redis
 from redis.exceptions import RedisError, ResponseError
 
-from pipeline.publish import IDLE_QUEUE, QUEUE, RUN_CHUNK
+from pipeline.publish import QUEUE
+from pipeline.spoiled import is_of_another_type, make_anew
+from workers import believed
 
 log = structlog.get_logger()
 
-#: Ours have a tenth of it.
-_MOST_BODY_BYTES = 4_096
-_HIGHEST_CHUNK = 2**63 - 1
+_MAILBOX = ".celery.pidbox"
+_REPLIES = ".reply.celery.pidbox"
+_EVENTS = "celeryev."
 
 
-class _Refused(ValueError):
-    """Why a message isn't one of ours."""
+class QoS(redis.QoS):
+    """What was taken and isn't acknowledged yet, noted in Redis."""
 
+    def append(self, *arguments: Any) -> Any:
+        """As Celery's."""
+        return self.channel.mending(super().append, *arguments)
 
-def believed(message: Any, queue: str) -> dict[str, Any]:
-    """A message of `queue` made anew from what is believed of it.
+    def ack(self, *arguments: Any) -> Any:
+        """As Celery's."""
+        return self.channel.mending(super().ack, *arguments)
 
-    Raises:
-        ValueError: it isn't a call of our task; what it holds isn't quoted.
-    """
-    if not isinstance(message, dict) or not isinstance(headers := message.get("headers"), dict):
-        raise _Refused("it isn't a task's message")
-    if message.get("content-type") != "application/json" or headers.get("compression"):
-        raise _Refused("its content isn't plain JSON")
-    if headers.get("task") != RUN_CHUNK:
-        raise _Refused("it asks for another task")
-    task_id = _uuid(headers.get("id"), "task")
-    job, chunk = _arguments(message)
-    call = [[job, chunk], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
-    return {
-        "body": base64.b64encode(json.dumps(call).encode()).decode(),
-        "content-type": "application/json",
-        "content-encoding": "utf-8",
-        "headers": {
-            "lang": "py",
-            "task": RUN_CHUNK,
-            "id": task_id,
-            "root_id": task_id,
-            "argsrepr": f"(job={job}, chunk={chunk})",
-            "kwargsrepr": "{}",
-        },
-        "properties": {
-            "body_encoding": "base64",
-            "correlation_id": task_id,
-            "delivery_tag": str(uuid4()),
-            "delivery_info": {"exchange": "", "routing_key": queue},
-            "priority": 0,
-        },
-    }
+    def reject(self, *arguments: Any, **options: Any) -> Any:
+        """As Celery's."""
+        return self.channel.mending(super().reject, *arguments, **options)
 
-
-def _arguments(message: Mapping[str, Any]) -> tuple[str, int]:
-    body = message.get("body")
-    if not isinstance(body, str) or len(body) > _MOST_BODY_BYTES:
-        raise _Refused(f"its body isn't a text of at most {_MOST_BODY_BYTES:,} bytes")
-    try:
-        arguments, named, more = json.loads(base64.b64decode(body, validate=True))
-        job, chunk = arguments
-    except (ValueError, TypeError, RecursionError):
-        raise _Refused("its body isn't a call with two arguments") from None
-    if named or not isinstance(more, dict) or any(more.values()):
-        raise _Refused("it asks for more than one call")
-    if type(chunk) is not int or not 0 < chunk <= _HIGHEST_CHUNK:
-        raise _Refused("its chunk isn't a chunk's id")
-    return _uuid(job, "job"), chunk
-
-
-def _uuid(given: Any, what: str) -> str:
-    try:
-        return str(UUID(given))
-    except (ValueError, TypeError, AttributeError):
-        raise _Refused(f"its {what} isn't a UUID") from None
+    def restore_visible(self, *arguments: Any, **options: Any) -> Any:
+        """As Celery's."""
+        return self.channel.mending(super().restore_visible, *arguments, **options)
 
 
 class Channel(redis.Channel):
     """Reads queues, and commands that are broadcast. What can't be read ends here: it would end Celery's worker."""
 
-    def _brpop_read(self, **options: Any) -> Any:
-        return self._read(partial(super()._brpop_read, **options))
+    QoS = QoS
 
-    def _receive(self) -> Any:
-        return self._read(super()._receive)
-
-    def _read(self, read: Callable[[], Any]) -> Any:
+    def mending(self, act: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Do something with keys of Celery's; once more if they were of another type, and have been made anew."""
         try:
-            return read()
+            return act(*arguments, **options)
         except ResponseError as error:
-            if "WRONGTYPE" not in str(error):
+            if not is_of_another_type(error):
                 raise
-            self._make_anew(self.active_queues)
+            self._make_anew()
+            return act(*arguments, **options)
+
+    def _brpop_read(self, **options: Any) -> Any:
+        return self._read(super()._brpop_read, **options)
+
+    def _receive_one(self, *arguments: Any) -> Any:
+        """One, as it is called for each that has come: a bad one mustn't keep those after it waiting."""
+        try:
+            return self._read(super()._receive_one, *arguments)
+        except Empty:
+            return False
+
+    def _read(self, read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        self.connection.delivering = False
+        try:
+            return read(*arguments, **options)
+        except ResponseError as error:
+            if self.connection.delivering or not is_of_another_type(error):
+                raise
+            self._make_anew()
             return True
         except (Empty, OSError, RedisError):
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, the next message may be a good one
+        except Exception as error:
+            if self.connection.delivering:
+                raise
             log.warning("message_refused", reason=f"it can't be read ({type(error).__name__})")
             return True
 
     def _size(self, queue: str) -> Any:
+        """Of a queue that may not be an active one yet."""
         try:
             return super()._size(queue)
         except ResponseError as error:
-            if "WRONGTYPE" not in str(error):
+            if not is_of_another_type(error):
                 raise
-            self._make_anew([queue])
-            return 0
+            self._make_anew(queue)
+            return super()._size(queue)
 
-    def _make_anew(self, queues: Iterable[str]) -> None:
-        """Remove what stands where a queue should and is no list, or no message would come any more."""
+    def _queue_bind(self, *arguments: Any) -> Any:
+        return self.mending(super()._queue_bind, *arguments)
+
+    def get_table(self, *arguments: Any) -> Any:
+        """As Celery's."""
+        return self.mending(super().get_table, *arguments)
+
+    def _refresh_bindings(self, *arguments: Any) -> Any:
+        return self.mending(super()._refresh_bindings, *arguments)
+
+    def sweep_bindings(self, *arguments: Any) -> Any:
+        """As Celery's."""
+        return self.mending(super().sweep_bindings, *arguments)
+
+    def _make_anew(self, *queues: str) -> None:
+        types = {self.unacked_key: "hash", self.unacked_index_key: "zset", self.keyprefix_binding_deadlines: "zset"}
+        for exchange in self.state.exchanges:
+            types |= dict.fromkeys(
+                (self.keyprefix_queue % exchange, self.keyprefix_binding_permanent % exchange), "set"
+            )
         with self.conn_or_acquire() as client:
-            for queue in queues:
-                if client.type(queue) not in (b"list", b"none"):
-                    client.delete(queue)
-                    log.warning("queue_made_anew", queue=queue)
+            make_anew(client, types | dict.fromkeys((*self.active_queues, *queues), "list"))
 
 
 class Transport(redis.Transport):
-    """Celery's own, which hands on no message of a queue of ours but those that are believed."""
+    """Celery's own, which hands on only what is believed."""
 
     Channel = Channel
+    #: Whether what is read has become a message: errors are Celery's from then on.
+    delivering = False
 
     def _deliver(self, message: Any, queue: str) -> None:
-        if queue.startswith(QUEUE) or queue == IDLE_QUEUE:
-            try:
-                message = believed(message, queue)
-            except _Refused as refused:
-                log.warning("message_refused", queue=queue, reason=str(refused))
-                return
+        self.delivering = True
+        try:
+            message = _believed(message, queue)
+        except believed.Refused as refused:
+            log.warning("message_refused", queue=queue, reason=str(refused))
+            return
         super()._deliver(message, queue)
+
+
+def _believed(message: Any, queue: str) -> Any:
+    """A message as it may be handed on. Replies and events are for who asked, and for Flower: they move nothing."""
+    if queue.startswith(QUEUE):
+        return believed.call(message, queue)
+    if queue.endswith(_REPLIES) or queue.startswith(_EVENTS):
+        return message
+    return believed.command(message, queue) if queue.endswith(_MAILBOX) else believed.call(message, queue)
 
 
 def watch() -> None:

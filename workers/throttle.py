@@ -21,6 +21,7 @@ import redis
 import structlog
 
 from pipeline.jobs import Upstream
+from pipeline.spoiled import is_spoiled
 
 log = structlog.get_logger()
 
@@ -374,11 +375,6 @@ def account_of(upstream: Upstream, key: str | None) -> str:
     """Senders that share this share a gateway's limits. Of the key it is a digest only."""
     whole = "\n".join((upstream.url, upstream.model, key or ""))
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-
-def is_spoiled(error: "redis.ResponseError") -> bool:
-    """Whether a script failed for what it found: somebody else has written to its keys."""
-    return type(error) is redis.ResponseError and "user_script" in str(error) and "MISCONF" not in str(error)
 
 
 def connect(redis_url: str) -> "redis.Redis":

@@ -14,11 +14,12 @@ from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from pipeline import metrics
 from pipeline.api.directory import Caller, Directory
 from pipeline.errors import InvalidPayload, RateLimited
+from pipeline.spoiled import is_spoiled
 from pipeline.wire import CHARACTERS_PER_TOKEN
 
 log = structlog.get_logger()
@@ -130,7 +131,7 @@ class Limits:
             return await self._shared.count(item, names, cost)
         except (StorageError, ValueError) as error:
             # Of another kind than a count: somebody else has written there.
-            if isinstance(error, StorageError) and type(error.storage_error) is not ResponseError:
+            if isinstance(error, StorageError) and not is_spoiled(error.storage_error):
                 raise
             log.warning("limits_begun_anew", limit=names[0], workspace=names[1])
             await self._shared.forget(item, names)

@@ -110,8 +110,9 @@ def worker(
     if settings.metrics_port is not None:
         environment[exposition.FOLDER_VARIABLE] = str(exposition.make_folder())
     name = f"{token_hex(3)}@{socket.gethostname()}"
-    arguments = ["--hostname", name, "--concurrency", str(len(chosen) * each), "--pool", "prefork", "--without-gossip"]
-    _become([*_CELERY, "worker", *arguments, "--loglevel", settings.log_level], environment)
+    arguments = ["--hostname", name, "--concurrency", str(len(chosen) * each), "--pool", "prefork"]
+    alone = ["--without-gossip", "--without-mingle"]  # workers share Postgres' truth, and nothing else
+    _become([*_CELERY, "worker", *arguments, *alone, "--loglevel", settings.log_level], environment)
 
 
 def engine(

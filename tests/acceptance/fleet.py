@@ -68,7 +68,7 @@ class Fleet:
         self.start(
             name,
             *("celery", "--quiet", "-A", app, "worker", "--pool", "prefork", "--concurrency", str(replicas)),
-            *("--hostname", f"{name}-{time.monotonic_ns()}@test", "--without-gossip"),
+            *("--hostname", f"{name}-{time.monotonic_ns()}@test", "--without-gossip", "--without-mingle"),
             VECTORMILL_WORKER_DEVICES="cpu",
             VECTORMILL_WORKER_REPLICAS=str(replicas),
             **environment,
