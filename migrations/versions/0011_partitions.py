@@ -29,6 +29,12 @@ begin
   foreach parent in array array['items', 'embeddings', 'rejects'] loop
     child := parent || to_char(first, '_YYYY_MM');
     if not exists (select from pg_tables where schemaname = 'vectormill' and tablename = child) then
+      -- Whoever may call this mustn't make tables without end; a job's month is the one that it is made in.
+      if (first between '2020-01-01' and now() + interval '3 months') is not true then
+        raise exception using errcode = 'invalid_parameter_value', message = format(
+          'no partitions are made for %s: it isn''t between 2020 and three months from now; set the clocks right.',
+          to_char(first, 'YYYY-MM'));
+      end if;
       -- Made apart and attached: that lets readers and writers of the other months go on.
       execute format('create table vectormill.%I (like vectormill.%I including all)', child, parent);
       execute format('alter table vectormill.%I attach partition vectormill.%I for values from (%L) to (%L)',

@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 from alembic import command
 from sqlalchemy import Engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from pipeline.migrate import alembic_config, upgrade
 from pipeline.store import partitions
@@ -87,11 +87,11 @@ def test_four_at_once_may_make_a_month(engine: Engine) -> None:
     def run(_: int) -> None:
         with engine.begin() as connection:
             begin.wait(10)
-            partitions.make_month(connection, month(2031, 12))
+            partitions.make_month(connection, month(2021, 12))
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(run, range(4)))
-    assert {f"{table}_2031_12" for table in PARTITIONED} <= tables(engine)
+    assert {f"{table}_2021_12" for table in PARTITIONED} <= tables(engine)
 
 
 def test_nobody_waits_for_ever_to_make_a_month(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,12 +99,28 @@ def test_nobody_waits_for_ever_to_make_a_month(engine: Engine, monkeypatch: pyte
     with engine.connect() as other, engine.connect() as connection:
         # What was once waited for, and any login may hold.
         other.execute(text("select pg_advisory_lock(1987932257)"))
-        partitions.make_month(connection, month(2032, 1))
+        partitions.make_month(connection, month(2022, 1))
         assert connection.execute(text("show lock_timeout")).scalar_one() == "0"
         connection.rollback()
         other.execute(text("lock table vectormill.items in share update exclusive mode"))
         with pytest.raises(OperationalError, match="lock timeout"):
-            partitions.make_month(connection, month(2032, 1))
+            partitions.make_month(connection, month(2022, 1))
+
+
+@pytest.mark.parametrize("asked", ["1969-12-01", "2019-12-31", "9999-01-01", None])
+def test_months_in_which_no_job_is_made_get_no_partitions(engine: Engine, asked: str | None) -> None:
+    before = tables(engine)
+    with engine.connect() as connection, pytest.raises(DBAPIError, match="set the clocks right"):
+        connection.execute(text("select vectormill.make_partitions(:month)"), {"month": asked})
+    assert tables(engine) == before
+
+
+def test_partitions_are_made_three_months_ahead_and_no_further(engine: Engine) -> None:
+    ask = "select vectormill.make_partitions((date_trunc('month', now()) + make_interval(months => :months))::date)"
+    with engine.connect() as connection:
+        connection.execute(text(ask), {"months": 3})
+        with pytest.raises(DBAPIError, match="three months from now"):
+            connection.execute(text(ask), {"months": 4})
 
 
 @pytest.mark.parametrize(
@@ -128,13 +144,13 @@ def test_the_month_of_a_job(moment: datetime, wanted: datetime) -> None:
 
 
 def test_a_months_last_and_first_ids_find_their_partitions(engine: Engine) -> None:
-    border = int(month(2031, 1).timestamp() * 1000)
+    border = int(month(2021, 1).timestamp() * 1000)
     with engine.begin() as connection:
-        partitions.make_month(connection, month(2030, 12))
-        partitions.make_month(connection, month(2031, 1))
+        partitions.make_month(connection, month(2020, 12))
+        partitions.make_month(connection, month(2021, 1))
         insert = text(
             "insert into vectormill.items (job_id, index) values (:job, 0) returning tableoid::regclass::text"
         )
-        for milliseconds, name in ((border - 1, "items_2030_12"), (border, "items_2031_01")):
+        for milliseconds, name in ((border - 1, "items_2020_12"), (border, "items_2021_01")):
             found = connection.execute(insert, {"job": UUID(int=milliseconds << 80 | 7)}).scalar_one()
             assert found.removeprefix("vectormill.") == name
