@@ -99,7 +99,7 @@ def role(patient: Patient) -> Iterator[Finding]:
     served = patient.ask(health.processes_served)
     server = patient.ask(health.server)
     if missing and served:
-        yield ok(f"a login for {' and '.join(served)}, with no more rights than that; the owner's sees all")
+        yield ok(f"a login for {' and '.join(served)}; the owner's sees all")
     elif missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         yield fail(
@@ -113,6 +113,12 @@ def role(patient: Patient) -> Iterator[Finding]:
         )
     else:
         yield ok("may read, write and make partitions")
+    given, found = patient.ask(health.roles_revision), patient.ask(health.revision)
+    if given is not None and given != found:
+        yield fail(
+            f"ops/postgres/roles.sql was run for {given}, the schema is at {found}: processes' logins lack rights",
+            "run it again, as after each migrate.",
+        )
 
 
 def settings(patient: Patient) -> Iterator[Finding]:

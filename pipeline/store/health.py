@@ -109,6 +109,17 @@ def processes_served(connection: Connection) -> list[str]:
     return list(rows.scalars())
 
 
+def roles_revision(connection: Connection) -> str | None:
+    """The revision of the schema for which ops/postgres/roles.sql was last run; None: it never was."""
+    return connection.execute(
+        text("""
+            select substring(obj_description(oid, 'pg_namespace') from 'roles.sql of ([0-9]+)')
+            from pg_namespace where nspname = :schema
+        """),
+        {"schema": SCHEMA},
+    ).scalar_one()
+
+
 def overdue_chunks(connection: Connection, seconds: float) -> RowMapping:
     """Running chunks whose lease ran out more than so long ago: `chunks, jobs`, and `oldest_seconds` of the oldest."""
     return (

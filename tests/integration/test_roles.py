@@ -15,13 +15,14 @@ from pipeline.doctor.examination import CHECKS, examine
 from pipeline.doctor.findings import State
 from pipeline.doctor.patient import Patient
 from pipeline.jobs import Model
+from pipeline.migrate import known_revisions
 from pipeline.purge import purge_month
 from pipeline.settings import Settings
 from pipeline.store import chunks, partitions
 from pipeline.store.database import make_engine
 from tests.acceptance.fleet import eventually
 from tests.jobs_made import make_job, run_sql, taken
-from tests.roles import PROCESSES, logins
+from tests.roles import PROCESSES, SCRIPT, logins
 
 #: Refused to all of them.
 _EVERYBODY = """
@@ -264,6 +265,31 @@ def test_the_doctor_objects_to_a_login_without_rights(database: str, redis_url: 
         patient.close()
     assert role.state is State.FAIL
     assert "roles.sql" in role.mend
+
+
+def test_the_script_knows_the_newest_migration() -> None:
+    assert f"'roles.sql of {known_revisions()[-1]}'" in SCRIPT.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("login", ["worker", "owner"])
+def test_the_doctor_tells_that_the_script_is_older_than_the_schema(
+    login: str, urls: dict[str, str], engine: Engine, database: str, redis_url: str, settings: Settings
+) -> None:
+    run_sql(engine, "comment on schema vectormill is 'roles.sql of 0010'")
+    patient = Patient(
+        settings=settings,
+        database_url=urls.get(login, database),
+        redis_url=redis_url,
+        api_url=None,
+        flower_url=None,
+        flower_password=None,
+    )
+    try:
+        findings = list(checks.role(patient))
+    finally:
+        patient.close()
+    assert [finding.state for finding in findings] == [State.OK, State.FAIL]
+    assert "was run for 0010" in findings[1].found
 
 
 @pytest.fixture
