@@ -113,6 +113,11 @@ def role(patient: Patient) -> Iterator[Finding]:
         )
     else:
         yield ok("may read, write and make partitions")
+    if served or not missing:
+        yield from _outdated_roles(patient)
+
+
+def _outdated_roles(patient: Patient) -> Iterator[Finding]:
     given, found = patient.ask(health.roles_revision), patient.ask(health.revision)
     if given is not None and given != found:
         yield fail(
