@@ -1,0 +1,75 @@
+"""How a worker reads Redis; whole workers that are sent junk are in tests/acceptance/test_messages.py."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from kombu import Connection, Consumer, Exchange, Queue
+
+from pipeline.publish import celery_settings
+from tests.messages_made import QUEUE, command, message
+from workers.messages import Transport
+
+_BROADCAST = "/1.celery.pidbox"
+
+
+@pytest.fixture
+def connection(redis_url: str) -> Iterator[Connection]:
+    options = celery_settings(redis_url)["broker_transport_options"]
+    with Connection(redis_url, transport=Transport, transport_options=options) as made:
+        yield made
+
+
+@pytest.fixture
+def store(redis_url: str) -> Iterator["redis.Redis"]:
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+def consumer(connection: Connection, queue: Queue, take: Callable[[Any, Any], None], **options: Any) -> Consumer:
+    return Consumer(connection.default_channel, [queue], callbacks=[take], accept=["json"], **options)
+
+
+def test_what_goes_wrong_after_reading_isnt_the_messages_fault(connection: Connection, store: "redis.Redis") -> None:
+    def fail(_body: Any, _message: Any) -> None:
+        raise ValueError("a fault of ours")
+
+    store.lpush(QUEUE, json.dumps(message()))
+    with consumer(connection, Queue(QUEUE), fail), pytest.raises(ValueError, match="a fault of ours"):
+        connection.drain_events(timeout=10)
+
+
+def test_a_bad_broadcast_keeps_no_good_one_waiting(connection: Connection, store: "redis.Redis") -> None:
+    heard = []
+    mailbox = Queue("me.celery.pidbox", Exchange("celery.pidbox", type="fanout"))
+    with consumer(connection, mailbox, lambda body, _: heard.append(body["method"]), no_ack=True):
+        connection.drain_events(timeout=10)  # that it has subscribed
+        for count, junk in enumerate(("[" * 100_000, "no JSON", "{}"), start=1):
+            with store.pipeline(transaction=True) as at_once:
+                at_once.publish(_BROADCAST, junk)
+                at_once.publish(_BROADCAST, json.dumps(command("ping")))
+                assert at_once.execute() == [1, 1]
+            connection.drain_events(timeout=10)
+            assert heard == ["ping"] * count
+
+
+@pytest.mark.parametrize("key", ["unacked", "unacked_index"])
+def test_no_message_is_lost_where_others_spoil_what_celery_notes(
+    connection: Connection, store: "redis.Redis", key: str
+) -> None:
+    def take(_body: Any, taken: Any) -> None:
+        assert store.hlen("unacked") == store.zcard("unacked_index") == 1
+        store.delete(key)
+        store.set(key, "junk")
+        taken.ack()
+        heard.append(taken)
+
+    heard: list[Any] = []
+    store.set(key, "junk")
+    store.lpush(QUEUE, json.dumps(message()))
+    with consumer(connection, Queue(QUEUE), take):
+        connection.drain_events(timeout=10)
+    assert len(heard) == 1
+    assert not store.exists("unacked", "unacked_index")
