@@ -15,6 +15,7 @@
     catalog, keys                 models and vector spaces; keys to the api
     wire                          OpenAI's shape of requests and replies
     canary, figures     the text that proves a model; numbers as people say them
+    spoiled             keys of Redis that others have written to
     doctor/, ready      what is wrong with a deployment; whether a process is ready
     embedded/           servers from wheels, the process tree of `vectormill up`
     cli/, api/          the doors

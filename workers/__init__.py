@@ -1,6 +1,7 @@
 """The processes that take messages and touch a GPU.
 
 app, tasks      the Celery app, its signals and its one task
+messages        how they are read from Redis; believed: what is believed of one (pure)
 run_chunk       claim → read → encode → commit: the heart
 counting        what a child counts on the way
 batching        which items go through the model together (pure)
