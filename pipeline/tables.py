@@ -416,6 +416,7 @@ claim_losses = Table(
     Column("chunk_id", BigInteger, nullable=False),
     Column("fence", BigInteger, nullable=False),
     Column("worker_id", Uuid),
+    Column("task_id", Text),
     Column("cause", Text, nullable=False),
     _moment("lost_at", now=True),
     Index("claim_losses_model_idx", "model", "lost_at"),

@@ -87,9 +87,9 @@ class Presence:
     def _free(self, chunk_id: int, task_id: str, cause: str) -> None:
         with self._engine.begin() as connection:
             freed = chunks.free_lost_claim(connection, chunk_id, self._worker_id, task_id, cause)
-            if not freed and chunks.is_unclaimed(connection, chunk_id, task_id):
-                # It died while it loaded the model: no text did that.
-                chunks.note_loss_before_claim(connection, chunk_id, self._worker_id, f"{cause} before its claim")
+            if not freed:
+                early = f"{cause} before its claim"
+                chunks.note_death_before_claim(connection, chunk_id, self._worker_id, task_id, early)
             lost = chunks.worker_losses_since_commit(connection, self._worker_id)
         log.warning("child_lost", chunk=chunk_id, freed=freed, cause=cause)
         if lost >= _LOST_CHUNKS and not self._resting:

@@ -207,9 +207,9 @@ def _embed(child: Child, model: Model, claim: Claim) -> None:
         # It came out right when it was loaded. A process that lost its device never finds it again, a new one may.
         log.error("model_stopped", model=model.name, reason=str(error))
         try:
-            _give_back(child.engine, claim, error)
             with child.engine.begin() as connection:
                 chunks.note_stop(connection, claim)
+            _give_back(child.engine, claim, error)
         finally:
             os._exit(70)
     except (LeaseLost, DBAPIError) as error:

@@ -234,10 +234,10 @@ _LOSE = """
           last_error = :cause
       from ({which}) as which
       where c.id = which.id
-      returning c.id, c.job_id, c.fence, c.worker_id
+      returning c.id, c.job_id, c.fence, c.worker_id, c.task_id
     )
-    insert into vectormill.claim_losses (model, job_id, chunk_id, fence, worker_id, cause)
-    select j.model_name, l.job_id, l.id, l.fence, l.worker_id, :cause
+    insert into vectormill.claim_losses (model, job_id, chunk_id, fence, worker_id, task_id, cause)
+    select j.model_name, l.job_id, l.id, l.fence, l.worker_id, l.task_id, :cause
     from lost l join vectormill.jobs j on j.id = l.job_id
     returning chunk_id
 """
@@ -273,49 +273,44 @@ def free_lost_claim(connection: Connection, chunk_id: int, worker_id: UUID, task
     return rows.first() is not None
 
 
-def note_loss_before_claim(connection: Connection, chunk_id: int, worker_id: UUID, cause: str) -> None:
-    """Write down, against a worker and its model, that a process died over a chunk that it hadn't claimed yet: while it
-    loaded the model. Such a loss has fence 0."""
-    _note_loss(connection, chunk_id, 0, worker_id, cause)
+def note_death_before_claim(connection: Connection, chunk_id: int, worker_id: UUID, task_id: str, cause: str) -> None:
+    """If a task never claimed the chunk that it was told of, and the chunk still waits, write down against its worker
+    and its model that a process died: it was loading the model. Such a loss has fence 0."""
+    connection.execute(
+        text("""
+            insert into vectormill.claim_losses (model, job_id, chunk_id, fence, worker_id, task_id, cause)
+            select j.model_name, c.job_id, c.id, 0, :worker, :task, :cause
+            from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
+            where c.id = :chunk and c.state = 'pending' and c.task_id is distinct from :task
+              and not exists (select from vectormill.claim_losses l
+                              where l.model = j.model_name and l.chunk_id = c.id and l.task_id = :task)
+        """),
+        {"chunk": chunk_id, "worker": worker_id, "task": task_id, "cause": cause},
+    )
 
 
 def note_stop(connection: Connection, claim: Claim) -> None:
-    """The model stopped working under a claim that has been given back: a loss of its worker's and model's. When that
-    has happened to the chunk before, and nothing was committed since, a text may do it: then it counts as a crash."""
+    """The model stopped working under a claim: a loss of its worker's and model's. When that has happened to the chunk
+    before, and nothing was committed since, a text may do it: then it counts as a crash."""
     connection.execute(
         text("""
-            update vectormill.chunks c set crashes = c.crashes + 1, isolation = c.isolation + 1
-            where c.id = :chunk and c.fence = :fence and c.state = 'pending'
-              and exists (select from vectormill.claim_losses l
-                          where l.chunk_id = c.id and l.cause = :cause
-                            and l.lost_at > coalesce((select max(u.created_at) from vectormill.usage u
-                                                      where u.chunk_id = c.id), '-infinity'))
+            with mine as (
+              select c.id, c.job_id, c.fence, c.worker_id, c.task_id, j.model_name as model,
+                     exists (select from vectormill.claim_losses l
+                             where l.model = j.model_name and l.chunk_id = c.id and l.cause = :cause
+                               and l.lost_at > coalesce((select max(u.created_at) from vectormill.usage u
+                                                         where u.chunk_id = c.id), '-infinity')) as again
+              from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
+              where c.id = :chunk and c.fence = :fence and c.state = 'running' for update of c
+            ), blamed as (
+              update vectormill.chunks c set crashes = c.crashes + 1, isolation = c.isolation + 1
+              from mine where c.id = mine.id and mine.again
+            )
+            insert into vectormill.claim_losses (model, job_id, chunk_id, fence, worker_id, task_id, cause)
+            select model, job_id, id, fence, worker_id, task_id, :cause from mine
         """),
         {"chunk": claim.chunk_id, "fence": claim.fence, "cause": _STOPPED},
     )
-    _note_loss(connection, claim.chunk_id, claim.fence, claim.worker_id, _STOPPED)
-
-
-def _note_loss(connection: Connection, chunk_id: int, fence: int, worker_id: UUID, cause: str) -> None:
-    connection.execute(
-        text("""
-            insert into vectormill.claim_losses (model, job_id, chunk_id, fence, worker_id, cause)
-            select j.model_name, c.job_id, c.id, :fence, :worker, :cause
-            from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id where c.id = :chunk
-        """),
-        {"chunk": chunk_id, "fence": fence, "worker": worker_id, "cause": cause},
-    )
-
-
-def is_unclaimed(connection: Connection, chunk_id: int, task_id: str) -> bool:
-    """Whether a chunk waits, and this task has never claimed it."""
-    return connection.execute(
-        text("""
-            select exists (select from vectormill.chunks
-                           where id = :chunk and state = 'pending' and task_id is distinct from :task)
-        """),
-        {"chunk": chunk_id, "task": task_id},
-    ).scalar_one()
 
 
 def terminate_frozen_backends(connection: Connection, lease_seconds: float) -> list[int]:

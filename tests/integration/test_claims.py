@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, event, text
 
 from pipeline.jobs import ChunkState, Claim, JobState, Model
 from pipeline.store import chunks
@@ -191,24 +191,30 @@ def test_only_a_task_that_never_claimed_died_before_its_claim(engine: Engine, mo
     job_id = make_job(engine, model)
     chunk = chunk_rows(engine, job_id)[0]["id"]
 
-    def unclaimed(task: str) -> bool:
+    def died(task: str) -> int:
         with engine.begin() as connection:
-            return chunks.is_unclaimed(connection, chunk, task)
+            chunks.note_death_before_claim(connection, chunk, WORKER, task, "died before its claim")
+            return connection.execute(
+                text("select count(*) from vectormill.claim_losses where fence = 0 and task_id = :task"), {"task": task}
+            ).scalar_one()
 
-    assert unclaimed("mine")
-    taken(engine, job_id, task="mine", lease_seconds=EXPIRED)
-    assert not unclaimed("other"), "another task runs it"
+    assert died("early") == 1
+    taken(engine, job_id, task="first", lease_seconds=EXPIRED)
+    assert died("other") == 0, "another task runs it"
     expire(engine)
-    assert not unclaimed("mine"), "the sweep has counted this loss"
-    assert unclaimed("other")
+    assert died("first") == 0, "the sweep has counted this loss"
+    taken(engine, job_id, task="second", lease_seconds=EXPIRED)
+    expire(engine)
+    assert died("first") == 0, "though another task had its turn since"
+    assert died("third") == 1
 
 
 def test_deaths_before_a_claim_count_each_and_blame_no_chunk(engine: Engine, model: Model) -> None:
     job_id = make_job(engine, model)
     row = chunk_rows(engine, job_id)[0]
     with engine.begin() as connection:
-        for _ in range(2):
-            chunks.note_loss_before_claim(connection, row["id"], WORKER, "died before its claim")
+        for task in ("one", "another"):
+            chunks.note_death_before_claim(connection, row["id"], WORKER, task, "died before its claim")
         assert chunks.worker_losses_since_commit(connection, WORKER) == 2
         assert chunks.losses_and_commits(connection, 600) == {model.name: (2, 2, 0)}
     assert chunk_rows(engine, job_id)[0] == row
@@ -220,8 +226,8 @@ def test_a_model_that_stops_over_a_chunk_again_is_a_crash_of_it(engine: Engine, 
     def stop() -> tuple[int, int]:
         claim = taken(engine, job_id)
         with engine.begin() as connection:
-            assert chunks.record(connection, claim, Progress(state=ChunkState.PENDING, isolation=None))
             chunks.note_stop(connection, claim)
+            assert chunks.record(connection, claim, Progress(state=ChunkState.PENDING, isolation=None))
         row = chunk_rows(engine, job_id)[0]
         return row["crashes"], row["isolation"]
 
