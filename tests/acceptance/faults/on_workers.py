@@ -100,6 +100,7 @@ def rolling_restart(site: Site, random: Random) -> Done:
     """A worker is asked to end, does what it has at hand, and another one takes its place."""
     name = random.choice(WORKERS)
     process = site.fleet.processes[name]
+    site.keep_counts()
     process.terminate()
     code = process.wait(timeout=120)
     site.start(name)
@@ -194,6 +195,7 @@ def clock_ahead(site: Site, random: Random) -> Done:
                        where c.state = 'done' and w.id <> all(:known))
     """
     eventually(lambda: site.scalar(query, known=known), "a chunk done by the worker whose clock is ahead")
+    site.keep_counts()
     process.terminate()
     code = process.wait(timeout=120)
     del site.fleet.processes["worker-ahead"]
