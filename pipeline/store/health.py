@@ -95,7 +95,7 @@ def missing_rights(connection: Connection) -> list[str]:
 
 
 def processes_served(connection: Connection) -> list[str]:
-    """The kinds of processes for which this login has the rights that ops/postgres/roles.sql gives."""
+    """The kinds of processes whose groups, made by ops/postgres/roles.sql, this login is in."""
     rows = connection.execute(
         text("""
             select substr(rolname, length('vectormill_') + 1) from pg_roles

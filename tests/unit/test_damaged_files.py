@@ -174,24 +174,25 @@ def check(path: Path, data: bytes) -> list[Row] | str:
     return value
 
 
+def damaged(data: bytes, damages: list[Damage]) -> bytes:
+    """A file's bytes after one damage and the next."""
+    for damage in damages:
+        data = damage.of(data)
+    return data
+
+
 @pytest.mark.parametrize("name", FILES)
 @rounds
 @given(damages=st.lists(DAMAGES, min_size=1, max_size=2))
 def test_a_damaged_file_is_read_or_refused(name: str, damages: list[Damage], folder: Path) -> None:
-    data = FILES[name]
-    for damage in damages:
-        data = damage.of(data)
-    check(folder / name, data)
+    check(folder / name, damaged(FILES[name], damages))
 
 
 @pytest.mark.parametrize("at", range(len(PARQUETS)))
 @rounds
 @given(damages=st.lists(DAMAGES, min_size=1, max_size=2))
 def test_damaged_parquet_is_read_or_refused(at: int, damages: list[Damage], folder: Path) -> None:
-    data = PARQUETS[at]
-    for damage in damages:
-        data = damage.of(data)
-    check(folder / "a.parquet", data)
+    check(folder / "a.parquet", damaged(PARQUETS[at], damages))
 
 
 @pytest.mark.parametrize("label", FILES)
