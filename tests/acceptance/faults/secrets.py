@@ -110,7 +110,10 @@ def _redis(site: Site) -> Iterator[tuple[str, str]]:
             "string": client.get,
         }
         for key in client.scan_iter(count=1_000):
-            content = str(readers[client.type(key)](key))
+            kind = client.type(key)
+            if kind == "none":  # taken meanwhile
+                continue
+            content = str(readers[kind](key))
             bodies = (base64.b64decode(body).decode() for body in _BODY.findall(content))
             yield f"Redis' {key}", " ".join((key, content, *bodies))
 
