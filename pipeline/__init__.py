@@ -5,7 +5,7 @@
     tables, store/      the schema; every SQL statement, one named function each
     sources → plan → submit       a corpus becomes items and chunks; request: what a door is asked for
     sql_requests                  the same, asked for in SQL
-    publish → dispatch            chunks become messages; sweep, finish, snapshots
+    publish → rounds → dispatch   chunks become messages, in whose turn; sweep, finish, snapshots
     leases → writeback            a claim, and the one transaction that ends it
     status, results               what came of it
     webhooks                      who is told of it; deadlines: HTTP within a time

@@ -3,8 +3,7 @@ dispatcher that starts afresh only rings twice for a few chunks."""
 
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,20 +19,16 @@ from pipeline.errands import Errands
 from pipeline.errors import ServiceUnreachable
 from pipeline.jobs import JobState, Reason
 from pipeline.publish import Publisher, queue_of
-from pipeline.store import chunks, events, items, jobs, models, partitions, requests, usage, workers
+from pipeline.rounds import Rounds
+from pipeline.store import chunks, events, items, jobs, losses, models, partitions, requests, usage, workers
 from pipeline.store.database import is_connection_lost, plain_reason, reporting_unreachable
 from pipeline.submit import undo_staging
 
 log = structlog.get_logger()
 
 ROLE = "dispatcher"
-#: A worker that hasn't shown itself for so long is taken for gone.
-WORKER_SEEN_SECONDS = 30
 _ROLE_SECONDS = 10
 _DRAIN_LIMIT = 5_000
-#: Lost chunks that are looked at in a round, and how long one that was rung for isn't rung for again.
-_LOST_LIMIT = 1_000
-_RING_AGAIN_SECONDS = 5.0
 _REMOVE_LIMIT = 20_000
 _SNAPSHOT_FACTOR = 20
 #: A duty that has more to do than this leaves the rest for its next turn.
@@ -47,17 +42,13 @@ _EVENT_DAYS = 30
 
 @dataclass(slots=True)
 class Dispatcher:
-    """What the duties share: connections, settings, and the cursors of the publishing rounds."""
+    """What the duties share: connections, settings, and how far they have come."""
 
     engine: Engine
     publisher: Publisher
     lease_seconds: float
     text_retention_days: float
     errands: Errands | None = None
-    #: Last chunk id rung for, by job; a lap over when it passes the last pending one.
-    cursors: dict[UUID, int] = field(default_factory=dict)
-    #: When this one last rang for a chunk whose claim was lost, by the monotonic clock.
-    rung: dict[int, float] = field(default_factory=dict)
     #: Last chunk id cancelled, by job: going on from there, nothing that is gone is looked at again.
     drained: dict[UUID, int] = field(default_factory=dict)
     #: When each job's progress is next recomputed, by the monotonic clock.
@@ -67,130 +58,17 @@ class Dispatcher:
     #: When the database last answered, by the monotonic clock.
     last_contact: float = field(default_factory=time.monotonic)
     deliveries: Deliveries = field(init=False)
+    rounds: Rounds = field(init=False)
 
     def __post_init__(self) -> None:
+        self.rounds = Rounds(self.publisher)
         self.deliveries = Deliveries(self.engine)
 
 
 def publish(dispatcher: Dispatcher) -> None:
-    """Ring for pending chunks until each model's queue holds one message a live slot, at least four. Those whose claim
-    was lost come on top, and to the front: they have waited for a lease already."""
+    """Tell workers of pending chunks."""
     with dispatcher.engine.connect() as connection:
-        runnable = [job for job in jobs.active(connection) if job["state"] in ("queued", "running")]
-        if not runnable:
-            dispatcher.cursors.clear()
-            return
-        slugs = {row["name"]: row["slug"] for row in models.every(connection)}
-        slots = _slots(workers.live(connection, WORKER_SEEN_SECONDS))
-        in_flight = chunks.tokens_in_flight(connection)
-        lost = _lost(dispatcher, connection)
-        by_model = defaultdict(list)
-        for job in runnable:
-            if job["model_name"] in slugs:
-                by_model[job["model_name"]].append(job)
-        waiting = dispatcher.publisher.waiting([slugs[name] for name in by_model])
-        for name, of_model in by_model.items():
-            window = max(4, slots[name])
-            room = window - waiting[slugs[name]]
-            _ring_lost(dispatcher, slugs[name], of_model, lost, window)
-            tokens = Tokens([each for each in in_flight if each.model == name])
-            feeds = {job["id"]: _Feed(dispatcher, connection, job["id"], room) for job in of_model}
-            for job_id, chunk_id in choose(of_model, feeds, tokens, room):
-                _ring(dispatcher, slugs[name], job_id, chunk_id)
-    dispatcher.cursors = {job["id"]: dispatcher.cursors.get(job["id"], 0) for job in runnable}
-
-
-def _slots(live: Sequence[Any]) -> dict[str, int]:
-    slots: dict[str, int] = defaultdict(int)
-    for worker in live:
-        for name in worker["models"]:
-            slots[name] += worker["slots"]
-    return slots
-
-
-def _ring(dispatcher: Dispatcher, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
-    dispatcher.publisher.ring(slug, job_id, chunk_id, first=first)
-    metrics.DISPATCHER_MESSAGES_PUBLISHED.labels(queue_of(slug)).inc()
-
-
-def _lost(dispatcher: Dispatcher, connection: Connection) -> Mapping[UUID, Sequence[int]]:
-    """Pending chunks whose claim was lost, by job. They don't wait for the cursor's next lap, as the job may be huge;
-    each is rung for now and then, as its message may be lost too."""
-    now, found = time.monotonic(), defaultdict(list)
-    pending = chunks.lost_pending(connection, _LOST_LIMIT)
-    dispatcher.rung = {chunk: dispatcher.rung[chunk] for _, chunk in pending if chunk in dispatcher.rung}
-    for job_id, chunk in pending:
-        if now - dispatcher.rung.get(chunk, -_RING_AGAIN_SECONDS) >= _RING_AGAIN_SECONDS:
-            found[job_id].append(chunk)
-    return found
-
-
-def _ring_lost(
-    dispatcher: Dispatcher, slug: str, of_model: Sequence[Any], lost: Mapping[UUID, Sequence[int]], most: int
-) -> None:
-    """Ring for lost chunks, whatever waits already: the oldest comes first, and so is rung for last."""
-    oldest = sorted((chunk_id, job["id"]) for job in of_model for chunk_id in lost.get(job["id"], ()))[:most]
-    for chunk_id, job_id in reversed(oldest):
-        dispatcher.rung[chunk_id] = time.monotonic()
-        _ring(dispatcher, slug, job_id, chunk_id, first=True)
-
-
-class _Feed:
-    """A job's pending chunks, each at most once a round, from the cursor on, past the end to the start."""
-
-    def __init__(self, dispatcher: Dispatcher, connection: Connection, job_id: UUID, limit: int) -> None:
-        self._next = self._read(dispatcher, connection, job_id, limit)
-
-    def take(self) -> tuple[int, int] | None:
-        """The next chunk as (id, estimated tokens)."""
-        return next(self._next, None)
-
-    @staticmethod
-    def _read(dispatcher: Dispatcher, connection: Connection, job_id: UUID, limit: int) -> Iterator[tuple[int, int]]:
-        start = dispatcher.cursors.get(job_id, 0)
-        found = list(chunks.pending_after(connection, job_id, start, limit))
-        if len(found) < limit and start:
-            first_lap = {chunk_id for chunk_id, _ in found}
-            again = chunks.pending_after(connection, job_id, 0, limit - len(found))
-            found += [chunk for chunk in again if chunk[0] not in first_lap]
-        for chunk_id, tokens in found:
-            dispatcher.cursors[job_id] = chunk_id
-            yield chunk_id, tokens
-
-
-class Tokens:
-    """Estimated tokens in flight of one model, by workspace and by job."""
-
-    def __init__(self, in_flight: Iterable[chunks.InFlight] = ()) -> None:
-        self._of_workspace: dict[int, int] = defaultdict(int)
-        self._of_job: dict[UUID, int] = defaultdict(int)
-        for each in in_flight:
-            self.add(each.workspace_id, each.job_id, each.tokens)
-
-    def add(self, workspace_id: int, job_id: UUID, tokens: int) -> None:
-        """Count a chunk of a job."""
-        self._of_workspace[workspace_id] += tokens
-        self._of_job[job_id] += tokens
-
-    def turn(self, job: Any) -> tuple[Any, ...]:
-        """Whose turn it is: the least."""
-        share = self._of_workspace[job["workspace_id"]] / job["weight"]
-        return (-job["priority"], share, self._of_job[job["id"]], job["id"])
-
-
-def choose(of_model: Sequence[Any], feeds: "dict[UUID, Any]", tokens: Tokens, room: int) -> Iterator[tuple[UUID, int]]:
-    """Which chunks to ring for: priority first, then the workspace with the fewest tokens in flight for its weight,
-    then its job with the fewest, then the oldest. `tokens` grows with what is chosen."""
-    open_jobs = list(of_model)
-    while room > 0 and open_jobs:
-        job = min(open_jobs, key=tokens.turn)
-        chunk = feeds[job["id"]].take()
-        if chunk is None:
-            open_jobs.remove(job)
-            continue
-        tokens.add(job["workspace_id"], job["id"], max(1, chunk[1]))
-        room -= 1
-        yield job["id"], chunk[0]
+        dispatcher.rounds.do(connection)
 
 
 def sweep(dispatcher: Dispatcher) -> None:
@@ -202,12 +80,12 @@ def sweep(dispatcher: Dispatcher) -> None:
         _note_contact(dispatcher)
         if time.monotonic() < dispatcher.sweep_from or uptime < dispatcher.lease_seconds:
             return
-        expired = chunks.expire_leases(connection, 500)
+        expired = losses.expire_leases(connection, 500)
     if expired:
         metrics.DISPATCHER_LEASES_EXPIRED.inc(len(expired))
         log.warning("leases_expired", chunks=expired)
     with dispatcher.engine.begin() as connection:
-        ended = chunks.terminate_frozen_backends(connection, dispatcher.lease_seconds)
+        ended = losses.terminate_frozen_backends(connection, dispatcher.lease_seconds)
     if ended:
         metrics.DISPATCHER_BACKENDS_ENDED.inc(len(ended))
         log.warning("frozen_backends_terminated", chunks=ended)
@@ -297,7 +175,7 @@ def judge_models(dispatcher: Dispatcher) -> None:
                 message = "its model is no longer in the catalogue as it was"
                 jobs.begin_cancelling(connection, job["id"], JobState.FAILED, Reason.MODEL_CANNOT_LOAD, message)
         _judge_dropped(connection)
-        for name, (lost, distinct, commits) in chunks.losses_and_commits(connection, 600).items():
+        for name, (lost, distinct, commits) in losses.of_models(connection, 600).items():
             # One text that kills its process loses five claims of one chunk; only losses all over are the workers'.
             if lost > commits and (distinct >= _BROKEN_CHUNKS or lost >= _BROKEN_CLAIMS):
                 for job_id in jobs.running_of_model(connection, name):
@@ -306,7 +184,7 @@ def judge_models(dispatcher: Dispatcher) -> None:
 
 
 def _judge_dropped(connection: Connection) -> None:
-    live = workers.live(connection, WORKER_SEEN_SECONDS)
+    live = workers.live(connection)
     dropped = {name: reason for worker in live for name, reason in worker["dropped"].items()}
     for name, reason in dropped.items():
         if any(name in worker["models"] for worker in live):
@@ -361,7 +239,7 @@ def see_to_errands(dispatcher: Dispatcher) -> None:
 def show_standing(dispatcher: Dispatcher) -> None:
     """Let the metrics say how things stand."""
     with dispatcher.engine.connect() as connection:
-        standing.show(connection, dispatcher.publisher.waiting, queue_of, WORKER_SEEN_SECONDS)
+        standing.show(connection, dispatcher.publisher.waiting, queue_of)
 
 
 #: What the dispatcher does, each how often in seconds.

@@ -25,17 +25,15 @@ def show(
     connection: Connection,
     waiting: Callable[[Sequence[str]], Mapping[str, int]],
     queue_of: Callable[[str], str],
-    seen_within_seconds: float,
 ) -> None:
     """Look, and let the metrics say it.
 
     Args:
         waiting: gives the messages that wait, of models by their slugs.
-        seen_within_seconds: workers seen since then live.
     """
     catalogue = models.every(connection)
     _show_jobs(connection, [row["name"] for row in catalogue])
-    _show_workers(connection, [row["name"] for row in catalogue], seen_within_seconds)
+    _show_workers(connection, [row["name"] for row in catalogue])
     for slug, messages in waiting([row["slug"] for row in catalogue]).items():
         metrics.DISPATCHER_QUEUE_MESSAGES.labels(queue_of(slug)).set(messages)
     _forget_others(metrics.DISPATCHER_CHUNKS, "model", {row["name"] for row in catalogue})
@@ -77,10 +75,10 @@ def _show_jobs(connection: Connection, names: Sequence[str]) -> None:
         metrics.DISPATCHER_CHUNKS.labels(name, "running").set(running[name])
 
 
-def _show_workers(connection: Connection, names: Sequence[str], seen_within_seconds: float) -> None:
+def _show_workers(connection: Connection, names: Sequence[str]) -> None:
     slots: Counter[str] = Counter()
     by_state: Counter[str] = Counter()
-    for worker in workers.live(connection, seen_within_seconds):
+    for worker in workers.live(connection):
         by_state["resting" if worker["resting"] else "serving"] += 1
         for name in () if worker["resting"] else set(worker["models"]) - worker["dropped"].keys():
             slots[name] += worker["slots"]

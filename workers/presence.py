@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline.publish import queue_of
 from pipeline.settings import Settings, read_key
-from pipeline.store import chunks, models, workers
+from pipeline.store import losses, models, workers
 from pipeline.store.database import make_engine
 
 log = structlog.get_logger()
@@ -86,11 +86,11 @@ class Presence:
 
     def _free(self, chunk_id: int, task_id: str, cause: str) -> None:
         with self._engine.begin() as connection:
-            freed = chunks.free_lost_claim(connection, chunk_id, self._worker_id, task_id, cause)
+            freed = losses.free_lost_claim(connection, chunk_id, self._worker_id, task_id, cause)
             if not freed:
                 early = f"{cause} before its claim"
-                chunks.note_death_before_claim(connection, chunk_id, self._worker_id, task_id, early)
-            lost = chunks.worker_losses_since_commit(connection, self._worker_id)
+                losses.note_death_before_claim(connection, chunk_id, self._worker_id, task_id, early)
+            lost = losses.of_worker(connection, self._worker_id)
         log.warning("child_lost", chunk=chunk_id, freed=freed, cause=cause)
         if lost >= _LOST_CHUNKS and not self._resting:
             self._rests_until = time.monotonic() + _REST_SECONDS

@@ -30,7 +30,7 @@ from pipeline.errors import (
 from pipeline.jobs import ChunkState, Claim, Model, Reason
 from pipeline.publish import RUN_CHUNK
 from pipeline.settings import Settings, load_settings, read_key
-from pipeline.store import chunks, jobs, models, workers
+from pipeline.store import chunks, jobs, losses, models, workers
 from pipeline.store.database import is_connection_lost, make_engine, plain_reason
 from workers import counting
 from workers.app import app, worker_id_of
@@ -208,7 +208,7 @@ def _embed(child: Child, model: Model, claim: Claim) -> None:
         log.error("model_stopped", model=model.name, reason=str(error))
         try:
             with child.engine.begin() as connection:
-                chunks.note_stop(connection, claim)
+                losses.note_stop(connection, claim)
             _give_back(child.engine, claim, error)
         finally:
             os._exit(70)

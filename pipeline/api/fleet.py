@@ -14,8 +14,8 @@ from pipeline.store import engines, models, workers
 
 router = APIRouter(prefix="/api", responses=problems(400, 404), tags=["Fleet"])
 
-#: Workers and engines that are silent for longer are gone.
-_SILENCE_SECONDS = 30.0
+#: An engine that is silent for longer is gone.
+_ENGINE_SILENT_SECONDS = 30.0
 
 
 class Worker(BaseModel):
@@ -77,7 +77,7 @@ async def list_workers(request: Request) -> Fleet:
     def act(connection: Connection) -> tuple[list[Any], list[Any], set[str]]:
         usable = models.every(connection) if caller.admin else models.of_workspace(connection, caller.workspace_id)
         names = {row["name"] for row in usable}
-        return workers.live(connection, _SILENCE_SECONDS), engines.live(connection, _SILENCE_SECONDS), names
+        return workers.live(connection), engines.live(connection, _ENGINE_SILENT_SECONDS), names
 
     working, serving, names = await ask(request, act)
     return Fleet(

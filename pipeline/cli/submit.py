@@ -254,7 +254,7 @@ def _submit(place: Place, model: str, corpus: Source, options: Options) -> str:
 def _estimate(place: Place, model: str, corpus: Source, options: Options, *, as_json: bool) -> None:
     with place.engine.begin() as connection:
         row = find_row(connection, place.workspace_id, model)
-        slots = sum(worker["slots"] for worker in workers.live(connection, 30) if row["name"] in worker["models"])
+        slots = sum(worker["slots"] for worker in workers.live(connection) if row["name"] in worker["models"])
 
     def tokenise(texts: Sequence[str], max_tokens: int | None) -> tuple[Sequence[int], Sequence[bool]]:
         if row["kind"] == "gateway":  # only it could tell

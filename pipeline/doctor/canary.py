@@ -11,7 +11,6 @@ from sqlalchemy import RowMapping
 from pipeline import control, status
 from pipeline.canary import CANARY, is_canary
 from pipeline.catalog import as_model, find_row, workspace_id
-from pipeline.dispatch import WORKER_SEEN_SECONDS
 from pipeline.doctor.findings import Finding, fail, ok, skipped
 from pipeline.doctor.patient import Patient
 from pipeline.errors import IllegalTransition
@@ -44,7 +43,7 @@ def _chosen(patient: Patient) -> list[RowMapping]:
     workspace = patient.ask(workspace_id)
     if patient.canary_models:
         return [patient.ask(find_row, workspace, name) for name in patient.canary_models]
-    live = patient.ask(workers.live, WORKER_SEEN_SECONDS)
+    live = patient.ask(workers.live)
     served = {name for worker in live for name in worker["models"]}
     rows = patient.ask(models.of_workspace, workspace)
     return [row for row in rows if row["kind"] == "local" and row["name"] in served]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from http import HTTPStatus
 
-from pipeline.dispatch import ROLE, WORKER_SEEN_SECONDS
+from pipeline.dispatch import ROLE
 from pipeline.doctor.findings import Finding, fail, ok, skipped, warn
 from pipeline.doctor.patient import Patient, answer
 from pipeline.store import engines, health, workers
@@ -27,7 +27,7 @@ def dispatcher(patient: Patient) -> Iterator[Finding]:
 
 def some_workers(patient: Patient) -> Iterator[Finding]:
     """Workers live, and serve each model that a workspace may use."""
-    live = patient.ask(workers.live, WORKER_SEEN_SECONDS)
+    live = patient.ask(workers.live)
     if not live:
         yield fail("none is alive", "start one on each machine: vectormill worker")
         return
@@ -46,7 +46,7 @@ def some_workers(patient: Patient) -> Iterator[Finding]:
 
 def dropped_models(patient: Patient) -> Iterator[Finding]:
     """No worker has given a model up."""
-    live = patient.ask(workers.live, WORKER_SEEN_SECONDS)
+    live = patient.ask(workers.live)
     served = {name for worker in live for name in worker["models"]}
     dropped = [(worker["host"], *each) for worker in live for each in worker["dropped"].items()]
     for host, name, reason in dropped:

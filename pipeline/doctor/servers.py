@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 import redis
 from sqlalchemy.exc import DBAPIError
 
-from pipeline.dispatch import WORKER_SEEN_SECONDS
 from pipeline.doctor.findings import Finding, fail, ok, warn
 from pipeline.doctor.patient import Patient, is_loopback
 from pipeline.errands import CONNECTIONS
@@ -148,7 +147,7 @@ def settings(patient: Patient) -> Iterator[Finding]:
 def _connections(patient: Patient, found: dict[str, str]) -> list[Finding]:
     reserved = ("superuser_reserved_connections", "reserved_connections")
     there = int(found["max_connections"]) - sum(int(found.get(name, 0)) for name in reserved)
-    live = patient.ask(workers.live, WORKER_SEEN_SECONDS)
+    live = patient.ask(workers.live)
     wanted = sum(_A_SLOT * worker["slots"] + _A_WORKER for worker in live) + _THE_REST
     if wanted <= there:
         return []

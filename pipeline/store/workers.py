@@ -6,6 +6,9 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, text
 
+#: A worker that hasn't shown itself for so long is taken for gone.
+SEEN_SECONDS = 30
+
 
 def show(connection: Connection, worker_id: UUID, *, host: str, device: str, models: Sequence[str], slots: int) -> None:
     """Say that a worker lives and what it serves."""
@@ -66,7 +69,7 @@ def forget_unseen(connection: Connection, seconds: float) -> int:
     ).rowcount
 
 
-def live(connection: Connection, seen_within_seconds: float) -> list[RowMapping]:
+def live(connection: Connection, seen_within_seconds: float = SEEN_SECONDS) -> list[RowMapping]:
     """Workers seen lately, the longest running first."""
     return list(
         connection.execute(

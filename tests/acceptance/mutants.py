@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from pipeline.store import chunks
+from pipeline.store import chunks, losses
 from tests.acceptance.poison import Poison
 from workers.app import app
 
@@ -32,7 +32,7 @@ def _without_renewal() -> None:
 
 def _without_sweep() -> None:
     """Leases that run out are left as they are."""
-    chunks.expire_leases = lambda *_: []
+    losses.expire_leases = lambda *_: []
 
 
 def _without_one_transaction() -> None:

@@ -20,7 +20,7 @@ from pipeline.dispatch import Dispatcher, drain, finish, judge_models, keep_hous
 from pipeline.errors import ServiceUnreachable, UserError
 from pipeline.jobs import Model, RejectCode
 from pipeline.publish import Publisher, queue_of
-from pipeline.store import chunks, items, models, workers
+from pipeline.store import items, losses, models, workers
 from pipeline.writeback import write_chunk
 from tests.jobs_made import (
     DONE,
@@ -146,14 +146,14 @@ def test_a_lost_chunk_waits_for_no_lap(
     publish(dispatcher)
     taken(engine, job_id, 0, lease_seconds=-1)
     with engine.begin() as connection:
-        assert chunks.expire_leases(connection, 10) == [ids[0]]
+        assert losses.expire_leases(connection, 10) == [ids[0]]
     publish(dispatcher)
     assert waiting(valkey) == [ids[0], *ids[:4]], "the queue is full, and it comes before all that is in it"
     drop(valkey, 5)
     publish(dispatcher)
     assert waiting(valkey) == ids[4:8], "its message may be on its way, and it isn't rung for at once again"
     drop(valkey, 4)
-    dispatcher.rung[ids[0]] -= 10
+    dispatcher.rounds.rung[ids[0]] -= 10
     publish(dispatcher)
     assert waiting(valkey)[0] == ids[0], "but again in a while"
 
@@ -178,7 +178,7 @@ def test_jobs_that_dont_run_are_not_rung_for(
     run_sql(engine, "update vectormill.jobs set state = :state", state=state)
     publish(dispatcher)
     assert waiting(valkey) == []
-    assert dispatcher.cursors == {}
+    assert dispatcher.rounds.cursors == {}
 
 
 def test_workspaces_share_a_queue(engine: Engine, model: Model, valkey: "redis.Redis", dispatcher: Dispatcher) -> None:
@@ -222,7 +222,7 @@ def test_a_dispatcher_does_its_duties_and_a_second_one_waits(
         for thread in runs:
             thread.join()
     assert len(set(waiting(valkey))) == len(waiting(valkey)) == 4
-    assert sorted(map(len, (first.cursors, second.cursors))) == [0, 1]
+    assert sorted(map(len, (first.rounds.cursors, second.rounds.cursors))) == [0, 1]
     assert run_sql(engine, "select count(*) from vectormill.leases") == [(0,)]
     assert {row["state"] for row in chunk_rows(engine, job_id)} == {"pending"}
     for each in (first, second):
@@ -288,7 +288,7 @@ def lose(engine: Engine, job_id: UUID, ordinal: int) -> None:
     """A worker claims a chunk and is never heard of again."""
     taken(engine, job_id, ordinal, lease_seconds=-1)
     with engine.begin() as connection:
-        assert chunks.expire_leases(connection, 10)
+        assert losses.expire_leases(connection, 10)
 
 
 def test_jobs_whose_claims_are_mostly_lost_are_paused(engine: Engine, model: Model, dispatcher: Dispatcher) -> None:

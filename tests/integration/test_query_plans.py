@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event
 
 from pipeline.embedded.runtime import Running
-from pipeline.store import chunks, events, jobs, outputs, requests
+from pipeline.store import chunks, events, jobs, losses, outputs, requests
 from pipeline.store.database import make_engine
 from tests.conftest import new_database
 from tests.jobs_made import WORKER, make_job, make_model, run_sql
@@ -190,7 +190,7 @@ def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str
         "lost_pending": lambda c: chunks.lost_pending(c, 1_000),
         "has_open": lambda c: chunks.has_open(c, job),
         "cancel_pending": lambda c: chunks.cancel_pending(c, job, chunk, 5_000),
-        "expire_leases": lambda c: chunks.expire_leases(c, 500),
+        "expire_leases": lambda c: losses.expire_leases(c, 500),
         "tokens_in_flight": chunks.tokens_in_flight,
         "reopen": lambda c: chunks.reopen(c, job, ["encode_failed"]),
         "active": jobs.active,

@@ -18,7 +18,7 @@ from pipeline.jobs import Model
 from pipeline.migrate import known_revisions
 from pipeline.purge import purge_month
 from pipeline.settings import Settings
-from pipeline.store import chunks, partitions
+from pipeline.store import chunks, losses, partitions
 from pipeline.store.database import make_engine
 from tests.acceptance.fleet import eventually
 from tests.jobs_made import make_job, run_sql, taken
@@ -207,7 +207,7 @@ def test_the_dispatcher_ends_the_backend_of_a_worker_that_froze(
 
         def ended() -> list[int]:
             with as_dispatcher.begin() as connection:
-                return chunks.terminate_frozen_backends(connection, 0.1)
+                return losses.terminate_frozen_backends(connection, 0.1)
 
         assert eventually(ended, "an ended backend") == [claim.chunk_id]
         frozen.invalidate()

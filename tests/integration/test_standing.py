@@ -18,7 +18,7 @@ def _waiting(slugs: Sequence[str]) -> Mapping[str, int]:
 def _shown(engine: Engine) -> set[str]:
     """The values of the labels of what is shown of models."""
     with engine.begin() as connection:
-        standing.show(connection, _waiting, queue_of, seen_within_seconds=30)
+        standing.show(connection, _waiting, queue_of)
     samples = [sample for gauge in _OF_MODELS for found in gauge.collect() for sample in found.samples]
     return {value for sample in samples for name, value in sample.labels.items() if name in ("model", "queue")}
 

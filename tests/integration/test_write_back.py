@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, event
 from pipeline import writeback
 from pipeline.errors import LeaseLost
 from pipeline.jobs import ChunkState, Claim, Model, RejectCode
-from pipeline.store import chunks, embeddings
+from pipeline.store import embeddings, losses
 from pipeline.store.database import is_connection_lost, make_engine
 from pipeline.writeback import Ending, Part, write_chunk
 from tests.jobs_made import (
@@ -112,7 +112,7 @@ def refused(engine: Engine) -> Iterator[None]:
 def test_a_stale_fence_is_refused(engine: Engine, job_id: UUID) -> None:
     stale = taken(engine, job_id, lease_seconds=-1)
     with engine.begin() as connection:
-        chunks.expire_leases(connection, 1)
+        losses.expire_leases(connection, 1)
     assert taken(engine, job_id).fence == 2
     with refused(engine):
         write_chunk(engine, stale, 0, part_of([0, 1, 2, 3]), DONE)
@@ -129,7 +129,7 @@ def test_an_ended_chunk_is_refused(engine: Engine, job_id: UUID, claim: Claim, s
 def test_a_swept_chunk_with_my_fence_is_mine_still(engine: Engine, job_id: UUID) -> None:
     claim = taken(engine, job_id, lease_seconds=-1)
     with engine.begin() as connection:
-        chunks.expire_leases(connection, 1)
+        losses.expire_leases(connection, 1)
     write_chunk(engine, claim, 0, part_of([0, 1, 2, 3]), DONE)
     assert counts(engine, job_id) == ("done", 4, 0, 12)
 

@@ -7,7 +7,7 @@ from uuid import UUID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.dispatch import Tokens, choose
+from pipeline.rounds import Tokens, choose
 from pipeline.store.chunks import InFlight
 
 

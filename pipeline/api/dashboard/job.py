@@ -13,7 +13,6 @@ from sqlalchemy import Connection, RowMapping
 from pipeline import status
 from pipeline.api.dashboard import drawing
 from pipeline.api.dashboard.answer import PageRoute, show
-from pipeline.api.dashboard.pages import WORKER_SILENT_SECONDS
 from pipeline.api.dashboard.session import Viewer
 from pipeline.errors import UnknownJob
 from pipeline.jobs import RETRYABLE_REJECTS, JobState, RejectCode
@@ -89,7 +88,7 @@ def _job(connection: Connection, viewer: Viewer, *, job_id: UUID) -> dict[str, A
 
 
 def _is_served(connection: Connection, model: str) -> bool:
-    return any(model in worker["models"] for worker in workers.live(connection, WORKER_SILENT_SECONDS))
+    return any(model in worker["models"] for worker in workers.live(connection))
 
 
 def _throughput(connection: Connection, job_id: UUID, row: RowMapping) -> drawing.Chart | None:

@@ -23,8 +23,6 @@ _PAGE = 25
 _MOST_GROUPS = 100
 #: Silent workers are shown for a while: at night one asks where they went.
 _WORKERS_SECONDS = 900.0
-#: As dispatcher and api take them for gone.
-WORKER_SILENT_SECONDS = 30.0
 _ENGINE_SECONDS = 60.0
 _ENGINE_SILENT_SECONDS = 10.0
 Word = Annotated[str, Query(max_length=200, pattern="^[^\0]*$")]
@@ -90,7 +88,7 @@ def _workers(connection: Connection, viewer: Viewer) -> dict[str, Any]:
                 "models": [name for name in row["models"] if name in visible],
                 "dropped": {name: why for name, why in row["dropped"].items() if name in visible},
                 "busy": busy.get(row["id"], 0),
-                "silent": is_silent(row, now, WORKER_SILENT_SECONDS),
+                "silent": is_silent(row, now, workers.SEEN_SECONDS),
             }
             for row in workers.live(connection, _WORKERS_SECONDS)
         ],
@@ -127,7 +125,7 @@ async def show_models(request: Request) -> Response:
 
 
 def _models(connection: Connection, viewer: Viewer) -> dict[str, Any]:
-    serving = workers.live(connection, WORKER_SILENT_SECONDS)
+    serving = workers.live(connection)
     answering = engines.live(connection, _ENGINE_SILENT_SECONDS)
     return {
         "models": [

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from glob import glob
 from random import Random
 
@@ -17,6 +18,8 @@ from tests.lines import Call
 #: Where Debian has the library by which a process sees another time.
 FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
 _STRIKE_SECONDS = 60.0
+#: A worker that starts beside a fleet which keeps every core busy takes a minute or two.
+_START_SECONDS = 300.0
 
 
 def _at_work(site: Site, random: Random) -> tuple[psutil.Process, Claimed]:
@@ -194,7 +197,8 @@ def clock_ahead(site: Site, random: Random) -> Done:
         select exists (select from vectormill.chunks c join vectormill.workers w on w.id = c.worker_id
                        where c.state = 'done' and w.id <> all(:known))
     """
-    eventually(lambda: site.scalar(query, known=known), "a chunk done by the worker whose clock is ahead")
+    seen = partial(site.scalar, query, known=known)
+    eventually(seen, "a chunk done by the worker whose clock is ahead", seconds=_START_SECONDS)
     site.keep_counts()
     process.terminate()
     code = process.wait(timeout=120)
