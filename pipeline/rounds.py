@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -31,7 +31,8 @@ class Rounds:
 
     def do(self, connection: Connection) -> None:
         """Ring for pending chunks until each model's queue holds one message a live slot, at least four. Those whose
-        claim was lost come on top, and to the front: they have waited for a lease already.
+        claim was lost come on top. A claim lost once goes to the front, as it has waited for a lease already; lost
+        again it waits its turn, or a text that kills processes would have them all to itself.
 
         Raises:
             ServiceUnreachable: Redis doesn't answer.
@@ -59,23 +60,21 @@ class Rounds:
                 self._ring(slugs[name], job_id, chunk_id)
         self.cursors = {job["id"]: self.cursors.get(job["id"], 0) for job in runnable}
 
-    def _lost(self, connection: Connection) -> Mapping[UUID, Sequence[int]]:
-        """Pending chunks whose claim was lost, by job. They don't wait for the cursor's next lap, as the job may be
-        huge; each is rung for now and then, as its message may be lost too."""
-        now, found = time.monotonic(), defaultdict(list)
+    def _lost(self, connection: Connection) -> Sequence[tuple[UUID, int, bool]]:
+        """Chunks whose claim was lost, to ring for now, and whether more were. They don't wait for the cursor's next
+        lap, as the job may be huge; each is rung for now and then, as its message may be lost too."""
+        now = time.monotonic()
         pending = chunks.lost_pending(connection, _LOST_LIMIT)
-        self.rung = {chunk: self.rung[chunk] for _, chunk in pending if chunk in self.rung}
-        for job_id, chunk in pending:
-            if now - self.rung.get(chunk, -_RING_AGAIN_SECONDS) >= _RING_AGAIN_SECONDS:
-                found[job_id].append(chunk)
-        return found
+        self.rung = {chunk: self.rung[chunk] for _, chunk, _ in pending if chunk in self.rung}
+        return [each for each in pending if now - self.rung.get(each[1], -_RING_AGAIN_SECONDS) >= _RING_AGAIN_SECONDS]
 
-    def _ring_lost(self, slug: str, of_model: Sequence[Any], lost: Mapping[UUID, Sequence[int]], most: int) -> None:
-        """Ring for lost chunks, whatever waits already: the oldest comes first, and so is rung for last."""
-        oldest = sorted((chunk_id, job["id"]) for job in of_model for chunk_id in lost.get(job["id"], ()))[:most]
-        for chunk_id, job_id in reversed(oldest):
+    def _ring_lost(self, slug: str, of_model: Sequence[Any], lost: Sequence[tuple[UUID, int, bool]], most: int) -> None:
+        """Ring for lost chunks, whatever waits already. At the front the oldest comes first, so it's rung for last."""
+        ids = {job["id"] for job in of_model}
+        oldest = [each for each in lost if each[0] in ids][:most]
+        for job_id, chunk_id, again in reversed(oldest):
             self.rung[chunk_id] = time.monotonic()
-            self._ring(slug, job_id, chunk_id, first=True)
+            self._ring(slug, job_id, chunk_id, first=not again)
 
     def _ring(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
         self._publisher.ring(slug, job_id, chunk_id, first=first)

@@ -241,11 +241,12 @@ def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) 
     return [(row[0], row[1]) for row in rows]
 
 
-def lost_pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int]]:
-    """Claimable chunks of runnable jobs whose last claim was lost: (job id, chunk id)."""
+def lost_pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int, bool]]:
+    """Claimable chunks of runnable jobs whose last claim was lost: (job id, chunk id, whether more were lost lately, so
+    that one of its texts may do it)."""
     rows = connection.execute(
         text("""
-            select c.job_id, c.id
+            select c.job_id, c.id, c.isolation > 1
             from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
             where c.state = 'pending' and c.crashes > 0 and (c.not_before is null or c.not_before <= now())
               and j.state in ('queued', 'running')
@@ -253,7 +254,7 @@ def lost_pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int
         """),
         {"limit": limit},
     )
-    return [(row[0], row[1]) for row in rows]
+    return [(row[0], row[1], row[2]) for row in rows]
 
 
 def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int) -> list[int]:

@@ -6,7 +6,7 @@ from sqlalchemy import Connection, text
 
 from pipeline.jobs import Claim
 
-_STOPPED = "model stopped"
+_EXPIRED, _STOPPED = "lease expired", "model stopped"
 
 _LOSE = """
     with lost as (
@@ -34,7 +34,7 @@ def expire_leases(connection: Connection, limit: int) -> list[int]:
             order by lease_until limit :limit for update skip locked"""
             )
         ),
-        {"limit": limit, "cause": "lease expired"},
+        {"limit": limit, "cause": _EXPIRED},
     )
     return [row[0] for row in rows]
 
@@ -111,27 +111,37 @@ def terminate_frozen_backends(connection: Connection, lease_seconds: float) -> l
 
 
 def of_models(connection: Connection, window_seconds: float) -> dict[str, tuple[int, int, int]]:
-    """Of each model that lost a claim within the window, and since its oldest job was queued or resumed: claims lost,
-    distinct chunks that lost one, and claims that committed something."""
+    """Of each model that lost a claim within the window, and since its oldest job was queued or resumed: claims lost
+    before they had committed anything, distinct chunks that lost one so, and claims that committed something.
+
+    A machine or a cable takes all its claims with it when it goes, and says nothing of the model: of each chunk, the
+    first lease that runs out isn't counted.
+    """
     rows = connection.execute(
         text("""
             with since as (
               select model_name as model,
                      greatest(now() - make_interval(secs => :window), min(coalesce(resumed_at, queued_at))) as moment
               from vectormill.jobs where state in ('queued', 'running') group by model_name
+            ), every as (
+              select l.model, s.moment, l.chunk_id, l.fence, l.id, l.cause = :expired and
+                     row_number() over (partition by l.model, l.chunk_id, l.cause order by l.id) = 1 as excused
+              from vectormill.claim_losses l join since s on s.model = l.model and l.lost_at > s.moment
             ), lost as (
               -- No text is at fault for a loss before the claim, so each of them tells as much as another chunk's.
-              select l.model, s.moment, count(*) as claims,
-                     count(distinct (l.chunk_id, case when l.fence = 0 then l.id end)) as chunks
-              from vectormill.claim_losses l join since s on s.model = l.model and l.lost_at > s.moment
-              group by l.model, s.moment
+              select model, moment, count(*) as claims,
+                     count(distinct (chunk_id, case when fence = 0 then id end)) as chunks
+              from every e
+              where not excused and not exists (select from vectormill.usage u
+                                                where u.chunk_id = e.chunk_id and u.fence = e.fence)
+              group by model, moment
             )
             select l.model, l.claims, l.chunks,
                    (select count(distinct (u.chunk_id, u.fence)) from vectormill.usage u
                     where u.model = l.model and u.created_at > l.moment and u.chunk_id is not null)
             from lost l
         """),
-        {"window": window_seconds},
+        {"window": window_seconds, "expired": _EXPIRED},
     )
     return {model: (claims, chunk_count, commits) for model, claims, chunk_count, commits in rows}
 

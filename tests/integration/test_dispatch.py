@@ -25,6 +25,7 @@ from pipeline.writeback import write_chunk
 from tests.jobs_made import (
     DONE,
     PENDING,
+    RUNNING,
     chunk_ids,
     chunk_rows,
     count,
@@ -156,6 +157,21 @@ def test_a_lost_chunk_waits_for_no_lap(
     dispatcher.rounds.rung[ids[0]] -= 10
     publish(dispatcher)
     assert waiting(valkey)[0] == ids[0], "but again in a while"
+
+
+def test_a_chunk_lost_again_waits_its_turn(
+    engine: Engine, model: Model, valkey: "redis.Redis", dispatcher: Dispatcher
+) -> None:
+    job_id = make_job(engine, model, 40)
+    ids = chunk_ids(engine, job_id)
+    for _ in range(2):
+        lose(engine, job_id, 0)
+    publish(dispatcher)
+    assert waiting(valkey) == [ids[0], *ids[:4]], "nothing else waited yet"
+    drop(valkey, 2)
+    dispatcher.rounds.rung[ids[0]] -= 10
+    publish(dispatcher)
+    assert waiting(valkey) == [*ids[1:4], ids[0], ids[4]]
 
 
 def test_only_pending_chunks_whose_time_has_come_are_rung_for(
@@ -291,15 +307,22 @@ def lose(engine: Engine, job_id: UUID, ordinal: int) -> None:
         assert losses.expire_leases(connection, 10)
 
 
+def die(engine: Engine, job_id: UUID, ordinal: int) -> None:
+    """A worker's child claims a chunk and dies over it."""
+    claim = taken(engine, job_id, ordinal, task=f"of {ordinal}")
+    with engine.begin() as connection:
+        assert losses.free_lost_claim(connection, claim.chunk_id, claim.worker_id, f"of {ordinal}", "killed")
+
+
 def test_jobs_whose_claims_are_mostly_lost_are_paused(engine: Engine, model: Model, dispatcher: Dispatcher) -> None:
     sound = make_job(engine, make_model(engine, "sound"), 40)
     job_id = make_job(engine, model, 40)
     write_chunk(engine, taken(engine, job_id, 9), 0, part_of([36, 37, 38, 39]), DONE)
     for ordinal in (0, 1):
-        lose(engine, job_id, ordinal)
+        die(engine, job_id, ordinal)
         judge_models(dispatcher)
         assert state(engine, job_id) == ("running", None)
-    lose(engine, job_id, 2)
+    die(engine, job_id, 2)
     judge_models(dispatcher)
     assert state(engine, job_id) == ("paused", "workers_failing")
     assert "3 claims lost and 1 commits" in job_row(engine, job_id)["message"]
@@ -309,12 +332,39 @@ def test_jobs_whose_claims_are_mostly_lost_are_paused(engine: Engine, model: Mod
 def test_a_person_who_resumes_has_mended_the_workers(engine: Engine, model: Model, dispatcher: Dispatcher) -> None:
     job_id = make_job(engine, model, 40)
     for ordinal in range(3):
-        lose(engine, job_id, ordinal)
+        die(engine, job_id, ordinal)
     judge_models(dispatcher)
     with engine.begin() as connection:
         control.resume(connection, job_id)
     judge_models(dispatcher)
     assert state(engine, job_id) == ("queued", None)
+
+
+def test_a_machine_that_goes_with_all_its_claims_pauses_nobody(
+    engine: Engine, model: Model, dispatcher: Dispatcher
+) -> None:
+    job_id = make_job(engine, model, 40)
+    for ordinal in range(10):
+        lose(engine, job_id, ordinal)
+    judge_models(dispatcher)
+    assert state(engine, job_id) == ("running", None)
+    for ordinal in range(3):
+        lose(engine, job_id, ordinal)
+    judge_models(dispatcher)
+    assert state(engine, job_id) == ("paused", "workers_failing"), "but when the next ones lose the same chunks again"
+
+
+def test_claims_that_committed_before_they_were_lost_pause_nobody(
+    engine: Engine, model: Model, dispatcher: Dispatcher
+) -> None:
+    job_id = make_job(engine, model, 40)
+    for ordinal in range(4):
+        claim = taken(engine, job_id, ordinal, task="died")
+        write_chunk(engine, claim, 0, part_of([4 * ordinal]), RUNNING)
+        with engine.begin() as connection:
+            assert losses.free_lost_claim(connection, claim.chunk_id, claim.worker_id, "died", "killed")
+    judge_models(dispatcher)
+    assert state(engine, job_id) == ("running", None)
 
 
 def test_a_text_that_kills_its_process_pauses_nobody(engine: Engine, model: Model, dispatcher: Dispatcher) -> None:
@@ -328,7 +378,7 @@ def test_a_text_that_kills_its_process_pauses_nobody(engine: Engine, model: Mode
 def test_work_that_is_mostly_done_goes_on(engine: Engine, model: Model, dispatcher: Dispatcher) -> None:
     job_id = make_job(engine, model, 40)
     for ordinal in range(3):
-        lose(engine, job_id, ordinal)
+        die(engine, job_id, ordinal)
         first = 4 * ordinal
         write_chunk(engine, taken(engine, job_id, ordinal), 0, part_of(range(first, first + 4)), DONE)
     judge_models(dispatcher)

@@ -36,10 +36,11 @@ def main() -> None:
         if not asked.kind or any(part in kind.name for part in asked.kind)
     )
     print(f"seed {asked.seed}", flush=True)
-    ends = time.monotonic() + 60 * asked.minutes
+    begun: list[float] = []
 
     def goes_on(_: Report) -> bool:
-        return time.monotonic() < ends
+        begun[:] = begun or [time.monotonic()]
+        return time.monotonic() < begun[0] + 60 * asked.minutes
 
     lease_seconds, chunk_items = (_DEFAULT_LEASE_SECONDS, None) if asked.defaults else (_LEASE_SECONDS, _CHUNK_ITEMS)
     items, lanes = (_MANY_ITEMS, _LANES_AT_DEFAULTS) if asked.defaults else (_ITEMS, (*LANES, POISONED))
