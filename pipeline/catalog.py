@@ -12,7 +12,7 @@ from sqlalchemy import Connection, RowMapping
 
 from pipeline.errors import ModelError, UnknownModel, UserError
 from pipeline.jobs import Model, Upstream
-from pipeline.store import models, workspaces
+from pipeline.store import models, workers, workspaces
 
 DEFAULT_WORKSPACE = "default"
 #: Files that decide a vector: weights, and what says how to use them.
@@ -196,6 +196,7 @@ def _add(connection: Connection, name: str, values: Mapping[str, Any], aliases: 
     columns = {"name": name, "slug": slug_of(name), "aliases": list(aliases), **values}
     if not models.add(connection, {**columns, "canary": bytes.fromhex(values["canary"])}):
         raise UserError(f'there is a model "{name}" (or one whose queue is called the same); remove it first.')
+    workers.take_up_model(connection, name)  # those who gave another one up that was called so
     models.enable(connection, workspace_id(connection), name)
 
 

@@ -28,20 +28,20 @@ class Deliveries:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._under_way: set[UUID] = set()
-        self._done: set[UUID] = set()
+        #: How many parts were there when it was done: a retry brings more.
+        self._done: dict[UUID, int] = {}
 
     def is_under_way(self, job_id: UUID) -> bool:
         """Whether a job is being delivered."""
         return job_id in self._under_way
 
-    def is_done(self, job: RowMapping) -> bool:
+    def is_done(self, connection: Connection, job: RowMapping) -> bool:
         """Whether nothing is left to deliver for a job whose chunks have ended; begins with it if need be. Never
         waits."""
         options = job["options"]
         if not options.get("output") and not options.get("hnsw"):
             return True
-        if job["id"] in self._done:
-            self._done.remove(job["id"])
+        if self._done.pop(job["id"], None) == outputs.count(connection, job["id"]):
             return True
         if job["id"] not in self._under_way and job["state"] != JobState.PAUSED:
             self._under_way.add(job["id"])
@@ -50,8 +50,7 @@ class Deliveries:
 
     def _run(self, job_id: UUID, options: dict[str, Any]) -> None:
         try:
-            self._deliver(job_id, options)
-            self._done.add(job_id)
+            self._done[job_id] = self._deliver(job_id, options)
         except StorageRefused as error:
             self._pause(job_id, Reason.STORAGE_REFUSED, str(error))
         except (ProgrammingError, DataError) as error:
@@ -68,7 +67,9 @@ class Deliveries:
         with self._engine.begin() as connection:
             control.pause_for(connection, job_id, reason, message)
 
-    def _deliver(self, job_id: UUID, options: dict[str, Any]) -> None:
+    def _deliver(self, job_id: UUID, options: dict[str, Any]) -> int:
+        """Returns the number of parts."""
+        written: list[outputs.Output] = []
         if folder := options.get("output"):
             with self._engine.begin() as connection:
                 # A crash must not forget a commit whose part readers see: see ops/decisions/0005.
@@ -80,6 +81,7 @@ class Deliveries:
             target = Into.from_json(options["into"])
             with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 into.build_hnsw(connection, target)
+        return len(written)
 
 
 def _about(connection: Connection, job_id: UUID) -> dict[str, Any]:

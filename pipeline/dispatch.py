@@ -22,7 +22,6 @@ from pipeline.publish import Publisher, queue_of
 from pipeline.rounds import Rounds
 from pipeline.store import chunks, events, items, jobs, losses, models, partitions, requests, usage, workers
 from pipeline.store.database import is_connection_lost, plain_reason, reporting_unreachable
-from pipeline.submit import undo_staging
 
 log = structlog.get_logger()
 
@@ -36,7 +35,6 @@ _LONGEST_DUTY_SECONDS = 0.5
 #: So many different chunks lost, or so many claims of few, are more than texts that kill their process explain.
 _BROKEN_CHUNKS = 3
 _BROKEN_CLAIMS = 15
-_STAGING_DEAD_SECONDS = 86_400
 _EVENT_DAYS = 30
 
 
@@ -110,7 +108,7 @@ def drain(dispatcher: Dispatcher) -> None:
 def finish(dispatcher: Dispatcher) -> None:
     """End jobs that have no open chunk, and freeze their receipts."""
     with dispatcher.engine.connect() as connection:
-        over = [job["id"] for job in jobs.active(connection) if not chunks.has_open(connection, job["id"])]
+        over = jobs.without_open_chunks(connection)
     for job_id in over:
         if dispatcher.deliveries.is_under_way(job_id):
             continue
@@ -120,7 +118,7 @@ def finish(dispatcher: Dispatcher) -> None:
                 continue
             account = status.current_receipt(connection, job_id)
             state, reason, message = control.outcome(row, account)
-            if state is JobState.COMPLETED and not dispatcher.deliveries.is_done(row):
+            if state is JobState.COMPLETED and not dispatcher.deliveries.is_done(connection, row):
                 continue
             jobs.end(connection, job_id, state, account, reason=reason, message=message)
             jobs.save_progress(connection, job_id, status.sum_up(connection, job_id))
@@ -141,14 +139,16 @@ def _count_end(dispatcher: Dispatcher, job_id: UUID, state: JobState, counts: Ma
 
 
 def snapshot(dispatcher: Dispatcher) -> None:
-    """Recompute the progress that status pages read, and stop jobs that have too many rejects."""
+    """Recompute the progress that status pages read, and stop jobs that have too many rejects. Of very many jobs, those
+    come first whose turn is longest due."""
     with dispatcher.engine.connect() as connection:
         active = jobs.active(connection)
     dispatcher.snapshots = {job["id"]: dispatcher.snapshots.get(job["id"], 0.0) for job in active}
-    for job in active:
+    enough = time.monotonic() + _LONGEST_DUTY_SECONDS
+    for job in sorted(active, key=lambda job: dispatcher.snapshots[job["id"]]):
         begin = time.monotonic()
-        if begin < dispatcher.snapshots[job["id"]]:
-            continue
+        if begin < dispatcher.snapshots[job["id"]] or begin > enough:
+            break
         with dispatcher.engine.begin() as connection:
             now = status.sum_up(connection, job["id"])
             jobs.save_progress(connection, job["id"], now)
@@ -161,9 +161,9 @@ def snapshot(dispatcher: Dispatcher) -> None:
                     Reason.TOO_MANY_REJECTS,
                     control.too_many(rejected, limit),
                 )
+        # Sums over very many chunks leave time to others, as far as pages stay fresh.
         pause = _SNAPSHOT_FACTOR * (time.monotonic() - begin)
-        if pause > 1:  # sums over very many chunks take a twentieth of the time, no more
-            dispatcher.snapshots[job["id"]] = begin + min(pause, status.FRESH_SECONDS / 2)
+        dispatcher.snapshots[job["id"]] = begin + min(pause, status.FRESH_SECONDS / 2) if pause > 1 else begin
 
 
 def judge_models(dispatcher: Dispatcher) -> None:
@@ -207,16 +207,12 @@ def measure_rates(dispatcher: Dispatcher) -> None:
 
 
 def keep_house(dispatcher: Dispatcher) -> None:
-    """Make partitions ahead, forget workers and submissions that nobody came back for, old events, and old queries."""
+    """Make partitions ahead; forget workers that are gone, old events, and old queries."""
     with dispatcher.engine.begin() as connection:
         partitions.make_ahead(connection)
         workers.forget_unseen(connection, 3600)
         events.forget_old(connection, _EVENT_DAYS)
         requests.forget_queries(connection, dispatcher.text_retention_days)
-        dead = jobs.dead_stagings(connection, _STAGING_DEAD_SECONDS)
-    for job_id, fence in dead:
-        undo_staging(dispatcher.engine, job_id, fence)
-        log.info("dead_staging_forgotten", job=str(job_id))
 
 
 def remove_old_texts(dispatcher: Dispatcher) -> None:
@@ -274,9 +270,14 @@ def run(dispatcher: Dispatcher, stop: threading.Event) -> None:
             if time.monotonic() >= due[duty]:
                 due[duty] = time.monotonic() + period
                 with metrics.DISPATCHER_DUTY_SECONDS.labels(duty.__name__).time():
-                    _attempt(partial(duty, dispatcher))
+                    _attempt(partial(_do, duty, dispatcher))
     with reporting_unreachable(), dispatcher.engine.begin() as connection:
         workers.drop_lease(connection, ROLE, holder)
+
+
+def _do(duty: Callable[[Dispatcher], None], dispatcher: Dispatcher) -> None:
+    duty(dispatcher)
+    _note_contact(dispatcher)  # many jobs make a long round, and no gap
 
 
 def _hold_role(dispatcher: Dispatcher, holder: str) -> bool:

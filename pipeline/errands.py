@@ -14,7 +14,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import batch_results, batches, files, metrics, sql_requests, store, webhooks
+from pipeline import batch_results, batches, files, metrics, sql_requests, store, submit, webhooks
 from pipeline.errors import Waiting
 from pipeline.settings import Settings
 from pipeline.store.database import is_connection_lost, plain_reason
@@ -23,6 +23,8 @@ log = structlog.get_logger()
 
 #: A piece that failed, or that must wait, isn't begun again before so long.
 _AGAIN_SECONDS = 10.0
+#: A submission whose lease ran out so long ago isn't taken up again by anybody.
+_STAGING_DEAD_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,12 @@ ERRANDS: tuple[Errand, ...] = (
         "expire_batch_request",
         store.batches.to_expire,
         lambda means, batch: batches.expire(means.engine, batch),
+        at_once=1,
+    ),
+    Errand(
+        "forget_staging",
+        lambda connection, limit: store.jobs.dead_stagings(connection, _STAGING_DEAD_SECONDS, limit),
+        lambda means, dead: submit.undo_staging(means.engine, *dead),
         at_once=1,
     ),
     Errand("forget_file", store.files.expired, lambda means, file: files.forget(means.engine, file), at_once=1),

@@ -32,7 +32,8 @@ class Rounds:
     def do(self, connection: Connection) -> None:
         """Ring for pending chunks until each model's queue holds one message a live slot, at least four. Those whose
         claim was lost come on top. A claim lost once goes to the front, as it has waited for a lease already; lost
-        again it waits its turn, or a text that kills processes would have them all to itself.
+        again it waits its turn, or a text that kills processes would have them all to itself. With them a queue holds
+        twice as much, no more, however long nobody takes any.
 
         Raises:
             ServiceUnreachable: Redis doesn't answer.
@@ -53,7 +54,7 @@ class Rounds:
         for name, of_model in by_model.items():
             window = max(_LEAST_WINDOW, slots[name])
             room = window - waiting[slugs[name]]
-            self._ring_lost(slugs[name], of_model, lost, window)
+            self._ring_lost(slugs[name], of_model, lost, max(0, min(window, window + room)))
             tokens = Tokens([each for each in in_flight if each.model == name])
             feeds = {job["id"]: _Feed(connection, self.cursors, job["id"], room) for job in of_model}
             for job_id, chunk_id in choose(of_model, feeds, tokens, room):

@@ -10,6 +10,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pipeline.errors import UserError
 
+#: The share of a device's memory that loaded models may take.
+MODELS_SHARE = 0.8
+#: A loaded model takes its weights and about as much again for the widest batch, within reason.
+ROOM_FACTOR = 2
+
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _MIB = 1024 * 1024
 

@@ -29,7 +29,7 @@ from pipeline.catalog import as_model
 from pipeline.errors import ModelError, ModelUnusable, UpstreamUnavailable, UserError
 from pipeline.jobs import Model
 from pipeline.logs import configure_logs
-from pipeline.settings import Settings, load_settings
+from pipeline.settings import MODELS_SHARE, Settings, load_settings
 from pipeline.store import engines, models
 from pipeline.store.database import make_engine
 from pipeline.wire import pack_vectors
@@ -40,7 +40,6 @@ log = structlog.get_logger()
 
 _PERIOD_SECONDS = 2.0
 _GOODBYE_SECONDS = 5.0
-_SHARE_OF_MEMORY = 0.8
 
 
 class Catalogue:
@@ -157,7 +156,7 @@ def main() -> None:
     device = settings.worker_devices[0]
     memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
     load = loader(device, os.cpu_count() if device == "cpu" else None, settings.worker_dtype)
-    serving = Serving(Residents(load, int(memory_bytes * _SHARE_OF_MEMORY)), settings.engine_queue_seconds)
+    serving = Serving(Residents(load, int(memory_bytes * MODELS_SHARE)), settings.engine_queue_seconds)
     catalogue = Catalogue(database, settings, f"http://{host}:{listener.getsockname()[1]}", serving)
     catalogue.read()
     if settings.worker_models:

@@ -90,6 +90,7 @@ class Presence:
             if not freed:
                 early = f"{cause} before its claim"
                 losses.note_death_before_claim(connection, chunk_id, self._worker_id, task_id, early)
+        with self._engine.begin() as connection:
             lost = losses.of_worker(connection, self._worker_id)
         log.warning("child_lost", chunk=chunk_id, freed=freed, cause=cause)
         if lost >= _LOST_CHUNKS and not self._resting:
@@ -132,7 +133,7 @@ class Presence:
                 continue
             if name in self._keyless:
                 self._keyless.discard(name)
-                workers.take_up_model(connection, self._worker_id, name)
+                workers.take_up_model(connection, name, self._worker_id)
             else:
                 self._keyless.add(name)
                 reason = f"there is no key for {row['gateway_url']}: set {variable} or {variable}_FILE, and resume"

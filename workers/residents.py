@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from pipeline.errors import ModelError
 from pipeline.jobs import Model
+from pipeline.settings import ROOM_FACTOR
 from workers.weights import verified_folder
 
 if TYPE_CHECKING:  # the parent and Flower import this module, and need no torch
     from workers.encoder import Encoder
 
 log = structlog.get_logger()
-
-#: A loaded model takes its weights and about as much again for the widest batch, within reason.
-_ROOM_FACTOR = 2
 
 
 class Residents:
@@ -38,8 +37,13 @@ class Residents:
             return held
         self._loaded.pop(model.name, None)
         self._make_room(model.weights_bytes)
-        encoder = self._load(model)
-        encoder.prove(model.canary)
+        try:
+            encoder = self._load(model)
+            encoder.prove(model.canary)
+        except ModelError:
+            raise
+        except Exception as error:  # a library that is missing, a folder that can't be read: no text is to blame
+            raise ModelError(f"it can't be loaded here ({type(error).__name__}: {str(error)[:300]})") from error
         self._loaded[model.name] = (model, encoder)
         log.info("model_loaded", model=model.name, device=str(encoder.device))
         return encoder
@@ -64,9 +68,9 @@ class Residents:
 
     def _make_room(self, weights_bytes: int) -> None:
         def taken() -> int:
-            return sum(model.weights_bytes for model, _ in self._loaded.values()) * _ROOM_FACTOR
+            return sum(model.weights_bytes for model, _ in self._loaded.values()) * ROOM_FACTOR
 
-        while self._loaded and taken() + weights_bytes * _ROOM_FACTOR > self._memory_bytes:
+        while self._loaded and taken() + weights_bytes * ROOM_FACTOR > self._memory_bytes:
             name, _ = self._loaded.popitem(last=False)
             log.info("model_evicted", model=name)
         gc.collect()

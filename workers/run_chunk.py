@@ -103,7 +103,9 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
 def _parts(encoder: Encoder, claim: Claim, intake: Intake, watch: Watch) -> Iterator[tuple[Part, Ending]]:
     """What to commit, one after the other; the last one ends the chunk or gives it back."""
     level, left = claim.isolation, intake.left
-    for serving in counting.while_read(claim.model, intake.servings):
+    for number, serving in enumerate(counting.while_read(claim.model, intake.servings)):
+        if number == 0:  # a file that takes long to unpack must not take all the time again and again
+            watch.began = monotonic()
         for step in _parts_of(encoder, claim, serving, level, watch):
             left -= step.part.settled
             # Whatever the watch says, what is under way is still awaited.

@@ -29,7 +29,7 @@ from pipeline.errors import (
 )
 from pipeline.jobs import ChunkState, Claim, Model, Reason
 from pipeline.publish import RUN_CHUNK
-from pipeline.settings import Settings, load_settings, read_key
+from pipeline.settings import MODELS_SHARE, Settings, load_settings, read_key
 from pipeline.store import chunks, jobs, losses, models, workers
 from pipeline.store.database import is_connection_lost, make_engine, plain_reason
 from workers import counting
@@ -82,7 +82,7 @@ class Child:
         memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
         self.residents = Residents(
             loader(device, threads, settings.worker_dtype),
-            int(memory_bytes * 0.8) // settings.worker_replicas,
+            int(memory_bytes * MODELS_SHARE) // settings.worker_replicas,
         )
         assert settings.redis_url is not None
         self._redis = connect(settings.redis_url.get_secret_value())
@@ -247,12 +247,13 @@ def _stop_job(engine: Engine, claim: Claim, error: Exception) -> None:
                 control.fail(connection, job_id, Reason.SOURCE_CHANGED, str(error))
             case SourceError():
                 control.fail(connection, job_id, Reason.SOURCE_DAMAGED, str(error))
+            case DBAPIError(orig=InsufficientPrivilege()):
+                yours = "; on the table that --into names grant select, insert and update" if into else ""
+                message = f"the workers' login lacks a right ({plain_reason(error)}); run ops/postgres/roles.sql{yours}"
+                control.pause_for(connection, job_id, Reason.WORKERS_FAILING, message)
             case DBAPIError() if into:
                 message = f"the table that --into names refuses the vectors ({plain_reason(error)})"
                 control.fail(connection, job_id, Reason.TABLE_REFUSED, message)
-            case DBAPIError(orig=InsufficientPrivilege()):
-                message = f"the workers' login lacks a right ({plain_reason(error)}); run ops/postgres/roles.sql"
-                control.pause_for(connection, job_id, Reason.WORKERS_FAILING, message)
 
 
 def most_chunk_seconds(settings: Settings) -> float:

@@ -16,11 +16,8 @@ from pipeline.cli.look import stderr
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import UserError
 from pipeline.logs import configure_logs
-from pipeline.settings import load_settings
+from pipeline.settings import MODELS_SHARE, ROOM_FACTOR, load_settings
 
-_SHARE_OF_MEMORY = 0.8
-#: A loaded model takes its weights and about as much again for its batches.
-_ROOM_FACTOR = 2
 _CELERY = ("celery", "--quiet", "-A", "workers.app")
 _LIBRARIES_BYTES = 700 * 1024 * 1024
 
@@ -241,5 +238,5 @@ def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:
     if unknown := set(only) - {name for row in rows for name in (row["name"], *row["aliases"])}:
         stderr.print(f"Not in the catalogue yet, served as soon as it is: {', '.join(sorted(unknown))}", markup=False)
     sizes = [row["weights_bytes"] for row in rows if not only or {row["name"], *row["aliases"]} & set(only)]
-    copy_bytes = max(sizes, default=0) * _ROOM_FACTOR + _LIBRARIES_BYTES
-    return 2 if 2 * copy_bytes <= memory_bytes * _SHARE_OF_MEMORY else 1
+    copy_bytes = max(sizes, default=0) * ROOM_FACTOR + _LIBRARIES_BYTES
+    return 2 if 2 * copy_bytes <= memory_bytes * MODELS_SHARE else 1

@@ -172,14 +172,30 @@ def active(connection: Connection) -> list[RowMapping]:
     return list(
         connection.execute(
             text("""
-            select j.id, j.state, j.model_name, j.workspace_id, j.priority, j.ends_as, j.reason, j.items_total,
-                   j.max_rejects, w.weight
+            select j.id, j.state, j.model_name, j.workspace_id, j.priority, j.max_rejects, w.weight
             from vectormill.jobs j join vectormill.workspaces w on w.id = j.workspace_id
             where j.state not in ('completed', 'failed', 'cancelled') and j.state <> 'staging'
             order by j.id
         """)
         ).mappings()
     )
+
+
+def without_open_chunks(connection: Connection) -> list[UUID]:
+    """Of the active jobs, those of which no chunk is pending or running."""
+    rows = connection.execute(
+        # As in chunks.has_open, for each of them.
+        text("""
+            select j.id from vectormill.jobs j left join lateral (
+              select c.id from vectormill.chunks c
+              where c.job_id between j.id and j.id and c.state in ('pending', 'running')
+              order by c.job_id, c.id limit 1
+            ) open on true
+            where j.state not in ('completed', 'failed', 'cancelled') and j.state <> 'staging' and open.id is null
+            order by j.id
+        """)
+    )
+    return list(rows.scalars())
 
 
 def standing(connection: Connection) -> list[RowMapping]:
@@ -287,14 +303,15 @@ def delete_chunks(connection: Connection, job_id: UUID) -> None:
     connection.execute(text("delete from vectormill.inputs where job_id = :job"), {"job": job_id})
 
 
-def dead_stagings(connection: Connection, older_than_seconds: float) -> list[tuple[UUID, int]]:
+def dead_stagings(connection: Connection, older_than_seconds: float, limit: int) -> list[tuple[UUID, int]]:
     """Stagings whose producer's lease ran out so long ago that nobody will come back for them: (id, fence)."""
     rows = connection.execute(
         text("""
             select id, fence from vectormill.jobs
             where state = 'staging' and lease_until < now() - make_interval(secs => :age)
+            order by id limit :limit
         """),
-        {"age": older_than_seconds},
+        {"age": older_than_seconds, "limit": limit},
     )
     return [(row[0], row[1]) for row in rows]
 
@@ -399,7 +416,8 @@ def requeue(connection: Connection, job_id: UUID) -> None:
     connection.execute(
         text("""
             update vectormill.jobs
-            set state = 'queued', reason = null, message = null, receipt = null, finished_at = null, ends_as = null
+            set state = 'queued', reason = null, message = null, receipt = null, finished_at = null, ends_as = null,
+                resumed_at = clock_timestamp()
             where id = :job and state in ('completed', 'failed')
         """),
         {"job": job_id},

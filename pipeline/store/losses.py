@@ -151,12 +151,16 @@ def of_worker(connection: Connection, worker_id: UUID) -> int:
     each time."""
     return connection.execute(
         text("""
-            select count(distinct (l.chunk_id, case when l.fence = 0 then l.id end)) from vectormill.claim_losses l
-            where l.worker_id = :worker and l.lost_at > coalesce(
+            with lost as (
+              select * from vectormill.claim_losses
+              where worker_id = :worker and lost_at > now() - interval '1 hour'
+            )
+            select count(distinct (chunk_id, case when fence = 0 then id end)) from lost
+            where lost_at > coalesce(
               (select max(u.created_at) from vectormill.usage u
                join vectormill.chunks c on c.id = u.chunk_id and c.worker_id = :worker
-               where u.created_at > now() - interval '1 hour'), '-infinity')
-              and l.lost_at > now() - interval '1 hour'
+               -- By model, as the index is.
+               where u.model in (select model from lost) and u.created_at > now() - interval '1 hour'), '-infinity')
         """),
         {"worker": worker_id},
     ).scalar_one()

@@ -54,6 +54,12 @@ def of_job(connection: Connection, job_id: UUID, chunk_id: int | None = None) ->
     return [Output(**row) for row in rows.mappings()]
 
 
+def count(connection: Connection, job_id: UUID) -> int:
+    """How many parts a job has."""
+    found = text("select count(*) from vectormill.outputs where job_id = :job")
+    return int(connection.execute(found, {"job": job_id}).scalar_one())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenChunk:
     """What a chunk says of itself, with its parts."""

@@ -80,9 +80,12 @@ def measured_rates(connection: Connection, window_seconds: float, least_device_s
     """Tokens per device second of each model that worked at least `least_device_seconds` in the window."""
     rows = connection.execute(
         text("""
-            select model, sum(prompt_tokens) / sum(device_seconds) from vectormill.usage
-            where created_at > now() - make_interval(secs => :window) and job_id is not null
-            group by model having sum(device_seconds) >= :least and sum(prompt_tokens) > 0
+            -- Model by model, as the index is.
+            select m.name, of.tokens / of.seconds from vectormill.models m cross join lateral (
+              select sum(prompt_tokens) as tokens, sum(device_seconds) as seconds from vectormill.usage
+              where model = m.name and created_at > now() - make_interval(secs => :window) and job_id is not null
+            ) of
+            where of.seconds >= :least and of.tokens > 0
         """),
         {"window": window_seconds, "least": least_device_seconds},
     )

@@ -40,10 +40,13 @@ def drop_model(connection: Connection, worker_id: UUID, model: str, reason: str)
     )
 
 
-def take_up_model(connection: Connection, worker_id: UUID, model: str) -> None:
-    """Say that a worker serves a model again which it had given up."""
+def take_up_model(connection: Connection, model: str, worker_id: UUID | None = None) -> None:
+    """Say that a worker, or all, may serve a model again which they had given up."""
     connection.execute(
-        text("update vectormill.workers set dropped = dropped - :model where id = :id"),
+        text("""
+            update vectormill.workers set dropped = dropped - :model
+            where dropped ? :model and (cast(:id as uuid) is null or id = :id)
+        """),
         {"id": worker_id, "model": model},
     )
 

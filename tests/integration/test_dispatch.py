@@ -17,9 +17,11 @@ from uuid_utils.compat import uuid7
 
 from pipeline import control, dispatch
 from pipeline.dispatch import Dispatcher, drain, finish, judge_models, keep_house, publish, remove_old_texts, sweep
+from pipeline.errands import ERRANDS, Means
 from pipeline.errors import ServiceUnreachable, UserError
 from pipeline.jobs import Model, RejectCode
 from pipeline.publish import Publisher, queue_of
+from pipeline.settings import Settings
 from pipeline.store import items, losses, models, workers
 from pipeline.writeback import write_chunk
 from tests.jobs_made import (
@@ -157,6 +159,18 @@ def test_a_lost_chunk_waits_for_no_lap(
     dispatcher.rounds.rung[ids[0]] -= 10
     publish(dispatcher)
     assert waiting(valkey)[0] == ids[0], "but again in a while"
+
+
+def test_a_queue_that_nobody_serves_stays_short(
+    engine: Engine, model: Model, valkey: "redis.Redis", dispatcher: Dispatcher
+) -> None:
+    job_id = make_job(engine, model, 40)
+    for ordinal in range(6):
+        lose(engine, job_id, ordinal)
+    for _ in range(5):
+        publish(dispatcher)
+        dispatcher.rounds.rung.clear()
+    assert len(waiting(valkey)) == 8
 
 
 def test_a_chunk_lost_again_waits_its_turn(
@@ -412,6 +426,16 @@ def test_jobs_of_a_model_that_nobody_can_load_any_more_pause(
     assert job_row(engine, job_id)["message"] == "its canary came out wrong"
 
 
+def test_a_model_that_is_added_anew_is_served_again(engine: Engine, model: Model) -> None:
+    worker = show_worker(engine, "small", 1)
+    drop_model(engine, worker)
+    with engine.begin() as connection:
+        models.remove(connection, model.name)
+    make_model(engine)
+    with engine.begin() as connection:
+        assert workers.dropped_by(connection, worker) == {}
+
+
 def drop_model(engine: Engine, worker: UUID) -> None:
     with engine.begin() as connection:
         workers.drop_model(connection, worker, "small", "its canary came out wrong")
@@ -461,12 +485,14 @@ def stage(engine: Engine, job_id: UUID, dead_for_seconds: float) -> UUID:
     return made
 
 
-def test_submissions_that_nobody_came_back_for_are_forgotten(
-    engine: Engine, model: Model, dispatcher: Dispatcher
-) -> None:
+def test_submissions_that_nobody_came_back_for_are_forgotten(engine: Engine, model: Model) -> None:
     dead, lately = stage(engine, uuid7(), 86_400 + 60), stage(engine, uuid7(), 86_400 - 60)
     job_id = make_job(engine, model)
-    keep_house(dispatcher)
+    (errand,) = [errand for errand in ERRANDS if errand.name == "forget_staging"]
+    with engine.connect() as connection:
+        due = errand.due(connection, 10)
+    for piece in due:
+        errand.do(Means(engine, Settings()), piece)
     for table in ("items", "rejects", "chunks"):
         found = run_sql(engine, f"select distinct job_id from vectormill.{table}")
         assert dead not in {row for (row,) in found}

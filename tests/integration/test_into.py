@@ -172,8 +172,8 @@ def test_a_table_that_refuses_its_index_pauses_the_job(engine: Engine) -> None:
     run_sql(engine, "update vectormill.jobs set options = options || cast(:options as jsonb)", options=options)
     with engine.begin() as connection:
         job = jobs.by_id(connection, claim.job_id)
-    assert job
-    assert not deliveries.is_done(job)
+        assert job
+        assert not deliveries.is_done(connection, job)
     while deliveries.is_under_way(claim.job_id):
         time.sleep(0.01)
     row = job_row(engine, claim.job_id)

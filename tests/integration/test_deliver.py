@@ -1,0 +1,37 @@
+"""What a job needs before it is completed."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from sqlalchemy import Engine
+
+from pipeline.deliver import Deliveries
+from pipeline.jobs import Model
+from pipeline.store import jobs
+from pipeline.writeback import write_chunk
+from tests.acceptance.fleet import eventually
+from tests.jobs_made import RUNNING, make_job, part_of, run_sql, taken
+
+
+def test_parts_that_a_retry_brought_are_delivered_too(engine: Engine, model: Model, tmp_path: Path) -> None:
+    job_id = make_job(engine, model)
+    options = "update vectormill.jobs set options = options || cast(:options as jsonb)"
+    run_sql(
+        engine, options, options=json.dumps({"output": str(tmp_path), "columns": {"carry": []}, "dtype": "float32"})
+    )
+    claim, deliveries = taken(engine, job_id), Deliveries(engine)
+
+    def is_done() -> bool:
+        with engine.begin() as connection:
+            job = jobs.by_id(connection, job_id)
+            assert job
+            return deliveries.is_done(connection, job)
+
+    for number in range(2):
+        write_chunk(engine, claim, number, part_of([number]), RUNNING)
+        # Another dispatcher may have completed the job meanwhile, and never have asked this one again.
+        assert not is_done()
+        eventually(lambda: not deliveries.is_under_way(job_id), "the end of the delivery")
+    assert is_done()
+    assert sum(pq.read_metadata(file).num_rows for file in tmp_path.glob("*.parquet")) == 2
