@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 
 from pipeline.catalog import add_model
 from pipeline.cli.demo import docstrings
+from tests.acceptance import witness
 from tests.acceptance.fleet import Fleet
 
 LEASE_SECONDS = 3
@@ -25,6 +26,7 @@ def fleet(
     static_description: dict[str, Any],
 ) -> Iterator[Fleet]:
     with engine.begin() as connection:
+        witness.install(connection)
         add_model(connection, "minilm", bundled_description)
         add_model(connection, "static", static_description)
     made = Fleet(

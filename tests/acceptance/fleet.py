@@ -16,6 +16,7 @@ import psutil
 from sqlalchemy import Engine, text
 
 from pipeline import status
+from tests.acceptance.oracle import objections
 
 T = TypeVar("T")
 
@@ -134,6 +135,11 @@ class Fleet:
         ended = ("completed", "failed", "cancelled")
         eventually(lambda: self.status(job)["state"] in ended, f"the end of job {job}", seconds)
         return self.status(job)
+
+    def objections(self, job: UUID, corpus: Path, losses: int | None = None) -> list[str]:
+        """What the oracle says of a job that has ended."""
+        with self.engine.begin() as connection:
+            return objections(connection, job, corpus, losses=losses)
 
     def child_at_work(self, job: UUID, chunk: int | None = None, after: int = 0) -> tuple[psutil.Process, int, int]:
         """Wait for a chunk of `job` that is being run, or for this chunk under a later fence than `after`, and find

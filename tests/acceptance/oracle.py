@@ -14,8 +14,11 @@ from sqlalchemy import Connection, text
 
 from pipeline import status, storage
 from pipeline.store import embeddings
+from tests.acceptance import witness
 
 _LEAST_COSINE = 0.99999
+#: Of a vector's length, which float16 keeps so well.
+_MOST_STRETCH = 1e-3
 
 
 def objections(
@@ -83,10 +86,15 @@ def _counts(connection: Connection, job: UUID) -> Iterator[str]:
     receipt = status.receipt(connection, job, verify=True)
     if not receipt["verified"]:
         yield f"the receipt doesn't verify: {receipt}"
-    embedded = _tokens(connection, job)
-    metered = _sum(connection, "select sum(prompt_tokens) from vectormill.usage where job_id = :job", job)
-    if embedded is not None and not embedded == metered == receipt["tokens"]["prompt"]:
-        yield f"tokens: {embedded} embedded, {metered} metered, {receipt['tokens']['prompt']} on the receipt"
+    usage = text("""
+        select coalesce(sum(items), 0)::bigint, coalesce(sum(prompt_tokens), 0)::bigint
+        from vectormill.usage where job_id = :job
+    """)
+    metered = connection.execute(usage, {"job": job}).one()
+    told = (receipt["items"]["embedded"], receipt["tokens"]["prompt"])
+    written = _written(connection, job)
+    if written and not written == tuple(metered) == told:
+        yield f"items and tokens: {written} written, {metered} metered, {told} on the receipt"
     open_chunks = "select count(*) from vectormill.chunks where job_id = :job and state in ('pending', 'running')"
     if stuck := _sum(connection, open_chunks, job):
         yield f"{stuck} chunks are stuck"
@@ -102,6 +110,8 @@ def _fences(connection: Connection, job: UUID) -> Iterator[str]:
     """
     if count := _sum(connection, stale, job):
         yield f"{count} commits under a stale fence"
+    if count := witness.stale_commits(connection, job):
+        yield f"{count} commits that the witness saw under another fence than the chunk's"
     ended_by_another = """
         select count(*) from vectormill.chunks c
         where c.job_id = :job and c.state = 'done' and c.fence > 0
@@ -122,19 +132,30 @@ def _sum(connection: Connection, query: str, job: UUID) -> int:
     return int(connection.execute(text(query), {"job": job}).scalar() or 0)
 
 
-def _tokens(connection: Connection, job: UUID) -> int | None:
-    """Tokens that stand beside the vectors; `None` for a data set that isn't there, since its job didn't complete."""
+def _written(connection: Connection, job: UUID) -> tuple[int, int] | None:
+    """Vectors, and the tokens that stand beside them; `None` for a data set that isn't there, since its job didn't
+    complete."""
     folder = _output(connection, job)
     if folder is None:
-        return _sum(connection, "select sum(tokens) from vectormill.embeddings where job_id = :job", job)
+        query = "select tokens from vectormill.embeddings where job_id = :job"
+        tokens = [*connection.execute(text(query), {"job": job}).scalars()]
+        return len(tokens), sum(tokens)
     tables = list(_parts(folder))
-    return sum(int(np.sum(table["tokens"].to_numpy())) for table in tables) if tables else None
+    return (sum(map(len, tables)), sum(int(np.sum(table["tokens"].to_numpy())) for table in tables)) if tables else None
 
 
 def _vectors(connection: Connection, job: UUID, calm: UUID) -> Iterator[str]:
     ours, theirs = vectors(connection, job), vectors(connection, calm)
-    if far := sum(cosine(ours[index], theirs[index]) < _LEAST_COSINE for index in ours.keys() & theirs.keys()):
+    if far := sum(index not in theirs or not _agree(vector, theirs[index]) for index, vector in ours.items()):
         yield f"{far} vectors differ from the calm run's"
+
+
+def _agree(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> bool:
+    """Whether two vectors have one direction and one length; one that is zero or not finite agrees with none."""
+    if ours.shape != theirs.shape or not all(np.isfinite(each).all() and each.any() for each in (ours, theirs)):
+        return False
+    stretch = abs(np.linalg.norm(ours) / np.linalg.norm(theirs) - 1)
+    return bool(cosine(ours, theirs) >= _LEAST_COSINE and stretch <= _MOST_STRETCH)
 
 
 def vectors(connection: Connection, job: UUID) -> dict[int, npt.NDArray[np.float32]]:

@@ -11,7 +11,6 @@ from sqlalchemy import text
 from tests.acceptance.conftest import write_corpus
 from tests.acceptance.counts import COUNTERS, counts_below, tokens_embedded
 from tests.acceptance.fleet import Fleet, eventually
-from tests.acceptance.oracle import objections
 from tests.acceptance.poison import Poison
 from tests.models import bundled_folder
 
@@ -31,11 +30,6 @@ def _rejects(fleet: Fleet, job: UUID) -> dict[int, str]:
         return {row[0]: row[1] for row in connection.execute(query, {"job": job})}
 
 
-def _objections(fleet: Fleet, job: UUID, corpus: Path) -> list[str]:
-    with fleet.engine.begin() as connection:
-        return objections(connection, job, corpus)
-
-
 def test_each_poison_is_rejected_and_nothing_else(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
     """Alone, and several in one chunk, beside each other and apart."""
     chosen = texts[:1_500]
@@ -52,7 +46,7 @@ def test_each_poison_is_rejected_and_nothing_else(fleet: Fleet, texts: list[str]
     job = fleet.submit(str(corpus), "--model", "minilm")
     assert fleet.await_end(job, _SECONDS)["state"] == "completed"
     assert _rejects(fleet, job) == {at: poison.code for at, poison in poisons.items()}
-    assert _objections(fleet, job, corpus) == []
+    assert fleet.objections(job, corpus) == []
 
 
 def test_one_poison_in_ten_thousand_costs_little(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
@@ -82,7 +76,7 @@ def test_a_driver_that_kills_pauses_its_jobs_and_blames_no_text(fleet: Fleet, te
     fleet.start_worker(name="mended")
     fleet.cli("resume", str(job))
     assert fleet.await_end(job, _SECONDS)["items"]["embedded"] == 1_000
-    assert _objections(fleet, job, corpus) == []
+    assert fleet.objections(job, corpus) == []
 
 
 def test_a_process_that_loses_its_device_blames_no_text(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
@@ -90,7 +84,7 @@ def test_a_process_that_loses_its_device_blames_no_text(fleet: Fleet, texts: lis
     _start_brittle(fleet, "losing_the_device")
     job = fleet.submit(str(corpus), "--model", "static")
     assert fleet.await_end(job, _SECONDS)["items"]["embedded"] == 1_000
-    assert _objections(fleet, job, corpus) == []
+    assert fleet.objections(job, corpus) == []
     lost = "select count(*) from vectormill.claim_losses where cause = 'model stopped'"
     assert fleet.scalar(lost) > 0
 
@@ -114,7 +108,7 @@ def test_weights_that_were_changed_pause_the_job_and_blame_no_text(
     fleet.start_worker(name="mended")
     fleet.cli("resume", str(job))
     assert fleet.await_end(job, _SECONDS)["items"]["embedded"] == 2_000
-    assert _objections(fleet, job, corpus) == []
+    assert fleet.objections(job, corpus) == []
 
 
 def _flip_a_byte(file: Path) -> None:

@@ -25,6 +25,7 @@ from pipeline.embedded.place import Place
 from pipeline.embedded.runtime import read_running
 from pipeline.migrate import upgrade
 from pipeline.store.database import is_connection_lost, make_engine
+from tests.acceptance import witness
 from tests.acceptance.counts import COUNTERS, counts_below, tokens_embedded
 from tests.acceptance.faults.disk import Disk, small_disk
 from tests.acceptance.faults.store_line import StoreLine
@@ -311,6 +312,7 @@ def _prepare(url: str, tables: Disk | None) -> None:
     engine = make_engine(url, application="vectormill-tests")
     with engine.begin() as connection:
         upgrade(connection)
+        witness.install(connection)
     engine.dispose()
 
 

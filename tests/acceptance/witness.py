@@ -1,0 +1,35 @@
+"""A witness inside the database: it notes each commit under another fence than its chunk has at that moment, which no
+count shows afterwards if it was a commit of a part."""
+
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+# It runs by the rights of whoever installs it: no process has any in this schema.
+_INSTALL = """
+create schema if not exists witness;
+create table if not exists witness.stale_commits (
+  job_id uuid not null, chunk_id bigint not null, fence bigint not null, newest bigint not null
+);
+create or replace function witness.look() returns trigger language plpgsql security definer
+set search_path = pg_catalog as $$
+begin
+  insert into witness.stale_commits
+  select new.job_id, new.chunk_id, new.fence, fence from vectormill.chunks
+  where id = new.chunk_id and fence <> new.fence;
+  return new;
+end
+$$;
+create or replace trigger witness before insert on vectormill.usage for each row execute function witness.look();
+"""
+
+
+def install(connection: Connection) -> None:
+    """Let it look at all commits from now on."""
+    connection.exec_driver_sql(_INSTALL)
+
+
+def stale_commits(connection: Connection, job: UUID) -> int:
+    """How many commits of a job it has noted."""
+    query = text("select count(*) from witness.stale_commits where job_id = :job")
+    return int(connection.execute(query, {"job": job}).scalar_one())
