@@ -18,6 +18,7 @@ from http import HTTPStatus
 from math import inf
 
 import numpy as np
+import numpy.typing as npt
 import structlog
 
 from pipeline.canary import CANARY, is_canary
@@ -228,7 +229,7 @@ class GatewayEncoder:
             yield from self._take(sent, answer, answer.reply)
             return
         request, told = sent.request, told_wait_seconds(answer.headers, time.time())
-        request.trouble = answer.trouble
+        request.code, request.trouble = RejectCode.GATEWAY_FAILED, answer.trouble
         log.info("gateway_request_failed", status=answer.status, trouble=answer.trouble, inputs=len(request.at))
         self._attempts.end(sent.attempt, str(answer.status or "no answer"), None if answer.unknown else 0)
         too_large = self._tell_throttle(sent, answer, told)
@@ -279,14 +280,22 @@ class GatewayEncoder:
             return
         self._memory.answered(sum(len(text) for text in self._texts_of(request)), reply.prompt_tokens)
         self._learn_size(request)
-        yield Batch(
-            request.at,
-            share_out(tokens, self._lengths[request.at]),
+        good = np.isfinite(reply.vectors).all(axis=1) & reply.vectors.any(axis=1)
+        if good.any():
+            at, shares = request.at[good], share_out(tokens, self._lengths[request.at])
             # Waits for the limits are the slot's time too: they make its rate.
-            time.monotonic() - self._metered_at,
-            reply.vectors,
-            truncated=request.at[list(reply.truncated)].tolist() if reply.truncated else (),
-        )
+            seconds = time.monotonic() - self._metered_at
+            truncated = np.intersect1d(request.at[list(reply.truncated)], at).tolist()
+            yield Batch(at, shares[good], seconds, reply.vectors[good], truncated=truncated)
+        if not good.all():
+            self._doubt(request, np.flatnonzero(~good), answer)
+
+    def _doubt(self, request: Request, bad: npt.NDArray[np.int64], answer: Answer) -> None:
+        """Texts whose vectors must not be written go out again, as if there had been no answer to them."""
+        request.at, request.halves = request.at[bad], None
+        request.code, request.trouble = RejectCode.BAD_VECTOR, "gives a vector that is zero or not finite"
+        log.info("gateway_request_failed", status=answer.status, trouble=request.trouble, inputs=len(request.at))
+        self._try_again(request, answer, None)
 
     def _slow_down(self, request: Request, told: float | None) -> None:
         """Back in line, however short the wait is that it was told."""
@@ -357,7 +366,7 @@ class GatewayEncoder:
             judged.failures, judged.seconds, judged.judgements = 0, 0.0, 1
             self._pending.append(judged)
         else:
-            code = RejectCode.GATEWAY_FAILED if judged.failures else RejectCode.GATEWAY_REFUSED
+            code = judged.code if judged.failures else RejectCode.GATEWAY_REFUSED
             failure = (code, f"the gateway {judged.trouble}")
             yield Batch(judged.at, self._lengths[judged.at], 0.0, failure=failure)
 

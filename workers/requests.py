@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.jobs import RejectCode
 from workers.throttle import Leave
 
 #: Before a request goes out again; doubled with each failure.
@@ -47,6 +48,8 @@ class Request:
     #: Before which moment it isn't sent again, by the monotonic clock.
     rests_until: float = 0.0
     trouble: str = ""
+    #: With which a text that keeps failing is rejected.
+    code: RejectCode = RejectCode.GATEWAY_FAILED
 
     def rest(self, times: int) -> None:
         """Not again at once, after so many times."""

@@ -1,6 +1,6 @@
 """Faults of all that workers stand on: dispatchers, Redis, Postgres, disks, the object store, gateways."""
 
-import math
+import base64
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from contextlib import suppress
 from random import Random
 from typing import Any
 
+import numpy as np
 import psutil
 import redis
 
@@ -17,7 +18,7 @@ from tests.acceptance.faults.site import DISPATCHERS, Site
 from tests.acceptance.faults.store_line import StoreLine
 from tests.acceptance.fleet import eventually
 from tests.lines import Line
-from tests.scripted_gateway import Answering, good
+from tests.scripted_gateway import DIMENSIONS, Answering, good
 
 #: The dispatcher's role passes on after ten seconds.
 _ROLE_SECONDS = 15.0
@@ -177,10 +178,11 @@ def too_few(asked: dict[str, Any]) -> Any:
 
 
 def not_finite(asked: dict[str, Any]) -> Any:
-    """Each vector is of NaNs."""
-    status, headers, body = good({**asked, "encoding_format": "float"})
-    data = [{**row, "embedding": [math.nan] * len(row["embedding"])} for row in body["data"]]
-    return status, headers, {**body, "data": data}
+    """Each vector is of NaNs, packed: JSON has none."""
+    status, headers, body = good(asked)
+    assert asked["encoding_format"] == "base64"
+    nans = base64.b64encode(np.full(DIMENSIONS, np.nan, "<f4").tobytes()).decode()
+    return status, headers, {**body, "data": [{**row, "embedding": nans} for row in body["data"]]}
 
 
 def slowly(asked: dict[str, Any]) -> Iterator[bytes]:
