@@ -30,9 +30,11 @@ $$;
 
 -- The dispatcher: how jobs stand is its to decide; vectors and what was metered are for it to read.
 grant select, insert, update, delete
-  on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.rejects, vectormill.batches,
-     vectormill.files, vectormill.requests, vectormill.events, vectormill.leases
+  on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.files, vectormill.events,
+     vectormill.leases
   to vectormill_dispatcher;
+grant select, insert, delete on vectormill.rejects to vectormill_dispatcher;
+grant select, update on vectormill.batches, vectormill.requests to vectormill_dispatcher;
 grant select
   on vectormill.workspaces, vectormill.workspace_models, vectormill.models, vectormill.vector_spaces,
      vectormill.embeddings, vectormill.outputs, vectormill.usage, vectormill.attempts, vectormill.claim_losses,
@@ -51,7 +53,7 @@ grant select
      vectormill.rejects, vectormill.outputs, vectormill.models, vectormill.vector_spaces, vectormill.claim_losses,
      vectormill.alembic_version
   to vectormill_worker;
-grant select (id, chunk_id, fence, part, created_at) on vectormill.usage to vectormill_worker;
+grant select (chunk_id, fence, part, model, created_at) on vectormill.usage to vectormill_worker;
 grant select (id) on vectormill.attempts to vectormill_worker;
 grant insert
   on vectormill.items, vectormill.embeddings, vectormill.rejects, vectormill.outputs, vectormill.usage,

@@ -21,7 +21,7 @@ from pipeline.settings import Settings
 from pipeline.store import chunks, losses, partitions
 from pipeline.store.database import make_engine
 from tests.acceptance.fleet import eventually
-from tests.jobs_made import make_job, run_sql, taken
+from tests.jobs_made import WORKER, make_job, run_sql, taken
 from tests.roles import PROCESSES, SCRIPT, logins
 
 #: Refused to all of them.
@@ -60,6 +60,11 @@ insert into vectormill.usage (workspace_id, model) values (1, 'small')
 insert into vectormill.outputs (job_id) values (gen_random_uuid())
 insert into vectormill.workers (id) values (gen_random_uuid())
 update vectormill.engines set url = 'http://mine'
+insert into vectormill.requests (job_id) values (gen_random_uuid())
+delete from vectormill.requests
+insert into vectormill.batches (id) values ('mine')
+delete from vectormill.batches
+update vectormill.rejects set code = 'mine'
 """,
     "worker": """
 select id from vectormill.api_keys
@@ -67,6 +72,7 @@ select query from vectormill.requests
 select url from vectormill.events
 select name from vectormill.workspaces
 select cost from vectormill.usage
+select id from vectormill.usage
 insert into vectormill.jobs (id) values (gen_random_uuid())
 delete from vectormill.jobs
 update vectormill.jobs set priority = 9
@@ -211,6 +217,13 @@ def test_the_dispatcher_ends_the_backend_of_a_worker_that_froze(
 
         assert eventually(ended, "an ended backend") == [claim.chunk_id]
         frozen.invalidate()
+
+
+def test_a_worker_looks_back_at_what_it_lost(as_worker: Engine, engine: Engine, model: Model) -> None:
+    claim = taken(engine, make_job(engine, model))
+    with as_worker.begin() as connection:
+        losses.note_stop(connection, claim)
+        assert losses.of_worker(connection, WORKER) == 1
 
 
 def test_the_api_cancels_what_was_asked_for_in_sql(urls: dict[str, str], engine: Engine, model: Model) -> None:
