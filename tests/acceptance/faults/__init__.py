@@ -2,6 +2,7 @@
 out.
 
     wire.py       a line to Postgres that knows the protocol: it strikes inside COPY, before COMMIT, after COMMIT
+    trap.py       what strikes there, once
     site.py       what is drilled: servers, dispatchers, workers, a gateway, an object store, two small disks
     load.py       jobs of all kinds, one after the other, as long as the drill lasts
     faults.py     what a fault is, and when what it struck is back

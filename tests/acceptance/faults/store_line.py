@@ -2,10 +2,10 @@
 
 import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from tests.acceptance.faults.trap import Trap
 from tests.lines import Call, Line
 
 _SLOW_DOWN = (
@@ -20,7 +20,7 @@ class StoreLine(Line):
     """A port of loopback through which the store is reached."""
 
     _refusing: bool = False
-    _trap: Callable[[Call], None] | None = None
+    _trap: Trap | None = None
 
     def refuse(self) -> None:
         """Every request is answered with 503."""
@@ -35,15 +35,9 @@ class StoreLine(Line):
 
     def strike(self, do: Callable[[Call], None], seconds: float) -> bool:
         """Wait for an upload, and call `do` when half of it, or a little, is through. False: none came."""
-        sprung = threading.Event()
-
-        def spring(call: Call) -> None:
-            do(call)
-            sprung.set()
-
-        self._trap = spring
+        self._trap = trap = Trap(do)
         try:
-            return sprung.wait(seconds)
+            return trap.sprung(seconds)
         finally:
             self._trap = None
 
@@ -63,6 +57,6 @@ class StoreLine(Line):
             if trap and piece.startswith(b"PUT ") and b".parquet" in piece.partition(b"\r\n")[0]:
                 self._trap = None
                 yield piece[: len(piece) // 2]
-                trap(call)
+                trap.spring(call)
                 piece = piece[len(piece) // 2 :]
             yield piece

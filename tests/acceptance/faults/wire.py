@@ -5,12 +5,12 @@ Sources: PostgreSQL's documentation, "Message Flow" and "Message Formats" of the
 
 import socket
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from tests.acceptance.faults.trap import Trap
 from tests.lines import Call, Line
 
 #: What a write-back says to Postgres in its transaction, by which one is told from other transactions.
@@ -40,29 +40,23 @@ class WriteBack(Call):
 
 
 @dataclass
-class _Trap:
-    moment: Moment
-    strike: Callable[[Call], None]
-    sprung: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass
 class Wire(Line):
     """A port of loopback through which Postgres is reached."""
 
-    _trap: _Trap | None = None
+    _trap: Trap | None = None
+    _moment: Moment | None = None
 
     def strike(self, moment: Moment, do: Callable[[Call], None], seconds: float) -> bool:
         """Wait for a write-back that comes to `moment`, and call `do` while it stands still there. False: none came."""
-        trap = _Trap(moment, do)
+        trap = Trap(do)
         with self._lock:
-            self._trap = trap
-        if trap.sprung.wait(seconds):
+            self._trap, self._moment = trap, moment
+        if trap.sprung(seconds):
             return True
         with self._lock:
             missed = self._trap is trap
             self._trap = None
-        return not missed and trap.sprung.wait(seconds)
+        return not missed and trap.sprung(seconds)
 
     def near_port(self, server_port: int) -> int | None:
         """The client's port of the connection that Postgres knows by this one."""
@@ -117,16 +111,15 @@ class Wire(Line):
 
     def _wanted(self, moment: Moment) -> bool:
         with self._lock:
-            return self._trap is not None and self._trap.moment is moment
+            return self._trap is not None and self._moment is moment
 
     def _spring(self, moment: Moment, call: WriteBack) -> None:
         with self._lock:
             trap = self._trap
-            if trap is None or trap.moment is not moment:
+            if trap is None or self._moment is not moment:
                 return
             self._trap = None
-        trap.strike(call)
-        trap.sprung.set()
+        trap.spring(call)
 
 
 def _statement(call: WriteBack, kind: bytes, body: bytes) -> bytes:
