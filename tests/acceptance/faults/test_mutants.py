@@ -16,6 +16,9 @@ from tests.acceptance.oracle import objections
 from tests.lines import Call, line_to
 
 _MUTANTS = "tests.acceptance.mutants"
+_LEASE_SECONDS = 3
+#: The chunk is long, so that it outlasts its lease on a fast machine; on a busy one it takes minutes.
+_PATIENCE_SECONDS = 400.0
 
 
 def _objections(fleet: Fleet, job: UUID, corpus: Path, losses: int) -> list[str]:
@@ -28,18 +31,24 @@ def test_a_lease_that_nobody_renews(fleet: Fleet, texts: list[str], tmp_path: Pa
     """A chunk takes longer than its lease; without renewal it is taken for lost, and embedded again."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts * 2)
     one_chunk = {"VECTORMILL_CHUNK_ITEMS": "100000", "VECTORMILL_CHUNK_SECONDS": "600"}
-    fleet.environment |= {**one_chunk, "VECTORMILL_LEASE_SECONDS": "1", "MUTANT": "without_renewal"}
+    fleet.environment |= {**one_chunk, "VECTORMILL_LEASE_SECONDS": str(_LEASE_SECONDS), "MUTANT": "without_renewal"}
     fleet.start_dispatcher()
     fleet.start_worker(1, app="workers.app" if renewed else _MUTANTS)
     job = fleet.submit(str(corpus), "--model", "minilm")
     lost = "select count(*) from vectormill.claim_losses"
     eventually(
-        lambda: fleet.status(job)["state"] == "completed" or fleet.scalar(lost), "the job's end, or a lost claim"
+        lambda: fleet.status(job)["state"] == "completed" or fleet.scalar(lost),
+        "the job's end, or a lost claim",
+        _PATIENCE_SECONDS,
     )
+    found = _objections(fleet, job, corpus, 0)
     if renewed:
-        query = "select max(finished_at - started_at) > interval '2 s' from vectormill.chunks"
-        assert fleet.scalar(query), "the chunk must outlast its lease, or this proves nothing"
-    assert bool(_objections(fleet, job, corpus, 0)) is not renewed
+        query = "select max(finished_at - started_at) > make_interval(secs => 2 * :lease) from vectormill.chunks"
+        outlasts = fleet.scalar(query, lease=_LEASE_SECONDS)
+        assert outlasts, "the chunk must outlast its lease, or this proves nothing"
+        assert found == []
+    else:  # the job still runs, which is said as well
+        assert any("claims were lost" in said for said in found)
 
 
 @pytest.mark.parametrize("swept", [True, False])
