@@ -14,7 +14,7 @@ from random import Random
 from tests.acceptance.faults.drill import Report, drill
 from tests.acceptance.faults.kinds import AT_DEFAULTS, KINDS
 from tests.acceptance.faults.load import LANES, POISONED, Load, Way
-from tests.acceptance.faults.site import site
+from tests.acceptance.faults.site import Site, site
 
 _LEASE_SECONDS, _CHUNK_ITEMS, _ITEMS = 5.0, 200, 3_000
 _DEFAULT_LEASE_SECONDS, _MANY_ITEMS = 30.0, 40_000
@@ -45,14 +45,24 @@ def main() -> None:
     lease_seconds, chunk_items = (_DEFAULT_LEASE_SECONDS, None) if asked.defaults else (_LEASE_SECONDS, _CHUNK_ITEMS)
     items, lanes = (_MANY_ITEMS, _LANES_AT_DEFAULTS) if asked.defaults else (_ITEMS, (*LANES, POISONED))
     with site(lease_seconds=lease_seconds, chunk_items=chunk_items, brittle=not asked.defaults) as made:
-        load = Load(made, items, lanes, Random(asked.seed))
-        report = drill(made, load, asked.seed, kinds, goes_on=goes_on, tell=lambda line: print(line, flush=True))
-        if report.said:
-            print("\n".join(f"OBJECTION {said}" for said in report.said), flush=True)
-            kept = shutil.copytree(made.folder / "logs", Path.cwd() / ".vectormill" / f"drill-{asked.seed}")
-            print(f"logs: {kept}", flush=True)
-        print(report.table())
+        load, report = Load(made, items, lanes, Random(asked.seed)), Report(asked.seed)
+        try:
+            drill(made, load, report, kinds, goes_on=goes_on, tell=lambda line: print(line, flush=True))
+        except BaseException as error:  # an impatient person's, too
+            report.said.append(f"broken off: {type(error).__name__}")
+            raise
+        finally:
+            _tell(made, report)
     sys.exit(1 if report.said else 0)
+
+
+def _tell(made: Site, report: Report) -> None:
+    if report.said:
+        print("\n".join(f"OBJECTION {said}" for said in report.said), flush=True)
+        kept = Path.cwd() / ".vectormill" / f"drill-{report.seed}"
+        shutil.rmtree(kept, ignore_errors=True)
+        print(f"logs: {shutil.copytree(made.folder / 'logs', kept)}", flush=True)
+    print(report.table(), flush=True)
 
 
 if __name__ == "__main__":

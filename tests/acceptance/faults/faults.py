@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tests.acceptance.faults.site import Site
+from tests.acceptance.faults.site import BRITTLE, Site
+
+#: Chunks `c`, with their jobs `j`, that a fault to all concerns. The brittle model's worker goes around what is struck.
+ALL = f"j.model_name <> '{BRITTLE}'"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,59 @@ class Done:
 
 
 Do = Callable[[Site, Random], Done]
+#: Since when all is as before, by the monotonic clock; `None`: it isn't yet.
+Back = Callable[[], float | None]
+
+
+@dataclass
+class Recovered:
+    """The struck claim's chunk runs again; or, after a fault to all, a chunk that it concerns was claimed since
+    `moment` of the database's clock, and has ended."""
+
+    site: Site
+    done: Done
+    moment: Any
+    of: str
+
+    def __call__(self) -> float | None:
+        """Ask again and again."""
+        return time.monotonic() if self._is_back() else None
+
+    def _is_back(self) -> bool:
+        if self.done.claim:
+            return is_back(self.site, self.done.claim)
+        began = "c.started_at > :moment and c.state = 'done'"
+        return bool(self.site.scalar(_exists(f"{began} and {self.of}"), moment=self.moment))
+
+
+@dataclass
+class FullSpeed:
+    """Every slot runs a chunk that was claimed since `moment`: a message came through to each. It is back since all
+    were at work without a pause worth the name."""
+
+    site: Site
+    done: Done
+    moment: Any
+    of: str
+    _since: float = 0.0
+    _seen: float = 0.0
+    #: Between a chunk's end and the next claim a slot is idle for less than that.
+    _pause_seconds = 1.0
+    _steady_seconds = 3.0
+
+    def __call__(self) -> float | None:
+        """Ask again and again."""
+        query = """
+            select count(*) as busy, count(*) filter (where started_at > :moment) as anew
+            from vectormill.chunks where state = 'running'
+        """
+        row, now = self.site.rows(query, moment=self.moment)[0], time.monotonic()
+        if row["busy"] >= self.site.slots:
+            if now - self._seen > self._pause_seconds:
+                self._since = now
+            self._seen = now
+        steady = now - self._since >= self._steady_seconds
+        return self._since if steady and row["anew"] >= self.site.slots else None
 
 
 @dataclass(frozen=True)
@@ -40,42 +96,30 @@ class Kind:
     do: Do
     #: How often it comes, beside others.
     weight: int = 1
+    #: Which chunks it concerns, in SQL: one of them runs when it begins.
+    of: str = ALL
     #: Reasons for which jobs may pause by it.
     pauses: tuple[str, ...] = ()
+    #: Leases may run out by it.
+    expires: bool = False
     possible: Callable[[Site], bool] = lambda _: True
-    #: Whether all is as before, given the database's time when the fault was over. Default: `recovered`.
-    back: "Callable[[Site, Done, Any], bool] | None" = None
+    #: What tells when all is as before, given the database's time when the fault was over.
+    back: Callable[[Site, Done, Any, str], Back] = Recovered
     #: Within which it must be.
     most_seconds: float = 120.0
+
+
+def concerns(site: Site, of: str) -> bool:
+    """Whether one of these chunks runs."""
+    return bool(site.scalar(_exists(f"c.state = 'running' and {of}")))
+
+
+def _exists(condition: str) -> str:
+    chunks = "vectormill.chunks c join vectormill.jobs j on j.id = c.job_id"
+    return f"select exists (select from {chunks} where {condition})"
 
 
 def is_back(site: Site, claim: Claimed) -> bool:
     """Whether a chunk has been claimed again, or has ended; a job that is purged has."""
     query = "select fence > :fence or state in ('done', 'cancelled') from vectormill.chunks where id = :chunk"
     return site.scalar(query, chunk=claim.chunk, fence=claim.fence) is not False
-
-
-def recovered(site: Site, done: Done, moment: Any) -> bool:
-    """Whether the struck claim's chunk runs again; or, after a fault to all, a chunk was claimed since `moment` of the
-    database's clock, and has ended."""
-    if done.claim:
-        return is_back(site, done.claim)
-    query = "select exists (select from vectormill.chunks where started_at > :moment and state = 'done')"
-    return bool(site.scalar(query, moment=moment))
-
-
-class FullSpeed:
-    """Every slot is at work, and has been for a while."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._since: float | None = None
-
-    def __call__(self, site: Site, _: Done, __: Any) -> bool:
-        """Ask again and again; once it is true, the next fault may come."""
-        busy = site.scalar("select count(*) from vectormill.chunks where state = 'running'") == site.slots
-        self._since = (self._since or time.monotonic()) if busy else None
-        back = self._since is not None and time.monotonic() - self._since >= self._seconds
-        if back:
-            self._since = None
-        return back

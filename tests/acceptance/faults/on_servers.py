@@ -14,14 +14,14 @@ import redis
 
 from tests.acceptance.faults.disk import Disk
 from tests.acceptance.faults.faults import Do, Done
-from tests.acceptance.faults.site import DISPATCHERS, Site
+from tests.acceptance.faults.site import DISPATCHERS, START_SECONDS, Site
 from tests.acceptance.faults.store_line import StoreLine
 from tests.acceptance.fleet import eventually
 from tests.lines import Line
 from tests.scripted_gateway import DIMENSIONS, Answering, good
 
 #: The dispatcher's role passes on after ten seconds.
-_ROLE_SECONDS = 15.0
+ROLE_SECONDS = 15.0
 
 
 def kill_dispatcher(site: Site, random: Random) -> Done:
@@ -35,13 +35,13 @@ def kill_dispatcher(site: Site, random: Random) -> Done:
 
 def freeze_dispatcher(site: Site, random: Random) -> Done:
     """The dispatcher that leads stands still until the other one leads, and goes on: two at once."""
-    query = "select holder from vectormill.leases where name = 'dispatcher'"
-    leads = site.scalar(query)
+    query = "select holder from vectormill.leases where name = 'dispatcher' and lease_until > now()"
+    leads = eventually(lambda: site.scalar(query), "a dispatcher that leads")
     for name in random.sample(DISPATCHERS, len(DISPATCHERS)):
         process = psutil.Process(site.fleet.processes[name].pid)
         process.suspend()
         try:
-            eventually(lambda: site.scalar(query) != leads, "another dispatcher that leads", _ROLE_SECONDS)
+            eventually(lambda: site.scalar(query) not in (None, leads), "another dispatcher that leads", ROLE_SECONDS)
         except AssertionError:  # it stood by
             continue
         finally:
@@ -52,8 +52,12 @@ def freeze_dispatcher(site: Site, random: Random) -> Done:
 
 def kill_redis(site: Site, _: Random) -> Done:
     """Redis dies with all it holds, and is started again."""
-    site.server("valkey").kill()
-    return _since_redis_answers(site)
+    process = site.server("valkey")
+    process.kill()
+    since = time.monotonic()
+    process.wait(timeout=60)
+    _await_redis(site)
+    return Done(since)
 
 
 def freeze_redis(site: Site, random: Random) -> Done:
@@ -62,7 +66,9 @@ def freeze_redis(site: Site, random: Random) -> Done:
     process.suspend()
     time.sleep(random.uniform(1, 8))
     process.resume()
-    return _since_redis_answers(site)
+    since = time.monotonic()
+    _await_redis(site)
+    return Done(since)
 
 
 def flush_redis(site: Site, _: Random) -> Done:
@@ -72,14 +78,25 @@ def flush_redis(site: Site, _: Random) -> Done:
     return Done(time.monotonic())
 
 
-def _since_redis_answers(site: Site) -> Done:
+def _await_redis(site: Site) -> None:
     def answers() -> bool:
         with suppress(redis.RedisError), redis.Redis.from_url(site.redis_url, socket_timeout=1) as client:
             return bool(client.ping())
         return False
 
     eventually(answers, "a Redis that answers")
-    return Done(time.monotonic())
+
+
+def at_full_speed(do: Do) -> Do:
+    """The same, once all workers have started and every slot is at work."""
+    query = "select count(*) from vectormill.chunks where state = 'running'"
+
+    def begin(site: Site, random: Random) -> Done:
+        site.await_workers()
+        eventually(lambda: site.scalar(query) >= site.slots, "all slots at work", START_SECONDS)
+        return do(site, random)
+
+    return begin
 
 
 def restart_postgres(site: Site, _: Random) -> Done:
@@ -141,10 +158,10 @@ def full(disk: Callable[[Site], Disk | None], felt: str) -> Do:
     def do(site: Site, random: Random) -> Done:
         filled = disk(site)
         assert filled
+        eventually(lambda: not site.scalar(felt), "the end of what an earlier fault did", START_SECONDS)
         filled.fill()
         try:
-            with suppress(AssertionError):
-                eventually(lambda: site.scalar(felt), "somebody who finds no room", 10)
+            eventually(lambda: site.scalar(felt), "somebody who finds no room")
             time.sleep(random.uniform(0, 2))
         finally:
             filled.clear()

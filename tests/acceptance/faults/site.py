@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from uuid import NAMESPACE_URL, UUID, uuid5
 
 import httpx2 as httpx
 import psutil
@@ -24,7 +25,7 @@ from pipeline.catalog import add_model
 from pipeline.embedded.place import Place
 from pipeline.embedded.runtime import read_running
 from pipeline.migrate import upgrade
-from pipeline.store.database import is_connection_lost, make_engine
+from pipeline.store.database import is_connection_lost, is_without_room, make_engine
 from tests.acceptance import witness
 from tests.acceptance.counts import COUNTERS, counts_below, tokens_embedded
 from tests.acceptance.faults.disk import Disk, small_disk
@@ -52,6 +53,8 @@ GATEWAY_KEY = "sk-key-of-the-drill"
 _REPLICAS = 2
 _DISK_BYTES = 2 * 1024**3
 _PATIENCE_SECONDS = 120.0
+#: A worker that starts beside a fleet which keeps every core busy takes a minute or two.
+START_SECONDS = 300.0
 
 
 @dataclass
@@ -116,8 +119,7 @@ class Site:
         self._start_doors()
         for name in (*DISPATCHERS, *WORKERS):
             self.start(name)
-        query = "select count(*) from vectormill.workers where seen_at > now() - interval '15 s'"
-        eventually(lambda: self.scalar(query) >= len(WORKERS), "workers that show themselves")
+        self.await_workers()
         if BRITTLE in self.models:
             self.fleet.start_worker(
                 name=BRITTLE,
@@ -127,6 +129,37 @@ class Site:
                 VECTORMILL_WORKER_MODELS=BRITTLE,
                 PROMETHEUS_MULTIPROC_DIR=counts_below(self.folder / "tmp"),
             )
+
+    def await_workers(self) -> None:
+        """Wait until each worker has shown itself since its start."""
+        for name in WORKERS:
+            eventually(partial(self._is_shown, name), f"{name}, which has started", START_SECONDS)
+
+    def worker_id(self, name: str) -> UUID | None:
+        """The id of a worker, as soon as it is Celery's: it comes of the name that it has there, new at each start."""
+        command = psutil.Process(self.fleet.processes[name].pid).cmdline()
+        if "--hostname" not in command:
+            return None
+        return uuid5(NAMESPACE_URL, f"vectormill-worker:{command[command.index('--hostname') + 1]}")
+
+    def _is_shown(self, name: str) -> bool:
+        query = "select exists (select from vectormill.workers where id = :id)"
+        worker = self.worker_id(name)
+        return worker is not None and bool(self.scalar(query, id=worker))
+
+    def end_worker(self, name: str) -> tuple[str, ...]:
+        """Ask a worker to end, and forget it. Returns what is wrong with its end."""
+        self.keep_counts()
+        process = self.fleet.processes[name]
+        process.terminate()
+        try:
+            code = process.wait(timeout=_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.fleet.kill_tree(name)
+            self.killed += 1
+            return (f"{name} doesn't end",)
+        del self.fleet.processes[name]
+        return (f"{name} ended with {code}",) if code else ()
 
     def _start_doors(self) -> None:
         self.api_key = self.fleet.cli("keys", "create", "--name", "drill", "--admin").stdout.strip()
@@ -144,8 +177,9 @@ class Site:
         def look() -> psutil.Process | None:
             running = read_running(self.home)
             for mark in running.children if running else ():
-                if mark.name == name and psutil.pid_exists(mark.pid):
-                    return psutil.Process(mark.pid)
+                with suppress(psutil.NoSuchProcess):
+                    if mark.name == name:
+                        return psutil.Process(mark.pid)
             return None
 
         return eventually(look, f"a {name} that runs")
@@ -165,13 +199,14 @@ class Site:
         return next(iter(rows[0].values())) if rows else None
 
     def insist(self, do: Callable[[], T]) -> T:
-        """Do what may meet a database that is away, until it isn't."""
+        """Do what may meet a database that is away or has no room, until it doesn't."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
                 return do()
-            except DBAPIError as error:
-                if not is_connection_lost(error) or time.monotonic() > deadline:
+            except (DBAPIError, psycopg.Error) as error:
+                passes = is_connection_lost(error) or is_without_room(error)
+                if not passes or time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
 
@@ -201,7 +236,7 @@ class Site:
                 said.append(f"{name} doesn't end")
         with suppress(AssertionError):
             eventually(lambda: not self._processes(), "no process", 15)
-        said += [f"a process is left: {process.cmdline()[:6]}" for process in self._processes()]
+        said += [f"a process is left: {command[:6]}" for command in self._processes()]
         names = "'^vectormill-(worker|presence|dispatcher|errands)$'"
         query = f"select count(*) from pg_stat_activity where application_name ~ {names}"
         with suppress(AssertionError):
@@ -214,13 +249,13 @@ class Site:
             said.append(f"files are left: {files[:5]}")
         return said
 
-    def _processes(self) -> list[psutil.Process]:
-        """Ours, whoever's children they are by now."""
+    def _processes(self) -> list[list[str]]:
+        """The commands of ours, whoever's children they are by now."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.environ().get("TMPDIR") == str(self.folder / "tmp"):
-                    found.append(process)
+                    found.append(process.cmdline())
         return found
 
 
@@ -317,10 +352,12 @@ def _prepare(url: str, tables: Disk | None) -> None:
 
 
 def _add_models(made: Site) -> None:
+    # In a fresh checkout they are made first, which takes longer than a transaction may idle.
+    minilm, static = described("all-MiniLM-L6-v2", bundled_folder()), described("static-256", static_folder())
     with made.fleet.engine.begin() as connection:
-        add_model(connection, "minilm", described("all-MiniLM-L6-v2", bundled_folder()))
-        add_model(connection, "static", described("static-256", static_folder()))
+        add_model(connection, "minilm", minilm)
+        add_model(connection, "static", static)
         if BRITTLE in made.models:
-            add_model(connection, BRITTLE, described("static-256", static_folder()))
+            add_model(connection, BRITTLE, static)
     where = ("--gateway", made.gateway.url, "--upstream-model", "embed-1", "--key-env", "FAR_KEY")
     made.fleet.cli("models", "add", "far", *where, "--request-inputs", "50")

@@ -3,7 +3,9 @@
 import os
 from dataclasses import replace
 
-from tests.acceptance.faults.drill import drill
+import pytest
+
+from tests.acceptance.faults.drill import Report, drill
 from tests.acceptance.faults.kinds import KINDS
 from tests.acceptance.faults.load import Load
 from tests.acceptance.faults.site import site
@@ -24,16 +26,16 @@ _KINDS = (
 )
 
 
+#: Long before pytest ends the test, a job that is stuck is told as an objection.
+_STUCK_SECONDS, _TIMEOUT_SECONDS = 600, 1_800
+
+
+@pytest.mark.timeout(_TIMEOUT_SECONDS)
 def test_nothing_is_lost_or_doubled() -> None:
     kinds = tuple(replace(kind, weight=1) for kind in KINDS if kind.name in _KINDS)
     with site(lease_seconds=5, chunk_items=200, disks=False) as made:
-        report = drill(
-            made,
-            Load(made, items=1_000),
-            _SEED,
-            kinds,
-            goes_on=lambda so_far: so_far.tried < len(kinds),
-        )
+        load, report = Load(made, items=1_000, stuck_seconds=_STUCK_SECONDS), Report(_SEED)
+        drill(made, load, report, kinds, goes_on=lambda so_far: so_far.tried < len(kinds))
     assert report.said == [], f"seed {_SEED}"
     assert set(report.recoveries) == set(_KINDS)
     assert report.items > 0
