@@ -7,6 +7,8 @@ from prometheus_client.mmap_dict import MmapedDict
 
 #: Where a worker's children write their counts, below its TMPDIR.
 COUNTERS = "vectormill-metrics-*/counter_*.db"
+#: And all else that they measure.
+METRICS = "vectormill-metrics-*/*.db"
 
 
 def counts_below(folder: Path) -> str:

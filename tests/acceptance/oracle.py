@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection, text
 
-from pipeline import status, storage
+from pipeline import parts, status, storage
 from pipeline.store import embeddings
 from tests.acceptance import witness
 
@@ -30,6 +31,7 @@ def objections(
         *_inputs(connection, job, corpus),
         *_counts(connection, job),
         *_fences(connection, job),
+        *_files(connection, job),
         *(_losses(connection, job, losses) if losses is not None else ()),
         *(_vectors(connection, job, calm) if calm else ()),
     ]
@@ -119,6 +121,23 @@ def _fences(connection: Connection, job: UUID) -> Iterator[str]:
     """
     if count := _sum(connection, ended_by_another, job):
         yield f"{count} chunks ended by a claim that had lost them"
+
+
+def _files(connection: Connection, job: UUID) -> Iterator[str]:
+    """A data set's folder holds what the manifest lists, and beside it at most what lost claims wrote late: see
+    ops/decisions/0005."""
+    folder = _output(connection, job)
+    manifest = folder and storage.read(f"{folder}/{parts.MANIFEST}")
+    if not folder or not manifest:
+        return
+    wanted = {parts.MANIFEST, parts.SUCCESS, *(file["name"] for file in json.loads(manifest)["files"])}
+    found = set(storage.names_below(folder))
+    query = text("select chunk_id, fence from vectormill.claim_losses where job_id = :job")
+    lost = "|".join(f"{chunk}-{fence}" for chunk, fence in connection.execute(query, {"job": job}))
+    late = re.compile(rf"_staging/{job}/(part-({lost})(-\d+)?\.parquet|\.\w+\.partial)") if lost else None
+    strays = {name for name in found - wanted if not (late and late.fullmatch(name))}
+    if wanted - found or strays:
+        yield f"files: {sorted(wanted - found)[:5]} are missing, {sorted(strays)[:5]} are left over"
 
 
 def _losses(connection: Connection, job: UUID, explained: int) -> Iterator[str]:

@@ -47,6 +47,7 @@ def _data_set(engine: Engine, model: Model, folder: Path, vectors: Vectors) -> U
     table = {"index": range(_ITEMS), "key": keys, "embedding": list(vectors), "tokens": [3] * _ITEMS}
     pq.write_table(pa.table({name: pa.array(values) for name, values in table.items()}), folder / "part.parquet")
     (folder / "_manifest.json").write_text(json.dumps({"files": [{"name": "part.parquet"}]}))
+    (folder / "_SUCCESS").touch()
     return job
 
 
@@ -74,6 +75,40 @@ def test_a_vector_that_is_spoiled(
     with engine.begin() as connection:
         said = objections(connection, job, corpus, calm)
     assert ("1 vectors differ from the calm run's" in said) is not agrees
+
+
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [
+        ("part-2.parquet", False),
+        (".abc.partial", False),
+        ("_staging/{job}/part-{chunk}-1.parquet", True),
+        ("_staging/{job}/part-{chunk}-1-3.parquet", True),
+        ("_staging/{job}/.abc_12.partial", True),
+        ("_staging/{job}/part-{chunk}-2.parquet", False),
+        ("_staging/{job}/part-{chunk}-11.parquet", False),
+        ("_staging/{job}/_job.json", False),
+    ],
+)
+def test_a_file_that_is_left_over(
+    engine: Engine, model: Model, corpus: Path, tmp_path: Path, name: str, late: bool
+) -> None:
+    job = _data_set(engine, model, tmp_path / "job", vectors_of(range(_ITEMS)))
+    lost = _lost(engine, job)
+    stray = tmp_path / "job" / name.format(job=job, chunk=lost.chunk_id)
+    stray.parent.mkdir(parents=True, exist_ok=True)
+    stray.touch()
+    with engine.begin() as connection:
+        said = objections(connection, job, corpus)
+    assert any("left over" in each for each in said) is not late
+
+
+def test_a_file_that_is_missing(engine: Engine, model: Model, corpus: Path, tmp_path: Path) -> None:
+    job = _data_set(engine, model, tmp_path / "job", vectors_of(range(_ITEMS)))
+    (tmp_path / "job" / "_SUCCESS").unlink()
+    with engine.begin() as connection:
+        said = objections(connection, job, corpus)
+    assert "files: ['_SUCCESS'] are missing, [] are left over" in said
 
 
 def _lost(engine: Engine, job: UUID) -> Claim:

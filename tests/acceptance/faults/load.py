@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import control
+from pipeline import control, storage
 from pipeline.errors import IllegalTransition
 from pipeline.purge import purge_job
 from tests.acceptance.faults.secrets import CANARY, leaks_of_job
@@ -172,6 +172,10 @@ class Load:
         ]
         self.said += [f"{way}: job {job}: {said}" for said in leaks_of_job(self.site, job)]
         self.ended.setdefault(way, []).append(self.items)
+        if way.output:  # or a long drill would fill its disk
+            folder = self._folder(way, key)
+            for name in list(storage.names_below(folder)):
+                storage.delete(storage.join(folder, name))
         self.site.insist(lambda: purge_job(self.site.fleet.engine, job))
 
     def _objections(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
@@ -191,8 +195,7 @@ class Load:
         arguments = [str(source), "--model", way.model, "--idempotency-key", key]
         arguments += ["--by-reference" if way.corpus == "parquet" else "--by-value"]
         if way.output:
-            where = f"s3://{BUCKET}" if way.output == "store" else str(self._disk)
-            arguments += ["--output", f"{where}/{key}"]
+            arguments += ["--output", self._folder(way, key)]
         deadline = time.monotonic() + self.stuck_seconds
         while True:
             done = self.site.fleet.cli("submit", *arguments, check=False)
@@ -201,9 +204,10 @@ class Load:
             if done.returncode != _UNREACHABLE or time.monotonic() > deadline:
                 raise AssertionError(f"submit ended with {done.returncode}: {done.stderr[-500:]}")
 
-    @property
-    def _disk(self) -> Path:
-        return self.site.parquet.folder if self.site.parquet else self.site.folder / "parquet"
+    def _folder(self, way: Way, key: str) -> str:
+        if way.output == "store":
+            return f"s3://{BUCKET}/{key}"
+        return str((self.site.parquet.folder if self.site.parquet else self.site.folder / "parquet") / key)
 
     def _await_end(self, way: Way, job: UUID) -> str:
         deadline = time.monotonic() + self.stuck_seconds

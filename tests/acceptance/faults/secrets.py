@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
-from urllib.parse import urlsplit
+from urllib.parse import quote, quote_plus, unquote, urlsplit
 from uuid import UUID
 
 import httpx2 as httpx
 import redis
 
+from tests.acceptance.counts import METRICS
 from tests.acceptance.faults.site import FLOWER_PASSWORD, GATEWAY_KEY, Site
+from tests.acceptance.poison import Poison
 
 #: Words of every document.
 CANARY = "nineteen vermilion herons"
@@ -26,6 +28,8 @@ _TOLD = {
 _OF_WORKERS = "select dropped::text || coalesce(resting, '') as told from vectormill.workers"
 _PAGES = ("/", "/tasks", "/workers", "/broker", "/api/workers", "/api/tasks?limit=10000", "/metrics")
 _MOST_TASKS = 50
+#: Characters of a text that is quoted in part.
+_QUOTED = 20
 _BODY = re.compile(r'"body": "([A-Za-z0-9+/=]+)"')
 
 
@@ -45,18 +49,26 @@ def leaks_of_job(site: Site, job: UUID) -> list[str]:
 
 
 def _found(site: Site, places: Iterable[tuple[str, str]]) -> set[str]:
-    secrets = list(_secrets(site))
-    return {f"{name} is in {place}" for place, content in places for name, secret in secrets if secret in content}
+    secrets = {(name, form) for name, secret in _secrets(site) for form in _forms(secret)}
+    return {f"{name} is in {place}" for place, content in places for name, form in secrets if form in content}
+
+
+def _forms(secret: str) -> tuple[str, ...]:
+    """As it is, and as it stands in addresses."""
+    return secret, quote(secret, safe=""), quote(secret), quote_plus(secret)
 
 
 def _secrets(site: Site) -> Iterator[tuple[str, str]]:
     yield "a document's text", CANARY
+    for poison in Poison:  # which comes before the canary, and may be all that is quoted
+        yield "a document's text", poison[:_QUOTED]
     yield "the gateway's key", GATEWAY_KEY
     yield "the api's key", site.api_key.split("_", 2)[2]
     yield "Flower's password", FLOWER_PASSWORD
-    for name in ("DATABASE", "REDIS"):
-        if password := urlsplit(site.fleet.environment[f"VECTORMILL_{name}_URL"]).password:
-            yield f"the password of VECTORMILL_{name}_URL", password
+    urls = {name: site.fleet.environment[f"VECTORMILL_{name}_URL"] for name in ("DATABASE", "REDIS")} | site.logins
+    for name, url in urls.items():
+        if password := urlsplit(url).password:
+            yield f"the password of {name}", unquote(password)
 
 
 def _plant(site: Site) -> set[str]:
@@ -85,8 +97,21 @@ def _provoke(site: Site) -> None:
                 client.post("/v1/embeddings", json=body)
             client.post("/v1/embeddings", content=f'{{"input": "{CANARY}')
             client.post("/v1/files", files={"file": (f"{CANARY}.jsonl", CANARY)}, data={"purpose": "batch"})
-            client.post("/api/jobs", json={"model": "minilm", "source": f"s3://nowhere/{CANARY}"})
+            for source in _sources(site):
+                reply = client.post("/api/jobs", json={"model": "minilm", "sources": [source]})
+                # It must have come to the storage.
+                assert key != site.api_key or source.rpartition("/")[2] in reply.json()["detail"], reply.text
             client.get(f"/api/jobs/{CANARY}")
+
+
+def _sources(site: Site) -> Iterator[str]:
+    """Files that aren't there, and one that is broken, all of them where the api may read."""
+    broken = site.folder / "parquet" / "broken.jsonl"
+    broken.parent.mkdir(exist_ok=True)
+    broken.write_text(f'{{"text": "{CANARY}')
+    yield str(broken)
+    for folder in site.sources:
+        yield f"{folder}/{CANARY}.jsonl"
 
 
 def _places(site: Site) -> Iterator[tuple[str, str]]:
@@ -128,8 +153,12 @@ def _pages(site: Site) -> Iterator[tuple[str, str]]:
     with httpx.Client(base_url=site.api_url, headers={"authorization": f"Bearer {site.api_key}"}, timeout=60) as api:
         for page in ("/metrics", "/api/jobs", "/readyz"):
             yield f"the api's {page}", _body(api, page)
-    for file in site.kept.values():
-        yield "the workers' metrics", file.read_bytes().decode("utf-8", "replace")
+    for name, port in site.metrics_ports.items():
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield f"the metrics of {name}", _body(client, "/metrics")
+    for file in (*site.kept.values(), *site.folder.glob(f"tmp/{METRICS}")):
+        with suppress(FileNotFoundError):  # its process has just ended
+            yield "the workers' metrics", file.read_bytes().decode("utf-8", "replace")
 
 
 def _body(client: httpx.Client, page: str) -> str:

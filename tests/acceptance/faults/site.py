@@ -21,6 +21,9 @@ from psycopg import sql
 from sqlalchemy import RowMapping, text
 from sqlalchemy.exc import DBAPIError
 
+from pipeline import errands
+from pipeline.api import bulk
+from pipeline.api.database import AT_ONCE
 from pipeline.catalog import add_model
 from pipeline.embedded.place import Place
 from pipeline.embedded.runtime import read_running
@@ -76,6 +79,8 @@ class Site:
     models: tuple[str, ...]
     api_url: str
     flower_url: str
+    #: Of dispatchers.
+    metrics_ports: dict[str, int]
     #: Of an administrator.
     api_key: str = ""
     #: Where Postgres keeps tables, and where Parquet goes, if disks can be had here.
@@ -89,7 +94,11 @@ class Site:
     def start(self, name: str) -> None:
         """Start one of the dispatchers or workers, as an operator's service manager would."""
         if name in DISPATCHERS:
-            self.fleet.start(name, "pipeline.cli", "dispatcher", VECTORMILL_DATABASE_URL=self.logins["dispatcher"])
+            environment = {
+                "VECTORMILL_DATABASE_URL": self.logins["dispatcher"],
+                "VECTORMILL_METRICS_PORT": str(self.metrics_ports[name]),
+            }
+            self.fleet.start(name, "pipeline.cli", "dispatcher", **environment)
         else:
             self.start_worker(name)
 
@@ -108,6 +117,11 @@ class Site:
             "VECTORMILL_METRICS_PORT": "0",
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store_line.port}",
         }
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the api may read files."""
+        return str(self.folder / "parquet"), f"s3://{BUCKET}"
 
     @property
     def slots(self) -> int:
@@ -164,8 +178,11 @@ class Site:
     def _start_doors(self) -> None:
         self.api_key = self.fleet.cli("keys", "create", "--name", "drill", "--admin").stdout.strip()
         api, flower = (str(urlsplit(url).port) for url in (self.api_url, self.flower_url))
-        login = {"VECTORMILL_DATABASE_URL": self.logins["api"]}
-        self.fleet.start("api", "pipeline.cli", "api", "--port", api, **login)
+        environment = {
+            "VECTORMILL_DATABASE_URL": self.logins["api"],
+            "VECTORMILL_API_SOURCES": ",".join(self.sources),
+        }
+        self.fleet.start("api", "pipeline.cli", "api", "--port", api, **environment)
         secret = {"VECTORMILL_FLOWER_PORT": flower, "VECTORMILL_FLOWER_PASSWORD": FLOWER_PASSWORD}
         self.fleet.start("flower", "pipeline.cli", "flower", **secret)
         for url in (f"{self.api_url}/healthz", f"{self.flower_url}/healthcheck"):
@@ -226,7 +243,7 @@ class Site:
 
     def end_all(self) -> list[str]:
         """Ask all to end, as a deployment does. Returns what doesn't, and what is left behind."""
-        said = []
+        said = self._too_many_connections()
         for process in self.fleet.processes.values():
             process.terminate()
         for name, process in self.fleet.processes.items():
@@ -248,6 +265,21 @@ class Site:
         if len(files) > self.killed or not all(name.startswith("pymp-") for name in files):
             said.append(f"files are left: {files[:5]}")
         return said
+
+    def _too_many_connections(self) -> list[str]:
+        """What is held beyond the processes' pools."""
+        query = "select application_name, count(*) from pg_stat_activity group by 1"
+        held = {row["application_name"]: row["count"] for row in self.rows(query)}
+        workers = len(WORKERS) + (BRITTLE in self.models)
+        most = {
+            "vectormill-worker": 3 * _REPLICAS * workers,
+            "vectormill-presence": workers,
+            "vectormill-dispatcher": 2 * len(DISPATCHERS),
+            "vectormill-errands": errands.CONNECTIONS * len(DISPATCHERS),
+            "vectormill-api": AT_ONCE + bulk.CONNECTIONS,
+        }
+        over = {name: (held[name], bound) for name, bound in most.items() if held.get(name, 0) > bound}
+        return [f"{name} holds {count} connections, not {bound} at most" for name, (count, bound) in over.items()]
 
     def _processes(self) -> list[list[str]]:
         """The commands of ours, whoever's children they are by now."""
@@ -329,6 +361,7 @@ def site(
             models=("minilm", "static", "far", *([BRITTLE] if brittle else [])),
             api_url=f"http://127.0.0.1:{free_port()}",
             flower_url=f"http://127.0.0.1:{free_port()}",
+            metrics_ports={name: free_port() for name in DISPATCHERS},
             logins=logins(running.database_url),
             tables=tables,
             parquet=parquet,
