@@ -72,13 +72,14 @@ def _secrets(site: Site) -> Iterator[tuple[str, str]]:
 
 
 def _plant(site: Site) -> set[str]:
-    """Put a text and a key where the search must find them. Returns what it must say."""
-    (site.folder / "logs" / "planted.log").write_text(f"{CANARY} {GATEWAY_KEY}")
+    """Put a text, a key and a password where the search must find them. Returns what it must say."""
+    (site.folder / "logs" / "planted.log").write_text(f"{CANARY} {GATEWAY_KEY} {site.logins['worker']}")
     with redis.Redis.from_url(site.redis_url) as client:
         client.rpush("planted", json.dumps({"body": base64.b64encode(CANARY.encode()).decode()}))
     return {
         "a document's text is in the log planted.log",
         "the gateway's key is in the log planted.log",
+        "the password of worker is in the log planted.log",
         "a document's text is in Redis' planted",
     }
 
