@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from uuid import UUID
 
 import structlog
 from sqlalchemy import Connection, Engine
@@ -49,6 +50,12 @@ class Errand:
     at_once: int = 2
 
 
+def _forget_staging(means: Means, dead: tuple[UUID, int]) -> None:
+    job_id, fence = dead
+    submit.undo_staging(means.engine, job_id, fence)
+    log.info("dead_staging_forgotten", job=str(job_id))
+
+
 #: What there is to see to.
 ERRANDS: tuple[Errand, ...] = (
     Errand(
@@ -73,7 +80,7 @@ ERRANDS: tuple[Errand, ...] = (
     Errand(
         "forget_staging",
         lambda connection, limit: store.jobs.dead_stagings(connection, _STAGING_DEAD_SECONDS, limit),
-        lambda means, dead: submit.undo_staging(means.engine, *dead),
+        _forget_staging,
         at_once=1,
     ),
     Errand("forget_file", store.files.expired, lambda means, file: files.forget(means.engine, file), at_once=1),

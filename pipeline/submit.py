@@ -495,8 +495,6 @@ def undo_staging(engine: Engine, job_id: UUID, fence: int) -> None:
     if row and _delete_items(engine, job_id, fence):
         with engine.begin() as connection:
             gone = jobs.delete_staging(connection, job_id, fence)
-        if gone:
-            log.info("staging_undone", job=str(job_id))
         if gone and row["options"].get("output"):
             try:
                 parts.vacate(row["options"]["output"], job_id)
