@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
 INTEGRATIONS := .venv-integrations/.installed
 
-.PHONY: demo test test-acceptance test-browser test-ops test-integrations drill screenshots lint bench clean
+.PHONY: demo test test-contract test-acceptance test-browser test-ops test-integrations drill screenshots lint bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed" >&2; exit 1; }
@@ -21,6 +21,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# The api as OpenAI's clients and others use it, and held against its OpenAPI schema.
+test-contract: $(INSTALLED)
+	$(BIN)/python -m pytest tests/contract
 
 # Whole jobs by every way in and out, through gateways, from SQL; single faults, mutants. A short drill is in `make test`.
 test-acceptance: $(INSTALLED)

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from http import HTTPStatus
 from math import inf
 
@@ -225,6 +226,9 @@ class GatewayEncoder:
 
     def _settle(self, sent: Sent, answer: Answer) -> Iterator[Batch]:
         counting.answered(self._model.name, answer.status, answer.seconds)
+        if sent.request.canary and answer.reply and not np.isfinite(answer.reply.vectors).all():
+            # Broken, as any reply that can't be used: another model has other vectors, but it has some.
+            answer = replace(answer, reply=None, trouble="it holds a vector that isn't finite")
         if answer.reply:
             yield from self._take(sent, answer, answer.reply)
             return

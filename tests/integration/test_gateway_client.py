@@ -237,6 +237,24 @@ def test_another_canary_is_another_model(world: World, far: ScriptedGateway) -> 
     assert count(world.engine, "embeddings") == 0
 
 
+@pytest.mark.parametrize("times", [2, 1_000])
+def test_a_canary_that_isnt_finite_is_no_other_model(world: World, far: ScriptedGateway, times: int) -> None:
+    def answer(asked: dict[str, Any]) -> Answer:
+        status, headers, body = good(asked)
+        if len(far.requests) <= times:
+            body["data"][0]["embedding"] = base64.b64encode(np.full(DIMENSIONS, np.nan, "<f4").tobytes()).decode()
+        return status, headers, body
+
+    far.answer = answer
+    if times == 2:
+        world.run()
+        world.must_be_done()
+    else:
+        with pytest.raises(GatewayRefused, match="can't be used: it holds a vector that isn't finite"):
+            world.run()
+        assert world.chunk["embedded"] == world.chunk["rejected"] == 0
+
+
 def test_a_name_that_the_gateway_gave_before_is_no_other_model(
     engine: Engine, redis_url: str, far: ScriptedGateway
 ) -> None:
