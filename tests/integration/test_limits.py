@@ -67,7 +67,7 @@ def test_who_waits_as_told_is_let_through(limits: Callable[[int], Any], limit: i
         for _ in range(3):
             refused = await refusal(made, who)
             told = refused.retry_after_seconds
-            assert told
+            assert told is not None  # it may be over by now
             assert told <= 2 * MINUTE_SECONDS + 0.1
             await asyncio.sleep(told)
             await made.charge(who, 1)
