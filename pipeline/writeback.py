@@ -47,6 +47,16 @@ class Ending:
     error: str | None = None
 
 
+def sound(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Which vectors are finite and not zero."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("ij,ij->i", vectors, vectors)
+    good = np.asarray(np.isfinite(squares) & (squares > 0))
+    # A sum of squares may overflow or vanish where the vector doesn't: the few that look bad are looked at closely.
+    good[~good] = np.isfinite(vectors[~good]).all(axis=1) & vectors[~good].any(axis=1)
+    return good
+
+
 def split_bad_vectors(rows: embeddings.Rows, dimensions: int, *, half: bool) -> tuple[embeddings.Rows, list[Reject]]:
     """Take out vectors that must never be written: not finite (as stored), zero. The wrong size is an error of ours.
 
@@ -57,14 +67,8 @@ def split_bad_vectors(rows: embeddings.Rows, dimensions: int, *, half: bool) -> 
         return rows, []
     if rows.vectors.shape != (len(rows.indexes), dimensions):
         raise ValueError(f"vectors of shape {rows.vectors.shape} for {len(rows.indexes)} × {dimensions}")
-    with np.errstate(over="ignore", invalid="ignore"):
-        stored = rows.vectors.astype(np.float16).astype(np.float32) if half else rows.vectors
-        squares = np.einsum("ij,ij->i", stored, stored)
-    good = np.asarray(np.isfinite(squares) & (squares > 0))
-    if good.all():
-        return rows, []
-    # A sum of squares may overflow or vanish where the vector doesn't: the few that look bad are looked at closely.
-    good[~good] = np.isfinite(stored[~good]).all(axis=1) & stored[~good].any(axis=1)
+    with np.errstate(over="ignore"):
+        good = sound(rows.vectors.astype(np.float16).astype(np.float32) if half else rows.vectors)
     if good.all():
         return rows, []
     rejects = [

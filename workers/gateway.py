@@ -27,6 +27,7 @@ from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.jobs import Model, Reason, RejectCode
 from pipeline.plan import request_batches
 from pipeline.wire import TEXTS_FAULT, Reply, told_wait_seconds
+from pipeline.writeback import sound
 from workers import counting
 from workers.attempts import Attempts
 from workers.batching import Batch, Tokenised, share_out
@@ -284,7 +285,7 @@ class GatewayEncoder:
             return
         self._memory.answered(sum(len(text) for text in self._texts_of(request)), reply.prompt_tokens)
         self._learn_size(request)
-        good = np.isfinite(reply.vectors).all(axis=1) & reply.vectors.any(axis=1)
+        good = sound(reply.vectors)
         if good.any():
             at, shares = request.at[good], share_out(tokens, self._lengths[request.at])
             # Waits for the limits are the slot's time too: they make its rate.

@@ -36,11 +36,9 @@ def main() -> None:
         if not asked.kind or any(part in kind.name for part in asked.kind)
     )
     print(f"seed {asked.seed}", flush=True)
-    begun: list[float] = []
 
-    def goes_on(_: Report) -> bool:
-        begun[:] = begun or [time.monotonic()]
-        return time.monotonic() < begun[0] + 60 * asked.minutes
+    def goes_on(so_far: Report) -> bool:
+        return time.monotonic() < so_far.begun + 60 * asked.minutes
 
     lease_seconds, chunk_items = (_DEFAULT_LEASE_SECONDS, None) if asked.defaults else (_LEASE_SECONDS, _CHUNK_ITEMS)
     items, lanes = (_MANY_ITEMS, _LANES_AT_DEFAULTS) if asked.defaults else (_ITEMS, (*LANES, POISONED))

@@ -43,6 +43,8 @@ class Report:
     chunks: int = 0
     #: Texts that did harm, by kind, and were rejected for it.
     poisons: Counter[Poison] = field(default_factory=Counter)
+    #: When the first fault was to come, by the monotonic clock: what was made ready before isn't counted.
+    begun: float = 0.0
     #: Faults that were begun.
     tried: int = 0
     #: When there was a fault by which leases may run out, by the database's clock.
@@ -147,7 +149,7 @@ def _do_all(
     goes_on: Callable[[Report], bool],
     tell: Callable[[str], None],
 ) -> None:
-    told = 0
+    told, report.begun = 0, time.monotonic()
     for kind, random in schedule(report.seed, tuple(kind for kind in kinds if kind.possible(site))):
         if not goes_on(report):
             break

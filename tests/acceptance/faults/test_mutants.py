@@ -4,7 +4,6 @@ is in test_faults.py."""
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
-from uuid import UUID
 
 import pytest
 
@@ -12,18 +11,12 @@ from tests.acceptance.conftest import LEASE_SECONDS, write_corpus
 from tests.acceptance.faults.site import at_port
 from tests.acceptance.faults.wire import Moment, Wire
 from tests.acceptance.fleet import Fleet, eventually
-from tests.acceptance.oracle import objections
 from tests.lines import Call, line_to
 
 _MUTANTS = "tests.acceptance.mutants"
 _LEASE_SECONDS = 3
 #: The chunk is long, so that it outlasts its lease on a fast machine; on a busy one it takes minutes.
 _PATIENCE_SECONDS = 400.0
-
-
-def _objections(fleet: Fleet, job: UUID, corpus: Path, losses: int) -> list[str]:
-    with fleet.engine.begin() as connection:
-        return objections(connection, job, corpus, losses=losses)
 
 
 @pytest.mark.parametrize("renewed", [True, False])
@@ -41,7 +34,7 @@ def test_a_lease_that_nobody_renews(fleet: Fleet, texts: list[str], tmp_path: Pa
         "the job's end, or a lost claim",
         _PATIENCE_SECONDS,
     )
-    found = _objections(fleet, job, corpus, 0)
+    found = fleet.objections(job, corpus, 0)
     if renewed:
         query = "select max(finished_at - started_at) > make_interval(secs => 2 * :lease) from vectormill.chunks"
         outlasts = fleet.scalar(query, lease=_LEASE_SECONDS)
@@ -70,7 +63,7 @@ def test_a_chunk_whose_worker_is_gone(fleet: Fleet, texts: list[str], tmp_path: 
     eventually(lambda: fleet.scalar(long_gone, chunk=chunk, lease=LEASE_SECONDS), "what becomes of the chunk")
     if swept:
         fleet.await_end(job)
-    assert bool(_objections(fleet, job, corpus, 1)) is not swept
+    assert bool(fleet.objections(job, corpus, 1)) is not swept
 
 
 @pytest.fixture
@@ -100,4 +93,4 @@ def test_a_child_killed_inside_copy(fleet: Fleet, wire: Wire, texts: list[str], 
     job = fleet.submit(str(corpus), "--model", "static")
     assert wire.strike(Moment.IN_COPY, kill, 60)
     fleet.await_end(job)
-    assert bool(_objections(fleet, job, corpus, 1)) is not at_once
+    assert bool(fleet.objections(job, corpus, 1)) is not at_once
