@@ -67,6 +67,12 @@ def test_a_chunk_past_its_time_is_given_back_without_a_crash(engine: Engine, enc
     assert (found["state"], found["embedded"], found["crashes"]) == ("pending", 8, 0)
 
 
+def test_a_chunk_that_was_read_slowly_has_all_its_time_yet(engine: Engine, encoder: Encoder, model: Model) -> None:
+    how = watch(most_seconds=60)
+    how.began -= 61  # spent on unpacking, before the first serving
+    assert run(engine, encoder, isolated(engine, model, 200, 2), how)["state"] == "done"
+
+
 @pytest.mark.parametrize("items", [1, 2, 100])
 def test_a_convicted_item_is_rejected_and_the_rest_done(
     engine: Engine, encoder: Encoder, model: Model, items: int
