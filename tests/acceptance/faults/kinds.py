@@ -36,7 +36,7 @@ KINDS = (
         2,
         expires=True,
     ),
-    Kind("connection cut inside COPY", on_workers.strike(Moment.IN_COPY, on_workers.cut), expires=True),
+    Kind("connection cut inside COPY", on_workers.strike(Moment.IN_COPY, on_workers.cut), 2, expires=True),
     Kind("connection cut before COMMIT arrives", on_workers.strike(Moment.BEFORE_COMMIT, on_workers.cut), expires=True),
     Kind(
         "connection cut before COMMIT's answer", on_workers.strike(Moment.AFTER_COMMIT, on_workers.cut), 2, expires=True
@@ -51,10 +51,10 @@ KINDS = (
     Kind("dispatcher frozen, two at once", on_servers.freeze_dispatcher),
     Kind("Redis killed", on_servers.kill_redis),
     Kind("Redis frozen", on_servers.freeze_redis),
-    Kind("Redis flushed", on_servers.flush_redis, 2),
-    Kind("Redis cut off", on_servers.cut_off(lambda site: site.redis_line)),
+    Kind("Redis flushed", on_servers.flush_redis, 3),
+    Kind("Redis cut off", on_servers.cut_off(lambda site: site.redis_line), 2),
     Kind("Postgres restarted at once", on_servers.restart_postgres, expires=True),
-    Kind("backends terminated", on_servers.terminate_backends, 2, expires=True),
+    Kind("backends terminated", on_servers.terminate_backends, 3, expires=True),
     Kind("half-open connections to Postgres", on_servers.half_open, expires=True),
     Kind(
         "disk full under the tables",
@@ -71,11 +71,11 @@ KINDS = (
         possible=_has_disks,
     ),
     Kind("object store cut off", on_servers.cut_off(lambda site: site.store_line), of=_TO_STORE),
-    Kind("object store: 503", on_servers.refused(lambda site: site.store_line), of=_TO_STORE),
+    Kind("object store: 503", on_servers.refused(lambda site: site.store_line), 2, of=_TO_STORE),
     Kind("worker child killed inside an upload", on_workers.kill_in_upload, expires=True),
     Kind("object store frozen", on_servers.frozen(lambda site: site.store_line), of=_TO_STORE),
     Kind("gateway: 429 storm", on_servers.answering(lambda _: error(429, retry_after="1")), of=_OF_GATEWAY),
-    Kind("gateway: 503", on_servers.answering(lambda _: error(503)), of=_OF_GATEWAY),
+    Kind("gateway: 503", on_servers.answering(lambda _: error(503)), 2, of=_OF_GATEWAY),
     Kind("gateway: slow bodies", on_servers.answering(on_servers.slowly, share=0.2), of=_OF_GATEWAY),
     Kind(
         "gateway: broken JSON", on_servers.answering(on_servers.broken_json, share=0.5), pauses=_REFUSED, of=_OF_GATEWAY
@@ -86,7 +86,7 @@ KINDS = (
     Kind(
         "gateway: not a number", on_servers.answering(on_servers.not_finite, share=0.5), pauses=_REFUSED, of=_OF_GATEWAY
     ),
-    Kind("gateway: no answer", on_servers.answering(on_servers.no_answer, share=0.7), of=_OF_GATEWAY),
+    Kind("gateway: no answer", on_servers.answering(on_servers.no_answer, share=0.7), 2, of=_OF_GATEWAY),
 )
 
 #: At default settings, with what is promised there.
