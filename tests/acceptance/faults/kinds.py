@@ -36,25 +36,27 @@ KINDS = (
         2,
         expires=True,
     ),
-    Kind("connection cut inside COPY", on_workers.strike(Moment.IN_COPY, on_workers.cut), 2, expires=True),
-    Kind("connection cut before COMMIT arrives", on_workers.strike(Moment.BEFORE_COMMIT, on_workers.cut), expires=True),
+    Kind("connection cut inside COPY", on_workers.strike(Moment.IN_COPY, on_workers.cut), 4, expires=True),
     Kind(
-        "connection cut before COMMIT's answer", on_workers.strike(Moment.AFTER_COMMIT, on_workers.cut), 2, expires=True
+        "connection cut before COMMIT arrives", on_workers.strike(Moment.BEFORE_COMMIT, on_workers.cut), 4, expires=True
+    ),
+    Kind(
+        "connection cut before COMMIT's answer", on_workers.strike(Moment.AFTER_COMMIT, on_workers.cut), 4, expires=True
     ),
     Kind("worker killed", on_workers.kill_worker, expires=True),
     Kind("worker child frozen past its lease", on_workers.freeze_child, expires=True),
     Kind("worker child frozen inside COPY", on_workers.freeze_in_copy, expires=True),
-    Kind("worker child frozen shortly", on_workers.freeze_shortly, 2),
+    Kind("worker child frozen shortly", on_workers.freeze_shortly, 3),
     Kind("rolling restart of a worker", on_workers.rolling_restart),
     Kind("worker's clock hours ahead", on_workers.clock_ahead, possible=lambda _: bool(glob(on_workers.FAKETIME))),
-    Kind("dispatcher killed", on_servers.kill_dispatcher, 2),
+    Kind("dispatcher killed", on_servers.kill_dispatcher, 4),
     Kind("dispatcher frozen, two at once", on_servers.freeze_dispatcher),
-    Kind("Redis killed", on_servers.kill_redis),
-    Kind("Redis frozen", on_servers.freeze_redis),
-    Kind("Redis flushed", on_servers.flush_redis, 3),
-    Kind("Redis cut off", on_servers.cut_off(lambda site: site.redis_line), 2),
-    Kind("Postgres restarted at once", on_servers.restart_postgres, expires=True),
-    Kind("backends terminated", on_servers.terminate_backends, 3, expires=True),
+    Kind("Redis killed", on_servers.kill_redis, 3),
+    Kind("Redis frozen", on_servers.freeze_redis, 2),
+    Kind("Redis flushed", on_servers.flush_redis, 4),
+    Kind("Redis cut off", on_servers.cut_off(lambda site: site.redis_line), 4),
+    Kind("Postgres restarted at once", on_servers.restart_postgres, 2, expires=True),
+    Kind("backends terminated", on_servers.terminate_backends, 4, expires=True),
     Kind("half-open connections to Postgres", on_servers.half_open, expires=True),
     Kind(
         "disk full under the tables",
@@ -70,23 +72,35 @@ KINDS = (
         pauses=("storage_refused",),
         possible=_has_disks,
     ),
-    Kind("object store cut off", on_servers.cut_off(lambda site: site.store_line), of=_TO_STORE),
-    Kind("object store: 503", on_servers.refused(lambda site: site.store_line), 2, of=_TO_STORE),
+    Kind("object store cut off", on_servers.cut_off(lambda site: site.store_line), 3, of=_TO_STORE),
+    Kind("object store: 503", on_servers.refused(lambda site: site.store_line), 3, of=_TO_STORE),
     Kind("worker child killed inside an upload", on_workers.kill_in_upload, expires=True),
     Kind("object store frozen", on_servers.frozen(lambda site: site.store_line), of=_TO_STORE),
-    Kind("gateway: 429 storm", on_servers.answering(lambda _: error(429, retry_after="1")), of=_OF_GATEWAY),
-    Kind("gateway: 503", on_servers.answering(lambda _: error(503)), 2, of=_OF_GATEWAY),
-    Kind("gateway: slow bodies", on_servers.answering(on_servers.slowly, share=0.2), of=_OF_GATEWAY),
+    Kind("gateway: 429 storm", on_servers.answering(lambda _: error(429, retry_after="1")), 3, of=_OF_GATEWAY),
+    Kind("gateway: 503", on_servers.answering(lambda _: error(503)), 3, of=_OF_GATEWAY),
+    Kind("gateway: slow bodies", on_servers.answering(on_servers.slowly, share=0.2), 3, of=_OF_GATEWAY),
     Kind(
-        "gateway: broken JSON", on_servers.answering(on_servers.broken_json, share=0.5), pauses=_REFUSED, of=_OF_GATEWAY
+        "gateway: broken JSON",
+        on_servers.answering(on_servers.broken_json, share=0.5),
+        2,
+        pauses=_REFUSED,
+        of=_OF_GATEWAY,
     ),
     Kind(
-        "gateway: too few vectors", on_servers.answering(on_servers.too_few, share=0.5), pauses=_REFUSED, of=_OF_GATEWAY
+        "gateway: too few vectors",
+        on_servers.answering(on_servers.too_few, share=0.5),
+        2,
+        pauses=_REFUSED,
+        of=_OF_GATEWAY,
     ),
     Kind(
-        "gateway: not a number", on_servers.answering(on_servers.not_finite, share=0.5), pauses=_REFUSED, of=_OF_GATEWAY
+        "gateway: not a number",
+        on_servers.answering(on_servers.not_finite, share=0.5),
+        2,
+        pauses=_REFUSED,
+        of=_OF_GATEWAY,
     ),
-    Kind("gateway: no answer", on_servers.answering(on_servers.no_answer, share=0.7), 2, of=_OF_GATEWAY),
+    Kind("gateway: no answer", on_servers.answering(on_servers.no_answer, share=0.7), 3, of=_OF_GATEWAY),
 )
 
 #: At default settings, with what is promised there.

@@ -26,6 +26,8 @@ _UNREACHABLE = 6
 _POLL_SECONDS = 0.2
 #: A lane whose jobs are done at once rests for a while, or it would do nothing but submit.
 _LEAST_SECONDS = 10.0
+#: Poisoned jobs rest longer: each starts a dozen processes anew, and the other lanes need a core too.
+_LEAST_POISONED_SECONDS = 240.0
 #: A fault explains a pause for so long after it is over.
 _EXPLAINS_SECONDS = 60.0
 
@@ -156,7 +158,8 @@ class Load:
                 self._run(way)
             except Exception as error:  # noqa: BLE001 - a lane that dies silently would prove nothing
                 self.said.append(f"{way}: {type(error).__name__}: {error}")
-            self._stopping.wait(max(0.0, _LEAST_SECONDS - (time.monotonic() - begun)))
+            least = _LEAST_POISONED_SECONDS if way.poisoned else _LEAST_SECONDS
+            self._stopping.wait(max(0.0, least - (time.monotonic() - begun)))
 
     def _run(self, way: Way) -> None:
         key = uuid4().hex
