@@ -19,16 +19,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@$(BIN)/vectormill demo
 
+# Two modules at a time, each half with servers of its own: tests wait more than they compute.
+TWO := --numprocesses 2 --dist loadscope
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 # The api as OpenAI's clients and others use it, and held against its OpenAPI schema.
 test-contract: $(INSTALLED)
-	$(BIN)/python -m pytest tests/contract
+	$(BIN)/python -m pytest $(TWO) tests/contract
 
 # Whole jobs by every way in and out, through gateways, from SQL; single faults, mutants. A short drill is in `make test`.
 test-acceptance: $(INSTALLED)
-	$(BIN)/python -m pytest tests/acceptance --ignore tests/acceptance/faults/test_drill.py
+	$(BIN)/python -m pytest $(TWO) tests/acceptance --ignore tests/acceptance/faults/test_drill.py
 
 SEED ?= $(shell date +%s)
 MINUTES ?= 60

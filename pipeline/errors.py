@@ -39,7 +39,7 @@ class SourceChanged(SourceError):
 
 
 class StorageRefused(UserError):
-    """A storage refuses access. The message names the URI; credentials come from the environment."""
+    """A storage refuses access, or has no room. The message names the URI; credentials come from the environment."""
 
 
 class UnknownModel(UserError):

@@ -136,7 +136,10 @@ def deliver(folder: str, job_id: UUID, outputs: Sequence[Output], about: Mapping
             pass
     files = [{"name": output.name, "rows": output.rows, "bytes": output.bytes} for output in outputs]
     manifest = {**about, "job": str(job_id), "rows": sum(output.rows for output in outputs), "files": files}
-    storage.write(storage.join(folder, MANIFEST), orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    # Made where `vacate` clears away what a death in the middle of it leaves.
+    made = storage.join(_staging(folder, job_id), MANIFEST)
+    storage.write(made, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    storage.move(made, storage.join(folder, MANIFEST))
     vacate(folder, job_id)
     storage.write(storage.join(folder, SUCCESS), b"")
 

@@ -3,6 +3,7 @@
 Credentials come from the environment alone, by the names that each provider's own tools use.
 """
 
+import errno
 import io
 import os
 import shutil
@@ -29,6 +30,8 @@ _LOCAL_BYTES = 1024 * 1024
 #: Asked for at once from an object.
 _REMOTE_BYTES = 4 * 1024 * 1024
 _CLIENT: Any = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
+#: A person must make room first: to write again would only cost embedding again.
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=30)}
 
 
@@ -286,6 +289,9 @@ def _write_local(path: Path, data: bytes | memoryview | BinaryIO) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, FileExistsError):
         raise StorageRefused(f"{path}: there is a file where a folder must be.") from None
+    if data == b"":  # whole as soon as it is there
+        path.write_bytes(data)
+        return
     with NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as file:
         try:
             if isinstance(data, bytes | memoryview):
@@ -394,7 +400,10 @@ def _reported(uri: str) -> Iterator[None]:
             raise StorageRefused(f"{uri}: no credentials; set them in the environment.") from error
         raise StorageUnreachable(f"{uri}: the storage doesn't answer; check its address, then try again.") from error
     except OSError as error:
-        raise StorageUnreachable(f"{uri}: {(error.strerror or 'input or output failed').lower()}.") from error
+        reason = (error.strerror or "input or output failed").lower()
+        if error.errno in _NO_ROOM:
+            raise StorageRefused(f"{uri}: {reason}; make room.") from error
+        raise StorageUnreachable(f"{uri}: {reason}.") from error
 
 
 def _lacks_credentials(error: Exception) -> bool:

@@ -117,16 +117,20 @@ class GatewayEncoder:
     def _run(self, requests: Sequence[Request], stop: Callable[[], bool]) -> Iterator[Batch]:
         self._pending, self._next, self._ends_with = deque(requests), None, None
         self._answered_at = self._metered_at = time.monotonic()
-        with ThreadPoolExecutor(self._in_flight, thread_name_prefix="gateway") as threads:
-            while True:
-                moment = self._send(threads, lambda: self._ends_with is not None or stop())
-                if not self._flying and moment == inf:
-                    break
-                for answered in self._arrived(min(moment, time.monotonic() + _LOOK_SECONDS)):
-                    for batch in self._settle(self._flying.pop(answered), answered.result()):
-                        yield batch
-                        # A commit may have come in between.
-                        self._metered_at = time.monotonic()
+        try:
+            with ThreadPoolExecutor(self._in_flight, thread_name_prefix="gateway") as threads:
+                while True:
+                    moment = self._send(threads, lambda: self._ends_with is not None or stop())
+                    if not self._flying and moment == inf:
+                        break
+                    for answered in self._arrived(min(moment, time.monotonic() + _LOOK_SECONDS)):
+                        for batch in self._settle(self._flying.pop(answered), answered.result()):
+                            yield batch
+                            # A commit may have come in between.
+                            self._metered_at = time.monotonic()
+        finally:
+            if self._next:
+                self._throttle.give_back(self._next.leave)
         if self._ends_with:
             raise self._ends_with
 
@@ -152,6 +156,7 @@ class GatewayEncoder:
             if self._may_still_go(sent):
                 self._post(threads, sent)
             else:
+                self._throttle.give_back(sent.leave)
                 self._pending.appendleft(sent.request)
         return inf
 

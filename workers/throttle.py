@@ -206,6 +206,15 @@ end
 """
 )
 
+#: ARGV: when it was to be sent, how long a probe may take.
+_UNUSED = (
+    _COMMON
+    + """
+-- Others wait for a probe, and this one was it.
+if math.abs((values.open or 0) - tonumber(ARGV[1]) - tonumber(ARGV[2])) < 0.001 then set('open', 0) end
+"""
+)
+
 #: → for how long nobody may send, as gateways told and by the breaker; when the breaker last opened.
 _HELD = (
     _COMMON
@@ -297,6 +306,10 @@ class Throttle:
         self._share.senders = max(1, int(senders))
         self._share.rates = (float(rates[0]), float(rates[1]))
         return Leave(granted=bool(granted), wait_seconds=float(wait), moment=float(moment))
+
+    def give_back(self, leave: Leave) -> None:
+        """Nothing is sent on this leave: whatever waits for what comes of it needn't."""
+        self._ask(_UNUSED, bool, leave.moment, self.request_seconds)
 
     def held_seconds(self, *, told: bool = False) -> float:
         """For how long nobody may send, or, `told`, for how long the gateway itself said so."""

@@ -42,7 +42,7 @@ from workers.gateway import GatewayEncoder
 from workers.inquiry import describe
 from workers.memory import Memory
 from workers.run_chunk import Watch, run_chunk
-from workers.throttle import Throttle, connect
+from workers.throttle import Throttle, account_of, connect
 
 _ITEMS = 40
 
@@ -303,6 +303,19 @@ def test_an_endpoint_that_is_dead_gives_the_chunk_back(world: World, far: Script
         world.run(model=dead)
     assert world.chunk["state"] == "pending"
     assert run_sql(world.engine, "select sum(coalesce(billed_tokens, -1)) from vectormill.attempts") == [(0,)]
+
+
+def test_a_claim_that_finds_the_breaker_open_sends_the_canary(world: World, far: ScriptedGateway) -> None:
+    assert world.model.upstream
+    world.run()
+    with connect(world.redis_url) as redis:
+        other = Throttle(redis, world.model.upstream, key="sk-one")
+        for leave in [other.reserve(10, 1.0) for _ in range(5)]:
+            other.failed(leave, None)
+        redis.hset(f"vectormill:throttle:{account_of(world.model.upstream, 'sk-one')}", "open", 0)  # a second later
+    far.requests.clear()
+    world.run(taken(world.engine, make_job(world.engine, world.model, 1)))
+    assert [request["input"] for request in far.requests] == [[CANARY], ["text 0"]]
 
 
 def test_one_text_that_is_refused_is_rejected_alone(world: World, far: ScriptedGateway) -> None:

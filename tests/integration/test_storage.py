@@ -11,6 +11,7 @@ import pytest
 from pipeline import storage
 from pipeline.errors import SourceChanged, SourceError, StorageRefused, StorageUnreachable, UserError
 from pipeline.sources import Columns, Corpus
+from tests.acceptance.faults.disk import small_disk
 from tests.object_store import environment_of, s3_server
 
 
@@ -51,6 +52,18 @@ def test_what_is_written_is_read(folder: str) -> None:
         assert file.read() == data[-5:]
         file.seek(1_000_000)
         assert file.read(1_500_000) == data[1_000_000:2_500_000]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have a disk that is full")
+def test_a_full_disk_is_for_a_person_to_mend(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20, None) as disk:
+        disk.fill()
+        for name in ("file", "folder/file"):
+            with pytest.raises(StorageRefused, match=r"no space left on device; make room\.$"):
+                storage.write(str(disk.folder / name), bytes(10_000))
+        disk.clear()
+        assert list(storage.names_below(str(disk.folder))) == []
+        put(str(disk.folder), "file")
 
 
 def test_what_isnt_there(folder: str) -> None:

@@ -294,6 +294,18 @@ def test_the_others_wait_as_long_as_a_probe_may_take(sender: Throttle, store: "r
     assert sender.held_seconds() == 0
 
 
+def test_nobody_waits_for_a_probe_that_is_not_sent(sender: Throttle, store: "redis.Redis") -> None:
+    for leave in [sender.reserve(10, _PATIENCE) for _ in range(5)]:
+        sender.failed(leave, None)
+    sender.give_back(leave)
+    assert sender.held_seconds() > 0, "what the breaker says holds"
+    store.hset(_key(), "open", 0)
+    probe = sender.reserve(10, _PATIENCE)
+    assert not sender.reserve(10, _PATIENCE).granted
+    sender.give_back(probe)
+    assert sender.reserve(10, _PATIENCE).granted
+
+
 def test_a_failure_between_successes_opens_nothing(sender: Throttle) -> None:
     for _ in range(20):
         sender.failed(sender.reserve(10, _PATIENCE), None)

@@ -190,8 +190,8 @@ REASONS: dict[Reason, tuple[str, str]] = {
     Reason.SOURCE_CHANGED: ("a source file has changed", "Put back the file as it was and retry, or submit it anew."),
     Reason.SOURCE_DAMAGED: ("a source file can't be read", "Mend the file, then submit it anew."),
     Reason.STORAGE_REFUSED: (
-        "the storage refuses access",
-        "Give workers the credentials that the message names, then resume.",
+        "the storage refuses access, or is full",
+        "Give workers the credentials, or the disk the room, that the message names, then resume.",
     ),
     Reason.TABLE_REFUSED: ("the target table refuses the vectors", "Mend the table as the message says."),
     Reason.KEY_REFUSED: ("the gateway refuses the key", "Give workers a live key, then resume."),
