@@ -232,9 +232,9 @@ class GatewayEncoder:
 
     def _settle(self, sent: Sent, answer: Answer) -> Iterator[Batch]:
         counting.answered(self._model.name, answer.status, answer.seconds)
-        if sent.request.canary and answer.reply and not np.isfinite(answer.reply.vectors).all():
+        if sent.request.canary and answer.reply and not sound(answer.reply.vectors).all():
             # Broken, as any reply that can't be used: another model has other vectors, but it has some.
-            answer = replace(answer, reply=None, trouble="it holds a vector that isn't finite")
+            answer = replace(answer, reply=None, trouble="it holds a vector that is zero or not finite")
         if answer.reply:
             yield from self._take(sent, answer, answer.reply)
             return

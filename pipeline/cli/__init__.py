@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import cast
 
+import structlog
 import typer
 from rich.text import Text
 
@@ -48,6 +49,8 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 def main() -> None:
     """Run the command line; end with DESIGN's exit codes, and one line for what a person can mend."""
+    # Standard output is for data. Processes that serve configure their lines themselves.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
         with reporting_unreachable():
             code = app(standalone_mode=False)

@@ -1,5 +1,5 @@
-"""A witness inside the database: it notes each commit under another fence than its chunk has at that moment, which no
-count shows afterwards if it was a commit of a part."""
+"""A witness inside the database. It notes each commit under another fence than its chunk has at that moment, which no
+count shows afterwards if it was a commit of a part; and each claim with its moment, where the chunk has its first's."""
 
 from uuid import UUID
 
@@ -11,6 +11,10 @@ create schema if not exists witness;
 create table if not exists witness.stale_commits (
   job_id uuid not null, chunk_id bigint not null, fence bigint not null, newest bigint not null
 );
+create table if not exists witness.claims (
+  chunk_id bigint not null, fence bigint not null, at timestamptz not null default clock_timestamp(),
+  primary key (chunk_id, fence)
+);
 create or replace function witness.look() returns trigger language plpgsql security definer
 set search_path = pg_catalog as $$
 begin
@@ -20,12 +24,21 @@ begin
   return new;
 end
 $$;
+create or replace function witness.look_at_claim() returns trigger language plpgsql security definer
+set search_path = pg_catalog as $$
+begin
+  insert into witness.claims (chunk_id, fence) values (new.id, new.fence) on conflict do nothing;
+  return new;
+end
+$$;
 create or replace trigger witness before insert on vectormill.usage for each row execute function witness.look();
+create or replace trigger witness after update on vectormill.chunks
+for each row when (new.fence > old.fence) execute function witness.look_at_claim();
 """
 
 
 def install(connection: Connection) -> None:
-    """Let it look at all commits from now on."""
+    """Let it look at all commits and claims from now on."""
     connection.exec_driver_sql(_INSTALL)
 
 

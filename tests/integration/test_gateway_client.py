@@ -237,12 +237,14 @@ def test_another_canary_is_another_model(world: World, far: ScriptedGateway) -> 
     assert count(world.engine, "embeddings") == 0
 
 
-@pytest.mark.parametrize("times", [2, 1_000])
-def test_a_canary_that_isnt_finite_is_no_other_model(world: World, far: ScriptedGateway, times: int) -> None:
+@pytest.mark.parametrize(("bad", "times"), [(np.nan, 2), (np.nan, 1_000), (0.0, 2)])
+def test_a_canary_that_is_no_vector_is_no_other_model(
+    world: World, far: ScriptedGateway, bad: float, times: int
+) -> None:
     def answer(asked: dict[str, Any]) -> Answer:
         status, headers, body = good(asked)
         if len(far.requests) <= times:
-            body["data"][0]["embedding"] = base64.b64encode(np.full(DIMENSIONS, np.nan, "<f4").tobytes()).decode()
+            body["data"][0]["embedding"] = base64.b64encode(np.full(DIMENSIONS, bad, "<f4").tobytes()).decode()
         return status, headers, body
 
     far.answer = answer
@@ -250,7 +252,7 @@ def test_a_canary_that_isnt_finite_is_no_other_model(world: World, far: Scripted
         world.run()
         world.must_be_done()
     else:
-        with pytest.raises(GatewayRefused, match="can't be used: it holds a vector that isn't finite"):
+        with pytest.raises(GatewayRefused, match="can't be used: it holds a vector that is zero or not finite"):
             world.run()
         assert world.chunk["embedded"] == world.chunk["rejected"] == 0
 

@@ -10,6 +10,9 @@ from tests.acceptance.faults.site import BRITTLE, Site
 
 #: Chunks `c`, with their jobs `j`, that a fault to all concerns. The brittle model's worker goes around what is struck.
 ALL = f"j.model_name <> '{BRITTLE}'"
+_CHUNKS = "vectormill.chunks c join vectormill.jobs j on j.id = c.job_id"
+#: When each was claimed under the fence that it has.
+_CLAIMS = "join witness.claims w on w.chunk_id = c.id and w.fence = c.fence"
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Recovered:
     def _is_back(self) -> bool:
         if self.done.claim:
             return is_back(self.site, self.done.claim)
-        began = "c.started_at > :moment and c.state = 'done'"
-        return bool(self.site.scalar(_exists(f"{began} and {self.of}"), moment=self.moment))
+        condition = f"w.at > :moment and c.state = 'done' and {self.of}"
+        return bool(self.site.scalar(_exists(condition, f"{_CHUNKS} {_CLAIMS}"), moment=self.moment))
 
 
 @dataclass
@@ -75,9 +78,9 @@ class FullSpeed:
 
     def __call__(self) -> float | None:
         """Ask again and again."""
-        query = """
-            select count(*) as busy, count(*) filter (where started_at > :moment) as anew
-            from vectormill.chunks where state = 'running'
+        query = f"""
+            select count(*) as busy, count(*) filter (where w.at > :moment) as anew
+            from vectormill.chunks c {_CLAIMS} where c.state = 'running'
         """
         row, now = self.site.rows(query, moment=self.moment)[0], time.monotonic()
         if row["busy"] >= self.site.slots:
@@ -114,8 +117,7 @@ def concerns(site: Site, of: str) -> bool:
     return bool(site.scalar(_exists(f"c.state = 'running' and {of}")))
 
 
-def _exists(condition: str) -> str:
-    chunks = "vectormill.chunks c join vectormill.jobs j on j.id = c.job_id"
+def _exists(condition: str, chunks: str = _CHUNKS) -> str:
     return f"select exists (select from {chunks} where {condition})"
 
 

@@ -35,6 +35,7 @@ def kill_dispatcher(site: Site, random: Random) -> Done:
 
 def freeze_dispatcher(site: Site, random: Random) -> Done:
     """The dispatcher that leads stands still until the other one leads, and goes on: two at once."""
+    site.await_dispatchers()
     query = "select holder from vectormill.leases where name = 'dispatcher' and lease_until > now()"
     leads = eventually(lambda: site.scalar(query), "a dispatcher that leads")
     for name in random.sample(DISPATCHERS, len(DISPATCHERS)):

@@ -149,6 +149,12 @@ class Site:
         for name in WORKERS:
             eventually(partial(self._is_shown, name), f"{name}, which has started", START_SECONDS)
 
+    def await_dispatchers(self) -> None:
+        """Wait until each dispatcher leads, or stands by."""
+        for port in self.metrics_ports.values():
+            url = f"http://127.0.0.1:{port}/metrics"
+            eventually(partial(_answers, url), f"an answer from {url}", START_SECONDS)
+
     def worker_id(self, name: str) -> UUID | None:
         """The id of a worker, as soon as it is Celery's: it comes of the name that it has there, new at each start."""
         command = psutil.Process(self.fleet.processes[name].pid).cmdline()
