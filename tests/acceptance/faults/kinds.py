@@ -76,7 +76,7 @@ KINDS = (
     Kind("object store: 503", on_servers.refused(lambda site: site.store_line), 3, of=_TO_STORE),
     Kind("worker child killed inside an upload", on_workers.kill_in_upload, expires=True),
     Kind("object store frozen", on_servers.frozen(lambda site: site.store_line), of=_TO_STORE),
-    Kind("gateway: 429 storm", on_servers.answering(lambda _: error(429, retry_after="1")), 3, of=_OF_GATEWAY),
+    Kind("gateway: 429 storm", on_servers.answering(lambda _: error(429, retry_after="1")), of=_OF_GATEWAY),
     Kind("gateway: 503", on_servers.answering(lambda _: error(503)), 3, of=_OF_GATEWAY),
     Kind("gateway: slow bodies", on_servers.answering(on_servers.slowly, share=0.2), 3, of=_OF_GATEWAY),
     Kind(
