@@ -50,7 +50,7 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 def main() -> None:
     """Run the command line; end with DESIGN's exit codes, and one line for what a person can mend."""
     # Standard output is for data. Processes that serve configure their lines themselves.
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     try:
         with reporting_unreachable():
             code = app(standalone_mode=False)
