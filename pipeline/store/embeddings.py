@@ -93,10 +93,12 @@ def _decode(wire: bytes, element: str) -> npt.NDArray[np.float32]:
     return np.frombuffer(wire, dtype=element, offset=4).astype(np.float32)
 
 
+# Of a job that statistics don't know yet, one row is expected: a join may be planned as one scan of all its items for
+# each row. What is looked up row by row isn't.
 _READ = """
     select e.index, e.key, coalesce(vector_send(e.vector), halfvec_send(e.half)), e.half is not null,
-           e.tokens, e.truncated, i.carried
-    from vectormill.embeddings e left join vectormill.items i on i.job_id = e.job_id and i.index = e.index
+           e.tokens, e.truncated, (select carried from vectormill.items where job_id = %s and index = e.index)
+    from vectormill.embeddings e
     where e.job_id = %s and e.index >= %s and e.index < %s order by e.index
 """
 _ALL = (0, 2**63 - 1)
@@ -107,7 +109,7 @@ def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator
     carried). Memory is bounded by a server-side cursor."""
     with psycopg_connection(connection).cursor(name="results", binary=True) as cursor:
         cursor.itersize = block
-        cursor.execute(_READ, (job_id, *_ALL))
+        cursor.execute(_READ, (job_id, job_id, *_ALL))
         while rows := cursor.fetchmany(block):
             yield _as_read(rows)
 
@@ -115,7 +117,7 @@ def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator
 def page(connection: Connection, job_id: UUID, first_index: int, end_index: int, limit: int) -> list[tuple[Any, ...]]:
     """At most `limit` of a job's vectors from one index to before another, in order, as `stream` gives them."""
     with psycopg_connection(connection).cursor(binary=True) as cursor:
-        cursor.execute(_READ + " limit %s", (job_id, first_index, end_index, limit))
+        cursor.execute(_READ + " limit %s", (job_id, job_id, first_index, end_index, limit))
         return _as_read(cursor.fetchall())
 
 
@@ -133,9 +135,8 @@ def nearest(
     rows = connection.execute(
         text("""
             select e.index, e.key, 1 - (coalesce(e.vector, e.half::vector) <=> cast(:query as vector)) as similarity,
-                   i.text
-            from vectormill.embeddings e left join vectormill.items i on i.job_id = e.job_id and i.index = e.index
-            where e.job_id = :job
+                   (select text from vectormill.items where job_id = :job and index = e.index)
+            from vectormill.embeddings e where e.job_id = :job
             order by coalesce(e.vector, e.half::vector) <=> cast(:query as vector), e.index limit :limit
         """),
         {"job": job_id, "query": "[" + ",".join(repr(float(x)) for x in query) + "]", "limit": limit},

@@ -142,9 +142,9 @@ def rejects_with_carried(connection: Connection, job_id: UUID, after: int, limit
     """As `list_rejects`, each with what its item carries."""
     rows = connection.execute(
         text("""
-            select r.index, r.key, r.code, r.message, i.carried
-            from vectormill.rejects r left join vectormill.items i on i.job_id = r.job_id and i.index = r.index
-            where r.job_id = :job and r.index > :after order by r.index limit :limit
+            select r.index, r.key, r.code, r.message,
+                   (select carried from vectormill.items where job_id = :job and index = r.index) as carried
+            from vectormill.rejects r where r.job_id = :job and r.index > :after order by r.index limit :limit
         """),
         {"job": job_id, "after": after, "limit": limit},
     )
@@ -158,8 +158,8 @@ def unsettled(connection: Connection, job_id: UUID, after: int, limit: int) -> l
         text("""
             select i.index, i.key, i.carried from vectormill.items i
             where i.job_id = :job and i.index > :after
-              and not exists (select 1 from vectormill.embeddings e where e.job_id = :job and e.index = i.index)
-              and not exists (select 1 from vectormill.rejects r where r.job_id = :job and r.index = i.index)
+              and (select e.index from vectormill.embeddings e where e.job_id = :job and e.index = i.index) is null
+              and (select r.index from vectormill.rejects r where r.job_id = :job and r.index = i.index) is null
             order by i.index limit :limit
         """),
         {"job": job_id, "after": after, "limit": limit},

@@ -9,12 +9,13 @@ import pytest
 from sqlalchemy import Connection, Engine, event
 
 from pipeline.embedded.runtime import Running
-from pipeline.store import chunks, events, jobs, losses, outputs, requests
+from pipeline.store import chunks, embeddings, events, items, jobs, losses, outputs, requests
 from pipeline.store.database import make_engine
 from tests.conftest import new_database
 from tests.jobs_made import WORKER, make_job, make_model, run_sql
 
 _CHUNKS = 250_000
+_ROWS = 20_000
 _JOBS = 3
 
 
@@ -119,6 +120,43 @@ def outdated(servers: Running) -> Iterator[tuple[Engine, UUID, UUID]]:
         run_sql(engine, half, job=job, half=_CHUNKS // 2)
         yield engine, job, small
         engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def unknown(servers: Running) -> Iterator[tuple[Engine, UUID]]:
+    """A job that statistics don't know: they were taken when only another one had rows."""
+    with new_database(servers.database_url) as url:
+        engine = make_engine(url, application="vectormill-tests")
+        model = make_model(engine)
+        _fill(engine, make_job(engine, model, 1))
+        for table in _ROWS_OF:
+            run_sql(engine, f"analyze vectormill.{table}")
+            leaves = "select relid::regclass::text from pg_partition_tree(:table) where isleaf"
+            for (leaf,) in run_sql(engine, leaves, table=f"vectormill.{table}"):
+                run_sql(engine, f"alter table {leaf} set (autovacuum_enabled = false)")
+        job = make_job(engine, model, 1)
+        _fill(engine, job)
+        yield engine, job
+        engine.dispose()
+
+
+_ROWS_OF = {
+    "items": "(job_id, index, carried) select :job, n, '{}' from generate_series(1, :count) n",
+    "embeddings": """
+        (job_id, index, vector_space_id, tokens, truncated, vector)
+        select :job, n, (select vector_space_id from vectormill.jobs where id = :job), 1, false, '[1, 0]'
+        from generate_series(1, :count, 2) n
+    """,
+    "rejects": """
+        (job_id, index, code, message)
+        select :job, n, 'encode_failed', 'for a test' from generate_series(2, :count, 4) n
+    """,
+}
+
+
+def _fill(engine: Engine, job: UUID) -> None:
+    for table, rows in _ROWS_OF.items():
+        run_sql(engine, f"insert into vectormill.{table} {rows}", job=job, count=_ROWS)
 
 
 def plan(connection: Connection, act: Any) -> str:
@@ -233,3 +271,17 @@ def test_a_small_jobs_sums_leave_the_others_alone(outdated: tuple[Engine, UUID, 
     with engine.connect() as connection:
         found = plan(connection, lambda c: chunks.sums(c, small))
     assert "chunks_job_id_first_index_key" in found, found
+
+
+@pytest.mark.parametrize("name", ["page", "nearest", "rejects", "unsettled"])
+def test_a_job_that_statistics_do_not_know_is_read_by_index(unknown: tuple[Engine, UUID], name: str) -> None:
+    engine, job = unknown
+    acts: dict[str, Any] = {
+        "page": lambda c: embeddings.page(c, job, 0, _ROWS, _ROWS),
+        "nearest": lambda c: embeddings.nearest(c, job, [1.0, 0.0], 5),
+        "rejects": lambda c: items.rejects_with_carried(c, job, -1, _ROWS),
+        "unsettled": lambda c: items.unsettled(c, job, -1, _ROWS),
+    }
+    with engine.connect() as connection:
+        connection.exec_driver_sql("set statement_timeout = '5s'")  # row by row it would be minutes
+        acts[name](connection)
