@@ -19,21 +19,20 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@$(BIN)/vectormill demo
 
-# Two at a time, on servers of their own: tests wait more than they compute. Modules stay whole, in their order (the
-# drill of `make test`, which is the longest, comes first), where their tests share processes.
-TWO := --numprocesses 2
-TWO_MODULES := $(TWO) --dist loadscope --no-loadscope-reorder
+# Two modules at a time, in their order (the drill of `make test`, which is the longest, comes first), on servers of
+# their own: tests wait more than they compute. Whole jobs under faults have the machine to themselves.
+TWO := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TWO_MODULES)
+	$(BIN)/python -m pytest $(TWO)
 
 # The api as OpenAI's clients and others use it, and held against its OpenAPI schema.
 test-contract: $(INSTALLED)
-	$(BIN)/python -m pytest $(TWO_MODULES) tests/contract
+	$(BIN)/python -m pytest $(TWO) tests/contract
 
 # Whole jobs by every way in and out, through gateways, from SQL; single faults, mutants. A short drill is in `make test`.
 test-acceptance: $(INSTALLED)
-	$(BIN)/python -m pytest $(TWO) --dist worksteal tests/acceptance --ignore tests/acceptance/faults/test_drill.py
+	$(BIN)/python -m pytest tests/acceptance --ignore tests/acceptance/faults/test_drill.py
 
 SEED ?= $(shell date +%s)
 MINUTES ?= 60
@@ -71,7 +70,7 @@ test-ops: $(INSTALLED)
 			apt-get install -y -qq --no-install-recommends prometheus >/dev/null; }
 	promtool check config ops/prometheus/prometheus.yml
 	promtool test rules ops/prometheus/rules_test.yml
-	$(BIN)/python -m pytest $(TWO_MODULES) tests/deployment
+	$(BIN)/python -m pytest $(TWO) tests/deployment
 
 # Airflow, dbt and LiteLLM, whose requirements aren't ours.
 $(INTEGRATIONS): tests/integrations/requirements.txt

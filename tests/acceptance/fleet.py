@@ -20,7 +20,7 @@ from tests.acceptance.oracle import objections
 
 T = TypeVar("T")
 
-_PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS = 240.0
 
 
 def eventually(look: Callable[[], T | None], what: str, seconds: float = _PATIENCE_SECONDS) -> T:

@@ -6,6 +6,7 @@ from os import SEEK_CUR, SEEK_END
 from pathlib import Path
 from uuid import UUID
 
+import pytest
 from sqlalchemy import text
 
 from tests.acceptance.conftest import write_corpus
@@ -15,7 +16,8 @@ from tests.acceptance.poison import Poison
 from tests.models import bundled_folder
 
 #: Each process that is lost takes its libraries and its model to load again.
-_SECONDS = 300.0
+_SECONDS = 900.0
+pytestmark = pytest.mark.timeout(1_200)
 
 
 def _start_brittle(fleet: Fleet, mutant: str, replicas: int = 2) -> None:
