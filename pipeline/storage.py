@@ -29,9 +29,9 @@ SCHEMES = ("s3", "gs", "az")
 _LOCAL_BYTES = 1024 * 1024
 #: Asked for at once from an object.
 _REMOTE_BYTES = 4 * 1024 * 1024
+#: A person must mend that first: to write again would only cost embedding again.
+_DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _CLIENT: Any = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
-#: A person must make room first: to write again would only cost embedding again.
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=30)}
 
 
@@ -401,8 +401,8 @@ def _reported(uri: str) -> Iterator[None]:
         raise StorageUnreachable(f"{uri}: the storage doesn't answer; check its address, then try again.") from error
     except OSError as error:
         reason = (error.strerror or "input or output failed").lower()
-        if error.errno in _NO_ROOM:
-            raise StorageRefused(f"{uri}: {reason}; make room.") from error
+        if error.errno in _DISK_TROUBLE:
+            raise StorageRefused(f"{uri}: {reason}; make room, or mend the disk.") from error
         raise StorageUnreachable(f"{uri}: {reason}.") from error
 
 

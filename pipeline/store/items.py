@@ -138,6 +138,7 @@ def count_rejects(connection: Connection, job_id: UUID) -> dict[str, int]:
     return {row[0]: row[1] for row in rows}
 
 
+# What other tables have of an item is looked up row by row in these two, for the reason that embeddings.py gives.
 def rejects_with_carried(connection: Connection, job_id: UUID, after: int, limit: int) -> list[RowMapping]:
     """As `list_rejects`, each with what its item carries."""
     rows = connection.execute(

@@ -10,8 +10,10 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import structlog
 from sqlalchemy import Engine
 
+from pipeline.cli import main
 from pipeline.jobs import Model, RejectCode
 from pipeline.writeback import write_chunk
 from tests.jobs_made import DONE, job_row, make_job, part_of, reject, run_sql, taken
@@ -160,6 +162,17 @@ def test_a_database_without_the_schema_is_a_clear_line(run: Run, empty_database:
     assert done.returncode == 2
     assert "vectormill migrate" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_what_a_command_logs_is_no_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["vectormill", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    capsys.readouterr()
+    structlog.get_logger().warning("something_happened")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "something_happened" in printed.err
 
 
 def test_results(engine: Engine, job_id: UUID, run: Run, tmp_path: Path) -> None:

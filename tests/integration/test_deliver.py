@@ -1,11 +1,15 @@
 """What a job needs before it is completed."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pyarrow.parquet as pq
 from sqlalchemy import Engine
 
+from pipeline import parts, storage
 from pipeline.deliver import Deliveries
 from pipeline.jobs import Model
 from pipeline.store import jobs
@@ -35,3 +39,19 @@ def test_parts_that_a_retry_brought_are_delivered_too(engine: Engine, model: Mod
         eventually(lambda: not deliveries.is_under_way(job_id), "the end of the delivery")
     assert is_done()
     assert sum(pq.read_metadata(file).num_rows for file in tmp_path.glob("*.parquet")) == 2
+
+
+_DIES_WRITING = """
+import os, sys, uuid
+from pipeline import parts
+os.fsync = lambda _: os._exit(9)
+parts.deliver(sys.argv[1], uuid.UUID(sys.argv[2]), [], {})
+"""
+
+
+def test_a_death_in_the_middle_of_the_manifest_leaves_nothing(tmp_path: Path) -> None:
+    job_id = uuid4()
+    dies = subprocess.run([sys.executable, "-c", _DIES_WRITING, str(tmp_path), str(job_id)], check=False)
+    assert dies.returncode == 9
+    parts.deliver(str(tmp_path), job_id, [], {})
+    assert set(storage.names_below(str(tmp_path))) == {parts.MANIFEST, parts.SUCCESS}

@@ -24,7 +24,7 @@ from tests.acceptance.poison import Poison
 #: `submit` says with this code that the same may be tried again.
 _UNREACHABLE = 6
 #: So it says that the disk of `--output` is full.
-_NO_ROOM = "no space left on device; make room."
+_NO_ROOM = "no space left on device"
 _POLL_SECONDS = 0.2
 #: A lane whose jobs are done at once rests for a while, or it would do nothing but submit.
 _LEAST_SECONDS = 10.0
