@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 
 @dataclass(eq=False)
@@ -130,3 +131,10 @@ def line_to(host: str, port: int, kind: type[L]) -> Iterator[L]:
         finally:
             line.cut()
             listener.shutdown(socket.SHUT_RDWR)
+
+
+def at_port(url: str, port: int) -> str:
+    """The same server by way of another port."""
+    parts = urlsplit(url)
+    login = parts.netloc.rpartition("@")[0]
+    return parts._replace(netloc=f"{login}@127.0.0.1:{port}").geturl()

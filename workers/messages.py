@@ -42,6 +42,14 @@ class QoS(redis.QoS):
         """As Celery's."""
         return self.channel.mending(super().restore_visible, *arguments, **options)
 
+    def restore_unacked(self, *arguments: Any, **options: Any) -> Any:
+        """As Celery's, which closes a lost connection twice: the second time there is no way to Redis any more, and
+        asking for one would end the worker. What was taken stays noted there, and is given out again later."""
+        if self.channel.connection.client is None:
+            self._delivered.clear()
+            return None
+        return super().restore_unacked(*arguments, **options)
+
 
 class Channel(redis.Channel):
     """Reads queues, and commands that are broadcast. What can't be read ends here: it would end Celery's worker."""

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
 from kombu import Connection, Consumer, Exchange, Queue
 
 from pipeline.publish import celery_settings
+from tests.lines import Line, at_port, line_to
 from tests.messages_made import QUEUE, command, message
 from workers.messages import Transport
 
@@ -73,3 +76,23 @@ def test_no_message_is_lost_where_others_spoil_what_celery_notes(
         connection.drain_events(timeout=10)
     assert len(heard) == 1
     assert not store.exists("unacked", "unacked_index")
+
+
+def test_a_lost_connection_is_closed_as_often_as_celery_likes(redis_url: str, store: "redis.Redis") -> None:
+    """Celery closes it twice, the second time when the channel has no way to Redis any more."""
+    heard: list[Any] = []
+    mailbox = Queue("me.celery.pidbox", Exchange("celery.pidbox", type="fanout"), auto_delete=True)
+    options = celery_settings(redis_url)["broker_transport_options"]
+    store.lpush(QUEUE, json.dumps(message()))
+    with line_to("127.0.0.1", urlsplit(redis_url).port or 0, Line) as line:
+        connection = Connection(at_port(redis_url, line.port), transport=Transport, transport_options=options)
+        consumer(connection, Queue(QUEUE), lambda _, taken: heard.append(taken)).consume()
+        Consumer(connection.channel(), [mailbox], no_ack=True).consume()
+        while not heard:
+            connection.drain_events(timeout=10)
+        with suppress(TimeoutError):
+            connection.drain_events(timeout=0.1)  # asks for the next one
+        line.cut()
+        connection.collect(socket_timeout=1)
+        connection.close()
+    assert store.hlen("unacked") == 1

@@ -130,6 +130,7 @@ def drill(
         with report.objecting("the search for what may be found nowhere"):
             report.said += leaks(site)
         with report.objecting("the end of all processes"):
+            report.said += site.ended_alone()
             site.keep_counts()
             report.tokens_committed = float(site.scalar("select coalesce(sum(prompt_tokens), 0) from vectormill.usage"))
             report.chunks = site.scalar("select count(distinct chunk_id) from vectormill.usage")
@@ -156,14 +157,16 @@ def _do_all(
         time.sleep(random.uniform(*_PAUSE_SECONDS))
         site.keep_counts()
         report.tried += 1
+        said = len(report.said)
         try:
             _do(site, load, kind, random, report, tell)
         except Exception as error:  # noqa: BLE001 - the drill goes on, and ends with an objection
-            said = f"{kind.name}: {type(error).__name__}: {error}"
-            report.said.append(said)
-            tell(said)
-        for said in load.said[told:]:
-            tell(f"     {said}")
+            report.said.append(f"{kind.name}: {type(error).__name__}: {error}")
+        report.said += [f"{kind.name}: {ended}" for ended in site.ended_alone()]
+        for objection in report.said[said:]:
+            tell(f"     {objection}")
+        for objection in load.said[told:]:
+            tell(f"     {objection}")
             told += 1
 
 

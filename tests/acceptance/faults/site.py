@@ -35,7 +35,7 @@ from tests.acceptance.faults.disk import Disk, small_disk
 from tests.acceptance.faults.store_line import StoreLine
 from tests.acceptance.faults.wire import Wire
 from tests.acceptance.fleet import Fleet, eventually
-from tests.lines import Line, line_to
+from tests.lines import Line, at_port, line_to
 from tests.machines import remove_what_root_keeps, running_servers
 from tests.models import bundled_folder, described, static_folder
 from tests.object_store import environment_of, s3_server
@@ -166,6 +166,16 @@ class Site:
         query = "select exists (select from vectormill.workers where id = :id)"
         worker = self.worker_id(name)
         return worker is not None and bool(self.scalar(query, id=worker))
+
+    def ended_alone(self) -> list[str]:
+        """What has ended though nobody asked it to. A dispatcher or worker is started again, as an operator's service
+        manager would."""
+        ended = {name: code for name, process in self.fleet.processes.items() if (code := process.poll()) is not None}
+        for name in ended:
+            del self.fleet.processes[name]
+            if name in (*DISPATCHERS, *WORKERS):
+                self.start(name)
+        return [f"{name} has ended by itself, with {code}" for name, code in ended.items()]
 
     def end_worker(self, name: str) -> tuple[str, ...]:
         """Ask a worker to end, and forget it. Returns what is wrong with its end."""
@@ -302,13 +312,6 @@ def _answers(url: str) -> bool:
         return httpx.get(url, timeout=5).status_code == 200
     except httpx.TransportError:
         return False
-
-
-def at_port(url: str, port: int) -> str:
-    """The same server by way of another port."""
-    parts = urlsplit(url)
-    login = parts.netloc.rpartition("@")[0]
-    return parts._replace(netloc=f"{login}@127.0.0.1:{port}").geturl()
 
 
 @contextmanager

@@ -8,10 +8,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.acceptance.conftest import LEASE_SECONDS, write_corpus
-from tests.acceptance.faults.site import at_port
 from tests.acceptance.faults.wire import Moment, Wire
 from tests.acceptance.fleet import Fleet, eventually
-from tests.lines import Call, line_to
+from tests.lines import Call, at_port, line_to
 
 _MUTANTS = "tests.acceptance.mutants"
 _LEASE_SECONDS = 3
