@@ -17,7 +17,6 @@ from tests.lines import Call
 
 #: Where Debian has the library by which a process sees another time.
 FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
-_AHEAD = "worker-ahead"
 #: By so much a renewal may be late on a busy machine.
 _LATE_SECONDS = 1.5
 
@@ -212,15 +211,14 @@ def freeze_in_copy(site: Site, random: Random) -> Done:
 
 
 def clock_ahead(site: Site, random: Random) -> Done:
-    """A worker whose clock is hours ahead takes part, and leaves."""
+    """A worker's clock is hours ahead from now on: until this worker is replaced, whatever else happens to it."""
     site.await_workers()
+    name = random.choice(WORKERS)
+    said = site.end_worker(name)
     environment = {"LD_PRELOAD": glob(FAKETIME)[0], "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    site.start_worker(_AHEAD, **environment, FAKETIME=f"+{random.randint(2, 48)}h")
-    try:
-        worker = eventually(partial(site.worker_id, _AHEAD), "the id of the worker whose clock is ahead", START_SECONDS)
-        query = "select exists (select from vectormill.chunks where state = 'done' and worker_id = :worker)"
-        seen = partial(site.scalar, query, worker=worker)
-        eventually(seen, "a chunk done by the worker whose clock is ahead", START_SECONDS)
-    finally:
-        said = site.end_worker(_AHEAD)
+    site.start_worker(name, **environment, FAKETIME=f"+{random.randint(2, 48)}h")
+    worker = eventually(partial(site.worker_id, name), "the id of the worker whose clock is ahead", START_SECONDS)
+    query = "select exists (select from vectormill.chunks where state = 'done' and worker_id = :worker)"
+    seen = partial(site.scalar, query, worker=worker)
+    eventually(seen, "a chunk done by the worker whose clock is ahead", START_SECONDS)
     return Done(time.monotonic(), said=said)
