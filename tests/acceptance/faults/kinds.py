@@ -36,12 +36,12 @@ KINDS = (
         2,
         expires=True,
     ),
-    Kind("connection cut inside COPY", on_workers.strike(Moment.IN_COPY, on_workers.cut), 4, expires=True),
+    Kind("connection cut inside COPY", on_workers.strike(Moment.IN_COPY, on_workers.cut), 6, expires=True),
     Kind(
-        "connection cut before COMMIT arrives", on_workers.strike(Moment.BEFORE_COMMIT, on_workers.cut), 4, expires=True
+        "connection cut before COMMIT arrives", on_workers.strike(Moment.BEFORE_COMMIT, on_workers.cut), 6, expires=True
     ),
     Kind(
-        "connection cut before COMMIT's answer", on_workers.strike(Moment.AFTER_COMMIT, on_workers.cut), 4, expires=True
+        "connection cut before COMMIT's answer", on_workers.strike(Moment.AFTER_COMMIT, on_workers.cut), 6, expires=True
     ),
     Kind("worker killed", on_workers.kill_worker, expires=True),
     Kind("worker child frozen past its lease", on_workers.freeze_child, expires=True),
@@ -53,10 +53,10 @@ KINDS = (
     Kind("dispatcher frozen, two at once", on_servers.freeze_dispatcher),
     Kind("Redis killed", on_servers.kill_redis, 3),
     Kind("Redis frozen", on_servers.freeze_redis, 2),
-    Kind("Redis flushed", on_servers.flush_redis, 4),
-    Kind("Redis cut off", on_servers.cut_off(lambda site: site.redis_line), 4),
+    Kind("Redis flushed", on_servers.flush_redis, 5),
+    Kind("Redis cut off", on_servers.cut_off(lambda site: site.redis_line), 5),
     Kind("Postgres restarted at once", on_servers.restart_postgres, 2, expires=True),
-    Kind("backends terminated", on_servers.terminate_backends, 4, expires=True),
+    Kind("backends terminated", on_servers.terminate_backends, 5, expires=True),
     Kind("half-open connections to Postgres", on_servers.half_open, expires=True),
     Kind(
         "disk full under the tables",
