@@ -1,10 +1,12 @@
 """Faults of workers: killed, frozen, cut off, ended, with a wrong clock."""
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from glob import glob
+from pathlib import Path
 from random import Random
 
 import psutil
@@ -17,6 +19,8 @@ from tests.lines import Call
 
 #: Where Debian has the library by which a process sees another time.
 FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
+#: What Python needs beside it.
+_AHEAD = Path(__file__).parent / "ahead"
 #: By so much a renewal may be late on a busy machine.
 _LATE_SECONDS = 1.5
 
@@ -215,8 +219,13 @@ def clock_ahead(site: Site, random: Random) -> Done:
     site.await_workers()
     name = random.choice(WORKERS)
     said = site.end_worker(name)
-    environment = {"LD_PRELOAD": glob(FAKETIME)[0], "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    site.start_worker(name, **environment, FAKETIME=f"+{random.randint(2, 48)}h")
+    environment = {
+        "LD_PRELOAD": glob(FAKETIME)[0],
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "FAKETIME": f"+{random.randint(2, 48)}h",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(_AHEAD), os.environ.get("PYTHONPATH")))),
+    }
+    site.start_worker(name, **environment)
     worker = eventually(partial(site.worker_id, name), "the id of the worker whose clock is ahead", START_SECONDS)
     query = "select exists (select from vectormill.chunks where state = 'done' and worker_id = :worker)"
     seen = partial(site.scalar, query, worker=worker)
