@@ -3,9 +3,10 @@
 
 import select
 import time
+from typing import Any
 
 
-def _sleep(seconds: float) -> None:
+def _sleep(seconds: Any) -> None:
     select.select((), (), (), seconds)
 
 
