@@ -58,9 +58,10 @@ LANES = (
         Way("minilm", "parquet", "store"),
     ),
     (Way("static", "parquet", "disk"), Way("static", "jsonl")),
-    # There is always something to strike on the way to the store.
+    # There is always something to strike on the way to the store, and to the gateway.
     (Way("static", "parquet", "store"),),
-    (Way("far", "jsonl"), Way("far", "parquet", "disk")),
+    (Way("far", "jsonl"),),
+    (Way("far", "parquet", "disk"),),
 )
 #: Of a site with a brittle model.
 POISONED = (Way("brittle", "jsonl", poisoned=True), Way("brittle", "parquet", "disk", poisoned=True))
