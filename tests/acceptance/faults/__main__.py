@@ -17,7 +17,7 @@ from tests.acceptance.faults.load import LANES, POISONED, Load, Way
 from tests.acceptance.faults.site import Site, site
 
 _LEASE_SECONDS, _CHUNK_ITEMS, _ITEMS = 5.0, 200, 6_000
-_DEFAULT_LEASE_SECONDS, _MANY_ITEMS = 30.0, 40_000
+_DEFAULT_LEASE_SECONDS, _MANY_ITEMS = 30.0, 20_000
 #: So that there is always more than is under way.
 _LANES_AT_DEFAULTS = ((Way("minilm", "jsonl"),), (Way("minilm", "jsonl"),))
 
