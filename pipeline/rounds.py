@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from pipeline import metrics
 from pipeline.publish import Publisher, queue_of
-from pipeline.store import chunks, jobs, models, workers
+from pipeline.store import chunks, jobs, losses, models, workers
 
 #: What a model's queue holds at least, as messages may be lost on their way.
 _LEAST_WINDOW = 4
@@ -31,9 +31,9 @@ class Rounds:
 
     def do(self, connection: Connection) -> None:
         """Ring for pending chunks until each model's queue holds one message a live slot, at least four. Those whose
-        claim was lost come on top. A claim lost once goes to the front, as it has waited for a lease already; lost
-        again it waits its turn, or a text that kills processes would have them all to itself. With them a queue holds
-        twice as much, no more, however long nobody takes any.
+        claim was lost come on top, and to the front: they have waited already. One whose process died, and not for the
+        first time, waits its turn, or a text that kills processes would have them all to itself. With them a queue
+        holds twice as much, no more, however long nobody takes any.
 
         Raises:
             ServiceUnreachable: Redis doesn't answer.
@@ -62,10 +62,10 @@ class Rounds:
         self.cursors = {job["id"]: self.cursors.get(job["id"], 0) for job in runnable}
 
     def _lost(self, connection: Connection) -> Sequence[tuple[UUID, int, bool]]:
-        """Chunks whose claim was lost, to ring for now, and whether more were. They don't wait for the cursor's next
-        lap, as the job may be huge; each is rung for now and then, as its message may be lost too."""
+        """Chunks whose claim was lost, to ring for now, and whether a text may do it. They don't wait for the cursor's
+        next lap, as the job may be huge; each is rung for now and then, as its message may be lost too."""
         now = time.monotonic()
-        pending = chunks.lost_pending(connection, _LOST_LIMIT)
+        pending = losses.pending(connection, _LOST_LIMIT)
         self.rung = {chunk: self.rung[chunk] for _, chunk, _ in pending if chunk in self.rung}
         return [each for each in pending if now - self.rung.get(each[1], -_RING_AGAIN_SECONDS) >= _RING_AGAIN_SECONDS]
 

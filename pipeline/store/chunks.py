@@ -241,22 +241,6 @@ def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) 
     return [(row[0], row[1]) for row in rows]
 
 
-def lost_pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int, bool]]:
-    """Claimable chunks of runnable jobs whose last claim was lost: (job id, chunk id, whether more were lost lately, so
-    that one of its texts may do it)."""
-    rows = connection.execute(
-        text("""
-            select c.job_id, c.id, c.isolation > 1
-            from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
-            where c.state = 'pending' and c.crashes > 0 and (c.not_before is null or c.not_before <= now())
-              and j.state in ('queued', 'running')
-            order by c.id limit :limit
-        """),
-        {"limit": limit},
-    )
-    return [(row[0], row[1], row[2]) for row in rows]
-
-
 def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int) -> list[int]:
     """Cancel up to `limit` pending chunks of a job past id `after`; what they had committed stays. Returns the ids."""
     rows = connection.execute(

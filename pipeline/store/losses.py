@@ -1,5 +1,6 @@
 """Lost claims: how a chunk is taken back from one, and what its loss says of a worker, a model, or a text."""
 
+from collections.abc import Sequence
 from uuid import UUID
 
 from sqlalchemy import Connection, text
@@ -52,6 +53,22 @@ def free_lost_claim(connection: Connection, chunk_id: int, worker_id: UUID, task
         {"chunk": chunk_id, "worker": worker_id, "task": task_id, "cause": cause},
     )
     return rows.first() is not None
+
+
+def pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int, bool]]:
+    """Claimable chunks of runnable jobs whose last claim was lost: (job id, chunk id, whether it was lost by a process
+    that died, and not for the first time, so that one of the chunk's texts may do it)."""
+    rows = connection.execute(
+        text("""
+            select c.job_id, c.id, c.isolation > 1 and c.last_error is distinct from :expired
+            from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
+            where c.state = 'pending' and c.crashes > 0 and (c.not_before is null or c.not_before <= now())
+              and j.state in ('queued', 'running')
+            order by c.id limit :limit
+        """),
+        {"limit": limit, "expired": _EXPIRED},
+    )
+    return [(row[0], row[1], row[2]) for row in rows]
 
 
 def note_death_before_claim(connection: Connection, chunk_id: int, worker_id: UUID, task_id: str, cause: str) -> None:

@@ -173,19 +173,21 @@ def test_a_queue_that_nobody_serves_stays_short(
     assert len(waiting(valkey)) == 8
 
 
-def test_a_chunk_lost_again_waits_its_turn(
-    engine: Engine, model: Model, valkey: "redis.Redis", dispatcher: Dispatcher
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_chunk_lost_again(
+    engine: Engine, model: Model, valkey: "redis.Redis", dispatcher: Dispatcher, patient: bool
 ) -> None:
+    """One whose process died again waits its turn; one that has waited for a lease again doesn't."""
     job_id = make_job(engine, model, 40)
     ids = chunk_ids(engine, job_id)
-    for _ in range(2):
-        lose(engine, job_id, 0)
+    for loss in (lose, die) if not patient else (die, lose):
+        loss(engine, job_id, 0)
     publish(dispatcher)
     assert waiting(valkey) == [ids[0], *ids[:4]], "nothing else waited yet"
     drop(valkey, 2)
     dispatcher.rounds.rung[ids[0]] -= 10
     publish(dispatcher)
-    assert waiting(valkey) == [*ids[1:4], ids[0], ids[4]]
+    assert waiting(valkey) == ([ids[0], *ids[1:5]] if patient else [*ids[1:4], ids[0], ids[4]])
 
 
 def test_only_pending_chunks_whose_time_has_come_are_rung_for(
