@@ -73,9 +73,9 @@ class Rounds:
         """Ring for lost chunks, whatever waits already. At the front the oldest comes first, so it's rung for last."""
         ids = {job["id"] for job in of_model}
         oldest = [each for each in lost if each[0] in ids][:most]
-        for job_id, chunk_id, again in reversed(oldest):
+        for job_id, chunk_id, suspect in reversed(oldest):
             self.rung[chunk_id] = time.monotonic()
-            self._ring(slug, job_id, chunk_id, first=not again)
+            self._ring(slug, job_id, chunk_id, first=not suspect)
 
     def _ring(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
         self._publisher.ring(slug, job_id, chunk_id, first=first)

@@ -18,10 +18,14 @@ from workers.messages import Transport
 _BROADCAST = "/1.celery.pidbox"
 
 
+def connect(redis_url: str) -> Connection:
+    options = celery_settings(redis_url)["broker_transport_options"]
+    return Connection(redis_url, transport=Transport, transport_options=options)
+
+
 @pytest.fixture
 def connection(redis_url: str) -> Iterator[Connection]:
-    options = celery_settings(redis_url)["broker_transport_options"]
-    with Connection(redis_url, transport=Transport, transport_options=options) as made:
+    with connect(redis_url) as made:
         yield made
 
 
@@ -82,10 +86,9 @@ def test_a_lost_connection_is_closed_as_often_as_celery_likes(redis_url: str, st
     """Celery closes it twice, the second time when the channel has no way to Redis any more."""
     heard: list[Any] = []
     mailbox = Queue("me.celery.pidbox", Exchange("celery.pidbox", type="fanout"), auto_delete=True)
-    options = celery_settings(redis_url)["broker_transport_options"]
     store.lpush(QUEUE, json.dumps(message()))
     with line_to("127.0.0.1", urlsplit(redis_url).port or 0, Line) as line:
-        connection = Connection(at_port(redis_url, line.port), transport=Transport, transport_options=options)
+        connection = connect(at_port(redis_url, line.port))
         consumer(connection, Queue(QUEUE), lambda _, taken: heard.append(taken)).consume()
         Consumer(connection.channel(), [mailbox], no_ack=True).consume()
         while not heard:

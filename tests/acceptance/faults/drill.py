@@ -163,6 +163,7 @@ def _do_all(
         except Exception as error:  # noqa: BLE001 - the drill goes on, and ends with an objection
             report.said.append(f"{kind.name}: {type(error).__name__}: {error}")
         report.said += [f"{kind.name}: {ended}" for ended in site.ended_alone()]
+        site.start_missing()
         for objection in report.said[said:]:
             tell(f"     {objection}")
         for objection in load.said[told:]:

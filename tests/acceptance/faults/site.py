@@ -131,8 +131,7 @@ class Site:
     def start_all(self) -> None:
         """Start all, and wait until all serve."""
         self._start_doors()
-        for name in (*DISPATCHERS, *WORKERS):
-            self.start(name)
+        self.start_missing()
         self.await_workers()
         if BRITTLE in self.models:
             self.fleet.start_worker(
@@ -143,6 +142,12 @@ class Site:
                 VECTORMILL_WORKER_MODELS=BRITTLE,
                 PROMETHEUS_MULTIPROC_DIR=counts_below(self.folder / "tmp"),
             )
+
+    def start_missing(self) -> None:
+        """Start the dispatchers and workers that there aren't, as an operator's service manager would."""
+        for name in (*DISPATCHERS, *WORKERS):
+            if name not in self.fleet.processes:
+                self.start(name)
 
     def await_workers(self) -> None:
         """Wait until each worker has shown itself since its start."""
@@ -168,13 +173,10 @@ class Site:
         return worker is not None and bool(self.scalar(query, id=worker))
 
     def ended_alone(self) -> list[str]:
-        """What has ended though nobody asked it to. A dispatcher or worker is started again, as an operator's service
-        manager would."""
+        """Tell what has ended though nobody asked it to, and forget it."""
         ended = {name: code for name, process in self.fleet.processes.items() if (code := process.poll()) is not None}
         for name in ended:
             del self.fleet.processes[name]
-            if name in (*DISPATCHERS, *WORKERS):
-                self.start(name)
         return [f"{name} has ended by itself, with {code}" for name, code in ended.items()]
 
     def end_worker(self, name: str) -> tuple[str, ...]:
