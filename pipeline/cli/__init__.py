@@ -1,4 +1,7 @@
-"""The command `vectormill`. Each module holds the commands of one subject; this one joins them and ends them well."""
+"""The command `vectormill`. Each module holds the commands of one subject; this one joins them and ends them well.
+
+All are imported at each start, so what is slow to import and needed by few is imported where it is used.
+"""
 
 import os
 import sys

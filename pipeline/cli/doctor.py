@@ -1,6 +1,6 @@
 """`vectormill doctor`: what is wrong with a deployment, and what to do."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -8,16 +8,16 @@ from rich.text import Text
 from pipeline.cli.connect import server_urls
 from pipeline.cli.jobs import Json
 from pipeline.cli.look import print_json, stderr, stdout
-from pipeline.doctor.examination import CHECKS, examine
 from pipeline.doctor.findings import Finding, State
-from pipeline.doctor.patient import Patient
 from pipeline.embedded.runtime import find_running
 from pipeline.errors import ServiceUnreachable
 from pipeline.settings import load_settings
 
+if TYPE_CHECKING:
+    from pipeline.doctor.patient import Patient
+
 _MARKS = {State.OK: "✓", State.WARN: "!", State.FAIL: "✗", State.SKIPPED: "–"}
 _COLOURS = {State.OK: "green", State.WARN: "yellow", State.FAIL: "red", State.SKIPPED: "bright_black"}
-_NAME_WIDTH = max(len(check.name) for check in CHECKS)
 
 
 def doctor(
@@ -42,14 +42,17 @@ def doctor(
 
         vectormill doctor --model openai-small --timeout 120
     """
+    from pipeline.doctor.examination import CHECKS, examine
+
     patient = _patient(model or [], timeout)
     checks = [check for check in CHECKS if canary or check.name != "canary"]
+    width = max(len(check.name) for check in checks)
     found: list[tuple[str, Finding]] = []
     try:
         for name, finding in examine(patient, checks):
             found.append((name, finding))
             if not as_json:
-                stdout.print(_line(name, finding))
+                stdout.print(_line(name, finding, width))
     finally:
         patient.close()
     if as_json:
@@ -62,7 +65,9 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _patient(canary_models: list[str], timeout: float) -> Patient:
+def _patient(canary_models: list[str], timeout: float) -> "Patient":
+    from pipeline.doctor.patient import Patient
+
     settings = load_settings()
     database, redis = server_urls(settings)
     running = find_running(settings.home)
@@ -81,12 +86,12 @@ def _patient(canary_models: list[str], timeout: float) -> Patient:
     )
 
 
-def _line(name: str, finding: Finding) -> Text:
+def _line(name: str, finding: Finding, width: int) -> Text:
     colour = _COLOURS[finding.state]
     mend = f". {finding.mend}" if finding.mend else ""
     return Text.assemble(
         (f"{_MARKS[finding.state]} {finding.state:<8}", colour),
-        f"{name:<{_NAME_WIDTH}}  {finding.found}",
+        f"{name:<{width}}  {finding.found}",
         (mend, "bold" if finding.state is State.FAIL else ""),
     )
 

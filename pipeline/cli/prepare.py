@@ -7,7 +7,6 @@ from pipeline import keys
 from pipeline.catalog import add_model, workspace_id
 from pipeline.cli.oneshot import oneshot
 from pipeline.embedded.files import write_private
-from pipeline.migrate import upgrade
 from pipeline.store import keys as stored_keys
 from pipeline.store import models
 from pipeline.store.database import make_engine, reporting_unreachable
@@ -18,6 +17,8 @@ _BUNDLED_ALIASES = ("sentence-transformers/all-MiniLM-L6-v2",)
 
 def migrate_database(url: str) -> None:
     """Bring the schema up to date."""
+    from pipeline.migrate import upgrade
+
     engine = make_engine(url, application="vectormill-migrate")
     with reporting_unreachable(), engine.begin() as connection:
         upgrade(connection)

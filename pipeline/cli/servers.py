@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import psutil
@@ -19,12 +19,14 @@ import typer
 from rich.console import Console
 
 from pipeline.embedded.files import last_lines, open_log
-from pipeline.embedded.machine import Machine
 from pipeline.embedded.processes import find_process, wait_until_gone
 from pipeline.embedded.runtime import Running, find_running, hold_home, stop_leftovers
 from pipeline.embedded.stages import STOP_SECONDS, app_stages, metered_names
 from pipeline.errors import ServerFailed, ServiceUnreachable, UserError
 from pipeline.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from pipeline.embedded.machine import Machine
 
 _READY_SECONDS = 300.0
 _HASTENED_SECONDS = 20.0
@@ -130,8 +132,9 @@ def running_machine(settings: Settings, workers: int) -> Iterator[Running]:
     ended.result()
 
 
-def _machine(settings: Settings, workers: int) -> Machine:
+def _machine(settings: Settings, workers: int) -> "Machine":
     from pipeline.cli.prepare import prepare_database
+    from pipeline.embedded.machine import Machine
 
     prepare = partial(prepare_database, home=settings.home)
     own = settings.database_url is None and settings.sql_url is None

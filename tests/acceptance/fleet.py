@@ -93,6 +93,13 @@ class Fleet:
             with _gone_already():
                 child.kill()
 
+    def ended_alone(self) -> list[str]:
+        """Tell what has ended though nobody asked it to, and forget it."""
+        ended = {name: code for name, process in self.processes.items() if (code := process.poll()) is not None}
+        for name in ended:
+            del self.processes[name]
+        return [f"{name} has ended by itself, with {code}" for name, code in ended.items()]
+
     def close(self) -> None:
         """End everything, workers' children too."""
         trees = [psutil.Process(p.pid) for p in self.processes.values() if p.poll() is None]

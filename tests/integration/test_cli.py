@@ -60,6 +60,12 @@ def job_id(engine: Engine, model: Model) -> UUID:
     return job_id
 
 
+def test_a_command_loads_no_more_than_it_needs() -> None:
+    slow = {"alembic", "celery", "kombu", "redis", "torch", "fastapi"}
+    code = f"import sys, pipeline.cli; print(sorted({slow} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
 def test_submit_prints_the_id_alone(engine: Engine, model: Model, run: Run) -> None:
     done = run("submit", "-", "--model", "small", "--name", "mine", "--label", "a=b", stdin='{"text": "t"}\n')
     assert (done.returncode, done.stderr) == (0, "")

@@ -130,7 +130,7 @@ def drill(
         with report.objecting("the search for what may be found nowhere"):
             report.said += leaks(site)
         with report.objecting("the end of all processes"):
-            report.said += site.ended_alone()
+            report.said += site.fleet.ended_alone()
             site.keep_counts()
             report.tokens_committed = float(site.scalar("select coalesce(sum(prompt_tokens), 0) from vectormill.usage"))
             report.chunks = site.scalar("select count(distinct chunk_id) from vectormill.usage")
@@ -162,7 +162,7 @@ def _do_all(
             _do(site, load, kind, random, report, tell)
         except Exception as error:  # noqa: BLE001 - the drill goes on, and ends with an objection
             report.said.append(f"{kind.name}: {type(error).__name__}: {error}")
-        report.said += [f"{kind.name}: {ended}" for ended in site.ended_alone()]
+        report.said += [f"{kind.name}: {ended}" for ended in site.fleet.ended_alone()]
         site.start_missing()
         for objection in report.said[said:]:
             tell(f"     {objection}")

@@ -172,13 +172,6 @@ class Site:
         worker = self.worker_id(name)
         return worker is not None and bool(self.scalar(query, id=worker))
 
-    def ended_alone(self) -> list[str]:
-        """Tell what has ended though nobody asked it to, and forget it."""
-        ended = {name: code for name, process in self.fleet.processes.items() if (code := process.poll()) is not None}
-        for name in ended:
-            del self.fleet.processes[name]
-        return [f"{name} has ended by itself, with {code}" for name, code in ended.items()]
-
     def end_worker(self, name: str) -> tuple[str, ...]:
         """Ask a worker to end, and forget it. Returns what is wrong with its end."""
         self.keep_counts()

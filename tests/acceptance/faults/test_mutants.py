@@ -93,3 +93,11 @@ def test_a_child_killed_inside_copy(fleet: Fleet, wire: Wire, texts: list[str], 
     assert wire.strike(Moment.IN_COPY, kill, 60)
     fleet.await_end(job)
     assert bool(fleet.objections(job, corpus, 1)) is not at_once
+
+
+def test_a_process_that_ends_by_itself_is_told_once(fleet: Fleet) -> None:
+    fleet.start("patient", "http.server", "--bind", "127.0.0.1", "0")
+    fleet.start("short", "pipeline.cli", "--help").wait()
+    assert fleet.ended_alone() == ["short has ended by itself, with 0"]
+    assert fleet.ended_alone() == []
+    assert list(fleet.processes) == ["patient"]
