@@ -24,7 +24,8 @@ from pipeline.settings import Settings
 from pipeline.sources.batch_lines import BatchLines, Fault, Wish
 from pipeline.store import batches, events, jobs
 from pipeline.store import files as kept_files
-from pipeline.submit import Options, Submission, planning, submit
+from pipeline.submission import Options, Submission, planning
+from pipeline.submit import submit
 
 log = structlog.get_logger()
 

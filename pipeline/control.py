@@ -11,7 +11,7 @@ from pipeline import webhooks
 from pipeline.errors import IllegalTransition, NotRetriable, UserError
 from pipeline.jobs import RETRYABLE_REJECTS, JobState, Reason
 from pipeline.status import job_row
-from pipeline.store import chunks, items, jobs, models, requests
+from pipeline.store import chunks, items, jobs, models, requests, stagings
 
 _CANCELLED = "cancelled by a person"
 
@@ -38,7 +38,7 @@ def _cancel_request(connection: Connection, job_id: UUID) -> bool:
     request = requests.cancel(connection, job_id, Reason.BY_USER, _CANCELLED)
     if request is None:
         return False
-    jobs.end_staging(connection, job_id)
+    stagings.cancel(connection, job_id)
     webhooks.request_ended(connection, request, JobState.CANCELLED, Reason.BY_USER, _CANCELLED)
     return True
 

@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import batch_results, batches, files, metrics, sql_requests, store, submit, webhooks
+from pipeline import batch_results, batches, files, metrics, sql_requests, staging, store, webhooks
 from pipeline.errors import Waiting
 from pipeline.settings import Settings
 from pipeline.store.database import is_connection_lost, plain_reason
@@ -52,7 +52,7 @@ class Errand:
 
 def _forget_staging(means: Means, dead: tuple[UUID, int]) -> None:
     job_id, fence = dead
-    submit.undo_staging(means.engine, job_id, fence)
+    staging.undo(means.engine, job_id, fence)
     log.info("dead_staging_forgotten", job=str(job_id))
 
 
@@ -79,7 +79,7 @@ ERRANDS: tuple[Errand, ...] = (
     ),
     Errand(
         "forget_staging",
-        lambda connection, limit: store.jobs.dead_stagings(connection, _STAGING_DEAD_SECONDS, limit),
+        lambda connection, limit: store.stagings.dead(connection, _STAGING_DEAD_SECONDS, limit),
         _forget_staging,
         at_once=1,
     ),

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.jobs import Extent, Model
 from pipeline.sources import Corpus, Source
 from pipeline.sources.reference import read_extent
-from pipeline.submit import Options
+from pipeline.submission import Options
 
 T = TypeVar("T")
 

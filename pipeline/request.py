@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pipeline.errors import UserError
 from pipeline.parts import OUR_COLUMNS
 from pipeline.sources import Columns
-from pipeline.submit import Options
+from pipeline.submission import Options
 
 #: Of names, columns and labels. Postgres takes no NUL in a text.
 Word = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern="^[^\0]*$")]

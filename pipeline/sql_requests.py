@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy import Connection, Engine, RowMapping
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import control, metrics, webhooks
+from pipeline import control, metrics, staging, webhooks
 from pipeline.catalog import find_model
 from pipeline.errors import (
     EmptySource,
@@ -27,7 +27,8 @@ from pipeline.settings import Settings
 from pipeline.sources.query import QueryCorpus
 from pipeline.store import jobs, requests
 from pipeline.store.database import reporting_unreachable
-from pipeline.submit import Submission, planning, submit, undo_staging
+from pipeline.submission import Submission, planning
+from pipeline.submit import submit
 
 log = structlog.get_logger()
 
@@ -78,7 +79,7 @@ def _heed_cancel(engine: Engine, job_id: UUID) -> None:
         if job["state"] in (JobState.QUEUED, JobState.RUNNING):  # one that had failed, and was tried again just then
             control.cancel(connection, job_id)
     if job["state"] == JobState.STAGING:
-        undo_staging(engine, job_id, job["fence"])
+        staging.undo(engine, job_id, job["fence"])
 
 
 def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submission:

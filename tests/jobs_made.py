@@ -12,7 +12,7 @@ from pipeline import tables
 from pipeline.catalog import add_model, find_model, vector_space_of, workspace_id
 from pipeline.intake import read_chunk
 from pipeline.jobs import ChunkState, Claim, Item, Model, Reject, RejectCode
-from pipeline.store import chunks, items, jobs
+from pipeline.store import chunks, items, jobs, stagings
 from pipeline.store.embeddings import Rows
 from pipeline.writeback import Ending, Part
 
@@ -55,7 +55,7 @@ def make_job(
     job_id = job_id or uuid7()
     with engine.begin() as connection:
         space = vector_space_of(connection, model, dimensions=None, max_item_tokens=None)
-        new = jobs.NewJob(
+        new = stagings.NewJob(
             id=job_id,
             workspace_id=workspace or workspace_id(connection),
             name=columns.pop("name", "made"),
@@ -64,7 +64,7 @@ def make_job(
             lease_seconds=30,
             **columns,
         )
-        assert jobs.insert_staging(connection, new)
+        assert stagings.begin(connection, new)
         texts = [None if at in rejected else f"text {at}".encode() for at in range(count)]
         items.copy_items(connection, job_id, 0, [items.Block([f"k{at}" for at in range(count)], texts, None)])
         items.copy_rejects(connection, job_id, [reject(at, code) for at, code in rejected.items()])
@@ -79,7 +79,7 @@ def make_job(
             for ordinal, first in enumerate(range(0, count, per_chunk))
         ]
         chunks.insert_chunks(connection, job_id, planned)
-        jobs.queue(connection, job_id, 1, items_total=count, max_rejects=max_rejects, payload="")
+        stagings.queue(connection, job_id, 1, items_total=count, max_rejects=max_rejects, payload="")
     return job_id
 
 

@@ -24,7 +24,8 @@ from pipeline.settings import Settings
 from pipeline.sources import Corpus
 from pipeline.sources.upload import Upload, UploadedCorpus
 from pipeline.storage import is_remote
-from pipeline.submit import Submission, Submitted, planning, submit
+from pipeline.submission import Submission, Submitted, planning
+from pipeline.submit import submit
 
 router = APIRouter(prefix="/api/jobs", tags=["Jobs"])
 

@@ -21,7 +21,8 @@ from pipeline.errors import UserError
 from pipeline.settings import Settings, load_settings
 from pipeline.sources import Columns, Corpus
 from pipeline.store.database import make_engine
-from pipeline.submit import Options, Submission, planning, submit
+from pipeline.submission import Options, Submission, planning
+from pipeline.submit import submit
 
 _QUERIES = ("parse a command line", "open a network connection", "multiply two matrices")
 

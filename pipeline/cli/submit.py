@@ -30,7 +30,7 @@ from pipeline.sources.files import find_files
 from pipeline.sources.query import QueryCorpus
 from pipeline.storage import is_remote
 from pipeline.store import workers
-from pipeline.submit import Options, Submission, planning
+from pipeline.submission import Options, Submission, planning
 from pipeline.submit import submit as submit_corpus
 
 

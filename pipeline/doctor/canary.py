@@ -18,7 +18,8 @@ from pipeline.jobs import JobState
 from pipeline.purge import purge_job
 from pipeline.sources import Columns, Corpus
 from pipeline.store import embeddings, health, models, workers
-from pipeline.submit import Options, Submission, planning, submit
+from pipeline.submission import Options, Submission, planning
+from pipeline.submit import submit
 
 _POLL_SECONDS = 0.1
 _CANCEL_SECONDS = 10.0

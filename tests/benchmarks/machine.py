@@ -24,7 +24,8 @@ from pipeline.jobs import Model
 from pipeline.settings import Settings
 from pipeline.sources import Columns, Corpus
 from pipeline.store.database import make_engine
-from pipeline.submit import Options, Planning, Submission, planning, submit
+from pipeline.submission import Options, Planning, Submission, planning
+from pipeline.submit import submit
 
 
 def model_folder() -> Path:

@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 from pipeline.catalog import vector_space_of
 from pipeline.cli.connect import Place
 from pipeline.jobs import ChunkState, Claim
-from pipeline.store import chunks, jobs, partitions
+from pipeline.store import chunks, partitions, stagings
 from pipeline.store.embeddings import Rows
 from pipeline.writeback import Ending, Part, write_chunk
 from tests.benchmarks.harness import Benchmark, Rounds, Values
@@ -72,10 +72,10 @@ def _claim(place: Place) -> Claim:
     job_id, fence = uuid7(), 1
     _insert_job(place, job_id)
     with place.engine.begin() as connection:
-        jobs.hold_staging(connection, job_id, fence, _LEASE_SECONDS)
+        stagings.hold(connection, job_id, fence, _LEASE_SECONDS)
         planned = chunks.NewChunk(ordinal=0, first_index=0, items=_ROWS, estimated_tokens=80 * _ROWS, rejected=0)
         chunks.insert_chunks(connection, job_id, [planned])
-        jobs.queue(connection, job_id, fence, items_total=_ROWS, max_rejects=None, payload="")
+        stagings.queue(connection, job_id, fence, items_total=_ROWS, max_rejects=None, payload="")
     with place.engine.begin() as connection:
         ((chunk_id, _),) = chunks.pending_after(connection, job_id, 0, 2)
         claim = chunks.claim(
@@ -89,9 +89,9 @@ def _insert_job(place: Place, job_id: UUID) -> None:
     model = bundled_model(place)
     with place.engine.begin() as connection:
         partitions.make_month(connection, partitions.month_of(job_id))
-        jobs.insert_staging(
+        stagings.begin(
             connection,
-            jobs.NewJob(
+            stagings.NewJob(
                 id=job_id,
                 workspace_id=place.workspace_id,
                 name="benchmark",

@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from pipeline import catalog, control, status, tables
 from pipeline.jobs import JobState, RejectCode
-from pipeline.store import engines, jobs, models, workers, workspaces
+from pipeline.store import engines, models, stagings, workers, workspaces
 
 LOCAL, SMALL, FAR = "all-MiniLM-L6-v2", "static-256", "text-embedding-3-small"
 _PRICES = {LOCAL: Decimal("0.004"), SMALL: Decimal("0.001"), FAR: Decimal("0.02")}
@@ -112,7 +112,7 @@ class Night:
         made = self._now - timedelta(minutes=began_minutes, seconds=4)
         job_id = uuid7()
         of_model = catalog.find_model(self._connection, self._workspace, model)
-        new = jobs.NewJob(
+        new = stagings.NewJob(
             id=job_id,
             workspace_id=workspace or self._workspace,
             name=name,
@@ -123,14 +123,14 @@ class Night:
             options={"on_long": "truncate", "columns": {"text": "text", "key": "id", "carry": []}},
             lease_seconds=30,
         )
-        jobs.insert_staging(self._connection, new)
-        jobs.insert_inputs(
+        stagings.begin(self._connection, new)
+        stagings.insert_inputs(
             self._connection,
             job_id,
             [{"uri": f"/data/{name}.jsonl", "etag": "1", "bytes": items * 310, "rows": items}],
         )
         if state != JobState.STAGING:
-            jobs.queue(self._connection, job_id, 1, items_total=items, max_rejects=items // 10, payload="")
+            stagings.queue(self._connection, job_id, 1, items_total=items, max_rejects=items // 10, payload="")
         started = made + timedelta(seconds=3) if done or state == JobState.RUNNING else None
         total_chunks = -(-items // _PER_CHUNK)
         over = round(total_chunks * done)
@@ -224,7 +224,7 @@ class Night:
             row |= {"state": "cancelled", "cancelled": size}
         return row
 
-    def _usage(self, job: jobs.NewJob, written: list[dict[str, Any]], begin: datetime, end: datetime) -> None:
+    def _usage(self, job: stagings.NewJob, written: list[dict[str, Any]], begin: datetime, end: datetime) -> None:
         step = (end - begin) / len(written)
         rows = [
             {

@@ -12,7 +12,7 @@ from pipeline.errors import SourceError
 from pipeline.estimate import estimate
 from pipeline.jobs import Model
 from pipeline.sources import Columns, Corpus
-from pipeline.submit import Options
+from pipeline.submission import Options
 from tests.jobs_made import make_model
 from workers.encoder import Encoder
 

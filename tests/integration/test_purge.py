@@ -15,7 +15,7 @@ from pipeline import control, purge
 from pipeline.cli import main
 from pipeline.errors import IllegalTransition, UnknownJob, UserError
 from pipeline.jobs import JobState, Model
-from pipeline.store import items, jobs, partitions, workspaces
+from pipeline.store import items, jobs, partitions, stagings, workspaces
 from pipeline.store.outputs import Output
 from pipeline.store.outputs import record as record_output
 from pipeline.writeback import write_chunk
@@ -68,7 +68,7 @@ def made(engine: Engine, model: Model, state: str = "completed", **how: Any) -> 
             part = Output(chunk_id=claim.chunk_id, fence=1, part=0, name="part", rows=3, bytes=9)
             record_output(connection, claim, part)
     with engine.begin() as connection:
-        jobs.insert_inputs(connection, job_id, [{"uri": "docs.jsonl", "etag": "", "bytes": 1}])
+        stagings.insert_inputs(connection, job_id, [{"uri": "docs.jsonl", "etag": "", "bytes": 1}])
     run_sql(engine, "update vectormill.jobs set state = :state where id = :job", state=state, job=job_id)
     return job_id
 

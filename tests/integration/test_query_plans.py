@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event
 
 from pipeline.embedded.runtime import Running
-from pipeline.store import chunks, embeddings, events, items, jobs, losses, outputs, requests
+from pipeline.store import chunks, embeddings, events, items, jobs, losses, outputs, requests, stagings
 from pipeline.store.database import make_engine
 from tests.conftest import new_database
 from tests.jobs_made import WORKER, make_job, make_model, run_sql
@@ -235,7 +235,7 @@ def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str
         "reopen": lambda c: chunks.reopen(c, job, ["encode_failed"]),
         "active": jobs.active,
         "without_open_chunks": jobs.without_open_chunks,
-        "dead_stagings": lambda c: jobs.dead_stagings(c, 86_400, 10),
+        "dead_stagings": lambda c: stagings.dead(c, 86_400, 10),
         "take_old_texts": lambda c: jobs.take_old_texts(c, 7, 1_000),
         "outputs": lambda c: outputs.of_job(c, job, chunk),
         "due_events": lambda c: events.due(c, 10),

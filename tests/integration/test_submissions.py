@@ -18,7 +18,7 @@ from pipeline.catalog import workspace_id
 from pipeline.errors import RequestStalled
 from pipeline.jobs import Model
 from pipeline.settings import Settings
-from pipeline.submit import Submitted
+from pipeline.submission import Submitted
 
 
 @pytest.fixture

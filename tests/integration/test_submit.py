@@ -13,14 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import Engine
 
-from pipeline import submit as submitting
+from pipeline import staging
 from pipeline.dispatch import Dispatcher, finish
 from pipeline.errors import IdempotencyConflict, LeaseLost, SourceError, UserError
 from pipeline.jobs import JobState, Model, Reason, Upstream
 from pipeline.publish import Publisher
 from pipeline.sources import Columns, Corpus
 from pipeline.store import jobs
-from pipeline.submit import Options, Planning, Submission, Submitted, submit
+from pipeline.submission import Options, Planning, Submission, Submitted
+from pipeline.submit import submit
 from tests.jobs_made import chunk_rows, count, job_row, run_sql, taken
 
 ROWS: list[dict[str, Any]] = [{"id": f"k{at}", "text": f"text {at}"} for at in range(10)]
@@ -125,7 +126,7 @@ def test_a_stream_becomes_a_job(engine: Engine, run: Callable[..., Submitted]) -
 def test_many_commits_make_one_job(
     engine: Engine, run: Callable[..., Submitted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submitting, "_COMMIT_ROWS", 5_000)
+    monkeypatch.setattr(staging, "_COMMIT_ROWS", 5_000)
     rows = [{"text": "" if at % 1_000 == 7 else "t"} for at in range(12_345)]
     job_id = run(jsonl(rows)).job_id
     assert count(engine, "items") == job_row(engine, job_id)["items_total"] == 12_345
@@ -157,7 +158,7 @@ def test_options_and_carried_columns_are_kept(engine: Engine, run: Callable[...,
 def test_a_broken_file_leaves_nothing(
     engine: Engine, run: Callable[..., Submitted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submitting, "_COMMIT_ROWS", 5_000)
+    monkeypatch.setattr(staging, "_COMMIT_ROWS", 5_000)
     name = jsonl([{"text": ""}, *[{"text": "t"}] * 11_000])
     with Path(name).open("a") as file:
         file.write("{broken\n")
@@ -270,17 +271,17 @@ class Interrupted(Exception):
     """Whatever ends a producer in the middle."""
 
 
-def staged(engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch, lease: float) -> "submitting._Staging":
+def staged(engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch, lease: float) -> "staging.Staging":
     """A producer that stopped after its items, before the job was queued, and undid nothing."""
-    stopped: list[submitting._Staging] = []
+    stopped: list[staging.Staging] = []
 
-    def stop(self: submitting._Staging) -> None:
+    def stop(self: staging.Staging) -> None:
         stopped.append(self)
         raise Interrupted
 
     with monkeypatch.context() as patched:
-        patched.setattr(submitting._Staging, "_queue", stop)
-        patched.setattr(submitting, "undo_staging", lambda *_: None)
+        patched.setattr(staging.Staging, "_queue", stop)
+        patched.setattr(staging, "undo", lambda *_: None)
         with pytest.raises(Interrupted):
             submit(engine, submission(model, "a.jsonl", idempotency_key="k", lease=lease))
     return stopped[0]
@@ -305,7 +306,7 @@ def test_a_dead_staging_is_taken_over(engine: Engine, model: Model, monkeypatch:
     for step in (producer._queue, producer._stage):
         with pytest.raises(LeaseLost):
             step()
-    submitting.undo_staging(engine, producer._job_id, producer._fence)
+    staging.undo(engine, producer._job_id, producer._fence)
     check_job(engine, second.job_id, ["empty_text", "missing_text"])
 
 
@@ -318,7 +319,7 @@ def test_an_old_producer_is_fenced_off_while_the_new_one_stages(
     assert (old._job_id, old._fence + 1) == (new._job_id, new._fence)
     with pytest.raises(LeaseLost):
         old._queue()
-    submitting.undo_staging(engine, old._job_id, old._fence)
+    staging.undo(engine, old._job_id, old._fence)
     new._queue()
     check_job(engine, new._job_id, ["empty_text", "missing_text"])
 

@@ -1,0 +1,173 @@
+"""Stagings: jobs that their producer is still writing, under a lease; and how they become jobs that run, or go."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, insert, text
+
+from pipeline.tables import inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """What a submission writes first."""
+
+    id: UUID
+    workspace_id: int
+    name: str
+    model_name: str
+    vector_space_id: int
+    priority: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    idempotency_key: str | None = None
+    payload_sha256: str | None = None
+    lease_seconds: float
+
+
+def begin(connection: Connection, job: NewJob) -> bool:
+    """Write a staging job under its producer's lease. False when the idempotency key is taken."""
+    row = connection.execute(
+        text("""
+            insert into vectormill.jobs
+              (id, workspace_id, name, model_name, vector_space_id, state, priority, labels, options, idempotency_key,
+               payload_sha256, lease_until)
+            values (:id, :workspace_id, :name, :model_name, :vector_space_id, 'staging', :priority,
+                    cast(:labels as jsonb), cast(:options as jsonb), :idempotency_key, :payload_sha256,
+                    clock_timestamp() + make_interval(secs => :lease))
+            on conflict (workspace_id, idempotency_key) do nothing returning id
+        """),
+        {
+            "id": job.id,
+            "workspace_id": job.workspace_id,
+            "name": job.name,
+            "model_name": job.model_name,
+            "vector_space_id": job.vector_space_id,
+            "priority": job.priority,
+            "labels": json.dumps(dict(job.labels)),
+            "options": json.dumps(dict(job.options)),
+            "idempotency_key": job.idempotency_key,
+            "payload_sha256": job.payload_sha256,
+            "lease": job.lease_seconds,
+        },
+    )
+    return row.first() is not None
+
+
+def insert_inputs(connection: Connection, job_id: UUID, files: Sequence[Mapping[str, Any]]) -> None:
+    """Write down what a job was read from: `uri`, `etag`, `bytes` of each file, in order."""
+    if files:
+        connection.execute(insert(inputs), [{"job_id": job_id, "ordinal": n, **file} for n, file in enumerate(files)])
+
+
+def set_input_rows(connection: Connection, job_id: UUID, rows: Mapping[int, int]) -> None:
+    """Write down how many rows inputs have, by ordinal."""
+    if rows:
+        connection.execute(
+            text("update vectormill.inputs set rows = :rows where job_id = :job and ordinal = :ordinal"),
+            [{"job": job_id, "ordinal": ordinal, "rows": count} for ordinal, count in rows.items()],
+        )
+
+
+def take_over(connection: Connection, job_id: UUID, fence: int, lease_seconds: float) -> bool:
+    """Become the producer of a staging whose producer died: fence + 1. False when somebody was faster."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs
+            set fence = fence + 1, lease_until = clock_timestamp() + make_interval(secs => :lease)
+            where id = :job and fence = :fence and state = 'staging' and lease_until < clock_timestamp()
+        """),
+            {"job": job_id, "fence": fence, "lease": lease_seconds},
+        ).rowcount
+        == 1
+    )
+
+
+def hold(connection: Connection, job_id: UUID, fence: int, lease_seconds: float) -> bool:
+    """Re-check and renew a producer's lease; the row stays locked until the transaction ends. False: taken over."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs set lease_until = clock_timestamp() + make_interval(secs => :lease)
+            where id = :job and fence = :fence and state = 'staging'
+        """),
+            {"job": job_id, "fence": fence, "lease": lease_seconds},
+        ).rowcount
+        == 1
+    )
+
+
+def queue(
+    connection: Connection,
+    job_id: UUID,
+    fence: int,
+    *,
+    items_total: int,
+    max_rejects: int | None,
+    payload: str,
+    keeps_texts: bool = True,
+) -> None:
+    """Make a staged job runnable. The caller's transaction holds it by `hold`. `keeps_texts`: its items are in
+    Postgres, so their texts go one day."""
+    connection.execute(
+        text("""
+            update vectormill.jobs
+            set state = 'queued', queued_at = clock_timestamp(), items_total = :items, max_rejects = :max_rejects,
+                payload_sha256 = :payload, lease_until = null,
+                texts_kept_from = case when :keeps_texts then 0 else cast(:items as bigint) end
+            where id = :job and fence = :fence and state = 'staging'
+        """),
+        {
+            "job": job_id,
+            "fence": fence,
+            "items": items_total,
+            "max_rejects": max_rejects,
+            "payload": payload,
+            "keeps_texts": keeps_texts,
+        },
+    )
+
+
+def cancel(connection: Connection, job_id: UUID) -> None:
+    """Take a staging from its producer, whose next step fails; nobody goes on with it, and it is soon forgotten."""
+    connection.execute(
+        text("""
+            update vectormill.jobs set fence = fence + 1, lease_until = now() - interval '1 year'
+            where id = :job and state = 'staging'
+        """),
+        {"job": job_id},
+    )
+
+
+def delete(connection: Connection, job_id: UUID, fence: int) -> bool:
+    """Forget a staging job and its chunks, if it is still this producer's."""
+    return (
+        connection.execute(
+            text("delete from vectormill.jobs where id = :job and fence = :fence and state = 'staging'"),
+            {"job": job_id, "fence": fence},
+        ).rowcount
+        == 1
+    )
+
+
+def delete_chunks(connection: Connection, job_id: UUID) -> None:
+    """Forget a staging job's chunks and inputs, to stage it anew."""
+    connection.execute(text("delete from vectormill.chunks where job_id = :job"), {"job": job_id})
+    connection.execute(text("delete from vectormill.inputs where job_id = :job"), {"job": job_id})
+
+
+def dead(connection: Connection, older_than_seconds: float, limit: int) -> list[tuple[UUID, int]]:
+    """Stagings whose producer's lease ran out so long ago that nobody will come back for them: (id, fence)."""
+    rows = connection.execute(
+        text("""
+            select id, fence from vectormill.jobs
+            where state = 'staging' and lease_until < now() - make_interval(secs => :age)
+            order by id limit :limit
+        """),
+        {"age": older_than_seconds, "limit": limit},
+    )
+    return [(row[0], row[1]) for row in rows]
