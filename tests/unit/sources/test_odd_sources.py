@@ -11,11 +11,6 @@ from pipeline.sources import Columns, Corpus
 LINE = '{"id": 1, "text": "t"}\n'
 
 
-@pytest.fixture(autouse=True)
-def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def refusal(source: str, data: bytes = b"") -> str:
     if data:
         Path(source).write_bytes(data)

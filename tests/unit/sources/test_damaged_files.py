@@ -21,7 +21,7 @@ from pipeline.jobs import RejectCode
 from pipeline.sources import Columns, Corpus, Rows
 from pipeline.sources.pages import Stored, pages
 from pipeline.sources.reference import read_extent
-from tests.unit.test_reference import extents
+from tests.unit.sources.test_reference import extents
 
 ITEM_BYTES = 60
 COLUMNS = Columns(carry=("n",))

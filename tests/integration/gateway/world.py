@@ -1,0 +1,84 @@
+"""A job whose model is behind a scripted gateway."""
+
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Engine
+
+from pipeline.catalog import add_gateway, find_model, workspace_id
+from pipeline.jobs import Claim, Model, Upstream
+from tests.jobs_made import chunk_rows, make_job, run_sql, taken
+from tests.scripted_gateway import ScriptedGateway, vector_of
+from workers.attempts import Attempts
+from workers.connection import Connection
+from workers.gateway import GatewayEncoder
+from workers.inquiry import describe
+from workers.memory import Memory
+from workers.run_chunk import Watch, run_chunk
+from workers.throttle import Throttle, connect
+
+ITEMS = 40
+
+
+class World:
+    """A job of `ITEMS` items in one chunk, whose model is behind a gateway."""
+
+    def __init__(self, engine: Engine, redis_url: str, far: ScriptedGateway) -> None:
+        self.engine, self.redis_url = engine, redis_url
+        asked = Upstream(
+            url=far.url,
+            model="embed-1",
+            reply_model=None,
+            key_env="FAR_KEY",
+            base64=True,
+            request_inputs=8,
+            request_tokens=100_000,
+        )
+        with engine.begin() as connection:
+            add_gateway(connection, "far", asked, describe(asked))
+            self.model = find_model(connection, workspace_id(connection), "far")
+        self.memory = Memory()
+        self.job = make_job(engine, self.model, ITEMS, per_chunk=ITEMS)
+        far.requests.clear()
+
+    def run(
+        self,
+        claim: Claim | None = None,
+        *,
+        model: Model | None = None,
+        seconds: float = 5.0,
+        watch: Watch | None = None,
+    ) -> None:
+        """Run the chunk as a worker does."""
+        model = model or self.model
+        assert model.upstream
+        claim = claim or taken(self.engine, self.job)
+        watch = watch or Watch(60, 60)
+        attempts = Attempts(self.engine, claim, model.name, watch)
+        with Connection(model.upstream, seconds=seconds, in_flight=3) as connection, connect(self.redis_url) as redis:
+            throttle = Throttle(redis, model.upstream, request_seconds=seconds)
+            encoder = GatewayEncoder(model, connection, throttle, attempts, self.memory, in_flight=3)
+            run_chunk(self.engine, encoder, claim, watch, on_hang=lambda: None)
+
+    @property
+    def chunk(self) -> dict[str, Any]:
+        """Where the chunk stands."""
+        (row,) = chunk_rows(self.engine, self.job)
+        return dict(row)
+
+    def must_be_done(self, embedded: int = ITEMS) -> None:
+        """All items are settled, and those embedded have their own vector."""
+        chunk = self.chunk
+        assert (chunk["state"], chunk["embedded"], chunk["crashes"]) == ("done", embedded, 0)
+        rows = run_sql(self.engine, "select index, vector::real[], tokens from vectormill.embeddings order by index")
+        assert len(rows) == embedded
+        for index, vector, _ in rows:
+            np.testing.assert_allclose(vector, vector_of(f"text {index}"), atol=1e-6)
+
+    def rejects(self) -> list[tuple[int, str]]:
+        """What was rejected."""
+        return [(row[0], row[1]) for row in run_sql(self.engine, "select index, code from vectormill.rejects")]
+
+    def statuses(self) -> set[str]:
+        """How the attempts went."""
+        return {row[0] for row in run_sql(self.engine, "select distinct status from vectormill.attempts")}

@@ -1,0 +1,68 @@
+"""Corpora that tests write, and how they read them."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import SourceError
+from pipeline.jobs import RejectCode
+from pipeline.sources import Columns, Corpus, Rows
+from pipeline.sources.rows import BLOCK_ROWS
+
+ITEM_BYTES = 1000
+DEFAULT = Columns()
+TWO = Columns(text="body", key="id")
+MIB = 1024 * 1024
+GOOD = '{"text": "t"}\n'
+
+
+def read(
+    *sources: str,
+    columns: Columns = DEFAULT,
+    item_bytes: int = ITEM_BYTES,
+    stdin: bytes = b"",
+) -> Rows:
+    """The whole corpus as one block."""
+    corpus = Corpus(sources, columns, item_bytes, io.BytesIO(stdin))
+    keys: list[str | None] = []
+    texts: list[bytes | None] = []
+    problems: list[tuple[int, RejectCode, str]] = []
+    carried: list[bytes] = []
+    for rows in corpus.blocks():
+        assert len(rows.keys) == len(rows.texts) <= BLOCK_ROWS
+        assert [at for at, text in enumerate(rows.texts) if text is None] == [at for at, *_ in rows.problems]
+        problems += [(len(keys) + at, code, message) for at, code, message in rows.problems]
+        keys += rows.keys
+        texts += rows.texts
+        carried += rows.carried or []
+    return Rows(keys, texts, problems, carried if columns.carry else None)
+
+
+def refusal(*sources: str, columns: Columns = DEFAULT, item_bytes: int = ITEM_BYTES) -> str:
+    """What is said of a corpus that is refused."""
+    with pytest.raises(SourceError) as caught:
+        read(*sources, columns=columns, item_bytes=item_bytes)
+    return str(caught.value)
+
+
+def put(name: str, data: bytes | str) -> str:
+    """Write a file. Returns its name."""
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return name
+
+
+def put_parquet(name: str, columns: dict[str, Any], **options: Any) -> str:
+    """Write a Parquet file. Returns its name."""
+    pq.write_table(pa.table(columns), name, **options)
+    return name
+
+
+def verdicts(rows: Rows) -> list[RejectCode | None]:
+    """The code of each row, None where it is good."""
+    found = {at: code for at, code, _ in rows.problems}
+    return [found.get(at) for at in range(len(rows.keys))]
