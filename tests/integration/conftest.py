@@ -1,9 +1,13 @@
 """What tests on real servers share."""
 
+from collections.abc import Iterator
+
 import pytest
 from sqlalchemy import Engine
 
+from pipeline.dispatch import Dispatcher
 from pipeline.jobs import Model
+from tests.integration.dispatching import make_dispatcher
 from tests.jobs_made import make_model
 
 
@@ -11,3 +15,11 @@ from tests.jobs_made import make_model
 def model(engine: Engine) -> Model:
     """A model of the catalogue that nobody can load."""
     return make_model(engine)
+
+
+@pytest.fixture
+def dispatcher(engine: Engine, redis_url: str) -> Iterator[Dispatcher]:
+    """A dispatcher that does a duty when it is told to."""
+    with_publisher = make_dispatcher(engine, redis_url)
+    yield with_publisher
+    with_publisher.publisher.close()

@@ -1,0 +1,37 @@
+"""What tests of the dispatcher's duties share."""
+
+from uuid import UUID, uuid4
+
+from sqlalchemy import Engine
+
+from pipeline.dispatch import Dispatcher
+from pipeline.publish import Publisher
+from pipeline.store import losses, workers
+from tests.jobs_made import taken
+
+
+def make_dispatcher(engine: Engine, redis_url: str) -> Dispatcher:
+    """A dispatcher that isn't running; its publisher is the caller's to close."""
+    return Dispatcher(engine=engine, publisher=Publisher(redis_url), lease_seconds=30, text_retention_days=7)
+
+
+def show_worker(engine: Engine, model: str, slots: int) -> UUID:
+    """A worker that serves a model, as the dispatcher sees it."""
+    worker = uuid4()
+    with engine.begin() as connection:
+        workers.show(connection, worker, host="here", device="cpu", models=[model], slots=slots)
+    return worker
+
+
+def lose(engine: Engine, job_id: UUID, ordinal: int) -> None:
+    """A worker claims a chunk and is never heard of again."""
+    taken(engine, job_id, ordinal, lease_seconds=-1)
+    with engine.begin() as connection:
+        assert losses.expire_leases(connection, 10)
+
+
+def die(engine: Engine, job_id: UUID, ordinal: int) -> None:
+    """A worker's child claims a chunk and dies over it."""
+    claim = taken(engine, job_id, ordinal, task=f"of {ordinal}")
+    with engine.begin() as connection:
+        assert losses.free_lost_claim(connection, claim.chunk_id, claim.worker_id, f"of {ordinal}", "killed")
