@@ -3,7 +3,8 @@
     jobs, errors        nouns, states, the one tree of errors
     settings, logs, metrics       the environment; log lines; every metric's name; exposition: how they are shown
     tables, store/      the schema; every SQL statement, one named function each
-    sources → plan → submit       a corpus becomes items and chunks; request: what a door is asked for
+    submission → submit           what is asked for, and the job that it comes to; request: what a door is asked for
+    sources → plan → staging      a corpus becomes items and chunks
     sql_requests                  the same, asked for in SQL
     publish → rounds → dispatch   chunks become messages, in whose turn; sweep, finish, snapshots
     leases → writeback            a claim, and the one transaction that ends it
