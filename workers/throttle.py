@@ -179,24 +179,27 @@ set('told', math.max(values.told or 0, now + wait))
 local since = values.since or now
 
 -- The rate that was too much; nil: nothing tells it.
-local function ceiling_of(what)
-  local known, passed = rate(what), values[what .. '_passed'] or 0
-  if values[what .. '_limit'] or passed == 0 then return known end
-  -- What was let through, over the time that it took with this wait. Others may have used the limit up, so that what
-  -- is known is halved at most.
-  local measured = passed / math.max(0.1, now - since + wait)
-  return known and math.max(known / 2, math.min(known, measured)) or measured
+local function ceiling_of(what, known)
+  local passed, seconds = values[what .. '_passed'] or 0, math.max(0.1, now - since + wait)
+  if values[what .. '_limit'] then return known end
+  -- Nothing has come through since the last refusal: this one isn't for the rate.
+  if passed == 0 then return known and values[what .. '_ceiling'] end
+  -- What was let through, over the time that it took with this wait. But little may have been asked for, or others have
+  -- used the limit up, so that what is known, or was sent while nothing was, is halved at most.
+  if not known then return math.max((values[what .. '_sent'] or 0) / 2, passed) / seconds end
+  return math.max(known / 2, math.min(known, passed / seconds))
 end
 
 for _, what in ipairs(KINDS) do
   learn(what, told[what])
-  local ceiling = ceiling_of(what)
+  local known = rate(what)
+  local ceiling = ceiling_of(what, known)
   -- Those that were under way when the first one was refused tell nothing new.
   if ceiling and too_many[what] and sent > (values[what .. '_cut_at'] or 0) then
     repaced(what)
-    ceiling = math.max(ceiling, costs[what] / 60) -- a request like this one goes every minute, whatever happens
-    set(what .. '_ceiling', ceiling)
-    set(what .. '_cut_to', 0.85 * ceiling)
+    local least = costs[what] / 60 -- a request like this one goes every minute, whatever happens
+    set(what .. '_ceiling', math.max(ceiling, least))
+    set(what .. '_cut_to', 0.85 * math.max(math.min(ceiling, known or ceiling), least))
     set(what .. '_cut_at', now + wait)
     set(what .. '_free', math.max(values[what .. '_free'] or 0, now + wait))
     set(what .. '_passed', 0)

@@ -153,11 +153,16 @@ def test_a_refusal_before_anything_came_through_only_waits(sender: Throttle, sto
     assert waits(sender, 20, 300_000) == [0] * 20
 
 
-def test_refusals_one_after_the_other_slow_down_by_steps(sender: Throttle, store: "redis.Redis") -> None:
+def let_through_ten_a_second(sender: Throttle, store: "redis.Redis") -> None:
+    """As it would have gone for a minute."""
     passed(sender, {}, 1_000)
     for _ in range(599):
         sender.passed({}, 1_000, 1_000)
     store.hset(_key(), "since", time.time() - 60)
+
+
+def test_refusals_one_after_the_other_slow_down_by_steps(sender: Throttle, store: "redis.Redis") -> None:
+    let_through_ten_a_second(sender, store)
     sender.refused(sender.reserve(1_000, _PATIENCE), {}, 1_000, 1.0)
     measured = _rate(store, sender)
     assert measured == pytest.approx(0.85 * 10, rel=0.05)
@@ -167,6 +172,27 @@ def test_refusals_one_after_the_other_slow_down_by_steps(sender: Throttle, store
         sender.refused(sender.reserve(1_000, _PATIENCE), {}, 1_000, 1.0)
         assert _rate(store, sender) == pytest.approx(0.85 * before, rel=0.05), f"{times} more, nothing in between"
     assert sender._share.rates[1] > 100, "tokens too"
+
+
+def test_refusals_with_nothing_in_between_leave_the_rate_to_come_back_to(
+    sender: Throttle, store: "redis.Redis"
+) -> None:
+    let_through_ten_a_second(sender, store)
+    for _ in range(20):
+        sender.refused(sender.reserve(1_000, _PATIENCE), {}, 1_000, 1.0)
+        _age(store, 2)
+    assert _rate(store, sender) < 0.2 * 10
+    _age(store, 60)
+    assert _rate(store, sender) == pytest.approx(0.97 * 10, rel=0.05)
+
+
+def test_little_that_was_asked_for_is_not_taken_for_the_rate(sender: Throttle, store: "redis.Redis") -> None:
+    passed(sender, {}, 10)
+    leaves = [sender.reserve(1_000, _PATIENCE) for _ in range(3)]
+    store.hset(_key(), "since", time.time() - 9)
+    sender.refused(leaves[0], {}, 1_000, 1.0)
+    _rate(store, sender)
+    assert sender._share.rates[1] == pytest.approx(0.85 * 3_010 / 10 / 2, rel=0.05), "and not 1 a second"
 
 
 def test_no_number_of_refusals_stops_a_request_for_good(sender: Throttle, store: "redis.Redis") -> None:
