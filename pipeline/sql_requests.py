@@ -32,7 +32,7 @@ from pipeline.submit import submit
 
 log = structlog.get_logger()
 
-#: How long a request waits for a database that can't be reached, from when it first couldn't.
+#: How long a request waits for a database that can't be reached, from when it first couldn't, or its last rows came.
 _PATIENCE_SECONDS = 900.0
 _MOST_MESSAGE = 2_000
 
@@ -52,9 +52,9 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
     except LeaseLost:  # somebody else has taken it over, or has cancelled it
         _heed_cancel(engine, job_id)
     except ServiceUnreachable as error:
-        if row["waits_seconds"] < _PATIENCE_SECONDS:
-            with engine.begin() as connection:
-                requests.note_unreachable(connection, job_id, _short(error))
+        with engine.begin() as connection:
+            waits = requests.note_unreachable(connection, job_id, _short(error))
+        if waits < _PATIENCE_SECONDS:
             raise
         _fail(engine, row, RequestReason.SOURCE_UNREACHABLE, error)
     except UserError as error:
@@ -110,9 +110,15 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
         options=wish.options("query", row["idempotency_key"] or f"sql {row['job_id']}"),
         planning=planning(settings),
         job_id=row["job_id"],
+        on_items=lambda _: _note_reached(engine, row["job_id"]),
         on_queue=_end_submitted,
         on_lost=lambda: corpus.stop(LeaseLost()),
     )
+
+
+def _note_reached(engine: Engine, job_id: UUID) -> None:
+    with engine.begin() as connection:
+        requests.note_reached(connection, job_id)
 
 
 def _end_submitted(connection: Connection, job_id: UUID) -> None:

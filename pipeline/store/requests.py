@@ -24,13 +24,12 @@ def due(connection: Connection, limit: int) -> Sequence[UUID]:
 
 
 def read(connection: Connection, job_id: UUID) -> RowMapping | None:
-    """A request's row, with `waits_seconds`: for how long its database can't be reached."""
+    """A request's row."""
     return (
         connection.execute(
             text("""
             select job_id, workspace_id, query, model, name, text_column, key_column, options::text as options,
-                   idempotency_key, state,
-                   coalesce(extract(epoch from clock_timestamp() - unreachable_since), 0)::float8 as waits_seconds
+                   idempotency_key, state
             from vectormill.requests where job_id = :job
         """),
             {"job": job_id},
@@ -133,15 +132,28 @@ def cancel(connection: Connection, job_id: UUID, reason: str, message: str) -> R
     )
 
 
-def note_unreachable(connection: Connection, job_id: UUID, message: str) -> None:
-    """Say why a request still waits, and remember since when."""
-    connection.execute(
+def note_unreachable(connection: Connection, job_id: UUID, message: str) -> float:
+    """Say why a request still waits. Returns for how long its database can't be reached, in seconds."""
+    row = connection.execute(
         text("""
             update vectormill.requests
             set message = :message, unreachable_since = coalesce(unreachable_since, clock_timestamp())
             where job_id = :job and state = 'requested'
+            returning extract(epoch from clock_timestamp() - unreachable_since)::float8
         """),
         {"job": job_id, "message": message},
+    ).one_or_none()
+    return row[0] if row else 0.0
+
+
+def note_reached(connection: Connection, job_id: UUID) -> None:
+    """Take back what `note_unreachable` said: rows have come."""
+    connection.execute(
+        text("""
+            update vectormill.requests set message = null, unreachable_since = null
+            where job_id = :job and state = 'requested' and unreachable_since is not null
+        """),
+        {"job": job_id},
     )
 
 

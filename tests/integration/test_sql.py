@@ -16,7 +16,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
-from pipeline import control, sql_requests, status
+from pipeline import control, sql_requests, staging, status
 from pipeline.api.shapes import Job
 from pipeline.cli.connect import Place
 from pipeline.cli.desk import DatabaseDesk
@@ -464,6 +464,20 @@ def test_a_request_waits_for_a_database_that_is_away_and_not_for_ever(
     run_sql(engine, "update vectormill.requests set unreachable_since = unreachable_since - interval '16 minutes'")
     stage(NOWHERE)
     assert shown(engine, job_id)[:2] == ("failed", "source_unreachable")
+
+
+def test_a_database_that_gave_rows_is_waited_for_anew(
+    engine: Engine, model: Model, stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "_COMMIT_ROWS", 1_000)
+    dies = "case when n > 25000 then pg_terminate_backend(pg_backend_pid())::text else 'text' end"
+    job_id = ask(engine, f"select n as id, {dies} as text from generate_series(1, 30000) n")
+    with pytest.raises(ServiceUnreachable):
+        stage(NOWHERE)
+    run_sql(engine, "update vectormill.requests set unreachable_since = unreachable_since - interval '16 minutes'")
+    with pytest.raises(ServiceUnreachable):
+        stage()
+    assert shown(engine, job_id)[:2] == ("requested", None)
 
 
 def test_a_dispatcher_that_died_while_it_staged_is_taken_over(
