@@ -77,7 +77,7 @@ class Report:
     def table(self) -> str:
         """As Markdown."""
         lines = ["| fault | times | recovery p50 | p99 |", "|---|---:|---:|---:|"]
-        for name, seconds in self.recoveries.items():
+        for name, seconds in sorted(self.recoveries.items()):
             lines.append(f"| {name} | {len(seconds)} | {median(seconds):.1f} s | {_p99(seconds):.1f} s |")
         every = [one for seconds in self.recoveries.values() for one in seconds]
         if every:
