@@ -2,6 +2,7 @@
 own, whose login has the rights that the operator gave it: on the pipeline's own connection a query could take back any
 role that was set for it."""
 
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -32,7 +33,7 @@ from pipeline.submit import submit
 
 log = structlog.get_logger()
 
-#: How long a request waits for a database that can't be reached, from when it first couldn't, or its last rows came.
+#: How long a request waits for a database that can't be reached, from when it first couldn't after its last rows.
 _PATIENCE_SECONDS = 900.0
 _MOST_MESSAGE = 2_000
 
@@ -47,13 +48,14 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
         row = requests.read(connection, job_id)
     if row is None or row["state"] != "requested":
         return
+    came: list[int] = []
     try:
-        submit(engine, _submission(engine, settings, row))
+        submit(engine, replace(_submission(engine, settings, row), on_items=came.append))
     except LeaseLost:  # somebody else has taken it over, or has cancelled it
         _heed_cancel(engine, job_id)
     except ServiceUnreachable as error:
         with engine.begin() as connection:
-            waits = requests.note_unreachable(connection, job_id, _short(error))
+            waits = requests.note_unreachable(connection, job_id, _short(error), anew=bool(came))
         if waits < _PATIENCE_SECONDS:
             raise
         _fail(engine, row, RequestReason.SOURCE_UNREACHABLE, error)
@@ -110,15 +112,9 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
         options=wish.options("query", row["idempotency_key"] or f"sql {row['job_id']}"),
         planning=planning(settings),
         job_id=row["job_id"],
-        on_items=lambda _: _note_reached(engine, row["job_id"]),
         on_queue=_end_submitted,
         on_lost=lambda: corpus.stop(LeaseLost()),
     )
-
-
-def _note_reached(engine: Engine, job_id: UUID) -> None:
-    with engine.begin() as connection:
-        requests.note_reached(connection, job_id)
 
 
 def _end_submitted(connection: Connection, job_id: UUID) -> None:

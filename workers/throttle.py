@@ -182,8 +182,8 @@ local since = values.since or now
 local function ceiling_of(what, known)
   local passed, seconds = values[what .. '_passed'] or 0, math.max(0.1, now - since + wait)
   if values[what .. '_limit'] then return known end
-  -- Nothing has come through since the last refusal: this one isn't for the rate.
-  if passed == 0 then return known and values[what .. '_ceiling'] end
+  -- Nothing has come through since the last refusal, or a rest: this one isn't for the rate.
+  if passed == 0 then return values[what .. '_ceiling'] end
   -- What was let through, over the time that it took with this wait. But little may have been asked for, or others have
   -- used the limit up, so that what is known, or was sent while nothing was, is halved at most.
   if not known then return math.max((values[what .. '_sent'] or 0) / 2, passed) / seconds end

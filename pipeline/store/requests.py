@@ -132,29 +132,20 @@ def cancel(connection: Connection, job_id: UUID, reason: str, message: str) -> R
     )
 
 
-def note_unreachable(connection: Connection, job_id: UUID, message: str) -> float:
-    """Say why a request still waits. Returns for how long its database can't be reached, in seconds."""
+def note_unreachable(connection: Connection, job_id: UUID, message: str, *, anew: bool) -> float:
+    """Say why a request still waits. Returns for how long its database can't be reached, in seconds; `anew`: it was
+    reached just now."""
     row = connection.execute(
         text("""
             update vectormill.requests
-            set message = :message, unreachable_since = coalesce(unreachable_since, clock_timestamp())
+            set message = :message,
+                unreachable_since = coalesce(case when not :anew then unreachable_since end, clock_timestamp())
             where job_id = :job and state = 'requested'
             returning extract(epoch from clock_timestamp() - unreachable_since)::float8
         """),
-        {"job": job_id, "message": message},
+        {"job": job_id, "message": message, "anew": anew},
     ).one_or_none()
     return row[0] if row else 0.0
-
-
-def note_reached(connection: Connection, job_id: UUID) -> None:
-    """Take back what `note_unreachable` said: rows have come."""
-    connection.execute(
-        text("""
-            update vectormill.requests set message = null, unreachable_since = null
-            where job_id = :job and state = 'requested' and unreachable_since is not null
-        """),
-        {"job": job_id},
-    )
 
 
 def forget_queries(connection: Connection, days: float) -> None:

@@ -239,7 +239,6 @@ def test_another_priority_counts_from_the_next_message(
     assert set(waiting(valkey)) <= set(chunk_ids(engine, urgent))
 
 
-# Cancelling
 @pytest.fixture
 def drains_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks a transaction, and one transaction a turn."""

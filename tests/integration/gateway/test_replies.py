@@ -13,8 +13,7 @@ from sqlalchemy import Engine
 from pipeline import status
 from pipeline.canary import CANARY
 from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
-from pipeline.jobs import Upstream
-from tests.integration.gateway.world import ITEMS, World
+from tests.integration.gateway.world import ITEMS, World, upstream_of
 from tests.jobs_made import count, make_job, run_sql, taken
 from tests.ports import free_port
 from tests.scripted_gateway import DIMENSIONS, Answer, ScriptedGateway, error, good
@@ -54,19 +53,7 @@ def test_floats_where_base64_is_ignored_or_refused(engine: Engine, redis_url: st
     far.answer = lambda asked: good({**asked, "encoding_format": "float"})
     World(engine, redis_url, far).run()
     far.answer = lambda asked: error(400) if asked["encoding_format"] == "base64" else good(asked)
-    assert describe(_upstream(far))["base64"] is False
-
-
-def _upstream(far: ScriptedGateway) -> Upstream:
-    return Upstream(
-        url=far.url,
-        model="embed-1",
-        reply_model=None,
-        key_env=None,
-        base64=True,
-        request_inputs=8,
-        request_tokens=1_000,
-    )
+    assert describe(upstream_of(far))["base64"] is False
 
 
 def _with(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Answer]:

@@ -20,20 +20,25 @@ from workers.throttle import Throttle, connect
 ITEMS = 40
 
 
+def upstream_of(far: ScriptedGateway) -> Upstream:
+    """How it is asked for, before anything is known of it."""
+    return Upstream(
+        url=far.url,
+        model="embed-1",
+        reply_model=None,
+        key_env="FAR_KEY",
+        base64=True,
+        request_inputs=8,
+        request_tokens=100_000,
+    )
+
+
 class World:
     """A job of `ITEMS` items in one chunk, whose model is behind a gateway."""
 
     def __init__(self, engine: Engine, redis_url: str, far: ScriptedGateway) -> None:
         self.engine, self.redis_url = engine, redis_url
-        asked = Upstream(
-            url=far.url,
-            model="embed-1",
-            reply_model=None,
-            key_env="FAR_KEY",
-            base64=True,
-            request_inputs=8,
-            request_tokens=100_000,
-        )
+        asked = upstream_of(far)
         with engine.begin() as connection:
             add_gateway(connection, "far", asked, describe(asked))
             self.model = find_model(connection, workspace_id(connection), "far")
