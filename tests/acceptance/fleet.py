@@ -17,6 +17,7 @@ from sqlalchemy import Engine, text
 
 from pipeline import status
 from tests.acceptance.oracle import objections
+from tests.commands import run_command
 
 T = TypeVar("T")
 
@@ -122,15 +123,11 @@ class Fleet:
         return UUID(self.cli("submit", *arguments).stdout.strip())
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command of vectormill."""
-        return subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", *arguments],
-            env={**os.environ, **self.environment},
-            check=check,
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE_SECONDS,
-        )
+        """Run a command of vectormill in this process."""
+        done = run_command(*arguments, environment={**os.environ, **self.environment})
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
 
     def status(self, job: UUID) -> dict[str, Any]:
         """Where a job stands."""

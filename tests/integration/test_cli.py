@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 from pipeline.cli import main
 from pipeline.jobs import Model, RejectCode
 from pipeline.writeback import write_chunk
+from tests.commands import run_command
 from tests.jobs_made import DONE, job_row, make_job, part_of, reject, run_sql, taken
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -27,17 +28,32 @@ STATUS = {
 
 
 @pytest.fixture
-def run(database: str, redis_url: str, tmp_path: Path) -> Run:
-    """Run a command in a folder of its own."""
+def environment(database: str, redis_url: str, tmp_path: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "VECTORMILL_DATABASE_URL": database,
+        "VECTORMILL_REDIS_URL": redis_url,
+        "VECTORMILL_HOME": str(tmp_path / "home"),
+        "COLUMNS": "200",
+    }
 
-    def run(*arguments: str, stdin: str = "", url: str = database) -> "subprocess.CompletedProcess[str]":
-        environment = {
-            **os.environ,
-            "VECTORMILL_DATABASE_URL": url,
-            "VECTORMILL_REDIS_URL": redis_url,
-            "VECTORMILL_HOME": str(tmp_path / "home"),
-            "COLUMNS": "200",
-        }
+
+@pytest.fixture
+def run(environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, stdin: str = "", **more: str) -> "subprocess.CompletedProcess[str]":
+        return run_command(*arguments, environment={**environment, **more}, stdin=stdin.encode())
+
+    return run
+
+
+@pytest.fixture
+def start(environment: dict[str, str], tmp_path: Path) -> Run:
+    """Run a command as a process of its own."""
+
+    def run(*arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "pipeline.cli", *arguments]
         return subprocess.run(
             command, input=stdin, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
@@ -66,8 +82,8 @@ def test_a_command_loads_no_more_than_it_needs() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_submit_prints_the_id_alone(engine: Engine, model: Model, run: Run) -> None:
-    done = run("submit", "-", "--model", "small", "--name", "mine", "--label", "a=b", stdin='{"text": "t"}\n')
+def test_submit_prints_the_id_alone(engine: Engine, model: Model, start: Run) -> None:
+    done = start("submit", "-", "--model", "small", "--name", "mine", "--label", "a=b", stdin='{"text": "t"}\n')
     assert (done.returncode, done.stderr) == (0, "")
     row = job_row(engine, UUID(done.stdout.removesuffix("\n")))
     assert (row["name"], row["state"], row["items_total"], row["labels"]) == ("mine", "queued", 1, {"a": "b"})
@@ -148,23 +164,23 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
 ]
 
 
-def test_a_mistake_is_one_clear_line(job_id: UUID, run: Run) -> None:
-    for arguments, sentence in MISTAKES:
-        done = run(*arguments, stdin='{"text": "t"}\n')
+def test_a_mistake_is_one_clear_line(job_id: UUID, run: Run, start: Run) -> None:
+    for way, (arguments, sentence) in [(start, MISTAKES[0]), *((run, mistake) for mistake in MISTAKES)]:
+        done = way(*arguments, stdin='{"text": "t"}\n')
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"error {sentence}")
         assert done.stderr.count("\n") == 1
 
 
 def test_a_database_that_is_away_is_exit_code_6(run: Run) -> None:
-    done = run("jobs", url=NOWHERE)
+    done = run("jobs", VECTORMILL_DATABASE_URL=NOWHERE)
     assert (done.returncode, done.stdout) == (6, "")
     assert done.stderr.startswith("error can't reach the database; check VECTORMILL_DATABASE_URL")
     assert done.stderr.count("\n") == 1
 
 
 def test_a_database_without_the_schema_is_a_clear_line(run: Run, empty_database: str) -> None:
-    done = run("jobs", url=empty_database)
+    done = run("jobs", VECTORMILL_DATABASE_URL=empty_database)
     assert done.returncode == 2
     assert "vectormill migrate" in done.stderr
     assert done.stderr.count("\n") == 1
