@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 from uuid import uuid4
 
 import psycopg
@@ -13,6 +15,7 @@ import redis
 from psycopg import sql
 from sqlalchemy import Engine
 
+from pipeline.embedded import postgres
 from pipeline.embedded.runtime import Running
 from pipeline.migrate import upgrade
 from pipeline.store.database import make_engine
@@ -35,7 +38,10 @@ def servers() -> Iterator[Running]:
         Path(folder).chmod(0o711)
         home = Path(folder, "home")
         try:
-            with running_servers(home, _make_template) as started:
+            with ExitStack() as stack:
+                # Each test has a database of its own, and a disk that is waited for takes most of its making.
+                with patch.dict(postgres._SETTINGS, fsync="off"):
+                    started = stack.enter_context(running_servers(home, _make_template))
                 yield started
         finally:
             if os.geteuid() == 0:
