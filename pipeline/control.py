@@ -14,6 +14,10 @@ from pipeline.status import job_row
 from pipeline.store import chunks, items, jobs, models, requests, stagings
 
 _CANCELLED = "cancelled by a person"
+_UNACCOUNTED = (
+    "{:,} items {}: the chunks' counts don't add up to the items submitted, and nobody cancelled the job; retry it, "
+    "and see the runbook Restore if the database was restored"
+)
 
 
 def cancel(connection: Connection, job_id: UUID) -> JobState:
@@ -152,6 +156,9 @@ def outcome(row: RowMapping, account: Mapping[str, Any]) -> tuple[JobState, str 
     counts = account["items"]
     if row["ends_as"]:
         return JobState(row["ends_as"]), row["reason"], row["message"]
+    if lost := counts["in"] - counts["embedded"] - counts["reused"] - counts["rejected"]:
+        how = "missing" if lost > 0 else "too many"
+        return JobState.FAILED, Reason.ITEMS_UNACCOUNTED, _UNACCOUNTED.format(abs(lost), how)
     if counts["in"] and counts["rejected"] == counts["in"]:
         return JobState.FAILED, Reason.ALL_REJECTED, "every item was rejected; vectormill rejects says why"
     if row["max_rejects"] is not None and counts["rejected"] > row["max_rejects"]:

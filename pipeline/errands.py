@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from uuid import UUID
 
 import structlog
 from sqlalchemy import Connection, Engine
@@ -19,6 +18,7 @@ from pipeline import batch_results, batches, files, metrics, sql_requests, stagi
 from pipeline.errors import Waiting
 from pipeline.settings import Settings
 from pipeline.store.database import is_connection_lost, plain_reason
+from pipeline.store.stagings import Producer
 
 log = structlog.get_logger()
 
@@ -50,10 +50,9 @@ class Errand:
     at_once: int = 2
 
 
-def _forget_staging(means: Means, dead: tuple[UUID, int]) -> None:
-    job_id, fence = dead
-    staging.undo(means.engine, job_id, fence)
-    log.info("dead_staging_forgotten", job=str(job_id))
+def _forget_staging(means: Means, dead: Producer) -> None:
+    staging.undo(means.engine, dead)
+    log.info("dead_staging_forgotten", job=str(dead.job_id))
 
 
 #: What there is to see to.

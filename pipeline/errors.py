@@ -128,7 +128,8 @@ class GatewayChanged(GatewayRefused):
 
 
 class LeaseLost(VectormillError):
-    """Another worker owns the chunk, or nobody may: what was computed is discarded."""
+    """The chunk isn't as this claim left it: it is another worker's, or the database has lost commits. What was
+    computed is discarded."""
 
 
 class ServerFailed(VectormillError):

@@ -119,6 +119,7 @@ class Reason(enum.StrEnum):
     GATEWAY_REFUSED = "gateway_refused"
     ALL_REJECTED = "all_rejected"
     TOO_MANY_REJECTS = "too_many_rejects"
+    ITEMS_UNACCOUNTED = "items_unaccounted"
 
 
 class RejectCode(enum.StrEnum):
@@ -256,6 +257,8 @@ class Claim:
     job_id: UUID
     chunk_id: int
     fence: int
+    #: Unique on every timeline of Postgres, where a fence may be given twice.
+    token: UUID
     worker_id: UUID
     #: Postgres backend that will commit; the sweep ends it if it freezes there.
     backend_pid: int

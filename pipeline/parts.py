@@ -6,7 +6,8 @@ are moved to the folder itself, then come the manifest and at last `_SUCCESS`. E
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import UUID
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+import structlog
 
 from pipeline import storage
 from pipeline.errors import SourceChanged, UserError
@@ -31,6 +33,10 @@ _STAGING = "_staging"
 _CLAIM = "_job.json"
 #: Objects moved at once: each move is a round trip or two.
 _MOVES = 16
+#: Names of parts, also those of versions before claims had tokens.
+_PART = re.compile(r"part-\d+-\d+(-[0-9a-f]{32})?(-\d+)?\.parquet")
+
+log = structlog.get_logger()
 
 
 def schema(dimensions: int, *, half: bool, carried: Sequence[str]) -> Any:
@@ -50,7 +56,7 @@ def schema(dimensions: int, *, half: bool, carried: Sequence[str]) -> Any:
 
 def name_of(claim: Claim, number: int) -> str:
     """The file name of commit `number` of a claim."""
-    return f"part-{claim.chunk_id}-{claim.fence}{f'-{number}' if number else ''}.parquet"
+    return f"part-{claim.chunk_id}-{claim.fence}-{claim.token.hex}{f'-{number}' if number else ''}.parquet"
 
 
 def write(claim: Claim, number: int, rows: Rows) -> Output:
@@ -122,11 +128,14 @@ def vacate(folder: str, job_id: UUID) -> None:
 
 
 def deliver(folder: str, job_id: UUID, outputs: Sequence[Output], about: Mapping[str, Any]) -> None:
-    """Make a completed job's parts a data set. May be repeated, also after it was cut off anywhere.
+    """Make a completed job's parts a data set, and the folder hold no other. May be repeated, also after it was cut off
+    anywhere.
 
     Raises:
         StorageRefused, StorageUnreachable: it isn't finished.
     """
+
+    _remove_strays(folder, {output.name for output in outputs})
 
     def promote(output: Output) -> None:
         storage.move(storage.join(_staging(folder, job_id), output.name), storage.join(folder, output.name))
@@ -142,6 +151,16 @@ def deliver(folder: str, job_id: UUID, outputs: Sequence[Output], about: Mapping
     storage.move(made, storage.join(folder, MANIFEST))
     vacate(folder, job_id)
     storage.write(storage.join(folder, SUCCESS), b"")
+
+
+def _remove_strays(folder: str, listed: Collection[str]) -> None:
+    """Delete parts that readers see and nobody lists: a database that has lost its last commits forgot them."""
+    strays = [name for name in visible_names(folder) if _PART.fullmatch(name) and name not in listed]
+    if strays:
+        storage.delete(storage.join(folder, SUCCESS))  # what it vouches for goes
+    for name in strays:
+        log.warning("stray_part_removed", folder=folder, name=name)
+        storage.delete(storage.join(folder, name))
 
 
 def open_part(folder: str, job_id: UUID, output: Output) -> pq.ParquetFile:

@@ -28,6 +28,7 @@ from pipeline.settings import Settings
 from pipeline.sources.query import QueryCorpus
 from pipeline.store import jobs, requests
 from pipeline.store.database import reporting_unreachable
+from pipeline.store.stagings import Producer
 from pipeline.submission import Submission, planning
 from pipeline.submit import submit
 
@@ -81,7 +82,7 @@ def _heed_cancel(engine: Engine, job_id: UUID) -> None:
         if job["state"] in (JobState.QUEUED, JobState.RUNNING):  # one that had failed, and was tried again just then
             control.cancel(connection, job_id)
     if job["state"] == JobState.STAGING:
-        staging.undo(engine, job_id, job["fence"])
+        staging.undo(engine, Producer.of_row(job))
 
 
 def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submission:

@@ -4,7 +4,6 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
-from uuid import UUID
 
 import numpy as np
 import structlog
@@ -12,7 +11,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import control, parts
-from pipeline.errors import EmptySource, LeaseLost, UserError, VectormillError
+from pipeline.errors import EmptySource, LeaseLost, ServiceUnreachable, UserError, VectormillError
 from pipeline.jobs import Extent, Reason, Reject
 from pipeline.leases import Renewal
 from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
@@ -20,6 +19,7 @@ from pipeline.sources import Corpus, Rows, Source, SourceFile
 from pipeline.sources.reference import Places
 from pipeline.store import chunks, items, jobs, stagings
 from pipeline.store.database import flush_later, is_connection_lost
+from pipeline.store.stagings import Producer
 from pipeline.submission import Submission
 
 log = structlog.get_logger()
@@ -35,8 +35,9 @@ _DELETE_ITEMS = 20_000
 class Staging:
     """One producer's way from `staging` to `queued`."""
 
-    def __init__(self, engine: Engine, submission: Submission, job_id: UUID, fence: int) -> None:
-        self._engine, self._submission, self._job_id, self._fence = engine, submission, job_id, fence
+    def __init__(self, engine: Engine, submission: Submission, producer: Producer) -> None:
+        self._engine, self._submission, self._producer = engine, submission, producer
+        self._job_id = producer.job_id
         model, options, planning = submission.model, submission.options, submission.planning
         bounds = (options.max_item_tokens, model.max_item_tokens)
         self._max_item_tokens = min((bound for bound in bounds if bound), default=None)
@@ -44,6 +45,8 @@ class Staging:
         self._planner = Planner(Limits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes))
         self._lease_seconds = planning.lease_seconds
         self._items = self._chunks = self._rejects = 0
+        #: Items that the last commit has written down.
+        self._committed = 0
         #: Indexes of rejects in items that no chunk covers yet.
         self._rejected_at: list[int] = []
         self._spots = _Spots()
@@ -54,7 +57,7 @@ class Staging:
             with Renewal(self._renew, self._lease_seconds, self._submission.on_lost):
                 self._stage()
         except BaseException as error:
-            undo(self._engine, self._job_id, self._fence)
+            undo(self._engine, self._producer)
             # The answer to the last COMMIT may have been lost, and the commit not.
             if not (isinstance(error, DBAPIError) and is_connection_lost(error) and self._is_queued()):
                 raise
@@ -62,11 +65,11 @@ class Staging:
     def _is_queued(self) -> bool:
         with self._engine.begin() as connection:
             row = jobs.by_id(connection, self._job_id)
-        return row is not None and row["fence"] == self._fence and row["state"] != "staging"
+        return row is not None and Producer.of_row(row) == self._producer and row["state"] != "staging"
 
     def _renew(self) -> bool:
         with self._engine.begin() as connection:
-            return stagings.hold(connection, self._job_id, self._fence, self._lease_seconds)
+            return stagings.hold(connection, self._producer, self._lease_seconds)
 
     def _stage(self) -> None:
         corpus, options = self._submission.corpus, self._submission.options
@@ -90,6 +93,7 @@ class Staging:
                 flush_later(connection)
                 self._hold(connection)
                 self._copy(connection, blocks)
+                self._advance(connection)
             self._submission.on_items(self._items)
 
     def _plan_files(self, corpus: Corpus) -> None:
@@ -116,11 +120,20 @@ class Staging:
             self._hold(connection)
             chunks.insert_chunks(connection, self._job_id, planned)
             stagings.set_input_rows(connection, self._job_id, rows)
+            self._advance(connection)
         self._submission.on_items(self._items)
 
     def _hold(self, connection: Connection) -> None:
-        if not stagings.hold(connection, self._job_id, self._fence, self._lease_seconds):
+        if not stagings.hold(connection, self._producer, self._lease_seconds):
             raise LeaseLost("this submission was cancelled, or taken over by another one with its idempotency key.")
+
+    def _advance(self, connection: Connection) -> None:
+        if not stagings.advance(connection, self._producer, self._committed, self._items):
+            raise ServiceUnreachable(
+                f"the database has lost a part of job {self._job_id} while it was submitted (was there a failover?); "
+                "submit the same again."
+            )
+        self._committed = self._items
 
     def _copy(self, connection: Connection, blocks: Sequence[Rows]) -> None:
         items.copy_items(
@@ -170,10 +183,10 @@ class Staging:
         with self._engine.begin() as connection:
             self._hold(connection)
             chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, self._planner.finish())))
+            self._advance(connection)
             stagings.queue(
                 connection,
-                self._job_id,
-                self._fence,
+                self._producer,
                 items_total=self._items,
                 max_rejects=limit,
                 payload=self._submission.payload(),
@@ -232,13 +245,14 @@ def _gathered(blocks: Iterator[Rows]) -> Iterator[list[Rows]]:
         yield gathered
 
 
-def undo(engine: Engine, job_id: UUID, fence: int) -> None:
+def undo(engine: Engine, producer: Producer) -> None:
     """Forget a submission that didn't end, items first, in bounded transactions."""
+    job_id = producer.job_id
     with engine.begin() as connection:
         row = jobs.by_id(connection, job_id)
-    if row and delete_items(engine, job_id, fence):
+    if row and delete_items(engine, producer):
         with engine.begin() as connection:
-            gone = stagings.delete(connection, job_id, fence)
+            gone = stagings.delete(connection, producer)
         if gone and row["options"].get("output"):
             try:
                 parts.vacate(row["options"]["output"], job_id)
@@ -246,13 +260,13 @@ def undo(engine: Engine, job_id: UUID, fence: int) -> None:
                 log.warning("output_not_vacated", job=str(job_id), error=str(error))
 
 
-def delete_items(engine: Engine, job_id: UUID, fence: int) -> bool:
+def delete_items(engine: Engine, producer: Producer) -> bool:
     """Delete what is staged. False: somebody else is its producer by now."""
     gone = _DELETE_ITEMS
     while gone == _DELETE_ITEMS:
         with engine.begin() as connection:
-            row = jobs.lock(connection, job_id)
-            if row is None or row["state"] != "staging" or row["fence"] != fence:
+            row = jobs.lock(connection, producer.job_id)
+            if row is None or row["state"] != "staging" or Producer.of_row(row) != producer:
                 return False
-            gone = items.delete_some(connection, job_id, _DELETE_ITEMS)
+            gone = items.delete_some(connection, producer.job_id, _DELETE_ITEMS)
     return True

@@ -14,6 +14,7 @@ from pipeline.sources.reference import check_referable
 from pipeline.staging import Staging, delete_items
 from pipeline.store import into, jobs, partitions, stagings
 from pipeline.store.into import Into
+from pipeline.store.stagings import Producer
 from pipeline.submission import Options, Submission, Submitted
 
 
@@ -57,9 +58,9 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
             lease_seconds=submission.planning.lease_seconds,
         )
         partitions.make_month(connection, partitions.month_of(job.id))
-        is_new = stagings.begin(connection, job)
-    if is_new:
-        Staging(engine, submission, job.id, fence=1).run()
+        producer = stagings.begin(connection, job)
+    if producer:
+        Staging(engine, submission, producer).run()
         return Submitted(job.id)
     return _attach(engine, submission)
 
@@ -144,19 +145,21 @@ def _resume(engine: Engine, submission: Submission, job_id: UUID) -> Submitted:
 
 def _attach_to_staging(engine: Engine, submission: Submission, found: RowMapping) -> Submitted:
     """Leave the job to its producer while that lives, else take it over and begin afresh."""
-    job_id, fence, lease_seconds = found["id"], found["fence"], submission.planning.lease_seconds
+    job_id, lease_seconds = found["id"], submission.planning.lease_seconds
     if submission.payload() != found["payload_sha256"]:
         raise _conflict(str(submission.options.idempotency_key), job_id)
-    with engine.begin() as connection:
-        ours = found["staging_is_dead"] and stagings.take_over(connection, job_id, fence, lease_seconds)
-    if not ours:
+    producer = None
+    if found["staging_is_dead"]:
+        with engine.begin() as connection:
+            producer = stagings.take_over(connection, Producer.of_row(found), lease_seconds)
+    if producer is None:
         return Submitted(job_id, f"job {job_id} is being submitted with this idempotency key right now")
-    delete_items(engine, job_id, fence + 1)
+    delete_items(engine, producer)
     with engine.begin() as connection:
-        if not stagings.hold(connection, job_id, fence + 1, lease_seconds):
+        if not stagings.hold(connection, producer, lease_seconds):
             return Submitted(job_id, f"job {job_id} is being submitted with this idempotency key right now")
         stagings.delete_chunks(connection, job_id)
-    Staging(engine, submission, job_id, fence + 1).run()
+    Staging(engine, submission, producer).run()
     return Submitted(job_id)
 
 

@@ -183,8 +183,9 @@ jobs = Table(
     Column("options", JSONB, nullable=False, server_default="{}"),
     Column("idempotency_key", Text),
     Column("payload_sha256", Text),
-    # The producer's lease while staging.
+    # The producer's lease while staging; see `store.stagings`.
     Column("fence", BigInteger, nullable=False, server_default="1"),
+    Column("token", Uuid),
     _moment("lease_until"),
     _count("items_total"),
     Column("max_rejects", BigInteger),
@@ -274,6 +275,9 @@ chunks = Table(
     Column("input_line", BigInteger),
     Column("state", Text, nullable=False, server_default=ChunkState.PENDING.value),
     Column("fence", BigInteger, nullable=False, server_default="0"),
+    # Of the claim that has this fence, and how many commits it has made.
+    Column("token", Uuid),
+    Column("parts", Integer, nullable=False, server_default="0"),
     _moment("lease_until"),
     _moment("not_before"),
     Column("backend_pid", Integer),
@@ -368,6 +372,7 @@ usage = Table(
     Column("request_id", Text),
     Column("chunk_id", BigInteger),
     Column("fence", BigInteger),
+    Column("token", Uuid),
     Column("part", Integer),
     Column("model", Text, nullable=False),
     _count("items"),

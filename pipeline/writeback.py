@@ -41,6 +41,7 @@ class Part:
 class Ending:
     """Where a commit leaves the chunk."""
 
+    #: `PENDING`: given back, or cancelled if its job is being cancelled.
     state: ChunkState
     isolation: int = 0
     not_before_seconds: float = 0
@@ -102,7 +103,8 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: E
     whether the lost one had arrived; nothing is guessed.
 
     Raises:
-        LeaseLost: the chunk belongs to another claim, or has been cancelled; nothing was written.
+        LeaseLost: the chunk belongs to another claim, or has been cancelled, or the database has lost an earlier part
+            of this claim; nothing was written.
         ValueError: a vector is zero, not finite or of the wrong size; nothing was written.
         StorageRefused, StorageUnreachable: the Parquet file can't be written; nothing was.
         sqlalchemy.exc.DBAPIError: the database refuses, or stayed away for ten minutes.
@@ -170,6 +172,7 @@ def _commit(
             output_uri=storage.join(claim.options["output"], output.name) if output else None,
             error=ending.error,
         ),
+        number=number,
     )
     # The update has waited for any earlier try that was still under way, so its outcome is known now.
     if again and usage.has_chunk_part(connection, claim, number):

@@ -64,7 +64,8 @@ def make_job(
             lease_seconds=30,
             **columns,
         )
-        assert stagings.begin(connection, new)
+        producer = stagings.begin(connection, new)
+        assert producer
         texts = [None if at in rejected else f"text {at}".encode() for at in range(count)]
         items.copy_items(connection, job_id, 0, [items.Block([f"k{at}" for at in range(count)], texts, None)])
         items.copy_rejects(connection, job_id, [reject(at, code) for at, code in rejected.items()])
@@ -79,7 +80,7 @@ def make_job(
             for ordinal, first in enumerate(range(0, count, per_chunk))
         ]
         chunks.insert_chunks(connection, job_id, planned)
-        stagings.queue(connection, job_id, 1, items_total=count, max_rejects=max_rejects, payload="")
+        stagings.queue(connection, producer, items_total=count, max_rejects=max_rejects, payload="")
     return job_id
 
 

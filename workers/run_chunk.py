@@ -38,7 +38,10 @@ class Watch:
     began: float = field(default_factory=monotonic)
     #: Infinite while no batch is under way.
     last_batch: float = inf
+    #: The job is being cancelled.
     cancelled: bool = False
+    #: A renewal found the chunk to be another claim's.
+    lost: bool = False
     #: Why nothing more comes of the chunk for now: its gateway lets nothing through.
     interruption: GatewayBusy | GatewayRefused | None = None
 
@@ -67,7 +70,9 @@ class Watch:
     @property
     def must_stop(self) -> bool:
         """Whether to commit what there is and let go of the rest."""
-        return self.cancelled or self.interruption is not None or monotonic() - self.began > self.most_seconds
+        return (
+            self.cancelled or self.lost or self.interruption is not None or monotonic() - self.began > self.most_seconds
+        )
 
 
 def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> None:
@@ -86,8 +91,9 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
             on_hang()
         with engine.begin() as connection:
             state = chunks.renew(connection, claim)
-        watch.cancelled = watch.cancelled or state is None or state is JobState.CANCELLING
-        return state is not None
+        watch.lost = state is None
+        watch.cancelled = watch.cancelled or state is JobState.CANCELLING
+        return not watch.lost
 
     with Renewal(renew, claim.lease_seconds):
         with counting.step(claim.model, "read"):
@@ -157,8 +163,6 @@ def _state(left: int, watch: Watch) -> ChunkState:
     """Where a commit leaves the chunk, with so many items left in it."""
     if not left:
         return ChunkState.DONE
-    if watch.cancelled:
-        return ChunkState.CANCELLED
     return ChunkState.PENDING if watch.must_stop else ChunkState.RUNNING
 
 

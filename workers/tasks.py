@@ -267,15 +267,19 @@ def _leave() -> None:
 
 
 def _give_back(engine: Engine, claim: Claim, error: Exception) -> None:
-    """Let another worker take the chunk, unless it is another's already or the database is away."""
-    if isinstance(error, LeaseLost) or (isinstance(error, DBAPIError) and is_connection_lost(error)):
+    """Let another worker take the chunk, unless it is another's already or the database is away.
+
+    One that is still this claim's when its lease seemed lost isn't where the claim left it: a failover took commits.
+    """
+    if isinstance(error, DBAPIError) and is_connection_lost(error):
         return
     progress = chunks.Progress(
         state=ChunkState.PENDING,
-        not_before_seconds=0 if isinstance(error, ModelError) else _BACK_OFF_SECONDS,
+        not_before_seconds=0 if isinstance(error, ModelError | LeaseLost) else _BACK_OFF_SECONDS,
         isolation=None,
         error=plain_reason(error) if isinstance(error, DBAPIError) else str(error),
     )
     with engine.begin() as connection:
-        chunks.record(connection, claim, progress)
-    log.warning("chunk_given_back", error=type(error).__name__)
+        given_back = chunks.record(connection, claim, progress)
+    if given_back:
+        log.warning("chunk_given_back", error=type(error).__name__)

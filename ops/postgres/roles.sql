@@ -53,7 +53,7 @@ grant select
      vectormill.rejects, vectormill.outputs, vectormill.models, vectormill.vector_spaces, vectormill.claim_losses,
      vectormill.alembic_version
   to vectormill_worker;
-grant select (chunk_id, fence, part, model, created_at) on vectormill.usage to vectormill_worker;
+grant select (chunk_id, fence, token, part, model, created_at) on vectormill.usage to vectormill_worker;
 grant select (id) on vectormill.attempts to vectormill_worker;
 grant insert
   on vectormill.items, vectormill.embeddings, vectormill.rejects, vectormill.outputs, vectormill.usage,
@@ -61,8 +61,8 @@ grant insert
   to vectormill_worker;
 grant select, insert, update, delete on vectormill.workers to vectormill_worker;
 grant update (state, reason, message, ends_as, started_at) on vectormill.jobs to vectormill_worker;
-grant update (state, fence, lease_until, not_before, backend_pid, worker_id, task_id, crashes, isolation, last_error,
-              embedded, rejected, cancelled, truncated, prompt_tokens, output_uri, started_at, finished_at)
+grant update (state, fence, token, parts, lease_until, not_before, backend_pid, worker_id, task_id, crashes, isolation,
+              last_error, embedded, rejected, cancelled, truncated, prompt_tokens, output_uri, started_at, finished_at)
   on vectormill.chunks to vectormill_worker;
 grant update (status, billed_tokens, finished_at) on vectormill.attempts to vectormill_worker;
 
@@ -87,7 +87,7 @@ grant delete
   on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.rejects, vectormill.files
   to vectormill_api;
 grant update (expires_at, revoked_at) on vectormill.api_keys to vectormill_api;
-grant update (state, reason, message, ends_as, priority, fence, lease_until, items_total, max_rejects, payload_sha256,
+grant update (state, reason, message, ends_as, priority, fence, token, lease_until, items_total, max_rejects, payload_sha256,
               receipt, queued_at, resumed_at, finished_at, texts_kept_from)
   on vectormill.jobs to vectormill_api;
 grant update (rows) on vectormill.inputs to vectormill_api;
@@ -116,6 +116,6 @@ from pg_class
 where relnamespace = 'vectormill'::regnamespace and relispartition and relkind = 'r' and relname ~ '^items_';
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0012';
+comment on schema vectormill is 'roles.sql of 0013';
 
 commit;

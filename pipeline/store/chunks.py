@@ -6,7 +6,7 @@ States stand in the SQL as literals, so that the planner can prove that a partia
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, RowMapping, insert, select, text
 
@@ -62,13 +62,13 @@ def claim(
     task_id: str,
     lease_seconds: float,
 ) -> Claim | None:
-    """Take a pending chunk of a runnable job: running, fence + 1, leased. None when it isn't to be had."""
+    """Take a pending chunk of a runnable job: running, fence + 1, a new token, leased. None when it isn't to be had."""
     row = (
         connection.execute(
             text("""
             with claimed as (
               update vectormill.chunks c
-              set state = 'running', fence = c.fence + 1, backend_pid = pg_backend_pid(),
+              set state = 'running', fence = c.fence + 1, token = :token, parts = 0, backend_pid = pg_backend_pid(),
                   lease_until = clock_timestamp() + make_interval(secs => :lease),
                   worker_id = :worker, task_id = :task, started_at = coalesce(c.started_at, clock_timestamp())
               from vectormill.jobs j
@@ -83,7 +83,14 @@ def claim(
             from claimed c join vectormill.vector_spaces s on s.id = c.vector_space_id
             left join vectormill.inputs i on i.job_id = c.job_id and i.ordinal = c.input_ordinal
         """),
-            {"chunk": chunk_id, "job": job_id, "worker": worker_id, "task": task_id, "lease": lease_seconds},
+            {
+                "chunk": chunk_id,
+                "job": job_id,
+                "token": new_token(),
+                "worker": worker_id,
+                "task": task_id,
+                "lease": lease_seconds,
+            },
         )
         .mappings()
         .one_or_none()
@@ -91,11 +98,18 @@ def claim(
     return _as_claim(row, lease_seconds) if row else None
 
 
+def new_token() -> UUID:
+    """A claim token. A fence is unique on one timeline of Postgres only: a server that has lost its last commits, to a
+    failover or a restore, gives it again."""
+    return uuid4()
+
+
 def _as_claim(row: RowMapping, lease_seconds: float) -> Claim:
     return Claim(
         job_id=row["job_id"],
         chunk_id=row["id"],
         fence=row["fence"],
+        token=row["token"],
         worker_id=row["worker_id"],
         backend_pid=row["backend_pid"],
         first_index=row["first_index"],
@@ -128,7 +142,8 @@ def _as_extent(row: RowMapping) -> Extent:
 def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> JobState | None:
     """Extend a lease, also one that the sweep has just given back and nobody has taken yet.
 
-    `committing`: this connection's backend will commit for the claim, and is the one to end if it freezes.
+    `committing`: this connection's backend will commit for the claim, and is the one to end if it freezes; until its
+    transaction ends it says by its name for which claim.
     Returns the job's state, from which a worker learns of a cancellation; None when the chunk is another's.
     """
     state = connection.execute(
@@ -140,18 +155,20 @@ def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> 
                 isolation = greatest(0, c.isolation - (c.state = 'pending')::int),
                 backend_pid = case when :committing then pg_backend_pid() else c.backend_pid end
             from vectormill.jobs j
-            where c.id = :chunk and c.fence = :fence and c.worker_id = :worker and c.state in ('running', 'pending')
-              and j.id = c.job_id
-            returning j.state
+            where c.id = :chunk and c.fence = :fence and c.token = :token and c.worker_id = :worker
+              and c.state in ('running', 'pending') and j.id = c.job_id
+            returning j.state, case when :committing then
+              set_config('application_name', 'vectormill-worker ' || replace(c.token::text, '-', ''), true) end
         """),
         {
             "chunk": claim.chunk_id,
             "fence": claim.fence,
+            "token": claim.token,
             "worker": claim.worker_id,
             "lease": claim.lease_seconds,
             "committing": committing,
         },
-    ).scalar_one_or_none()
+    ).scalar()
     return JobState(state) if state else None
 
 
@@ -159,6 +176,7 @@ def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> 
 class Progress:
     """What one commit adds to a chunk, and where the chunk stands after it."""
 
+    #: `PENDING`: given back. Where its job is being cancelled, the chunk is cancelled instead.
     state: ChunkState
     embedded: int = 0
     rejected: int = 0
@@ -174,41 +192,52 @@ class Progress:
 
 
 #: The fence check: what keeps a worker that was given up from writing after another has taken over.
-OURS = "fence = :fence and state in ('running', 'pending')"
+OURS = "fence = :fence and token = :token and state in ('running', 'pending')"
+_RECORD = """
+    with job as (
+      select case when :state = 'pending' and state = 'cancelling' then 'cancelled' else :state end as after
+      from vectormill.jobs where id = :job
+    )
+    update vectormill.chunks set
+      state = after, parts = parts + 1,
+      embedded = embedded + :embedded, rejected = rejected + :rejected,
+      truncated = truncated + :truncated, prompt_tokens = prompt_tokens + :tokens,
+      cancelled = case when after = 'cancelled'
+                  then items - embedded - :embedded - reused - rejected - :rejected else cancelled end,
+      crashes = case when :embedded + :rejected > 0 then 0 else crashes end,
+      isolation = coalesce(:isolation, isolation),
+      lease_until = case when after = 'running'
+                    then clock_timestamp() + make_interval(secs => :lease) end,
+      not_before = case when after = 'pending' and cast(:not_before as float8) > 0
+                   then clock_timestamp() + make_interval(secs => :not_before) end,
+      worker_id = case when after = 'pending' then null else worker_id end,
+      last_error = coalesce(:error, last_error),
+      output_uri = coalesce(:output, output_uri),
+      finished_at = case when after in ('done', 'cancelled') then clock_timestamp() end
+    from job
+    where id = :chunk and (cast(:number as integer) is null or parts = :number) and {ours}
+    returning set_config('application_name', 'vectormill-worker ' || replace(cast(:token as text), '-', ''), true)
+"""
 
 
-def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
-    """The fenced update at the head of every commit. False: the chunk is not this claim's any more.
+def record(connection: Connection, claim: Claim, progress: Progress, *, number: int | None = None) -> bool:
+    """The fenced update at the head of every commit. False: the chunk is not this claim's any more, or isn't where the
+    claim left it.
 
-    A chunk that ends `cancelled` counts what is left of it as cancelled. A chunk given back forgets its worker, so
-    that a late renewal can't take it again.
+    `number`: how many commits of this claim the chunk must have seen; a failover may have lost some of them, and what
+    was in them is to be embedded again. A chunk that ends `cancelled` counts what is left of it as cancelled. A chunk
+    given back forgets its worker, so that a late renewal can't take it again. Until its transaction ends, the backend
+    says by its name for which claim it writes.
     """
     return (
         connection.execute(
-            text(
-                """
-            update vectormill.chunks set
-              state = :state,
-              embedded = embedded + :embedded, rejected = rejected + :rejected,
-              truncated = truncated + :truncated, prompt_tokens = prompt_tokens + :tokens,
-              cancelled = case when :state = 'cancelled'
-                          then items - embedded - :embedded - reused - rejected - :rejected else cancelled end,
-              crashes = case when :embedded + :rejected > 0 then 0 else crashes end,
-              isolation = coalesce(:isolation, isolation),
-              lease_until = case when :state = 'running'
-                            then clock_timestamp() + make_interval(secs => :lease) end,
-              not_before = case when :state = 'pending' and cast(:not_before as float8) > 0
-                           then clock_timestamp() + make_interval(secs => :not_before) end,
-              worker_id = case when :state = 'pending' then null else worker_id end,
-              last_error = coalesce(:error, last_error),
-              output_uri = coalesce(:output, output_uri),
-              finished_at = case when :state in ('done', 'cancelled') then clock_timestamp() end
-            where id = :chunk and """
-                + OURS  # a constant  # nosec B608
-            ),
+            text(_RECORD.format(ours=OURS)),
             {
                 "chunk": claim.chunk_id,
+                "job": claim.job_id,
+                "number": number,
                 "fence": claim.fence,
+                "token": claim.token,
                 "state": progress.state.value,
                 "embedded": progress.embedded,
                 "rejected": progress.rejected,
@@ -220,8 +249,8 @@ def record(connection: Connection, claim: Claim, progress: Progress) -> bool:
                 "error": progress.error,
                 "output": progress.output_uri,
             },
-        ).rowcount
-        == 1
+        ).first()
+        is not None
     )
 
 
@@ -349,7 +378,7 @@ def tokens_in_flight(connection: Connection) -> list[InFlight]:
 
 def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
     """Delete a job's rejects with one of `codes`, mend the counts, and make the chunks that held them, and those that
-    were cancelled, pending again. Returns how many chunks were reopened."""
+    didn't settle all their items, pending again. Returns how many chunks were reopened."""
     return connection.execute(
         text("""
             with gone as (
@@ -364,7 +393,7 @@ def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
             ), touched as (
               select c.id, coalesce(a.rejects, 0) as rejects
               from vectormill.chunks c left join again a on a.id = c.id
-              where c.job_id = :job and (a.id is not null or c.cancelled > 0)
+              where c.job_id = :job and (a.id is not null or c.items > c.embedded + c.reused + c.rejected)
             )
             update vectormill.chunks c
             set state = 'pending', rejected = c.rejected - t.rejects, cancelled = 0, crashes = 0, isolation = 0,

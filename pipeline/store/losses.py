@@ -99,7 +99,7 @@ def note_stop(connection: Connection, claim: Claim) -> None:
                                and l.lost_at > coalesce((select max(u.created_at) from vectormill.usage u
                                                          where u.chunk_id = c.id), '-infinity')) as again
               from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
-              where c.id = :chunk and c.fence = :fence and c.state = 'running' for update of c
+              where c.id = :chunk and c.fence = :fence and c.token = :token and c.state = 'running' for update of c
             ), blamed as (
               update vectormill.chunks c set crashes = c.crashes + 1, isolation = c.isolation + 1
               from mine where c.id = mine.id and mine.again
@@ -107,19 +107,21 @@ def note_stop(connection: Connection, claim: Claim) -> None:
             insert into vectormill.claim_losses (model, job_id, chunk_id, fence, worker_id, task_id, cause)
             select model, job_id, id, fence, worker_id, task_id, :cause from mine
         """),
-        {"chunk": claim.chunk_id, "fence": claim.fence, "cause": _STOPPED},
+        {"chunk": claim.chunk_id, "fence": claim.fence, "token": claim.token, "cause": _STOPPED},
     )
 
 
 def terminate_frozen_backends(connection: Connection, lease_seconds: float) -> list[int]:
     """End the backends of claims that are past their lease by another lease and still inside a transaction that began
-    before: their worker froze while it was writing, and no Postgres time-out ends that."""
+    before: their worker froze while it was writing, and no Postgres time-out ends that. A backend says by its name for
+    which claim it writes: after a failover, a pid of the server before is another process."""
     rows = connection.execute(
         text("""
             select pg_terminate_backend(a.pid), c.id
             from vectormill.chunks c join pg_stat_activity a on a.pid = c.backend_pid
             where c.state = 'running' and c.lease_until < now() - make_interval(secs => :lease)
-              and a.application_name = 'vectormill-worker' and a.datname = current_database()
+              and a.application_name = 'vectormill-worker ' || replace(c.token::text, '-', '')
+              and a.datname = current_database()
               and a.backend_start < c.lease_until and a.xact_start < now() - make_interval(secs => :lease)
         """),
         {"lease": lease_seconds},

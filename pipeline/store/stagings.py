@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
-from sqlalchemy import Connection, insert, text
+from sqlalchemy import Connection, RowMapping, insert, text
 
 from pipeline.tables import inputs
 
@@ -28,16 +28,36 @@ class NewJob:
     lease_seconds: float
 
 
-def begin(connection: Connection, job: NewJob) -> bool:
-    """Write a staging job under its producer's lease. False when the idempotency key is taken."""
+@dataclass(frozen=True, slots=True)
+class Producer:
+    """The right to stage a job."""
+
+    job_id: UUID
+    fence: int
+    #: Unique on every timeline of Postgres, where a fence may be given twice. `None`: begun by an older version.
+    token: UUID | None
+
+    @classmethod
+    def of_row(cls, row: RowMapping) -> "Producer":
+        """The one that a job's row names."""
+        return cls(row["id"], row["fence"], row["token"])
+
+    def values(self) -> dict[str, Any]:
+        """As the statements below take it."""
+        return {"job": self.job_id, "fence": self.fence, "token": self.token}
+
+
+def begin(connection: Connection, job: NewJob) -> Producer | None:
+    """Write a staging job under its producer's lease. None when the idempotency key is taken."""
+    producer = Producer(job.id, 1, uuid4())
     row = connection.execute(
         text("""
             insert into vectormill.jobs
               (id, workspace_id, name, model_name, vector_space_id, state, priority, labels, options, idempotency_key,
-               payload_sha256, lease_until)
+               payload_sha256, fence, token, lease_until)
             values (:id, :workspace_id, :name, :model_name, :vector_space_id, 'staging', :priority,
                     cast(:labels as jsonb), cast(:options as jsonb), :idempotency_key, :payload_sha256,
-                    clock_timestamp() + make_interval(secs => :lease))
+                    :fence, :token, clock_timestamp() + make_interval(secs => :lease))
             on conflict (workspace_id, idempotency_key) do nothing returning id
         """),
         {
@@ -51,10 +71,12 @@ def begin(connection: Connection, job: NewJob) -> bool:
             "options": json.dumps(dict(job.options)),
             "idempotency_key": job.idempotency_key,
             "payload_sha256": job.payload_sha256,
+            "fence": producer.fence,
+            "token": producer.token,
             "lease": job.lease_seconds,
         },
     )
-    return row.first() is not None
+    return producer if row.first() else None
 
 
 def insert_inputs(connection: Connection, job_id: UUID, files: Sequence[Mapping[str, Any]]) -> None:
@@ -72,30 +94,48 @@ def set_input_rows(connection: Connection, job_id: UUID, rows: Mapping[int, int]
         )
 
 
-def take_over(connection: Connection, job_id: UUID, fence: int, lease_seconds: float) -> bool:
-    """Become the producer of a staging whose producer died: fence + 1. False when somebody was faster."""
-    return (
-        connection.execute(
-            text("""
+def take_over(connection: Connection, dead: Producer, lease_seconds: float) -> Producer | None:
+    """Become the producer of a staging whose producer died: fence + 1, a new token, nothing staged yet. None when
+    somebody was faster."""
+    heir = Producer(dead.job_id, dead.fence + 1, uuid4())
+    taken = connection.execute(
+        text("""
             update vectormill.jobs
-            set fence = fence + 1, lease_until = clock_timestamp() + make_interval(secs => :lease)
-            where id = :job and fence = :fence and state = 'staging' and lease_until < clock_timestamp()
+            set fence = :heir_fence, token = :heir_token, items_total = 0,
+                lease_until = clock_timestamp() + make_interval(secs => :lease)
+            where id = :job and fence = :fence and token is not distinct from :token and state = 'staging'
+              and lease_until < clock_timestamp()
         """),
-            {"job": job_id, "fence": fence, "lease": lease_seconds},
-        ).rowcount
-        == 1
-    )
+        {**dead.values(), "heir_fence": heir.fence, "heir_token": heir.token, "lease": lease_seconds},
+    ).rowcount
+    return heir if taken else None
 
 
-def hold(connection: Connection, job_id: UUID, fence: int, lease_seconds: float) -> bool:
+def hold(connection: Connection, producer: Producer, lease_seconds: float) -> bool:
     """Re-check and renew a producer's lease; the row stays locked until the transaction ends. False: taken over."""
     return (
         connection.execute(
             text("""
             update vectormill.jobs set lease_until = clock_timestamp() + make_interval(secs => :lease)
-            where id = :job and fence = :fence and state = 'staging'
+            where id = :job and fence = :fence and token is not distinct from :token and state = 'staging'
         """),
-            {"job": job_id, "fence": fence, "lease": lease_seconds},
+            {**producer.values(), "lease": lease_seconds},
+        ).rowcount
+        == 1
+    )
+
+
+def advance(connection: Connection, producer: Producer, before: int, items: int) -> bool:
+    """Write down how many items are staged, of which there were `before`; the caller's transaction holds the job.
+    False: the database has lost some of them, to a failover."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs set items_total = :items
+            where id = :job and fence = :fence and token is not distinct from :token and state = 'staging'
+              and items_total = :before
+        """),
+            {**producer.values(), "before": before, "items": items},
         ).rowcount
         == 1
     )
@@ -103,8 +143,7 @@ def hold(connection: Connection, job_id: UUID, fence: int, lease_seconds: float)
 
 def queue(
     connection: Connection,
-    job_id: UUID,
-    fence: int,
+    producer: Producer,
     *,
     items_total: int,
     max_rejects: int | None,
@@ -119,11 +158,10 @@ def queue(
             set state = 'queued', queued_at = clock_timestamp(), items_total = :items, max_rejects = :max_rejects,
                 payload_sha256 = :payload, lease_until = null,
                 texts_kept_from = case when :keeps_texts then 0 else cast(:items as bigint) end
-            where id = :job and fence = :fence and state = 'staging'
+            where id = :job and fence = :fence and token is not distinct from :token and state = 'staging'
         """),
         {
-            "job": job_id,
-            "fence": fence,
+            **producer.values(),
             "items": items_total,
             "max_rejects": max_rejects,
             "payload": payload,
@@ -143,15 +181,13 @@ def cancel(connection: Connection, job_id: UUID) -> None:
     )
 
 
-def delete(connection: Connection, job_id: UUID, fence: int) -> bool:
+def delete(connection: Connection, producer: Producer) -> bool:
     """Forget a staging job and its chunks, if it is still this producer's."""
-    return (
-        connection.execute(
-            text("delete from vectormill.jobs where id = :job and fence = :fence and state = 'staging'"),
-            {"job": job_id, "fence": fence},
-        ).rowcount
-        == 1
-    )
+    gone = text("""
+        delete from vectormill.jobs
+        where id = :job and fence = :fence and token is not distinct from :token and state = 'staging'
+    """)
+    return connection.execute(gone, producer.values()).rowcount == 1
 
 
 def delete_chunks(connection: Connection, job_id: UUID) -> None:
@@ -160,14 +196,14 @@ def delete_chunks(connection: Connection, job_id: UUID) -> None:
     connection.execute(text("delete from vectormill.inputs where job_id = :job"), {"job": job_id})
 
 
-def dead(connection: Connection, older_than_seconds: float, limit: int) -> list[tuple[UUID, int]]:
-    """Stagings whose producer's lease ran out so long ago that nobody will come back for them: (id, fence)."""
+def dead(connection: Connection, older_than_seconds: float, limit: int) -> list[Producer]:
+    """Producers whose lease ran out so long ago that nobody will come back for their stagings."""
     rows = connection.execute(
         text("""
-            select id, fence from vectormill.jobs
+            select id, fence, token from vectormill.jobs
             where state = 'staging' and lease_until < now() - make_interval(secs => :age)
             order by id limit :limit
         """),
         {"age": older_than_seconds, "limit": limit},
     )
-    return [(row[0], row[1]) for row in rows]
+    return [Producer(*row) for row in rows]

@@ -21,20 +21,22 @@ def add_chunk_part(
     truncated: int,
     device_seconds: float,
 ) -> None:
-    """Meter one commit of a chunk. (chunk, fence, part) is unique: its presence proves that the commit happened."""
+    """Meter one commit of a chunk. (chunk, fence, part) is unique, and its presence with the claim's token proves that
+    the commit happened."""
     connection.execute(
         text("""
             insert into vectormill.usage
-              (workspace_id, job_id, chunk_id, fence, part, model, items, prompt_tokens, total_tokens, truncated,
+              (workspace_id, job_id, chunk_id, fence, token, part, model, items, prompt_tokens, total_tokens, truncated,
                device_seconds, cost, labels)
-            select j.workspace_id, j.id, :chunk, :fence, :part, j.model_name, :items, :tokens, :tokens, :truncated,
-                   :seconds, m.price_per_million * :tokens / 1000000, j.labels
+            select j.workspace_id, j.id, :chunk, :fence, :token, :part, j.model_name, :items, :tokens, :tokens,
+                   :truncated, :seconds, m.price_per_million * :tokens / 1000000, j.labels
             from vectormill.jobs j left join vectormill.models m on m.name = j.model_name where j.id = :job
         """),
         {
             "job": claim.job_id,
             "chunk": claim.chunk_id,
             "fence": claim.fence,
+            "token": claim.token,
             "part": part,
             "items": items,
             "tokens": prompt_tokens,
@@ -48,9 +50,10 @@ def has_chunk_part(connection: Connection, claim: Claim, part: int) -> bool:
     """Whether this commit is already there."""
     return connection.execute(
         text("""
-            select exists (select from vectormill.usage where chunk_id = :chunk and fence = :fence and part = :part)
+            select exists (select from vectormill.usage
+                           where chunk_id = :chunk and fence = :fence and part = :part and token = :token)
         """),
-        {"chunk": claim.chunk_id, "fence": claim.fence, "part": part},
+        {"chunk": claim.chunk_id, "fence": claim.fence, "part": part, "token": claim.token},
     ).scalar_one()
 
 

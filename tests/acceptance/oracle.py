@@ -134,7 +134,9 @@ def _files(connection: Connection, job: UUID) -> Iterator[str]:
     found = set(storage.names_below(folder))
     query = text("select chunk_id, fence from vectormill.claim_losses where job_id = :job")
     lost = "|".join(f"{chunk}-{fence}" for chunk, fence in connection.execute(query, {"job": job}))
-    late = re.compile(rf"_staging/{job}/(part-({lost})(-\d+)?\.parquet|\.\w+\.partial)") if lost else None
+    late = (
+        re.compile(rf"_staging/{job}/(part-({lost})-[0-9a-f]{{32}}(-\d+)?\.parquet|\.\w+\.partial)") if lost else None
+    )
     strays = {name for name in found - wanted if not (late and late.fullmatch(name))}
     if wanted - found or strays:
         yield f"files: {sorted(wanted - found)[:5]} are missing, {sorted(strays)[:5]} are left over"

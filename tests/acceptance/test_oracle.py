@@ -82,11 +82,11 @@ def test_a_vector_that_is_spoiled(
     [
         ("part-2.parquet", False),
         (".abc.partial", False),
-        ("_staging/{job}/part-{chunk}-1.parquet", True),
-        ("_staging/{job}/part-{chunk}-1-3.parquet", True),
+        ("_staging/{job}/part-{chunk}-1-{token}.parquet", True),
+        ("_staging/{job}/part-{chunk}-1-{token}-3.parquet", True),
         ("_staging/{job}/.abc_12.partial", True),
-        ("_staging/{job}/part-{chunk}-2.parquet", False),
-        ("_staging/{job}/part-{chunk}-11.parquet", False),
+        ("_staging/{job}/part-{chunk}-2-{token}.parquet", False),
+        ("_staging/{job}/part-{chunk}-11-{token}.parquet", False),
         ("_staging/{job}/_job.json", False),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_file_that_is_left_over(
 ) -> None:
     job = _data_set(engine, model, tmp_path / "job", vectors_of(range(_ITEMS)))
     lost = _lost(engine, job)
-    stray = tmp_path / "job" / name.format(job=job, chunk=lost.chunk_id)
+    stray = tmp_path / "job" / name.format(job=job, chunk=lost.chunk_id, token=lost.token.hex)
     stray.parent.mkdir(parents=True, exist_ok=True)
     stray.touch()
     with engine.begin() as connection:

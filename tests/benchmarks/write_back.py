@@ -69,13 +69,12 @@ def _write_back_seconds(place: Place, rows: Rows) -> float:
 
 def _claim(place: Place) -> Claim:
     """The claimed chunk of a job of one chunk."""
-    job_id, fence = uuid7(), 1
-    _insert_job(place, job_id)
+    job_id = uuid7()
+    producer = _insert_job(place, job_id)
     with place.engine.begin() as connection:
-        stagings.hold(connection, job_id, fence, _LEASE_SECONDS)
         planned = chunks.NewChunk(ordinal=0, first_index=0, items=_ROWS, estimated_tokens=80 * _ROWS, rejected=0)
         chunks.insert_chunks(connection, job_id, [planned])
-        stagings.queue(connection, job_id, fence, items_total=_ROWS, max_rejects=None, payload="")
+        stagings.queue(connection, producer, items_total=_ROWS, max_rejects=None, payload="")
     with place.engine.begin() as connection:
         ((chunk_id, _),) = chunks.pending_after(connection, job_id, 0, 2)
         claim = chunks.claim(
@@ -85,11 +84,11 @@ def _claim(place: Place) -> Claim:
     return claim
 
 
-def _insert_job(place: Place, job_id: UUID) -> None:
+def _insert_job(place: Place, job_id: UUID) -> stagings.Producer:
     model = bundled_model(place)
     with place.engine.begin() as connection:
         partitions.make_month(connection, partitions.month_of(job_id))
-        stagings.begin(
+        producer = stagings.begin(
             connection,
             stagings.NewJob(
                 id=job_id,
@@ -100,6 +99,8 @@ def _insert_job(place: Place, job_id: UUID) -> None:
                 lease_seconds=_LEASE_SECONDS,
             ),
         )
+    assert producer
+    return producer
 
 
 def _executemany_seconds(place: Place, plain: psycopg.Connection, rows: Rows) -> float:

@@ -123,14 +123,15 @@ class Night:
             options={"on_long": "truncate", "columns": {"text": "text", "key": "id", "carry": []}},
             lease_seconds=30,
         )
-        stagings.begin(self._connection, new)
+        producer = stagings.begin(self._connection, new)
+        assert producer
         stagings.insert_inputs(
             self._connection,
             job_id,
             [{"uri": f"/data/{name}.jsonl", "etag": "1", "bytes": items * 310, "rows": items}],
         )
         if state != JobState.STAGING:
-            stagings.queue(self._connection, job_id, 1, items_total=items, max_rejects=items // 10, payload="")
+            stagings.queue(self._connection, producer, items_total=items, max_rejects=items // 10, payload="")
         started = made + timedelta(seconds=3) if done or state == JobState.RUNNING else None
         total_chunks = -(-items // _PER_CHUNK)
         over = round(total_chunks * done)

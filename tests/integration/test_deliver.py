@@ -41,6 +41,16 @@ def test_parts_that_a_retry_brought_are_delivered_too(engine: Engine, model: Mod
     assert sum(pq.read_metadata(file).num_rows for file in tmp_path.glob("*.parquet")) == 2
 
 
+def test_parts_that_the_database_forgot_are_not_left_beside_those_it_lists(tmp_path: Path) -> None:
+    job_id, folder = uuid4(), str(tmp_path)
+    parts.deliver(folder, job_id, [], {})
+    forgotten = f"part-7-1-{uuid4().hex}-2.parquet"
+    for name in (forgotten, "part-7-1.parquet", "mine.parquet", "part-of-mine.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    parts.deliver(folder, job_id, [], {})
+    assert set(storage.names_below(folder)) == {parts.MANIFEST, parts.SUCCESS, "mine.parquet", "part-of-mine.parquet"}
+
+
 _DIES_WRITING = """
 import os, sys, uuid
 from pipeline import parts

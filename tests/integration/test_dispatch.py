@@ -20,7 +20,7 @@ from pipeline.publish import queue_of
 from pipeline.store import losses
 from pipeline.writeback import write_chunk
 from tests.integration.dispatching import die, lose, make_dispatcher, show_worker
-from tests.jobs_made import PENDING, chunk_ids, chunk_rows, job_row, make_job, make_model, part_of, run_sql, taken
+from tests.jobs_made import RUNNING, chunk_ids, chunk_rows, job_row, make_job, make_model, part_of, run_sql, taken
 
 NOWHERE = "redis://127.0.0.1:1/0"
 
@@ -251,7 +251,7 @@ def drains_two(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("drains_two")
 def test_a_drain_goes_on_in_the_next_turn(engine: Engine, model: Model, dispatcher: Dispatcher) -> None:
     job_id = make_job(engine, model, 24)
-    claim = taken(engine, job_id, 0)
+    write_chunk(engine, taken(engine, job_id, 0, lease_seconds=-1), 0, part_of([0]), RUNNING)
     with engine.begin() as connection:
         control.cancel(connection, job_id)
     drained = []
@@ -259,7 +259,8 @@ def test_a_drain_goes_on_in_the_next_turn(engine: Engine, model: Model, dispatch
         drain(dispatcher)
         drained.append([row["state"] for row in chunk_rows(engine, job_id)].count("cancelled"))
         if turn == 1:  # it comes back behind what has been drained
-            write_chunk(engine, claim, 0, part_of([0]), PENDING)
+            with engine.begin() as connection:
+                assert losses.expire_leases(connection, 1)
         finish(dispatcher)
     assert drained == [2, 4, 5, 6]
     row = job_row(engine, job_id)

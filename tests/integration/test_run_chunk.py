@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
+from pipeline import control
 from pipeline.catalog import add_model, find_model, workspace_id
-from pipeline.errors import ModelError
+from pipeline.errors import LeaseLost, ModelError
 from pipeline.jobs import Claim, Model
 from tests.jobs_made import chunk_rows, make_job, run_sql, taken
 from workers.batching import CONVICTED
@@ -58,8 +59,24 @@ def test_a_cancelled_chunk_keeps_what_is_finished(engine: Engine, encoder: Encod
     claim = isolated(engine, model, 200, 2)
     how = watch()
     how.cancelled = True
+    with engine.begin() as connection:
+        control.cancel(connection, claim.job_id)
     found = run(engine, encoder, claim, how)
     assert (found["state"], found["embedded"], found["cancelled"]) == ("cancelled", 8, 192)
+
+
+def test_a_renewal_without_a_row_is_a_lost_lease_and_no_cancellation(
+    engine: Engine, encoder: Encoder, model: Model
+) -> None:
+    """Another claim has the same fence, after a failover; nothing of it is touched."""
+    claim = isolated(engine, model, 200, 2)
+    run_sql(engine, "update vectormill.chunks set token = gen_random_uuid()")
+    before = chunk_rows(engine, claim.job_id)
+    how = watch()
+    how.lost = True
+    with pytest.raises(LeaseLost):
+        run(engine, encoder, claim, how)
+    assert chunk_rows(engine, claim.job_id) == before
 
 
 def test_a_chunk_past_its_time_is_given_back_without_a_crash(engine: Engine, encoder: Encoder, model: Model) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 
 from pipeline import staging
 from pipeline.dispatch import Dispatcher, finish
-from pipeline.errors import IdempotencyConflict, LeaseLost, SourceError, UserError
+from pipeline.errors import IdempotencyConflict, LeaseLost, ServiceUnreachable, SourceError, UserError
 from pipeline.jobs import JobState, Model, Reason, Upstream
 from pipeline.publish import Publisher
 from pipeline.sources import Columns, Corpus
@@ -306,7 +306,7 @@ def test_a_dead_staging_is_taken_over(engine: Engine, model: Model, monkeypatch:
     for step in (producer._queue, producer._stage):
         with pytest.raises(LeaseLost):
             step()
-    staging.undo(engine, producer._job_id, producer._fence)
+    staging.undo(engine, producer._producer)
     check_job(engine, second.job_id, ["empty_text", "missing_text"])
 
 
@@ -316,12 +316,37 @@ def test_an_old_producer_is_fenced_off_while_the_new_one_stages(
     jsonl()
     old = staged(engine, model, monkeypatch, lease=-1)
     new = staged(engine, model, monkeypatch, lease=30)
-    assert (old._job_id, old._fence + 1) == (new._job_id, new._fence)
+    assert (old._job_id, old._producer.fence + 1) == (new._job_id, new._producer.fence)
     with pytest.raises(LeaseLost):
         old._queue()
-    staging.undo(engine, old._job_id, old._fence)
+    staging.undo(engine, old._producer)
     new._queue()
     check_job(engine, new._job_id, ["empty_text", "missing_text"])
+
+
+def test_a_staging_of_which_the_database_lost_a_part_is_refused(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failover: the job would be queued without those items."""
+    jsonl()
+    producer = staged(engine, model, monkeypatch, lease=30)
+    run_sql(engine, "update vectormill.jobs set items_total = 4")
+    with pytest.raises(ServiceUnreachable, match="has lost a part of job"):
+        producer._queue()
+    assert job_row(engine, producer._job_id)["state"] == "staging"
+
+
+def test_two_producers_with_one_fence_are_told_apart(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database has forgotten that the first one took the staging over, and the next one does it again."""
+    jsonl()
+    first = staged(engine, model, monkeypatch, lease=-1)
+    run_sql(engine, "update vectormill.jobs set token = gen_random_uuid()")
+    with pytest.raises(LeaseLost):
+        first._queue()
+    staging.undo(engine, first._producer)
+    assert job_row(engine, first._job_id)["state"] == "staging"
 
 
 # A stream that comes slowly

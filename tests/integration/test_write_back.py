@@ -5,19 +5,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import numpy as np
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, event, text
 
-from pipeline import writeback
+from pipeline import control, parts, writeback
 from pipeline.errors import LeaseLost
-from pipeline.jobs import ChunkState, Claim, Model, RejectCode
-from pipeline.store import embeddings, losses
+from pipeline.jobs import Claim, Model, RejectCode
+from pipeline.store import chunks, embeddings, losses, usage
 from pipeline.store.database import is_connection_lost, make_engine
 from pipeline.writeback import Ending, Part, write_chunk
+from tests.acceptance.fleet import eventually
 from tests.jobs_made import (
     DONE,
     PENDING,
@@ -142,10 +143,97 @@ def test_a_commit_may_give_the_chunk_back(engine: Engine, job_id: UUID, claim: C
     assert run_sql(engine, "select not_before > now() from vectormill.chunks where id = :id", id=row["id"]) == [(True,)]
 
 
-def test_a_cancelled_chunk_counts_what_is_left(engine: Engine, job_id: UUID, claim: Claim) -> None:
-    write_chunk(engine, claim, 0, part_of([0], [reject(1)]), Ending(state=ChunkState.CANCELLED))
+def test_what_is_given_back_while_its_job_is_cancelled_is_cancelled(engine: Engine, job_id: UUID, claim: Claim) -> None:
+    with engine.begin() as connection:
+        control.cancel(connection, job_id)
+    write_chunk(engine, claim, 0, part_of([0], [reject(1)]), PENDING)
     assert counts(engine, job_id) == ("cancelled", 1, 1, 3)
     assert chunk_rows(engine, job_id)[0]["cancelled"] == 2
+
+
+# A server that has lost its last commits: the fence is given twice
+
+
+def given_again(engine: Engine, job_id: UUID) -> Claim:
+    """A claim with the fence of the one before, of which the database knows nothing any more."""
+    forget = "update vectormill.chunks set state = 'pending', fence = fence - 1, token = null, worker_id = null"
+    run_sql(engine, f"{forget} where state = 'running'")
+    return taken(engine, job_id)
+
+
+def test_the_same_fence_on_another_timeline_is_another_claim(engine: Engine, job_id: UUID, claim: Claim) -> None:
+    again = given_again(engine, job_id)
+    assert (again.chunk_id, again.fence, again.worker_id) == (claim.chunk_id, claim.fence, claim.worker_id)
+    for ending in (RUNNING, PENDING, DONE):
+        with refused(engine):
+            write_chunk(engine, claim, 0, part_of([0, 1]), ending)
+    with engine.begin() as connection:
+        assert chunks.renew(connection, claim) is None
+        losses.note_stop(connection, claim)
+    assert count(engine, "claim_losses") == 0
+    write_chunk(engine, again, 0, part_of([0, 1, 2], [reject(3)]), DONE)
+    check_written_once(engine, job_id)
+
+
+def test_a_part_metered_for_another_claim_is_not_mine(engine: Engine, job_id: UUID, claim: Claim) -> None:
+    """A commit whose connection was lost looks for its own earlier try only."""
+    again = given_again(engine, job_id)
+    write_chunk(engine, again, 0, part_of([0, 1]), RUNNING)
+    with engine.begin() as connection:
+        assert usage.has_chunk_part(connection, again, 0)
+        assert not usage.has_chunk_part(connection, claim, 0)
+
+
+def test_a_claim_whose_commits_are_lost_does_not_go_on(engine: Engine, job_id: UUID, claim: Claim) -> None:
+    """Its chunk would be done without what was in them."""
+    write_chunk(engine, claim, 0, part_of([0, 1]), RUNNING)
+    run_sql(engine, "delete from vectormill.embeddings; delete from vectormill.usage")
+    run_sql(engine, "update vectormill.chunks set embedded = 0, prompt_tokens = 0, parts = 0 where state = 'running'")
+    with refused(engine):
+        write_chunk(engine, claim, 1, part_of([2, 3]), DONE)
+    assert counts(engine, job_id) == ("running", 0, 0, 0)
+
+
+def test_a_cancellation_that_the_database_lost_cancels_nothing(engine: Engine, job_id: UUID, claim: Claim) -> None:
+    """Its worker had learned of it before, and stops."""
+    write_chunk(engine, claim, 0, part_of([0]), PENDING)
+    assert counts(engine, job_id) == ("pending", 1, 0, 3)
+    assert chunk_rows(engine, job_id)[0]["cancelled"] == 0
+
+
+def test_parts_of_two_claims_with_one_fence_are_two_files(engine: Engine, job_id: UUID, claim: Claim) -> None:
+    names = {parts.name_of(one, number) for one in (claim, given_again(engine, job_id)) for number in (0, 1)}
+    assert len(names) == 4
+
+
+def test_only_the_backend_that_writes_for_a_claim_is_ended_for_it(engine: Engine, job_id: UUID) -> None:
+    """The number of a backend means another one after a failover."""
+    with engine.connect() as writing:
+        pid = backend_of(writing)
+        writing.rollback()
+        claim = taken(engine, job_id, lease_seconds=0.1)
+
+        def write_for(claim: Claim) -> None:
+            writing.rollback()
+            writing.execute(text("select set_config('application_name', :name, true)"), {"name": called(claim)})
+
+        def ended() -> list[int]:
+            with engine.begin() as dispatcher:
+                return losses.terminate_frozen_backends(dispatcher, 0)
+
+        run_sql(engine, "update vectormill.chunks set backend_pid = :pid where id = :id", pid=pid, id=claim.chunk_id)
+        past = "select lease_until < now() - interval '0.1 s' from vectormill.chunks where id = :id"
+        write_for(replace(claim, token=uuid4()))
+        eventually(lambda: run_sql(engine, past, id=claim.chunk_id) == [(True,)], "the end of the lease")
+        assert ended() == []
+        write_for(claim)
+        assert ended() == [claim.chunk_id]
+        writing.invalidate()
+
+
+def called(claim: Claim) -> str:
+    """The name of a backend that writes for a claim."""
+    return f"vectormill-worker {claim.token.hex}"
 
 
 @pytest.mark.parametrize("element", [np.nan, np.inf, -np.inf])
@@ -198,14 +286,14 @@ def part() -> Part:
     return part_of([0, 1, 2], [reject(3)])
 
 
-@pytest.mark.parametrize("beginning", ["update vectormill.chunks set", "insert into vectormill.usage"])
+@pytest.mark.parametrize("words", ["update vectormill.chunks set\n      state = after", "insert into vectormill.usage"])
 def test_a_backend_killed_before_a_statement(
-    engine: Engine, job_id: UUID, claim: Claim, part: Part, kill: Callable[[int], None], beginning: str
+    engine: Engine, job_id: UUID, claim: Claim, part: Part, kill: Callable[[int], None], words: str
 ) -> None:
     killed: list[int] = []
 
     def before(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
-        if not killed and statement.strip().startswith(beginning):
+        if not killed and words in statement:
             killed.append(backend_of(connection))
             kill(killed[0])
 

@@ -48,9 +48,20 @@ def test_a_wrong_option_is_named(option: str) -> None:
     assert f'--max-rejects "{option}"' in str(caught.value)
 
 
-def ended(*, into: int = 100, rejected: int = 0, limit: int | None = None, ends_as: str | None = None) -> Any:
+def ended(
+    *, into: int = 100, rejected: int = 0, lost: int = 0, limit: int | None = None, ends_as: str | None = None
+) -> Any:
     row: Any = {"ends_as": ends_as, "reason": "by_user", "message": "why", "max_rejects": limit}
-    return outcome(row, {"items": {"in": into, "rejected": rejected}})
+    embedded = into - rejected - lost
+    return outcome(row, {"items": {"in": into, "embedded": embedded, "reused": 0, "rejected": rejected}})
+
+
+@pytest.mark.parametrize(("lost", "said"), [(5, "5 items missing"), (-2, "2 items too many")])
+def test_a_job_whose_items_do_not_add_up_fails(lost: int, said: str) -> None:
+    state, reason, message = ended(lost=lost)
+    assert (state, reason) == ("failed", "items_unaccounted")
+    assert said in message
+    assert ended(lost=lost, ends_as="cancelled")[0] == "cancelled"
 
 
 def test_what_becomes_of_a_job() -> None:

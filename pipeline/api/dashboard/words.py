@@ -205,6 +205,10 @@ REASONS: dict[Reason, tuple[str, str]] = {
         "too many rejects",
         "See why below. Retry what may succeed, or submit with a higher --max-rejects.",
     ),
+    Reason.ITEMS_UNACCOUNTED: (
+        "items are unaccounted for",
+        "The database lost commits, or was restored. Retry: what has no vector is embedded.",
+    ),
 }
 
 

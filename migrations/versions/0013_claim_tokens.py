@@ -1,0 +1,18 @@
+"""A claim, and a producer's hold of a staging, bear a random token: a server that has lost its last commits gives the
+same fence again."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0013"
+down_revision = "0012"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Add columns. Workers of the version before set no tokens, and check none."""
+    for table in ("jobs", "chunks", "usage"):
+        op.add_column(table, sa.Column("token", sa.Uuid()), schema="vectormill")
+    parts = sa.Column("parts", sa.Integer(), server_default="0", nullable=False)
+    op.add_column("chunks", parts, schema="vectormill")
