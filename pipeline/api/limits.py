@@ -174,7 +174,8 @@ class Window:
             wait = self.left_seconds - self._share(self.previous, room - self.current)
         else:
             wait = self.left_seconds + self.period_seconds - self._share(self.current, room)
-        return wait + _MARGIN_SECONDS if wait > 0 else 0.0
+        # At the very moment when a share has slid out it isn't let through yet, but after it.
+        return max(0.0, wait + _MARGIN_SECONDS)
 
     def _share(self, count: int, room: int) -> float:
         """How long before it is all gone a count that slides out has come down to `room`, in whole numbers."""
@@ -203,8 +204,10 @@ class _Counter:
 
 
 def _span(seconds: float) -> str:
-    """As OpenAI writes it: `12ms`, `1.5s`, `1m3s`."""
+    """As OpenAI writes it: `12ms`, `1.5s`, `1m3s`. What is left out is rounded up: whoever waits so long has waited."""
     if seconds < 1:
         return f"{ceil(seconds * 1_000)}ms"
-    minutes, rest = divmod(seconds, 60)
-    return f"{minutes:.0f}m{rest:.0f}s" if minutes else f"{rest:.3g}s"
+    if seconds < 60:
+        return f"{ceil(seconds * 100) / 100:g}s"
+    minutes, rest = divmod(ceil(seconds), 60)
+    return f"{minutes}m{rest}s"
