@@ -12,6 +12,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 from sqlalchemy import Engine
 
@@ -29,6 +30,10 @@ for _name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
     del os.environ[_name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Whether a test passes is no question of time.
+settings.register_profile("vectormill", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vectormill")
 
 
 @pytest.fixture(scope="session")

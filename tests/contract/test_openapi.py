@@ -29,7 +29,7 @@ def test_described_requests(description: Any, gateway: Gateway) -> None:
     tried = 0
     for operation in (found.ok() for found in description.get_all_operations()):
 
-        @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy())
         def answer(case: Any) -> None:
             case.call_and_validate(headers={"Authorization": f"Bearer {gateway.key}"}, checks=_CHECKS)
@@ -55,7 +55,7 @@ _BODIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(body=_BODIES.map(lambda fields: orjson.dumps(fields)) | st.binary(max_size=200))
 def test_any_body_is_answered(body: bytes, line: httpx.Client) -> None:
     reply = line.post("/v1/embeddings", content=body)

@@ -52,7 +52,7 @@ def opened(data: bytes) -> BatchLines:
     return BatchLines("a.jsonl", "file:a", "0" * 64, len(data), lambda: io.BytesIO(data), ITEM_BYTES)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, derandomize=True)
 @given(lines=st.lists(LINES, max_size=5), first=st.booleans())
 def test_each_line_is_read_or_rejected(lines: list[bytes], first: bool) -> None:
     good = GOOD % ENDPOINT.encode()

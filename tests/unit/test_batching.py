@@ -79,7 +79,7 @@ def search(items: int, poisons: set[int], stops: set[int]) -> tuple[list[int], i
 
 
 @given(st.integers(1, 300), st.sets(st.integers(0, 299), max_size=12), st.sets(st.integers(1, 60), max_size=10))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_exactly_the_poisons_are_convicted(items: int, poisons: set[int], stops: set[int]) -> None:
     poisons = {poison for poison in poisons if poison < items}
     convicted, crashes = search(items, poisons, stops)

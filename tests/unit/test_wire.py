@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BadReply, InvalidPayload
@@ -121,7 +121,6 @@ _ANYTHING = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {}, optional=dict.fromkeys(("model", "input", "encoding_format", "dimensions", "input_type"), _ANYTHING)

@@ -4,7 +4,7 @@ import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.jobs import RejectCode
@@ -15,7 +15,6 @@ from tests.unit.sources.written import GOOD, MIB, put, put_parquet, read
 
 
 @given(st.lists(st.one_of(st.just(b"\n"), st.binary(max_size=6)), max_size=30).map(b"".join), st.integers(1, 9))
-@settings(deadline=None)
 def test_lines_are_cut_alike_at_any_block_size(data: bytes, size: int) -> None:
     blocks = [data[at : at + size] for at in range(0, len(data), size)]
     found: list[tuple[int, bytes | int]] = []

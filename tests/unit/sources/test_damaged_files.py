@@ -114,7 +114,7 @@ DAMAGES = st.builds(
     st.one_of(st.integers(0, 9), st.none()),
     st.one_of(NASTY, st.binary(max_size=8), SPLICES),
 )
-rounds = settings(max_examples=100, deadline=None, derandomize=True)
+rounds = settings(max_examples=100, derandomize=True)
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ HEADER = b"\x15\x00\x15\x08\x15\x08\x2c\x15\x02\x00\x00data"
 HEADERS = st.lists(st.one_of(FIELDS, st.binary(max_size=20), st.just(b"\0"), st.just(HEADER)), max_size=40)
 
 
-@settings(max_examples=1_000, deadline=None, derandomize=True)
+@settings(max_examples=1_000, derandomize=True)
 @given(parts=HEADERS, start=st.integers(0, 20), size=st.integers(0, 600), values=st.integers(0, 50))
 def test_any_bytes_are_pages_or_none(parts: list[bytes], start: int, size: int, values: int) -> None:
     raw = CountedReads(b"".join(parts))

@@ -69,7 +69,7 @@ def _flat(blocks: Iterator[Rows]) -> Iterator[Row]:
 @given(
     st.lists(TEXTS, max_size=12), st.integers(1, 5), st.booleans(), st.sampled_from(["\n", "\r\n", "\n \n", "\n\t\n\n"])
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_json_lines(tmp_path_factory: pytest.TempPathFactory, texts: list[str], per: int, mark: bool, end: str) -> None:
     lines = [json.dumps({"id": n, "text": text, "n": n}, ensure_ascii=n % 2 == 0) for n, text in enumerate(texts)]
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
@@ -80,7 +80,7 @@ def test_json_lines(tmp_path_factory: pytest.TempPathFactory, texts: list[str], 
 @given(
     st.lists(TEXTS, min_size=1, max_size=12), st.integers(1, 5), st.booleans(), st.sampled_from(["\n", "\r\n", "\r"])
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_csv(tmp_path_factory: pytest.TempPathFactory, texts: list[str], per: int, mark: bool, end: str) -> None:
     def field(text: str) -> str:
         return '"' + text.replace('"', '""') + '"' if set(text) & set('",\n\r') else text
@@ -92,7 +92,7 @@ def test_csv(tmp_path_factory: pytest.TempPathFactory, texts: list[str], per: in
 
 
 @given(st.lists(TEXTS | st.none(), min_size=1, max_size=30), st.integers(1, 7), st.integers(1, 9))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_parquet(tmp_path_factory: pytest.TempPathFactory, texts: list[str | None], per: int, group: int) -> None:
     table = pa.table(
         {"id": list(range(len(texts))), "text": pa.array(texts, pa.string()), "n": list(range(len(texts)))}

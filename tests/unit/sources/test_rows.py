@@ -54,7 +54,7 @@ strings = st.one_of(
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False))
 values = st.one_of(strings, strings, scalars, st.just("\ud800"), st.lists(st.integers()), st.just({"a": 1}))
 keys = st.one_of(strings, scalars, st.lists(st.integers()))
-rounds = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+rounds = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
 @rounds
