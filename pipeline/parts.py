@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import structlog
 
-from pipeline import storage
+from pipeline import exact_json, storage
 from pipeline.errors import SourceChanged, UserError
 from pipeline.jobs import Claim
 from pipeline.store.embeddings import Rows
@@ -66,7 +66,7 @@ def write(claim: Claim, number: int, rows: Rows) -> Output:
         StorageRefused, StorageUnreachable: it can't be written.
     """
     carried = claim.options["columns"]["carry"]
-    values = [orjson.loads(row) if row else {} for row in rows.carried] if carried else []
+    values = [exact_json.loads(row) if row else {} for row in rows.carried] if carried else []
     kind = schema(rows.vectors.shape[1], half=claim.half, carried=carried)
     flat = pa.array(rows.vectors.astype(np.float16 if claim.half else np.float32, copy=False).ravel())
     batch = pa.record_batch(
@@ -101,7 +101,7 @@ WRITING: Mapping[str, Any] = {"compression": "zstd", "use_dictionary": ["key"]}
 
 def as_text(value: Any) -> str | None:
     """A carried JSON value as a string: strings as they are."""
-    return value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
+    return value if value is None or isinstance(value, str) else exact_json.dumps(value).decode()
 
 
 def _staging(folder: str, job_id: UUID) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection, Engine
 
-from pipeline import parts
+from pipeline import exact_json, parts
 from pipeline.errors import UserError
 from pipeline.parts import OUR_COLUMNS
 from pipeline.status import job_row
@@ -108,7 +108,7 @@ def _json_lines(blocks: Iterator[Block], _dimensions: int, _carried: Sequence[st
 
 def _json_line(index: int, key: str | None, vector: Any, tokens: int, truncated: bool, carried: Any) -> bytes:
     row = {"index": index, "key": key, "embedding": vector, "tokens": tokens, "truncated": truncated}
-    return orjson.dumps(row | _without_clash(carried), option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+    return exact_json.dumps(row | _without_clash(carried), orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
 def _without_clash(carried: dict[str, Any] | None) -> dict[str, Any]:

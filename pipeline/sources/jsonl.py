@@ -7,13 +7,12 @@ from typing import Final
 import orjson
 
 from pipeline.errors import SourceError
+from pipeline.exact_json import NoNumberError, decode, may_be_inexact
 from pipeline.sources.open import whole_lines
 from pipeline.sources.rows import BLOCK_ROWS, BadRow, Columns, LongLine, Missing, Parsed, missing_column, skipped
 
 #: A column that none of a file's first rows has is a wrong name, not a row's fault.
 HEAD_ROWS: Final = 1_000
-
-_EXACT_BELOW = 2**63
 
 
 def read_jsonl(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int) -> Iterator[Parsed]:
@@ -92,15 +91,15 @@ def _parse(lines: list[bytes], first: int, name: str, columns: Columns, *, bad_r
             row = loads(line)
             text = row[text_column]
             key = row.get(key_column)
-        except (ValueError, LookupError, TypeError, AttributeError):
+            if type(key) is float or key == 0 or (carry and any(may_be_inexact(row.get(column)) for column in carry)):
+                raise ValueError("to be read exactly")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             found = object_or_fault(line, name, number) if bad_rows else _object(line, name, number)
             if found is None:
                 continue
             row = {} if isinstance(found, BadRow) else found
             text = found if isinstance(found, BadRow) else row.get(text_column, Missing)
             key = row.get(key_column)
-        if type(key) is float and abs(key) >= _EXACT_BELOW:
-            key = _decode(line).get(key_column)
         numbers.append(number)
         texts.append(text)
         keys.append(key)
@@ -127,7 +126,7 @@ def _object(line: bytes, name: str, number: int) -> dict[str, object] | None:
         raise SourceError(f"{place}: not valid JSON ({fault} at column {error.colno:,}).") from None
     except RecursionError:
         raise SourceError(f"{place}: not valid JSON (nested too deeply).") from None
-    except _NoNumberError as error:
+    except NoNumberError as error:
         raise SourceError(f"{place}: not valid JSON ({error} is no JSON; write null).") from None
     if not isinstance(row, dict):
         raise SourceError(f"{place}: not a JSON object; write one object per line.")
@@ -142,25 +141,10 @@ def object_or_fault(line: bytes, name: str, number: int) -> dict[str, object] | 
         return BadRow(str(error).removeprefix(f"{name} line {number:,}: ").removesuffix("."))
 
 
-class _NoNumberError(Exception):
-    """A line holds NaN or Infinity, which JSON hasn't."""
-
-
-def _refuse(constant: str) -> None:
-    raise _NoNumberError(constant)
-
-
-def _integer(digits: str) -> int | float:
-    """An integer of any sane length exactly; beyond, infinity, which no key may be."""
-    return int(digits) if len(digits) <= HEAD_ROWS else float(digits)
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_int=_integer)
-
-
 def _decode(line: bytes) -> dict[str, object]:
-    """Parse with the standard library: it takes surrogates, and integers past 64 bits exactly."""
-    return _DECODER.decode(line.decode("utf-8", "surrogateescape"))
+    """Parse slowly: exactly, and with surrogates."""
+    row: dict[str, object] = decode(line.decode("utf-8", "surrogateescape"))
+    return row
 
 
 class _ColumnWatch:

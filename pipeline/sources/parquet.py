@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,15 @@ from pipeline.errors import SourceError
 from pipeline.sources.files import SourceFile, reason
 from pipeline.sources.open import READ_BYTES, is_bomb
 from pipeline.sources.pages import GROWS, Stored, check_pages
-from pipeline.sources.rows import BLOCK_BYTES, Columns, Parsed, missing_column, shown
+from pipeline.sources.rows import (
+    BLOCK_BYTES,
+    Columns,
+    Parsed,
+    carried,
+    interval,
+    missing_column,
+    shown,
+)
 from pipeline.storage import is_remote
 
 #: The most rows read at once: texts in a run may be far longer than the average.
@@ -27,11 +36,13 @@ _BATCH_BYTES = 64 * 1024 * 1024
 _PREFIX_BYTES = 1024 * 1024
 _PREFIXED = {"DELTA_BYTE_ARRAY"}
 _FOLDED = {"PLAIN_DICTIONARY", "RLE_DICTIONARY"}
+#: Parquet's own interval: months, days and milliseconds.
+_INTERVAL = np.dtype([("months", "<u4"), ("days", "<u4"), ("milliseconds", "<u4")])
 _BAD_FOOTER = "the Parquet footer can't be read; the file is truncated or damaged."
 
 
 def read_parquet(file: SourceFile, columns: Columns) -> Iterator[Parsed]:
-    """The rows of a Parquet file. A carried column of dates or decimals becomes strings.
+    """The rows of a Parquet file. What JSON hasn't, dates or decimals say, becomes strings.
 
     Raises:
         SourceError: it's no Parquet file or a damaged one, or a column is missing or of a type that can't
@@ -97,7 +108,7 @@ class _Table:
         try:
             self.metadata = _metadata(self._raw, file.name)
             self._unread = _piece_by_piece(_MetadataOnly(file.bytes or 0), self.metadata, [])
-            schema = self.metadata.schema.to_arrow_schema()
+            schema = _schema(self.metadata)
             self._wanted = _checked(schema, file.name, columns)
             paths = [self.metadata.schema.column(at).path for at in range(self.metadata.num_columns)]
         except UnicodeDecodeError:
@@ -106,6 +117,7 @@ class _Table:
         except BaseException:
             self._raw.close()
             raise
+        self._types = {name: schema.field(name).type for name in self._wanted}
         self._texts = [name for name in self._wanted if _is_text(schema.field(name).type)]
         # A nested column is stored as several.
         self._stored = [
@@ -128,7 +140,7 @@ class _Table:
                 left = min(count, self.metadata.row_group(group).num_rows - skip)
                 count -= left
                 for part in self._group(parquet, folded, group, skip, left):
-                    yield _parsed(part, first, self._columns)
+                    yield self._parsed(part, first)
                     first += len(part)
                     left -= len(part)
                 if left:
@@ -155,6 +167,23 @@ class _Table:
             yield from _cut(wanted)
             if not count:
                 return
+
+    def _parsed(self, part: pa.RecordBatch, first: int) -> Parsed:
+        columns = self._columns
+        more = None
+        if columns.carry:
+            values = zip(*(map(carried, self._values(part, column)) for column in columns.carry), strict=True)
+            more = [dict(zip(columns.carry, row, strict=True)) for row in values]
+        keyed = columns.key in self._types
+        return Parsed(
+            range(first, first + len(part)),
+            self._values(part, columns.text),
+            self._values(part, columns.key) if keyed else [None] * len(part),
+            more,
+        )
+
+    def _values(self, part: pa.RecordBatch, column: str) -> list[object]:
+        return _values(part.column(column), self._types[column])
 
     def _longest_bytes(self, folded: pq.ParquetFile, group: int) -> int:
         """The longest string that the group's texts may hold more often than their sizes show; at least 1.
@@ -268,7 +297,7 @@ def _check_types(schema: pa.Schema, name: str, columns: Columns, key: tuple[str,
         )
     for column in key:
         kind = schema.field(column).type
-        if not _is_plain(kind):
+        if not (_is_plain(kind) or _is_written_out(kind)):
             raise SourceError(
                 f'{name}: column "{shown(column)}" is {shown(str(kind))}; a key is a string, a number or a '
                 "boolean. Name another with --key-column."
@@ -295,8 +324,8 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _is_written_out(kind: pa.DataType) -> bool:
-    """Whether its values are carried as strings, since JSON hasn't their like."""
-    return pa.types.is_decimal(kind) or (pa.types.is_temporal(kind) and not pa.types.is_interval(kind))
+    """Whether its values become strings, since JSON hasn't their like."""
+    return pa.types.is_decimal(kind) or pa.types.is_temporal(kind) or kind == pa.uuid()
 
 
 def _can_be_carried(kind: pa.DataType) -> bool:
@@ -333,26 +362,68 @@ def _unfolded(column: pa.Array) -> pa.Array:
     return column.cast(pa.large_string())
 
 
-def _parsed(part: pa.RecordBatch, first: int, columns: Columns) -> Parsed:
-    keyed = columns.key in part.schema.names
-    carried = None
-    if columns.carry:
-        values = zip(*(_values(part.column(column)) for column in columns.carry), strict=True)
-        carried = [dict(zip(columns.carry, row, strict=True)) for row in values]
-    return Parsed(
-        range(first, first + len(part)),
-        _values(part.column(columns.text)),
-        _values(part.column(columns.key)) if keyed else [None] * len(part),
-        carried,
-    )
+def _schema(metadata: pq.FileMetaData) -> pa.Schema:
+    """The columns, with those of Parquet's types that Arrow takes for mere bytes as what they are."""
+    schema = metadata.schema.to_arrow_schema()
+    for stored in map(metadata.schema.column, range(metadata.num_columns)):
+        kind = {"UUID": pa.uuid(), "INTERVAL": pa.month_day_nano_interval()}.get(stored.logical_type.type)
+        if stored.converted_type == "INTERVAL":
+            kind = pa.month_day_nano_interval()
+        at = schema.get_field_index(stored.path)
+        if kind is not None and at >= 0:
+            schema = schema.set(at, schema.field(at).with_type(kind))
+    return schema
 
 
-def _values(column: pa.Array) -> list[object]:
-    """Python values of a column; invalid UTF-8 becomes surrogates."""
+def _values(column: pa.Array, kind: pa.DataType) -> list[object]:
+    """Python values of a column of the schema's type `kind`; invalid UTF-8 becomes surrogates."""
     if pa.types.is_large_string(column.type):
         data = column.cast(pa.large_binary()).to_numpy(zero_copy_only=False)
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in data]
-    if _is_written_out(column.type):
-        column = column.cast(pa.string())
-    values: list[object] = column.to_pylist()
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if kind == pa.uuid():
+        return [value and UUID(bytes=value) for value in column.to_pylist()]
+    if pa.types.is_interval(kind):
+        return [value and _interval(value) for value in column.to_pylist()]
+    if pa.types.is_duration(kind):
+        return [None if value is None else _duration(value, kind.unit) for value in column.cast(pa.int64()).to_pylist()]
+    if pa.types.is_temporal(kind):
+        return _moments(column)
+    values: list[Any] = column.to_pylist()
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
+        # As few digits as tell it from its neighbours: 0.1 is 0.10000000149011612 as a float64.
+        return [None if value is None else float(str(np.dtype(kind.to_pandas_dtype()).type(value))) for value in values]
     return values
+
+
+def _moments(column: pa.Array) -> list[object]:
+    """Dates, times and moments as ISO 8601 has them, in UTC, as `datetime` writes them; of nanoseconds all digits."""
+    kind = column.type
+    zone = "+00:00" if pa.types.is_timestamp(kind) and kind.tz else ""
+    if pa.types.is_time(kind):
+        column = column.cast(pa.int32() if pa.types.is_time32(kind) else pa.int64()).cast(pa.int64())
+    if zone or pa.types.is_time(kind):
+        column = column.cast(pa.timestamp(kind.unit))
+    written = [str(each) for each in np.datetime_as_string(column.to_numpy(zero_copy_only=False))]
+    if pa.types.is_time(kind):
+        written = [each.rpartition("T")[2] for each in written]
+    return [None if each in ("", "NaT") else _shortest(each) + zone for each in written]
+
+
+def _shortest(moment: str) -> str:
+    """With no fraction of a second, or six digits of it, or nine."""
+    whole, _, fraction = moment.partition(".")
+    digits = fraction.ljust(9, "0")
+    if not int(digits):
+        return whole
+    return f"{whole}.{digits if int(digits[6:]) else digits[:6]}"
+
+
+def _interval(stored: bytes) -> str:
+    months, days, milliseconds = np.frombuffer(stored, _INTERVAL)[0].tolist()
+    return interval(months=months, days=days, nanoseconds=milliseconds * 10**6)
+
+
+def _duration(count: int, unit: str) -> str:
+    return interval(nanoseconds=count * {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}[unit])

@@ -7,19 +7,19 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import date, datetime, time
-from decimal import Decimal
 from typing import Any
-from uuid import UUID
 
 import psycopg
 import sqlalchemy
+from psycopg.types.json import set_json_loads
+from psycopg.types.string import TextLoader
 from sqlalchemy import Connection, CursorResult, Engine
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
+from pipeline import exact_json
 from pipeline.errors import ServiceUnreachable, SourceError, SourceStopped, UserError, VectormillError
-from pipeline.sources.rows import BLOCK_BYTES, BLOCK_ROWS, Columns, Parsed, Rows, judge, missing_column, shown
+from pipeline.sources.rows import BLOCK_BYTES, BLOCK_ROWS, Columns, Parsed, Rows, carried, judge, missing_column, shown
 
 #: Rows that the driver hands over at once: a thousand of the longest texts are too many already.
 _FETCH_ROWS = 500
@@ -43,8 +43,6 @@ _CANCEL_SECONDS = 5.0
 _QUOTING = ("22", "23", "P0")
 #: Postgres' word for a statement that was cancelled, by its time-out or by a person.
 _CANCELED = "57014"
-#: Kinds of values that are written as strings where they are keys or carried.
-_WRITTEN_OUT = (UUID, Decimal, date, datetime, time)
 
 
 class QueryCorpus:
@@ -163,6 +161,7 @@ class QueryCorpus:
                 if self._stopped:
                     raise self._stopped
                 self._reading = driver, connected
+            _read_exactly(driver)
             try:
                 with self._limited(connection):
                     yield
@@ -227,29 +226,24 @@ class QueryCorpus:
     def _judged(self, rows: list[Sequence[Any]], at: dict[str, int], first: int) -> Rows:
         key = at.get(self.columns.key)
         text = at[self.columns.text]
-        carried = None
+        more = None
         if self.columns.carry:
-            carried = [{name: self._carried(name, row[at[name]]) for name in self.columns.carry} for row in rows]
+            more = [{name: self._carried(name, row[at[name]]) for name in self.columns.carry} for row in rows]
         parsed = Parsed(
             range(first, first + len(rows)),
             [_plain(row[text]) for row in rows],
-            [None if key is None else _written(row[key]) for row in rows],
-            carried,
+            [None if key is None else row[key] for row in rows],
+            more,
         )
         return judge(parsed, self.item_bytes, "row ")
 
     def _carried(self, name: str, value: Any) -> Any:
-        value = _written(value)
-        if isinstance(value, list):
-            return [self._carried(name, each) for each in value]
-        if isinstance(value, dict):
-            return {str(inner): self._carried(name, each) for inner, each in value.items()}
-        if value is None or isinstance(value, str | int | float | bool):
-            return value
-        kind = type(value).__name__
-        raise SourceError(
-            f'{self.name}: column "{shown(name)}" holds {kind}, which can\'t be carried; cast it to text.'
-        )
+        try:
+            return carried(value)
+        except TypeError as error:
+            raise SourceError(
+                f'{self.name}: column "{shown(name)}" holds {error}, which can\'t be carried; cast it to text.'
+            ) from None
 
     def _as_ours(self, error: DBAPIError) -> Exception:
         """Say what the database objects to, without data and without its password."""
@@ -303,9 +297,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float | bool | list | dict) else 0
 
 
-def _written(value: Any) -> Any:
-    if isinstance(value, Decimal):
-        return str(value)
-    if isinstance(value, _WRITTEN_OUT):
-        return value.isoformat() if isinstance(value, date | datetime | time) else str(value)
-    return value
+def _read_exactly(driver: psycopg.Connection) -> None:
+    """Have what Python's types hold but roughly read as Postgres writes it."""
+    driver.adapters.register_loader("interval", TextLoader)
+    set_json_loads(exact_json.loads, driver)

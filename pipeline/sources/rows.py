@@ -1,15 +1,19 @@
 """What every format has in common: the columns a job reads, a block of rows, and the one judge of a row."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from operator import itemgetter
 from typing import Any, Final, NamedTuple, Self
+from uuid import UUID
 
 import orjson
 
+from pipeline import exact_json
 from pipeline.errors import SourceError
 from pipeline.jobs import RejectCode
 
@@ -23,7 +27,12 @@ KEY_BYTES: Final = 1024
 _SHOWN_COLUMNS = 20
 _SHOWN_LETTERS = 40
 _ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-_KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_KINDS = {bool: "a boolean", int | float: "a number", list: "a list", dict: "an object"}
+_WRITTEN_AS_STRINGS = (UUID, IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network)
+_DAY_NANOSECONDS = 86_400 * 10**9
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+#: Postgres keeps numbers of 131,072 digits; nobody writes such, and each would have to be held.
+_MOST_DIGITS, _MOST_EXPONENT_DIGITS = 1_000, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +43,7 @@ class Columns:
     key: str = "id"
     #: Whether a corpus without the key column is refused: the user named it.
     key_required: bool = False
-    #: Columns that go into the results unchanged. Integers past 64 bits are carried as floats.
+    #: Columns that go into the results unchanged.
     carry: tuple[str, ...] = ()
 
     @classmethod
@@ -104,6 +113,10 @@ class _BadKeyError(Exception):
     """The key can't be kept; the message says why."""
 
 
+class _OverlongNumberError(Exception):
+    """A number is longer than Postgres is asked to keep."""
+
+
 def judge(parsed: Parsed, item_bytes: int, place: str) -> Rows:
     """Sort good rows from bad ones.
 
@@ -163,7 +176,7 @@ def _text_problem(text: object, item_bytes: int) -> tuple[RejectCode, str] | Non
     if text is None:
         return RejectCode.MISSING_TEXT, "text is null"
     if not isinstance(text, str):
-        return RejectCode.NOT_A_STRING, f"text is {_KINDS[type(text)]}, not a string"
+        return RejectCode.NOT_A_STRING, f"text is {_kind(text)}, not a string"
     return _string_problem(text, item_bytes)
 
 
@@ -184,21 +197,14 @@ def _string_problem(text: str, item_bytes: int) -> tuple[RejectCode, str] | None
 
 
 def _key(value: object) -> str | None:
-    """A key as it is stored.
+    """A key as it is stored, the same for the same value by each way in.
 
     Raises:
         _BadKeyError: it isn't a scalar, or can't be stored.
     """
     if value is None:
         return None
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _BadKeyError("key is not a finite number")
-    if not isinstance(value, str | int | float):
-        kind = _KINDS.get(type(value), f"of type {type(value).__name__}")
-        raise _BadKeyError(f"key is {kind}, not a string or a number")
-    key = value if isinstance(value, str) else repr(value)
+    key = _scalar(value)
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
@@ -208,6 +214,82 @@ def _key(value: object) -> str | None:
     if "\0" in key:
         raise _BadKeyError("key contains a NUL character")
     return key
+
+
+def _scalar(value: object) -> str:
+    if isinstance(value, exact_json.Number):
+        return value.digits
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise _BadKeyError("key is not a finite number")
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, Decimal) and not value.is_finite():
+        raise _BadKeyError("key is not a finite number")
+    key = written(value)
+    if not isinstance(key, str):
+        raise _BadKeyError(f"key is {_kind(value)}, not a string or a number")
+    return key
+
+
+def _kind(value: object) -> str:
+    """A value's kind, for the middle of a sentence."""
+    return next((called for kind, called in _KINDS.items() if isinstance(value, kind)), f"of type {_named(value)}")
+
+
+def _named(value: object) -> str:
+    return type(value).__name__
+
+
+def written(value: object) -> object:
+    """What JSON hasn't, written out as a string: a moment in UTC and all of its digits; other values as they are."""
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return value.astimezone(UTC).isoformat()
+    if isinstance(value, date | time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return interval(days=value.days, nanoseconds=value.seconds * 10**9 + value.microseconds * 10**3)
+    return str(value) if isinstance(value, _WRITTEN_AS_STRINGS) else value
+
+
+def interval(*, months: int = 0, days: int = 0, nanoseconds: int = 0) -> str:
+    """An interval as Postgres writes it; days and what is below them have one sign."""
+    below = days * _DAY_NANOSECONDS + nanoseconds
+    whole_days, rest = divmod(abs(below), _DAY_NANOSECONDS)
+    sign = "-" if below < 0 else ""
+    counts = {"year": abs(months) // 12, "mon": abs(months) % 12, "day": whole_days}
+    signs = {"year": "-" * (months < 0), "mon": "-" * (months < 0), "day": sign}
+    parts = [f"{signs[unit]}{n} {unit}{'s' * (signs[unit] + str(n) != '1')}" for unit, n in counts.items() if n]
+    if rest or not parts:
+        seconds, fraction = divmod(rest, 10**9)
+        clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{fraction:09}"
+        parts.append(sign + (clock.rstrip("0") if fraction else clock.partition(".")[0]))
+    return " ".join(parts)
+
+
+def carried(value: object) -> object:
+    """A value as JSON carries it, the same by each way in.
+
+    Raises:
+        TypeError: it can't be carried; the message is its type.
+    """
+    value = written(value)
+    if value is None or isinstance(value, str | bool | exact_json.Number):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else _NOT_FINITE[repr(value)]
+    if isinstance(value, int):
+        return value if -(2**63) <= value < 2**64 else exact_json.Number(str(value))
+    if isinstance(value, list | tuple):
+        return [carried(each) for each in value]
+    if isinstance(value, dict):
+        return {str(name): carried(each) for name, each in value.items()}
+    raise TypeError(_named(value))
 
 
 def _carry(
@@ -220,8 +302,10 @@ def _carry(
         found = None
         try:
             encoded = _to_json(row)
-        except ValueError:
+        except TypeError as error:
             encoded, found = b"{}", (RejectCode.INVALID_UTF8, "a carried column is not valid UTF-8")
+            if isinstance(error.__cause__, _OverlongNumberError):
+                found = (RejectCode.BAD_ROW, "a carried column holds a number that is too long")
         if b"\\u0000" in encoded and _ESCAPED_NUL.search(encoded):
             encoded, found = b"{}", (RejectCode.NUL_CHARACTER, "a carried column contains a NUL character")
         if found and texts[at] is not None:
@@ -233,11 +317,16 @@ def _carry(
 
 
 def _to_json(row: dict[str, object]) -> bytes:
-    """Raise `ValueError` where a string holds surrogates."""
-    try:
-        return orjson.dumps(row)
-    except TypeError:  # surrogates, or integers past 64 bits, which the slower encoder writes exactly
-        return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
+    """Raise `TypeError` where a string holds surrogates, or, caused by `_OverlongNumberError`, a number is too long."""
+    return orjson.dumps(row, default=_bounded)
+
+
+def _bounded(value: Any) -> orjson.Fragment:
+    if isinstance(value, exact_json.Number):
+        exponent = value.digits.lower().partition("e")[2].lstrip("+-0")
+        if len(value.digits) > _MOST_DIGITS or len(exponent) > _MOST_EXPONENT_DIGITS:
+            raise _OverlongNumberError
+    return exact_json.as_it_stands(value)
 
 
 def missing_column(

@@ -7,8 +7,10 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
+from psycopg.types.json import set_json_loads
 from sqlalchemy import Connection, text
 
+from pipeline import exact_json
 from pipeline.store import binary
 from pipeline.store.database import copying, psycopg_connection
 from pipeline.store.partitions import leaf
@@ -108,6 +110,7 @@ def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator
     """A job's vectors in index order, in blocks: (index, key, vector as float32 or float16 array, tokens, truncated,
     carried). Memory is bounded by a server-side cursor."""
     with psycopg_connection(connection).cursor(name="results", binary=True) as cursor:
+        set_json_loads(exact_json.loads, cursor)
         cursor.itersize = block
         cursor.execute(_READ, (job_id, job_id, *_ALL))
         while rows := cursor.fetchmany(block):
@@ -117,6 +120,7 @@ def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator
 def page(connection: Connection, job_id: UUID, first_index: int, end_index: int, limit: int) -> list[tuple[Any, ...]]:
     """At most `limit` of a job's vectors from one index to before another, in order, as `stream` gives them."""
     with psycopg_connection(connection).cursor(binary=True) as cursor:
+        set_json_loads(exact_json.loads, cursor)
         cursor.execute(_READ + " limit %s", (job_id, job_id, first_index, end_index, limit))
         return _as_read(cursor.fetchall())
 

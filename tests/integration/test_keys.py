@@ -1,0 +1,158 @@
+"""One value has one key, and is carried as one value, by whichever way it comes in."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.sources import Columns, Corpus, Rows
+from pipeline.sources.batch_lines import BatchLines
+from pipeline.sources.query import QueryCorpus
+from pipeline.sources.reference import read_extent
+from pipeline.sources.upload import Upload, UploadedCorpus
+
+COLUMNS = Columns(carry=("kept",))
+ITEM_BYTES = 1_000
+
+
+class Value(NamedTuple):
+    """A value as those write it who have its type."""
+
+    key: str
+    #: As JSON carries it.
+    carried: str
+    postgres: str
+    duckdb: str | None
+    #: What Arrow's column is made of.
+    arrow: tuple[Any, pa.DataType] | None
+    #: As JSON writes it.
+    json: str
+
+
+def written_out(key: str, postgres: str, duckdb: str | None, arrow: Any, kind: pa.DataType | None) -> Value:
+    return Value(key, json.dumps(key), postgres, duckdb, None if kind is None else (arrow, kind), json.dumps(key))
+
+
+UUID_TEXT = "0198c0de-0000-7000-8000-00000000000a"
+NOON = datetime(2026, 11, 23, 12, tzinfo=timezone(timedelta(hours=2)))
+VALUES = {
+    "string": written_out("a b", "'a b'::text", "'a b'", "a b", pa.string()),
+    "integer": Value("7", "7", "7::bigint", "7::bigint", (7, pa.int64()), "7"),
+    "past 64 bits": Value(str(2**70), str(2**70), f"'{2**70}'::jsonb", f"{2**70}::hugeint", None, str(2**70)),
+    "whole float": Value("1", "1.0", "1::float8", "1::double", (1.0, pa.float64()), "1"),
+    "float": Value("0.1", "0.1", "0.1::float8", "0.1::double", (0.1, pa.float64()), "0.1"),
+    "float of 32 bits": Value("0.1", "0.1", "0.1::real", None, (0.1, pa.float32()), "0.1"),
+    "long float": Value("1" + "0" * 20, "1e+20", "1e20::float8", "1e20::double", (1e20, pa.float64()), "1" + "0" * 20),
+    "boolean": Value("true", "true", "true", "true", (True, pa.bool_()), "true"),
+    "decimal": written_out("1.50", "1.50::numeric(9, 2)", "1.50::decimal(9, 2)", Decimal("1.50"), pa.decimal128(9, 2)),
+    "small decimal": written_out(
+        "0.00000001", "0.00000001::numeric", "0.00000001::decimal(18, 8)", Decimal("0.00000001"), pa.decimal128(18, 8)
+    ),
+    "uuid": written_out(UUID_TEXT, f"'{UUID_TEXT}'::uuid", f"'{UUID_TEXT}'::uuid", UUID(UUID_TEXT).bytes, pa.uuid()),
+    "date": written_out("2026-11-23", "'2026-11-23'::date", "'2026-11-23'::date", date(2026, 11, 23), pa.date32()),
+    "time": written_out(
+        "10:00:00.500000", "'10:00:00.5'::time", "'10:00:00.5'::time", time(10, 0, 0, 500_000), pa.time64("us")
+    ),
+    "timestamp": written_out(
+        "2026-11-23T10:00:00",
+        "'2026-11-23 10:00'::timestamp",
+        "'2026-11-23 10:00'::timestamp",
+        datetime(2026, 11, 23, 10),
+        pa.timestamp("ns"),
+    ),
+    "moment": written_out(
+        "2026-11-23T10:00:00+00:00",
+        "'2026-11-23 12:00+02'::timestamptz",
+        "'2026-11-23 12:00+02'::timestamptz",
+        NOON.astimezone(UTC),
+        pa.timestamp("us", "Europe/Berlin"),
+    ),
+    "interval": written_out(
+        "2 days 03:00:00",
+        "'2 days 3 hours'::interval",
+        "interval '2 days 3 hours'",
+        timedelta(days=2, hours=3),
+        pa.duration("ms"),
+    ),
+    "interval of months": written_out("1 year 2 mons", "'14 months'::interval", None, None, None),
+    "inet": written_out("10.0.0.1", "'10.0.0.1'::inet", None, None, None),
+    "network": written_out("10.0.0.0/8", "'10.0.0.0/8'::cidr", None, None, None),
+    "number in jsonb": Value("1.50", "1.50", "'1.50'::jsonb", None, None, "1.50"),
+}
+
+
+def queried(url: str, expression: str) -> Iterator[Rows]:
+    query = f"select {expression} as id, {expression} as kept, 'x' as text"
+    return QueryCorpus(url, query, COLUMNS, ITEM_BYTES).blocks()
+
+
+def by_reference(path: Path) -> Iterator[Rows]:
+    corpus = Corpus([str(path)], COLUMNS, ITEM_BYTES)
+    for places in corpus.places(corpus.files[0]):
+        yield from read_extent(places.extent(corpus.files[0], 0, places, 0), 1, COLUMNS, ITEM_BYTES)
+
+
+def as_batch(key: str) -> Iterator[Rows]:
+    request = {"custom_id": key, "method": "POST", "url": "/v1/embeddings", "body": {"model": "m", "input": "x"}}
+    data = json.dumps(request).encode()
+    return BatchLines(
+        "a", "file:a", hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data), 1_000
+    ).blocks()
+
+
+def uploaded(path: Path) -> Iterator[Rows]:
+    return UploadedCorpus([Upload("sent", path, "0" * 64)], COLUMNS, ITEM_BYTES).blocks()
+
+
+def files_of(value: Value, folder: Path) -> dict[str, Path]:
+    """The value in a file of each format that has its type, or as the text that stands for it."""
+    files = {name: folder / f"a.{name}" for name in ("jsonl", "csv", "tsv")}
+    files["jsonl"].write_text(f'{{"id": {value.json}, "kept": {value.json}, "text": "x"}}')
+    for name, delimiter in (("csv", ","), ("tsv", "\t")):
+        with files[name].open("w", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows([["id", "kept", "text"], [value.key, value.key, "x"]])
+    if value.arrow:
+        files["parquet"] = folder / "a.parquet"
+        column = pa.array([value.arrow[0]], value.arrow[1])
+        pq.write_table(pa.table({"id": column, "kept": column, "text": ["x"]}), files["parquet"])
+    if value.duckdb and "hugeint" not in value.duckdb:  # which DuckDB writes as a float
+        files["duckdb.parquet"] = folder / "b.parquet"
+        select = f"select {value.duckdb} as id, {value.duckdb} as kept, 'x' as text"
+        duckdb.sql(f"copy ({select}) to '{files['duckdb.parquet']}' (format parquet)")
+    return files
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_has_one_key_by_each_way(database: str, tmp_path: Path, name: str) -> None:
+    value = VALUES[name]
+    found: dict[str, Rows] = {}
+    found["query"] = next(queried(database, value.postgres))
+    found["query in another time zone"] = next(
+        queried(f"{database}?options=-c%20timezone%3DAsia/Tokyo", value.postgres)
+    )
+    if value.duckdb:
+        duckdb.connect(str(tmp_path / "a.db")).close()
+        found["query of duckdb"] = next(queried(f"duckdb:///{tmp_path}/a.db", value.duckdb))
+    for kind, path in files_of(value, tmp_path).items():
+        found[kind] = next(Corpus([str(path)], COLUMNS, ITEM_BYTES).blocks())
+        found[f"{kind} by reference"] = next(by_reference(path))
+        found[f"{kind} uploaded"] = next(uploaded(path))
+    assert {way: rows.keys[0] for way, rows in found.items()} == dict.fromkeys(found, value.key)
+    assert next(as_batch(value.key)).keys == [value.key]
+    as_written = {way: rows for way, rows in found.items() if way.startswith("jsonl")}
+    typed = {way: rows for way, rows in found.items() if "quer" in way or "parquet" in way}
+    for ways, written in ((typed, value.carried), (as_written, value.json)):
+        assert {way: (rows.carried or [b""])[0].decode() for way, rows in ways.items()} == dict.fromkeys(
+            ways, f'{{"kept":{written}}}'
+        )
