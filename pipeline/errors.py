@@ -159,6 +159,26 @@ class InvalidPayload(ApiError):
     code = "invalid_payload"
 
 
+class ModelsOwnTokens(InvalidPayload):
+    """Token ids are the model's own; OpenAI's are read, and read as these they would be another text."""
+
+    def __init__(self, index: int) -> None:
+        told = "holds ids of the model's own vocabulary; only cl100k_base tokens are read, so send text"
+        super().__init__(f"input[{index}] {told}.", param="input")
+        self.index = index
+
+
+class BadVector(ApiError):
+    """The model makes a vector of a text that is zero or not finite."""
+
+    status = 422
+    code = "bad_vector"
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"input[{index}]: the model makes a vector of it that is zero or not finite.", param="input")
+        self.index = index
+
+
 class PayloadTooLarge(InvalidPayload):
     """The body is larger than the gateway takes."""
 

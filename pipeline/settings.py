@@ -82,8 +82,6 @@ class Settings(BaseSettings):
     engine_port: int = Field(default=0, ge=0, le=65535)
     #: Work that may wait in an engine, at its models' measured rates; more is refused at once.
     engine_queue_seconds: float = Field(default=30, gt=0, le=3600)
-    #: Where tiktoken keeps its vocabularies: with cl100k_base there, the api reads OpenAI's token ids.
-    tiktoken_cache_dir: Path | None = Field(default=None, validation_alias="TIKTOKEN_CACHE_DIR")
     #: How long an upstream gateway may take to answer a request.
     gateway_seconds: float = Field(default=60, ge=1, le=600)
     #: Requests of one chunk that are under way at a time.

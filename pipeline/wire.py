@@ -1,11 +1,14 @@
 """OpenAI's wire shape of embeddings, both ends of it: what a request asks, what a reply says. No I/O."""
 
 import base64
+import json
+import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -28,8 +31,10 @@ CHARACTERS_PER_TOKEN = 4.0
 _MOST_WAIT_SECONDS = 3_600.0
 _MOST_USER = 512
 _ENCODINGS = ("float", "base64")
+_SEND_TEXT = "send text (in LangChain: check_embedding_ctx_length=False)"
 #: What a text may be called, by Voyage, NVIDIA and Cohere → whether it is a query.
 INPUT_TYPES = {"query": True, "search_query": True, "document": False, "passage": False, "search_document": False}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 Vectors = npt.NDArray[np.float32]
 #: Token ids to text; raises ValueError.
 Decode = Callable[[list[int]], str]
@@ -48,6 +53,8 @@ class Asked:
     user: str | None
     #: Whether the texts are queries; else they are documents.
     queries: bool = False
+    #: The ids, by position, of texts that came as ids of OpenAI's tokens.
+    token_ids: Mapping[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +74,7 @@ def parse_request(body: bytes, most_text_bytes: int, decode: Decode | None = Non
     Raises:
         InvalidPayload: it isn't one; the message names the field and the index.
     """
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidPayload(f"The body isn't valid JSON: {error.msg}.") from None
+    fields = _fields(body)
     if not isinstance(fields, dict):
         raise InvalidPayload("The body must be a JSON object with model and input.")
     model, given = fields.get("model"), fields.get("input")
@@ -80,17 +84,45 @@ def parse_request(body: bytes, most_text_bytes: int, decode: Decode | None = Non
         raise InvalidPayload("model must be a string of at most 256 characters.", param="model")
     if given is None:
         raise InvalidPayload("input is missing from the request body.", param="input")
+    given = _listed(given)
     return Asked(
         model=model,
-        texts=_texts(given, most_text_bytes, decode),
+        texts=[_text(one, at, most_text_bytes, decode) for at, one in enumerate(given)],
         base64=_encoding(fields.get("encoding_format")) == "base64",
         dimensions=_dimensions(fields.get("dimensions")),
         user=_user(fields.get("user")),
         queries=_queries(fields.get("input_type")),
+        token_ids={at: one for at, one in enumerate(given) if isinstance(one, list)},
     )
 
 
-def _texts(given: Any, most_bytes: int, decode: Decode | None) -> list[str]:
+def _fields(body: bytes) -> Any:
+    # Windows programs begin with a byte-order mark.
+    body = body.removeprefix(BOM_UTF8)
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise _no_json(body, error) from None
+
+
+def _no_json(body: bytes, error: orjson.JSONDecodeError) -> InvalidPayload:
+    """What is wrong with a body, by a reader that stands more."""
+    try:
+        fields = json.loads(body.decode("utf-8", "surrogatepass"))
+    except UnicodeDecodeError as broken:
+        return InvalidPayload(f"The body isn't UTF-8 (at byte {broken.start:,}); send JSON in UTF-8.")
+    except (ValueError, RecursionError):
+        fields = None
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        for at, one in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(one, str) and (found := _SURROGATE.search(one)):
+                where = f"input[{at}]" if name == "input" else name
+                told = f"{where} holds half a character (a lone surrogate, at character {found.start():,})"
+                return InvalidPayload(f"{told}, which no text has: was it cut there?", param=name)
+    return InvalidPayload(f"The body isn't valid JSON: {error.msg}.")
+
+
+def _listed(given: Any) -> list[Any]:
     if isinstance(given, str):
         given = [given]
     if not isinstance(given, list):
@@ -101,7 +133,7 @@ def _texts(given: Any, most_bytes: int, decode: Decode | None) -> list[str]:
         given = [given]
     if len(given) > MOST_INPUTS:
         raise InvalidPayload(f"input has {len(given):,} texts; send at most {MOST_INPUTS:,}.", param="input")
-    return [_text(one, at, most_bytes, decode) for at, one in enumerate(given)]
+    return given
 
 
 def _is_token_ids(given: list[Any]) -> bool:
@@ -122,18 +154,18 @@ def _text(one: Any, at: int, most_bytes: int, decode: Decode | None) -> str:
 
 
 def _decoded(tokens: list[int], at: int, decode: Decode | None) -> str:
-    """The text that a client had cut into OpenAI's tokens; they are never the model's own."""
+    """The text that a client had cut into OpenAI's tokens. Ids of other vocabularies are refused as far as these bytes
+    tell; an engine looks whether they are its model's own."""
     if decode is None:
         raise InvalidPayload(
-            f"input[{at}] is an array of token ids, which this gateway can't read; send text "
-            "(in LangChain: check_embedding_ctx_length=False).",
-            param="input",
+            f"input[{at}] is an array of token ids, which this gateway can't read; {_SEND_TEXT}.", param="input"
         )
     try:
         return decode(tokens)
     except ValueError:
         raise InvalidPayload(
-            f"input[{at}] holds ids that aren't cl100k_base tokens; send text.", param="input"
+            f"input[{at}] holds ids that aren't cl100k_base tokens of a text, and no others are read; {_SEND_TEXT}.",
+            param="input",
         ) from None
 
 
@@ -233,13 +265,14 @@ class Reply:
 
 def parse_reply(body: bytes, inputs: int, dimensions: int | None = None, *, asked_bytes: int) -> Reply:
     """Read the body of a reply to so many inputs, whose vectors have `dimensions` elements, or all the same number.
-    A count of tokens that no request of `asked_bytes` has counts as not said.
+    A count of tokens that no request of `asked_bytes` has counts as not said. Elements may be NaN: which text they are
+    of is the caller's to say.
 
     Raises:
         BadReply: it isn't one, or lacks a vector, or has one twice, or of another size.
     """
     try:
-        fields = orjson.loads(body)
+        fields = _reply_fields(body)
         data, model = fields["data"], fields.get("model")
         usage = fields.get("usage") or {}
         if len(data) != inputs:
@@ -256,7 +289,7 @@ def parse_reply(body: bytes, inputs: int, dimensions: int | None = None, *, aske
             vectors[index], missing[index] = vector, False
         truncated = [one["index"] for one in data if one.get("truncated") is True]
         tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise BadReply("it isn't a list of embeddings") from error
     # No tokeniser makes more than a token of a byte; some gateways put an instruction before each text.
     if type(tokens) is not int or not 0 <= tokens <= 4 * asked_bytes + 16 * inputs:
@@ -266,16 +299,27 @@ def parse_reply(body: bytes, inputs: int, dimensions: int | None = None, *, aske
     )
 
 
+def _reply_fields(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return json.loads(body)  # which knows the NaN and Infinity that Python's servers write
+
+
 def _vector(given: Any) -> Vectors:
     if isinstance(given, str):
         return np.frombuffer(base64.b64decode(given, validate=True), dtype="<f4")
     if not isinstance(given, list) or not given:
         raise BadReply("an embedding is neither an array nor base64")
+    # As which other servers write NaN.
+    if None in given:
+        given = [nan if one is None else one for one in given]
     # Not by way of float32 at once: it would take true for 1 and "2" for 2.
     vector = np.array(given)
     if vector.dtype.kind not in "fi" or vector.ndim != 1:
         raise BadReply("an embedding holds something else than numbers")
-    return vector.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return vector.astype(np.float32)
 
 
 def told_wait_seconds(headers: Mapping[str, str], now: float) -> float | None:

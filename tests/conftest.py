@@ -12,6 +12,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 import redis
+import tiktoken
 from hypothesis import HealthCheck, settings
 from psycopg import sql
 from sqlalchemy import Engine
@@ -20,6 +21,7 @@ from pipeline.embedded import postgres
 from pipeline.embedded.runtime import Running
 from pipeline.migrate import upgrade
 from pipeline.store.database import make_engine
+from tests.cl100k import encoding
 from tests.machines import remove_what_root_keeps, running_servers
 from tests.models import bundled_folder, described, static_folder
 
@@ -124,6 +126,12 @@ def redis_url(servers: Running) -> str:
 def bundled_model() -> Path:
     """The folder of all-MiniLM-L6-v2."""
     return bundled_folder()
+
+
+@pytest.fixture(scope="session")
+def cl100k(tmp_path_factory: pytest.TempPathFactory) -> tiktoken.Encoding:
+    """How OpenAI's clients make ids of a text."""
+    return encoding(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="session")

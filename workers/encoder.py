@@ -1,7 +1,7 @@
 """A model on a device: texts become token ids once, token-budget batches become vectors. The only import of torch."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +19,7 @@ from pipeline.canary import CANARY, cosine, is_canary
 from pipeline.errors import ModelError
 from pipeline.jobs import RejectCode
 from workers.batching import MOST_CHARACTERS_PER_TOKEN, Batch, Tokenised, token_batches
+from workers.own_ids import OwnIds
 
 log = structlog.get_logger()
 
@@ -82,6 +83,7 @@ class Encoder:
         self._prompt = document_prompt
         self._expected = b""
         self._reader = _reader_of(self._model)
+        self._own_ids: OwnIds | None = None
         self.budget_tokens = _FLAT_BUDGET_TOKENS if self._reader.flat else _BUDGET_TOKENS.get(self.device.type, 8_192)
         self.dimensions = int(self._model.get_embedding_dimension() or 0)
         self.max_item_tokens = self._reader.max_tokens
@@ -135,6 +137,12 @@ class Encoder:
                 yield Batch(at, lengths, perf_counter() - start, vectors, padded_tokens=padded)
                 if stop():
                     return
+
+    def find_own_ids(self, ids: Mapping[int, list[int]]) -> int | None:
+        """The position of token ids that are this model's own, where a caller's are to be OpenAI's."""
+        if self._own_ids is None:
+            self._own_ids = OwnIds(self._reader._fast)
+        return self._own_ids.find(ids)
 
     def encode(self, tokenised: Tokenised) -> npt.NDArray[np.float32]:
         """Vectors of all texts in their order, as float32 of shape (texts, dimensions).

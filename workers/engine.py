@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from pipeline import exposition, metrics
 from pipeline.catalog import as_model
-from pipeline.errors import ModelError, ModelUnusable, UpstreamUnavailable, UserError
+from pipeline.errors import BadVector, ModelError, ModelsOwnTokens, ModelUnusable, UpstreamUnavailable, UserError
 from pipeline.jobs import Model
 from pipeline.logs import configure_logs
 from pipeline.settings import MODELS_SHARE, Settings, load_settings
@@ -93,7 +93,8 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
         model = catalogue.models.get(asked["model"])
         if model is None:
             return Response(b"this engine doesn't serve the model", 404)
-        work = asyncio.ensure_future(serving.embed(model, asked["texts"], asked.get("prompt")))
+        token_ids = {int(at): ids for at, ids in asked.get("token_ids", {}).items()}
+        work = asyncio.ensure_future(serving.embed(model, asked["texts"], asked.get("prompt"), token_ids))
         gone = asyncio.ensure_future(_gone(request))
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
@@ -102,14 +103,8 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
             return Response(status_code=400)
         try:
             return Response(pack_vectors(work.result()))
-        except UpstreamUnavailable as error:
-            return Response(str(error).encode(), 503, {"retry-after": f"{error.retry_after_seconds:.0f}"})
-        except ModelUnusable as error:
-            # The api asks another engine.
-            return Response(str(error).encode(), HTTPStatus.FAILED_DEPENDENCY)
-        except ModelError as error:
-            log.error("model_failed", model=model.name, reason=str(error))
-            return Response(str(error).encode(), 500)
+        except (UpstreamUnavailable, BadVector, ModelsOwnTokens, ModelError) as error:
+            return _refusal(model, error)
 
     async def healthz(_: Request) -> Response:
         return Response(b"ok")
@@ -130,6 +125,19 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
         Route("/metrics", partial(_show, serving)),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
+
+
+def _refusal(model: Model, error: Exception) -> Response:
+    match error:
+        case UpstreamUnavailable():
+            return Response(str(error).encode(), 503, {"retry-after": f"{error.retry_after_seconds:.0f}"})
+        case BadVector() | ModelsOwnTokens():
+            return Response(str(error.index).encode(), error.status)
+        case ModelUnusable():
+            # The api asks another engine.
+            return Response(str(error).encode(), HTTPStatus.FAILED_DEPENDENCY)
+    log.error("model_failed", model=model.name, reason=str(error))
+    return Response(str(error).encode(), 500)
 
 
 async def _show(serving: Serving, _: Request) -> Response:

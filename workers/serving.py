@@ -4,7 +4,7 @@ batches. One thread runs the device; the event loop only hands texts over."""
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,9 +13,10 @@ import numpy as np
 import structlog
 
 from pipeline import metrics
-from pipeline.errors import ModelError, ModelUnusable, UpstreamUnavailable
+from pipeline.errors import BadVector, ModelError, ModelsOwnTokens, ModelUnusable, UpstreamUnavailable
 from pipeline.jobs import Model
 from pipeline.wire import Embedded
+from pipeline.writeback import sound
 from workers.batching import MOST_CHARACTERS_PER_TOKEN, Batch, Tokenised
 from workers.lanes import Lanes, Request, Text
 from workers.residents import Residents
@@ -124,13 +125,21 @@ class Serving:
             except Exception as error:
                 raise self._give_up(model, error) from error
 
-    async def embed(self, model: Model, texts: Sequence[str], prompt: str | None = None) -> Embedded:
-        """Vectors of texts, each read with `prompt` before it, by default as a document. A cancelled call gives its
-        place in the queue up.
+    async def embed(
+        self,
+        model: Model,
+        texts: Sequence[str],
+        prompt: str | None = None,
+        token_ids: Mapping[int, list[int]] | None = None,
+    ) -> Embedded:
+        """Vectors of texts, each read with `prompt` before it, by default as a document. `token_ids`: of those
+        that came as ids of OpenAI's tokens, by position. A cancelled call gives its place in the queue up.
 
         Raises:
             UpstreamUnavailable: too much waits already.
             ModelUnusable: the model can't be loaded here, or its canary comes out wrong.
+            ModelsOwnTokens: the ids aren't OpenAI's.
+            BadVector: the vector of one of them is zero or not finite.
             ModelError: it fails on these texts.
         """
         seconds = _seconds_of(texts, model)
@@ -147,14 +156,20 @@ class Serving:
         self._waiting_seconds[kind] += seconds
         self._in_flight[kind] += 1
         try:
-            return await self._embedded(model, texts, prompt)
+            return await self._embedded(model, texts, prompt, token_ids or {})
         finally:
             self._in_flight[kind] -= 1
             # Not by subtraction alone: what rounding leaves would count as waiting.
             self._waiting_seconds[kind] = self._waiting_seconds[kind] - seconds if self._in_flight[kind] else 0.0
 
-    async def _embedded(self, model: Model, texts: Sequence[str], prompt: str | None) -> Embedded:
+    async def _embedded(
+        self, model: Model, texts: Sequence[str], prompt: str | None, token_ids: Mapping[int, list[int]]
+    ) -> Embedded:
         encoder = await self.load(model)
+        if token_ids:
+            looking = asyncio.get_running_loop().run_in_executor(self._reader, encoder.find_own_ids, token_ids)
+            if (own := await looking) is not None:
+                raise ModelsOwnTokens(own)
         tokenised = await self._read(encoder, texts, prompt)
         vectors = np.empty((len(texts), encoder.dimensions), np.float32)
         request = Request(model, asyncio.get_running_loop().create_future(), tokenised, vectors, len(texts))
@@ -188,7 +203,7 @@ class Serving:
                 failed = self._forward(encoder, texts)
             except Exception as error:  # noqa: BLE001 - the device goes on for the others
                 log.error("batch_failed", error=type(error).__name__)
-                failed = [(text, "the model failed") for text in texts]
+                failed = [(text, ModelError("the model failed")) for text in texts]
             if failed:
                 self._tell_failure(encoder, failed)
 
@@ -200,9 +215,9 @@ class Serving:
                 self._changed.wait()
         return None
 
-    def _forward(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, str]]:
+    def _forward(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
         """Embed texts. Returns those that failed, and why."""
-        failed: list[tuple[Text, str]] = []
+        failed: list[tuple[Text, Exception]] = []
         tokenised = Tokenised(
             [text.request.tokenised.ids[text.at] for text in texts],
             np.array([text.tokens for text in texts], np.int32),
@@ -210,10 +225,14 @@ class Serving:
         )
         for batch in encoder.batches(tokenised):
             _count(texts[0].request.model.name, batch)
+            good = sound(batch.vectors) if batch.vectors is not None else ()
             for row, n in enumerate(batch.at.tolist()):
                 text = texts[n]
-                if batch.vectors is None or not np.isfinite(batch.vectors[row]).all():
-                    failed.append((text, batch.failure[1] if batch.failure else "its vector is not finite"))
+                if batch.vectors is None:
+                    failed.append((text, ModelError(f"input[{text.at}]: {batch.failure and batch.failure[1]}")))
+                    continue
+                if not good[row]:
+                    failed.append((text, BadVector(text.at)))
                     continue
                 text.request.vectors[text.at] = batch.vectors[row]
                 text.request.left -= 1
@@ -221,7 +240,7 @@ class Serving:
                     _answer(text.request, None)
         return failed
 
-    def _tell_failure(self, encoder: "Encoder", failed: list[tuple[Text, str]]) -> None:
+    def _tell_failure(self, encoder: "Encoder", failed: list[tuple[Text, Exception]]) -> None:
         """Whether it is the texts or the model, the canary says."""
         unusable = None
         try:
@@ -229,7 +248,7 @@ class Serving:
         except Exception as error:  # noqa: BLE001 - a broken device raises what it likes
             unusable = self._give_up(failed[0][0].request.model, error)
         for text, why in failed:
-            _answer(text.request, unusable or ModelError(f"input[{text.at}]: {why}"))
+            _answer(text.request, unusable or why)
 
 
 def _count(model: str, batch: Batch) -> None:
@@ -263,7 +282,7 @@ def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     yield texts[start:]
 
 
-def _answer(request: Request, error: ModelError | None) -> None:
+def _answer(request: Request, error: Exception | None) -> None:
     """From the device's thread: a request is done, or has failed."""
     request.dropped = True
     lengths, truncated = request.tokenised.lengths, request.tokenised.truncated

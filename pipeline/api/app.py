@@ -86,7 +86,7 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
             upstreams=upstreams,
             meter=meter,
             most_text_bytes=settings.item_bytes,
-            decode=decoder(settings.tiktoken_cache_dir),
+            decode=decoder(),
         )
         yield
         await engines.close()

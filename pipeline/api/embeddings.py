@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 from sqlalchemy import RowMapping
@@ -18,8 +19,9 @@ from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
 from pipeline.api.upstreams import Upstreams
 from pipeline.catalog import as_upstream
-from pipeline.errors import InvalidPayload
+from pipeline.errors import BadVector, InvalidPayload
 from pipeline.wire import MOST_INPUTS, Asked, Decode, Embedded, make_reply, parse_request, shortened
+from pipeline.writeback import sound
 
 _JSON = "application/json"
 
@@ -42,7 +44,7 @@ class EmbeddingRequest(BaseModel):
 
     model: str = Field(min_length=1, max_length=256, description="A model's id, or an alias.")
     input: str | list[str] | list[int] | list[list[int]] = Field(
-        description=f"A text, or up to {MOST_INPUTS:,} of them; token ids (cl100k_base) where the operator allows it."
+        description=f"A text, or up to {MOST_INPUTS:,} of them; or ids of cl100k_base tokens."
     )
     encoding_format: str | None = Field(default="float", description="float, or base64 of little-endian float32.")
     dimensions: int | None = Field(default=None, ge=1, description="Where the model can be shortened.")
@@ -124,6 +126,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "unauthorized, invalid_api_key",
         404: "model_not_found",
         413: "invalid_payload: the body is too large",
+        415: "unsupported_media_type: the body is packed in a way that isn't read",
+        422: "bad_vector: the model's vector of a text is zero or not finite",
         429: "rate_limited",
         500: "internal_error",
         503: "upstream_unavailable",
@@ -152,13 +156,16 @@ async def create_embeddings(request: Request) -> Response:
     estimate = gateway.limits.estimated_tokens(model["name"], model["max_item_tokens"], asked.texts)
     headers = await gateway.limits.charge(caller, estimate)
     embedded = await _unless_gone(request, _embed(gateway, model, asked))
+    if dimensions != embedded.vectors.shape[1]:
+        embedded = replace(embedded, vectors=shortened(embedded.vectors, dimensions))
+    _check(embedded)
     gateway.limits.learn(caller, model["name"], asked.texts, estimate, embedded.prompt_tokens)
     metrics.API_TOKENS.labels(model["name"]).inc(embedded.prompt_tokens)
     gateway.meter.add(_usage(request, caller, model, asked, embedded))
     if embedded.truncated:
         headers["x-vectormill-truncated"] = str(len(embedded.truncated))
-    if dimensions != embedded.vectors.shape[1]:
-        embedded = replace(embedded, vectors=shortened(embedded.vectors, dimensions))
+    if asked.token_ids:
+        headers["x-vectormill-token-ids"] = "cl100k_base"
     return Response(make_reply(asked, embedded), media_type=_JSON, headers=headers)
 
 
@@ -166,7 +173,14 @@ async def _embed(gateway: Gateway, model: RowMapping, asked: Asked) -> Embedded:
     if upstream := as_upstream(model):
         return await gateway.upstreams.embed(upstream, model["dimensions"], asked.texts)
     prompt = model["query_prompt"] if asked.queries else None
-    return await gateway.engines.embed(await gateway.directory.engines(), model["name"], asked.texts, prompt)
+    engines = await gateway.directory.engines()
+    return await gateway.engines.embed(engines, model["name"], asked.texts, prompt, asked.token_ids)
+
+
+def _check(embedded: Embedded) -> None:
+    bad = np.flatnonzero(~sound(embedded.vectors))
+    if len(bad):
+        raise BadVector(int(bad[0]))
 
 
 def _dimensions(model: RowMapping, wanted: int | None) -> int:

@@ -1,7 +1,7 @@
 """The way to an engine: to the one with the least in flight, and on to the next one when it can't take the request."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from http import HTTPStatus
 
@@ -10,7 +10,7 @@ import orjson
 import structlog
 from sqlalchemy import RowMapping
 
-from pipeline.errors import ApiError, InternalError, UpstreamUnavailable
+from pipeline.errors import ApiError, BadVector, InternalError, ModelsOwnTokens, UpstreamUnavailable
 from pipeline.wire import Embedded, unpack_vectors
 
 log = structlog.get_logger()
@@ -37,6 +37,8 @@ _OUTCOMES: dict[int, _Outcome] = {
     HTTPStatus.NOT_FOUND: _Outcome.UNKNOWN,
     HTTPStatus.FAILED_DEPENDENCY: _Outcome.CANT_LOAD,
 }
+#: What an engine refuses a text for, whose position is its answer.
+_OF_TEXTS: dict[int, type[BadVector | ModelsOwnTokens]] = {each.status: each for each in (BadVector, ModelsOwnTokens)}
 
 
 class Engines:
@@ -55,16 +57,25 @@ class Engines:
         await self._session.close()
 
     async def embed(
-        self, engines: Sequence[RowMapping], model: str, texts: Sequence[str], prompt: str | None = None
+        self,
+        engines: Sequence[RowMapping],
+        model: str,
+        texts: Sequence[str],
+        prompt: str | None = None,
+        token_ids: Mapping[int, list[int]] | None = None,
     ) -> Embedded:
         """Vectors of texts by one of `engines`. Each is read with `prompt` before it, by default as a document.
+        `token_ids`: of those that came as ids of OpenAI's tokens, by position.
 
         Raises:
             UpstreamUnavailable: none serves the model, can be reached, or has room.
+            ModelsOwnTokens: the ids are the model's own.
+            BadVector: the vector of one of them is zero or not finite.
             InternalError: one failed on these texts, or none can load the model.
         """
         serving = [engine["url"] for engine in engines if model in engine["models"]]
-        body = orjson.dumps({"model": model, "texts": texts, "prompt": prompt})
+        asked = {"model": model, "texts": texts, "prompt": prompt, "token_ids": token_ids or {}}
+        body = orjson.dumps(asked, option=orjson.OPT_NON_STR_KEYS)
         outcomes: Counter[_Outcome] = Counter()
         wait = 1.0
         for url in sorted(serving, key=lambda url: self._in_flight[url]):
@@ -98,6 +109,8 @@ class Engines:
         if outcome := _OUTCOMES.get(reply.status):
             told = reply.headers.get("retry-after")
             return outcome, float(told) if told else None
+        if refusal := _OF_TEXTS.get(reply.status):
+            raise refusal(int(content))
         raise InternalError("The model failed.")
 
 

@@ -105,8 +105,6 @@ def _embedded(upstream: Upstream, body: bytes, texts: Sequence[str], dimensions:
     found = parse_reply(body, len(texts), dimensions, asked_bytes=asked_bytes)
     if found.model not in (None, upstream.model, upstream.reply_model):
         raise BadReply("it is another model's")
-    if not np.isfinite(found.vectors).all():
-        raise BadReply("a vector isn't finite")
     tokens = sum(estimated_tokens(texts)) if found.prompt_tokens is None else found.prompt_tokens
     return Embedded(vectors=found.vectors, prompt_tokens=tokens, truncated=found.truncated)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.api.engines import Engines
-from pipeline.errors import ApiError, InternalError, UpstreamUnavailable
+from pipeline.errors import ApiError, BadVector, InternalError, ModelsOwnTokens, UpstreamUnavailable
 from pipeline.wire import Embedded, pack_vectors
 from tests.ports import free_port
 from tests.scripted_gateway import Answer, ScriptedGateway, scripted_gateway
@@ -19,6 +19,8 @@ FULL: Answer = (503, {"retry-after": "7"}, b"full")
 UNKNOWN: Answer = (404, {}, b"unknown")
 CANT_LOAD: Answer = (424, {}, b"can't load it")
 FAILED: Answer = (500, {}, b"failed")
+BAD: Answer = (422, {}, b"3")
+OWN: Answer = (400, {}, b"3")
 LOST = None
 NOBODY = "nobody listens"
 
@@ -68,6 +70,8 @@ def test_another_engine_is_asked(servers: list[ScriptedGateway], before: Any) ->
         ((CANT_LOAD, CANT_LOAD, CANT_LOAD), InternalError, "can't be loaded", 3),
         ((FAILED, GOOD), InternalError, "The model failed", 1),
         ((LOST, LOST, GOOD), UpstreamUnavailable, "broke off", 2),
+        ((BAD, GOOD), BadVector, "input[3]: the model makes a vector of it that is zero or not finite", 1),
+        ((OWN, GOOD), ModelsOwnTokens, "input[3] holds ids of the model's own vocabulary", 1),
     ],
 )
 def test_what_is_told_is_true(

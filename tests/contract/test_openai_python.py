@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import tiktoken
 from openai import AsyncOpenAI, OpenAI
+from tokenizers import Tokenizer
 
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import SIZES, Gateway
@@ -129,6 +131,22 @@ def test_queries_and_documents(client: OpenAI, asymmetric: Any, by_library: Any)
     assert (found["query_prompt"], found["document_prompt"]) == ("which text answers: ", "some text: ")
 
 
+def test_langchains_ids(client: OpenAI, by_library: Any, cl100k: tiktoken.Encoding, bundled_model: Path) -> None:
+    """Are OpenAI's, cut within characters, and read as such; the model's own are refused, marked or many."""
+    ids = [cl100k.encode_ordinary(text) for text in TEXTS]
+    for given in (ids, [ids[0], TEXTS[1], ids[2]]):
+        raw = client.embeddings.with_raw_response.create(model="static", input=given)  # type: ignore[arg-type]
+        assert raw.headers["x-vectormill-token-ids"] == "cl100k_base"
+        np.testing.assert_allclose(vectors(raw.parse()), by_library(TEXTS), atol=1e-6)
+    assert "x-vectormill-token-ids" not in client.embeddings.with_raw_response.create(model="static", input="x").headers
+    tokenizer = Tokenizer.from_file(str(bundled_model / "tokenizer.json"))
+    tokenizer.no_padding()
+    long = tokenizer.encode(" ".join(TEXTS[:2] * 3), add_special_tokens=False).ids
+    with pytest.raises(openai.BadRequestError, match=r"input\[1\] holds ids of the model's own vocabulary") as refused:
+        client.embeddings.create(model="static", input=[ids[0], long])
+    assert (refused.value.code, refused.value.param) == ("invalid_payload", "input")
+
+
 def test_models(client: OpenAI) -> None:
     found = {model.id: model.model_dump() for model in client.models.list()}
     assert set(found) >= {"static", "minilm", "broken", "alone"}
@@ -157,7 +175,11 @@ def _embed(**how: Any) -> Ask:
         (_embed(input=[]), openai.BadRequestError, 400, "invalid_payload", "input is an empty array"),
         (_embed(input=["a", ""]), openai.BadRequestError, 400, "invalid_payload", r"input\[1\] is an empty string"),
         (_embed(input=["a", "b" * 2**21]), openai.BadRequestError, 400, "invalid_payload", r"input\[1\] has 2,097,152"),
-        (_embed(input=[[15339, 1917]]), openai.BadRequestError, 400, "invalid_payload", "check_embedding_ctx_length"),
+        (_embed(input=[[15339], [101, 7592, 2088, 102]]), openai.BadRequestError, 400, "invalid_payload",
+         r"input\[1\] holds ids that aren't cl100k_base tokens"),
+        (_embed(input=["a", "\u200b"], encoding_format="float"), openai.UnprocessableEntityError, 422, "bad_vector",
+         r"input\[1\]: the model makes a vector of it that is zero"),
+        (_embed(input=["a", "\u200b"]), openai.UnprocessableEntityError, 422, "bad_vector", r"input\[1\]: "),
         (_embed(extra_headers={"Authorization": "Basic eDp5"}), openai.AuthenticationError, 401, "unauthorized",
          "Authorization: Bearer"),
         (lambda c: _embed()(c.with_options(api_key="sk-nobody")), openai.AuthenticationError, 401, "invalid_api_key",

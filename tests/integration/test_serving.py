@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import Engine
 
 from pipeline import catalog
-from pipeline.errors import ModelError, ModelUnusable
+from pipeline.errors import BadVector, ModelError, ModelUnusable
 from pipeline.jobs import Model
 from pipeline.settings import Settings
 from pipeline.store import engines
@@ -114,6 +114,8 @@ def test_a_canary_tells_a_bad_device_from_a_bad_text(
     with pytest.raises(ModelError, match=r"input\[1\]: the model raised IndexError") as refused:
         embed(serving, model, ["fine", "poison"])
     assert not isinstance(refused.value, ModelUnusable)
+    with pytest.raises(BadVector, match=r"input\[1\]: .* zero"):
+        embed(serving, model, ["fine", "\u200b"])
     assert embed(serving, model).vectors.shape == (1, 256)
 
     def broken(_: list[list[int]]) -> Any:

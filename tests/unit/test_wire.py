@@ -82,10 +82,47 @@ def test_what_is_no_request(fields: dict[str, Any], said: str, param: str) -> No
     assert refusal(**fields) == (said, param)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"model": "m", "input": "\\ud800"}', b"[" * 2_000, b"NaN"])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"\xef\xbb\xbf", b"[" * 2_000, b"[" * 2_000_000, b"NaN", b'{"model": NaN}']
+)
 def test_what_is_no_json(body: bytes) -> None:
     with pytest.raises(InvalidPayload, match="isn't valid JSON"):
         parse_request(body, _MOST)
+
+
+@pytest.mark.parametrize(
+    ("body", "at"),
+    [(b"\xff", 0), ('{"model": "m", "input": "\xe9"}'.encode("latin-1"), 25), ('{"input": "x"}'.encode("utf-16"), 0)],
+)
+def test_what_isnt_utf_8(body: bytes, at: int) -> None:
+    with pytest.raises(InvalidPayload, match=rf"isn't UTF-8 \(at byte {at}\)"):
+        parse_request(body, _MOST)
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "param"),
+    [
+        ('"input": "a\\ud800"', "input[0] holds half a character (a lone surrogate, at character 1)", "input"),
+        (
+            '"input": ["a", "b", "\\udfff!"]',
+            "input[2] holds half a character (a lone surrogate, at character 0)",
+            "input",
+        ),
+        ('"input": ["a", "\\ud83d\\ude42", "\\ude42\\ud83d"]', "input[2]", "input"),
+        ('"input": ["a", "\udced"]', "input[1]", "input"),
+        ('"input": "a", "user": "\\ud800"', "user holds half a character", "user"),
+        ('"input": "a", "model": "\\ud800"', "model holds half a character", "model"),
+    ],
+)
+def test_half_a_character_is_named_by_its_place(fields: str, where: str, param: str) -> None:
+    with pytest.raises(InvalidPayload) as refused:
+        parse_request(('{"model": "m", ' + fields + "}").encode("utf-8", "surrogatepass"), _MOST)
+    assert str(refused.value).startswith(where)
+    assert refused.value.param == param
+
+
+def test_a_byte_order_mark_goes_before_a_body() -> None:
+    assert parse_request(b"\xef\xbb\xbf" + orjson.dumps({"model": "m", "input": "x"}), _MOST) == ask()
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"x"', b"null", b"1"])
@@ -109,6 +146,9 @@ def test_token_ids_are_texts_where_they_can_be_read() -> None:
 
     assert parse([104, 105]) == ["hi"]
     assert parse([[104], [105, 33], "yes"]) == ["h", "i!", "yes"]
+    mixed = parse_request(orjson.dumps({"model": "m", "input": [[104], "yes", [105]]}), _MOST, decode)
+    assert mixed.token_ids == {0: [104], 2: [105]}
+    assert not ask(input=["a", "b"]).token_ids
     with pytest.raises(InvalidPayload, match=r"input\[1\] holds ids that aren't cl100k_base tokens"):
         parse([[104], [9]])
     assert "check_embedding_ctx_length=False" in refusal(input=[[104]])[0]
@@ -209,7 +249,9 @@ BROKEN: dict[str, bytes] = {
     "a huge number": orjson.dumps(_reply(embedding=[0.5, 1.0, "x"])).replace(b'"x"', b"9" * 400),
     "half a base64": orjson.dumps(_reply(embedding="AAA")),
     "base64 of other size": orjson.dumps(_reply(embedding="AAAA")),
-    "JSON with NaN": json.dumps(_reply(embedding=[0.5, 1.0, float("nan")])).encode(),
+    "nothing but nulls of another size": orjson.dumps(_reply(embedding=[None, None])),
+    "a null and a word": orjson.dumps(_reply(embedding=[None, "x", 1.0])),
+    "endless arrays": b"[" * 2_000_000,
     "no data": b"{}",
     "data that is a number": b'{"data": 3}',
     "rows that are none": b'{"data": [1, 2, 3]}',
@@ -217,6 +259,13 @@ BROKEN: dict[str, bytes] = {
     "no JSON": b"<html>",
     "nothing": b"",
 }
+
+
+@pytest.mark.parametrize("written", ["NaN", "Infinity", "-Infinity", "null", "1e999", "1e39"])
+def test_what_isnt_finite_is_read_so_that_its_text_can_be_named(written: str) -> None:
+    body = json.dumps(_reply(embedding=[0.5, 1.0, "here"])).replace('"here"', written).encode()
+    found = parse_reply(body, 3, 3, asked_bytes=100).vectors
+    assert np.isfinite(found).tolist() == [[True] * 3, [True] * 3, [True, True, False]]
 
 
 @pytest.mark.parametrize("how", BROKEN)
