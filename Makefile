@@ -9,7 +9,13 @@ INTEGRATIONS := .venv-integrations/.installed
 .PHONY: demo test test-contract test-acceptance test-browser test-ops test-integrations drill screenshots lint bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "python 3.11 or newer is needed" >&2; exit 1; }
+	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
+	found=$$($$python -c 'import sys; print("%d.%d %s" % (sys.version_info[:2] + (sys.version_info >= (3, 11),)))' 2>/dev/null); \
+	case "$$found" in \
+		*True) ;; \
+		"") echo "there is no $$python; vectormill needs Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1;; \
+		*) echo "$$python is Python $${found% *}; vectormill needs 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1;; \
+	esac
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
