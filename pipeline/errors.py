@@ -73,6 +73,12 @@ class ServiceUnreachable(VectormillError):
     exit_code = 6
 
 
+class LoginRefused(ServiceUnreachable):
+    """A server is there and refuses the login that its URL holds. A person must mend the URL, or the server."""
+
+    exit_code = 2
+
+
 class StorageUnreachable(ServiceUnreachable):
     """A storage doesn't answer, after its client's own retries."""
 

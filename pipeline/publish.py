@@ -40,9 +40,9 @@ def celery_settings(redis_url: str) -> dict[str, Any]:
         "task_default_queue": IDLE_QUEUE,
         "task_send_sent_event": True,
         "worker_send_task_events": True,
-        # A loading model must not get a fresh child killed.
+        # Neither a loading model nor a busy machine must get a fresh child killed.
         "worker_pool_start_method": "spawn",
-        "worker_proc_alive_timeout": 300,
+        "worker_proc_alive_timeout": 1_800,
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "broker_connection_max_retries": None,

@@ -12,8 +12,6 @@ from pipeline.embedded.place import Place
 from pipeline.embedded.runtime import Running
 from pipeline.settings import Settings
 
-_START_SECONDS = 120
-
 
 @contextmanager
 def running_servers(home: Path, prepare: Callable[[str], None], stages: Stages = lambda _: ()) -> Iterator[Running]:
@@ -30,7 +28,7 @@ def running_servers(home: Path, prepare: Callable[[str], None], stages: Stages =
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        started = ready.get(timeout=_START_SECONDS)
+        started = ready.get()
         if isinstance(started, BaseException):
             raise started
         yield started

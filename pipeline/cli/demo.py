@@ -17,6 +17,7 @@ from pipeline.cli.jobs import watch_job
 from pipeline.cli.prepare import BUNDLED_MODEL, bundled_model_folder
 from pipeline.cli.results import hit_table, search_many
 from pipeline.cli.servers import running_machine
+from pipeline.embedded.files import make_folder
 from pipeline.errors import UserError
 from pipeline.settings import Settings, load_settings
 from pipeline.sources import Columns, Corpus
@@ -39,7 +40,6 @@ def demo(
     settings = load_settings()
     look.stderr.print(f"[bold]vectormill demo[/bold]  {docs:,} docstrings of this Python's packages, {BUNDLED_MODEL}\n")
     corpus = _write_corpus(settings.home / "demo" / "docstrings.jsonl", docs)
-    look.stderr.print("Starting Postgres, Valkey, dispatcher, worker and Flower …")
     with running_machine(settings, workers=1) as running:
         look.stderr.print(f"Flower shows every chunk at {running.flower_url} while this runs.\n")
         engine = make_engine(running.database_url, application="vectormill-cli")
@@ -82,7 +82,7 @@ def _run(place: Place, settings: Settings, corpus: Path) -> int:
 
 
 def _write_corpus(path: Path, docs: int) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for key, text in docstrings():

@@ -1,11 +1,10 @@
 """How commands ask for what only a process with torch can do."""
 
 import json
-import os
 import subprocess
-import sys
 from typing import Any
 
+from pipeline.embedded.processes import our_environment, our_module
 from pipeline.errors import ModelError
 
 
@@ -16,17 +15,11 @@ def oneshot(arguments: list[str], payload: Any = None) -> Any:
         ModelError: it can't do what was asked, in its own words.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "workers.oneshot", *arguments],
+        our_module("workers.oneshot", *arguments),
         input=json.dumps(payload),
         capture_output=True,
         text=True,
-        env={
-            **os.environ,
-            # Our generic module names must not be looked for where the user happens to stand.
-            "PYTHONSAFEPATH": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        },
+        env=our_environment({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}),
         check=False,
     )
     if done.returncode:

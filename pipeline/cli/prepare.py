@@ -1,10 +1,13 @@
 """A database made ready: its schema, the bundled model in its catalogue, a key to its api."""
 
+import threading
+from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from pipeline import keys
-from pipeline.catalog import add_model, workspace_id
+from pipeline.catalog import add_model, weights_bytes, workspace_id
 from pipeline.cli.oneshot import oneshot
 from pipeline.embedded.files import write_private
 from pipeline.store import keys as stored_keys
@@ -26,26 +29,52 @@ def migrate_database(url: str) -> None:
 
 
 def prepare_database(url: str, home: Path) -> str:
-    """Make the database of an `up` ready for use. Returns a key for its api.
+    """Bring the schema of an `up` up to date. Returns a key for its api.
 
-    The schema is brought up to date, the model that the extra `embedded` brings is added, if it is installed, and the
-    key is an admin's of the default workspace: that which the home keeps, or a new one if it is dead.
+    The key is an admin's of the default workspace: that which the home keeps, or a new one if it is dead.
     """
     migrate_database(url)
-    if folder := bundled_model_folder():
-        _add_bundled_model(url, folder)
     return _keep_api_key(url, home)
 
 
-def _add_bundled_model(url: str, folder: Path) -> None:
-    engine = make_engine(url, application="vectormill-cli")
-    with engine.begin() as connection:
-        known = models.by_name(connection, BUNDLED_MODEL)
-    if known is None:
-        description = oneshot(["describe", str(folder)])
-        with engine.begin() as connection:
-            add_model(connection, BUNDLED_MODEL, description, _BUNDLED_ALIASES)
-    engine.dispose()
+class BundledModel:
+    """The model that the extra `embedded` brings, if it is installed, on its way into a catalogue."""
+
+    def __init__(self) -> None:
+        self._folder = bundled_model_folder()
+        self._description: Future[dict[str, Any]] | None = None
+
+    def describe(self) -> None:
+        """Begin to describe it, beside all else that starts: it is loaded and tried for that, which takes a while."""
+        if self._folder and self._description is None:
+            self._description = Future()
+            threading.Thread(target=_describe, args=(self._folder, self._description), daemon=True).start()
+
+    def add(self, url: str) -> None:
+        """Add it, unless the catalogue has it.
+
+        Raises:
+            ModelError: it can't be loaded.
+        """
+        engine = make_engine(url, application="vectormill-cli")
+        try:
+            with engine.begin() as connection:
+                known = models.by_name(connection, BUNDLED_MODEL)
+            if known is None:
+                self.describe()
+            if known is None and self._description:
+                description = self._description.result()
+                with engine.begin() as connection:
+                    add_model(connection, BUNDLED_MODEL, description, _BUNDLED_ALIASES)
+        finally:
+            engine.dispose()
+
+
+def _describe(folder: Path, described: "Future[dict[str, Any]]") -> None:
+    try:
+        described.set_result(oneshot(["describe", str(folder)]))
+    except Exception as error:  # noqa: BLE001 - raised again where it is waited for
+        described.set_exception(error)
 
 
 def _keep_api_key(url: str, home: Path) -> str:
@@ -70,3 +99,9 @@ def bundled_model_folder() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     return Path(spec.origin).parent / "model"
+
+
+def bundled_model_bytes() -> int:
+    """How large the weights of the bundled model are; 0 if it isn't installed."""
+    folder = bundled_model_folder()
+    return weights_bytes(folder) if folder else 0

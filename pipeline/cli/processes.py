@@ -14,6 +14,7 @@ from pipeline import exposition, metrics
 from pipeline.cli.connect import database_url, server_urls
 from pipeline.cli.look import stderr
 from pipeline.cli.oneshot import oneshot
+from pipeline.embedded.processes import our_environment, our_module
 from pipeline.errors import UserError
 from pipeline.logs import configure_logs
 from pipeline.settings import MODELS_SHARE, ROOM_FACTOR, load_settings
@@ -93,7 +94,6 @@ def worker(
     memory_bytes = min(memory for _, memory in chosen)
     each = replicas or _default_replicas(database, memory_bytes, model or [])
     environment = {
-        **os.environ,
         "VECTORMILL_DATABASE_URL": database,
         "VECTORMILL_REDIS_URL": redis,
         "VECTORMILL_WORKER_MODELS": ",".join(model or []),
@@ -147,7 +147,7 @@ def engine(
         "VECTORMILL_ENGINE_PORT": None if port is None else str(port),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    _become(["workers.engine"], {**os.environ, **{name: value for name, value in chosen.items() if value is not None}})
+    _become(["workers.engine"], {name: value for name, value in chosen.items() if value is not None})
 
 
 def api(
@@ -192,7 +192,7 @@ def flower() -> None:
     database, redis = server_urls(settings)
     if settings.flower_password is None:
         raise UserError("set VECTORMILL_FLOWER_PASSWORD; without it Flower's pages would be open.")
-    environment = {**os.environ, "VECTORMILL_DATABASE_URL": database, "VECTORMILL_REDIS_URL": redis}
+    environment = {"VECTORMILL_DATABASE_URL": database, "VECTORMILL_REDIS_URL": redis}
     _become([*_CELERY, "flower", f"--conf={settings.flower_config}"], environment)
 
 
@@ -202,13 +202,11 @@ def _checked(precision: str) -> str:
     return precision
 
 
-def _become(module: list[str], environment: dict[str, str]) -> None:
+def _become(module: list[str], more: dict[str, str]) -> None:
     """Turn this process into another program of ours or Celery's, so that signals reach it."""
-    command = [sys.executable, "-m", *module]
-    # Python and Celery both look for our generic module names where the user happens to stand.
-    environment = {**environment, "VECTORMILL_HOME": str(load_settings().home), "PYTHONSAFEPATH": "1"}
-    os.chdir("/")
-    os.execve(sys.executable, command, environment)  # noqa: S606 - no shell is what we want  # nosec B606
+    environment = our_environment({**more, "VECTORMILL_HOME": str(load_settings().home)})
+    os.chdir("/")  # Celery looks for modules where it stands, whatever Python does
+    os.execve(sys.executable, our_module(*module), environment)  # noqa: S606 - no shell is what we want  # nosec B606
 
 
 def _choose_devices(wish: str) -> list[tuple[str, int]]:
@@ -227,7 +225,11 @@ def _choose_devices(wish: str) -> list[tuple[str, int]]:
 
 
 def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:
-    """2 where two copies of the largest model fit in 80 % of the device's memory, else 1."""
+    """2 where two copies of the largest model fit in 80 % of the device's memory, else 1.
+
+    An `up` that starts for the first time adds the bundled model meanwhile.
+    """
+    from pipeline.cli.prepare import bundled_model_bytes
     from pipeline.store import models
     from pipeline.store.database import make_engine
 
@@ -238,5 +240,5 @@ def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:
     if unknown := set(only) - {name for row in rows for name in (row["name"], *row["aliases"])}:
         stderr.print(f"Not in the catalogue yet, served as soon as it is: {', '.join(sorted(unknown))}", markup=False)
     sizes = [row["weights_bytes"] for row in rows if not only or {row["name"], *row["aliases"]} & set(only)]
-    copy_bytes = max(sizes, default=0) * ROOM_FACTOR + _LIBRARIES_BYTES
+    copy_bytes = max(sizes, default=bundled_model_bytes()) * ROOM_FACTOR + _LIBRARIES_BYTES
     return 2 if 2 * copy_bytes <= memory_bytes * MODELS_SHARE else 1

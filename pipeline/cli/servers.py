@@ -4,22 +4,23 @@ import queue
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 from urllib.parse import urlsplit
 
 import psutil
 import typer
 from rich.console import Console
 
+from pipeline.cli.waiting import Waiting
 from pipeline.embedded.files import last_lines, open_log
-from pipeline.embedded.processes import find_process, wait_until_gone
+from pipeline.embedded.place import Place
+from pipeline.embedded.processes import find_process, our_environment, our_module, wait_until_gone
 from pipeline.embedded.runtime import Running, find_running, hold_home, stop_leftovers
 from pipeline.embedded.stages import STOP_SECONDS, app_stages, metered_names
 from pipeline.errors import ServerFailed, ServiceUnreachable, UserError
@@ -28,7 +29,6 @@ from pipeline.settings import Settings, load_settings
 if TYPE_CHECKING:
     from pipeline.embedded.machine import Machine
 
-_READY_SECONDS = 300.0
 _HASTENED_SECONDS = 20.0
 _POLL_SECONDS = 0.2
 
@@ -39,7 +39,8 @@ Detach = Annotated[bool, typer.Option("--detach", help="Return when all is ready
 def up(workers: Workers = 1, detach: Detach = False) -> None:
     """Run all of vectormill on this machine: servers, dispatcher, workers, engine, api, Flower.
 
-    Servers that VECTORMILL_DATABASE_URL and VECTORMILL_REDIS_URL name are used; those not named are started.
+    Servers that VECTORMILL_DATABASE_URL and VECTORMILL_REDIS_URL name are used; those not named are started. It waits
+    as long as each process lives and does something, and says which it waits for.
 
     Examples:
 
@@ -47,17 +48,17 @@ def up(workers: Workers = 1, detach: Detach = False) -> None:
 
         vectormill up --workers 2 --detach && eval "$(vectormill env)"
     """
-    settings = load_settings()
+    console = _console()
+    settings = _without_own_servers(console, load_settings())
     if detach:
-        _up_detached(settings, workers)
+        _up_detached(console, settings, workers)
         return
     if find_running(settings.home):
         raise UserError("vectormill already runs here; stop it with: vectormill down")
-    console = _console()
-    machine = _machine(settings, workers)
-    console.print("Starting; a first start makes the database and takes a few seconds.")
-    with _on_signals(machine.request_stop):
-        machine.run(lambda running: _greet(console, running, workers))
+    lines = _Lines(console)
+    machine = _machine(settings, workers, lines.show)
+    with lines, _on_signals(machine.request_stop):
+        machine.run(lambda running: lines.greet(running, workers))
     console.print("Stopped.")
 
 
@@ -68,10 +69,12 @@ def down() -> None:
 
         vectormill down
     """
+    console = _console()
     home = load_settings().home
     running = find_running(home)
     if running:
-        _stop_supervisor(running)
+        with Waiting(console, "Stopping") as waiting:
+            _stop_supervisor(running, waiting)
     leftovers = _stop_leftovers(home)
     if running:
         message = "Stopped."
@@ -79,7 +82,7 @@ def down() -> None:
         message = f"Stopped {leftovers} processes that an up left behind when it was killed."
     else:
         message = "Nothing runs here."
-    _console().print(message)
+    console.print(message)
 
 
 def env() -> None:
@@ -117,13 +120,16 @@ def running_machine(settings: Settings, workers: int) -> Iterator[Running]:
     if running:
         yield running
         return
-    machine = _machine(settings, workers)
+    console = _console()
+    lines = _Lines(console)
+    machine = _machine(_without_own_servers(console, settings), workers, lines.show)
     ready: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
-    with _on_signals(_exit, signal.SIGTERM), ThreadPoolExecutor(1, thread_name_prefix="machine") as pool:
+    with lines, _on_signals(_exit, signal.SIGTERM), ThreadPoolExecutor(1, thread_name_prefix="machine") as pool:
         try:
             ended = pool.submit(machine.run, ready.put)
             ended.add_done_callback(lambda _: ready.put(None))
             if started := ready.get():
+                lines.end()
                 yield started
         finally:
             with _on_signals(machine.request_stop):
@@ -132,22 +138,70 @@ def running_machine(settings: Settings, workers: int) -> Iterator[Running]:
     ended.result()
 
 
-def _machine(settings: Settings, workers: int) -> "Machine":
-    from pipeline.cli.prepare import prepare_database
+def _without_own_servers(console: Console, settings: Settings) -> Settings:
+    """Say which servers are started although the environment names them, if there are such."""
+    from pipeline.embedded.machine import forget_own_servers
+
+    settings, own = forget_own_servers(settings)
+    if own:
+        console.print(f"{' and '.join(own)}: this home's own, from vectormill env. They are started here.")
+    return settings
+
+
+def _machine(settings: Settings, workers: int, on_wait: Callable[[Running], None]) -> "Machine":
+    from pipeline.cli.prepare import BundledModel, prepare_database
     from pipeline.embedded.machine import Machine
 
-    prepare = partial(prepare_database, home=settings.home)
     own = settings.database_url is None and settings.sql_url is None
+    # A home without data has no catalogue yet; who names a database may have one.
+    first = settings.database_url is None and not Place.of_home(settings.home).data.exists()
+    model = BundledModel()
     return Machine(
         settings,
-        prepare=prepare,
+        begin=model.describe if first else lambda: None,
+        prepare=partial(prepare_database, home=settings.home),
         stages=lambda running: app_stages(running, workers, queries_as_owner=own),
+        complete=model.add,
         metered=metered_names(workers),
+        on_wait=on_wait,
     )
 
 
-def _up_detached(settings: Settings, workers: int) -> None:
-    console = _console()
+class _Lines:
+    """What an `up` in this terminal says while it starts, is ready and stops."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._waiting: Waiting | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def show(self, running: Running) -> None:
+        """Say what is waited for."""
+        verb = "Stopping" if running.stopping else "Starting"
+        if self._waiting is None or self._waiting.verb != verb:
+            self.end()
+            self._waiting = Waiting(self._console, verb).__enter__()
+        self._waiting.show(running.waiting_for)
+
+    def greet(self, running: Running, workers: int) -> None:
+        """Say that all is ready, and where."""
+        seconds = self._waiting.seconds if self._waiting else 0.0
+        self.end()
+        _greet(self._console, running, workers, seconds)
+
+    def end(self) -> None:
+        """Say nothing more for now."""
+        if self._waiting:
+            self._waiting.end()
+            self._waiting = None
+
+
+def _up_detached(console: Console, settings: Settings, workers: int) -> None:
     running = _running_and_ready(settings.home)
     if running:
         console.print("vectormill already runs here and is ready.")
@@ -155,39 +209,43 @@ def _up_detached(settings: Settings, workers: int) -> None:
     log = settings.home / "logs" / "up.log"
     with open_log(log) as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", "up", "--workers", str(workers)],
+            our_module("pipeline.cli", "up", "--workers", str(workers)),
+            env=our_environment({}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
     try:
-        _greet(console, _wait_until_ready(settings.home, process, log), workers, detached=True)
+        with Waiting(console, "Starting") as waiting:
+            running = _wait_until_ready(settings.home, process, log, waiting)
     except BaseException:
         process.terminate()
         raise
+    _greet(console, running, workers, waiting.seconds, detached=True)
 
 
-def _wait_until_ready(home: Path, process: subprocess.Popen[bytes], log: Path) -> Running:
-    deadline = time.monotonic() + _READY_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
+def _wait_until_ready(home: Path, process: subprocess.Popen[bytes], log: Path, waiting: Waiting) -> Running:
+    """Wait as long as the process lives: it gives up by itself what stands still."""
+    while process.poll() is None:
         running = find_running(home)
-        if running and running.ready and running.supervisor_pid == process.pid:
-            return running
+        if running and running.supervisor_pid == process.pid:
+            if running.ready:
+                return running
+            waiting.show(running.waiting_for)
         time.sleep(_POLL_SECONDS)
-    code = process.returncode
-    problem = f"wasn't ready within {_READY_SECONDS:g} s" if code is None else f"ended with code {code}"
-    raise ServerFailed(f"up {problem}. Its log is {log}, which ends:\n{last_lines(log)}")
+    raise ServerFailed(f"up ended with code {process.returncode}. Its log is {log}, which ends:\n{last_lines(log)}")
 
 
 def _running_and_ready(home: Path) -> Running | None:
     running = find_running(home)
     if running and not running.ready:
-        raise UserError("vectormill is starting or stopping here already; stop it with: vectormill down")
+        what = "stopping here; wait until it has" if running.stopping else "starting here already"
+        raise UserError(f"vectormill is {what}, or stop it with: vectormill down")
     return running
 
 
-def _stop_supervisor(running: Running) -> None:
+def _stop_supervisor(running: Running, waiting: Waiting) -> None:
     """Ask the supervisor to stop, then to hasten, then end it; what it leaves is for `_stop_leftovers`."""
     for stop_signal, seconds in (
         (signal.SIGTERM, STOP_SECONDS),
@@ -199,19 +257,24 @@ def _stop_supervisor(running: Running) -> None:
             return
         with suppress(psutil.NoSuchProcess):
             process.send_signal(stop_signal)
-        if wait_until_gone(running.supervisor, seconds):
-            return
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if wait_until_gone(running.supervisor, _POLL_SECONDS):
+                return
+            if (now := find_running(running.home)) and now.stopping:
+                waiting.show(now.waiting_for)
 
 
 def _stop_leftovers(home: Path) -> int:
-    if not home.exists():
+    if not (home / "run").exists():
         return 0
     with hold_home(home):
         return stop_leftovers(home)
 
 
-def _greet(console: Console, running: Running, workers: int, *, detached: bool = False) -> None:
-    console.print(f"Ready: Postgres, Valkey, dispatcher, {workers} worker{'s' * (workers > 1)}, engine, api, Flower.")
+def _greet(console: Console, running: Running, workers: int, seconds: float, *, detached: bool = False) -> None:
+    some = f"{workers} worker{'s' * (workers > 1)}"
+    console.print(f"Ready after {seconds:,.0f} s: Postgres, Valkey, dispatcher, {some}, engine, api, Flower.")
     console.print(f"  Postgres  {_without_password(running.database_url)}")
     console.print(f"  Valkey    {_without_password(running.redis_url)}")
     console.print(f"  Dashboard {running.api_url} (vectormill env prints a key to log in with)")

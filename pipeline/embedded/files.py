@@ -2,22 +2,55 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from pipeline.errors import UserError
 
 _ROTATE_BYTES = 10 * 1024 * 1024
 _TAIL_BYTES = 16 * 1024
 
 
+@contextmanager
+def naming_the_home(path: Path) -> Iterator[None]:
+    """Turn a refusal of the file system into one sentence.
+
+    Raises:
+        UserError: the block got an `OSError` at `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} can't be used: {error.strerror}. Set VECTORMILL_HOME to a folder that you may write to."
+        ) from error
+
+
 def make_folder(path: Path) -> Path:
-    """Create the folder with mode 0700 if it is missing; one that exists keeps its mode."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Create the folder with mode 0700 if it is missing; one that exists keeps its mode.
+
+    Raises:
+        UserError: it can't be made.
+    """
+    with naming_the_home(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace the file as a whole, mode 0600. A reader sees the old text or the new one, never a part."""
+    """Replace the file as a whole, mode 0600. A reader sees the old text or the new one, never a part.
+
+    Raises:
+        UserError: it can't be written.
+    """
     make_folder(path.parent)
+    with naming_the_home(path):
+        _replace(path, text)
+
+
+def _replace(path: Path, text: str) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -29,11 +62,16 @@ def write_private(path: Path, text: str) -> None:
 
 
 def open_log(path: Path) -> BinaryIO:
-    """Open a log for appending, mode 0600. One over 10 MB becomes `<name>.1` first, over the older one."""
+    """Open a log for appending, mode 0600. One over 10 MB becomes `<name>.1` first, over the older one.
+
+    Raises:
+        UserError: it can't be opened.
+    """
     make_folder(path.parent)
-    if path.exists() and path.stat().st_size > _ROTATE_BYTES:
-        path.replace(path.with_name(f"{path.name}.1"))
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
+    with naming_the_home(path):
+        if path.exists() and path.stat().st_size > _ROTATE_BYTES:
+            path.replace(path.with_name(f"{path.name}.1"))
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
 
 
 def last_lines(path: Path, count: int = 15) -> str:

@@ -1,6 +1,7 @@
 """All of vectormill on one machine: the servers that no URL names, then the processes that work on them."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from os import getpid
 from secrets import token_urlsafe
 
@@ -12,20 +13,27 @@ from pipeline.embedded.postgres import Postgres
 from pipeline.embedded.processes import ProcessMark, mark_process
 from pipeline.embedded.runtime import Running, forget_running, hold_home, stop_leftovers, write_running
 from pipeline.embedded.supervisor import Child, Supervisor
-from pipeline.embedded.valkey import Valkey
+from pipeline.embedded.valkey import Valkey, check_redis
+from pipeline.errors import UserError
 from pipeline.settings import Settings
 
-#: Gives the stages of children that follow the servers; each is asked for when the one before is ready.
+#: Gives the stages of children that follow the servers. All are started at once, and stopped in reverse order.
 Stages = Callable[[Running], Iterable[tuple[Child, ...]]]
+
+_PREPARING = ("the database's schema",)
+_COMPLETING = ("the bundled model",)
 
 
 class Machine:
     """The process tree of `vectormill up`.
 
     Args:
+        begin: called once before anything is started, for what needs none of it.
         prepare: called once with the database's URL when the servers are ready; may give an API key.
         stages: the children after that.
+        complete: called once with the database's URL when those are ready.
         metered: those of them that show metrics at a port of their own, by their names.
+        on_wait: called with the record when what the start or the stop waits for has changed.
     """
 
     def __init__(
@@ -34,13 +42,19 @@ class Machine:
         *,
         prepare: Callable[[str], str | None],
         stages: Stages,
+        begin: Callable[[], None] = lambda: None,
+        complete: Callable[[str], None] = lambda _: None,
         metered: Iterable[str] = (),
+        on_wait: Callable[[Running], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._metered = metered
+        self._begin = begin
         self._prepare = prepare
         self._stages = stages
-        self._supervisor = Supervisor(settings.home / "logs", self._record_children)
+        self._complete = complete
+        self._on_wait = on_wait
+        self._supervisor = Supervisor(settings.home / "logs", self._record_children, self._wait_for)
         self._running: Running
 
     def request_stop(self) -> None:
@@ -58,17 +72,19 @@ class Machine:
         make_folder(home)
         with hold_home(home):
             stop_leftovers(home)
+            servers = self._draft_servers()
             try:
-                if self._start():
-                    self._record(ready=True)
+                if self._start(*servers):
+                    self._record(ready=True, waiting_for=())
                     on_ready(self._running)
                     self._supervisor.watch()
             finally:
+                self._tell(ready=False, stopping=True)
                 self._supervisor.stop()
                 forget_running(home)
 
-    def _start(self) -> bool:
-        """Start the servers, then the stages; `False` if a stop was asked for meanwhile."""
+    def _draft_servers(self) -> tuple[Postgres | None, Valkey | None]:
+        """Choose ports and passwords, and record them before anything runs."""
         home, settings = self._settings.home, self._settings
         postgres = None if settings.database_url else Postgres.of_home(home)
         valkey = None if settings.redis_url else Valkey.of_home(home)
@@ -76,13 +92,31 @@ class Machine:
             database_url=_url(settings.database_url, postgres), redis_url=_url(settings.redis_url, valkey)
         )
         self._record()
-        servers = [server for server in (postgres, valkey) if server]
-        for server in servers:
-            server.prepare()
-        if not self._supervisor.start(*(server.child() for server in servers)):
+        return postgres, valkey
+
+    def _start(self, postgres: Postgres | None, valkey: Valkey | None) -> bool:
+        """Start the servers, then the stages; `False` if a stop was asked for meanwhile."""
+        self._begin()
+        if valkey:
+            valkey.prepare()
+            self._supervisor.launch(valkey.child())
+        else:
+            check_redis(self._running.redis_url)
+        if postgres:
+            self._wait_for(("Postgres' data",))
+            postgres.prepare()
+            self._supervisor.launch(postgres.child())
+        if not self._supervisor.wait_until_ready():
             return False
+        self._wait_for(_PREPARING)
         self._record(api_key=self._prepare(self._running.database_url) or "")
-        return all(self._supervisor.start(*stage) for stage in self._stages(self._running))
+        for stage in self._stages(self._running):
+            self._supervisor.launch(*stage)
+        if not self._supervisor.wait_until_ready():
+            return False
+        self._wait_for(_COMPLETING)
+        self._complete(self._running.database_url)
+        return True
 
     def _draft(self, *, database_url: str, redis_url: str) -> Running:
         me = mark_process("up", getpid())
@@ -104,9 +138,33 @@ class Machine:
     def _record_children(self, children: tuple[ProcessMark, ...]) -> None:
         self._record(children=children)
 
+    def _wait_for(self, names: tuple[str, ...]) -> None:
+        self._tell(waiting_for=names)
+
+    def _tell(self, **changes: object) -> None:
+        """Record and say what is for people only: no full disk or closed terminal keeps a child from being stopped."""
+        with suppress(UserError):
+            self._record(**changes)
+        with suppress(OSError):
+            self._on_wait(self._running)
+
     def _record(self, **changes: object) -> None:
         self._running = self._running.model_copy(update=changes)
         write_running(self._running)
+
+
+def forget_own_servers(settings: Settings) -> tuple[Settings, list[str]]:
+    """Treat URLs that name the home's own servers, as `vectormill env` prints them, as if they weren't set.
+
+    Returns:
+        The settings without them, and the names of the variables.
+    """
+    own = []
+    if settings.database_url and Postgres.is_at(settings.home, settings.database_url.get_secret_value()):
+        own.append("database_url")
+    if settings.redis_url and Valkey.is_at(settings.home, settings.redis_url.get_secret_value()):
+        own.append("redis_url")
+    return settings.model_copy(update=dict.fromkeys(own)), [f"VECTORMILL_{name.upper()}" for name in own]
 
 
 def _url(given: SecretStr | None, server: Postgres | Valkey | None) -> str:

@@ -4,10 +4,12 @@ import secrets
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 import psycopg
 
@@ -21,7 +23,11 @@ from pipeline.errors import ServerFailed
 
 _USER = _DATABASE = "vectormill"
 _ENVIRONMENT = {"LC_ALL": "C", "PATH": "/usr/bin:/bin"}
-_STOP_SECONDS = 30.0
+#: A fast shutdown writes a checkpoint first, which takes a slow disk its time.
+STOP_SECONDS = 300.0
+_KILLED_SECONDS = 30.0
+#: A busy machine takes its time to let somebody in.
+_CONNECT_SECONDS = 30
 
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
@@ -66,6 +72,15 @@ class Postgres:
         log = home / "logs" / "initdb.log"
         return cls(place=place, setup_log=log, port=keep_port(home, "postgres"), password=password)
 
+    @classmethod
+    def is_at(cls, home: Path, url: str) -> bool:
+        """Whether a URL names the home's own server, at whatever port: on loopback, with its password."""
+        with suppress(OSError, ValueError):
+            parts = urlsplit(url)
+            if parts.hostname == "127.0.0.1":
+                return parts.password == _password_file(Place.of_home(home).data).read_text()
+        return False
+
     @property
     def url(self) -> str:
         """The URL with the password."""
@@ -94,9 +109,9 @@ class Postgres:
             cwd=self.place.data,
             ready=lambda: accepts(self.url),
             account=self.place.account,
-            # Fast shutdown: ends the sessions, writes a checkpoint.
+            # Fast shutdown: ends the sessions.
             stop_signal=signal.SIGINT,
-            stop_grace_seconds=_STOP_SECONDS,
+            stop_grace_seconds=STOP_SECONDS,
         )
 
     @property
@@ -146,7 +161,7 @@ class Postgres:
 def accepts(url: str) -> bool:
     """Whether a server at this URL lets us in and answers."""
     try:
-        with psycopg.connect(url, connect_timeout=3) as connection:
+        with psycopg.connect(url, connect_timeout=_CONNECT_SECONDS) as connection:
             connection.execute("SELECT 1")
     except psycopg.Error:
         return False
@@ -181,10 +196,10 @@ def _stop_orphans(data: Path) -> None:
     postmaster = _locked_by(lock)
     for process in processes_in(data, "postgres"):
         if process.pid == postmaster:
-            stop_process(mark_process("postgres", process.pid, signal.SIGINT), _STOP_SECONDS)
+            stop_process(mark_process("postgres", process.pid, signal.SIGINT), STOP_SECONDS)
     for process in processes_in(data, "postgres"):
         # Backends that outlive their postmaster hold its memory, and with it the data.
-        stop_process(mark_process("postgres", process.pid, signal.SIGKILL), _STOP_SECONDS)
+        stop_process(mark_process("postgres", process.pid, signal.SIGKILL), _KILLED_SECONDS)
     lock.unlink(missing_ok=True)
 
 

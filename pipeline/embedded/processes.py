@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,6 +71,52 @@ def stop_process(mark: ProcessMark, grace_seconds: float) -> None:
             process.kill()
     kill_group(mark.pid)
     wait_until_gone(mark, _KILLED_SECONDS)
+
+
+def our_module(name: str, *arguments: str) -> tuple[str, ...]:
+    """Return the command that runs a Python module of ours."""
+    return (sys.executable, "-m", name, *arguments)
+
+
+def our_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of such a process: our own with `more`, and no modules from where the user stands."""
+    return {**os.environ, **more, "PYTHONSAFEPATH": "1"}
+
+
+class Standstill:
+    """How long a process has done nothing: neither it nor those below it took processor time, and its log didn't grow.
+
+    A machine that is busy slows a process down and doesn't stop it, so that this tells a slow start from none.
+    """
+
+    def __init__(self, pid: int, log: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._pid, self._log, self._clock = pid, log, clock
+        self._seen = self._look()
+        self._moved = clock()
+
+    def seconds(self) -> float:
+        """Look anew, and return how long nothing has changed since a look that saw a change."""
+        seen = self._look()
+        if seen != self._seen:
+            self._seen, self._moved = seen, self._clock()
+        return self._clock() - self._moved
+
+    def _look(self) -> tuple[float, int]:
+        return cpu_seconds(self._pid), self._log.stat().st_size if self._log.exists() else 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process and of all below it that live or that it waited for."""
+    try:
+        process = psutil.Process(pid)
+        tree = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0.0
+    total = 0.0
+    for each in tree:
+        with suppress(psutil.NoSuchProcess):
+            total += sum(each.cpu_times())
+    return total
 
 
 def processes_in(folder: Path, name: str) -> list[psutil.Process]:

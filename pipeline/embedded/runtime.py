@@ -8,11 +8,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.embedded.files import make_folder, write_private
+from pipeline.embedded.files import make_folder, naming_the_home, write_private
 from pipeline.embedded.processes import ProcessMark, find_process, stop_process
 from pipeline.errors import UserError
 
-_LEFTOVER_GRACE_SECONDS = 20.0
+_LEFTOVER_GRACE_SECONDS = 60.0
 
 
 class Running(BaseModel):
@@ -35,8 +35,11 @@ class Running(BaseModel):
     flower_password: str = Field(repr=False)
     #: Ports of loopback at which children show their metrics, by their names; the api does so at its own.
     metrics_ports: dict[str, int] = Field(default_factory=dict)
-    #: Whether all children have been ready.
+    #: Whether all children have been ready, and no stop was asked for since.
     ready: bool
+    stopping: bool = False
+    #: What the start or the stop waits for.
+    waiting_for: tuple[str, ...] = ()
     children: tuple[ProcessMark, ...]
 
     @property
@@ -62,10 +65,20 @@ def forget_running(home: Path) -> None:
 
 
 def read_running(home: Path) -> Running | None:
-    """Return the home's record, whether or not its processes live; `None` if there is none of this home."""
+    """Return the home's record, whether or not its processes live; `None` if there is none of this home.
+
+    Raises:
+        UserError: it isn't ours to read.
+    """
+    record = _record(home)
+    with naming_the_home(record):
+        try:
+            text = record.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
     try:
-        running = Running.model_validate_json(_record(home).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValidationError):
+        running = Running.model_validate_json(text)
+    except ValidationError:
         return None
     return running if running.home.resolve() == home.resolve() else None
 
@@ -83,15 +96,25 @@ def hold_home(home: Path) -> Iterator[None]:
     Raises:
         UserError: another one is.
     """
-    path = make_folder(home / "run") / "lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = _lock(make_folder(home / "run") / "lock", home)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"vectormill already runs for {home}; stop it with: vectormill down") from None
         yield
     finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path, home: Path) -> int:
+    while True:
+        with naming_the_home(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+            make_folder(path.parent)  # whoever held it has deleted the home's data, and the lock with it
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(f"vectormill already runs for {home}; stop it with: vectormill down") from None
         os.close(descriptor)
 
 

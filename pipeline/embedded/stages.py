@@ -1,7 +1,5 @@
 """The children of `up` that are vectormill's own, and how to see that each is ready."""
 
-import os
-import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -12,19 +10,23 @@ from urllib.parse import urlsplit
 
 import psycopg
 
+from pipeline.embedded.postgres import STOP_SECONDS as SERVER_STOP_SECONDS
+from pipeline.embedded.processes import our_environment, our_module
 from pipeline.embedded.runtime import Running
 from pipeline.embedded.supervisor import Child
 
 _DISPATCHER_LEADS = "SELECT count(*) FROM vectormill.leases WHERE name = 'dispatcher' AND lease_until > now()"
 _WORKERS_SEEN = "SELECT count(*) FROM vectormill.workers WHERE seen_at > %s"
 _ENGINES_SEEN = "SELECT count(*) FROM vectormill.engines WHERE seen_at > %s"
-_WORKER_READY_SECONDS = 180.0
+_GRACE_SECONDS = 60.0
 #: Above the longest time of a chunk.
 _WORKER_GRACE_SECONDS = 330.0
 #: Above the longest time of a request.
 _REQUEST_GRACE_SECONDS = 630.0
-#: How long an orderly stop may take, one stage after the other.
-STOP_SECONDS = 2 * _REQUEST_GRACE_SECONDS + 30.0
+#: How long an orderly stop may take, one stage after the other, with the servers' and some to spare.
+STOP_SECONDS = 2 * _REQUEST_GRACE_SECONDS + SERVER_STOP_SECONDS + 60.0
+#: A busy machine takes its time to answer.
+_ANSWER_SECONDS = 30
 
 
 def worker_names(workers: int) -> list[str]:
@@ -38,7 +40,7 @@ def metered_names(workers: int) -> list[str]:
 
 
 def app_stages(running: Running, workers: int, *, queries_as_owner: bool = False) -> Iterator[tuple[Child, ...]]:
-    """Yield the stages that follow the servers.
+    """Yield the stages that follow the servers. None needs an earlier one to start; the last is stopped first.
 
     Args:
         workers: how many worker processes, each with its own children.
@@ -62,7 +64,6 @@ def app_stages(running: Running, workers: int, *, queries_as_owner: bool = False
                 name,
                 metered(name),
                 lambda: _count(url, _WORKERS_SEEN, started) >= workers,
-                ready_seconds=_WORKER_READY_SECONDS,
                 # A warm shutdown lets the chunk at hand end.
                 stop_grace_seconds=_WORKER_GRACE_SECONDS,
             )
@@ -75,7 +76,7 @@ def app_stages(running: Running, workers: int, *, queries_as_owner: bool = False
             stop_grace_seconds=_REQUEST_GRACE_SECONDS,
         ),
     )
-    # Stopped first: what is in flight needs the engine.
+    # What is in flight there needs the engine to its end.
     yield (
         _child(
             "api",
@@ -91,39 +92,36 @@ def _child(
     name: str,
     environment: dict[str, str],
     ready: Callable[[], bool],
-    ready_seconds: float = 60.0,
-    stop_grace_seconds: float = 10.0,
+    stop_grace_seconds: float = _GRACE_SECONDS,
 ) -> Child:
     command = name.split("-", maxsplit=1)[0]
     return Child(
         name=name,
-        command=(sys.executable, "-m", "pipeline.cli", command),
+        command=our_module("pipeline.cli", command),
         env=environment,
         cwd=Path.cwd(),
         ready=ready,
-        ready_seconds=ready_seconds,
         stop_grace_seconds=stop_grace_seconds,
     )
 
 
 def _environment(running: Running) -> dict[str, str]:
-    return {
-        **os.environ,
-        # Our generic module names must not be looked for where the user happens to stand.
-        "PYTHONSAFEPATH": "1",
-        "VECTORMILL_HOME": str(running.home),
-        "VECTORMILL_METRICS_HOST": "127.0.0.1",
-        "VECTORMILL_DATABASE_URL": running.database_url,
-        "VECTORMILL_REDIS_URL": running.redis_url,
-        "VECTORMILL_API_PORT": str(urlsplit(running.api_url).port),
-        "VECTORMILL_FLOWER_PORT": str(urlsplit(running.flower_url).port),
-        "VECTORMILL_FLOWER_URL": running.flower_url,
-        "VECTORMILL_FLOWER_PASSWORD": running.flower_password,
-    }
+    return our_environment(
+        {
+            "VECTORMILL_HOME": str(running.home),
+            "VECTORMILL_METRICS_HOST": "127.0.0.1",
+            "VECTORMILL_DATABASE_URL": running.database_url,
+            "VECTORMILL_REDIS_URL": running.redis_url,
+            "VECTORMILL_API_PORT": str(urlsplit(running.api_url).port),
+            "VECTORMILL_FLOWER_PORT": str(urlsplit(running.flower_url).port),
+            "VECTORMILL_FLOWER_URL": running.flower_url,
+            "VECTORMILL_FLOWER_PASSWORD": running.flower_password,
+        }
+    )
 
 
 def _database_time(url: str) -> datetime:
-    with psycopg.connect(url, connect_timeout=5) as connection:
+    with psycopg.connect(url, connect_timeout=_ANSWER_SECONDS) as connection:
         row = connection.execute("SELECT now()").fetchone()
     assert row
     time: datetime = row[0]
@@ -133,7 +131,7 @@ def _database_time(url: str) -> datetime:
 def _count(url: str, query: str, *parameters: object) -> int:
     """Return the query's count; -1 while the database can't be asked."""
     try:
-        with psycopg.connect(url, connect_timeout=3) as connection:
+        with psycopg.connect(url, connect_timeout=_ANSWER_SECONDS) as connection:
             row = connection.execute(query.encode(), parameters).fetchone()
     except psycopg.Error:
         return -1
@@ -144,7 +142,7 @@ def _answers(url: str, password: str | None = None) -> bool:
     """Whether a server answers; with `password` it is asked as the user `vectormill`."""
     parts = urlsplit(url)
     credentials = b64encode(f"vectormill:{password}".encode()).decode()
-    connection = HTTPConnection("127.0.0.1", parts.port, timeout=3)
+    connection = HTTPConnection("127.0.0.1", parts.port, timeout=_ANSWER_SECONDS)
     try:
         connection.request("GET", parts.path, headers={"Authorization": f"Basic {credentials}"} if password else {})
         return connection.getresponse().status == HTTPStatus.OK

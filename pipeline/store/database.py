@@ -1,5 +1,6 @@
 """Connections to Postgres: one place for time-outs, keep-alives and what a lost connection is called."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from pipeline.errors import ServiceUnreachable, UserError
+from pipeline.errors import LoginRefused, ServiceUnreachable, UserError
 
 # A server that vanished is noticed within about half a minute instead of the kernel's quarter of an hour.
 _CONNECT_ARGS = {
@@ -22,6 +23,12 @@ _CONNECT_ARGS = {
 }
 # No transaction of ours is held open across work: one that idles this long belongs to a frozen process.
 _SESSION = "set idle_in_transaction_session_timeout = '60s'"
+
+#: What a server says to a login that it will never let in; the driver has no state for it.
+_LOGIN_REFUSED = re.compile(
+    "authentication failed|no password supplied|no pg_hba.conf entry|(role|database) .* does not exist"
+    "|permission denied for database|is not permitted to log in"
+)
 
 
 def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = True) -> Engine:
@@ -117,9 +124,9 @@ def plain_reason(error: DBAPIError) -> str:
     return f"{type(error.orig).__name__}: {primary or 'no message'}"
 
 
-def connection_reason(error: DBAPIError) -> str:
+def connection_reason(error: Exception) -> str:
     """Why no connection came about, as the server or the network says it; there were no data yet to quote."""
-    first, *_ = str(error.orig).splitlines() or ["no message"]
+    first, *_ = str(getattr(error, "orig", error)).splitlines() or ["no message"]
     return first.rpartition("failed: ")[2].removeprefix("FATAL:").strip()
 
 
@@ -136,6 +143,10 @@ def reporting_unreachable(what: str = "the database") -> Iterator[None]:
             raise ServiceUnreachable(f"{what} has no room ({cause}); make some, then do the same again") from error
         if not is_connection_lost(error):
             raise
+        if _LOGIN_REFUSED.search(connection_reason(error)):
+            raise LoginRefused(
+                f"{what} refuses the login of its URL ({connection_reason(error)}); mend VECTORMILL_DATABASE_URL."
+            ) from error
         raise ServiceUnreachable(
-            f"can't reach {what}; check VECTORMILL_DATABASE_URL, or start one with: vectormill up --detach"
+            f"can't reach {what}; check VECTORMILL_DATABASE_URL, or unset it and start one with: vectormill up --detach"
         ) from error

@@ -2,7 +2,6 @@
 
 import os
 import queue
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,8 +14,7 @@ from sqlalchemy import text
 
 from pipeline.catalog import find_model, workspace_id
 from pipeline.cli.connect import Place
-from pipeline.cli.prepare import BUNDLED_MODEL, bundled_model_folder, prepare_database
-from pipeline.embedded import place
+from pipeline.cli.prepare import BUNDLED_MODEL, BundledModel, bundled_model_folder, prepare_database
 from pipeline.embedded.machine import Machine, Stages
 from pipeline.embedded.runtime import Running
 from pipeline.embedded.stages import app_stages
@@ -26,6 +24,7 @@ from pipeline.sources import Columns, Corpus
 from pipeline.store.database import make_engine
 from pipeline.submission import Options, Planning, Submission, planning
 from pipeline.submit import submit
+from tests.machines import remove_what_root_keeps
 
 
 def model_folder() -> Path:
@@ -55,7 +54,8 @@ def whole_machine() -> Iterator[Running]:
 @contextmanager
 def _machine(folder: Path, stages: Stages) -> Iterator[Running]:
     settings = Settings(home=folder / "home", database_url=None, redis_url=None)
-    machine = Machine(settings, prepare=partial(prepare_database, home=settings.home), stages=stages)
+    prepare = partial(prepare_database, home=settings.home)
+    machine = Machine(settings, prepare=prepare, stages=stages, complete=BundledModel().add)
     ready: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="machine") as pool:
@@ -69,15 +69,8 @@ def _machine(folder: Path, stages: Stages) -> Iterator[Running]:
                 machine.request_stop()
         ended.result()
     finally:
-        _remove_what_root_keeps(settings.home)
-
-
-def _remove_what_root_keeps(home: Path) -> None:
-    if os.geteuid() != 0:
-        return
-    kept = place.Place.of_home(home).folder
-    for folder in (kept, *kept.parent.glob(f"{kept.name}.new-*")):
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.geteuid() == 0:
+            remove_what_root_keeps(settings.home)
 
 
 @contextmanager

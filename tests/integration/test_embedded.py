@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 import psycopg
 import pytest
 import redis
+from pydantic import SecretStr
 
+from pipeline.cli.prepare import migrate_database
 from pipeline.embedded.files import open_log
-from pipeline.embedded.machine import Stages
+from pipeline.embedded.machine import Machine, Stages, forget_own_servers
 from pipeline.embedded.place import Place
 from pipeline.embedded.postgres import accepts
 from pipeline.embedded.processes import ProcessMark, find_process
@@ -28,7 +31,8 @@ from pipeline.embedded.runtime import Running, find_running, hold_home, read_run
 from pipeline.embedded.supervisor import Child, Supervisor
 from pipeline.embedded.valkey import answers
 from pipeline.embedded.wheels import wheel_folder
-from pipeline.errors import ServerFailed, UserError
+from pipeline.errors import LoginRefused, ServerFailed, UserError
+from pipeline.settings import Settings
 from tests.machines import remove_what_root_keeps, running_servers
 
 #: Runs a machine with the servers alone: prints `ready`, ends on SIGTERM. It becomes another user only after its
@@ -46,7 +50,7 @@ machine = Machine(Settings(home=Path(sys.argv[1])), prepare=lambda url: None, st
 signal.signal(signal.SIGTERM, lambda *_: machine.request_stop())
 machine.run(lambda running: print("ready", flush=True))
 """
-_WAIT_SECONDS = 20.0
+_WAIT_SECONDS = 240.0
 
 
 @pytest.fixture
@@ -133,6 +137,48 @@ def test_restart_keeps_data_urls_and_leaves_no_process(home: Path) -> None:
     with running(home) as second:
         assert (second.database_url, second.redis_url) == (first.database_url, first.redis_url)
         assert execute(second.database_url, "SELECT value FROM kept") == [(7,)]
+
+
+def test_urls_that_env_printed_name_the_homes_own_servers_afterwards_too(homes: Callable[[str], Path]) -> None:
+    """So that `eval "$(vectormill env)"; vectormill down; vectormill up` starts them."""
+    home = homes("home")
+    with running(home) as up:
+        pass
+    shell: dict[str, Any] = {"database_url": SecretStr(up.database_url), "redis_url": SecretStr(up.redis_url)}
+    settings, own = forget_own_servers(Settings(home=home, **shell))
+    assert own == ["VECTORMILL_DATABASE_URL", "VECTORMILL_REDIS_URL"]
+    assert (settings.database_url, settings.redis_url) == (None, None)
+    settings, own = forget_own_servers(Settings(home=homes("another"), **shell))
+    assert own == []
+    assert settings.database_url == shell["database_url"]
+    passwordless = SecretStr("postgresql://vectormill@127.0.0.1:5432/vectormill")
+    assert forget_own_servers(Settings(home=home, database_url=passwordless, redis_url=None))[1] == []
+
+
+def test_a_wrong_password_is_one_true_sentence(homes: Callable[[str], Path]) -> None:
+    with running(homes("home")) as up:
+        right: dict[str, Any] = {"database_url": SecretStr(up.database_url), "redis_url": SecretStr(up.redis_url)}
+        wrong = {name: SecretStr(_with_wrong_password(url.get_secret_value())) for name, url in right.items()}
+        sentences = {
+            "database_url": "the database refuses the login of its URL (password authentication failed for user "
+            '"vectormill"); mend VECTORMILL_DATABASE_URL.',
+            "redis_url": "Redis refuses the login of VECTORMILL_REDIS_URL: invalid username-password pair or user is "
+            "disabled.",
+        }
+        for name, sentence in sentences.items():
+            settings = Settings(home=homes(name), **{**right, name: wrong[name]})
+            machine = Machine(settings, prepare=migrate_database, stages=lambda _: ())
+            with pytest.raises(LoginRefused) as refused:
+                machine.run(lambda _: pytest.fail("it is ready"))
+            assert str(refused.value) == sentence
+
+
+def test_a_home_that_cannot_be_written_is_one_true_sentence(homes: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for home, reason in ((Path("/proc/home"), "No such file or directory"), (tmp_path / "file", "Not a directory")):
+        machine = Machine(Settings(home=home / "run"), prepare=lambda _: None, stages=lambda _: ())
+        with pytest.raises(UserError, match=rf"{home}\S* can't be used: {reason}. Set VECTORMILL_HOME to a folder"):
+            machine.run(lambda _: None)
 
 
 def test_two_homes_at_once(homes: Callable[[str], Path]) -> None:
@@ -251,26 +297,55 @@ def test_half_made_data_folder_is_made_anew(home: Path) -> None:
     assert not list(place.folder.parent.glob(f"{place.folder.name}.new-*/password"))
 
 
-def test_stages_follow_the_servers_and_stop_in_reverse_order(home: Path) -> None:
+def test_stages_follow_the_servers_at_once_and_stop_in_reverse_order(home: Path) -> None:
     def stages(up: Running) -> Iterator[tuple[Child, ...]]:
         assert accepts(up.database_url)
-        yield (_looping("first", home), _looping("second", home))
-        assert all((home / f"{name}.begun").exists() for name in ("first", "second"))
+        assert answers(up.redis_url)
+        # Ready only when the other stage has begun.
+        third = home / "third.begun"
+        yield (_looping("first", home, ready=third.exists), _looping("second", home))
         yield (_looping("third", home),)
 
     with running(home, stages) as up:
-        assert [mark.name for mark in up.children] == ["postgres", "valkey", "first", "second", "third"]
+        assert [mark.name for mark in up.children] == ["valkey", "postgres", "first", "second", "third"]
         assert find_running(home) == up
     ends = {name: int((home / f"{name}.end").read_text()) for name in ("first", "second", "third")}
     assert ends["third"] < min(ends["first"], ends["second"])
 
 
-def test_child_that_keeps_dying_is_named_with_its_logs_end(tmp_path: Path) -> None:
-    broken = _child("broken", tmp_path, "raise SystemExit('no such luck')")
-    supervisor = Supervisor(tmp_path, lambda _: None)
-    with pytest.raises(ServerFailed, match=r"broken died 5 times.*broken\.log(?s:.*)no such luck"):
-        supervisor.start(broken)
+@pytest.mark.parametrize(
+    ("program", "ending"),
+    [
+        ("raise SystemExit('no such luck')", "ended with code 1"),
+        ("import os; print('no such luck', flush=True); os.kill(os.getpid(), 9)", "was ended by SIGKILL"),
+    ],
+)
+def test_child_that_dies_before_it_is_ready_ends_the_wait_with_its_logs_end(
+    program: str, ending: str, tmp_path: Path
+) -> None:
+    supervisor = Supervisor(tmp_path)
+    supervisor.launch(_child("lasting", tmp_path, "import time; time.sleep(600)"), _child("broken", tmp_path, program))
+    with pytest.raises(ServerFailed, match=rf"broken {ending} before .*broken\.log(?s:.*)no such luck"):
+        supervisor.wait_until_ready()
     supervisor.stop()
+
+
+def test_child_that_does_nothing_at_all_is_given_up(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path, standstill_seconds=0.5)
+    supervisor.launch(_child("idle", tmp_path, "print('here I am', flush=True); import time; time.sleep(600)"))
+    with pytest.raises(ServerFailed, match=r"idle isn't ready, and has done nothing for (?s:.*)idle\.log"):
+        supervisor.wait_until_ready()
+    supervisor.stop()
+
+
+def test_what_is_waited_for_is_told(tmp_path: Path) -> None:
+    told: list[tuple[str, ...]] = []
+    supervisor = Supervisor(tmp_path, on_wait=told.append)
+    supervisor.launch(_looping("first", tmp_path), _looping("second", tmp_path, ready=lambda: ("second",) in told))
+    assert supervisor.wait_until_ready()
+    assert told == [("first", "second"), ("second",), ()]
+    supervisor.stop()
+    assert set(told[3]) == {"first", "second"}
 
 
 def test_child_that_ignores_the_signal_is_killed_with_its_group(tmp_path: Path) -> None:
@@ -283,8 +358,9 @@ def test_child_that_ignores_the_signal_is_killed_with_its_group(tmp_path: Path) 
         "time.sleep(60)\n"
     )
     inner = tmp_path / "inner"
-    supervisor = Supervisor(tmp_path, lambda _: None)
-    assert supervisor.start(_child("stubborn", tmp_path, program, ready=inner.exists, grace_seconds=0.3))
+    supervisor = Supervisor(tmp_path)
+    supervisor.launch(_child("stubborn", tmp_path, program, ready=inner.exists, grace_seconds=0.3))
+    assert supervisor.wait_until_ready()
     grandchild = psutil.Process(int(inner.read_text()))
     supervisor.stop()
     wait_for(lambda: not _lives(grandchild))
@@ -295,19 +371,21 @@ def test_second_request_hastens_the_stop(tmp_path: Path) -> None:
         "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen('up', 'w').close()\ntime.sleep(60)\n"
     )
     ready = (tmp_path / "up").exists
-    supervisor = Supervisor(tmp_path, lambda _: None)
-    assert supervisor.start(_child("stubborn", tmp_path, program, ready=ready, grace_seconds=60))
+    supervisor = Supervisor(tmp_path)
+    supervisor.launch(_child("stubborn", tmp_path, program, ready=ready, grace_seconds=60))
+    assert supervisor.wait_until_ready()
     supervisor.request_stop()
     threading.Timer(0.2, supervisor.request_stop).start()
     began = time.monotonic()
     supervisor.stop()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 55
 
 
 def test_request_while_starting_ends_the_start(tmp_path: Path) -> None:
-    supervisor = Supervisor(tmp_path, lambda _: None)
+    supervisor = Supervisor(tmp_path)
+    supervisor.launch(_child("never", tmp_path, "import time; time.sleep(60)"))
     threading.Timer(0.3, supervisor.request_stop).start()
-    assert not supervisor.start(_child("never", tmp_path, "import time; time.sleep(60)"))
+    assert not supervisor.wait_until_ready()
     supervisor.stop()
 
 
@@ -403,7 +481,7 @@ def _child(
     )
 
 
-def _looping(name: str, home: Path) -> Child:
+def _looping(name: str, home: Path, *, ready: Callable[[], bool] | None = None) -> Child:
     """A child that says when it begins and, asked to stop, when it ends."""
     program = (
         "import pathlib, signal, time\n"
@@ -414,7 +492,7 @@ def _looping(name: str, home: Path) -> Child:
         f"pathlib.Path('{name}.begun').touch()\n"
         "while True: time.sleep(60)\n"
     )
-    return _child(name, home, program, ready=(home / f"{name}.begun").exists)
+    return _child(name, home, program, ready=ready or (home / f"{name}.begun").exists)
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -1,0 +1,64 @@
+"""The line that says what a start or a stop waits for, and for how long."""
+
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.status import Status
+
+_LINE_SECONDS = 15.0
+
+
+class Waiting:
+    """Says what is waited for, with seconds: on a terminal in one line that changes, elsewhere in one now and then.
+
+    Args:
+        verb: what goes on, such as `Starting`.
+    """
+
+    def __init__(self, console: Console, verb: str) -> None:
+        self._console = console
+        self.verb = verb
+        self._names: Sequence[str] = ()
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._status = Status("", console=console) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._status:
+            self._status.update(self)
+            self._status.start()
+        else:
+            threading.Thread(target=self._print_lines, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def show(self, names: Sequence[str]) -> None:
+        """Say from now on that this is waited for."""
+        self._names = tuple(names)
+
+    def end(self) -> None:
+        """Say no more. More than once is fine."""
+        self._ended.set()
+        if self._status:
+            self._status.stop()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been going on."""
+        return time.monotonic() - self._began
+
+    def __rich__(self) -> str:
+        waited_for = f"  waiting for {', '.join(self._names)}" if self._names else ""
+        return f"{self.verb}  {self.seconds:,.0f} s{waited_for}"
+
+    def _print_lines(self) -> None:
+        while not self._ended.wait(_LINE_SECONDS):
+            self._console.print(self.__rich__(), markup=False)
