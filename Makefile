@@ -102,5 +102,5 @@ bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks
 
 clean:
-	-@test ! -x $(BIN)/vectormill || $(BIN)/vectormill down
+	-@test ! -x $(BIN)/vectormill || VECTORMILL_HOME=$(CURDIR)/.vectormill $(BIN)/vectormill down --delete --yes
 	rm -rf $(VENV) .venv-integrations .vectormill .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

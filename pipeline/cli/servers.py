@@ -4,6 +4,7 @@ import queue
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,14 @@ import typer
 from rich.console import Console
 
 from pipeline.cli.waiting import Waiting
+from pipeline.embedded.deletion import data_folders, delete_data, size_bytes
 from pipeline.embedded.files import last_lines, open_log
 from pipeline.embedded.place import Place
 from pipeline.embedded.processes import find_process, our_environment, our_module, wait_until_gone
 from pipeline.embedded.runtime import Running, find_running, hold_home, stop_leftovers
 from pipeline.embedded.stages import STOP_SECONDS, app_stages, metered_names
 from pipeline.errors import ServerFailed, ServiceUnreachable, UserError
+from pipeline.figures import size
 from pipeline.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ _POLL_SECONDS = 0.2
 
 Workers = Annotated[int, typer.Option(min=1, max=64, help="Worker processes to start.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Return when all is ready.")]
+Delete = Annotated[bool, typer.Option("--delete", help="Then delete the data: databases, files, logs. It asks first.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Delete without asking.")]
 
 
 def up(workers: Workers = 1, detach: Detach = False) -> None:
@@ -62,15 +67,21 @@ def up(workers: Workers = 1, detach: Detach = False) -> None:
     console.print("Stopped.")
 
 
-def down() -> None:
+def down(delete: Delete = False, yes: Yes = False) -> None:
     """Stop what `up` runs here, in order: work at hand is finished first.
 
-    Example:
+    Examples:
 
         vectormill down
+
+        vectormill down --delete
     """
     console = _console()
     home = load_settings().home
+    if yes and not delete:
+        raise UserError("--yes answers the question of --delete, which isn't given.")
+    if delete and not yes:
+        _confirm_deletion(console, home)
     running = find_running(home)
     if running:
         with Waiting(console, "Stopping") as waiting:
@@ -83,6 +94,37 @@ def down() -> None:
     else:
         message = "Nothing runs here."
     console.print(message)
+    if delete:
+        _delete(console, home)
+
+
+def _confirm_deletion(console: Console, home: Path) -> None:
+    folders = data_folders(home)
+    if not folders:
+        return
+    if not sys.stdin.isatty():
+        raise UserError("nobody can be asked here whether to delete the data; say it with --yes.")
+    runs = " It runs, and is stopped first." if find_running(home) else ""
+    console.print(f"All data of {home}, {size(size_bytes(folders))}: databases, files, logs in", markup=False)
+    for folder in folders:
+        console.print(f"  {folder}", markup=False)
+    typer.confirm(f"Delete it for good?{runs}", abort=True, err=True)
+
+
+def _delete(console: Console, home: Path) -> None:
+    from pipeline.embedded.machine import forget_own_servers
+
+    folders = data_folders(home)
+    if not folders:
+        console.print(f"There are no data of {home}.", markup=False)
+        return
+    freed = size(size_bytes(folders))
+    _, own = forget_own_servers(load_settings())
+    with hold_home(home):
+        delete_data(home)
+    console.print(f"Deleted the data of {home}: {freed}.", markup=False)
+    if own:
+        console.print(f"Its servers are gone for good: unset {' '.join(own)}")
 
 
 def env() -> None:

@@ -130,6 +130,16 @@ def processes_in(folder: Path, name: str) -> list[psutil.Process]:
     return found
 
 
+def processes_from(folder: Path) -> list[psutil.Process]:
+    """Return the processes whose program lies below the folder."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            if Path(process.exe()).is_relative_to(folder):
+                found.append(process)
+    return found
+
+
 def kill_group(pid: int) -> None:
     """Send SIGKILL to all that is left of the process group that `pid` leads or led."""
     # PermissionError: some systems answer so when only zombies are left.

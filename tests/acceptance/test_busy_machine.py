@@ -53,7 +53,7 @@ def user() -> Iterator[User]:
         try:
             yield made
         finally:
-            made.types("vectormill down")
+            made.types("vectormill down --delete --yes")
             if os.geteuid() == 0:
                 remove_what_root_keeps(made.home)
 

@@ -1,0 +1,49 @@
+"""The deletion of a home's data."""
+
+import shutil
+import stat
+from pathlib import Path
+
+from pipeline.embedded.place import Place
+from pipeline.embedded.processes import processes_in
+from pipeline.embedded.programs import remove_unused_programs
+from pipeline.errors import ServerFailed, UserError
+
+#: What vectormill makes in a home. A home may be a folder in which other things are, too: those stay.
+_OWN = ("postgres", "valkey", "files", "demo", "logs", "run")
+
+_SERVER = "postgres"
+
+
+def data_folders(home: Path) -> list[Path]:
+    """Return the folders that hold a home's data."""
+    own = [home / name for name in _OWN if (home / name).exists()]
+    return [*own, *(each for each in Place.of_home(home).remains() if each not in own)]
+
+
+def size_bytes(folders: list[Path]) -> int:
+    """Return how much the files in the folders take."""
+    every = (each.lstat() for folder in folders for each in folder.rglob("*"))
+    return sum(found.st_size for found in every if stat.S_ISREG(found.st_mode))
+
+
+def delete_data(home: Path) -> None:
+    """Delete a home's data, and the programs that are kept for root's homes with the last of them.
+
+    The home must be held, and what ran there be stopped.
+
+    Raises:
+        UserError: a folder is a link; nothing has been deleted.
+        ServerFailed: a server still works on the data; nothing has been deleted.
+    """
+    place, folders = Place.of_home(home), data_folders(home)
+    if links := [folder for folder in folders if folder.is_symlink()]:
+        raise UserError(f"{links[0]} is a link: delete what it points to, and the link, yourself.")
+    if place.data.exists() and (servers := processes_in(place.data, _SERVER)):
+        raise ServerFailed(f"Postgres still works on {place.data} (process {servers[0].pid}); nothing was deleted.")
+    for folder in folders:
+        shutil.rmtree(folder)
+    if home.is_dir() and not any(home.iterdir()):
+        home.rmdir()
+    if place.account is not None:
+        remove_unused_programs()

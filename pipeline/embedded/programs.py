@@ -1,0 +1,126 @@
+"""Copies of a wheel's programs for servers that root starts: one for each version, shared by all homes.
+
+Root owns them and nobody else may write to them; every account may read and run them.
+"""
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.embedded.processes import processes_from
+from pipeline.errors import ServerFailed
+
+#: All that vectormill keeps for root: `programs`, and a folder for each home.
+ROOTS_FOLDER = Path("/var/lib/vectormill")
+_PROGRAMS = "programs"
+_STAGING = ".new-"
+
+
+def shared_programs(installed: Path, version: str) -> Path:
+    """Return where the copy of an installed package is, whether or not it has been made."""
+    return ROOTS_FOLDER / _PROGRAMS / f"{installed.name}-{version}" / installed.name
+
+
+def share_programs(installed: Path, version: str) -> None:
+    """Copy a package's programs and libraries, as they lie to each other, unless there is a copy.
+
+    A copy of another version that nothing runs from goes: whoever needs it makes it again.
+
+    Raises:
+        ServerFailed: somebody other than root could change what would be run, or there is no room.
+    """
+    make_roots_folder()
+    copy = shared_programs(installed, version).parent
+    with _alone(make_closed_folder(copy.parent)):
+        if not copy.exists():
+            _remove_unused(copy.parent)
+            _copy(installed, copy)
+    _check_closed(copy)
+
+
+def remove_unused_programs() -> None:
+    """Remove all copies that nothing runs from, if no home of root's has data any more."""
+    folder = ROOTS_FOLDER / _PROGRAMS
+    if folder.is_dir() and [each.name for each in ROOTS_FOLDER.iterdir()] == [_PROGRAMS]:
+        with _alone(folder):
+            _remove_unused(folder)
+
+
+def make_roots_folder() -> None:
+    """Make the folder of all that is kept for root.
+
+    Raises:
+        ServerFailed: it can't be made, or somebody other than root may write to it.
+    """
+    make_closed_folder(ROOTS_FOLDER)
+
+
+def make_closed_folder(folder: Path) -> Path:
+    """Make a folder that everybody may pass through and only root may write to, whatever the umask is."""
+    try:
+        folder.mkdir()
+        folder.chmod(0o755)
+    except FileExistsError:
+        _check_closed(folder)
+    except OSError as error:
+        raise ServerFailed(
+            f"{folder} can't be made: {error.strerror}. Postgres doesn't run as root; its programs and data go there. "
+            "Run vectormill as another user, or set VECTORMILL_DATABASE_URL."
+        ) from error
+    return folder
+
+
+def _check_closed(folder: Path) -> None:
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != 0 or found.st_mode & 0o022:
+        raise ServerFailed(f"{folder} must be a folder that only root can write to.")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only one that makes and removes copies, and clear what was left half made."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for staging in folder.glob(f"{_STAGING}*"):
+            shutil.rmtree(staging, ignore_errors=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unused(folder: Path) -> None:
+    for copy in folder.iterdir():
+        if not processes_from(copy):
+            shutil.rmtree(copy)
+
+
+def _copy(installed: Path, copy: Path) -> None:
+    staging = Path(tempfile.mkdtemp(dir=copy.parent, prefix=_STAGING))
+    try:
+        skip = shutil.ignore_patterns("include", "*.a", "*.py", "__pycache__")
+        shutil.copytree(installed, staging / installed.name, symlinks=True, ignore=skip)
+        libraries = installed.with_name(f"{installed.name}.libs")
+        if libraries.exists():
+            shutil.copytree(libraries, staging / libraries.name, symlinks=True)
+        _make_readable(staging)
+        staging.rename(copy)
+    except (OSError, shutil.Error) as error:
+        raise ServerFailed(f"the programs of {installed.name} can't be copied to {copy}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Give a tree that we made modes which don't depend on the umask or on the wheel's installation."""
+    for parent, _, files in os.walk(folder):
+        os.chmod(parent, 0o755)  # noqa: S103  # nosec B103
+        for file in files:
+            path = Path(parent, file)
+            if not path.is_symlink():
+                path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
