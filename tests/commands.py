@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from unittest.mock import patch
@@ -17,7 +18,8 @@ from pipeline.cli import main
 def run_command(
     *arguments: str, environment: Mapping[str, str], stdin: bytes = b""
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end. It alters what is the whole process's: one thread at a time."""
+    """Run a command to its end. What it alters is the whole process's: the tests' own thread may, and no other one."""
+    assert threading.current_thread() is threading.main_thread()
     out, err = _pipe(), _pipe()
     logging_as_before = structlog.get_config()
     try:

@@ -129,6 +129,17 @@ class Fleet:
             assert done.returncode == 0, done.stderr
         return done
 
+    def cli_process(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of vectormill in a process of its own, beside others."""
+        return subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", *arguments],
+            env={**os.environ, **self.environment},
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_SECONDS,
+        )
+
     def status(self, job: UUID) -> dict[str, Any]:
         """Where a job stands."""
         with self.engine.begin() as connection:

@@ -204,7 +204,7 @@ class Load:
             arguments += ["--output", self._folder(way, key)]
         deadline = time.monotonic() + self.stuck_seconds
         while True:
-            done = self.site.fleet.cli("submit", *arguments, check=False)
+            done = self.site.fleet.cli_process("submit", *arguments)
             if done.returncode == 0:
                 return UUID(done.stdout.strip())
             passes = done.returncode == _UNREACHABLE or _NO_ROOM in done.stderr
