@@ -46,8 +46,9 @@ def servers() -> Iterator[Running]:
         home = Path(folder, "home")
         try:
             with ExitStack() as stack:
-                # Each test has a database of its own, and a disk that is waited for takes most of its making.
-                with patch.dict(postgres._SETTINGS, fsync="off"):
+                # A setting of the command line couldn't be changed later.
+                settings = {name: value for name, value in postgres._SETTINGS.items() if name != "fsync"}
+                with patch.dict(postgres._SETTINGS, settings, clear=True):
                     started = stack.enter_context(running_servers(home, _make_template))
                 yield started
         finally:
@@ -61,6 +62,14 @@ def _make_template(url: str) -> None:
     with engine.begin() as connection:
         upgrade(connection)
     engine.dispose()
+    # Each test has a database of its own, and a disk that is waited for takes most of its making.
+    set_fsync(url, "off")
+
+
+def set_fsync(url: str, value: str) -> None:
+    """Whether the server waits for its disk, `on` or `off`."""
+    _administer(url, sql.SQL("alter system set fsync = {}").format(sql.Identifier(value)))
+    _administer(url, sql.SQL("select pg_reload_conf()").format())
 
 
 def _with_database(url: str, name: str) -> str:

@@ -15,7 +15,7 @@ from pipeline.doctor.patient import Patient
 from pipeline.embedded.runtime import Running
 from pipeline.store.database import make_engine
 from tests.acceptance.fleet import Fleet, eventually
-from tests.conftest import new_database
+from tests.conftest import new_database, set_fsync
 from tests.deployment.ailments import FAULTS, Plant, no_dispatcher, replace_urls
 from tests.deployment.deployed import KEY, QUERIES, Deployment, add_gateway
 from tests.jobs_made import run_sql
@@ -28,6 +28,7 @@ def deployment(
 ) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("doctor")
     redis_url = servers.redis_url.rsplit("/", 1)[0] + "/3"
+    set_fsync(servers.database_url, "on")
     with new_database(servers.database_url) as url:
         engine = make_engine(url, application="vectormill-tests", pool_size=4)
         with engine.begin() as connection:
@@ -52,6 +53,7 @@ def deployment(
             fleet.close()
             run_sql(engine, f"drop role {QUERIES}")
             engine.dispose()
+            set_fsync(servers.database_url, "off")
 
 
 @pytest.fixture(autouse=True)
