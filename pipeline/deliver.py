@@ -28,8 +28,8 @@ class Deliveries:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._under_way: set[UUID] = set()
-        #: How many parts were there when it was done: a retry brings more.
-        self._done: dict[UUID, int] = {}
+        #: Digests of the parts that were there when it was done: a retry brings more.
+        self._done: dict[UUID, str] = {}
 
     def is_under_way(self, job_id: UUID) -> bool:
         """Whether a job is being delivered."""
@@ -41,7 +41,7 @@ class Deliveries:
         options = job["options"]
         if not options.get("output") and not options.get("hnsw"):
             return True
-        if self._done.pop(job["id"], None) == outputs.count(connection, job["id"]):
+        if self._done.pop(job["id"], None) == outputs.digest(connection, job["id"]):
             return True
         if job["id"] not in self._under_way and job["state"] != JobState.PAUSED:
             self._under_way.add(job["id"])
@@ -67,13 +67,13 @@ class Deliveries:
         with self._engine.begin() as connection:
             control.pause_for(connection, job_id, reason, message)
 
-    def _deliver(self, job_id: UUID, options: dict[str, Any]) -> int:
-        """Returns the number of parts."""
-        written: list[outputs.Output] = []
+    def _deliver(self, job_id: UUID, options: dict[str, Any]) -> str:
+        """Returns the digest of the parts."""
+        with self._engine.begin() as connection:
+            # A crash must not forget a commit whose part readers see: see ops/decisions/0005.
+            jobs.flush(connection, job_id)
+            delivered = outputs.digest(connection, job_id)
         if folder := options.get("output"):
-            with self._engine.begin() as connection:
-                # A crash must not forget a commit whose part readers see: see ops/decisions/0005.
-                jobs.flush(connection, job_id)
             with self._engine.begin() as connection:
                 written, about = outputs.of_job(connection, job_id), _about(connection, job_id)
             parts.deliver(folder, job_id, written, about)
@@ -81,7 +81,7 @@ class Deliveries:
             target = Into.from_json(options["into"])
             with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 into.build_hnsw(connection, target)
-        return len(written)
+        return delivered
 
 
 def _about(connection: Connection, job_id: UUID) -> dict[str, Any]:

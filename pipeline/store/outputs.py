@@ -54,10 +54,13 @@ def of_job(connection: Connection, job_id: UUID, chunk_id: int | None = None) ->
     return [Output(**row) for row in rows.mappings()]
 
 
-def count(connection: Connection, job_id: UUID) -> int:
-    """How many parts a job has."""
-    found = text("select count(*) from vectormill.outputs where job_id = :job")
-    return int(connection.execute(found, {"job": job_id}).scalar_one())
+def digest(connection: Connection, job_id: UUID) -> str:
+    """What tells a job's parts from others: their number alone doesn't, where a failover has replaced some."""
+    found = text("""
+        select count(*) || ' ' || coalesce(sum(hashtextextended(name, 0)), 0)
+        from vectormill.outputs where job_id = :job
+    """)
+    return str(connection.execute(found, {"job": job_id}).scalar_one())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
