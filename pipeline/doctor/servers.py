@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import redis
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.doctor.findings import Finding, fail, ok, warn
@@ -141,6 +142,7 @@ def settings(patient: Patient) -> Iterator[Finding]:
             mend = f"for its role: alter role … set {name} = 0; or {_LEAST_TIMEOUT_SECONDS} s and more."
             findings.append(warn(f"{name} is {seconds:g} s", mend))
     findings += _connections(patient, found)
+    findings += _replication(patient)
     yield from findings or [ok(f"max_connections {found['max_connections']}, fsync on")]
 
 
@@ -153,6 +155,27 @@ def _connections(patient: Patient, found: dict[str, str]) -> list[Finding]:
         return []
     what = f"{there} connections, and {wanted} may be wanted by {len(live)} workers and the rest"
     return [warn(what, f"set max_connections to {wanted + 20} or more, or run fewer slots.")]
+
+
+def _replication(patient: Patient) -> list[Finding]:
+    """A failover is lossless only if commits wait for a standby, and finds us only if the URL knows where to."""
+    found = patient.ask(health.replication)
+    findings = []
+    if found["standbys"] and not found["synchronous_standby_names"]:
+        findings.append(
+            warn(
+                f"{found['standbys']} standbys, and no commit waits for one: a failover loses the last of them",
+                "set synchronous_standby_names; see ops/runbooks/Failover.md.",
+            )
+        )
+    elif found["standbys"] and found["synchronous_commit"] in ("off", "local"):
+        mend = "set synchronous_commit = on, so that commits wait for a standby."
+        findings.append(warn(f"synchronous_commit is {found['synchronous_commit']}", mend))
+    parameters = conninfo_to_dict(patient.database_url)
+    if "," in str(parameters.get("host", "")) and "target_session_attrs" not in parameters:
+        mend = "add target_session_attrs=read-write to it, or a standby may be taken for the primary."
+        findings.append(warn("VECTORMILL_DATABASE_URL names several hosts", mend))
+    return findings
 
 
 def months(patient: Patient) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import orjson
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -21,6 +22,7 @@ _CONNECT_ARGS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
 }
+_NO_URL = "the database's URL isn't one; write postgresql://user:password@host/name."
 # No transaction of ours is held open across work: one that idles this long belongs to a frozen process.
 _SESSION = "set idle_in_transaction_session_timeout = '60s'"
 
@@ -32,15 +34,21 @@ _LOGIN_REFUSED = re.compile(
 
 
 def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = True) -> Engine:
-    """An engine on `url` (`postgresql://…`), its connections named `application` in pg_stat_activity.
+    """An engine on `url` (`postgresql://…`, which may name several hosts), its connections named `application` in
+    pg_stat_activity.
 
     `ping`: try a pooled connection before its use. Without, the first use after a restart of the server fails.
     """
     if not url.startswith(("postgresql://", "postgres://")):
-        raise UserError("the database's URL isn't one; write postgresql://user:password@host/name.")
+        raise UserError(_NO_URL)
+    try:
+        # Read by libpq, as psql does: SQLAlchemy's own URLs take one host.
+        parameters = conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        raise UserError(_NO_URL) from None  # what it says may quote the password
     engine = create_engine(
-        "postgresql+psycopg://" + url.partition("://")[2],
-        connect_args={**_CONNECT_ARGS, "application_name": application},
+        "postgresql+psycopg://",
+        connect_args={**_CONNECT_ARGS, **parameters, "application_name": application},
         pool_size=pool_size,
         max_overflow=0,
         pool_pre_ping=ping,

@@ -39,6 +39,21 @@ def settings(connection: Connection) -> dict[str, str]:
     return {row.name: row.setting for row in rows}
 
 
+def replication(connection: Connection) -> RowMapping:
+    """How commits reach standbys: `standbys` connected now, `synchronous_standby_names`, `synchronous_commit`."""
+    return (
+        connection.execute(
+            text("""
+            select (select count(*) from pg_stat_replication) as standbys,
+                   current_setting('synchronous_standby_names') as synchronous_standby_names,
+                   current_setting('synchronous_commit') as synchronous_commit
+        """)
+        )
+        .mappings()
+        .one()
+    )
+
+
 def data_folder(connection: Connection) -> str | None:
     """Where the server keeps its data; None: the role may not know."""
     return connection.execute(
