@@ -176,6 +176,11 @@ def open_part(folder: str, job_id: UUID, output: Output) -> pq.ParquetFile:
     raise SourceChanged(f"{storage.join(folder, output.name)}: this part of job {job_id} is gone.")
 
 
+def names_of_parts(folder: str, job_id: UUID) -> set[str]:
+    """The parts that lie in a job's folder, delivered or not."""
+    return {*visible_names(folder), *visible_names(_staging(folder, job_id))}
+
+
 def indexes(folder: str, job_id: UUID, outputs: Sequence[Output]) -> npt.NDArray[np.int64]:
     """The indexes in recorded parts, in the order of the files.
 

@@ -12,7 +12,20 @@ import structlog
 import typer
 from rich.text import Text
 
-from pipeline.cli import demo, doctor, jobs, keys, models, processes, purge, results, servers, submit, workspaces
+from pipeline.cli import (
+    demo,
+    doctor,
+    jobs,
+    keys,
+    models,
+    processes,
+    purge,
+    restore,
+    results,
+    servers,
+    submit,
+    workspaces,
+)
 from pipeline.cli.look import stderr
 from pipeline.errors import VectormillError
 from pipeline.store.database import reporting_unreachable
@@ -35,7 +48,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     ),
     "Processes": (
         *(processes.migrate, processes.dispatcher, processes.worker, processes.engine, processes.api),
-        *(processes.flower, doctor.doctor),
+        *(processes.flower, doctor.doctor, restore.restore_check),
     ),
 }
 for panel, commands in _COMMANDS.items():

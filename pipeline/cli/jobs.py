@@ -14,7 +14,7 @@ from pipeline import figures
 from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli import look
 from pipeline.cli.desk import Desk, at_desk
-from pipeline.errors import ServiceUnreachable, WaitTimedOut
+from pipeline.errors import ServiceUnreachable, UnknownJob, WaitTimedOut
 from pipeline.jobs import JobState, Reason
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Its id, the beginning of it, or its name.")]
@@ -158,6 +158,11 @@ def _follow(
         except ServiceUnreachable:
             if time.monotonic() - answered > _PATIENCE_SECONDS:
                 raise
+        except UnknownJob:  # it was there
+            raise ServiceUnreachable(
+                f"job {job_id} is gone: it was purged, or the database has lost its last commits (a failover, a "
+                "restore); if nobody purged it, submit the same again."
+            ) from None
         else:
             show(row)
             state = JobState(row["state"])

@@ -1,0 +1,53 @@
+"""`vectormill restore-check`: what a restored database needs, and the mending of it."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from pipeline.cli.connect import working
+from pipeline.cli.jobs import Json
+from pipeline.cli.look import print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    from pipeline.restore import Matter
+
+
+def restore_check(
+    mend: Annotated[bool, typer.Option("--mend", help="Do what can be done here, and tell it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what a database needs that was restored, or failed over to a standby without its last commits: sequences,
+    claims of before, Parquet parts and uploaded files that are gone; which jobs go on, and which keys are live again.
+
+    Ends with 0 if nothing is left that --mend can do, with 1 otherwise. It may be run at any time, and repeated.
+
+    Examples:
+
+        vectormill restore-check
+
+        vectormill restore-check --mend
+    """
+    from pipeline.restore import check
+
+    told: list[dict[str, str | bool]] = []
+    with working() as place:
+        for matter in check(place.engine):
+            done = matter.mend() if mend and matter.mend else ""
+            needed = matter.mend is not None and not done
+            told.append(
+                {"check": matter.name, "found": matter.found, "advice": matter.advice, "mend": needed, "done": done}
+            )
+            if not as_json:
+                stdout.print(_line(matter, done, needed=needed))
+    if as_json:
+        print_json(told)
+    if any(line["mend"] for line in told):
+        stderr.print("Stop dispatchers and workers if you can, then: vectormill restore-check --mend")
+        raise typer.Exit(1)
+
+
+def _line(matter: "Matter", done: str, *, needed: bool) -> Text:
+    mark, colour = ("✗", "red") if needed else ("!", "yellow") if matter.advice else ("✓", "green")
+    more = f": {done}" if done else f". {matter.advice}" if matter.advice else ""
+    return Text.assemble((f"{mark} ", colour), f"{matter.name:<10}{matter.found}{more}")
