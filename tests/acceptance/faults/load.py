@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -98,6 +99,7 @@ class Load:
     #: Texts that did harm and were rejected for it, alone.
     poisons: Counter[Poison] = field(default_factory=Counter)
     _calm: dict[str, UUID] = field(default_factory=dict)
+    _purged: list[UUID] = field(default_factory=list)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -121,6 +123,7 @@ class Load:
         self._stopping.set()
         for thread in self._threads:
             thread.join()
+        self._bury()
 
     def explain(self, reasons: tuple[str, ...], seconds: float = _EXPLAINS_SECONDS) -> None:
         """For so long jobs may pause for these reasons; they are resumed, as a person would."""
@@ -165,24 +168,52 @@ class Load:
             self._stopping.wait(max(0.0, least - (time.monotonic() - begun)))
 
     def _run(self, way: Way) -> None:
-        key = uuid4().hex
+        self._bury()
+        key, lost = uuid4().hex, 0
         corpus = self._poisoned(key) if way.poisoned else _Corpus(self.site.folder / "corpus.jsonl")
-        job = self._submit(way, corpus, key)
-        state = self._await_end(way, job)
-        if state != "completed":
-            rows = self.site.rows("select reason, message from vectormill.jobs where id = :job", job=job)
-            self.said.append(f"{way}: job {job} is {state}: {dict(rows[0])}")
+        while True:
+            rewinds = self.site.rewinds
+            folder = self._folder(way, f"{key}-{lost}") if way.output else None
+            job = self._submit(way, corpus, key, folder)
+            said = self._judge(way, job, corpus)
+            if not said or rewinds == self.site.rewinds:
+                break
+            # The database has forgotten the job, or its end: whoever submitted it does so again, to an empty folder.
+            lost += not self.site.rows("select from vectormill.jobs where id = :job", job=job)
+        self.said += [f"{way}: job {job}: {each}" for each in said]
+        if said:
             return
-        self.said += [
-            f"{way}: job {job}: {said}" for said in self.site.insist(lambda: self._objections(way, job, corpus))
-        ]
-        self.said += [f"{way}: job {job}: {said}" for said in leaks_of_job(self.site, job)]
+        self.poisons.update(corpus.poisons.values())
         self.ended.setdefault(way, []).append(self.items)
-        if way.output:  # or a long drill would fill its disk
-            folder = self._folder(way, key)
+        if folder:  # or a long drill would fill its disk
             for name in list(storage.names_below(folder)):
                 storage.delete(storage.join(folder, name))
         self.site.insist(lambda: purge_job(self.site.fleet.engine, job))
+        self._purged.append(job)
+
+    def _judge(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
+        """What is wrong with a job at its end."""
+        rewinds = self.site.rewinds
+        try:
+            state = self._await_end(way, job)
+            if state != "completed":
+                rows = self.site.rows("select reason, message from vectormill.jobs where id = :job", job=job)
+                return [f"is {state}: {[dict(row) for row in rows]}"]
+            return self.site.insist(lambda: self._objections(way, job, corpus)) + leaks_of_job(self.site, job)
+        except Exception as error:
+            if rewinds == self.site.rewinds:
+                raise
+            return [f"{type(error).__name__}: {error}"]
+
+    def _bury(self) -> None:
+        """Jobs that were purged, and are there again since Postgres forgot that: nobody waits for them."""
+        for job in self._purged:
+            if self.site.rows("select from vectormill.jobs where id = :job", job=job):
+                self.site.insist(lambda job=job: self._cancel(job))  # type: ignore[misc]
+
+    def _cancel(self, job: UUID) -> None:
+        with suppress(IllegalTransition), self.site.fleet.engine.begin() as connection:
+            control.cancel(connection, job)
 
     def _objections(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
         rows = self.site.rows("select index, code from vectormill.rejects where job_id = :job", job=job)
@@ -193,15 +224,14 @@ class Load:
         if rejected != wanted:
             different = dict(sorted(rejected.items() ^ wanted.items())[:5])
             return [*found, f"{len(rejected)} rejects, {len(wanted)} poisons; different: {different}"]
-        self.poisons.update(corpus.poisons.values())
         return found
 
-    def _submit(self, way: Way, corpus: _Corpus, key: str) -> UUID:
+    def _submit(self, way: Way, corpus: _Corpus, key: str, folder: str | None = None) -> UUID:
         source = corpus.file.with_suffix(f".{way.corpus}")
         arguments = [str(source), "--model", way.model, "--idempotency-key", key]
         arguments += ["--by-reference" if way.corpus == "parquet" else "--by-value"]
-        if way.output:
-            arguments += ["--output", self._folder(way, key)]
+        if folder:
+            arguments += ["--output", folder]
         deadline = time.monotonic() + self.stuck_seconds
         while True:
             done = self.site.fleet.cli_process("submit", *arguments)
@@ -220,7 +250,10 @@ class Load:
         deadline = time.monotonic() + self.stuck_seconds
         while time.monotonic() < deadline:
             query = "select state, reason, message from vectormill.jobs where id = :job"
-            row = self.site.rows(query, job=job)[0]
+            rows = self.site.rows(query, job=job)
+            if not rows:
+                return "gone"
+            row = rows[0]
             if row["state"] in ("completed", "failed", "cancelled"):
                 return str(row["state"])
             if row["state"] == "paused":

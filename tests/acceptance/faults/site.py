@@ -88,6 +88,8 @@ class Site:
     parquet: Disk | None = None
     #: Workers that were killed, and could clear nothing away.
     killed: int = 0
+    #: Grows when Postgres is about to go on from an earlier state, and again when it does.
+    rewinds: int = 0
     #: Counts of processes that are gone, by hard links to their files.
     kept: dict[str, Path] = field(default_factory=dict)
 
@@ -199,6 +201,23 @@ class Site:
         for url in (f"{self.api_url}/healthz", f"{self.flower_url}/healthcheck"):
             eventually(partial(_answers, url), f"an answer from {url}")
 
+    @property
+    def owner_url(self) -> str:
+        """Postgres as its owner reaches it."""
+        return self.fleet.environment["VECTORMILL_DATABASE_URL"]
+
+    @property
+    def owner_port(self) -> int:
+        """Its port."""
+        return urlsplit(self.owner_url).port or 0
+
+    @contextmanager
+    def rewinding(self) -> Iterator[None]:
+        """Within the block, Postgres goes back to an earlier state."""
+        self.rewinds += 1
+        yield
+        self.rewinds += 1
+
     def server(self, name: str) -> psutil.Process:
         """The process of `postgres` or `valkey`, as it runs now."""
 
@@ -265,7 +284,7 @@ class Site:
         with suppress(AssertionError):
             eventually(lambda: not self._processes(), "no process", 15)
         said += [f"a process is left: {command[:6]}" for command in self._processes()]
-        names = "'^vectormill-(worker|presence|dispatcher|errands)$'"
+        names = "'^vectormill-(worker|presence|dispatcher|errands)( |$)'"
         query = f"select count(*) from pg_stat_activity where application_name ~ {names}"
         with suppress(AssertionError):
             eventually(lambda: self.scalar(query) == 0, "no connection", 10)

@@ -1,0 +1,180 @@
+"""A real streaming standby that misses the primary's last second, and is promoted while a worker lives: two claims get
+the same fence. Without tokens the oracle objects."""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import UUID
+
+import psutil
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from pipeline.dispatch import finish
+from pipeline.doctor.findings import State
+from pipeline.doctor.patient import Patient
+from pipeline.doctor.servers import settings
+from pipeline.embedded.runtime import Running, read_running
+from pipeline.errors import LeaseLost
+from pipeline.jobs import Claim
+from pipeline.migrate import upgrade
+from pipeline.settings import Settings
+from pipeline.store import chunks
+from pipeline.store.database import make_engine
+from pipeline.writeback import write_chunk
+from tests.acceptance import witness
+from tests.acceptance.faults.successor import Successor
+from tests.acceptance.fleet import eventually
+from tests.acceptance.oracle import objections
+from tests.integration.dispatching import make_dispatcher
+from tests.jobs_made import DONE, RUNNING, job_row, make_job, make_model, part_of, take, taken
+from tests.machines import remove_what_root_keeps, running_servers
+
+_ITEMS = 8
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder, "home")
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[Running]:
+    try:
+        with running_servers(home, _prepare) as started:
+            yield started
+    finally:
+        remove_what_root_keeps(home)
+
+
+def _prepare(url: str) -> None:
+    engine = make_engine(url, application="vectormill-tests")
+    with engine.begin() as connection:
+        upgrade(connection)
+        witness.install(connection)
+    engine.dispose()
+
+
+@pytest.fixture
+def engine(server: Running) -> Iterator[Engine]:
+    made = make_engine(server.database_url, application="vectormill-tests")
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps({"id": f"k{at}"}) + "\n" for at in range(_ITEMS)), encoding="utf-8")
+    return file
+
+
+def _postgres(home: Path) -> psutil.Process:
+    def look() -> psutil.Process | None:
+        running = read_running(home)
+        for mark in running.children if running else ():
+            with suppress(psutil.NoSuchProcess):
+                if mark.name == "postgres":
+                    return psutil.Process(mark.pid)
+        return None
+
+    return eventually(look, "a Postgres that runs")
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_a_fence_that_is_given_twice(
+    server: Running,
+    home: Path,
+    engine: Engine,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: bool,
+) -> None:
+    if not tokens:
+        same = chunks.new_token()
+        monkeypatch.setattr(chunks, "new_token", lambda: same)
+    options = {"output": str(tmp_path / "out"), "columns": {"carry": []}, "dtype": "float32"}
+    job = make_job(engine, make_model(engine, f"with-{tokens}"), _ITEMS, per_chunk=_ITEMS, options=options)
+    first, second = _claims_over_a_failover(server, home, engine, job)
+    assert (first.chunk_id, first.fence) == (second.chunk_id, second.fence)
+    assert (first.token != second.token) is tokens
+    lives = _commits(engine, first, 0, range(3), done=False)
+    assert lives is not tokens
+    assert _commits(engine, second, 0, range(_ITEMS), done=True) is tokens
+    if lives:
+        assert _commits(engine, first, 1, range(3, _ITEMS), done=True)
+    _await_completion(engine, server.redis_url, job)
+    with engine.begin() as connection:
+        said = objections(connection, job, corpus)
+    assert bool(said) is not tokens, said
+
+
+def _claims_over_a_failover(server: Running, home: Path, engine: Engine, job: UUID) -> tuple[Claim, Claim]:
+    """A claim that only the lost primary knew of, and the next one of the same chunk."""
+    eventually(lambda: _answers(engine), "a server that answers")
+    successor = Successor(_postgres(home), server.database_url)
+    with successor.standing_by() as line:
+        assert "1 standbys, and no commit waits for one" in _warnings(server)
+        line.freeze()
+        first = taken(engine, job)
+        successor.lose_primary()
+        line.cut()
+        successor.promote()
+        successor.take_place()
+    engine.dispose()
+    eventually(lambda: _answers(engine), "the promoted standby")
+    second = take(engine, job)
+    assert second, "the standby has seen the first claim"
+    return first, second
+
+
+def _warnings(server: Running) -> str:
+    """What the doctor says of the settings."""
+    patient = Patient(
+        settings=Settings(),
+        database_url=server.database_url,
+        redis_url=server.redis_url,
+        api_url=None,
+        flower_url=None,
+        flower_password=None,
+    )
+    try:
+        return " ".join(finding.found for finding in settings(patient) if finding.state is State.WARN)
+    finally:
+        patient.close()
+
+
+def _answers(engine: Engine) -> bool:
+    try:
+        with engine.connect():
+            return True
+    except DBAPIError:
+        return False
+
+
+def _commits(engine: Engine, claim: Claim, number: int, indexes: range, *, done: bool) -> bool:
+    """Write a part; whether it was the claim's to write."""
+    try:
+        write_chunk(engine, claim, number, part_of(indexes), DONE if done else RUNNING)
+    except LeaseLost:
+        return False
+    return True
+
+
+def _await_completion(engine: Engine, redis_url: str, job: UUID) -> None:
+    dispatcher = make_dispatcher(engine, redis_url)
+    try:
+
+        def ended() -> bool:
+            finish(dispatcher)
+            return bool(job_row(engine, job)["state"] == "completed")
+
+        eventually(ended, "the job's end")
+    finally:
+        dispatcher.publisher.close()
