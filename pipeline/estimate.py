@@ -13,6 +13,7 @@ from pipeline.jobs import Extent, Model
 from pipeline.sources import Corpus, Source
 from pipeline.sources.reference import read_extent
 from pipeline.submission import Options
+from pipeline.submit import check
 
 T = TypeVar("T")
 
@@ -78,6 +79,7 @@ def estimate(corpus: Source, model: Model, options: Options, slots: int, tokenis
 
     Raises: as submitting would.
     """
+    check(options, corpus, model)
     by_reference = options.by_reference and isinstance(corpus, Corpus)
     sample = _sample_files(corpus) if by_reference and isinstance(corpus, Corpus) else _sample_rows(corpus)
     good = round(sample.items * (1 - sample.rejected / max(1, sample.read)))
@@ -105,6 +107,7 @@ def estimate(corpus: Source, model: Model, options: Options, slots: int, tokenis
         "time": {"seconds": round(tokens / rate, 1), "slots": slots, "tokens_per_second": round(rate, 1)},
         "bytes": _bytes(sample, good, options, options.dimensions or model.dimensions, by_reference=by_reference),
         "by_reference": by_reference,
+        "notices": corpus.notices.lines(),
     }
 
 

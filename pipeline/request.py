@@ -18,6 +18,8 @@ _MOST_SOURCES = 1_000
 #: Clients and proxies take these for a way up, however they are written.
 _UNADDRESSABLE = (".", "..")
 _MOST_COLUMNS = 100
+#: What is easier to type than a sign, and what says that there is none.
+_SIGNS = {"tab": "\t", "\\t": "\t", "none": ""}
 
 
 class JobRequest(BaseModel):
@@ -35,6 +37,12 @@ class JobRequest(BaseModel):
     text_column: Word = Field(default="text", description="The column or field that holds the texts.")
     key_column: Word | None = Field(default=None, description="The column that holds your keys. Default: id.")
     carry: list[Word] = Field(default=[], max_length=_MOST_COLUMNS, description="Columns to carry into results.")
+    delimiter: str | None = Field(
+        default=None, description="Between fields of .csv and .tsv: a character, or `tab`. Default: comma, and tab."
+    )
+    quote: str | None = Field(
+        default=None, description='Around fields of .csv and .tsv: a character, or `none`. Default: ", and none.'
+    )
     labels: dict[Word, Word] = Field(default={}, max_length=_MOST_COLUMNS, description="Kept with job and usage.")
     priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
     dimensions: int | None = Field(default=None, ge=1, le=16_000, description="Size of the vectors.")
@@ -48,7 +56,7 @@ class JobRequest(BaseModel):
         max_length=30,
         description="Fail beyond so many rejects, `50` or `2.5%`. Default: 10 % from 100 items on.",
     )
-    unique_keys: bool = Field(default=False, description="Refuse a corpus with a key twice.")
+    unique_keys: bool = Field(default=False, description="Refuse a corpus with a key twice, or an item without.")
     by_reference: bool = Field(default=False, description="Workers read the sources themselves.")
     output: _Address | None = Field(
         default=None, description="An empty folder or URI for Parquet files, which the operator allows."
@@ -64,8 +72,26 @@ class JobRequest(BaseModel):
             raise ValueError(f"\"{name}\" can't be a job's name: no path can hold it")
         return name
 
+    @field_validator("delimiter", "quote")
+    @classmethod
+    def _read_sign(cls, given: str | None) -> str | None:
+        sign = _SIGNS.get(given or "", given)
+        if sign and (len(sign) > 1 or not sign.isascii() or sign.isalnum() or sign in "\0\r\n"):
+            raise ValueError("give one sign of ASCII, tab, or, to quote, none")
+        return sign
+
+    @model_validator(mode="after")
+    def _check_signs(self) -> Self:
+        if self.delimiter == "":
+            raise ValueError("delimiter: give one sign of ASCII, or tab")
+        if self.delimiter is not None and self.delimiter == (self.quote or '"'):
+            raise ValueError("delimiter: it can't be the quote too")
+        return self
+
     @model_validator(mode="after")
     def _check_carry(self) -> Self:
+        if twice := next((name for name in self.carry if self.carry.count(name) > 1), None):
+            raise ValueError(f'carry: "{twice}" is given twice')
         if taken := sorted(set(self.carry) & set(OUR_COLUMNS)):
             raise ValueError(f'carry: results have a column "{taken[0]}" already')
         return self
@@ -75,8 +101,10 @@ class JobRequest(BaseModel):
         return Columns(
             text=self.text_column,
             key=self.key_column or "id",
-            key_required=self.key_column is not None or key_required,
+            key_required=self.key_column is not None or self.unique_keys or key_required,
             carry=tuple(self.carry),
+            delimiter=self.delimiter,
+            quote=self.quote,
         )
 
     def options(self, default_name: str, idempotency_key: str | None = None, **more: Any) -> Options:

@@ -44,15 +44,23 @@ class Staging:
         tokens = chunk_tokens(planning.chunk_seconds, model.tokens_per_second)
         self._planner = Planner(Limits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes))
         self._lease_seconds = planning.lease_seconds
-        self._items = self._chunks = self._rejects = 0
+        self._items = self._chunks = self._rejects = self._keyless = 0
         #: Items that the last commit has written down.
         self._committed = 0
         #: Indexes of rejects in items that no chunk covers yet.
         self._rejected_at: list[int] = []
         self._spots = _Spots()
 
-    def run(self) -> None:
-        """Stage and queue, or undo."""
+    def _notices(self) -> list[str]:
+        told = self._submission.corpus.notices
+        found = told.lines()
+        if self._keyless and "no key" not in told:
+            key = self._submission.corpus.columns.key
+            found.append(f'{self._keyless:,} of {self._items:,} items have no key: "{key}" is missing there, or empty.')
+        return found
+
+    def run(self) -> list[str]:
+        """Stage and queue, or undo. Returns what the sender should know though nothing is refused."""
         try:
             with Renewal(self._renew, self._lease_seconds, self._submission.on_lost):
                 self._stage()
@@ -61,6 +69,7 @@ class Staging:
             # The answer to the last COMMIT may have been lost, and the commit not.
             if not (isinstance(error, DBAPIError) and is_connection_lost(error) and self._is_queued()):
                 raise
+        return self._notices()
 
     def _is_queued(self) -> bool:
         with self._engine.begin() as connection:
@@ -150,6 +159,9 @@ class Staging:
                 for at, code, message in block.problems
             ]
             self._items += len(block.keys)
+            self._keyless += sum(
+                key is None and text is not None for key, text in zip(block.keys, block.texts, strict=True)
+            )
             sizes = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
             planned += self._planner.add(estimate_tokens(sizes, self._max_item_tokens), sizes)
         items.copy_rejects(connection, self._job_id, rejects)
@@ -191,6 +203,7 @@ class Staging:
                 max_rejects=limit,
                 payload=self._submission.payload(),
                 keeps_texts=not options.by_reference,
+                notices=self._notices(),
             )
             if limit is not None and limit < self._rejects < self._items:
                 # Before any chunk can be claimed: nobody pays for, or reads, a part of what fails anyway.
@@ -200,11 +213,14 @@ class Staging:
     def _check_keys(self) -> None:
         with self._engine.begin() as connection:
             twice = items.first_duplicate_key(connection, self._job_id)
+            keyless = items.first_without_key(connection, self._job_id) if self._keyless else None
         if twice:
             key, first, second = twice
             raise UserError(
                 f'--unique-keys: key "{key}" comes twice, first as items {first:,} and {second:,} (counted from 0).'
             )
+        if keyless is not None:
+            raise UserError(f"unique keys are asked for, and item {keyless:,} has none (counted from 0).")
 
 
 class _Spots:

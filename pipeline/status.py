@@ -1,6 +1,7 @@
 """Where a job stands, and its receipt: always sums over its chunks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -16,6 +17,7 @@ from pipeline.verify import count_missing_and_double
 RATE_WINDOW_SECONDS = 60.0
 #: Kept progress that is older is no progress: its dispatcher may be gone.
 FRESH_SECONDS = 5.0
+_MOST_NAMESAKES, _SHOWN_NAMESAKES = 1_000, 5
 _WAITS = "asked for in SQL; the dispatcher makes a job of it"
 
 
@@ -29,16 +31,64 @@ def find_job(connection: Connection, workspace_id: int | None, name_or_id: str) 
     """
     if "\0" in name_or_id:  # Postgres takes none in a text
         raise UnknownJob("no such job.")
-    newest = (store.newest_named(connection, workspace_id, name_or_id) for store in (jobs, requests))
-    if named := [job_id for job_id in newest if job_id]:
-        return max(named)
-    of_each = (store.ids_beginning(connection, workspace_id, name_or_id.lower(), 2) for store in (jobs, requests))
+    if named := namesakes(connection, workspace_id, name_or_id, 1):
+        return named[0].id
+    most = _SHOWN_NAMESAKES + 1
+    of_each = (store.ids_beginning(connection, workspace_id, name_or_id.lower(), most) for store in (jobs, requests))
     found = [job_id for ids in of_each for job_id in ids]
     if not found:
         raise UnknownJob(f'no job "{name_or_id}"; vectormill jobs lists them.')
     if len(found) > 1:
-        raise UserError(f'"{name_or_id}" is the beginning of several jobs\' ids; give more of it.')
+        shown = ", ".join(map(str, found[:_SHOWN_NAMESAKES])) + (" …" if len(found) > _SHOWN_NAMESAKES else "")
+        raise UserError(f'"{name_or_id}" is the beginning of several jobs\' ids: {shown}; give more of it.')
     return found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Namesake:
+    """One of those that bear a name."""
+
+    id: UUID
+    state: str
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will happen to it by itself."""
+        return self.state in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
+
+
+def namesakes(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[Namesake]:
+    """The jobs of this name, and what was asked for in SQL and is none, the newest first."""
+    if "\0" in name:  # Postgres takes none in a text
+        return []
+    found = [
+        Namesake(**row) for store in (jobs, requests) for row in store.named(connection, workspace_id, name, limit)
+    ]
+    return sorted(found, key=lambda each: each.id, reverse=True)[:limit]
+
+
+def find_job_to_change(connection: Connection, workspace_id: int | None, name_or_id: str, *, ended: bool) -> UUID:
+    """The job that is to be changed, as only those that have `ended`, or haven't, can be. Of the jobs of a name it must
+    be the only one, or the only one that hasn't ended.
+
+    Raises: as `find_job`, and
+        UserError: several bear the name; the message lists them.
+    """
+    found = find_job(connection, workspace_id, name_or_id)
+    fit = [
+        each for each in namesakes(connection, workspace_id, name_or_id, _MOST_NAMESAKES) if ended or not each.has_ended
+    ]
+    if len(fit) > 1:
+        raise UserError(f"{several(name_or_id, fit)}; give the id of the one that is meant.")
+    return fit[0].id if fit else found
+
+
+def several(name: str, bearers: Sequence[Namesake]) -> str:
+    """The jobs of a name, for the beginning of a sentence."""
+    shown = [f"{each.id} ({each.state})" for each in bearers[:_SHOWN_NAMESAKES]]
+    if more := len(bearers) - len(shown):
+        shown.append(f"{more:,} more")
+    return f'{len(bearers):,} jobs are called "{name}": {", ".join(shown)}'
 
 
 def job_row(connection: Connection, job_id: UUID) -> RowMapping:
@@ -93,6 +143,7 @@ def _of_request(asked: RowMapping) -> dict[str, Any]:
         "model": asked["model"],
         "labels": {},
         "output": None,
+        "notices": [],
         "items": dict.fromkeys(("total", "embedded", "reused", "rejected", "cancelled", "pending", "truncated"), 0),
         "tokens": {"prompt": 0},
         "rate": {"items_per_second": 0.0, "tokens_per_second": 0.0},
@@ -147,6 +198,7 @@ def _of_row(row: RowMapping) -> dict[str, Any]:
         "model": row["model_name"],
         "labels": row["labels"],
         "output": row["options"].get("output"),
+        "notices": row["notices"],
         **{moment: _written(row[moment]) for moment in ("created_at", "started_at", "finished_at")},
     }
 
@@ -184,11 +236,12 @@ def receipt(connection: Connection, job_id: UUID, *, verify: bool = False) -> di
     """A job's account, frozen if it has ended; verified row by row if asked.
 
     `missing` and `double` are those of `pipeline.verify`. It is `verified` when both are 0, it balances, and the
-    chunks still say what was frozen.
+    chunks still say what was frozen. `truncated` counts embedded texts of which only the beginning was read.
     """
     row = job_row(connection, job_id)
     account: dict[str, Any] = row["receipt"] or current_receipt(connection, job_id)
-    named = {"id": str(job_id), "state": row["state"], **account}
+    truncated = chunks.sums(connection, job_id)["truncated"]
+    named = {"id": str(job_id), "state": row["state"], **account, "truncated": truncated}
     if not verify:
         return named
     missing, double = count_missing_and_double(connection, row)

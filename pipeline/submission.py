@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from uuid import UUID
@@ -112,3 +112,5 @@ class Submitted:
     job_id: UUID
     #: Why no new job was made, for a person; empty when one was.
     attached: str = ""
+    #: What a person should know though nothing was refused.
+    notices: Sequence[str] = ()

@@ -9,7 +9,7 @@ from pipeline import control
 from pipeline.catalog import vector_space_of
 from pipeline.errors import IdempotencyConflict, NotRetriable, UserError
 from pipeline.jobs import Model
-from pipeline.sources import Corpus, Source
+from pipeline.sources import Corpus, Format, Source
 from pipeline.sources.reference import check_referable
 from pipeline.staging import Staging, delete_items
 from pipeline.store import into, jobs, partitions, stagings
@@ -30,8 +30,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
         UserError: an option doesn't fit the model, or `unique_keys` and a key comes twice.
     """
     options = submission.options
-    _check(options, submission.corpus)
-    _check_lengths(options, submission.model)
+    check(options, submission.corpus, submission.model)
     key = options.idempotency_key
     with engine.begin() as connection:
         # An insert would wait for what the job's producer is about to commit.
@@ -58,15 +57,37 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
             lease_seconds=submission.planning.lease_seconds,
         )
         partitions.make_month(connection, partitions.month_of(job.id))
+        others = jobs.named(connection, submission.workspace_id, options.name, 1)
         producer = stagings.begin(connection, job)
     if producer:
-        Staging(engine, submission, producer).run()
-        return Submitted(job.id)
+        if others:
+            submission.corpus.notices.add("name", _name_taken(options.name, others[0]["id"]))
+        return Submitted(job.id, notices=Staging(engine, submission, producer).run())
     return _attach(engine, submission)
 
 
-def _check(options: Options, corpus: Source) -> None:
-    """Refuse what can't be, before anything is read."""
+def check(options: Options, corpus: Source, model: Model) -> None:
+    """Raise `UserError` for what can't be, or would have no effect, before anything is read."""
+    _check_ways(options, corpus)
+    _check_dialect(corpus)
+    _check_lengths(options, model)
+
+
+def _check_dialect(corpus: Source) -> None:
+    columns = corpus.columns
+    if columns.delimiter is None and columns.quote is None:
+        return
+    files = corpus.files if isinstance(corpus, Corpus) else []
+    if not any(file.format in (Format.CSV, Format.TSV) for file in files):
+        given = "delimiter" if columns.delimiter is not None else "quote"
+        raise UserError(f"{given}: {corpus.name} has no .csv or .tsv file, so it has no effect; leave it out.")
+
+
+def _name_taken(name: str, other: UUID) -> str:
+    return f'another job is called "{name}" too, {other}; a command that is given the name means the newest.'
+
+
+def _check_ways(options: Options, corpus: Source) -> None:
     control.reject_limit(options.max_rejects, 0)
     if options.by_reference:
         if not isinstance(corpus, Corpus):
@@ -82,8 +103,13 @@ def _check(options: Options, corpus: Source) -> None:
 
 
 def _check_lengths(options: Options, model: Model) -> None:
-    """Refuse what only a model that is read here can do."""
+    """Refuse what only a model that is read here can do, and what none can."""
     if model.upstream is None:
+        if options.max_item_tokens and model.max_item_tokens and options.max_item_tokens > model.max_item_tokens:
+            raise UserError(
+                f"max_item_tokens {options.max_item_tokens:,}: {model.name} reads {model.max_item_tokens:,} tokens of "
+                "a text at most; ask for no more, or leave it out."
+            )
         return
     if options.max_item_tokens not in (None, model.max_item_tokens):
         raise UserError(
@@ -159,8 +185,7 @@ def _attach_to_staging(engine: Engine, submission: Submission, found: RowMapping
         if not stagings.hold(connection, producer, lease_seconds):
             return Submitted(job_id, f"job {job_id} is being submitted with this idempotency key right now")
         stagings.delete_chunks(connection, job_id)
-    Staging(engine, submission, producer).run()
-    return Submitted(job_id)
+    return Submitted(job_id, notices=Staging(engine, submission, producer).run())
 
 
 def _conflict(key: str, job_id: UUID) -> IdempotencyConflict:

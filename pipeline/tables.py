@@ -198,6 +198,8 @@ jobs = Table(
     _moment("resumed_at"),
     _moment("finished_at"),
     _moment("texts_removed_at"),
+    # What its sender should know of its rows, a line each.
+    Column("notices", JSONB, nullable=False, server_default="[]"),
     # Texts of items below this index are gone.
     _count("texts_kept_from"),
     _state(JobState),

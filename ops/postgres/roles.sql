@@ -88,7 +88,7 @@ grant delete
   to vectormill_api;
 grant update (expires_at, revoked_at) on vectormill.api_keys to vectormill_api;
 grant update (state, reason, message, ends_as, priority, fence, token, lease_until, items_total, max_rejects, payload_sha256,
-              receipt, queued_at, resumed_at, finished_at, texts_kept_from)
+              receipt, queued_at, resumed_at, finished_at, texts_kept_from, notices)
   on vectormill.jobs to vectormill_api;
 grant update (rows) on vectormill.inputs to vectormill_api;
 grant update (state, fence, lease_until, not_before, worker_id, crashes, isolation, rejected, cancelled, finished_at)
@@ -116,6 +116,6 @@ from pg_class
 where relnamespace = 'vectormill'::regnamespace and relispartition and relkind = 'r' and relname ~ '^items_';
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0013';
+comment on schema vectormill is 'roles.sql of 0014';
 
 commit;

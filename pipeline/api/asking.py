@@ -116,13 +116,19 @@ def scope_of(connection: Connection, caller: Caller, workspace: str | None) -> i
 
 
 async def ask_of_job(
-    request: Request, job: str, act: Callable[[Connection, UUID], Found], workspace: str | None = None
+    request: Request,
+    job: str,
+    act: Callable[[Connection, UUID], Found],
+    workspace: str | None = None,
+    *,
+    changes_ended: bool | None = None,
 ) -> Found:
     """Act on a job that the caller sees, by its id, the beginning of it, or its name: an admin's own workspace comes
-    before others.
+    before others. `changes_ended`: the act changes a job, one that has ended or one that hasn't.
 
     Raises:
         UnknownJob: it sees none.
+        UserError: several could be meant that would be changed.
     """
     caller = await caller_of(request)
     job = as_sent(job)
@@ -130,10 +136,15 @@ async def ask_of_job(
     def find(connection: Connection) -> UUID:
         scope = scope_of(connection, caller, workspace)
         try:
-            return status.find_job(connection, scope or caller.workspace_id, job)
+            return found(connection, scope or caller.workspace_id)
         except UnknownJob:
             if scope is not None:
                 raise
-            return status.find_job(connection, None, job)
+            return found(connection, None)
+
+    def found(connection: Connection, scope: int | None) -> UUID:
+        if changes_ended is None:
+            return status.find_job(connection, scope, job)
+        return status.find_job_to_change(connection, scope, job, ended=changes_ended)
 
     return await ask(request, lambda connection: act(connection, find(connection)))

@@ -78,19 +78,19 @@ async def get_job(request: Request, job: str, workspace: Workspace = None) -> Jo
 @router.post("/{job}/cancel", responses=problems(409), openapi_extra=SECURITY)
 async def cancel_job(request: Request, job: str, workspace: Workspace = None) -> Job:
     """Stop it. Vectors that are committed stay; the receipt counts the rest as cancelled."""
-    return Job(**await ask_of_job(request, job, _then_status(control.cancel), workspace))
+    return Job(**await ask_of_job(request, job, _then_status(control.cancel), workspace, changes_ended=False))
 
 
 @router.post("/{job}/pause", responses=problems(409), openapi_extra=SECURITY)
 async def pause_job(request: Request, job: str, workspace: Workspace = None) -> Job:
     """Let no further chunk of it start."""
-    return Job(**await ask_of_job(request, job, _then_status(control.pause), workspace))
+    return Job(**await ask_of_job(request, job, _then_status(control.pause), workspace, changes_ended=False))
 
 
 @router.post("/{job}/resume", responses=problems(409), openapi_extra=SECURITY)
 async def resume_job(request: Request, job: str, workspace: Workspace = None) -> Job:
     """Let it go on, when it was paused."""
-    return Job(**await ask_of_job(request, job, _then_status(control.resume), workspace))
+    return Job(**await ask_of_job(request, job, _then_status(control.resume), workspace, changes_ended=False))
 
 
 @router.post("/{job}/priority", responses=problems(409), openapi_extra=described(Priority))
@@ -102,7 +102,7 @@ async def prioritise_job(request: Request, job: str, workspace: Workspace = None
     def act(connection: Connection, job_id: UUID) -> None:
         control.prioritise(connection, job_id, priority)
 
-    return Job(**await ask_of_job(request, job, _then_status(act), workspace))
+    return Job(**await ask_of_job(request, job, _then_status(act), workspace, changes_ended=False))
 
 
 @router.post("/{job}/retry", responses=problems(409), openapi_extra=SECURITY)
@@ -113,7 +113,7 @@ async def retry_job(request: Request, job: str, workspace: Workspace = None) -> 
         reopened = control.retry(connection, job_id)
         return Retried(reopened_chunks=reopened, job=Job(**status.sum_up(connection, job_id)))
 
-    return await ask_of_job(request, job, act, workspace)
+    return await ask_of_job(request, job, act, workspace, changes_ended=True)
 
 
 def _then_status(act: Callable[[Connection, UUID], Any]) -> Callable[[Connection, UUID], dict[str, Any]]:

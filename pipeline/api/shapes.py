@@ -54,6 +54,7 @@ class Job(BaseModel):
     model: str
     labels: dict[str, str]
     output: str | None = Field(description="Where its vectors are as Parquet; null: in Postgres.")
+    notices: list[str] = Field(description="What its sender should know of its rows, though nothing was refused.")
     items: Items
     tokens: Tokens
     rate: Rate
@@ -150,6 +151,7 @@ class Receipt(BaseModel):
     state: JobState
     items: ReceiptItems
     tokens: ReceiptTokens
+    truncated: int = Field(description="Embedded texts of which only the beginning was read.")
     balanced: bool
     verified: bool | None = Field(default=None, description="With verify=true.")
     missing: int | None = None

@@ -109,7 +109,7 @@ async def create_job(
 
 async def _from_sources(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
     try:
-        fields = json.loads(await request.body())
+        fields = json.loads(await request.body(), object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
         raise InvalidPayload("The body is neither JSON nor multipart/form-data.") from error
     if not isinstance(fields, dict):
@@ -126,6 +126,16 @@ async def _from_sources(request: Request, owner: int, settings: Settings, key: s
 
     bulk: Bulk = request.app.state.bulk
     return await bulk.run(act)
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless a field of it is there twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidPayload(f"{twice[:100]}: it is given twice.", param=twice[:100])
+    return fields
 
 
 async def _from_upload(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
@@ -157,6 +167,8 @@ def _fields(form: FormData) -> dict[str, Any]:
             continue
         if name in _LISTS:
             fields.setdefault(name, []).append(value)
+        elif name in fields:
+            raise InvalidPayload(f"{name}: it is given twice.", param=name)
         elif name == "labels":
             with suppress(ValueError, RecursionError):
                 value = json.loads(value)

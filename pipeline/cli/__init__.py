@@ -27,10 +27,11 @@ from pipeline.cli import (
     workspaces,
 )
 from pipeline.cli.look import stderr
+from pipeline.cli.once import App
 from pipeline.errors import VectormillError
 from pipeline.store.database import reporting_unreachable
 
-app = typer.Typer(
+app = App(
     name="vectormill",
     help="Embed a corpus of texts into Postgres, exactly once.",
     no_args_is_help=True,

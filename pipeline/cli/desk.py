@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
+from uuid import UUID
 
 import httpx2 as httpx
 from sqlalchemy.exc import DBAPIError
@@ -22,9 +23,11 @@ from pipeline.keys import NewKey
 from pipeline.request import JobRequest
 from pipeline.results import export
 from pipeline.settings import Settings, load_settings
+from pipeline.status import Namesake
 from pipeline.store import items, models
 from pipeline.store import keys as stored_keys
 from pipeline.store.database import is_connection_lost
+from pipeline.submission import Submitted
 
 _PAGE = 1_000
 _LIST_PAGE = 100
@@ -45,6 +48,9 @@ class Desk(Protocol):
 
     def status(self, job: str) -> dict[str, Any]:
         """Where a job stands."""
+
+    def namesakes(self, job: str) -> list[Namesake]:
+        """All that bear this name, the newest first."""
 
     def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
         """Its rejects in index order."""
@@ -94,6 +100,16 @@ class DatabaseDesk:
         with self.place.engine.begin() as connection:
             yield connection, status.find_job(connection, self.place.workspace_id, job)
 
+    @contextmanager
+    def _changing(self, job: str, *, ended: bool) -> Iterator[tuple[Any, Any]]:
+        with self.place.engine.begin() as connection:
+            yield connection, status.find_job_to_change(connection, self.place.workspace_id, job, ended=ended)
+
+    def namesakes(self, job: str) -> list[Namesake]:
+        """All that bear this name, the newest first."""
+        with self.place.engine.begin() as connection:
+            return status.namesakes(connection, self.place.workspace_id, job, _LIST_PAGE)
+
     def jobs(self, states: Sequence[JobState], limit: int) -> list[dict[str, Any]]:
         """Statuses of the newest jobs."""
         with self.place.engine.begin() as connection:
@@ -134,18 +150,18 @@ class DatabaseDesk:
     def steer(self, job: str, verb: str) -> dict[str, Any]:
         """`cancel`, `pause` or `resume` it."""
         act = {"cancel": control.cancel, "pause": control.pause, "resume": control.resume}[verb]
-        with self._of(job) as (connection, found):
+        with self._changing(job, ended=False) as (connection, found):
             return {"id": str(found), "state": act(connection, found)}
 
     def prioritise(self, job: str, priority: int) -> str:
         """Change its place among others."""
-        with self._of(job) as (connection, found):
+        with self._changing(job, ended=False) as (connection, found):
             control.prioritise(connection, found, priority)
             return str(found)
 
     def retry(self, job: str) -> tuple[str, int]:
         """Try again what may succeed."""
-        with self._of(job) as (connection, found):
+        with self._changing(job, ended=True) as (connection, found):
             return str(found), control.retry(connection, found)
 
     def results(self, job: str, to: Path) -> str:
@@ -297,9 +313,13 @@ class ApiDesk:
             )
         return self._send(method, path, **how)
 
-    def submit(self, wish: JobRequest, files: Sequence[Path], idempotency_key: str | None) -> tuple[str, bool]:
-        """Upload files as a job, or let it read the sources that the request names. Returns its id, and whether it
-        was there before."""
+    def namesakes(self, job: str) -> list[Namesake]:
+        """All that bear this name, the newest first."""
+        rows = self._get("/jobs", name=job, limit=_LIST_PAGE)["data"]
+        return [Namesake(UUID(row["id"]), row["state"]) for row in rows if row["name"] == job]
+
+    def submit(self, wish: JobRequest, files: Sequence[Path], idempotency_key: str | None) -> Submitted:
+        """Upload files as a job, or let it read the sources that the request names."""
         headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
         fields = wish.model_dump(exclude_defaults=True)
         if not files:
@@ -311,8 +331,11 @@ class ApiDesk:
             return self._made(sent)
 
     @staticmethod
-    def _made(reply: httpx.Response) -> tuple[str, bool]:
-        return str(reply.json()["id"]), reply.status_code == HTTPStatus.OK
+    def _made(reply: httpx.Response) -> Submitted:
+        job = reply.json()
+        if reply.status_code == HTTPStatus.OK:
+            return Submitted(UUID(job["id"]), f"this idempotency key made job {job['id']} before")
+        return Submitted(UUID(job["id"]), notices=job.get("notices", ()))
 
     def _get(self, path: str, **asked: Any) -> Any:
         return self._send("GET", path, params={**asked, **self._scope}).json()

@@ -16,6 +16,7 @@ from pipeline.cli import look
 from pipeline.cli.desk import Desk, at_desk
 from pipeline.errors import ServiceUnreachable, UnknownJob, WaitTimedOut
 from pipeline.jobs import JobState, Reason
+from pipeline.status import several
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Its id, the beginning of it, or its name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -78,11 +79,19 @@ def status(job: Job, as_json: Json = False, workspace: Workspace = DEFAULT_WORKS
     Example: vectormill status docs --json
     """
     with at_desk(workspace) as desk:
+        tell_namesakes(desk, job)
         row = desk.status(job)
     if as_json:
         look.print_json(row)
     else:
         _print_status(row)
+
+
+def tell_namesakes(desk: Desk, job: str) -> None:
+    """Say which jobs bear the name too, where a command is about the newest of them."""
+    bearers = desk.namesakes(job)
+    if len(bearers) > 1:
+        look.tell([f"{several(job, bearers)}; this is about the newest."])
 
 
 def _print_status(row: Mapping[str, Any]) -> None:
@@ -107,6 +116,8 @@ def _print_status(row: Mapping[str, Any]) -> None:
     if row["eta_seconds"] is not None:
         table.add_row("time left", f"about {figures.duration(row['eta_seconds'])}")
     table.add_row("made", look.age(row["created_at"]))
+    for notice in row["notices"]:
+        table.add_row("note", Text(notice))
     if row["labels"]:
         table.add_row("labels", ", ".join(f"{key}={value}" for key, value in row["labels"].items()))
     look.stdout.print(table)
@@ -118,6 +129,7 @@ def watch(job: Job, timeout: Timeout = None, workspace: Workspace = DEFAULT_WORK
     Example: vectormill watch docs
     """
     with at_desk(workspace) as desk:
+        tell_namesakes(desk, job)
         raise typer.Exit(watch_job(desk, desk.status(job)["id"], timeout))
 
 
@@ -213,6 +225,7 @@ def rejects(
     Example: vectormill rejects docs --json
     """
     with at_desk(workspace) as desk:
+        tell_namesakes(desk, job)
         rows = desk.rejects(job, limit)
     if as_json:
         look.print_json(rows)
@@ -240,6 +253,7 @@ def receipt(
     Example: vectormill receipt docs --verify
     """
     with at_desk(workspace) as desk:
+        tell_namesakes(desk, job)
         account = desk.receipt(job, verify=verify)
         codes = {} if as_json else desk.reject_counts(job)
     if as_json:

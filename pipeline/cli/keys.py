@@ -12,10 +12,11 @@ from rich.text import Text
 from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli.desk import at_desk
 from pipeline.cli.look import age, print_json, stderr, stdout
+from pipeline.cli.once import App
 from pipeline.errors import UserError
 from pipeline.keys import NewKey
 
-app = typer.Typer(help="API keys of a workspace.", no_args_is_help=True)
+app = App(help="API keys of a workspace.", no_args_is_help=True)
 
 Workspace = Annotated[str, typer.Option(help="The workspace.")]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as list shows it.")]

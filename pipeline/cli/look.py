@@ -3,7 +3,7 @@ standard error."""
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -35,6 +35,12 @@ _STATE_MARKS = {"completed": "✓", "failed": "✗", "running": "▸", "paused":
 def print_json(value: Any) -> None:
     """Print data for a program."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def tell(notices: Iterable[str]) -> None:
+    """Say what a person should know though nothing is refused, a line each."""
+    for notice in notices:
+        stderr.print(Text("note ", "yellow"), Text(notice), sep="")
 
 
 def age(moment: str | None) -> str:
@@ -99,6 +105,8 @@ def ledger(receipt: Mapping[str, Any], codes: Mapping[str, int]) -> RenderableTy
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_row("in", f"{items['in']:,}", "")
     table.add_row("embedded", f"{items['embedded']:,}", f"{tokens['prompt']:,}")
+    if receipt["truncated"]:
+        table.add_row("truncated", f"{receipt['truncated']:,}", "")
     table.add_row("reused", f"{items['reused']:,}", f"{tokens['reused']:,} saved" if tokens["reused"] else "")
     table.add_row("rejected", f"{items['rejected']:,}", "")
     table.add_row("cancelled", f"{items['cancelled']:,}", "")
@@ -108,7 +116,17 @@ def ledger(receipt: Mapping[str, Any], codes: Mapping[str, int]) -> RenderableTy
         table.add_row("billed", "", f"{tokens['billed']:,}")
     why = ", ".join(f"{count:,} {code}" for code, count in codes.items())
     hint = [Text(f"{why}: vectormill rejects {short(receipt['id'])}", style="yellow")] if why else []
+    if receipt["truncated"]:
+        hint.append(Text(_truncated(receipt["truncated"]), style="yellow"))
     return Group(Text.assemble(("receipt  ", "bright_black"), receipt["id"]), table, *hint)
+
+
+def _truncated(count: int) -> str:
+    texts = "1 text was" if count == 1 else f"{count:,} texts were"
+    return (
+        f"{texts} cut, longer than what is read: --on-long reject rejects such, a model that reads more or a greater "
+        "--max-item-tokens takes more of them; results tell which (truncated)"
+    )
 
 
 def short(job_id: str) -> str:

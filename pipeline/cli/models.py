@@ -15,13 +15,14 @@ from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli.connect import working
 from pipeline.cli.desk import at_desk
 from pipeline.cli.look import print_json, stderr, stdout
+from pipeline.cli.once import App
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import ModelError, UnknownModel, UserError
 from pipeline.jobs import Upstream
 from pipeline.store import models
 from pipeline.wire import MOST_INPUTS
 
-app = typer.Typer(help="What embeds: the catalogue of models.", no_args_is_help=True)
+app = App(help="What embeds: the catalogue of models.", no_args_is_help=True)
 
 Aliases = Annotated[list[str] | None, typer.Option(help="Another name for it; may be repeated.")]
 Sizes = Annotated[

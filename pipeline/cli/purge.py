@@ -13,7 +13,7 @@ from pipeline.cli.jobs import Json, Workspace
 from pipeline.cli.look import print_json, stderr
 from pipeline.errors import UserError
 from pipeline.purge import check_ended, months_before, parse_month, purge_job, purge_month
-from pipeline.status import find_job, sum_up
+from pipeline.status import find_job_to_change, sum_up
 
 
 def purge(
@@ -49,7 +49,7 @@ def purge(
 
 def _purge_job(place: Place, job: str, *, dry_run: bool, yes: bool) -> dict[str, Any]:
     with place.engine.begin() as connection:
-        found = find_job(connection, place.workspace_id, job)
+        found = find_job_to_change(connection, place.workspace_id, job, ended=True)
         check_ended(connection, found)
         now = sum_up(connection, found)
     what = f"job {found} ({now['name']}, {now['items']['total']:,} items)"

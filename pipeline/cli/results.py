@@ -13,8 +13,8 @@ from pipeline import status as reading
 from pipeline.catalog import DEFAULT_WORKSPACE, as_upstream
 from pipeline.cli import look
 from pipeline.cli.connect import Place, working
-from pipeline.cli.desk import at_desk
-from pipeline.cli.jobs import Job, Json, Workspace
+from pipeline.cli.desk import DatabaseDesk, at_desk
+from pipeline.cli.jobs import Job, Json, Workspace, tell_namesakes
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import UnknownModel, UserError
 from pipeline.store import embeddings, jobs, models
@@ -32,6 +32,7 @@ def results(
     Example: vectormill results docs --to vectors.parquet
     """
     with at_desk(workspace) as desk:
+        tell_namesakes(desk, job)
         written = desk.results(job, to)
     look.stderr.print(written, markup=False)
 
@@ -48,6 +49,7 @@ def search(
     Example: vectormill search "read a file line by line" --job docs
     """
     with working(workspace) as place:
+        tell_namesakes(DatabaseDesk(place), job)
         hits = search_many(place, job, [query], limit)[0]
     if as_json:
         look.print_json(hits)

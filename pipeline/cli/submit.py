@@ -19,7 +19,7 @@ from pipeline.catalog import DEFAULT_WORKSPACE, as_model, find_model, find_row
 from pipeline.cli.connect import Place
 from pipeline.cli.desk import ApiDesk, at_desk
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
-from pipeline.cli.look import print_json, stderr, stdout
+from pipeline.cli.look import print_json, stderr, stdout, tell
 from pipeline.cli.oneshot import oneshot
 from pipeline.cli.results import model_source
 from pipeline.errors import EmptySource, UserError
@@ -50,6 +50,14 @@ def submit(
     query: Annotated[str | None, typer.Option(help="The query whose rows are the corpus.")] = None,
     text_column: Annotated[str, typer.Option(help="The column or field that holds the texts.")] = "text",
     key_column: Annotated[str | None, typer.Option(help="The column that holds your keys.  [default: id]")] = None,
+    delimiter: Annotated[
+        str | None,
+        typer.Option(metavar="SIGN", help="What divides fields of .csv and .tsv, or tab.  [default: a comma, a tab]"),
+    ] = None,
+    quote: Annotated[
+        str | None,
+        typer.Option(metavar="SIGN", help='What quotes fields of .csv and .tsv, or none.  [default: ", none]'),
+    ] = None,
     carry: Annotated[list[str] | None, typer.Option(help="A column to carry into results; may be repeated.")] = None,
     name: Annotated[str | None, typer.Option(help="The job's name.  [default: the first source's]")] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A label; may be repeated.")] = None,
@@ -68,7 +76,9 @@ def submit(
     max_rejects: Annotated[
         str, typer.Option(metavar="N|P%", help="Fail the job beyond this.  [default: 10% from 100 items on]")
     ] = "",
-    unique_keys: Annotated[bool, typer.Option("--unique-keys", help="Refuse a corpus with a key twice.")] = False,
+    unique_keys: Annotated[
+        bool, typer.Option("--unique-keys", help="Refuse a corpus with a key twice, or none.")
+    ] = False,
     by_reference: Annotated[
         bool | None,
         typer.Option(
@@ -109,6 +119,8 @@ def submit(
 
         zcat dump.jsonl.gz | vectormill submit - --model all-MiniLM-L6-v2 --idempotency-key nightly-2026-11-23
 
+        vectormill submit export.csv --model all-MiniLM-L6-v2 --delimiter ";" --key-column sku
+
         vectormill submit "s3://corpus/*.parquet" --model all-MiniLM-L6-v2 --by-reference --output s3://vectors/corpus
 
         vectormill submit --from duckdb:///shop.db --query "select id, text from items" --model all-MiniLM-L6-v2
@@ -117,12 +129,16 @@ def submit(
     _one_of("--on-long", on_long, "truncate", "reject")
     if max_rejects != max_rejects.strip():
         raise UserError("--max-rejects: give a count such as 50, or a share such as 2.5%.")
+    _needs("--json", as_json, "--dry-run", dry_run)
+    _needs("--timeout", timeout is not None, "--wait", wait)
     wish = read_request(
         {
             "model": model,
             "name": name,
             "text_column": text_column,
             "key_column": key_column,
+            "delimiter": delimiter,
+            "quote": quote,
             "carry": carry or [],
             "labels": _labels(label or []),
             "priority": priority,
@@ -183,14 +199,15 @@ def _submit_to_api(desk: ApiDesk, wish: JobRequest, sources: list[str], idempote
         if remote:
             if len(remote) < len(sources):
                 raise UserError("an api takes files to upload or URIs, not both in one job.")
-            made, known = desk.submit(wish.model_copy(update={"sources": remote}), [], idempotency_key)
+            made = desk.submit(wish.model_copy(update={"sources": remote}), [], idempotency_key)
         else:
             if wish.by_reference:
                 raise UserError("--by-reference: an api can't read files of this machine; leave it out.")
-            made, known = desk.submit(wish, _files_of(sources, Path(folder)), idempotency_key)
-    if known:
-        stderr.print(f"This idempotency key made job {made} before.")
-    return made
+            made = desk.submit(wish, _files_of(sources, Path(folder)), idempotency_key)
+    if made.attached:
+        stderr.print(f"{made.attached}.")
+    tell(made.notices)
+    return str(made.job_id)
 
 
 def _files_of(sources: list[str], folder: Path) -> list[Path]:
@@ -248,6 +265,7 @@ def _submit(place: Place, model: str, corpus: Source, options: Options) -> str:
         )
     if done.attached:
         stderr.print(f"{done.attached}.")
+    tell(done.notices)
     return str(done.job_id)
 
 
@@ -265,6 +283,7 @@ def _estimate(place: Place, model: str, corpus: Source, options: Options, *, as_
         return lengths, cut
 
     found = estimate(corpus, as_model(row), options, slots, tokenise)
+    tell(found["notices"])
     if as_json:
         print_json(found)
     else:
@@ -321,11 +340,18 @@ def _one_of(option: str, value: str, *choices: str) -> None:
         raise UserError(f'{option} "{value}": choose {" or ".join(choices)}.')
 
 
+def _needs(option: str, given: bool, other: str, also: bool) -> None:
+    if given and not also:
+        raise UserError(f"{option} has no effect without {other}; leave it out, or give both.")
+
+
 def _labels(pairs: list[str]) -> dict[str, str]:
     labels = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise UserError(f'--label "{pair}": write it as key=value.')
+        if key in labels:
+            raise UserError(f'--label "{pair}": {key} is given twice.')
         labels[key] = value
     return labels

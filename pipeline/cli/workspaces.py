@@ -12,10 +12,11 @@ from pipeline import webhooks
 from pipeline.catalog import workspace_id
 from pipeline.cli.connect import working
 from pipeline.cli.look import print_json, stderr, stdout
+from pipeline.cli.once import App
 from pipeline.errors import UnknownModel, UserError
 from pipeline.store import models, workspaces
 
-app = typer.Typer(help="Who shares the workers, and by which weight.", no_args_is_help=True)
+app = App(help="Who shares the workers, and by which weight.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="Its name.")]
 Weight = Annotated[float, typer.Option(help="Its share: 2 gets twice the tokens in flight of 1.")]

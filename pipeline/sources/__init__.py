@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Protocol, assert_never
 
-from pipeline.sources.csv_ import read_csv
+from pipeline.sources.csv_ import Dialect, read_csv
 from pipeline.sources.files import STDIN, Compression, Format, SourceFile, find_files
 from pipeline.sources.jsonl import read_jsonl
 from pipeline.sources.open import open_blocks, read_blocks, without_mark
 from pipeline.sources.parquet import read_parquet
 from pipeline.sources.reference import Places, scan
-from pipeline.sources.rows import Columns, Parsed, Rows, judge
+from pipeline.sources.rows import Columns, Notices, Parsed, Rows, judge
 
 __all__ = ["Columns", "Compression", "Corpus", "Format", "Rows", "Source", "SourceFile"]
 
@@ -28,6 +28,8 @@ class Source(Protocol):
     columns: Columns
     #: A longer text is rejected.
     item_bytes: int
+    #: What a person should know of it, as far as it has been read.
+    notices: Notices
 
     @property
     def name(self) -> str:
@@ -73,6 +75,7 @@ class Corpus:
         self.stream_sha256: str | None = None
         self.columns = columns
         self.item_bytes = item_bytes
+        self.notices = Notices()
         self._stdin = stdin
 
     @property
@@ -91,8 +94,7 @@ class Corpus:
         if self.stream_sha256 is None and any(file.uri is None for file in self.files):
             return None
         files = [(file.uri or self.stream_sha256, file.bytes, file.etag) for file in self.files]
-        columns = (self.columns.text, self.columns.key, self.columns.carry)
-        return hashlib.sha256(json.dumps([files, columns]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([files, self.columns.identity]).encode()).hexdigest()
 
     def read_fingerprint(self) -> str:
         """The fingerprint, for which a stream is read to its end and no row is kept."""
@@ -109,7 +111,7 @@ class Corpus:
         Raises:
             SourceError: as `blocks`, but for a single bad line of JSON.
         """
-        return scan(file, self.columns, self.item_bytes)
+        return scan(file, self.columns, self.item_bytes, self.notices)
 
     def blocks(self) -> Iterator[Rows]:
         """Read every row once, in order. With a stream, this can be done once.
@@ -126,17 +128,16 @@ class Corpus:
             file.check_unchanged()
 
     def _read(self, file: SourceFile) -> Iterator[Parsed]:
-        columns, item_bytes = self.columns, self.item_bytes
+        columns, item_bytes, notices = self.columns, self.item_bytes, self.notices
         match file.format:
             case Format.JSONL:
                 blocks = self._stream() if file.uri is None else open_blocks(file)
-                return read_jsonl(blocks, file.name, columns, item_bytes)
-            case Format.CSV:
-                return read_csv(open_blocks(file), file.name, ",", columns, item_bytes)
-            case Format.TSV:
-                return read_csv(open_blocks(file), file.name, "\t", columns, item_bytes)
+                return read_jsonl(blocks, file.name, columns, item_bytes, notices)
+            case Format.CSV | Format.TSV:
+                dialect = Dialect.of(file.format, columns)
+                return read_csv(open_blocks(file), file.name, dialect, columns, item_bytes, notices)
             case Format.PARQUET:
-                return read_parquet(file, columns)
+                return read_parquet(file, columns, notices)
         assert_never(file.format)
 
     def _stream(self) -> Iterator[bytes]:

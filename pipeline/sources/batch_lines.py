@@ -19,6 +19,7 @@ from pipeline.sources.rows import (
     Columns,
     LongLine,
     Missing,
+    Notices,
     Parsed,
     Rows,
     judge,
@@ -105,6 +106,7 @@ class BatchLines:
         """
         self.name = name
         self.item_bytes = item_bytes
+        self.notices = Notices()
         self._uri, self._sha256, self._size_bytes, self._open = uri, sha256, size_bytes, open_file
 
     def inputs(self) -> list[dict[str, Any]]:

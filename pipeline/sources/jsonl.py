@@ -9,19 +9,32 @@ import orjson
 from pipeline.errors import SourceError
 from pipeline.exact_json import NoNumberError, decode, may_be_inexact
 from pipeline.sources.open import whole_lines
-from pipeline.sources.rows import BLOCK_ROWS, BadRow, Columns, LongLine, Missing, Parsed, missing_column, skipped
+from pipeline.sources.rows import (
+    BLOCK_ROWS,
+    BadRow,
+    Columns,
+    LongLine,
+    Missing,
+    Notices,
+    Parsed,
+    missing_column,
+    skipped,
+    without_key,
+)
 
 #: A column that none of a file's first rows has is a wrong name, not a row's fault.
 HEAD_ROWS: Final = 1_000
 
 
-def read_jsonl(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int) -> Iterator[Parsed]:
+def read_jsonl(
+    blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int, notices: Notices
+) -> Iterator[Parsed]:
     """The rows of JSON lines; empty lines are none.
 
     Raises:
         SourceError: a line isn't a JSON object, or no row among the first has a required column.
     """
-    watch = _ColumnWatch(name, columns)
+    watch = _ColumnWatch(name, columns, notices)
     for run in whole_lines(_no_array(blocks, name), name, line_bytes(item_bytes)):
         if isinstance(run, LongLine):
             if not run.blank:
@@ -35,13 +48,13 @@ def read_jsonl(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes:
     watch.end()
 
 
-def check_columns(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int) -> None:
+def check_columns(blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int, notices: Notices) -> None:
     """Look for the columns among a file's first rows.
 
     Raises:
         SourceError: a line there isn't a JSON object, or none has a required column.
     """
-    watch = _ColumnWatch(name, columns)
+    watch = _ColumnWatch(name, columns, notices)
     for run in whole_lines(_no_array(blocks, name), name, line_bytes(item_bytes)):
         if not isinstance(run, LongLine):
             watch.look(run[0], run[1].split(b"\n"))
@@ -150,17 +163,19 @@ def _decode(line: bytes) -> dict[str, object]:
 class _ColumnWatch:
     """Tells a wrong column's name from rows that lack the column."""
 
-    def __init__(self, name: str, columns: Columns) -> None:
+    def __init__(self, name: str, columns: Columns, notices: Notices) -> None:
         self._name = name
         self._key = columns.key
         self._unseen = list(columns.required)
+        self._keyless = not columns.key_required
+        self._notices = notices
         self._left = HEAD_ROWS
         self._first_row: tuple[int, dict[str, object]] | None = None
 
     @property
     def content(self) -> bool:
         """Whether no further row can change anything."""
-        return not self._unseen or not self._left
+        return not (self._unseen or self._keyless) or not self._left
 
     def look(self, first: int, lines: list[bytes]) -> None:
         """Note which columns the next lines have, as long as they are among the file's first."""
@@ -172,15 +187,21 @@ class _ColumnWatch:
                 continue
             self._first_row = self._first_row or (number, row)
             self._unseen = [(option, column) for option, column in self._unseen if column not in row]
+            self._keyless = self._keyless and self._key not in row
             self._left -= 1
             if not self._left:
                 self.end()
 
     def end(self) -> None:
-        """Raise `SourceError` if the rows so far all lack a required column."""
-        if not self._unseen or not self._first_row:
+        """Raise `SourceError` if the rows so far all lack a required column; note it if it is the key's."""
+        if not self._first_row:
             return
         number, row = self._first_row
+        if not self._unseen:
+            if self._keyless:
+                self._notices.add("no key", without_key(f"{self._name} line {number:,}", self._key, row))
+            self._keyless = False
+            return
         candidates = [name for name, value in row.items() if isinstance(value, str) and name != self._key]
         place = f"{self._name} line {number:,}"
         raise missing_column(place, *self._unseen[0], row, candidates)

@@ -132,11 +132,13 @@ def mark_bytes(first: bytes) -> int:
     return len(codecs.BOM_UTF8) if first.startswith(codecs.BOM_UTF8) else 0
 
 
-def whole_lines(blocks: Iterable[bytes], name: str, bound_bytes: int) -> Iterator[tuple[int, bytes] | LongLine]:
+def whole_lines(
+    blocks: Iterable[bytes], name: str, bound_bytes: int, quote: bytes = b'"'
+) -> Iterator[tuple[int, bytes] | LongLine]:
     """Cut blocks at line ends: the number of the first line, and lines without the last one's end.
 
     A longer line than `bound_bytes` (at least 1 MiB) is skipped to its end without being held, and comes as a
-    `LongLine`.
+    `LongLine`, which counts its quotes.
 
     Raises:
         SourceError: packed data is broken; the message says after which line.
@@ -144,7 +146,7 @@ def whole_lines(blocks: Iterable[bytes], name: str, bound_bytes: int) -> Iterato
     number = 1
     parts: list[bytes] = []  # of a line whose end hasn't come yet
     size = 0
-    dropped = _Dropped()
+    dropped = _Dropped(quote)
     try:
         for block in blocks:
             end = block.find(b"\n")
@@ -158,7 +160,7 @@ def whole_lines(blocks: Iterable[bytes], name: str, bound_bytes: int) -> Iterato
                 parts.append(block[:end])
                 dropped.take(parts)
                 yield LongLine(number, size + end, bound_bytes, dropped.quotes, dropped.blank)
-                number, dropped = number + 1, _Dropped()
+                number, dropped = number + 1, _Dropped(quote)
                 block = block[end + 1 :]
             last = block.rfind(b"\n")
             if last >= 0:
@@ -178,12 +180,13 @@ def whole_lines(blocks: Iterable[bytes], name: str, bound_bytes: int) -> Iterato
 class _Dropped:
     """What is known of a line that is too long to be held."""
 
-    def __init__(self) -> None:
+    def __init__(self, quote: bytes) -> None:
+        self._quote = quote
         self.quotes, self.blank = 0, True
 
     def take(self, parts: list[bytes]) -> None:
         """Look at parts of it, and empty their list."""
-        self.quotes += sum(part.count(b'"') for part in parts)
+        self.quotes += sum(part.count(self._quote) for part in parts)
         self.blank = self.blank and not any(part.strip() for part in parts)
         parts.clear()
 

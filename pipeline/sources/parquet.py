@@ -20,12 +20,13 @@ from pipeline.sources.pages import GROWS, Stored, check_pages
 from pipeline.sources.rows import (
     BLOCK_BYTES,
     Columns,
+    Notices,
     Parsed,
-    carried,
-    interval,
     missing_column,
     shown,
+    without_key,
 )
+from pipeline.sources.values import carried, interval
 from pipeline.storage import is_remote
 
 #: The most rows read at once: texts in a run may be far longer than the average.
@@ -41,14 +42,14 @@ _INTERVAL = np.dtype([("months", "<u4"), ("days", "<u4"), ("milliseconds", "<u4"
 _BAD_FOOTER = "the Parquet footer can't be read; the file is truncated or damaged."
 
 
-def read_parquet(file: SourceFile, columns: Columns) -> Iterator[Parsed]:
+def read_parquet(file: SourceFile, columns: Columns, notices: Notices) -> Iterator[Parsed]:
     """The rows of a Parquet file. What JSON hasn't, dates or decimals say, becomes strings.
 
     Raises:
         SourceError: it's no Parquet file or a damaged one, or a column is missing or of a type that can't
             serve.
     """
-    with _Table(file, columns) as table:
+    with _Table(file, columns, notices) as table:
         yield from table.rows(0, 0, table.metadata.num_rows, 1)
 
 
@@ -59,13 +60,13 @@ def read_rows(
 
     `first_row` is the number of the first one in the file, from 1. Raises as `read_parquet`.
     """
-    with _Table(file, columns) as table:
+    with _Table(file, columns, Notices()) as table:
         yield from table.rows(group, skip, count, first_row)
 
 
-def row_groups(file: SourceFile, columns: Columns) -> Iterator[tuple[int, int, int]]:
+def row_groups(file: SourceFile, columns: Columns, notices: Notices) -> Iterator[tuple[int, int, int]]:
     """Each row group by its metadata: (number, rows, average bytes of a row's texts). Raises as `read_parquet`."""
-    with _Table(file, columns) as table:
+    with _Table(file, columns, notices) as table:
         for group in range(table.metadata.num_row_groups):
             yield group, table.metadata.row_group(group).num_rows, table.average_bytes(group)
 
@@ -100,7 +101,7 @@ class _MetadataOnly(io.RawIOBase):
 class _Table:
     """An open Parquet file, and the columns that are wanted of it."""
 
-    def __init__(self, file: SourceFile, columns: Columns) -> None:
+    def __init__(self, file: SourceFile, columns: Columns, notices: Notices) -> None:
         self._file = file
         self._name = file.name
         self._columns = columns
@@ -117,6 +118,8 @@ class _Table:
         except BaseException:
             self._raw.close()
             raise
+        if columns.key not in schema.names:
+            notices.add("no key", without_key(file.name, columns.key, schema.names))
         self._types = {name: schema.field(name).type for name in self._wanted}
         self._texts = [name for name in self._wanted if _is_text(schema.field(name).type)]
         # A nested column is stored as several.

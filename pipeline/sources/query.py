@@ -19,7 +19,19 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModu
 
 from pipeline import exact_json
 from pipeline.errors import ServiceUnreachable, SourceError, SourceStopped, UserError, VectormillError
-from pipeline.sources.rows import BLOCK_BYTES, BLOCK_ROWS, Columns, Parsed, Rows, carried, judge, missing_column, shown
+from pipeline.sources.rows import (
+    BLOCK_BYTES,
+    BLOCK_ROWS,
+    Columns,
+    Notices,
+    Parsed,
+    Rows,
+    judge,
+    missing_column,
+    shown,
+    without_key,
+)
+from pipeline.sources.values import carried
 
 #: Rows that the driver hands over at once: a thousand of the longest texts are too many already.
 _FETCH_ROWS = 500
@@ -75,6 +87,7 @@ class QueryCorpus:
         """
         self.columns = columns
         self.item_bytes = item_bytes
+        self.notices = Notices()
         self._asked_by = asked_by
         self._url = _parsed(url, asked_by)
         self._query = query.strip().rstrip(";")
@@ -109,9 +122,8 @@ class QueryCorpus:
 
     def fingerprint(self) -> str:
         """SHA-256 over the database's address, or its name where it is movable, the query and the columns."""
-        columns = (self.columns.text, self.columns.key, self.columns.carry)
         database = self._url.database if self._movable else self._address
-        return hashlib.sha256(json.dumps([database, self._query, columns]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([database, self._query, self.columns.identity]).encode()).hexdigest()
 
     def read_fingerprint(self) -> str:
         """The fingerprint."""
@@ -222,6 +234,8 @@ class QueryCorpus:
         for _, column in (*self.columns.required, ("", self.columns.key)):
             if names.count(column) > 1:
                 raise SourceError(f'{self.name}: the column "{shown(column)}" comes twice; name one of them otherwise.')
+        if self.columns.key not in names:
+            self.notices.add("no key", without_key(self.name, self.columns.key, names))
 
     def _judged(self, rows: list[Sequence[Any]], at: dict[str, int], first: int) -> Rows:
         key = at.get(self.columns.key)

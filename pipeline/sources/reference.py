@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from pipeline.errors import SourceError
 from pipeline.jobs import Extent
-from pipeline.sources.csv_ import Header, csv_rows, read_csv, read_header
+from pipeline.sources import csv_
+from pipeline.sources.csv_ import Dialect, csv_rows, read_header
 from pipeline.sources.files import Compression, Format, SourceFile, source_file
 from pipeline.sources.jsonl import check_columns, read_part
 from pipeline.sources.open import BrokenStreamError, mark_bytes, open_blocks, open_range, unpacked_blocks
 from pipeline.sources.parquet import read_rows, row_groups
-from pipeline.sources.rows import Columns, Parsed, Rows, judge
+from pipeline.sources.rows import Columns, Notices, Parsed, Rows, judge
 
 #: Packed text can only be unpacked from its beginning, which each of its chunks does: a longer one is refused.
 MOST_UNPACKED_BYTES = 4 * 1024**3
@@ -67,7 +68,7 @@ def check_referable(file: SourceFile) -> None:
         raise SourceError("the standard input can't be read by reference; leave out --by-reference, or give files.")
 
 
-def scan(file: SourceFile, columns: Columns, item_bytes: int) -> Iterator[Places]:
+def scan(file: SourceFile, columns: Columns, item_bytes: int, notices: Notices) -> Iterator[Places]:
     """Where the rows of a file are, in order; columns are checked on the way.
 
     Raises:
@@ -75,24 +76,22 @@ def scan(file: SourceFile, columns: Columns, item_bytes: int) -> Iterator[Places
     """
     match file.format:
         case Format.PARQUET:
-            yield from _scan_parquet(file, columns)
+            yield from _scan_parquet(file, columns, notices)
         case Format.JSONL:
-            check_columns(open_blocks(file), file.name, columns, item_bytes)
+            check_columns(open_blocks(file), file.name, columns, item_bytes, notices)
             yield from _scan_lines(file)
-        case Format.CSV:
-            yield from _scan_csv(file, ",", columns, item_bytes)
-        case Format.TSV:
-            yield from _scan_csv(file, "\t", columns, item_bytes)
+        case Format.CSV | Format.TSV:
+            yield from _scan_csv(file, columns, item_bytes, notices)
         case _:
             assert_never(file.format)
     file.check_unchanged()
 
 
-def _scan_parquet(file: SourceFile, columns: Columns) -> Iterator[Places]:
+def _scan_parquet(file: SourceFile, columns: Columns, notices: Notices) -> Iterator[Places]:
     held: list[Places] = []
     rows = 0
     line = 1
-    for group, count, average in row_groups(file, columns):
+    for group, count, average in row_groups(file, columns, notices):
         for start in range(0, count, _PLACES):
             size = min(_PLACES, count - start)
             held.append(
@@ -180,16 +179,17 @@ def _full_lines(
     return rows
 
 
-def _scan_csv(file: SourceFile, delimiter: str, columns: Columns, item_bytes: int) -> Iterator[Places]:
+def _scan_csv(file: SourceFile, columns: Columns, item_bytes: int, notices: Notices) -> Iterator[Places]:
     """Rows by the very reader that will read them: only it knows which line ends stand inside quotes."""
-    width = read_header(open_blocks(file), file.name, delimiter, columns, item_bytes).width
+    dialect = Dialect.of(file.format, columns)
+    header = read_header(open_blocks(file), file.name, dialect, columns, item_bytes, notices)
     starts: list[int] = []
     sizes: list[int] = []
     lines: list[int] = []
     blocks = _bounded(file)
     first = next(blocks, b"")
     mark = mark_bytes(first)
-    for start, size, line in csv_rows(chain([first[mark:]], blocks), file.name, delimiter, width, item_bytes):
+    for start, size, line in csv_rows(chain([first[mark:]], blocks), file.name, header, item_bytes, notices):
         starts.append(mark + start)
         sizes.append(size)
         lines.append(line)
@@ -234,18 +234,15 @@ def _parsed(file: SourceFile, extent: Extent, rows: int, columns: Columns, item_
             return read_rows(file, columns, extent.row_group, extent.offset, rows, extent.line)
         case Format.JSONL:
             return read_part(_range(file, extent), file.name, columns, item_bytes, extent.line)
-        case Format.CSV:
-            return _read_csv(file, extent, ",", columns, item_bytes)
-        case Format.TSV:
-            return _read_csv(file, extent, "\t", columns, item_bytes)
+        case Format.CSV | Format.TSV:
+            return _read_csv(file, extent, columns, item_bytes)
     assert_never(file.format)
 
 
-def _read_csv(file: SourceFile, extent: Extent, delimiter: str, columns: Columns, item_bytes: int) -> Iterator[Parsed]:
-    header: Header = read_header(open_blocks(file), file.name, delimiter, columns, item_bytes)
-    yield from read_csv(
-        _range(file, extent), file.name, delimiter, columns, item_bytes, header=header, first_line=extent.line
-    )
+def _read_csv(file: SourceFile, extent: Extent, columns: Columns, item_bytes: int) -> Iterator[Parsed]:
+    dialect = Dialect.of(file.format, columns)
+    header = read_header(open_blocks(file), file.name, dialect, columns, item_bytes, Notices())
+    yield from csv_.read_part(_range(file, extent), file.name, header, columns, item_bytes, extent.line)
 
 
 def _range(file: SourceFile, extent: Extent) -> Iterator[bytes]:

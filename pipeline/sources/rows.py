@@ -1,36 +1,27 @@
 """What every format has in common: the columns a job reads, a block of rows, and the one judge of a row."""
 
-import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
-from decimal import Decimal
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from operator import itemgetter
 from typing import Any, Final, NamedTuple, Self
-from uuid import UUID
 
 import orjson
 
 from pipeline import exact_json
 from pipeline.errors import SourceError
 from pipeline.jobs import RejectCode
+from pipeline.sources.values import KEY_BYTES, BadKeyError, as_key, kind_of
 
 #: The most rows in a block.
 BLOCK_ROWS: Final = 5_000
 #: About the most text in a block: one item may pass it.
 BLOCK_BYTES: Final = 8 * 1024 * 1024
-#: A longer key rejects its row.
-KEY_BYTES: Final = 1024
 
 _SHOWN_COLUMNS = 20
 _SHOWN_LETTERS = 40
 _ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-_KINDS = {bool: "a boolean", int | float: "a number", list: "a list", dict: "an object"}
-_WRITTEN_AS_STRINGS = (UUID, IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network)
-_DAY_NANOSECONDS = 86_400 * 10**9
-_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 #: Postgres keeps numbers of 131,072 digits; nobody writes such, and each would have to be held.
 _MOST_DIGITS, _MOST_EXPONENT_DIGITS = 1_000, 3
 
@@ -45,11 +36,22 @@ class Columns:
     key_required: bool = False
     #: Columns that go into the results unchanged.
     carry: tuple[str, ...] = ()
+    #: What stands between the fields of CSV and TSV; `None`: what the file's name says.
+    delimiter: str | None = None
+    #: What stands around fields of CSV and TSV; empty: nothing; `None`: what the file's name says.
+    quote: str | None = None
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> Self:
         """The columns as a job's options keep them."""
-        return cls(**{**kept, "carry": tuple(kept["carry"])})
+        # Jobs that were made before there was a choice read TSV with quotes.
+        return cls(**{"quote": '"', **kept, "carry": tuple(kept["carry"])})
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What decides the rows of a corpus, for its fingerprint."""
+        dialect = (self.delimiter, self.quote)
+        return (self.text, self.key, self.carry, *(() if dialect == (None, None) else dialect))
 
     @property
     def required(self) -> tuple[tuple[str, str], ...]:
@@ -82,6 +84,36 @@ class Parsed:
     carried: Sequence[dict[str, object]] | None
 
 
+class Notices:
+    """What a person should know of a corpus though nothing is refused: the first lines of each kind, and a count."""
+
+    _MOST = 3
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+        self._more: Counter[str] = Counter()
+
+    def add(self, kind: str, line: str) -> None:
+        """Note a line, without a text's words."""
+        lines = self._found.setdefault(kind, [])
+        if len(lines) < self._MOST:
+            lines.append(line)
+        else:
+            self._more[kind] += 1
+
+    def __contains__(self, kind: str) -> bool:
+        return kind in self._found
+
+    def lines(self) -> list[str]:
+        """All that was noted, in order."""
+        found: list[str] = []
+        for kind, lines in self._found.items():
+            found += lines
+            if more := self._more[kind]:
+                found[-1] += f" There are {more:,} more like this."
+        return found
+
+
 class Missing:
     """Stands for the text of a row that has no such column."""
 
@@ -109,10 +141,6 @@ def skipped(line: LongLine, columns: Columns) -> Parsed:
     return Parsed([line.number], [line], [None], [{}] if columns.carry else None)
 
 
-class _BadKeyError(Exception):
-    """The key can't be kept; the message says why."""
-
-
 class _OverlongNumberError(Exception):
     """A number is longer than Postgres is asked to keep."""
 
@@ -136,13 +164,13 @@ def judge(parsed: Parsed, item_bytes: int, place: str) -> Rows:
             elif key is not None and not (
                 type(key) is str and len(key) <= KEY_BYTES and key.isascii() and "\0" not in key
             ):
-                key = _key(key)
+                key = as_key(key)
             data = text.encode()  # type: ignore[attr-defined]
             if 0 < len(data) <= item_bytes and b"\0" not in data and not text.isspace():  # type: ignore[attr-defined]
                 keys.append(key)
                 texts.append(data)
                 continue
-        except (AttributeError, UnicodeEncodeError, _BadKeyError):
+        except (AttributeError, UnicodeEncodeError, BadKeyError):
             pass
         at = len(keys)
         kept, (code, message) = _problem(text, key, item_bytes)
@@ -158,8 +186,8 @@ def judge(parsed: Parsed, item_bytes: int, place: str) -> Rows:
 def _problem(text: object, key: object, item_bytes: int) -> tuple[str | None, tuple[RejectCode, str]]:
     """The key to keep of a row that failed the fast test, and what is wrong; the text's fault comes first."""
     try:
-        kept, fault = _key(key), None
-    except _BadKeyError as error:
+        kept, fault = as_key(key), None
+    except BadKeyError as error:
         kept, fault = None, (RejectCode.BAD_KEY, str(error))
     found = _text_problem(text, item_bytes) or fault
     assert found is not None, "only a row with a fault comes here"
@@ -176,7 +204,7 @@ def _text_problem(text: object, item_bytes: int) -> tuple[RejectCode, str] | Non
     if text is None:
         return RejectCode.MISSING_TEXT, "text is null"
     if not isinstance(text, str):
-        return RejectCode.NOT_A_STRING, f"text is {_kind(text)}, not a string"
+        return RejectCode.NOT_A_STRING, f"text is {kind_of(text)}, not a string"
     return _string_problem(text, item_bytes)
 
 
@@ -194,102 +222,6 @@ def _string_problem(text: str, item_bytes: int) -> tuple[RejectCode, str] | None
     if text.isspace():
         return RejectCode.EMPTY_TEXT, "text is only white space"
     return None
-
-
-def _key(value: object) -> str | None:
-    """A key as it is stored, the same for the same value by each way in.
-
-    Raises:
-        _BadKeyError: it isn't a scalar, or can't be stored.
-    """
-    if value is None:
-        return None
-    key = _scalar(value)
-    try:
-        size = len(key.encode())
-    except UnicodeEncodeError:
-        raise _BadKeyError("key is not valid UTF-8") from None
-    if size > KEY_BYTES:
-        raise _BadKeyError(f"key has {size:,} bytes; at most {KEY_BYTES:,} are allowed")
-    if "\0" in key:
-        raise _BadKeyError("key contains a NUL character")
-    return key
-
-
-def _scalar(value: object) -> str:
-    if isinstance(value, exact_json.Number):
-        return value.digits
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise _BadKeyError("key is not a finite number")
-        return str(int(value)) if value.is_integer() else repr(value)
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, Decimal) and not value.is_finite():
-        raise _BadKeyError("key is not a finite number")
-    key = written(value)
-    if not isinstance(key, str):
-        raise _BadKeyError(f"key is {_kind(value)}, not a string or a number")
-    return key
-
-
-def _kind(value: object) -> str:
-    """A value's kind, for the middle of a sentence."""
-    return next((called for kind, called in _KINDS.items() if isinstance(value, kind)), f"of type {_named(value)}")
-
-
-def _named(value: object) -> str:
-    return type(value).__name__
-
-
-def written(value: object) -> object:
-    """What JSON hasn't, written out as a string: a moment in UTC and all of its digits; other values as they are."""
-    if isinstance(value, Decimal):
-        return format(value, "f")
-    if isinstance(value, datetime) and value.tzinfo is not None:
-        return value.astimezone(UTC).isoformat()
-    if isinstance(value, date | time):  # a datetime is a date
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return interval(days=value.days, nanoseconds=value.seconds * 10**9 + value.microseconds * 10**3)
-    return str(value) if isinstance(value, _WRITTEN_AS_STRINGS) else value
-
-
-def interval(*, months: int = 0, days: int = 0, nanoseconds: int = 0) -> str:
-    """An interval as Postgres writes it; days and what is below them have one sign."""
-    below = days * _DAY_NANOSECONDS + nanoseconds
-    whole_days, rest = divmod(abs(below), _DAY_NANOSECONDS)
-    sign = "-" if below < 0 else ""
-    counts = {"year": abs(months) // 12, "mon": abs(months) % 12, "day": whole_days}
-    signs = {"year": "-" * (months < 0), "mon": "-" * (months < 0), "day": sign}
-    parts = [f"{signs[unit]}{n} {unit}{'s' * (signs[unit] + str(n) != '1')}" for unit, n in counts.items() if n]
-    if rest or not parts:
-        seconds, fraction = divmod(rest, 10**9)
-        clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{fraction:09}"
-        parts.append(sign + (clock.rstrip("0") if fraction else clock.partition(".")[0]))
-    return " ".join(parts)
-
-
-def carried(value: object) -> object:
-    """A value as JSON carries it, the same by each way in.
-
-    Raises:
-        TypeError: it can't be carried; the message is its type.
-    """
-    value = written(value)
-    if value is None or isinstance(value, str | bool | exact_json.Number):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else _NOT_FINITE[repr(value)]
-    if isinstance(value, int):
-        return value if -(2**63) <= value < 2**64 else exact_json.Number(str(value))
-    if isinstance(value, list | tuple):
-        return [carried(each) for each in value]
-    if isinstance(value, dict):
-        return {str(name): carried(each) for name, each in value.items()}
-    raise TypeError(_named(value))
 
 
 def _carry(
@@ -341,13 +273,32 @@ def missing_column(
         names: the columns that there are.
         candidates: those that could be meant; one alone is suggested.
     """
+    names = list(names)
+    near = _differing_in_case(column, names)
+    sure = candidates if not near and option == "--text-column" else near
+    mend = f"Use {option} {shown(sure[0])}." if len(sure) == 1 else f"Name another with {option}."
+    return SourceError(f'{place}: no column "{shown(column)}"; {_listed(names)}. {mend}')
+
+
+def without_key(place: str, column: str, names: Iterable[str]) -> str:
+    """The notice for a corpus that has no key column, which need not be: it lists the columns there are."""
+    names = list(names)
+    near = _differing_in_case(column, names)
+    mend = f"use --key-column {shown(near[0])}" if len(near) == 1 else "name one with --key-column"
+    told = f'{place}: no column "{shown(column)}", so these items have no key'
+    return f"{told}; {_listed(names)}. If one holds keys, {mend}."
+
+
+def _differing_in_case(column: str, names: Sequence[str]) -> list[str]:
+    """The columns that a hurried person takes for this one."""
+    return [name for name in names if name.strip().casefold() == column.strip().casefold()]
+
+
+def _listed(names: Sequence[str]) -> str:
     listed = [shown(name) for name in names]
     if len(listed) > _SHOWN_COLUMNS:
         listed[_SHOWN_COLUMNS:] = [f"and {len(listed) - _SHOWN_COLUMNS:,} more"]
-    columns = f"columns are {', '.join(listed)}" if listed else "there is none at all"
-    sure = len(candidates) == 1 and option == "--text-column"
-    mend = f"Use {option} {shown(candidates[0])}." if sure else f"Name another with {option}."
-    return SourceError(f'{place}: no column "{shown(column)}"; {columns}. {mend}')
+    return f"columns are {', '.join(listed)}" if listed else "there is none at all"
 
 
 def shown(name: str) -> str:

@@ -44,8 +44,7 @@ class UploadedCorpus(Corpus):
 
     def fingerprint(self) -> str:
         """SHA-256 over the bytes of each file, how they are read, and the columns."""
-        columns = (self.columns.text, self.columns.key, self.columns.carry)
         files = [
             (one.sha256, file.format, file.compression) for file, one in zip(self.files, self._uploads, strict=True)
         ]
-        return hashlib.sha256(json.dumps([files, columns]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([files, self.columns.identity]).encode()).hexdigest()

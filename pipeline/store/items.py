@@ -168,6 +168,17 @@ def unsettled(connection: Connection, job_id: UUID, after: int, limit: int) -> l
     return list(rows.mappings())
 
 
+def first_without_key(connection: Connection, job_id: UUID) -> int | None:
+    """The index of a job's first item with a text and no key."""
+    return connection.execute(
+        text("""
+            select index from vectormill.items where job_id = :job and key is null and text is not null
+            order by index limit 1
+        """),
+        {"job": job_id},
+    ).scalar_one_or_none()
+
+
 def first_duplicate_key(connection: Connection, job_id: UUID) -> tuple[str, int, int] | None:
     """A key that a job has more than once, with the first two indexes that carry it."""
     row = connection.execute(

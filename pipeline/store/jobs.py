@@ -64,16 +64,17 @@ def ids_beginning(connection: Connection, workspace_id: int | None, beginning: s
     return [row[0] for row in rows]
 
 
-def newest_named(connection: Connection, workspace_id: int | None, name: str) -> UUID | None:
-    """The newest job of this name in a workspace, or in all."""
-    return connection.execute(
+def named(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[RowMapping]:
+    """The newest jobs of this name in a workspace, or in all: `id, state`."""
+    rows = connection.execute(
         text("""
-            select id from vectormill.jobs
+            select id, state from vectormill.jobs
             where (workspace_id = :workspace or cast(:workspace as bigint) is null) and name = :name
-            order by id desc limit 1
+            order by id desc limit :limit
         """),
-        {"workspace": workspace_id, "name": name},
-    ).scalar_one_or_none()
+        {"workspace": workspace_id, "name": name, "limit": limit},
+    )
+    return list(rows.mappings())
 
 
 def page(

@@ -54,18 +54,19 @@ def standing(connection: Connection, job_id: UUID) -> RowMapping | None:
     )
 
 
-def newest_named(connection: Connection, workspace_id: int | None, name: str) -> UUID | None:
-    """The newest request of this name, in a workspace or in all, of those that are no job."""
-    return connection.execute(
+def named(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[RowMapping]:
+    """The newest requests of this name, in a workspace or in all, of those that are no job: `id, state`."""
+    rows = connection.execute(
         text("""
-            select job_id from vectormill.requests r
+            select job_id as id, state from vectormill.requests r
             where (workspace_id = :workspace or cast(:workspace as bigint) is null)
               and state <> 'submitted' and coalesce(name, 'query') = :name
               and not exists (select from vectormill.jobs j where j.id = r.job_id)
-            order by job_id desc limit 1
+            order by job_id desc limit :limit
         """),
-        {"workspace": workspace_id, "name": name},
-    ).scalar_one_or_none()
+        {"workspace": workspace_id, "name": name, "limit": limit},
+    )
+    return list(rows.mappings())
 
 
 def ids_beginning(connection: Connection, workspace_id: int | None, beginning: str, limit: int) -> list[UUID]:

@@ -149,14 +149,16 @@ def queue(
     max_rejects: int | None,
     payload: str,
     keeps_texts: bool = True,
+    notices: Sequence[str] = (),
 ) -> None:
     """Make a staged job runnable. The caller's transaction holds it by `hold`. `keeps_texts`: its items are in
-    Postgres, so their texts go one day."""
+    Postgres, so their texts go one day. `notices` are kept for its sender."""
     connection.execute(
         text("""
             update vectormill.jobs
             set state = 'queued', queued_at = clock_timestamp(), items_total = :items, max_rejects = :max_rejects,
                 payload_sha256 = :payload, lease_until = null,
+                notices = cast(:notices as jsonb),
                 texts_kept_from = case when :keeps_texts then 0 else cast(:items as bigint) end
             where id = :job and fence = :fence and token is not distinct from :token and state = 'staging'
         """),
@@ -166,6 +168,7 @@ def queue(
             "max_rejects": max_rejects,
             "payload": payload,
             "keeps_texts": keeps_texts,
+            "notices": json.dumps(list(notices)),
         },
     )
 

@@ -70,7 +70,8 @@ def _broken() -> dict[str, tuple[bytes, str]]:
         "array.jsonl": (b"[" + LINE + b"]", ": a JSON array, not JSON lines; write each object on a line of its own."),
         "semicolons.csv": (
             b"id;text\n1;t\n",
-            " line 1: columns are divided by semicolons; .csv is read with commas, and .tsv with tabs.",
+            " line 1: columns are divided by semicolons; .csv is read with commas, and .tsv with tabs, "
+            "unless delimiter is set.",
         ),
         "list.parquet": (
             _parquet({"text": [["a"]]}),

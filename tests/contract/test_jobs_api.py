@@ -330,11 +330,53 @@ def test_packed_and_several_files(line: httpx.Client) -> None:
     assert _ended(line, made["id"])["state"] == "completed"
 
 
+def test_rows_of_csv_are_read_as_the_request_says(line: httpx.Client) -> None:
+    def sent(data: bytes, name: str = "stray.tsv", **fields: str) -> httpx.Response:
+        form = {"model": "static", "name": "stray", "key_column": "id", **fields}
+        headers = {"idempotency-key": "stray-1"}
+        return line.post("/api/jobs", data=form, files=[("file", (name, data))], headers=headers)
+
+    stray = b'id;text\n1;"one\n2;two\n3;five inches: 5"\n'
+    made = sent(stray, delimiter=";")
+    assert (made.status_code, made.json()["items"]["total"], made.json()["notices"]) == (201, 3, [])
+    assert (again := sent(stray, delimiter=";")).status_code == 200, again.text
+    assert sent(stray, delimiter=";", quote='"').status_code == 422
+    _ended(line, made.json()["id"])
+    keys = [json.loads(row)["key"] for row in line.get("/api/jobs/stray/results?format=jsonl").text.splitlines()]
+    assert keys == ["1", "2", "3"]
+    told = sent(b'{"text": "x"}', name="a.jsonl", key_column="", quote="none")
+    assert told.status_code == 400
+    told = line.post(
+        "/api/jobs", data={"model": "static", "quote": "none"}, files=[("file", ("a.jsonl", b'{"text": "x"}'))]
+    )
+    assert told.json()["detail"] == "quote: a.jsonl has no .csv or .tsv file, so it has no effect; leave it out."
+
+
+def test_what_is_given_twice_or_could_be_several_is_refused(line: httpx.Client) -> None:
+    file = ("file", ("a.csv", b"text\nsail\n"))
+    twice = line.post("/api/jobs", files=[file, ("model", (None, b"static")), ("model", (None, b"static"))])
+    assert (twice.status_code, twice.json()["detail"]) == (400, "model: it is given twice.")
+    body = b'{"model": "static", "sources": [], "model": "other"}'
+    twice = line.post("/api/jobs", content=body, headers={"content-type": "application/json"})
+    assert (twice.status_code, twice.json()["detail"]) == (400, "model: it is given twice.")
+    data = {"model": "static", "name": "namesake", "priority": "-100"}
+    first, second = (line.post("/api/jobs", data=data, files=[file]).json() for _ in range(2))
+    assert [notice.partition(",")[0] for notice in second["notices"]] == [
+        'another job is called "namesake" too',
+        'a.csv line 1: no column "id"',
+    ]
+    assert {_ended(line, job["id"])["state"] for job in (first, second)} == {"completed"}
+    several = line.post("/api/jobs/namesake/retry")
+    assert several.status_code == 400
+    assert all(job["id"] in several.json()["detail"] for job in (first, second))
+    assert line.get("/api/jobs/namesake").json()["id"] == second["id"]
+
+
 def test_a_carried_number_beyond_64_bits(line: httpx.Client) -> None:
     rows = [{"id": "a", "text": "sail", "far": 1e30}]
     made = _upload(line, rows, name="far.jsonl", carry="far").json()
     assert _ended(line, made["id"])["state"] == "completed"
-    assert line.get(f"/api/jobs/{made['id']}/results", params={"format": "jsonl"}).json()["far"] == 1e30
+    assert line.get(f"/api/jobs/{made['id']}/results", params={"format": "jsonl"}).json()["far"] == 10**30
     table = pq.read_table(pa.BufferReader(line.get(f"/api/jobs/{made['id']}/results").content))
     assert float(table["far"][0].as_py()) == 1e30
 
@@ -536,7 +578,7 @@ def test_what_reads_a_job_reads_the_same_over_the_api(working: Gateway, done: di
         here, there = read("receipt", done["id"], *verify)
         assert here["items"].keys() == {"in", "embedded", "reused", "rejected", "cancelled"}
         assert here["tokens"].keys() >= {"prompt", "billed"}
-        assert here["balanced"] is True
+        assert (here["balanced"], here["truncated"]) == (True, 0)
         assert ({"verified", "missing", "double"} <= here.keys()) == bool(verify)
         assert there == here
 
@@ -583,12 +625,13 @@ def test_the_command_line_over_the_api(far: Fleet, tmp_path: Path) -> None:
     fleet, environment = far, far.environment
     corpus = tmp_path / "far.jsonl"
     corpus.write_bytes(_lines(_ROWS))
-    sent = fleet.cli(
-        *("submit", str(corpus), "--model", "static", "--carry", "lang", "--label", "a=b", "--wait"), check=False
-    )
+    options = ("--carry", "lang", "--label", "a=b", "--max-item-tokens", "3", "--wait")
+    sent = fleet.cli("submit", str(corpus), "--model", "static", *options, check=False)
     assert sent.returncode == 0, sent.stderr
     job = sent.stdout.strip()
     assert "balanced" in sent.stderr
+    assert "298 texts were cut, longer than what is read: --on-long reject rejects such" in sent.stderr
+    assert json.loads(fleet.cli("receipt", job, "--json").stdout)["truncated"] == 298
     status = json.loads(fleet.cli("status", "far", "--json").stdout)
     assert (status["id"], status["state"], status["labels"]) == (job, "completed", {"a": "b"})
     assert job in [row["id"] for row in json.loads(fleet.cli("jobs", "--json", "--limit", "200").stdout)]

@@ -23,7 +23,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 NOWHERE = "postgresql://vectormill@127.0.0.1:1/vectormill"
 STATUS = {
     *("id", "name", "state", "reason", "model", "labels", "items", "tokens", "rate", "eta_seconds", "chunks"),
-    *("created_at", "started_at", "finished_at"),
+    *("created_at", "started_at", "finished_at", "notices"),
 }
 
 
@@ -83,7 +83,9 @@ def test_a_command_loads_no_more_than_it_needs() -> None:
 
 
 def test_submit_prints_the_id_alone(engine: Engine, model: Model, start: Run) -> None:
-    done = start("submit", "-", "--model", "small", "--name", "mine", "--label", "a=b", stdin='{"text": "t"}\n')
+    done = start(
+        "submit", "-", "--model", "small", "--name", "mine", "--label", "a=b", stdin='{"id": 1, "text": "t"}\n'
+    )
     assert (done.returncode, done.stderr) == (0, "")
     row = job_row(engine, UUID(done.stdout.removesuffix("\n")))
     assert (row["name"], row["state"], row["items_total"], row["labels"]) == ("mine", "queued", 1, {"a": "b"})
@@ -158,6 +160,28 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     ),
     (("submit", "-", "--model", "small", "--max-rejects", "many"), '--max-rejects "many": give a count'),
     (("submit", "-", "--model", "small", "--label", "x"), '--label "x": write it as key=value.'),
+    (("submit", "-", "--model", "small", "--model", "small"), "--model: it is given twice; give it once."),
+    (("submit", "-", "--model", "small", "--by-value", "--by-reference"), "--by-reference: it is given twice"),
+    (("submit", "-", "--model", "small", "--label", "a=1", "--label", "a=2"), '--label "a=2": a is given twice.'),
+    (
+        ("submit", "-", "--model", "small", "--carry", "text", "--carry", "text"),
+        'carry: "text" is given twice.',
+    ),
+    (
+        ("submit", "-", "--model", "small", "--json"),
+        "--json has no effect without --dry-run; leave it out, or give both.",
+    ),
+    (("submit", "-", "--model", "small", "--timeout", "5"), "--timeout has no effect without --wait; leave it out"),
+    (
+        ("submit", "-", "--model", "small", "--quote", "none"),
+        "quote: standard input has no .csv or .tsv file, so it has",
+    ),
+    (("submit", "-", "--model", "small", "--delimiter", "ab"), "--delimiter: give one sign of ASCII, tab"),
+    (("submit", "-", "--model", "small", "--max-item-tokens", "999999"), "max_item_tokens 999,999: small reads"),
+    (
+        ("submit", "-", "--model", "small", "--unique-keys"),
+        'standard input line 1: no column "id"; columns are text. Name another with --key-column.',
+    ),
     (("submit", "-"), "Missing option '--model'."),
     (("results", "docs", "--to", "a.csv"), "--to a.csv: give a file that ends in .parquet or .jsonl."),
     (("jobs", "--workspace", "other"), 'no workspace "other".'),
@@ -209,3 +233,43 @@ def test_a_webhook_must_be_one_that_the_operator_allows(engine: Engine, model: M
     assert (done.returncode, done.stdout) == (2, "")
     assert "--webhook: https://evil.test isn't below an address" in " ".join(done.stderr.split())
     assert run_sql(engine, "select * from vectormill.jobs") == []
+
+
+def test_what_isnt_refused_is_said(engine: Engine, model: Model, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('ID,text\n1,one\n2,"two\n3,3"\n')
+    said = [
+        'note a.csv line 1: no column "id", so these items have no key; columns are ID, text. If one holds keys, '
+        "use --key-column ID.",
+        "note a.csv lines 3 to 4: a quoted field goes on over lines that look like rows, and is read as one text. If a "
+        "quote was left open there, close it, or set quote to none where quotes are mere letters.",
+    ]
+    done = run("submit", "a.csv", "--model", "small")
+    assert (done.returncode, done.stderr.splitlines()) == (0, said)
+    first = done.stdout.strip()
+    assert [f"note {line}" for line in printed(run, "status", "a")["notices"]] == said
+    done = run("submit", "a.csv", "--model", "small", "--key-column", "ID", "--quote", "none")
+    assert done.stderr == (
+        f'note another job is called "a" too, {first}; a command that is given the name means the newest.\n'
+    )
+    assert job_row(engine, UUID(done.stdout.strip()))["items_total"] == 3
+
+
+def test_a_name_of_several_jobs(engine: Engine, model: Model, run: Run) -> None:
+    ended, running, newest = (make_job(engine, model, name="docs") for _ in range(3))
+    run_sql(engine, "update vectormill.jobs set state = 'completed' where id = :id", id=ended)
+    done = run("status", "docs", "--json")
+    assert json.loads(done.stdout)["id"] == str(newest)
+    assert done.stderr == (
+        f'note 3 jobs are called "docs": {newest} (queued), {running} (queued), {ended} (completed); '
+        "this is about the newest.\n"
+    )
+    done = run("cancel", "docs")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f'error 2 jobs are called "docs": {newest} (queued), {running} (queued); '
+        "give the id of the one that is meant.\n"
+    )
+    assert run("cancel", str(newest)).returncode == 0
+    assert run("pause", "docs").stderr.count("\n") == 1
+    done = run("retry", "docs")
+    assert (done.returncode, str(ended) in done.stderr) == (2, True)

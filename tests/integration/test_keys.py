@@ -156,3 +156,44 @@ def test_a_value_has_one_key_by_each_way(database: str, tmp_path: Path, name: st
         assert {way: (rows.carried or [b""])[0].decode() for way, rows in ways.items()} == dict.fromkeys(
             ways, f'{{"kept":{written}}}'
         )
+
+
+STRAY = [("1", "plain"), ("2", '"one stray quote'), ("3", "three"), ("4", 'five inches: 5"'), ("5", "sep=;")]
+
+
+def test_a_stray_quote_swallows_no_row_by_any_way(database: str, tmp_path: Path) -> None:
+    """`csv` and others who quote write such rows of CSV; in TSV they stand as they are."""
+    made = {kind: tmp_path / f"stray.{kind}" for kind in ("tsv", "csv", "jsonl", "parquet")}
+    made["tsv"].write_text("".join(f"{key}\t{text}\n" for key, text in [("id", "text"), *STRAY]))
+    with made["csv"].open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "text"), *STRAY])
+    made["jsonl"].write_text("".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in STRAY))
+    pq.write_table(pa.table({"id": [key for key, _ in STRAY], "text": [text for _, text in STRAY]}), made["parquet"])
+    listed = ", ".join(f"('{key}', '{text}')" for key, text in STRAY)
+    query = f"select * from (values {listed}) as stray (id, text)"
+    lines = [json.loads(line) for line in made["jsonl"].read_text().splitlines()]
+    requests = b"".join(
+        json.dumps(
+            {
+                "custom_id": line["id"],
+                "method": "POST",
+                "url": "/v1/embeddings",
+                "body": {"model": "m", "input": line["text"]},
+            }
+        ).encode()
+        + b"\n"
+        for line in lines
+    )
+    corpora: dict[str, Any] = {
+        "query": QueryCorpus(database, query, Columns(), ITEM_BYTES),
+        "batch": BatchLines("a", "file:a", "0" * 64, len(requests), lambda: io.BytesIO(requests), ITEM_BYTES),
+        **{kind: Corpus([str(path)], Columns(), ITEM_BYTES) for kind, path in made.items()},
+        **{
+            f"{kind} uploaded": UploadedCorpus([Upload("sent", path, "0" * 64)], Columns(), ITEM_BYTES)
+            for kind, path in made.items()
+        },
+    }
+    for way, corpus in corpora.items():
+        rows = [pair for block in corpus.blocks() for pair in zip(block.keys, block.texts, strict=True)]
+        assert rows == [(key, text.encode()) for key, text in STRAY], way
+        assert corpus.notices.lines() == [], way

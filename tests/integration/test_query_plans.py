@@ -242,7 +242,7 @@ def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str
         "take_event": lambda c: events.take(c, "h3", 60),
         "standing_events": lambda c: events.standing(c, 3600),
         "forget_old_events": lambda c: events.forget_old(c, 30),
-        "requests_named": lambda c: requests.newest_named(c, 1, "docs"),
+        "requests_named": lambda c: requests.named(c, 1, "docs", 2),
         "forget_queries": lambda c: requests.forget_queries(c, 7),
     }
     with engine.connect() as connection:

@@ -214,6 +214,19 @@ def test_what_can_not_be_fails_with_its_reason(
     assert shown(engine, job_id, "items_total, embedded, pending") == (0, 0, 0)
 
 
+def test_keys_of_a_query_and_what_is_said_of_them(engine: Engine, model: Model, stage: Callable[..., None]) -> None:
+    typed = ask(engine, "select 1.50::numeric as id, 'x' as text union all select null, 'y'", name="typed")
+    other = ask(engine, "select date '2026-11-23' as \"ID\", 'x' as text", name="other")
+    stage()
+    keys = run_sql(engine, "select key from vectormill.items where job_id = :id order by index", id=typed)
+    assert keys == [("1.50",), (None,)]
+    (said,) = shown(engine, typed, "notices")
+    assert said == ['1 of 2 items have no key: "id" is missing there, or empty.']
+    (said,) = shown(engine, other, "notices")
+    assert len(said) == 1
+    assert said[0].endswith("columns are ID, text. If one holds keys, use --key-column ID.")
+
+
 def test_no_query_becomes_the_owner(
     engine: Engine, model: Model, stage: Callable[..., None], role: str, servers: Running
 ) -> None:

@@ -183,6 +183,45 @@ def test_a_key_that_comes_twice_is_refused_if_asked(engine: Engine, run: Callabl
     assert run(name).job_id
 
 
+def test_an_item_without_key_is_refused_if_keys_must_be_unique(engine: Engine, run: Callable[..., Submitted]) -> None:
+    name = jsonl([{"id": "a", "text": "t"}, {"id": None, "text": ""}, {"id": None, "text": "t"}])
+    with pytest.raises(UserError, match=r"unique keys are asked for, and item 2 has none"):
+        run(name, unique_keys=True)
+    assert nothing_is_left(engine)
+    done = run(name)
+    assert done.notices == ['1 of 3 items have no key: "id" is missing there, or empty.']
+    assert job_row(engine, done.job_id)["notices"] == done.notices
+
+
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_what_is_said_of_a_corpus_is_kept(engine: Engine, run: Callable[..., Submitted], by_reference: bool) -> None:
+    Path("a.tsv").write_text('Id\ttext\n1\t"x"\n')
+    done = run("a.tsv", by_reference=by_reference)
+    assert done.notices == [
+        'a.tsv line 1: no column "id", so these items have no key; columns are Id, text. If one holds keys, '
+        "use --key-column Id.",
+        "a.tsv: fields stand in quotes, first on line 2, and keep them, since TSV has no quoting; to read them "
+        "without, set quote to '\"'.",
+    ]
+    assert job_row(engine, done.job_id)["notices"] == done.notices
+
+
+def test_signs_of_csv_belong_to_the_payload(engine: Engine, run: Callable[..., Submitted]) -> None:
+    Path("a.tsv").write_text("id;text\n1;x\n")
+    columns = Columns(delimiter=";")
+    made = run("a.tsv", columns=columns, idempotency_key="k")
+    assert run("a.tsv", columns=columns, idempotency_key="k").job_id == made.job_id
+    for other in (Columns(delimiter=";", quote='"'), Columns(delimiter="|")):
+        with pytest.raises(IdempotencyConflict):
+            run("a.tsv", columns=other, idempotency_key="k")
+
+
+def test_signs_without_effect_are_refused(engine: Engine, run: Callable[..., Submitted]) -> None:
+    with pytest.raises(UserError, match=r"quote: a.jsonl has no .csv or .tsv file, so it has no effect; leave it out"):
+        run(jsonl(), columns=Columns(quote=""))
+    assert nothing_is_left(engine)
+
+
 @pytest.mark.parametrize("options", [{"max_rejects": "many"}, {"dimensions": 3}, {"max_item_tokens": 1_000}])
 def test_wrong_options_are_refused(engine: Engine, run: Callable[..., Submitted], options: dict[str, Any]) -> None:
     with pytest.raises(UserError):

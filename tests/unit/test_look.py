@@ -16,7 +16,20 @@ def test_a_receipt_shows_the_bill_where_it_differs(billed: int, unanswered: int,
     items = {"in": 9, "embedded": 9, "reused": 0, "rejected": 0, "cancelled": 0}
     tokens = {"prompt": 90, "billed": billed, "unanswered": unanswered, "reused": 0}
     out = Console(file=StringIO(), width=80)
-    out.print(ledger({"id": "01", "items": items, "tokens": tokens}, {}))
+    out.print(ledger({"id": "01", "items": items, "tokens": tokens, "truncated": 0}, {}))
     assert isinstance(out.file, StringIO)
     lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
     assert [line for line in lines if line.startswith(("billed", "unanswered"))] == rows
+
+
+def test_a_receipt_says_how_many_texts_were_cut_and_what_to_do() -> None:
+    items = {"in": 9, "embedded": 9, "reused": 0, "rejected": 0, "cancelled": 0}
+    tokens = {"prompt": 90, "billed": 90, "unanswered": 0, "reused": 0}
+    out = Console(file=StringIO(), width=300)
+    out.print(ledger({"id": "01", "items": items, "tokens": tokens, "truncated": 1_200}, {}))
+    assert isinstance(out.file, StringIO)
+    lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
+    assert "truncated 1,200" in lines
+    assert lines[-1].startswith(
+        "1,200 texts were cut, longer than what is read: --on-long reject rejects such, a model"
+    )

@@ -34,6 +34,12 @@ def test_default_names(source: str, name: str, tmp_path: Path, monkeypatch: pyte
         ({"name": ".."}, "name: \"..\" can't be a job's name: no path can hold it."),
         ({"surprise": 1}, "surprise: there is no such field."),
         ({"query": "select 1"}, "query: only vectormill submit takes it, with VECTORMILL_DATABASE_URL set."),
+        ({"delimiter": "ab"}, "delimiter: give one sign of ASCII, tab, or, to quote, none."),
+        ({"delimiter": "none"}, "delimiter: give one sign of ASCII, or tab."),
+        ({"delimiter": '"'}, "delimiter: it can't be the quote too."),
+        ({"delimiter": "|", "quote": "|"}, "delimiter: it can't be the quote too."),
+        ({"quote": "é"}, "quote: give one sign of ASCII, tab, or, to quote, none."),
+        ({"carry": ["a", "b", "a"]}, 'carry: "a" is given twice.'),
         ({"by_value": True}, "by_value: it is what happens without by_reference; leave it out."),
         ({"idempotency_key": "a"}, "idempotency_key: send it as the header Idempotency-Key."),
     ],
@@ -42,3 +48,18 @@ def test_what_is_refused(fields: dict[str, object], told: str) -> None:
     with pytest.raises(UserError) as raised:
         read_request({"model": "m", **fields})
     assert str(raised.value) == told
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "quote", "read"),
+    [("tab", "none", ("\t", "")), ("\\t", "'", ("\t", "'")), (";", None, (";", None)), ("\x01", "", ("\x01", ""))],
+)
+def test_signs(delimiter: str, quote: str | None, read: tuple[str, str | None]) -> None:
+    wish = read_request({"model": "m", "delimiter": delimiter, "quote": quote})
+    again = read_request(wish.model_dump())
+    assert (again.columns().delimiter, again.columns().quote) == read
+
+
+def test_unique_keys_demand_a_key_column() -> None:
+    assert not read_request({"model": "m"}).columns().key_required
+    assert read_request({"model": "m", "unique_keys": True}).columns().key_required

@@ -79,7 +79,7 @@ def _job(connection: Connection, viewer: Viewer, *, job_id: UUID) -> dict[str, A
         "rejects": _rejects_by_code(connection, job_id) if standing["items"]["rejected"] else [],
         "receipt": status.receipt(connection, job_id),
         "attempts": charts.attempts(connection, job_id),
-        "options": _options(row["options"]),
+        "options": _options(row["options"]) | ({"notes": " ".join(row["notices"])} if row["notices"] else {}),
         "files": files,
         "first_files": first_files,
         "retry": _retry(connection, row, state),

@@ -24,7 +24,7 @@ from pipeline.sources.reference import read_extent
 from tests.unit.sources.test_reference import extents
 
 ITEM_BYTES = 60
-COLUMNS = Columns(carry=("n",))
+COLUMNS = Columns(carry=("n",), quote='"')
 TEXTS = ["plain", "é数🙂", "", "two\nlines", "a\0b", ' "quoted", ', "x" * 70, "\u2028\x85", " \t", "tail"] * 2
 
 #: Key, text, what is wrong with it and on which line, what is carried.

@@ -75,7 +75,8 @@ def test_a_folder_with_nothing_in_it(folder: str) -> None:
         (
             "a.csv",
             b"id;text\n1;t\n",
-            "a.csv line 1: columns are divided by semicolons; .csv is read with commas, and .tsv with tabs.",
+            "a.csv line 1: columns are divided by semicolons; .csv is read with commas, and .tsv with tabs, "
+            "unless delimiter is set.",
         ),
         (
             "a.csv",

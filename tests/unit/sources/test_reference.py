@@ -91,6 +91,26 @@ def test_csv(tmp_path_factory: pytest.TempPathFactory, texts: list[str], per: in
     assert by_chunks(path, per) == whole(path)
 
 
+@given(
+    st.lists(st.text(st.sampled_from("ab\"',;\t r é数🙂"), max_size=8), min_size=1, max_size=12),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.sampled_from(["", "sep=|", '"sep=|"']),
+)
+@settings(deadline=None, max_examples=60)
+def test_csv_without_quotes(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], per: int, mark: bool, end: str, named: str
+) -> None:
+    first = [named] if named else []
+    rows = [*first, "id|text|n", *(f"k{n}|{text}|{n}" for n, text in enumerate(texts))]
+    path = tmp_path_factory.mktemp("csv") / "a.tsv"
+    path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + end.join(rows).encode())
+    columns = Columns(carry=("n",), delimiter=None if named else "|")
+    assert by_chunks(path, per, columns) == whole(path, columns)
+    assert [key for key, *_ in whole(path, columns)] == [f"k{n}" for n in range(len(texts))]
+
+
 @given(st.lists(TEXTS | st.none(), min_size=1, max_size=30), st.integers(1, 7), st.integers(1, 9))
 @settings(max_examples=40)
 def test_parquet(tmp_path_factory: pytest.TempPathFactory, texts: list[str | None], per: int, group: int) -> None:

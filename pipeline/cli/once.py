@@ -1,0 +1,29 @@
+"""Commands whose options are given once: of two values one would be dropped without a word."""
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from pipeline.errors import UserError
+
+
+class OnceCommand(TyperCommand):
+    """A command that refuses an option which is given twice, unless it may be repeated."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; raises `UserError`."""
+        *_, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            if option.param_type_name == "option" and not option.multiple and given.count(option) > 1:
+                raise UserError(f"{option.opts[0]}: it is given twice; give it once.")
+        return super().parse_args(ctx, args)
+
+
+class App(typer.Typer):
+    """Commands of this kind."""
+
+    def command(self, *args: Any, **how: Any) -> Callable[[Any], Any]:
+        """Add a command."""
+        return super().command(*args, **{"cls": OnceCommand, **how})
