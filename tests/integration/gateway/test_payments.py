@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.canary import CANARY
+from pipeline.jobs import Claim
 from pipeline.store import attempts as store_attempts
 from tests.integration.gateway.world import ITEMS, World
 from tests.jobs_made import count, run_sql, taken
@@ -35,12 +36,20 @@ def test_what_was_paid_for_is_committed_while_more_is_under_way(world: World, fa
     assert run_sql(world.engine, "select sum(prompt_tokens) from vectormill.usage") == [(2 * ITEMS,)]
 
 
+def _cancelled(world: World) -> Claim:
+    """A claim on a chunk whose job is being cancelled since."""
+    claim = taken(world.engine, world.job)
+    run_sql(world.engine, "update vectormill.jobs set state = 'cancelling' where id = :job", job=world.job)
+    return claim
+
+
 def test_a_cancelled_chunk_awaits_what_is_under_way_between_commits(world: World, far: ScriptedGateway) -> None:
+    claim = _cancelled(world)
     watch = Watch(60, 60, commit_seconds=0)
     all_are_out = threading.Event()
 
     def held(asked: dict[str, Any]) -> Iterator[bytes]:
-        all_are_out.wait(10)
+        all_are_out.wait(120)
         body = json.dumps(good(asked)[2]).encode()
         yield b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
 
@@ -51,7 +60,7 @@ def test_a_cancelled_chunk_awaits_what_is_under_way_between_commits(world: World
         return good(asked) if asked["input"] == [CANARY] else held(asked)
 
     far.answer = answer
-    world.run(watch=watch)
+    world.run(claim, watch=watch)
     assert (world.chunk["state"], world.chunk["embedded"]) == ("cancelled", 24)
 
 
@@ -84,6 +93,7 @@ def test_a_database_that_is_away_is_no_hang(world: World, monkeypatch: pytest.Mo
 
 
 def test_a_cancelled_chunk_keeps_what_was_paid_for(world: World, far: ScriptedGateway) -> None:
+    claim = _cancelled(world)
     watch = Watch(60, 60)
 
     def answer(asked: dict[str, Any]) -> Answer:
@@ -91,7 +101,7 @@ def test_a_cancelled_chunk_keeps_what_was_paid_for(world: World, far: ScriptedGa
         return good(asked)
 
     far.answer = answer
-    world.run(watch=watch)
+    world.run(claim, watch=watch)
     sent = sum(len(request["input"]) for request in far.requests[1:])
     assert (world.chunk["state"], world.chunk["embedded"]) == ("cancelled", sent)
     assert 8 <= sent <= 24
