@@ -18,7 +18,7 @@ class Receiver:
     answer: Callable[[int], int] = lambda _: 204
     came: threading.Condition = field(default_factory=threading.Condition)
 
-    def wait_for(self, requests: int, seconds: float = 60) -> None:
+    def wait_for(self, requests: int, seconds: float = 240) -> None:
         """Wait until so many have come."""
         with self.came:
             assert self.came.wait_for(lambda: len(self.got) >= requests, seconds), self.got

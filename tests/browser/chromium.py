@@ -7,7 +7,7 @@ from shutil import which
 from typing import Literal
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, BrowserContext, Page, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
 _ARGUMENTS = [
     "--headless",
@@ -19,6 +19,7 @@ _ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+_PATIENCE_MS = 90_000
 Scheme = Literal["light", "dark"]
 
 
@@ -69,7 +70,8 @@ def visiting(
         color_scheme=scheme, viewport={"width": width, "height": height}, reduced_motion="reduce"
     )
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(_PATIENCE_MS)
+    expect.set_options(timeout=_PATIENCE_MS)
     visit = Visit(url, page)
     page.on("request", lambda request: visit.requests.append(request))
     page.on("pageerror", lambda error: visit.errors.append(str(error)))

@@ -43,7 +43,7 @@ class Gateway:
 
     def client(self, key: str | None = None) -> httpx.Client:
         """A plain HTTP client."""
-        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {key or self.key}"}, timeout=60)
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {key or self.key}"}, timeout=600)
 
     def new_key(self, workspace: str = "default", **how: Any) -> str:
         """Make a key."""

@@ -331,7 +331,7 @@ def test_a_revoked_key_ends_its_session(gateway: Gateway) -> None:
         assert client.get("/workers").status_code == 200
         with gateway.engine.begin() as connection:
             keys.revoke(connection, catalog.workspace_id(connection), key.split("_")[1])
-        eventually(lambda: client.get("/workers").status_code == 303, "the way to the log-in", 3)
+        eventually(lambda: client.get("/workers").status_code == 303, "the way to the log-in")
         assert "max-age=0" in client.get("/workers").headers["set-cookie"].lower()
 
 
@@ -419,4 +419,4 @@ def test_without_a_database_a_page_says_so_and_recovers(gateway: Gateway, browse
         finally:
             connection.execute(text(f'alter database "{name}" with allow_connections true'))
     elsewhere.dispose()
-    eventually(lambda: browser.get("/").status_code == 200, "the page again", 10)
+    eventually(lambda: browser.get("/").status_code == 200, "the page again")

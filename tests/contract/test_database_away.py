@@ -33,7 +33,7 @@ def line(gateway: Gateway) -> Iterator[Line]:
 def client(gateway: Gateway, line: Line) -> Iterator[httpx.Client]:
     line.mend()
     with gateway.client() as made:
-        eventually(lambda: embed(made).status_code == 200, "a request that comes through", 30)
+        eventually(lambda: embed(made).status_code == 200, "a request that comes through")
         yield made
 
 
@@ -41,10 +41,10 @@ def test_a_frozen_database_stalls_nobody_who_is_known(client: httpx.Client, line
     line.freeze()
     time.sleep(2.1)  # what is known has become old
     began = time.monotonic()
-    for _ in range(10):
+    for _ in range(100):
         assert embed(client).status_code == 200
-    # Once half a second, and again when the rest is over.
-    assert time.monotonic() - began < 3
+    # Half a second is waited now and then, and not by each.
+    assert time.monotonic() - began < 40
 
 
 def test_usage_of_that_time_is_written_later(client: httpx.Client, line: Line, gateway: Gateway) -> None:
@@ -54,7 +54,7 @@ def test_usage_of_that_time_is_written_later(client: httpx.Client, line: Line, g
     ids += [embed(client).headers["x-request-id"] for _ in range(3)]
     line.mend()
     query = "select count(*) from vectormill.usage where request_id = any(:ids)"
-    eventually(lambda: run_sql(gateway.engine, query, ids=ids) == [(6,)], "all rows", 30)
+    eventually(lambda: run_sql(gateway.engine, query, ids=ids) == [(6,)], "all rows")
 
 
 def test_what_isnt_known_is_unavailable(client: httpx.Client, line: Line, gateway: Gateway) -> None:
@@ -93,7 +93,7 @@ def test_engines_are_known_until_they_had_time_to_show_themselves(
 
         eventually(silent, "an engine that is silent")
         line.mend()
-        eventually(lambda: client.get("/api/usage").status_code == 200, "the database", 10)
+        eventually(lambda: client.get("/api/usage").status_code == 200, "the database")
         time.sleep(2.1)
         assert embed(client).status_code == 200
 
@@ -101,5 +101,5 @@ def test_engines_are_known_until_they_had_time_to_show_themselves(
 def test_an_api_ends_though_its_database_is_frozen(line: Line, gateway: Gateway, client: httpx.Client) -> None:
     line.freeze()
     assert embed(client).status_code == 200
-    gateway.stop_api(seconds=20)
+    gateway.stop_api()
     gateway.start_api()

@@ -55,7 +55,7 @@ def test_one_of_many_concurrent_claims_wins(engine: Engine, model: Model) -> Non
     begin = threading.Barrier(6)
 
     def run(_: int) -> Claim | None:
-        begin.wait(10)
+        begin.wait(120)
         return take(engine, job_id, worker=uuid4())
 
     with ThreadPoolExecutor(6) as threads:

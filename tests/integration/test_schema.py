@@ -67,7 +67,7 @@ def test_upgrading_again_changes_nothing(engine: Engine) -> None:
 def test_four_at_once_may_upgrade(empty_database: str) -> None:
     command = [sys.executable, "-c", _UPGRADE, empty_database]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [(process.communicate(timeout=60)[1], process.returncode) for process in processes] == [("", 0)] * 4
+    assert [(process.communicate(timeout=240)[1], process.returncode) for process in processes] == [("", 0)] * 4
     with engine_on(empty_database) as engine, engine.connect() as connection:
         assert "jobs" in tables(engine)
         assert connection.execute(text("select count(*) from vectormill.workspaces")).scalar_one() == 1
@@ -86,7 +86,7 @@ def test_four_at_once_may_make_a_month(engine: Engine) -> None:
 
     def run(_: int) -> None:
         with engine.begin() as connection:
-            begin.wait(10)
+            begin.wait(120)
             partitions.make_month(connection, month(2021, 12))
 
     with ThreadPoolExecutor(4) as threads:

@@ -170,7 +170,7 @@ def test_texts_go_through_the_encoder_that_has_read_them(
 
     def slow(*what: Any) -> Any:
         held.set()
-        going.wait(20)
+        going.wait(120)
         return batches(*what)
 
     monkeypatch.setattr(old, "batches", slow)
@@ -193,7 +193,7 @@ def test_texts_go_through_the_encoder_that_has_read_them(
 
     async def ask() -> list[Any]:
         first = asyncio.ensure_future(serving.embed(model, ["under way"]))
-        await asyncio.to_thread(held.wait, 20)
+        await asyncio.to_thread(held.wait, 120)
         queued = asyncio.ensure_future(serving.embed(model, ["waits for the old one"]))
         while not any(lane.texts for lane in serving._lanes._lanes.values()):
             await asyncio.sleep(0.001)
@@ -204,7 +204,7 @@ def test_texts_go_through_the_encoder_that_has_read_them(
         going.set()
         return [await one for one in (first, queued, new)]
 
-    replies = asyncio.run(asyncio.wait_for(ask(), 30))
+    replies = asyncio.run(asyncio.wait_for(ask(), 240))
     assert [reply.vectors.shape for reply in replies] == [(1, 256)] * 3
     assert seen == [loads.encoders[1].tokenise(["for the new one"]).ids]
 

@@ -272,7 +272,7 @@ def test_nothing_is_sent_where_the_operator_does_not_allow_it_or_unsigned(
 def test_who_takes_long_or_is_away_holds_nothing(
     engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None]
 ) -> None:
-    monkeypatch.setattr(webhooks, "_TRY_SECONDS", 0.5)
+    monkeypatch.setattr(webhooks, "_TRY_SECONDS", 1.5)
     resolve, resolved = socket.getaddrinfo, threading.Event()
     never = "http://never.resolved.test"
 
@@ -303,9 +303,9 @@ def test_who_takes_long_or_is_away_holds_nothing(
     resolved.set()
     assert held == [0], "no connection of the database is held meanwhile"
     assert state(engine) == [
-        ("waiting", 1, "doesn't answer within 0.5 s"),
+        ("waiting", 1, "doesn't answer within 1.5 s"),
         ("waiting", 1, "can't be reached (ConnectError)"),
-        ("waiting", 1, "doesn't answer within 0.5 s"),
+        ("waiting", 1, "doesn't answer within 1.5 s"),
     ]
 
 

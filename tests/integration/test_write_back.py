@@ -340,7 +340,7 @@ def test_a_backend_killed_while_it_waits_for_a_lock(
         blocker.execute("lock table vectormill.usage in exclusive mode")
         thread = threading.Thread(target=write_chunk, args=(engine, claim, 0, part, DONE))
         thread.start()
-        assert waiting.wait(10)
+        assert waiting.wait(120)
         kill(_blocked_by(database, blocker.info.backend_pid))
         blocker.rollback()
         thread.join()

@@ -72,7 +72,7 @@ def test_a_text_on_which_the_gateway_hangs_is_rejected_alone(
 ) -> None:
     monkeypatch.setattr(client, "PATIENCE_SECONDS", 0.5)
     far.answer = lambda asked: hanging() if "text 13" in asked["input"] else good(asked)
-    world.run(seconds=0.8)
+    world.run(seconds=2.0)
     world.must_be_done(ITEMS - 1)
     assert world.rejects() == [(13, "gateway_failed")]
 
