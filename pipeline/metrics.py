@@ -233,7 +233,7 @@ ENGINE_PADDED_TOKENS = ENGINE.counter(
 )
 ENGINE_BATCH_SECONDS = ENGINE.seconds("batch", "Time of forward passes", model=MODEL)
 ENGINE_WAITING_SECONDS = ENGINE.gauge(
-    "waiting_seconds", "seconds", "Work that waits or is under way, at measured rates", size=("small", "large")
+    "waiting_seconds", "seconds", "Work that waits or is under way, at the rates that the models have there"
 )
 ENGINE_REFUSED = ENGINE.counter("refused", "requests", "Requests refused since too much work waited")
 ENGINE_MODELS_LOADED = ENGINE.gauge("models_loaded", "models", "Models in memory")

@@ -80,8 +80,9 @@ class Settings(BaseSettings):
     #: An engine's address, as the api reaches it. Engines ask for no key: keep them off open networks.
     engine_host: str = "127.0.0.1"
     engine_port: int = Field(default=0, ge=0, le=65535)
-    #: Work that may wait in an engine, at its models' measured rates; more is refused at once.
-    engine_queue_seconds: float = Field(default=30, gt=0, le=3600)
+    #: How long a request may wait in an engine for others, at the rates that its models have there; one that would
+    #: wait longer is refused at once.
+    engine_queue_seconds: float = Field(default=120, gt=0, le=3600)
     #: How long an upstream gateway may take to answer a request.
     gateway_seconds: float = Field(default=60, ge=1, le=600)
     #: Requests of one chunk that are under way at a time.

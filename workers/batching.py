@@ -86,27 +86,18 @@ def token_batches(
         start += size
 
 
-def next_batch(
-    lengths: npt.NDArray[np.int32],
-    arrivals: npt.NDArray[np.int64],
-    budget_tokens: int,
-    most_items: int,
-    *,
-    oldest: bool,
-) -> npt.NDArray[np.int64]:
-    """Positions of the waiting items that go through the model next: the oldest one, or the shortest, with its
-    neighbours in length: shorter ones first, and then longer ones, while the padded size stays within the budget.
-
-    Taken in turns, no item waits for ever, and a short one for no more than one batch of longer ones after that which
-    is under way when it comes.
-    """
+def passes(lengths: npt.NDArray[np.int32], spare_tokens: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Positions of a batch's items by forward pass, longest first: a pass ends where filling up what is shorter would
+    cost more than `spare_tokens`."""
     order = np.argsort(-lengths, kind="stable")
-    first = int(np.flatnonzero(order == arrivals.argmin())[0]) if oldest else len(order) - 1
-    size = min(most_items, max(1, budget_tokens // max(1, int(lengths[order[first]]))))
-    stop = min(len(order), first + size)
-    while first and stop - first < most_items and int(lengths[order[first - 1]]) * (stop - first + 1) <= budget_tokens:
-        first -= 1
-    return order[first:stop]
+    start = spare = 0
+    for at, length in enumerate(lengths[order].tolist()):
+        spare += int(lengths[order[start]]) - length
+        if spare > spare_tokens:
+            yield order[start:at]
+            start, spare = at, 0
+    if start < len(order):
+        yield order[start:]
 
 
 def share_out(total: int, weights: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

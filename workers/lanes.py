@@ -1,15 +1,19 @@
-"""What waits for a device: texts of many requests, in one lane for each encoder, and whose turn is next. No I/O."""
+"""The queue of a device: texts of many requests, in one lane for each encoder, and the batch that is next. No I/O."""
 
 import itertools
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.jobs import Model
-from workers.batching import Tokenised, next_batch
+from workers.batching import Tokenised
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -18,6 +22,21 @@ if TYPE_CHECKING:
     from workers.encoder import Encoder
 
 _MOST_ITEMS = 2_048
+#: Shares of a batch that a request takes at a time.
+_SHARES = 16
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """What a request still asks of the device."""
+
+    #: On whose behalf: callers have equal shares.
+    caller: str
+    model: str
+    #: Estimated until its texts have been read.
+    tokens: float
+    #: Until then.
+    reading_seconds: float
 
 
 @dataclass(eq=False, slots=True)
@@ -29,6 +48,7 @@ class Request:
     tokenised: Tokenised
     vectors: npt.NDArray[np.float32]
     left: int
+    work: Work
     dropped: bool = False
 
 
@@ -36,7 +56,6 @@ class Request:
 class Text:
     """One of a request's texts."""
 
-    arrival: int
     request: Request
     at: int
 
@@ -47,62 +66,134 @@ class Text:
 
 
 @dataclass(eq=False, slots=True)
+class _Waiting:
+    """A request with texts that wait."""
+
+    request: Request
+    #: Its place in the line: it came, or was last given something, before those with greater ones.
+    place: int
+    #: The lane's clock when it came, moved on by what it was given since.
+    clock: float
+    #: (tokens, position) of each text, in this order.
+    texts: list[tuple[int, int]]
+
+    def due(self, requests: int) -> float:
+        """When its longest text should be done at the latest, of a caller with so many requests."""
+        return self.clock + self._cost(self.texts[-1][0], requests)
+
+    def take(self, longest: int, requests: int) -> Text:
+        """Give its longest text of up to `longest` tokens; the shortest one if all are longer."""
+        tokens, at = self.texts.pop(self._fitting(longest))
+        self.clock += self._cost(tokens, requests)
+        return Text(self.request, at)
+
+    def would_take(self, longest: int) -> int:
+        """The tokens of the text that `take` would give."""
+        return self.texts[self._fitting(longest)][0]
+
+    def _fitting(self, longest: int) -> int:
+        return max(0, bisect_right(self.texts, (longest, inf)) - 1)
+
+    @staticmethod
+    def _cost(tokens: int, requests: int) -> float:
+        # A caller's share is divided by its requests.
+        return max(1, tokens) * requests
+
+
+@dataclass(eq=False, slots=True)
 class _Lane:
     """What waits for one encoder."""
 
     encoder: "Encoder"
-    texts: list[Text] = field(default_factory=list)
+    waiting: list[_Waiting] = field(default_factory=list)
+    #: Nothing that waits was due before.
+    clock: float = 0.0
+    places: Iterator[int] = field(default_factory=itertools.count)
+    #: Whether the next batch begins with what is due first; else with who has waited longest.
+    by_due: bool = True
+
+    def add(self, request: Request) -> None:
+        texts = sorted(zip(request.tokenised.lengths.tolist(), range(len(request.tokenised.ids)), strict=True))
+        self.waiting.append(_Waiting(request, next(self.places), self.clock, texts))
 
     def forget_dropped(self) -> None:
-        self.texts = [text for text in self.texts if not text.request.dropped]
+        self.waiting = [each for each in self.waiting if each.texts and not each.request.dropped]
 
-    def first(self) -> int:
-        return min(text.arrival for text in self.texts)
+    def take(self) -> list[Text]:
+        """One budget of tokens. Of each request those texts go along that are about as long as the first one."""
+        requests = Counter(each.request.work.caller for each in self.waiting)
+        line = [(each.due(requests[each.request.work.caller]), each.place, each) for each in self.waiting]
+        self.clock = min(line)[0]
+        if not self.by_due:
+            first = min(self.waiting, key=lambda each: each.place)
+            line = [(-inf if each is first else due, place, each) for due, place, each in line]
+        self.by_due = not self.by_due
+        return self._fill(line, requests)
 
-    def shortest(self) -> int:
-        return min(text.tokens for text in self.texts)
-
-    def take(self, *, oldest: bool) -> list[Text]:
-        at = next_batch(
-            np.fromiter((text.tokens for text in self.texts), np.int32, len(self.texts)),
-            np.fromiter((text.arrival for text in self.texts), np.int64, len(self.texts)),
-            self.encoder.budget_tokens,
-            _MOST_ITEMS,
-            oldest=oldest,
-        )
-        taken = set(at.tolist())
-        batch = [self.texts[n] for n in at.tolist()]
-        self.texts = [text for n, text in enumerate(self.texts) if n not in taken]
+    def _fill(self, line: list[tuple[float, int, _Waiting]], requests: Counter[str]) -> list[Text]:
+        """A batch of what stands in line: first come those with the least numbers."""
+        heapify(line)
+        longest, room = line[0][2].texts[-1][0], self.encoder.budget_tokens
+        share = max(1, room // _SHARES)
+        batch: list[Text] = []
+        while line:
+            _, _, each = heappop(line)
+            of_caller, given = requests[each.request.work.caller], 0
+            while each.texts and given < share:
+                tokens = max(1, each.would_take(min(longest, room)))
+                if batch and (tokens > room or len(batch) == _MOST_ITEMS):
+                    break
+                batch.append(each.take(min(longest, room), of_caller))
+                given, room = given + tokens, room - tokens
+            if given:
+                each.place = next(self.places)
+            if each.texts and given >= share:
+                heappush(line, (each.due(of_caller), each.place, each))
         return batch
 
 
 class Lanes:
-    """Turns at the device. They alternate between the text that came first and the shortest one, of all lanes: none
-    waits for ever, and a short one for no more than one batch of longer ones after that which is under way.
+    """Turns at the device: the lanes take turns, and within one there is fair queueing (Golestani 1994, self-clocked).
+
+    A text is due when its request would have it done if all callers had equal shares of the device, and all requests
+    of a caller equal shares of that. So a short text that comes is due before longer ones. Every other batch begins
+    with the request that has waited longest, so that none waits for ever for texts that are shorter.
 
     A lane belongs to an encoder, not to a model's name: ids mean nothing to another one that took its place.
     """
 
     def __init__(self) -> None:
+        #: The one whose turn is next comes first.
         self._lanes: dict[Encoder, _Lane] = {}
-        self._arrivals = itertools.count()
-        #: Whether the next batch is that of the oldest text; else that of the shortest.
-        self._oldest = True
 
-    def add(self, encoder: "Encoder", request: Request, texts: int) -> None:
+    def add(self, encoder: "Encoder", request: Request) -> None:
         """Let a request's texts wait for an encoder that has read them."""
-        lane = self._lanes.setdefault(encoder, _Lane(encoder))
-        lane.texts += [Text(next(self._arrivals), request, at) for at in range(texts)]
+        self._lanes.setdefault(encoder, _Lane(encoder)).add(request)
 
     def take(self) -> "tuple[Encoder, Sequence[Text]] | None":
         """The texts of the next batch and their encoder. None: nobody waits."""
-        for lane in list(self._lanes.values()):
+        for encoder, lane in list(self._lanes.items()):
+            del self._lanes[encoder]
             lane.forget_dropped()
-            if not lane.texts:
-                del self._lanes[lane.encoder]
-        if not self._lanes:
-            return None
-        lane = min(self._lanes.values(), key=_Lane.first if self._oldest else _Lane.shortest)
-        batch = lane.take(oldest=self._oldest)
-        self._oldest = not self._oldest
-        return lane.encoder, batch
+            if lane.waiting:
+                self._lanes[encoder] = lane
+                return encoder, lane.take()
+        return None
+
+
+def seconds_ahead(waiting: Iterable[tuple[str, float]], caller: str, seconds: float) -> float:
+    """How long a request of so many seconds waits for others, when callers and their requests have equal shares.
+
+    Args:
+        waiting: the callers of requests that wait or are under way, and the seconds of work that are left of each.
+        caller: whose request it is.
+        seconds: of work.
+    """
+    of_others: defaultdict[str, float] = defaultdict(float)
+    own = seconds
+    for other, left in waiting:
+        if other == caller:
+            own += min(left, seconds)
+        else:
+            of_others[other] += left
+    return own - seconds + sum(min(left, own) for left in of_others.values())

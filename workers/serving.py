@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +16,9 @@ from pipeline.errors import BadVector, ModelError, ModelsOwnTokens, ModelUnusabl
 from pipeline.jobs import Model
 from pipeline.wire import Embedded
 from pipeline.writeback import sound
-from workers.batching import MOST_CHARACTERS_PER_TOKEN, Batch, Tokenised
-from workers.lanes import Lanes, Request, Text
+from workers.batching import MOST_CHARACTERS_PER_TOKEN, Batch, Tokenised, passes
+from workers.lanes import Lanes, Request, Text, Work, seconds_ahead
+from workers.pace import Pace
 from workers.residents import Residents
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ _TOKEN_BYTES = 4
 _READ_CHARACTERS_PER_SECOND = 2_000_000
 #: Read at a time; then another request's turn comes.
 _SLICE_CHARACTERS = 65_536
-#: Requests of less work than this are small.
-_SMALL_SECONDS = 1.0
+#: The share of a batch that may be spent on filling shorter texts up; then another pass costs less.
+_SPARE = 1 / 16
 #: How long a model that can't be used isn't tried again.
 _UNUSABLE_SECONDS = 60.0
 
@@ -43,15 +43,15 @@ class Serving:
 
     Args:
         residents: keeps the models.
-        queue_seconds: work that may wait, at the models' measured rates.
+        queue_seconds: how long a request may wait for others, at the rates that the models have here.
     """
 
     def __init__(self, residents: Residents, queue_seconds: float) -> None:
         self._residents, self._queue_seconds = residents, queue_seconds
-        self._waiting_seconds = {"small": 0.0, "large": 0.0}
-        for size in self._waiting_seconds:
-            metrics.ENGINE_WAITING_SECONDS.labels(size).set_function(partial(self._waiting_seconds.__getitem__, size))
-        self._in_flight = {"small": 0, "large": 0}
+        #: What has been let in and isn't answered.
+        self._work: set[Work] = set()
+        self._paces: dict[str, Pace] = {}
+        metrics.ENGINE_WAITING_SECONDS.set_function(lambda: sum(map(self._seconds, list(self._work))))
         self._lanes = Lanes()
         #: Of models by name and weights: until when, and why.
         self._unusable: dict[tuple[str, str], tuple[float, str]] = {}
@@ -131,39 +131,44 @@ class Serving:
         texts: Sequence[str],
         prompt: str | None = None,
         token_ids: Mapping[int, list[int]] | None = None,
+        *,
+        caller: str = "",
     ) -> Embedded:
         """Vectors of texts, each read with `prompt` before it, by default as a document. `token_ids`: of those
-        that came as ids of OpenAI's tokens, by position. A cancelled call gives its place in the queue up.
+        that came as ids of OpenAI's tokens, by position. Callers have equal shares of the device. A cancelled call
+        gives its place in the queue up.
 
         Raises:
-            UpstreamUnavailable: too much waits already.
+            UpstreamUnavailable: it would wait too long.
             ModelUnusable: the model can't be loaded here, or its canary comes out wrong.
             ModelsOwnTokens: the ids aren't OpenAI's.
             BadVector: the vector of one of them is zero or not finite.
             ModelError: it fails on these texts.
         """
-        seconds = _seconds_of(texts, model)
-        # Small requests don't wait for large ones, so these don't take their room either.
-        kind = "small" if seconds < _SMALL_SECONDS else "large"
-        waiting = self._waiting_seconds[kind]
-        # One that alone is more than the queue should hold is let in when the queue is empty.
-        if waiting and waiting + seconds > self._queue_seconds:
+        self._paces.setdefault(model.name, Pace(model.tokens_per_second))
+        work = Work(caller, model.name, _estimated_tokens(texts, model), _reading_seconds(texts, model))
+        self._let_in(work)
+        try:
+            return await self._embedded(model, texts, prompt, token_ids or {}, work)
+        finally:
+            self._work.discard(work)
+
+    def _let_in(self, work: Work) -> None:
+        waiting = ((other.caller, self._seconds(other)) for other in self._work)
+        ahead = seconds_ahead(waiting, work.caller, self._seconds(work))
+        if ahead > self._queue_seconds:
             metrics.ENGINE_REFUSED.inc()
             raise UpstreamUnavailable(
-                f"The queue holds {waiting:.0f} s of work; try again later.",
-                retry_after_seconds=max(1.0, waiting / 2),
+                f"{ahead:.0f} s of work is ahead of it; try again later.",
+                retry_after_seconds=max(1.0, ahead - self._queue_seconds),
             )
-        self._waiting_seconds[kind] += seconds
-        self._in_flight[kind] += 1
-        try:
-            return await self._embedded(model, texts, prompt, token_ids or {})
-        finally:
-            self._in_flight[kind] -= 1
-            # Not by subtraction alone: what rounding leaves would count as waiting.
-            self._waiting_seconds[kind] = self._waiting_seconds[kind] - seconds if self._in_flight[kind] else 0.0
+        self._work.add(work)
+
+    def _seconds(self, work: Work) -> float:
+        return work.reading_seconds + self._paces[work.model].seconds(work.tokens)
 
     async def _embedded(
-        self, model: Model, texts: Sequence[str], prompt: str | None, token_ids: Mapping[int, list[int]]
+        self, model: Model, texts: Sequence[str], prompt: str | None, token_ids: Mapping[int, list[int]], work: Work
     ) -> Embedded:
         encoder = await self.load(model)
         if token_ids:
@@ -171,10 +176,12 @@ class Serving:
             if (own := await looking) is not None:
                 raise ModelsOwnTokens(own)
         tokenised = await self._read(encoder, texts, prompt)
+        work.tokens, work.reading_seconds = float(tokenised.lengths.sum()), 0.0
         vectors = np.empty((len(texts), encoder.dimensions), np.float32)
-        request = Request(model, asyncio.get_running_loop().create_future(), tokenised, vectors, len(texts))
+        done = asyncio.get_running_loop().create_future()
+        request = Request(model, done, tokenised, vectors, len(texts), work)
         with self._changed:
-            self._lanes.add(encoder, request, len(texts))
+            self._lanes.add(encoder, request)
             self._changed.notify()
         try:
             return await request.done
@@ -200,7 +207,7 @@ class Serving:
         while batch := self._next():
             encoder, texts = batch
             try:
-                failed = self._forward(encoder, texts)
+                failed = self._embed_batch(encoder, texts)
             except Exception as error:  # noqa: BLE001 - the device goes on for the others
                 log.error("batch_failed", error=type(error).__name__)
                 failed = [(text, ModelError("the model failed")) for text in texts]
@@ -215,8 +222,19 @@ class Serving:
                 self._changed.wait()
         return None
 
-    def _forward(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
+    def _embed_batch(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
         """Embed texts. Returns those that failed, and why."""
+        failed: list[tuple[Text, Exception]] = []
+        lengths = np.array([text.tokens for text in texts], np.int32)
+        for at in passes(lengths, int(encoder.budget_tokens * _SPARE)):
+            began = time.perf_counter()
+            failed += self._forward(encoder, [texts[n] for n in at.tolist()])
+            tokens = int(lengths[at].sum())
+            self._paces[texts[0].request.model.name].learn(tokens, time.perf_counter() - began)
+        return failed
+
+    def _forward(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
+        """Embed texts of about the same length. Returns those that failed, and why."""
         failed: list[tuple[Text, Exception]] = []
         tokenised = Tokenised(
             [text.request.tokenised.ids[text.at] for text in texts],
@@ -235,6 +253,7 @@ class Serving:
                     failed.append((text, BadVector(text.at)))
                     continue
                 text.request.vectors[text.at] = batch.vectors[row]
+                text.request.work.tokens -= text.tokens
                 text.request.left -= 1
                 if not text.request.left:
                     _answer(text.request, None)
@@ -263,12 +282,16 @@ def _identity(model: Model) -> tuple[str, str]:
     return model.name, model.weights_sha256
 
 
-def _seconds_of(texts: Sequence[str], model: Model) -> float:
-    """About how long it takes to read and to embed texts."""
+def _estimated_tokens(texts: Sequence[str], model: Model) -> float:
     longest = model.max_item_tokens
-    tokens = sum(min(len(text) // _TOKEN_BYTES + 1, longest or len(text) + 1) for text in texts)
+    return sum(min(len(text) // _TOKEN_BYTES + 1, longest or len(text) + 1) for text in texts)
+
+
+def _reading_seconds(texts: Sequence[str], model: Model) -> float:
+    """About how long it takes to read texts. To know that one is too long, more of it is read than what counts."""
+    longest = model.max_item_tokens
     characters = sum(min(len(text), (longest or len(text)) * MOST_CHARACTERS_PER_TOKEN) for text in texts)
-    return tokens / model.tokens_per_second + characters / _READ_CHARACTERS_PER_SECOND
+    return characters / _READ_CHARACTERS_PER_SECOND
 
 
 def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -155,7 +155,7 @@ async def create_embeddings(request: Request) -> Response:
     gateway.meter.check()
     estimate = gateway.limits.estimated_tokens(model["name"], model["max_item_tokens"], asked.texts)
     headers = await gateway.limits.charge(caller, estimate)
-    embedded = await _unless_gone(request, _embed(gateway, model, asked))
+    embedded = await _unless_gone(request, _embed(gateway, caller, model, asked))
     if dimensions != embedded.vectors.shape[1]:
         embedded = replace(embedded, vectors=shortened(embedded.vectors, dimensions))
     _check(embedded)
@@ -169,12 +169,12 @@ async def create_embeddings(request: Request) -> Response:
     return Response(make_reply(asked, embedded), media_type=_JSON, headers=headers)
 
 
-async def _embed(gateway: Gateway, model: RowMapping, asked: Asked) -> Embedded:
+async def _embed(gateway: Gateway, caller: Caller, model: RowMapping, asked: Asked) -> Embedded:
     if upstream := as_upstream(model):
         return await gateway.upstreams.embed(upstream, model["dimensions"], asked.texts)
     prompt = model["query_prompt"] if asked.queries else None
-    engines = await gateway.directory.engines()
-    return await gateway.engines.embed(engines, model["name"], asked.texts, prompt, asked.token_ids)
+    engines, workspace = await gateway.directory.engines(), str(caller.workspace_id)
+    return await gateway.engines.embed(engines, model["name"], asked.texts, prompt, asked.token_ids, caller=workspace)
 
 
 def _check(embedded: Embedded) -> None:

@@ -63,9 +63,12 @@ class Engines:
         texts: Sequence[str],
         prompt: str | None = None,
         token_ids: Mapping[int, list[int]] | None = None,
+        *,
+        caller: str,
     ) -> Embedded:
         """Vectors of texts by one of `engines`. Each is read with `prompt` before it, by default as a document.
-        `token_ids`: of those that came as ids of OpenAI's tokens, by position.
+        `token_ids`: of those that came as ids of OpenAI's tokens, by position. Engines give callers equal shares,
+        whoever these are.
 
         Raises:
             UpstreamUnavailable: none serves the model, can be reached, or has room.
@@ -74,7 +77,7 @@ class Engines:
             InternalError: one failed on these texts, or none can load the model.
         """
         serving = [engine["url"] for engine in engines if model in engine["models"]]
-        asked = {"model": model, "texts": texts, "prompt": prompt, "token_ids": token_ids or {}}
+        asked = {"model": model, "texts": texts, "prompt": prompt, "token_ids": token_ids or {}, "caller": caller}
         body = orjson.dumps(asked, option=orjson.OPT_NON_STR_KEYS)
         outcomes: Counter[_Outcome] = Counter()
         wait = 1.0

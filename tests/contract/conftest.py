@@ -111,6 +111,7 @@ def running_gateway(
             "VECTORMILL_DATABASE_URL": url,
             "VECTORMILL_REDIS_URL": servers.redis_url.rsplit("/", 1)[0] + "/2",
             "HF_HUB_OFFLINE": "1",
+            "VECTORMILL_ENGINE_QUEUE_SECONDS": "20",
             "VECTORMILL_FILES": str(folder / "files"),
             # Of an upstream, where a test has one.
             "FAR_KEY_FILE": str(folder / "far.key"),

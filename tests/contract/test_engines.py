@@ -43,7 +43,7 @@ def ask(servers: list[ScriptedGateway], *answers: Any) -> tuple[Embedded | ApiEr
     async def body() -> Embedded | ApiError:
         engines = Engines()
         try:
-            return await engines.embed(rows, "m", ["x"])
+            return await engines.embed(rows, "m", ["x"], caller="1")
         except ApiError as error:
             return error
         finally:

@@ -15,13 +15,14 @@ import pytest
 from sqlalchemy import Engine
 
 from pipeline import catalog
-from pipeline.errors import BadVector, ModelError, ModelUnusable
+from pipeline.errors import BadVector, ModelError, ModelUnusable, UpstreamUnavailable
 from pipeline.jobs import Model
 from pipeline.settings import Settings
 from pipeline.store import engines
 from workers import serving as serving_module
 from workers.encoder import Encoder
 from workers.engine import Catalogue, make_app
+from workers.lanes import Work
 from workers.residents import Residents, loader
 from workers.serving import Serving
 
@@ -159,6 +160,11 @@ def test_an_engine_shows_what_it_can_use(
 # Models that are replaced
 
 
+def _waiting(serving: Serving) -> int:
+    """How many texts wait."""
+    return sum(len(each.texts) for lane in serving._lanes._lanes.values() for each in lane.waiting)
+
+
 def test_texts_go_through_the_encoder_that_has_read_them(
     serving: Serving, loads: Loads, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,10 +201,10 @@ def test_texts_go_through_the_encoder_that_has_read_them(
         first = asyncio.ensure_future(serving.embed(model, ["under way"]))
         await asyncio.to_thread(held.wait, 120)
         queued = asyncio.ensure_future(serving.embed(model, ["waits for the old one"]))
-        while not any(lane.texts for lane in serving._lanes._lanes.values()):
+        while not _waiting(serving):
             await asyncio.sleep(0.001)
         new = asyncio.ensure_future(serving.embed(replaced, ["for the new one"]))
-        while len(loads.encoders) < 2 or sum(len(lane.texts) for lane in serving._lanes._lanes.values()) < 2:
+        while len(loads.encoders) < 2 or _waiting(serving) < 2:
             await asyncio.sleep(0.001)
         seen.clear()  # the canary
         going.set()
@@ -207,6 +213,68 @@ def test_texts_go_through_the_encoder_that_has_read_them(
     replies = asyncio.run(asyncio.wait_for(ask(), 240))
     assert [reply.vectors.shape for reply in replies] == [(1, 256)] * 3
     assert seen == [loads.encoders[1].tokenise(["for the new one"]).ids]
+
+
+# Fairness
+
+
+def test_a_text_alone_is_in_the_next_two_batches(
+    serving: Serving, loads: Loads, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though four requests of as many texts as one may have wait, each text as long as it is. Its wait is told in
+    batches, not in seconds."""
+    embed(serving, model)
+    (encoder,) = loads.encoders
+    monkeypatch.setattr(encoder, "budget_tokens", 100)
+    forward, under_way, going = encoder._forward, threading.Event(), threading.Event()
+    alone, seen = encoder.tokenise(["the one alone"]).ids[0], list[bool]()
+
+    def noting(ids: list[list[int]]) -> Any:
+        under_way.set()
+        going.wait(20)
+        seen.append(alone in ids)
+        return forward(ids)
+
+    async def ask() -> None:
+        large = [asyncio.ensure_future(serving.embed(model, ["one of many"] * 2_048)) for _ in range(4)]
+        while _waiting(serving) < 4 * 2_000:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(under_way.wait, 20)
+        small = asyncio.ensure_future(serving.embed(model, ["the one alone"]))
+        while serving._work and any(work.reading_seconds for work in serving._work):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        going.set()
+        await small
+        assert not any(request.done() for request in large)
+        assert seen.index(True) <= 2, "after that which was under way"
+        for request in large:
+            request.cancel()
+        await asyncio.gather(*large, return_exceptions=True)
+
+    monkeypatch.setattr(encoder, "_forward", noting)
+    asyncio.run(asyncio.wait_for(ask(), 60))
+
+
+def test_what_is_refused_is_what_would_wait_too_long(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rate that the model has here, not by that from when it was added: this one was added on a machine that did
+    a thousandth."""
+    slow = replace(model, tokens_per_second=1.0)
+    with serving_with(loader("cpu", None, "float32")) as serving:
+        for _ in range(2):
+            embed(serving, slow, ["word " * 100] * 500)
+        monkeypatch.setattr(serving, "_queue_seconds", 3)
+
+        async def ask() -> list[Any]:
+            return await asyncio.gather(*(serving.embed(slow, ["word " * 10] * 500) for _ in range(4)))
+
+        assert [reply.vectors.shape for reply in asyncio.run(ask())] == [(500, 256)] * 4
+        serving._work.add(Work("", "static", 1e9, 0.0))
+        monkeypatch.setattr(serving, "_queue_seconds", 0.01)
+        with pytest.raises(UpstreamUnavailable) as refused:
+            embed(serving, slow, ["word " * 10_000] * 500)
+        assert refused.value.retry_after_seconds
+        assert embed(serving, slow, ["small"]).vectors.shape == (1, 256)
 
 
 # Reading
@@ -245,7 +313,7 @@ def test_a_small_request_isnt_read_after_a_large_one(
 
 def test_reading_counts_as_work(model: Model) -> None:
     """A model that reads 256 tokens has to look at more of a text of a million characters."""
-    bounded = replace(model, max_item_tokens=256, tokens_per_second=1e9)
-    assert serving_module._seconds_of(["word " * 200_000] * 100, bounded) > 0.5
-    endless = replace(model, max_item_tokens=None, tokens_per_second=1e9)
-    assert serving_module._seconds_of(["word " * 200_000] * 100, endless) > 20
+    bounded = replace(model, max_item_tokens=256)
+    assert serving_module._reading_seconds(["word " * 200_000] * 100, bounded) > 0.5
+    endless = replace(model, max_item_tokens=None)
+    assert serving_module._reading_seconds(["word " * 200_000] * 100, endless) > 20

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.batching import CONVICTED, Slice, isolated_slices, next_batch, share_out, token_batches
+from workers.batching import CONVICTED, Slice, isolated_slices, passes, share_out, token_batches
 
 LENGTHS = st.lists(st.integers(0, 300), max_size=80)
 
@@ -97,38 +97,14 @@ def test_the_bound_of_crashes_is_reached(poisons: set[int]) -> None:
     assert search(100, poisons, set()) == (sorted(poisons), most_crashes(len(poisons)))
 
 
-@given(
-    st.lists(st.integers(1, 512), min_size=1, max_size=200),
-    st.integers(1, 64),
-    st.booleans(),
-    st.integers(16, 2_048),
-)
-def test_a_short_text_waits_for_one_batch_of_longer_ones_at_most(
-    waiting: list[int], short: int, oldest: bool, budget: int
-) -> None:
-    """Whatever waits, and whichever turn it is; and everybody's turn comes."""
-    lengths = [*waiting, short]
-    left = list(range(len(lengths)))
-    longer_batches = 0
-    for _ in range(2 * len(lengths)):
-        if not left:
-            break
-        first = min(left)
-        at = next_batch(
-            np.array([lengths[n] for n in left], np.int32), np.array(left, np.int64), budget, 2_048, oldest=oldest
-        )
-        batch = [left[n] for n in at.tolist()]
-        assert len(batch) == 1 or max(lengths[n] for n in batch) * len(batch) <= budget
-        if oldest:
-            assert first in batch
-        if len(waiting) in left and len(waiting) not in batch and max(lengths[n] for n in batch) > short:
-            longer_batches += 1
-        left = [n for n in left if n not in set(batch)]
-        oldest = not oldest
-    assert not left
-    shorter = sum(length <= short for length in waiting)
-    # Its like, before it in the line, may take turns of their own, with a longer one's turn between.
-    assert longer_batches <= 1 + shorter
+@given(LENGTHS, st.integers(0, 400))
+def test_passes_hold_every_item_once_and_fill_up_little(lengths: list[int], spare: int) -> None:
+    found = [[lengths[at] for at in at.tolist()] for at in passes(np.array(lengths, np.int32), spare)]
+    assert [length for each in found for length in each] == sorted(lengths, reverse=True)
+    for each, following in zip_longest(found, found[1:]):
+        filled_up = each[0] * len(each) - sum(each)
+        assert filled_up <= spare
+        assert following is None or filled_up + each[0] - following[0] > spare, "another pass only where it pays"
 
 
 @given(weights=st.lists(st.integers(1, 9_000), min_size=1, max_size=200), total=st.integers(0, 1_000_000))
