@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, UserError
 from pipeline.estimate import estimate
 from pipeline.jobs import Model
 from pipeline.sources import Columns, Corpus
@@ -86,3 +86,16 @@ def test_a_wrong_column_is_said(corpus: Path, model: Model) -> None:
     source = Corpus([str(corpus)], Columns(text="body"), 100)
     with pytest.raises(SourceError, match='no column "body"'):
         estimate(source, model, Options(name="x"), 0, lambda texts, _: ([], []))
+
+
+def test_what_is_not_refused_is_said(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "docs.tsv"
+    path.write_text('ID\ttext\n1\t"mill"\n')
+    for by_reference in (False, True):
+        source, options = Corpus([str(path)], Columns(), 1_000), Options(name="x", by_reference=by_reference)
+        found = estimate(source, model, options, 1, lambda texts, _: ([1] * len(texts), [False] * len(texts)))
+        assert ["use --key-column ID" in found["notices"][0], "fields stand in quotes" in found["notices"][1]] == [
+            True
+        ] * 2
+    with pytest.raises(UserError, match=r"max_item_tokens 65: .* reads 64 tokens of a text at most"):
+        estimate(source, model, Options(name="x", max_item_tokens=65), 1, lambda texts, _: ([], []))
