@@ -119,7 +119,8 @@ def _write(
         VectormillError: it isn't what the receipt says.
     """
     state = BatchState(batch["ends_as"] or job["state"])
-    account = status.receipt(connection, job["id"])["items"]
+    receipt = status.receipt(connection, job["id"])
+    account, tokens = receipt["items"], receipt["tokens"]
     completed, rejected = account["embedded"] + account["reused"], account["rejected"]
     # A failed job's vectors are there for who asks for them by its id; no next step must take them for the whole.
     fails = state is BatchState.FAILED
@@ -135,7 +136,13 @@ def _write(
             f"job {job['id']} came to {lines[0]:,} lines of output and {lines[1]:,} of errors, not to {wanted[0]:,} "
             f"and {wanted[1]:,} as its receipt says; vectormill receipt {job['id']} --verify says more."
         )
-    counts = {"total": account["in"], "completed": completed, "failed": rejected}
+    counts = {
+        "total": account["in"],
+        "completed": completed,
+        "failed": rejected,
+        "input_tokens": tokens["prompt"] + tokens["reused"],
+        "cached_tokens": tokens["reused"],
+    }
     return _Results(state, counts, _why_failed(connection, job, rejected) if fails else [])
 
 

@@ -191,6 +191,13 @@ class PayloadTooLarge(InvalidPayload):
     status = 413
 
 
+class UnsupportedMediaType(ApiError):
+    """The body comes in a way that isn't read."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
 class Unauthorized(ApiError):
     """The Authorization header is missing, or its scheme isn't Bearer."""
 

@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     #: Folders and URIs, comma-separated, below which jobs made through the api may read and write; empty: none.
     api_sources: Annotated[tuple[str, ...], NoDecode] = ()
     api_outputs: Annotated[tuple[str, ...], NoDecode] = ()
+    #: Origins, comma-separated, of web pages whose scripts may call `/v1` (`https://app.example.com`; `*`: all); empty:
+    #: none.
+    api_origins: Annotated[tuple[str, ...], NoDecode] = ()
     #: Folder or URI of the files of batch requests, for the api and the dispatcher alike. Unset: below the home.
     files: str | None = Field(default=None, min_length=1)
     #: How long those live that aren't made to live otherwise; output files live as long as their batch request says.
@@ -108,7 +111,9 @@ class Settings(BaseSettings):
     #: Precision on CUDA; a CPU always embeds in float32. Set by `vectormill worker --precision`.
     worker_dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
 
-    @field_validator("worker_models", "worker_devices", "api_sources", "api_outputs", "webhooks", mode="before")
+    @field_validator(
+        "worker_models", "worker_devices", "api_sources", "api_outputs", "api_origins", "webhooks", mode="before"
+    )
     @classmethod
     def _split_commas(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

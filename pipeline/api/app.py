@@ -29,7 +29,9 @@ from pipeline.api.engines import Engines
 from pipeline.api.examples import add_examples
 from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
-from pipeline.api.paths import Segmented
+from pipeline.api.methods import Headed, Optioned, Shared, allowed_methods
+from pipeline.api.packing import Unpacked
+from pipeline.api.paths import Segmented, Trimmed
 from pipeline.api.readiness import readyz
 from pipeline.api.token_ids import decoder
 from pipeline.api.upstreams import Upstreams
@@ -116,10 +118,16 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     # What stands around an upload's bytes in a form is small.
     forms = {"/api/jobs": settings.api_upload_bytes, "/v1/files": settings.batch_bytes + _FORM_BYTES}
     # The last one added is the first one met.
+    app.add_middleware(Unpacked, most_bytes=settings.api_body_bytes)
     app.add_middleware(Bounded, most_bytes=settings.api_body_bytes, most_of_forms=forms)
+    app.add_middleware(Optioned, routes=app.router.routes)
+    app.add_middleware(Shared, origins=settings.api_origins)
     app.add_middleware(Identified)
-    app.add_middleware(Segmented)
+    # Those before it may make another scope of the one that the route is told in.
     app.add_middleware(Counted)
+    app.add_middleware(Headed)
+    app.add_middleware(Segmented)
+    app.add_middleware(Trimmed)
     describe = app.openapi
     app.openapi = partial(_described, describe)  # type: ignore[method-assign]
     return app
@@ -242,8 +250,12 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code in (404, 405) and is_for_people(request):
         return no_page(request, error.status_code)
-    code = _CODES.get(error.status_code, "invalid_payload")
-    return _write(request.url.path, error.status_code, code, str(error.detail), headers=error.headers)
+    code, headers = _CODES.get(error.status_code, "invalid_payload"), error.headers
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        # The framework tells those of the first route only.
+        allowed = allowed_methods(request.app.router.routes, request.scope)
+        headers = {"allow": allowed} if allowed else headers
+    return _write(request.url.path, error.status_code, code, str(error.detail), headers=headers)
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:

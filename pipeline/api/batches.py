@@ -1,6 +1,7 @@
 """`/v1/batches`: batch requests in the wire shape of OpenAI's API."""
 
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from pipeline import control, status
 from pipeline.api.asking import SECURITY, ask, caller_of, described, read_body
 from pipeline.api.embeddings import ERRORS
 from pipeline.api.files import ExpiresAfter, find_file
-from pipeline.api.pages import After, Listed, Page
+from pipeline.api.pages import After, Listed, Page, unknown_cursor
 from pipeline.errors import InvalidPayload, NotFound, UnknownJob, UserError
 from pipeline.files import new_id
 from pipeline.jobs import BatchState
@@ -84,6 +85,28 @@ class RequestCounts(BaseModel):
     failed: int
 
 
+class InputTokens(BaseModel):
+    """Of those read: of texts whose vectors were there."""
+
+    cached_tokens: int
+
+
+class OutputTokens(BaseModel):
+    """Of those written: none."""
+
+    reasoning_tokens: int = 0
+
+
+class BatchUsage(BaseModel):
+    """The tokens of the lines that have vectors."""
+
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int = 0
+    output_tokens_details: OutputTokens = OutputTokens()
+    total_tokens: int
+
+
 class Batch(Listed):
     """A batch request."""
 
@@ -106,6 +129,7 @@ class Batch(Listed):
     cancelling_at: int | None
     cancelled_at: int | None
     request_counts: RequestCounts
+    usage: BatchUsage | None = Field(description="Once it has ended.")
     metadata: dict[str, str] | None
     job_id: str | None = Field(description="The job that it is, for the status API.")
 
@@ -162,6 +186,8 @@ async def list_batches(
     caller = await caller_of(request)
 
     def read(connection: Connection) -> BatchList:
+        if after is not None and batches.find(connection, caller.workspace_id, after) is None:
+            raise unknown_cursor("batch request", after)
         found = batches.page(connection, caller.workspace_id, after, limit + 1)
         return BatchList.of([_shown(connection, row) for row in found], limit)
 
@@ -221,9 +247,17 @@ def _shown(connection: Connection, row: RowMapping) -> Batch:
         cancelling_at=_moment(row["cancelling_at"]),
         cancelled_at=ended_at if state is BatchState.CANCELLED else None,
         request_counts=RequestCounts(**(row["counts"] or _counts_now(connection, row))),
+        usage=_usage(row["counts"] or {}),
         metadata=row["metadata"],
         job_id=str(row["job_id"]) if row["job_id"] else None,
     )
+
+
+def _usage(counts: Mapping[str, int]) -> BatchUsage | None:
+    if "input_tokens" not in counts:
+        return None
+    total, cached = counts["input_tokens"], counts["cached_tokens"]
+    return BatchUsage(input_tokens=total, input_tokens_details=InputTokens(cached_tokens=cached), total_tokens=total)
 
 
 def _moment(when: datetime | None) -> int | None:

@@ -18,7 +18,7 @@ from pipeline.api.asking import SECURITY, ask, caller_of
 from pipeline.api.bulk import Bulk
 from pipeline.api.directory import Caller
 from pipeline.api.embeddings import ERRORS
-from pipeline.api.pages import After, Listed, Page
+from pipeline.api.pages import After, Listed, Page, unknown_cursor
 from pipeline.errors import (
     InvalidPayload,
     NotFound,
@@ -157,6 +157,8 @@ async def list_files(
     caller = await caller_of(request)
 
     def read(connection: Connection) -> Sequence[RowMapping]:
+        if after is not None and files.find(connection, caller.workspace_id, after) is None:
+            raise unknown_cursor("file", after)
         return files.page(
             connection, caller.workspace_id, purpose=purpose, after=after, oldest_first=order == "asc", limit=limit + 1
         )

@@ -24,10 +24,11 @@ from pipeline.api.asking import (
     scope_of,
 )
 from pipeline.api.bulk import Bulk
+from pipeline.api.pages import unknown_cursor
 from pipeline.api.shapes import Chunk, ChunkPage, Job, JobPage, Priority, Receipt, RejectPage, Retried
 from pipeline.errors import InvalidPayload
 from pipeline.jobs import ChunkState, JobState, RejectCode
-from pipeline.store import chunks, items
+from pipeline.store import chunks, items, jobs
 
 router = APIRouter(prefix="/api/jobs", responses=problems(400, 404), tags=["Jobs"])
 
@@ -54,6 +55,9 @@ async def list_jobs(
     def run(connection: Connection) -> list[dict[str, Any]]:
         scope = scope_of(connection, caller, workspace)
         wanted = {"states": state, "model": model, "name": name, "labels": labels}
+        before = jobs.by_id(connection, after) if after else None
+        if after and (before is None or scope not in (None, before["workspace_id"])):
+            raise unknown_cursor("job", str(after))
         return status.list_jobs(connection, scope, **wanted, before=after, limit=limit + 1)
 
     found = await ask(request, run)

@@ -6,6 +6,8 @@ from typing import Annotated, Generic, Literal, Self, TypeVar
 from fastapi import Query
 from pydantic import BaseModel
 
+from pipeline.errors import InvalidPayload
+
 After = Annotated[str | None, Query(max_length=100, pattern="^[^\0]*$", description="The last id of the page before.")]
 
 
@@ -13,6 +15,11 @@ class Listed(BaseModel):
     """What is in a list."""
 
     id: str
+
+
+def unknown_cursor(kind: str, after: str) -> InvalidPayload:
+    """The error of a page that is to begin after what isn't there: where it would begin isn't known."""
+    return InvalidPayload(f'after: no such {kind} "{after}"; send the last id of the page before.', param="after")
 
 
 Shown = TypeVar("Shown", bound=Listed)

@@ -1,5 +1,6 @@
-"""Names in paths: whatever one holds, it is one segment."""
+"""Paths as clients write them. Whatever a name in one holds, it is one segment."""
 
+import re
 from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,6 +23,20 @@ class Segmented:
         if scope["type"] == "http" and raw.startswith(_PREFIX):
             kept = raw.replace(b"%25", b"%2525").replace(b"%2F", b"%252F").replace(b"%2f", b"%252F")
             scope = {**scope, "path": unquote(kept.decode("latin-1"))}
+        await self._app(scope, receive, send)
+
+
+class Trimmed:
+    """Below `/v1`, reads `/v1//embeddings/` as `/v1/embeddings`, as clients write it whose base address ends so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI calls it."""
+        path = re.sub("//+", "/", scope.get("path", ""))
+        if scope["type"] == "http" and path.startswith("/v1/"):
+            scope = {**scope, "path": path.rstrip("/")}
         await self._app(scope, receive, send)
 
 

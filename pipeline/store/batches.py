@@ -10,6 +10,9 @@ from sqlalchemy import Connection, RowMapping, text
 from pipeline.jobs import BatchState
 from pipeline.tables import batches
 
+#: The counts of one that ends without a job.
+_NOTHING = dict.fromkeys(("total", "completed", "failed", "input_tokens", "cached_tokens"), 0)
+
 
 def insert(connection: Connection, batch: Mapping[str, Any], window_seconds: float) -> RowMapping:
     """Write a batch request down, to be validated. Returns its row."""
@@ -181,7 +184,7 @@ def end(
                 "output": output_file_id,
                 "error": error_file_id,
                 "errors": json.dumps(list(errors)) if errors else None,
-                "counts": json.dumps(dict(counts or {"total": 0, "completed": 0, "failed": 0})),
+                "counts": json.dumps(dict(counts or _NOTHING)),
             },
         ).rowcount
         > 0

@@ -24,6 +24,8 @@ from tests.conftest import new_database
 from tests.ports import free_port
 
 SIZES = [64, 128]
+#: Whose scripts may ask.
+ORIGIN = "https://app.example.com"
 #: What the engine may serve. A test adds the last one.
 SERVED = "static,minilm,broken,asymmetric"
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -113,6 +115,7 @@ def running_gateway(
             "HF_HUB_OFFLINE": "1",
             "VECTORMILL_ENGINE_QUEUE_SECONDS": "20",
             "VECTORMILL_FILES": str(folder / "files"),
+            "VECTORMILL_API_ORIGINS": ORIGIN,
             # Of an upstream, where a test has one.
             "FAR_KEY_FILE": str(folder / "far.key"),
         }

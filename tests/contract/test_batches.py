@@ -12,6 +12,7 @@ import numpy as np
 import openai
 import pytest
 from openai import OpenAI
+from openai.types import Batch
 from sqlalchemy import text
 
 from tests.acceptance.fleet import eventually
@@ -102,6 +103,8 @@ def test_ten_thousand_lines_of_which_one_in_a_hundred_is_bad(running: Gateway, c
     assert (batch.metadata, batch.model, batch.completion_window) == ({"run": "2026-11-24"}, "static", "24h")
     assert batch.created_at <= batch.in_progress_at <= batch.finalizing_at <= batch.completed_at <= batch.expires_at
 
+    assert set(Batch.model_fields) <= batch.model_fields_set, "all that the published schema has"
+
     results = read(client, batch.output_file_id)
     assert [one["custom_id"] for one in results] == [f"doc-{n}" for n in texts]
     assert len({one["id"] for one in results}) == len(results)
@@ -110,6 +113,14 @@ def test_ten_thousand_lines_of_which_one_in_a_hundred_is_bad(running: Gateway, c
     vectors = np.array([body["data"][0]["embedding"] for body in bodies], np.float32)
     np.testing.assert_allclose(vectors, by_library(list(texts.values())), atol=1e-6)
     assert {(body["object"], body["model"]) for body in bodies} == {("list", "static")}
+    tokens = sum(body["usage"]["prompt_tokens"] for body in bodies)
+    assert batch.usage.model_dump() == {
+        "input_tokens": tokens,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": 0,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": tokens,
+    }
 
     errors = read(client, batch.error_file_id)
     assert [one["error"]["line"] for one in errors] == [n + 1 for n in range(50, 10_000, 100)]
@@ -187,6 +198,7 @@ def test_what_fails_says_why(client: OpenAI, case: str) -> None:
     lines, code, at, told = REFUSED[case]
     batch = ended(client, request(client, lines))
     assert (batch.status, batch.output_file_id) == ("failed", None)
+    assert batch.usage.total_tokens == 0
     assert batch.failed_at
     assert not batch.completed_at
     first = batch.errors.data[0]
@@ -369,6 +381,22 @@ def test_pages_of_files_and_batches(client: OpenAI) -> None:
         assert ended(client, one).status == "completed"
 
 
+def test_a_page_after_what_isnt_there(running: Gateway, client: OpenAI) -> None:
+    """Its place in the list isn't known: the other things could be before or after it."""
+    file = client.files.create(file=("a.jsonl", b"{}"), purpose="batch")
+    client.files.delete(file.id)
+    for after in ("file-none", file.id, "", "batch_none"):
+        with pytest.raises(openai.BadRequestError, match="after: no such file") as refused:
+            client.files.list(after=after)
+        assert refused.value.param == "after"
+        with pytest.raises(openai.BadRequestError, match="after: no such batch request"):
+            client.batches.list(after=after)
+    with running.client() as status_api:
+        refused_jobs = status_api.get("/api/jobs", params={"after": "01900000-0000-7000-8000-000000000000"})
+    assert refused_jobs.status_code == 400
+    assert refused_jobs.json()["detail"].startswith("after: no such job")
+
+
 def test_files_go(running: Gateway, client: OpenAI) -> None:
     data = packed([line("a", "x")])
     file = client.files.create(
@@ -378,6 +406,9 @@ def test_files_go(running: Gateway, client: OpenAI) -> None:
     assert file.expires_at is not None
     assert file.expires_at - file.created_at == 3_600
     assert client.files.content(file.id).read() == data
+    with running.client() as plain:
+        there = plain.head(f"/v1/files/{file.id}/content")
+    assert (there.status_code, there.headers["content-length"], there.content) == (200, str(len(data)), b"")
     uri = running.fleet.scalar("select uri from vectormill.files where id = :file", file=file.id)
     assert client.files.delete(file.id).deleted
     with pytest.raises(openai.NotFoundError, match="no such file"):

@@ -1,10 +1,12 @@
 """The gateway's own promises, beyond the shape of its replies."""
 
+import gzip
 import json
 import select
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,11 +15,12 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import pytest
+import zstandard
 
 from pipeline import catalog
 from pipeline import keys as api_keys
 from tests.acceptance.fleet import eventually
-from tests.contract.conftest import SERVED, Gateway
+from tests.contract.conftest import ORIGIN, SERVED, Gateway
 from tests.jobs_made import run_sql
 
 
@@ -45,8 +48,8 @@ def test_what_isnt_there(client: httpx.Client) -> None:
     assert code(client.get("/v1/nothing")) == (404, "not_found")
     wrong = client.get("/v1/embeddings")
     assert code(wrong) == (405, "method_not_allowed")
-    assert wrong.headers["allow"] == "POST"
-    assert code(client.post("/v1/embeddings/", json={})) == (404, "not_found"), "no redirect that a POST would lose"
+    assert wrong.headers["allow"] == "POST, OPTIONS"
+    assert client.put("/v1/files").headers["allow"] == "GET, POST, HEAD, OPTIONS"
     nothing = client.get("/nothing")
     assert nothing.headers["content-type"] == "application/problem+json"
     assert nothing.json()["status"] == 404
@@ -55,10 +58,50 @@ def test_what_isnt_there(client: httpx.Client) -> None:
 def test_methods_of_probes_and_browsers(client: httpx.Client) -> None:
     alive = client.head("/healthz")
     assert (alive.status_code, alive.content) == (200, b"")
-    for method in ("HEAD", "OPTIONS", "PUT"):
-        reply = client.request(method, "/v1/models")
-        assert (reply.status_code, reply.headers["allow"]) == (405, "GET")
+    for path in ("/v1/models", "/v1/models/static", "/v1/files", "/api/models"):
+        there, asked = client.head(path), client.get(path)
+        assert (there.status_code, there.content) == (200, b"")
+        for name in ("content-type", "content-length"):
+            assert there.headers[name] == asked.headers[name]
+        assert there.headers["x-request-id"]
+    assert client.head("/v1/nothing").status_code == 404
+    assert client.head("/v1/embeddings").status_code == 405
+    for path, allowed in (
+        ("/v1/embeddings", "POST, OPTIONS"),
+        ("/v1/models/static", "GET, HEAD, OPTIONS"),
+        ("/v1/files", "GET, POST, HEAD, OPTIONS"),
+        ("/v1/files/one", "GET, DELETE, HEAD, OPTIONS"),
+    ):
+        reply = client.options(path)
+        assert (reply.status_code, reply.content, reply.headers["allow"]) == (204, b"", allowed)
         assert reply.headers["x-request-id"]
+    assert client.options("/v1/nothing").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings/", "/v1//embeddings", "//v1/embeddings//"])
+def test_a_slash_too_many(client: httpx.Client, gateway: Gateway, path: str) -> None:
+    url = httpx.URL(gateway.url).copy_with(raw_path=path.encode())
+    assert client.post(url, json={"model": "static", "input": "x"}).status_code == 200
+
+
+def test_scripts_of_an_origin_that_may(client: httpx.Client) -> None:
+    """A browser asks first, without a key; and may read what an error says."""
+    wish = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, x-stainless-os"}
+    for origin, allowed in ((ORIGIN, ORIGIN), ("https://example.org", None)):
+        asked = httpx.options(client.base_url.join("/v1/embeddings"), headers={"origin": origin, **wish})
+        assert asked.headers.get("access-control-allow-origin") == allowed
+        for reply in (
+            client.post("/v1/embeddings", json={"model": "static", "input": "x"}, headers={"origin": origin}),
+            client.post("/v1/embeddings", json={}, headers={"origin": origin}),
+            client.post("/v1/embeddings", json={}, headers={"origin": origin, "authorization": "Bearer x"}),
+        ):
+            assert reply.headers.get("access-control-allow-origin") == allowed
+            assert "access-control-allow-credentials" not in reply.headers
+        if allowed:
+            assert asked.status_code == 200
+            assert "x-stainless-os" in asked.headers["access-control-allow-headers"]
+            assert "retry-after-ms" in reply.headers["access-control-expose-headers"]
+    assert "access-control-allow-origin" not in client.get("/api/models", headers={"origin": ORIGIN}).headers
 
 
 @pytest.mark.parametrize("name", ["\0", "gpt\0-4", "gpt-4"])
@@ -122,6 +165,70 @@ def test_a_body_is_read_for_those_who_may_send_it(gateway: Gateway, key: str, pa
         answer = line.recv(4_096).decode()
     assert answer.startswith(f"HTTP/1.1 {status} ")
     assert sent <= (25 if status == 413 else 3)
+
+
+_BODY = json.dumps({"model": "static", "input": ["a mill", "a wheel"]}).encode()
+_PACKED = {
+    "gzip": gzip.compress(_BODY),
+    "X-GZIP": gzip.compress(_BODY[:20]) + gzip.compress(_BODY[20:]),
+    "deflate": zlib.compress(_BODY),
+    "zstd": zstandard.compress(_BODY),
+    "identity": _BODY,
+}
+
+
+@pytest.mark.parametrize("coding", _PACKED)
+def test_a_packed_body(client: httpx.Client, coding: str) -> None:
+    reply = client.post("/v1/embeddings", content=_PACKED[coding], headers={"content-encoding": coding})
+    assert reply.json()["data"] == client.post("/v1/embeddings", content=_BODY).json()["data"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "said"),
+    [
+        ({"content-encoding": "br"}, 415, "It may be one of gzip, deflate, zstd."),
+        ({"content-encoding": "gzip, gzip"}, 415, "gzip, gzip"),
+        ({"content-encoding": "gzip"}, 400, "isn't the gzip that its content-encoding says"),
+        ({"content-type": "application/json; charset=utf-16"}, 415, 'charset is "utf-16"; send UTF-8'),
+        ({"content-type": 'application/json; charset="UTF-8"'}, 200, ""),
+        ({"content-type": "application/x-www-form-urlencoded"}, 200, ""),
+    ],
+)
+def test_how_a_body_may_come(client: httpx.Client, headers: dict[str, str], status: int, said: str) -> None:
+    reply = client.post("/v1/embeddings", content=_BODY, headers=headers)
+    assert (reply.status_code, said in reply.text.replace('\\"', '"')) == (status, True)
+    if status == 415:
+        assert reply.json()["error"]["code"] == "unsupported_media_type"
+        assert "content-encoding" not in headers or reply.headers["accept-encoding"] == "gzip, deflate, zstd"
+
+
+def test_a_packed_body_is_bounded_and_nobodys_is_unpacked(gateway: Gateway, client: httpx.Client) -> None:
+    bomb = {"gzip": gzip.compress(bytes(2**25)), "zstd": zstandard.compress(bytes(2**25))}
+    for coding, body in bomb.items():
+        assert code(client.post("/v1/embeddings", content=body, headers={"content-encoding": coding})) == (
+            413,
+            "invalid_payload",
+        )
+    with gateway.client("sk-nobody") as stranger:
+        for coding in ("gzip", "br"):
+            refused = stranger.post("/v1/embeddings", content=bomb["gzip"], headers={"content-encoding": coding})
+            assert code(refused) == (401, "invalid_api_key")
+
+
+def test_bodies_over_a_plain_line(gateway: Gateway) -> None:
+    """In pieces, after `100 Continue`; and by HTTP/1.0."""
+    host, port = gateway.url.removeprefix("http://").split(":")
+    head = f"Host: x\r\nAuthorization: bearer {gateway.key}\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as line:
+        asked = f"POST /v1/embeddings HTTP/1.1\r\n{head}Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
+        line.sendall(asked.encode())
+        assert line.recv(100).startswith(b"HTTP/1.1 100 ")
+        for piece in (_BODY[:9], _BODY[9:], b""):
+            line.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        assert line.recv(100).startswith(b"HTTP/1.1 200 ")
+    with socket.create_connection((host, int(port)), timeout=20) as line:
+        line.sendall(f"POST /v1/embeddings HTTP/1.0\r\n{head}Content-Length: {len(_BODY)}\r\n\r\n".encode() + _BODY)
+        assert b" 200 " in line.recv(100)
 
 
 # Keys
