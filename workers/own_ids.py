@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
 
-#: So many ids of OpenAI's are hardly ever what a WordPiece tokeniser makes of any text: of docstrings cut at 8 of them,
-#: one in a thousand, of 8,600 cut at 10 to 32, none. Of a Unigram's or a BPE's they are it often: at 16, every fifth.
+#: So many different ids of OpenAI's are hardly ever what a WordPiece tokeniser makes of any text: of docstrings cut at
+#: 8 tokens, one in a thousand, of 8,600 cut at 10 to 32, none. Of a Unigram's or a BPE's they often are: at 16, every
+#: fifth.
 _TELLING = 16
 #: Where a client has cut a text, its last word may be read otherwise.
 _LAST_WORD = 8
@@ -27,13 +28,13 @@ class OwnIds:
         """The position of ids, among those of one request, that are taken for the model's own.
 
         They are if they stand between the tokeniser's marks for beginning and end. Without these, a WordPiece's are if
-        they are many, or if all of the request could be, and together are many.
+        they are many different ones, or if all of the request could be, and together are many.
         """
         own = {at: each for at, each in ids.items() if self._could_be(each)}
         for at, each in own.items():
-            if self._is_marked(each) or (self._is_telling and len(each) >= _TELLING):
+            if self._is_marked(each) or (self._is_telling and len(set(each)) >= _TELLING):
                 return at
-        if self._is_telling and len(own) == len(ids) and sum(map(len, own.values())) >= _TELLING:
+        if self._is_telling and len(own) == len(ids) and len(set().union(*own.values())) >= _TELLING:
             return next(iter(own))
         return None
 

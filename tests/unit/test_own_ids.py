@@ -48,7 +48,8 @@ def test_many_ids_are_its_own_without_marks_too(own: OwnIds, tokenizer: Tokenize
 def test_short_ones_are_its_own_if_all_of_a_request_could_be(
     own: OwnIds, tokenizer: Tokenizer, cl100k: tiktoken.Encoding
 ) -> None:
-    short = {at: ids_of(tokenizer, f"word number {at}", add_special_tokens=False) for at in range(2, 10)}
+    words = LONG.split()
+    short = {at: ids_of(tokenizer, " ".join(words[at : at + 3]), add_special_tokens=False) for at in range(2, 16)}
     assert own.find(short) == 2
     assert own.find(short | {20: cl100k.encode("and one of another vocabulary")}) is None
 
@@ -58,6 +59,10 @@ def test_openais_arent(own: OwnIds, cl100k: tiktoken.Encoding, text: str) -> Non
     ids = cl100k.encode_ordinary(text)
     assert own.find({0: ids}) is None
     assert own.find({at: ids[at:] for at in range(len(ids))}) is None
+
+
+def test_the_same_few_again_and_again_arent(own: OwnIds, cl100k: tiktoken.Encoding) -> None:
+    assert own.find({at: cl100k.encode("long words " * 500) for at in range(20)}) is None
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**40], [30_522], [0], [101], [102, 101], [15339, 1917]])
