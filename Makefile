@@ -26,7 +26,7 @@ demo: $(INSTALLED)
 	@$(BIN)/vectormill demo
 
 # Two modules at a time, in their order (the drill of `make test`, which is the longest, comes first), on servers of
-# their own: tests wait more than they compute. Whole jobs under faults have the machine to themselves.
+# their own: tests wait more than they compute.
 TWO := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 test: $(INSTALLED)
@@ -37,8 +37,11 @@ test-contract: $(INSTALLED)
 	$(BIN)/python -m pytest $(TWO) tests/contract
 
 # Whole jobs by every way in and out, through gateways, from SQL; single faults, mutants. A short drill is in `make test`.
+# Two tests at a time, of whatever module: each has a fleet of its own. Then those that measure how fast a fleet is.
 test-acceptance: $(INSTALLED)
-	$(BIN)/python -m pytest tests/acceptance --ignore tests/acceptance/faults/test_drill.py
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/acceptance -m 'not alone' \
+		--ignore tests/acceptance/faults/test_drill.py
+	$(BIN)/python -m pytest tests/acceptance -m alone
 
 SEED ?= $(shell date +%s)
 MINUTES ?= 60

@@ -1,7 +1,13 @@
 """Commands of vectormill in the process of the tests: where the test is of what a command does, not of its start, which
-takes longer than most commands."""
+takes longer than most commands. Or many in one process of their own:
+
+    python -m tests.commands '[["jobs"], ["status", "docs"]]'
+
+prints, on standard error, the exit code of each and what it said there.
+"""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -47,3 +53,8 @@ def _written(pipe: io.TextIOWrapper) -> str:
     buffer = pipe.buffer
     assert isinstance(buffer, io.BytesIO)
     return buffer.getvalue().decode()
+
+
+if __name__ == "__main__":
+    done = [run_command(*arguments, environment=dict(os.environ)) for arguments in json.loads(sys.argv[1])]
+    json.dump([(each.returncode, each.stderr) for each in done], sys.stderr)

@@ -21,7 +21,7 @@ from tests.commands import run_command
 
 T = TypeVar("T")
 
-_PATIENCE_SECONDS = 240.0
+_PATIENCE_SECONDS = 600.0
 
 
 def eventually(look: Callable[[], T | None], what: str, seconds: float = _PATIENCE_SECONDS) -> T:

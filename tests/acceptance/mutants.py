@@ -53,7 +53,7 @@ def _poisonable() -> None:
     from workers import tasks
     from workers.encoder import Encoder
 
-    tasks._LEAST_HANG_SECONDS, tasks._HANG_FACTOR = 3.0, 3
+    tasks._LEAST_HANG_SECONDS, tasks._HANG_FACTOR = 5.0, 3
     forward = Encoder._forward
     heads: dict[Poison, list[int]] = {}
     broken: list[int] = []

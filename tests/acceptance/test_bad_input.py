@@ -7,8 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -84,36 +82,41 @@ def _broken() -> dict[str, tuple[bytes, str]]:
 
 
 def test_a_broken_file_is_refused_in_one_sentence(fleet: Fleet, tmp_path: Path) -> None:
-    def refuse(name: str, way: str) -> None:
-        data, sentence = broken[name]
-        path = tmp_path / way / name
-        path.write_bytes(data)
-        assert len(data) < MIB
-        code, said, peak = _submit(fleet, str(path), f"--{way}")
-        assert (code, said) == (2, f"error {path}{sentence}\n")
-        assert peak < MOST_BYTES, name
-
     broken = _broken()
+    for name, (data, _) in broken.items():
+        assert len(data) < MIB
+        (tmp_path / name).write_bytes(data)
     # Either way looks at all of a packed file, and at the metadata of Parquet.
-    tried = {"by-value": list(broken), "by-reference": [name for name in broken if name.startswith("bomb")]}
-    with ThreadPoolExecutor(2) as two:
-        for way, names in tried.items():
-            (tmp_path / way).mkdir()
-            list(two.map(refuse, names, repeat(way)))
+    tried = [
+        *((name, "--by-value") for name in broken),
+        *((name, "--by-reference") for name in broken if name.startswith("bomb")),
+    ]
+    submits = [["submit", "--model", "static", str(tmp_path / name), way] for name, way in tried]
+    said, peak = _measured(fleet, "tests.commands", json.dumps(submits))
+    assert peak < MOST_BYTES
+    for (name, _), result in zip(tried, json.loads(said), strict=True):
+        assert result == [2, f"error {tmp_path / name}{broken[name][1]}\n"]
     assert fleet.scalar("select count(*) from vectormill.jobs") == 0
     assert fleet.scalar("select count(*) from vectormill.items") == 0
 
 
-def _submit(fleet: Fleet, *arguments: str) -> tuple[int, str, int]:
-    """`vectormill submit`: its exit code, what it says on standard error, and the most bytes that it held."""
-    command = [sys.executable, "-m", "pipeline.cli", "submit", "--model", "static", *arguments]
+def _submit(fleet: Fleet, *arguments: str) -> int:
+    """`vectormill submit`, which has nothing to say. Returns the most bytes that it held."""
+    said, peak = _measured(fleet, "pipeline.cli", "submit", "--model", "static", *arguments)
+    assert said == ""
+    return peak
+
+
+def _measured(fleet: Fleet, *command: str) -> tuple[str, int]:
+    """Run a module, which must end well: what it says on standard error, and the most bytes that it held."""
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.peak", *command],
+        [sys.executable, "-m", "tests.benchmarks.peak", sys.executable, "-m", *command],
         env={**os.environ, **fleet.environment},
         capture_output=True,
         text=True,
     )
-    return ended.returncode, ended.stderr, int(ended.stdout)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stderr, int(ended.stdout)
 
 
 def _bad_rows(folder: Path) -> list[tuple[str | None, str]]:
@@ -167,9 +170,7 @@ def test_a_bad_row_costs_only_itself(fleet: Fleet, tmp_path: Path) -> None:
     fleet.start_worker(replicas=1)
     found = []
     for way in ("--by-value", "--by-reference"):
-        code, said, peak = _submit(fleet, str(tmp_path / "corpus"), way, "--name", way, "--max-rejects", "100%")
-        assert (code, said) == (0, "")
-        assert peak < MOST_BYTES
+        assert _submit(fleet, str(tmp_path / "corpus"), way, "--name", way, "--max-rejects", "100%") < MOST_BYTES
         job = _job(fleet, way)
         ended = fleet.await_end(job)
         assert (ended["state"], ended["items"]["total"]) == ("completed", 38)
@@ -203,9 +204,7 @@ def test_empty_rows_fail_their_job_and_cost_no_memory(fleet: Fleet, tmp_path: Pa
             file.write(row * 10_000)
     fleet.environment |= {"VECTORMILL_CHUNK_ITEMS": "8192", "VECTORMILL_LEASE_SECONDS": "30"}
     fleet.start_dispatcher()
-    code, said, peak = _submit(fleet, str(path), "--by-value", "--name", "empty")
-    assert (code, said) == (0, "")
-    assert peak < MOST_BYTES
+    assert _submit(fleet, str(path), "--by-value", "--name", "empty") < MOST_BYTES
     ended = fleet.await_end(_job(fleet, "empty"))
     assert (ended["state"], ended["reason"]) == ("failed", "all_rejected")
     _check_receipt(fleet, _job(fleet, "empty"), rejected=BY_VALUE_ROWS)
@@ -218,9 +217,7 @@ def test_ten_million_empty_rows_by_reference_fail_their_job_early(fleet: Fleet, 
     fleet.environment |= {"VECTORMILL_CHUNK_ITEMS": "50000", "VECTORMILL_LEASE_SECONDS": "30"}
     fleet.start_dispatcher()
     fleet.start_worker(replicas=2)
-    code, said, peak = _submit(fleet, str(path), "--by-reference", "--name", "empty")
-    assert (code, said) == (0, "")
-    assert peak < MOST_BYTES
+    assert _submit(fleet, str(path), "--by-reference", "--name", "empty") < MOST_BYTES
     ended = fleet.await_end(_job(fleet, "empty"))
     # A tenth may be rejected, and what is left when it is passed is never read.
     assert (ended["state"], ended["reason"]) == ("failed", "too_many_rejects")

@@ -72,6 +72,7 @@ def busy_loops(count: int) -> Iterator[None]:
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.alone
 def test_up_succeeds_beside_four_busy_loops(user: User) -> None:
     """The first start of a home, with its database to make and its model to describe, and another start after a stop.
 

@@ -36,7 +36,7 @@ def test_a_source_that_changes_fails_the_job(fleet: Fleet, texts: list[str], tmp
         corpus.unlink()
     else:
         write_corpus(corpus, texts[1_000:2_000])
-    fleet.start_worker()
+    fleet.start_worker(1)
     ended = fleet.await_end(job)
     assert (ended["state"], ended["reason"]) == ("failed", "source_changed")
     assert "submit it again" in ended["message"]
@@ -56,7 +56,7 @@ def test_a_storage_that_refuses_pauses_the_job_until_it_is_mended(
         for name in list(storage.names_below("s3://vectors/")):
             storage.delete(f"s3://vectors/{name}")
         client.delete_bucket(Bucket="vectors")
-        fleet.start_worker()
+        fleet.start_worker(1)
         paused = eventually(lambda: _if_state(fleet, job, "paused"), "a paused job")
         assert paused["reason"] == "storage_refused"
         assert "no such bucket" in paused["message"]
@@ -74,18 +74,18 @@ def _if_state(fleet: Fleet, job: UUID, state: str) -> dict[str, Any] | None:
 
 
 def test_retried_items_join_the_data_set(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus.jsonl", [*texts[:300], f"{Poison.KILLS}, please", *texts[300:600]])
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [*texts[:300], f"{Poison.RAISES}, please", *texts[300:600]])
     out = tmp_path / "out"
     fleet.start_dispatcher()
     fleet.environment["MUTANT"] = "poisonable"
-    fleet.start_worker(app="tests.acceptance.mutants", name="poisonable")
+    fleet.start_worker(1, app="tests.acceptance.mutants", name="poisonable")
     job = fleet.submit(str(corpus), "--model", "static", "--by-reference", "--output", str(out))
     assert fleet.await_end(job)["items"]["rejected"] == 1
     assert _receipt(fleet, job)["verified"]
     assert len(_keys(out)) == 600
     fleet.kill("poisonable")
 
-    fleet.start_worker()
+    fleet.start_worker(1)
     fleet.cli("retry", str(job))
     ended = fleet.await_end(job)
     assert (ended["state"], ended["items"]["embedded"], ended["items"]["rejected"]) == ("completed", 601, 0)
@@ -101,7 +101,7 @@ def test_a_cancelled_job_leaves_no_data_set_but_what_it_wrote_can_be_read(
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
     out = tmp_path / "out"
     fleet.start_dispatcher()
-    fleet.start_worker()
+    fleet.start_worker(1)
     job = fleet.submit(str(corpus), "--model", "minilm", "--by-reference", "--output", str(out))
     eventually(lambda: fleet.status(job)["items"]["embedded"] > 0, "the first vectors")
     fleet.cli("cancel", str(job))
@@ -131,7 +131,7 @@ def test_a_table_that_refuses_fails_the_job(fleet: Fleet, texts: list[str], tmp_
         connection.exec_driver_sql("create table docs (id text primary key, v vector(256), check (id <> 'doc-7'))")
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:20])
     fleet.start_dispatcher()
-    fleet.start_worker(replicas=1)
+    fleet.start_worker(1)
     job = fleet.submit(str(corpus), "--model", "static", "--into", "docs")
     ended = fleet.await_end(job)
     assert (ended["state"], ended["reason"]) == ("failed", "table_refused")
@@ -145,7 +145,7 @@ def test_the_users_table_gets_each_vector_and_its_index(fleet: Fleet, texts: lis
         connection.exec_driver_sql("create table docs (id text primary key, v halfvec(256))")
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:1_000])
     fleet.start_dispatcher()
-    fleet.start_worker()
+    fleet.start_worker(1)
     job = fleet.submit(str(corpus), "--model", "static", "--into", "docs", "--hnsw", "--by-reference")
     assert fleet.await_end(job)["state"] == "completed"
     same = """
@@ -161,7 +161,7 @@ def test_the_query_in_the_readme_joins_vectors_and_source(
 ) -> None:
     corpus = write_corpus(tmp_path / "docs.jsonl", texts[:200])
     fleet.start_dispatcher()
-    fleet.start_worker()
+    fleet.start_worker(1)
     job = fleet.submit(str(corpus), "--model", "static", "--by-reference", "--output", str(tmp_path / "vectors"))
     assert fleet.await_end(job)["state"] == "completed"
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

@@ -134,6 +134,7 @@ def test_a_gateway_whose_weights_change_and_are_mended(fleet: Fleet, texts: list
         assert objections(connection, job, corpus) == []
 
 
+@pytest.mark.alone
 def test_hard_limits_are_used_up_and_hardly_ever_hit(far: Far, texts: list[str], tmp_path: Path) -> None:
     fleet, corpus = far.fleet, write_corpus(tmp_path / "corpus.jsonl", texts[:5_000])
     far.new_key()

@@ -53,7 +53,7 @@ def test_each_poison_is_rejected_and_nothing_else(fleet: Fleet, texts: list[str]
 
 def test_one_poison_in_ten_thousand_costs_little(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
     """At the default size of chunks, no more than 2 % is embedded in vain."""
-    chosen = [f"{texts[n % len(texts)]} {texts[-n % len(texts)]} {n}" for n in range(10_000)]
+    chosen = [f"{texts[n % len(texts)]} {n}" for n in range(10_000)]
     chosen[4_321] = f"{Poison.KILLS} {chosen[4_321]}"
     corpus = write_corpus(tmp_path / "corpus.jsonl", chosen)
     del fleet.environment["VECTORMILL_CHUNK_ITEMS"]
@@ -68,14 +68,14 @@ def test_one_poison_in_ten_thousand_costs_little(fleet: Fleet, texts: list[str],
 
 def test_a_driver_that_kills_pauses_its_jobs_and_blames_no_text(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:1_000])
-    _start_brittle(fleet, "dying_at_load")
+    _start_brittle(fleet, "dying_at_load", replicas=1)
     job = fleet.submit(str(corpus), "--model", "static")
     eventually(lambda: fleet.status(job)["state"] == "paused", "a job that is paused")
     assert fleet.status(job)["reason"] == "workers_failing"
     crashes = "select max(crashes) from vectormill.chunks where job_id = :job"
     assert (_rejects(fleet, job), fleet.scalar(crashes, job=job)) == ({}, 0)
     fleet.kill_tree("worker")
-    fleet.start_worker(name="mended")
+    fleet.start_worker(1, name="mended")
     fleet.cli("resume", str(job))
     assert fleet.await_end(job, _SECONDS)["items"]["embedded"] == 1_000
     assert fleet.objections(job, corpus) == []
@@ -107,7 +107,7 @@ def test_weights_that_were_changed_pause_the_job_and_blame_no_text(
     assert fleet.status(job)["reason"] == "workers_failing"
     _flip_a_byte(folder / "model.safetensors")
     fleet.kill_tree("worker")
-    fleet.start_worker(name="mended")
+    fleet.start_worker(1, name="mended")
     fleet.cli("resume", str(job))
     assert fleet.await_end(job, _SECONDS)["items"]["embedded"] == 2_000
     assert fleet.objections(job, corpus) == []
