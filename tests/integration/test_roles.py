@@ -14,6 +14,7 @@ from pipeline.doctor import servers as checks
 from pipeline.doctor.examination import CHECKS, examine
 from pipeline.doctor.findings import State
 from pipeline.doctor.patient import Patient
+from pipeline.embedded.runtime import Running
 from pipeline.jobs import Model
 from pipeline.migrate import known_revisions
 from pipeline.purge import purge_month
@@ -21,6 +22,7 @@ from pipeline.settings import Settings
 from pipeline.store import chunks, losses, partitions
 from pipeline.store.database import make_engine
 from tests.acceptance.fleet import eventually
+from tests.conftest import set_fsync
 from tests.jobs_made import WORKER, make_job, run_sql, taken
 from tests.roles import PROCESSES, SCRIPT, logins
 
@@ -236,6 +238,16 @@ def test_the_api_cancels_what_was_asked_for_in_sql(urls: dict[str, str], engine:
     assert run_sql(engine, "select count(*) from vectormill.events")[0][0] == 1
 
 
+@pytest.fixture
+def waits_for_disk(servers: Running, engine: Engine) -> Iterator[None]:
+    """The server as an operator's, of which the doctor wants that no crash damages it."""
+    set_fsync(servers.database_url, "on")
+    eventually(lambda: run_sql(engine, "show fsync") == [("on",)], "a server that waits for its disk")
+    yield
+    set_fsync(servers.database_url, "off")
+
+
+@pytest.mark.usefixtures("waits_for_disk")
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_doctor_takes_no_processs_login_for_broken(
     process: str, urls: dict[str, str], redis_url: str, settings: Settings
