@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -39,6 +40,8 @@ from workers.serving import Serving
 log = structlog.get_logger()
 
 _PERIOD_SECONDS = 2.0
+#: The catalogue isn't read again for unknown models so soon.
+_LEAST_AGE_SECONDS = 0.5
 _GOODBYE_SECONDS = 5.0
 
 
@@ -51,6 +54,7 @@ class Catalogue:
         self._id = uuid4()
         self._stopped = threading.Event()
         self.models: dict[str, Model] = {}
+        self._read_at = float("-inf")
 
     def read(self) -> None:
         """Read the catalogue."""
@@ -59,6 +63,14 @@ class Catalogue:
         if self._wanted:
             rows = [row for row in rows if {row["name"], *row["aliases"]} & set(self._wanted)]
         self.models = {row["name"]: as_model(row) for row in rows}
+        self._read_at = time.monotonic()
+
+    def find(self, name: str) -> Model | None:
+        """A model that this engine serves; one that it doesn't know may just have been added."""
+        if name not in self.models and time.monotonic() - self._read_at > _LEAST_AGE_SECONDS:
+            with suppress(SQLAlchemyError):
+                self.read()
+        return self.models.get(name)
 
     def show(self) -> None:
         """Say what the engine serves: not what it can't use now."""
@@ -90,7 +102,7 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
             asked = orjson.loads(await request.body())
         except ClientDisconnect:
             return Response(status_code=400)
-        model = catalogue.models.get(asked["model"])
+        model = catalogue.models.get(asked["model"]) or await asyncio.to_thread(catalogue.find, asked["model"])
         if model is None:
             return Response(b"this engine doesn't serve the model", 404)
         token_ids = {int(at): ids for at, ids in asked.get("token_ids", {}).items()}

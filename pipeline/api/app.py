@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
@@ -57,6 +57,9 @@ log = structlog.get_logger()
 _FORM_BYTES = 1024 * 1024
 #: How long the next piece of a body may take: an upload holds its place meanwhile.
 _STALL_SECONDS = 60.0
+#: What is still read of a body that was refused for its size, for clients that write all before they read.
+_DRAINED_BYTES = 64 * 1024 * 1024
+_DRAIN_SECONDS = 10.0
 #: Of the framework's own refusals; the others are `invalid_payload`.
 _CODES: dict[int, str] = {HTTPStatus.NOT_FOUND: "not_found", HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed"}
 
@@ -198,12 +201,23 @@ class Bounded:
         told, most_bytes = headers.get("content-length", "0"), self._most_bytes
         if headers.get("content-type", "").lower().startswith("multipart/form-data"):
             most_bytes = self._most_of_forms.get(scope["path"], most_bytes)
-        if told.isdecimal() and int(told) > most_bytes:
-            await _as_response(scope["path"], _too_large(most_bytes))(scope, receive, send)
+        refused = told.isdecimal() and int(told) > most_bytes
+
+        async def sending(message: Message) -> None:
+            if refused and more and message["type"] == "http.response.body" and not message.get("more_body"):
+                # The answer is whole by now. A client that writes before it reads loses it if the line is closed.
+                await send({**message, "more_body": True})
+                await _drain(receive)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        if refused:
+            more = "expect" not in headers  # such a client waits for the answer
+            await _as_response(scope["path"], _too_large(most_bytes))(scope, receive, sending)
             return
 
         async def receiving() -> Message:
-            nonlocal size, more
+            nonlocal size, more, refused
             try:
                 # After the body comes only that the client has gone, which may take its time.
                 async with asyncio.timeout(self._stall_seconds if more else None):
@@ -214,10 +228,23 @@ class Bounded:
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
                 if size > most_bytes:
+                    refused = True
                     raise _too_large(most_bytes)
             return message
 
-        await self._app(scope, receiving, send)
+        await self._app(scope, receiving, sending)
+
+
+async def _drain(receive: Receive) -> None:
+    """Read what a client still sends, within bounds."""
+    left = _DRAINED_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
 
 
 def _too_large(most_bytes: int) -> PayloadTooLarge:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from pipeline.wire import MOST_INPUTS, Asked, Decode, Embedded, make_reply, pars
 from pipeline.writeback import sound
 
 _JSON = "application/json"
+#: So long engines may not yet say that they serve a new model.
+_JUST_ADDED = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +176,10 @@ async def _embed(gateway: Gateway, caller: Caller, model: RowMapping, asked: Ask
         return await gateway.upstreams.embed(upstream, model["dimensions"], asked.texts)
     prompt = model["query_prompt"] if asked.queries else None
     engines, workspace = await gateway.directory.engines(), str(caller.workspace_id)
-    return await gateway.engines.embed(engines, model["name"], asked.texts, prompt, asked.token_ids, caller=workspace)
+    just_added = datetime.now(UTC) - model["added_at"] < _JUST_ADDED
+    return await gateway.engines.embed(
+        engines, model["name"], asked.texts, prompt, asked.token_ids, caller=workspace, just_added=just_added
+    )
 
 
 def _check(embedded: Embedded) -> None:

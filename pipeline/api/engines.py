@@ -20,6 +20,8 @@ _CONNECT_SECONDS = 2.0
 MOST_SECONDS = 600.0
 #: Engines that a request may be lost with: one may have been about to end, two are ended by the request.
 _MOST_LOST = 2
+#: In which time an engine that died is back: it starts, and loads its model.
+_BACK_SECONDS = 10.0
 
 
 class _Outcome(Enum):
@@ -65,10 +67,11 @@ class Engines:
         token_ids: Mapping[int, list[int]] | None = None,
         *,
         caller: str,
+        just_added: bool = False,
     ) -> Embedded:
         """Vectors of texts by one of `engines`. Each is read with `prompt` before it, by default as a document.
         `token_ids`: of those that came as ids of OpenAI's tokens, by position. Engines give callers equal shares,
-        whoever these are.
+        whoever these are. A model that was just added is asked of engines that don't say yet that they serve it.
 
         Raises:
             UpstreamUnavailable: none serves the model, can be reached, or has room.
@@ -77,10 +80,12 @@ class Engines:
             InternalError: one failed on these texts, or none can load the model.
         """
         serving = [engine["url"] for engine in engines if model in engine["models"]]
+        if just_added and not serving:
+            serving = [engine["url"] for engine in engines]
         asked = {"model": model, "texts": texts, "prompt": prompt, "token_ids": token_ids or {}, "caller": caller}
         body = orjson.dumps(asked, option=orjson.OPT_NON_STR_KEYS)
         outcomes: Counter[_Outcome] = Counter()
-        wait = 1.0
+        wait = _BACK_SECONDS
         for url in sorted(serving, key=lambda url: self._in_flight[url]):
             answer, told = await self._ask(url, body)
             if isinstance(answer, Embedded):

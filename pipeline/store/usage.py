@@ -80,12 +80,19 @@ def recent_rates(connection: Connection, job_id: UUID, window_seconds: float) ->
 
 
 def measured_rates(connection: Connection, window_seconds: float, least_device_seconds: float) -> dict[str, float]:
-    """Tokens per device second of each model that worked at least `least_device_seconds` in the window."""
+    """Tokens per device second of each model that worked at least `least_device_seconds` in the window; what was done
+    last counts most."""
     rows = connection.execute(
         text("""
             -- Model by model, as the index is.
-            select m.name, of.tokens / of.seconds from vectormill.models m cross join lateral (
-              select sum(prompt_tokens) as tokens, sum(device_seconds) as seconds from vectormill.usage
+            select m.name, of.tokens / of.weighted_seconds from vectormill.models m cross join lateral (
+              select sum(prompt_tokens * weight) as tokens, sum(device_seconds * weight) as weighted_seconds,
+                     sum(device_seconds) as seconds
+              from vectormill.usage
+              -- What is five minutes old counts about a third of what is new.
+              cross join lateral (
+                select exp(-cast(extract(epoch from now() - created_at) as double precision) / 300) as weight
+              ) age
               where model = m.name and created_at > now() - make_interval(secs => :window) and job_id is not null
             ) of
             where of.seconds >= :least and of.tokens > 0

@@ -52,6 +52,23 @@ def ask(servers: list[ScriptedGateway], *answers: Any) -> tuple[Embedded | ApiEr
     return asyncio.run(body()), sum(len(server.requests) for server in servers)
 
 
+def test_a_model_that_was_just_added_is_asked_of_engines_that_dont_say_so_yet(servers: list[ScriptedGateway]) -> None:
+    servers[0].answer = lambda _: GOOD
+    rows: Any = [{"url": servers[0].url.removesuffix("/v1"), "models": ["other"]}]
+
+    async def body(*, just_added: bool) -> Embedded:
+        engines = Engines()
+        try:
+            return await engines.embed(rows, "m", ["x"], caller="1", just_added=just_added)
+        finally:
+            await engines.close()
+
+    assert asyncio.run(body(just_added=True)).prompt_tokens == 3
+    with pytest.raises(UpstreamUnavailable, match="served by no engine") as refused:
+        asyncio.run(body(just_added=False))
+    assert refused.value.retry_after_seconds == 10, "an engine takes about so long to start"
+
+
 @pytest.mark.parametrize("before", [FULL, UNKNOWN, CANT_LOAD, LOST, NOBODY])
 def test_another_engine_is_asked(servers: list[ScriptedGateway], before: Any) -> None:
     found, _ = ask(servers, before, GOOD)

@@ -121,6 +121,19 @@ def test_a_large_body_is_refused_before_it_is_sent(gateway: Gateway) -> None:
         assert line.recv(64).startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_client_that_writes_all_before_it_reads_learns_why(gateway: Gateway, told: bool) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    body = b" " * 2**25
+    kind = f"Content-Length: {len(body)}" if told else "Transfer-Encoding: chunked"
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.key}\r\n{kind}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as line:
+        line.sendall(head.encode() + (body if told else b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)))
+        answer = b"".join(iter(lambda: line.recv(4_096), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"invalid_payload" in answer
+
+
 def test_a_body_that_doesnt_tell_its_length_is_cut_off(client: httpx.Client) -> None:
     sent = 0
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from pipeline.errors import SourceError, UserError
 from pipeline.estimate import estimate
 from pipeline.jobs import Model
 from pipeline.sources import Columns, Corpus
+from pipeline.store import usage
 from pipeline.submission import Options
 from tests.jobs_made import make_model
 from workers.encoder import Encoder
@@ -49,7 +50,7 @@ def test_the_truth_lies_in_the_interval(corpus: Path, model: Model, encoder: Enc
 
     source = Corpus([str(corpus)], Columns(), 100_000)
     found = estimate(source, model, Options(name="x", by_reference=by_reference), 2, tokenise)
-    texts = [text.decode() for rows in source.blocks() for text in rows.texts if text]
+    texts = [each.decode() for rows in source.blocks() for each in rows.texts if each]
     lengths, cut = tokenise(texts, 64)
     assert found["items"]["total"] == _DOCUMENTS
     tokens = found["tokens"]
@@ -99,3 +100,25 @@ def test_what_is_not_refused_is_said(model: Model, tmp_path: Path) -> None:
         ] * 2
     with pytest.raises(UserError, match=r"max_item_tokens 65: .* reads 64 tokens of a text at most"):
         estimate(source, model, Options(name="x", max_item_tokens=65), 1, lambda texts, _: ([], []))
+
+
+def test_the_rate_follows_what_workers_did_last(engine: Engine) -> None:
+    """Up and down: what was done an hour ago counts next to nothing."""
+    name = make_model(engine, tokens_per_second=400.0).name
+
+    def work(tokens: int, minutes_ago: int) -> float | None:
+        with engine.begin() as connection:
+            connection.execute(
+                text("""
+                    insert into vectormill.usage
+                      (workspace_id, job_id, model, prompt_tokens, device_seconds, created_at)
+                    values (1, gen_random_uuid(), :model, :tokens, 10, now() - make_interval(mins => :age))
+                """),
+                {"model": name, "tokens": tokens, "age": minutes_ago},
+            )
+            return usage.measured_rates(connection, 3_600, 5).get(name)
+
+    assert work(1_000, 70) is None
+    assert work(4_000, 55) == pytest.approx(400)
+    assert work(35_000, 10) == pytest.approx(3_500, rel=0.01)
+    assert work(4_000, 0) == pytest.approx(400 + 3_100 * 0.12, rel=0.1)
