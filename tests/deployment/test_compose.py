@@ -26,6 +26,7 @@ from pipeline.embedded.runtime import Running
 from pipeline.embedded.wheels import wheel_folder
 from pipeline.store.database import make_engine
 from tests.acceptance.fleet import eventually
+from tests.conftest import set_fsync
 from tests.ports import free_port
 
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -229,11 +230,13 @@ def composed(servers: Running, tmp_path_factory: pytest.TempPathFactory) -> Iter
     _change(secrets / "sql_url", "vectormill_queries:", f"{name}_queries:")
     _change(secrets / "sql_url", "postgres:5432/vectormill", f"127.0.0.1:{address.port}/{name}")
     _change(secrets / "redis_url", "valkey:6379", f"127.0.0.1:{ports['valkey']}")
+    set_fsync(servers.database_url, "on")  # the doctor would say so, rightly
     try:
         _run_init(made, servers)
         made.start("valkey")
         yield made
     finally:
+        set_fsync(servers.database_url, "off")
         for process in made.processes.values():
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
