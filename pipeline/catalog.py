@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -99,8 +100,20 @@ def gateway_url(given: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
-def weights_sha256(folder: Path) -> str:
-    """SHA-256 over the files in `folder` that decide a vector, by relative path and content.
+def portable(model: Model) -> dict[str, Any]:
+    """A model as JSON for another process."""
+    return {**asdict(model), "canary": model.canary.hex()}
+
+
+def from_portable(given: Mapping[str, Any]) -> Model:
+    """A model that another process has sent as JSON."""
+    upstream = given["upstream"] and Upstream(**given["upstream"])
+    return Model(**{**given, "canary": bytes.fromhex(given["canary"]), "upstream": upstream})
+
+
+def weights_sha256(folder: Path, pooling: str | None = None) -> str:
+    """SHA-256 over the files in `folder` that decide a vector, by relative path and content, and over the pooling that
+    a bare transformer was given.
 
     Raises:
         ModelError: no safetensors weights in it, or others for a part of the model.
@@ -116,6 +129,8 @@ def weights_sha256(folder: Path) -> str:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         whole.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    if pooling:
+        whole.update(f"pooling {pooling}\n".encode())
     return whole.hexdigest()
 
 
@@ -155,7 +170,8 @@ def add_model(connection: Connection, name: str, description: Mapping[str, Any],
     Raises:
         UserError: the name or an alias is taken.
     """
-    _add(connection, name, {"kind": "local", **description}, aliases)
+    columns = {column: value for column, value in description.items() if column != "notes"}
+    _add(connection, name, {"kind": "local", **columns}, aliases)
 
 
 def add_gateway(

@@ -211,7 +211,9 @@ class Model:
     path: str | None
     hub_id: str | None
     revision: str | None
-    #: SHA-256 over the files that decide a vector.
+    #: How a bare transformer's token vectors become one; `None`: the folder says.
+    pooling: str | None = None
+    #: SHA-256 over the files that decide a vector, and over the pooling.
     weights_sha256: str
     weights_bytes: int
     dimensions: int

@@ -110,6 +110,8 @@ models = Table(
     Column("path", Text),
     Column("hub_id", Text),
     Column("revision", Text),
+    # How a bare transformer's token vectors become one; NULL: the folder says.
+    Column("pooling", Text),
     Column("gateway_url", Text),
     Column("upstream_model", Text),
     # The variable that holds the gateway's key, or with _FILE after it the path of a file; never the key itself.

@@ -5,7 +5,9 @@ messages        how they are read from Redis; believed: what is believed of one 
 run_chunk       claim → read → encode → commit: the heart
 counting        what a child counts on the way
 batching        which items go through the model together (pure)
-encoder         the model on its device: the only import of torch
+encoder         the model on its device; library: as sentence-transformers loads it; reading: texts to ids and features.
+                With proof the only imports of torch
+layout, proof   what is refused before a model is loaded; whether it is computed as by its library, before it is added
 gateway         a client of OpenAI-compatible APIs, in the encoder's place
 connection      HTTP to a gateway; inquiry: what doors ask of one
 throttle        how fast the fleet may send, in Redis; memory: what a child has learnt of a gateway

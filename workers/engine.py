@@ -106,8 +106,8 @@ def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
         if model is None:
             return Response(b"this engine doesn't serve the model", 404)
         token_ids = {int(at): ids for at, ids in asked.get("token_ids", {}).items()}
-        prompt, caller = asked.get("prompt"), asked.get("caller", "")
-        work = asyncio.ensure_future(serving.embed(model, asked["texts"], prompt, token_ids, caller=caller))
+        how = {"queries": asked.get("queries", False), "token_ids": token_ids, "caller": asked.get("caller", "")}
+        work = asyncio.ensure_future(serving.embed(model, asked["texts"], **how))
         gone = asyncio.ensure_future(_gone(request))
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()

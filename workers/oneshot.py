@@ -1,12 +1,12 @@
 """A model in a process of its own, for doors that never import torch. Reads and writes JSON.
 
     python -m workers.oneshot devices              [[name, memory in bytes], …]
-    python -m workers.oneshot describe SOURCE      what the catalogue records of a model
+    python -m workers.oneshot describe SOURCE      what the catalogue records; --pooling P before it is for bare models
     python -m workers.oneshot gateway              a gateway's address on standard input → what the catalogue records
-    python -m workers.oneshot queries SOURCE       {"prompt", "texts"} on standard input → vectors
-    python -m workers.oneshot tokens SOURCE        {"prompt", "texts", "max_tokens"} → [lengths, which are cut]
+    python -m workers.oneshot queries              {"model", "texts"} → vectors
+    python -m workers.oneshot tokens               {"model", "texts", "max_tokens"} → [lengths, which are cut]
 
-SOURCE is a folder, or a hub id and its revision. Of a gateway's model, `queries -` finds the address in the payload.
+SOURCE is a folder, or a hub id and its revision. `model` is a catalogue entry, see `pipeline.catalog.portable`.
 
 An error is one line on standard error, and exit code 2.
 """
@@ -14,47 +14,49 @@ An error is one line on standard error, and exit code 2.
 import json
 import os
 import sys
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from pipeline.catalog import weights_bytes, weights_sha256
+from pipeline.catalog import from_portable, weights_bytes, weights_sha256
 from pipeline.errors import VectormillError
-from pipeline.jobs import Upstream
+from pipeline.jobs import Model, Upstream
+from workers.layout import check_layout
+from workers.residents import loader
 from workers.weights import Source
 
 
-def describe(source: Source) -> dict[str, Any]:
-    """What the catalogue records of a model: fingerprint, sizes, prompts, canary, rate on this machine.
+def describe(source: Source, pooling: str | None = None) -> dict[str, Any]:
+    """Prove a model, and tell what the catalogue records of it: fingerprint, sizes, prompts, canary, rate on this
+    machine; and `notes`, sentences for who adds it.
 
     Raises:
-        ModelError: it can't be loaded or batched.
+        ModelError: it can't be loaded, isn't a dense text encoder, or isn't computed here as by its library.
     """
-    import numpy as np
-
-    from workers.encoder import Encoder, list_devices
-
     folder = source.folder()
-    fingerprint = weights_sha256(folder)
+    check_layout(folder, pooling)
+    fingerprint = weights_sha256(folder, pooling)
+    from workers.encoder import list_devices
+    from workers.proof import prove
+
     device, _ = list_devices()[0]
-    prompts = Encoder(folder, device).prompts
-    document = prompts.get("document") or prompts.get("passage") or ""
     # Measured as a slot embeds: one of two replicas that share a CPU.
-    encoder = Encoder(folder, device, document_prompt=document, threads=max(1, (os.cpu_count() or 1) // 2))
-    canary = encoder.canary()
+    proof = prove(folder, device, pooling=pooling, threads=max(1, (os.cpu_count() or 1) // 2))
+    encoder = proof.encoder
     return {
         "path": source.path,
         "hub_id": source.hub_id,
         "revision": source.revision,
+        "pooling": pooling,
         "weights_sha256": fingerprint,
         "weights_bytes": weights_bytes(folder),
         "dimensions": encoder.dimensions,
         "max_item_tokens": encoder.max_item_tokens,
-        "document_prompt": document,
-        "query_prompt": prompts.get("query", ""),
-        "normalised": bool(abs(float(np.linalg.norm(canary)) - 1) < 1e-3),
-        "canary": canary.astype("<f4").tobytes().hex(),
+        "document_prompt": proof.document_prompt,
+        "query_prompt": proof.query_prompt,
+        "normalised": proof.normalised,
+        "canary": encoder.canary().astype("<f4").tobytes().hex(),
         "tokens_per_second": _rate(encoder),
+        "notes": proof.notes,
     }
 
 
@@ -78,20 +80,31 @@ def _rate(encoder: Any) -> float:
     return round(tokens / (perf_counter() - start), 1)
 
 
-def queries(folder: Path, prompt: str, texts: list[str]) -> list[list[float]]:
-    """Vectors of search queries, with the model's query prompt."""
-    from workers.encoder import Encoder, list_devices
+def queries(model: Model, texts: list[str]) -> list[list[float]]:
+    """Vectors of search queries, with the model's query prompt.
 
-    encoder = Encoder(folder, list_devices()[0][0])
-    vectors: list[list[float]] = encoder.encode(encoder.tokenise(texts, prompt=prompt)).tolist()
+    Raises:
+        ModelError: the model isn't what was added to the catalogue, or gives none.
+    """
+    if model.upstream:
+        from workers import inquiry
+
+        return inquiry.embed_now(model.upstream, [model.query_prompt + text for text in texts])
+    from workers.encoder import list_devices
+
+    encoder = loader(list_devices()[0][0], None, "float32")(model)
+    encoder.prove(model.canary)
+    vectors: list[list[float]] = encoder.encode(encoder.tokenise(texts, queries=True)).tolist()
     return vectors
 
 
-def tokens(folder: Path, prompt: str, texts: list[str], max_tokens: int | None) -> tuple[list[int], list[bool]]:
-    """How many tokens the model reads of each document, and whether it cuts it."""
-    from workers.encoder import Encoder
+def tokens(model: Model, texts: list[str], max_tokens: int | None) -> tuple[list[int], list[bool]]:
+    """How many tokens the model reads of each document, and whether it cuts it.
 
-    read = Encoder(folder, "cpu").tokenise(texts, max_tokens, prompt=prompt)
+    Raises:
+        ModelError: the model isn't what was added to the catalogue.
+    """
+    read = loader("cpu", None, "float32")(model).tokenise(texts, max_tokens)
     return read.lengths.tolist(), read.truncated.tolist()
 
 
@@ -106,19 +119,16 @@ def main(arguments: list[str]) -> Any:
             from workers import inquiry
 
             return inquiry.describe(Upstream(**json.load(sys.stdin)))
-        case ["queries", "-"]:
-            from workers import inquiry
-
-            asked = json.load(sys.stdin)
-            return inquiry.embed_now(Upstream(**asked["upstream"]), [asked["prompt"] + text for text in asked["texts"]])
+        case ["describe", "--pooling", pooling, *source]:
+            return describe(_source(source), pooling)
         case ["describe", *source]:
             return describe(_source(source))
-        case ["queries", *source]:
+        case ["queries"]:
             asked = json.load(sys.stdin)
-            return queries(_source(source).folder(), asked["prompt"], asked["texts"])
-        case ["tokens", *source]:
+            return queries(from_portable(asked["model"]), asked["texts"])
+        case ["tokens"]:
             asked = json.load(sys.stdin)
-            return tokens(_source(source).folder(), asked["prompt"], asked["texts"], asked["max_tokens"])
+            return tokens(from_portable(asked["model"]), asked["texts"], asked["max_tokens"])
     raise SystemExit(__doc__)
 
 

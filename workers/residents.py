@@ -77,12 +77,20 @@ class Residents:
 
 
 def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], "Encoder"]:
-    """How a child on `device` makes encoders: weights as the catalogue's fingerprint says, with its prompt."""
+    """How a child on `device` makes encoders: weights as the catalogue's fingerprint says, with its prompts."""
 
     def load(model: Model) -> "Encoder":
         from workers.encoder import Encoder
 
         folder = verified_folder(model)
-        return Encoder(folder, device, document_prompt=model.document_prompt, dtype=dtype, threads=threads)
+        return Encoder(
+            folder,
+            device,
+            document_prompt=model.document_prompt,
+            query_prompt=model.query_prompt,
+            pooling=model.pooling,
+            dtype=dtype,
+            threads=threads,
+        )
 
     return load

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -129,12 +130,12 @@ class Serving:
         self,
         model: Model,
         texts: Sequence[str],
-        prompt: str | None = None,
-        token_ids: Mapping[int, list[int]] | None = None,
         *,
+        queries: bool = False,
+        token_ids: Mapping[int, list[int]] | None = None,
         caller: str = "",
     ) -> Embedded:
-        """Vectors of texts, each read with `prompt` before it, by default as a document. `token_ids`: of those
+        """Vectors of texts, read as queries or as documents. `token_ids`: of those
         that came as ids of OpenAI's tokens, by position. Callers have equal shares of the device. A cancelled call
         gives its place in the queue up.
 
@@ -149,7 +150,7 @@ class Serving:
         work = Work(caller, model.name, _estimated_tokens(texts, model), _reading_seconds(texts, model))
         self._let_in(work)
         try:
-            return await self._embedded(model, texts, prompt, token_ids or {}, work)
+            return await self._embedded(model, texts, token_ids or {}, work, queries=queries)
         finally:
             self._work.discard(work)
 
@@ -168,14 +169,14 @@ class Serving:
         return work.reading_seconds + self._paces[work.model].seconds(work.tokens)
 
     async def _embedded(
-        self, model: Model, texts: Sequence[str], prompt: str | None, token_ids: Mapping[int, list[int]], work: Work
+        self, model: Model, texts: Sequence[str], token_ids: Mapping[int, list[int]], work: Work, *, queries: bool
     ) -> Embedded:
         encoder = await self.load(model)
         if token_ids:
             looking = asyncio.get_running_loop().run_in_executor(self._reader, encoder.find_own_ids, token_ids)
             if (own := await looking) is not None:
                 raise ModelsOwnTokens(own)
-        tokenised = await self._read(encoder, texts, prompt)
+        tokenised = await self._read(encoder, texts, queries=queries)
         work.tokens, work.reading_seconds = float(tokenised.lengths.sum()), 0.0
         vectors = np.empty((len(texts), encoder.dimensions), np.float32)
         done = asyncio.get_running_loop().create_future()
@@ -188,12 +189,11 @@ class Serving:
         finally:
             request.dropped = True
 
-    async def _read(self, encoder: "Encoder", texts: Sequence[str], prompt: str | None) -> Tokenised:
+    async def _read(self, encoder: "Encoder", texts: Sequence[str], *, queries: bool) -> Tokenised:
         """Token ids, in slices between which other requests have their turn."""
         loop = asyncio.get_running_loop()
-        parts = [
-            await loop.run_in_executor(self._reader, encoder.tokenise, part, None, prompt) for part in _slices(texts)
-        ]
+        read = partial(encoder.tokenise, queries=queries)
+        parts = [await loop.run_in_executor(self._reader, read, part) for part in _slices(texts)]
         if len(parts) == 1:
             return parts[0]
         return Tokenised(

@@ -45,6 +45,6 @@ def verified_folder(model: Model) -> Path:
         ModelError: they aren't there, or others are.
     """
     folder = Source(path=model.path, hub_id=model.hub_id, revision=model.revision).folder()
-    if weights_sha256(folder) != model.weights_sha256:
+    if weights_sha256(folder, model.pooling) != model.weights_sha256:
         raise ModelError(f"{model.name}: the files in {folder} are not those that were added to the catalogue")
     return folder

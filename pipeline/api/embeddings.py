@@ -53,7 +53,7 @@ class EmbeddingRequest(BaseModel):
     user: str | None = Field(default=None, max_length=512, description="Whom you act for; kept with the usage.")
     input_type: str | None = Field(
         default="document",
-        description="query: the texts are read with the model's query_prompt instead of its document_prompt.",
+        description="query: the texts go the model's way for queries, with its query_prompt; else that for documents.",
     )
 
 
@@ -174,11 +174,16 @@ async def create_embeddings(request: Request) -> Response:
 async def _embed(gateway: Gateway, caller: Caller, model: RowMapping, asked: Asked) -> Embedded:
     if upstream := as_upstream(model):
         return await gateway.upstreams.embed(upstream, model["dimensions"], asked.texts)
-    prompt = model["query_prompt"] if asked.queries else None
     engines, workspace = await gateway.directory.engines(), str(caller.workspace_id)
     just_added = datetime.now(UTC) - model["added_at"] < _JUST_ADDED
     return await gateway.engines.embed(
-        engines, model["name"], asked.texts, prompt, asked.token_ids, caller=workspace, just_added=just_added
+        engines,
+        model["name"],
+        asked.texts,
+        queries=asked.queries,
+        token_ids=asked.token_ids,
+        caller=workspace,
+        just_added=just_added,
     )
 
 

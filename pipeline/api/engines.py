@@ -63,13 +63,13 @@ class Engines:
         engines: Sequence[RowMapping],
         model: str,
         texts: Sequence[str],
-        prompt: str | None = None,
-        token_ids: Mapping[int, list[int]] | None = None,
         *,
+        queries: bool = False,
+        token_ids: Mapping[int, list[int]] | None = None,
         caller: str,
         just_added: bool = False,
     ) -> Embedded:
-        """Vectors of texts by one of `engines`. Each is read with `prompt` before it, by default as a document.
+        """Vectors of texts by one of `engines`, read as queries or as documents.
         `token_ids`: of those that came as ids of OpenAI's tokens, by position. Engines give callers equal shares,
         whoever these are. A model that was just added is asked of engines that don't say yet that they serve it.
 
@@ -82,7 +82,7 @@ class Engines:
         serving = [engine["url"] for engine in engines if model in engine["models"]]
         if just_added and not serving:
             serving = [engine["url"] for engine in engines]
-        asked = {"model": model, "texts": texts, "prompt": prompt, "token_ids": token_ids or {}, "caller": caller}
+        asked = {"model": model, "texts": texts, "queries": queries, "token_ids": token_ids or {}, "caller": caller}
         body = orjson.dumps(asked, option=orjson.OPT_NON_STR_KEYS)
         outcomes: Counter[_Outcome] = Counter()
         wait = _BACK_SECONDS

@@ -33,6 +33,14 @@ Price = Annotated[float | None, typer.Option(min=0, help="Price of a million tok
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+class Pooling(StrEnum):
+    """How the vectors of a text's tokens become one."""
+
+    CLS = "cls"
+    MEAN = "mean"
+    LASTTOKEN = "lasttoken"
+
+
 class Clearable(StrEnum):
     """What a model can do without."""
 
@@ -49,7 +57,7 @@ _NOTHING: dict[Clearable, tuple[str, Any]] = {
 }
 _SHOWN = (
     *("name", "kind", "dimensions", "matryoshka", "max_item_tokens", "tokens_per_second", "price_per_million"),
-    *("aliases", "path", "gateway_url", "upstream_model", "key_env", "weights_sha256"),
+    *("aliases", "path", "pooling", "gateway_url", "upstream_model", "key_env", "weights_sha256"),
 )
 
 
@@ -99,6 +107,10 @@ def add(
         str | None, typer.Option(metavar="ID", help="A model on the Hugging Face hub, in its place.")
     ] = None,
     revision: Annotated[str | None, typer.Option(metavar="SHA", help="The commit of --hub: 40 digits.")] = None,
+    pooling: Annotated[
+        Pooling | None,
+        typer.Option(help="How a folder pools that has no modules.json and so doesn't say it: see the model's page."),
+    ] = None,
     gateway: Annotated[
         str | None, typer.Option(metavar="URL", help="An OpenAI-compatible API that has it, up to its /v1.")
     ] = None,
@@ -120,8 +132,12 @@ def add(
     matryoshka: Sizes = None,
     price: Price = None,
 ) -> None:
-    """Add a model: weights in a folder or on the hub, or one behind a gateway. It embeds a few texts at once, to be
-    measured; workers pick it up while they run.
+    """Add a model: a dense text encoder in a folder or on the hub, or one behind a gateway. Workers pick it up while
+    they run.
+
+    It is proven first: its weights are all there, and documents and queries, short ones and ones longer than it reads,
+    come out as sentence-transformers alone makes them. What can't be, is refused with the reason. Then its rate is
+    measured.
 
     Examples:
 
@@ -145,15 +161,20 @@ def add(
         )
     else:
         asked = _source(path, hub, revision, others=bool(gateway or upstream_model or key_env))
+    if upstream and pooling:
+        raise UserError("--pooling goes with --path or --hub; a gateway pools by itself.")
     catalog.slug_of(name)
     sizes = _sizes(matryoshka)
     with working() as place:
         with place.engine.begin() as connection:
             if models.by_name(connection, name):
                 raise UserError(f'there is a model "{name}" already; vectormill models remove {name} makes room.')
-        stderr.print(f"Asking {upstream.url} …" if upstream else f"Loading {path or hub} …")
+        stderr.print(f"Asking {upstream.url} …" if upstream else f"Loading and proving {path or hub} …")
         try:
-            description = oneshot(["gateway"], asdict(upstream)) if upstream else oneshot(["describe", *asked])
+            if upstream:
+                description = oneshot(["gateway"], asdict(upstream))
+            else:
+                description = oneshot(["describe", *(("--pooling", pooling) if pooling else ()), *asked])
         except ModelError as error:
             raise UserError(str(error)) from None
         _check_sizes(sizes, description["dimensions"])
@@ -166,6 +187,8 @@ def add(
     rate = figures.short(description["tokens_per_second"])
     how = "by one request at a time" if upstream else "on one slot here"
     stderr.print(f"Added {name}: {description['dimensions']} dimensions, {rate} tok/s {how}.")
+    for note in description.get("notes", ()):
+        stderr.print(note, markup=False)
 
 
 @app.command("set")

@@ -1,16 +1,14 @@
 """`vectormill results` and `vectormill search`: what a job wrote."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import RowMapping
 
 from pipeline import status as reading
-from pipeline.catalog import DEFAULT_WORKSPACE, as_upstream
+from pipeline.catalog import DEFAULT_WORKSPACE, as_model, portable
 from pipeline.cli import look
 from pipeline.cli.connect import Place, working
 from pipeline.cli.desk import DatabaseDesk, at_desk
@@ -75,9 +73,7 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
         raise UnknownModel(
             f"the model of job {found} is no longer in the catalogue as it was; a query can't be embedded."
         )
-    upstream = as_upstream(model)
-    asked = {"prompt": model["query_prompt"], "texts": queries, "upstream": upstream and asdict(upstream)}
-    vectors = oneshot(["queries", *model_source(model)], asked)
+    vectors = oneshot(["queries"], {"model": portable(as_model(model)), "texts": queries})
     with place.engine.begin() as connection:
         # Of a job that was shortened too: by cosine, its queries' length doesn't count.
         hits = [embeddings.nearest(connection, found, vector[:dimensions], limit) for vector in vectors]
@@ -85,13 +81,6 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
         [{"index": index, "key": key, "similarity": round(near, 4), "text": text} for index, key, near, text in some]
         for some in hits
     ]
-
-
-def model_source(model: RowMapping) -> list[str]:
-    """A catalogue row's source, as `workers.oneshot` takes it."""
-    if model["kind"] == "gateway":
-        return ["-"]
-    return [model["path"]] if model["path"] else [model["hub_id"], model["revision"]]
 
 
 def hit_table(hits: list[dict[str, Any]]) -> Table:

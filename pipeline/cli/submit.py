@@ -15,13 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline import figures, webhooks
-from pipeline.catalog import DEFAULT_WORKSPACE, as_model, find_model, find_row
+from pipeline.catalog import DEFAULT_WORKSPACE, as_model, find_model, find_row, portable
 from pipeline.cli.connect import Place
 from pipeline.cli.desk import ApiDesk, at_desk
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
 from pipeline.cli.look import print_json, stderr, stdout, tell
 from pipeline.cli.oneshot import oneshot
-from pipeline.cli.results import model_source
 from pipeline.errors import EmptySource, UserError
 from pipeline.estimate import estimate
 from pipeline.request import JobRequest, default_name, read_request
@@ -278,8 +277,8 @@ def _estimate(place: Place, model: str, corpus: Source, options: Options, *, as_
         if row["kind"] == "gateway":  # only it could tell
             stderr.print("Tokens are estimated: a gateway counts them itself, and four characters are about one.")
             return [len(text) // 4 + 1 for text in texts], [False] * len(texts)
-        asked = {"prompt": row["document_prompt"], "texts": list(texts), "max_tokens": max_tokens}
-        lengths, cut = oneshot(["tokens", *model_source(row)], asked)
+        asked = {"model": portable(as_model(row)), "texts": list(texts), "max_tokens": max_tokens}
+        lengths, cut = oneshot(["tokens"], asked)
         return lengths, cut
 
     found = estimate(corpus, as_model(row), options, slots, tokenise)

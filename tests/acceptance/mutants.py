@@ -60,7 +60,7 @@ def _poisonable() -> None:
 
     def met(self: Encoder, ids: list[list[int]]) -> dict[Poison, list[int]]:
         if not heads:
-            tokenised = self._reader.read([poison.value for poison in Poison], None)
+            tokenised = self._documents.reader.read([poison.value for poison in Poison], None)
             heads.update(zip(Poison, (_words(self, one) for one in tokenised.ids), strict=True))
         return {
             poison: at
@@ -88,7 +88,7 @@ def _poisonable() -> None:
 
 def _words(encoder: Any, ids: list[int]) -> list[int]:
     """Ids without the marks around a text, which a model with attention has."""
-    return ids if encoder._reader.flat else ids[1:-1]
+    return ids if encoder._documents.reader.flat else ids[1:-1]
 
 
 def _dying_at_load() -> None:

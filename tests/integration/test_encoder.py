@@ -129,11 +129,12 @@ _DOCUMENT = " ".join(f"In chapter {n} the miller's naïve daughter grinds rye, a
 def test_of_a_long_text_no_more_is_read_than_decides(
     encoder: Encoder, monkeypatch: pytest.MonkeyPatch, text: str, whole: bool
 ) -> None:
-    monkeypatch.setattr("workers.encoder.MOST_CHARACTERS_PER_TOKEN", 1_000_000)
+    monkeypatch.setattr("workers.reading.MOST_CHARACTERS_PER_TOKEN", 1_000_000)
     expected = encoder.tokenise([text, "short"])
     monkeypatch.undo()
-    read = _Noting(encoder._reader._fast)
-    monkeypatch.setattr(encoder._reader, "_fast", read)
+    reader = encoder._documents.reader
+    read = _Noting(reader._fast)
+    monkeypatch.setattr(reader, "_fast", read)
     found = encoder.tokenise([text, "short"])
     assert list(found.ids) == list(expected.ids)
     assert found.lengths.tolist() == expected.lengths.tolist()

@@ -292,10 +292,10 @@ def test_a_small_request_isnt_read_after_a_large_one(
     (encoder,) = loads.encoders
     tokenise, read = encoder.tokenise, list[int]()
 
-    def noting(texts: Sequence[str], *how: Any) -> Any:
+    def noting(texts: Sequence[str], **how: Any) -> Any:
         read.append(sum(map(len, texts)))
         time.sleep(0.005)
-        return tokenise(texts, *how)
+        return tokenise(texts, **how)
 
     monkeypatch.setattr(encoder, "tokenise", noting)
     large = ["word " * 8_000] * 40

@@ -1,0 +1,104 @@
+"""Models of every kind: each either equal to sentence-transformers alone, as documents and as queries, or refused in
+one line. The table of them stands in ops/decisions."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+from pipeline.catalog import from_portable
+from pipeline.errors import ModelError
+from tests.tiny_models import KINDS, Kind
+from workers import oneshot
+from workers.batching import Tokenised
+from workers.residents import loader
+from workers.weights import Source
+
+TABLE = Path(__file__).resolve().parents[2] / "ops" / "decisions" / "0014-a-model-is-proven-both-ways-or-refused.md"
+TEXTS = [
+    "miller",
+    "The quick brown fox",
+    "Grinds rye, AT LAST: naïve café 数学 [MASK] </s>",
+    "word " * 30,
+    " ".join(f"the miller's daughter {n}, unbelievabilities and rye" for n in range(90)),
+    "rye " + "fox " * 700 + "at last",
+]
+
+
+def oracle(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Documents and queries by the library alone, in float32."""
+    if pooling:
+        transformer = Transformer(str(folder))
+        modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
+        model = SentenceTransformer(modules=modules, device="cpu")
+    else:
+        model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    model.float()
+    return model.encode_document(TEXTS), model.encode_query(TEXTS)
+
+
+def ours(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Documents and queries, in the same batches, of the model as it is added and as a worker loads it."""
+    described = oneshot.describe(Source(path=str(folder)), pooling)
+    del described["notes"]
+    model = from_portable({**described, "name": "tiny", "slug": "tiny", "upstream": None})
+    encoder = loader("cpu", None, "float32")(model)
+    encoder.prove(model.canary)
+    documents, queries = encoder.tokenise(TEXTS), encoder.tokenise(TEXTS, queries=True)
+    both = Tokenised(
+        [*documents.ids, *queries.ids],
+        np.concatenate([documents.lengths, queries.lengths]),
+        np.concatenate([documents.truncated, queries.truncated]),
+    )
+    assert encoder.dimensions == described["dimensions"]
+    vectors = encoder.encode(both)
+    return vectors[: len(TEXTS)], vectors[len(TEXTS) :]
+
+
+def outcome(kind: Kind, folder: Path) -> str:
+    """What the table says of a kind."""
+    try:
+        documents, queries = ours(folder, kind.pooling)
+    except ModelError as error:
+        said = str(error)
+        assert "\n" not in said
+        assert re.search(kind.refused or "$.", said), said
+        said = said.replace(f"{folder}: ", "").replace(str(folder), "…")
+        return "refused: " + re.sub(r"\d+\.\d+%|\d+(?= rows)", "…", said)  # which rounding and training decide
+    assert not kind.refused
+    for mine, theirs in zip((documents, queries), oracle(folder, kind.pooling), strict=True):
+        assert mine.dtype == theirs.dtype == np.float32
+        assert np.abs(mine - theirs).max() <= 1e-5 * max(1, np.abs(theirs).max())
+    return "equal"
+
+
+def table(outcomes: dict[str, str]) -> str:
+    """The outcomes as they stand in the document."""
+    return "\n".join(f"| {name} | {said} |" for name, said in outcomes.items())
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[dict[str, str]]:
+    """What came out of each kind; the document must say the same when all are through."""
+    found: dict[str, str] = {}
+    yield found
+    if found.keys() == {kind.name for kind in KINDS}:
+        assert table(found) in TABLE.read_text(), f"the table of {TABLE.name} must be:\n{table(found)}"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
+def test_a_model_is_equal_to_the_librarys_or_refused(
+    kind: Kind, outcomes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oneshot, "_rate", lambda _: 1.0)  # how fast it is doesn't matter here
+    torch.manual_seed(7)
+    folder = tmp_path / "model"
+    kind.make(folder)
+    outcomes[kind.name] = outcome(kind, folder)
