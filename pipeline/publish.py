@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
 from uuid import UUID
 
 import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
+from kombu.utils.url import parse_url
 
 from pipeline.errors import ServiceUnreachable
+from pipeline.settings import verifying
 from pipeline.spoiled import is_of_another_type, make_anew
 
 RUN_CHUNK = "vectormill.run_chunk"
@@ -25,8 +28,10 @@ def queue_of(slug: str) -> str:
 
 def celery_settings(redis_url: str) -> dict[str, Any]:
     """How both ends use Celery. Postgres is the truth: a message may be lost or come twice, and no result is kept."""
+    url, tls = _tls(redis_url)
     return {
-        "broker_url": redis_url,
+        "broker_url": url,
+        "broker_use_ssl": tls,
         # A worker that dies loses the message; the dispatcher rings again. Late acknowledgement would let a dropped
         # connection run a running chunk twice, and redelivery would loop a text that kills its process.
         "task_acks_late": False,
@@ -57,6 +62,17 @@ def celery_settings(redis_url: str) -> dict[str, Any]:
             "priority_steps": [0],
         },
     }
+
+
+def _tls(redis_url: str) -> tuple[str, dict[str, Any] | None]:
+    """A URL without what it says of TLS, and that as Celery and Flower take it: kombu verifies nothing that it isn't
+    told to."""
+    parts = urlsplit(verifying(redis_url))
+    if parts.scheme != "rediss":
+        return redis_url, None
+    options: dict[str, Any] = parse_url(parts.geturl())["ssl"]
+    left = [(name, value) for name, value in parse_qsl(parts.query) if not name.startswith("ssl_")]
+    return parts._replace(query=urlencode(left)).geturl(), options
 
 
 class Publisher:

@@ -1,11 +1,14 @@
 """The environment's only reader. Nothing is read when this module is imported."""
 
+import hashlib
 import os
+import ssl
 from base64 import b64decode
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pipeline.errors import UserError
@@ -26,6 +29,8 @@ class Settings(BaseSettings):
 
     #: Postgres with pgvector, as `postgresql://…`. Unset: the embedded server.
     database_url: SecretStr | None = None
+    #: Certificates (PEM) of authorities that a Redis at `rediss://…` may be known by, besides the system's.
+    redis_ca: Path | None = None
     #: Redis or Valkey, as `redis://…`. Unset: the embedded server.
     redis_url: SecretStr | None = None
     #: What queries of `vectormill.submit`, the function, run as: a login in Postgres that may read what they select
@@ -64,6 +69,8 @@ class Settings(BaseSettings):
     #: The largest body of a request, and of one that uploads a corpus.
     api_body_bytes: int = Field(default=16 * _MIB, ge=1024, le=1024 * _MIB)
     api_upload_bytes: int = Field(default=1024 * _MIB, ge=1024, le=1024 * 1024 * _MIB)
+    #: The longest that a client may take to send a body, whatever its size; by the least rate, 16 KiB/s, it is less.
+    api_upload_seconds: float = Field(default=3600, ge=1, le=7 * 86_400)
     #: Folders and URIs, comma-separated, below which jobs made through the api may read and write; empty: none.
     api_sources: Annotated[tuple[str, ...], NoDecode] = ()
     api_outputs: Annotated[tuple[str, ...], NoDecode] = ()
@@ -80,7 +87,10 @@ class Settings(BaseSettings):
     #: An api that commands on jobs go to instead of the database, and a key of it.
     api_url: str | None = Field(default=None, pattern="^https?://")
     api_key: SecretStr | None = None
-    #: An engine's address, as the api reaches it. Engines ask for no key: keep them off open networks.
+    #: What engines and apis share, so that no one else may use an engine: 16 characters or more. An engine that listens
+    #: beyond this machine must have one; `up` makes one.
+    engine_secret: SecretStr | None = Field(default=None, min_length=16)
+    #: An engine's address, as the api reaches it.
     engine_host: str = "127.0.0.1"
     engine_port: int = Field(default=0, ge=0, le=65535)
     #: How long a request may wait in an engine for others, at the rates that its models have there; one that would
@@ -120,9 +130,22 @@ class Settings(BaseSettings):
 
     @field_validator("redis_url", mode="after")
     @classmethod
-    def _check_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+    def _check_redis_url(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         if value and not value.get_secret_value().startswith(("redis://", "rediss://")):
             raise ValueError("write redis://user:password@host:6379/0, or rediss://…, which is encrypted")
+        return SecretStr(verifying(value.get_secret_value(), info.data.get("redis_ca"))) if value else None
+
+    @field_validator("redis_ca", mode="after")
+    @classmethod
+    def _check_redis_ca(cls, value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        if not value.is_absolute():  # some processes change their folder
+            raise ValueError("name a file by its whole path")
+        try:
+            ssl.create_default_context(cafile=value)
+        except OSError as error:  # what is no certificate is an OSError, too
+            raise ValueError("name a file of certificates in PEM that can be read") from error
         return value
 
     @field_validator("sql_url", mode="after")
@@ -153,6 +176,24 @@ class Settings(BaseSettings):
     @classmethod
     def _make_absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
+
+
+def verifying(redis_url: str, ca: Path | None = None) -> str:
+    """A Redis' URL that every client takes to mean: with TLS, verify the certificate and its name. What the URL itself
+    says of that stands."""
+    parts = urlsplit(redis_url)
+    if parts.scheme != "rediss":
+        return redis_url
+    said = dict(parse_qsl(parts.query))
+    wanted = {"ssl_cert_reqs": "required"} | ({"ssl_ca_certs": str(ca)} if ca else {}) | said
+    if wanted["ssl_cert_reqs"].lower() in ("required", "cert_required"):
+        wanted.setdefault("ssl_check_hostname", "true")
+    return urlunsplit(parts._replace(query=urlencode(wanted)))
+
+
+def engine_authorization(secret: SecretStr | None) -> str:
+    """The header by which an engine knows an api: of the secret it is a digest, that any header can carry."""
+    return f"Bearer {hashlib.sha256(secret.get_secret_value().encode()).hexdigest()}" if secret else ""
 
 
 def read_secret(variable: str) -> str | None:
@@ -189,7 +230,7 @@ def load_settings() -> Settings:
 
 
 #: Settings that may stand in a file, which the variable with `_FILE` after its name points to.
-_SECRETS = ("database_url", "redis_url", "sql_url", "flower_password", "webhook_secret")
+_SECRETS = ("database_url", "redis_url", "sql_url", "flower_password", "webhook_secret", "engine_secret")
 
 
 def _secrets_in_files() -> dict[str, Any]:

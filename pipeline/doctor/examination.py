@@ -36,6 +36,7 @@ CHECKS = (
     Check("space", host.space, _POSTGRES),
     Check("redis", servers.redis_server),
     Check("policy", servers.redis_policy, ("redis",)),
+    Check("encryption", servers.verified),
     Check("clocks", servers.clocks, ("postgres", "redis")),
     Check("dispatcher", fleet.dispatcher, _SCHEMA),
     Check("workers", fleet.some_workers, _SCHEMA),

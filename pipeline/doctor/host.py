@@ -82,7 +82,7 @@ def addresses(patient: Patient) -> Iterator[Finding]:
     settings = patient.settings
     why = {
         "api": (settings.api_host, "keys would cross it unencrypted: put a proxy with TLS before it"),
-        "engine": (settings.engine_host, "it asks for no key: keep that network closed"),
+        "engine": (settings.engine_host, "texts would cross it unencrypted: keep that network closed"),
         "flower": (settings.flower_host, "its password would cross it unencrypted: put a proxy with TLS before it"),
     }
     findings = [

@@ -1,10 +1,11 @@
 """Postgres and Redis: there, of the right version, and set up so that nothing is lost."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import redis
 from psycopg.conninfo import conninfo_to_dict
@@ -279,6 +280,38 @@ def _skew(clock: Callable[[], float], ask: Callable[[], datetime]) -> float:
 def _redis_time(client: redis.Redis) -> datetime:
     time: Any = client.time()
     return datetime.fromtimestamp(time[0] + time[1] / 1e6, UTC)
+
+
+def verified(patient: Patient) -> Iterator[Finding]:
+    """Servers beyond this machine prove who they are before they get a password."""
+    yield from encryption(patient.database_url, patient.redis_url)
+
+
+def encryption(database_url: str, redis_url: str) -> Iterator[Finding]:
+    """As `verified`, of these addresses."""
+    database, redis_ = urlsplit(database_url), urlsplit(redis_url)
+    mode = dict(parse_qsl(database.query)).get("sslmode") or os.environ.get("PGSSLMODE", "prefer")
+    findings = []
+    if not is_loopback(database.hostname) and mode != "verify-full":
+        found = f"the database at {database.hostname} isn't verified (sslmode={mode})"
+        findings.append(
+            warn(found, "add ?sslmode=verify-full&sslrootcert=FILE (or system) to VECTORMILL_DATABASE_URL.")
+        )
+    if not is_loopback(redis_.hostname):
+        said = dict(parse_qsl(redis_.query))
+        if redis_.scheme != "rediss":
+            findings.append(
+                warn(f"Redis at {redis_.hostname} isn't encrypted", "write rediss:// in VECTORMILL_REDIS_URL.")
+            )
+        elif not _verifies(said):
+            found = f"Redis at {redis_.hostname} isn't verified, by the ssl_… in its URL"
+            findings.append(warn(found, "leave them away; VECTORMILL_REDIS_CA names the file of a private authority."))
+    yield from findings or [ok("what is beyond this machine proves who it is")]
+
+
+def _verifies(said: dict[str, str]) -> bool:
+    strict = said.get("ssl_cert_reqs", "required").lower() in ("required", "cert_required")
+    return strict and said.get("ssl_check_hostname", "true").lower() in ("true", "1", "yes")
 
 
 def _place(url: str, default_port: int) -> str:

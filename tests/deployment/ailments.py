@@ -132,6 +132,15 @@ def replace_urls(deployment: Deployment, *, database: str | None = None, redis: 
 
 
 @contextmanager
+def unverified_redis(deployment: Deployment) -> Iterator[Patient]:
+    """One beyond this machine, reached without TLS."""
+    patient = deployment.patient()
+    # Its client goes on to ask the one that is here.
+    patient.redis_url = patient.redis_url.replace("127.0.0.1", "redis.invalid")
+    yield patient
+
+
+@contextmanager
 def stuck_chunk(deployment: Deployment) -> Iterator[Patient]:
     """A claim whose lease ran out, which somebody keeps locked from the sweep."""
     engine = deployment.engine
@@ -373,6 +382,7 @@ FAULTS: list[tuple[Plant, dict[str, State]]] = [
     (redis_without_disk, {"redis": State.FAIL}),
     (evicting, {"policy": State.FAIL}),
     (careless_redis, {"policy": State.WARN}),
+    (unverified_redis, {"encryption": State.WARN}),
     (fast_clock, {"clocks": State.FAIL}),
     (slow_clock, {"clocks": State.WARN}),
     (no_dispatcher, {"dispatcher": State.FAIL}),

@@ -16,6 +16,7 @@ def test_secrets_are_read_from_the_files_that_variables_name(tmp_path: Path, mon
         "sql_url": "postgresql://etl:a%20secret@here/x",
         "flower_password": "a third secret",
         "webhook_secret": f"{whsec(b'a' * 24)} {whsec(b'b' * 64)}",
+        "engine_secret": "a secret of engines",
     }
     for name, secret in secrets.items():
         (tmp_path / name).write_text(f"{secret}\n")
@@ -36,6 +37,7 @@ def whsec(key: bytes) -> str:
         ("WEBHOOK_SECRET", "guess", "whsec_ and base64 of 24 to 64 bytes"),
         ("WEBHOOK_SECRET", whsec(b"a" * 23), "whsec_ and base64 of 24 to 64 bytes"),
         ("WEBHOOK_SECRET", f"{whsec(b'a' * 24)} whsec_a?b", "whsec_ and base64 of 24 to 64 bytes"),
+        ("ENGINE_SECRET", "guess", "16"),
         ("SQL_URL", "duckdb:///guess", "write postgresql://user:password@host/name"),
     ],
 )
