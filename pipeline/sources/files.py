@@ -1,7 +1,6 @@
 """From SOURCE arguments to the files of a corpus, in order."""
 
 import enum
-import glob
 import os
 import re
 import stat
@@ -11,6 +10,7 @@ from typing import BinaryIO
 
 from pipeline import storage
 from pipeline.errors import SourceError
+from pipeline.sources.patterns import Pattern, first_glob, is_glob
 from pipeline.storage import Stat
 
 STDIN = "standard input"
@@ -44,7 +44,8 @@ _COMPRESSIONS = {".gz": Compression.GZIP, ".zst": Compression.ZSTD}
 
 
 _KINDS = ".jsonl, .ndjson, .csv, .tsv and .parquet are read, all but .parquet also with .gz or .zst"
-_GLOB = re.compile(r"[*?\[]")
+#: Names that a pattern may have to be held against.
+_MOST_ENTRIES = 5_000_000
 #: What no name may hold that is to stand in a message, or in Postgres: controls, and what isn't UTF-8.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -132,7 +133,7 @@ def _find(source: str) -> list[SourceFile]:
         return _find_remote(source)
     if os.path.isdir(source):
         return _find_in_folder(source)
-    if _GLOB.search(source) and not os.path.exists(source):
+    if is_glob(source) and not os.path.exists(source):
         return _find_matching(source)
     kind = _kind(source)
     # A path that isn't there is named first, whatever its ending.
@@ -143,7 +144,7 @@ def _find(source: str) -> list[SourceFile]:
 
 
 def _find_remote(source: str) -> list[SourceFile]:
-    if _GLOB.search(source):
+    if is_glob(source):
         return _find_remote_matching(source)
     kind = _kind(source)
     found = storage.stat(source) if kind else None
@@ -157,33 +158,17 @@ def _find_remote(source: str) -> list[SourceFile]:
 
 def _find_remote_matching(pattern: str) -> list[SourceFile]:
     scheme, _, rest = pattern.partition("://")
-    folder = _GLOB.split(rest)[0].rpartition("/")[0]
+    folder = first_glob(rest).rpartition("/")[0]
     if not folder:
         raise SourceError(f"{pattern}: name the bucket itself; a pattern may begin after it.")
-    whole = re.compile(_as_regex(rest))
+    below = Pattern(rest[len(folder) + 1 :])
+    start = len(f"{scheme}://{folder}/")
     files = _of_known_kind(
-        found for found in storage.below(f"{scheme}://{folder}/") if whole.fullmatch(found.uri.partition("://")[2])
+        found for found in storage.below(f"{scheme}://{folder}/") if below.matches(found.uri[start:])
     )
     if not files:
         raise SourceError(f"{pattern}: no object of a kind that is read matches; {_KINDS}.")
     return files
-
-
-def _as_regex(pattern: str) -> str:
-    """A glob as a regular expression: `**/` is any number of folders, `*` and `?` stay within a name."""
-    found = ""
-    for piece in re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern):
-        if piece in ("**/", "**"):
-            found += "(?:[^/]+/)*" if piece == "**/" else ".*"
-        elif piece == "*":
-            found += "[^/]*"
-        elif piece == "?":
-            found += "[^/]"
-        elif piece.startswith("[") and piece.endswith("]"):
-            found += "[" + piece[1:-1].replace("\\", "\\\\").replace("!", "^", 1 if piece[1] == "!" else 0) + "]"
-        else:
-            found += re.escape(piece)
-    return found
 
 
 def _of_known_kind(found: Iterable[Stat]) -> list[SourceFile]:
@@ -199,11 +184,42 @@ def _find_in_folder(folder: str) -> list[SourceFile]:
 
 
 def _find_matching(pattern: str) -> list[SourceFile]:
-    names = sorted(name for name in glob.iglob(pattern, recursive=True) if os.path.isfile(name))
-    found = [(name, kind) for name in names if (kind := _kind(name))]
+    folder = first_glob(pattern).rpartition("/")[0]
+    start = pattern[: len(folder) + 1] if folder or pattern.startswith("/") else ""
+    below = Pattern(pattern[len(start) :])
+    found = [(name, kind) for name in sorted(_walk_matching(start, below)) if (kind := _kind(name))]
     if not found:
         raise SourceError(f"{pattern}: no such file, and no file of a kind that is read matches; {_KINDS}.")
     return [_source_file(name, kind, _stat(name)) for name, kind in found]
+
+
+def _walk_matching(start: str, pattern: Pattern) -> Iterator[str]:
+    """Every file below a folder whose path from there matches. Each folder is looked at once, whatever the pattern."""
+    waiting = [(start, pattern.begin())]
+    looked = 0
+    while waiting:
+        folder, state = waiting.pop()
+        for entry in _entries(folder or "."):
+            looked += 1
+            if looked > _MOST_ENTRIES:
+                raise SourceError(f"{start}: more than {_MOST_ENTRIES:,} names were looked at; give a folder nearer.")
+            name, after = folder + entry.name, pattern.step(state, entry.name)
+            if pattern.ended(after) and entry.is_file():
+                yield name
+            if pattern.goes_on(after) and entry.is_dir():
+                if entry.is_symlink() and pattern.is_anywhere(after):
+                    raise SourceError(f"{name}: a link to a folder isn't followed by **; name it in the pattern.")
+                waiting.append((f"{name}/", after))
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise SourceError(f"{folder}: {reason(error)}.") from None
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -1,0 +1,105 @@
+"""Globs over paths, matched segment by segment: no pattern takes longer than its length and the path's explain."""
+
+import fnmatch
+import re
+from collections.abc import Callable
+
+from pipeline.errors import SourceError
+
+MOST_CHARACTERS = 1_024
+MOST_SEGMENTS = 64
+
+_GLOB = re.compile(r"[*?\[]")
+
+#: Segments that may come next, by their numbers.
+State = frozenset[int]
+
+
+def is_glob(path: str) -> bool:
+    """Whether a path is a pattern."""
+    return _GLOB.search(path) is not None
+
+
+def first_glob(path: str) -> str:
+    """A path up to its first sign of a pattern."""
+    return _GLOB.split(path, maxsplit=1)[0]
+
+
+class Pattern:
+    """A pattern of paths, with slashes between segments: `*`, `?` and `[…]` stay within a segment, and don't begin with
+    the dot of a hidden name; `**` alone stands for any number of folders, at the end for all below."""
+
+    def __init__(self, pattern: str) -> None:
+        """Read it.
+
+        Raises:
+            SourceError: it is too long, or `**` is a part of a segment.
+        """
+        segments = [segment for segment in pattern.split("/") if segment]
+        if len(pattern) > MOST_CHARACTERS or len(segments) > MOST_SEGMENTS:
+            raise SourceError(
+                f"{pattern[:60]}…: a pattern may have {MOST_CHARACTERS:,} characters and {MOST_SEGMENTS} segments."
+            )
+        for segment in segments:
+            if "**" in segment and segment != "**":
+                raise SourceError(f"{pattern}: ** must stand alone between slashes; for a part of a name write *.")
+        # At the end it stands for the files, too.
+        self._segments = [*segments, "*"] if segments[-1:] == ["**"] else segments
+        self._tests = [None if segment == "**" else _test(segment) for segment in self._segments]
+
+    def begin(self) -> State:
+        """The state before the first segment of a path."""
+        return self._spread({0})
+
+    def step(self, state: State, name: str) -> State:
+        """The state after one more segment of the path."""
+        after: set[int] = set()
+        for at in state:
+            if at == len(self._tests):
+                continue
+            test = self._tests[at]
+            if test is None:
+                if not name.startswith("."):
+                    after.add(at)
+            elif test(name):
+                after.add(at + 1)
+        return self._spread(after)
+
+    def _spread(self, state: set[int]) -> State:
+        """With what comes after `**`, which may stand for no folder."""
+        for at in sorted(state):
+            while at < len(self._tests) and self._tests[at] is None:
+                at += 1
+                state.add(at)
+        return frozenset(state)
+
+    def ended(self, state: State) -> bool:
+        """Whether a path that ends here matches."""
+        return len(self._tests) in state
+
+    def goes_on(self, state: State) -> bool:
+        """Whether a longer path may match."""
+        return any(at < len(self._tests) for at in state)
+
+    def is_anywhere(self, state: State) -> bool:
+        """Whether any folder may come next."""
+        return any(at < len(self._tests) and self._tests[at] is None for at in state)
+
+    def matches(self, path: str) -> bool:
+        """Whether a whole path does."""
+        state = self.begin()
+        for name in path.split("/"):
+            state = self.step(state, name)
+            if not state:
+                return False
+        return self.ended(state)
+
+
+def _test(segment: str) -> Callable[[str], object]:
+    if not is_glob(segment):
+        return segment.__eq__
+    # The standard library's translation holds what a star has found (a possessive group): no backtracking.
+    match = re.compile(fnmatch.translate(segment)).match
+    if segment.startswith("."):
+        return match
+    return lambda name: not name.startswith(".") and match(name)
