@@ -195,6 +195,13 @@ DISPATCHER_WEBHOOK_TRIES = DISPATCHER.counter(
     outcome=("delivered", "failed", "given_up"),
 )
 
+#: Why a connection is closed that isn't at its end.
+CLOSED_REASONS = ("slow_head", "head_too_large", "slow_reader", "full")
+_CLOSED_MEANING = (
+    "Connections closed for a bound. slow_head: a request's head wasn't whole in time. head_too_large: it never ended. "
+    "slow_reader: an answer wasn't read. full: as many were open as may be"
+)
+
 #: An api.
 API = Process("api")
 
@@ -222,6 +229,14 @@ API_REFUSALS = API.counter(
 API_USAGE_ROWS_WAITING = API.gauge("usage_rows_waiting", "rows", "Usage that isn't written yet")
 API_DATABASE_FAILURES = API.counter("database_failures", "questions", "Times that the database didn't answer in time")
 
+API_UNKNOWN_KEYS = API.counter("unknown_keys", "requests", "Requests whose key isn't known, or no longer")
+API_QUESTIONS_LATE = API.counter(
+    "questions_late",
+    "questions",
+    "Questions that waited too long for their turn, or took too long, while others were answered",
+)
+API_CONNECTIONS_CLOSED = API.counter("connections_closed", "connections", _CLOSED_MEANING, reason=CLOSED_REASONS)
+
 #: An engine.
 ENGINE = Process("engine")
 
@@ -236,6 +251,7 @@ ENGINE_WAITING_SECONDS = ENGINE.gauge(
     "waiting_seconds", "seconds", "Work that waits or is under way, at the rates that the models have there"
 )
 ENGINE_REFUSED = ENGINE.counter("refused", "requests", "Requests refused since too much work waited")
+ENGINE_CONNECTIONS_CLOSED = ENGINE.counter("connections_closed", "connections", _CLOSED_MEANING, reason=CLOSED_REASONS)
 ENGINE_MODELS_LOADED = ENGINE.gauge("models_loaded", "models", "Models in memory")
 ENGINE_DEVICE_MEMORY_BYTES = ENGINE.gauge(
     "device_memory_bytes", "bytes", "Memory that it holds: the GPU's, or on a CPU its own", device=DEVICE

@@ -1,15 +1,15 @@
-"""The encoder behind HTTP for the api: `python -m workers.engine`. Its wire is its own (see `pipeline.wire`), and it
-asks for no key: it belongs on loopback or a closed network."""
+"""The encoder behind HTTP for the api: `python -m workers.engine`. Its wire is its own (see `pipeline.wire`);
+a secret that it shares with the api keeps others out."""
 
 import asyncio
 import os
-import signal
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from hmac import compare_digest
 from http import HTTPStatus
 from ipaddress import ip_address
 from uuid import uuid4
@@ -17,7 +17,7 @@ from uuid import uuid4
 import orjson
 import psutil
 import structlog
-import uvicorn
+from pydantic import SecretStr
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
@@ -25,12 +25,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pipeline import exposition, metrics
+from pipeline import exposition, http_server, metrics
 from pipeline.catalog import as_model
 from pipeline.errors import BadVector, ModelError, ModelsOwnTokens, ModelUnusable, UpstreamUnavailable, UserError
 from pipeline.jobs import Model
 from pipeline.logs import configure_logs
-from pipeline.settings import MODELS_SHARE, Settings, load_settings
+from pipeline.settings import MODELS_SHARE, Settings, engine_authorization, load_settings
 from pipeline.store import engines, models
 from pipeline.store.database import make_engine
 from pipeline.wire import pack_vectors
@@ -39,6 +39,9 @@ from workers.serving import Serving
 
 log = structlog.get_logger()
 
+_CLOSE = {"connection": "close"}
+#: Texts that came as token ids are longer than those; and what stands around texts.
+_GROWTH, _FRAME_BYTES = 4, 1024 * 1024
 _PERIOD_SECONDS = 2.0
 #: The catalogue isn't read again for unknown models so soon.
 _LEAST_AGE_SECONDS = 0.5
@@ -94,14 +97,28 @@ class Catalogue:
         self._stopped.set()
 
 
-def make_app(catalogue: Catalogue, serving: Serving) -> Starlette:
-    """The engine's HTTP: `POST /embed`, `GET /healthz`, `GET /metrics`."""
+def make_app(
+    catalogue: Catalogue, serving: Serving, secret: SecretStr | None = None, most_bytes: int = 16 * 1024**2
+) -> Starlette:
+    """The engine's HTTP: `POST /embed`, `GET /healthz`, `GET /metrics`.
+
+    Args:
+        secret: the api's must be the same.
+        most_bytes: the largest body that the api takes, of which it makes its own.
+    """
+    authorization = engine_authorization(secret)
 
     async def embed(request: Request) -> Response:
+        # Before anything of the body is read.
+        if secret and not compare_digest(request.headers.get("authorization", "").encode(), authorization.encode()):
+            return Response(b"another VECTORMILL_ENGINE_SECRET", HTTPStatus.UNAUTHORIZED, _CLOSE)
         try:
-            asked = orjson.loads(await request.body())
+            body = await _read(request, _GROWTH * most_bytes + _FRAME_BYTES)
         except ClientDisconnect:
             return Response(status_code=400)
+        if body is None:
+            return Response(status_code=HTTPStatus.REQUEST_ENTITY_TOO_LARGE, headers=_CLOSE)
+        asked = orjson.loads(body)
         model = catalogue.models.get(asked["model"]) or await asyncio.to_thread(catalogue.find, asked["model"])
         if model is None:
             return Response(b"this engine doesn't serve the model", 404)
@@ -159,6 +176,19 @@ async def _show(serving: Serving, _: Request) -> Response:
     return Response(exposition.page(metrics.ENGINE), media_type=exposition.CONTENT_TYPE)
 
 
+async def _read(request: Request, most_bytes: int) -> bytes | None:
+    """A body; None if it is larger, of which no more is read."""
+    told = request.headers.get("content-length", "0")
+    if told.isdecimal() and int(told) > most_bytes:
+        return None
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > most_bytes:
+            return None
+    return bytes(body)
+
+
 async def _gone(request: Request) -> None:
     """Return when the client has closed its connection."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -171,6 +201,11 @@ def main() -> None:
     configure_logs(settings.log_level)
     if settings.database_url is None:
         raise UserError("an engine needs VECTORMILL_DATABASE_URL.")
+    if settings.engine_secret is None and not is_loopback(settings.engine_host):
+        raise UserError(
+            f"an engine at {settings.engine_host}, beyond this machine, needs VECTORMILL_ENGINE_SECRET, "
+            "and the api the same one."
+        )
     listener = socket.create_server((settings.engine_host, settings.engine_port), backlog=1024)
     host = socket.gethostname() if _is_everywhere(settings.engine_host) else settings.engine_host
     database = make_engine(settings.database_url.get_secret_value(), application="vectormill-engine", pool_size=1)
@@ -183,11 +218,16 @@ def main() -> None:
     if settings.worker_models:
         _load_all(catalogue, serving)
     catalogue.show()
-    app = make_app(catalogue, serving)
-    # uvicorn stops in order at this signal, then raises it again for the handler from before.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=75)
-    uvicorn.Server(config).run(sockets=[listener])
+    app = make_app(catalogue, serving, settings.engine_secret, settings.api_body_bytes)
+    http_server.run(app, metrics.ENGINE_CONNECTIONS_CLOSED, [listener])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine only."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def _is_everywhere(host: str) -> bool:

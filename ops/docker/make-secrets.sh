@@ -33,5 +33,6 @@ write valkey_acl "user default off
 user vectormill on #$valkey_sha256 ~* &* +@all -@dangerous +info"
 write flower_password "$(new)"
 write webhook_secret "whsec_$(head -c 32 /dev/urandom | base64)"
+write engine_secret "$(new)"
 write grafana_password "$(new)"
 echo "Made $folder. Flower's user is vectormill, its password in $folder/flower_password." >&2

@@ -8,9 +8,11 @@ from http import HTTPStatus
 import aiohttp
 import orjson
 import structlog
+from pydantic import SecretStr
 from sqlalchemy import RowMapping
 
-from pipeline.errors import ApiError, BadVector, InternalError, ModelsOwnTokens, UpstreamUnavailable
+from pipeline.errors import ApiError, BadVector, InternalError, ModelsOwnTokens, PayloadTooLarge, UpstreamUnavailable
+from pipeline.settings import engine_authorization
 from pipeline.wire import Embedded, unpack_vectors
 
 log = structlog.get_logger()
@@ -36,6 +38,7 @@ class _Outcome(Enum):
 
 _OUTCOMES: dict[int, _Outcome] = {
     HTTPStatus.SERVICE_UNAVAILABLE: _Outcome.FULL,
+    HTTPStatus.UNAUTHORIZED: _Outcome.UNREACHABLE,
     HTTPStatus.NOT_FOUND: _Outcome.UNKNOWN,
     HTTPStatus.FAILED_DEPENDENCY: _Outcome.CANT_LOAD,
 }
@@ -46,7 +49,8 @@ _OF_TEXTS: dict[int, type[BadVector | ModelsOwnTokens]] = {each.status: each for
 class Engines:
     """A client of engines, within a running event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, secret: SecretStr | None = None) -> None:
+        self._headers = {"authorization": engine_authorization(secret)}
         self._in_flight: Counter[str] = Counter()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
@@ -100,7 +104,7 @@ class Engines:
         """Its answer, and how long it says to wait."""
         self._in_flight[url] += 1
         try:
-            async with self._session.post(f"{url}/embed", data=body) as reply:
+            async with self._session.post(f"{url}/embed", data=body, headers=self._headers) as reply:
                 content = await reply.read()
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             log.warning("engine_unreachable", engine=url, error=type(error).__name__)
@@ -114,6 +118,10 @@ class Engines:
             self._in_flight[url] -= 1
         if reply.status == HTTPStatus.OK:
             return unpack_vectors(content), None
+        if reply.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            raise PayloadTooLarge("The texts are larger than the model's engine takes; send less in a request.")
+        if reply.status == HTTPStatus.UNAUTHORIZED:
+            log.error("engine_refuses_secret", engine=url)
         if outcome := _OUTCOMES.get(reply.status):
             told = reply.headers.get("retry-after")
             return outcome, float(told) if told else None

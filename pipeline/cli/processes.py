@@ -121,7 +121,7 @@ def engine(
         str, typer.Option(help="float32, bfloat16 or float16; on CUDA only, a CPU always uses float32.")
     ] = "float32",
     host: Annotated[
-        str | None, typer.Option(help="Address to listen at. It asks for no key: use a closed net.")
+        str | None, typer.Option(help="Address to listen at. Beyond this machine: with VECTORMILL_ENGINE_SECRET.")
     ] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = None,
 ) -> None:
@@ -162,24 +162,18 @@ def api(
 
         vectormill api --host 0.0.0.0 --port 80
     """
-    import uvicorn
-
+    from pipeline import http_server
     from pipeline.api.app import make_app
 
     settings = load_settings()
     configure_logs(settings.log_level)
     database, redis = server_urls(settings)
     app = make_app(settings, database, redis)
-    # uvicorn stops in order at this signal, then raises it again for the handler from before.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    uvicorn.run(
+    http_server.run(
         app,
+        metrics.API_CONNECTIONS_CLOSED,
         host=host or settings.api_host,
         port=settings.api_port if port is None else port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=75,
     )
 
 

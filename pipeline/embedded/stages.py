@@ -1,5 +1,7 @@
 """The children of `up` that are vectormill's own, and how to see that each is ready."""
 
+import os
+import secrets
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -10,6 +12,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 
+from pipeline.embedded.files import write_private
 from pipeline.embedded.postgres import STOP_SECONDS as SERVER_STOP_SECONDS
 from pipeline.embedded.processes import our_environment, our_module
 from pipeline.embedded.runtime import Running
@@ -116,8 +119,17 @@ def _environment(running: Running) -> dict[str, str]:
             "VECTORMILL_FLOWER_PORT": str(urlsplit(running.flower_url).port),
             "VECTORMILL_FLOWER_URL": running.flower_url,
             "VECTORMILL_FLOWER_PASSWORD": running.flower_password,
+            "VECTORMILL_ENGINE_SECRET": os.environ.get("VECTORMILL_ENGINE_SECRET") or _engine_secret(running.home),
         }
     )
+
+
+def _engine_secret(home: Path) -> str:
+    """The secret of this home's engine and api, made once."""
+    file = home / "run" / "engine.secret"
+    if not file.exists():
+        write_private(file, secrets.token_hex(24))
+    return file.read_text().strip()
 
 
 def _database_time(url: str) -> datetime:

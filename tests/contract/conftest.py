@@ -112,6 +112,7 @@ def running_gateway(
         environment = {
             "VECTORMILL_DATABASE_URL": url,
             "VECTORMILL_REDIS_URL": servers.redis_url.rsplit("/", 1)[0] + "/2",
+            "VECTORMILL_ENGINE_SECRET": "a secret of api and engine",
             "HF_HUB_OFFLINE": "1",
             "VECTORMILL_ENGINE_QUEUE_SECONDS": "20",
             "VECTORMILL_FILES": str(folder / "files"),

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +12,17 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import Engine
 
 from pipeline import catalog
-from pipeline.errors import BadVector, ModelError, ModelUnusable, UpstreamUnavailable
+from pipeline.errors import BadVector, ModelError, ModelUnusable, UpstreamUnavailable, UserError
 from pipeline.jobs import Model
-from pipeline.settings import Settings
+from pipeline.settings import Settings, engine_authorization
 from pipeline.store import engines
 from workers import serving as serving_module
 from workers.encoder import Encoder
-from workers.engine import Catalogue, make_app
+from workers.engine import Catalogue, main, make_app
 from workers.lanes import Work
 from workers.residents import Residents, loader
 from workers.serving import Serving
@@ -160,6 +161,50 @@ def test_an_engine_shows_what_it_can_use(
     loads.error = ModelError("not those files")
     assert asyncio.run(ask()).status_code == 424
     assert shown() == [["late", "other"]]
+
+
+class _Unread(httpx.AsyncByteStream):
+    """A body of which nothing may be asked for."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+
+class _Endless(httpx.AsyncByteStream):
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            yield b" " * 65_536
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        ({}, _Unread(), 401),
+        ({"authorization": "Bearer guess"}, _Unread(), 401),
+        ({"authorization": engine_authorization(None)}, _Unread(), 401),
+        ({"authorization": engine_authorization(SecretStr("a secret of both"))}, _Endless(), 413),
+    ],
+)
+def test_an_engine_reads_no_strangers_body_and_none_without_end(
+    engine: Engine, serving: Serving, headers: dict[str, str], body: httpx.AsyncByteStream, status: int
+) -> None:
+    catalogue = Catalogue(engine, Settings(), "http://here", serving)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(catalogue, serving, SecretStr("a secret of both"), 1024))
+        async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+            return await client.post("/embed", content=body, headers=headers)
+
+    reply = asyncio.run(asyncio.wait_for(ask(), 60))
+    assert (reply.status_code, reply.headers["connection"]) == (status, "close")
+
+
+def test_an_engine_beyond_this_machine_needs_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x"), ("ENGINE_HOST", "0.0.0.0")):
+        monkeypatch.setenv(f"VECTORMILL_{name}", value)
+    with pytest.raises(UserError, match=r"at 0\.0\.0\.0, beyond this machine, needs VECTORMILL_ENGINE_SECRET"):
+        main()
 
 
 # Models that are replaced
