@@ -1,6 +1,7 @@
 """The api's process: its routes, what an error looks like, start and stop."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -55,8 +56,9 @@ from pipeline.wire import make_error
 log = structlog.get_logger()
 
 _FORM_BYTES = 1024 * 1024
-#: How long the next piece of a body may take: an upload holds its place meanwhile.
-_STALL_SECONDS = 60.0
+#: How far a body may be behind the least rate, and that rate: an upload holds its place meanwhile.
+_PATIENCE_SECONDS = 60.0
+_LEAST_BYTES_PER_SECOND = 16 * 1024
 #: What is still read of a body that was refused for its size, for clients that write all before they read.
 _DRAINED_BYTES = 64 * 1024 * 1024
 _DRAIN_SECONDS = 10.0
@@ -81,7 +83,7 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         asked = Database(make_engine(database_url, application="vectormill-api", pool_size=AT_ONCE))
         bulk = Bulk(make_engine(database_url, application="vectormill-api", pool_size=CONNECTIONS))
-        directory, engines, meter = Directory(asked), Engines(), Meter(asked)
+        directory, engines, meter = Directory(asked), Engines(settings.engine_secret), Meter(asked)
         upstreams, limits = Upstreams(settings.gateway_seconds), Limits(redis_url, directory)
         app.state.database, app.state.bulk, app.state.settings = asked, bulk, settings
         app.state.gateway = Gateway(
@@ -122,7 +124,12 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     forms = {"/api/jobs": settings.api_upload_bytes, "/v1/files": settings.batch_bytes + _FORM_BYTES}
     # The last one added is the first one met.
     app.add_middleware(Unpacked, most_bytes=settings.api_body_bytes)
-    app.add_middleware(Bounded, most_bytes=settings.api_body_bytes, most_of_forms=forms)
+    app.add_middleware(
+        Bounded,
+        most_bytes=settings.api_body_bytes,
+        most_of_forms=forms,
+        most_seconds=settings.api_upload_seconds,
+    )
     app.add_middleware(Optioned, routes=app.router.routes)
     app.add_middleware(Shared, origins=settings.api_origins)
     app.add_middleware(Identified)
@@ -183,21 +190,27 @@ class Identified:
 
 
 class Bounded:
-    """Refuses bodies over a limit before they are read whole, and those that stall, whatever the route does with
-    them."""
+    """Refuses bodies over a limit before they are read whole, and those that come too slowly, whatever the route does
+    with them. Only the time counts that is spent on waiting for the client."""
 
     def __init__(
-        self, app: ASGIApp, most_bytes: int, most_of_forms: Mapping[str, int], stall_seconds: float = _STALL_SECONDS
+        self,
+        app: ASGIApp,
+        most_bytes: int,
+        most_of_forms: Mapping[str, int],
+        *,
+        most_seconds: float,
+        patience_seconds: float = _PATIENCE_SECONDS,
     ) -> None:
         self._app, self._most_bytes, self._most_of_forms = app, most_bytes, most_of_forms
-        self._stall_seconds = stall_seconds
+        self._most_seconds, self._patience_seconds = most_seconds, patience_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI calls it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, size, more = Headers(scope=scope), 0, True
+        headers, size, waited, more = Headers(scope=scope), 0, 0.0, True
         told, most_bytes = headers.get("content-length", "0"), self._most_bytes
         if headers.get("content-type", "").lower().startswith("multipart/form-data"):
             most_bytes = self._most_of_forms.get(scope["path"], most_bytes)
@@ -217,13 +230,17 @@ class Bounded:
             return
 
         async def receiving() -> Message:
-            nonlocal size, more, refused
+            nonlocal size, waited, more, refused
+            # So long may what has come have taken, and no longer in all.
+            due = min(self._patience_seconds + size / _LEAST_BYTES_PER_SECOND, self._most_seconds)
+            began = time.monotonic()
             try:
                 # After the body comes only that the client has gone, which may take its time.
-                async with asyncio.timeout(self._stall_seconds if more else None):
+                async with asyncio.timeout(due - waited if more else None):
                     message = await receive()
             except TimeoutError as error:
-                raise _stalled(self._stall_seconds) from error
+                raise _stalled() from error
+            waited += time.monotonic() - began
             more = message.get("more_body", False)
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
@@ -254,8 +271,10 @@ def _too_large(most_bytes: int) -> PayloadTooLarge:
     return error
 
 
-def _stalled(seconds: float) -> RequestStalled:
-    error = RequestStalled(f"No piece of the body came for {seconds:g} s; send it again.")
+def _stalled() -> RequestStalled:
+    error = RequestStalled(
+        f"The body came too slowly: at least {_LEAST_BYTES_PER_SECOND / 1024:g} KiB/s are expected; send it again."
+    )
     error.headers["connection"] = "close"
     return error
 

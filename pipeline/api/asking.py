@@ -63,9 +63,16 @@ async def caller_of(request: Request, *, admin: bool = False) -> Caller:
         Forbidden: not an admin, where it must be one.
     """
     caller: Caller = await request.app.state.gateway.directory.caller(request.headers.get("authorization"))
+    request.state.caller = caller
     if admin:
         caller.must_be_admin()
     return caller
+
+
+def workspace_of(request: Request) -> int:
+    """The workspace of who asks, as `caller_of` has found: it pays for the question with a place."""
+    caller: Caller = request.state.caller
+    return caller.workspace_id
 
 
 async def read_body(request: Request, shape: type[Body]) -> Body:
@@ -89,12 +96,13 @@ def described(shape: type[BaseModel]) -> dict[str, Any]:
 
 
 async def ask(request: Request, act: Callable[[Connection], Found]) -> Found:
-    """Act in a transaction, beside the event loop.
+    """Act in a transaction, beside the event loop, for the caller.
 
     Raises:
+        Busy: other questions took too long.
         UpstreamUnavailable: the database is away.
     """
-    found: Found = await request.app.state.database.ask_within(_MOST_SECONDS, act)
+    found: Found = await request.app.state.database.ask_within(_MOST_SECONDS, act, workspace_of(request))
     return found
 
 

@@ -11,12 +11,15 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline import metrics
-from pipeline.errors import UpstreamUnavailable
+from pipeline.api.places import Places
+from pipeline.errors import Busy, UpstreamUnavailable
 
 log = structlog.get_logger()
 
-#: Questions at a time: as many as the pool has connections, so that none waits for one.
-AT_ONCE = 8
+#: Questions of callers at a time, and those of one workspace; and our own: keys, models, engines, usage.
+_QUESTIONS, _QUESTIONS_OF_ONE, _OWN = 6, 4, 4
+#: As many as the pool has connections, so that none waits for one.
+AT_ONCE = _QUESTIONS + _OWN
 
 Found = TypeVar("Found")
 
@@ -27,8 +30,8 @@ class Database:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._places = asyncio.Semaphore(AT_ONCE)
-        self._failed = float("-inf")
+        self._places, self._own = Places(_QUESTIONS, _QUESTIONS_OF_ONE), asyncio.Semaphore(_OWN)
+        self._failed = self._answered = float("-inf")
 
     @property
     def seconds_since_failure(self) -> float:
@@ -36,19 +39,31 @@ class Database:
         return time.monotonic() - self._failed
 
     def note_failure(self, error: BaseException) -> None:
-        """It was away, or didn't answer in time."""
+        """It was away."""
         metrics.API_DATABASE_FAILURES.inc()
         log.warning("database_unreachable", error=type(error).__name__)
         self._failed = time.monotonic()
 
-    async def ask(self, act: Callable[[Connection], Found]) -> Found:
-        """What `act` returns, in a transaction. A caller that is cancelled leaves it to its end."""
-        await self._places.acquire()
+    def note_late(self, seconds: float) -> UpstreamUnavailable | Busy:
+        """A question wasn't answered within so many seconds. It is the database's failure if it answered none in that
+        time; else that question's turn didn't come, or it takes long. Returns what a caller is told."""
+        if time.monotonic() - self._answered > seconds:
+            self.note_failure(TimeoutError())
+            return unreachable()
+        metrics.API_QUESTIONS_LATE.inc()
+        return Busy("The gateway has too many questions for its database; try again.", retry_after_seconds=2)
+
+    async def ask(self, act: Callable[[Connection], Found], workspace_id: int | None = None) -> Found:
+        """What `act` returns, in a transaction, when it is a workspace's turn, by default ours. A caller that is
+        cancelled leaves it to its end."""
+        give_back = await self._take(workspace_id)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Found] = loop.create_future()
 
         def end(found: Found | None, error: BaseException | None) -> None:
-            self._places.release()
+            give_back()
+            if not isinstance(error, SQLAlchemyError):
+                self._answered = time.monotonic()
             if answer.done():
                 return
             if error is None:
@@ -71,18 +86,29 @@ class Database:
         threading.Thread(target=run, name="database", daemon=True).start()
         return await answer
 
-    async def ask_within(self, seconds: float, act: Callable[[Connection], Found]) -> Found:
+    async def _take(self, workspace_id: int | None) -> Callable[[], None]:
+        if workspace_id is not None:
+            return await self._places.take(workspace_id)
+        await self._own.acquire()
+        return self._own.release
+
+    async def ask_within(
+        self, seconds: float, act: Callable[[Connection], Found], workspace_id: int | None = None
+    ) -> Found:
         """As `ask`, but not for longer than so many seconds; what `act` does may come to pass all the same.
 
         Raises:
-            UpstreamUnavailable: the database is away, or didn't answer in time.
+            Busy: it took longer, while others were answered.
+            UpstreamUnavailable: the database is away, or answered nobody in that time.
         """
         try:
             async with asyncio.timeout(seconds):
-                return await self.ask(act)
-        except (SQLAlchemyError, TimeoutError) as error:
+                return await self.ask(act, workspace_id)
+        except SQLAlchemyError as error:
             self.note_failure(error)
             raise unreachable() from error
+        except TimeoutError as error:
+            raise self.note_late(seconds) from error
 
 
 def unreachable() -> UpstreamUnavailable:

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import Connection, RowMapping
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
@@ -95,7 +94,7 @@ async def create_file(request: Request) -> FileObject:
     caller = await caller_of(request)
     settings: Settings = request.app.state.settings
     bulk: Bulk = request.app.state.bulk
-    async with bulk.upload():
+    async with bulk.upload(caller.workspace_id):
         return _shown(await _keep(request, caller, settings, bulk))
 
 
@@ -114,6 +113,7 @@ async def _keep(request: Request, caller: Caller, settings: Settings, bulk: Bulk
         name = (file.filename or "file").encode(errors="replace").decode().replace("\0", "")[-_MOST_NAME:]
         with _storage():
             return await bulk.run(
+                caller.workspace_id,
                 lambda engine: keeping.keep(
                     engine,
                     settings,
@@ -122,7 +122,7 @@ async def _keep(request: Request, caller: Caller, settings: Settings, bulk: Bulk
                     name=name,
                     source=file.file,
                     lives_seconds=lives_seconds,
-                )
+                ),
             )
     finally:
         await form.close()
@@ -175,10 +175,11 @@ async def retrieve_file(request: Request, file_id: str) -> FileObject:
 @router.delete("/files/{file_id}", openapi_extra=SECURITY)
 async def delete_file(request: Request, file_id: str) -> FileDeleted:
     """Delete a file."""
-    await find_file(request, await caller_of(request), file_id)
+    caller = await caller_of(request)
+    await find_file(request, caller, file_id)
     bulk: Bulk = request.app.state.bulk
     with _storage():
-        await bulk.run(lambda engine: keeping.forget(engine, file_id))
+        await bulk.run(caller.workspace_id, lambda engine: keeping.forget(engine, file_id))
     return FileDeleted(id=file_id)
 
 
@@ -190,21 +191,23 @@ async def delete_file(request: Request, file_id: str) -> FileDeleted:
 )
 async def retrieve_content(request: Request, file_id: str) -> StreamingResponse:
     """A file's bytes."""
-    found = await find_file(request, await caller_of(request), file_id)
-    try:
-        with _storage():
-            opened = await run_in_threadpool(keeping.open_kept, found)
-    except SourceChanged as error:
-        raise NotFound(f'the bytes of the file "{file_id}" are gone.') from error
+    caller = await caller_of(request)
+    found = await find_file(request, caller, file_id)
+    bulk: Bulk = request.app.state.bulk
 
     def blocks() -> Iterator[bytes]:
-        with opened:
+        with keeping.open_kept(found) as opened:
             while block := opened.read(_BLOCK_BYTES):
                 yield block
 
-    return StreamingResponse(
-        blocks(), media_type="application/octet-stream", headers={"content-length": str(found["bytes"])}
-    )
+    headers = {"content-length": str(found["bytes"])}
+    try:
+        with _storage():
+            return await bulk.answer(
+                caller.workspace_id, blocks, media_type="application/octet-stream", headers=headers
+            )
+    except SourceChanged as error:
+        raise NotFound(f'the bytes of the file "{file_id}" are gone.') from error
 
 
 @contextmanager

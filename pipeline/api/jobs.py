@@ -8,7 +8,6 @@ from uuid import UUID
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection, Engine
 
 from pipeline import control, results, status
@@ -22,6 +21,7 @@ from pipeline.api.asking import (
     problems,
     read_body,
     scope_of,
+    workspace_of,
 )
 from pipeline.api.bulk import Bulk
 from pipeline.api.pages import unknown_cursor
@@ -146,7 +146,7 @@ async def get_receipt(
             return status.receipt(connection, job_id, verify=True)
 
     bulk: Bulk = request.app.state.bulk
-    return Receipt(**await bulk.run(count))
+    return Receipt(**await bulk.run(workspace_of(request), count))
 
 
 @router.get("/{job}/chunks", openapi_extra=SECURITY)
@@ -201,8 +201,11 @@ async def list_rejects(
     job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
     bulk: Bulk = request.app.state.bulk
     encode = _as_csv if format == "csv" else _as_json_lines
-    pieces = await bulk.begin(lambda: encode(_all_rejects(bulk.engine, job_id, after, code)))
-    return _file(pieces, f"{job_id}-rejects", format)
+
+    def pieces() -> Iterator[bytes]:
+        return encode(_all_rejects(bulk.engine, job_id, after, code))
+
+    return await bulk.answer(workspace_of(request), pieces, **_as_file(f"{job_id}-rejects", format))
 
 
 def _all_rejects(engine: Engine, job_id: UUID, after: int, code: str | None) -> Iterator[list[dict[str, Any]]]:
@@ -267,8 +270,11 @@ async def get_results(
     job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
     until = 2**63 - 1 if end is None else end
     bulk: Bulk = request.app.state.bulk
-    pieces = await bulk.begin(lambda: results.stream(bulk.engine, job_id, format, first, until))
-    return _file(pieces, str(job_id), format)
+
+    def pieces() -> Iterator[bytes]:
+        return results.stream(bulk.engine, job_id, format, first, until)
+
+    return await bulk.answer(workspace_of(request), pieces, **_as_file(str(job_id), format))
 
 
 _MEDIA_TYPES: Mapping[str, str] = {
@@ -278,6 +284,7 @@ _MEDIA_TYPES: Mapping[str, str] = {
 }
 
 
-def _file(pieces: Iterator[bytes], stem: str, kind: str) -> Response:
+def _as_file(stem: str, kind: str) -> dict[str, Any]:
+    """How an answer says that it is a file."""
     headers = {"content-disposition": f'attachment; filename="{stem}.{kind}"'}
-    return StreamingResponse(pieces, media_type=_MEDIA_TYPES[kind], headers=headers)
+    return {"media_type": _MEDIA_TYPES[kind], "headers": headers}

@@ -122,10 +122,11 @@ async def _from_sources(request: Request, owner: int, settings: Settings, key: s
 
     def act(engine: Engine) -> Submitted:
         corpus = Corpus(wish.sources, wish.columns(), settings.item_bytes)
+        _must_stay_within(corpus, settings.api_sources)
         return _submit(engine, owner, settings, wish, corpus, default_name(wish.sources[0]), key)
 
     bulk: Bulk = request.app.state.bulk
-    return await bulk.run(act)
+    return await bulk.run(owner, act)
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 async def _from_upload(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
     bulk: Bulk = request.app.state.bulk
-    async with bulk.upload():
+    async with bulk.upload(owner):
         return await _submit_form(request, bulk, owner, settings, key)
 
 
@@ -154,7 +155,7 @@ async def _submit_form(request: Request, bulk: Bulk, owner: int, settings: Setti
         if wish.by_reference or wish.sources:
             raise InvalidPayload("sources and by_reference are for a job without an upload.", param="sources")
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
-        return await bulk.run(lambda engine: _submit_upload(engine, owner, settings, wish, files, key))
+        return await bulk.run(owner, lambda engine: _submit_upload(engine, owner, settings, wish, files, key))
     finally:
         await form.close()
 
@@ -244,8 +245,17 @@ def _must_be_allowed(field: str, place: str, allowed: Sequence[str], variable: s
         raise UserError(f"{field}: {place} isn't below a place that this gateway's operator allows ({variable}).")
 
 
+def _must_stay_within(corpus: Corpus, allowed: Sequence[str]) -> None:
+    """Files that a folder or a pattern has named are judged by what they resolve to, as those named plainly are."""
+    if not all(file.uri and any(_is_below(file.uri, folder) for folder in allowed) for file in corpus.files):
+        raise UserError(
+            "sources: a link in what they name leads out of the places that this gateway's operator allows "
+            "(VECTORMILL_API_SOURCES)."
+        )
+
+
 def _is_below(place: str, folder: str) -> bool:
     if is_remote(place) or is_remote(folder):
         return place.startswith(folder.rstrip("/") + "/") or place == folder
-    # A pattern's own links are followed by whoever reads it: links below an allowed folder are the operator's.
+    # What a pattern matches is judged again, when it is known.
     return Path(place).resolve().is_relative_to(Path(folder).resolve())

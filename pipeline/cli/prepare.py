@@ -84,7 +84,7 @@ def _keep_api_key(url: str, home: Path) -> str:
         with engine.begin() as connection:
             token = file.read_text().strip() if file.exists() else ""
             key_id = keys.id_of(token)
-            row = stored_keys.find_live(connection, key_id) if key_id else None
+            row = next(iter(stored_keys.find_live(connection, [key_id])), None) if key_id else None
             if row is None or not keys.matches(row, token):
                 token = keys.create(connection, workspace_id(connection), "up", admin=True).token
     finally:

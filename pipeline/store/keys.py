@@ -1,6 +1,6 @@
 """API keys, as hashes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -29,18 +29,18 @@ def every(connection: Connection, workspace_id: int) -> list[RowMapping]:
     return list(rows.mappings())
 
 
-def find_live(connection: Connection, key_id: str) -> RowMapping | None:
-    """A key that is neither revoked nor over, with its workspace's limits; `seconds_left` is None for ever."""
+def find_live(connection: Connection, key_ids: Sequence[str]) -> Sequence[RowMapping]:
+    """Those keys that are neither revoked nor over, with their workspaces' limits; `seconds_left` is None for ever."""
     rows = connection.execute(
         text("""
             select k.id, k.name, k.secret_sha256, k.admin, k.workspace_id, w.requests_per_minute, w.tokens_per_minute,
                    w.monthly_tokens, w.monthly_cost, extract(epoch from k.expires_at - now()) as seconds_left
             from vectormill.api_keys k join vectormill.workspaces w on w.id = k.workspace_id
-            where k.id = :id and k.revoked_at is null and (k.expires_at is null or k.expires_at > now())
+            where k.id = any(:ids) and k.revoked_at is null and (k.expires_at is null or k.expires_at > now())
         """),
-        {"id": key_id},
+        {"ids": list(key_ids)},
     )
-    return rows.mappings().one_or_none()
+    return rows.mappings().all()
 
 
 def expire(connection: Connection, workspace_id: int, key_id: str, after: timedelta) -> RowMapping | None:

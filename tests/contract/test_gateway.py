@@ -1,5 +1,6 @@
 """The gateway's own promises, beyond the shape of its replies."""
 
+import asyncio
 import gzip
 import json
 import select
@@ -7,11 +8,13 @@ import socket
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import aiohttp
 import httpx2 as httpx
 import numpy as np
 import pytest
@@ -265,6 +268,48 @@ def test_a_key_lives_until_it_is_revoked(gateway: Gateway) -> None:
         assert code(refused) == (401, "invalid_api_key")
     again = gateway.fleet.cli("keys", "revoke", row["id"], check=False)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+
+
+def test_a_crowd_with_invented_keys_holds_up_nobody(gateway: Gateway) -> None:
+    """Six hundred connections ask again and again. A key that nobody knows yet is found meanwhile, and the database
+    isn't said to have failed."""
+    before = _counted(gateway)
+    key = gateway.new_key()
+
+    async def body() -> list[int]:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(gateway.url, connector=connector) as session:
+            answers: list[int] = []
+
+            async def ask(number: int) -> None:
+                for again in range(3):
+                    invented = f"vm_{number:08x}{again:08x}_{'a' * 43}"
+                    async with session.get("/v1/models", headers={"authorization": f"Bearer {invented}"}) as reply:
+                        answers.append(reply.status)
+
+            crowd = asyncio.gather(*map(ask, range(600)))
+            served = 0
+            while not crowd.done() or not served:
+                async with session.get("/v1/models", headers={"authorization": f"Bearer {key}"}) as reply:
+                    assert reply.status == 200
+                served += 1
+            await crowd
+            return answers
+
+    assert Counter(asyncio.run(asyncio.wait_for(body(), 240))) == {401: 1_800}
+    after = _counted(gateway)
+    assert after["unknown_keys"] - before["unknown_keys"] == 1_800
+    assert after["database_failures"] == before["database_failures"]
+
+
+def _counted(gateway: Gateway) -> dict[str, float]:
+    lines = httpx.get(f"{gateway.url}/metrics").text.splitlines()
+    return {
+        name: float(line.rpartition(" ")[2])
+        for name in ("unknown_keys", "database_failures")
+        for line in lines
+        if line.startswith(f"vectormill_api_{name}_total ")
+    }
 
 
 def test_a_key_that_is_over(gateway: Gateway) -> None:

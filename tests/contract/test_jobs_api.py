@@ -6,6 +6,7 @@ import io
 import json
 import re
 import select
+import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
-from pipeline.api.bulk import UPLOADS_AT_ONCE
+from pipeline.api.bulk import UPLOADS_AT_ONCE, UPLOADS_OF_ONE
 from pipeline.cli.desk import ApiDesk
 from pipeline.cli.jobs import watch_job
 from pipeline.errors import UserError
@@ -259,14 +260,16 @@ def test_a_name_that_no_path_can_hold(line: httpx.Client, working: Gateway, name
         desk.status(name)
 
 
-def test_uploads_on_disk_are_bounded(working: Gateway, line: httpx.Client) -> None:
-    """As many as there are places send a part each; one more is not read before one of them has gone."""
+def test_uploads_that_hardly_come_hold_up_no_other_workspace(working: Gateway, line: httpx.Client) -> None:
+    """Six of one key send a byte each: three have a place, whose bodies are asked for, and three wait. One of another
+    workspace goes through meanwhile, and so does what isn't an upload."""
     head = (
         "POST /api/jobs HTTP/1.1\r\nhost: here\r\nexpect: 100-continue\r\n"
         f"authorization: Bearer {working.key}\r\n"
         "content-type: multipart/form-data; boundary=x\r\ncontent-length: 1000\r\n\r\n"
     ).encode()
     host, port = working.url.removeprefix("http://").split(":")
+    other = working.workspace("beside-slow-uploads")
     with ExitStack() as opened:
 
         def begin() -> socket.socket:
@@ -274,14 +277,19 @@ def test_uploads_on_disk_are_bounded(working: Gateway, line: httpx.Client) -> No
             made.sendall(head)
             return made
 
-        holding = [begin() for _ in range(UPLOADS_AT_ONCE)]
+        holding = [begin() for _ in range(UPLOADS_OF_ONE)]
         for one in holding:
             assert one.recv(100).startswith(b"HTTP/1.1 100 ")
-        waiting = begin()
+            one.sendall(b"-")
+        waiting = [begin() for _ in range(UPLOADS_AT_ONCE - UPLOADS_OF_ONE)]
         assert line.get("/api/jobs").status_code == 200, "statuses don't wait for uploads"
-        assert select.select([waiting], [], [], 0.5)[0] == []
+        with working.client(other) as theirs:
+            assert _upload(theirs, _ROWS[:5], name="beside.jsonl").status_code == 201
+            made = theirs.post("/v1/files", data={"purpose": "batch"}, files={"file": b"{}\n"})
+            assert made.status_code == 200, made.text
+        assert select.select([*holding, *waiting], [], [], 0)[0] == []
         holding[0].close()
-        assert waiting.recv(100).startswith(b"HTTP/1.1 100 ")
+        assert select.select(waiting, [], [], 30)[0]
 
 
 def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
@@ -453,6 +461,37 @@ def theirs(done: dict[str, Any], line: httpx.Client) -> Theirs:
 
 def _batch_of(file: str) -> dict[str, str]:
     return {"input_file_id": file, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+
+
+@pytest.mark.parametrize("source", ["{}/links/*.jsonl", "{}/links", "{}/links/*/*.jsonl", "{}/**/away.jsonl"])
+def test_what_a_pattern_finds_is_judged_by_where_it_is(
+    line: httpx.Client, allowed: Path, tmp_path: Path, source: str
+) -> None:
+    (tmp_path / "away.jsonl").write_bytes(_lines(_ROWS[:1]))
+    links = allowed / "links"
+    links.mkdir(exist_ok=True)
+    for name, target in (("away.jsonl", tmp_path / "away.jsonl"), ("folder", tmp_path)):
+        (links / name).unlink(missing_ok=True)
+        (links / name).symlink_to(target)
+    if not source.endswith("*/*.jsonl"):
+        (links / "folder").unlink()
+    try:
+        reply = line.post("/api/jobs", json={"model": "static", "sources": [source.format(allowed)]})
+        assert (reply.status_code, "leads out of the places" in reply.text) == (400, True), reply.text
+    finally:
+        shutil.rmtree(links)
+
+
+def test_a_pattern_holds_nobody_up(line: httpx.Client, working: Gateway, allowed: Path) -> None:
+    """One that a regular expression would try for half a minute, beside another workspace's requests."""
+    folder = allowed / "deep" / "/".join("a" * 40)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "x.jsonl").write_bytes(_lines(_ROWS[:1]))
+    sources = [f"{allowed}/deep/{'**/' * 30}{'*a' * 100}b.jsonl"]
+    with working.client(working.workspace("beside-globs")) as other, ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(line.post, "/api/jobs", json={"model": "static", "sources": sources})
+        assert other.get("/v1/models").status_code == 200
+        assert "no such file" in asked.result().text
 
 
 @pytest.mark.parametrize("admin", [False, True])

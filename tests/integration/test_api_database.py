@@ -2,21 +2,27 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import psycopg
 import pytest
+from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.types import Message
 
+from pipeline import catalog, keys, metrics
 from pipeline.api import directory as directory_module
 from pipeline.api import metering
-from pipeline.api.bulk import Bulk
+from pipeline.api.bulk import DOWNLOADS_OF_ONE, Bulk
 from pipeline.api.database import Database
-from pipeline.api.directory import Directory
+from pipeline.api.directory import Caller, Directory
 from pipeline.api.metering import Meter
-from pipeline.errors import ModelNotFound, UpstreamUnavailable
+from pipeline.api.places import Places
+from pipeline.errors import Busy, InvalidApiKey, ModelNotFound, UpstreamUnavailable
+from pipeline.store import keys as stored_keys
 from pipeline.store import models, usage
 from tests.acceptance.fleet import eventually
 from tests.jobs_made import run_sql
@@ -169,8 +175,112 @@ def test_a_defect_isnt_taken_for_an_outage(engine: Engine, monkeypatch: pytest.M
     asyncio.run(body())
 
 
-def test_a_reply_in_pieces_begins_when_its_first_is_there(engine: Engine) -> None:
-    few = create_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+def test_invented_keys_are_asked_for_together_and_kept_apart(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many they are: few questions, no failure of the database, and no known key forgotten."""
+    monkeypatch.setattr(directory_module, "_MOST_KEPT", 100)
+    with engine.begin() as connection:
+        token = keys.create(connection, catalog.workspace_id(connection), "test").token
+    asked: list[int] = []
+    find = stored_keys.find_live
+
+    def counted(connection: Connection, key_ids: Sequence[str]) -> Any:
+        asked.append(len(key_ids))
+        return find(connection, key_ids)
+
+    monkeypatch.setattr(stored_keys, "find_live", counted)
+
+    async def body() -> None:
+        database = Database(engine)
+        known = Directory(database)
+        await known.caller(f"Bearer {token}")
+        invented = [known.caller(f"Bearer vm_{number:016x}_{'a' * 43}") for number in range(3_000)]
+        answers = await asyncio.gather(*invented, known.caller(f"Bearer {token}"), return_exceptions=True)
+        assert {type(answer) for answer in answers[:-1]} == {InvalidApiKey}
+        assert isinstance(answers[-1], Caller)
+        assert database.seconds_since_failure == float("inf")
+        assert (len(known._keys._known), len(known._keys._unknown)) == (1, 100)
+
+    asyncio.run(body())
+    # The first two began at once, and the rest waited together.
+    assert len(asked) <= 10, asked
+    assert sum(asked) <= 3_002
+
+
+def test_a_workspaces_long_questions_hold_up_no_other(engine: Engine) -> None:
+    """They have their places, and what waits behind them is late without the database being blamed."""
+    released = threading.Event()
+
+    def long(connection: Connection) -> int:
+        released.wait(60)
+        return 1
+
+    def short(connection: Connection) -> int:
+        return int(connection.execute(text("select 2")).scalar_one())
+
+    async def body() -> None:
+        database = Database(engine)
+        before = metrics.API_QUESTIONS_LATE._value.get()
+        asking = [asyncio.ensure_future(database.ask(long, 1)) for _ in range(20)]
+        await asyncio.sleep(0)
+        for _ in range(20):
+            assert await database.ask_within(60, short, 2) == 2
+            assert await database.ask_within(60, short) == 2
+        late = asyncio.ensure_future(database.ask_within(0.5, short, 1))
+        while not late.done():
+            assert await database.ask_within(60, short, 2) == 2
+        with pytest.raises(Busy):
+            late.result()
+        assert metrics.API_QUESTIONS_LATE._value.get() == before + 1
+        assert database.seconds_since_failure == float("inf")
+        released.set()
+        assert await asyncio.gather(*asking) == [1] * 20
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def test_a_database_that_answers_nobody_is_blamed(engine: Engine) -> None:
+    released = threading.Event()
+
+    async def body() -> None:
+        database = Database(engine)
+        held = asyncio.ensure_future(database.ask(lambda _: released.wait(60), 1))
+        with pytest.raises(UpstreamUnavailable):
+            await database.ask_within(0.2, lambda _: released.wait(60), 2)
+        assert database.seconds_since_failure < 60
+        released.set()
+        await held
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def test_places_are_left_for_others() -> None:
+    async def body() -> None:
+        places = Places(4, 3)
+        ours = [await places.take(1) for _ in range(3)]
+        waiting = [asyncio.ensure_future(places.take(1)) for _ in range(50)]
+        theirs = await asyncio.wait_for(places.take(2), 10)
+        theirs()
+        waiting[0].cancel()
+        ours.pop()()
+        ours.append(await asyncio.wait_for(waiting[1], 10))
+        assert not any(one.done() for one in waiting[2:])
+        for one in waiting[2:]:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for give_back in ours:
+            give_back()
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def test_a_reply_in_pieces_begins_when_its_first_is_there(database: str) -> None:
+    few = create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: psycopg.connect(database),
+        pool_size=1,
+        max_overflow=0,
+        pool_timeout=0.1,
+    )
 
     def pieces() -> Iterator[bytes]:
         for number in range(2):
@@ -178,12 +288,37 @@ def test_a_reply_in_pieces_begins_when_its_first_is_there(engine: Engine) -> Non
                 yield str(connection.execute(text(f"select {number}")).scalar_one()).encode()
 
     async def body() -> None:
-        bulk = Bulk(few)
-        with few.connect(), pytest.raises(UpstreamUnavailable):
-            await bulk.begin(pieces)
-        assert list(await bulk.begin(pieces)) == [b"0", b"1"]
-        assert list(await bulk.begin(lambda: iter(()))) == [b""]
+        bulk = Bulk(few, patience_seconds=0.2)
+        with few.connect():
+            # None of them keeps its place.
+            for _ in range(DOWNLOADS_OF_ONE + 1):
+                with pytest.raises(UpstreamUnavailable):
+                    await bulk.answer(1, pieces)
+        assert await _sent(await bulk.answer(1, pieces)) == b"01"
+        assert await _sent(await bulk.answer(1, lambda: iter(()))) == b""
+        for _ in range(DOWNLOADS_OF_ONE):
+            await bulk.answer(1, pieces)
+        with pytest.raises(Busy, match="Too many downloads are under way"):
+            await bulk.answer(1, pieces)
+        assert await _sent(await bulk.answer(2, pieces)) == b"01"
         bulk.close()
 
     asyncio.run(body())
     few.dispose()
+
+
+async def _sent(answer: StreamingResponse) -> bytes:
+    """What an answer sends."""
+    body = b""
+
+    async def send(message: Message) -> None:
+        nonlocal body
+        body += message.get("body", b"")
+
+    await answer({"type": "http", "asgi": {"spec_version": "2.4"}}, anything, send)
+    return body
+
+
+async def anything() -> Message:
+    """A client that has nothing more to say."""
+    return await asyncio.get_running_loop().create_future()

@@ -44,29 +44,55 @@ def test_what_it_attached_to_is_undone_just_then(
     assert reply.json()["detail"].endswith("send this one again.")
 
 
-def test_a_body_that_stalls_is_given_up() -> None:
-    """An upload holds a place meanwhile. Once the body is whole, what comes may take its time."""
-    pieces: list[Message] = [
-        {"type": "http.request", "body": b"a", "more_body": True},
-        {"type": "http.request", "body": b"b", "more_body": False},
-    ]
-    held: list[Message] = []
+def test_a_body_may_wait_for_its_answer() -> None:
+    """Once it is whole, what comes may take its time."""
+    pieces = [_piece(b"a"), _piece(b"b", more=False), {"type": "http.disconnect"}]
+    waits = [0.0, 0.0, 0.5]
+    assert len(_read(pieces, waits, patience_seconds=0.1)) == 3
+
+
+@pytest.mark.parametrize(
+    ("pieces", "bounds"),
+    [
+        ([b"a"], {"patience_seconds": 0.05}),
+        # A byte now and then.
+        ([b"a"] * 1_000, {"patience_seconds": 0.2}),
+        # Fast enough, and too long.
+        ([b"a" * 65_536] * 1_000, {"most_seconds": 0.2}),
+    ],
+)
+def test_a_body_that_comes_too_slowly(pieces: list[bytes], bounds: dict[str, float]) -> None:
+    waits = [0.0, *[0.02] * len(pieces)]
+    with pytest.raises(RequestStalled, match="came too slowly: at least 16 KiB/s"):
+        _read([_piece(piece) for piece in pieces], waits, **bounds)
+
+
+def test_a_slow_reader_of_ours_isnt_the_clients_fault() -> None:
+    """Such as an upload that waits for its place."""
+    pieces = [_piece(b"a") for _ in range(20)] + [_piece(b"b", more=False)]
+    assert len(_read(pieces, [0.0] * len(pieces), between=0.02, patience_seconds=0.2)) == len(pieces)
+
+
+def _piece(body: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+def _read(pieces: list[Message], waits: list[float], between: float = 0.0, **bounds: float) -> list[Message]:
+    """What a route gets of a body whose pieces come after so many seconds each; after the last, nothing comes."""
+    got: list[Message] = []
 
     async def receive() -> Message:
-        if pieces:
-            return pieces.pop(0)
-        await asyncio.sleep(0.5)
-        return {"type": "http.disconnect"}
+        number = len(got)
+        await asyncio.sleep(waits[number] if number < len(pieces) else 3600)
+        return pieces[number]
 
     async def read(scope: Any, receive: Any, send: Any) -> None:
-        held.extend([await receive() for _ in range(3)])
+        while len(got) < len(pieces) or got[-1].get("more_body"):
+            got.append(await receive())
+            await asyncio.sleep(between)
 
     async def send(message: Message) -> None: ...
 
-    scope = {"type": "http", "path": "/api/jobs", "headers": []}
-    bounded = Bounded(read, 100, {}, stall_seconds=0.05)
-    asyncio.run(bounded(scope, receive, send))
-    assert [message["type"] for message in held] == ["http.request", "http.request", "http.disconnect"]
-    pieces[:] = [{"type": "http.request", "body": b"a", "more_body": True}]
-    with pytest.raises(RequestStalled, match=r"No piece of the body came for 0\.05 s"):
-        asyncio.run(bounded(scope, receive, send))
+    bounded = Bounded(read, 1024**3, {}, **{"most_seconds": 3600, **bounds})
+    asyncio.run(bounded({"type": "http", "path": "/api/jobs", "headers": []}, receive, send))
+    return got

@@ -112,8 +112,8 @@ async def act(request: Request, do: Callable[[Connection, Viewer, dict[str, str]
         Unauthorized, InvalidApiKey: nobody is logged in.
         Forbidden: the form wasn't sent by one of our pages.
     """
-    fields = await session.form(request)
     viewer = await session.viewer(request)
+    fields = await session.form(request)
     return RedirectResponse(await ask(request, lambda connection: do(connection, viewer, fields)), 303)
 
 

@@ -39,6 +39,7 @@ async def viewer(request: Request) -> Viewer:
         UpstreamUnavailable: the database is away.
     """
     found = Viewer(await caller_of(request, request.cookies.get(_COOKIE, "")))
+    request.state.caller = found.caller
     # For the page that tells what went wrong afterwards.
     request.state.viewer = found
     return found
