@@ -197,7 +197,10 @@ def test_both_files_are_of_one_moment(
     monkeypatch.setattr(items, "rejects_with_carried", meanwhile)
     finish(engine, settings, batch)
     row = row_of(engine, batch)
-    assert (row["state"], row["counts"]) == ("cancelled", {"total": 8, "completed": 4, "failed": 1})
+    assert (row["state"], row["counts"]) == (
+        "cancelled",
+        {"total": 8, "completed": 4, "failed": 1, "input_tokens": 12, "cached_tokens": 0},
+    )
     assert (read(engine, row, "output"), read(engine, row, "error")) == (
         ["k0", "k1", "k2", "k3"],
         ["k4", "k5", "k6", "k7"],
@@ -222,7 +225,10 @@ def test_one_whose_job_is_retried_waits_for_it_again(
     end_jobs()
     finish(engine, settings, batch)
     row = row_of(engine, batch)
-    assert (row["state"], row["counts"]) == ("completed", {"total": 8, "completed": 7, "failed": 1})
+    assert (row["state"], row["counts"]) == (
+        "completed",
+        {"total": 8, "completed": 7, "failed": 1, "input_tokens": 21, "cached_tokens": 0},
+    )
 
 
 @pytest.mark.parametrize("after", [0, 1], ids=["before the output", "before the errors"])

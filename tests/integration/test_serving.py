@@ -15,6 +15,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
+import workers.engine
 from pipeline import catalog
 from pipeline.errors import BadVector, ModelError, ModelUnusable, UpstreamUnavailable, UserError
 from pipeline.jobs import Model
@@ -203,6 +204,7 @@ def test_an_engine_reads_no_strangers_body_and_none_without_end(
 def test_an_engine_beyond_this_machine_needs_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x"), ("ENGINE_HOST", "0.0.0.0")):
         monkeypatch.setenv(f"VECTORMILL_{name}", value)
+    monkeypatch.setattr(workers.engine, "configure_logs", lambda _: None)  # which outlasts a test
     with pytest.raises(UserError, match=r"at 0\.0\.0\.0, beyond this machine, needs VECTORMILL_ENGINE_SECRET"):
         main()
 
