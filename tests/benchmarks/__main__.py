@@ -8,13 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import engine, gateway, job, memory, scale, submit_memory, submit_rate, write_back
+from tests.benchmarks import engine, fairness, gateway, job, memory, scale, submit_memory, submit_rate, write_back
 from tests.benchmarks.harness import Benchmark, Result, Rounds, result_table, write_results
 
 _BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        *(module.BENCHMARK for module in (job, engine, write_back, submit_rate, submit_memory)),
+        *(module.BENCHMARK for module in (job, engine, write_back, submit_rate, submit_memory, fairness)),
         *gateway.BENCHMARKS,
         *scale.BENCHMARKS,
         *memory.BENCHMARKS,
