@@ -178,7 +178,8 @@ def open_part(folder: str, job_id: UUID, output: Output) -> pq.ParquetFile:
 
 def names_of_parts(folder: str, job_id: UUID) -> set[str]:
     """The parts that lie in a job's folder, delivered or not."""
-    return {*visible_names(folder), *visible_names(_staging(folder, job_id))}
+    # In the direction in which they are moved: what leaves one place between the two looks is met in the other.
+    return {*visible_names(_staging(folder, job_id)), *visible_names(folder)}
 
 
 def indexes(folder: str, job_id: UUID, outputs: Sequence[Output]) -> npt.NDArray[np.int64]:

@@ -6,13 +6,15 @@ was in it and is forgotten. See ops/runbooks/Restore.md.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC
 
 from sqlalchemy import Engine, RowMapping
 
 from pipeline import storage
+from pipeline.errors import StorageRefused, StorageUnreachable
 from pipeline.jobs import JobState
 from pipeline.parts import names_of_parts
-from pipeline.store import outputs, restored
+from pipeline.store import jobs, outputs, restored
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +31,7 @@ class Matter:
 
 
 def check(engine: Engine) -> Iterator[Matter]:
-    """All that there is to tell, in order; nothing is changed until a `mend` is called.
-
-    Raises:
-        StorageRefused, StorageUnreachable: an output folder or a kept file can't be looked at.
-    """
+    """All that there is to tell, in order; nothing is changed until a `mend` is called."""
     for look in (_newest, _sequences, _claims, _parts, _files, _jobs, _keys):
         yield from look(engine)
 
@@ -41,7 +39,7 @@ def check(engine: Engine) -> Iterator[Matter]:
 def _newest(engine: Engine) -> Iterator[Matter]:
     with engine.begin() as connection:
         newest = restored.newest_moment(connection)
-    when = f"{newest:%Y-%m-%d %H:%M:%S} UTC" if newest else "nothing"
+    when = f"{newest.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" if newest else "nothing"
     yield Matter("newest", f"the newest job or usage that this database remembers: {when}")
 
 
@@ -78,34 +76,53 @@ def _claims(engine: Engine) -> Iterator[Matter]:
 
 def _parts(engine: Engine) -> Iterator[Matter]:
     with engine.begin() as connection:
-        jobs = restored.jobs_with_parts(connection)
+        found = restored.jobs_with_parts(connection)
     whole = True
-    for job in jobs:
+    for job in found:
         with engine.begin() as connection:
             recorded = {output.name for output in outputs.of_job(connection, job["id"])}
-        if missing := sorted(recorded - names_of_parts(job["folder"], job["id"])):
+        try:
+            seen = names_of_parts(job["folder"], job["id"])
+        except (StorageRefused, StorageUnreachable) as error:
             whole = False
-            yield _missing_parts(engine, job, missing)
+            yield Matter(
+                "parts", f"{job['folder']} can't be looked at: {error}", "look at it from where it can be read."
+            )
+            continue
+        if missing := sorted(recorded - seen):
+            whole = False
+            yield _missing_parts(engine, job, missing, sees_any=bool(seen))
     if whole:
-        yield Matter("parts", f"all recorded Parquet parts of {len(jobs):,} jobs are there")
+        yield Matter("parts", f"all recorded Parquet parts of {len(found):,} jobs are there")
 
 
-def _missing_parts(engine: Engine, job: RowMapping, missing: Sequence[str]) -> Matter:
+def _missing_parts(engine: Engine, job: RowMapping, missing: Sequence[str], *, sees_any: bool) -> Matter:
     found = f'job {job["id"]} ("{job["name"]}"): {len(missing):,} of its parts are missing below {job["folder"]}'
     if JobState(job["state"]).ended:
         advice = f"it is {job['state']}: put the files back from a backup, or submit it again."
         return Matter("parts", found, advice)
+    if not sees_any:  # a folder of another machine, or one that isn't mounted, would look the same
+        advice = "none is seen from here: run this where workers see the folder; if it is lost, cancel the job."
+        return Matter("parts", found, advice)
 
     def mend() -> str:
         with engine.begin() as connection:
+            now = jobs.lock(connection, job["id"])
+            if now is None or JobState(now["state"]).ended:
+                return "left alone: the job has ended meanwhile"
             return f"{restored.forget_parts(connection, job['id'], missing):,} chunks of job {job['id']} reopened"
 
     return Matter("parts", found, mend=mend)
 
 
 def _files(engine: Engine) -> Iterator[Matter]:
-    with engine.connect() as connection:
-        missing = [file["id"] for file in restored.kept_files(connection) if storage.stat(file["uri"]) is None]
+    with engine.begin() as connection:
+        kept = restored.kept_files(connection)
+    try:
+        missing = [file_id for file_id, uri in kept if storage.stat(uri) is None]
+    except (StorageRefused, StorageUnreachable) as error:
+        yield Matter("files", f"the uploaded files can't be looked at: {error}", "look from where they can be read.")
+        return
     if missing:
         shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         advice = "put VECTORMILL_FILES back from the backup of that time; batch requests on them fail."
@@ -116,10 +133,10 @@ def _files(engine: Engine) -> Iterator[Matter]:
 
 def _jobs(engine: Engine) -> Iterator[Matter]:
     with engine.begin() as connection:
-        jobs = restored.open_jobs(connection)
-    if not jobs:
+        found = restored.open_jobs(connection)
+    if not found:
         yield Matter("jobs", "none goes on")
-    for job in jobs:
+    for job in found:
         advice = "cancel it if it had ended since the backup: vectormill cancel " + str(job["id"])
         yield Matter("jobs", f'{job["id"]} ("{job["name"]}") is {job["state"]} and goes on', advice)
 

@@ -277,7 +277,7 @@ def _give_back(engine: Engine, claim: Claim, error: Exception) -> None:
         state=ChunkState.PENDING,
         not_before_seconds=0 if isinstance(error, ModelError | LeaseLost) else _BACK_OFF_SECONDS,
         isolation=None,
-        error=plain_reason(error) if isinstance(error, DBAPIError) else str(error),
+        error=plain_reason(error) if isinstance(error, DBAPIError) else str(error) or None,
     )
     with engine.begin() as connection:
         given_back = chunks.record(connection, claim, progress)

@@ -1,6 +1,6 @@
 """Statements for a database that was restored, or has failed over: what it forgot, and what no longer fits it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -45,7 +45,14 @@ def sequences_behind(connection: Connection) -> list[IdSequence]:
 def advance(connection: Connection, sequence: IdSequence) -> None:
     """Let a sequence go on after the highest id in use."""
     values = {"name": sequence.name, "highest": sequence.highest}
-    connection.execute(text("select setval(cast(:name as regclass), :highest)"), values)
+    connection.execute(
+        # Others may have taken ids meanwhile.
+        text("""
+            select setval(cast(:name as regclass),
+                          greatest(:highest, coalesce(pg_sequence_last_value(cast(:name as regclass)), 1)))
+        """),
+        values,
+    )
 
 
 def stale_claims(connection: Connection) -> int:
@@ -115,12 +122,12 @@ def forget_parts(connection: Connection, job_id: UUID, names: Sequence[str]) -> 
     ).rowcount
 
 
-def kept_files(connection: Connection) -> Iterator[RowMapping]:
-    """Files of the Files API that haven't expired: `id, uri`."""
-    rows = connection.execution_options(yield_per=1_000).execute(
+def kept_files(connection: Connection) -> list[tuple[str, str]]:
+    """Files of the Files API that haven't expired: (id, uri)."""
+    rows = connection.execute(
         text("select id, uri from vectormill.files where coalesce(expires_at > now(), true) order by id")
     )
-    yield from rows.mappings()
+    return [(row[0], row[1]) for row in rows]
 
 
 def live_keys(connection: Connection) -> int:

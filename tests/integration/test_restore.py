@@ -80,6 +80,14 @@ def test_chunks_whose_parts_are_gone_are_embedded_again(engine: Engine, model: M
     assert second.exists()
 
 
+def test_a_folder_that_is_not_seen_from_here_costs_nothing(engine: Engine, model: Model, folder: Path) -> None:
+    """As where the check runs on another machine than the workers."""
+    with_output(engine, model, folder)
+    folder.rename(folder.with_name("elsewhere"))
+    (matter,) = matters(engine, "parts")
+    assert (matter.mend, "none is seen from here" in matter.advice) == (None, True)
+
+
 def test_an_ended_jobs_missing_parts_are_told_and_left(engine: Engine, model: Model, folder: Path) -> None:
     with_output(engine, model, folder)
     ((job,),) = run_sql(engine, "select id from vectormill.jobs")
