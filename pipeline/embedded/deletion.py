@@ -1,7 +1,10 @@
 """The deletion of a home's data."""
 
+import os
 import shutil
 import stat
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from pipeline.embedded.place import Place
@@ -23,8 +26,13 @@ def data_folders(home: Path) -> list[Path]:
 
 def size_bytes(folders: list[Path]) -> int:
     """Return how much the files in the folders take."""
-    every = (each.lstat() for folder in folders for each in folder.rglob("*"))
-    return sum(found.st_size for found in every if stat.S_ISREG(found.st_mode))
+    total = 0
+    for parent, _, names in chain.from_iterable(map(os.walk, folders)):
+        for name in names:
+            with suppress(FileNotFoundError):  # a server that runs removes files
+                found = os.lstat(os.path.join(parent, name))
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def delete_data(home: Path) -> None:

@@ -95,9 +95,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _remove_unused(folder: Path) -> None:
-    for copy in folder.iterdir():
+    for copy in list(folder.iterdir()):
         if not processes_from(copy):
-            shutil.rmtree(copy)
+            # Under its own name, half a copy would be taken for a whole one; the next who is alone clears this away.
+            doomed = copy.with_name(f"{_STAGING}{copy.name}")
+            copy.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def _copy(installed: Path, copy: Path) -> None:
