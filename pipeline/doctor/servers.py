@@ -36,12 +36,12 @@ _REFUSALS = (
     ("permission denied for database", "grant connect on it to the role."),
 )
 #: Connections: of a worker's child and its parent; of two dispatchers and two apis, of an engine, of errands.
-_A_SLOT, _A_WORKER, _THE_REST = 3, 1, 41 + CONNECTIONS
+_A_SLOT, _A_WORKER, _THE_REST = 3, 1, 45 + CONNECTIONS
 
 
 def postgres(patient: Patient) -> Iterator[Finding]:
     """Postgres answers, is new enough and takes writes."""
-    where = _place(patient.database_url, 5432)
+    where = ",".join(f"{host}:{port}" for host, port in _database_places(patient.database_url))
     try:
         server = patient.ask(health.server)
     except DBAPIError as error:
@@ -107,7 +107,7 @@ def role(patient: Patient) -> Iterator[Finding]:
             f"it may not {', '.join(missing[:3])}{more}",
             "let it be the role that made the schema, or a process's login: ops/postgres/roles.sql.",
         )
-    elif server["superuser"] and not is_loopback(urlsplit(patient.database_url).hostname):
+    elif server["superuser"] and not _is_here(patient.database_url):
         yield warn(
             "it is a superuser",
             "a plain one that owns the database is enough, or one a process: ops/postgres/roles.sql.",
@@ -289,11 +289,12 @@ def verified(patient: Patient) -> Iterator[Finding]:
 
 def encryption(database_url: str, redis_url: str) -> Iterator[Finding]:
     """As `verified`, of these addresses."""
-    database, redis_ = urlsplit(database_url), urlsplit(redis_url)
-    mode = dict(parse_qsl(database.query)).get("sslmode") or os.environ.get("PGSSLMODE", "prefer")
+    redis_ = urlsplit(redis_url)
+    mode = conninfo_to_dict(database_url).get("sslmode") or os.environ.get("PGSSLMODE", "prefer")
     findings = []
-    if not is_loopback(database.hostname) and mode != "verify-full":
-        found = f"the database at {database.hostname} isn't verified (sslmode={mode})"
+    if not _is_here(database_url) and mode != "verify-full":
+        hosts = ",".join(host for host, _ in _database_places(database_url))
+        found = f"the database at {hosts} isn't verified (sslmode={mode})"
         findings.append(
             warn(found, "add ?sslmode=verify-full&sslrootcert=FILE (or system) to VECTORMILL_DATABASE_URL.")
         )
@@ -312,6 +313,18 @@ def encryption(database_url: str, redis_url: str) -> Iterator[Finding]:
 def _verifies(said: dict[str, str]) -> bool:
     strict = said.get("ssl_cert_reqs", "required").lower() in ("required", "cert_required")
     return strict and said.get("ssl_check_hostname", "true").lower() in ("true", "1", "yes")
+
+
+def _database_places(url: str) -> list[tuple[str, str]]:
+    """Hosts and ports that a URL of Postgres' names, of which there may be several."""
+    told = conninfo_to_dict(url)
+    hosts = str(told.get("host") or told.get("hostaddr") or "localhost").split(",")
+    ports = str(told.get("port") or "5432").split(",")
+    return list(zip(hosts, ports if len(ports) == len(hosts) else ports[:1] * len(hosts), strict=True))
+
+
+def _is_here(url: str) -> bool:
+    return all(is_loopback(host) for host, _ in _database_places(url))
 
 
 def _place(url: str, default_port: int) -> str:

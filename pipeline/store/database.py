@@ -1,14 +1,15 @@
 """Connections to Postgres: one place for time-outs, keep-alives and what a lost connection is called."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import orjson
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -42,12 +43,12 @@ def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = 
     if not url.startswith(("postgresql://", "postgres://")):
         raise UserError(_NO_URL)
     try:
-        # Read by libpq, as psql does: SQLAlchemy's own URLs take one host.
+        # Read by libpq, as psql does: SQLAlchemy's own URLs take one host, and are for show here.
         parameters = conninfo_to_dict(url)
     except psycopg.ProgrammingError:
         raise UserError(_NO_URL) from None  # what it says may quote the password
     engine = create_engine(
-        "postgresql+psycopg://",
+        _shown(parameters),
         connect_args={**_CONNECT_ARGS, **parameters, "application_name": application},
         pool_size=pool_size,
         max_overflow=0,
@@ -64,6 +65,19 @@ def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = 
         connection.commit()
 
     return engine
+
+
+def _shown(parameters: Mapping[str, Any]) -> URL:
+    """A URL without what doesn't fit into SQLAlchemy's."""
+    port = str(parameters.get("port", ""))
+    return URL.create(
+        "postgresql+psycopg",
+        username=parameters.get("user"),
+        password=parameters.get("password"),
+        host=parameters.get("host"),
+        port=int(port) if port.isdecimal() else None,
+        database=parameters.get("dbname"),
+    )
 
 
 @contextmanager

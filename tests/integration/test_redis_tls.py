@@ -191,6 +191,8 @@ def test_a_file_that_holds_no_authority(tmp_path: Path, monkeypatch: pytest.Monk
         ("postgresql://v@db.test/v?sslmode=require", "rediss://r.test/0?ssl_cert_reqs=none", ["database", "Redis"]),
         ("postgresql://v@db.test/v?sslmode=verify-full", "rediss://r.test/0", []),
         ("postgresql://v@127.0.0.1/v", "redis://:p@localhost/0", []),
+        ("postgresql://v@127.0.0.1:1,db.test:2/v?target_session_attrs=read-write", "redis://localhost/0", ["database"]),
+        ("postgresql:///v?host=db.test", "redis://localhost/0", ["database"]),
     ],
 )
 def test_the_doctor_warns_of_what_isnt_verified(database: str, broker: str, warned: list[str]) -> None:
