@@ -31,6 +31,8 @@ TAKEN_SECONDS = 120.0
 CONNECTIONS = 2_000
 #: Files that are open for other things.
 _OTHER_FILES = 256
+#: A request that is passed on, to an engine or a gateway, takes a second one.
+_FILES_EACH = 2
 
 _TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -181,7 +183,7 @@ def run(app: ASGIApp, closed: Counter, sockets: list[socket.socket] | None = Non
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = uvicorn.Config(
         app,
-        http=bounded(closed, most=_allow_files() - _OTHER_FILES),
+        http=bounded(closed, most=(_allow_files() - _OTHER_FILES) // _FILES_EACH),
         # Nothing here speaks it, and no bound would hold there.
         ws="none",
         log_config=None,
@@ -196,11 +198,10 @@ def run(app: ASGIApp, closed: Counter, sockets: list[socket.socket] | None = Non
 
 def _allow_files() -> int:
     """Let as many files be open as connections may need, or as can be. Returns how many."""
-    soft, hard = (
-        CONNECTIONS + _OTHER_FILES if limit == resource.RLIM_INFINITY else limit
-        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
-    )
-    wanted = min(hard, CONNECTIONS + _OTHER_FILES)
-    if soft < wanted:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_EACH * CONNECTIONS + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(hard, wanted)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return max(wanted, 2 * _OTHER_FILES)

@@ -12,6 +12,7 @@ from functools import partial
 from hmac import compare_digest
 from http import HTTPStatus
 from ipaddress import ip_address
+from math import ceil
 from uuid import uuid4
 
 import orjson
@@ -160,7 +161,7 @@ def make_app(
 def _refusal(model: Model, error: Exception) -> Response:
     match error:
         case UpstreamUnavailable():
-            return Response(str(error).encode(), 503, {"retry-after": f"{error.retry_after_seconds:.0f}"})
+            return Response(str(error).encode(), 503, {"retry-after": str(ceil(error.retry_after_seconds or 1))})
         case BadVector() | ModelsOwnTokens():
             return Response(str(error.index).encode(), error.status)
         case ModelUnusable():

@@ -5,6 +5,12 @@
 set -eu
 
 folder=${1:-secrets}
+if [ -d "$folder" ] && [ ! -e "$folder/engine_secret" ]; then
+    # Younger than the others, and alone in being added.
+    (umask 022 && od -An -N24 -tx1 /dev/urandom | tr -d ' \n' > "$folder/engine_secret")
+    echo "Added $folder/engine_secret." >&2
+    exit
+fi
 if [ -e "$folder" ]; then
     echo "$folder is there already; what is in it may be in use." >&2
     exit 1

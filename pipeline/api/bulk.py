@@ -85,8 +85,8 @@ class Bulk:
             how: what else `StreamingResponse` takes.
 
         Raises:
-            Busy: the workspace's readers, or all, have taken every place.
-            UpstreamUnavailable: the database is away, or no connection was free in time.
+            Busy: the workspace's readers, or all, have taken every place, or no connection was free in time.
+            UpstreamUnavailable: the database is away.
         """
         give_back = await self._take(self._downloads, workspace_id, "downloads")
         try:
@@ -126,8 +126,9 @@ def _begun(make: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
 def _reporting_unreachable() -> Iterator[None]:
     try:
         yield
-    except PoolTimeout as error:
-        raise unreachable() from error
+    except PoolTimeout as error:  # our own line, not the database
+        message = "The gateway has too many questions for its database; try again."
+        raise Busy(message, retry_after_seconds=2) from error
     except DBAPIError as error:
         if is_connection_lost(error) or is_without_room(error):
             raise unreachable() from error

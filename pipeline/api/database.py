@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import TypeVar
 
 import structlog
@@ -13,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline import metrics
 from pipeline.api.places import Places
 from pipeline.errors import Busy, UpstreamUnavailable
+from pipeline.store import health
 
 log = structlog.get_logger()
 
@@ -32,6 +34,8 @@ class Database:
         self._engine = engine
         self._places, self._own = Places(_QUESTIONS, _QUESTIONS_OF_ONE), asyncio.Semaphore(_OWN)
         self._failed = self._answered = float("-inf")
+        #: Whether it answers: one question for all who ask at a time, since anybody may.
+        self._answers: asyncio.Task[datetime] | None = None
 
     @property
     def seconds_since_failure(self) -> float:
@@ -91,6 +95,12 @@ class Database:
             return await self._places.take(workspace_id)
         await self._own.acquire()
         return self._own.release
+
+    async def answers_within(self, seconds: float) -> None:
+        """Return if it answers. Raises as `ask_within`."""
+        if self._answers is None or self._answers.done():
+            self._answers = asyncio.create_task(self.ask_within(seconds, health.now))
+        await asyncio.shield(self._answers)
 
     async def ask_within(
         self, seconds: float, act: Callable[[Connection], Found], workspace_id: int | None = None

@@ -30,6 +30,8 @@ class _Outcome(Enum):
     """Why an engine gave no vectors."""
 
     UNREACHABLE = auto()
+    #: It knows another secret.
+    REFUSING = auto()
     LOST = auto()
     FULL = auto()
     UNKNOWN = auto()
@@ -38,7 +40,7 @@ class _Outcome(Enum):
 
 _OUTCOMES: dict[int, _Outcome] = {
     HTTPStatus.SERVICE_UNAVAILABLE: _Outcome.FULL,
-    HTTPStatus.UNAUTHORIZED: _Outcome.UNREACHABLE,
+    HTTPStatus.UNAUTHORIZED: _Outcome.REFUSING,
     HTTPStatus.NOT_FOUND: _Outcome.UNKNOWN,
     HTTPStatus.FAILED_DEPENDENCY: _Outcome.CANT_LOAD,
 }
@@ -136,6 +138,8 @@ def _refusal(model: str, outcomes: "Counter[_Outcome]", wait: float) -> ApiError
         return UpstreamUnavailable(f'The model "{model}" has no room now.', retry_after_seconds=wait)
     if outcomes[_Outcome.LOST]:
         return UpstreamUnavailable(f'The engine of the model "{model}" broke off.', retry_after_seconds=wait)
+    if outcomes[_Outcome.REFUSING]:
+        return UpstreamUnavailable("The gateway and its engines don't share a secret.", retry_after_seconds=wait)
     if outcomes[_Outcome.UNREACHABLE]:
         return UpstreamUnavailable(f'No engine of the model "{model}" can be reached now.', retry_after_seconds=wait)
     if outcomes[_Outcome.CANT_LOAD]:

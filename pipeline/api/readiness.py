@@ -3,8 +3,7 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pipeline.errors import UpstreamUnavailable
-from pipeline.store import health
+from pipeline.errors import Busy, UpstreamUnavailable
 
 _ANSWER_SECONDS = 3.0
 
@@ -12,7 +11,7 @@ _ANSWER_SECONDS = 3.0
 async def readyz(request: Request) -> Response:
     """The route `/readyz`."""
     try:
-        await request.app.state.database.ask_within(_ANSWER_SECONDS, health.now)
-    except UpstreamUnavailable as error:
+        await request.app.state.database.answers_within(_ANSWER_SECONDS)
+    except (UpstreamUnavailable, Busy) as error:
         return Response(str(error), 503, media_type="text/plain")
     return Response("ok", media_type="text/plain")

@@ -79,7 +79,7 @@ def _running(**bounds: float) -> Iterator[Server]:
 @pytest.mark.parametrize("begin", [b"", b"G", _HALF, b"GET / HTTP/1.1\r\nhost: here\r\n\r\nGET / HT"])
 def test_a_head_that_is_never_ended(serve: Callable[..., Server], begin: bytes) -> None:
     """However it begins, on a new connection or on one that was good for a request."""
-    server = serve(head_seconds=0.5)
+    server = serve(head_seconds=3)
     with server.connect() as slow:
         slow.sendall(begin)
         eventually(lambda: server.closed("slow_head"), "the end of its patience")
@@ -91,7 +91,7 @@ def test_a_head_that_is_never_ended(serve: Callable[..., Server], begin: bytes) 
 
 
 def test_a_byte_now_and_then_is_no_head(serve: Callable[..., Server]) -> None:
-    server = serve(head_seconds=0.5)
+    server = serve(head_seconds=3)
     with server.connect() as slow:
         slow.sendall(_HALF)
 
@@ -103,7 +103,7 @@ def test_a_byte_now_and_then_is_no_head(serve: Callable[..., Server]) -> None:
 
 
 def test_a_body_may_take_longer_than_a_head(serve: Callable[..., Server]) -> None:
-    server = serve(head_seconds=0.3)
+    server = serve(head_seconds=3)
     with server.connect() as slow, server.connect() as head:
         slow.sendall(b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: 3\r\n\r\na")
         head.sendall(_HALF)
@@ -133,7 +133,7 @@ def test_a_head_without_end(serve: Callable[..., Server], begin: bytes) -> None:
 
 
 def test_an_answer_that_nobody_reads(serve: Callable[..., Server]) -> None:
-    server = serve(taken_seconds=0.3)
+    server = serve(taken_seconds=3)
     with server.connect() as slow:
         slow.sendall(b"GET /long HTTP/1.1\r\nhost: here\r\n\r\n")
         eventually(lambda: server.closed("slow_reader"), "the end of its patience")
@@ -141,7 +141,7 @@ def test_an_answer_that_nobody_reads(serve: Callable[..., Server]) -> None:
 
 
 def test_an_answer_that_is_read_slowly_but_surely(serve: Callable[..., Server]) -> None:
-    server = serve(taken_seconds=0.3)
+    server = serve(taken_seconds=3)
     with server.connect() as reading, server.connect() as other:
         for connection in (reading, other):
             connection.sendall(b"GET /long HTTP/1.1\r\nhost: here\r\n\r\n")
