@@ -191,7 +191,8 @@ class Encoder:
         Raises:
             ModelError: they disagree: other weights, a broken driver or a broken device.
         """
-        self._expected = expected
+        # Read once: later another thread may be reading.
+        self._canary, self._expected = self.tokenise([CANARY]), expected
         self.prove_again()
 
     def prove_again(self) -> None:
@@ -200,7 +201,7 @@ class Encoder:
         Raises:
             ModelError: the canary comes out wrong now.
         """
-        if not is_canary(self.canary(), self._expected):
+        if not is_canary(self.encode(self._canary)[0], self._expected):
             raise ModelError("the canary text's vector differs from the catalogue's: wrong weights or a broken device")
 
 

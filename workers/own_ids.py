@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 _TELLING = 16
 #: Where a client has cut a text, its last word may be read otherwise.
 _LAST_WORD = 8
+#: Of ids so many are looked at: all other texts wait meanwhile.
+_LOOKED_AT = 128
 
 
 class OwnIds:
@@ -30,7 +32,11 @@ class OwnIds:
         They are if they stand between the tokeniser's marks for beginning and end. Without these, a WordPiece's are if
         they are many different ones, or if all of the request could be, and together are many.
         """
-        own = {at: each for at, each in ids.items() if self._could_be(each)}
+        own = {
+            at: each
+            for at, each in ids.items()
+            if (self._is_telling or self._is_marked(each)) and self._could_be(each[:_LOOKED_AT])
+        }
         for at, each in own.items():
             if self._is_marked(each) or (self._is_telling and len(set(each)) >= _TELLING):
                 return at

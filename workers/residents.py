@@ -68,7 +68,7 @@ class Residents:
 
     def _make_room(self, weights_bytes: int) -> None:
         def taken() -> int:
-            return sum(model.weights_bytes for model, _ in self._loaded.values()) * ROOM_FACTOR
+            return sum(model.weights_bytes for model, _ in list(self._loaded.values())) * ROOM_FACTOR
 
         while self._loaded and taken() + weights_bytes * ROOM_FACTOR > self._memory_bytes:
             name, _ = self._loaded.popitem(last=False)

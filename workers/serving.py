@@ -119,6 +119,9 @@ class Serving:
         if why := self._why_unusable(model):
             raise ModelUnusable(why)
         with self._loading:
+            # Whoever waited for a load that failed is told so, too.
+            if why := self._why_unusable(model):
+                raise ModelUnusable(why)
             if self._unusable.pop(_identity(model), None):
                 self._residents.drop(model.name)
             try:

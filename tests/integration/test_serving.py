@@ -133,6 +133,16 @@ def test_a_canary_tells_a_bad_device_from_a_bad_text(
     assert loads.asked == 2, "loaded anew"
 
 
+def test_who_waited_for_a_load_that_fails_does_not_try_it_again(serving: Serving, loads: Loads, model: Model) -> None:
+    loads.error = ModelError("not those files")
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*(serving.embed(model, ["x"]) for _ in range(5)), return_exceptions=True)
+
+    assert [type(error) for error in asyncio.run(ask())] == [ModelUnusable] * 5
+    assert loads.asked == 1
+
+
 def test_an_engine_shows_what_it_can_use(
     engine: Engine, serving: Serving, loads: Loads, model: Model, static_description: dict[str, Any]
 ) -> None:
