@@ -84,7 +84,7 @@ class JobRequest(BaseModel):
     def _check_signs(self) -> Self:
         if self.delimiter == "":
             raise ValueError("delimiter: give one sign of ASCII, or tab")
-        if self.delimiter is not None and self.delimiter == (self.quote or '"'):
+        if self.delimiter is not None and self.delimiter == ('"' if self.quote is None else self.quote):
             raise ValueError("delimiter: it can't be the quote too")
         return self
 

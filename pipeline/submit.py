@@ -84,7 +84,10 @@ def _check_dialect(corpus: Source) -> None:
 
 
 def _name_taken(name: str, other: UUID) -> str:
-    return f'another job is called "{name}" too, {other}; a command that is given the name means the newest.'
+    return (
+        f'another job is called "{name}" too, {other}; by the name, commands that read mean the newest, '
+        "and those that change a job may ask for its id."
+    )
 
 
 def _check_ways(options: Options, corpus: Source) -> None:

@@ -204,9 +204,15 @@ def _walk_matching(start: str, pattern: Pattern) -> Iterator[str]:
             if looked > _MOST_ENTRIES:
                 raise SourceError(f"{start}: more than {_MOST_ENTRIES:,} names were looked at; give a folder nearer.")
             name, after = folder + entry.name, pattern.step(state, entry.name)
-            if pattern.ended(after) and entry.is_file():
+            try:
+                is_file, is_folder = entry.is_file(), entry.is_dir()
+            except OSError as error:  # a link that leads to itself, or where we may not look
+                if pattern.ended(after) or pattern.goes_on(after):
+                    raise SourceError(f"{name}: {reason(error)}.") from None
+                continue
+            if pattern.ended(after) and is_file:
                 yield name
-            if pattern.goes_on(after) and entry.is_dir():
+            if pattern.goes_on(after) and is_folder:
                 if entry.is_symlink() and pattern.is_anywhere(after):
                     raise SourceError(f"{name}: a link to a folder isn't followed by **; name it in the pattern.")
                 waiting.append((f"{name}/", after))

@@ -43,7 +43,8 @@ _POSTGRES: dict[str, Any] = {
     "keepalives_count": 3,
     "application_name": "vectormill-source",
 }
-_READ_ONLY = "-c default_transaction_read_only=on"
+#: Read only; and an interval is a key as Postgres writes it by default, whatever the server's style is.
+_READ_ONLY = "-c default_transaction_read_only=on -c intervalstyle=postgres"
 #: Of no statement more than so long, and of none more than its role may.
 _LIMIT_STATEMENTS = """
 select set_config('statement_timeout', least(nullif(setting::bigint, 0), %s)::text, false)
