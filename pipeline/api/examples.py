@@ -15,6 +15,7 @@ _JOB = {
     "model": _MODEL,
     "labels": {"team": "search"},
     "output": None,
+    "notices": [],
     "items": {
         "total": 50_000,
         "embedded": 34_322,
@@ -87,6 +88,7 @@ _BATCH = {
     "cancelling_at": None,
     "cancelled_at": None,
     "request_counts": {"total": 10_000, "completed": 6_144, "failed": 100},
+    "usage": None,
     "metadata": {"run": "2026-11-24"},
     "job_id": _JOB_ID,
 }
@@ -183,6 +185,7 @@ EXAMPLES: dict[str, Any] = {
         "state": "completed",
         "items": {"in": 50_000, "embedded": 49_958, "reused": 0, "rejected": 42, "cancelled": 0},
         "tokens": {"prompt": 4_120_880, "billed": 4_120_880, "unanswered": 0, "reused": 0},
+        "truncated": 372,
         "balanced": True,
         "verified": True,
         "missing": 0,

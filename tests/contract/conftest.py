@@ -13,7 +13,7 @@ import httpx2 as httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from pipeline import catalog, keys
 from pipeline.embedded.runtime import Running
@@ -107,6 +107,8 @@ def running_gateway(
             catalog.add_model(connection, "minilm", bundled_description)
             catalog.add_model(connection, "broken", {**static_description, "path": str(broken)})
             catalog.add_model(connection, "alone", static_description)
+            # One that was just added is asked of engines that don't show it yet.
+            connection.execute(text("update vectormill.models set added_at = now() - interval '1 hour'"))
             key = keys.create(connection, catalog.workspace_id(connection), "tests", admin=True).token
         (broken / "config.json").write_text("{}")
         environment = {

@@ -241,6 +241,11 @@ def test_retry_is_offered_where_it_can_help(gateway: Gateway, browser: httpx.Cli
         "update vectormill.jobs set state = 'completed', finished_at = now() where id = any(:jobs)",
         jobs=[job, hopeless],
     )
+    run_sql(
+        gateway.engine,
+        "update vectormill.chunks set state = 'done', embedded = items - rejected where job_id = any(:jobs)",
+        jobs=[job, hopeless],
+    )
     assert "Retry 1 reject<" in browser.get(f"/jobs/{job}").text
     assert "Retry" not in browser.get(f"/jobs/{hopeless}").text
     assert browser.post(f"/jobs/{hopeless}/retry").status_code == 409
