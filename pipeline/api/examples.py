@@ -5,7 +5,7 @@ from typing import Any
 
 _JOB_ID = "0198c2d1-6f00-7c3a-9d41-2b7e5a1c9f10"
 _MODEL = "all-MiniLM-L6-v2"
-_JOB = {
+_JOB: dict[str, Any] = {
     "id": _JOB_ID,
     "name": "docs-nightly",
     "workspace": "default",
