@@ -136,12 +136,15 @@ class Staging:
         if not stagings.hold(connection, self._producer, self._lease_seconds):
             raise LeaseLost("this submission was cancelled, or taken over by another one with its idempotency key.")
 
+    def _lost(self) -> ServiceUnreachable:
+        return ServiceUnreachable(
+            f"the database has lost a part of job {self._job_id} while it was submitted (was there a failover?); "
+            "submit the same again."
+        )
+
     def _advance(self, connection: Connection) -> None:
         if not stagings.advance(connection, self._producer, self._committed, self._items):
-            raise ServiceUnreachable(
-                f"the database has lost a part of job {self._job_id} while it was submitted (was there a failover?); "
-                "submit the same again."
-            )
+            raise self._lost()
         self._committed = self._items
 
     def _copy(self, connection: Connection, blocks: Sequence[Rows]) -> None:
@@ -196,6 +199,8 @@ class Staging:
             self._hold(connection)
             chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, self._planner.finish())))
             self._advance(connection)
+            if stagings.count_inputs(connection, self._job_id) != len(self._submission.corpus.inputs()):
+                raise self._lost()
             stagings.queue(
                 connection,
                 self._producer,

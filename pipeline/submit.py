@@ -57,11 +57,9 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
             lease_seconds=submission.planning.lease_seconds,
         )
         partitions.make_month(connection, partitions.month_of(job.id))
-        others = jobs.named(connection, submission.workspace_id, options.name, 1)
+        tell_namesake(connection, submission.workspace_id, options.name, submission.corpus)
         producer = stagings.begin(connection, job)
     if producer:
-        if others:
-            submission.corpus.notices.add("name", _name_taken(options.name, others[0]["id"]))
         return Submitted(job.id, notices=Staging(engine, submission, producer).run())
     return _attach(engine, submission)
 
@@ -81,6 +79,12 @@ def _check_dialect(corpus: Source) -> None:
     if not any(file.format in (Format.CSV, Format.TSV) for file in files):
         given = "delimiter" if columns.delimiter is not None else "quote"
         raise UserError(f"{given}: {corpus.name} has no .csv or .tsv file, so it has no effect; leave it out.")
+
+
+def tell_namesake(connection: Connection, workspace_id: int, name: str, corpus: Source) -> None:
+    """Note that another job bears this name, if one does."""
+    if others := jobs.named(connection, workspace_id, name, 1):
+        corpus.notices.add("name", _name_taken(name, others[0]["id"]))
 
 
 def _name_taken(name: str, other: UUID) -> str:

@@ -214,6 +214,7 @@ jobs = Table(
     ),
     Index("jobs_texts_idx", "finished_at", postgresql_where=text("texts_kept_from < items_total")),
     Index("jobs_newest_idx", "workspace_id", text("id desc")),
+    Index("jobs_named_idx", "name", text("id desc")),
 )
 
 #: Jobs that were asked for by `vectormill.submit`, the function: each becomes a job over its query's rows.

@@ -31,6 +31,7 @@ from pipeline.storage import is_remote
 from pipeline.store import workers
 from pipeline.submission import Options, Submission, planning
 from pipeline.submit import submit as submit_corpus
+from pipeline.submit import tell_namesake
 
 
 def submit(
@@ -272,6 +273,7 @@ def _estimate(place: Place, model: str, corpus: Source, options: Options, *, as_
     with place.engine.begin() as connection:
         row = find_row(connection, place.workspace_id, model)
         slots = sum(worker["slots"] for worker in workers.live(connection) if row["name"] in worker["models"])
+        tell_namesake(connection, place.workspace_id, options.name, corpus)
 
     def tokenise(texts: Sequence[str], max_tokens: int | None) -> tuple[Sequence[int], Sequence[bool]]:
         if row["kind"] == "gateway":  # only it could tell

@@ -85,6 +85,12 @@ def insert_inputs(connection: Connection, job_id: UUID, files: Sequence[Mapping[
         connection.execute(insert(inputs), [{"job_id": job_id, "ordinal": n, **file} for n, file in enumerate(files)])
 
 
+def count_inputs(connection: Connection, job_id: UUID) -> int:
+    """How many inputs are written down."""
+    found = text("select count(*) from vectormill.inputs where job_id = :job")
+    return int(connection.execute(found, {"job": job_id}).scalar_one())
+
+
 def set_input_rows(connection: Connection, job_id: UUID, rows: Mapping[int, int]) -> None:
     """Write down how many rows inputs have, by ordinal."""
     if rows:

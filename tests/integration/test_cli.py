@@ -249,7 +249,8 @@ def test_what_isnt_refused_is_said(engine: Engine, model: Model, run: Run, tmp_p
     assert [f"note {line}" for line in printed(run, "status", "a")["notices"]] == said
     done = run("submit", "a.csv", "--model", "small", "--key-column", "ID", "--quote", "none")
     assert done.stderr == (
-        f'note another job is called "a" too, {first}; a command that is given the name means the newest.\n'
+        f'note another job is called "a" too, {first}; by the name, commands that read mean the newest, and those '
+        "that change a job may ask for its id.\n"
     )
     assert job_row(engine, UUID(done.stdout.strip()))["items_total"] == 3
 

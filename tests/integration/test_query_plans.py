@@ -208,6 +208,7 @@ def _some(engine: Engine, job: UUID, state: str) -> int:
         ("standing_events", "events_ended_idx"),
         ("forget_old_events", "events_ended_idx"),
         ("requests_named", "requests_no_job_idx"),
+        ("jobs_named", "jobs_named_idx"),
         ("forget_queries", "requests_queries_idx"),
     ],
 )
@@ -243,6 +244,7 @@ def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str
         "standing_events": lambda c: events.standing(c, 3600),
         "forget_old_events": lambda c: events.forget_old(c, 30),
         "requests_named": lambda c: requests.named(c, 1, "docs", 2),
+        "jobs_named": lambda c: jobs.named(c, 1, "docs", 2),
         "forget_queries": lambda c: requests.forget_queries(c, 7),
     }
     with engine.connect() as connection:

@@ -1,0 +1,14 @@
+"""Jobs are found by name: at each submission, and by each command that is given one."""
+
+from alembic import op
+from sqlalchemy import text
+
+revision = "0016"
+down_revision = "0015"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Add an index."""
+    op.create_index("jobs_named_idx", "jobs", ["name", text("id desc")], schema="vectormill")
