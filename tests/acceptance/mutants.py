@@ -39,8 +39,8 @@ def _without_one_transaction() -> None:
     """The chunk is committed before its vectors are."""
     record = chunks.record
 
-    def record_at_once(connection: Any, *arguments: Any) -> bool:
-        done = record(connection, *arguments)
+    def record_at_once(connection: Any, *arguments: Any, **named: Any) -> bool:
+        done = record(connection, *arguments, **named)
         driver = connection.connection.driver_connection
         driver.execute("commit and chain")
         return done

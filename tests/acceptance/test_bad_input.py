@@ -101,9 +101,9 @@ def test_a_broken_file_is_refused_in_one_sentence(fleet: Fleet, tmp_path: Path) 
 
 
 def _submit(fleet: Fleet, *arguments: str) -> int:
-    """`vectormill submit`, which has nothing to say. Returns the most bytes that it held."""
+    """`vectormill submit`, which has nothing to say but that there are no keys. Returns the most bytes that it held."""
     said, peak = _measured(fleet, "pipeline.cli", "submit", "--model", "static", *arguments)
-    assert said == ""
+    assert [line for line in said.splitlines() if 'no column "id"' not in line] == []
     return peak
 
 
