@@ -112,8 +112,9 @@ async def act(request: Request, do: Callable[[Connection, Viewer, dict[str, str]
         Unauthorized, InvalidApiKey: nobody is logged in.
         Forbidden: the form wasn't sent by one of our pages.
     """
+    session.must_be_ours(request)  # another site's form comes without the cookie, and is told what it is
     viewer = await session.viewer(request)
-    fields = await session.form(request)
+    fields = await session.form(request)  # which only a known caller may take time to send
     return RedirectResponse(await ask(request, lambda connection: do(connection, viewer, fields)), 303)
 
 
