@@ -48,7 +48,7 @@ def loads(data: bytes | str) -> Any:
 
 
 def may_be_inexact(value: Any) -> bool:
-    """Whether what the fast parser has read holds a float, its word for integers past 64 bits too."""
+    """Return whether what the fast parser has read holds a float, its word for integers past 64 bits too."""
     if type(value) is float:
         return True
     if type(value) is list:

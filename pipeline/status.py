@@ -53,7 +53,7 @@ class Namesake:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will happen to it by itself."""
+        """Return whether nothing more will happen to it by itself."""
         return self.state in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
 
 

@@ -106,7 +106,7 @@ def _fields(body: bytes) -> Any:
 
 
 def _no_json(body: bytes, error: orjson.JSONDecodeError) -> InvalidPayload:
-    """What is wrong with a body, by a reader that stands more."""
+    """Say what is wrong with a body, by a reader that stands more."""
     try:
         fields = json.loads(body.decode("utf-8", "surrogatepass"))
     except UnicodeDecodeError as broken:

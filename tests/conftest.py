@@ -67,7 +67,7 @@ def _make_template(url: str) -> None:
 
 
 def set_fsync(url: str, value: str) -> None:
-    """Whether the server waits for its disk, `on` or `off`."""
+    """Let the server wait for its disk, `on`, or not, `off`."""
     _administer(url, sql.SQL("alter system set fsync = {}").format(sql.Identifier(value)))
     _administer(url, sql.SQL("select pg_reload_conf()").format())
 
@@ -139,7 +139,7 @@ def bundled_model() -> Path:
 
 @pytest.fixture(scope="session")
 def cl100k(tmp_path_factory: pytest.TempPathFactory) -> tiktoken.Encoding:
-    """How OpenAI's clients make ids of a text."""
+    """The encoding by which OpenAI's clients make ids of a text."""
     return encoding(tmp_path_factory.mktemp("vocabulary"))
 
 

@@ -224,7 +224,7 @@ def main() -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine only."""
+    """Return whether an address is of this machine only."""
     try:
         return ip_address(host).is_loopback
     except ValueError:  # a name

@@ -28,7 +28,7 @@ _SHARES = 16
 
 @dataclass(eq=False, slots=True)
 class Work:
-    """What a request still asks of the device."""
+    """The rest of what a request asks of the device."""
 
     #: On whose behalf: callers have equal shares.
     caller: str
@@ -182,7 +182,7 @@ class Lanes:
 
 
 def seconds_ahead(waiting: Iterable[tuple[str, float]], caller: str, seconds: float) -> float:
-    """How long a request of so many seconds waits for others, when callers and their requests have equal shares.
+    """Return how long a request of so many seconds waits for others, when callers and their requests have equal shares.
 
     Args:
         waiting: the callers of requests that wait or are under way, and the seconds of work that are left of each.

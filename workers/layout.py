@@ -1,4 +1,4 @@
-"""What a model's folder says of itself: read, and refused where sentence-transformers would guess. Loads no weights."""
+"""A model's folder as it describes itself: refused where sentence-transformers would guess. Loads no weights."""
 
 import json
 import re

@@ -59,5 +59,5 @@ def _pooled(folder: Path, weights: dict[str, Any], pooling: str) -> list[torch.n
 
 
 def described(error: Exception) -> str:
-    """What a library raised, in one line."""
+    """Tell in one line what a library raised."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

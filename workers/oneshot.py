@@ -99,7 +99,7 @@ def queries(model: Model, texts: list[str]) -> list[list[float]]:
 
 
 def tokens(model: Model, texts: list[str], max_tokens: int | None) -> tuple[list[int], list[bool]]:
-    """How many tokens the model reads of each document, and whether it cuts it.
+    """Return how many tokens the model reads of each document, and whether it cuts it.
 
     Raises:
         ModelError: the model isn't what was added to the catalogue.

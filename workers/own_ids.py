@@ -49,7 +49,7 @@ class OwnIds:
         return len(around) > 1 and len(ids) > 1 and (ids[0], ids[-1]) == (around[0], around[-1])
 
     def _could_be(self, ids: Sequence[int]) -> bool:
-        """Whether the tokeniser, from the text that they are by its vocabulary, makes them again."""
+        """Return whether the tokeniser, from the text that they are by its vocabulary, makes them again."""
         if max(ids) >= self._size or min(ids) < 0:
             return False
         text = self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -18,5 +18,5 @@ class Pace:
         self._tokens, self._seconds = kept * self._tokens + tokens, kept * self._seconds + seconds
 
     def seconds(self, tokens: float) -> float:
-        """How long so many tokens would take."""
+        """Return how long so many tokens would take."""
         return tokens * self._seconds / max(self._tokens, 1e-9)

@@ -45,7 +45,7 @@ _SHORT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """What the proof of a model found."""
+    """The findings of a model's proof."""
 
     #: The model, ready to be measured.
     encoder: Encoder
@@ -59,7 +59,7 @@ class Proof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Oracle:
-    """What sentence-transformers makes of texts, by task."""
+    """Vectors by sentence-transformers itself, by task."""
 
     texts: list[str]
     vectors: dict[str, Vectors]
@@ -186,7 +186,7 @@ def _compare(folder: Path, encoder: Encoder, oracle: _Oracle) -> None:
 
 
 def _distances(some: Vectors, others: Vectors) -> npt.NDArray[np.float64]:
-    """How far vectors lie from others, as a part of the others' length."""
+    """Return how far vectors lie from others, as a part of the others' length."""
     lengths = np.linalg.norm(others.astype(np.float64), axis=1)
     return np.linalg.norm(some.astype(np.float64) - others, axis=1) / np.maximum(lengths, 1e-9)
 
@@ -271,7 +271,7 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def _is_of_body(part: PreTrainedModel, key: str) -> bool:
-    """Whether unexpected weights belong to a part that the vectors go through, and not to a head of another task."""
+    """Return whether unexpected weights belong to a part that the vectors go through, not to another task's head."""
     first, _, rest = key.removeprefix(f"{part.base_model_prefix}.").partition(".")
     is_buffer = rest.endswith(("position_ids", "inv_freq", "token_type_ids"))
     return first in dict(part.named_children()) and not is_buffer

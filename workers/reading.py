@@ -36,12 +36,12 @@ class Way:
         return self.reader.read([self.prompt + text for text in texts] if self.prompt else texts, max_tokens)
 
     def features(self, ids: Sequence[list[int]]) -> dict[str, Any]:
-        """What the model's forward pass takes."""
+        """The arguments of the model's forward pass."""
         features = {**self.reader.features(ids), "task": self.task, "modality": "text"}
         return features if self.prompt_tokens is None else {**features, "prompt_length": self.prompt_tokens}
 
     def goes_with(self, other: "Way") -> bool:
-        """Whether texts of both ways may be in one batch."""
+        """Return whether texts of both ways may be in one batch."""
         return self.reader is other.reader and self.prompt_tokens == other.prompt_tokens
 
 
@@ -95,7 +95,7 @@ class _PaddedReader:
         return self._fast
 
     def same_as(self, other: "_PaddedReader | _FlatReader") -> bool:
-        """Whether it reads as another one does."""
+        """Return whether it reads as another one does."""
         return isinstance(other, _PaddedReader) and self._fast is other._fast and self.max_tokens == other.max_tokens
 
     def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
@@ -139,7 +139,7 @@ class _FlatReader:
         return self._fast
 
     def same_as(self, other: "_PaddedReader | _FlatReader") -> bool:
-        """Whether it reads as another one does."""
+        """Return whether it reads as another one does."""
         return isinstance(other, _FlatReader) and self._fast is other._fast
 
     def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:

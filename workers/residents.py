@@ -77,7 +77,7 @@ class Residents:
 
 
 def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], "Encoder"]:
-    """How a child on `device` makes encoders: weights as the catalogue's fingerprint says, with its prompts."""
+    """Return the maker of a child's encoders on `device`: of the catalogue's weights, proven, with its prompts."""
 
     def load(model: Model) -> "Encoder":
         from workers.encoder import Encoder

@@ -58,7 +58,7 @@ class Database:
         return Busy("The gateway has too many questions for its database; try again.", retry_after_seconds=2)
 
     async def ask(self, act: Callable[[Connection], Found], workspace_id: int | None = None) -> Found:
-        """What `act` returns, in a transaction, when it is a workspace's turn, by default ours. A caller that is
+        """Run `act` in a transaction when it is a workspace's turn, by default ours. A caller that is
         cancelled leaves it to its end."""
         give_back = await self._take(workspace_id)
         loop = asyncio.get_running_loop()

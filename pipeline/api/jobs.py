@@ -285,6 +285,6 @@ _MEDIA_TYPES: Mapping[str, str] = {
 
 
 def _as_file(stem: str, kind: str) -> dict[str, Any]:
-    """How an answer says that it is a file."""
+    """The headers of an answer that is a file."""
     headers = {"content-disposition": f'attachment; filename="{stem}.{kind}"'}
     return {"media_type": _MEDIA_TYPES[kind], "headers": headers}

@@ -31,7 +31,7 @@ _MOST_LEFT = 3
 
 
 def decoder() -> Decode | None:
-    """How ids of cl100k_base become text; None, and a line in the log, if this installation lacks the vocabulary."""
+    """A decoder of ids of cl100k_base; None, and a line in the log, if this installation lacks the vocabulary."""
     try:
         return decode_by(_vocabulary() | _SPECIAL)
     except (PackageNotFoundError, OSError, EOFError, zlib.error, ValueError) as error:

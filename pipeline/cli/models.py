@@ -34,7 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Pooling(StrEnum):
-    """How the vectors of a text's tokens become one."""
+    """Ways in which the vectors of a text's tokens become one."""
 
     CLS = "cls"
     MEAN = "mean"

@@ -102,6 +102,6 @@ def bundled_model_folder() -> Path | None:
 
 
 def bundled_model_bytes() -> int:
-    """How large the weights of the bundled model are; 0 if it isn't installed."""
+    """Return how large the weights of the bundled model are; 0 if it isn't installed."""
     folder = bundled_model_folder()
     return weights_bytes(folder) if folder else 0

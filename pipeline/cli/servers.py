@@ -211,7 +211,7 @@ def _machine(settings: Settings, workers: int, on_wait: Callable[[Running], None
 
 
 class _Lines:
-    """What an `up` in this terminal says while it starts, is ready and stops."""
+    """The lines of an `up` in this terminal: starting, ready, stopping."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -52,7 +52,7 @@ class Waiting:
 
     @property
     def seconds(self) -> float:
-        """How long it has been going on."""
+        """Return how long it has been going on."""
         return time.monotonic() - self._began
 
     def __rich__(self) -> str:

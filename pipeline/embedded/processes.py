@@ -84,7 +84,7 @@ def our_environment(more: Mapping[str, str]) -> dict[str, str]:
 
 
 class Standstill:
-    """How long a process has done nothing: neither it nor those below it took processor time, and its log didn't grow.
+    """The time for which a process has done nothing: neither it nor those below it computed, and its log didn't grow.
 
     A machine that is busy slows a process down and doesn't stop it, so that this tells a slow start from none.
     """

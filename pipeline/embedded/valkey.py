@@ -50,7 +50,7 @@ class Valkey:
 
     @classmethod
     def is_at(cls, home: Path, url: str) -> bool:
-        """Whether a URL names the home's own server, at whatever port: on loopback, with its password."""
+        """Return whether a URL names the home's own server, at whatever port: on loopback, with its password."""
         with suppress(OSError, ValueError):
             parts = urlsplit(url)
             if parts.hostname == "127.0.0.1":

@@ -34,7 +34,7 @@ _SEPARATOR_LINE_BYTES = 9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """How fields are told apart."""
+    """The signs between fields and around them."""
 
     delimiter: str
     #: Empty: nothing quotes.
@@ -296,7 +296,7 @@ class _Feed:
         self.row_lines: list[str] = []
 
     def begin_row(self) -> None:
-        """What is given from now on belongs to another row."""
+        """Take what is given from now on for another row."""
         self.row_start = self.given
         self.row_lines.clear()
 
@@ -362,8 +362,8 @@ class Header:
         )
 
     def hides_rows(self, row: list[str] | None, lines: list[str]) -> bool:
-        """Whether a row on several lines, all of them given, holds lines that look like rows of their own: of as many
-        fields, and a key of the same kinds of letters. `None` is the header, whose own lines have no key."""
+        """Return whether a row on several lines, all of them given, holds lines that look like rows of their own: of as
+        many fields, and a key of the same kinds of letters. `None` is the header, whose own lines have no key."""
         own = _kinds_of_letters(row[self._key]) if row and self._key is not None else frozenset()
         for line in lines[1:]:
             fields = line.rstrip("\r\n").split(self.dialect.delimiter)

@@ -327,7 +327,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _is_written_out(kind: pa.DataType) -> bool:
-    """Whether its values become strings, since JSON hasn't their like."""
+    """Return whether its values become strings, since JSON hasn't their like."""
     return pa.types.is_decimal(kind) or pa.types.is_temporal(kind) or kind == pa.uuid()
 
 

@@ -16,7 +16,7 @@ State = frozenset[int]
 
 
 def is_glob(path: str) -> bool:
-    """Whether a path is a pattern."""
+    """Return whether a path is a pattern."""
     return _GLOB.search(path) is not None
 
 
@@ -74,19 +74,19 @@ class Pattern:
         return frozenset(state)
 
     def ended(self, state: State) -> bool:
-        """Whether a path that ends here matches."""
+        """Return whether a path that ends here matches."""
         return len(self._tests) in state
 
     def goes_on(self, state: State) -> bool:
-        """Whether a longer path may match."""
+        """Return whether a longer path may match."""
         return any(at < len(self._tests) for at in state)
 
     def is_anywhere(self, state: State) -> bool:
-        """Whether any folder may come next."""
+        """Return whether any folder may come next."""
         return any(at < len(self._tests) and self._tests[at] is None for at in state)
 
     def matches(self, path: str) -> bool:
-        """Whether a whole path does."""
+        """Return whether a whole path does."""
         state = self.begin()
         for name in path.split("/"):
             state = self.step(state, name)

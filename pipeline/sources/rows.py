@@ -49,7 +49,7 @@ class Columns:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What decides the rows of a corpus, for its fingerprint."""
+        """All that decides the rows of a corpus, for its fingerprint."""
         dialect = (self.delimiter, self.quote)
         return (self.text, self.key, self.carry, *(() if dialect == (None, None) else dialect))
 
@@ -85,7 +85,7 @@ class Parsed:
 
 
 class Notices:
-    """What a person should know of a corpus though nothing is refused: the first lines of each kind, and a count."""
+    """Things to know of a corpus though nothing is refused: the first lines of each kind, and a count."""
 
     _MOST = 3
 

@@ -71,7 +71,7 @@ def _named(value: object) -> str:
 
 
 def written(value: object) -> object:
-    """What JSON hasn't, written out as a string: a moment in UTC and all of its digits; other values as they are."""
+    """Write out as a string what JSON hasn't: a moment in UTC and all of its digits; other values as they are."""
     if isinstance(value, Decimal):
         return format(value, "f")
     if isinstance(value, datetime) and value.tzinfo is not None:

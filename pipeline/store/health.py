@@ -40,7 +40,7 @@ def settings(connection: Connection) -> dict[str, str]:
 
 
 def replication(connection: Connection) -> RowMapping:
-    """How commits reach standbys: `standbys` connected now, `synchronous_standby_names`, `synchronous_commit`."""
+    """Read how commits reach standbys: `standbys` connected now, `synchronous_standby_names`, `synchronous_commit`."""
     return (
         connection.execute(
             text("""

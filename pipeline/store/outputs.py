@@ -55,7 +55,7 @@ def of_job(connection: Connection, job_id: UUID, chunk_id: int | None = None) ->
 
 
 def digest(connection: Connection, job_id: UUID) -> str:
-    """What tells a job's parts from others: their number alone doesn't, where a failover has replaced some."""
+    """Return what tells a job's parts from others: their number alone doesn't, where a failover has replaced some."""
     found = text("""
         select count(*) || ' ' || coalesce(sum(hashtextextended(name, 0)), 0)
         from vectormill.outputs where job_id = :job

@@ -86,7 +86,7 @@ def insert_inputs(connection: Connection, job_id: UUID, files: Sequence[Mapping[
 
 
 def count_inputs(connection: Connection, job_id: UUID) -> int:
-    """How many inputs are written down."""
+    """Return how many inputs are written down."""
     found = text("select count(*) from vectormill.inputs where job_id = :job")
     return int(connection.execute(found, {"job": job_id}).scalar_one())
 

@@ -135,7 +135,7 @@ def _claims_over_a_failover(server: Running, home: Path, engine: Engine, job: UU
 
 
 def _warnings(server: Running) -> str:
-    """What the doctor says of the settings."""
+    """Ask the doctor of the settings."""
     patient = Patient(
         settings=Settings(),
         database_url=server.database_url,

@@ -23,7 +23,7 @@ _TEXT = "A mill grinds grain, and the stream that turns its wheel never rests, n
 
 @dataclass
 class _Seen:
-    """What the clients of a round saw."""
+    """Answers and refusals that the clients of a round saw."""
 
     #: How long each request for one text took.
     seconds: list[float] = field(default_factory=list)

@@ -308,7 +308,7 @@ def test_a_reply_in_pieces_begins_when_its_first_is_there(database: str) -> None
 
 
 async def _sent(answer: StreamingResponse) -> bytes:
-    """What an answer sends."""
+    """Collect what an answer sends."""
     body = b""
 
     async def send(message: Message) -> None:

@@ -45,7 +45,7 @@ class Server:
         self.address = self.listener.getsockname()
 
     def closed(self, reason: str) -> int:
-        """How many connections it has closed for a reason."""
+        """Count the connections that it has closed for a reason."""
         return int(self._closed.labels(reason)._value.get())
 
     def connect(self, host: str = "127.0.0.1") -> socket.socket:

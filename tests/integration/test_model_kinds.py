@@ -63,7 +63,7 @@ def ours(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDArr
 
 
 def outcome(kind: Kind, folder: Path) -> str:
-    """What the table says of a kind."""
+    """A kind's row of the table."""
     try:
         documents, queries = ours(folder, kind.pooling)
     except ModelError as error:
@@ -86,7 +86,7 @@ def table(outcomes: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes() -> Iterator[dict[str, str]]:
-    """What came out of each kind; the document must say the same when all are through."""
+    """The outcome of each kind; the document must say the same when all are through."""
     found: dict[str, str] = {}
     yield found
     if found.keys() == {kind.name for kind in KINDS}:

@@ -1,4 +1,4 @@
-"""What a restored database needs: told, and done when asked."""
+"""The needs of a restored database: told, and met when asked."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def matters(engine: Engine, name: str) -> list[Matter]:
 
 
 def mended(engine: Engine, name: str) -> str:
-    """What the one mend of this name does; nothing is left to do then."""
+    """Do the one mend of this name, after which nothing is left to do. Returns what it tells."""
     (mend,) = [matter.mend for matter in matters(engine, name) if matter.mend]
     did = mend()
     assert not any(matter.mend for matter in check(engine))

@@ -223,7 +223,7 @@ def test_an_engine_beyond_this_machine_needs_a_secret(monkeypatch: pytest.Monkey
 
 
 def _waiting(serving: Serving) -> int:
-    """How many texts wait."""
+    """Return how many texts wait."""
     return sum(len(each.texts) for lane in serving._lanes._lanes.values() for each in lane.waiting)
 
 

@@ -78,7 +78,7 @@ def _piece(body: bytes, *, more: bool = True) -> Message:
 
 
 def _read(pieces: list[Message], waits: list[float], between: float = 0.0, **bounds: float) -> list[Message]:
-    """What a route gets of a body whose pieces come after so many seconds each; after the last, nothing comes."""
+    """Send a route a body whose pieces come after so many seconds each; after the last, nothing comes."""
     got: list[Message] = []
 
     async def receive() -> Message:

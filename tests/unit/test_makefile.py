@@ -1,4 +1,4 @@
-"""What `make` says before it has installed anything."""
+"""The words of `make` before it has installed anything."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""What a start says while it waits, and how it tells a slow child from one that stands still."""
+"""The words of a start that waits, and a slow child told from one that stands still."""
 
 import os
 import time

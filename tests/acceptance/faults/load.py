@@ -192,7 +192,7 @@ class Load:
         self._purged.append(job)
 
     def _judge(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
-        """What is wrong with a job at its end."""
+        """Say what is wrong with a job at its end."""
         rewinds = self.site.rewinds
         try:
             state = self._await_end(way, job)

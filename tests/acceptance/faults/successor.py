@@ -78,7 +78,7 @@ class Successor:
                     self._end(self.folder)
 
     def _follows(self, url: str) -> bool:
-        """Whether the standby has all that the primary had a moment ago."""
+        """Return whether the standby has all that the primary had a moment ago."""
         with psycopg.connect(self.url, autocommit=True) as connection:
             (now,) = connection.execute("select pg_current_wal_lsn()").fetchone() or (None,)
         try:
@@ -125,7 +125,7 @@ class Successor:
 
     @staticmethod
     def _next_to(old: str) -> Path:
-        """Where a tablespace goes: `used`, `used-1`, `used-2` and so on."""
+        """Name the place of a tablespace: `used`, `used-1`, `used-2` and so on."""
         name, _, number = Path(old).name.partition("-")
         return Path(old).with_name(f"{name}-{int(number or 0) + 1}")
 

@@ -17,7 +17,7 @@ STRAY = 'id\ttext\n1\tplain\n2\t"one stray quote\n3\tthree\n4\tfive inches: 5"\n
 
 
 def notices(*sources: str, columns: Columns = DEFAULT) -> list[str]:
-    """What is said of a corpus, the same by value and by reference."""
+    """Return what is said of a corpus, the same by value and by reference."""
     by_value, by_reference = (Corpus(sources, columns, ITEM_BYTES) for _ in range(2))
     assert list(by_value.blocks())
     for file in by_reference.files:
