@@ -45,7 +45,7 @@ def _without_one_transaction() -> None:
         driver.execute("commit and chain")
         return done
 
-    chunks.record = record_at_once  # type: ignore[assignment]
+    chunks.record = record_at_once
 
 
 def _poisonable() -> None:
