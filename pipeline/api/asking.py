@@ -82,7 +82,7 @@ async def read_body(request: Request, shape: type[Body]) -> Body:
         InvalidPayload: it isn't of that shape.
     """
     try:
-        return shape.model_validate_json(await request.body())
+        return shape.model_validate_json(await request.app.state.bulk.body(request, workspace_of(request)))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"

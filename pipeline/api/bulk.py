@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from pipeline.api.database import unreachable
@@ -27,6 +28,10 @@ _AT_ONCE, _OF_ONE_AT_ONCE = 3, 2
 CONNECTIONS = 10
 #: Uploads that may lie on disk, whole or in part, and those of one workspace.
 UPLOADS_AT_ONCE, UPLOADS_OF_ONE = 6, 3
+#: Larger bodies than this are read so many at a time, and so many of one workspace: they are held in memory, and a
+#: client may take long to send one.
+_SMALL_BYTES = 65_536
+BODIES_AT_ONCE, BODIES_OF_ONE = 32, 16
 #: Answers that are made while they are sent: each holds a page of vectors for as long as its reader takes.
 _DOWNLOADS_AT_ONCE, DOWNLOADS_OF_ONE = 16, 8
 #: How long another one waits for a place.
@@ -44,6 +49,22 @@ class Bulk:
         self._runs = Places(_AT_ONCE, _OF_ONE_AT_ONCE)
         self._uploads = Places(UPLOADS_AT_ONCE, UPLOADS_OF_ONE)
         self._downloads = Places(_DOWNLOADS_AT_ONCE, DOWNLOADS_OF_ONE)
+        self._bodies = Places(BODIES_AT_ONCE, BODIES_OF_ONE)
+
+    async def body(self, request: Request, workspace_id: int) -> bytes:
+        """A request's body, read into memory when it is the workspace's turn, if it isn't a small one.
+
+        Raises:
+            Busy: its turn didn't come in time.
+        """
+        told = request.headers.get("content-length", "")
+        if told.isdecimal() and int(told) <= _SMALL_BYTES and "content-encoding" not in request.headers:
+            return await request.body()
+        give_back = await self._take(self._bodies, workspace_id, "large requests")
+        try:
+            return await request.body()
+        finally:
+            give_back()
 
     @asynccontextmanager
     async def upload(self, workspace_id: int) -> AsyncIterator[None]:

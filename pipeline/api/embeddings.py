@@ -13,6 +13,7 @@ from sqlalchemy import RowMapping
 from starlette.requests import ClientDisconnect
 
 from pipeline import metrics
+from pipeline.api.bulk import Bulk
 from pipeline.api.directory import Caller, Directory
 from pipeline.api.engines import Engines
 from pipeline.api.limits import Limits
@@ -151,7 +152,8 @@ async def create_embeddings(request: Request) -> Response:
     """Embed texts: one vector each, in their order."""
     gateway: Gateway = request.app.state.gateway
     caller = await gateway.directory.caller(request.headers.get("authorization"))
-    asked = parse_request(await request.body(), gateway.most_text_bytes, gateway.decode)
+    bulk: Bulk = request.app.state.bulk
+    asked = parse_request(await bulk.body(request, caller.workspace_id), gateway.most_text_bytes, gateway.decode)
     model = await gateway.directory.model(caller.workspace_id, asked.model)
     dimensions = _dimensions(model, asked.dimensions)
     gateway.meter.check()

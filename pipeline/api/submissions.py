@@ -14,7 +14,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
 from pipeline import status, webhooks
-from pipeline.api.asking import SECURITY, ask, caller_of, problems, scope_of
+from pipeline.api.asking import SECURITY, ask, caller_of, problems, scope_of, workspace_of
 from pipeline.api.bulk import Bulk
 from pipeline.api.shapes import Job
 from pipeline.catalog import find_model
@@ -109,7 +109,8 @@ async def create_job(
 
 async def _from_sources(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
     try:
-        fields = json.loads(await request.body(), object_pairs_hook=_without_twins)
+        body = await request.app.state.bulk.body(request, workspace_of(request))
+        fields = json.loads(body, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
         raise InvalidPayload("The body is neither JSON nor multipart/form-data.") from error
     if not isinstance(fields, dict):

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ import zstandard
 
 from pipeline import catalog
 from pipeline import keys as api_keys
+from pipeline.api.bulk import BODIES_OF_ONE
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import ORIGIN, SERVED, Gateway
 from tests.jobs_made import run_sql
@@ -268,6 +269,32 @@ def test_a_key_lives_until_it_is_revoked(gateway: Gateway) -> None:
         assert code(refused) == (401, "invalid_api_key")
     again = gateway.fleet.cli("keys", "revoke", row["id"], check=False)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+
+
+def test_large_bodies_that_hardly_come_hold_up_no_other_workspace(gateway: Gateway) -> None:
+    """As many of one key as it may send are asked for; the next one waits, and another workspace's goes through."""
+    head = (
+        "POST /v1/embeddings HTTP/1.1\r\nhost: here\r\nexpect: 100-continue\r\ncontent-type: application/json\r\n"
+        f"authorization: Bearer {gateway.workspace('hardly')}\r\ncontent-length: 1000000\r\n\r\n"
+    ).encode()
+    host, port = gateway.url.removeprefix("http://").split(":")
+    with ExitStack() as opened:
+
+        def begin() -> socket.socket:
+            made = opened.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            made.sendall(head)
+            return made
+
+        for _ in range(BODIES_OF_ONE):
+            holding = begin()
+            assert holding.recv(100).startswith(b"HTTP/1.1 100 ")
+        waiting = begin()
+        large = {"model": "static", "input": ["a mill " * 3_000] * 5}
+        with gateway.client(gateway.workspace("beside-large")) as theirs:
+            assert theirs.post("/v1/embeddings", json=large).status_code == 200
+        assert select.select([waiting], [], [], 0)[0] == []
+        holding.close()
+        assert waiting.recv(100).startswith(b"HTTP/1.1 100 ")
 
 
 def test_a_crowd_with_invented_keys_holds_up_nobody(gateway: Gateway) -> None:
