@@ -117,6 +117,11 @@ def _check_lengths(options: Options, model: Model) -> None:
                 f"max_item_tokens {options.max_item_tokens:,}: {model.name} reads {model.max_item_tokens:,} tokens of "
                 "a text at most; ask for no more, or leave it out."
             )
+        if options.on_long == "reject" and not options.max_item_tokens and not model.max_item_tokens:
+            raise UserError(
+                f"on_long: {model.name} reads texts of any length, so none is too long; leave it out, or set "
+                "max_item_tokens."
+            )
         return
     if options.max_item_tokens not in (None, model.max_item_tokens):
         raise UserError(

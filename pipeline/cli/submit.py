@@ -131,6 +131,8 @@ def submit(
         raise UserError("--max-rejects: give a count such as 50, or a share such as 2.5%.")
     _needs("--json", as_json, "--dry-run", dry_run)
     _needs("--timeout", timeout is not None, "--wait", wait)
+    if wait and dry_run:
+        raise UserError("--wait has no effect with --dry-run, which submits nothing; leave one of them out.")
     wish = read_request(
         {
             "model": model,

@@ -171,6 +171,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ("submit", "-", "--model", "small", "--json"),
         "--json has no effect without --dry-run; leave it out, or give both.",
     ),
+    (("submit", "-", "--model", "small", "--wait", "--dry-run"), "--wait has no effect with --dry-run"),
     (("submit", "-", "--model", "small", "--timeout", "5"), "--timeout has no effect without --wait; leave it out"),
     (
         ("submit", "-", "--model", "small", "--quote", "none"),

@@ -255,6 +255,13 @@ def test_a_gateways_texts_are_not_measured_here(
     assert submit(engine, submission(far, jsonl(), max_item_tokens=far.max_item_tokens)).job_id
 
 
+def test_what_rejects_nothing_is_refused(engine: Engine, model: Model) -> None:
+    boundless = replace(model, max_item_tokens=None)
+    with pytest.raises(UserError, match="on_long: small reads texts of any length"):
+        submit(engine, submission(boundless, jsonl(), on_long="reject"))
+    assert nothing_is_left(engine)
+
+
 def test_the_same_key_attaches(engine: Engine, run: Callable[..., Submitted]) -> None:
     first = run(jsonl(), idempotency_key="k")
     second = run("a.jsonl", idempotency_key="k")
