@@ -172,16 +172,18 @@ def test_a_refusal_before_anything_came_through_only_waits(sender: Throttle, sto
     assert waits(sender, 20, 300_000) == [0] * 20
 
 
-def let_through_ten_a_second(sender: Throttle, store: "redis.Redis") -> None:
+def let_through_ten_a_second(sender: Throttle, store: "redis.Redis", clock: SimpleNamespace) -> None:
     """As it would have gone for a minute."""
     passed(sender, {}, 1_000)
     for _ in range(599):
         sender.passed({}, 1_000, 1_000)
-    store.hset(_key(), "since", time.time() - 60)
+    store.hset(_key(), "since", int(clock.now) - 60)
 
 
-def test_refusals_one_after_the_other_slow_down_by_steps(sender: Throttle, store: "redis.Redis") -> None:
-    let_through_ten_a_second(sender, store)
+def test_refusals_one_after_the_other_slow_down_by_steps(
+    sender: Throttle, store: "redis.Redis", clock: SimpleNamespace
+) -> None:
+    let_through_ten_a_second(sender, store, clock)
     sender.refused(sender.reserve(1_000, _PATIENCE), {}, 1_000, 1.0)
     measured = _rate(store, sender)
     assert measured == pytest.approx(0.85 * 10, rel=0.05)
@@ -194,9 +196,9 @@ def test_refusals_one_after_the_other_slow_down_by_steps(sender: Throttle, store
 
 
 def test_refusals_with_nothing_in_between_leave_the_rate_to_come_back_to(
-    sender: Throttle, store: "redis.Redis"
+    sender: Throttle, store: "redis.Redis", clock: SimpleNamespace
 ) -> None:
-    let_through_ten_a_second(sender, store)
+    let_through_ten_a_second(sender, store, clock)
     for _ in range(20):
         sender.refused(sender.reserve(1_000, _PATIENCE), {}, 1_000, 1.0)
         _age(store, 2)
@@ -205,10 +207,12 @@ def test_refusals_with_nothing_in_between_leave_the_rate_to_come_back_to(
     assert _rate(store, sender) == pytest.approx(0.97 * 10, rel=0.05)
 
 
-def test_little_that_was_asked_for_is_not_taken_for_the_rate(sender: Throttle, store: "redis.Redis") -> None:
+def test_little_that_was_asked_for_is_not_taken_for_the_rate(
+    sender: Throttle, store: "redis.Redis", clock: SimpleNamespace
+) -> None:
     passed(sender, {}, 10)
     leaves = [sender.reserve(1_000, _PATIENCE) for _ in range(3)]
-    store.hset(_key(), "since", time.time() - 9)
+    store.hset(_key(), "since", int(clock.now) - 9)
     sender.refused(leaves[0], {}, 1_000, 1.0)
     _rate(store, sender)
     assert sender._share.rates[1] == pytest.approx(0.85 * 3_010 / 10 / 2, rel=0.05), "and not 1 a second"
@@ -224,11 +228,11 @@ def test_no_number_of_refusals_stops_a_request_for_good(sender: Throttle, store:
 
 
 def test_one_that_came_through_before_a_long_wait_is_not_taken_for_the_rate(
-    sender: Throttle, store: "redis.Redis"
+    sender: Throttle, store: "redis.Redis", clock: SimpleNamespace
 ) -> None:
     passed(sender, limits(requests=600))
     store.hdel(_key(), "requests_limit")
-    store.hset(_key(), mapping={"requests_ceiling": 10, "requests_cut_to": 9.7, "requests_cut_at": time.time() - 5})
+    store.hset(_key(), mapping={"requests_ceiling": 10, "requests_cut_to": 9.7, "requests_cut_at": int(clock.now) - 5})
     sender.refused(sender.reserve(10, _PATIENCE), {}, 10, 600.0)
     assert _rate(store, sender) == pytest.approx(0.85 * 9.7 / 2, rel=0.05)
 
