@@ -29,8 +29,9 @@ from tests.jobs_made import run_sql
 
 
 @pytest.fixture(autouse=True)
-def _questions_end() -> Iterator[None]:
-    """Before their engine does: a connection that comes back later is closed by nobody."""
+def _questions_end(engine: Engine) -> Iterator[None]:
+    """Before their engine does, which is asked for so that this ends first: a connection that comes back later is
+    closed by nobody."""
     yield
     for thread in threading.enumerate():
         if thread.name == "database":
