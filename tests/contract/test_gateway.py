@@ -300,7 +300,7 @@ def test_large_bodies_that_hardly_come_hold_up_no_other_workspace(gateway: Gatew
 def test_a_crowd_with_invented_keys_holds_up_nobody(gateway: Gateway) -> None:
     """Six hundred connections ask again and again. A key that nobody knows yet is found meanwhile, and the database
     isn't said to have failed."""
-    before = _counted(gateway)
+    before = counted(gateway)
     key = gateway.new_key()
 
     async def body() -> list[int]:
@@ -324,12 +324,13 @@ def test_a_crowd_with_invented_keys_holds_up_nobody(gateway: Gateway) -> None:
             return answers
 
     assert Counter(asyncio.run(asyncio.wait_for(body(), 240))) == {401: 1_800}
-    after = _counted(gateway)
+    after = counted(gateway)
     assert after["unknown_keys"] - before["unknown_keys"] == 1_800
     assert after["database_failures"] == before["database_failures"]
 
 
-def _counted(gateway: Gateway) -> dict[str, float]:
+def counted(gateway: Gateway) -> dict[str, float]:
+    """What the api has counted of callers without a key and of a database that fails."""
     lines = httpx.get(f"{gateway.url}/metrics").text.splitlines()
     return {
         name: float(line.rpartition(" ")[2])

@@ -397,17 +397,15 @@ def test_child_that_ignores_the_signal_is_killed_with_its_group(tmp_path: Path) 
 
 def test_second_request_hastens_the_stop(tmp_path: Path) -> None:
     program = (
-        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen('up', 'w').close()\ntime.sleep(60)\n"
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen('up', 'w').close()\ntime.sleep(9e4)\n"
     )
     ready = (tmp_path / "up").exists
     supervisor = Supervisor(tmp_path)
-    supervisor.launch(_child("stubborn", tmp_path, program, ready=ready, grace_seconds=60))
+    supervisor.launch(_child("stubborn", tmp_path, program, ready=ready, grace_seconds=90_000))
     assert supervisor.wait_until_ready()
     supervisor.request_stop()
     threading.Timer(0.2, supervisor.request_stop).start()
-    began = time.monotonic()
-    supervisor.stop()
-    assert time.monotonic() - began < 55
+    supervisor.stop()  # else it takes the grace, and the test doesn't end
 
 
 def test_request_while_starting_ends_the_start(tmp_path: Path) -> None:
