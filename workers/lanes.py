@@ -1,4 +1,4 @@
-"""The queue of a device: texts of many requests, in one lane for each encoder, and the batch that is next. No I/O."""
+"""The queue of a device: texts of many requests, in one lane for each encoder, and whose turn is next. No I/O."""
 
 import itertools
 from bisect import bisect_right
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from workers.encoder import Encoder
 
 _MOST_ITEMS = 2_048
-#: Shares of a batch that a request takes at a time.
+#: Shares of a turn that a request takes at a time.
 _SHARES = 16
+#: Batches of a model's size in a turn. Where the device is the processor, requests and answers are paid by what it
+#: embeds; a client of one text asks once in two turns. Turns of one batch cost 7 % of what long requests get alone.
+_TURN_BATCHES = 2
 
 
 @dataclass(eq=False, slots=True)
@@ -109,7 +112,7 @@ class _Lane:
     #: Nothing that waits was due before.
     clock: float = 0.0
     places: Iterator[int] = field(default_factory=itertools.count)
-    #: Whether the next batch begins with what is due first; else with who has waited longest.
+    #: Whether the next turn begins with what is due first; else with who has waited longest.
     by_due: bool = True
 
     def add(self, request: Request) -> None:
@@ -120,7 +123,7 @@ class _Lane:
         self.waiting = [each for each in self.waiting if each.texts and not each.request.dropped]
 
     def take(self) -> list[Text]:
-        """One budget of tokens. Of each request those texts go along that are about as long as the first one."""
+        """The texts of a turn. Of each request those texts go along that are about as long as the first one."""
         requests = Counter(each.request.work.caller for each in self.waiting)
         line = [(each.due(requests[each.request.work.caller]), each.place, each) for each in self.waiting]
         self.clock = min(line)[0]
@@ -131,32 +134,32 @@ class _Lane:
         return self._fill(line, requests)
 
     def _fill(self, line: list[tuple[float, int, _Waiting]], requests: Counter[str]) -> list[Text]:
-        """A batch of what stands in line: first come those with the least numbers."""
+        """A turn of what stands in line: first come those with the least numbers."""
         heapify(line)
-        longest, room = line[0][2].texts[-1][0], self.encoder.budget_tokens
+        longest, room = line[0][2].texts[-1][0], _TURN_BATCHES * self.encoder.budget_tokens
         share = max(1, room // _SHARES)
-        batch: list[Text] = []
+        turn: list[Text] = []
         while line:
             _, _, each = heappop(line)
             of_caller, given = requests[each.request.work.caller], 0
             while each.texts and given < share:
                 tokens = max(1, each.would_take(min(longest, room)))
-                if batch and (tokens > room or len(batch) == _MOST_ITEMS):
+                if turn and (tokens > room or len(turn) == _MOST_ITEMS):
                     break
-                batch.append(each.take(min(longest, room), of_caller))
+                turn.append(each.take(min(longest, room), of_caller))
                 given, room = given + tokens, room - tokens
             if given:
                 each.place = next(self.places)
             if each.texts and given >= share:
                 heappush(line, (each.due(of_caller), each.place, each))
-        return batch
+        return turn
 
 
 class Lanes:
     """Turns at the device: the lanes take turns, and within one there is fair queueing (Golestani 1994, self-clocked).
 
     A text is due when its request would have it done if all callers had equal shares of the device, and all requests
-    of a caller equal shares of that. So a short text that comes is due before longer ones. Every other batch begins
+    of a caller equal shares of that. So a short text that comes is due before longer ones. Every other turn begins
     with the request that has waited longest, so that none waits for ever for texts that are shorter.
 
     A lane belongs to an encoder, not to a model's name: ids mean nothing to another one that took its place.
@@ -171,7 +174,7 @@ class Lanes:
         self._lanes.setdefault(encoder, _Lane(encoder)).add(request)
 
     def take(self) -> "tuple[Encoder, Sequence[Text]] | None":
-        """The texts of the next batch and their encoder. None: nobody waits."""
+        """The texts of the next turn and their encoder. None: nobody waits."""
         for encoder, lane in list(self._lanes.items()):
             del self._lanes[encoder]
             lane.forget_dropped()

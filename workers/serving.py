@@ -4,7 +4,7 @@ batches. One thread runs the device; the event loop only hands texts over."""
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
@@ -206,11 +206,11 @@ class Serving:
         )
 
     def _run(self) -> None:
-        """One batch after the other, until stopped."""
-        while batch := self._next():
-            encoder, texts = batch
+        """One turn after the other, until stopped."""
+        while turn := self._next():
+            encoder, texts = turn
             try:
-                failed = self._embed_batch(encoder, texts)
+                failed = self._embed_turn(encoder, texts)
             except Exception as error:  # noqa: BLE001 - the device goes on for the others
                 log.error("batch_failed", error=type(error).__name__)
                 failed = [(text, ModelError("the model failed")) for text in texts]
@@ -220,12 +220,12 @@ class Serving:
     def _next(self) -> "tuple[Encoder, Sequence[Text]] | None":
         with self._changed:
             while not self._stopped:
-                if batch := self._lanes.take():
-                    return batch
+                if turn := self._lanes.take():
+                    return turn
                 self._changed.wait()
         return None
 
-    def _embed_batch(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
+    def _embed_turn(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
         """Embed texts. Returns those that failed, and why."""
         failed: list[tuple[Text, Exception]] = []
         lengths = np.array([text.tokens for text in texts], np.int32)
@@ -239,6 +239,7 @@ class Serving:
     def _forward(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
         """Embed texts of about the same length. Returns those that failed, and why."""
         failed: list[tuple[Text, Exception]] = []
+        done: list[Request] = []
         tokenised = Tokenised(
             [text.request.tokenised.ids[text.at] for text in texts],
             np.array([text.tokens for text in texts], np.int32),
@@ -259,7 +260,8 @@ class Serving:
                 text.request.work.tokens -= text.tokens
                 text.request.left -= 1
                 if not text.request.left:
-                    _answer(text.request, None)
+                    done.append(text.request)
+        _answer([(request, None) for request in done])
         return failed
 
     def _tell_failure(self, encoder: "Encoder", failed: list[tuple[Text, Exception]]) -> None:
@@ -269,8 +271,7 @@ class Serving:
             encoder.prove_again()
         except Exception as error:  # noqa: BLE001 - a broken device raises what it likes
             unusable = self._give_up(failed[0][0].request.model, error)
-        for text, why in failed:
-            _answer(text.request, unusable or why)
+        _answer([(text.request, unusable or why) for text, why in failed])
 
 
 def _count(model: str, batch: Batch) -> None:
@@ -308,26 +309,31 @@ def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     yield texts[start:]
 
 
-def _answer(request: Request, error: Exception | None) -> None:
-    """From the device's thread: a request is done, or has failed."""
-    request.dropped = True
-    lengths, truncated = request.tokenised.lengths, request.tokenised.truncated
-    cut = np.flatnonzero(truncated).tolist()
-    found = Embedded(vectors=request.vectors, prompt_tokens=int(lengths.sum()), truncated=cut)
+def _answer(answers: Sequence[tuple[Request, Exception | None]]) -> None:
+    """From the device's thread: requests are done, or have failed. The event loop hears of all at once and does the
+    rest, while the device goes on."""
+    if not answers:
+        return
+    for request, _ in answers:
+        request.dropped = True
 
     def tell() -> None:
-        if request.done.done():
-            return
-        if error:
-            request.done.set_exception(error)
-        else:
-            request.done.set_result(found)
+        for request, error in answers:
+            if request.done.done():
+                continue
+            if error:
+                request.done.set_exception(error)
+            else:
+                request.done.set_result(_embedded(request))
 
-    _call(request.done.get_loop().call_soon_threadsafe, tell)
-
-
-def _call(soon: Callable[[Callable[[], None]], object], tell: Callable[[], None]) -> None:
     try:
-        soon(tell)
+        answers[0][0].done.get_loop().call_soon_threadsafe(tell)
     except RuntimeError:  # the loop has been closed meanwhile
         log.debug("nobody_waits")
+
+
+def _embedded(request: Request) -> Embedded:
+    lengths, truncated = request.tokenised.lengths, request.tokenised.truncated
+    return Embedded(
+        vectors=request.vectors, prompt_tokens=int(lengths.sum()), truncated=np.flatnonzero(truncated).tolist()
+    )

@@ -15,13 +15,14 @@ from workers.batching import Tokenised
 from workers.lanes import Lanes, Request, Text, Work, seconds_ahead
 from workers.pace import Pace
 
-BUDGET = 100
+#: Tokens of a turn: two batches.
+TURN_TOKENS = 100
 
 
 class _Encoder:
     """As much of one as a lane looks at."""
 
-    budget_tokens = BUDGET
+    budget_tokens = TURN_TOKENS // 2
 
 
 def waiting(lanes: Lanes, encoder: _Encoder, *lengths: int, caller: str = "") -> Request:
@@ -41,25 +42,25 @@ def batches(lanes: Lanes) -> Iterable[list[Text]]:
 
 
 def turns_until(lanes: Lanes, request: Request) -> int:
-    """The batches before the one with a text of a request."""
+    """The turns before the one with a text of a request."""
     return next(turn for turn, batch in enumerate(batches(lanes)) if any(text.request is request for text in batch))
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 150), min_size=1, max_size=9)), max_size=20))
-def test_every_text_goes_once_with_its_own_encoder_within_the_budget(asked: list[tuple[int, list[int]]]) -> None:
+def test_every_text_goes_once_with_its_own_encoder_within_a_turn(asked: list[tuple[int, list[int]]]) -> None:
     lanes, encoders = Lanes(), [_Encoder() for _ in range(4)]
     requests = [(encoders[lane], waiting(lanes, encoders[lane], *lengths)) for lane, lengths in asked]
     taken = []
     while batch := lanes.take():
         encoder, found = batch
-        assert len(found) == 1 or sum(text.tokens for text in found) <= BUDGET
+        assert len(found) == 1 or sum(text.tokens for text in found) <= TURN_TOKENS
         taken += [(id(encoder), id(text.request), text.at) for text in found]
     texts = [(id(lane), id(one), at) for lane, one in requests for at in range(len(one.tokenised.ids))]
     assert sorted(taken) == sorted(texts)
 
 
 @given(crowd=st.lists(st.lists(st.integers(5, 100), min_size=40, max_size=60), max_size=15), turns=st.integers(0, 9))
-def test_a_text_alone_is_in_one_of_the_next_two_batches(crowd: list[list[int]], turns: int) -> None:
+def test_a_text_alone_is_in_one_of_the_next_two_turns(crowd: list[list[int]], turns: int) -> None:
     """Whatever else its caller waits for, if it is no longer than all that."""
     lanes, encoder = Lanes(), _Encoder()
     for lengths in crowd:
@@ -70,7 +71,7 @@ def test_a_text_alone_is_in_one_of_the_next_two_batches(crowd: list[list[int]], 
 
 
 @given(alone=st.integers(1, 16), texts=st.integers(40, 60), turns=st.integers(0, 9), apart=st.booleans())
-def test_texts_alone_are_in_the_next_two_batches(alone: int, texts: int, turns: int, apart: bool) -> None:
+def test_texts_alone_are_in_the_next_two_turns(alone: int, texts: int, turns: int, apart: bool) -> None:
     """As long as those of the large requests; of the same caller, or of another one."""
     lanes, encoder = Lanes(), _Encoder()
     for _ in range(4):
@@ -104,11 +105,11 @@ def test_callers_have_equal_shares_however_many_requests_they_have(requests: lis
         for text in batch:
             given_to[text.request.work.caller] += length
             of_request[text.request] += length
-    assert max(given_to.values()) - min(given_to[str(each)] for each in range(len(requests))) <= 2 * BUDGET
+    assert max(given_to.values()) - min(given_to[str(each)] for each in range(len(requests))) <= 2 * TURN_TOKENS
     for caller, number in enumerate(requests):
         shares = [share for request, share in of_request.items() if request.work.caller == str(caller)]
         assert len(shares) == number
-        assert max(shares) - min(shares) <= 2 * BUDGET
+        assert max(shares) - min(shares) <= 2 * TURN_TOKENS
 
 
 @given(st.integers(2, 150), st.integers(1, 2), st.booleans())
@@ -118,7 +119,7 @@ def test_short_texts_that_never_end_starve_nobody(long: int, flood: int, apart: 
     callers = count()
 
     def come() -> None:
-        for _ in range(flood * BUDGET):
+        for _ in range(flood * TURN_TOKENS):
             waiting(lanes, encoder, 1, caller=str(next(callers)) if apart else "flood")
 
     come()
@@ -138,7 +139,7 @@ def test_a_batch_is_of_texts_about_as_long() -> None:
         waiting(lanes, encoder, *[10, 50] * 40, caller=caller)
     found = [{text.tokens for text in batch} for batch in batches(lanes)]
     assert sum(len(lengths) > 1 for lengths in found) <= 1
-    assert len(found) <= 2 * 40 * 60 / BUDGET + 1
+    assert len(found) <= 2 * 40 * 60 / TURN_TOKENS + 1
 
 
 @pytest.mark.parametrize("others", [0, 3])
