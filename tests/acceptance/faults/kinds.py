@@ -57,8 +57,8 @@ KINDS = (
     Kind("Redis cut off", on_servers.cut_off(lambda site: site.redis_line), 5),
     Kind("Postgres restarted at once", on_servers.restart_postgres, 2, expires=True),
     Kind("backends terminated", on_servers.terminate_backends, 5, expires=True),
-    Kind("primary lost, standby promoted without its last second", on_timelines.fail_over, 5, expires=True),
-    Kind("Postgres restored, a minute missing", on_timelines.restore, 3, expires=True),
+    Kind("primary lost, standby promoted without its last second", on_timelines.fail_over, 7, expires=True),
+    Kind("Postgres restored, a minute missing", on_timelines.restore, 7, expires=True),
     Kind("half-open connections to Postgres", on_servers.half_open, expires=True),
     Kind(
         "disk full under the tables",
