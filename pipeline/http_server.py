@@ -31,6 +31,8 @@ TAKEN_SECONDS = 120.0
 CONNECTIONS = 2_000
 #: Files that are open for other things.
 _OTHER_FILES = 256
+#: Of a request's state: it has its answer, which waits for its turn.
+PACED = "paced"
 #: A request that is passed on, to an engine or a gateway, takes a second one.
 _FILES_EACH = 2
 
@@ -136,10 +138,11 @@ class BoundedConnection(HttpToolsProtocol):
         self._taking_timer = self.loop.call_later(self.taken_seconds, self._check_taking)
 
     def _make_room(self) -> None:
-        """Drop a connection of the client that has the most: one between requests, first those that never asked for
-        anything, then those that have been there longest; else the latest whose body is still to come."""
+        """Drop a connection of the client that has the most: one between requests, or whose answer waits for its turn,
+        first those that never asked for anything, then those that have been there longest; else the latest whose body
+        is still to come."""
         others = [cast(BoundedConnection, other) for other in self.connections if other is not self]
-        if waiting := [other for other in others if other.waits]:
+        if waiting := [other for other in others if other.waits or other.cycle.scope["state"].get(PACED)]:
             crowd = Count(map(_host, waiting))
             dropped = max(waiting, key=lambda other: (crowd[_host(other)], other.cycle is None, -other.opened))
         elif sending := [other for other in others if other.cycle.more_body]:

@@ -31,6 +31,7 @@ from pipeline.api.examples import add_examples
 from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
 from pipeline.api.methods import Headed, Optioned, Shared, allowed_methods
+from pipeline.api.pacing import Paced
 from pipeline.api.packing import Unpacked
 from pipeline.api.paths import Segmented, Trimmed
 from pipeline.api.readiness import readyz
@@ -138,6 +139,7 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     app.add_middleware(Headed)
     app.add_middleware(Segmented)
     app.add_middleware(Trimmed)
+    app.add_middleware(Paced)
     describe = app.openapi
     app.openapi = partial(_described, describe)  # type: ignore[method-assign]
     return app

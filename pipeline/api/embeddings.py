@@ -13,6 +13,7 @@ from sqlalchemy import RowMapping
 from starlette.requests import ClientDisconnect
 
 from pipeline import metrics
+from pipeline.api.asking import caller_of
 from pipeline.api.bulk import Bulk
 from pipeline.api.directory import Caller, Directory
 from pipeline.api.engines import Engines
@@ -151,7 +152,7 @@ router = APIRouter(prefix="/v1", responses=ERRORS, tags=["OpenAI-compatible"])
 async def create_embeddings(request: Request) -> Response:
     """Embed texts: one vector each, in their order."""
     gateway: Gateway = request.app.state.gateway
-    caller = await gateway.directory.caller(request.headers.get("authorization"))
+    caller = await caller_of(request)
     bulk: Bulk = request.app.state.bulk
     asked = parse_request(await bulk.body(request, caller.workspace_id), gateway.most_text_bytes, gateway.decode)
     model = await gateway.directory.model(caller.workspace_id, asked.model)
@@ -244,7 +245,7 @@ def _usage(request: Request, caller: Caller, model: RowMapping, asked: Asked, em
 async def list_models(request: Request) -> ModelList:
     """The models that your workspace may use."""
     gateway: Gateway = request.app.state.gateway
-    caller = await gateway.directory.caller(request.headers.get("authorization"))
+    caller = await caller_of(request)
     return ModelList(data=[_model(row, row["name"]) for row in await gateway.directory.models(caller.workspace_id)])
 
 
@@ -252,7 +253,7 @@ async def list_models(request: Request) -> ModelList:
 async def retrieve_model(model: str, request: Request) -> ModelObject:
     """One model, by id or alias."""
     gateway: Gateway = request.app.state.gateway
-    caller = await gateway.directory.caller(request.headers.get("authorization"))
+    caller = await caller_of(request)
     return _model(await gateway.directory.model(caller.workspace_id, model), model)
 
 

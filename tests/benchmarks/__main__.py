@@ -8,7 +8,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import engine, fairness, gateway, job, memory, scale, submit_memory, submit_rate, write_back
+from tests.benchmarks import (
+    engine,
+    fairness,
+    gateway,
+    job,
+    memory,
+    scale,
+    strangers,
+    submit_memory,
+    submit_rate,
+    write_back,
+)
 from tests.benchmarks.harness import Benchmark, Result, Rounds, result_table, write_results
 
 _BENCHMARKS = {
@@ -17,6 +28,7 @@ _BENCHMARKS = {
         *(module.BENCHMARK for module in (job, engine, write_back, submit_rate, submit_memory, fairness)),
         *gateway.BENCHMARKS,
         *scale.BENCHMARKS,
+        *strangers.BENCHMARKS,
         *memory.BENCHMARKS,
     )
 }

@@ -1,5 +1,6 @@
 """A server whose clients are slow on purpose, or too many: others are served meanwhile."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry, Counter
 from starlette.types import Receive, Scope, Send
 
-from pipeline.http_server import HEAD_BYTES, bounded
+from pipeline.http_server import HEAD_BYTES, PACED, bounded
 from tests.acceptance.fleet import eventually
 
 #: More than the kernel's buffers take.
@@ -21,11 +22,14 @@ _HALF = b"GET / HTTP/1.1\r\nhost: here\r\nx-slow: "
 
 
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-    """Read the body, then say something short, or at /long something very long."""
+    """Read the body, then say something short, or at /long something very long, or at /paced nothing yet."""
     if scope["type"] != "http":
         return
     while (await receive()).get("more_body"):
         pass
+    if scope["path"] == "/paced":
+        scope["state"][PACED] = True
+        await asyncio.Event().wait()
     body = _ANSWER if scope["path"] == "/long" else b"ok"
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -181,6 +185,15 @@ def test_a_crowd_of_bodies_that_dont_come(serve: Callable[..., Server]) -> None:
         for _ in range(40):
             one = opened.enter_context(server.connect("127.0.0.2"))
             _send(one, b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: 2\r\n\r\na")
+        assert server.get() == 200
+    assert server.closed("full") >= 20
+
+
+def test_a_crowd_whose_answers_wait_for_their_turn(serve: Callable[..., Server]) -> None:
+    server = serve(most=20)
+    with ExitStack() as opened:
+        for _ in range(40):
+            _send(opened.enter_context(server.connect()), b"GET /paced HTTP/1.1\r\nhost: here\r\n\r\n")
         assert server.get() == 200
     assert server.closed("full") >= 20
 

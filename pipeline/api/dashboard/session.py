@@ -39,7 +39,6 @@ async def viewer(request: Request) -> Viewer:
         UpstreamUnavailable: the database is away.
     """
     found = Viewer(await caller_of(request, request.cookies.get(_COOKIE, "")))
-    request.state.caller = found.caller
     # For the page that tells what went wrong afterwards.
     request.state.viewer = found
     return found
@@ -48,6 +47,7 @@ async def viewer(request: Request) -> Viewer:
 async def caller_of(request: Request, key: str) -> Caller:
     """Whose key this is; raises as `viewer` does."""
     caller: Caller = await request.app.state.gateway.directory.caller(f"Bearer {key}")
+    request.state.caller = caller
     return caller
 
 
