@@ -14,6 +14,7 @@ throttle        how fast the fleet may send, in Redis; memory: what a child has 
 requests        requests to a gateway on their way; attempts: as they are written down
 residents       the models a child keeps loaded
 engine, serving the encoder behind HTTP for the api; batches across its requests
+succession      a server that is replaced at once when something kills it
 weights         where they are on this machine
 presence        how a worker shows itself, and what its parent does when a child dies
 oneshot         a model in a process of its own, for doors that never import torch

@@ -6,14 +6,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from hmac import compare_digest
 from http import HTTPStatus
 from ipaddress import ip_address
 from math import ceil
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import orjson
 import psutil
@@ -37,6 +37,7 @@ from pipeline.store.database import make_engine
 from pipeline.wire import pack_vectors
 from workers.residents import Residents, loader
 from workers.serving import Serving
+from workers.succession import serve_in_child
 
 log = structlog.get_logger()
 
@@ -52,10 +53,12 @@ _GOODBYE_SECONDS = 5.0
 class Catalogue:
     """The local models that this engine serves, as the catalogue says; and the engine, as it shows itself."""
 
-    def __init__(self, database: Database, settings: Settings, url: str, serving: Serving) -> None:
-        self._database, self._wanted, self._url, self._serving = database, settings.worker_models, url, serving
+    def __init__(
+        self, database: Database, settings: Settings, url: str, engine_id: UUID, can_use: Callable[[Model], bool]
+    ) -> None:
+        self._database, self._wanted, self._url, self._can_use = database, settings.worker_models, url, can_use
         self._device = settings.worker_devices[0]
-        self._id = uuid4()
+        self._id = engine_id
         self._stopped = threading.Event()
         self.models: dict[str, Model] = {}
         self._read_at = float("-inf")
@@ -78,11 +81,11 @@ class Catalogue:
 
     def show(self) -> None:
         """Say what the engine serves: not what it can't use now."""
-        usable = sorted(name for name, model in self.models.items() if self._serving.can_use(model))
+        usable = sorted(name for name, model in self.models.items() if self._can_use(model))
         with self._database.begin() as connection:
             engines.show(connection, self._id, url=self._url, models=usable, device=self._device)
 
-    def follow(self) -> None:
+    def follow(self, *, goodbye: bool = True) -> None:
         """Read and show until stopped, then say goodbye. A database that is away leaves things as they were."""
         while not self._stopped.wait(_PERIOD_SECONDS):
             try:
@@ -90,12 +93,20 @@ class Catalogue:
                 self.show()
             except SQLAlchemyError as error:
                 log.warning("database_unreachable", error=type(error).__name__)
-        with suppress(SQLAlchemyError), self._database.begin() as connection:
-            engines.forget(connection, self._id)
+        if goodbye:
+            with suppress(SQLAlchemyError), self._database.begin() as connection:
+                engines.forget(connection, self._id)
 
-    def stop(self) -> None:
-        """End `follow`."""
-        self._stopped.set()
+    @contextmanager
+    def followed(self, *, goodbye: bool) -> Iterator[None]:
+        """Follow in a thread meanwhile. A database that is frozen doesn't hold up the end."""
+        follower = threading.Thread(target=self.follow, kwargs={"goodbye": goodbye}, name="catalogue", daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            self._stopped.set()
+            follower.join(_GOODBYE_SECONDS)
 
 
 def make_app(
@@ -142,12 +153,8 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        follower = threading.Thread(target=catalogue.follow, name="catalogue", daemon=True)
-        follower.start()
-        yield
-        catalogue.stop()
-        # A database that is frozen doesn't hold up the end.
-        follower.join(_GOODBYE_SECONDS)
+        with catalogue.followed(goodbye=True):
+            yield
         serving.stop()
 
     routes = [
@@ -197,7 +204,8 @@ async def _gone(request: Request) -> None:
 
 
 def main() -> None:
-    """Serve until SIGTERM; what is in flight is finished."""
+    """Serve until SIGTERM; what is in flight is finished. The process that serves is a child, which is replaced when it
+    is killed."""
     settings = load_settings()
     configure_logs(settings.log_level)
     if settings.database_url is None:
@@ -209,18 +217,42 @@ def main() -> None:
         )
     listener = socket.create_server((settings.engine_host, settings.engine_port), backlog=1024)
     host = socket.gethostname() if _is_everywhere(settings.engine_host) else settings.engine_host
-    database = make_engine(settings.database_url.get_secret_value(), application="vectormill-engine", pool_size=1)
+    url, engine_id = f"http://{host}:{listener.getsockname()[1]}", uuid4()
+    with ExitStack() as shown:
+        if not settings.worker_models:
+            # Requests may come now, and wait for the first child.
+            database = shown.enter_context(_database(settings))
+            catalogue = Catalogue(database, settings, url, engine_id, lambda _: True)
+            catalogue.read()
+            catalogue.show()
+            shown.enter_context(catalogue.followed(goodbye=False))
+        import workers.encoder  # noqa: F401 - takes seconds, and children find it imported
+    serve_in_child(partial(_serve, settings, url, engine_id), listener)
+
+
+def _serve(settings: Settings, url: str, engine_id: UUID, listener: socket.socket) -> None:
     device = settings.worker_devices[0]
     memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
     load = loader(device, os.cpu_count() if device == "cpu" else None, settings.worker_dtype)
     serving = Serving(Residents(load, int(memory_bytes * MODELS_SHARE)), settings.engine_queue_seconds)
-    catalogue = Catalogue(database, settings, f"http://{host}:{listener.getsockname()[1]}", serving)
-    catalogue.read()
-    if settings.worker_models:
-        _load_all(catalogue, serving)
-    catalogue.show()
-    app = make_app(catalogue, serving, settings.engine_secret, settings.api_body_bytes)
-    http_server.run(app, metrics.ENGINE_CONNECTIONS_CLOSED, [listener])
+    with _database(settings) as database:
+        catalogue = Catalogue(database, settings, url, engine_id, serving.can_use)
+        catalogue.read()
+        if settings.worker_models:
+            _load_all(catalogue, serving)
+        catalogue.show()
+        app = make_app(catalogue, serving, settings.engine_secret, settings.api_body_bytes)
+        http_server.run(app, metrics.ENGINE_CONNECTIONS_CLOSED, [listener])
+
+
+@contextmanager
+def _database(settings: Settings) -> Iterator[Database]:
+    assert settings.database_url
+    made = make_engine(settings.database_url.get_secret_value(), application="vectormill-engine", pool_size=1)
+    try:
+        yield made
+    finally:
+        made.dispose()
 
 
 def is_loopback(host: str) -> bool:

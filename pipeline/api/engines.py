@@ -1,6 +1,6 @@
 """The way to an engine: to the one with the least in flight, and on to the next one when it can't take the request."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from http import HTTPStatus
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 _CONNECT_SECONDS = 2.0
 #: OpenAI's clients wait as long by themselves.
 MOST_SECONDS = 600.0
-#: Engines that a request may be lost with: one may have been about to end, two are ended by the request.
+#: How often a request may be lost: one engine may have been about to end, two are ended by the request.
 _MOST_LOST = 2
 #: In which time an engine that died is back: it starts, and loads its model.
 _BACK_SECONDS = 10.0
@@ -92,14 +92,18 @@ class Engines:
         body = orjson.dumps(asked, option=orjson.OPT_NON_STR_KEYS)
         outcomes: Counter[_Outcome] = Counter()
         wait = _BACK_SECONDS
-        for url in sorted(serving, key=lambda url: self._in_flight[url]):
-            answer, told = await self._ask(url, body)
+        line = deque(sorted(serving, key=lambda url: self._in_flight[url]))
+        while line:
+            answer, told = await self._ask(url := line.popleft(), body)
             if isinstance(answer, Embedded):
                 return answer
             outcomes[answer] += 1
             wait = told or wait
             if outcomes[_Outcome.LOST] == _MOST_LOST:
                 break
+            if answer is _Outcome.LOST:
+                # Its process is replaced, and others may have gone.
+                line.append(url)
         raise _refusal(model, outcomes, wait)
 
     async def _ask(self, url: str, body: bytes) -> "tuple[Embedded | _Outcome, float | None]":

@@ -69,6 +69,21 @@ def test_a_model_that_was_just_added_is_asked_of_engines_that_dont_say_so_yet(se
     assert refused.value.retry_after_seconds == 10, "an engine takes about so long to start"
 
 
+def test_an_engine_that_is_replaced_is_asked_again(servers: list[ScriptedGateway]) -> None:
+    answers = iter([LOST, GOOD])
+    servers[0].answer = lambda _: next(answers)
+    rows: Any = [{"url": servers[0].url.removesuffix("/v1"), "models": ["m"]}]
+
+    async def body() -> Embedded:
+        engines = Engines()
+        try:
+            return await engines.embed(rows, "m", ["x"], caller="1")
+        finally:
+            await engines.close()
+
+    assert asyncio.run(body()).prompt_tokens == 3
+
+
 @pytest.mark.parametrize("before", [FULL, UNKNOWN, CANT_LOAD, LOST, NOBODY])
 def test_another_engine_is_asked(servers: list[ScriptedGateway], before: Any) -> None:
     found, _ = ask(servers, before, GOOD)

@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import httpx2 as httpx
 import numpy as np
+import psutil
 import pytest
 import zstandard
 
@@ -488,12 +489,26 @@ def _refused_at_once(client: httpx.Client, body: dict[str, Any]) -> httpx.Respon
 
 def test_an_engine_that_dies_and_one_that_comes(gateway: Gateway, by_library: Any) -> None:
     with gateway.client() as client:
-        gateway.fleet.kill("engine")
+        gateway.fleet.kill_tree("engine")
         assert code(embed(client)) == (503, "upstream_unavailable")
         gateway.fleet.start("engine", "workers.engine", VECTORMILL_WORKER_MODELS=SERVED)
         eventually(lambda: embed(client).status_code == 200, "the new engine")
         found = embed(client, ["back again"]).json()["data"][0]["embedding"]
         np.testing.assert_allclose(np.array([found], np.float32), by_library(["back again"]), atol=1e-6)
+
+
+def test_an_engine_whose_process_is_killed_is_replaced(gateway: Gateway, by_library: Any) -> None:
+    """Nobody is refused: what it had, and what comes meanwhile, waits for the next one."""
+    parent = psutil.Process(gateway.fleet.processes["engine"].pid)
+    with gateway.client() as client:
+        for text in ("the first", "the second"):
+            (child,) = parent.children()
+            child.kill()
+            reply = embed(client, [text])
+            assert reply.status_code == 200, reply.text
+            found = np.array([reply.json()["data"][0]["embedding"]], np.float32)
+            np.testing.assert_allclose(found, by_library([text]), atol=1e-6)
+    assert parent.children() != [child]
 
 
 def test_what_is_in_flight_is_finished_when_the_api_stops(gateway: Gateway) -> None:

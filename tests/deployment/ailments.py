@@ -172,7 +172,7 @@ def no_api(deployment: Deployment) -> Iterator[Patient]:
 
 @contextmanager
 def silent_engine(deployment: Deployment) -> Iterator[Patient]:
-    deployment.fleet.kill("engine")
+    deployment.fleet.kill_tree("engine")
     yield deployment.patient()
     deployment.start_engine()
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx2 as httpx
 import numpy as np
@@ -149,7 +150,7 @@ def test_an_engine_shows_what_it_can_use(
     """And says of the others that another engine may be asked."""
     with engine.begin() as connection:
         catalog.add_model(connection, "other", static_description)
-    catalogue = Catalogue(engine, Settings(), "http://here", serving)
+    catalogue = Catalogue(engine, Settings(), "http://here", uuid4(), serving.can_use)
 
     def shown() -> Any:
         catalogue.read()
@@ -200,7 +201,7 @@ class _Endless(httpx.AsyncByteStream):
 def test_an_engine_reads_no_strangers_body_and_none_without_end(
     engine: Engine, serving: Serving, headers: dict[str, str], body: httpx.AsyncByteStream, status: int
 ) -> None:
-    catalogue = Catalogue(engine, Settings(), "http://here", serving)
+    catalogue = Catalogue(engine, Settings(), "http://here", uuid4(), serving.can_use)
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(make_app(catalogue, serving, SecretStr("a secret of both"), 1024))

@@ -1,0 +1,90 @@
+"""A server in a child, which is replaced when it is killed."""
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from tests.acceptance.fleet import eventually
+
+#: Tells each client its pid; ends by itself when a client asks for it.
+_SERVER = """
+import os, signal, socket, sys
+from workers.succession import serve_in_child
+
+def serve(listener):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    while True:
+        client, _ = listener.accept()
+        client.sendall(str(os.getpid()).encode())
+        if client.recv(1) == b"!":
+            sys.exit(7)
+        client.close()
+
+serve_in_child(serve, socket.socket(fileno=int(sys.argv[1])))
+"""
+
+
+@contextmanager
+def _serving() -> Iterator[tuple[subprocess.Popen[bytes], tuple[str, int]]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SERVER, str(listener.fileno())],
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )
+        address = listener.getsockname()
+    try:
+        yield process, address
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _ask(address: tuple[str, int], what: bytes = b".") -> int:
+    """The pid of who serves; whoever connects is never refused."""
+    with socket.create_connection(address, timeout=60) as line:
+        pid = int(line.recv(100))
+        line.sendall(what)
+        line.recv(1)
+    return pid
+
+
+def test_who_is_killed_is_replaced_and_who_comes_meanwhile_waits() -> None:
+    with _serving() as (parent, address):
+        first = _ask(address)
+        assert first != parent.pid
+        psutil.Process(first).kill()
+        second = _ask(address)
+        assert second not in (first, parent.pid)
+        psutil.Process(second).send_signal(signal.SIGSEGV)
+        assert _ask(address) not in (first, second, parent.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_is_asked_to_end_ends_with_its_child(number: signal.Signals) -> None:
+    with _serving() as (parent, address):
+        child = psutil.Process(_ask(address))
+        parent.send_signal(number)
+        assert parent.wait(60) == 0
+        assert not child.is_running()
+        with pytest.raises(ConnectionRefusedError):
+            _ask(address)
+
+
+def test_a_child_that_ends_by_itself_is_not_replaced() -> None:
+    with _serving() as (parent, address):
+        _ask(address, b"!")
+        assert parent.wait(60) == 7
+
+
+def test_a_child_dies_with_its_parent() -> None:
+    with _serving() as (parent, address):
+        child = psutil.Process(_ask(address))
+        parent.kill()
+        eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the child's end")
