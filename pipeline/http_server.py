@@ -31,14 +31,37 @@ TAKEN_SECONDS = 120.0
 CONNECTIONS = 2_000
 #: Files that are open for other things.
 _OTHER_FILES = 256
-#: Of a request's state: it has its answer, which waits for its turn.
-PACED = "paced"
+#: Where a request's state holds its connection's `Turn`.
+TURN = "turn"
 #: A request that is passed on, to an engine or a gateway, takes a second one.
 _FILES_EACH = 2
 
 _TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 5\r\ncontent-length: 0\r\n\r\n"
+
+
+class Turn:
+    """Lets a connection's request wait, until its client goes away or the server ends."""
+
+    def __init__(self) -> None:
+        self.is_awaited = False
+        self._is_gone = False
+        self._over = asyncio.Event()
+
+    async def come(self, seconds: float) -> bool:
+        """Wait so long. Returns whether the client is still there."""
+        self.is_awaited = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+        self.is_awaited = False
+        return not self._is_gone
+
+    def end(self, *, gone: bool) -> None:
+        """Let nothing of the connection wait any longer."""
+        self._is_gone |= gone
+        self._over.set()
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -64,14 +87,15 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a place; where there is none, that of a connection that waits."""
         super().connection_made(transport)
-        self.opened = time.monotonic()
+        self.opened, self.turn = time.monotonic(), Turn()
         self._expect_head()
         self._taking_timer = self.loop.call_later(self.taken_seconds, self._check_taking)
         if len(self.connections) > self.most:
             self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the timers."""
+        """End the timers, and what waits."""
+        self.turn.end(gone=True)
         self._forget_head()
         if self._taking_timer:
             self._taking_timer.cancel()
@@ -94,6 +118,7 @@ class BoundedConnection(HttpToolsProtocol):
         """A head begins, it may be while the request before it is under way."""
         self._in_head = True
         super().on_message_begin()
+        self.scope["state"][TURN] = self.turn
 
     def on_headers_complete(self) -> None:
         """A request begins."""
@@ -111,6 +136,11 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_response_complete()
         if self._in_head:
             self._expect_head()
+
+    def shutdown(self) -> None:
+        """End when what is under way is answered, which is now."""
+        self.turn.end(gone=False)
+        super().shutdown()
 
     def resume_writing(self) -> None:
         """The client has read what waited."""
@@ -138,11 +168,11 @@ class BoundedConnection(HttpToolsProtocol):
         self._taking_timer = self.loop.call_later(self.taken_seconds, self._check_taking)
 
     def _make_room(self) -> None:
-        """Drop a connection of the client that has the most: one between requests, or whose answer waits for its turn,
-        first those that never asked for anything, then those that have been there longest; else the latest whose body
-        is still to come."""
+        """Drop a connection of the client that has the most: one between requests, or that waits for its turn, first
+        those that never asked for anything, then those that have been there longest; else the latest whose body is
+        still to come."""
         others = [cast(BoundedConnection, other) for other in self.connections if other is not self]
-        if waiting := [other for other in others if other.waits or other.cycle.scope["state"].get(PACED)]:
+        if waiting := [other for other in others if other.waits or other.turn.is_awaited]:
             crowd = Count(map(_host, waiting))
             dropped = max(waiting, key=lambda other: (crowd[_host(other)], other.cycle is None, -other.opened))
         elif sending := [other for other in others if other.cycle.more_body]:

@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 
 from pipeline import catalog, status
 from pipeline.api.directory import Caller
+from pipeline.api.pacing import take_turn
 from pipeline.api.paths import as_sent
 from pipeline.errors import InvalidPayload, NotFound, UnknownJob, UserError
 
@@ -55,15 +56,17 @@ Workspace = Annotated[
 ]
 
 
-async def caller_of(request: Request, *, admin: bool = False) -> Caller:
-    """Who asks.
+async def caller_of(request: Request, *, admin: bool = False, vectors: bool = False) -> Caller:
+    """Who asks, when it is their turn; `vectors`: for some.
 
     Raises:
         Unauthorized, InvalidApiKey: nobody that is known.
         Forbidden: not an admin, where it must be one.
+        RateLimited, ClientDisconnect: as `take_turn` does.
     """
     caller: Caller = await request.app.state.gateway.directory.caller(request.headers.get("authorization"))
     request.state.caller = caller
+    await take_turn(request, caller.workspace_id, vectors=vectors)
     if admin:
         caller.must_be_admin()
     return caller

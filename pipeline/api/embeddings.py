@@ -152,7 +152,7 @@ router = APIRouter(prefix="/v1", responses=ERRORS, tags=["OpenAI-compatible"])
 async def create_embeddings(request: Request) -> Response:
     """Embed texts: one vector each, in their order."""
     gateway: Gateway = request.app.state.gateway
-    caller = await caller_of(request)
+    caller = await caller_of(request, vectors=True)
     bulk: Bulk = request.app.state.bulk
     asked = parse_request(await bulk.body(request, caller.workspace_id), gateway.most_text_bytes, gateway.decode)
     model = await gateway.directory.model(caller.workspace_id, asked.model)

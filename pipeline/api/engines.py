@@ -1,7 +1,9 @@
 """The way to an engine: to the one with the least in flight, and on to the next one when it can't take the request."""
 
+import asyncio
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from enum import Enum, auto
 from http import HTTPStatus
 
@@ -54,6 +56,8 @@ class Engines:
     def __init__(self, secret: SecretStr | None = None) -> None:
         self._headers = {"authorization": engine_authorization(secret)}
         self._in_flight: Counter[str] = Counter()
+        #: One request that was lost is asked again at a time: a text that ends its engine does so alone.
+        self._again = asyncio.Lock()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
             timeout=aiohttp.ClientTimeout(total=MOST_SECONDS, connect=_CONNECT_SECONDS),
@@ -94,7 +98,9 @@ class Engines:
         wait = _BACK_SECONDS
         line = deque(sorted(serving, key=lambda url: self._in_flight[url]))
         while line:
-            answer, told = await self._ask(url := line.popleft(), body)
+            url = line.popleft()
+            async with self._again if outcomes[_Outcome.LOST] else nullcontext():
+                answer, told = await self._ask(url, body)
             if isinstance(answer, Embedded):
                 return answer
             outcomes[answer] += 1

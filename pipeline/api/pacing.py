@@ -1,50 +1,113 @@
-"""Refusals, and answers to nobody that is known: so many a second. A crowd that asks again and again leaves the
-processor to others."""
+"""How often callers are answered, so that a crowd which asks again and again leaves the processor to others.
 
-import asyncio
+Each workspace has a line of its own, in which a request waits before anything is done for it; vectors, which cost the
+device's time, are paid by limits and queues, and only their refusals count, in a second line. Who isn't known waits for
+the answer, in the line of their address.
+"""
+
 import time
-from collections import defaultdict
+from collections.abc import Hashable
 from http import HTTPStatus
 
+from fastapi import Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.http_server import PACED
+from pipeline.errors import RateLimited
+from pipeline.http_server import TURN, Turn
 
-_ANSWERS_PER_SECOND = 200
+_PER_SECOND = 200
 #: So many at once wait for nothing.
 _BURST = 50
+#: Who would have to wait longer is sent away.
+_MOST_SECONDS = 5.0
+#: Beyond so many, lines in which nobody waits are forgotten.
+_LINES = 10_000
+#: Orchestrators restart what doesn't answer them at once.
+_PROBES = frozenset({"/healthz", "/readyz"})
+
+
+class Pace:
+    """Lines, each of which gets on by so many turns a second."""
+
+    def __init__(self) -> None:
+        #: When the next turn of each line is.
+        self._next: dict[Hashable, float] = {}
+
+    def seconds(self, line: Hashable) -> float:
+        """How long the next one of a line waits."""
+        return max(0.0, self._next.get(line, 0.0) - time.monotonic())
+
+    def owe(self, line: Hashable) -> None:
+        """Take a turn without waiting for it, unless the line is as long as may be."""
+        now = time.monotonic()
+        last = max(self._next.get(line, 0.0), now - _BURST / _PER_SECOND)
+        self._next[line] = min(last, now + _MOST_SECONDS) + 1 / _PER_SECOND
+        if len(self._next) > _LINES:
+            self._next = {line: at for line, at in self._next.items() if at > now}
+
+    async def wait(self, line: Hashable, turn: Turn) -> float:
+        """Wait for a turn. Returns how long, in seconds.
+
+        Raises:
+            RateLimited: the line is too long.
+            ClientDisconnect: the client went away, and takes no turn.
+        """
+        seconds = self.seconds(line)
+        if seconds > _MOST_SECONDS:
+            raise RateLimited(
+                f"More than {_PER_SECOND} requests a second; wait for answers before you ask again.",
+                retry_after_seconds=seconds,
+            )
+        self.owe(line)
+        if seconds and not await turn.come(seconds):
+            self._next[line] -= 1 / _PER_SECOND
+            raise ClientDisconnect
+        return seconds
+
+
+async def take_turn(request: Request, workspace_id: int, *, vectors: bool) -> None:
+    """Wait for the turn of a workspace that has asked too often.
+
+    Raises:
+        RateLimited, ClientDisconnect: as `Pace.wait` does.
+    """
+    pace: Pace = request.app.state.pace
+    line = workspace_id, vectors
+    if vectors and not pace.seconds(line):
+        request.state.owes_refusals_to = line
+        return
+    request.state.waited = await pace.wait(line, request.scope["state"].get(TURN) or Turn())
 
 
 class Paced:
-    """Lets such answers wait for their turn: each workspace's refusals by themselves, and of all who aren't known those
-    and what is open to anybody. What is served to a known key is bounded by its limits, and never waits here."""
+    """Lets the answers to nobody that is known wait for their turn, and counts refusals of vectors."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        #: When the next one goes out at the earliest, by workspace, and whether it is a refusal.
-        self._next: defaultdict[tuple[int | None, bool], float] = defaultdict(float)
+    def __init__(self, app: ASGIApp, pace: Pace) -> None:
+        self._app, self._pace = app, pace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI calls it."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] in _PROBES:
             await self._app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                caller, refused = state.get("caller"), message["status"] >= HTTPStatus.BAD_REQUEST
-                if refused or caller is None:
-                    state[PACED] = True
-                    await self._turn((caller and caller.workspace_id, refused))
-                    state[PACED] = False
+                if "caller" not in state:
+                    await self._hold(scope, message)
+                elif message["status"] >= HTTPStatus.BAD_REQUEST and (line := state.get("owes_refusals_to")):
+                    self._pace.owe(line)
             await send(message)
 
         await self._app(scope, receive, sending)
 
-    async def _turn(self, line: tuple[int | None, bool]) -> None:
-        now = time.monotonic()
-        turn = max(self._next[line], now - _BURST / _ANSWERS_PER_SECOND)
-        self._next[line] = turn + 1 / _ANSWERS_PER_SECOND
-        if turn > now:
-            await asyncio.sleep(turn - now)
+    async def _hold(self, scope: Scope, message: Message) -> None:
+        host = scope["client"][0] if scope.get("client") else ""
+        try:
+            scope["state"]["waited"] = await self._pace.wait(host, scope["state"].get(TURN) or Turn())
+        except RateLimited:
+            message["headers"] = [*message["headers"], (b"connection", b"close")]
+        except ClientDisconnect:
+            return  # what is sent goes nowhere

@@ -26,8 +26,9 @@ from tests.benchmarks.machine import connected, whole_machine
 _SECONDS = 4.0
 _UPLOADS, _HEADS, _CONNECTIONS = 6, 1_500, 600
 _ENGINE_BODY_BYTES = 600 * 1024**2
-#: Slower is no client that sends its body.
 _BYTE_SECONDS = 1.0
+#: Without any, it would be the sender that takes the processor.
+_PAUSE_SECONDS = 0.05
 
 #: Does harm to (url of the api, url of the engine, key, folder) until it is ended, and says when it has begun.
 Attack = Callable[[str, str, str, Path, Event], None]
@@ -86,6 +87,28 @@ def invented_keys(api: str, _: str, __: str, ___: Path, begun: Event) -> None:
     asyncio.run(_together(api, "", begun, _CONNECTIONS, ask))
 
 
+def one_key(api: str, _: str, key: str, __: Path, begun: Event) -> None:
+    """As many that ask again and again with one key."""
+
+    async def ask(session: aiohttp.ClientSession) -> None:
+        while True:
+            async with session.get("/v1/models") as reply:
+                assert reply.status in (200, 429), await reply.text()
+
+    asyncio.run(_together(api, key, begun, _CONNECTIONS, ask))
+
+
+def open_pages(api: str, _: str, __: str, ___: Path, begun: Event) -> None:
+    """As many that ask for what is open to anybody."""
+
+    async def ask(session: aiohttp.ClientSession) -> None:
+        while True:
+            async with session.get("/login") as reply:
+                assert reply.status == 200, await reply.text()
+
+    asyncio.run(_together(api, "", begun, _CONNECTIONS, ask))
+
+
 def large_engine_bodies(_: str, engine: str, __: str, ___: Path, begun: Event) -> None:
     """Bodies of 600 MB for the engine, from somebody who doesn't know its secret."""
     head = f"POST /embed HTTP/1.1\r\nhost: here\r\ncontent-length: {_ENGINE_BODY_BYTES}\r\n\r\n".encode()
@@ -95,6 +118,7 @@ def large_engine_bodies(_: str, engine: str, __: str, ___: Path, begun: Event) -
         with _connected(engine, 1, head) as (line,):
             while _send(line, piece):
                 pass
+        sleep(_PAUSE_SECONDS)
 
 
 async def _together(
@@ -179,5 +203,5 @@ def _key_of_a_stranger(running: Running) -> str:
 
 BENCHMARKS = [
     Benchmark(name=f"beside_{attack.__name__}_vs_calm", target=0.5, unit="requests/s", measure=partial(measure, attack))
-    for attack in (slow_uploads, half_heads, many_stars, invented_keys, large_engine_bodies)
+    for attack in (slow_uploads, half_heads, many_stars, invented_keys, one_key, open_pages, large_engine_bodies)
 ]

@@ -1,6 +1,5 @@
 """A server whose clients are slow on purpose, or too many: others are served meanwhile."""
 
-import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry, Counter
 from starlette.types import Receive, Scope, Send
 
-from pipeline.http_server import HEAD_BYTES, PACED, bounded
+from pipeline.http_server import HEAD_BYTES, TURN, bounded
 from tests.acceptance.fleet import eventually
 
 #: More than the kernel's buffers take.
@@ -22,14 +21,13 @@ _HALF = b"GET / HTTP/1.1\r\nhost: here\r\nx-slow: "
 
 
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-    """Read the body, then say something short, or at /long something very long, or at /paced nothing yet."""
+    """Read the body, then say something short, or at /long something very long; at /paced in ten minutes."""
     if scope["type"] != "http":
         return
     while (await receive()).get("more_body"):
         pass
     if scope["path"] == "/paced":
-        scope["state"][PACED] = True
-        await asyncio.Event().wait()
+        await scope["state"][TURN].come(600)
     body = _ANSWER if scope["path"] == "/long" else b"ok"
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -189,13 +187,25 @@ def test_a_crowd_of_bodies_that_dont_come(serve: Callable[..., Server]) -> None:
     assert server.closed("full") >= 20
 
 
-def test_a_crowd_whose_answers_wait_for_their_turn(serve: Callable[..., Server]) -> None:
+@pytest.mark.parametrize("requests", [1, 3])
+def test_a_crowd_that_waits_for_its_turn(serve: Callable[..., Server], requests: int) -> None:
+    """With one request each, or several at once."""
     server = serve(most=20)
     with ExitStack() as opened:
         for _ in range(40):
-            _send(opened.enter_context(server.connect()), b"GET /paced HTTP/1.1\r\nhost: here\r\n\r\n")
+            _send(opened.enter_context(server.connect()), b"GET /paced HTTP/1.1\r\nhost: here\r\n\r\n" * requests)
         assert server.get() == 200
     assert server.closed("full") >= 20
+    eventually(lambda: not server.server.server_state.tasks, "nothing that waits for who has gone")
+
+
+def test_a_server_that_ends_lets_nobody_wait(serve: Callable[..., Server]) -> None:
+    server = serve()
+    with server.connect() as waiting:
+        _send(waiting, b"GET /paced HTTP/1.1\r\nhost: here\r\n\r\n")
+        eventually(lambda: server.server.server_state.tasks, "a request under way")
+        server.server.should_exit = True
+        assert waiting.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
 def _send(connection: socket.socket, data: bytes) -> None:

@@ -1,71 +1,146 @@
-"""Answers that wait for their turn, on a clock that only waiting moves."""
+"""Turns of those who ask, on a clock that only waiting moves."""
 
 import asyncio
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from pipeline.api.pacing import Paced
+from pipeline.api.pacing import Pace, Paced, take_turn
+from pipeline.errors import RateLimited
+from pipeline.http_server import TURN
 
-_BURST, _EACH = 50, 1 / 200
+_BURST, _EACH, _MOST = 50, 1 / 200, 1_000
 
 
-@dataclass
-class _Caller:
-    workspace_id: int
+@dataclass(frozen=True)
+class _Ask:
+    """One request: of a workspace, or of nobody that is known at an address."""
+
+    status: int = 200
+    workspace: int | None = None
+    vectors: bool = False
+    host: str = "192.0.2.1"
+    path: str = "/v1/models"
+    stays: bool = True
+
+
+class _Turn:
+    """A connection's, which notes how long it is asked to wait."""
+
+    def __init__(self, stays: bool) -> None:
+        self.stays, self.seconds = stays, 0.0
+
+    async def come(self, seconds: float) -> bool:
+        self.seconds = seconds
+        return self.stays
 
 
 async def _app(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["workspace"]:
-        scope["state"]["caller"] = _Caller(scope["workspace"])
-    await send({"type": "http.response.start", "status": scope["status"], "headers": []})
-    await send({"type": "http.response.body", "body": b""})
+    asked: _Ask = scope["asked"]
+    status = asked.status
+    if asked.workspace is not None:
+        request = Request(scope)
+        request.state.caller = asked.workspace
+        try:
+            await take_turn(request, asked.workspace, vectors=asked.vectors)
+        except RateLimited as refusal:
+            status = refusal.status
+        except ClientDisconnect:
+            return
+    await send({"type": "http.response.start", "status": status, "headers": []})
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Ask for answers at one moment, each of (workspace, status); returns how long each waits."""
-    paced = Paced(_app)
+def ask(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Ask at one moment. Returns of each how long it waits, and the start of its answer."""
+    pace = Pace()
+    paced, app = Paced(_app, pace), SimpleNamespace(state=SimpleNamespace(pace=pace))
 
-    def ask(*asked: tuple[int | None, int]) -> list[float]:
-        waited: list[float] = []
+    def ask(*asked: _Ask) -> list[tuple[float, Message | None]]:
+        found: list[tuple[float, Message | None]] = []
 
-        async def sleep(seconds: float) -> None:
-            waited[-1] = seconds
-
-        async def send(_: Message) -> None:
-            return
+        async def receive() -> Message:
+            raise AssertionError("nothing is read")
 
         async def body() -> None:
-            for workspace, status in asked:
-                waited.append(0.0)
-                await paced({"type": "http", "workspace": workspace, "status": status}, send, send)  # type: ignore[arg-type]
+            for one in asked:
+                turn = _Turn(one.stays)
+                sent: list[Message] = []
+
+                async def send(message: Message, sent: list[Message] = sent) -> None:
+                    sent.append(message)
+
+                scope = {"type": "http", "app": app, "asked": one, "path": one.path, "client": (one.host, 1)}
+                await paced({**scope, "state": {TURN: turn}}, receive, send)
+                found.append((turn.seconds, sent[0] if sent else None))
 
         with monkeypatch.context() as patched:
             patched.setattr(time, "monotonic", lambda: 1_000.0)
-            patched.setattr(asyncio, "sleep", sleep)
             asyncio.run(body())
-        return waited
+        return found
 
     return ask
 
 
-@pytest.mark.parametrize("one", [(None, 401), (None, 404), (None, 200), (7, 429), (7, 400)])
-def test_a_crowd_waits_for_one_answer_after_the_other(waits: Any, one: tuple[int | None, int]) -> None:
-    seconds = waits(*[one] * (_BURST + 100))
+_LINES = [
+    _Ask(401),
+    _Ask(200),
+    _Ask(401, host="192.0.2.2"),
+    _Ask(200, workspace=7),
+    _Ask(429, workspace=7, vectors=True),
+    _Ask(404, workspace=8),
+]
+
+
+@pytest.mark.parametrize("one", _LINES)
+def test_a_crowd_gets_one_turn_after_the_other(ask: Any, one: _Ask) -> None:
+    seconds = [waited for waited, _ in ask(*[one] * (_BURST + 100))]
     assert not any(seconds[: _BURST + 1])
     assert seconds[_BURST + 1 :] == pytest.approx([n * _EACH for n in range(1, 100)])
 
 
-def test_who_is_known_and_served_never_waits(waits: Any) -> None:
-    assert not any(waits(*[(7, 200)] * 500))
+@pytest.mark.parametrize("asked", [_Ask(200, workspace=7, vectors=True), _Ask(200, path="/healthz")])
+def test_vectors_and_probes_dont_wait(ask: Any, asked: _Ask) -> None:
+    assert not any(waited for waited, _ in ask(*[asked] * 500))
 
 
-@pytest.mark.parametrize("crowd", [(None, 401), (None, 200), (7, 429)])
-def test_a_crowd_holds_up_no_other(waits: Any, crowd: tuple[int | None, int]) -> None:
-    others = [one for one in [(None, 401), (None, 200), (7, 429), (8, 404), (8, 200)] if one != crowd]
-    waits(*[crowd] * 1_000)
-    assert not any(waits(*others))
+@pytest.mark.parametrize("crowd", [_LINES[0], *_LINES[2:]])
+def test_a_crowd_holds_up_no_other(ask: Any, crowd: _Ask) -> None:
+    ask(*[crowd] * 2_000)
+    others = [one for one in [*_LINES[1:], _Ask(200, workspace=8, vectors=True)] if one != crowd]
+    others = [
+        one for one in others if one.workspace is not None or one.host != crowd.host or crowd.workspace is not None
+    ]
+    assert not any(waited for waited, _ in ask(*others))
+
+
+def test_who_would_wait_for_long_is_sent_away(ask: Any) -> None:
+    refused = ask(*[_Ask(200, workspace=7)] * (_BURST + _MOST + 100))[-90:]
+    assert {(waited, start["status"]) for waited, start in refused} == {(0.0, 429)}
+    sent_away = ask(*[_Ask(401)] * (_BURST + _MOST + 100))[-90:]
+    assert {waited for waited, _ in sent_away} == {0.0}
+    assert all((b"connection", b"close") in start["headers"] for _, start in sent_away)
+
+
+def test_refusals_make_no_line_longer_than_it_may_be(ask: Any) -> None:
+    answers = ask(*[_Ask(429, workspace=7, vectors=True)] * 5_000)
+    assert max(waited for waited, _ in answers) <= 5 + _EACH
+
+
+@pytest.mark.parametrize("one", [_Ask(401), _Ask(200, workspace=7)])
+def test_who_goes_away_gives_the_turn_back(ask: Any, one: _Ask) -> None:
+    ask(*[one] * (_BURST + 1))
+    leaves = _Ask(one.status, workspace=one.workspace, stays=False)
+    assert max(waited for waited, _ in ask(*[leaves] * 300)) == pytest.approx(_EACH)
+
+
+def test_lines_in_which_nobody_waits_are_forgotten(ask: Any) -> None:
+    pace = Pace()
+    for number in range(30_000):
+        pace.owe(number)
+    assert len(pace._next) <= 10_000

@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from fastapi import Request, Response
 
 from pipeline.api.directory import Caller
+from pipeline.api.pacing import take_turn
 from pipeline.errors import Forbidden, PayloadTooLarge
 
 _COOKIE = "vectormill_key"
@@ -48,6 +49,7 @@ async def caller_of(request: Request, key: str) -> Caller:
     """Whose key this is; raises as `viewer` does."""
     caller: Caller = await request.app.state.gateway.directory.caller(f"Bearer {key}")
     request.state.caller = caller
+    await take_turn(request, caller.workspace_id, vectors=False)
     return caller
 
 
