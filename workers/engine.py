@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from hmac import compare_digest
 from http import HTTPStatus
@@ -37,7 +37,7 @@ from pipeline.store.database import make_engine
 from pipeline.wire import pack_vectors
 from workers.residents import Residents, loader
 from workers.serving import Serving
-from workers.succession import serve_in_child
+from workers.succession import hold_signals, serve_in_child
 
 log = structlog.get_logger()
 
@@ -54,12 +54,16 @@ class Catalogue:
     """The local models that this engine serves, as the catalogue says; and the engine, as it shows itself."""
 
     def __init__(
-        self, database: Database, settings: Settings, url: str, engine_id: UUID, can_use: Callable[[Model], bool]
+        self,
+        database: Database,
+        settings: Settings,
+        url: str,
+        engine_id: UUID,
+        can_use: Callable[[Model], bool] = lambda _: True,
     ) -> None:
         self._database, self._wanted, self._url, self._can_use = database, settings.worker_models, url, can_use
         self._device = settings.worker_devices[0]
         self._id = engine_id
-        self._stopped = threading.Event()
         self.models: dict[str, Model] = {}
         self._read_at = float("-inf")
 
@@ -85,28 +89,31 @@ class Catalogue:
         with self._database.begin() as connection:
             engines.show(connection, self._id, url=self._url, models=usable, device=self._device)
 
-    def follow(self, *, goodbye: bool = True) -> None:
-        """Read and show until stopped, then say goodbye. A database that is away leaves things as they were."""
-        while not self._stopped.wait(_PERIOD_SECONDS):
+    @contextmanager
+    def followed(self, *, goodbye: bool) -> Iterator[None]:
+        """Read and show in a thread meanwhile, and then, if wanted, say goodbye. A database that is away leaves things
+        as they were; one that is frozen doesn't hold up the end."""
+        over = threading.Event()
+        follower = threading.Thread(target=self._follow, args=(over, goodbye), name="catalogue", daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            over.set()
+            follower.join(_GOODBYE_SECONDS)
+
+    def _follow(self, over: threading.Event, goodbye: bool) -> None:
+        while True:
             try:
                 self.read()
                 self.show()
             except SQLAlchemyError as error:
                 log.warning("database_unreachable", error=type(error).__name__)
+            if over.wait(_PERIOD_SECONDS):
+                break
         if goodbye:
             with suppress(SQLAlchemyError), self._database.begin() as connection:
                 engines.forget(connection, self._id)
-
-    @contextmanager
-    def followed(self, *, goodbye: bool) -> Iterator[None]:
-        """Follow in a thread meanwhile. A database that is frozen doesn't hold up the end."""
-        follower = threading.Thread(target=self.follow, kwargs={"goodbye": goodbye}, name="catalogue", daemon=True)
-        follower.start()
-        try:
-            yield
-        finally:
-            self._stopped.set()
-            follower.join(_GOODBYE_SECONDS)
 
 
 def make_app(
@@ -153,8 +160,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        with catalogue.followed(goodbye=True):
-            yield
+        yield
         serving.stop()
 
     routes = [
@@ -215,34 +221,43 @@ def main() -> None:
             f"an engine at {settings.engine_host}, beyond this machine, needs VECTORMILL_ENGINE_SECRET, "
             "and the api the same one."
         )
+    hold_signals()
     listener = socket.create_server((settings.engine_host, settings.engine_port), backlog=1024)
     host = socket.gethostname() if _is_everywhere(settings.engine_host) else settings.engine_host
     url, engine_id = f"http://{host}:{listener.getsockname()[1]}", uuid4()
-    with ExitStack() as shown:
-        if not settings.worker_models:
-            # Requests may come now, and wait for the first child.
-            database = shown.enter_context(_database(settings))
-            catalogue = Catalogue(database, settings, url, engine_id, lambda _: True)
-            catalogue.read()
-            catalogue.show()
-            shown.enter_context(catalogue.followed(goodbye=False))
-        import workers.encoder  # noqa: F401 - takes seconds, and children find it imported
-    serve_in_child(partial(_serve, settings, url, engine_id), listener)
+    with _database(settings) as database:
+        catalogue = Catalogue(database, settings, url, engine_id)
+        catalogue.read()
+        # Requests may come now, and wait for the first child; but for models that are to be loaded before.
+        with nullcontext() if settings.worker_models else catalogue.followed(goodbye=False):
+            import workers.encoder  # noqa: F401 - takes seconds, and children find it imported
+    serve_in_child(partial(_serve, settings, url, engine_id, catalogue.models), listener)
 
 
-def _serve(settings: Settings, url: str, engine_id: UUID, listener: socket.socket) -> None:
+def _serve(
+    settings: Settings,
+    url: str,
+    engine_id: UUID,
+    known: dict[str, Model],
+    listener: socket.socket,
+    deaths: int,
+) -> None:
     device = settings.worker_devices[0]
     memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
     load = loader(device, os.cpu_count() if device == "cpu" else None, settings.worker_dtype)
     serving = Serving(Residents(load, int(memory_bytes * MODELS_SHARE)), settings.engine_queue_seconds)
     with _database(settings) as database:
         catalogue = Catalogue(database, settings, url, engine_id, serving.can_use)
-        catalogue.read()
+        # A database may be away when a child is replaced.
+        catalogue.models = known
+        with suppress(SQLAlchemyError):
+            catalogue.read()
         if settings.worker_models:
-            _load_all(catalogue, serving)
-        catalogue.show()
+            with catalogue.followed(goodbye=False) if deaths else nullcontext():
+                _load_all(catalogue, serving)
         app = make_app(catalogue, serving, settings.engine_secret, settings.api_body_bytes)
-        http_server.run(app, metrics.ENGINE_CONNECTIONS_CLOSED, [listener])
+        with catalogue.followed(goodbye=True):
+            http_server.run(app, metrics.ENGINE_CONNECTIONS_CLOSED, [listener])
 
 
 @contextmanager
@@ -272,7 +287,7 @@ def _is_everywhere(host: str) -> bool:
 
 
 def _load_all(catalogue: Catalogue, serving: Serving) -> None:
-    for model in catalogue.models.values():
+    for model in list(catalogue.models.values()):
         with suppress(ModelUnusable):  # which is logged; the others are served
             serving.load_now(model)
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _MOST_ITEMS = 2_048
 #: Shares of a turn that a request takes at a time.
 _SHARES = 16
-#: Batches of a model's size in a turn. Where the device is the processor, requests and answers are paid by what it
-#: embeds; a client of one text asks once in two turns. Turns of one batch cost 7 % of what long requests get alone.
+#: Batches of a model's size in a turn on a CPU, elsewhere one. There requests and answers are paid by what it embeds; a
+#: client of one text asks once in two turns. Turns of one batch cost 7 % of what long requests get alone.
 _TURN_BATCHES = 2
 
 
@@ -136,7 +136,8 @@ class _Lane:
     def _fill(self, line: list[tuple[float, int, _Waiting]], requests: Counter[str]) -> list[Text]:
         """A turn of what stands in line: first come those with the least numbers."""
         heapify(line)
-        longest, room = line[0][2].texts[-1][0], _TURN_BATCHES * self.encoder.budget_tokens
+        batches = _TURN_BATCHES if self.encoder.device.type == "cpu" else 1
+        longest, room = line[0][2].texts[-1][0], batches * self.encoder.budget_tokens
         share = max(1, room // _SHARES)
         turn: list[Text] = []
         while line:

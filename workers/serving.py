@@ -245,23 +245,25 @@ class Serving:
             np.array([text.tokens for text in texts], np.int32),
             np.zeros(len(texts), np.bool_),
         )
-        for batch in encoder.batches(tokenised):
-            _count(texts[0].request.model.name, batch)
-            good = sound(batch.vectors) if batch.vectors is not None else ()
-            for row, n in enumerate(batch.at.tolist()):
-                text = texts[n]
-                if batch.vectors is None:
-                    failed.append((text, ModelError(f"input[{text.at}]: {batch.failure and batch.failure[1]}")))
-                    continue
-                if not good[row]:
-                    failed.append((text, BadVector(text.at)))
-                    continue
-                text.request.vectors[text.at] = batch.vectors[row]
-                text.request.work.tokens -= text.tokens
-                text.request.left -= 1
-                if not text.request.left:
-                    done.append(text.request)
-        _answer([(request, None) for request in done])
+        try:
+            for batch in encoder.batches(tokenised):
+                _count(texts[0].request.model.name, batch)
+                good = sound(batch.vectors) if batch.vectors is not None else ()
+                for row, n in enumerate(batch.at.tolist()):
+                    text = texts[n]
+                    if batch.vectors is None:
+                        failed.append((text, ModelError(f"input[{text.at}]: {batch.failure and batch.failure[1]}")))
+                        continue
+                    if not good[row]:
+                        failed.append((text, BadVector(text.at)))
+                        continue
+                    text.request.vectors[text.at] = batch.vectors[row]
+                    text.request.work.tokens -= text.tokens
+                    text.request.left -= 1
+                    if not text.request.left:
+                        done.append(text.request)
+        finally:
+            _answer([(request, None) for request in done])
         return failed
 
     def _tell_failure(self, encoder: "Encoder", failed: list[tuple[Text, Exception]]) -> None:

@@ -15,40 +15,61 @@ from collections.abc import Callable
 
 import structlog
 
+#: Calls with the listening socket, and how many children were killed before this one.
+Serve = Callable[[socket.socket, int], None]
+
 log = structlog.get_logger()
 
 _ENDS = {signal.SIGTERM, signal.SIGINT}
 #: A child that dies at once doesn't keep the processor busy.
 _LEAST_LIFE_SECONDS = 1.0
+#: After so many that died sooner than that, one after the other, whoever watches the parent must know.
+_MOST_DEATHS, _STEADY_SECONDS = 3, 60.0
 
 
-def serve_in_child(serve: Callable[[socket.socket], None], listener: socket.socket) -> None:
+def hold_signals() -> None:
+    """Let SIGTERM and SIGINT wait until there is a child: before the first thread, which would get them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+
+
+def serve_in_child(serve: Serve, listener: socket.socket) -> None:
     """Run `serve` in a child, and in another one when a signal ends that: for want of memory, or a crash in a library.
 
     Returns in a child that has served; the parent exits with what its last child ended with. SIGTERM and SIGINT ask the
-    child to end, and close the door to others. It dies with its parent.
+    child to end, and close the door to others. It dies with its parent. macOS has no such children: Metal can't be
+    opened after a fork.
     """
+    if sys.platform == "darwin":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
+        serve(listener, 0)
+        return
     reading, writing = os.pipe()
     signal.signal(signal.SIGCHLD, lambda *_: None)  # where it is ignored it can't be waited for
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_ENDS, signal.SIGCHLD})
     # What is shared with children stays shared.
     gc.collect()
     gc.freeze()
+    deaths = in_a_row = 0
     while True:
         began = time.monotonic()
         child = os.fork()
         if not child:
             os.close(writing)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_ENDS, signal.SIGCHLD})
             threading.Thread(target=_die_with_parent, args=(reading,), name="parent", daemon=True).start()
-            serve(listener)
+            serve(listener, deaths)
             return
         code, is_asked = _wait(child, listener)
         if code >= 0 or is_asked:
             sys.exit(max(0, code))
         log.error("child_died", signal=signal.Signals(-code).name)
-        time.sleep(max(0.0, _LEAST_LIFE_SECONDS - (time.monotonic() - began)))
+        lived = time.monotonic() - began
+        deaths, in_a_row = deaths + 1, in_a_row + 1 if lived < _STEADY_SECONDS else 1
+        if in_a_row > _MOST_DEATHS:
+            sys.exit(128 - code)
+        time.sleep(max(0.0, _LEAST_LIFE_SECONDS - lived))
 
 
 def _wait(child: int, listener: socket.socket) -> tuple[int, bool]:

@@ -12,20 +12,21 @@ import pytest
 
 from tests.acceptance.fleet import eventually
 
-#: Tells each client its pid; ends by itself when a client asks for it.
+#: Tells each client its pid and how many were killed before it; ends by itself when a client asks for it.
 _SERVER = """
 import os, signal, socket, sys
-from workers.succession import serve_in_child
+from workers.succession import hold_signals, serve_in_child
 
-def serve(listener):
+def serve(listener, deaths):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     while True:
         client, _ = listener.accept()
-        client.sendall(str(os.getpid()).encode())
+        client.sendall(f"{os.getpid()} {deaths}".encode())
         if client.recv(1) == b"!":
             sys.exit(7)
         client.close()
 
+hold_signals()
 serve_in_child(serve, socket.socket(fileno=int(sys.argv[1])))
 """
 
@@ -46,30 +47,45 @@ def _serving() -> Iterator[tuple[subprocess.Popen[bytes], tuple[str, int]]]:
         process.wait()
 
 
-def _ask(address: tuple[str, int], what: bytes = b".") -> int:
-    """The pid of who serves; whoever connects is never refused."""
+def _ask(address: tuple[str, int], what: bytes = b".") -> tuple[int, int]:
+    """The pid of who serves, and how many were killed before it. Whoever connects is never refused."""
     with socket.create_connection(address, timeout=60) as line:
-        pid = int(line.recv(100))
+        pid, deaths = map(int, line.recv(100).split())
         line.sendall(what)
         line.recv(1)
-    return pid
+    return pid, deaths
+
+
+def _end(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """End a process by a signal. One that is ending may still take a connection."""
+    process = psutil.Process(pid)
+    process.send_signal(number)
+    eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, "its end")
 
 
 def test_who_is_killed_is_replaced_and_who_comes_meanwhile_waits() -> None:
     with _serving() as (parent, address):
-        first = _ask(address)
-        assert first != parent.pid
-        psutil.Process(first).kill()
-        second = _ask(address)
-        assert second not in (first, parent.pid)
-        psutil.Process(second).send_signal(signal.SIGSEGV)
-        assert _ask(address) not in (first, second, parent.pid)
+        seen = {parent.pid}
+        for before, number in enumerate((signal.SIGKILL, signal.SIGSEGV, signal.SIGKILL)):
+            pid, deaths = _ask(address)
+            assert deaths == before
+            assert pid not in seen
+            seen.add(pid)
+            _end(pid, number)
+        assert _ask(address)[0] not in seen
+
+
+def test_one_that_dies_again_and_again_is_given_up() -> None:
+    with _serving() as (parent, address):
+        for _ in range(4):
+            _end(_ask(address)[0])
+        assert parent.wait(60) == 128 + signal.SIGKILL
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_who_is_asked_to_end_ends_with_its_child(number: signal.Signals) -> None:
     with _serving() as (parent, address):
-        child = psutil.Process(_ask(address))
+        child = psutil.Process(_ask(address)[0])
         parent.send_signal(number)
         assert parent.wait(60) == 0
         assert not child.is_running()
@@ -85,6 +101,6 @@ def test_a_child_that_ends_by_itself_is_not_replaced() -> None:
 
 def test_a_child_dies_with_its_parent() -> None:
     with _serving() as (parent, address):
-        child = psutil.Process(_ask(address))
+        child = psutil.Process(_ask(address)[0])
         parent.kill()
         eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the child's end")

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from workers.batching import Tokenised
 from workers.lanes import Lanes, Request, Text, Work, seconds_ahead
 from workers.pace import Pace
 
-#: Tokens of a turn: two batches.
+#: Tokens of a turn on a CPU: two batches.
 TURN_TOKENS = 100
 
 
@@ -23,6 +24,7 @@ class _Encoder:
     """As much of one as a lane looks at."""
 
     budget_tokens = TURN_TOKENS // 2
+    device = torch.device("cpu")
 
 
 def waiting(lanes: Lanes, encoder: _Encoder, *lengths: int, caller: str = "") -> Request:
