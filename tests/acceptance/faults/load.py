@@ -254,7 +254,8 @@ class Load:
             if not rows:
                 return "gone"
             row = rows[0]
-            if row["state"] in ("completed", "failed", "cancelled"):
+            # It was submitted: one that is still staged has lost the end of that with the end of its timeline.
+            if row["state"] in ("completed", "failed", "cancelled", "staging"):
                 return str(row["state"])
             if row["state"] == "paused":
                 if self.explained.get(row["reason"], 0.0) < time.monotonic():

@@ -99,7 +99,7 @@ def freeze_child(site: Site, random: Random) -> Done:
 def _frozen_until_lost(site: Site, child: psutil.Process, claim: Claimed) -> Done:
     since = time.monotonic()
     try:
-        eventually(lambda: is_back(site, claim), "another claim on a frozen child's chunk", 10 * site.lease_seconds)
+        eventually(lambda: is_back(site, claim), "another claim on a frozen child's chunk", START_SECONDS)
     finally:
         child.resume()
     return Done(since, claim)
