@@ -66,21 +66,27 @@ class Catalogue:
         self._id = engine_id
         self.models: dict[str, Model] = {}
         self._read_at = float("-inf")
+        self._finding = threading.Lock()
 
     def read(self) -> None:
         """Read the catalogue."""
+        began = time.monotonic()
         with self._database.begin() as connection:
             rows = [row for row in models.every(connection) if row["kind"] == "local"]
         if self._wanted:
             rows = [row for row in rows if {row["name"], *row["aliases"]} & set(self._wanted)]
         self.models = {row["name"]: as_model(row) for row in rows}
-        self._read_at = time.monotonic()
+        self._read_at = began
 
     def find(self, name: str) -> Model | None:
-        """A model that this engine serves; one that it doesn't know may just have been added."""
-        if name not in self.models and time.monotonic() - self._read_at > _LEAST_AGE_SECONDS:
-            with suppress(SQLAlchemyError):
-                self.read()
+        """A model that this engine serves. One that it doesn't know may just have been added, so it reads again, though
+        not too often: who asks for such models together is told by one look."""
+        asked = time.monotonic()
+        with self._finding:
+            if name not in self.models and self._read_at < asked:
+                time.sleep(max(0.0, self._read_at + _LEAST_AGE_SECONDS - time.monotonic()))
+                with suppress(SQLAlchemyError):
+                    self.read()
         return self.models.get(name)
 
     def show(self) -> None:

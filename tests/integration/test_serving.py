@@ -165,9 +165,9 @@ def test_an_engine_shows_what_it_can_use(
         async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
             return await client.post("/embed", json={"model": name, "texts": ["x"]})
 
+    catalogue.read()
     with engine.begin() as connection:
         catalog.add_model(connection, "late", static_description)
-    catalogue._read_at = 0.0
     assert asyncio.run(ask("late")).status_code == 200, "read anew, and loaded"
     assert asyncio.run(ask("never")).status_code == 404
     loads.error = ModelError("not those files")
