@@ -73,7 +73,7 @@ def serve_in_child(serve: Serve, listener: socket.socket) -> None:
 
 
 def _wait(child: int, listener: socket.socket) -> tuple[int, bool]:
-    """What a child ends with, and whether it was asked to end."""
+    """Return a child's exit code, and whether it was asked to end."""
     is_asked = False
     while True:
         if signal.sigwait({*_ENDS, signal.SIGCHLD}) in _ENDS:

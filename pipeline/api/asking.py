@@ -56,17 +56,27 @@ Workspace = Annotated[
 ]
 
 
-async def caller_of(request: Request, *, admin: bool = False, vectors: bool = False) -> Caller:
-    """Who asks, when it is their turn; `vectors`: for some.
+async def identify(request: Request, authorization: str | None, *, vectors: bool = False) -> Caller:
+    """Look up the caller of an Authorization header, and wait for the turn of their workspace; `vectors`: they ask for
+    some.
 
     Raises:
         Unauthorized, InvalidApiKey: nobody that is known.
-        Forbidden: not an admin, where it must be one.
         RateLimited, ClientDisconnect: as `take_turn` does.
     """
-    caller: Caller = await request.app.state.gateway.directory.caller(request.headers.get("authorization"))
+    caller: Caller = await request.app.state.gateway.directory.caller(authorization)
     request.state.caller = caller
     await take_turn(request, caller.workspace_id, vectors=vectors)
+    return caller
+
+
+async def caller_of(request: Request, *, admin: bool = False, vectors: bool = False) -> Caller:
+    """Return the caller of a request, as `identify` does.
+
+    Raises:
+        Forbidden: not an admin, where it must be one.
+    """
+    caller = await identify(request, request.headers.get("authorization"), vectors=vectors)
     if admin:
         caller.must_be_admin()
     return caller

@@ -1,4 +1,4 @@
-"""How often callers are answered, so that a crowd which asks again and again leaves the processor to others.
+"""Bound how often callers are answered, so that a crowd leaves the processor to others.
 
 Each workspace has a line of its own, in which a request waits before anything is done for it; vectors, which cost the
 device's time, are paid by limits and queues, and only their refusals count, in a second line. Who isn't known waits for
@@ -35,7 +35,7 @@ class Pace:
         self._next: dict[Hashable, float] = {}
 
     def seconds(self, line: Hashable) -> float:
-        """How long the next one of a line waits."""
+        """Return how long the next one of a line waits."""
         return max(0.0, self._next.get(line, 0.0) - time.monotonic())
 
     def owe(self, line: Hashable) -> None:

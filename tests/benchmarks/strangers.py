@@ -26,7 +26,7 @@ from tests.benchmarks.machine import connected, whole_machine
 _SECONDS = 4.0
 _UPLOADS, _HEADS, _CONNECTIONS = 6, 1_500, 600
 _ENGINE_BODY_BYTES = 600 * 1024**2
-_BYTE_SECONDS = 1.0
+_PIECE_SECONDS = 1.0
 #: Without any, it would be the sender that takes the processor.
 _PAUSE_SECONDS = 0.05
 
@@ -40,23 +40,12 @@ def slow_uploads(api: str, _: str, key: str, __: Path, begun: Event) -> None:
         f"POST /api/jobs HTTP/1.1\r\nhost: here\r\nauthorization: Bearer {key}\r\n"
         "content-type: multipart/form-data; boundary=x\r\ncontent-length: 1000\r\n\r\n"
     )
-    with _connected(api, _UPLOADS, head.encode()) as lines:
-        begun.set()
-        while True:
-            sleep(_BYTE_SECONDS)
-            for line in lines:
-                _send(line, b"-")
+    _drip(api, _UPLOADS, head.encode(), b"-", begun)
 
 
 def half_heads(api: str, _: str, __: str, ___: Path, begun: Event) -> None:
-    """Heads that aren't ended, each begun anew when its connection is closed."""
-    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: here\r\n"
-    with _connected(api, _HEADS, head) as lines:
-        begun.set()
-        while True:
-            sleep(_BYTE_SECONDS)
-            for line in lines:
-                _send(line, b"x: y\r\n")
+    """Heads that aren't ended, for as long as the server lets them be."""
+    _drip(api, _HEADS, b"POST /v1/embeddings HTTP/1.1\r\nhost: here\r\n", b"x: y\r\n", begun)
 
 
 def many_stars(api: str, _: str, key: str, folder: Path, begun: Event) -> None:
@@ -121,6 +110,15 @@ def large_engine_bodies(_: str, engine: str, __: str, ___: Path, begun: Event) -
         sleep(_PAUSE_SECONDS)
 
 
+def _drip(url: str, count: int, head: bytes, piece: bytes, begun: Event) -> None:
+    with _connected(url, count, head) as lines:
+        begun.set()
+        while True:
+            sleep(_PIECE_SECONDS)
+            for line in lines:
+                _send(line, piece)
+
+
 async def _together(
     api: str, key: str, begun: Event, count: int, ask: Callable[[aiohttp.ClientSession], Coroutine[None, None, None]]
 ) -> None:
@@ -141,7 +139,7 @@ def _connected(url: str, count: int, head: bytes) -> Iterator[list[socket.socket
 
 
 def _send(line: socket.socket, data: bytes) -> bool:
-    """Whether a server took it that may have closed the connection."""
+    """Send to a server that may have closed the connection. Returns whether it hadn't."""
     try:
         line.sendall(data)
     except OSError:

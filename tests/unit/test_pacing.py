@@ -139,7 +139,7 @@ def test_who_goes_away_gives_the_turn_back(ask: Any, one: _Ask) -> None:
     assert max(waited for waited, _ in ask(*[leaves] * 300)) == pytest.approx(_EACH)
 
 
-def test_lines_in_which_nobody_waits_are_forgotten(ask: Any) -> None:
+def test_lines_in_which_nobody_waits_are_forgotten() -> None:
     pace = Pace()
     for number in range(30_000):
         pace.owe(number)

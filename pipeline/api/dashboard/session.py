@@ -6,8 +6,8 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 from fastapi import Request, Response
 
+from pipeline.api.asking import identify
 from pipeline.api.directory import Caller
-from pipeline.api.pacing import take_turn
 from pipeline.errors import Forbidden, PayloadTooLarge
 
 _COOKIE = "vectormill_key"
@@ -47,10 +47,7 @@ async def viewer(request: Request) -> Viewer:
 
 async def caller_of(request: Request, key: str) -> Caller:
     """Whose key this is; raises as `viewer` does."""
-    caller: Caller = await request.app.state.gateway.directory.caller(f"Bearer {key}")
-    request.state.caller = caller
-    await take_turn(request, caller.workspace_id, vectors=False)
-    return caller
+    return await identify(request, f"Bearer {key}")
 
 
 def remember(request: Request, response: Response, key: str) -> None:
