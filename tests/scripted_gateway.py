@@ -65,13 +65,15 @@ def hanging() -> Iterator[bytes]:
 
 @dataclass
 class ScriptedGateway:
-    """The server. `answer` may be replaced at any time; `requests` are the bodies that came."""
+    """The server. `answer` may be replaced at any time; `requests` are the bodies that came. Until it is `healthy` it
+    doesn't say so."""
 
     url: str
     answer: Answering = good
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     connections: set[Any] = field(default_factory=set)
+    healthy: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
@@ -81,6 +83,12 @@ def scripted_gateway() -> Iterator[ScriptedGateway]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            made.healthy.wait(60)
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -121,6 +129,7 @@ def scripted_gateway() -> Iterator[ScriptedGateway]:
     try:
         yield made
     finally:
+        made.healthy.set()
         server.shutdown()
         server.server_close()
         thread.join()

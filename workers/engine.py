@@ -78,16 +78,21 @@ class Catalogue:
         self.models = {row["name"]: as_model(row) for row in rows}
         self._read_at = began
 
-    def find(self, name: str) -> Model | None:
-        """A model that this engine serves. One that it doesn't know may just have been added, so it reads again, though
-        not too often: who asks for such models together is told by one look."""
+    def known(self, name: str, weights: str | None) -> Model | None:
+        """A model that this engine serves, if it has the weights with that SHA-256; `None`: whichever it has."""
+        model = self.models.get(name)
+        return model if model and weights in (None, model.weights_sha256) else None
+
+    def find(self, name: str, weights: str | None) -> Model | None:
+        """As `known`. One that it doesn't know may just have been added, so it reads again, though not too often: who
+        asks for such models together is told by one look."""
         asked = time.monotonic()
         with self._finding:
-            if name not in self.models and self._read_at < asked:
+            if not self.known(name, weights) and self._read_at < asked:
                 time.sleep(max(0.0, self._read_at + _LEAST_AGE_SECONDS - time.monotonic()))
                 with suppress(SQLAlchemyError):
                     self.read()
-        return self.models.get(name)
+        return self.known(name, weights)
 
     def show(self) -> None:
         """Say what the engine serves: not what it can't use now."""
@@ -144,7 +149,8 @@ def make_app(
         if body is None:
             return Response(status_code=HTTPStatus.REQUEST_ENTITY_TOO_LARGE, headers=_CLOSE)
         asked = orjson.loads(body)
-        model = catalogue.models.get(asked["model"]) or await asyncio.to_thread(catalogue.find, asked["model"])
+        wanted = asked["model"], asked.get("weights")
+        model = catalogue.known(*wanted) or await asyncio.to_thread(catalogue.find, *wanted)
         if model is None:
             return Response(b"this engine doesn't serve the model", 404)
         token_ids = {int(at): ids for at, ids in asked.get("token_ids", {}).items()}

@@ -183,6 +183,7 @@ async def _embed(gateway: Gateway, caller: Caller, model: RowMapping, asked: Ask
         engines,
         model["name"],
         asked.texts,
+        weights=model["weights_sha256"],
         queries=asked.queries,
         token_ids=asked.token_ids,
         caller=workspace,

@@ -1,9 +1,9 @@
 """The way to an engine: to the one with the least in flight, and on to the next one when it can't take the request."""
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
 from enum import Enum, auto
 from http import HTTPStatus
 
@@ -24,6 +24,8 @@ _CONNECT_SECONDS = 2.0
 MOST_SECONDS = 600.0
 #: How often a request may be lost: one engine may have been about to end, two are ended by the request.
 _MOST_LOST = 2
+#: How long one that was lost waits for others to be asked again before it.
+_ALONE_SECONDS = 5.0
 #: In which time an engine that died is back: it starts, and loads its model.
 _BACK_SECONDS = 10.0
 
@@ -56,8 +58,10 @@ class Engines:
     def __init__(self, secret: SecretStr | None = None) -> None:
         self._headers = {"authorization": engine_authorization(secret)}
         self._in_flight: Counter[str] = Counter()
-        #: One request that was lost is asked again at a time: a text that ends its engine does so alone.
-        self._again = asyncio.Lock()
+        #: Of those of a model that were lost one is asked again at a time: a text that ends its engine does so alone.
+        self._again: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        #: Engines that broke off, until they answer again: while one loads its models, others come first.
+        self._broken: dict[str, asyncio.Task[None]] = {}
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
             timeout=aiohttp.ClientTimeout(total=MOST_SECONDS, connect=_CONNECT_SECONDS),
@@ -66,6 +70,8 @@ class Engines:
 
     async def close(self) -> None:
         """Close its connections."""
+        for task in self._broken.values():
+            task.cancel()
         await self._session.close()
 
     async def embed(
@@ -74,12 +80,14 @@ class Engines:
         model: str,
         texts: Sequence[str],
         *,
+        weights: str,
         queries: bool = False,
         token_ids: Mapping[int, list[int]] | None = None,
         caller: str,
         just_added: bool = False,
     ) -> Embedded:
         """Vectors of texts by one of `engines`, read as queries or as documents.
+        `weights`: the SHA-256 of those that the model must have there.
         `token_ids`: of those that came as ids of OpenAI's tokens, by position. Engines give callers equal shares,
         whoever these are. A model that was just added is asked of engines that don't say yet that they serve it.
 
@@ -92,14 +100,21 @@ class Engines:
         serving = [engine["url"] for engine in engines if model in engine["models"]]
         if just_added and not serving:
             serving = [engine["url"] for engine in engines]
-        asked = {"model": model, "texts": texts, "queries": queries, "token_ids": token_ids or {}, "caller": caller}
+        asked = {
+            "model": model,
+            "weights": weights,
+            "texts": texts,
+            "queries": queries,
+            "token_ids": token_ids or {},
+            "caller": caller,
+        }
         body = orjson.dumps(asked, option=orjson.OPT_NON_STR_KEYS)
         outcomes: Counter[_Outcome] = Counter()
         wait = _BACK_SECONDS
-        line = deque(sorted(serving, key=lambda url: self._in_flight[url]))
+        line = deque(sorted(serving, key=lambda url: (url in self._broken, self._in_flight[url])))
         while line:
             url = line.popleft()
-            async with self._again if outcomes[_Outcome.LOST] else nullcontext():
+            async with self._alone(model) if outcomes[_Outcome.LOST] else nullcontext():
                 answer, told = await self._ask(url, body)
             if isinstance(answer, Embedded):
                 return answer
@@ -112,6 +127,29 @@ class Engines:
                 line.append(url)
         raise _refusal(model, outcomes, wait)
 
+    @asynccontextmanager
+    async def _alone(self, model: str) -> AsyncIterator[None]:
+        """Wait for others of the model that are asked again, but for so long only."""
+        lock = self._again[model]
+        try:
+            await asyncio.wait_for(lock.acquire(), _ALONE_SECONDS)
+        except TimeoutError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            lock.release()
+
+    async def _answers_again(self, url: str) -> None:
+        """Wait until an engine that broke off answers, or can't be reached."""
+        try:
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with self._session.get(f"{url}/healthz"):
+                    pass
+        finally:
+            del self._broken[url]
+
     async def _ask(self, url: str, body: bytes) -> "tuple[Embedded | _Outcome, float | None]":
         """Its answer, and how long it says to wait."""
         self._in_flight[url] += 1
@@ -123,6 +161,8 @@ class Engines:
             return _Outcome.UNREACHABLE, None
         except aiohttp.ClientError as error:
             log.warning("engine_lost", engine=url, error=type(error).__name__)
+            if url not in self._broken:
+                self._broken[url] = asyncio.create_task(self._answers_again(url))
             return _Outcome.LOST, None
         except TimeoutError as error:
             raise UpstreamUnavailable("The model took too long.", retry_after_seconds=1) from error

@@ -1,6 +1,7 @@
 """The api's client of engines, against servers that answer as engines may."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.api import engines as engines_module
 from pipeline.api.engines import Engines
 from pipeline.errors import ApiError, BadVector, InternalError, ModelsOwnTokens, UpstreamUnavailable
 from pipeline.wire import Embedded, pack_vectors
@@ -43,7 +45,7 @@ def ask(servers: list[ScriptedGateway], *answers: Any) -> tuple[Embedded | ApiEr
     async def body() -> Embedded | ApiError:
         engines = Engines()
         try:
-            return await engines.embed(rows, "m", ["x"], caller="1")
+            return await engines.embed(rows, "m", ["x"], weights="w", caller="1")
         except ApiError as error:
             return error
         finally:
@@ -59,7 +61,7 @@ def test_a_model_that_was_just_added_is_asked_of_engines_that_dont_say_so_yet(se
     async def body(*, just_added: bool) -> Embedded:
         engines = Engines()
         try:
-            return await engines.embed(rows, "m", ["x"], caller="1", just_added=just_added)
+            return await engines.embed(rows, "m", ["x"], weights="w", caller="1", just_added=just_added)
         finally:
             await engines.close()
 
@@ -77,11 +79,67 @@ def test_an_engine_that_is_replaced_is_asked_again(servers: list[ScriptedGateway
     async def body() -> Embedded:
         engines = Engines()
         try:
-            return await engines.embed(rows, "m", ["x"], caller="1")
+            return await engines.embed(rows, "m", ["x"], weights="w", caller="1")
         finally:
             await engines.close()
 
     assert asyncio.run(body()).prompt_tokens == 3
+
+
+def test_while_an_engine_comes_back_another_one_is_asked_first(servers: list[ScriptedGateway]) -> None:
+    back, other = servers[:2]
+    answers = iter([LOST])
+    back.answer = lambda _: next(answers, GOOD)
+    other.answer = lambda _: GOOD
+    rows: Any = [{"url": server.url.removesuffix("/v1"), "models": ["m"]} for server in (back, other)]
+
+    async def body() -> None:
+        engines = Engines()
+        try:
+            for asked in range(1, 6):
+                await engines.embed(rows, "m", ["x"], weights="w", caller="1")
+                assert (len(back.requests), len(other.requests)) == (1, asked)
+            back.healthy.set()
+            async with asyncio.timeout(60):
+                while len(back.requests) == 1:
+                    await engines.embed(rows, "m", ["x"], weights="w", caller="1")
+        finally:
+            await engines.close()
+
+    asyncio.run(body())
+
+
+def test_one_that_was_lost_doesnt_wait_for_another_that_hangs(
+    servers: list[ScriptedGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines_module, "_ALONE_SECONDS", 0.1)
+    both_lost, is_over = threading.Barrier(2), threading.Event()
+
+    def lose() -> Iterator[bytes]:
+        both_lost.wait(60)
+        yield b""
+
+    def hang() -> Iterator[bytes]:
+        is_over.wait(60)
+        yield b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(GOOD[2]), GOOD[2])
+
+    answers: Iterator[Any] = iter([lose(), lose(), hang()])
+    servers[0].answer = lambda _: next(answers, GOOD)
+    rows: Any = [{"url": servers[0].url.removesuffix("/v1"), "models": ["m"]}]
+
+    async def body() -> None:
+        engines = Engines()
+        try:
+            two = [asyncio.create_task(engines.embed(rows, "m", ["x"], weights="w", caller="1")) for _ in range(2)]
+            done, waiting = await asyncio.wait(two, return_when=asyncio.FIRST_COMPLETED, timeout=60)
+            assert (len(done), len(waiting)) == (1, 1)
+            is_over.set()
+            await asyncio.gather(*two)
+        finally:
+            is_over.set()
+            await engines.close()
+
+    asyncio.run(body())
 
 
 @pytest.mark.parametrize("before", [FULL, UNKNOWN, CANT_LOAD, LOST, NOBODY])

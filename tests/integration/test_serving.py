@@ -160,16 +160,18 @@ def test_an_engine_shows_what_it_can_use(
 
     assert shown() == [["other", "static"]]
 
-    async def ask(name: str = "static") -> httpx.Response:
+    async def ask(name: str = "static", **more: str) -> httpx.Response:
         transport = httpx.ASGITransport(make_app(catalogue, serving))
         async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
-            return await client.post("/embed", json={"model": name, "texts": ["x"]})
+            return await client.post("/embed", json={"model": name, "texts": ["x"], **more})
 
     catalogue.read()
     with engine.begin() as connection:
         catalog.add_model(connection, "late", static_description)
     assert asyncio.run(ask("late")).status_code == 200, "read anew, and loaded"
     assert asyncio.run(ask("never")).status_code == 404
+    assert asyncio.run(ask(weights=model.weights_sha256)).status_code == 200
+    assert asyncio.run(ask(weights="of another model that had this name")).status_code == 404
     loads.error = ModelError("not those files")
     assert asyncio.run(ask()).status_code == 424
     assert shown() == [["late", "other"]]
