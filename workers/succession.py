@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 import structlog
@@ -23,8 +24,8 @@ log = structlog.get_logger()
 _ENDS = {signal.SIGTERM, signal.SIGINT}
 #: A child that dies at once doesn't keep the processor busy.
 _LEAST_LIFE_SECONDS = 1.0
-#: After so many that died sooner than that, one after the other, whoever watches the parent must know.
-_MOST_DEATHS, _STEADY_SECONDS = 3, 60.0
+#: When more have died in so long, whoever watches the parent must know.
+_MOST_DEATHS, _WITHIN_SECONDS = 3, 600.0
 
 
 def hold_signals() -> None:
@@ -49,14 +50,14 @@ def serve_in_child(serve: Serve, listener: socket.socket) -> None:
     # What is shared with children stays shared.
     gc.collect()
     gc.freeze()
-    deaths = in_a_row = 0
+    deaths = 0
+    latest: deque[float] = deque(maxlen=_MOST_DEATHS + 1)
     while True:
         began = time.monotonic()
         child = os.fork()
         if not child:
             os.close(writing)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_ENDS, signal.SIGCHLD})
             threading.Thread(target=_die_with_parent, args=(reading,), name="parent", daemon=True).start()
             serve(listener, deaths)
@@ -65,11 +66,11 @@ def serve_in_child(serve: Serve, listener: socket.socket) -> None:
         if code >= 0 or is_asked:
             sys.exit(max(0, code))
         log.error("child_died", signal=signal.Signals(-code).name)
-        lived = time.monotonic() - began
-        deaths, in_a_row = deaths + 1, in_a_row + 1 if lived < _STEADY_SECONDS else 1
-        if in_a_row > _MOST_DEATHS:
+        deaths += 1
+        latest.append(died := time.monotonic())
+        if len(latest) > _MOST_DEATHS and died - latest[0] < _WITHIN_SECONDS:
             sys.exit(128 - code)
-        time.sleep(max(0.0, _LEAST_LIFE_SECONDS - lived))
+        time.sleep(max(0.0, began + _LEAST_LIFE_SECONDS - died))
 
 
 def _wait(child: int, listener: socket.socket) -> tuple[int, bool]:

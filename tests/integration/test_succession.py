@@ -59,7 +59,14 @@ def _end(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     """End a process by a signal. One that is ending may still take a connection."""
     process = psutil.Process(pid)
     process.send_signal(number)
-    eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, "its end")
+    eventually(lambda: _has_ended(process), "its end")
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_who_is_killed_is_replaced_and_who_comes_meanwhile_waits() -> None:
@@ -102,4 +109,4 @@ def test_a_child_dies_with_its_parent() -> None:
     with _serving() as (parent, address):
         child = psutil.Process(_ask(address)[0])
         parent.kill()
-        eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the child's end")
+        eventually(lambda: _has_ended(child), "the child's end")
