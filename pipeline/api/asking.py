@@ -40,14 +40,15 @@ _MEANINGS = {
     409: "Its state doesn't allow this.",
     413: "The body is too large.",
     422: "The idempotency key was used with another payload.",
+    429: "The workspace asks too often; wait as `retry-after` says.",
     503: "A server that is needed can't be reached; try again.",
 }
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """How an OpenAPI description says which problems a route has, besides 401 and 503."""
+    """How an OpenAPI description says which problems a route has, besides 401, 429 and 503."""
     content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
-    return {status: {"description": _MEANINGS[status], "content": content} for status in (401, 503, *statuses)}
+    return {status: {"description": _MEANINGS[status], "content": content} for status in (401, 429, 503, *statuses)}
 
 
 Workspace = Annotated[
@@ -143,21 +144,23 @@ async def ask_of_job(
     workspace: str | None = None,
     *,
     changes_ended: bool | None = None,
+    caller: Caller | None = None,
 ) -> Found:
     """Act on a job that the caller sees, by its id, the beginning of it, or its name: an admin's own workspace comes
-    before others. `changes_ended`: the act changes a job, one that has ended or one that hasn't.
+    before others. `changes_ended`: the act changes a job, one that has ended or one that hasn't. `caller`: who asks, if
+    that is known already.
 
     Raises:
         UnknownJob: it sees none.
         UserError: several could be meant that would be changed.
     """
-    caller = await caller_of(request)
+    asks = caller or await caller_of(request)
     job = as_sent(job)
 
     def find(connection: Connection) -> UUID:
-        scope = scope_of(connection, caller, workspace)
+        scope = scope_of(connection, asks, workspace)
         try:
-            return found(connection, scope or caller.workspace_id)
+            return found(connection, scope or asks.workspace_id)
         except UnknownJob:
             if scope is not None:
                 raise

@@ -100,13 +100,13 @@ async def resume_job(request: Request, job: str, workspace: Workspace = None) ->
 @router.post("/{job}/priority", responses=problems(409), openapi_extra=described(Priority))
 async def prioritise_job(request: Request, job: str, workspace: Workspace = None) -> Job:
     """Put it before or behind others, from the next chunk on."""
-    await caller_of(request)
+    caller = await caller_of(request)
     priority = (await read_body(request, Priority)).priority
 
     def act(connection: Connection, job_id: UUID) -> None:
         control.prioritise(connection, job_id, priority)
 
-    return Job(**await ask_of_job(request, job, _then_status(act), workspace, changes_ended=False))
+    return Job(**await ask_of_job(request, job, _then_status(act), workspace, changes_ended=False, caller=caller))
 
 
 @router.post("/{job}/retry", responses=problems(409), openapi_extra=SECURITY)

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from sqlalchemy import Connection
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, RedirectResponse
 
 from pipeline import figures
@@ -42,8 +43,11 @@ _TITLES = {
     409: "Not now",
     405: "Not an address to open",
     413: "Too large",
+    429: "Too often",
     503: "The database can't be reached",
 }
+#: What is missing may be back soon.
+_PASSES = frozenset({429, 503})
 _NOTHING_HERE = "There is nothing here that this key may see. Is the address whole?"
 _FORMS_ONLY = "This address only takes what a page's buttons send. Go to the jobs, and use the buttons there."
 
@@ -67,6 +71,8 @@ class PageRoute(APIRoute):
                 response = problem(request, 404, _NOTHING_HERE)
             except UserError as error:
                 response = problem(request, 409 if isinstance(error, IllegalTransition) else 400, str(error))
+            except ClientDisconnect:
+                raise
             except Exception as error:
                 log.exception("page_failed", path=request.url.path, error=type(error).__name__)
                 response = problem(request, 500, "The page failed; its reason stands in the api's log. Try again.")
@@ -138,10 +144,10 @@ def problem(request: Request, status: int, message: str) -> Response:
     """A page that says what went wrong. One that may mend itself is asked for again by the browser."""
     title = _TITLES.get(status, "That didn't work")
     viewer = getattr(request.state, "viewer", None)
-    # What is missing may be back soon; a form isn't sent again by itself.
-    live = 2 if status == 503 and request.method == "GET" else 0
+    # A form isn't sent again by itself.
+    live = 2 if status in _PASSES and request.method == "GET" else 0
     response = render(request, "problem.html", status, viewer=viewer, title=title, message=message, live=live)
-    if status == 503:
+    if status in _PASSES:
         response.headers["retry-after"] = "2"
     return response
 

@@ -34,7 +34,7 @@ async def log_in(request: Request) -> Response:
     goal = session.local(fields.get("next"))
     key = fields.get("key", "")
     try:
-        await session.caller_of(request, key)
+        await session.holder_of(request, key)
     except (Unauthorized, InvalidApiKey):
         wrong = "This key is unknown, revoked or expired." if key else "Give a key."
         return render(request, "login.html", 401, next=goal, wrong=wrong)

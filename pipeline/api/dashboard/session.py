@@ -39,13 +39,13 @@ async def viewer(request: Request) -> Viewer:
         Unauthorized, InvalidApiKey: they must log in.
         UpstreamUnavailable: the database is away.
     """
-    found = Viewer(await caller_of(request, request.cookies.get(_COOKIE, "")))
+    found = Viewer(await holder_of(request, request.cookies.get(_COOKIE, "")))
     # For the page that tells what went wrong afterwards.
     request.state.viewer = found
     return found
 
 
-async def caller_of(request: Request, key: str) -> Caller:
+async def holder_of(request: Request, key: str) -> Caller:
     """Whose key this is; raises as `viewer` does."""
     return await identify(request, f"Bearer {key}")
 
