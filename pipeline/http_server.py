@@ -11,6 +11,7 @@ import socket
 import time
 from collections import Counter as Count
 from contextlib import suppress
+from ipaddress import IPv4Address, IPv6Network, ip_address
 from typing import Any, cast
 
 import uvicorn
@@ -173,11 +174,11 @@ class BoundedConnection(HttpToolsProtocol):
         still to come."""
         others = [cast(BoundedConnection, other) for other in self.connections if other is not self]
         if waiting := [other for other in others if other.waits or other.turn.is_awaited]:
-            crowd = Count(map(_host, waiting))
-            dropped = max(waiting, key=lambda other: (crowd[_host(other)], other.cycle is None, -other.opened))
+            crowd = Count(map(_network, waiting))
+            dropped = max(waiting, key=lambda other: (crowd[_network(other)], other.cycle is None, -other.opened))
         elif sending := [other for other in others if other.cycle.more_body]:
-            crowd = Count(map(_host, sending))
-            dropped = max(sending, key=lambda other: (crowd[_host(other)], other.opened))
+            crowd = Count(map(_network, sending))
+            dropped = max(sending, key=lambda other: (crowd[_network(other)], other.opened))
         else:
             self._end("full", _FULL)
             return
@@ -197,8 +198,19 @@ class BoundedConnection(HttpToolsProtocol):
         self.transport.abort()
 
 
-def _host(connection: BoundedConnection) -> str:
-    return connection.client[0] if connection.client else ""
+def _network(connection: BoundedConnection) -> str:
+    return network_of(connection.client[0]) if connection.client else ""
+
+
+def network_of(host: str) -> str:
+    """A client's address; of IPv6 the network, in which one machine may have any number of addresses."""
+    try:
+        address = ip_address(host)
+    except ValueError:  # a socket's path, or a name that a balancer tells
+        return host
+    if isinstance(address, IPv4Address) or address.ipv4_mapped:
+        return host
+    return str(IPv6Network((int(address), 64), strict=False))
 
 
 def bounded(closed: Counter, **bounds: float) -> type[BoundedConnection]:

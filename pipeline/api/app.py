@@ -31,7 +31,7 @@ from pipeline.api.examples import add_examples
 from pipeline.api.limits import Limits
 from pipeline.api.metering import Meter
 from pipeline.api.methods import Headed, Optioned, Shared, allowed_methods
-from pipeline.api.pacing import Pace, Paced
+from pipeline.api.pacing import Lines, Paced
 from pipeline.api.packing import Unpacked
 from pipeline.api.paths import Segmented, Trimmed
 from pipeline.api.readiness import readyz
@@ -139,8 +139,8 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     app.add_middleware(Headed)
     app.add_middleware(Segmented)
     app.add_middleware(Trimmed)
-    app.state.pace = Pace()
-    app.add_middleware(Paced, pace=app.state.pace)
+    app.state.lines = Lines()
+    app.add_middleware(Paced, lines=app.state.lines)
     describe = app.openapi
     app.openapi = partial(_described, describe)  # type: ignore[method-assign]
     return app

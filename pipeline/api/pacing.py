@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import RateLimited
-from pipeline.http_server import TURN, Turn
+from pipeline.http_server import TURN, Turn, network_of
 
 _PER_SECOND = 200
 #: So many at once wait for nothing.
@@ -27,7 +27,7 @@ _LINES = 10_000
 _PROBES = frozenset({"/healthz", "/readyz"})
 
 
-class Pace:
+class Lines:
     """Lines, each of which gets on by so many turns a second."""
 
     def __init__(self) -> None:
@@ -46,45 +46,57 @@ class Pace:
         if len(self._next) > _LINES:
             self._next = {line: at for line, at in self._next.items() if at > now}
 
+    def give_back(self, line: Hashable) -> None:
+        """Return a turn."""
+        if line in self._next:
+            self._next[line] -= 1 / _PER_SECOND
+
     async def wait(self, line: Hashable, turn: Turn) -> float:
         """Wait for a turn. Returns how long, in seconds.
 
         Raises:
-            RateLimited: the line is too long.
-            ClientDisconnect: the client went away, and takes no turn.
+            RateLimited: the line is too long, which is told as late as if it weren't.
+            ClientDisconnect: the client went away.
         """
         seconds = self.seconds(line)
-        if seconds > _MOST_SECONDS:
+        is_too_long = seconds > _MOST_SECONDS
+        if not is_too_long:
+            self.owe(line)
+        if seconds and not await turn.come(min(seconds, _MOST_SECONDS)):
+            raise ClientDisconnect
+        if is_too_long:
             raise RateLimited(
                 f"More than {_PER_SECOND} requests a second; wait for answers before you ask again.",
                 retry_after_seconds=seconds,
             )
-        self.owe(line)
-        if seconds and not await turn.come(seconds):
-            self._next[line] -= 1 / _PER_SECOND
-            raise ClientDisconnect
         return seconds
 
 
 async def take_turn(request: Request, workspace_id: int, *, vectors: bool) -> None:
-    """Wait for the turn of a workspace that has asked too often.
+    """Wait for the turn of a workspace that has asked too often. Whoever goes away before gives it back.
 
     Raises:
-        RateLimited, ClientDisconnect: as `Pace.wait` does.
+        RateLimited, ClientDisconnect: as `Lines.wait` does.
     """
-    pace: Pace = request.app.state.pace
+    lines: Lines = request.app.state.lines
     line = workspace_id, vectors
-    if vectors and not pace.seconds(line):
+    seconds = lines.seconds(line)
+    if vectors and not seconds:
         request.state.owes_refusals_to = line
         return
-    request.state.waited = await pace.wait(line, request.scope["state"].get(TURN) or Turn())
+    try:
+        request.state.waited = await lines.wait(line, request.scope["state"].get(TURN) or Turn())
+    except ClientDisconnect:
+        if seconds <= _MOST_SECONDS:
+            lines.give_back(line)
+        raise
 
 
 class Paced:
     """Lets the answers to nobody that is known wait for their turn, and counts refusals of vectors."""
 
-    def __init__(self, app: ASGIApp, pace: Pace) -> None:
-        self._app, self._pace = app, pace
+    def __init__(self, app: ASGIApp, lines: Lines) -> None:
+        self._app, self._lines = app, lines
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI calls it."""
@@ -98,15 +110,15 @@ class Paced:
                 if "caller" not in state:
                     await self._hold(scope, message)
                 elif message["status"] >= HTTPStatus.BAD_REQUEST and (line := state.get("owes_refusals_to")):
-                    self._pace.owe(line)
+                    self._lines.owe(line)
             await send(message)
 
         await self._app(scope, receive, sending)
 
     async def _hold(self, scope: Scope, message: Message) -> None:
-        host = scope["client"][0] if scope.get("client") else ""
+        line = network_of(scope["client"][0]) if scope.get("client") else ""
         try:
-            scope["state"]["waited"] = await self._pace.wait(host, scope["state"].get(TURN) or Turn())
+            scope["state"]["waited"] = await self._lines.wait(line, scope["state"].get(TURN) or Turn())
         except RateLimited:
             message["headers"] = [*message["headers"], (b"connection", b"close")]
         except ClientDisconnect:

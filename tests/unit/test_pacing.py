@@ -10,7 +10,7 @@ import pytest
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from pipeline.api.pacing import Pace, Paced, take_turn
+from pipeline.api.pacing import Lines, Paced, take_turn
 from pipeline.errors import RateLimited
 from pipeline.http_server import TURN
 
@@ -58,8 +58,8 @@ async def _app(scope: Scope, receive: Receive, send: Send) -> None:
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ask at one moment. Returns of each how long it waits, and the start of its answer."""
-    pace = Pace()
-    paced, app = Paced(_app, pace), SimpleNamespace(state=SimpleNamespace(pace=pace))
+    lines = Lines()
+    paced, app = Paced(_app, lines), SimpleNamespace(state=SimpleNamespace(lines=lines))
 
     def ask(*asked: _Ask) -> list[tuple[float, Message | None]]:
         found: list[tuple[float, Message | None]] = []
@@ -119,11 +119,11 @@ def test_a_crowd_holds_up_no_other(ask: Any, crowd: _Ask) -> None:
     assert not any(waited for waited, _ in ask(*others))
 
 
-def test_who_would_wait_for_long_is_sent_away(ask: Any) -> None:
+def test_who_would_wait_for_long_is_sent_away_and_no_sooner(ask: Any) -> None:
     refused = ask(*[_Ask(200, workspace=7)] * (_BURST + _MOST + 100))[-90:]
-    assert {(waited, start["status"]) for waited, start in refused} == {(0.0, 429)}
+    assert {(waited, start["status"]) for waited, start in refused} == {(5.0, 429)}
     sent_away = ask(*[_Ask(401)] * (_BURST + _MOST + 100))[-90:]
-    assert {waited for waited, _ in sent_away} == {0.0}
+    assert {waited for waited, _ in sent_away} == {5.0}
     assert all((b"connection", b"close") in start["headers"] for _, start in sent_away)
 
 
@@ -132,15 +132,35 @@ def test_refusals_make_no_line_longer_than_it_may_be(ask: Any) -> None:
     assert max(waited for waited, _ in answers) <= 5 + _EACH
 
 
-@pytest.mark.parametrize("one", [_Ask(401), _Ask(200, workspace=7)])
-def test_who_goes_away_gives_the_turn_back(ask: Any, one: _Ask) -> None:
-    ask(*[one] * (_BURST + 1))
-    leaves = _Ask(one.status, workspace=one.workspace, stays=False)
-    assert max(waited for waited, _ in ask(*[leaves] * 300)) == pytest.approx(_EACH)
+def test_who_goes_away_before_it_is_answered_gives_the_turn_back(ask: Any) -> None:
+    ask(*[_Ask(200, workspace=7)] * (_BURST + 1))
+    assert max(waited for waited, _ in ask(*[_Ask(200, workspace=7, stays=False)] * 300)) == pytest.approx(_EACH)
+
+
+def test_strangers_who_go_away_when_the_work_is_done_keep_their_line(ask: Any) -> None:
+    ask(*[_Ask(401, stays=False)] * (_BURST + 300))
+    ((waited, _),) = ask(_Ask(401))
+    assert waited == pytest.approx(299 * _EACH + _EACH)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("a socket", "another", False),
+    ],
+)
+def test_a_network_of_ipv6_has_one_line(ask: Any, one: str, other: str, is_same: bool) -> None:
+    ask(*[_Ask(401, host=one)] * (_BURST + 100))
+    ((waited, _),) = ask(_Ask(401, host=other))
+    assert bool(waited) is is_same
 
 
 def test_lines_in_which_nobody_waits_are_forgotten() -> None:
-    pace = Pace()
+    lines = Lines()
     for number in range(30_000):
-        pace.owe(number)
-    assert len(pace._next) <= 10_000
+        lines.owe(number)
+    assert len(lines._next) <= 10_000
