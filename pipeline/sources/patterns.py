@@ -3,6 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 from pipeline.errors import SourceError
 
@@ -43,9 +44,11 @@ class Pattern:
         for segment in segments:
             if "**" in segment and segment != "**":
                 raise SourceError(f"{pattern}: ** must stand alone between slashes; for a part of a name write *.")
-        # At the end it stands for the files, too.
-        self._segments = [*segments, "*"] if segments[-1:] == ["**"] else segments
-        self._tests = [None if segment == "**" else _test(segment) for segment in self._segments]
+        if segments[-1:] == ["**"]:  # at the end it stands for the files, too
+            segments.append("*")
+        # Several in a row are one.
+        once = [segment for before, segment in pairwise(["", *segments]) if {before, segment} != {"**"}]
+        self._tests = [None if segment == "**" else _test(segment) for segment in once]
 
     def begin(self) -> State:
         """The state before the first segment of a path."""
@@ -67,11 +70,7 @@ class Pattern:
 
     def _spread(self, state: set[int]) -> State:
         """With what comes after `**`, which may stand for no folder."""
-        for at in sorted(state):
-            while at < len(self._tests) and self._tests[at] is None:
-                at += 1
-                state.add(at)
-        return frozenset(state)
+        return frozenset(state | {at + 1 for at in state if at < len(self._tests) and self._tests[at] is None})
 
     def ended(self, state: State) -> bool:
         """Return whether a path that ends here matches."""

@@ -53,7 +53,7 @@ def many_stars(api: str, _: str, key: str, folder: Path, begun: Event) -> None:
     below = folder.joinpath(*"a" * 40)
     below.mkdir(parents=True, exist_ok=True)
     (below / "x.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
-    pattern = f"{folder}/{'**/' * 30}{'*a' * 100}b.jsonl"
+    pattern = f"{folder}/{'**/a/' * 30}{'*a' * 100}b.jsonl"
 
     async def ask(session: aiohttp.ClientSession) -> None:
         while True:
