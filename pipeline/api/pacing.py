@@ -1,8 +1,8 @@
-"""Bound how often callers are answered, so that a crowd leaves the processor to others.
+"""Rate limits by caller that leave the processor to others, beside the limits that a workspace is given.
 
-Each workspace has a line of its own, in which a request waits before anything is done for it; vectors, which cost the
-device's time, are paid by limits and queues, and only their refusals count, in a second line. Who isn't known waits for
-the answer, in the line of their address.
+Each workspace has a line of its own, in which a request waits before anything is done for it. Vectors are bounded by
+limits and the engines' queues; only their refusals count, in a second line. An unknown caller waits for the answer, in
+the line of its network.
 """
 
 import time
@@ -19,7 +19,7 @@ from pipeline.http_server import TURN, Turn, network_of
 _PER_SECOND = 200
 #: So many at once wait for nothing.
 _BURST = 50
-#: Who would have to wait longer is sent away.
+#: A request that would have to wait longer is refused.
 _MOST_SECONDS = 5.0
 #: Beyond so many, lines in which nobody waits are forgotten.
 _LINES = 10_000
@@ -28,7 +28,7 @@ _PROBES = frozenset({"/healthz", "/readyz"})
 
 
 class Lines:
-    """Lines, each of which gets on by so many turns a second."""
+    """Lines of requests, each served at the same steady rate."""
 
     def __init__(self) -> None:
         #: When the next turn of each line is.
@@ -93,7 +93,7 @@ async def take_turn(request: Request, workspace_id: int, *, vectors: bool) -> No
 
 
 class Paced:
-    """Lets the answers to nobody that is known wait for their turn, and counts refusals of vectors."""
+    """Middleware that delays answers to unknown callers, and counts refusals of vectors."""
 
     def __init__(self, app: ASGIApp, lines: Lines) -> None:
         self._app, self._lines = app, lines
