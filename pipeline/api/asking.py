@@ -57,9 +57,12 @@ Workspace = Annotated[
 ]
 
 
-async def identify(request: Request, authorization: str | None, *, vectors: bool = False) -> Caller:
-    """Look up the caller of an Authorization header, and wait for the turn of their workspace; `vectors`: they ask for
-    some.
+async def identify(request: Request, authorization: str | None, *, vectors: bool = False, turns: int = 1) -> Caller:
+    """Look up the caller of an Authorization header, and wait for the turn of their workspace.
+
+    Args:
+        vectors: they ask for some.
+        turns: what the request costs, by the processor's time.
 
     Raises:
         Unauthorized, InvalidApiKey: nobody that is known.
@@ -67,17 +70,17 @@ async def identify(request: Request, authorization: str | None, *, vectors: bool
     """
     caller: Caller = await request.app.state.gateway.directory.caller(authorization)
     request.state.caller = caller
-    await take_turn(request, caller.workspace_id, vectors=vectors)
+    await take_turn(request, caller.workspace_id, vectors=vectors, turns=turns)
     return caller
 
 
-async def caller_of(request: Request, *, admin: bool = False, vectors: bool = False) -> Caller:
+async def caller_of(request: Request, *, admin: bool = False, vectors: bool = False, turns: int = 1) -> Caller:
     """Return the caller of a request, as `identify` does.
 
     Raises:
         Forbidden: not an admin, where it must be one.
     """
-    caller = await identify(request, request.headers.get("authorization"), vectors=vectors)
+    caller = await identify(request, request.headers.get("authorization"), vectors=vectors, turns=turns)
     if admin:
         caller.must_be_admin()
     return caller

@@ -38,21 +38,21 @@ class Lines:
         """Return how long the next one of a line waits."""
         return max(0.0, self._next.get(line, 0.0) - time.monotonic())
 
-    def owe(self, line: Hashable) -> None:
-        """Take a turn without waiting for it, unless the line is as long as may be."""
+    def owe(self, line: Hashable, turns: int = 1) -> None:
+        """Take turns without waiting for them, unless the line is as long as may be."""
         now = time.monotonic()
         last = max(self._next.get(line, 0.0), now - _BURST / _PER_SECOND)
-        self._next[line] = min(last, now + _MOST_SECONDS) + 1 / _PER_SECOND
+        self._next[line] = min(last, now + _MOST_SECONDS) + turns / _PER_SECOND
         if len(self._next) > _LINES:
             self._next = {line: at for line, at in self._next.items() if at > now}
 
-    def give_back(self, line: Hashable) -> None:
-        """Return a turn."""
+    def give_back(self, line: Hashable, turns: int) -> None:
+        """Return turns."""
         if line in self._next:
-            self._next[line] -= 1 / _PER_SECOND
+            self._next[line] -= turns / _PER_SECOND
 
-    async def wait(self, line: Hashable, turn: Turn) -> float:
-        """Wait for a turn. Returns how long, in seconds.
+    async def wait(self, line: Hashable, turn: Turn, turns: int = 1) -> float:
+        """Wait for a turn, and take so many. Returns how long, in seconds.
 
         Raises:
             RateLimited: the line is too long, which is told as late as if it weren't.
@@ -61,7 +61,7 @@ class Lines:
         seconds = self.seconds(line)
         is_too_long = seconds > _MOST_SECONDS
         if not is_too_long:
-            self.owe(line)
+            self.owe(line, turns)
         if seconds and not await turn.come(min(seconds, _MOST_SECONDS)):
             raise ClientDisconnect
         if is_too_long:
@@ -72,8 +72,12 @@ class Lines:
         return seconds
 
 
-async def take_turn(request: Request, workspace_id: int, *, vectors: bool) -> None:
-    """Wait for the turn of a workspace that has asked too often. Whoever goes away before gives it back.
+async def take_turn(request: Request, workspace_id: int, *, vectors: bool, turns: int) -> None:
+    """Wait for the turn of a workspace that has asked too often. A client that goes away meanwhile gives it back.
+
+    Args:
+        vectors: some are asked for.
+        turns: what the request costs.
 
     Raises:
         RateLimited, ClientDisconnect: as `Lines.wait` does.
@@ -85,10 +89,10 @@ async def take_turn(request: Request, workspace_id: int, *, vectors: bool) -> No
         request.state.owes_refusals_to = line
         return
     try:
-        request.state.waited = await lines.wait(line, request.scope["state"].get(TURN) or Turn())
+        request.state.waited = await lines.wait(line, request.scope["state"].get(TURN) or Turn(), turns)
     except ClientDisconnect:
         if seconds <= _MOST_SECONDS:
-            lines.give_back(line)
+            lines.give_back(line, turns)
         raise
 
 

@@ -29,6 +29,8 @@ from pipeline.submit import submit
 
 router = APIRouter(prefix="/api/jobs", tags=["Jobs"])
 
+#: It looks through folders and files: about as much of the processor's time as so many other requests.
+_TURNS = 10
 _MOST_FILES = 100
 _MOST_FIELDS = 150
 _MOST_FIELD_BYTES = 64 * 1024
@@ -83,14 +85,15 @@ async def create_job(
     """Make a job of files that are uploaded as `multipart/form-data`, or, as JSON, of `sources` that the operator
     allows (`VECTORMILL_API_SOURCES`). Answers when all items are in the database; while an earlier request with
     the same idempotency key isn't that far, with its job in the state `staging`."""
-    caller = await caller_of(request)
+    caller = await caller_of(request, turns=_TURNS)
     if unknown := set(request.query_params) - {"workspace"}:
         raise InvalidPayload(f"{min(unknown)}: send it in the body, not in the address.", param=min(unknown))
     settings: Settings = request.app.state.settings
-    owner = await ask(
-        request, lambda connection: scope_of(connection, caller, workspace) if workspace else caller.workspace_id
-    )
-    assert owner is not None, "only who names no workspace sees all"
+    owner = caller.workspace_id
+    if workspace:
+        found = await ask(request, lambda connection: scope_of(connection, caller, workspace))
+        assert found is not None, "only who names no workspace sees all"
+        owner = found
     try:
         if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             made = await _from_upload(request, owner, settings, idempotency_key)

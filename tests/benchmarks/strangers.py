@@ -24,7 +24,7 @@ from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, whole_machine
 
 _SECONDS = 4.0
-_UPLOADS, _HEADS, _CONNECTIONS = 6, 1_500, 600
+_UPLOADS, _SUBMITTERS, _HEADS, _CONNECTIONS = 6, 8, 1_500, 600
 _ENGINE_BODY_BYTES = 600 * 1024**2
 _PIECE_SECONDS = 1.0
 #: Without any, it would be the sender that takes the processor.
@@ -49,7 +49,7 @@ def half_heads(api: str, _: str, __: str, ___: Path, begun: Event) -> None:
 
 
 def many_stars(api: str, _: str, key: str, folder: Path, begun: Event) -> None:
-    """Patterns that a regular expression would try for half a minute, one after the other."""
+    """Patterns that a regular expression would try for half a minute, of several clients."""
     below = folder.joinpath(*"a" * 40)
     below.mkdir(parents=True, exist_ok=True)
     (below / "x.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
@@ -60,7 +60,7 @@ def many_stars(api: str, _: str, key: str, folder: Path, begun: Event) -> None:
             async with session.post("/api/jobs", json={"model": BUNDLED_MODEL, "sources": [pattern]}) as reply:
                 assert reply.status in (400, 404, 503), await reply.text()
 
-    asyncio.run(_together(api, key, begun, 1, ask))
+    asyncio.run(_together(api, key, begun, _SUBMITTERS, ask))
 
 
 def invented_keys(api: str, _: str, __: str, ___: Path, begun: Event) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,7 @@ class _Ask:
     status: int = 200
     workspace: int | None = None
     vectors: bool = False
+    turns: int = 1
     host: str = "192.0.2.1"
     path: str = "/v1/models"
     stays: bool = True
@@ -47,7 +48,7 @@ async def _app(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
         request.state.caller = asked.workspace
         try:
-            await take_turn(request, asked.workspace, vectors=asked.vectors)
+            await take_turn(request, asked.workspace, vectors=asked.vectors, turns=asked.turns)
         except RateLimited as refusal:
             status = refusal.status
         except ClientDisconnect:
@@ -102,6 +103,16 @@ def test_a_crowd_gets_one_turn_after_the_other(ask: Any, one: _Ask) -> None:
     seconds = [waited for waited, _ in ask(*[one] * (_BURST + 100))]
     assert not any(seconds[: _BURST + 1])
     assert seconds[_BURST + 1 :] == pytest.approx([n * _EACH for n in range(1, 100)])
+
+
+def test_a_request_may_cost_several_turns(ask: Any) -> None:
+    costly = _Ask(201, workspace=7, turns=10)
+    seconds = [waited for waited, _ in ask(*[costly] * 26)]
+    assert not any(seconds[:6])
+    assert seconds[6:] == pytest.approx([n * 10 * _EACH for n in range(1, 21)])
+    ask(*[replace(costly, stays=False)] * 100)
+    ((waited, _),) = ask(costly)
+    assert waited == pytest.approx(seconds[-1] + 10 * _EACH), "each gives back what it took"
 
 
 @pytest.mark.parametrize("asked", [_Ask(200, workspace=7, vectors=True), _Ask(200, path="/healthz")])
