@@ -170,8 +170,8 @@ def test_an_engine_shows_what_it_can_use(
         catalog.add_model(connection, "late", static_description)
     assert asyncio.run(ask("late")).status_code == 200, "read anew, and loaded"
     assert asyncio.run(ask("never")).status_code == 404
-    assert asyncio.run(ask(weights=model.weights_sha256)).status_code == 200
-    assert asyncio.run(ask(weights="of another model that had this name")).status_code == 404
+    assert asyncio.run(ask("other", weights=model.weights_sha256)).status_code == 200
+    assert asyncio.run(ask("other", weights="of a model that had this name")).status_code == 404
     loads.error = ModelError("not those files")
     assert asyncio.run(ask()).status_code == 424
     assert shown() == [["late", "other"]]
