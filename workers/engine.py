@@ -71,12 +71,15 @@ class Catalogue:
     def read(self) -> None:
         """Read the catalogue."""
         began = time.monotonic()
-        with self._database.begin() as connection:
-            rows = [row for row in models.every(connection) if row["kind"] == "local"]
+        try:
+            with self._database.begin() as connection:
+                rows = [row for row in models.every(connection) if row["kind"] == "local"]
+        finally:
+            # Those who wait for one look are told together, also that it failed.
+            self._read_at = began
         if self._wanted:
             rows = [row for row in rows if {row["name"], *row["aliases"]} & set(self._wanted)]
         self.models = {row["name"]: as_model(row) for row in rows}
-        self._read_at = began
 
     def known(self, name: str, weights: str | None) -> Model | None:
         """A model that this engine serves, if it has the weights with that SHA-256; `None`: whichever it has."""

@@ -26,6 +26,7 @@ _ENDS = {signal.SIGTERM, signal.SIGINT}
 _LEAST_LIFE_SECONDS = 1.0
 #: When more have died in so long, whoever watches the parent must know.
 _MOST_DEATHS, _WITHIN_SECONDS = 3, 600.0
+_ASK_SECONDS = 1.0
 
 
 def hold_signals() -> None:
@@ -77,9 +78,12 @@ def _wait(child: int, listener: socket.socket) -> tuple[int, bool]:
     """Return a child's exit code, and whether it was asked to end."""
     is_asked = False
     while True:
-        if signal.sigwait({*_ENDS, signal.SIGCHLD}) in _ENDS:
+        told = signal.sigtimedwait({*_ENDS, signal.SIGCHLD}, _ASK_SECONDS)
+        if told and told.si_signo in _ENDS:
             is_asked = True
             listener.close()
+        if is_asked and not (told and told.si_signo == signal.SIGCHLD):
+            # Again and again: a server that is just starting may miss one.
             os.kill(child, signal.SIGTERM)
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:

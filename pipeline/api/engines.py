@@ -24,10 +24,12 @@ _CONNECT_SECONDS = 2.0
 MOST_SECONDS = 600.0
 #: How often a request may be lost: one engine may have been about to end, two are ended by the request.
 _MOST_LOST = 2
-#: How long one that was lost waits for others to be asked again before it.
-_ALONE_SECONDS = 5.0
 #: In which time an engine that died is back: it starts, and loads its model.
 _BACK_SECONDS = 10.0
+#: How long a request that was lost waits for others to be asked again before it: they wait for the engine.
+_ALONE_SECONDS = 2 * _BACK_SECONDS
+#: How often an engine that broke off is asked whether it answers again.
+_PERIOD_SECONDS = 1.0
 
 
 class _Outcome(Enum):
@@ -60,7 +62,7 @@ class Engines:
         self._in_flight: Counter[str] = Counter()
         #: Of those of a model that were lost one is asked again at a time: a text that ends its engine does so alone.
         self._again: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        #: Engines that broke off, until they answer again: while one loads its models, others come first.
+        #: Engines that broke off, or can't be reached, until they answer: others come first, also while one loads.
         self._broken: dict[str, asyncio.Task[None]] = {}
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
@@ -132,7 +134,8 @@ class Engines:
         """Wait for others of the model that are asked again, but for so long only."""
         lock = self._again[model]
         try:
-            await asyncio.wait_for(lock.acquire(), _ALONE_SECONDS)
+            async with asyncio.timeout(_ALONE_SECONDS):
+                await lock.acquire()
         except TimeoutError:
             yield
             return
@@ -142,13 +145,25 @@ class Engines:
             lock.release()
 
     async def _answers_again(self, url: str) -> None:
-        """Wait until an engine that broke off answers, or can't be reached."""
+        """Wait until an engine that broke off answers, or has been gone for as long as anything is waited for."""
         try:
-            with suppress(aiohttp.ClientError, TimeoutError):
-                async with self._session.get(f"{url}/healthz"):
-                    pass
+            with suppress(TimeoutError):
+                async with asyncio.timeout(MOST_SECONDS):
+                    while not await self._is_healthy(url):
+                        await asyncio.sleep(_PERIOD_SECONDS)
         finally:
             del self._broken[url]
+
+    async def _is_healthy(self, url: str) -> bool:
+        try:
+            async with self._session.get(f"{url}/healthz"):
+                return True
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    def _note_broken(self, url: str) -> None:
+        if url not in self._broken:
+            self._broken[url] = asyncio.create_task(self._answers_again(url))
 
     async def _ask(self, url: str, body: bytes) -> "tuple[Embedded | _Outcome, float | None]":
         """Its answer, and how long it says to wait."""
@@ -158,11 +173,11 @@ class Engines:
                 content = await reply.read()
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             log.warning("engine_unreachable", engine=url, error=type(error).__name__)
+            self._note_broken(url)
             return _Outcome.UNREACHABLE, None
         except aiohttp.ClientError as error:
             log.warning("engine_lost", engine=url, error=type(error).__name__)
-            if url not in self._broken:
-                self._broken[url] = asyncio.create_task(self._answers_again(url))
+            self._note_broken(url)
             return _Outcome.LOST, None
         except TimeoutError as error:
             raise UpstreamUnavailable("The model took too long.", retry_after_seconds=1) from error

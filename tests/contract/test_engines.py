@@ -109,10 +109,12 @@ def test_while_an_engine_comes_back_another_one_is_asked_first(servers: list[Scr
     asyncio.run(body())
 
 
-def test_one_that_was_lost_doesnt_wait_for_another_that_hangs(
-    servers: list[ScriptedGateway], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_patient", [True, False])
+def test_those_that_were_lost_are_asked_again_one_at_a_time_but_not_for_ever(
+    servers: list[ScriptedGateway], monkeypatch: pytest.MonkeyPatch, is_patient: bool
 ) -> None:
-    monkeypatch.setattr(engines_module, "_ALONE_SECONDS", 0.1)
+    """The first one hangs. Another model's doesn't wait for it, and its own model's until their patience ends."""
+    monkeypatch.setattr(engines_module, "_ALONE_SECONDS", 3_600.0 if is_patient else 0.1)
     both_lost, is_over = threading.Barrier(2), threading.Event()
 
     def lose() -> Iterator[bytes]:
@@ -123,18 +125,32 @@ def test_one_that_was_lost_doesnt_wait_for_another_that_hangs(
         is_over.wait(60)
         yield b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(GOOD[2]), GOOD[2])
 
-    answers: Iterator[Any] = iter([lose(), lose(), hang()])
-    servers[0].answer = lambda _: next(answers, GOOD)
-    rows: Any = [{"url": servers[0].url.removesuffix("/v1"), "models": ["m"]}]
+    answers: dict[str, Iterator[Any]] = {"m": iter([lose(), lose(), hang()]), "other": iter([LOST])}
+    server = servers[0]
+    server.answer = lambda asked: next(answers[asked["model"]], GOOD)
+    rows: Any = [{"url": server.url.removesuffix("/v1"), "models": ["m", "other"]}]
+
+    def had() -> int:
+        return [request["model"] for request in server.requests].count("m")
 
     async def body() -> None:
         engines = Engines()
+
+        def ask(model: str) -> asyncio.Task[Embedded]:
+            return asyncio.create_task(engines.embed(rows, model, ["x"], weights="w", caller="1"))
+
         try:
-            two = [asyncio.create_task(engines.embed(rows, "m", ["x"], weights="w", caller="1")) for _ in range(2)]
-            done, waiting = await asyncio.wait(two, return_when=asyncio.FIRST_COMPLETED, timeout=60)
-            assert (len(done), len(waiting)) == (1, 1)
-            is_over.set()
-            await asyncio.gather(*two)
+            async with asyncio.timeout(60):
+                two = [ask("m"), ask("m")]
+                while had() < 3:
+                    await asyncio.sleep(0.01)
+                await ask("other")
+                if is_patient:
+                    assert had() == 3
+                else:
+                    await asyncio.wait(two, return_when=asyncio.FIRST_COMPLETED)
+                is_over.set()
+                await asyncio.gather(*two)
         finally:
             is_over.set()
             await engines.close()
