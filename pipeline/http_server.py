@@ -11,6 +11,7 @@ import socket
 import time
 from collections import Counter as Count
 from contextlib import suppress
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Network, ip_address
 from typing import Any, cast
 
@@ -202,6 +203,7 @@ def _network(connection: BoundedConnection) -> str:
     return network_of(connection.client[0]) if connection.client else ""
 
 
+@lru_cache(4_096)
 def network_of(host: str) -> str:
     """A client's address; of IPv6 the network, in which one machine may have any number of addresses."""
     try:

@@ -40,15 +40,14 @@ _MEANINGS = {
     409: "Its state doesn't allow this.",
     413: "The body is too large.",
     422: "The idempotency key was used with another payload.",
-    429: "The workspace asks too often; wait as `retry-after` says.",
     503: "A server that is needed can't be reached; try again.",
 }
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """How an OpenAPI description says which problems a route has, besides 401, 429 and 503."""
+    """How an OpenAPI description says which problems a route has, besides 401 and 503."""
     content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
-    return {status: {"description": _MEANINGS[status], "content": content} for status in (401, 429, 503, *statuses)}
+    return {status: {"description": _MEANINGS[status], "content": content} for status in (401, 503, *statuses)}
 
 
 Workspace = Annotated[
@@ -66,7 +65,7 @@ async def identify(request: Request, authorization: str | None, *, vectors: bool
 
     Raises:
         Unauthorized, InvalidApiKey: nobody that is known.
-        RateLimited, ClientDisconnect: as `take_turn` does.
+        ClientDisconnect: as `take_turn` does.
     """
     caller: Caller = await request.app.state.gateway.directory.caller(authorization)
     request.state.caller = caller

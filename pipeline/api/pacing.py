@@ -1,26 +1,26 @@
 """Rate limits by caller that leave the processor to others, beside the limits that a workspace is given.
 
 Each workspace has a line of its own, in which a request waits before anything is done for it. Vectors are bounded by
-limits and the engines' queues; only their refusals count, in a second line. An unknown caller waits for the answer, in
-the line of its network.
+limits and the engines' queues; only their refusals take turns, in a second line. An unknown caller waits for the
+answer, in the line of its network. Nobody is refused: a refusal would cost as much as the answer, and be asked again.
 """
 
 import time
 from collections.abc import Hashable
+from contextlib import suppress
 from http import HTTPStatus
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.errors import RateLimited
 from pipeline.http_server import TURN, Turn, network_of
 
 _PER_SECOND = 200
 #: So many at once wait for nothing.
 _BURST = 50
-#: A request that would have to wait longer is refused.
-_MOST_SECONDS = 5.0
+#: The longest wait; as many connections as a server has are answered in it.
+_MOST_SECONDS = 10.0
 #: Beyond so many, lines in which nobody waits are forgotten.
 _LINES = 10_000
 #: Orchestrators restart what doesn't answer them at once.
@@ -34,66 +34,52 @@ class Lines:
         #: When the next turn of each line is.
         self._next: dict[Hashable, float] = {}
 
-    def seconds(self, line: Hashable) -> float:
-        """Return how long the next one of a line waits."""
-        return max(0.0, self._next.get(line, 0.0) - time.monotonic())
-
-    def owe(self, line: Hashable, turns: int = 1) -> None:
-        """Take turns without waiting for them, unless the line is as long as may be."""
+    def take(self, line: Hashable, turns: int = 1) -> float:
+        """Take turns. Returns in how many seconds they begin; no line is longer than may be waited for."""
         now = time.monotonic()
-        last = max(self._next.get(line, 0.0), now - _BURST / _PER_SECOND)
-        self._next[line] = min(last, now + _MOST_SECONDS) + turns / _PER_SECOND
+        begins = max(self._next.get(line, 0.0), now - _BURST / _PER_SECOND)
+        self._next[line] = min(begins + turns / _PER_SECOND, now + _MOST_SECONDS)
         if len(self._next) > _LINES:
             self._next = {line: at for line, at in self._next.items() if at > now}
+        return max(0.0, begins - now)
 
     def give_back(self, line: Hashable, turns: int) -> None:
-        """Return turns."""
+        """Return turns that were taken."""
         if line in self._next:
             self._next[line] -= turns / _PER_SECOND
-
-    async def wait(self, line: Hashable, turn: Turn, turns: int = 1) -> float:
-        """Wait for a turn, and take so many. Returns how long, in seconds.
-
-        Raises:
-            RateLimited: the line is too long, which is told as late as if it weren't.
-            ClientDisconnect: the client went away.
-        """
-        seconds = self.seconds(line)
-        is_too_long = seconds > _MOST_SECONDS
-        if not is_too_long:
-            self.owe(line, turns)
-        if seconds and not await turn.come(min(seconds, _MOST_SECONDS)):
-            raise ClientDisconnect
-        if is_too_long:
-            raise RateLimited(
-                f"More than {_PER_SECOND} requests a second; wait for answers before you ask again.",
-                retry_after_seconds=seconds,
-            )
-        return seconds
 
 
 async def take_turn(request: Request, workspace_id: int, *, vectors: bool, turns: int) -> None:
     """Wait for the turn of a workspace that has asked too often. A client that goes away meanwhile gives it back.
 
     Args:
-        vectors: some are asked for.
-        turns: what the request costs.
+        vectors: some are asked for, which costs a turn only if it is refused.
+        turns: what another request costs.
 
     Raises:
-        RateLimited, ClientDisconnect: as `Lines.wait` does.
+        ClientDisconnect: the client went away.
     """
     lines: Lines = request.app.state.lines
     line = workspace_id, vectors
-    seconds = lines.seconds(line)
-    if vectors and not seconds:
-        request.state.owes_refusals_to = line
-        return
+    if vectors:
+        request.state.owes_refusals_to, turns = line, 0
     try:
-        request.state.waited = await lines.wait(line, request.scope["state"].get(TURN) or Turn(), turns)
+        await _wait(request.scope, lines.take(line, turns))
     except ClientDisconnect:
-        if seconds <= _MOST_SECONDS:
-            lines.give_back(line, turns)
+        lines.give_back(line, turns)
         raise
+
+
+async def _wait(scope: Scope, seconds: float) -> None:
+    """Wait, and note in the request's state for how long; `ClientDisconnect` when the client goes away meanwhile."""
+    if not seconds:
+        return
+    began = time.monotonic()
+    turn: Turn = scope["state"].get(TURN) or Turn()
+    is_there = await turn.come(seconds)
+    scope["state"]["waited"] = time.monotonic() - began
+    if not is_there:
+        raise ClientDisconnect
 
 
 class Paced:
@@ -112,18 +98,11 @@ class Paced:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if "caller" not in state:
-                    await self._hold(scope, message)
+                    line = network_of(scope["client"][0]) if scope.get("client") else ""
+                    with suppress(ClientDisconnect):  # what is sent goes nowhere, and the turn has been used
+                        await _wait(scope, self._lines.take(line))
                 elif message["status"] >= HTTPStatus.BAD_REQUEST and (line := state.get("owes_refusals_to")):
-                    self._lines.owe(line)
+                    self._lines.take(line)
             await send(message)
 
         await self._app(scope, receive, sending)
-
-    async def _hold(self, scope: Scope, message: Message) -> None:
-        line = network_of(scope["client"][0]) if scope.get("client") else ""
-        try:
-            scope["state"]["waited"] = await self._lines.wait(line, scope["state"].get(TURN) or Turn())
-        except RateLimited:
-            message["headers"] = [*message["headers"], (b"connection", b"close")]
-        except ClientDisconnect:
-            return  # what is sent goes nowhere

@@ -43,11 +43,8 @@ _TITLES = {
     409: "Not now",
     405: "Not an address to open",
     413: "Too large",
-    429: "Too often",
     503: "The database can't be reached",
 }
-#: What is missing may be back soon.
-_PASSES = frozenset({429, 503})
 _NOTHING_HERE = "There is nothing here that this key may see. Is the address whole?"
 _FORMS_ONLY = "This address only takes what a page's buttons send. Go to the jobs, and use the buttons there."
 
@@ -144,10 +141,10 @@ def problem(request: Request, status: int, message: str) -> Response:
     """A page that says what went wrong. One that may mend itself is asked for again by the browser."""
     title = _TITLES.get(status, "That didn't work")
     viewer = getattr(request.state, "viewer", None)
-    # A form isn't sent again by itself.
-    live = 2 if status in _PASSES and request.method == "GET" else 0
+    # What is missing may be back soon; a form isn't sent again by itself.
+    live = 2 if status == 503 and request.method == "GET" else 0
     response = render(request, "problem.html", status, viewer=viewer, title=title, message=message, live=live)
-    if status in _PASSES:
+    if status == 503:
         response.headers["retry-after"] = "2"
     return response
 

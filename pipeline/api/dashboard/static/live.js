@@ -39,7 +39,7 @@ async function ask() {
       location.assign(reply.url);
       return;
     }
-    if (reply.status >= 500 || reply.status === 429) throw new Error(`status ${reply.status}`);
+    if (reply.status >= 500) throw new Error(`status ${reply.status}`);
     if (reply.status !== 304) {
       etag = reply.headers.get("etag");
       show(await reply.text());
