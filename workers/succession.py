@@ -26,6 +26,7 @@ _ENDS = {signal.SIGTERM, signal.SIGINT}
 _LEAST_LIFE_SECONDS = 1.0
 #: When more have died in so long, whoever watches the parent must know.
 _MOST_DEATHS, _WITHIN_SECONDS = 3, 600.0
+#: A child that was asked to end is asked again so often.
 _ASK_SECONDS = 1.0
 
 
@@ -82,8 +83,7 @@ def _wait(child: int, listener: socket.socket) -> tuple[int, bool]:
         if told and told.si_signo in _ENDS:
             is_asked = True
             listener.close()
-        if is_asked and not (told and told.si_signo == signal.SIGCHLD):
-            # Again and again: a server that is just starting may miss one.
+        if is_asked:  # again and again: a server that is just starting may miss one
             os.kill(child, signal.SIGTERM)
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
