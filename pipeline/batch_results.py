@@ -134,7 +134,7 @@ def _write(
             return None
         raise VectormillError(
             f"job {job['id']} came to {lines[0]:,} lines of output and {lines[1]:,} of errors, not to {wanted[0]:,} "
-            f"and {wanted[1]:,} as its receipt says; vectormill receipt {job['id']} --verify says more."
+            f"and {wanted[1]:,} as its receipt says; verify the receipt."
         )
     counts = {
         "total": account["in"],

@@ -152,7 +152,7 @@ def _key(connection: Connection, file: RowMapping, model: Model, wish: Wish, max
     try:
         space = vector_space_of(connection, model, dimensions=wish.dimensions, max_item_tokens=None)
     except UserError as error:
-        fault = Fault("invalid_request", str(error).removeprefix("--"), param="body.dimensions")
+        fault = Fault("invalid_request", str(error), param="body.dimensions")
         raise _BatchRefused([fault]) from error
     content = [file["sha256"], model.name, space, wish.dimensions, max_rejects]
     return f"batch:{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}"

@@ -44,8 +44,7 @@ def find_row(connection: Connection, workspace: int, name: str) -> RowMapping:
     if row is None:
         known = ", ".join(model["name"] for model in models.of_workspace(connection, workspace))
         raise UnknownModel(
-            f'no model "{name}"; '
-            + (f"there is {known}." if known else "add one: vectormill models add NAME --path DIR.")
+            f'no model "{name}"; ' + (f"there is {known}." if known else "add one with vectormill models add.")
         )
     return row
 
@@ -93,9 +92,14 @@ def gateway_url(given: str) -> str:
     except ValueError:  # brackets without an end, a port that is none
         is_one = False
     if not is_one:
-        raise UserError(f'--gateway "{given}": write the API\'s address, such as https://api.openai.com/v1.')
+        raise UserError(
+            "write the API's address, such as https://api.openai.com/v1.", field="gateway", given=f'"{given}"'
+        )
     if parts.username or parts.password:
-        raise UserError("--gateway: addresses are stored, so leave the password out; --key-env names where the key is.")
+        raise UserError(
+            "addresses are stored, so leave the password out, and name the variable that holds the key.",
+            field="gateway",
+        )
     path = parts.path.rstrip("/").removesuffix("/embeddings") or "/v1"
     return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
@@ -226,10 +230,14 @@ def vector_space_of(
     """
     sizes = sorted({*model.matryoshka, model.dimensions})
     if dimensions is not None and dimensions not in sizes:
-        raise UserError(f"--dimensions {dimensions}: {model.name} gives {' or '.join(map(str, sizes))}.")
+        raise UserError(
+            f"{model.name} gives {' or '.join(map(str, sizes))}.", field="dimensions", given=str(dimensions)
+        )
     if max_item_tokens is not None and model.max_item_tokens is not None and max_item_tokens > model.max_item_tokens:
         raise UserError(
-            f"--max-item-tokens {max_item_tokens}: {model.name} reads at most {model.max_item_tokens} tokens."
+            f"{model.name} reads at most {model.max_item_tokens} tokens.",
+            field="max_item_tokens",
+            given=str(max_item_tokens),
         )
     space = {
         "weights": model.weights_sha256,

@@ -130,11 +130,11 @@ def _unless(connection: Connection, job_id: UUID, states: Sequence[JobState], do
     return state
 
 
-def reject_limit(option: str, items_total: int, *, called: str = "--max-rejects") -> int | None:
+def reject_limit(option: str, items_total: int) -> int | None:
     """How many rejects a job of `items_total` items may have: `N`, `P%`, or "" for the default, 10 % from 100 items on.
 
     Raises:
-        UserError: `option` is neither; the message calls it as its sender does.
+        UserError: `option` is neither.
     """
     if not option:
         return items_total // 10 if items_total >= 100 else None
@@ -148,7 +148,9 @@ def reject_limit(option: str, items_total: int, *, called: str = "--max-rejects"
             raise ValueError
         return int(option)
     except (ValueError, InvalidOperation):
-        raise UserError(f'{called} "{option}": give a count such as 50, or a share such as 2.5%.') from None
+        raise UserError(
+            "give a count such as 50, or a share such as 2.5%.", field="max_rejects", given=f'"{option}"'
+        ) from None
 
 
 def outcome(row: RowMapping, account: Mapping[str, Any]) -> tuple[JobState, str | None, str | None]:
@@ -168,4 +170,4 @@ def outcome(row: RowMapping, account: Mapping[str, Any]) -> tuple[JobState, str 
 
 def too_many(rejected: int, limit: int) -> str:
     """The sentence for a job with too many rejects."""
-    return f"{rejected:,} items rejected, {limit:,} allowed by --max-rejects; vectormill rejects says why"
+    return f"{rejected:,} items rejected, {limit:,} allowed by max_rejects; vectormill rejects says why"

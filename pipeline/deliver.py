@@ -55,7 +55,7 @@ class Deliveries:
             self._pause(job_id, Reason.STORAGE_REFUSED, str(error))
         except (ProgrammingError, DataError) as error:
             self._pause(
-                job_id, Reason.TABLE_REFUSED, f"the index that --hnsw asks for can't be built ({plain_reason(error)})"
+                job_id, Reason.TABLE_REFUSED, f"the index that the job asks for can't be built ({plain_reason(error)})"
             )
         except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed, and the log says it
             log.warning("delivery_failed", job=str(job_id), error=type(error).__name__, message=str(error)[:500])

@@ -21,6 +21,21 @@ class UserError(VectormillError):
 
     exit_code = 2
 
+    def __init__(self, message: str | None = None, *, field: str | None = None, given: str = "") -> None:
+        super().__init__(message)
+        #: The option that is wrong, as a request's JSON calls it. Each door spells it in its own way.
+        self.field = field
+        #: The option's value, where the message begins with it.
+        self.given = given
+
+    def __str__(self) -> str:
+        return self.spelled(self.field)
+
+    def spelled(self, field: str | None) -> str:
+        """Return the message after the option's name as `field` spells it."""
+        place = f"{field} {self.given}".rstrip() if field else self.given
+        return f"{place}: {self.args[0]}" if place else self.args[0]
+
 
 class SourceError(UserError):
     """A source can't be read. The message names the file, the row and the mend."""
@@ -90,7 +105,7 @@ class Waiting(VectormillError):
 
 
 class WaitTimedOut(VectormillError):
-    """The time given with --timeout passed before the job ended; the job goes on."""
+    """The time to wait passed before the job ended; the job goes on."""
 
     retryable = True
     exit_code = 7

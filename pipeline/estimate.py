@@ -1,4 +1,4 @@
-"""What a job would take, from a sample of its texts: `submit --dry-run`. Nothing is written."""
+"""What a job would take, from a sample of its texts. Nothing is written."""
 
 import hashlib
 import random

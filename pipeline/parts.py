@@ -118,7 +118,7 @@ def occupy(folder: str, job_id: UUID) -> None:
     ours = f"{_STAGING}/{job_id}/"
     for name in storage.names_below(folder):
         if not name.startswith(ours):
-            raise UserError(f"--output {folder}: {name} is there already; give an empty folder.")
+            raise UserError(f"{name} is there already; give an empty folder.", field="output", given=folder)
     storage.write(storage.join(_staging(folder, job_id), _CLAIM), orjson.dumps({"job": str(job_id)}))
 
 

@@ -2,9 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from pipeline.errors import UserError
 from pipeline.parts import OUR_COLUMNS
@@ -37,11 +45,11 @@ class JobRequest(BaseModel):
     text_column: Word = Field(default="text", description="The column or field that holds the texts.")
     key_column: Word | None = Field(default=None, description="The column that holds your keys. Default: id.")
     carry: list[Word] = Field(default=[], max_length=_MOST_COLUMNS, description="Columns to carry into results.")
-    delimiter: str | None = Field(
-        default=None, description="Between fields of .csv and .tsv: a character, or `tab`. Default: comma, and tab."
-    )
     quote: str | None = Field(
         default=None, description='Around fields of .csv and .tsv: a character, or `none`. Default: ", and none.'
+    )
+    delimiter: str | None = Field(
+        default=None, description="Between fields of .csv and .tsv: a character, or `tab`. Default: comma, and tab."
     )
     labels: dict[Word, Word] = Field(default={}, max_length=_MOST_COLUMNS, description="Kept with job and usage.")
     priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
@@ -80,21 +88,24 @@ class JobRequest(BaseModel):
             raise ValueError("give one sign of ASCII, tab, or, to quote, none")
         return sign
 
-    @model_validator(mode="after")
-    def _check_signs(self) -> Self:
-        if self.delimiter == "":
-            raise ValueError("delimiter: give one sign of ASCII, or tab")
-        if self.delimiter is not None and self.delimiter == ('"' if self.quote is None else self.quote):
-            raise ValueError("delimiter: it can't be the quote too")
-        return self
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, delimiter: str | None, info: ValidationInfo) -> str | None:
+        if delimiter == "":
+            raise ValueError("give one sign of ASCII, or tab")
+        quote = info.data.get("quote")  # validated before, as it stands before
+        if delimiter is not None and delimiter == ('"' if quote is None else quote):
+            raise ValueError("it can't be the quote too")
+        return delimiter
 
-    @model_validator(mode="after")
-    def _check_carry(self) -> Self:
-        if twice := next((name for name in self.carry if self.carry.count(name) > 1), None):
-            raise ValueError(f'carry: "{twice}" is given twice')
-        if taken := sorted(set(self.carry) & set(OUR_COLUMNS)):
-            raise ValueError(f'carry: results have a column "{taken[0]}" already')
-        return self
+    @field_validator("carry")
+    @classmethod
+    def _check_carry(cls, carry: list[str]) -> list[str]:
+        if twice := next((name for name in carry if carry.count(name) > 1), None):
+            raise ValueError(f'"{twice}" is given twice')
+        if taken := sorted(set(carry) & set(OUR_COLUMNS)):
+            raise ValueError(f'results have a column "{taken[0]}" already')
+        return carry
 
     def columns(self, *, key_required: bool = False) -> Columns:
         """What is read of each row."""
@@ -126,7 +137,7 @@ _ELSEWHERE = {
 }
 
 
-def read_request(fields: Mapping[str, Any], *, of_options: bool = False) -> JobRequest:
+def read_request(fields: Mapping[str, Any]) -> JobRequest:
     """A request as it was sent, or as a command's options say.
 
     Raises:
@@ -136,13 +147,11 @@ def read_request(fields: Mapping[str, Any], *, of_options: bool = False) -> JobR
         return JobRequest.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if of_options and first["loc"]:
-            where = f"--{str(first['loc'][0]).replace('_', '-')}"
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"{where}: {_ELSEWHERE.get(where, 'there is no such field')}.") from None
+        field = ".".join(str(part) for part in first["loc"]) or None
         told = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: {told[:1].lower()}{told[1:]}." if where else f"{told}.") from None
+        if first["type"] == "extra_forbidden":
+            told = _ELSEWHERE.get(str(field), "there is no such field")
+        raise UserError(f"{told[:1].lower()}{told[1:]}.", field=field) from None
 
 
 def default_name(source: str) -> str:

@@ -33,7 +33,7 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
     """
     kind = target.suffix.removeprefix(".")
     if kind not in _ENCODERS:
-        raise UserError(f"--to {target}: give a file that ends in .parquet or .jsonl.")
+        raise UserError("give a file that ends in .parquet or .jsonl.", field="to", given=str(target))
     count = 0
 
     def counted(blocks: Iterable[Block]) -> Iterator[Block]:
@@ -55,7 +55,7 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
                 file.write(piece)
         os.replace(partial, target)
     except OSError as error:
-        raise UserError(f"--to {target}: {error.strerror or error}.") from error
+        raise UserError(f"{error.strerror or error}.", field="to", given=str(target)) from error
     finally:
         partial.unlink(missing_ok=True)
     return count

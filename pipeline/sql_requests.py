@@ -129,7 +129,7 @@ def _wish(row: RowMapping) -> JobRequest:
     try:
         options = orjson.loads(row["options"])
     except ValueError:
-        raise UserError("options: they hold a number that is too large, or too many brackets.") from None
+        raise UserError("they hold a number that is too large, or too many brackets.", field="options") from None
     return read_request({**options, **fields})
 
 

@@ -222,10 +222,11 @@ class Staging:
         if twice:
             key, first, second = twice
             raise UserError(
-                f'--unique-keys: key "{key}" comes twice, first as items {first:,} and {second:,} (counted from 0).'
+                f'key "{key}" comes twice, first as items {first:,} and {second:,} (counted from 0).',
+                field="unique_keys",
             )
         if keyless is not None:
-            raise UserError(f"unique keys are asked for, and item {keyless:,} has none (counted from 0).")
+            raise UserError(f"item {keyless:,} has no key (counted from 0).", field="unique_keys")
 
 
 class _Spots:

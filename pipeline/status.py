@@ -106,7 +106,7 @@ def job_row(connection: Connection, job_id: UUID) -> RowMapping:
 
 
 def job_status(connection: Connection, job_id: UUID) -> dict[str, Any]:
-    """All that `status --json` shows of a job. Counts are items or tokens, rates are per second.
+    """All that a job's status shows. Counts are items or tokens, rates are per second.
 
     Of a job that runs, counts may be the dispatcher's, a second old; where no dispatcher keeps them they are summed.
     What was asked for in SQL is shown as `staging`, `failed` or `cancelled` though it is no job.

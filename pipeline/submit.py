@@ -77,8 +77,10 @@ def _check_dialect(corpus: Source) -> None:
         return
     files = corpus.files if isinstance(corpus, Corpus) else []
     if not any(file.format in (Format.CSV, Format.TSV) for file in files):
-        given = "delimiter" if columns.delimiter is not None else "quote"
-        raise UserError(f"{given}: {corpus.name} has no .csv or .tsv file, so it has no effect; leave it out.")
+        raise UserError(
+            f"{corpus.name} has no .csv or .tsv file, so it has no effect; leave it out.",
+            field="delimiter" if columns.delimiter is not None else "quote",
+        )
 
 
 def tell_namesake(connection: Connection, workspace_id: int, name: str, corpus: Source) -> None:
@@ -98,15 +100,18 @@ def _check_ways(options: Options, corpus: Source) -> None:
     control.reject_limit(options.max_rejects, 0)
     if options.by_reference:
         if not isinstance(corpus, Corpus):
-            raise UserError("a query can't be read by reference; leave out --by-reference.")
+            raise UserError("a query can't be read so; leave it out.", field="by_reference")
         if options.unique_keys:
-            raise UserError("--unique-keys needs all keys in Postgres; leave out --by-reference, or --unique-keys.")
+            raise UserError(
+                "it needs all keys in Postgres, so this job can't be read by reference; leave one of the two out.",
+                field="unique_keys",
+            )
         for file in corpus.files:
             check_referable(file)
     if options.into and options.output:
-        raise UserError("--into is for vectors in Postgres; leave out --output.")
+        raise UserError("it is for vectors in Postgres, not in Parquet; leave it or output out.", field="into")
     if options.hnsw and not options.into:
-        raise UserError("--hnsw makes an index on the table that --into names; name one.")
+        raise UserError("the index is made on a table of yours; name one with into.", field="hnsw")
 
 
 def _check_lengths(options: Options, model: Model) -> None:
@@ -114,23 +119,29 @@ def _check_lengths(options: Options, model: Model) -> None:
     if model.upstream is None:
         if options.max_item_tokens and model.max_item_tokens and options.max_item_tokens > model.max_item_tokens:
             raise UserError(
-                f"max_item_tokens {options.max_item_tokens:,}: {model.name} reads {model.max_item_tokens:,} tokens of "
-                "a text at most; ask for no more, or leave it out."
+                f"{model.name} reads {model.max_item_tokens:,} tokens of a text at most; ask for no more, or leave it "
+                "out.",
+                field="max_item_tokens",
+                given=f"{options.max_item_tokens:,}",
             )
         if options.on_long == "reject" and not options.max_item_tokens and not model.max_item_tokens:
             raise UserError(
-                f"on_long: {model.name} reads texts of any length, so none is too long; leave it out, or set "
-                "max_item_tokens."
+                f"{model.name} reads texts of any length, so none is too long; leave it out, or set a length with "
+                "max_item_tokens.",
+                field="on_long",
             )
         return
     if options.max_item_tokens not in (None, model.max_item_tokens):
         raise UserError(
-            f"--max-item-tokens {options.max_item_tokens}: {model.name} is read by its gateway, which isn't told; "
-            "leave it out."
+            f"{model.name} is read by its gateway, which isn't told; leave it out.",
+            field="max_item_tokens",
+            given=f"{options.max_item_tokens:,}",
         )
     if options.on_long == "reject":
         raise UserError(
-            f"--on-long reject: {model.name} is read by its gateway, which alone knows what is long; leave it out."
+            f"{model.name} is read by its gateway, which alone knows what is long; leave it out.",
+            field="on_long",
+            given="reject",
         )
 
 

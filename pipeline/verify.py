@@ -1,4 +1,4 @@
-"""`receipt --verify`: what a job wrote, counted row by row against what its chunks say."""
+"""A proof of a job's receipt: what it wrote, counted row by row against what its chunks say."""
 
 from collections.abc import Sequence
 from uuid import UUID

@@ -37,7 +37,7 @@ _PORTS = {"http": 80, "https": 443}
 _PACKED = ("%2e", "%2f", "%5c")
 
 
-def check(url: str, allowed: Sequence[str], field: str = "webhook") -> None:
+def check(url: str, allowed: Sequence[str]) -> None:
     """Refuse an address that isn't below one of `allowed`.
 
     Raises:
@@ -45,7 +45,8 @@ def check(url: str, allowed: Sequence[str], field: str = "webhook") -> None:
     """
     if not is_allowed(url, allowed):
         raise UserError(
-            f"{field}: {_shown(url)} isn't below an address that the operator allows; VECTORMILL_WEBHOOKS lists them."
+            f"{_shown(url)} isn't below an address that the operator allows; VECTORMILL_WEBHOOKS lists them.",
+            field="webhook",
         )
 
 

@@ -402,5 +402,5 @@ class GatewayEncoder:
         if answer.status == HTTPStatus.OK:
             message = f"{self._upstream.url} gives replies that can't be used: {answer.trouble}"
         elif reason is Reason.KEY_REFUSED:
-            message += f"; mend the key in {self._upstream.key_env or '--key-env'}, and resume"
+            message += f"; mend the key in {self._upstream.key_env or 'the variable that holds it'}, and resume"
         self._ends_with = self._ends_with or GatewayRefused(message, reason)

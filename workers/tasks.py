@@ -248,11 +248,11 @@ def _stop_job(engine: Engine, claim: Claim, error: Exception) -> None:
             case SourceError():
                 control.fail(connection, job_id, Reason.SOURCE_DAMAGED, str(error))
             case DBAPIError(orig=InsufficientPrivilege()):
-                yours = "; on the table that --into names grant select, insert and update" if into else ""
+                yours = "; on the job's own table grant select, insert and update" if into else ""
                 message = f"the workers' login lacks a right ({plain_reason(error)}); run ops/postgres/roles.sql{yours}"
                 control.pause_for(connection, job_id, Reason.WORKERS_FAILING, message)
             case DBAPIError() if into:
-                message = f"the table that --into names refuses the vectors ({plain_reason(error)})"
+                message = f"the job's own table refuses the vectors ({plain_reason(error)})"
                 control.fail(connection, job_id, Reason.TABLE_REFUSED, message)
 
 

@@ -291,7 +291,7 @@ async def _answer_step(request: Request, error: Exception) -> Response:
     """What a step raises, which knows no HTTP."""
     for kind, (status, code) in _OF_STEPS.items():
         if isinstance(error, kind):
-            return _write(request.url.path, status, code, str(error))
+            return _write(request.url.path, status, code, str(error), getattr(error, "field", None))
     raise error
 
 
@@ -329,4 +329,6 @@ def _write(path: str, status: int, code: str, message: str, param: str | None = 
     if path == "/v1" or path.startswith("/v1/"):
         return Response(make_error(message, code, status, param), status, headers, "application/json")
     problem = {"type": "about:blank", "title": code.replace("_", " "), "status": status, "detail": message}
+    if param:
+        problem["field"] = param
     return Response(orjson.dumps(problem), status, headers, "application/problem+json")

@@ -29,6 +29,8 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str
+    #: The field of the request that is wrong, with which the detail begins. An extension of the RFC's members.
+    field: str | None = None
 
 
 _MEANINGS = {

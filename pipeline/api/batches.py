@@ -145,7 +145,7 @@ async def create_batch(request: Request) -> Batch:
     wish = await read_body(request, NewBatch)
     window_seconds = _seconds_of(wish.completion_window)
     try:
-        control.reject_limit(wish.max_rejects, 0, called="max_rejects")
+        control.reject_limit(wish.max_rejects, 0)
     except UserError as error:
         raise InvalidPayload(str(error), param="max_rejects") from error
     file = await find_file(request, caller, wish.input_file_id)

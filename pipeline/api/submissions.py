@@ -241,20 +241,21 @@ def _must_be_allowed(field: str, place: str, allowed: Sequence[str], variable: s
     """A place that a caller names must lie below one that the operator allows."""
     if place != "-" and not is_remote(place) and not Path(place).is_absolute():
         # Relative to what? Each process has a folder of its own.
-        raise UserError(f"{field}: {place} is relative; give a whole path, such as /data/docs, or a URI.")
+        raise UserError(f"{place} is relative; give a whole path, such as /data/docs, or a URI.", field=field)
     # Dots after a link would lead out of the folder that it leads to; - is this process's own standard input.
     odd = place == "-" or {".", ".."} & set(place.split("/"))
     if odd or not any(_is_below(place, folder) for folder in allowed):
         # The same words whatever is there.
-        raise UserError(f"{field}: {place} isn't below a place that this gateway's operator allows ({variable}).")
+        raise UserError(f"{place} isn't below a place that this gateway's operator allows ({variable}).", field=field)
 
 
 def _must_stay_within(corpus: Corpus, allowed: Sequence[str]) -> None:
     """Files that a folder or a pattern has named are judged by what they resolve to, as those named plainly are."""
     if not all(file.uri and any(_is_below(file.uri, folder) for folder in allowed) for file in corpus.files):
         raise UserError(
-            "sources: a link in what they name leads out of the places that this gateway's operator allows "
-            "(VECTORMILL_API_SOURCES)."
+            "a link in what they name leads out of the places that this gateway's operator allows "
+            "(VECTORMILL_API_SOURCES).",
+            field="sources",
         )
 
 

@@ -26,7 +26,7 @@ from pipeline.cli import (
     submit,
     workspaces,
 )
-from pipeline.cli.look import stderr
+from pipeline.cli.look import sentence, stderr
 from pipeline.cli.once import App
 from pipeline.errors import VectormillError
 from pipeline.store.database import reporting_unreachable
@@ -72,7 +72,7 @@ def main() -> None:
         with reporting_unreachable():
             code = app(standalone_mode=False)
     except VectormillError as error:
-        stderr.print(Text("error ", "red"), Text(str(error)), sep="")
+        stderr.print(Text("error ", "red"), Text(sentence(error)), sep="")
         code = error.exit_code
     except _UsageError as error:
         if message := error.format_message():  # empty where the help has been shown instead

@@ -266,7 +266,7 @@ class ApiDesk:
         """Write its vectors to a file, which appears when it is whole."""
         kind = to.suffix.removeprefix(".")
         if kind not in ("parquet", "jsonl"):
-            raise UserError(f"--to {to}: give a file that ends in .parquet or .jsonl.")
+            raise UserError("give a file that ends in .parquet or .jsonl.", field="to", given=str(to))
         partial = to.with_name(f".{to.name}.partial")
         try:
             with self._stream(_path(job, "results"), format=kind) as reply, partial.open("wb") as file:
@@ -274,7 +274,7 @@ class ApiDesk:
                     file.write(piece)
             partial.replace(to)
         except OSError as error:
-            raise UserError(f"--to {to}: {error.strerror or error}.") from error
+            raise UserError(f"{error.strerror or error}.", field="to", given=str(to)) from error
         finally:
             partial.unlink(missing_ok=True)
         return f"Vectors written to {to}."
@@ -388,13 +388,18 @@ def _check(reply: httpx.Response) -> None:
     """Raise what a problem says."""
     if reply.is_success:
         return
+    field = None
     try:
-        detail = str(reply.json()["detail"])
+        problem = reply.json()
+        detail, field = str(problem["detail"]), problem.get("field")
     except (ValueError, KeyError, TypeError):
         detail = f"the api answers {reply.status_code}."
     if reply.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR or reply.status_code == HTTPStatus.TOO_MANY_REQUESTS:
         unreachable = reply.status_code != HTTPStatus.INTERNAL_SERVER_ERROR
         raise ServiceUnreachable(detail) if unreachable else VectormillError(detail)
+    if field and detail.startswith(field):
+        given, _, told = detail.removeprefix(field).partition(": ")
+        raise UserError(told, field=field, given=given.strip())
     raise UserError(detail)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline import figures
+from pipeline.errors import UserError, VectormillError
 
 #: Columns where no terminal says how many it has.
 _PIPE_WIDTH = 140
@@ -41,6 +42,18 @@ def tell(notices: Iterable[str]) -> None:
     """Say what a person should know though nothing is refused, a line each."""
     for notice in notices:
         stderr.print(Text("note ", "yellow"), Text(notice), sep="")
+
+
+#: Options whose flag isn't their field's name.
+_FLAGS = {"from": "--from", "labels": "--label", "sources": "SOURCE"}
+
+
+def sentence(error: VectormillError) -> str:
+    """Return the message for whoever typed the command: a wrong option is called by its flag."""
+    if not isinstance(error, UserError) or error.field is None:
+        return str(error)
+    name = error.field.partition(".")[0]
+    return error.spelled(_FLAGS.get(name, f"--{name.replace('_', '-')}"))
 
 
 def age(moment: str | None) -> str:

@@ -154,7 +154,6 @@ def submit(
             "output": output and _absolute(output),
             "webhook": webhook,
         },
-        of_options=True,
     )
     with at_desk(workspace) as desk:
         if isinstance(desk, ApiDesk):
@@ -163,7 +162,7 @@ def submit(
             job_id = _submit_to_api(desk, wish, sources or [], idempotency_key)
         else:
             if webhook:
-                webhooks.check(webhook, desk.place.settings.webhooks, "--webhook")
+                webhooks.check(webhook, desk.place.settings.webhooks)
             corpus = _corpus(sources or [], from_url, query, wish.columns(key_required=into is not None), desk.place)
             options = wish.options(default_name(sources[0]) if sources else "query", idempotency_key)
             options = replace(options, into=into, hnsw=hnsw)

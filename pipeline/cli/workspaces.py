@@ -82,7 +82,7 @@ def create(
         if limits:
             workspaces.set_limits(connection, made, limits)
         if webhook:
-            webhooks.check(webhook, place.settings.webhooks, "--webhook")
+            webhooks.check(webhook, place.settings.webhooks)
             workspaces.set_webhook(connection, made, webhook)
         if sql_role:
             workspaces.set_sql_roles(connection, made, sql_role)
@@ -131,7 +131,7 @@ def change(
         if limits:
             workspaces.set_limits(connection, found, limits)
         if webhook:
-            webhooks.check(webhook, place.settings.webhooks, "--webhook")
+            webhooks.check(webhook, place.settings.webhooks)
         if webhook or Clearable.WEBHOOK in gone:
             workspaces.set_webhook(connection, found, webhook)
         if model:

@@ -338,11 +338,11 @@ class Header:
         twice = next((column for column in header if column and header.count(column) > 1), None)
         if twice is not None:
             raise SourceError(f'{place}: the column "{shown(twice)}" stands twice in the header; rename one.')
-        for option, column in columns.required:
+        for field, column in columns.required:
             if column not in header:
                 _check_kind(header, place, dialect)
                 candidates = [name for name in header if name != columns.key]
-                raise missing_column(place, option, column, header, candidates)
+                raise missing_column(place, field, column, header, candidates)
         if columns.key not in header:
             notices.add("no key", without_key(place, columns.key, header))
         self.dialect = dialect

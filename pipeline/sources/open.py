@@ -239,7 +239,7 @@ def _gather(pieces: Iterator[bytes], packing: str) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         # The library holds 128 MiB of what it has unpacked, no more.
         fault = "needs too much memory" if "too much memory" in str(error) else "is damaged"
-        mend = "pack it again without --long" if "too much memory" in str(error) else "make the file again"
+        mend = "pack it again without a long window" if "too much memory" in str(error) else "make the file again"
         broken = BrokenStreamError(f"the {packing} data {fault}", mend)
     except zlib.error:
         broken = BrokenStreamError(f"the {packing} data is damaged", "make the file again")

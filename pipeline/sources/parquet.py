@@ -278,10 +278,10 @@ def _metadata(raw: BinaryIO, name: str) -> pq.FileMetaData:
 
 def _checked(schema: pa.Schema, name: str, columns: Columns) -> list[str]:
     """The columns to read; `SourceError` where one is missing, stands twice or can't serve."""
-    for option, column in columns.required:
+    for field, column in columns.required:
         if column not in schema.names:
             texts = [field.name for field in schema if _is_text(field.type) and field.name != columns.key]
-            raise missing_column(name, option, column, schema.names, texts)
+            raise missing_column(name, field, column, schema.names, texts)
     key = (columns.key,) if columns.key in schema.names else ()
     wanted = list(dict.fromkeys((columns.text, *key, *columns.carry)))
     for column in wanted:
@@ -295,22 +295,23 @@ def _check_types(schema: pa.Schema, name: str, columns: Columns, key: tuple[str,
     kind = schema.field(columns.text).type
     if not _is_text(kind):
         raise SourceError(
-            f'{name}: column "{shown(columns.text)}" is {shown(str(kind))}, not a string; '
-            "name a string column with --text-column."
+            f'{name}: column "{shown(columns.text)}" is {shown(str(kind))}, not a string; name a string column.',
+            field="text_column",
         )
     for column in key:
         kind = schema.field(column).type
         if not (_is_plain(kind) or _is_written_out(kind)):
             raise SourceError(
                 f'{name}: column "{shown(column)}" is {shown(str(kind))}; a key is a string, a number or a '
-                "boolean. Name another with --key-column."
+                "boolean. Name another.",
+                field="key_column",
             )
     for column in columns.carry:
         kind = schema.field(column).type
         if not _can_be_carried(kind):
             raise SourceError(
-                f'{name}: column "{shown(column)}" is {shown(str(kind))}, which can\'t be carried; '
-                "leave it out of --carry."
+                f'{name}: column "{shown(column)}" is {shown(str(kind))}, which can\'t be carried; leave it out.',
+                field="carry",
             )
 
 

@@ -68,7 +68,7 @@ class QueryCorpus:
         columns: Columns,
         item_bytes: int,
         *,
-        asked_by: str = "--from",
+        asked_by: str = "from",
         movable: bool = False,
         seconds: float | None = None,
     ) -> None:
@@ -229,9 +229,9 @@ class QueryCorpus:
             yield self._judged(rows, at, first)
 
     def _check(self, names: list[str]) -> None:
-        for option, column in self.columns.required:
+        for field, column in self.columns.required:
             if column not in names:
-                raise missing_column(self.name, option, column, names, [n for n in names if n != self.columns.key])
+                raise missing_column(self.name, field, column, names, [n for n in names if n != self.columns.key])
         for _, column in (*self.columns.required, ("", self.columns.key)):
             if names.count(column) > 1:
                 raise SourceError(f'{self.name}: the column "{shown(column)}" comes twice; name one of them otherwise.')
@@ -274,9 +274,7 @@ class QueryCorpus:
                 return SourceError(
                     f"{self.name}: a value can't be read ({type(error.orig).__name__}); cast it to text."
                 )
-            return ServiceUnreachable(
-                f"can't reach {self._address}, the {self._asked_by} database; nothing was submitted."
-            )
+            return ServiceUnreachable(f"can't reach {self._address}, the source's database; nothing was submitted.")
         first_line = str(error.orig).strip().splitlines()[0][:300] if str(error.orig).strip() else "no reason given"
         return SourceError(f"{self.name}: {first_line}")
 
@@ -285,7 +283,7 @@ def _parsed(url: str, asked_by: str) -> URL:
     try:
         made = sqlalchemy.make_url(url)
     except ArgumentError:
-        raise UserError(f"{asked_by}: not a URL; write it as postgresql://user:password@host/database.") from None
+        raise UserError("not a URL; write it as postgresql://user:password@host/database.", field=asked_by) from None
     if made.drivername in ("postgresql", "postgres"):
         return made.set(drivername="postgresql+psycopg")
     return made
@@ -304,7 +302,7 @@ def _engine(url: URL, asked_by: str) -> Engine:
     except (NoSuchModuleError, ImportError):
         extra = _EXTRAS.get(backend)
         mend = f"pip install 'vectormill[{extra}]'" if extra else "install a driver of SQLAlchemy for it"
-        raise UserError(f"{asked_by} {backend}://…: its driver isn't installed; {mend}.") from None
+        raise UserError(f"its driver isn't installed; {mend}.", field=asked_by, given=f"{backend}://…") from None
 
 
 def _plain(value: Any) -> Any:

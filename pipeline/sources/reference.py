@@ -65,7 +65,7 @@ class Places:
 def check_referable(file: SourceFile) -> None:
     """Raise `SourceError` if workers can't read this source themselves."""
     if file.uri is None:
-        raise SourceError("the standard input can't be read by reference; leave out --by-reference, or give files.")
+        raise SourceError("the standard input can't be read so; leave it out, or give files.", field="by_reference")
 
 
 def scan(file: SourceFile, columns: Columns, item_bytes: int, notices: Notices) -> Iterator[Places]:

@@ -56,8 +56,8 @@ class Columns:
     @property
     def required(self) -> tuple[tuple[str, str], ...]:
         """Each column that must exist, after the option that names it."""
-        key = (("--key-column", self.key),) if self.key_required else ()
-        return (("--text-column", self.text), *key, *(("--carry", column) for column in self.carry))
+        key = (("key_column", self.key),) if self.key_required else ()
+        return (("text_column", self.text), *key, *(("carry", column) for column in self.carry))
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,32 +261,30 @@ def _bounded(value: Any) -> orjson.Fragment:
     return exact_json.as_it_stands(value)
 
 
-def missing_column(
-    place: str, option: str, column: str, names: Iterable[str], candidates: Sequence[str]
-) -> SourceError:
+def missing_column(place: str, field: str, column: str, names: Iterable[str], candidates: Sequence[str]) -> SourceError:
     """The error for a column that isn't there: it lists those that are, and names the mend.
 
     Args:
         place: the file, and the line where there is one.
-        option: the command's option that names the column.
+        field: the option that names the column.
         column: the column that is missing.
         names: the columns that there are.
         candidates: those that could be meant; one alone is suggested.
     """
     names = list(names)
     near = _differing_in_case(column, names)
-    sure = candidates if not near and option == "--text-column" else near
-    mend = f"Use {option} {shown(sure[0])}." if len(sure) == 1 else f"Name another with {option}."
-    return SourceError(f'{place}: no column "{shown(column)}"; {_listed(names)}. {mend}')
+    sure = candidates if not near and field == "text_column" else near
+    mend = f'Name "{shown(sure[0])}".' if len(sure) == 1 else "Name another."
+    return SourceError(f'{place}: no column "{shown(column)}"; {_listed(names)}. {mend}', field=field)
 
 
 def without_key(place: str, column: str, names: Iterable[str]) -> str:
     """The notice for a corpus that has no key column, which need not be: it lists the columns there are."""
     names = list(names)
     near = _differing_in_case(column, names)
-    mend = f"use --key-column {shown(near[0])}" if len(near) == 1 else "name one with --key-column"
     told = f'{place}: no column "{shown(column)}", so these items have no key'
-    return f"{told}; {_listed(names)}. If one holds keys, {mend}."
+    holds = f'"{shown(near[0])}"' if len(near) == 1 else "one"
+    return f"{told}; {_listed(names)}. If {holds} holds keys, name it as the key column."
 
 
 def _differing_in_case(column: str, names: Sequence[str]) -> list[str]:

@@ -77,25 +77,24 @@ def check(connection: Connection, name: str, *, key_column: str, dimensions: int
         UserError: there is no such table, or it can't take the vectors; the message names the mend.
     """
     row = _table(connection, name)
-    place = f"--into {name}"
     if hnsw and not row["may_index"]:
-        raise UserError(f"{place}: --hnsw needs a plain table that vectormill's role owns; leave it out.")
+        raise _refused(name, "an index needs a plain table that vectormill's role owns; leave hnsw out.")
     columns = {column["name"]: column for column in _columns(connection, row["oid"])}
     key = columns.get(key_column)
     if key is None:
-        raise UserError(f'{place}: no column "{key_column}"; name the key with --key-column, as it is called there.')
+        raise _refused(name, f'no column "{key_column}"; name the key column as it is called there.')
     if key["type"] not in (*_TEXTS, *_INTEGER_BITS, "uuid"):
-        raise UserError(f'{place}: the key "{key_column}" is {key["type"]}; it must be text, an integer or uuid.')
+        raise _refused(name, f'the key "{key_column}" is {key["type"]}; it must be text, an integer or uuid.')
     if not key["is_unique"]:
-        raise UserError(f'{place}: "{key_column}" isn\'t unique; make it the primary key, or give it a unique index.')
+        raise _refused(name, f'"{key_column}" isn\'t unique; make it the primary key, or give it a unique index.')
     vectors = [column for column in columns.values() if column["type"] in _VECTORS]
     if len(vectors) != 1:
-        raise UserError(f"{place}: {len(vectors)} columns of type vector or halfvec; it must have one.")
+        raise _refused(name, f"{len(vectors)} columns of type vector or halfvec; it must have one.")
     (vector,) = vectors
-    _check_dimensions(place, vector, dimensions, hnsw)
+    _check_dimensions(name, vector, dimensions, hnsw)
     for column in columns.values():
         if column["is_needed"] and column["name"] not in (key_column, vector["name"]):
-            raise UserError(f'{place}: "{column["name"]}" is not null without a default; new rows can\'t be inserted.')
+            raise _refused(name, f'"{column["name"]}" is not null without a default; new rows can\'t be inserted.')
     return Into(
         schema=row["schema"],
         table=row["table"],
@@ -104,6 +103,10 @@ def check(connection: Connection, name: str, *, key_column: str, dimensions: int
         vector_column=vector["name"],
         vector_type=vector["type"],
     )
+
+
+def _refused(table: str, message: str) -> UserError:
+    return UserError(message, field="into", given=table)
 
 
 def _table(connection: Connection, name: str) -> RowMapping:
@@ -118,13 +121,13 @@ def _table(connection: Connection, name: str) -> RowMapping:
     try:
         row = connection.execute(query, {"name": name}).mappings().one_or_none()
     except DBAPIError as error:
-        raise UserError(f"--into {name}: {plain_reason(error)}; write it as table or schema.table.") from error
+        raise _refused(name, f"{plain_reason(error)}; write it as table or schema.table.") from error
     if row is None:
-        raise UserError(f"--into {name}: no such table in vectormill's database; write it as schema.table.")
+        raise _refused(name, "no such table in vectormill's database; write it as schema.table.")
     if not row["is_table"]:
-        raise UserError(f"--into {name}: it is no table; vectors can't be inserted there.")
+        raise _refused(name, "it is no table; vectors can't be inserted there.")
     if not row["may_write"]:
-        raise UserError(f"--into {name}: vectormill's role may not select, insert and update there; grant it that.")
+        raise _refused(name, "vectormill's role may not select, insert and update there; grant it that.")
     return row
 
 
@@ -146,18 +149,19 @@ def _columns(connection: Connection, oid: int) -> Sequence[RowMapping]:
     )
 
 
-def _check_dimensions(place: str, vector: RowMapping, dimensions: int, hnsw: bool) -> None:
+def _check_dimensions(name: str, vector: RowMapping, dimensions: int, hnsw: bool) -> None:
     declared = vector["dimensions"]
     if declared > 0 and declared != dimensions:
-        raise UserError(
-            f'{place}: "{vector["name"]}" has {declared:,} dimensions, the job\'s vectors {dimensions:,}; '
-            "change the column, or --dimensions."
+        raise _refused(
+            name,
+            f'"{vector["name"]}" has {declared:,} dimensions, the job\'s vectors {dimensions:,}; '
+            "change the column, or ask for as many dimensions.",
         )
     if hnsw and declared <= 0:
-        raise UserError(f'{place}: for --hnsw, declare "{vector["name"]}" as {vector["type"]}({dimensions}).')
+        raise _refused(name, f'for an index, declare "{vector["name"]}" as {vector["type"]}({dimensions}).')
     most = _HNSW_DIMENSIONS[vector["type"]]
     if hnsw and dimensions > most:
-        raise UserError(f"{place}: --hnsw takes at most {most:,} dimensions of {vector['type']}; leave it out.")
+        raise _refused(name, f"an index takes at most {most:,} dimensions of {vector['type']}; leave hnsw out.")
 
 
 def upsert(connection: Connection, into: Into, job_id: UUID, indexes: Sequence[int]) -> None:

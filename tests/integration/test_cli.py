@@ -156,7 +156,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("submit", "none.jsonl", "--model", "small"), "none.jsonl: no such file."),
     (
         ("submit", "-", "--model", "small", "--text-column", "body"),
-        'standard input line 1: no column "body"; columns are text. Use --text-column text.',
+        '--text-column: standard input line 1: no column "body"; columns are text. Name "text".',
     ),
     (("submit", "-", "--model", "small", "--max-rejects", "many"), '--max-rejects "many": give a count'),
     (("submit", "-", "--model", "small", "--label", "x"), '--label "x": write it as key=value.'),
@@ -165,7 +165,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("submit", "-", "--model", "small", "--label", "a=1", "--label", "a=2"), '--label "a=2": a is given twice.'),
     (
         ("submit", "-", "--model", "small", "--carry", "text", "--carry", "text"),
-        'carry: "text" is given twice.',
+        '--carry: "text" is given twice.',
     ),
     (
         ("submit", "-", "--model", "small", "--json"),
@@ -175,13 +175,13 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("submit", "-", "--model", "small", "--timeout", "5"), "--timeout has no effect without --wait; leave it out"),
     (
         ("submit", "-", "--model", "small", "--quote", "none"),
-        "quote: standard input has no .csv or .tsv file, so it has",
+        "--quote: standard input has no .csv or .tsv file, so it has",
     ),
     (("submit", "-", "--model", "small", "--delimiter", "ab"), "--delimiter: give one sign of ASCII, tab"),
-    (("submit", "-", "--model", "small", "--max-item-tokens", "999999"), "max_item_tokens 999,999: small reads"),
+    (("submit", "-", "--model", "small", "--max-item-tokens", "999999"), "--max-item-tokens 999,999: small reads"),
     (
         ("submit", "-", "--model", "small", "--unique-keys"),
-        'standard input line 1: no column "id"; columns are text. Name another with --key-column.',
+        '--key-column: standard input line 1: no column "id"; columns are text. Name another.',
     ),
     (("submit", "-"), "Missing option '--model'."),
     (("results", "docs", "--to", "a.csv"), "--to a.csv: give a file that ends in .parquet or .jsonl."),
@@ -239,8 +239,8 @@ def test_a_webhook_must_be_one_that_the_operator_allows(engine: Engine, model: M
 def test_what_isnt_refused_is_said(engine: Engine, model: Model, run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('ID,text\n1,one\n2,"two\n3,3"\n')
     said = [
-        'note a.csv line 1: no column "id", so these items have no key; columns are ID, text. If one holds keys, '
-        "use --key-column ID.",
+        'note a.csv line 1: no column "id", so these items have no key; columns are ID, text. If "ID" holds keys, '
+        "name it as the key column.",
         "note a.csv lines 3 to 4: a quoted field goes on over lines that look like rows, and is read as one text. If a "
         "quote was left open there, close it, or set quote to none where quotes are mere letters.",
     ]

@@ -112,7 +112,10 @@ def test_items_whose_keys_dont_fit_are_rejected_when_they_are_read(engine: Engin
     [
         ("create table public.other (x int)", "no such table in vectormill's database; write it as schema.table"),
         ("create view public.docs as select 1 as id", "it is no table"),
-        ("create table public.docs (key text primary key, e vector)", 'no column "id"; name the key with --key-column'),
+        (
+            "create table public.docs (key text primary key, e vector)",
+            'no column "id"; name the key column as it is called there',
+        ),
         ("create table public.docs (id text, e vector)", '"id" isn\'t unique'),
         ("create table public.docs (id text, b int, e vector, unique (id, b))", '"id" isn\'t unique'),
         ("create table public.docs (id date primary key, e vector)", 'the key "id" is date'),
@@ -127,7 +130,7 @@ def test_items_whose_keys_dont_fit_are_rejected_when_they_are_read(engine: Engin
 )
 def test_tables_that_cant_take_the_vectors(engine: Engine, table: str, said: str) -> None:
     run_sql(engine, table)
-    with pytest.raises(UserError, match=r"^--into public\.docs: ") as refused:
+    with pytest.raises(UserError, match=r"^into public\.docs: ") as refused:
         checked(engine)
     assert said in str(refused.value)
 
@@ -135,7 +138,7 @@ def test_tables_that_cant_take_the_vectors(engine: Engine, table: str, said: str
 def test_an_index_needs_declared_dimensions(engine: Engine) -> None:
     run_sql(engine, "create table public.docs (id text primary key, embedding vector)")
     assert checked(engine)
-    with pytest.raises(UserError, match=r'for --hnsw, declare "embedding" as vector\(4\)'):
+    with pytest.raises(UserError, match=r'for an index, declare "embedding" as vector\(4\)'):
         checked(engine, hnsw=True)
 
 
@@ -157,7 +160,7 @@ def test_the_index_is_built_and_may_be_built_again(engine: Engine) -> None:
 def test_no_index_on_partitions(engine: Engine) -> None:
     run_sql(engine, "create table public.docs (id text primary key, embedding vector(4)) partition by hash (id)")
     assert checked(engine)
-    with pytest.raises(UserError, match="--hnsw needs a plain table that vectormill's role owns"):
+    with pytest.raises(UserError, match="an index needs a plain table that vectormill's role owns"):
         checked(engine, hnsw=True)
 
 
@@ -178,5 +181,5 @@ def test_a_table_that_refuses_its_index_pauses_the_job(engine: Engine) -> None:
         time.sleep(0.01)
     row = job_row(engine, claim.job_id)
     assert (row["state"], row["reason"]) == ("paused", "table_refused")
-    assert "--hnsw" in row["message"]
+    assert "the index that the job asks for" in row["message"]
     assert "embedding" in row["message"]

@@ -198,7 +198,7 @@ def test_what_is_wrong_is_said_at_once(engine: Engine, model: Model, asked: dict
         ("with gone as (delete from public.docs returning *) select * from gone", {}, "query_refused", "DECLARE CURS"),
         ("select id, text, text::int from public.docs", {}, "query_refused", ": InvalidTextRepresentation."),
         ("select 'a' as text", {"options": {"dimensions": 3}}, "request_refused", "dimensions"),
-        ("select 'a' as text", {"options": {"max_rejects": "-1"}}, "request_refused", "--max-rejects"),
+        ("select 'a' as text", {"options": {"max_rejects": "-1"}}, "request_refused", "max_rejects"),
     ],
 )
 def test_what_can_not_be_fails_with_its_reason(

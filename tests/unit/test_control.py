@@ -45,7 +45,7 @@ def test_a_share_is_exact(hundredths: int, items: int) -> None:
 def test_a_wrong_option_is_named(option: str) -> None:
     with pytest.raises(UserError, match=r"give a count such as 50, or a share such as 2\.5%") as caught:
         reject_limit(option, 100)
-    assert f'--max-rejects "{option}"' in str(caught.value)
+    assert f'max_rejects "{option}"' in str(caught.value)
 
 
 def ended(

@@ -91,96 +91,106 @@ def test_no_such_file(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "columns", "sentence"),
+    ("line", "columns", "field", "sentence"),
     [
         (
             '{"id": "1", "body": "t"}',
             Columns(),
-            'no column "text"; columns are id, body. Use --text-column body.',
+            "text_column",
+            'no column "text"; columns are id, body. Name "body".',
         ),
         (
             '{"a": "t", "b": "t", "c": 1}',
             Columns(),
-            'no column "text"; columns are a, b, c. Name another with --text-column.',
+            "text_column",
+            'no column "text"; columns are a, b, c. Name another.',
         ),
-        ("{}", Columns(), 'no column "text"; there is none at all. Name another with --text-column.'),
+        ("{}", Columns(), "text_column", 'no column "text"; there is none at all. Name another.'),
         (
             '{"text": "t"}',
             Columns(key="k", key_required=True),
-            'no column "k"; columns are text. Name another with --key-column.',
+            "key_column",
+            'no column "k"; columns are text. Name another.',
         ),
         (
             '{"text": "t"}',
             Columns(carry=("c",)),
-            'no column "c"; columns are text. Name another with --carry.',
+            "carry",
+            'no column "c"; columns are text. Name another.',
         ),
     ],
 )
-def test_wrong_columns_of_json_lines(line: str, columns: Columns, sentence: str) -> None:
-    assert refusal(put("a.jsonl", "\n" + f"{line}\n" * 3), columns=columns) == f"a.jsonl line 2: {sentence}"
+def test_wrong_columns_of_json_lines(line: str, columns: Columns, field: str, sentence: str) -> None:
+    told = refusal(put("a.jsonl", "\n" + f"{line}\n" * 3), columns=columns)
+    assert told == f"{field}: a.jsonl line 2: {sentence}"
 
 
 def test_a_column_that_comes_late() -> None:
     late = '{"body": "t"}\n' * 999 + GOOD
     assert verdicts(read(put("a.jsonl", late))) == [RejectCode.MISSING_TEXT] * 999 + [None]
-    sentence = 'a.jsonl line 1: no column "text"; columns are body. Use --text-column body.'
+    sentence = 'text_column: a.jsonl line 1: no column "text"; columns are body. Name "body".'
     assert refusal(put("a.jsonl", '{"body": "t"}\n' + late)) == sentence
 
 
 def test_wrong_columns_of_csv() -> None:
     put("a.csv", "id,body\n1,t\n")
-    sentence = 'a.csv line 1: no column "text"; columns are id, body. Use --text-column body.'
+    sentence = 'text_column: a.csv line 1: no column "text"; columns are id, body. Name "body".'
     assert refusal("a.csv") == sentence
     columns = Columns(text="body", key="k", key_required=True)
-    sentence = 'a.csv line 1: no column "k"; columns are id, body. Name another with --key-column.'
+    sentence = 'key_column: a.csv line 1: no column "k"; columns are id, body. Name another.'
     assert refusal("a.csv", columns=columns) == sentence
 
 
 def test_many_and_odd_columns_are_shortened() -> None:
     put("a.csv", ",".join(["a\x07", "x" * 50, *(str(at) for at in range(28))]))
     listed = ", ".join(["a\ufffd", "x" * 40 + "…", *(str(at) for at in range(18)), "and 10 more"])
-    sentence = f'a.csv line 1: no column "text"; columns are {listed}. Name another with --text-column.'
+    sentence = f'text_column: a.csv line 1: no column "text"; columns are {listed}. Name another.'
     assert refusal("a.csv") == sentence
 
 
 @pytest.mark.parametrize(
-    ("table", "columns", "sentence"),
+    ("table", "columns", "field", "sentence"),
     [
         (
             {"id": [1], "body": ["t"]},
             Columns(),
-            'no column "text"; columns are id, body. Use --text-column body.',
+            "text_column",
+            'no column "text"; columns are id, body. Name "body".',
         ),
         (
             {"text": [1]},
             Columns(),
-            'column "text" is int64, not a string; name a string column with --text-column.',
+            "text_column",
+            'column "text" is int64, not a string; name a string column.',
         ),
         (
             {"text": [b"t"]},
             Columns(),
-            'column "text" is binary, not a string; name a string column with --text-column.',
+            "text_column",
+            'column "text" is binary, not a string; name a string column.',
         ),
         (
             {"text": ["t"], "id": [[1]]},
             Columns(),
-            'column "id" is list<element: int64>; a key is a string, a number or a boolean. '
-            "Name another with --key-column.",
+            "key_column",
+            'column "id" is list<element: int64>; a key is a string, a number or a boolean. Name another.',
         ),
         (
             {"text": ["t"], "a": [b"x"]},
             Columns(carry=("a",)),
-            'column "a" is binary, which can\'t be carried; leave it out of --carry.',
+            "carry",
+            'column "a" is binary, which can\'t be carried; leave it out.',
         ),
         (
             {"text": ["t"]},
             Columns(key="k", key_required=True),
-            'no column "k"; columns are text. Name another with --key-column.',
+            "key_column",
+            'no column "k"; columns are text. Name another.',
         ),
     ],
 )
-def test_wrong_columns_of_parquet(table: dict[str, Any], columns: Columns, sentence: str) -> None:
-    assert refusal(put_parquet("a.parquet", table), columns=columns) == f"a.parquet: {sentence}"
+def test_wrong_columns_of_parquet(table: dict[str, Any], columns: Columns, field: str, sentence: str) -> None:
+    assert refusal(put_parquet("a.parquet", table), columns=columns) == f"{field}: a.parquet: {sentence}"
 
 
 def test_a_parquet_column_that_stands_twice() -> None:

@@ -64,7 +64,7 @@ def test_a_zstd_window_past_what_is_held_is_refused() -> None:
     packer = zstandard.ZstdCompressor(compression_params=wide).compressobj()
     put("a.jsonl.zst", packer.compress(GOOD.encode()) + packer.flush())
     assert refusal("a.jsonl.zst") == (
-        "a.jsonl.zst: the zstd data needs too much memory after line 0; pack it again without --long."
+        "a.jsonl.zst: the zstd data needs too much memory after line 0; pack it again without a long window."
     )
 
 
