@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, RowMapping
 from pipeline import files, status
 from pipeline.batches import end
 from pipeline.errors import VectormillError
-from pipeline.jobs import BatchState, JobState, Reason
+from pipeline.jobs import BatchState, Job, Reason
 from pipeline.settings import Settings
 from pipeline.sources.batch_lines import Fault
 from pipeline.store import batches, embeddings, items, jobs
@@ -57,7 +57,7 @@ def finish(engine: Engine, settings: Settings, batch_id: str) -> None:
         with snapshot(engine) as connection:
             batch = batches.by_id(connection, batch_id)
             job = jobs.by_id(connection, batch["job_id"]) if batch and batch["job_id"] else None
-            waits = batch and job and not batch["ends_as"] and not JobState(job["state"]).ended
+            waits = batch and job and not batch["ends_as"] and not job.state.ended
             found = _write(connection, batch, job, output, error) if batch and job and not waits else None
         if batch is None or batch["ended_at"] is not None:
             return
@@ -110,56 +110,54 @@ def _keep(engine: Engine, settings: Settings, batch: RowMapping, kind: str, file
     return str(made["id"])
 
 
-def _write(
-    connection: Connection, batch: RowMapping, job: RowMapping, output: BinaryIO, error: BinaryIO
-) -> _Results | None:
+def _write(connection: Connection, batch: RowMapping, job: Job, output: BinaryIO, error: BinaryIO) -> _Results | None:
     """Write what a job came to as lines. `None`: it is being purged.
 
     Raises:
         VectormillError: it isn't what the receipt says.
     """
-    state = BatchState(batch["ends_as"] or job["state"])
-    receipt = status.receipt(connection, job["id"])
-    account, tokens = receipt["items"], receipt["tokens"]
-    completed, rejected = account["embedded"] + account["reused"], account["rejected"]
+    state = BatchState(batch["ends_as"] or job.state)
+    receipt = status.receipt(connection, job.id)
+    account, tokens = receipt.items, receipt.tokens
+    completed, rejected = account.embedded + account.reused, account.rejected
     # A failed job's vectors are there for who asks for them by its id; no next step must take them for the whole.
     fails = state is BatchState.FAILED
     lines = (
-        _write_lines(output, () if fails else _output(connection, batch, job["id"])),
-        _write_lines(error, _errors(connection, job["id"], state)),
+        _write_lines(output, () if fails else _output(connection, batch, job.id)),
+        _write_lines(error, _errors(connection, job.id, state)),
     )
-    wanted = (0 if fails else completed, account["in"] - completed if state in _LEFT else rejected)
+    wanted = (0 if fails else completed, account.submitted - completed if state in _LEFT else rejected)
     if lines != wanted:
-        if job["texts_removed_at"]:
+        if job.texts_removed_at:
             return None
         raise VectormillError(
-            f"job {job['id']} came to {lines[0]:,} lines of output and {lines[1]:,} of errors, not to {wanted[0]:,} "
+            f"job {job.id} came to {lines[0]:,} lines of output and {lines[1]:,} of errors, not to {wanted[0]:,} "
             f"and {wanted[1]:,} as its receipt says; verify the receipt."
         )
     counts = {
-        "total": account["in"],
+        "total": account.submitted,
         "completed": completed,
         "failed": rejected,
-        "input_tokens": tokens["prompt"] + tokens["reused"],
-        "cached_tokens": tokens["reused"],
+        "input_tokens": tokens.prompt + tokens.reused,
+        "cached_tokens": tokens.reused,
     }
     return _Results(state, counts, _why_failed(connection, job, rejected) if fails else [])
 
 
-def _why_failed(connection: Connection, job: RowMapping, rejected: int) -> list[dict[str, Any]]:
+def _why_failed(connection: Connection, job: Job, rejected: int) -> list[dict[str, Any]]:
     """Why a job failed, and the first lines that were rejected."""
-    match job["reason"]:
+    match job.reason:
         case Reason.TOO_MANY_REJECTS:
-            told = f"{rejected:,} lines are bad, max_rejects allows {job['max_rejects']:,}; the error file has them"
+            told = f"{rejected:,} lines are bad, max_rejects allows {job.max_rejects:,}; the error file has them"
         case Reason.ALL_REJECTED:
             told = "every line is bad; the error file has them"
         case Reason.MODEL_CANNOT_LOAD:  # the job's message may say where its files are
             told = "no worker can use its model; the operator sees why"
         case reason:
-            told = job["message"] or (reason or "it failed").replace("_", " ")
-    rejects = items.rejects_with_carried(connection, job["id"], -1, _MOST_FAULTS - 1)
+            told = job.message or (reason or "it failed").replace("_", " ")
+    rejects = items.rejects_with_carried(connection, job.id, -1, _MOST_FAULTS - 1)
     lines = [Fault(row["code"], row["message"], (row["carried"] or {}).get("line")) for row in rejects]
-    return [asdict(fault) for fault in (Fault(job["reason"] or "failed", f"{told}."), *lines)]
+    return [asdict(fault) for fault in (Fault(job.reason or "failed", f"{told}."), *lines)]
 
 
 def _write_lines(file: BinaryIO, lines: Iterable[Mapping[str, Any]]) -> int:

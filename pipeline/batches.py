@@ -20,11 +20,12 @@ from pipeline import control, files
 from pipeline.catalog import find_model, vector_space_of
 from pipeline.errors import LeaseLost, NotRetriable, SourceChanged, StorageRefused, UnknownModel, UserError, Waiting
 from pipeline.jobs import BatchState, JobState, Model
+from pipeline.options import JobOptions
 from pipeline.settings import Settings
 from pipeline.sources.batch_lines import BatchLines, Fault, Wish
 from pipeline.store import batches, events, jobs
 from pipeline.store import files as kept_files
-from pipeline.submission import Options, Submission, planning
+from pipeline.submission import Submission, planning
 from pipeline.submit import submit
 
 log = structlog.get_logger()
@@ -104,19 +105,15 @@ def _submit(engine: Engine, settings: Settings, batch: RowMapping, file: RowMapp
     with engine.begin() as connection:
         model = find_model(connection, batch["workspace_id"], wish.model)
         key = _key(connection, file, model, wish, batch["max_rejects"])
-    options = Options(
-        name=PurePath(file["name"]).stem[:_NAME_LETTERS] or batch["id"],
-        dimensions=wish.dimensions,
-        max_rejects=batch["max_rejects"],
-        labels=batch["metadata"] or {},
-        idempotency_key=key,
-    )
     submission = Submission(
         workspace_id=batch["workspace_id"],
         model=model,
         corpus=corpus,
-        options=options,
         planning=planning(settings),
+        name=PurePath(file["name"]).stem[:_NAME_LETTERS] or batch["id"],
+        options=JobOptions(dimensions=wish.dimensions, max_rejects=batch["max_rejects"]),
+        labels=batch["metadata"] or {},
+        idempotency_key=key,
         # At once: a job that no batch request knows would run, and be paid, for nobody.
         on_queue=partial(_begin, batch_id=batch["id"], model=wish.model),
     )
@@ -173,7 +170,7 @@ def _attach(engine: Engine, batch_id: str, job_id: UUID, model: str) -> bool:
     """
     with engine.begin() as connection:
         job = jobs.by_id(connection, job_id)
-        if job and job["state"] == JobState.STAGING:  # whose row its producer locks for as long as it copies
+        if job and job.state == JobState.STAGING:  # whose row its producer locks for as long as it copies
             raise Waiting("the same content is being staged by another batch request.")
         # Who lets go of a job holds these locks too, so that none attaches to one that is about to be cancelled.
         batch = batches.lock(connection, batch_id)
@@ -182,7 +179,7 @@ def _attach(engine: Engine, batch_id: str, job_id: UUID, model: str) -> bool:
         job = jobs.lock(connection, job_id)
         if job is None:
             return False
-        if job["state"] == JobState.CANCELLED or job["ends_as"] == JobState.CANCELLED:
+        if job.state == JobState.CANCELLED or job.ends_as == JobState.CANCELLED:
             jobs.release_key(connection, job_id)
             return False
         _begin(connection, job_id, batch_id=batch_id, model=model)
@@ -196,8 +193,8 @@ def let_go(connection: Connection, batch_id: str, ends_as: BatchState) -> bool:
     job = jobs.lock(connection, batch["job_id"]) if batch and batch["job_id"] else None
     if not batches.let_go(connection, batch_id, ends_as):
         return False
-    if job and not JobState(job["state"]).ended and not batches.goes_on_for_others(connection, job["id"]):
-        control.cancel(connection, job["id"])
+    if job and not job.state.ended and not batches.goes_on_for_others(connection, job.id):
+        control.cancel(connection, job.id)
     return True
 
 

@@ -1,16 +1,16 @@
 """What a person may ask of a job: cancel, pause, resume, retry; and how a job ends."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
-from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, RowMapping
+from sqlalchemy import Connection
 
 from pipeline import webhooks
 from pipeline.errors import IllegalTransition, NotRetriable, UserError
-from pipeline.jobs import RETRYABLE_REJECTS, JobState, Reason
-from pipeline.status import job_row
+from pipeline.job_status import Account
+from pipeline.jobs import RETRYABLE_REJECTS, Job, JobState, Reason
+from pipeline.status import known_job
 from pipeline.store import chunks, items, jobs, models, requests, stagings
 
 _CANCELLED = "cancelled by a person"
@@ -37,7 +37,7 @@ def cancel(connection: Connection, job_id: UUID) -> JobState:
 def _cancel_request(connection: Connection, job_id: UUID) -> bool:
     # In this order: who makes a job of the request holds the job's row first too.
     job = jobs.lock(connection, job_id)
-    if job and job["state"] not in (JobState.STAGING, JobState.FAILED):
+    if job and job.state not in (JobState.STAGING, JobState.FAILED):
         return False
     request = requests.cancel(connection, job_id, Reason.BY_USER, _CANCELLED)
     if request is None:
@@ -97,16 +97,16 @@ def retry(connection: Connection, job_id: UUID) -> int:
         IllegalTransition: the job hasn't ended, or was cancelled.
         NotRetriable: its texts have been removed, or its model has.
     """
-    row = jobs.lock(connection, job_id)
-    if row is None or row["state"] not in (JobState.COMPLETED, JobState.FAILED):
+    job = jobs.lock(connection, job_id)
+    if job is None or job.state not in (JobState.COMPLETED, JobState.FAILED):
         _unless(connection, job_id, (), "retried")
-    assert row is not None
-    if row["max_rejects"] is not None and _lasting_rejects(connection, job_id) > row["max_rejects"]:
+    assert job is not None
+    if job.max_rejects is not None and _lasting_rejects(connection, job_id) > job.max_rejects:
         return 0
-    if row["texts_removed_at"]:
+    if job.texts_removed_at:
         raise NotRetriable(
             f"job {job_id} ended too long ago: its texts were removed on "
-            f"{row['texts_removed_at']:%Y-%m-%d}; submit it again.",
+            f"{job.texts_removed_at:%Y-%m-%d}; submit it again.",
             job_id,
         )
     if models.of_job(connection, job_id) is None:
@@ -124,7 +124,7 @@ def _lasting_rejects(connection: Connection, job_id: UUID) -> int:
 
 
 def _unless(connection: Connection, job_id: UUID, states: Sequence[JobState], done: str) -> JobState:
-    state = JobState(job_row(connection, job_id)["state"])
+    state = known_job(connection, job_id).state
     if state not in states:
         raise IllegalTransition(f"job {job_id} is {state} and can't be {done}.")
     return state
@@ -153,18 +153,18 @@ def reject_limit(option: str, items_total: int) -> int | None:
         ) from None
 
 
-def outcome(row: RowMapping, account: Mapping[str, Any]) -> tuple[JobState, str | None, str | None]:
+def outcome(job: Job, account: Account) -> tuple[JobState, str | None, str | None]:
     """What a job becomes whose chunks have all ended: (state, reason, message)."""
-    counts = account["items"]
-    if row["ends_as"]:
-        return JobState(row["ends_as"]), row["reason"], row["message"]
-    if lost := counts["in"] - counts["embedded"] - counts["reused"] - counts["rejected"]:
+    counts = account.items
+    if job.ends_as:
+        return job.ends_as, job.reason, job.message
+    if lost := counts.submitted - counts.embedded - counts.reused - counts.rejected:
         how = "missing" if lost > 0 else "too many"
         return JobState.FAILED, Reason.ITEMS_UNACCOUNTED, _UNACCOUNTED.format(abs(lost), how)
-    if counts["in"] and counts["rejected"] == counts["in"]:
+    if counts.submitted and counts.rejected == counts.submitted:
         return JobState.FAILED, Reason.ALL_REJECTED, "every item was rejected; vectormill rejects says why"
-    if row["max_rejects"] is not None and counts["rejected"] > row["max_rejects"]:
-        return JobState.FAILED, Reason.TOO_MANY_REJECTS, too_many(counts["rejected"], row["max_rejects"])
+    if job.max_rejects is not None and counts.rejected > job.max_rejects:
+        return JobState.FAILED, Reason.TOO_MANY_REJECTS, too_many(counts.rejected, job.max_rejects)
     return JobState.COMPLETED, None, None
 
 

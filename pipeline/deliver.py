@@ -7,15 +7,15 @@ from typing import Any
 from uuid import UUID
 
 import structlog
-from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, ProgrammingError
 
 from pipeline import control, parts
 from pipeline.errors import StorageRefused
-from pipeline.jobs import JobState, Reason
+from pipeline.jobs import Job, JobState, Reason
+from pipeline.options import KeptOptions
 from pipeline.store import into, jobs, outputs
 from pipeline.store.database import plain_reason
-from pipeline.store.into import Into
 
 log = structlog.get_logger()
 
@@ -35,20 +35,20 @@ class Deliveries:
         """Whether a job is being delivered."""
         return job_id in self._under_way
 
-    def is_done(self, connection: Connection, job: RowMapping) -> bool:
+    def is_done(self, connection: Connection, job: Job) -> bool:
         """Whether nothing is left to deliver for a job whose chunks have ended; begins with it if need be. Never
         waits."""
-        options = job["options"]
-        if not options.get("output") and not options.get("hnsw"):
+        options = job.options
+        if not options.output and not options.hnsw:
             return True
-        if self._done.pop(job["id"], None) == outputs.digest(connection, job["id"]):
+        if self._done.pop(job.id, None) == outputs.digest(connection, job.id):
             return True
-        if job["id"] not in self._under_way and job["state"] != JobState.PAUSED:
-            self._under_way.add(job["id"])
-            threading.Thread(target=self._run, args=(job["id"], options), daemon=True).start()
+        if job.id not in self._under_way and job.state is not JobState.PAUSED:
+            self._under_way.add(job.id)
+            threading.Thread(target=self._run, args=(job.id, options), daemon=True).start()
         return False
 
-    def _run(self, job_id: UUID, options: dict[str, Any]) -> None:
+    def _run(self, job_id: UUID, options: KeptOptions) -> None:
         try:
             self._done[job_id] = self._deliver(job_id, options)
         except StorageRefused as error:
@@ -67,34 +67,33 @@ class Deliveries:
         with self._engine.begin() as connection:
             control.pause_for(connection, job_id, reason, message)
 
-    def _deliver(self, job_id: UUID, options: dict[str, Any]) -> str:
+    def _deliver(self, job_id: UUID, options: KeptOptions) -> str:
         """Returns the digest of the parts."""
         with self._engine.begin() as connection:
             # A crash must not forget a commit whose part readers see: see ops/decisions/0005.
             jobs.flush(connection, job_id)
             delivered = outputs.digest(connection, job_id)
-        if folder := options.get("output"):
+        if folder := options.output:
             with self._engine.begin() as connection:
                 written, about = outputs.of_job(connection, job_id), _about(connection, job_id)
             parts.deliver(folder, job_id, written, about)
-        if options.get("hnsw"):
-            target = Into.from_json(options["into"])
+        if options.hnsw and options.table:
             with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                into.build_hnsw(connection, target)
+                into.build_hnsw(connection, options.table)
         return delivered
 
 
 def _about(connection: Connection, job_id: UUID) -> dict[str, Any]:
     """What a manifest says of its job."""
-    row = jobs.by_id(connection, job_id)
-    assert row
+    job = jobs.by_id(connection, job_id)
+    assert job
     space = jobs.vector_space(connection, job_id)
     return {
-        "name": row["name"],
-        "labels": row["labels"],
-        "model": row["model_name"],
+        "name": job.name,
+        "labels": job.labels,
+        "model": job.model,
         "vector_space": space["fingerprint"],
         "dimensions": space["dimensions"],
-        "dtype": row["options"]["dtype"],
-        "carried": row["options"]["columns"]["carry"],
+        "dtype": job.options.dtype,
+        "carried": job.options.columns.carry,
     }

@@ -3,7 +3,7 @@ dispatcher that starts afresh only rings twice for a few chunks."""
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from pipeline import control, metrics, standing, status, webhooks
 from pipeline.deliver import Deliveries
 from pipeline.errands import Errands
 from pipeline.errors import ServiceUnreachable
+from pipeline.job_status import AccountedItems
 from pipeline.jobs import JobState, Reason
 from pipeline.publish import Publisher, queue_of
 from pipeline.rounds import Rounds
@@ -92,7 +93,7 @@ def sweep(dispatcher: Dispatcher) -> None:
 def drain(dispatcher: Dispatcher) -> None:
     """Cancel pending chunks of jobs that are being cancelled, in bounded transactions."""
     with dispatcher.engine.connect() as connection:
-        cancelling = [job["id"] for job in jobs.active(connection) if job["state"] == "cancelling"]
+        cancelling = [job.id for job in jobs.active(connection) if job.state is JobState.CANCELLING]
     dispatcher.drained = {job_id: dispatcher.drained.get(job_id, 0) for job_id in cancelling}
     enough = time.monotonic() + _LONGEST_DUTY_SECONDS
     for job_id in cancelling:
@@ -113,25 +114,31 @@ def finish(dispatcher: Dispatcher) -> None:
         if dispatcher.deliveries.is_under_way(job_id):
             continue
         with dispatcher.engine.begin() as connection:
-            row = jobs.lock(connection, job_id)
-            if row is None or JobState(row["state"]).ended or chunks.has_open(connection, job_id):
+            job = jobs.lock(connection, job_id)
+            if job is None or job.state.ended or chunks.has_open(connection, job_id):
                 continue
-            account = status.current_receipt(connection, job_id)
-            state, reason, message = control.outcome(row, account)
-            if state is JobState.COMPLETED and not dispatcher.deliveries.is_done(connection, row):
+            account = status.current_account(connection, job_id)
+            state, reason, message = control.outcome(job, account)
+            if state is JobState.COMPLETED and not dispatcher.deliveries.is_done(connection, job):
                 continue
-            jobs.end(connection, job_id, state, account, reason=reason, message=message)
-            jobs.save_progress(connection, job_id, status.sum_up(connection, job_id))
-            webhooks.job_ended(connection, row, state, account, reason=reason, message=message)
-        _count_end(dispatcher, job_id, state, account["items"])
-        log.info("job_ended", job=str(job_id), state=state.value, reason=reason, items=account["items"])
+            jobs.end(connection, job_id, state, account.model_dump(by_alias=True), reason=reason, message=message)
+            jobs.save_progress(connection, job_id, status.sum_up(connection, job_id).model_dump(mode="json"))
+            webhooks.job_ended(connection, job, state, account, reason=reason, message=message)
+        _count_end(dispatcher, job_id, state, account.items)
+        log.info(
+            "job_ended",
+            job=str(job_id),
+            state=state.value,
+            reason=reason,
+            items=account.items.model_dump(by_alias=True),
+        )
 
 
-def _count_end(dispatcher: Dispatcher, job_id: UUID, state: JobState, counts: Mapping[str, int]) -> None:
+def _count_end(dispatcher: Dispatcher, job_id: UUID, state: JobState, counts: AccountedItems) -> None:
     metrics.DISPATCHER_JOBS_ENDED.labels(state).inc()
     for outcome in ("embedded", "reused", "rejected", "cancelled"):
-        metrics.DISPATCHER_ITEMS.labels(outcome).inc(counts[outcome])
-    if counts["rejected"]:
+        metrics.DISPATCHER_ITEMS.labels(outcome).inc(getattr(counts, outcome))
+    if counts.rejected:
         with dispatcher.engine.begin() as connection:
             by_code = items.count_rejects(connection, job_id)
         for code, times in by_code.items():
@@ -143,27 +150,27 @@ def snapshot(dispatcher: Dispatcher) -> None:
     come first whose turn is longest due."""
     with dispatcher.engine.connect() as connection:
         active = jobs.active(connection)
-    dispatcher.snapshots = {job["id"]: dispatcher.snapshots.get(job["id"], 0.0) for job in active}
+    dispatcher.snapshots = {job.id: dispatcher.snapshots.get(job.id, 0.0) for job in active}
     enough = time.monotonic() + _LONGEST_DUTY_SECONDS
-    for job in sorted(active, key=lambda job: dispatcher.snapshots[job["id"]]):
+    for job in sorted(active, key=lambda job: dispatcher.snapshots[job.id]):
         begin = time.monotonic()
-        if begin < dispatcher.snapshots[job["id"]] or begin > enough:
+        if begin < dispatcher.snapshots[job.id] or begin > enough:
             break
         with dispatcher.engine.begin() as connection:
-            now = status.sum_up(connection, job["id"])
-            jobs.save_progress(connection, job["id"], now)
-            rejected, limit = now["items"]["rejected"], job["max_rejects"]
-            if limit is not None and rejected > limit and job["state"] != "cancelling":
+            now = status.sum_up(connection, job.id)
+            jobs.save_progress(connection, job.id, now.model_dump(mode="json"))
+            rejected, limit = now.items.rejected, job.max_rejects
+            if limit is not None and rejected > limit and job.state is not JobState.CANCELLING:
                 jobs.begin_cancelling(
                     connection,
-                    job["id"],
+                    job.id,
                     JobState.FAILED,
                     Reason.TOO_MANY_REJECTS,
                     control.too_many(rejected, limit),
                 )
         # Sums over very many chunks leave time to others, as far as pages stay fresh.
         pause = _SNAPSHOT_FACTOR * (time.monotonic() - begin)
-        dispatcher.snapshots[job["id"]] = begin + min(pause, status.FRESH_SECONDS / 2) if pause > 1 else begin
+        dispatcher.snapshots[job.id] = begin + min(pause, status.FRESH_SECONDS / 2) if pause > 1 else begin
 
 
 def judge_models(dispatcher: Dispatcher) -> None:
@@ -171,9 +178,9 @@ def judge_models(dispatcher: Dispatcher) -> None:
     those fail that haven't begun."""
     with dispatcher.engine.begin() as connection:
         for job in jobs.active(connection):
-            if job["state"] in ("queued", "running") and models.of_job(connection, job["id"]) is None:
+            if job.is_runnable and models.of_job(connection, job.id) is None:
                 message = "its model is no longer in the catalogue as it was"
-                jobs.begin_cancelling(connection, job["id"], JobState.FAILED, Reason.MODEL_CANNOT_LOAD, message)
+                jobs.begin_cancelling(connection, job.id, JobState.FAILED, Reason.MODEL_CANNOT_LOAD, message)
         _judge_dropped(connection)
         for name, (lost, distinct, commits) in losses.of_models(connection, 600).items():
             # One text that kills its process loses five claims of one chunk; only losses all over are the workers'.

@@ -10,9 +10,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from pipeline.jobs import Extent, Model
+from pipeline.options import JobOptions
 from pipeline.sources import Corpus, Source
 from pipeline.sources.reference import read_extent
-from pipeline.submission import Options
 from pipeline.submit import check
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ class _Sample:
     different: int = 0
 
 
-def estimate(corpus: Source, model: Model, options: Options, slots: int, tokenise: Tokenise) -> dict[str, Any]:
+def estimate(corpus: Source, model: Model, options: JobOptions, slots: int, tokenise: Tokenise) -> dict[str, Any]:
     """Items, tokens with an interval of 95 %, duplicates, truncation, time and size of a job that isn't submitted.
 
     Args:
@@ -158,9 +158,9 @@ def _runs(corpus: Corpus) -> Iterator[tuple[Extent, int]]:
                 yield places.extent(file, start, places, end - 1), end - start
 
 
-def _bytes(sample: _Sample, good: int, options: Options, dimensions: int, *, by_reference: bool) -> dict[str, int]:
+def _bytes(sample: _Sample, good: int, options: JobOptions, dimensions: int, *, by_reference: bool) -> dict[str, int]:
     """What the job would take in Postgres and in Parquet."""
-    vector = dimensions * (2 if options.dtype == "float16" else 4)
+    vector = dimensions * options.dtype.element.itemsize
     text = sum(map(len, sample.texts)) // max(1, len(sample.texts))
     postgres = 0 if by_reference else sample.items * (text + sample.key_bytes + 90)
     if options.output:

@@ -7,10 +7,8 @@ from sqlalchemy import Engine
 
 from pipeline import parts
 from pipeline.jobs import Claim, Item, Reject, RejectCode
-from pipeline.sources import Columns
 from pipeline.sources.reference import read_extent
 from pipeline.store import items, outputs
-from pipeline.store.into import Into
 
 #: Text that is held at once, whatever the planner expected of a file's rows.
 _SERVING_BYTES = 16 * 1024 * 1024
@@ -40,7 +38,7 @@ def read_chunk(engine: Engine, claim: Claim) -> Intake:
         SourceError: that file is damaged.
         StorageRefused, StorageUnreachable: it can't be read now.
     """
-    folder: str = claim.options.get("output") or ""
+    folder = claim.options.output or ""
     with engine.begin() as connection:
         settled = items.settled(connection, claim.job_id, claim.first_index, claim.items)
         written = outputs.of_job(connection, claim.job_id, claim.chunk_id) if folder else []
@@ -59,12 +57,12 @@ def read_chunk(engine: Engine, claim: Claim) -> Intake:
 
 def _with_fit_keys(claim: Claim, servings: Iterator[Serving]) -> Iterator[Serving]:
     """Reject what has no place in the user's table, if the job writes into one."""
-    if not claim.options.get("into"):
+    table = claim.options.table
+    if table is None:
         yield from servings
         return
-    into = Into.from_json(claim.options["into"])
     for serving in servings:
-        faults = {item.index: fault for item in serving.items if (fault := into.key_fault(item.key))}
+        faults = {item.index: fault for item in serving.items if (fault := table.key_fault(item.key))}
         bad = [
             Reject(index=item.index, key=item.key, code=RejectCode.BAD_KEY, message=faults[item.index])
             for item in serving.items
@@ -75,12 +73,11 @@ def _with_fit_keys(claim: Claim, servings: Iterator[Serving]) -> Iterator[Servin
 
 def _from_file(claim: Claim, settled: set[int]) -> Iterator[Serving]:
     assert claim.extent
-    columns = Columns.from_json(claim.options["columns"])
     index = claim.first_index
     good: list[Item] = []
     bad: list[Reject] = []
     size = 0
-    for rows in read_extent(claim.extent, claim.items, columns, claim.options["item_bytes"]):
+    for rows in read_extent(claim.extent, claim.items, claim.options.columns, claim.options.item_bytes):
         bad += [
             Reject(index=index + at, key=rows.keys[at], code=code, message=message)
             for at, code, message in rows.problems

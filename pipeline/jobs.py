@@ -2,9 +2,12 @@
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
+
+from pipeline.options import KeptOptions
 
 
 class JobState(enum.StrEnum):
@@ -159,6 +162,89 @@ RETRYABLE_REJECTS = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A corpus to embed with one model, as its row stands."""
+
+    id: UUID
+    workspace_id: int
+    name: str
+    #: Its name.
+    model: str
+    vector_space_id: int
+    state: JobState
+    #: Why it is paused or has failed: one of `Reason`, or an older version's.
+    reason: str | None
+    message: str | None
+    #: What it becomes when its last chunk is drained, while it is `CANCELLING`.
+    ends_as: JobState | None
+    priority: int
+    labels: Mapping[str, str]
+    options: KeptOptions
+    idempotency_key: str | None
+    payload_sha256: str | None
+    #: Of the producer that stages it.
+    fence: int
+    token: UUID | None
+    items_total: int
+    max_rejects: int | None
+    #: What its sender should know of its rows, a line each.
+    notices: Sequence[str]
+    #: Its account, frozen when it ended.
+    receipt: Mapping[str, Any] | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    texts_removed_at: datetime | None
+    #: Texts of items below this index are gone.
+    texts_kept_from: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActiveJob:
+    """A job that has been queued and hasn't ended, as the dispatcher looks at it."""
+
+    id: UUID
+    state: JobState
+    model: str
+    workspace_id: int
+    #: Of its workspace, among others.
+    weight: float
+    priority: int
+    max_rejects: int | None
+
+    @property
+    def is_runnable(self) -> bool:
+        """Return whether its chunks may be claimed."""
+        return self.state in (JobState.QUEUED, JobState.RUNNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A contiguous range of a job's items, as its row stands."""
+
+    id: int
+    ordinal: int
+    first_index: int
+    items: int
+    state: ChunkState
+    #: How often it was claimed, and reopened.
+    fence: int
+    crashes: int
+    last_error: str | None
+    embedded: int
+    reused: int
+    rejected: int
+    cancelled: int
+    truncated: int
+    prompt_tokens: int
+    output_uri: str | None
+    lease_until: datetime | None
+    not_before: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """One text of a job, as a worker reads it."""
 
@@ -273,16 +359,13 @@ class Claim:
     vector_space_id: int
     dimensions: int
     max_item_tokens: int | None
-    half: bool
-    reject_long: bool
     lease_seconds: float
     #: The chunk's rows in a file; `None`: its items are in Postgres.
     extent: Extent | None = None
-    #: The job's options as they are stored.
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: KeptOptions = KeptOptions()
 
     @property
     def carries(self) -> bool:
         """Whether columns go through the worker into the output, instead of standing in Postgres already."""
-        through = self.extent is not None or self.options.get("output")
-        return bool(through and self.options["columns"]["carry"])
+        through = self.extent is not None or self.options.output
+        return bool(through and self.options.columns.carry)

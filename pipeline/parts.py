@@ -24,11 +24,10 @@ from pipeline.errors import SourceChanged, UserError
 from pipeline.jobs import Claim
 from pipeline.store.embeddings import Rows
 from pipeline.store.outputs import Output
+from pipeline.vectors import VectorType
 
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
-#: Columns of every file with vectors; those carried come after.
-OUR_COLUMNS = ("index", "key", "embedding", "tokens", "truncated")
 _STAGING = "_staging"
 _CLAIM = "_job.json"
 #: Objects moved at once: each move is a round trip or two.
@@ -39,9 +38,9 @@ _PART = re.compile(r"part-\d+-\d+(-[0-9a-f]{32})?(-\d+)?\.parquet")
 log = structlog.get_logger()
 
 
-def schema(dimensions: int, *, half: bool, carried: Sequence[str]) -> Any:
+def schema(dimensions: int, kept_as: VectorType, carried: Sequence[str]) -> Any:
     """Columns of a file with vectors. A carried column of JSON values has no one type: each is kept as text."""
-    element = pa.field("item", pa.float16() if half else pa.float32(), nullable=False)
+    element = pa.field("item", pa.from_numpy_dtype(kept_as.element), nullable=False)
     return pa.schema(
         [
             pa.field("index", pa.int64(), nullable=False),
@@ -65,10 +64,10 @@ def write(claim: Claim, number: int, rows: Rows) -> Output:
     Raises:
         StorageRefused, StorageUnreachable: it can't be written.
     """
-    carried = claim.options["columns"]["carry"]
+    carried, kept_as = claim.options.columns.carry, claim.options.dtype
     values = [exact_json.loads(row) if row else {} for row in rows.carried] if carried else []
-    kind = schema(rows.vectors.shape[1], half=claim.half, carried=carried)
-    flat = pa.array(rows.vectors.astype(np.float16 if claim.half else np.float32, copy=False).ravel())
+    kind = schema(rows.vectors.shape[1], kept_as, carried)
+    flat = pa.array(rows.vectors.astype(kept_as.element, copy=False).ravel())
     batch = pa.record_batch(
         [
             pa.array(rows.indexes),
@@ -91,7 +90,8 @@ def write(claim: Claim, number: int, rows: Rows) -> Output:
         rows=len(rows.indexes),
         bytes=buffer.tell(),
     )
-    storage.write(storage.join(_staging(claim.options["output"], claim.job_id), output.name), buffer.getbuffer())
+    assert claim.options.output
+    storage.write(storage.join(_staging(claim.options.output, claim.job_id), output.name), buffer.getbuffer())
     return output
 
 

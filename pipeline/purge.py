@@ -8,8 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Engine
 
 from pipeline.errors import IllegalTransition
-from pipeline.jobs import JobState
-from pipeline.status import job_row
+from pipeline.status import known_job
 from pipeline.store import chunks, items, jobs, partitions, requests
 from pipeline.tables import PARTITIONED
 
@@ -42,7 +41,7 @@ class Month:
 
 def check_ended(connection: Connection, job_id: UUID) -> None:
     """Raise `IllegalTransition` if a job hasn't ended."""
-    state = JobState(job_row(connection, job_id)["state"])
+    state = known_job(connection, job_id).state
     if not state.ended:
         raise IllegalTransition(f"job {job_id} is {state} and can't be purged; cancel it first.")
 
@@ -58,7 +57,7 @@ def purge_job(engine: Engine, job_id: UUID) -> dict[str, int]:
         # From here on nobody retries it.
         if not jobs.give_up(connection, job_id):
             check_ended(connection, job_id)
-        total = job_row(connection, job_id)["items_total"]
+        total = known_job(connection, job_id).items_total
     gone = dict.fromkeys(PARTITIONED, 0)
     for table in PARTITIONED:
         for first in range(0, total, _ROWS):

@@ -108,7 +108,7 @@ def _missing_parts(engine: Engine, job: RowMapping, missing: Sequence[str], *, s
     def mend() -> str:
         with engine.begin() as connection:
             now = jobs.lock(connection, job["id"])
-            if now is None or JobState(now["state"]).ended:
+            if now is None or now.state.ended:
                 return "left alone: the job has ended meanwhile"
             return f"{restored.forget_parts(connection, job['id'], missing):,} chunks of job {job['id']} reopened"
 

@@ -14,10 +14,11 @@ from sqlalchemy import Connection, Engine
 
 from pipeline import exact_json, parts
 from pipeline.errors import UserError
-from pipeline.parts import OUR_COLUMNS
-from pipeline.status import job_row
+from pipeline.options import OUR_COLUMNS
+from pipeline.status import known_job
 from pipeline.store import embeddings, jobs, outputs
 from pipeline.store.outputs import Output
+from pipeline.vectors import VectorType
 
 Block = Sequence[tuple[Any, ...]]
 #: Vectors that are read at once for a stream.
@@ -85,9 +86,8 @@ def encode(blocks: Iterator[Block], kind: str, dimensions: int, carried: Sequenc
 
 def _written(connection: Connection, job_id: UUID) -> tuple[str | None, list[str]]:
     """The folder of a job's Parquet files, if it has one, and the columns that it carries."""
-    row = job_row(connection, job_id)
-    columns = row["options"].get("columns", {}).get("carry", ())
-    return row["options"].get("output"), [name for name in dict.fromkeys(columns) if name not in OUR_COLUMNS]
+    options = known_job(connection, job_id).options
+    return options.output, [name for name in dict.fromkeys(options.columns.carry) if name not in OUR_COLUMNS]
 
 
 def _pages(engine: Engine, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
@@ -157,7 +157,7 @@ class _Sink:
 
 
 def _parquet(blocks: Iterator[Block], dimensions: int, carried: Sequence[str]) -> Iterator[bytes]:
-    schema = parts.schema(dimensions, half=False, carried=carried)
+    schema = parts.schema(dimensions, VectorType.FLOAT32, carried)
     sink = _Sink()
     with pq.ParquetWriter(sink, schema, **parts.WRITING) as writer:
         for block in blocks:

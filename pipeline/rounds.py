@@ -9,6 +9,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from pipeline import metrics
+from pipeline.jobs import ActiveJob
 from pipeline.publish import Publisher, queue_of
 from pipeline.store import chunks, jobs, losses, models, workers
 
@@ -38,7 +39,7 @@ class Rounds:
         Raises:
             ServiceUnreachable: Redis doesn't answer.
         """
-        runnable = [job for job in jobs.active(connection) if job["state"] in ("queued", "running")]
+        runnable = [job for job in jobs.active(connection) if job.is_runnable]
         if not runnable:
             self.cursors.clear()
             return
@@ -48,18 +49,18 @@ class Rounds:
         lost = self._lost(connection)
         by_model = defaultdict(list)
         for job in runnable:
-            if job["model_name"] in slugs:
-                by_model[job["model_name"]].append(job)
+            if job.model in slugs:
+                by_model[job.model].append(job)
         waiting = self._publisher.waiting([slugs[name] for name in by_model])
         for name, of_model in by_model.items():
             window = max(_LEAST_WINDOW, slots[name])
             room = window - waiting[slugs[name]]
             self._ring_lost(slugs[name], of_model, lost, max(0, min(window, window + room)))
             tokens = Tokens([each for each in in_flight if each.model == name])
-            feeds = {job["id"]: _Feed(connection, self.cursors, job["id"], room) for job in of_model}
+            feeds = {job.id: _Feed(connection, self.cursors, job.id, room) for job in of_model}
             for job_id, chunk_id in choose(of_model, feeds, tokens, room):
                 self._ring(slugs[name], job_id, chunk_id)
-        self.cursors = {job["id"]: self.cursors.get(job["id"], 0) for job in runnable}
+        self.cursors = {job.id: self.cursors.get(job.id, 0) for job in runnable}
 
     def _lost(self, connection: Connection) -> Sequence[tuple[UUID, int, bool]]:
         """Chunks whose claim was lost, to ring for now, and whether a text may do it. They don't wait for the cursor's
@@ -69,9 +70,11 @@ class Rounds:
         self.rung = {chunk: self.rung[chunk] for _, chunk, _ in pending if chunk in self.rung}
         return [each for each in pending if now - self.rung.get(each[1], -_RING_AGAIN_SECONDS) >= _RING_AGAIN_SECONDS]
 
-    def _ring_lost(self, slug: str, of_model: Sequence[Any], lost: Sequence[tuple[UUID, int, bool]], most: int) -> None:
+    def _ring_lost(
+        self, slug: str, of_model: Sequence[ActiveJob], lost: Sequence[tuple[UUID, int, bool]], most: int
+    ) -> None:
         """Ring for lost chunks, whatever waits already. At the front the oldest comes first, so it's rung for last."""
-        ids = {job["id"] for job in of_model}
+        ids = {job.id for job in of_model}
         oldest = [each for each in lost if each[0] in ids][:most]
         for job_id, chunk_id, suspect in reversed(oldest):
             self.rung[chunk_id] = time.monotonic()
@@ -127,22 +130,24 @@ class Tokens:
         self._of_workspace[workspace_id] += tokens
         self._of_job[job_id] += tokens
 
-    def turn(self, job: Any) -> tuple[Any, ...]:
+    def turn(self, job: ActiveJob) -> tuple[Any, ...]:
         """Whose turn it is: the least."""
-        share = self._of_workspace[job["workspace_id"]] / job["weight"]
-        return (-job["priority"], share, self._of_job[job["id"]], job["id"])
+        share = self._of_workspace[job.workspace_id] / job.weight
+        return (-job.priority, share, self._of_job[job.id], job.id)
 
 
-def choose(of_model: Sequence[Any], feeds: dict[UUID, Any], tokens: Tokens, room: int) -> Iterator[tuple[UUID, int]]:
+def choose(
+    of_model: Sequence[ActiveJob], feeds: dict[UUID, Any], tokens: Tokens, room: int
+) -> Iterator[tuple[UUID, int]]:
     """Which chunks to ring for: priority first, then the workspace with the fewest tokens in flight for its weight,
     then its job with the fewest, then the oldest. `tokens` grows with what is chosen."""
     open_jobs = list(of_model)
     while room > 0 and open_jobs:
         job = min(open_jobs, key=tokens.turn)
-        chunk = feeds[job["id"]].take()
+        chunk = feeds[job.id].take()
         if chunk is None:
             open_jobs.remove(job)
             continue
-        tokens.add(job["workspace_id"], job["id"], max(1, chunk[1]))
+        tokens.add(job.workspace_id, job.id, max(1, chunk[1]))
         room -= 1
-        yield job["id"], chunk[0]
+        yield job.id, chunk[0]

@@ -23,7 +23,7 @@ from pipeline.errors import (
     VectormillError,
 )
 from pipeline.jobs import JobState, RequestReason, RequestState
-from pipeline.request import JobRequest, read_request
+from pipeline.request import ELSEWHERE, JobRequest, read_request
 from pipeline.settings import Settings
 from pipeline.sources.query import QueryCorpus
 from pipeline.store import jobs, requests
@@ -79,10 +79,10 @@ def _heed_cancel(engine: Engine, job_id: UUID) -> None:
         row, job = requests.read(connection, job_id), jobs.by_id(connection, job_id)
         if row is None or job is None or row["state"] != RequestState.CANCELLED:
             return
-        if job["state"] in (JobState.QUEUED, JobState.RUNNING):  # one that had failed, and was tried again just then
+        if job.state in (JobState.QUEUED, JobState.RUNNING):  # one that had failed, and was tried again just then
             control.cancel(connection, job_id)
-    if job["state"] == JobState.STAGING:
-        staging.undo(engine, Producer.of_row(job))
+    if job.state == JobState.STAGING:
+        staging.undo(engine, Producer.of(job))
 
 
 def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submission:
@@ -99,7 +99,7 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
     corpus = QueryCorpus(
         settings.sql_url.get_secret_value(),
         row["query"],
-        wish.columns(),
+        wish.columns,
         settings.item_bytes,
         asked_by="VECTORMILL_SQL_URL",
         movable=True,
@@ -109,9 +109,13 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
         workspace_id=row["workspace_id"],
         model=model,
         corpus=corpus,
-        # A key of its own lets another dispatcher go on where one died.
-        options=wish.options("query", row["idempotency_key"] or f"sql {row['job_id']}"),
         planning=planning(settings),
+        name=wish.name or "query",
+        options=wish,
+        priority=wish.priority,
+        labels=wish.labels,
+        # A key of its own lets another dispatcher go on where one died.
+        idempotency_key=row["idempotency_key"] or f"sql {row['job_id']}",
         job_id=row["job_id"],
         on_queue=_end_submitted,
         on_lost=lambda: corpus.stop(LeaseLost()),
@@ -124,12 +128,24 @@ def _end_submitted(connection: Connection, job_id: UUID) -> None:
         raise LeaseLost("the request was cancelled meanwhile.")
 
 
+#: What the function takes as arguments, and what only files have.
+_ARGUMENTS = ("model", "name", "text_column", "key_column")
+_OF_FILES = ("sources", "quote", "delimiter", "by_reference", "output")
+_OPTIONS = [name for name in JobRequest.model_fields if name not in {*_ARGUMENTS, *_OF_FILES, *ELSEWHERE}]
+
+
 def _wish(row: RowMapping) -> JobRequest:
-    fields: dict[str, Any] = {name: row[name] for name in ("model", "name", "text_column", "key_column")}
+    fields: dict[str, Any] = {name: row[name] for name in _ARGUMENTS}
     try:
         options = orjson.loads(row["options"])
     except ValueError:
         raise UserError("they hold a number that is too large, or too many brackets.", field="options") from None
+    if unknown := sorted(options.keys() - set(_OPTIONS)):
+        raise UserError(
+            f"there is none of this name; there are {', '.join(_OPTIONS)}.",
+            field="options",
+            given=f'"{unknown[0][:100]}"',
+        )
     return read_request({**options, **fields})
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline import control, parts
 from pipeline.errors import EmptySource, LeaseLost, ServiceUnreachable, UserError, VectormillError
-from pipeline.jobs import Extent, Reason, Reject
+from pipeline.jobs import Extent, JobState, Reason, Reject
 from pipeline.leases import Renewal
 from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
 from pipeline.sources import Corpus, Rows, Source, SourceFile
@@ -74,7 +74,7 @@ class Staging:
     def _is_queued(self) -> bool:
         with self._engine.begin() as connection:
             row = jobs.by_id(connection, self._job_id)
-        return row is not None and Producer.of_row(row) == self._producer and row["state"] != "staging"
+        return row is not None and Producer.of(row) == self._producer and row.state is not JobState.STAGING
 
     def _renew(self) -> bool:
         with self._engine.begin() as connection:
@@ -275,9 +275,9 @@ def undo(engine: Engine, producer: Producer) -> None:
     if row and delete_items(engine, producer):
         with engine.begin() as connection:
             gone = stagings.delete(connection, producer)
-        if gone and row["options"].get("output"):
+        if gone and row.options.output:
             try:
-                parts.vacate(row["options"]["output"], job_id)
+                parts.vacate(row.options.output, job_id)
             except VectormillError as error:  # the folder may be why the submission didn't end
                 log.warning("output_not_vacated", job=str(job_id), error=str(error))
 
@@ -288,7 +288,7 @@ def delete_items(engine: Engine, producer: Producer) -> bool:
     while gone == _DELETE_ITEMS:
         with engine.begin() as connection:
             row = jobs.lock(connection, producer.job_id)
-            if row is None or row["state"] != "staging" or Producer.of_row(row) != producer:
+            if row is None or row.state is not JobState.STAGING or Producer.of(row) != producer:
                 return False
             gone = items.delete_some(connection, producer.job_id, _DELETE_ITEMS)
     return True

@@ -1,15 +1,25 @@
 """Where a job stands, and its receipt: always sums over its chunks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping
 
 from pipeline.errors import UnknownJob, UserError
-from pipeline.jobs import JobState, RequestState
+from pipeline.job_status import (
+    Account,
+    AccountedItems,
+    AccountedTokens,
+    ChunkCounts,
+    ItemCounts,
+    JobStatus,
+    Rate,
+    Receipt,
+    TokenCounts,
+)
+from pipeline.jobs import ChunkState, Job, JobState, RequestState
 from pipeline.store import attempts, chunks, jobs, requests, usage
 from pipeline.verify import count_missing_and_double
 
@@ -91,160 +101,133 @@ def several(name: str, bearers: Sequence[Namesake]) -> str:
     return f'{len(bearers):,} jobs are called "{name}": {", ".join(shown)}'
 
 
-def job_row(connection: Connection, job_id: UUID) -> RowMapping:
-    """A job's row.
+def known_job(connection: Connection, job_id: UUID) -> Job:
+    """The job of this id.
 
     Raises:
         UnknownJob: there is none.
     """
-    row = jobs.by_id(connection, job_id)
-    if row is None:
+    job = jobs.by_id(connection, job_id)
+    if job is None:
         if asked := requests.standing(connection, job_id):
             raise UnknownJob(f"{job_id} is no job: it was asked for in SQL, and is {asked['state']}.")
         raise UnknownJob(f"no job {job_id}; vectormill jobs lists them.")
-    return row
+    return job
 
 
-def job_status(connection: Connection, job_id: UUID) -> dict[str, Any]:
-    """All that a job's status shows. Counts are items or tokens, rates are per second.
+def job_status(connection: Connection, job_id: UUID) -> JobStatus:
+    """All that a job's status shows.
 
     Of a job that runs, counts may be the dispatcher's, a second old; where no dispatcher keeps them they are summed.
     What was asked for in SQL is shown as `staging`, `failed` or `cancelled` though it is no job.
     """
     # In this order: the last progress comes with the job's end, so an ended job never shows an earlier one.
-    row = jobs.by_id(connection, job_id)
+    job = jobs.by_id(connection, job_id)
     asked = None
-    if row is None or row["state"] in (JobState.STAGING, JobState.FAILED):
+    if job is None or job.state in (JobState.STAGING, JobState.FAILED):
         asked = requests.standing(connection, job_id)
-    if row is None:
+    if job is None:
         return _of_request(asked) if asked else sum_up(connection, job_id)
     kept = jobs.fresh_progress(connection, job_id, FRESH_SECONDS)
-    found = sum_up(connection, job_id) if kept is None else {**kept, **_of_row(row)}
-    return found | (_asked(asked) if asked else {})
+    found = sum_up(connection, job_id) if kept is None else JobStatus(**{**kept, **_of_job(job)})
+    return found.model_copy(update=_asked(asked)) if asked else found
 
 
 def _asked(asked: RowMapping) -> dict[str, Any]:
     """How it stands by its request, where there is one: a failed job may have been asked for again."""
     waits = asked["state"] == RequestState.REQUESTED
     return {
-        "state": JobState.STAGING.value if waits else asked["state"],
+        "state": JobState.STAGING if waits else JobState(asked["state"]),
         "reason": asked["reason"],
         "message": asked["message"] or (_WAITS if waits else None),
-        "finished_at": _written(asked["finished_at"]),
+        "finished_at": asked["finished_at"],
     }
 
 
-def _of_request(asked: RowMapping) -> dict[str, Any]:
+def _of_request(asked: RowMapping) -> JobStatus:
     """What `job_status` shows of what is no job."""
-    return {
-        "id": str(asked["id"]),
-        "name": asked["name"],
+    return JobStatus(
+        id=asked["id"],
+        name=asked["name"],
         **_asked(asked),
-        "model": asked["model"],
-        "labels": {},
-        "output": None,
-        "notices": [],
-        "items": dict.fromkeys(("total", "embedded", "reused", "rejected", "cancelled", "pending", "truncated"), 0),
-        "tokens": {"prompt": 0},
-        "rate": {"items_per_second": 0.0, "tokens_per_second": 0.0},
-        "eta_seconds": None,
-        "chunks": dict.fromkeys(("pending", "running", "done", "cancelled"), 0),
-        "created_at": _written(asked["created_at"]),
-        "started_at": None,
-    }
+        model=asked["model"],
+        labels={},
+        output=None,
+        notices=[],
+        items=ItemCounts(),
+        tokens=TokenCounts(),
+        rate=Rate(),
+        eta_seconds=None,
+        chunks=ChunkCounts(),
+        created_at=asked["created_at"],
+        started_at=None,
+    )
 
 
-def _written(moment: datetime | None) -> str | None:
-    return moment.isoformat() if moment else None
-
-
-def list_jobs(connection: Connection, workspace_id: int | None, **wanted: Any) -> list[dict[str, Any]]:
+def list_jobs(connection: Connection, workspace_id: int | None, **wanted: Any) -> list[JobStatus]:
     """The statuses of the jobs that `store.jobs.page` finds, each with its workspace's name."""
     found = jobs.page(connection, workspace_id, **wanted)
-    return [job_status(connection, row["id"]) | {"workspace": row["workspace"]} for row in found]
+    return [job_status(connection, row["id"]).model_copy(update={"workspace": row["workspace"]}) for row in found]
 
 
-def sum_up(connection: Connection, job_id: UUID) -> dict[str, Any]:
+def sum_up(connection: Connection, job_id: UUID) -> JobStatus:
     """What `job_status` shows, summed over the job's chunks."""
-    row, sums = job_row(connection, job_id), chunks.sums(connection, job_id)
+    job, sums = known_job(connection, job_id), chunks.sums(connection, job_id)
     rates = usage.recent_rates(connection, job_id, RATE_WINDOW_SECONDS)
-    ended = JobState(row["state"]).ended
-    total = row["items_total"] or sums["items"]
+    total = job.items_total or sums["items"]
     over = sums["embedded"] + sums["reused"] + sums["rejected"] + sums["cancelled"]
     pending = max(0, total - over)
     pace = rates["items_per_second"]
+    counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled", "truncated")}
+    return JobStatus(
+        **_of_job(job),
+        items=ItemCounts(total=total, pending=pending, **counted),
+        tokens=TokenCounts(prompt=sums["prompt_tokens"]),
+        rate=Rate(**{name: round(rate, 1) for name, rate in rates.items()}),
+        eta_seconds=None if job.state.ended or not pace else round(pending / pace, 1),
+        chunks=ChunkCounts(**{state: sums[f"{state}_chunks"] for state in ChunkState}),
+    )
+
+
+def _of_job(job: Job) -> dict[str, Any]:
+    same = ("id", "name", "state", "reason", "message", "model", "created_at", "started_at", "finished_at")
     return {
-        **_of_row(row),
-        "items": {
-            "total": total,
-            **{name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled")},
-            "pending": pending,
-            "truncated": sums["truncated"],
-        },
-        "tokens": {"prompt": sums["prompt_tokens"]},
-        "rate": {name: round(rate, 1) for name, rate in rates.items()},
-        "eta_seconds": None if ended or not pace else round(pending / pace, 1),
-        "chunks": {state: sums[f"{state}_chunks"] for state in ("pending", "running", "done", "cancelled")},
+        **{name: getattr(job, name) for name in same},
+        "labels": dict(job.labels),
+        "output": job.options.output,
+        "notices": list(job.notices),
     }
 
 
-def _of_row(row: RowMapping) -> dict[str, Any]:
-    return {
-        "id": str(row["id"]),
-        "name": row["name"],
-        "state": row["state"],
-        "reason": row["reason"],
-        "message": row["message"],
-        "model": row["model_name"],
-        "labels": row["labels"],
-        "output": row["options"].get("output"),
-        "notices": row["notices"],
-        **{moment: _written(row[moment]) for moment in ("created_at", "started_at", "finished_at")},
-    }
-
-
-def current_receipt(connection: Connection, job_id: UUID) -> dict[str, Any]:
-    """The account of a job as its chunks stand now.
-
-    Tokens: `prompt` by those who embedded the items; `billed` by a gateway's replies, those to lost claims too;
-    `unanswered`, about, in requests of which no reply tells whether they are billed.
-    """
-    row, sums = job_row(connection, job_id), chunks.sums(connection, job_id)
+def current_account(connection: Connection, job_id: UUID) -> Account:
+    """The account of a job as its chunks stand now."""
+    job, sums = known_job(connection, job_id), chunks.sums(connection, job_id)
     billed = attempts.billed(connection, job_id)
     counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled")}
-    into = row["items_total"] or sums["items"]
-    return {
-        "items": {"in": into, **counted},
-        "tokens": {
-            "prompt": sums["prompt_tokens"],
-            # What is embedded here costs what it takes.
-            "billed": sums["prompt_tokens"] if billed is None else billed.tokens,
-            "unanswered": billed.unanswered if billed else 0,
-            "reused": sums["reused_tokens"],
-        },
-        "balanced": into == sum(counted.values()),
-    }
+    items = AccountedItems(**{"in": job.items_total or sums["items"], **counted})
+    tokens = AccountedTokens(
+        prompt=sums["prompt_tokens"],
+        # What is embedded here costs what it takes.
+        billed=sums["prompt_tokens"] if billed is None else billed.tokens,
+        unanswered=billed.unanswered if billed else 0,
+        reused=sums["reused_tokens"],
+    )
+    return Account(items=items, tokens=tokens, balanced=items.submitted == items.settled)
 
 
-def _settled(account: Mapping[str, Any]) -> dict[str, Any]:
-    """What can't change after a job's end. A lost claim's request may still be answered, and then it is billed."""
-    tokens = {name: count for name, count in account["tokens"].items() if name not in ("billed", "unanswered")}
-    return {**account, "tokens": tokens}
-
-
-def receipt(connection: Connection, job_id: UUID, *, verify: bool = False) -> dict[str, Any]:
+def receipt(connection: Connection, job_id: UUID, *, verify: bool = False) -> Receipt:
     """A job's account, frozen if it has ended; verified row by row if asked.
 
     `missing` and `double` are those of `pipeline.verify`. It is `verified` when both are 0, it balances, and the
     chunks still say what was frozen. `truncated` counts embedded texts of which only the beginning was read.
     """
-    row = job_row(connection, job_id)
-    account: dict[str, Any] = row["receipt"] or current_receipt(connection, job_id)
+    job = known_job(connection, job_id)
+    account = Account.model_validate(job.receipt) if job.receipt else current_account(connection, job_id)
     truncated = chunks.sums(connection, job_id)["truncated"]
-    named = {"id": str(job_id), "state": row["state"], **account, "truncated": truncated}
+    found = Receipt(id=job_id, state=job.state, truncated=truncated, **dict(account))
     if not verify:
-        return named
-    missing, double = count_missing_and_double(connection, row)
-    unchanged = _settled(account) == _settled(current_receipt(connection, job_id))
-    verified = bool(account["balanced"] and unchanged and not missing and not double)
-    return named | {"verified": verified, "missing": missing, "double": double}
+        return found
+    missing, double = count_missing_and_double(connection, job)
+    unchanged = account.unbilled() == current_account(connection, job_id).unbilled()
+    verified = account.balanced and unchanged and not missing and not double
+    return found.model_copy(update={"verified": verified, "missing": missing, "double": double})

@@ -1,49 +1,17 @@
-"""What is asked for when a corpus is submitted, and what a person may choose of the job."""
+"""What is asked for when a corpus is submitted, and what came of it."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 from uuid import UUID
 
 from sqlalchemy import Connection
 
 from pipeline.jobs import Model
+from pipeline.options import JobOptions, KeptOptions, UserTable
 from pipeline.settings import Settings
 from pipeline.sources import Source
-from pipeline.store.into import Into
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What a person may choose of a job."""
-
-    name: str
-    dimensions: int | None = None
-    dtype: str = "float32"
-    max_item_tokens: int | None = None
-    on_long: str = "truncate"
-    max_rejects: str = ""
-    unique_keys: bool = False
-    priority: int = 0
-    labels: Mapping[str, str] = field(default_factory=dict)
-    idempotency_key: str | None = None
-    #: Workers read the files themselves; Postgres gets no texts.
-    by_reference: bool = False
-    #: Folder or URI of the Parquet files that vectors go to, instead of Postgres.
-    output: str | None = None
-    #: Where the job's end is told, instead of where its workspace says.
-    webhook: str | None = None
-    #: The user's own table, which gets each vector too, by key.
-    into: str | None = None
-    #: Whether that table gets an index at the job's end.
-    hnsw: bool = False
-
-    def decisive(self) -> dict[str, Any]:
-        """Those that decide the result."""
-        names = ("dimensions", "dtype", "max_item_tokens", "on_long", "max_rejects", "unique_keys", "by_reference")
-        return {name: getattr(self, name) for name in (*names, "output", "into", "hnsw")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +41,13 @@ class Submission:
     workspace_id: int
     model: Model
     corpus: Source
-    options: Options
     planning: Planning
+    #: The job's.
+    name: str
+    options: JobOptions = JobOptions()
+    priority: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    idempotency_key: str | None = None
     #: The job's id, a UUIDv7, where it is known already; needs an idempotency key.
     job_id: UUID | None = None
     #: Hears how many items are committed.
@@ -94,15 +67,9 @@ class Submission:
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
-    def stored_options(self, into: Into | None) -> dict[str, Any]:
-        """What the job row keeps under `options`."""
-        return {
-            **self.options.decisive(),
-            "into": into.to_json() if into else None,
-            "columns": asdict(self.corpus.columns),
-            "item_bytes": self.corpus.item_bytes,
-            "webhook": self.options.webhook,
-        }
+    def kept_options(self, table: UserTable | None) -> KeptOptions:
+        """What the job's row keeps; `table` is what `into` names."""
+        return KeptOptions.of(self.options, self.corpus.columns, self.corpus.item_bytes, table)
 
 
 @dataclass(frozen=True, slots=True)

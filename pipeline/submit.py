@@ -2,20 +2,20 @@
 
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy import Connection, Engine
 from uuid_utils.compat import uuid7
 
 from pipeline import control
 from pipeline.catalog import vector_space_of
 from pipeline.errors import IdempotencyConflict, NotRetriable, UserError
-from pipeline.jobs import Model
+from pipeline.jobs import Job, JobState, Model
+from pipeline.options import JobOptions, OnLong, UserTable
 from pipeline.sources import Corpus, Format, Source
 from pipeline.sources.reference import check_referable
 from pipeline.staging import Staging, delete_items
 from pipeline.store import into, jobs, partitions, stagings
-from pipeline.store.into import Into
 from pipeline.store.stagings import Producer
-from pipeline.submission import Options, Submission, Submitted
+from pipeline.submission import Submission, Submitted
 
 
 def submit(engine: Engine, submission: Submission) -> Submitted:
@@ -29,9 +29,8 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
         NotRetriable: its job has failed for good.
         UserError: an option doesn't fit the model, or `unique_keys` and a key comes twice.
     """
-    options = submission.options
+    options, key = submission.options, submission.idempotency_key
     check(options, submission.corpus, submission.model)
-    key = options.idempotency_key
     with engine.begin() as connection:
         # An insert would wait for what the job's producer is about to commit.
         known = key is not None and jobs.by_idempotency_key(connection, submission.workspace_id, key) is not None
@@ -41,7 +40,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
         job = stagings.NewJob(
             id=submission.job_id or uuid7(),
             workspace_id=submission.workspace_id,
-            name=options.name,
+            name=submission.name,
             model_name=submission.model.name,
             vector_space_id=vector_space_of(
                 connection,
@@ -49,22 +48,22 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
                 dimensions=options.dimensions,
                 max_item_tokens=options.max_item_tokens,
             ),
-            priority=options.priority,
-            labels=options.labels,
-            options=submission.stored_options(_into(connection, submission)),
-            idempotency_key=options.idempotency_key,
+            priority=submission.priority,
+            labels=submission.labels,
+            options=submission.kept_options(_table(connection, submission)),
+            idempotency_key=key,
             payload_sha256=submission.payload(),
             lease_seconds=submission.planning.lease_seconds,
         )
         partitions.make_month(connection, partitions.month_of(job.id))
-        tell_namesake(connection, submission.workspace_id, options.name, submission.corpus)
+        tell_namesake(connection, submission.workspace_id, submission.name, submission.corpus)
         producer = stagings.begin(connection, job)
     if producer:
         return Submitted(job.id, notices=Staging(engine, submission, producer).run())
     return _attach(engine, submission)
 
 
-def check(options: Options, corpus: Source, model: Model) -> None:
+def check(options: JobOptions, corpus: Source, model: Model) -> None:
     """Raise `UserError` for what can't be, or would have no effect, before anything is read."""
     _check_ways(options, corpus)
     _check_dialect(corpus)
@@ -96,7 +95,7 @@ def _name_taken(name: str, other: UUID) -> str:
     )
 
 
-def _check_ways(options: Options, corpus: Source) -> None:
+def _check_ways(options: JobOptions, corpus: Source) -> None:
     control.reject_limit(options.max_rejects, 0)
     if options.by_reference:
         if not isinstance(corpus, Corpus):
@@ -114,7 +113,7 @@ def _check_ways(options: Options, corpus: Source) -> None:
         raise UserError("the index is made on a table of yours; name one with into.", field="hnsw")
 
 
-def _check_lengths(options: Options, model: Model) -> None:
+def _check_lengths(options: JobOptions, model: Model) -> None:
     """Refuse what only a model that is read here can do, and what none can."""
     if model.upstream is None:
         if options.max_item_tokens and model.max_item_tokens and options.max_item_tokens > model.max_item_tokens:
@@ -124,7 +123,7 @@ def _check_lengths(options: Options, model: Model) -> None:
                 field="max_item_tokens",
                 given=f"{options.max_item_tokens:,}",
             )
-        if options.on_long == "reject" and not options.max_item_tokens and not model.max_item_tokens:
+        if options.on_long is OnLong.REJECT and not options.max_item_tokens and not model.max_item_tokens:
             raise UserError(
                 f"{model.name} reads texts of any length, so none is too long; leave it out, or set a length with "
                 "max_item_tokens.",
@@ -137,7 +136,7 @@ def _check_lengths(options: Options, model: Model) -> None:
             field="max_item_tokens",
             given=f"{options.max_item_tokens:,}",
         )
-    if options.on_long == "reject":
+    if options.on_long is OnLong.REJECT:
         raise UserError(
             f"{model.name} is read by its gateway, which alone knows what is long; leave it out.",
             field="on_long",
@@ -145,7 +144,7 @@ def _check_lengths(options: Options, model: Model) -> None:
         )
 
 
-def _into(connection: Connection, submission: Submission) -> Into | None:
+def _table(connection: Connection, submission: Submission) -> UserTable | None:
     options = submission.options
     if not options.into:
         return None
@@ -156,22 +155,23 @@ def _into(connection: Connection, submission: Submission) -> Into | None:
 
 def _attach(engine: Engine, submission: Submission) -> Submitted:
     """Go on from the job that has this idempotency key."""
-    key = str(submission.options.idempotency_key)
+    key = str(submission.idempotency_key)
     with engine.begin() as connection:
-        found = jobs.by_idempotency_key(connection, submission.workspace_id, key)
-    if found is None:  # it was undone just now
+        known = jobs.by_idempotency_key(connection, submission.workspace_id, key)
+    if known is None:  # it was undone just now
         return submit(engine, submission)
-    job_id = found["id"]
+    job, is_dead = known
+    job_id = job.id
     if submission.job_id not in (None, job_id):
         raise _conflict(key, job_id)
-    if found["state"] == "staging":
-        return _attach_to_staging(engine, submission, found)
+    if job.state is JobState.STAGING:
+        return _attach_to_staging(engine, submission, job, is_dead=is_dead)
     submission.corpus.read_fingerprint()
-    if submission.payload() != found["payload_sha256"]:
+    if submission.payload() != job.payload_sha256:
         raise _conflict(key, job_id)
-    if found["state"] == "failed":
+    if job.state is JobState.FAILED:
         return _resume(engine, submission, job_id)
-    return Submitted(job_id, f"this idempotency key made job {job_id} before; it is {found['state']}")
+    return Submitted(job_id, f"this idempotency key made job {job_id} before; it is {job.state}")
 
 
 def _resume(engine: Engine, submission: Submission, job_id: UUID) -> Submitted:
@@ -179,8 +179,8 @@ def _resume(engine: Engine, submission: Submission, job_id: UUID) -> Submitted:
     made = f"this idempotency key made job {job_id} before"
     reopened = None
     with engine.begin() as connection:
-        row = jobs.lock(connection, job_id)
-        if row is not None and row["state"] == "failed":
+        job = jobs.lock(connection, job_id)
+        if job is not None and job.state is JobState.FAILED:
             try:
                 reopened = control.retry(connection, job_id)
             except NotRetriable as error:
@@ -192,15 +192,15 @@ def _resume(engine: Engine, submission: Submission, job_id: UUID) -> Submitted:
     return Submitted(job_id, f"{made}; it had failed, {how}")
 
 
-def _attach_to_staging(engine: Engine, submission: Submission, found: RowMapping) -> Submitted:
+def _attach_to_staging(engine: Engine, submission: Submission, job: Job, *, is_dead: bool) -> Submitted:
     """Leave the job to its producer while that lives, else take it over and begin afresh."""
-    job_id, lease_seconds = found["id"], submission.planning.lease_seconds
-    if submission.payload() != found["payload_sha256"]:
-        raise _conflict(str(submission.options.idempotency_key), job_id)
+    job_id, lease_seconds = job.id, submission.planning.lease_seconds
+    if submission.payload() != job.payload_sha256:
+        raise _conflict(str(submission.idempotency_key), job_id)
     producer = None
-    if found["staging_is_dead"]:
+    if is_dead:
         with engine.begin() as connection:
-            producer = stagings.take_over(connection, Producer.of_row(found), lease_seconds)
+            producer = stagings.take_over(connection, Producer.of(job), lease_seconds)
     if producer is None:
         return Submitted(job_id, f"job {job_id} is being submitted with this idempotency key right now")
     delete_items(engine, producer)

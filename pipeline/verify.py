@@ -5,26 +5,27 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, RowMapping
+from sqlalchemy import Connection
 
 from pipeline import parts
 from pipeline.errors import SourceChanged
+from pipeline.jobs import Job
 from pipeline.store import embeddings, items, outputs
 from pipeline.store.outputs import Output
 
 
-def count_missing_and_double(connection: Connection, job: RowMapping) -> tuple[int, int]:
+def count_missing_and_double(connection: Connection, job: Job) -> tuple[int, int]:
     """(missing, double) of a job.
 
     Missing are items that have neither vector nor reject beyond those that are cancelled or still open, and vectors
     and rejects that a chunk counts and that aren't there. Double are items with both, or with two vectors, and vectors
     and rejects beyond those that a chunk counts: of items that were also cancelled, or of no item at all.
     """
-    if job["options"].get("output"):
-        return _count_parts(connection, job["id"], job["options"]["output"])
-    if job["options"].get("by_reference"):
-        return embeddings.verify_without_items(connection, job["id"], job["items_total"])
-    return embeddings.verify(connection, job["id"])
+    if job.options.output:
+        return _count_parts(connection, job.id, job.options.output)
+    if job.options.by_reference:
+        return embeddings.verify_without_items(connection, job.id, job.items_total)
+    return embeddings.verify(connection, job.id)
 
 
 def _count_parts(connection: Connection, job_id: UUID, folder: str) -> tuple[int, int]:

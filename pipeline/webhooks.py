@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -19,7 +19,8 @@ from sqlalchemy import Connection, Engine, RowMapping
 from pipeline import metrics
 from pipeline.deadlines import Deadlines
 from pipeline.errors import UserError, Waiting
-from pipeline.jobs import EventState, JobState
+from pipeline.job_status import Account
+from pipeline.jobs import EventState, Job, JobState
 from pipeline.settings import Settings
 from pipeline.store import events
 
@@ -84,26 +85,26 @@ def _shown(url: str) -> str:
 
 def job_ended(
     connection: Connection,
-    job: RowMapping,
+    job: Job,
     state: JobState,
-    account: Mapping[str, Any],
+    account: Account,
     *,
     reason: str | None,
     message: str | None,
 ) -> None:
     """Tell of a job's end, in the transaction that ends it. A job that is retried ends again, and it is told again."""
     data = {
-        "id": str(job["id"]),
-        "name": job["name"],
+        "id": str(job.id),
+        "name": job.name,
         "state": state.value,
         "reason": reason,
         "message": message,
-        "model": job["model_name"],
-        "labels": job["labels"],
-        "items": account["items"],
-        "tokens": {"prompt": account["tokens"]["prompt"]},
+        "model": job.model,
+        "labels": job.labels,
+        "items": account.items.model_dump(by_alias=True),
+        "tokens": {"prompt": account.tokens.prompt},
     }
-    events.add(connection, job["workspace_id"], f"job.{state}", data, url=job["options"].get("webhook"))
+    events.add(connection, job.workspace_id, f"job.{state}", data, url=job.options.webhook)
 
 
 def request_ended(connection: Connection, request: RowMapping, state: JobState, reason: str, message: str) -> None:

@@ -14,7 +14,7 @@ from pipeline.errors import LeaseLost
 from pipeline.jobs import ChunkState, Claim, Reject, RejectCode
 from pipeline.store import chunks, embeddings, into, items, outputs, usage
 from pipeline.store.database import flush_later, is_connection_lost
-from pipeline.store.into import Into
+from pipeline.vectors import VectorType, sound
 
 log = structlog.get_logger()
 
@@ -48,17 +48,9 @@ class Ending:
     error: str | None = None
 
 
-def sound(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Which vectors are finite and not zero."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.einsum("ij,ij->i", vectors, vectors)
-    good = np.asarray(np.isfinite(squares) & (squares > 0))
-    # A sum of squares may overflow or vanish where the vector doesn't: the few that look bad are looked at closely.
-    good[~good] = np.isfinite(vectors[~good]).all(axis=1) & vectors[~good].any(axis=1)
-    return good
-
-
-def split_bad_vectors(rows: embeddings.Rows, dimensions: int, *, half: bool) -> tuple[embeddings.Rows, list[Reject]]:
+def split_bad_vectors(
+    rows: embeddings.Rows, dimensions: int, kept_as: VectorType
+) -> tuple[embeddings.Rows, list[Reject]]:
     """Take out vectors that must never be written: not finite (as stored), zero. The wrong size is an error of ours.
 
     Raises:
@@ -68,8 +60,7 @@ def split_bad_vectors(rows: embeddings.Rows, dimensions: int, *, half: bool) -> 
         return rows, []
     if rows.vectors.shape != (len(rows.indexes), dimensions):
         raise ValueError(f"vectors of shape {rows.vectors.shape} for {len(rows.indexes)} × {dimensions}")
-    with np.errstate(over="ignore"):
-        good = sound(rows.vectors.astype(np.float16).astype(np.float32) if half else rows.vectors)
+    good = sound(kept_as.rounded(rows.vectors))
     if good.all():
         return rows, []
     rejects = [
@@ -109,10 +100,10 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: E
         StorageRefused, StorageUnreachable: the Parquet file can't be written; nothing was.
         sqlalchemy.exc.DBAPIError: the database refuses, or stayed away for ten minutes.
     """
-    _, bad = split_bad_vectors(part.rows, claim.dimensions, half=claim.half)
+    _, bad = split_bad_vectors(part.rows, claim.dimensions, claim.options.dtype)
     if bad:
         raise ValueError(f"{len(bad)} vectors are zero or not finite")
-    output = parts.write(claim, number, part.rows) if claim.options.get("output") and len(part.rows.indexes) else None
+    output = parts.write(claim, number, part.rows) if claim.options.output and len(part.rows.indexes) else None
     for attempt in while_database_is_away("commit_retried"):
         with attempt, engine.connect() as connection:
             _show_backend(connection, claim)
@@ -169,7 +160,7 @@ def _commit(
             prompt_tokens=tokens,
             isolation=ending.isolation,
             not_before_seconds=ending.not_before_seconds,
-            output_uri=storage.join(claim.options["output"], output.name) if output else None,
+            output_uri=storage.join(str(claim.options.output), output.name) if output else None,
             error=ending.error,
         ),
         number=number,
@@ -197,8 +188,8 @@ def _commit(
 
 
 def _write_rows(connection: Connection, claim: Claim, rows: embeddings.Rows) -> None:
-    embeddings.copy_rows(connection, claim.job_id, claim.vector_space_id, rows, half=claim.half)
-    if claim.options.get("into") and len(rows.indexes):
-        into.upsert(connection, Into.from_json(claim.options["into"]), claim.job_id, rows.indexes.tolist())
+    embeddings.copy_rows(connection, claim.job_id, claim.vector_space_id, rows, claim.options.dtype)
+    if claim.options.table and len(rows.indexes):
+        into.upsert(connection, claim.options.table, claim.job_id, rows.indexes.tolist())
     if claim.extent and rows.carried:
         items.copy_carried(connection, claim.job_id, rows)

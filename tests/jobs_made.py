@@ -12,7 +12,8 @@ from pipeline import tables
 from pipeline.catalog import add_model, find_model, vector_space_of, workspace_id
 from pipeline.intake import read_chunk
 from pipeline.jobs import ChunkState, Claim, Item, Model, Reject, RejectCode
-from pipeline.store import chunks, items, jobs, stagings
+from pipeline.options import KeptOptions
+from pipeline.store import chunks, items, stagings
 from pipeline.store.embeddings import Rows
 from pipeline.writeback import Ending, Part
 
@@ -59,6 +60,7 @@ def make_job(
             id=job_id,
             workspace_id=workspace or workspace_id(connection),
             name=columns.pop("name", "made"),
+            options=KeptOptions.from_json(columns.pop("options", {})),
             model_name=model.name,
             vector_space_id=space,
             lease_seconds=30,
@@ -150,9 +152,7 @@ def chunk_rows(engine: Engine, job_id: UUID) -> list[RowMapping]:
 def job_row(engine: Engine, job_id: UUID) -> RowMapping:
     """A job's row."""
     with engine.begin() as connection:
-        row = jobs.by_id(connection, job_id)
-    assert row
-    return row
+        return connection.execute(tables.jobs.select().where(tables.jobs.c.id == job_id)).mappings().one()
 
 
 def run_sql(engine: Engine, statement: str, **values: Any) -> list[tuple[Any, ...]]:

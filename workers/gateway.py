@@ -26,8 +26,8 @@ from pipeline.canary import CANARY, is_canary
 from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.jobs import Model, Reason, RejectCode
 from pipeline.plan import request_batches
+from pipeline.vectors import sound
 from pipeline.wire import TEXTS_FAULT, Reply, told_wait_seconds
-from pipeline.writeback import sound
 from workers import counting
 from workers.attempts import Attempts
 from workers.batching import Batch, Tokenised, share_out

@@ -15,6 +15,7 @@ from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.intake import Intake, Serving, read_chunk
 from pipeline.jobs import ChunkState, Claim, Item, JobState, Reject, RejectCode
 from pipeline.leases import Renewal
+from pipeline.options import OnLong
 from pipeline.store import chunks
 from pipeline.store.embeddings import NO_ROWS, Rows
 from pipeline.wire import shortened
@@ -175,7 +176,7 @@ class _Embedding:
         with counting.step(claim.model, "tokenise"):
             tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
         self._rejects: list[Reject] = []
-        if claim.reject_long:
+        if claim.options.on_long is OnLong.REJECT:
             self._rejects = [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]
             items = [item for item, cut in zip(items, tokenised.truncated, strict=True) if not cut]
             tokenised = tokenised.select(~tokenised.truncated)
@@ -251,7 +252,7 @@ class _Embedding:
             truncated=self._truncated[made],
             carried=[item.carried for item in items] if self._claim.carries else (),
         )
-        rows, bad = split_bad_vectors(rows, self._claim.dimensions, half=self._claim.half)
+        rows, bad = split_bad_vectors(rows, self._claim.dimensions, self._claim.options.dtype)
         return Part(rows=rows, rejects=self._rejects, device_seconds=self._seconds), bad
 
     def _forget(self) -> None:

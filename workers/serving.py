@@ -15,8 +15,8 @@ import structlog
 from pipeline import metrics
 from pipeline.errors import BadVector, ModelError, ModelsOwnTokens, ModelUnusable, UpstreamUnavailable
 from pipeline.jobs import Model
+from pipeline.vectors import sound
 from pipeline.wire import Embedded
-from pipeline.writeback import sound
 from workers.batching import MOST_CHARACTERS_PER_TOKEN, Batch, Tokenised, passes
 from workers.lanes import Lanes, Request, Text, Work, seconds_ahead
 from workers.pace import Pace

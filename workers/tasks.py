@@ -129,7 +129,7 @@ class Child:
         expected_seconds = max(resident.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
         hung_after = max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds)
         # A commit costs little beside what a crash then doesn't. A part file would be one more file.
-        commit_seconds = inf if claim.options.get("output") else self.settings.chunk_seconds / _COMMITS
+        commit_seconds = inf if claim.options.output else self.settings.chunk_seconds / _COMMITS
         return resident, Watch(hung_after, most_seconds, commit_seconds=commit_seconds)
 
 
@@ -238,7 +238,7 @@ def _pause_jobs(engine: Engine, model: Model, error: GatewayRefused) -> None:
 def _stop_job(engine: Engine, claim: Claim, error: Exception) -> None:
     """End a job whose files aren't what they were, or whose table takes no vectors; pause one whose storage or database
     refuses us. A storage that doesn't answer is tried again with the next claim."""
-    job_id, into = claim.job_id, claim.options.get("into")
+    job_id, into = claim.job_id, claim.options.table
     with engine.begin() as connection:
         match error:
             case StorageRefused():

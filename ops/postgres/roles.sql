@@ -116,6 +116,6 @@ from pg_class
 where relnamespace = 'vectormill'::regnamespace and relispartition and relkind = 'r' and relname ~ '^items_';
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0016';
+comment on schema vectormill is 'roles.sql of 0017';
 
 commit;

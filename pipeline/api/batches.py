@@ -266,13 +266,13 @@ def _moment(when: datetime | None) -> int | None:
 
 def _counts_now(connection: Connection, row: RowMapping) -> dict[str, int]:
     try:
-        items = status.job_status(connection, row["job_id"])["items"] if row["job_id"] else None
+        items = status.job_status(connection, row["job_id"]).items if row["job_id"] else None
     except UnknownJob:  # purged
         items = None
     if items is None:
         return {"total": 0, "completed": 0, "failed": 0}
     return {
-        "total": items["total"],
-        "completed": items["embedded"] + items["reused"],
-        "failed": items["rejected"],
+        "total": items.total,
+        "completed": items.embedded + items.reused,
+        "failed": items.rejected,
     }

@@ -22,8 +22,8 @@ from pipeline.api.metering import Meter
 from pipeline.api.upstreams import Upstreams
 from pipeline.catalog import as_upstream
 from pipeline.errors import BadVector, InvalidPayload
+from pipeline.vectors import sound
 from pipeline.wire import MOST_INPUTS, Asked, Decode, Embedded, make_reply, parse_request, shortened
-from pipeline.writeback import sound
 
 _JSON = "application/json"
 #: So long engines may not yet say that they serve a new model.

@@ -145,7 +145,7 @@ EXAMPLES: dict[str, Any] = {
         "output": "s3://vectors/2026-11",
         "webhook": "https://etl.example.com/hooks/vectormill",
     },
-    "Job": _JOB,
+    "JobStatus": _JOB,
     "JobPage": {"data": [_JOB], "has_more": True, "after": _JOB_ID},
     "ChunkPage": {
         "data": [

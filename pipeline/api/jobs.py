@@ -25,8 +25,9 @@ from pipeline.api.asking import (
 )
 from pipeline.api.bulk import Bulk
 from pipeline.api.pages import unknown_cursor
-from pipeline.api.shapes import Chunk, ChunkPage, Job, JobPage, Priority, Receipt, RejectPage, Retried
+from pipeline.api.shapes import Chunk, ChunkPage, JobPage, Priority, RejectPage, Retried
 from pipeline.errors import InvalidPayload
+from pipeline.job_status import JobStatus, Receipt
 from pipeline.jobs import ChunkState, JobState, RejectCode
 from pipeline.store import chunks, items, jobs
 
@@ -52,16 +53,16 @@ async def list_jobs(
     caller = await caller_of(request)
     labels = dict(_label(pair) for pair in label)
 
-    def run(connection: Connection) -> list[dict[str, Any]]:
+    def run(connection: Connection) -> list[JobStatus]:
         scope = scope_of(connection, caller, workspace)
         wanted = {"states": state, "model": model, "name": name, "labels": labels}
         before = jobs.by_id(connection, after) if after else None
-        if after and (before is None or scope not in (None, before["workspace_id"])):
+        if after and (before is None or scope not in (None, before.workspace_id)):
             raise unknown_cursor("job", str(after))
         return status.list_jobs(connection, scope, **wanted, before=after, limit=limit + 1)
 
     found = await ask(request, run)
-    page = [Job(**row) for row in found[:limit]]
+    page = found[:limit]
     more = len(found) > limit
     return JobPage(data=page, has_more=more, after=page[-1].id if more else None)
 
@@ -74,31 +75,31 @@ def _label(pair: str) -> tuple[str, str]:
 
 
 @router.get("/{job}", openapi_extra=SECURITY)
-async def get_job(request: Request, job: str, workspace: Workspace = None) -> Job:
+async def get_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
     """Where a job stands; found by its id, the beginning of it, or its name."""
-    return Job(**await ask_of_job(request, job, status.job_status, workspace))
+    return await ask_of_job(request, job, status.job_status, workspace)
 
 
 @router.post("/{job}/cancel", responses=problems(409), openapi_extra=SECURITY)
-async def cancel_job(request: Request, job: str, workspace: Workspace = None) -> Job:
+async def cancel_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
     """Stop it. Vectors that are committed stay; the receipt counts the rest as cancelled."""
-    return Job(**await ask_of_job(request, job, _then_status(control.cancel), workspace, changes_ended=False))
+    return await ask_of_job(request, job, _then_status(control.cancel), workspace, changes_ended=False)
 
 
 @router.post("/{job}/pause", responses=problems(409), openapi_extra=SECURITY)
-async def pause_job(request: Request, job: str, workspace: Workspace = None) -> Job:
+async def pause_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
     """Let no further chunk of it start."""
-    return Job(**await ask_of_job(request, job, _then_status(control.pause), workspace, changes_ended=False))
+    return await ask_of_job(request, job, _then_status(control.pause), workspace, changes_ended=False)
 
 
 @router.post("/{job}/resume", responses=problems(409), openapi_extra=SECURITY)
-async def resume_job(request: Request, job: str, workspace: Workspace = None) -> Job:
+async def resume_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
     """Let it go on, when it was paused."""
-    return Job(**await ask_of_job(request, job, _then_status(control.resume), workspace, changes_ended=False))
+    return await ask_of_job(request, job, _then_status(control.resume), workspace, changes_ended=False)
 
 
 @router.post("/{job}/priority", responses=problems(409), openapi_extra=described(Priority))
-async def prioritise_job(request: Request, job: str, workspace: Workspace = None) -> Job:
+async def prioritise_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
     """Put it before or behind others, from the next chunk on."""
     caller = await caller_of(request)
     priority = (await read_body(request, Priority)).priority
@@ -106,7 +107,7 @@ async def prioritise_job(request: Request, job: str, workspace: Workspace = None
     def act(connection: Connection, job_id: UUID) -> None:
         control.prioritise(connection, job_id, priority)
 
-    return Job(**await ask_of_job(request, job, _then_status(act), workspace, changes_ended=False, caller=caller))
+    return await ask_of_job(request, job, _then_status(act), workspace, changes_ended=False, caller=caller)
 
 
 @router.post("/{job}/retry", responses=problems(409), openapi_extra=SECURITY)
@@ -115,13 +116,13 @@ async def retry_job(request: Request, job: str, workspace: Workspace = None) -> 
 
     def act(connection: Connection, job_id: UUID) -> Retried:
         reopened = control.retry(connection, job_id)
-        return Retried(reopened_chunks=reopened, job=Job(**status.sum_up(connection, job_id)))
+        return Retried(reopened_chunks=reopened, job=status.sum_up(connection, job_id))
 
     return await ask_of_job(request, job, act, workspace, changes_ended=True)
 
 
-def _then_status(act: Callable[[Connection, UUID], Any]) -> Callable[[Connection, UUID], dict[str, Any]]:
-    def run(connection: Connection, job_id: UUID) -> dict[str, Any]:
+def _then_status(act: Callable[[Connection, UUID], Any]) -> Callable[[Connection, UUID], JobStatus]:
+    def run(connection: Connection, job_id: UUID) -> JobStatus:
         act(connection, job_id)
         return status.job_status(connection, job_id)
 
@@ -138,15 +139,15 @@ async def get_receipt(
     """Its account: items in = embedded + reused + rejected + cancelled."""
 
     if not verify:
-        return Receipt(**await ask_of_job(request, job, status.receipt, workspace))
+        return await ask_of_job(request, job, status.receipt, workspace)
     job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
 
-    def count(engine: Engine) -> dict[str, Any]:
+    def count(engine: Engine) -> Receipt:
         with engine.begin() as connection:
             return status.receipt(connection, job_id, verify=True)
 
     bulk: Bulk = request.app.state.bulk
-    return Receipt(**await bulk.run(workspace_of(request), count))
+    return await bulk.run(workspace_of(request), count)
 
 
 @router.get("/{job}/chunks", openapi_extra=SECURITY)
@@ -164,7 +165,7 @@ async def list_chunks(
         return chunks.page(connection, job_id, states=state, after=after, limit=limit + 1)
 
     found = await ask_of_job(request, job, act, workspace)
-    page = [Chunk(**row) for row in found[:limit]]
+    page = [Chunk.model_validate(each, from_attributes=True) for each in found[:limit]]
     more = len(found) > limit
     return ChunkPage(data=page, has_more=more, after=page[-1].first_index if more else None)
 

@@ -1,74 +1,18 @@
-"""How `/api/jobs` shows jobs, chunks, rejects and receipts."""
+"""How `/api/jobs` shows pages of jobs, chunks and rejects."""
 
 from datetime import datetime
 from uuid import UUID
 
 from pydantic import BaseModel, Field
 
-from pipeline.jobs import ChunkState, JobState, RejectCode
-
-
-class Items(BaseModel):
-    """Counts of items."""
-
-    total: int
-    embedded: int
-    reused: int
-    rejected: int
-    cancelled: int
-    pending: int
-    truncated: int
-
-
-class Tokens(BaseModel):
-    """Counts of tokens."""
-
-    prompt: int
-
-
-class Rate(BaseModel):
-    """Of the last minute, or of the last one before the job's end."""
-
-    items_per_second: float
-    tokens_per_second: float
-
-
-class Chunks(BaseModel):
-    """Counts of chunks by state."""
-
-    pending: int
-    running: int
-    done: int
-    cancelled: int
-
-
-class Job(BaseModel):
-    """Where a job stands."""
-
-    id: UUID
-    name: str
-    workspace: str | None = Field(default=None, description="In lists.")
-    state: JobState
-    reason: str | None = Field(description="Why it is paused or has failed.")
-    message: str | None
-    model: str
-    labels: dict[str, str]
-    output: str | None = Field(description="Where its vectors are as Parquet; null: in Postgres.")
-    notices: list[str] = Field(description="What its sender should know of its rows, though nothing was refused.")
-    items: Items
-    tokens: Tokens
-    rate: Rate
-    eta_seconds: float | None
-    chunks: Chunks
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
+from pipeline.job_status import JobStatus
+from pipeline.jobs import ChunkState, RejectCode
 
 
 class JobPage(BaseModel):
     """Jobs, newest first."""
 
-    data: list[Job]
+    data: list[JobStatus]
     has_more: bool
     after: UUID | None = Field(description="Send it as `after` for the next page.")
 
@@ -125,44 +69,11 @@ class RejectPage(BaseModel):
     after: int | None = Field(description="Send it as `after` for the next page.")
 
 
-class ReceiptItems(BaseModel):
-    """in = embedded + reused + rejected + cancelled, at the job's end."""
-
-    into: int = Field(alias="in")
-    embedded: int
-    reused: int
-    rejected: int
-    cancelled: int
-
-
-class ReceiptTokens(BaseModel):
-    """Tokens metered, and what gateways billed."""
-
-    prompt: int
-    billed: int
-    unanswered: int = 0
-    reused: int
-
-
-class Receipt(BaseModel):
-    """A job's account, frozen at its end."""
-
-    id: UUID
-    state: JobState
-    items: ReceiptItems
-    tokens: ReceiptTokens
-    truncated: int = Field(description="Embedded texts of which only the beginning was read.")
-    balanced: bool
-    verified: bool | None = Field(default=None, description="With verify=true.")
-    missing: int | None = None
-    double: int | None = None
-
-
 class Retried(BaseModel):
     """What a retry came to."""
 
     reopened_chunks: int
-    job: Job
+    job: JobStatus
 
 
 class Priority(BaseModel):

@@ -16,10 +16,10 @@ from starlette.formparsers import MultiPartException
 from pipeline import status, webhooks
 from pipeline.api.asking import SECURITY, ask, caller_of, problems, scope_of, workspace_of
 from pipeline.api.bulk import Bulk
-from pipeline.api.shapes import Job
 from pipeline.catalog import find_model
 from pipeline.errors import InvalidPayload, SubmissionUndone, UnknownJob, UserError
-from pipeline.request import JobRequest, default_name, read_request
+from pipeline.job_status import JobStatus
+from pipeline.request import ELSEWHERE, JobRequest, default_name, read_sent
 from pipeline.settings import Settings
 from pipeline.sources import Corpus
 from pipeline.sources.upload import Upload, UploadedCorpus
@@ -38,6 +38,8 @@ _BLOCK_BYTES = 1024 * 1024
 _MOST_ENDING = 20
 _LISTS = ("carry",)
 _SCHEMA = JobRequest.model_json_schema()
+for _name in ELSEWHERE & _SCHEMA["properties"].keys():
+    del _SCHEMA["properties"][_name]
 _UPLOAD_SCHEMA = {
     "type": "object",
     "required": ["file", "model"],
@@ -55,9 +57,9 @@ _UPLOAD_SCHEMA = {
 @router.post(
     "",
     status_code=201,
-    response_model=Job,
+    response_model=JobStatus,
     responses={
-        200: {"model": Job, "description": "The job that this idempotency key made before."},
+        200: {"model": JobStatus, "description": "The job that this idempotency key made before."},
         **problems(400, 404, 408, 413, 422),
     },
     openapi_extra={
@@ -99,7 +101,7 @@ async def create_job(
             made = await _from_upload(request, owner, settings, idempotency_key)
         else:
             made = await _from_sources(request, owner, settings, idempotency_key)
-        job = Job(**await ask(request, lambda connection: status.job_status(connection, made.job_id)))
+        job = await ask(request, lambda connection: status.job_status(connection, made.job_id))
     except UnknownJob as error:
         raise SubmissionUndone(
             "An earlier request with this idempotency key has just come to nothing; send this one again.",
@@ -118,14 +120,14 @@ async def _from_sources(request: Request, owner: int, settings: Settings, key: s
         raise InvalidPayload("The body is neither JSON nor multipart/form-data.") from error
     if not isinstance(fields, dict):
         raise InvalidPayload("The body isn't a JSON object.")
-    wish = read_request(fields)
+    wish = read_sent(fields)
     if not wish.sources:
         raise InvalidPayload("sources: name files or URIs, or upload a file as multipart/form-data.", param="sources")
     for source in wish.sources:
         _must_be_allowed("sources", source, settings.api_sources, "VECTORMILL_API_SOURCES")
 
     def act(engine: Engine) -> Submitted:
-        corpus = Corpus(wish.sources, wish.columns(), settings.item_bytes)
+        corpus = Corpus(wish.sources, wish.columns, settings.item_bytes)
         _must_stay_within(corpus, settings.api_sources)
         return _submit(engine, owner, settings, wish, corpus, default_name(wish.sources[0]), key)
 
@@ -155,7 +157,7 @@ async def _submit_form(request: Request, bulk: Bulk, owner: int, settings: Setti
     except (MultiPartException, ValueError) as error:  # an unknown charset is a ValueError
         raise InvalidPayload("The body isn't the form that its content-type says.") from error
     try:
-        wish = read_request(_fields(form))
+        wish = read_sent(_fields(form))
         if wish.by_reference or wish.sources:
             raise InvalidPayload("sources and by_reference are for a job without an upload.", param="sources")
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
@@ -190,7 +192,7 @@ def _submit_upload(
         raise InvalidPayload("file: the form has none.", param="file")
     with TemporaryDirectory(prefix="vectormill-upload-") as kept:
         uploads = [_keep(file, Path(kept, str(number))) for number, file in enumerate(files)]
-        corpus = UploadedCorpus(uploads, wish.columns(), settings.item_bytes)
+        corpus = UploadedCorpus(uploads, wish.columns, settings.item_bytes)
         return _submit(engine, owner, settings, wish, corpus, default_name(uploads[0].name), key)
 
 
@@ -231,8 +233,12 @@ def _submit(
             workspace_id=owner,
             model=model,
             corpus=corpus,
-            options=wish.options(name, key),
             planning=planning(settings),
+            name=wish.name or name,
+            options=wish,
+            priority=wish.priority,
+            labels=wish.labels,
+            idempotency_key=key,
         ),
     )
 

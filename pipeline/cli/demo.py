@@ -19,10 +19,11 @@ from pipeline.cli.results import hit_table, search_many
 from pipeline.cli.servers import running_machine
 from pipeline.embedded.files import make_folder
 from pipeline.errors import UserError
+from pipeline.options import Columns
 from pipeline.settings import Settings, load_settings
-from pipeline.sources import Columns, Corpus
+from pipeline.sources import Corpus
 from pipeline.store.database import make_engine
-from pipeline.submission import Options, Submission, planning
+from pipeline.submission import Submission, planning
 from pipeline.submit import submit
 
 _QUERIES = ("parse a command line", "open a network connection", "multiply two matrices")
@@ -68,11 +69,11 @@ def _run(place: Place, settings: Settings, corpus: Path) -> int:
             workspace_id=place.workspace_id,
             model=model,
             corpus=Corpus([str(corpus)], Columns(), settings.item_bytes),
-            options=Options(name="demo"),
             planning=planning(settings),
+            name="demo",
         ),
     ).job_id
-    code = watch_job(DatabaseDesk(place), str(job), None, verify=True)
+    code = watch_job(DatabaseDesk(place), job, None, verify=True)
     if code:
         return code
     for query, hits in zip(_QUERIES, search_many(place, str(job), list(_QUERIES), 3), strict=True):

@@ -12,12 +12,14 @@ from urllib.parse import quote
 from uuid import UUID
 
 import httpx2 as httpx
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import control, keys, status
 from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli.connect import Place, working
 from pipeline.errors import ServiceUnreachable, UserError, VectormillError
+from pipeline.job_status import JobStatus, Receipt
 from pipeline.jobs import JobState
 from pipeline.keys import NewKey
 from pipeline.request import JobRequest
@@ -43,10 +45,10 @@ class Desk(Protocol):
     All raise `UserError` for what a person can mend, and `ServiceUnreachable`.
     """
 
-    def jobs(self, states: Sequence[JobState], limit: int) -> list[dict[str, Any]]:
+    def jobs(self, states: Sequence[JobState], limit: int) -> list[JobStatus]:
         """Statuses of the newest jobs."""
 
-    def status(self, job: str) -> dict[str, Any]:
+    def status(self, job: str) -> JobStatus:
         """Where a job stands."""
 
     def namesakes(self, job: str) -> list[Namesake]:
@@ -58,16 +60,16 @@ class Desk(Protocol):
     def reject_counts(self, job: str) -> dict[str, int]:
         """How many rejects it has, by code."""
 
-    def receipt(self, job: str, *, verify: bool) -> dict[str, Any]:
+    def receipt(self, job: str, *, verify: bool) -> Receipt:
         """Its account."""
 
-    def steer(self, job: str, verb: str) -> dict[str, Any]:
-        """`cancel`, `pause` or `resume` it. Returns `id, state`."""
+    def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
+        """`cancel`, `pause` or `resume` it. Returns its id and state."""
 
-    def prioritise(self, job: str, priority: int) -> str:
+    def prioritise(self, job: str, priority: int) -> UUID:
         """Change its place among others. Returns its id."""
 
-    def retry(self, job: str) -> tuple[str, int]:
+    def retry(self, job: str) -> tuple[UUID, int]:
         """Try again what may succeed. Returns its id, and how many chunks are to be done."""
 
     def results(self, job: str, to: Path) -> str:
@@ -96,12 +98,12 @@ class DatabaseDesk:
         self.place = place
 
     @contextmanager
-    def _of(self, job: str) -> Iterator[tuple[Any, Any]]:
+    def _of(self, job: str) -> Iterator[tuple[Connection, UUID]]:
         with self.place.engine.begin() as connection:
             yield connection, status.find_job(connection, self.place.workspace_id, job)
 
     @contextmanager
-    def _changing(self, job: str, *, ended: bool) -> Iterator[tuple[Any, Any]]:
+    def _changing(self, job: str, *, ended: bool) -> Iterator[tuple[Connection, UUID]]:
         with self.place.engine.begin() as connection:
             yield connection, status.find_job_to_change(connection, self.place.workspace_id, job, ended=ended)
 
@@ -110,12 +112,12 @@ class DatabaseDesk:
         with self.place.engine.begin() as connection:
             return status.namesakes(connection, self.place.workspace_id, job, _LIST_PAGE)
 
-    def jobs(self, states: Sequence[JobState], limit: int) -> list[dict[str, Any]]:
+    def jobs(self, states: Sequence[JobState], limit: int) -> list[JobStatus]:
         """Statuses of the newest jobs."""
         with self.place.engine.begin() as connection:
             return status.list_jobs(connection, self.place.workspace_id, states=states, limit=limit)
 
-    def status(self, job: str) -> dict[str, Any]:
+    def status(self, job: str) -> JobStatus:
         """Where a job stands."""
         try:
             with self._of(job) as (connection, found):
@@ -142,27 +144,27 @@ class DatabaseDesk:
         with self._of(job) as (connection, found):
             return items.count_rejects(connection, found)
 
-    def receipt(self, job: str, *, verify: bool) -> dict[str, Any]:
+    def receipt(self, job: str, *, verify: bool) -> Receipt:
         """Its account."""
         with self._of(job) as (connection, found):
             return status.receipt(connection, found, verify=verify)
 
-    def steer(self, job: str, verb: str) -> dict[str, Any]:
+    def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
         """`cancel`, `pause` or `resume` it."""
         act = {"cancel": control.cancel, "pause": control.pause, "resume": control.resume}[verb]
         with self._changing(job, ended=False) as (connection, found):
-            return {"id": str(found), "state": act(connection, found)}
+            return found, act(connection, found)
 
-    def prioritise(self, job: str, priority: int) -> str:
+    def prioritise(self, job: str, priority: int) -> UUID:
         """Change its place among others."""
         with self._changing(job, ended=False) as (connection, found):
             control.prioritise(connection, found, priority)
-            return str(found)
+            return found
 
-    def retry(self, job: str) -> tuple[str, int]:
+    def retry(self, job: str) -> tuple[UUID, int]:
         """Try again what may succeed."""
         with self._changing(job, ended=True) as (connection, found):
-            return str(found), control.retry(connection, found)
+            return found, control.retry(connection, found)
 
     def results(self, job: str, to: Path) -> str:
         """Write its vectors to a file."""
@@ -215,23 +217,22 @@ class ApiDesk:
         """Close its connections."""
         self._client.close()
 
-    def jobs(self, states: Sequence[JobState], limit: int) -> list[dict[str, Any]]:
+    def jobs(self, states: Sequence[JobState], limit: int) -> list[JobStatus]:
         """Statuses of the newest jobs."""
-        rows: list[dict[str, Any]] = []
+        rows: list[JobStatus] = []
         after: dict[str, str] = {}
         while len(rows) < limit:
             wanted = {"state": [state.value for state in states], "limit": min(_LIST_PAGE, limit - len(rows)), **after}
             page = self._get("/jobs", **wanted)
-            rows += page["data"]
+            rows += map(JobStatus.model_validate, page["data"])
             if not page["has_more"]:
                 break
             after = {"after": page["after"]}
         return rows
 
-    def status(self, job: str) -> dict[str, Any]:
+    def status(self, job: str) -> JobStatus:
         """Where a job stands."""
-        found: dict[str, Any] = self._get(_path(job))
-        return found
+        return JobStatus.model_validate(self._get(_path(job)))
 
     def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
         """Its rejects in index order, of which no more is read than is asked for."""
@@ -243,24 +244,23 @@ class ApiDesk:
         counts: dict[str, int] = self._get(_path(job, "rejects"), limit=1)["counts"]
         return counts
 
-    def receipt(self, job: str, *, verify: bool) -> dict[str, Any]:
+    def receipt(self, job: str, *, verify: bool) -> Receipt:
         """Its account."""
-        found: dict[str, Any] = self._get(_path(job, "receipt"), verify=verify)
-        return found
+        return Receipt.model_validate(self._get(_path(job, "receipt"), verify=verify))
 
-    def steer(self, job: str, verb: str) -> dict[str, Any]:
+    def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
         """`cancel`, `pause` or `resume` it."""
-        found: dict[str, Any] = self._post(_path(job, verb))
-        return found
+        found = JobStatus.model_validate(self._post(_path(job, verb)))
+        return found.id, found.state
 
-    def prioritise(self, job: str, priority: int) -> str:
+    def prioritise(self, job: str, priority: int) -> UUID:
         """Change its place among others."""
-        return str(self._post(_path(job, "priority"), json={"priority": priority})["id"])
+        return UUID(self._post(_path(job, "priority"), json={"priority": priority})["id"])
 
-    def retry(self, job: str) -> tuple[str, int]:
+    def retry(self, job: str) -> tuple[UUID, int]:
         """Try again what may succeed."""
         found = self._post(_path(job, "retry"))
-        return found["job"]["id"], found["reopened_chunks"]
+        return UUID(found["job"]["id"]), found["reopened_chunks"]
 
     def results(self, job: str, to: Path) -> str:
         """Write its vectors to a file, which appears when it is whole."""
@@ -321,7 +321,7 @@ class ApiDesk:
     def submit(self, wish: JobRequest, files: Sequence[Path], idempotency_key: str | None) -> Submitted:
         """Upload files as a job, or let it read the sources that the request names."""
         headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
-        fields = wish.model_dump(exclude_defaults=True)
+        fields = wish.model_dump(mode="json", exclude_defaults=True)
         if not files:
             return self._made(self._send("POST", "/jobs", params=self._scope, json=fields, headers=headers))
         with ExitStack() as opened:

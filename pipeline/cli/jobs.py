@@ -1,8 +1,9 @@
 """Commands on a job: jobs, status, watch, rejects, receipt, cancel, pause, resume, retry."""
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
+from uuid import UUID
 
 import typer
 from rich.live import Live
@@ -15,6 +16,7 @@ from pipeline.catalog import DEFAULT_WORKSPACE
 from pipeline.cli import look
 from pipeline.cli.desk import Desk, at_desk
 from pipeline.errors import ServiceUnreachable, UnknownJob, WaitTimedOut
+from pipeline.job_status import JobStatus
 from pipeline.jobs import JobState, Reason
 from pipeline.status import several
 
@@ -24,6 +26,7 @@ Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="S
 Workspace = Annotated[str, typer.Option(help="The workspace.")]
 
 _EXIT_CODES = {JobState.COMPLETED: 0, JobState.FAILED: 3, JobState.CANCELLED: 4, JobState.PAUSED: 5}
+_OUTCOMES = ("embedded", "reused", "rejected", "cancelled")
 _POLL_SECONDS = 0.5
 _PLAIN_PERIOD_SECONDS = 10.0
 #: How long a watch bears with a server that is away.
@@ -47,7 +50,7 @@ def jobs(
     with at_desk(workspace) as desk:
         rows = desk.jobs(state or (), limit)
     if as_json:
-        look.print_json(rows)
+        look.print_json([look.as_json(row) for row in rows])
         return
     if not rows:
         look.stderr.print("No jobs yet. Make one: vectormill submit docs.jsonl --model all-MiniLM-L6-v2")
@@ -58,17 +61,16 @@ def jobs(
     for name in ("items", "done", "rate", "age"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        counts = row["items"]
-        over = counts["total"] - counts["pending"]
+        counts = row.items
         table.add_row(
-            look.short(row["id"]),
-            row["name"],
-            row["model"],
-            look.state(row["state"], row["reason"]),
-            f"{counts['total']:,}",
-            f"{over / counts['total']:.0%}" if counts["total"] else "–",
-            f"{figures.short(row['rate']['items_per_second'])}/s",
-            look.age(row["created_at"]),
+            look.short(row.id),
+            row.name,
+            row.model,
+            look.state(row.state, row.reason),
+            f"{counts.total:,}",
+            f"{counts.over / counts.total:.0%}" if counts.total else "–",
+            f"{figures.short(row.rate.items_per_second)}/s",
+            look.age(row.created_at),
         )
     look.stdout.print(table)
 
@@ -82,7 +84,7 @@ def status(job: Job, as_json: Json = False, workspace: Workspace = DEFAULT_WORKS
         tell_namesakes(desk, job)
         row = desk.status(job)
     if as_json:
-        look.print_json(row)
+        look.print_json(look.as_json(row))
     else:
         _print_status(row)
 
@@ -94,32 +96,31 @@ def tell_namesakes(desk: Desk, job: str) -> None:
         look.tell([f"{several(job, bearers)}; this is about the newest."])
 
 
-def _print_status(row: Mapping[str, Any]) -> None:
-    counts, rate, chunks = row["items"], row["rate"], row["chunks"]
-    over = counts["total"] - counts["pending"]
+def _print_status(row: JobStatus) -> None:
+    counts, rate = row.items, row.rate
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bright_black")
-    table.add_row("job", Text(row["id"]))
-    table.add_row("name", Text(row["name"], style="bold"))
-    table.add_row("model", row["model"])
-    table.add_row("state", look.state(row["state"], row["reason"]))
-    if row["message"]:
-        table.add_row("", row["message"])
-    table.add_row("", ProgressBar(total=max(1, counts["total"]), completed=over, width=40, complete_style="blue"))
-    outcomes = [f"{counts[name]:,} {name}" for name in ("embedded", "reused", "rejected", "cancelled") if counts[name]]
-    table.add_row("items", f"{over:,} / {counts['total']:,}   " + ", ".join(outcomes))
-    table.add_row("tokens", f"{row['tokens']['prompt']:,}   {counts['truncated']:,} texts truncated")
-    table.add_row("chunks", ", ".join(f"{count:,} {name}" for name, count in chunks.items() if count))
+    table.add_row("job", Text(str(row.id)))
+    table.add_row("name", Text(row.name, style="bold"))
+    table.add_row("model", row.model)
+    table.add_row("state", look.state(row.state, row.reason))
+    if row.message:
+        table.add_row("", row.message)
+    table.add_row("", ProgressBar(total=max(1, counts.total), completed=counts.over, width=40, complete_style="blue"))
+    outcomes = [f"{getattr(counts, name):,} {name}" for name in _OUTCOMES if getattr(counts, name)]
+    table.add_row("items", f"{counts.over:,} / {counts.total:,}   " + ", ".join(outcomes))
+    table.add_row("tokens", f"{row.tokens.prompt:,}   {counts.truncated:,} texts truncated")
+    table.add_row("chunks", ", ".join(f"{count:,} {name}" for name, count in row.chunks if count))
     table.add_row(
-        "rate", f"{figures.short(rate['items_per_second'])} items/s   {figures.short(rate['tokens_per_second'])} tok/s"
+        "rate", f"{figures.short(rate.items_per_second)} items/s   {figures.short(rate.tokens_per_second)} tok/s"
     )
-    if row["eta_seconds"] is not None:
-        table.add_row("time left", f"about {figures.duration(row['eta_seconds'])}")
-    table.add_row("made", look.age(row["created_at"]))
-    for notice in row["notices"]:
+    if row.eta_seconds is not None:
+        table.add_row("time left", f"about {figures.duration(row.eta_seconds)}")
+    table.add_row("made", look.age(row.created_at))
+    for notice in row.notices:
         table.add_row("note", Text(notice))
-    if row["labels"]:
-        table.add_row("labels", ", ".join(f"{key}={value}" for key, value in row["labels"].items()))
+    if row.labels:
+        table.add_row("labels", ", ".join(f"{key}={value}" for key, value in row.labels.items()))
     look.stdout.print(table)
 
 
@@ -130,10 +131,10 @@ def watch(job: Job, timeout: Timeout = None, workspace: Workspace = DEFAULT_WORK
     """
     with at_desk(workspace) as desk:
         tell_namesakes(desk, job)
-        raise typer.Exit(watch_job(desk, desk.status(job)["id"], timeout))
+        raise typer.Exit(watch_job(desk, desk.status(job).id, timeout))
 
 
-def watch_job(desk: Desk, job_id: str, timeout_seconds: float | None, *, verify: bool = False) -> int:
+def watch_job(desk: Desk, job_id: UUID, timeout_seconds: float | None, *, verify: bool = False) -> int:
     """Follow a job until it ends or the system pauses it, and print its receipt. Returns the exit code; 1 if
     `verify` and the rows object.
 
@@ -146,26 +147,24 @@ def watch_job(desk: Desk, job_id: str, timeout_seconds: float | None, *, verify:
         row = _follow(desk, job_id, deadline, show)
     finally:
         show(None)
-    if row["message"] and row["state"] != JobState.COMPLETED:
-        look.stderr.print(look.state(row["state"], row["reason"]), row["message"])
-    if not row["items"]["total"]:  # asked for in SQL, and never a job: there is no receipt
-        return _EXIT_CODES[JobState(row["state"])]
-    account = desk.receipt(job_id, verify=verify)
-    look.stderr.print(look.ledger(account, desk.reject_counts(job_id)))
+    if row.message and row.state != JobState.COMPLETED:
+        look.stderr.print(look.state(row.state, row.reason), row.message)
+    if not row.items.total:  # asked for in SQL, and never a job: there is no receipt
+        return _EXIT_CODES[row.state]
+    account = desk.receipt(str(job_id), verify=verify)
+    look.stderr.print(look.ledger(account, desk.reject_counts(str(job_id))))
     look.stderr.print(look.verdict(account))
-    if row["output"] and row["state"] == JobState.COMPLETED:
-        look.stderr.print(f"Vectors are in {row['output']}: _manifest.json lists the files.", markup=False)
-    code = _EXIT_CODES[JobState(row["state"])]
-    return 1 if verify and not (code or account["verified"]) else code
+    if row.output and row.state == JobState.COMPLETED:
+        look.stderr.print(f"Vectors are in {row.output}: _manifest.json lists the files.", markup=False)
+    code = _EXIT_CODES[row.state]
+    return 1 if verify and not (code or account.verified) else code
 
 
-def _follow(
-    desk: Desk, job_id: str, deadline: float | None, show: Callable[[Mapping[str, Any] | None], None]
-) -> dict[str, Any]:
+def _follow(desk: Desk, job_id: UUID, deadline: float | None, show: Callable[[JobStatus | None], None]) -> JobStatus:
     answered = time.monotonic()
     while True:
         try:
-            row = desk.status(job_id)
+            row = desk.status(str(job_id))
             answered = time.monotonic()
         except ServiceUnreachable:
             if time.monotonic() - answered > _PATIENCE_SECONDS:
@@ -177,19 +176,19 @@ def _follow(
             ) from None
         else:
             show(row)
-            state = JobState(row["state"])
-            if state.ended or (state is JobState.PAUSED and row["reason"] != Reason.BY_USER):
+            state = row.state
+            if state.ended or (state is JobState.PAUSED and row.reason != Reason.BY_USER):
                 return row
         if deadline is not None and time.monotonic() >= deadline:
             raise WaitTimedOut(f"job {job_id} hasn't ended within the --timeout; it goes on: vectormill watch {job_id}")
         time.sleep(_POLL_SECONDS)
 
 
-def _live_line() -> Callable[[Mapping[str, Any] | None], None]:
+def _live_line() -> Callable[[JobStatus | None], None]:
     live = Live(console=look.stderr, auto_refresh=False)
     live.start()
 
-    def show(row: Mapping[str, Any] | None) -> None:
+    def show(row: JobStatus | None) -> None:
         if row is None:
             live.stop()
         else:
@@ -198,17 +197,17 @@ def _live_line() -> Callable[[Mapping[str, Any] | None], None]:
     return show
 
 
-def _plain_lines() -> Callable[[Mapping[str, Any] | None], None]:
+def _plain_lines() -> Callable[[JobStatus | None], None]:
     """A line when the state changes and every ten seconds: for logs."""
     shown: tuple[str, float] = ("", 0.0)
 
-    def show(row: Mapping[str, Any] | None) -> None:
+    def show(row: JobStatus | None) -> None:
         nonlocal shown
         if row is None:
             return
         now = time.monotonic()
-        if row["state"] != shown[0] or now - shown[1] >= _PLAIN_PERIOD_SECONDS:
-            shown = (row["state"], now)
+        if row.state != shown[0] or now - shown[1] >= _PLAIN_PERIOD_SECONDS:
+            shown = (row.state, now)
             look.stderr.print(look.plain_progress(row), markup=False)
 
     return show
@@ -257,15 +256,15 @@ def receipt(
         account = desk.receipt(job, verify=verify)
         codes = {} if as_json else desk.reject_counts(job)
     if as_json:
-        look.print_json(account)
+        look.print_json(account.model_dump(mode="json", by_alias=True, exclude_none=True))
     else:
         look.stdout.print(look.ledger(account, codes))
         look.stdout.print(look.verdict(account))
-    if verify and not account["verified"]:
+    if verify and not account.verified:
         raise typer.Exit(1)
 
 
-def _steer(job: str, workspace: str, verb: str) -> dict[str, Any]:
+def _steer(job: str, workspace: str, verb: str) -> tuple[UUID, JobState]:
     with at_desk(workspace) as desk:
         return desk.steer(job, verb)
 
@@ -275,8 +274,8 @@ def cancel(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
     Example: vectormill cancel docs
     """
-    found = _steer(job, workspace, "cancel")
-    look.stderr.print(f"Job {found['id']} is {found['state']}.")
+    found, state = _steer(job, workspace, "cancel")
+    look.stderr.print(f"Job {found} is {state}.")
 
 
 def pause(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -284,8 +283,8 @@ def pause(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
     Example: vectormill pause docs
     """
-    found = _steer(job, workspace, "pause")
-    look.stderr.print(f"Job {found['id']} is {found['state']}; vectormill resume {found['id']} lets it go on.")
+    found, state = _steer(job, workspace, "pause")
+    look.stderr.print(f"Job {found} is {state}; vectormill resume {found} lets it go on.")
 
 
 def resume(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -293,8 +292,8 @@ def resume(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
     Example: vectormill resume docs
     """
-    found = _steer(job, workspace, "resume")
-    look.stderr.print(f"Job {found['id']} is {found['state']}.")
+    found, state = _steer(job, workspace, "resume")
+    look.stderr.print(f"Job {found} is {state}.")
 
 
 def priority(

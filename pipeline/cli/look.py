@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from pipeline import figures
 from pipeline.errors import UserError, VectormillError
+from pipeline.job_status import JobStatus, Receipt
 
 #: Columns where no terminal says how many it has.
 _PIPE_WIDTH = 140
@@ -38,6 +40,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def as_json(status: JobStatus) -> dict[str, Any]:
+    """A status as JSON, with its workspace where it is known."""
+    return status.model_dump(mode="json", exclude={"workspace"} if status.workspace is None else None)
+
+
 def tell(notices: Iterable[str]) -> None:
     """Say what a person should know though nothing is refused, a line each."""
     for notice in notices:
@@ -56,12 +63,11 @@ def sentence(error: VectormillError) -> str:
     return error.spelled(_FLAGS.get(name, f"--{name.replace('_', '-')}"))
 
 
-def age(moment: str | None) -> str:
-    """How long ago an ISO time was."""
+def age(moment: datetime | None) -> str:
+    """How long ago a moment was."""
     if moment is None:
         return "–"
-    then = datetime.fromisoformat(moment)
-    return figures.duration(max(timedelta(0), datetime.now(then.tzinfo) - then).total_seconds()) + " ago"
+    return figures.duration(max(timedelta(0), datetime.now(moment.tzinfo) - moment).total_seconds()) + " ago"
 
 
 def state(name: str, reason: str | None = None) -> Text:
@@ -70,68 +76,66 @@ def state(name: str, reason: str | None = None) -> Text:
     return Text(shown, style=_STATE_COLOURS.get(name, ""))
 
 
-def progress_line(status: Mapping[str, Any]) -> Table:
+def progress_line(status: JobStatus) -> Table:
     """One line for a job that runs: name, model, bar, share, items, rates, time left."""
-    items, rate = status["items"], status["rate"]
-    over = items["total"] - items["pending"]
-    share = over / items["total"] if items["total"] else 0.0
+    items, rate = status.items, status.rate
+    share = items.over / items.total if items.total else 0.0
     line = Table.grid(padding=(0, 2))
     cells: list[Any] = [
-        Text(status["name"], style="bold", overflow="ellipsis", no_wrap=True),
-        Text(status["model"], style="bright_black", overflow="ellipsis", no_wrap=True),
+        Text(status.name, style="bold", overflow="ellipsis", no_wrap=True),
+        Text(status.model, style="bright_black", overflow="ellipsis", no_wrap=True),
         ProgressBar(total=1.0, completed=share, width=24, complete_style="blue", finished_style="green"),
         Text(f"{share:4.0%}".replace("%", " %"), no_wrap=True),
-        Text(f"{over:,} / {items['total']:,}", no_wrap=True),
-        Text(f"{figures.short(rate['items_per_second'])} items/s", no_wrap=True),
-        Text(f"{figures.short(rate['tokens_per_second'])} tok/s", no_wrap=True),
+        Text(f"{items.over:,} / {items.total:,}", no_wrap=True),
+        Text(f"{figures.short(rate.items_per_second)} items/s", no_wrap=True),
+        Text(f"{figures.short(rate.tokens_per_second)} tok/s", no_wrap=True),
         _time_left(status),
     ]
     line.add_row(*cells)
     return line
 
 
-def _time_left(status: Mapping[str, Any]) -> Text:
-    if status["state"] != "running":
-        return state(status["state"], status["reason"])
-    if status["eta_seconds"] is None:
+def _time_left(status: JobStatus) -> Text:
+    if status.state != "running":
+        return state(status.state, status.reason)
+    if status.eta_seconds is None:
         return Text("time left: not yet", style="bright_black", no_wrap=True)
-    return Text(f"{figures.duration(status['eta_seconds'])} left", no_wrap=True)
+    return Text(f"{figures.duration(status.eta_seconds)} left", no_wrap=True)
 
 
-def plain_progress(status: Mapping[str, Any]) -> str:
+def plain_progress(status: JobStatus) -> str:
     """The same line for a log: no colours, no bar."""
-    items, rate = status["items"], status["rate"]
-    over = items["total"] - items["pending"]
-    left = "" if status["eta_seconds"] is None else f"  {figures.duration(status['eta_seconds'])} left"
+    items, rate = status.items, status.rate
+    left = "" if status.eta_seconds is None else f"  {figures.duration(status.eta_seconds)} left"
     return (
-        f"{status['name']}  {status['state']}  {over:,} / {items['total']:,}  "
-        f"{figures.short(rate['items_per_second'])} items/s  {figures.short(rate['tokens_per_second'])} tok/s{left}"
+        f"{status.name}  {status.state}  {items.over:,} / {items.total:,}  "
+        f"{figures.short(rate.items_per_second)} items/s  {figures.short(rate.tokens_per_second)} tok/s{left}"
     )
 
 
-def ledger(receipt: Mapping[str, Any], codes: Mapping[str, int]) -> RenderableType:
+def ledger(receipt: Receipt, codes: Mapping[str, int]) -> RenderableType:
     """A receipt as an account: `codes` counts its rejects."""
-    items, tokens = receipt["items"], receipt["tokens"]
+    items, tokens = receipt.items, receipt.tokens
     table = Table(box=None, padding=(0, 3, 0, 0), show_edge=False, header_style="bright_black")
     table.add_column("")
     table.add_column("items", justify="right", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_row("in", f"{items['in']:,}", "")
-    table.add_row("embedded", f"{items['embedded']:,}", f"{tokens['prompt']:,}")
-    if receipt["truncated"]:
-        table.add_row("truncated", f"{receipt['truncated']:,}", "")
-    table.add_row("reused", f"{items['reused']:,}", f"{tokens['reused']:,} saved" if tokens["reused"] else "")
-    table.add_row("rejected", f"{items['rejected']:,}", "")
-    table.add_row("cancelled", f"{items['cancelled']:,}", "")
-    if unanswered := tokens.get("unanswered", 0):
+    table.add_row("in", f"{items.submitted:,}", "")
+    table.add_row("embedded", f"{items.embedded:,}", f"{tokens.prompt:,}")
+    if receipt.truncated:
+        table.add_row("truncated", f"{receipt.truncated:,}", "")
+    table.add_row("reused", f"{items.reused:,}", f"{tokens.reused:,} saved" if tokens.reused else "")
+    table.add_row("rejected", f"{items.rejected:,}", "")
+    table.add_row("cancelled", f"{items.cancelled:,}", "")
+    if unanswered := tokens.unanswered:
         table.add_row("unanswered", "", f"about {unanswered:,}")
-    if unanswered or tokens["billed"] != tokens["prompt"]:
-        table.add_row("billed", "", f"{tokens['billed']:,}")
+    if unanswered or tokens.billed != tokens.prompt:
+        table.add_row("billed", "", f"{tokens.billed:,}")
     why = ", ".join(f"{count:,} {code}" for code, count in codes.items())
-    hint = [Text(f"{why}: vectormill rejects {short(receipt['id'])}", style="yellow")] if why else []
-    if receipt["truncated"]:
-        hint.append(Text(_truncated(receipt["truncated"]), style="yellow"))
-    return Group(Text.assemble(("receipt  ", "bright_black"), receipt["id"]), table, *hint)
+    hint = [Text(f"{why}: vectormill rejects {short(receipt.id)}", style="yellow")] if why else []
+    if receipt.truncated:
+        hint.append(Text(_truncated(receipt.truncated), style="yellow"))
+    return Group(Text.assemble(("receipt  ", "bright_black"), str(receipt.id)), table, *hint)
 
 
 def _truncated(count: int) -> str:
@@ -142,20 +146,20 @@ def _truncated(count: int) -> str:
     )
 
 
-def short(job_id: str) -> str:
+def short(job_id: UUID) -> str:
     """Enough of a job's id to tell it from others: its time to the millisecond."""
-    return job_id[:13]
+    return str(job_id)[:13]
 
 
-def verdict(receipt: Mapping[str, Any]) -> Text:
+def verdict(receipt: Receipt) -> Text:
     """The last line of a ledger."""
-    if not receipt["balanced"]:
-        open_items = receipt["items"]["in"] - sum(receipt["items"][name] for name in _ENDINGS)
+    if not receipt.balanced:
+        open_items = receipt.items.submitted - receipt.items.settled
         return Text(f"not balanced yet: {open_items:,} items are still to do", style="yellow")
-    if "verified" not in receipt:
+    if receipt.verified is None:
         return Text("balanced; --verify counts the rows", style="green")
-    counts = f"{receipt['missing']:,} missing, {receipt['double']:,} double"
-    if receipt["verified"]:
+    counts = f"{receipt.missing:,} missing, {receipt.double:,} double"
+    if receipt.verified:
         return Text(f"balanced, verified: {counts}", style="green")
     return Text(f"NOT VERIFIED: {counts}", style="bold red")
 

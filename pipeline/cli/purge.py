@@ -1,7 +1,6 @@
 """`vectormill purge`: forget ended jobs."""
 
 import sys
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +11,7 @@ from pipeline.cli.connect import Place, working
 from pipeline.cli.jobs import Json, Workspace
 from pipeline.cli.look import print_json, stderr
 from pipeline.errors import UserError
+from pipeline.job_status import JobStatus
 from pipeline.purge import check_ended, months_before, parse_month, purge_job, purge_month
 from pipeline.status import find_job_to_change, sum_up
 
@@ -52,7 +52,7 @@ def _purge_job(place: Place, job: str, *, dry_run: bool, yes: bool) -> dict[str,
         found = find_job_to_change(connection, place.workspace_id, job, ended=True)
         check_ended(connection, found)
         now = sum_up(connection, found)
-    what = f"job {found} ({now['name']}, {now['items']['total']:,} items)"
+    what = f"job {found} ({now.name}, {now.items.total:,} items)"
     if not _agreed(f"Forget {what}?", dry_run=dry_run, yes=yes):
         stderr.print(f"Would go: {what}.", markup=False)
         return {"jobs": 1, **_rows_of(now)}
@@ -61,14 +61,14 @@ def _purge_job(place: Place, job: str, *, dry_run: bool, yes: bool) -> dict[str,
     return {"jobs": 1, **gone}
 
 
-def _rows_of(status: Mapping[str, Any]) -> dict[str, int]:
+def _rows_of(status: JobStatus) -> dict[str, int]:
     """How many rows a job has, by its chunks' counts."""
-    counts = status["items"]
+    counts = status.items
     return {
-        "items": counts["total"],
-        "embeddings": counts["embedded"] + counts["reused"],
-        "rejects": counts["rejected"],
-        "chunks": sum(status["chunks"].values()),
+        "items": counts.total,
+        "embeddings": counts.embedded + counts.reused,
+        "rejects": counts.rejected,
+        "chunks": status.chunks.total,
     }
 
 

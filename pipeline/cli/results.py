@@ -65,7 +65,7 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
     with place.engine.begin() as connection:
         found = reading.find_job(connection, place.workspace_id, job)
         model = models.of_job(connection, found)
-        folder = reading.job_row(connection, found)["options"].get("output")
+        folder = reading.known_job(connection, found).options.output
         dimensions = jobs.vector_space(connection, found)["dimensions"]
     if folder:
         raise UserError(f"the vectors of job {found} are Parquet files at {folder}; query them there, with DuckDB say.")

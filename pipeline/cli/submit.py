@@ -3,10 +3,10 @@
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
+from uuid import UUID
 
 import typer
 from rich.console import Console
@@ -23,15 +23,17 @@ from pipeline.cli.look import print_json, stderr, stdout, tell
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import EmptySource, UserError
 from pipeline.estimate import estimate
+from pipeline.options import Columns, JobOptions, OnLong
 from pipeline.request import JobRequest, default_name, read_request
-from pipeline.sources import Columns, Compression, Corpus, Source
+from pipeline.sources import Compression, Corpus, Source
 from pipeline.sources.files import find_files
 from pipeline.sources.query import QueryCorpus
 from pipeline.storage import is_remote
 from pipeline.store import workers
-from pipeline.submission import Options, Submission, planning
+from pipeline.submission import Submission, planning
 from pipeline.submit import submit as submit_corpus
 from pipeline.submit import tell_namesake
+from pipeline.vectors import VectorType
 
 
 def submit(
@@ -68,11 +70,11 @@ def submit(
     dimensions: Annotated[
         int | None, typer.Option(min=1, help="Size of the vectors, if the model has several.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="How vectors are kept: float32 or float16.")] = "float32",
+    dtype: Annotated[VectorType, typer.Option(help="How vectors are kept.")] = VectorType.FLOAT32,
     max_item_tokens: Annotated[
         int | None, typer.Option(min=1, max=1_000_000, help="Read at most so many tokens of a text.")
     ] = None,
-    on_long: Annotated[str, typer.Option(help="What happens to a longer text: truncate or reject.")] = "truncate",
+    on_long: Annotated[OnLong, typer.Option(help="What becomes of a longer text.")] = OnLong.TRUNCATE,
     max_rejects: Annotated[
         str, typer.Option(metavar="N|P%", help="Fail the job beyond this.  [default: 10% from 100 items on]")
     ] = "",
@@ -125,8 +127,6 @@ def submit(
 
         vectormill submit --from duckdb:///shop.db --query "select id, text from items" --model all-MiniLM-L6-v2
     """
-    _one_of("--dtype", dtype, "float32", "float16")
-    _one_of("--on-long", on_long, "truncate", "reject")
     if max_rejects != max_rejects.strip():
         raise UserError("--max-rejects: give a count such as 50, or a share such as 2.5%.")
     _needs("--json", as_json, "--dry-run", dry_run)
@@ -153,6 +153,8 @@ def submit(
             "by_reference": bool(by_reference),
             "output": output and _absolute(output),
             "webhook": webhook,
+            "into": into,
+            "hnsw": hnsw,
         },
     )
     with at_desk(workspace) as desk:
@@ -163,16 +165,15 @@ def submit(
         else:
             if webhook:
                 webhooks.check(webhook, desk.place.settings.webhooks)
-            corpus = _corpus(sources or [], from_url, query, wish.columns(key_required=into is not None), desk.place)
-            options = wish.options(default_name(sources[0]) if sources else "query", idempotency_key)
-            options = replace(options, into=into, hnsw=hnsw)
+            corpus = _corpus(sources or [], from_url, query, wish.columns, desk.place)
+            wish = wish.model_copy(update={"name": wish.name or (default_name(sources[0]) if sources else "query")})
             if by_reference is None:
-                options = replace(options, by_reference=_by_reference(corpus, options))
+                wish = wish.model_copy(update={"by_reference": _by_reference(corpus, wish)})
             if dry_run:
-                _estimate(desk.place, model, corpus, options, as_json=as_json)
+                _estimate(desk.place, wish, corpus, as_json=as_json)
                 return
             try:
-                job_id = _submit(desk.place, model, corpus, options)
+                job_id = _submit(desk.place, wish, corpus, idempotency_key)
             except EmptySource as error:
                 if not allow_empty:
                     raise
@@ -190,7 +191,7 @@ def _refuse_at_api(given: Mapping[str, Any]) -> None:
             raise UserError(f"{option} needs the database itself: set VECTORMILL_DATABASE_URL.")
 
 
-def _submit_to_api(desk: ApiDesk, wish: JobRequest, sources: list[str], idempotency_key: str | None) -> str:
+def _submit_to_api(desk: ApiDesk, wish: JobRequest, sources: list[str], idempotency_key: str | None) -> UUID:
     """Upload local files and the standard input; URIs are for the api to read."""
     if not sources:
         raise UserError("no source: give files, a folder, or - for standard input.")
@@ -208,7 +209,7 @@ def _submit_to_api(desk: ApiDesk, wish: JobRequest, sources: list[str], idempote
     if made.attached:
         stderr.print(f"{made.attached}.")
     tell(made.notices)
-    return str(made.job_id)
+    return made.job_id
 
 
 def _files_of(sources: list[str], folder: Path) -> list[Path]:
@@ -236,7 +237,7 @@ def _corpus(sources: list[str], url: str | None, query: str | None, columns: Col
     return Corpus(sources, columns, item_bytes)
 
 
-def _by_reference(corpus: Source, options: Options) -> bool:
+def _by_reference(corpus: Source, options: JobOptions) -> bool:
     """Whether a corpus is big enough, and such, that its workers should read it themselves."""
     if not isinstance(corpus, Corpus) or options.unique_keys:
         return False
@@ -249,9 +250,9 @@ def _absolute(folder: str) -> str:
     return folder if is_remote(folder) else str(Path(folder).absolute())
 
 
-def _submit(place: Place, model: str, corpus: Source, options: Options) -> str:
+def _submit(place: Place, wish: JobRequest, corpus: Source, idempotency_key: str | None) -> UUID:
     with place.engine.begin() as connection:
-        found = find_model(connection, place.workspace_id, model)
+        found = find_model(connection, place.workspace_id, wish.model)
     with _Counter(stderr) as counter:
         done = submit_corpus(
             place.engine,
@@ -259,22 +260,26 @@ def _submit(place: Place, model: str, corpus: Source, options: Options) -> str:
                 workspace_id=place.workspace_id,
                 model=found,
                 corpus=corpus,
-                options=options,
                 planning=planning(place.settings),
+                name=str(wish.name),
+                options=wish,
+                priority=wish.priority,
+                labels=wish.labels,
+                idempotency_key=idempotency_key,
                 on_items=counter.show,
             ),
         )
     if done.attached:
         stderr.print(f"{done.attached}.")
     tell(done.notices)
-    return str(done.job_id)
+    return done.job_id
 
 
-def _estimate(place: Place, model: str, corpus: Source, options: Options, *, as_json: bool) -> None:
+def _estimate(place: Place, wish: JobRequest, corpus: Source, *, as_json: bool) -> None:
     with place.engine.begin() as connection:
-        row = find_row(connection, place.workspace_id, model)
+        row = find_row(connection, place.workspace_id, wish.model)
         slots = sum(worker["slots"] for worker in workers.live(connection) if row["name"] in worker["models"])
-        tell_namesake(connection, place.workspace_id, options.name, corpus)
+        tell_namesake(connection, place.workspace_id, str(wish.name), corpus)
 
     def tokenise(texts: Sequence[str], max_tokens: int | None) -> tuple[Sequence[int], Sequence[bool]]:
         if row["kind"] == "gateway":  # only it could tell
@@ -284,7 +289,7 @@ def _estimate(place: Place, model: str, corpus: Source, options: Options, *, as_
         lengths, cut = oneshot(["tokens"], asked)
         return lengths, cut
 
-    found = estimate(corpus, as_model(row), options, slots, tokenise)
+    found = estimate(corpus, as_model(row), wish, slots, tokenise)
     tell(found["notices"])
     if as_json:
         print_json(found)

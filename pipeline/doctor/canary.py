@@ -15,10 +15,11 @@ from pipeline.doctor.findings import Finding, fail, ok, skipped
 from pipeline.doctor.patient import Patient
 from pipeline.errors import IllegalTransition
 from pipeline.jobs import JobState
+from pipeline.options import Columns
 from pipeline.purge import purge_job
-from pipeline.sources import Columns, Corpus
+from pipeline.sources import Corpus
 from pipeline.store import embeddings, health, models, workers
-from pipeline.submission import Options, Submission, planning
+from pipeline.submission import Submission, planning
 from pipeline.submit import submit
 
 _POLL_SECONDS = 0.1
@@ -75,17 +76,19 @@ def _submit(patient: Patient, row: RowMapping) -> UUID:
             workspace_id=patient.ask(workspace_id),
             model=as_model(row),
             corpus=corpus,
-            options=Options(name="doctor", priority=_PRIORITY, labels={"doctor": "canary"}),
             planning=planning(settings),
+            name="doctor",
+            priority=_PRIORITY,
+            labels={"doctor": "canary"},
         ),
     ).job_id
 
 
 def _judge(patient: Patient, row: RowMapping, job_id: UUID, seconds: float) -> Finding:
     job = patient.ask(status.job_status, job_id)
-    if job["state"] != JobState.COMPLETED:
+    if job.state is not JobState.COMPLETED:
         return fail(
-            f"{row['name']}: its job {job['state']}, {job['reason']}: {job['message']}",
+            f"{row['name']}: its job {job.state}, {job.reason}: {job.message}",
             "mend that, then start the worker again.",
         )
     with patient.engine.begin() as connection:
@@ -96,7 +99,7 @@ def _judge(patient: Patient, row: RowMapping, job_id: UUID, seconds: float) -> F
 
 
 def _state(patient: Patient, job_id: UUID) -> JobState:
-    return JobState(patient.ask(status.job_row, job_id)["state"])
+    return patient.ask(status.known_job, job_id).state
 
 
 def _forget(patient: Patient, job_id: UUID) -> None:

@@ -11,15 +11,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Protocol, assert_never
 
+from pipeline.options import Columns
 from pipeline.sources.csv_ import Dialect, read_csv
 from pipeline.sources.files import STDIN, Compression, Format, SourceFile, find_files
 from pipeline.sources.jsonl import read_jsonl
 from pipeline.sources.open import open_blocks, read_blocks, without_mark
 from pipeline.sources.parquet import read_parquet
 from pipeline.sources.reference import Places, scan
-from pipeline.sources.rows import Columns, Notices, Parsed, Rows, judge
+from pipeline.sources.rows import Notices, Parsed, Rows, judge
 
-__all__ = ["Columns", "Compression", "Corpus", "Format", "Rows", "Source", "SourceFile"]
+__all__ = ["Compression", "Corpus", "Format", "Rows", "Source", "SourceFile"]
 
 
 class Source(Protocol):

@@ -10,13 +10,13 @@ import orjson
 
 from pipeline.errors import SourceError
 from pipeline.jobs import RejectCode
+from pipeline.options import Columns
 from pipeline.sources.jsonl import line_bytes, object_or_fault
 from pipeline.sources.open import PACKED, read_blocks, whole_lines, without_mark
 from pipeline.sources.rows import (
     BLOCK_BYTES,
     BLOCK_ROWS,
     BadRow,
-    Columns,
     LongLine,
     Missing,
     Notices,

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from pipeline.errors import SourceError
+from pipeline.options import Columns
 from pipeline.sources.files import Format
 from pipeline.sources.open import BrokenStreamError, whole_lines
 from pipeline.sources.rows import (
     BLOCK_BYTES,
     BLOCK_ROWS,
-    Columns,
     LongLine,
     Notices,
     Parsed,

@@ -8,11 +8,11 @@ import orjson
 
 from pipeline.errors import SourceError
 from pipeline.exact_json import NoNumberError, decode, may_be_inexact
+from pipeline.options import Columns
 from pipeline.sources.open import whole_lines
 from pipeline.sources.rows import (
     BLOCK_ROWS,
     BadRow,
-    Columns,
     LongLine,
     Missing,
     Notices,

@@ -19,10 +19,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModu
 
 from pipeline import exact_json
 from pipeline.errors import ServiceUnreachable, SourceError, SourceStopped, UserError, VectormillError
+from pipeline.options import Columns
 from pipeline.sources.rows import (
     BLOCK_BYTES,
     BLOCK_ROWS,
-    Columns,
     Notices,
     Parsed,
     Rows,

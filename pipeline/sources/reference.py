@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from pipeline.errors import SourceError
 from pipeline.jobs import Extent
+from pipeline.options import Columns
 from pipeline.sources import csv_
 from pipeline.sources.csv_ import Dialect, csv_rows, read_header
 from pipeline.sources.files import Compression, Format, SourceFile, source_file
 from pipeline.sources.jsonl import check_columns, read_part
 from pipeline.sources.open import BrokenStreamError, mark_bytes, open_blocks, open_range, unpacked_blocks
 from pipeline.sources.parquet import read_rows, row_groups
-from pipeline.sources.rows import Columns, Notices, Parsed, Rows, judge
+from pipeline.sources.rows import Notices, Parsed, Rows, judge
 
 #: Packed text can only be unpacked from its beginning, which each of its chunks does: a longer one is refused.
 MOST_UNPACKED_BYTES = 4 * 1024**3

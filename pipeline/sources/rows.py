@@ -1,17 +1,18 @@
-"""What every format has in common: the columns a job reads, a block of rows, and the one judge of a row."""
+"""What every format has in common: a block of rows, and the one judge of a row."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple
 
 import orjson
 
 from pipeline import exact_json
 from pipeline.errors import SourceError
 from pipeline.jobs import RejectCode
+from pipeline.options import Columns
 from pipeline.sources.values import KEY_BYTES, BadKeyError, as_key, kind_of
 
 #: The most rows in a block.
@@ -24,40 +25,6 @@ _SHOWN_LETTERS = 40
 _ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 #: Postgres keeps numbers of 131,072 digits; nobody writes such, and each would have to be held.
 _MOST_DIGITS, _MOST_EXPONENT_DIGITS = 1_000, 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Columns:
-    """The columns that a job reads."""
-
-    text: str = "text"
-    key: str = "id"
-    #: Whether a corpus without the key column is refused: the user named it.
-    key_required: bool = False
-    #: Columns that go into the results unchanged.
-    carry: tuple[str, ...] = ()
-    #: What stands between the fields of CSV and TSV; `None`: what the file's name says.
-    delimiter: str | None = None
-    #: What stands around fields of CSV and TSV; empty: nothing; `None`: what the file's name says.
-    quote: str | None = None
-
-    @classmethod
-    def from_json(cls, kept: Mapping[str, Any]) -> Self:
-        """The columns as a job's options keep them."""
-        # Jobs that were made before there was a choice read TSV with quotes.
-        return cls(**{"quote": '"', **kept, "carry": tuple(kept["carry"])})
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """All that decides the rows of a corpus, for its fingerprint."""
-        dialect = (self.delimiter, self.quote)
-        return (self.text, self.key, self.carry, *(() if dialect == (None, None) else dialect))
-
-    @property
-    def required(self) -> tuple[tuple[str, str], ...]:
-        """Each column that must exist, after the option that names it."""
-        key = (("key_column", self.key),) if self.key_required else ()
-        return (("text_column", self.text), *key, *(("carry", column) for column in self.carry))
 
 
 @dataclass(frozen=True, slots=True)

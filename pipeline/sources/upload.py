@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.sources import Columns, Corpus
+from pipeline.options import Columns
+from pipeline.sources import Corpus
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,14 @@ States stand in the SQL as literals, so that the planner can prove that a partia
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, RowMapping, insert, select, text
 
-from pipeline.jobs import ChunkState, Claim, Extent, JobState
+from pipeline.jobs import Chunk, ChunkState, Claim, Extent, JobState
+from pipeline.options import KeptOptions
 from pipeline.tables import chunks
 
 
@@ -119,11 +120,9 @@ def _as_claim(row: RowMapping, lease_seconds: float) -> Claim:
         vector_space_id=row["vector_space_id"],
         dimensions=row["dimensions"],
         max_item_tokens=row["max_item_tokens"],
-        half=row["options"].get("dtype") == "float16",
-        reject_long=row["options"].get("on_long") == "reject",
         lease_seconds=lease_seconds,
         extent=_as_extent(row) if row["input_ordinal"] is not None else None,
-        options=row["options"],
+        options=KeptOptions.from_json(row["options"]),
     )
 
 
@@ -287,15 +286,13 @@ def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int)
     return list(rows.scalars())
 
 
-def page(
-    connection: Connection, job_id: UUID, *, states: Sequence[ChunkState], after: int, limit: int
-) -> list[RowMapping]:
+def page(connection: Connection, job_id: UUID, *, states: Sequence[ChunkState], after: int, limit: int) -> list[Chunk]:
     """A job's chunks in order, past the one that begins at index `after`; only those in `states`, if given."""
-    found = select(chunks).where(chunks.c.job_id == job_id)
+    found = select(*(chunks.c[each.name] for each in fields(Chunk))).where(chunks.c.job_id == job_id)
     if states:
         found = found.where(chunks.c.state.in_(states))
     found = found.where(chunks.c.first_index > after).order_by(chunks.c.first_index).limit(limit)
-    return list(connection.execute(found).mappings())
+    return [Chunk(**{**row, "state": ChunkState(row["state"])}) for row in connection.execute(found).mappings()]
 
 
 def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:

@@ -14,6 +14,7 @@ from pipeline import exact_json
 from pipeline.store import binary
 from pipeline.store.database import copying, psycopg_connection
 from pipeline.store.partitions import leaf
+from pipeline.vectors import VectorType
 
 #: Columns before vector and key. The key comes last: all before it has a fixed size, so that numpy lays rows out.
 _FIXED = ("job_id", "index", "vector_space_id", "tokens", "truncated")
@@ -45,7 +46,11 @@ NO_ROWS = Rows(
 )
 
 
-def _row_layout(dimensions: int, element: str) -> np.dtype[np.void]:
+def _on_the_wire(kept_as: VectorType) -> "np.dtype[np.floating]":
+    return kept_as.element.newbyteorder(">")
+
+
+def _row_layout(dimensions: int, kept_as: VectorType) -> np.dtype[np.void]:
     # pgvector's binary form: int16 dimensions, int16 zero, then the elements, all big-endian.
     return np.dtype(
         [
@@ -63,23 +68,23 @@ def _row_layout(dimensions: int, element: str) -> np.dtype[np.void]:
             ("vector_size", ">i4"),
             ("dimensions", ">i2"),
             ("zero", ">i2"),
-            ("vector", element, (dimensions,)),
+            ("vector", _on_the_wire(kept_as), (dimensions,)),
         ]
     )
 
 
-def copy_rows(connection: Connection, job_id: UUID, vector_space_id: int, rows: Rows, *, half: bool) -> None:
-    """Append vectors, as `halfvec` when `half`, else as `vector`."""
+def copy_rows(connection: Connection, job_id: UUID, vector_space_id: int, rows: Rows, kept_as: VectorType) -> None:
+    """Append vectors to the column that holds such ones."""
     if len(rows.indexes) == 0:
         return
     dimensions = rows.vectors.shape[1]
-    fixed = np.empty(min(_BLOCK, len(rows.indexes)), dtype=_row_layout(dimensions, ">f2" if half else ">f4"))
+    fixed = np.empty(min(_BLOCK, len(rows.indexes)), dtype=_row_layout(dimensions, kept_as))
     fixed["fields"], fixed["uuid_size"], fixed["job_id"] = 7, 16, np.void(job_id.bytes)
     fixed["index_size"], fixed["space_size"], fixed["space"] = 8, 8, vector_space_id
     fixed["tokens_size"], fixed["truncated_size"] = 4, 1
-    fixed["vector_size"] = 4 + dimensions * (2 if half else 4)
+    fixed["vector_size"] = 4 + dimensions * kept_as.element.itemsize
     fixed["dimensions"], fixed["zero"] = dimensions, 0
-    with copying(connection, leaf("embeddings", job_id), (*_FIXED, "half" if half else "vector", "key")) as copy:
+    with copying(connection, leaf("embeddings", job_id), (*_FIXED, kept_as.column, "key")) as copy:
         copy.write(binary.SIGNATURE)
         for start in range(0, len(rows.indexes), _BLOCK):
             part = slice(start, start + _BLOCK)
@@ -91,14 +96,15 @@ def copy_rows(connection: Connection, job_id: UUID, vector_space_id: int, rows: 
         copy.write(binary.TRAILER)
 
 
-def _decode(wire: bytes, element: str) -> npt.NDArray[np.float32]:
-    return np.frombuffer(wire, dtype=element, offset=4).astype(np.float32)
+def _decode(wire: bytes, kept_as: VectorType) -> npt.NDArray[np.float32]:
+    return np.frombuffer(wire, dtype=_on_the_wire(kept_as), offset=4).astype(np.float32)
 
 
 # Of a job that statistics don't know yet, one row is expected: a join may be planned as one scan of all its items for
 # each row. What is looked up row by row isn't.
 _READ = """
-    select e.index, e.key, coalesce(vector_send(e.vector), halfvec_send(e.half)), e.half is not null,
+    select e.index, e.key, coalesce(vector_send(e.vector), halfvec_send(e.half)),
+           case when e.half is null then 'float32' else 'float16' end,
            e.tokens, e.truncated, (select carried from vectormill.items where job_id = %s and index = e.index)
     from vectormill.embeddings e
     where e.job_id = %s and e.index >= %s and e.index < %s order by e.index
@@ -127,8 +133,8 @@ def page(connection: Connection, job_id: UUID, first_index: int, end_index: int,
 
 def _as_read(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return [
-        (index, key, _decode(wire, ">f2" if half else ">f4"), tokens, truncated, carried)
-        for index, key, wire, half, tokens, truncated, carried in rows
+        (index, key, _decode(wire, VectorType(kept_as)), tokens, truncated, carried)
+        for index, key, wire, kept_as, tokens, truncated, carried in rows
     ]
 
 

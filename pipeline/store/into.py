@@ -1,9 +1,6 @@
 """The user's own table in the same Postgres, which gets each vector by key."""
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from collections.abc import Sequence
 from uuid import UUID
 
 from psycopg import sql
@@ -11,63 +8,21 @@ from sqlalchemy import Connection, RowMapping, text
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.errors import UserError
+from pipeline.options import INTEGER_BITS, UserTable
 from pipeline.store.database import errors_as_sqlalchemys, plain_reason, psycopg_connection
 
-_INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
-_INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
-_UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
 _TEXTS = ("text", "character varying")
 _VECTORS = ("vector", "halfvec")
 #: The longest vectors that HNSW takes.
 _HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Into:
-    """A table that has been checked."""
-
-    schema: str
-    table: str
-    key_column: str
-    #: The key's type: a string, an integer or a uuid.
-    key_type: str
-    vector_column: str
-    #: `vector` or `halfvec`.
-    vector_type: str
-
-    def to_json(self) -> dict[str, Any]:
-        """As a job's options keep it."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, kept: Mapping[str, Any]) -> Self:
-        """From a job's options."""
-        return cls(**kept)
-
-    @property
-    def name(self) -> sql.Identifier:
-        """The table, for composing SQL."""
-        return sql.Identifier(self.schema, self.table)
-
-    def key_fault(self, key: str | None) -> str | None:
-        """Why a key can't stand in the table, for a reject; `None` if it can."""
-        if key is None:
-            return f"key is missing; {self.schema}.{self.table} needs one"
-        if not _fits(key, self.key_type):
-            return f"key is no {self.key_type}, as {self.schema}.{self.table} needs"
-        return None
+def _named(into: UserTable) -> sql.Identifier:
+    """The table, for composing SQL."""
+    return sql.Identifier(into.schema, into.table)
 
 
-def _fits(key: str, kind: str) -> bool:
-    """Whether Postgres casts a key to a column's type."""
-    if kind == "uuid":
-        return bool(_UUID.fullmatch(key))
-    if bits := _INTEGER_BITS.get(kind):
-        return bool(_INTEGER.fullmatch(key)) and -(2 ** (bits - 1)) <= int(key) < 2 ** (bits - 1)
-    return True
-
-
-def check(connection: Connection, name: str, *, key_column: str, dimensions: int, hnsw: bool) -> Into:
+def check(connection: Connection, name: str, *, key_column: str, dimensions: int, hnsw: bool) -> UserTable:
     """Look at the table `name`, before a job starts that is to write into it.
 
     It needs a unique key column of a string, integer or uuid type, and one vector or halfvec column that takes
@@ -83,7 +38,7 @@ def check(connection: Connection, name: str, *, key_column: str, dimensions: int
     key = columns.get(key_column)
     if key is None:
         raise _refused(name, f'no column "{key_column}"; name the key column as it is called there.')
-    if key["type"] not in (*_TEXTS, *_INTEGER_BITS, "uuid"):
+    if key["type"] not in (*_TEXTS, *INTEGER_BITS, "uuid"):
         raise _refused(name, f'the key "{key_column}" is {key["type"]}; it must be text, an integer or uuid.')
     if not key["is_unique"]:
         raise _refused(name, f'"{key_column}" isn\'t unique; make it the primary key, or give it a unique index.')
@@ -95,7 +50,7 @@ def check(connection: Connection, name: str, *, key_column: str, dimensions: int
     for column in columns.values():
         if column["is_needed"] and column["name"] not in (key_column, vector["name"]):
             raise _refused(name, f'"{column["name"]}" is not null without a default; new rows can\'t be inserted.')
-    return Into(
+    return UserTable(
         schema=row["schema"],
         table=row["table"],
         key_column=key_column,
@@ -164,7 +119,7 @@ def _check_dimensions(name: str, vector: RowMapping, dimensions: int, hnsw: bool
         raise _refused(name, f"an index takes at most {most:,} dimensions of {vector['type']}; leave hnsw out.")
 
 
-def upsert(connection: Connection, into: Into, job_id: UUID, indexes: Sequence[int]) -> None:
+def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int]) -> None:
     """Bring vectors that this transaction has written for `indexes` to the user's table. Of a key that comes twice the
     higher index wins; across chunks, whichever is committed last."""
     key = sql.Identifier(into.key_column)
@@ -175,7 +130,7 @@ def upsert(connection: Connection, into: Into, job_id: UUID, indexes: Sequence[i
         from vectormill.embeddings where job_id = %s and index = any(%s) order by key, index desc
         on conflict ({key}) do update set {vector} = excluded.{vector}
     """).format(
-        table=into.name,
+        table=_named(into),
         key=key,
         vector=vector,
         key_type=sql.SQL(into.key_type),
@@ -185,7 +140,7 @@ def upsert(connection: Connection, into: Into, job_id: UUID, indexes: Sequence[i
         psycopg_connection(connection).execute(statement, (job_id, list(indexes)))
 
 
-def build_hnsw(connection: Connection, into: Into) -> None:
+def build_hnsw(connection: Connection, into: UserTable) -> None:
     """Build an index for nearest neighbours by cosine, on an autocommit connection; readers and writers go on.
 
     One that an earlier try left invalid is built afresh.
@@ -205,7 +160,7 @@ def build_hnsw(connection: Connection, into: Into) -> None:
         driver.execute(
             sql.SQL("create index concurrently if not exists {} on {} using hnsw ({} {})").format(
                 sql.Identifier(name),
-                into.name,
+                _named(into),
                 sql.Identifier(into.vector_column),
                 sql.Identifier(f"{into.vector_type}_cosine_ops"),
             )

@@ -2,18 +2,32 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, select, text
 
-from pipeline.jobs import JOB_TRANSITIONS, JobState, Reason
+from pipeline.jobs import JOB_TRANSITIONS, ActiveJob, Job, JobState, Reason
+from pipeline.options import KeptOptions
 from pipeline.tables import jobs, workspaces
 
 
-def by_id(connection: Connection, job_id: UUID) -> RowMapping | None:
-    """A job's row."""
-    return connection.execute(jobs.select().where(jobs.c.id == job_id)).mappings().one_or_none()
+def _as_job(row: RowMapping) -> Job:
+    same = {each.name: row[each.name] for each in fields(Job) if each.name in row}
+    made = {
+        "model": row["model_name"],
+        "state": JobState(row["state"]),
+        "ends_as": JobState(row["ends_as"]) if row["ends_as"] else None,
+        "options": KeptOptions.from_json(row["options"]),
+    }
+    return Job(**{**same, **made})
+
+
+def by_id(connection: Connection, job_id: UUID) -> Job | None:
+    """A job."""
+    row = connection.execute(jobs.select().where(jobs.c.id == job_id)).mappings().one_or_none()
+    return _as_job(row) if row else None
 
 
 def vector_space(connection: Connection, job_id: UUID) -> RowMapping:
@@ -31,9 +45,9 @@ def vector_space(connection: Connection, job_id: UUID) -> RowMapping:
     )
 
 
-def by_idempotency_key(connection: Connection, workspace_id: int, key: str) -> RowMapping | None:
-    """The job that a submission with this key made, with `staging_is_dead`: its producer's lease has run out."""
-    return (
+def by_idempotency_key(connection: Connection, workspace_id: int, key: str) -> tuple[Job, bool] | None:
+    """The job that a submission with this key made, and whether its producer is dead: its lease has run out."""
+    row = (
         connection.execute(
             text("""
             select *, state = 'staging' and lease_until < clock_timestamp() as staging_is_dead
@@ -44,6 +58,7 @@ def by_idempotency_key(connection: Connection, workspace_id: int, key: str) -> R
         .mappings()
         .one_or_none()
     )
+    return (_as_job(row), row["staging_is_dead"]) if row else None
 
 
 def release_key(connection: Connection, job_id: UUID) -> None:
@@ -106,18 +121,17 @@ def page(
     return list(connection.execute(found.limit(limit)).mappings())
 
 
-def active(connection: Connection) -> list[RowMapping]:
+def active(connection: Connection) -> list[ActiveJob]:
     """Jobs that have been queued and haven't ended, oldest first."""
-    return list(
-        connection.execute(
-            text("""
-            select j.id, j.state, j.model_name, j.workspace_id, j.priority, j.max_rejects, w.weight
+    rows = connection.execute(
+        text("""
+            select j.id, j.state, j.model_name as model, j.workspace_id, j.priority, j.max_rejects, w.weight
             from vectormill.jobs j join vectormill.workspaces w on w.id = j.workspace_id
             where j.state not in ('completed', 'failed', 'cancelled') and j.state <> 'staging'
             order by j.id
         """)
-        ).mappings()
     )
+    return [ActiveJob(**{**row, "state": JobState(row["state"])}) for row in rows.mappings()]
 
 
 def without_open_chunks(connection: Connection) -> list[UUID]:
@@ -244,9 +258,10 @@ def end(
     )
 
 
-def lock(connection: Connection, job_id: UUID) -> RowMapping | None:
-    """A job's row, locked until the transaction ends."""
-    return connection.execute(jobs.select().where(jobs.c.id == job_id).with_for_update()).mappings().one_or_none()
+def lock(connection: Connection, job_id: UUID) -> Job | None:
+    """A job, whose row is locked until the transaction ends."""
+    row = connection.execute(jobs.select().where(jobs.c.id == job_id).with_for_update()).mappings().one_or_none()
+    return _as_job(row) if row else None
 
 
 def requeue(connection: Connection, job_id: UUID) -> None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import Connection, RowMapping, insert, text
+from sqlalchemy import Connection, insert, text
 
+from pipeline.jobs import Job
+from pipeline.options import KeptOptions
 from pipeline.tables import inputs
 
 
@@ -22,7 +24,7 @@ class NewJob:
     vector_space_id: int
     priority: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: KeptOptions = KeptOptions()
     idempotency_key: str | None = None
     payload_sha256: str | None = None
     lease_seconds: float
@@ -38,9 +40,9 @@ class Producer:
     token: UUID | None
 
     @classmethod
-    def of_row(cls, row: RowMapping) -> "Producer":
+    def of(cls, job: Job) -> "Producer":
         """The one that a job's row names."""
-        return cls(row["id"], row["fence"], row["token"])
+        return cls(job.id, job.fence, job.token)
 
     def values(self) -> dict[str, Any]:
         """As the statements below take it."""
@@ -68,7 +70,7 @@ def begin(connection: Connection, job: NewJob) -> Producer | None:
             "vector_space_id": job.vector_space_id,
             "priority": job.priority,
             "labels": json.dumps(dict(job.labels)),
-            "options": json.dumps(dict(job.options)),
+            "options": json.dumps(job.options.to_json()),
             "idempotency_key": job.idempotency_key,
             "payload_sha256": job.payload_sha256,
             "fence": producer.fence,

@@ -143,7 +143,7 @@ class Fleet:
     def status(self, job: UUID) -> dict[str, Any]:
         """Where a job stands."""
         with self.engine.begin() as connection:
-            return status.job_status(connection, job)
+            return status.job_status(connection, job).model_dump(mode="json")
 
     def await_end(self, job: UUID, seconds: float = _PATIENCE_SECONDS) -> dict[str, Any]:
         """Wait for a job's end. Returns its status."""

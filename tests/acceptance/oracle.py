@@ -86,14 +86,14 @@ def _parts(folder: str) -> Iterator[pa.Table]:
 def _counts(connection: Connection, job: UUID) -> Iterator[str]:
     """The receipt, the usage and the rows say the same."""
     receipt = status.receipt(connection, job, verify=True)
-    if not receipt["verified"]:
+    if not receipt.verified:
         yield f"the receipt doesn't verify: {receipt}"
     usage = text("""
         select coalesce(sum(items), 0)::bigint, coalesce(sum(prompt_tokens), 0)::bigint
         from vectormill.usage where job_id = :job
     """)
     metered = connection.execute(usage, {"job": job}).one()
-    told = (receipt["items"]["embedded"], receipt["tokens"]["prompt"])
+    told = (receipt.items.embedded, receipt.tokens.prompt)
     written = _written(connection, job)
     if written and not written == tuple(metered) == told:
         yield f"items and tokens: {written} written, {metered} metered, {told} on the receipt"

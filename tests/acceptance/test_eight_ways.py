@@ -66,8 +66,8 @@ def test_all_eight_ways_give_the_same(fleet: Fleet, corpora: dict[str, Path], tm
         with fleet.engine.begin() as connection:
             account = status.receipt(connection, job, verify=True)
             rejects = items.list_rejects(connection, job, -1, 10)
-        assert account["verified"], account
-        assert account["items"]["embedded"] == _DOCUMENTS - 3
+        assert account.verified, account
+        assert account.items.embedded == _DOCUMENTS - 3
         codes = [(row["index"], row["code"]) for row in rejects]
         assert codes == [(10, "empty_text"), (_DOCUMENTS // 2, "empty_text"), (_DOCUMENTS - 1, "missing_text")]
         found.append(_from_files(folder) if files else _from_postgres(fleet, job))

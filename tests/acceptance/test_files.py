@@ -20,7 +20,7 @@ from tests.object_store import environment_of, s3_server
 
 def _receipt(fleet: Fleet, job: UUID) -> dict[str, Any]:
     with fleet.engine.begin() as connection:
-        return status.receipt(connection, job, verify=True)
+        return status.receipt(connection, job, verify=True).model_dump(by_alias=True)
 
 
 def _keys(folder: Path) -> list[str]:

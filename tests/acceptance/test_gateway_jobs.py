@@ -49,7 +49,7 @@ class Far:
     def embedded(self, job: UUID) -> int:
         """How many items are in."""
         with self.fleet.engine.begin() as connection:
-            return int(status.sum_up(connection, job)["items"]["embedded"])
+            return status.sum_up(connection, job).items.embedded
 
 
 @pytest.fixture
@@ -106,8 +106,8 @@ def test_a_server_that_dies_and_a_key_that_is_revoked(far: Far, texts: list[str]
 
     with fleet.engine.begin() as connection:
         assert objections(connection, job, corpus, calm) == []
-        tokens = status.receipt(connection, job)["tokens"]
-    assert tokens["billed"] >= tokens["prompt"] > 0
+        tokens = status.receipt(connection, job).tokens
+    assert tokens.billed >= tokens.prompt > 0
     assert fleet.scalar("select sum(crashes) from vectormill.chunks") == 0
     assert fleet.scalar("select count(*) from vectormill.claim_losses") == 0
 

@@ -48,7 +48,7 @@ def test_one_data_set_though_workers_die_in_their_parts(
 
     with fleet.engine.begin() as connection:
         account = status.receipt(connection, job, verify=True)
-    assert account["verified"], account
+    assert account.verified, account
     assert fleet.scalar("select count(*) from vectormill.claim_losses where job_id = :job", job=job) == 2
     names = set(storage.names_below(f"{bucket}/out"))
     parts = {name for name in names if name.endswith(".parquet")}

@@ -81,12 +81,12 @@ def _wait_until_completed(place: Place, job: UUID) -> None:
     deadline = time.monotonic() + _JOB_SECONDS
     while time.monotonic() < deadline:
         with place.engine.begin() as connection:
-            row = jobs.by_id(connection, job)
-        assert row
-        if row["state"] == JobState.COMPLETED:
+            now = jobs.by_id(connection, job)
+        assert now
+        if now.state is JobState.COMPLETED:
             return
-        if JobState(row["state"]).ended or row["state"] == JobState.PAUSED:
-            raise RuntimeError(f"the job is {row['state']}: {row['reason']} {row['message']}")
+        if now.state.ended or now.state is JobState.PAUSED:
+            raise RuntimeError(f"the job is {now.state}: {now.reason} {now.message}")
         time.sleep(_POLL_SECONDS)
     raise TimeoutError(f"the job wasn't completed within {_JOB_SECONDS:g} s")
 

@@ -19,10 +19,11 @@ from pipeline.embedded.machine import Machine, Stages
 from pipeline.embedded.runtime import Running
 from pipeline.embedded.stages import app_stages
 from pipeline.jobs import Model
+from pipeline.options import Columns
 from pipeline.settings import Settings
-from pipeline.sources import Columns, Corpus
+from pipeline.sources import Corpus
 from pipeline.store.database import make_engine
-from pipeline.submission import Options, Planning, Submission, planning
+from pipeline.submission import Planning, Submission, planning
 from pipeline.submit import submit
 from tests.machines import remove_what_root_keeps
 
@@ -99,8 +100,8 @@ def submit_file(where: Place, path: Path, cut: Callable[[Planning], Planning] = 
             workspace_id=where.workspace_id,
             model=bundled_model(where),
             corpus=Corpus([str(path)], Columns(), where.settings.item_bytes),
-            options=Options(name=path.stem),
             planning=cut(planning(where.settings)),
+            name=path.stem,
         ),
     ).job_id
 

@@ -14,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import UUID
 
 import psutil
 import pyarrow as pa
@@ -104,11 +105,12 @@ def _job(running: Running, rows: int, peaks: dict[str, float], *arguments: str) 
             look("worker", lambda: _processes("worker"))
             look("dispatcher", lambda: _processes("dispatcher"))
             with place.engine.begin() as connection:
-                row = jobs.by_id(connection, job)  # type: ignore[arg-type]
-            assert row
-            if JobState(row["state"]).ended:
-                assert row["state"] == "completed"
-                assert row["receipt"]["items"]["embedded"] == rows
+                now = jobs.by_id(connection, UUID(job))
+            assert now
+            if now.state.ended:
+                assert now.state is JobState.COMPLETED
+                assert now.receipt
+                assert now.receipt["items"]["embedded"] == rows
                 return
             time.sleep(_SAMPLE_SECONDS)
     raise TimeoutError(f"the job wasn't completed within {_JOB_SECONDS:g} s")

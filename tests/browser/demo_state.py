@@ -120,7 +120,6 @@ class Night:
             vector_space_id=catalog.vector_space_of(self._connection, of_model, dimensions=None, max_item_tokens=None),
             priority=columns.pop("priority", 0),
             labels=columns.pop("labels", {}),
-            options={"on_long": "truncate", "columns": {"text": "text", "key": "id", "carry": []}},
             lease_seconds=30,
         )
         producer = stagings.begin(self._connection, new)
@@ -153,7 +152,7 @@ class Night:
             .values(state=state.value, created_at=made, started_at=started, finished_at=finished, **columns)
         )
         if state.ended:
-            receipt = status.current_receipt(self._connection, job_id)
+            receipt = status.current_account(self._connection, job_id).model_dump(by_alias=True)
             self._connection.execute(tables.jobs.update().where(tables.jobs.c.id == job_id).values(receipt=receipt))
         self.jobs[name] = job_id
 

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from uuid import UUID
 
 import httpx2 as httpx
 import numpy as np
@@ -104,7 +105,7 @@ def test_what_was_asked_for_in_sql_and_is_no_job_has_a_status(working: Gateway, 
     row = _ended(line, "asked")
     assert (row["id"], row["state"], row["reason"]) == (job, "failed", "request_refused")
     with closing(ApiDesk(working.url, working.key, "default")) as desk:
-        assert watch_job(desk, "asked", 10) == 3
+        assert watch_job(desk, UUID(job), 10) == 3
     replies = [line.post(f"/api/jobs/asked/{verb}") for verb in ("cancel", "pause", "resume", "retry")]
     replies += [line.get(f"/api/jobs/asked/{part}") for part in ("results", "receipt")]
     told = f"{job} is no job: it was asked for in SQL, and is failed."
@@ -246,7 +247,7 @@ def test_any_name_can_be_addressed(line: httpx.Client, working: Gateway, name: s
     assert line.get(f"{path}/receipt").json()["id"] == made["id"]
     assert line.post(f"{path}/priority", json={"priority": 2}).json()["id"] == made["id"]
     with closing(ApiDesk(working.url, working.key, "default")) as desk:
-        assert desk.status(name)["id"] == made["id"]
+        assert str(desk.status(name).id) == made["id"]
 
 
 @pytest.mark.parametrize("name", [".", ".."])

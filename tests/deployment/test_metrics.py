@@ -53,7 +53,7 @@ class Watched:
     def receipt(self, job: str) -> dict[str, Any]:
         """The account of a job."""
         with self.engine.begin() as connection:
-            return status.receipt(connection, self.jobs[job])
+            return status.receipt(connection, self.jobs[job]).model_dump(by_alias=True)
 
 
 @pytest.fixture(scope="module")

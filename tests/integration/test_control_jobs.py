@@ -68,7 +68,7 @@ def embed(engine: Engine, job_id: UUID, ordinal: int, bad: dict[int, RejectCode]
 
 def account(engine: Engine, job_id: UUID) -> Any:
     with engine.begin() as connection:
-        return status.receipt(connection, job_id, verify=True)
+        return status.receipt(connection, job_id, verify=True).model_dump(by_alias=True)
 
 
 def counted(engine: Engine, job_id: UUID) -> tuple[Any, ...]:

@@ -11,9 +11,9 @@ from sqlalchemy import Engine, text
 from pipeline.errors import SourceError, UserError
 from pipeline.estimate import estimate
 from pipeline.jobs import Model
-from pipeline.sources import Columns, Corpus
+from pipeline.options import Columns, JobOptions
+from pipeline.sources import Corpus
 from pipeline.store import usage
-from pipeline.submission import Options
 from tests.jobs_made import make_model
 from workers.encoder import Encoder
 
@@ -49,7 +49,7 @@ def test_the_truth_lies_in_the_interval(corpus: Path, model: Model, encoder: Enc
         return read.lengths.tolist(), read.truncated.tolist()
 
     source = Corpus([str(corpus)], Columns(), 100_000)
-    found = estimate(source, model, Options(name="x", by_reference=by_reference), 2, tokenise)
+    found = estimate(source, model, JobOptions(by_reference=by_reference), 2, tokenise)
     texts = [each.decode() for rows in source.blocks() for each in rows.texts if each]
     lengths, cut = tokenise(texts, 64)
     assert found["items"]["total"] == _DOCUMENTS
@@ -71,7 +71,7 @@ def test_where_the_bytes_go(corpus: Path, model: Model) -> None:
         return [1] * len(texts), [False] * len(texts)
 
     def of(**options: object) -> dict[str, int]:
-        made = Options(name="x", **options)  # type: ignore[arg-type]
+        made = JobOptions.model_validate(options)
         found: dict[str, int] = estimate(Corpus([str(corpus)], Columns(), 100_000), model, made, 0, tokenise)["bytes"]
         return found
 
@@ -86,20 +86,20 @@ def test_where_the_bytes_go(corpus: Path, model: Model) -> None:
 def test_a_wrong_column_is_said(corpus: Path, model: Model) -> None:
     source = Corpus([str(corpus)], Columns(text="body"), 100)
     with pytest.raises(SourceError, match='no column "body"'):
-        estimate(source, model, Options(name="x"), 0, lambda texts, _: ([], []))
+        estimate(source, model, JobOptions(), 0, lambda texts, _: ([], []))
 
 
 def test_what_is_not_refused_is_said(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "docs.tsv"
     path.write_text('ID\ttext\n1\t"mill"\n')
     for by_reference in (False, True):
-        source, options = Corpus([str(path)], Columns(), 1_000), Options(name="x", by_reference=by_reference)
+        source, options = Corpus([str(path)], Columns(), 1_000), JobOptions(by_reference=by_reference)
         found = estimate(source, model, options, 1, lambda texts, _: ([1] * len(texts), [False] * len(texts)))
-        assert ["use --key-column ID" in found["notices"][0], "fields stand in quotes" in found["notices"][1]] == [
+        assert ['If "ID" holds keys' in found["notices"][0], "fields stand in quotes" in found["notices"][1]] == [
             True
         ] * 2
     with pytest.raises(UserError, match=r"max_item_tokens 65: .* reads 64 tokens of a text at most"):
-        estimate(source, model, Options(name="x", max_item_tokens=65), 1, lambda texts, _: ([], []))
+        estimate(source, model, JobOptions(max_item_tokens=65), 1, lambda texts, _: ([], []))
 
 
 def test_the_rate_follows_what_workers_did_last(engine: Engine) -> None:

@@ -14,23 +14,23 @@ from pipeline.deliver import Deliveries
 from pipeline.errors import UserError
 from pipeline.intake import read_chunk
 from pipeline.jobs import Claim, RejectCode
+from pipeline.options import KeptOptions, UserTable
 from pipeline.store import into, jobs
-from pipeline.store.into import Into
 from pipeline.writeback import write_chunk
 from tests.jobs_made import DIMENSIONS, DONE, job_row, make_job, make_model, part_of, run_sql, taken, vectors_of
 
 _TABLE = "create table public.docs (id text primary key, title text, embedding vector(4))"
 
 
-def checked(engine: Engine, name: str = "public.docs", key: str = "id", hnsw: bool = False) -> Into:
+def checked(engine: Engine, name: str = "public.docs", key: str = "id", hnsw: bool = False) -> UserTable:
     with engine.begin() as connection:
         return into.check(connection, name, key_column=key, dimensions=DIMENSIONS, hnsw=hnsw)
 
 
-def claim_into(engine: Engine, target: Into, count: int = 8) -> Claim:
+def claim_into(engine: Engine, target: UserTable, count: int = 8) -> Claim:
     job = make_job(engine, make_model(engine), count, per_chunk=count)
     claim = taken(engine, job)
-    return replace(claim, options={**claim.options, "into": target.to_json()})
+    return replace(claim, options=replace(claim.options, table=target))
 
 
 def commit(engine: Engine, claim: Claim, indexes: Sequence[int], keys: Sequence[str | None]) -> None:
@@ -51,7 +51,8 @@ def test_rows_are_inserted_and_updated(engine: Engine) -> None:
     run_sql(engine, _TABLE)
     run_sql(engine, "insert into public.docs values ('k1', 'kept', '[9,9,9,9]'), ('other', 'untouched', null)")
     target = checked(engine)
-    assert Into.from_json(target.to_json()) == target
+    kept = KeptOptions(table=target)
+    assert KeptOptions.from_json(kept.to_json()) == kept
     commit(engine, claim_into(engine, target), [0, 1], ["k0", "k1"])
     found = in_table(engine)
     assert found.keys() == {"k0", "k1", "other"}
@@ -171,7 +172,7 @@ def test_a_table_that_refuses_its_index_pauses_the_job(engine: Engine) -> None:
     commit(engine, claim, range(8), [f"k{index}" for index in range(8)])
     run_sql(engine, "alter table public.docs drop column embedding")
     deliveries = Deliveries(engine)
-    options = json.dumps({"into": target.to_json(), "hnsw": True})
+    options = json.dumps(KeptOptions(table=target, hnsw=True).to_json())
     run_sql(engine, "update vectormill.jobs set options = options || cast(:options as jsonb)", options=options)
     with engine.begin() as connection:
         job = jobs.by_id(connection, claim.job_id)

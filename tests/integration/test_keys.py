@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.sources import Columns, Corpus, Rows
+from pipeline.options import Columns
+from pipeline.sources import Corpus, Rows
 from pipeline.sources.batch_lines import BatchLines
 from pipeline.sources.query import QueryCorpus
 from pipeline.sources.reference import read_extent

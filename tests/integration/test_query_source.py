@@ -10,7 +10,8 @@ from sqlalchemy import Engine
 
 from pipeline.errors import LeaseLost, ServiceUnreachable, SourceError, SourceStopped, UserError
 from pipeline.jobs import RejectCode
-from pipeline.sources import Columns, query
+from pipeline.options import Columns
+from pipeline.sources import query
 from pipeline.sources.query import QueryCorpus
 from tests.jobs_made import run_sql
 
@@ -152,7 +153,7 @@ def test_the_fingerprint_knows_no_password(database: str) -> None:
 def test_memory_stays_small(database: str) -> None:
     program = """
 import resource, sys
-from pipeline.sources import Columns
+from pipeline.options import Columns
 from pipeline.sources.query import QueryCorpus
 query = "select n as id, repeat('x', 1000) as text from generate_series(1, {}) n"
 def peak(count):

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.jobs import Model
 from pipeline.results import export
 from pipeline.store import embeddings
+from pipeline.vectors import VectorType
 from pipeline.writeback import write_chunk
 from tests.jobs_made import DIMENSIONS, DONE, make_job, part_of, reject, run_sql, taken, vectors_of
 
@@ -116,11 +117,11 @@ def test_a_failed_export_leaves_the_old_file(
     target.write_text("old")
     decode, calls = embeddings._decode, []
 
-    def fail_late(wire: bytes, element: str) -> object:
+    def fail_late(wire: bytes, kept_as: VectorType) -> object:
         calls.append(1)
         if len(calls) > 3_000:
             raise OSError("the disk is full")
-        return decode(wire, element)
+        return decode(wire, kept_as)
 
     monkeypatch.setattr(embeddings, "_decode", fail_late)
     with pytest.raises(UserError, match="the disk is full"):

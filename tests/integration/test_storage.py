@@ -10,7 +10,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import SourceChanged, SourceError, StorageRefused, StorageUnreachable, UserError
-from pipeline.sources import Columns, Corpus
+from pipeline.options import Columns
+from pipeline.sources import Corpus
 from tests.acceptance.faults.disk import small_disk
 from tests.object_store import environment_of, s3_server
 

@@ -17,10 +17,11 @@ from pipeline import staging
 from pipeline.dispatch import Dispatcher, finish
 from pipeline.errors import IdempotencyConflict, LeaseLost, ServiceUnreachable, SourceError, UserError
 from pipeline.jobs import JobState, Model, Reason, Upstream
+from pipeline.options import Columns, JobOptions
 from pipeline.publish import Publisher
-from pipeline.sources import Columns, Corpus
+from pipeline.sources import Corpus
 from pipeline.store import jobs
-from pipeline.submission import Options, Planning, Submission, Submitted
+from pipeline.submission import Planning, Submission, Submitted
 from pipeline.submit import submit
 from tests.jobs_made import chunk_rows, count, job_row, run_sql, taken
 
@@ -47,11 +48,13 @@ def run(engine: Engine, model: Model) -> Callable[..., Submitted]:
 def submission(
     model: Model, source: str, *, stdin: Any = None, columns: Columns | None = None, lease: float = 30, **options: Any
 ) -> Submission:
+    own = {name: options.pop(name) for name in ("name", "priority", "labels", "idempotency_key") if name in options}
     return Submission(
         workspace_id=1,
         model=model,
         corpus=Corpus([source], columns or Columns(), 1_000_000, stdin),
-        options=Options(name="corpus", **options),
+        options=JobOptions(**options),
+        **{"name": "corpus", **own},
         planning=Planning(chunk_seconds=1, chunk_items=4, chunk_bytes=10_000, lease_seconds=lease),
     )
 
@@ -185,7 +188,7 @@ def test_a_key_that_comes_twice_is_refused_if_asked(engine: Engine, run: Callabl
 
 def test_an_item_without_key_is_refused_if_keys_must_be_unique(engine: Engine, run: Callable[..., Submitted]) -> None:
     name = jsonl([{"id": "a", "text": "t"}, {"id": None, "text": ""}, {"id": None, "text": "t"}])
-    with pytest.raises(UserError, match=r"unique keys are asked for, and item 2 has none"):
+    with pytest.raises(UserError, match=r"unique_keys: item 2 has no key"):
         run(name, unique_keys=True)
     assert nothing_is_left(engine)
     done = run(name)
@@ -198,8 +201,8 @@ def test_what_is_said_of_a_corpus_is_kept(engine: Engine, run: Callable[..., Sub
     Path("a.tsv").write_text('Id\ttext\n1\t"x"\n')
     done = run("a.tsv", by_reference=by_reference)
     assert done.notices == [
-        'a.tsv line 1: no column "id", so these items have no key; columns are Id, text. If one holds keys, '
-        "use --key-column Id.",
+        'a.tsv line 1: no column "id", so these items have no key; columns are Id, text. If "Id" holds '
+        "keys, name it as the key column.",
         "a.tsv: fields stand in quotes, first on line 2, and keep them, since TSV has no quoting; to read them "
         "without, set quote to '\"'.",
     ]
@@ -234,7 +237,7 @@ def test_wrong_options_are_refused(engine: Engine, run: Callable[..., Submitted]
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"max_item_tokens": 128}, "--max-item-tokens 128"), ({"on_long": "reject"}, "--on-long reject")],
+    [({"max_item_tokens": 128}, "max_item_tokens 128"), ({"on_long": "reject"}, "on_long reject")],
 )
 def test_a_gateways_texts_are_not_measured_here(
     engine: Engine, model: Model, options: dict[str, Any], said: str

@@ -1,12 +1,12 @@
 """Whose chunk is rung for next."""
 
 from collections import Counter
-from typing import Any
 from uuid import UUID
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.jobs import ActiveJob, JobState
 from pipeline.rounds import Tokens, choose
 from pipeline.store.chunks import InFlight
 
@@ -19,18 +19,24 @@ class Feed:
         return next(self._chunks, None)
 
 
-def job(number: int, *, workspace: int = 1, weight: float = 1.0, priority: int = 0) -> dict[str, Any]:
-    return {"id": UUID(int=number), "workspace_id": workspace, "weight": weight, "priority": priority}
+def job(number: int, *, workspace: int = 1, weight: float = 1.0, priority: int = 0) -> ActiveJob:
+    return ActiveJob(
+        id=UUID(int=number),
+        state=JobState.RUNNING,
+        model="model",
+        workspace_id=workspace,
+        weight=weight,
+        priority=priority,
+        max_rejects=None,
+    )
 
 
-def chosen(
-    jobs: list[dict[str, Any]], room: int, sizes: list[int], in_flight: dict[int, int] | None = None
-) -> list[int]:
+def chosen(jobs: list[ActiveJob], room: int, sizes: list[int], in_flight: dict[int, int] | None = None) -> list[int]:
     """The jobs' numbers in the order they are rung for; `in_flight` are tokens of jobs, by their numbers."""
-    spaces = {each["id"].int: each["workspace_id"] for each in jobs}
+    spaces = {each.id.int: each.workspace_id for each in jobs}
     running = (in_flight or {}).items()
     tokens = Tokens([InFlight(UUID(int=number), "model", spaces[number], count) for number, count in running])
-    feeds = {each["id"]: Feed(each["id"].int, size) for each, size in zip(jobs, sizes, strict=True)}
+    feeds = {each.id: Feed(each.id.int, size) for each, size in zip(jobs, sizes, strict=True)}
     return [job_id.int for job_id, _ in choose(jobs, feeds, tokens, room)]
 
 
@@ -64,14 +70,14 @@ def test_who_has_much_in_flight_waits() -> None:
 
 def test_chunks_without_tokens_share_too() -> None:
     jobs = [job(1, workspace=1), job(2, workspace=2)]
-    feeds = {each["id"]: Feed(each["id"].int, 9, tokens=0) for each in jobs}
+    feeds = {each.id: Feed(each.id.int, 9, tokens=0) for each in jobs}
     assert Counter(job_id.int for job_id, _ in choose(jobs, feeds, Tokens(), 6)) == {1: 3, 2: 3}
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(-2, 2), st.integers(0, 6)), max_size=6), st.integers(-3, 20))
 def test_never_more_than_room_and_each_chunk_once(made: list[tuple[int, int, int]], room: int) -> None:
     jobs = [job(number, workspace=space, priority=level) for number, (space, level, _) in enumerate(made)]
-    feeds = {each["id"]: Feed(each["id"].int, size) for each, (*_, size) in zip(jobs, made, strict=True)}
+    feeds = {each.id: Feed(each.id.int, size) for each, (*_, size) in zip(jobs, made, strict=True)}
     found = list(choose(jobs, feeds, Tokens(), room))
     assert len(found) == max(0, min(room, sum(size for *_, size in made)))
     assert len(set(found)) == len(found)

@@ -1,6 +1,7 @@
 """How many rejects a job may have, and what becomes of it at its end."""
 
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.control import outcome, reject_limit
 from pipeline.errors import UserError
+from pipeline.job_status import Account
 
 
 @pytest.mark.parametrize(
@@ -51,9 +53,10 @@ def test_a_wrong_option_is_named(option: str) -> None:
 def ended(
     *, into: int = 100, rejected: int = 0, lost: int = 0, limit: int | None = None, ends_as: str | None = None
 ) -> Any:
-    row: Any = {"ends_as": ends_as, "reason": "by_user", "message": "why", "max_rejects": limit}
-    embedded = into - rejected - lost
-    return outcome(row, {"items": {"in": into, "embedded": embedded, "reused": 0, "rejected": rejected}})
+    job: Any = SimpleNamespace(ends_as=ends_as, reason="by_user", message="why", max_rejects=limit)
+    items = {"in": into, "embedded": into - rejected - lost, "reused": 0, "rejected": rejected, "cancelled": 0}
+    account = {"items": items, "tokens": {"prompt": 0, "reused": 0}, "balanced": not lost}
+    return outcome(job, Account.model_validate(account))
 
 
 @pytest.mark.parametrize(("lost", "said"), [(5, "5 items missing"), (-2, "2 items too many")])

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import pytest
 from fastapi import APIRouter, FastAPI
@@ -11,7 +12,8 @@ from starlette.testclient import TestClient
 
 from pipeline.api.dashboard import drawing, words
 from pipeline.api.dashboard.answer import PageRoute
-from pipeline.jobs import Reason, RejectCode
+from pipeline.job_status import ChunkCounts, ItemCounts, JobStatus, Rate, TokenCounts
+from pipeline.jobs import JobState, Reason, RejectCode
 from pipeline.store.charts import Cell
 
 NOW = datetime(2026, 9, 1, 12, 0, 0, tzinfo=UTC)
@@ -61,15 +63,26 @@ def test_age(seconds: float, said: str) -> None:
     assert words.age(NOW - timedelta(seconds=seconds), NOW) == said
 
 
-def status(*, over: int, pace: float, elapsed: float, state: str = "running", total: int = 1_000) -> dict[str, Any]:
-    items = dict.fromkeys(("embedded", "reused", "rejected", "cancelled"), 0)
-    return {
-        "state": state,
-        "items": {**items, "total": total, "embedded": over, "pending": total - over},
-        "rate": {"items_per_second": pace},
-        "started_at": (NOW - timedelta(seconds=elapsed)).isoformat(),
-        "finished_at": None,
-    }
+def status(*, over: int, pace: float, elapsed: float, state: str = "running", cancelled: int = 0) -> JobStatus:
+    return JobStatus(
+        id=UUID(int=1),
+        name="docs",
+        state=JobState(state),
+        reason=None,
+        message=None,
+        model="m",
+        labels={},
+        output=None,
+        notices=[],
+        items=ItemCounts(total=1_000, embedded=over, cancelled=cancelled, pending=1_000 - over - cancelled),
+        tokens=TokenCounts(),
+        rate=Rate(items_per_second=pace),
+        eta_seconds=None,
+        chunks=ChunkCounts(),
+        created_at=NOW - timedelta(seconds=elapsed),
+        started_at=NOW - timedelta(seconds=elapsed),
+        finished_at=None,
+    )
 
 
 def test_time_left_shows_what_is_not_known() -> None:
@@ -85,10 +98,9 @@ def test_time_left_shows_what_is_not_known() -> None:
 
 
 def test_progress_of_what_failed_is_what_has_a_vector() -> None:
-    failed = status(over=300, pace=0, elapsed=9, state="failed")
-    failed["items"] |= {"cancelled": 700, "pending": 0}
-    assert words.progress(failed) == "30 %"
-    assert words.progress(failed | {"state": "completed"}) == "100 %"
+    how = {"over": 300, "pace": 0, "elapsed": 9, "cancelled": 700}
+    assert words.progress(status(**how, state="failed")) == "30 %"
+    assert words.progress(status(**how, state="completed")) == "100 %"
 
 
 def test_every_code_and_reason_is_told() -> None:

@@ -1,11 +1,18 @@
 """Numbers and times as people read them."""
 
 from io import StringIO
+from uuid import UUID
 
 import pytest
 from rich.console import Console
 
 from pipeline.cli.look import ledger
+from pipeline.job_status import Receipt
+
+
+def receipt(items: dict[str, int], tokens: dict[str, int], truncated: int) -> Receipt:
+    account = {"items": items, "tokens": tokens, "truncated": truncated, "balanced": True}
+    return Receipt.model_validate({"id": UUID(int=1), "state": "completed", **account})
 
 
 @pytest.mark.parametrize(
@@ -16,7 +23,7 @@ def test_a_receipt_shows_the_bill_where_it_differs(billed: int, unanswered: int,
     items = {"in": 9, "embedded": 9, "reused": 0, "rejected": 0, "cancelled": 0}
     tokens = {"prompt": 90, "billed": billed, "unanswered": unanswered, "reused": 0}
     out = Console(file=StringIO(), width=80)
-    out.print(ledger({"id": "01", "items": items, "tokens": tokens, "truncated": 0}, {}))
+    out.print(ledger(receipt(items, tokens, 0), {}))
     assert isinstance(out.file, StringIO)
     lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
     assert [line for line in lines if line.startswith(("billed", "unanswered"))] == rows
@@ -26,7 +33,7 @@ def test_a_receipt_says_how_many_texts_were_cut_and_what_to_do() -> None:
     items = {"in": 9, "embedded": 9, "reused": 0, "rejected": 0, "cancelled": 0}
     tokens = {"prompt": 90, "billed": 90, "unanswered": 0, "reused": 0}
     out = Console(file=StringIO(), width=300)
-    out.print(ledger({"id": "01", "items": items, "tokens": tokens, "truncated": 1_200}, {}))
+    out.print(ledger(receipt(items, tokens, 1_200), {}))
     assert isinstance(out.file, StringIO)
     lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
     assert "truncated 1,200" in lines

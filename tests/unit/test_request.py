@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.request import default_name, read_request
+from pipeline.request import default_name, read_request, read_sent
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_default_names(source: str, name: str, tmp_path: Path, monkeypatch: pyte
 )
 def test_what_is_refused(fields: dict[str, object], told: str) -> None:
     with pytest.raises(UserError) as raised:
-        read_request({"model": "m", **fields})
+        read_sent({"model": "m", **fields})
     assert str(raised.value) == told
 
 
@@ -57,9 +57,9 @@ def test_what_is_refused(fields: dict[str, object], told: str) -> None:
 def test_signs(delimiter: str, quote: str | None, read: tuple[str, str | None]) -> None:
     wish = read_request({"model": "m", "delimiter": delimiter, "quote": quote})
     again = read_request(wish.model_dump())
-    assert (again.columns().delimiter, again.columns().quote) == read
+    assert (again.columns.delimiter, again.columns.quote) == read
 
 
 def test_unique_keys_demand_a_key_column() -> None:
-    assert not read_request({"model": "m"}).columns().key_required
-    assert read_request({"model": "m", "unique_keys": True}).columns().key_required
+    assert not read_request({"model": "m"}).columns.key_required
+    assert read_request({"model": "m", "unique_keys": True}).columns.key_required

@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.jobs import RejectCode
 from pipeline.store.embeddings import NO_ROWS, Rows
+from pipeline.vectors import VectorType
 from pipeline.writeback import split_bad_vectors
 
 GOOD = [1.0, 2.0, 3.0]
@@ -36,14 +37,14 @@ def rows(*vectors: list[float]) -> Rows:
     ],
 )
 def test_bad_vectors_become_rejects(vector: list[float], half: bool, bad: bool) -> None:
-    kept, rejects = split_bad_vectors(rows(GOOD, vector, GOOD), 3, half=half)
+    kept, rejects = split_bad_vectors(rows(GOOD, vector, GOOD), 3, VectorType.FLOAT16 if half else VectorType.FLOAT32)
     assert kept.indexes.tolist() == ([10, 12] if bad else [10, 11, 12])
     assert [(each.index, each.key, each.code) for each in rejects] == [(11, "k1", RejectCode.BAD_VECTOR)] * bad
     assert len(kept.keys) == len(kept.vectors) == len(kept.tokens) == len(kept.truncated)
 
 
 def test_columns_stay_together() -> None:
-    kept, _ = split_bad_vectors(rows([0, 0, 0], GOOD, [4, 5, 6]), 3, half=False)
+    kept, _ = split_bad_vectors(rows([0, 0, 0], GOOD, [4, 5, 6]), 3, VectorType.FLOAT32)
     assert kept.keys == ["k1", "k2"]
     assert kept.vectors.tolist() == [GOOD, [4, 5, 6]]
     assert (kept.tokens.tolist(), kept.truncated.tolist()) == ([1, 2], [False, True])
@@ -52,8 +53,8 @@ def test_columns_stay_together() -> None:
 @pytest.mark.parametrize("dimensions", [2, 4])
 def test_another_size_is_an_error(dimensions: int) -> None:
     with pytest.raises(ValueError, match=f"for 1 × {dimensions}"):
-        split_bad_vectors(rows(GOOD), dimensions, half=False)
+        split_bad_vectors(rows(GOOD), dimensions, VectorType.FLOAT32)
 
 
 def test_no_rows_are_good() -> None:
-    assert split_bad_vectors(NO_ROWS, 3, half=False) == (NO_ROWS, [])
+    assert split_bad_vectors(NO_ROWS, 3, VectorType.FLOAT32) == (NO_ROWS, [])

@@ -1,7 +1,6 @@
 """One job: where it stands, its chunks, its rejects."""
 
 from collections import defaultdict
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -15,7 +14,8 @@ from pipeline.api.dashboard import drawing
 from pipeline.api.dashboard.answer import PageRoute, show
 from pipeline.api.dashboard.session import Viewer
 from pipeline.errors import UnknownJob
-from pipeline.jobs import RETRYABLE_REJECTS, JobState, RejectCode
+from pipeline.jobs import RETRYABLE_REJECTS, Job, JobState, RejectCode
+from pipeline.options import JobOptions, KeptOptions
 from pipeline.store import charts, items, models, workers
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
@@ -24,30 +24,18 @@ _FIRST_REJECTS = 3
 _FIRST_INPUTS = 5
 _PAGE = 50
 _MOST_CHARACTERS = 4_000
-#: Options, as the page calls them; those that are off aren't shown.
-_OPTIONS = {
-    "dimensions": "dimensions",
-    "dtype": "kept as",
-    "max_item_tokens": "longest text, tokens",
-    "on_long": "longer texts",
-    "max_rejects": "rejects allowed",
-    "unique_keys": "unique keys",
-    "by_reference": "read by workers from the source",
-    "output": "vectors go to",
-    "hnsw": "index on the table",
-}
 
 
-def visible_job(connection: Connection, viewer: Viewer, job_id: UUID) -> RowMapping:
-    """A job's row.
+def visible_job(connection: Connection, viewer: Viewer, job_id: UUID) -> Job:
+    """A job.
 
     Raises:
         UnknownJob: there is none that the viewer may see.
     """
-    row = status.job_row(connection, job_id)
-    if not viewer.sees(row["workspace_id"]):
+    job = status.known_job(connection, job_id)
+    if not viewer.sees(job.workspace_id):
         raise UnknownJob
-    return row
+    return job
 
 
 @router.get("/jobs/{job_id}")
@@ -59,27 +47,27 @@ async def show_job(request: Request, job_id: UUID) -> Response:
 def _job(connection: Connection, viewer: Viewer, *, job_id: UUID) -> dict[str, Any]:
     row = visible_job(connection, viewer, job_id)
     standing = status.job_status(connection, job_id)
-    state = JobState(row["state"])
+    state = row.state
     cost, device_seconds = charts.cost(connection, job_id)
     files, first_files = charts.inputs(connection, job_id, _FIRST_INPUTS)
-    total_chunks = sum(standing["chunks"].values())
-    model = models.by_name(connection, row["model_name"])
+    total_chunks = standing.chunks.total
+    model = models.by_name(connection, row.model)
     return {
         "job": standing,
         "row": row,
         "workspace": charts.workspace_of(connection, job_id),
         "ahead": charts.queue_positions(connection, [job_id]).get(job_id),
-        "unserved": state in (JobState.QUEUED, JobState.RUNNING) and not _is_served(connection, row["model_name"]),
+        "unserved": state in (JobState.QUEUED, JobState.RUNNING) and not _is_served(connection, row.model),
         "cost": cost,
         "price": model and model["price_per_million"],
         "device_seconds": device_seconds,
         "chart": _throughput(connection, job_id, row),
         "strip": drawing.strip(charts.strip(connection, job_id, total_chunks, drawing.MOST_CELLS)),
         "total_chunks": total_chunks,
-        "rejects": _rejects_by_code(connection, job_id) if standing["items"]["rejected"] else [],
+        "rejects": _rejects_by_code(connection, job_id) if standing.items.rejected else [],
         "receipt": status.receipt(connection, job_id),
         "attempts": charts.attempts(connection, job_id),
-        "options": _options(row["options"]) | ({"notes": " ".join(row["notices"])} if row["notices"] else {}),
+        "options": _options(row.options) | ({"notes": " ".join(row.notices)} if row.notices else {}),
         "files": files,
         "first_files": first_files,
         "retry": _retry(connection, row, state),
@@ -91,14 +79,14 @@ def _is_served(connection: Connection, model: str) -> bool:
     return any(model in worker["models"] for worker in workers.live(connection))
 
 
-def _throughput(connection: Connection, job_id: UUID, row: RowMapping) -> drawing.Chart | None:
-    begin = row["started_at"]
+def _throughput(connection: Connection, job_id: UUID, row: Job) -> drawing.Chart | None:
+    begin = row.started_at
     if begin is None:
         return None
-    end = max(begin, row["finished_at"] or datetime.now(UTC))
+    end = max(begin, row.finished_at or datetime.now(UTC))
     width = drawing.width_of_columns((end - begin).total_seconds())
     spans = charts.throughput(connection, job_id, width, begin)
-    return drawing.throughput(spans, width, begin, end, going_on=not row["finished_at"]) if spans else None
+    return drawing.throughput(spans, width, begin, end, going_on=not row.finished_at) if spans else None
 
 
 def _rejects_by_code(connection: Connection, job_id: UUID) -> list[dict[str, Any]]:
@@ -112,22 +100,24 @@ def _rejects_by_code(connection: Connection, job_id: UUID) -> list[dict[str, Any
     ]
 
 
-def _retry(connection: Connection, row: RowMapping, state: JobState) -> RowMapping | None:
+def _retry(connection: Connection, row: Job, state: JobState) -> RowMapping | None:
     """What could be tried again of a job that has ended; None: nothing."""
-    if state not in (JobState.COMPLETED, JobState.FAILED) or row["texts_removed_at"]:
+    if state not in (JobState.COMPLETED, JobState.FAILED) or row.texts_removed_at:
         return None
-    found = charts.reopenable(connection, row["id"], sorted(RETRYABLE_REJECTS))
+    found = charts.reopenable(connection, row.id, sorted(RETRYABLE_REJECTS))
     return found if found["rejects"] or found["chunks"] else None
 
 
-def _options(options: Mapping[str, Any]) -> dict[str, Any]:
-    shown = {title: options[name] for name, title in _OPTIONS.items() if options.get(name)}
-    columns = options.get("columns") or {}
-    shown |= {f"{name} column": columns[name] for name in ("text", "key") if columns.get(name)}
-    if columns.get("carry"):
-        shown["carried columns"] = ", ".join(columns["carry"])
-    if options.get("into"):
-        shown["vectors go also to"] = options["into"].get("table", "a table of yours")
+def _options(options: KeptOptions) -> dict[str, Any]:
+    """Those that are on, as the page calls them."""
+    titles = {name: field.title for name, field in JobOptions.model_fields.items() if field.title}
+    shown = {title: getattr(options, name) for name, title in titles.items() if getattr(options, name)}
+    columns = options.columns
+    shown |= {"text column": columns.text, "key column": columns.key}
+    if columns.carry:
+        shown["carried columns"] = ", ".join(columns.carry)
+    if options.table:
+        shown["vectors go also to"] = options.table.table
     return {title: "yes" if value is True else value for title, value in shown.items()}
 
 
@@ -158,17 +148,17 @@ def _reject_page(
         "more": shown[-1]["index"] if len(found) > _PAGE else None,
         "text_index": index,
         "text": None if index is None else _text(connection, row, index),
-        "live": 30 if JobState(row["state"]).ended else 2,
+        "live": 30 if row.state.ended else 2,
     }
 
 
-def _text(connection: Connection, row: RowMapping, index: int) -> dict[str, Any]:
+def _text(connection: Connection, row: Job, index: int) -> dict[str, Any]:
     """An item's text, or why it isn't there."""
-    if row["options"].get("by_reference"):
+    if row.options.by_reference:
         return {"why": "The text is in the source file; Postgres keeps none of this job's."}
-    if row["texts_removed_at"] and index < row["texts_kept_from"]:
-        return {"why": f"The text was removed on {row['texts_removed_at']:%Y-%m-%d}, as set for ended jobs."}
-    found = charts.text_of(connection, row["id"], index, _MOST_CHARACTERS)
+    if row.texts_removed_at and index < row.texts_kept_from:
+        return {"why": f"The text was removed on {row.texts_removed_at:%Y-%m-%d}, as set for ended jobs."}
+    found = charts.text_of(connection, row.id, index, _MOST_CHARACTERS)
     if found is None or found["text"] is None:
         return {"why": "The text was not kept: the item was rejected when it was read."}
     return {"text": found["text"], "characters": found["characters"], "cut": found["characters"] > _MOST_CHARACTERS}

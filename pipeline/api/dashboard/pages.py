@@ -56,11 +56,8 @@ def _jobs(
     shown = found[:_PAGE]
     return {
         "jobs": shown,
-        "positions": {
-            str(job_id): before_it
-            for job_id, before_it in charts.queue_positions(connection, [UUID(job["id"]) for job in shown]).items()
-        },
-        "more": shown[-1]["id"] if len(found) > _PAGE else None,
+        "positions": charts.queue_positions(connection, [job.id for job in shown]),
+        "more": shown[-1].id if len(found) > _PAGE else None,
         "by_state": {each.value: by_state[each] for each in JobState if by_state[each] or each == state},
         "by_model": dict(by_model),
         "total": sum(count for *_, count in counts),

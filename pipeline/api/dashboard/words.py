@@ -1,15 +1,14 @@
 """Numbers and times as people say them, and what each code means for the one who reads it. Pure."""
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
 from urllib.parse import urlsplit
 
 from markupsafe import Markup
 
 from pipeline.figures import duration
-from pipeline.jobs import Reason, RejectCode
+from pipeline.job_status import JobStatus
+from pipeline.jobs import JobState, Reason, RejectCode
 
 _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
 
@@ -37,12 +36,12 @@ def percent(part: float, whole: float) -> str:
     return f"{min(99, max(1, round(share)))} %" if 0 < share < 100 else f"{share:.0f} %"
 
 
-def progress(status: Mapping[str, Any]) -> str:
+def progress(status: JobStatus) -> str:
     """How far a job has come; of one that ended early, how much has a vector."""
-    items = status["items"]
-    if status["state"] in ("failed", "cancelled"):
-        return percent(items["embedded"] + items["reused"], items["total"])
-    return percent(items["total"] - items["pending"], items["total"])
+    items = status.items
+    if status.state in (JobState.FAILED, JobState.CANCELLED):
+        return percent(items.embedded + items.reused, items.total)
+    return percent(items.over, items.total)
 
 
 def count(value: int, noun: str, plural: str | None = None) -> str:
@@ -89,34 +88,30 @@ def exact(moment: datetime) -> str:
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def ago(moment: datetime | str | None) -> Markup:
+def ago(moment: datetime | None) -> Markup:
     """`age` as an element that tells the exact time to whoever hovers."""
     if moment is None:
         return Markup("–")
-    then = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(then.isoformat(), exact(then), age(then))
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(moment.isoformat(), exact(moment), age(moment))
 
 
-def time_left(status: Mapping[str, Any], now: datetime | None = None) -> str | None:
+def time_left(status: JobStatus, now: datetime | None = None) -> str | None:
     """How long a job that runs still takes, from its last minute's pace and from its pace since it began: the two
     differ by what isn't known. None: it isn't running, or nothing is committed to judge by."""
-    items = status["items"]
-    over = items["total"] - items["pending"]
-    pace = status["rate"]["items_per_second"]
-    if status["state"] != "running" or not status["started_at"] or not pace or not over:
+    items, pace = status.items, status.rate.items_per_second
+    if status.state is not JobState.RUNNING or not status.started_at or not pace or not items.over:
         return None
-    elapsed = ((now or datetime.now(UTC)) - datetime.fromisoformat(status["started_at"])).total_seconds()
-    guesses = sorted((items["pending"] / pace, items["pending"] * max(elapsed, 0.1) / over))
+    elapsed = ((now or datetime.now(UTC)) - status.started_at).total_seconds()
+    guesses = sorted((items.pending / pace, items.pending * max(elapsed, 0.1) / items.over))
     least, most = rough(guesses[0]), rough(guesses[1])
     return f"about {least}" if guesses[1] < 1.25 * guesses[0] or least == most else f"{least} to {most}"
 
 
-def took(status: Mapping[str, Any]) -> float | None:
+def took(status: JobStatus) -> float | None:
     """Seconds from a job's first claim to its end."""
-    if not status["started_at"] or not status["finished_at"]:
+    if not status.started_at or not status.finished_at:
         return None
-    begin, end = (datetime.fromisoformat(status[name]) for name in ("started_at", "finished_at"))
-    return max(0.0, (end - begin).total_seconds())
+    return max(0.0, (status.finished_at - status.started_at).total_seconds())
 
 
 def page_name(uri: str) -> str:

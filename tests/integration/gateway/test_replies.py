@@ -199,9 +199,9 @@ def test_a_gateway_that_says_no_usage(world: World, far: ScriptedGateway) -> Non
     world.must_be_done()
     assert run_sql(world.engine, "select count(*), sum(billed_tokens) from vectormill.attempts") == [(6, 11)]
     with world.engine.begin() as connection:
-        tokens = status.receipt(connection, world.job)["tokens"]
-    assert tokens["billed"] == 11, "the canary's"
-    assert tokens["unanswered"] == tokens["prompt"] > 0
+        tokens = status.receipt(connection, world.job).tokens
+    assert tokens.billed == 11, "the canary's"
+    assert tokens.unanswered == tokens.prompt > 0
 
 
 def test_a_count_of_tokens_that_no_text_has(world: World, far: ScriptedGateway) -> None:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.jobs import RejectCode
-from pipeline.sources import Columns, Corpus
+from pipeline.options import Columns
+from pipeline.sources import Corpus
 from pipeline.sources.open import whole_lines
 from pipeline.sources.rows import BLOCK_BYTES, BLOCK_ROWS, LongLine
 from tests.unit.sources.written import GOOD, MIB, put, put_parquet, read

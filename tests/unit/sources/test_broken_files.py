@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.jobs import RejectCode
-from pipeline.sources import Columns
+from pipeline.options import Columns
 from tests.unit.sources.written import GOOD, MIB, put, put_parquet, read, refusal, verdicts
 
 

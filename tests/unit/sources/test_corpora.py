@@ -5,7 +5,8 @@ import os
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.sources import Columns, Corpus, Format
+from pipeline.options import Columns
+from pipeline.sources import Corpus, Format
 from tests.unit.sources.written import GOOD, ITEM_BYTES, TWO, put, refusal
 
 

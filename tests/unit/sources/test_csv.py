@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.sources import Columns, Corpus
+from pipeline.options import Columns
+from pipeline.sources import Corpus
 from tests.unit.sources.written import DEFAULT, ITEM_BYTES, put, read, refusal
 
 rounds = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import SourceError
 from pipeline.jobs import RejectCode
-from pipeline.sources import Columns, Corpus, Rows
+from pipeline.options import Columns
+from pipeline.sources import Corpus, Rows
 from pipeline.sources.pages import Stored, pages
 from pipeline.sources.reference import read_extent
 from tests.unit.sources.test_reference import extents

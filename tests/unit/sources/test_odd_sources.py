@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.sources import Columns, Corpus
+from pipeline.options import Columns
+from pipeline.sources import Corpus
 
 LINE = '{"id": 1, "text": "t"}\n'
 

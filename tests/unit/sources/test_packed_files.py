@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from pipeline.errors import SourceError
-from pipeline.sources import Columns, Corpus
+from pipeline.options import Columns
+from pipeline.sources import Corpus
 from tests.unit.sources.written import GOOD, ITEM_BYTES, MIB, put, put_parquet, read, refusal
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstandard.compress}

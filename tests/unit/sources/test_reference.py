@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import SourceChanged, SourceError
 from pipeline.jobs import Extent, RejectCode
-from pipeline.sources import Columns, Corpus, Rows
+from pipeline.options import Columns
+from pipeline.sources import Corpus, Rows
 from pipeline.sources.reference import Places, read_extent
 
 ITEM_BYTES = 200

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.jobs import RejectCode
-from pipeline.sources import Columns, Rows
+from pipeline.options import Columns
+from pipeline.sources import Rows
 from tests.unit.sources.written import ITEM_BYTES, put, put_parquet, read, verdicts
 
 

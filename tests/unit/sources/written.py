@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.errors import SourceError
 from pipeline.jobs import RejectCode
-from pipeline.sources import Columns, Corpus, Rows
+from pipeline.options import Columns
+from pipeline.sources import Corpus, Rows
 from pipeline.sources.rows import BLOCK_ROWS
 
 ITEM_BYTES = 1000

@@ -1,0 +1,115 @@
+"""`vectormill.submit` leaves options to the dispatcher, which knows them from the one list that every door reads."""
+
+from alembic import op
+
+revision = "0017"
+down_revision = "0016"
+branch_labels = None
+depends_on = None
+
+# As before, but for the options: of them it looks at their size only.
+SUBMIT = """
+create or replace function vectormill.submit(
+  query text,
+  model text,
+  idempotency_key text default null,
+  name text default null,
+  text_column text default 'text',
+  key_column text default null,
+  options jsonb default '{}',
+  workspace text default 'default'
+) returns uuid
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  statement text := btrim(submit.query, E' \\t\\r\\n;');
+  wish jsonb := jsonb_strip_nulls(coalesce(submit.options, '{}'));
+  owner bigint;
+  roles text[];
+  digest text;
+  request vectormill.requests;
+  made uuid := encode(set_bit(set_bit(overlay(uuid_send(gen_random_uuid()) placing
+    substring(int8send(floor(extract(epoch from clock_timestamp()) * 1000)::bigint) from 3) from 1 for 6),
+    52, 1), 53, 1), 'hex')::uuid;
+begin
+  if coalesce(statement, '') = '' then
+    raise exception 'query: give one select.' using errcode = 'invalid_parameter_value';
+  end if;
+  if octet_length(statement) > 100000 then
+    raise exception 'query: it is longer than 100,000 bytes; put it into a view and select from that.'
+      using errcode = 'invalid_parameter_value';
+  end if;
+  if length(submit.idempotency_key) not between 1 and 200 then
+    raise exception 'idempotency_key: give 1 to 200 characters.' using errcode = 'invalid_parameter_value';
+  end if;
+  if jsonb_typeof(wish) <> 'object' then
+    raise exception 'options: give a JSON object.' using errcode = 'invalid_parameter_value';
+  end if;
+  if octet_length(wish::text) > 100000 then
+    raise exception 'options: they are longer than 100,000 bytes.' using errcode = 'invalid_parameter_value';
+  end if;
+  select w.id, w.sql_roles into owner, roles from vectormill.workspaces w where w.name = submit.workspace;
+  if owner is null then
+    raise exception 'no workspace "%".', submit.workspace using errcode = 'invalid_parameter_value';
+  end if;
+  if not (
+    submit.workspace = 'default' and roles = '{}'
+    or exists (select from pg_roles r where r.rolname = any(roles) and pg_has_role(session_user, r.oid, 'member'))
+    or pg_has_role(session_user, (select nspowner from pg_namespace where nspname = 'vectormill'), 'member')
+  ) then
+    raise exception 'role "%" may not ask for jobs in the workspace "%"; an operator lets it by: vectormill workspaces '
+      'set % --sql-role %', session_user, submit.workspace, submit.workspace, session_user
+      using errcode = 'insufficient_privilege';
+  end if;
+  if not exists (
+    select from vectormill.workspace_models e join vectormill.models m on m.name = e.model_name
+    where e.workspace_id = owner and (m.name = submit.model or submit.model = any(m.aliases))
+  ) then
+    raise exception 'no model "%" in the workspace "%".', submit.model, submit.workspace
+      using errcode = 'invalid_parameter_value';
+  end if;
+  if exists (select from vectormill.jobs j where j.workspace_id = owner and j.idempotency_key = submit.idempotency_key)
+     and not exists (select from vectormill.requests r
+                     where r.workspace_id = owner and r.idempotency_key = submit.idempotency_key) then
+    raise exception 'the idempotency key "%" made a job that was not asked for in SQL; use another key.',
+      submit.idempotency_key using errcode = 'unique_violation';
+  end if;
+
+  -- All that decides the result.
+  digest := encode(sha256(convert_to(jsonb_build_array(statement, submit.model, submit.text_column, submit.key_column,
+    wish - array['labels', 'priority', 'webhook'])::text, 'UTF8')), 'hex');
+  -- Locks the row that is there, so that no dispatcher ends the request meanwhile.
+  insert into vectormill.requests as r
+    (job_id, workspace_id, requested_by, query, model, name, text_column, key_column, options, idempotency_key,
+     payload_sha256)
+  values (made, owner, session_user, statement, submit.model, submit.name, submit.text_column, submit.key_column, wish,
+          submit.idempotency_key, digest)
+  on conflict (workspace_id, idempotency_key) do update set workspace_id = excluded.workspace_id
+  returning r.* into request;
+  if request.job_id = made then
+    return made;
+  end if;
+  if request.payload_sha256 <> digest then
+    raise exception
+      'the idempotency key "%" made job % from another payload (query, model or options differ); use another key.',
+      submit.idempotency_key, request.job_id using errcode = 'unique_violation';
+  end if;
+  if request.state = 'failed' or request.state = 'submitted' and not exists (
+    select from vectormill.jobs j where j.id = request.job_id and j.state <> 'failed'
+  ) then
+    update vectormill.requests r
+    set state = 'requested', reason = null, message = null, requested_by = session_user,
+        requested_at = clock_timestamp(), unreachable_since = null, finished_at = null,
+        query = statement  -- which may have been forgotten
+    where r.job_id = request.job_id;
+  end if;
+  return request.job_id;
+end
+$$
+"""
+
+
+def upgrade() -> None:
+    """Make the function anew."""
+    op.execute(SUBMIT)

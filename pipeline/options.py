@@ -1,0 +1,236 @@
+"""The options of a job: the one list that every door offers, and how a job's row keeps them."""
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
+
+from pipeline.vectors import VectorType
+
+#: Of names, columns and labels. Postgres takes no NUL in a text.
+Word = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern="^[^\0]*$")]
+Address = Annotated[str, StringConstraints(min_length=1, max_length=2_000, pattern="^[^\0]*$")]
+#: Columns of every file with vectors; those carried come after.
+OUR_COLUMNS = ("index", "key", "embedding", "tokens", "truncated")
+MOST_COLUMNS = 100
+#: What is easier to type than a sign, and what says that there is none.
+_SIGNS = {"tab": "\t", "\\t": "\t", "none": ""}
+
+#: Types of integers that a key may have.
+INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
+_INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
+
+
+class OnLong(enum.StrEnum):
+    """What becomes of a text that is longer than what is read."""
+
+    TRUNCATE = "truncate"
+    REJECT = "reject"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """The columns that a job reads."""
+
+    text: str = "text"
+    key: str = "id"
+    #: Whether a corpus without the key column is refused: the user named it.
+    key_required: bool = False
+    #: Columns that go into the results unchanged.
+    carry: tuple[str, ...] = ()
+    #: What stands between the fields of CSV and TSV; `None`: what the file's name says.
+    delimiter: str | None = None
+    #: What stands around fields of CSV and TSV; empty: nothing; `None`: what the file's name says.
+    quote: str | None = None
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """All that decides the rows of a corpus, for its fingerprint."""
+        dialect = (self.delimiter, self.quote)
+        return (self.text, self.key, self.carry, *(() if dialect == (None, None) else dialect))
+
+    @property
+    def required(self) -> tuple[tuple[str, str], ...]:
+        """Each column that must exist, after the option that names it."""
+        key = (("key_column", self.key),) if self.key_required else ()
+        return (("text_column", self.text), *key, *(("carry", column) for column in self.carry))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserTable:
+    """A table of the user's own that gets each vector too, by key; it has been checked."""
+
+    schema: str
+    table: str
+    key_column: str
+    #: The key's type: a string, an integer or a uuid.
+    key_type: str
+    vector_column: str
+    #: `vector` or `halfvec`.
+    vector_type: str
+
+    def key_fault(self, key: str | None) -> str | None:
+        """Why a key can't stand in the table, for a reject; `None` if it can."""
+        if key is None:
+            return f"key is missing; {self.schema}.{self.table} needs one"
+        if not _fits(key, self.key_type):
+            return f"key is no {self.key_type}, as {self.schema}.{self.table} needs"
+        return None
+
+
+def _fits(key: str, kind: str) -> bool:
+    """Whether Postgres casts a key to a column's type."""
+    if kind == "uuid":
+        return bool(_UUID.fullmatch(key))
+    if bits := INTEGER_BITS.get(kind):
+        return bool(_INTEGER.fullmatch(key)) and -(2 ** (bits - 1)) <= int(key) < 2 ** (bits - 1)
+    return True
+
+
+class JobOptions(BaseModel):
+    """What a person may choose of a job. A title is what a page calls the option."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text_column: Word = Field(default="text", description="The column or field that holds the texts.")
+    key_column: Word | None = Field(default=None, description="The column that holds your keys. Default: id.")
+    carry: tuple[Word, ...] = Field(default=(), max_length=MOST_COLUMNS, description="Columns to carry into results.")
+    quote: str | None = Field(
+        default=None, description='Around fields of .csv and .tsv: a character, or `none`. Default: ", and none.'
+    )
+    delimiter: str | None = Field(
+        default=None, description="Between fields of .csv and .tsv: a character, or `tab`. Default: comma, and tab."
+    )
+    dimensions: int | None = Field(
+        default=None, ge=1, le=16_000, title="dimensions", description="Size of the vectors."
+    )
+    dtype: VectorType = Field(default=VectorType.FLOAT32, title="kept as", description="How vectors are kept.")
+    max_item_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        title="longest text, tokens",
+        description="Read at most so many tokens of a text.",
+    )
+    on_long: OnLong = Field(default=OnLong.TRUNCATE, title="longer texts", description="What becomes of a longer text.")
+    max_rejects: str = Field(
+        default="",
+        max_length=30,
+        title="rejects allowed",
+        description="Fail beyond so many rejects, `50` or `2.5%`. Default: 10 % from 100 items on.",
+    )
+    unique_keys: bool = Field(
+        default=False, title="unique keys", description="Refuse a corpus with a key twice, or an item without."
+    )
+    by_reference: bool = Field(
+        default=False, title="read by workers from the source", description="Workers read the sources themselves."
+    )
+    output: Address | None = Field(
+        default=None,
+        title="vectors go to",
+        description="An empty folder or URI for Parquet files, which the operator allows.",
+    )
+    webhook: Address | None = Field(
+        default=None, description="Where the job's end is told, an address that the operator allows."
+    )
+    into: str | None = Field(default=None, description="A table of yours that gets each vector too, by key.")
+    hnsw: bool = Field(default=False, title="index on the table", description="Index that table's vectors at the end.")
+
+    @field_validator("delimiter", "quote")
+    @classmethod
+    def _read_sign(cls, given: str | None) -> str | None:
+        sign = _SIGNS.get(given or "", given)
+        if sign and (len(sign) > 1 or not sign.isascii() or sign.isalnum() or sign in "\0\r\n"):
+            raise ValueError("give one sign of ASCII, tab, or, to quote, none")
+        return sign
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, delimiter: str | None, info: ValidationInfo) -> str | None:
+        if delimiter == "":
+            raise ValueError("give one sign of ASCII, or tab")
+        quote = info.data.get("quote")  # validated before, as it stands before
+        if delimiter is not None and delimiter == ('"' if quote is None else quote):
+            raise ValueError("it can't be the quote too")
+        return delimiter
+
+    @field_validator("carry")
+    @classmethod
+    def _check_carry(cls, carry: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := next((name for name in carry if carry.count(name) > 1), None):
+            raise ValueError(f'"{twice}" is given twice')
+        if taken := sorted(set(carry) & set(OUR_COLUMNS)):
+            raise ValueError(f'results have a column "{taken[0]}" already')
+        return carry
+
+    @property
+    def columns(self) -> Columns:
+        """What is read of each row."""
+        return Columns(
+            text=self.text_column,
+            key=self.key_column or "id",
+            key_required=self.key_column is not None or self.unique_keys or self.into is not None,
+            carry=self.carry,
+            delimiter=self.delimiter,
+            quote=self.quote,
+        )
+
+    def decisive(self) -> dict[str, Any]:
+        """Those that decide the result, but for the columns, which the corpus knows."""
+        names = {"dimensions", "dtype", "max_item_tokens", "on_long", "max_rejects", "unique_keys", "by_reference"}
+        return self.model_dump(mode="json", include=names | {"output", "into", "hnsw"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptOptions:
+    """The options as a job's row keeps them, with what was found out when it was made."""
+
+    columns: Columns = Columns()
+    #: A longer text is rejected.
+    item_bytes: int = 0
+    dimensions: int | None = None
+    dtype: VectorType = VectorType.FLOAT32
+    max_item_tokens: int | None = None
+    on_long: OnLong = OnLong.TRUNCATE
+    max_rejects: str = ""
+    unique_keys: bool = False
+    #: Workers read the files themselves; Postgres gets no texts.
+    by_reference: bool = False
+    #: Folder or URI of the Parquet files that vectors go to, instead of Postgres.
+    output: str | None = None
+    #: Where the job's end is told, instead of where its workspace says.
+    webhook: str | None = None
+    table: UserTable | None = None
+    #: Whether that table gets an index at the job's end.
+    hnsw: bool = False
+
+    @classmethod
+    def of(cls, chosen: JobOptions, columns: Columns, item_bytes: int, table: UserTable | None) -> Self:
+        """What is kept of options that were chosen, for a corpus with these columns; `table` is what `into` names."""
+        same = {each.name for each in fields(cls)} & JobOptions.model_fields.keys()
+        found = {name: getattr(chosen, name) for name in same}
+        return cls(**found, columns=columns, item_bytes=item_bytes, table=table)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the row keeps them."""
+        kept = asdict(self)
+        kept["into"] = kept.pop("table")
+        return kept
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Self:
+        """As a row has them, also one that an older version has made."""
+        found = {each.name: kept[each.name] for each in fields(cls) if each.name in kept}
+        if columns := found.pop("columns", None):
+            # Before there was a choice TSV was read with quotes.
+            found["columns"] = Columns(**{"quote": '"', **columns, "carry": tuple(columns.get("carry", ()))})
+        if table := kept.get("into"):
+            found["table"] = UserTable(**table)
+        for name, kind in (("dtype", VectorType), ("on_long", OnLong)):
+            if name in found:
+                found[name] = kind(found[name])
+        return cls(**found)
