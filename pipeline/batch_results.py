@@ -19,7 +19,7 @@ from pipeline.errors import VectormillError
 from pipeline.jobs import BatchState, Job, Reason
 from pipeline.settings import Settings
 from pipeline.sources.batch_lines import Fault
-from pipeline.store import batches, embeddings, items, jobs
+from pipeline.store import batches, embeddings, items, jobs, rejects
 from pipeline.store import files as kept_files
 from pipeline.store.database import snapshot
 
@@ -155,8 +155,8 @@ def _why_failed(connection: Connection, job: Job, rejected: int) -> list[dict[st
             told = "no worker can use its model; the operator sees why"
         case reason:
             told = job.message or (reason or "it failed").replace("_", " ")
-    rejects = items.rejects_with_carried(connection, job.id, -1, _MOST_FAULTS - 1)
-    lines = [Fault(row["code"], row["message"], (row["carried"] or {}).get("line")) for row in rejects]
+    first = rejects.page_with_carried(connection, job.id, -1, _MOST_FAULTS - 1)
+    lines = [Fault(row["code"], row["message"], (row["carried"] or {}).get("line")) for row in first]
     return [asdict(fault) for fault in (Fault(job.reason or "failed", f"{told}."), *lines)]
 
 
@@ -193,7 +193,7 @@ def _written(vector: Any, carried: Mapping[str, Any] | None) -> Any:
 
 def _errors(connection: Connection, job_id: UUID, state: BatchState) -> Iterator[Mapping[str, Any]]:
     """A line for each reject; then, where the batch request was stopped, for each item whose turn didn't come."""
-    for row in _pages(partial(items.rejects_with_carried, connection, job_id)):
+    for row in _pages(partial(rejects.page_with_carried, connection, job_id)):
         yield _error_line(job_id, row, row["code"], row["message"])
     if state in _LEFT:
         code, message = _LEFT[state]

@@ -6,12 +6,12 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from pipeline import webhooks
 from pipeline.errors import IllegalTransition, NotRetriable, UserError
 from pipeline.job_status import Account
 from pipeline.jobs import RETRYABLE_REJECTS, Job, JobState, Reason
 from pipeline.status import known_job
-from pipeline.store import chunks, items, jobs, models, requests, stagings
+from pipeline.store import chunks, jobs, models, rejects, requests, stagings
+from pipeline.webhooks.events import request_ended
 
 _CANCELLED = "cancelled by a person"
 _UNACCOUNTED = (
@@ -43,7 +43,7 @@ def _cancel_request(connection: Connection, job_id: UUID) -> bool:
     if request is None:
         return False
     stagings.cancel(connection, job_id)
-    webhooks.request_ended(connection, request, JobState.CANCELLED, Reason.BY_USER, _CANCELLED)
+    request_ended(connection, request, JobState.CANCELLED, Reason.BY_USER, _CANCELLED)
     return True
 
 
@@ -119,7 +119,7 @@ def retry(connection: Connection, job_id: UUID) -> int:
 
 
 def _lasting_rejects(connection: Connection, job_id: UUID) -> int:
-    counts = items.count_rejects(connection, job_id)
+    counts = rejects.count_by_code(connection, job_id)
     return sum(count for code, count in counts.items() if code not in RETRYABLE_REJECTS)
 
 

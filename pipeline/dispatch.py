@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import control, metrics, standing, status, webhooks
+from pipeline import control, metrics, standing, status
 from pipeline.deliver import Deliveries
 from pipeline.errands import Errands
 from pipeline.errors import ServiceUnreachable
@@ -21,8 +21,9 @@ from pipeline.job_status import AccountedItems
 from pipeline.jobs import JobState, Reason
 from pipeline.publish import Publisher, queue_of
 from pipeline.rounds import Rounds
-from pipeline.store import chunks, events, items, jobs, losses, models, partitions, requests, usage, workers
+from pipeline.store import chunks, events, items, jobs, losses, models, partitions, rejects, requests, usage, workers
 from pipeline.store.database import is_connection_lost, plain_reason, reporting_unreachable
+from pipeline.webhooks.events import job_ended
 
 log = structlog.get_logger()
 
@@ -123,7 +124,7 @@ def finish(dispatcher: Dispatcher) -> None:
                 continue
             jobs.end(connection, job_id, state, account.model_dump(by_alias=True), reason=reason, message=message)
             jobs.save_progress(connection, job_id, status.sum_up(connection, job_id).model_dump(mode="json"))
-            webhooks.job_ended(connection, job, state, account, reason=reason, message=message)
+            job_ended(connection, job, state, account, reason=reason, message=message)
         _count_end(dispatcher, job_id, state, account.items)
         log.info(
             "job_ended",
@@ -140,7 +141,7 @@ def _count_end(dispatcher: Dispatcher, job_id: UUID, state: JobState, counts: Ac
         metrics.DISPATCHER_ITEMS.labels(outcome).inc(getattr(counts, outcome))
     if counts.rejected:
         with dispatcher.engine.begin() as connection:
-            by_code = items.count_rejects(connection, job_id)
+            by_code = rejects.count_by_code(connection, job_id)
         for code, times in by_code.items():
             metrics.DISPATCHER_REJECTS.labels(code).inc(times)
 

@@ -14,11 +14,12 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import batch_results, batches, files, metrics, sql_requests, staging, store, webhooks
+from pipeline import batch_results, batches, files, metrics, sql_requests, staging, store
 from pipeline.errors import Waiting
 from pipeline.settings import Settings
 from pipeline.store.database import is_connection_lost, plain_reason
 from pipeline.store.stagings import Producer
+from pipeline.webhooks.delivery import deliver as deliver_events
 
 log = structlog.get_logger()
 
@@ -86,7 +87,7 @@ ERRANDS: tuple[Errand, ...] = (
     Errand(
         "deliver_events",
         store.events.due,
-        lambda means, host: webhooks.deliver(means.engine, means.settings, host),
+        lambda means, host: deliver_events(means.engine, means.settings, host),
         at_once=4,
     ),
 )

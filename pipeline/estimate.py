@@ -160,7 +160,7 @@ def _runs(corpus: Corpus) -> Iterator[tuple[Extent, int]]:
 
 def _bytes(sample: _Sample, good: int, options: JobOptions, dimensions: int, *, by_reference: bool) -> dict[str, int]:
     """What the job would take in Postgres and in Parquet."""
-    vector = dimensions * options.dtype.element.itemsize
+    vector = dimensions * options.dtype.element_bytes
     text = sum(map(len, sample.texts)) // max(1, len(sample.texts))
     postgres = 0 if by_reference else sample.items * (text + sample.key_bytes + 90)
     if options.output:

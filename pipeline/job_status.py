@@ -108,10 +108,6 @@ class Account(BaseModel):
     tokens: AccountedTokens
     balanced: bool
 
-    def unbilled(self) -> "Account":
-        """Without what may change after the job's end: a lost claim's request may be answered late, and is billed."""
-        return self.model_copy(update={"tokens": self.tokens.model_copy(update={"billed": 0, "unanswered": 0})})
-
 
 class Receipt(BaseModel):
     """A job's account, and what counting the rows themselves says of it."""

@@ -268,6 +268,10 @@ class Reject:
     message: str
 
 
+#: Of one request, by OpenAI's own API.
+MOST_INPUTS = 2_048
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upstream:
     """Where a model of kind gateway is."""

@@ -8,8 +8,6 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
-from pipeline.vectors import VectorType
-
 #: Of names, columns and labels. Postgres takes no NUL in a text.
 Word = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern="^[^\0]*$")]
 Address = Annotated[str, StringConstraints(min_length=1, max_length=2_000, pattern="^[^\0]*$")]
@@ -23,6 +21,23 @@ _SIGNS = {"tab": "\t", "\\t": "\t", "none": ""}
 INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
+
+
+class VectorType(enum.StrEnum):
+    """How a job's vectors are kept; the values are numpy's names of an element's type."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+    @property
+    def element_bytes(self) -> int:
+        """Return the size of an element."""
+        return {VectorType.FLOAT32: 4, VectorType.FLOAT16: 2}[self]
+
+    @property
+    def column(self) -> str:
+        """Return the column of `embeddings` that holds such vectors."""
+        return {VectorType.FLOAT32: "vector", VectorType.FLOAT16: "half"}[self]
 
 
 class OnLong(enum.StrEnum):

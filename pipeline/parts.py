@@ -22,9 +22,9 @@ import structlog
 from pipeline import exact_json, storage
 from pipeline.errors import SourceChanged, UserError
 from pipeline.jobs import Claim
+from pipeline.options import VectorType
 from pipeline.store.embeddings import Rows
 from pipeline.store.outputs import Output
-from pipeline.vectors import VectorType
 
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 def schema(dimensions: int, kept_as: VectorType, carried: Sequence[str]) -> Any:
     """Columns of a file with vectors. A carried column of JSON values has no one type: each is kept as text."""
-    element = pa.field("item", pa.from_numpy_dtype(kept_as.element), nullable=False)
+    element = pa.field("item", pa.from_numpy_dtype(kept_as.value), nullable=False)
     return pa.schema(
         [
             pa.field("index", pa.int64(), nullable=False),
@@ -67,7 +67,7 @@ def write(claim: Claim, number: int, rows: Rows) -> Output:
     carried, kept_as = claim.options.columns.carry, claim.options.dtype
     values = [exact_json.loads(row) if row else {} for row in rows.carried] if carried else []
     kind = schema(rows.vectors.shape[1], kept_as, carried)
-    flat = pa.array(rows.vectors.astype(kept_as.element, copy=False).ravel())
+    flat = pa.array(rows.vectors.astype(kept_as.value, copy=False).ravel())
     batch = pa.record_batch(
         [
             pa.array(rows.indexes),

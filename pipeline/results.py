@@ -14,11 +14,10 @@ from sqlalchemy import Connection, Engine
 
 from pipeline import exact_json, parts
 from pipeline.errors import UserError
-from pipeline.options import OUR_COLUMNS
+from pipeline.options import OUR_COLUMNS, VectorType
 from pipeline.status import known_job
 from pipeline.store import embeddings, jobs, outputs
 from pipeline.store.outputs import Output
-from pipeline.vectors import VectorType
 
 Block = Sequence[tuple[Any, ...]]
 #: Vectors that are read at once for a stream.

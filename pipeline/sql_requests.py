@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy import Connection, Engine, RowMapping
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import control, metrics, staging, webhooks
+from pipeline import control, metrics, staging
 from pipeline.catalog import find_model
 from pipeline.errors import (
     EmptySource,
@@ -31,6 +31,8 @@ from pipeline.store.database import reporting_unreachable
 from pipeline.store.stagings import Producer
 from pipeline.submission import Submission, planning
 from pipeline.submit import submit
+from pipeline.webhooks import allowlist
+from pipeline.webhooks.events import request_ended
 
 log = structlog.get_logger()
 
@@ -93,7 +95,7 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
             "requests select from, and nothing else."
         )
     if wish.webhook:
-        webhooks.check(wish.webhook, settings.webhooks)
+        allowlist.check(wish.webhook, settings.webhooks)
     with engine.begin() as connection:
         model = find_model(connection, row["workspace_id"], wish.model)
     corpus = QueryCorpus(
@@ -165,7 +167,7 @@ def _fail(engine: Engine, row: RowMapping, reason: RequestReason, error: Excepti
     with engine.begin() as connection:
         failed = requests.end_failed(connection, row["job_id"], reason, _short(error))
         if failed:
-            webhooks.request_ended(connection, row, JobState.FAILED, reason, _short(error))
+            request_ended(connection, row, JobState.FAILED, reason, _short(error))
     if failed:
         metrics.DISPATCHER_JOBS_ENDED.labels("failed").inc()
         log.warning("request_failed", job=str(row["job_id"]), reason=reason.value)

@@ -21,7 +21,6 @@ from pipeline.job_status import (
 )
 from pipeline.jobs import ChunkState, Job, JobState, RequestState
 from pipeline.store import attempts, chunks, jobs, requests, usage
-from pipeline.verify import count_missing_and_double
 
 #: Rates are taken over so long a time, or since the job's start.
 RATE_WINDOW_SECONDS = 60.0
@@ -215,19 +214,10 @@ def current_account(connection: Connection, job_id: UUID) -> Account:
     return Account(items=items, tokens=tokens, balanced=items.submitted == items.settled)
 
 
-def receipt(connection: Connection, job_id: UUID, *, verify: bool = False) -> Receipt:
-    """A job's account, frozen if it has ended; verified row by row if asked.
-
-    `missing` and `double` are those of `pipeline.verify`. It is `verified` when both are 0, it balances, and the
-    chunks still say what was frozen. `truncated` counts embedded texts of which only the beginning was read.
-    """
+def receipt(connection: Connection, job_id: UUID) -> Receipt:
+    """A job's account, frozen if it has ended. `truncated` counts embedded texts of which only the beginning was
+    read."""
     job = known_job(connection, job_id)
     account = Account.model_validate(job.receipt) if job.receipt else current_account(connection, job_id)
     truncated = chunks.sums(connection, job_id)["truncated"]
-    found = Receipt(id=job_id, state=job.state, truncated=truncated, **dict(account))
-    if not verify:
-        return found
-    missing, double = count_missing_and_double(connection, job)
-    unchanged = account.unbilled() == current_account(connection, job_id).unbilled()
-    verified = account.balanced and unchanged and not missing and not double
-    return found.model_copy(update={"verified": verified, "missing": missing, "double": double})
+    return Receipt(id=job_id, state=job.state, truncated=truncated, **dict(account))

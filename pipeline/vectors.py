@@ -1,33 +1,15 @@
-"""Vectors: the types that they are kept in, and which of them are sound."""
-
-import enum
+"""Vectors in memory: as they come back from where they are kept, and which of them are sound."""
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.options import VectorType
 
-class VectorType(enum.StrEnum):
-    """How a job's vectors are kept."""
 
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-
-    @property
-    def element(self) -> "np.dtype[np.floating]":
-        """Return the type of an element in memory."""
-        return np.dtype(self.value)
-
-    @property
-    def column(self) -> str:
-        """Return the column of `embeddings` that holds such vectors."""
-        return {VectorType.FLOAT32: "vector", VectorType.FLOAT16: "half"}[self]
-
-    def rounded(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return vectors as they come back from where they are kept; an element that is too large is infinite."""
-        if self is VectorType.FLOAT32:
-            return vectors
-        with np.errstate(over="ignore"):
-            return vectors.astype(self.element).astype(np.float32)
+def rounded(vectors: npt.NDArray[np.float32], kept_as: VectorType) -> npt.NDArray[np.float32]:
+    """Return vectors as they come back from where they are kept; an element that is too large is infinite."""
+    with np.errstate(over="ignore"):
+        return vectors.astype(kept_as.value, copy=False).astype(np.float32, copy=False)
 
 
 def sound(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:

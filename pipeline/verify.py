@@ -1,4 +1,4 @@
-"""A proof of a job's receipt: what it wrote, counted row by row against what its chunks say."""
+"""Verification of a receipt: what a job wrote, counted row by row against what its chunks say."""
 
 from collections.abc import Sequence
 from uuid import UUID
@@ -7,11 +7,27 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import Connection
 
-from pipeline import parts
+from pipeline import parts, status
 from pipeline.errors import SourceChanged
+from pipeline.job_status import Receipt
 from pipeline.jobs import Job
 from pipeline.store import embeddings, items, outputs
 from pipeline.store.outputs import Output
+
+
+def verified_receipt(connection: Connection, job_id: UUID) -> Receipt:
+    """A job's receipt, with what counting its rows says.
+
+    It is `verified` when nothing is missing or double, it balances, and the chunks still say what was frozen.
+    """
+    job, found = status.known_job(connection, job_id), status.receipt(connection, job_id)
+    missing, double = count_missing_and_double(connection, job)
+    now = status.current_account(connection, job_id)
+    # A lost claim's request may be answered after the job's end, and is billed then; nothing else may change.
+    same = ("prompt", "reused")
+    unchanged = found.items == now.items and all(getattr(found.tokens, x) == getattr(now.tokens, x) for x in same)
+    verified = found.balanced and unchanged and not missing and not double
+    return found.model_copy(update={"verified": verified, "missing": missing, "double": double})
 
 
 def count_missing_and_double(connection: Connection, job: Job) -> tuple[int, int]:

@@ -17,10 +17,8 @@ import numpy.typing as npt
 import orjson
 
 from pipeline.errors import BadReply, InvalidPayload
-from pipeline.jobs import Upstream
+from pipeline.jobs import MOST_INPUTS, Upstream
 
-#: OpenAI's own limits.
-MOST_INPUTS = 2_048
 #: By these a gateway refuses the texts, and not the caller.
 TEXTS_FAULT = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
 #: Until a gateway's address answers.

@@ -12,9 +12,10 @@ from sqlalchemy import Connection, Engine
 from pipeline import parts, storage
 from pipeline.errors import LeaseLost
 from pipeline.jobs import ChunkState, Claim, Reject, RejectCode
+from pipeline.options import VectorType
 from pipeline.store import chunks, embeddings, into, items, outputs, usage
 from pipeline.store.database import flush_later, is_connection_lost
-from pipeline.vectors import VectorType, sound
+from pipeline.vectors import rounded, sound
 
 log = structlog.get_logger()
 
@@ -60,7 +61,7 @@ def split_bad_vectors(
         return rows, []
     if rows.vectors.shape != (len(rows.indexes), dimensions):
         raise ValueError(f"vectors of shape {rows.vectors.shape} for {len(rows.indexes)} × {dimensions}")
-    good = sound(kept_as.rounded(rows.vectors))
+    good = sound(rounded(rows.vectors, kept_as))
     if good.all():
         return rows, []
     rejects = [

@@ -22,8 +22,9 @@ from pipeline.api.metering import Meter
 from pipeline.api.upstreams import Upstreams
 from pipeline.catalog import as_upstream
 from pipeline.errors import BadVector, InvalidPayload
+from pipeline.jobs import MOST_INPUTS
 from pipeline.vectors import sound
-from pipeline.wire import MOST_INPUTS, Asked, Decode, Embedded, make_reply, parse_request, shortened
+from pipeline.wire import Asked, Decode, Embedded, make_reply, parse_request, shortened
 
 _JSON = "application/json"
 #: So long engines may not yet say that they serve a new model.

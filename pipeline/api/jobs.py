@@ -29,7 +29,8 @@ from pipeline.api.shapes import Chunk, ChunkPage, JobPage, Priority, RejectPage,
 from pipeline.errors import InvalidPayload
 from pipeline.job_status import JobStatus, Receipt
 from pipeline.jobs import ChunkState, JobState, RejectCode
-from pipeline.store import chunks, items, jobs
+from pipeline.store import chunks, jobs, rejects
+from pipeline.verify import verified_receipt
 
 router = APIRouter(prefix="/api/jobs", responses=problems(400, 404), tags=["Jobs"])
 
@@ -144,7 +145,7 @@ async def get_receipt(
 
     def count(engine: Engine) -> Receipt:
         with engine.begin() as connection:
-            return status.receipt(connection, job_id, verify=True)
+            return verified_receipt(connection, job_id)
 
     bulk: Bulk = request.app.state.bulk
     return await bulk.run(workspace_of(request), count)
@@ -191,9 +192,9 @@ async def list_rejects(
     if format == "json":
 
         def act(connection: Connection, job_id: UUID) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
-            page = items.list_rejects(connection, job_id, after, limit + 1, code)
+            page = rejects.page(connection, job_id, after, limit + 1, code)
             # Once for all pages: it reads every reject.
-            return page, items.count_rejects(connection, job_id) if after < 0 else None
+            return page, rejects.count_by_code(connection, job_id) if after < 0 else None
 
         found, counts = await ask_of_job(request, job, act, workspace)
         more = len(found) > limit
@@ -213,7 +214,7 @@ def _all_rejects(engine: Engine, job_id: UUID, after: int, code: str | None) -> 
     """Page by page, each in a transaction of its own."""
     while True:
         with engine.begin() as connection:
-            page = items.list_rejects(connection, job_id, after, _PAGE, code)
+            page = rejects.page(connection, job_id, after, _PAGE, code)
         if page:
             yield page
         if len(page) < _PAGE:

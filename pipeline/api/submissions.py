@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
-from pipeline import status, webhooks
+from pipeline import status
 from pipeline.api.asking import SECURITY, ask, caller_of, problems, scope_of, workspace_of
 from pipeline.api.bulk import Bulk
 from pipeline.catalog import find_model
@@ -26,6 +26,7 @@ from pipeline.sources.upload import Upload, UploadedCorpus
 from pipeline.storage import is_remote
 from pipeline.submission import Submission, Submitted, planning
 from pipeline.submit import submit
+from pipeline.webhooks import allowlist
 
 router = APIRouter(prefix="/api/jobs", tags=["Jobs"])
 
@@ -224,7 +225,7 @@ def _submit(
     if wish.output:
         _must_be_allowed("output", wish.output, settings.api_outputs, "VECTORMILL_API_OUTPUTS")
     if wish.webhook:
-        webhooks.check(wish.webhook, settings.webhooks)
+        allowlist.check(wish.webhook, settings.webhooks)
     with engine.begin() as connection:
         model = find_model(connection, owner, wish.model)
     return submit(

@@ -1,37 +1,64 @@
-"""The command `vectormill`. Each module holds the commands of one subject; this one joins them and ends them well.
-
-All are imported at each start, so what is slow to import and needed by few is imported where it is used.
-"""
+"""The command `vectormill`: which commands there are, and how they end."""
 
 import os
 import sys
-from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
-import structlog
 import typer
 from rich.text import Text
 
-from pipeline.cli import (
-    demo,
-    doctor,
-    jobs,
-    keys,
-    models,
-    processes,
-    purge,
-    restore,
-    results,
-    servers,
-    submit,
-    workspaces,
-)
+from pipeline.cli.lazy import Entry, LazyGroup
 from pipeline.cli.look import sentence, stderr
-from pipeline.cli.once import App
 from pipeline.errors import VectormillError
-from pipeline.store.database import reporting_unreachable
 
-app = App(
+
+class _Root(LazyGroup):
+    entries = {  # noqa: RUF012 - a constant
+        "demo": Entry("One machine", "demo:demo", "Run the main job here, and search what it wrote."),
+        "up": Entry("One machine", "servers:up", "Run all of vectormill on this machine."),
+        "down": Entry("One machine", "servers:down", "Stop what up runs here; with --delete its data go too."),
+        "env": Entry("One machine", "servers:env", "Print export lines that reach what up runs here."),
+        "submit": Entry("Jobs", "submit:submit", "Submit a corpus."),
+        "jobs": Entry("Jobs", "jobs:jobs", "List jobs, newest first."),
+        "status": Entry("Jobs", "jobs:status", "Show where a job stands."),
+        "watch": Entry("Jobs", "jobs:watch", "Follow a job to its end; the exit code says how."),
+        "rejects": Entry("Jobs", "jobs:rejects", "List items that could not be embedded, and why."),
+        "receipt": Entry("Jobs", "jobs:receipt", "Show a job's account; --verify counts its rows."),
+        "results": Entry("Jobs", "results:results", "Write a job's vectors to a file."),
+        "search": Entry("Jobs", "results:search", "Find the items of a job nearest to a query."),
+        "cancel": Entry("Jobs", "jobs:cancel", "Cancel a job; vectors that are committed stay."),
+        "pause": Entry("Jobs", "jobs:pause", "Let no further chunk of a job start."),
+        "resume": Entry("Jobs", "jobs:resume", "Let a paused job go on."),
+        "priority": Entry("Jobs", "jobs:priority", "Put a job before or behind others."),
+        "retry": Entry("Jobs", "jobs:retry", "Try again what may succeed."),
+        "purge": Entry("Jobs", "purge:purge", "Forget a job that has ended, or whole months."),
+        "migrate": Entry("Processes", "processes:migrate", "Create the schema, or bring it up to date."),
+        "dispatcher": Entry("Processes", "processes:dispatcher", "Tell workers of chunks, end jobs."),
+        "worker": Entry("Processes", "processes:worker", "Take chunks and embed them, on GPUs or the CPU."),
+        "engine": Entry("Processes", "processes:engine", "Serve local models to the api."),
+        "api": Entry("Processes", "processes:api", "Serve the dashboard, /api, and /v1 as OpenAI does."),
+        "flower": Entry("Processes", "processes:flower", "Show Celery's tasks and workers in a browser."),
+        "doctor": Entry("Processes", "doctor:doctor", "Examine a deployment, and say what to mend."),
+        "restore-check": Entry("Processes", "restore:restore_check", "Tell what a restored database needs."),
+        "models": Entry("Catalogue", "models:app", "What embeds: the catalogue of models."),
+        "keys": Entry("Catalogue", "keys:app", "API keys of a workspace."),
+        "workspaces": Entry("Catalogue", "workspaces:app", "Who shares the workers, and by which weight."),
+    }
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, whose lost connections are told in one line."""
+        import structlog
+
+        from pipeline.store.database import reporting_unreachable
+
+        # Standard output is for data. Processes that serve configure their lines themselves.
+        structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+        with reporting_unreachable():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Root,
     name="vectormill",
     help="Embed a corpus of texts into Postgres, exactly once.",
     no_args_is_help=True,
@@ -40,24 +67,9 @@ app = App(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-_COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "One machine": (demo.demo, servers.up, servers.down, servers.env),
-    "Jobs": (
-        *(submit.submit, jobs.jobs, jobs.status, jobs.watch, jobs.rejects, jobs.receipt, results.results),
-        *(results.search, jobs.cancel, jobs.pause, jobs.resume, jobs.priority, jobs.retry),
-        purge.purge,
-    ),
-    "Processes": (
-        *(processes.migrate, processes.dispatcher, processes.worker, processes.engine, processes.api),
-        *(processes.flower, doctor.doctor, restore.restore_check),
-    ),
-}
-for panel, commands in _COMMANDS.items():
-    for command in commands:
-        app.command(rich_help_panel=panel)(command)
-app.add_typer(models.app, name="models", rich_help_panel="Catalogue")
-app.add_typer(keys.app, name="keys", rich_help_panel="Catalogue")
-app.add_typer(workspaces.app, name="workspaces", rich_help_panel="Catalogue")
+
+@app.callback()
+def _root() -> None: ...
 
 
 #: What typer raises at wrong arguments; it has no public name for it.
@@ -66,11 +78,8 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 def main() -> None:
     """Run the command line; end with DESIGN's exit codes, and one line for what a person can mend."""
-    # Standard output is for data. Processes that serve configure their lines themselves.
-    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     try:
-        with reporting_unreachable():
-            code = app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except VectormillError as error:
         stderr.print(Text("error ", "red"), Text(sentence(error)), sep="")
         code = error.exit_code

@@ -12,7 +12,7 @@ import typer
 from pipeline.catalog import find_model, workspace_id
 from pipeline.cli import look
 from pipeline.cli.connect import Place
-from pipeline.cli.desk import DatabaseDesk
+from pipeline.cli.database_desk import DatabaseDesk
 from pipeline.cli.jobs import watch_job
 from pipeline.cli.prepare import BUNDLED_MODEL, bundled_model_folder
 from pipeline.cli.results import hit_table, search_many

@@ -1,42 +1,26 @@
-"""Where commands on jobs and keys are carried out: at the database, or at an api that `VECTORMILL_API_URL` names."""
+"""Where commands on jobs and keys are carried out: at the database, or at an api that `VECTORMILL_API_URL` names.
 
-import json
+Which one is known when a command runs, and it alone is imported then.
+"""
+
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
-from http import HTTPStatus
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, Protocol, Union
 from uuid import UUID
 
-import httpx2 as httpx
-from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
-
-from pipeline import control, keys, status
 from pipeline.catalog import DEFAULT_WORKSPACE
-from pipeline.cli.connect import Place, working
-from pipeline.errors import ServiceUnreachable, UserError, VectormillError
+from pipeline.errors import UserError
 from pipeline.job_status import JobStatus, Receipt
 from pipeline.jobs import JobState
 from pipeline.keys import NewKey
-from pipeline.request import JobRequest
-from pipeline.results import export
-from pipeline.settings import Settings, load_settings
+from pipeline.settings import load_settings
 from pipeline.status import Namesake
-from pipeline.store import items, models
-from pipeline.store import keys as stored_keys
-from pipeline.store.database import is_connection_lost
-from pipeline.submission import Submitted
 
-_PAGE = 1_000
-_LIST_PAGE = 100
-_MOMENTS = ("created_at", "expires_at", "revoked_at")
-_CONNECT_SECONDS = 5.0
-#: An upload is answered when all of its items are in the database; a verification counts them.
-_MOST_SECONDS = 3_600.0
+if TYPE_CHECKING:
+    from pipeline.cli.api_desk import ApiDesk
+    from pipeline.cli.database_desk import DatabaseDesk
 
 
 class Desk(Protocol):
@@ -91,334 +75,23 @@ class Desk(Protocol):
         """End a key now."""
 
 
-class DatabaseDesk:
-    """Commands that work in a workspace of a database."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
-    @contextmanager
-    def _of(self, job: str) -> Iterator[tuple[Connection, UUID]]:
-        with self.place.engine.begin() as connection:
-            yield connection, status.find_job(connection, self.place.workspace_id, job)
-
-    @contextmanager
-    def _changing(self, job: str, *, ended: bool) -> Iterator[tuple[Connection, UUID]]:
-        with self.place.engine.begin() as connection:
-            yield connection, status.find_job_to_change(connection, self.place.workspace_id, job, ended=ended)
-
-    def namesakes(self, job: str) -> list[Namesake]:
-        """All that bear this name, the newest first."""
-        with self.place.engine.begin() as connection:
-            return status.namesakes(connection, self.place.workspace_id, job, _LIST_PAGE)
-
-    def jobs(self, states: Sequence[JobState], limit: int) -> list[JobStatus]:
-        """Statuses of the newest jobs."""
-        with self.place.engine.begin() as connection:
-            return status.list_jobs(connection, self.place.workspace_id, states=states, limit=limit)
-
-    def status(self, job: str) -> JobStatus:
-        """Where a job stands."""
-        try:
-            with self._of(job) as (connection, found):
-                return status.job_status(connection, found)
-        except DBAPIError as error:
-            if is_connection_lost(error):
-                raise ServiceUnreachable("can't reach the database.") from error
-            raise
-
-    def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
-        """Its rejects in index order."""
-        rows: list[dict[str, Any]] = []
-        with self._of(job) as (connection, found):
-            while limit is None or len(rows) < limit:
-                size = _PAGE if limit is None else min(_PAGE, limit - len(rows))
-                page = items.list_rejects(connection, found, rows[-1]["index"] if rows else -1, size)
-                rows += page
-                if len(page) < size:
-                    break
-        return rows
-
-    def reject_counts(self, job: str) -> dict[str, int]:
-        """How many rejects it has, by code."""
-        with self._of(job) as (connection, found):
-            return items.count_rejects(connection, found)
-
-    def receipt(self, job: str, *, verify: bool) -> Receipt:
-        """Its account."""
-        with self._of(job) as (connection, found):
-            return status.receipt(connection, found, verify=verify)
-
-    def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
-        """`cancel`, `pause` or `resume` it."""
-        act = {"cancel": control.cancel, "pause": control.pause, "resume": control.resume}[verb]
-        with self._changing(job, ended=False) as (connection, found):
-            return found, act(connection, found)
-
-    def prioritise(self, job: str, priority: int) -> UUID:
-        """Change its place among others."""
-        with self._changing(job, ended=False) as (connection, found):
-            control.prioritise(connection, found, priority)
-            return found
-
-    def retry(self, job: str) -> tuple[UUID, int]:
-        """Try again what may succeed."""
-        with self._changing(job, ended=True) as (connection, found):
-            return found, control.retry(connection, found)
-
-    def results(self, job: str, to: Path) -> str:
-        """Write its vectors to a file."""
-        with self._of(job) as (connection, found):
-            return f"{export(connection, found, to):,} vectors written to {to}."
-
-    def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
-        """The catalogue's models, or only those that the workspace may use."""
-        with self.place.engine.begin() as connection:
-            rows = models.every(connection) if everything else models.of_workspace(connection, self.place.workspace_id)
-            return [dict(row) for row in rows]
-
-    def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
-        """Make a key of the workspace."""
-        with self.place.engine.begin() as connection:
-            return keys.create(connection, self.place.workspace_id, name, admin=admin, lives=lives)
-
-    def keys(self) -> list[dict[str, Any]]:
-        """The workspace's keys."""
-        with self.place.engine.begin() as connection:
-            rows = [dict(row) for row in stored_keys.every(connection, self.place.workspace_id)]
-        for row in rows:
-            row |= {name: row[name].isoformat() if row[name] else None for name in _MOMENTS}
-        return rows
-
-    def rotate_key(self, key: str, overlap: timedelta) -> NewKey:
-        """Make a key in place of another one."""
-        with self.place.engine.begin() as connection:
-            return keys.rotate(connection, self.place.workspace_id, key, overlap)
-
-    def revoke_key(self, key: str) -> None:
-        """End a key now."""
-        with self.place.engine.begin() as connection:
-            keys.revoke(connection, self.place.workspace_id, key)
-
-
-class ApiDesk:
-    """Commands that an api carries out, as its key allows."""
-
-    def __init__(self, url: str, key: str, workspace: str) -> None:
-        self._scope = {} if workspace == DEFAULT_WORKSPACE else {"workspace": workspace}
-        self._url = url.rstrip("/")
-        self._client = httpx.Client(
-            base_url=f"{self._url}/api",
-            headers={"authorization": f"Bearer {key}"},
-            timeout=httpx.Timeout(_MOST_SECONDS, connect=_CONNECT_SECONDS),
-        )
-
-    def close(self) -> None:
-        """Close its connections."""
-        self._client.close()
-
-    def jobs(self, states: Sequence[JobState], limit: int) -> list[JobStatus]:
-        """Statuses of the newest jobs."""
-        rows: list[JobStatus] = []
-        after: dict[str, str] = {}
-        while len(rows) < limit:
-            wanted = {"state": [state.value for state in states], "limit": min(_LIST_PAGE, limit - len(rows)), **after}
-            page = self._get("/jobs", **wanted)
-            rows += map(JobStatus.model_validate, page["data"])
-            if not page["has_more"]:
-                break
-            after = {"after": page["after"]}
-        return rows
-
-    def status(self, job: str) -> JobStatus:
-        """Where a job stands."""
-        return JobStatus.model_validate(self._get(_path(job)))
-
-    def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
-        """Its rejects in index order, of which no more is read than is asked for."""
-        with self._stream(_path(job, "rejects"), format="jsonl") as reply:
-            return [json.loads(line) for line in islice(reply.iter_lines(), limit)]
-
-    def reject_counts(self, job: str) -> dict[str, int]:
-        """How many rejects it has, by code."""
-        counts: dict[str, int] = self._get(_path(job, "rejects"), limit=1)["counts"]
-        return counts
-
-    def receipt(self, job: str, *, verify: bool) -> Receipt:
-        """Its account."""
-        return Receipt.model_validate(self._get(_path(job, "receipt"), verify=verify))
-
-    def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
-        """`cancel`, `pause` or `resume` it."""
-        found = JobStatus.model_validate(self._post(_path(job, verb)))
-        return found.id, found.state
-
-    def prioritise(self, job: str, priority: int) -> UUID:
-        """Change its place among others."""
-        return UUID(self._post(_path(job, "priority"), json={"priority": priority})["id"])
-
-    def retry(self, job: str) -> tuple[UUID, int]:
-        """Try again what may succeed."""
-        found = self._post(_path(job, "retry"))
-        return UUID(found["job"]["id"]), found["reopened_chunks"]
-
-    def results(self, job: str, to: Path) -> str:
-        """Write its vectors to a file, which appears when it is whole."""
-        kind = to.suffix.removeprefix(".")
-        if kind not in ("parquet", "jsonl"):
-            raise UserError("give a file that ends in .parquet or .jsonl.", field="to", given=str(to))
-        partial = to.with_name(f".{to.name}.partial")
-        try:
-            with self._stream(_path(job, "results"), format=kind) as reply, partial.open("wb") as file:
-                for piece in reply.iter_bytes():
-                    file.write(piece)
-            partial.replace(to)
-        except OSError as error:
-            raise UserError(f"{error.strerror or error}.", field="to", given=str(to)) from error
-        finally:
-            partial.unlink(missing_ok=True)
-        return f"Vectors written to {to}."
-
-    def models(self, *, everything: bool) -> list[Mapping[str, Any]]:  # noqa: ARG002 - the key decides
-        """The models that the key may use; of an admin's key, the whole catalogue."""
-        rows: list[Mapping[str, Any]] = self._get("/models")["data"]
-        return rows
-
-    def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
-        """Make a key of the workspace of this key, an admin's."""
-        wish: dict[str, Any] = {"name": name, "admin": admin}
-        if lives is not None:
-            wish["expires_in_days"] = lives / timedelta(days=1)
-        return NewKey(**self._of_keys("POST", "/keys", json=wish).json())
-
-    def keys(self) -> list[dict[str, Any]]:
-        """The keys of the workspace of this key, an admin's."""
-        rows: list[dict[str, Any]] = self._of_keys("GET", "/keys").json()
-        return rows
-
-    def rotate_key(self, key: str, overlap: timedelta) -> NewKey:
-        """Make a key in place of another one."""
-        wish = {"overlap_hours": overlap / timedelta(hours=1)}
-        return NewKey(**self._of_keys("POST", f"/keys/{_segment(key, 'key')}/rotate", json=wish).json())
-
-    def revoke_key(self, key: str) -> None:
-        """End a key now."""
-        self._of_keys("DELETE", f"/keys/{_segment(key, 'key')}")
-
-    def _of_keys(self, method: str, path: str, **how: Any) -> httpx.Response:
-        if self._scope:
-            raise UserError(
-                "--workspace: over an api, keys are those of the workspace of VECTORMILL_API_KEY; leave it out, "
-                "or set VECTORMILL_DATABASE_URL."
-            )
-        return self._send(method, path, **how)
-
-    def namesakes(self, job: str) -> list[Namesake]:
-        """All that bear this name, the newest first."""
-        rows = self._get("/jobs", name=job, limit=_LIST_PAGE)["data"]
-        return [Namesake(UUID(row["id"]), row["state"]) for row in rows if row["name"] == job]
-
-    def submit(self, wish: JobRequest, files: Sequence[Path], idempotency_key: str | None) -> Submitted:
-        """Upload files as a job, or let it read the sources that the request names."""
-        headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
-        fields = wish.model_dump(mode="json", exclude_defaults=True)
-        if not files:
-            return self._made(self._send("POST", "/jobs", params=self._scope, json=fields, headers=headers))
-        with ExitStack() as opened:
-            parts = [("file", (path.name, opened.enter_context(path.open("rb")))) for path in files]
-            form = {name: _as_field(value) for name, value in fields.items()}
-            sent = self._send("POST", "/jobs", params=self._scope, data=form, files=parts, headers=headers)
-            return self._made(sent)
-
-    @staticmethod
-    def _made(reply: httpx.Response) -> Submitted:
-        job = reply.json()
-        if reply.status_code == HTTPStatus.OK:
-            return Submitted(UUID(job["id"]), f"this idempotency key made job {job['id']} before")
-        return Submitted(UUID(job["id"]), notices=job.get("notices", ()))
-
-    def _get(self, path: str, **asked: Any) -> Any:
-        return self._send("GET", path, params={**asked, **self._scope}).json()
-
-    def _post(self, path: str, **body: Any) -> Any:
-        return self._send("POST", path, params=self._scope, **body).json()
-
-    @contextmanager
-    def _stream(self, path: str, **asked: Any) -> Iterator[httpx.Response]:
-        with _reporting(self._url), self._client.stream("GET", path, params={**asked, **self._scope}) as reply:
-            if not reply.is_success:
-                reply.read()
-            _check(reply)
-            yield reply
-
-    def _send(self, method: str, path: str, **how: Any) -> httpx.Response:
-        with _reporting(self._url):
-            reply = self._client.request(method, path, **how)
-        _check(reply)
-        return reply
-
-
-def _path(job: str, more: str = "") -> str:
-    return f"/jobs/{_segment(job, 'job')}" + (f"/{more}" if more else "")
-
-
-def _segment(name: str, what: str) -> str:
-    """A name as one segment of a path. What none can hold names nothing."""
-    if name in ("", ".", ".."):
-        raise UserError(f'no {what} "{name}".')
-    return quote(name, safe="")
-
-
-def _as_field(value: Any) -> Any:
-    """A request's field as a form has it."""
-    if isinstance(value, Mapping):
-        return json.dumps(value)
-    return value
-
-
 @contextmanager
-def _reporting(url: str) -> Iterator[None]:
-    try:
-        yield
-    except httpx.TransportError as error:
-        raise ServiceUnreachable(f"can't reach the api at {url} ({type(error).__name__}).") from error
-
-
-def _check(reply: httpx.Response) -> None:
-    """Raise what a problem says."""
-    if reply.is_success:
-        return
-    field = None
-    try:
-        problem = reply.json()
-        detail, field = str(problem["detail"]), problem.get("field")
-    except (ValueError, KeyError, TypeError):
-        detail = f"the api answers {reply.status_code}."
-    if reply.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR or reply.status_code == HTTPStatus.TOO_MANY_REQUESTS:
-        unreachable = reply.status_code != HTTPStatus.INTERNAL_SERVER_ERROR
-        raise ServiceUnreachable(detail) if unreachable else VectormillError(detail)
-    if field and detail.startswith(field):
-        given, _, told = detail.removeprefix(field).partition(": ")
-        raise UserError(told, field=field, given=given.strip())
-    raise UserError(detail)
-
-
-@contextmanager
-def at_desk(workspace: str = DEFAULT_WORKSPACE) -> Iterator["DatabaseDesk | ApiDesk"]:
+def at_desk(workspace: str = DEFAULT_WORKSPACE) -> Iterator[Union["DatabaseDesk", "ApiDesk"]]:
     """Where the environment says that commands are carried out, for the length of one."""
     settings = load_settings()
     if settings.api_url is None or settings.database_url:
+        from pipeline.cli.connect import working
+        from pipeline.cli.database_desk import DatabaseDesk
+
         with working(workspace) as place:
             yield DatabaseDesk(place)
         return
-    desk = _api_desk(settings, settings.api_url, workspace)
+    from pipeline.cli.api_desk import ApiDesk
+
+    if settings.api_key is None:
+        raise UserError("VECTORMILL_API_URL needs VECTORMILL_API_KEY, a key that vectormill keys create has made.")
+    desk = ApiDesk(settings.api_url, settings.api_key.get_secret_value(), workspace)
     try:
         yield desk
     finally:
         desk.close()
-
-
-def _api_desk(settings: Settings, url: str, workspace: str) -> ApiDesk:
-    if settings.api_key is None:
-        raise UserError("VECTORMILL_API_URL needs VECTORMILL_API_KEY, a key that vectormill keys create has made.")
-    return ApiDesk(url, settings.api_key.get_secret_value(), workspace)

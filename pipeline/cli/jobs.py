@@ -50,7 +50,7 @@ def jobs(
     with at_desk(workspace) as desk:
         rows = desk.jobs(state or (), limit)
     if as_json:
-        look.print_json([look.as_json(row) for row in rows])
+        look.print_json([row.model_dump(mode="json") for row in rows])
         return
     if not rows:
         look.stderr.print("No jobs yet. Make one: vectormill submit docs.jsonl --model all-MiniLM-L6-v2")
@@ -84,7 +84,7 @@ def status(job: Job, as_json: Json = False, workspace: Workspace = DEFAULT_WORKS
         tell_namesakes(desk, job)
         row = desk.status(job)
     if as_json:
-        look.print_json(look.as_json(row))
+        look.print_json(row.model_dump(mode="json"))
     else:
         _print_status(row)
 

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -67,7 +67,9 @@ def list_keys(workspace: Workspace = DEFAULT_WORKSPACE, as_json: Json = False) -
         state = Text("revoked" if row["revoked_at"] else "live" if row["live"] else "expired")
         state.stylize("green" if row["live"] else "bright_black")
         name = row["name"] + (" (admin)" if row["admin"] else "")
-        table.add_row(row["id"], Text(name), state, age(row["created_at"]), row["expires_at"] or "–")
+        table.add_row(
+            row["id"], Text(name), state, age(datetime.fromisoformat(row["created_at"])), row["expires_at"] or "–"
+        )
     stdout.print(table)
 
 

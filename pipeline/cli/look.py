@@ -40,11 +40,6 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def as_json(status: JobStatus) -> dict[str, Any]:
-    """A status as JSON, with its workspace where it is known."""
-    return status.model_dump(mode="json", exclude={"workspace"} if status.workspace is None else None)
-
-
 def tell(notices: Iterable[str]) -> None:
     """Say what a person should know though nothing is refused, a line each."""
     for notice in notices:

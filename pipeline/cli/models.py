@@ -18,9 +18,8 @@ from pipeline.cli.look import print_json, stderr, stdout
 from pipeline.cli.once import App
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import ModelError, UnknownModel, UserError
-from pipeline.jobs import Upstream
+from pipeline.jobs import MOST_INPUTS, Upstream
 from pipeline.store import models
-from pipeline.wire import MOST_INPUTS
 
 app = App(help="What embeds: the catalogue of models.", no_args_is_help=True)
 

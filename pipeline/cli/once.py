@@ -22,7 +22,10 @@ class OnceCommand(TyperCommand):
 
 
 class App(typer.Typer):
-    """Commands of this kind."""
+    """Commands of this kind, below the command `vectormill`."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(add_completion=False, **how)
 
     def command(self, *args: Any, **how: Any) -> Callable[[Any], Any]:
         """Add a command."""

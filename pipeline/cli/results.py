@@ -11,7 +11,8 @@ from pipeline import status as reading
 from pipeline.catalog import DEFAULT_WORKSPACE, as_model, portable
 from pipeline.cli import look
 from pipeline.cli.connect import Place, working
-from pipeline.cli.desk import DatabaseDesk, at_desk
+from pipeline.cli.database_desk import DatabaseDesk
+from pipeline.cli.desk import at_desk
 from pipeline.cli.jobs import Job, Json, Workspace, tell_namesakes
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import UnknownModel, UserError

@@ -14,16 +14,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import figures, webhooks
+from pipeline import figures
 from pipeline.catalog import DEFAULT_WORKSPACE, as_model, find_model, find_row, portable
+from pipeline.cli.api_desk import ApiDesk
 from pipeline.cli.connect import Place
-from pipeline.cli.desk import ApiDesk, at_desk
+from pipeline.cli.desk import at_desk
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
 from pipeline.cli.look import print_json, stderr, stdout, tell
 from pipeline.cli.oneshot import oneshot
 from pipeline.errors import EmptySource, UserError
 from pipeline.estimate import estimate
-from pipeline.options import Columns, JobOptions, OnLong
+from pipeline.options import Columns, JobOptions, OnLong, VectorType
 from pipeline.request import JobRequest, default_name, read_request
 from pipeline.sources import Compression, Corpus, Source
 from pipeline.sources.files import find_files
@@ -33,7 +34,7 @@ from pipeline.store import workers
 from pipeline.submission import Submission, planning
 from pipeline.submit import submit as submit_corpus
 from pipeline.submit import tell_namesake
-from pipeline.vectors import VectorType
+from pipeline.webhooks import allowlist
 
 
 def submit(
@@ -164,7 +165,7 @@ def submit(
             job_id = _submit_to_api(desk, wish, sources or [], idempotency_key)
         else:
             if webhook:
-                webhooks.check(webhook, desk.place.settings.webhooks)
+                allowlist.check(webhook, desk.place.settings.webhooks)
             corpus = _corpus(sources or [], from_url, query, wish.columns, desk.place)
             wish = wish.model_copy(update={"name": wish.name or (default_name(sources[0]) if sources else "query")})
             if by_reference is None:

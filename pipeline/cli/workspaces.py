@@ -8,13 +8,13 @@ import typer
 from rich.table import Table
 from sqlalchemy import Connection
 
-from pipeline import webhooks
 from pipeline.catalog import workspace_id
 from pipeline.cli.connect import working
 from pipeline.cli.look import print_json, stderr, stdout
 from pipeline.cli.once import App
 from pipeline.errors import UnknownModel, UserError
 from pipeline.store import models, workspaces
+from pipeline.webhooks import allowlist
 
 app = App(help="Who shares the workers, and by which weight.", no_args_is_help=True)
 
@@ -82,7 +82,7 @@ def create(
         if limits:
             workspaces.set_limits(connection, made, limits)
         if webhook:
-            webhooks.check(webhook, place.settings.webhooks)
+            allowlist.check(webhook, place.settings.webhooks)
             workspaces.set_webhook(connection, made, webhook)
         if sql_role:
             workspaces.set_sql_roles(connection, made, sql_role)
@@ -131,7 +131,7 @@ def change(
         if limits:
             workspaces.set_limits(connection, found, limits)
         if webhook:
-            webhooks.check(webhook, place.settings.webhooks)
+            allowlist.check(webhook, place.settings.webhooks)
         if webhook or Clearable.WEBHOOK in gone:
             workspaces.set_webhook(connection, found, webhook)
         if model:

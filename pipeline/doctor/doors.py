@@ -9,7 +9,7 @@ from pipeline.doctor.findings import Finding, fail, ok, skipped, warn
 from pipeline.doctor.patient import Patient
 from pipeline.store import events, health
 from pipeline.store.database import make_engine, plain_reason
-from pipeline.webhooks import is_allowed
+from pipeline.webhooks.allowlist import is_allowed
 
 _LATELY_SECONDS = 86_400.0
 

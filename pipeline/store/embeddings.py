@@ -11,10 +11,10 @@ from psycopg.types.json import set_json_loads
 from sqlalchemy import Connection, text
 
 from pipeline import exact_json
+from pipeline.options import VectorType
 from pipeline.store import binary
 from pipeline.store.database import copying, psycopg_connection
 from pipeline.store.partitions import leaf
-from pipeline.vectors import VectorType
 
 #: Columns before vector and key. The key comes last: all before it has a fixed size, so that numpy lays rows out.
 _FIXED = ("job_id", "index", "vector_space_id", "tokens", "truncated")
@@ -47,7 +47,7 @@ NO_ROWS = Rows(
 
 
 def _on_the_wire(kept_as: VectorType) -> "np.dtype[np.floating]":
-    return kept_as.element.newbyteorder(">")
+    return np.dtype(kept_as.value).newbyteorder(">")
 
 
 def _row_layout(dimensions: int, kept_as: VectorType) -> np.dtype[np.void]:
@@ -82,7 +82,7 @@ def copy_rows(connection: Connection, job_id: UUID, vector_space_id: int, rows: 
     fixed["fields"], fixed["uuid_size"], fixed["job_id"] = 7, 16, np.void(job_id.bytes)
     fixed["index_size"], fixed["space_size"], fixed["space"] = 8, 8, vector_space_id
     fixed["tokens_size"], fixed["truncated_size"] = 4, 1
-    fixed["vector_size"] = 4 + dimensions * kept_as.element.itemsize
+    fixed["vector_size"] = 4 + dimensions * kept_as.element_bytes
     fixed["dimensions"], fixed["zero"] = dimensions, 0
     with copying(connection, leaf("embeddings", job_id), (*_FIXED, kept_as.column, "key")) as copy:
         copy.write(binary.SIGNATURE)

@@ -1,8 +1,7 @@
-"""Items and the rejects that go with them."""
+"""Items, and the rejects that are written with them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -111,47 +110,7 @@ def settled(connection: Connection, job_id: UUID, first_index: int, count: int) 
     return set(rows.scalars())
 
 
-def list_rejects(
-    connection: Connection, job_id: UUID, after: int, limit: int, code: str | None = None
-) -> list[dict[str, Any]]:
-    """A page of a job's rejects in index order, from the first one past index `after`; only those of `code`, if
-    given."""
-    rows = connection.execute(
-        text("""
-            select index, key, code, message from vectormill.rejects
-            where job_id = :job and index > :after and (cast(:code as text) is null or code = :code)
-            order by index limit :limit
-        """),
-        {"job": job_id, "after": after, "limit": limit, "code": code},
-    )
-    return [dict(row) for row in rows.mappings()]
-
-
-def count_rejects(connection: Connection, job_id: UUID) -> dict[str, int]:
-    """How many rejects a job has, by code, the commonest first."""
-    rows = connection.execute(
-        text("""
-            select code, count(*) from vectormill.rejects where job_id = :job group by code order by 2 desc, 1
-        """),
-        {"job": job_id},
-    )
-    return {row[0]: row[1] for row in rows}
-
-
-# What other tables have of an item is looked up row by row in these two, for the reason that embeddings.py gives.
-def rejects_with_carried(connection: Connection, job_id: UUID, after: int, limit: int) -> list[RowMapping]:
-    """As `list_rejects`, each with what its item carries."""
-    rows = connection.execute(
-        text("""
-            select r.index, r.key, r.code, r.message,
-                   (select carried from vectormill.items where job_id = :job and index = r.index) as carried
-            from vectormill.rejects r where r.job_id = :job and r.index > :after order by r.index limit :limit
-        """),
-        {"job": job_id, "after": after, "limit": limit},
-    )
-    return list(rows.mappings())
-
-
+# What other tables have of an item is looked up row by row here, for the reason that embeddings.py gives.
 def unsettled(connection: Connection, job_id: UUID, after: int, limit: int) -> list[RowMapping]:
     """A page of a job's items that have neither vector nor reject in Postgres, in index order, from the first one past
     index `after`."""

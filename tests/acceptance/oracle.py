@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection, text
 
-from pipeline import parts, status, storage
+from pipeline import parts, storage
 from pipeline.store import embeddings
+from pipeline.verify import verified_receipt
 from tests.acceptance import witness
 
 _LEAST_COSINE = 0.99999
@@ -85,7 +86,7 @@ def _parts(folder: str) -> Iterator[pa.Table]:
 
 def _counts(connection: Connection, job: UUID) -> Iterator[str]:
     """The receipt, the usage and the rows say the same."""
-    receipt = status.receipt(connection, job, verify=True)
+    receipt = verified_receipt(connection, job)
     if not receipt.verified:
         yield f"the receipt doesn't verify: {receipt}"
     usage = text("""

@@ -14,8 +14,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import status
-from pipeline.store import embeddings, items
+from pipeline.store import embeddings, rejects
+from pipeline.verify import verified_receipt
 from tests.acceptance.fleet import Fleet
 
 _DOCUMENTS = 50_000
@@ -64,11 +64,11 @@ def test_all_eight_ways_give_the_same(fleet: Fleet, corpora: dict[str, Path], tm
         job = fleet.submit(str(corpora[kind]), "--model", "static", way, "--carry", "at", *output)
         assert fleet.await_end(job)["state"] == "completed"
         with fleet.engine.begin() as connection:
-            account = status.receipt(connection, job, verify=True)
-            rejects = items.list_rejects(connection, job, -1, 10)
+            account = verified_receipt(connection, job)
+            rejected = rejects.page(connection, job, -1, 10)
         assert account.verified, account
         assert account.items.embedded == _DOCUMENTS - 3
-        codes = [(row["index"], row["code"]) for row in rejects]
+        codes = [(row["index"], row["code"]) for row in rejected]
         assert codes == [(10, "empty_text"), (_DOCUMENTS // 2, "empty_text"), (_DOCUMENTS - 1, "missing_text")]
         found.append(_from_files(folder) if files else _from_postgres(fleet, job))
     first = found[0]

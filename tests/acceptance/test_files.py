@@ -11,7 +11,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import status, storage
+from pipeline import storage
+from pipeline.verify import verified_receipt
 from tests.acceptance.conftest import write_corpus
 from tests.acceptance.fleet import Fleet, eventually
 from tests.acceptance.poison import Poison
@@ -20,7 +21,7 @@ from tests.object_store import environment_of, s3_server
 
 def _receipt(fleet: Fleet, job: UUID) -> dict[str, Any]:
     with fleet.engine.begin() as connection:
-        return status.receipt(connection, job, verify=True).model_dump(by_alias=True)
+        return verified_receipt(connection, job).model_dump(by_alias=True)
 
 
 def _keys(folder: Path) -> list[str]:

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import status, storage
+from pipeline import storage
+from pipeline.verify import verified_receipt
 from tests.acceptance.fleet import Fleet, eventually
 from tests.object_store import environment_of, s3_server
 
@@ -47,7 +48,7 @@ def test_one_data_set_though_workers_die_in_their_parts(
     assert fleet.await_end(job)["state"] == "completed"
 
     with fleet.engine.begin() as connection:
-        account = status.receipt(connection, job, verify=True)
+        account = verified_receipt(connection, job)
     assert account.verified, account
     assert fleet.scalar("select count(*) from vectormill.claim_losses where job_id = :job", job=job) == 2
     names = set(storage.names_below(f"{bucket}/out"))

@@ -28,7 +28,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text
 
 from pipeline.api.bulk import UPLOADS_AT_ONCE, UPLOADS_OF_ONE
-from pipeline.cli.desk import ApiDesk
+from pipeline.cli.api_desk import ApiDesk
 from pipeline.cli.jobs import watch_job
 from pipeline.errors import UserError
 from tests.acceptance.fleet import Fleet, eventually
@@ -141,7 +141,7 @@ def test_shortened(line: httpx.Client, working: Gateway, by_library: Any) -> Non
     hits = json.loads(working.fleet.cli("search", "2 sacks", "--job", "short", "--json").stdout)
     assert (hits[0]["key"], len(hits)) == ("k2", 5)
     refused = _upload(line, _ROWS[:5], dimensions="65")
-    assert (refused.status_code, refused.json()["detail"]) == (400, "--dimensions 65: static gives 64 or 128 or 256.")
+    assert (refused.status_code, refused.json()["detail"]) == (400, "dimensions 65: static gives 64 or 128 or 256.")
 
 
 def test_rejects(done: dict[str, Any], line: httpx.Client) -> None:
@@ -313,7 +313,7 @@ def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
     assert refused(content=b"--x--", headers={"content-type": charset})
     wrong = refused(data={"model": "static"}, files=[("file", ("../../b.jsonl", b'{"body": "x"}\n'))])
     # Named as its sender calls it, not as it is kept.
-    assert wrong.startswith('b.jsonl line 1: no column "text"')
+    assert wrong.startswith('text_column: b.jsonl line 1: no column "text"')
     assert "priority" in refused(data={"model": "static", "priority": "many"}, files=file)
     assert refused(data={"model": "static", "surprise": "1"}, files=file) == "surprise: there is no such field."
     for option in ("query", "from", "into", "hnsw", "dry_run"):

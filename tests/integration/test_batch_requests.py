@@ -22,7 +22,7 @@ from pipeline.publish import Publisher
 from pipeline.settings import Settings
 from pipeline.store import batches as rows
 from pipeline.store import files as file_rows
-from pipeline.store import items, jobs
+from pipeline.store import items, jobs, rejects
 from pipeline.submit import submit
 from pipeline.writeback import write_chunk
 from tests.acceptance.fleet import eventually
@@ -187,14 +187,14 @@ def test_both_files_are_of_one_moment(
     embed(engine, job, 0, 4)
     cancel(engine, batch)
     assert due(engine) == [batch]
-    look = items.rejects_with_carried
+    look = rejects.page_with_carried
 
     def meanwhile(*given: Any, **named: Any) -> Any:
         monkeypatch.undo()
         embed(engine, job)
         return look(*given, **named)
 
-    monkeypatch.setattr(items, "rejects_with_carried", meanwhile)
+    monkeypatch.setattr(rejects, "page_with_carried", meanwhile)
     finish(engine, settings, batch)
     row = row_of(engine, batch)
     assert (row["state"], row["counts"]) == (

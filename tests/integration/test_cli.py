@@ -93,7 +93,7 @@ def test_submit_prints_the_id_alone(engine: Engine, model: Model, start: Run) ->
 
 def test_status(job_id: UUID, run: Run) -> None:
     row = printed(run, "status", "docs")
-    assert row.keys() - {"message", "output"} == STATUS
+    assert row.keys() - {"message", "output", "workspace"} == STATUS
     assert (row["id"], row["state"], row["reason"], row["model"]) == (str(job_id), "running", None, "small")
     assert row["labels"] == {"team": "search"}
     assert row["items"] == {

@@ -9,12 +9,13 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Connection, Engine
 
-from pipeline import control, status
+from pipeline import control
 from pipeline.dispatch import Dispatcher, drain, finish, remove_old_texts, snapshot, sweep
 from pipeline.errors import IllegalTransition, UnknownJob, UserError
 from pipeline.jobs import JOB_TRANSITIONS, JobState, Model, RejectCode
 from pipeline.publish import Publisher
 from pipeline.store import jobs
+from pipeline.verify import verified_receipt
 from pipeline.writeback import write_chunk
 from tests.jobs_made import (
     DONE,
@@ -68,7 +69,7 @@ def embed(engine: Engine, job_id: UUID, ordinal: int, bad: dict[int, RejectCode]
 
 def account(engine: Engine, job_id: UUID) -> Any:
     with engine.begin() as connection:
-        return status.receipt(connection, job_id, verify=True).model_dump(by_alias=True)
+        return verified_receipt(connection, job_id).model_dump(by_alias=True)
 
 
 def counted(engine: Engine, job_id: UUID) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from pipeline import control, purge
 from pipeline.cli import main
 from pipeline.errors import IllegalTransition, UnknownJob, UserError
 from pipeline.jobs import JobState, Model
-from pipeline.store import items, jobs, partitions, stagings, workspaces
+from pipeline.store import items, jobs, partitions, rejects, stagings, workspaces
 from pipeline.store.outputs import Output
 from pipeline.store.outputs import record as record_output
 from pipeline.writeback import write_chunk
@@ -182,7 +182,7 @@ def test_a_month_in_use_stays_and_goes_later(engine: Engine, model: Model, monke
     monkeypatch.setattr(purge, "_LOCK_SECONDS", 0.05)
     made_in(engine, model, OLD, 1)
     with engine.begin() as connection:
-        items.list_rejects(connection, UUID(int=partitions.lowest_id(OLD).int + 1), -1, 10)
+        rejects.page(connection, UUID(int=partitions.lowest_id(OLD).int + 1), -1, 10)
         why = purge.purge_month(engine, OLD)
     assert why == "others use rejects now; purge it again"
     assert OLD in months(engine)

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event
 
 from pipeline.embedded.runtime import Running
-from pipeline.store import chunks, embeddings, events, items, jobs, losses, outputs, requests, stagings
+from pipeline.store import chunks, embeddings, events, items, jobs, losses, outputs, rejects, requests, stagings
 from pipeline.store.database import make_engine
 from tests.conftest import new_database
 from tests.jobs_made import WORKER, make_job, make_model, run_sql
@@ -281,7 +281,7 @@ def test_a_job_that_statistics_do_not_know_is_read_by_index(unknown: tuple[Engin
     acts: dict[str, Any] = {
         "results": lambda c: c.exec_driver_sql(embeddings._READ, (job, job, 0, _ROWS)),
         "nearest": lambda c: embeddings.nearest(c, job, [1.0, 0.0], 5),
-        "rejects": lambda c: items.rejects_with_carried(c, job, -1, _ROWS),
+        "rejects": lambda c: rejects.page_with_carried(c, job, -1, _ROWS),
         "unsettled": lambda c: items.unsettled(c, job, -1, _ROWS),
     }
     with engine.connect() as connection:

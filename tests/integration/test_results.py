@@ -12,9 +12,9 @@ from sqlalchemy import Engine
 
 from pipeline.errors import UserError
 from pipeline.jobs import Model
+from pipeline.options import VectorType
 from pipeline.results import export
 from pipeline.store import embeddings
-from pipeline.vectors import VectorType
 from pipeline.writeback import write_chunk
 from tests.jobs_made import DIMENSIONS, DONE, make_job, part_of, reject, run_sql, taken, vectors_of
 

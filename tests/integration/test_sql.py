@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 
 from pipeline import control, sql_requests, staging, status
 from pipeline.cli.connect import Place
-from pipeline.cli.desk import DatabaseDesk
+from pipeline.cli.database_desk import DatabaseDesk
 from pipeline.cli.jobs import watch_job
 from pipeline.dispatch import Dispatcher, drain, finish, keep_house
 from pipeline.embedded.runtime import Running

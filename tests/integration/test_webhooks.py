@@ -14,7 +14,7 @@ from openai import OpenAI
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
-from pipeline import control, webhooks
+from pipeline import control, dispatch
 from pipeline.dispatch import Dispatcher, drain, finish
 from pipeline.errands import Errands, Means
 from pipeline.errors import Waiting
@@ -22,6 +22,7 @@ from pipeline.jobs import Model, RejectCode
 from pipeline.publish import Publisher
 from pipeline.settings import Settings
 from pipeline.store import events, workspaces
+from pipeline.webhooks import delivery
 from pipeline.writeback import write_chunk
 from tests.acceptance.fleet import eventually
 from tests.jobs_made import DONE, count, make_job, part_of, reject, run_sql, taken
@@ -49,7 +50,7 @@ def deliver(engine: Engine, settings: Settings) -> Callable[[], None]:
         with engine.begin() as connection:
             due = events.due(connection, 10)
         for host in due:
-            webhooks.deliver(engine, settings, host)
+            delivery.deliver(engine, settings, host)
 
     return deliver
 
@@ -185,7 +186,7 @@ def test_an_event_is_written_with_what_it_tells_or_not_at_all(
         raise RuntimeError("the dispatcher dies here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(webhooks, "job_ended", lose)
+        patch.setattr(dispatch, "job_ended", lose)
         with pytest.raises(RuntimeError):
             end()
     assert run_sql(engine, "select state from vectormill.jobs where id = :id", id=job_id) == [("running",)]
@@ -260,7 +261,7 @@ def test_nothing_is_sent_where_the_operator_does_not_allow_it_or_unsigned(
     unsigned = settings.model_copy(update={"webhook_secret": None})
     for _ in range(2):
         with pytest.raises(Waiting):
-            webhooks.deliver(engine, unsigned, urlsplit(receiver.url).netloc)
+            delivery.deliver(engine, unsigned, urlsplit(receiver.url).netloc)
     assert receiver.got == []
     assert {row[0] for row in state(engine)} == {"waiting"}, "an operator may still mend it"
     assert {row[2] for row in state(engine)} == {
@@ -272,7 +273,7 @@ def test_nothing_is_sent_where_the_operator_does_not_allow_it_or_unsigned(
 def test_who_takes_long_or_is_away_holds_nothing(
     engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None]
 ) -> None:
-    monkeypatch.setattr(webhooks, "_TRY_SECONDS", 1.5)
+    monkeypatch.setattr(delivery, "_TRY_SECONDS", 1.5)
     resolve, resolved = socket.getaddrinfo, threading.Event()
     never = "http://never.resolved.test"
 
@@ -298,7 +299,7 @@ def test_who_takes_long_or_is_away_holds_nothing(
         dripping.start()
         for host in due:
             with pytest.raises(Waiting, match=f"{host} gave no answer"):
-                webhooks.deliver(engine, allowed, host)
+                delivery.deliver(engine, allowed, host)
     dripping.join()
     resolved.set()
     assert held == [0], "no connection of the database is held meanwhile"

@@ -109,13 +109,11 @@ def test_every_code_and_reason_is_told() -> None:
 
 
 def test_a_bar_shows_one_reject_among_millions() -> None:
-    parts = drawing.bar(
-        {"total": 5_000_000, "embedded": 4_999_999, "reused": 0, "rejected": 1, "cancelled": 0, "pending": 0}
-    )
+    parts = drawing.bar(ItemCounts(total=5_000_000, embedded=4_999_999, reused=0, rejected=1, cancelled=0, pending=0))
     assert [part.kind for part in parts] == ["embedded", "rejected"]
     assert parts[1].width >= 0.5
     assert parts[1].begin + parts[1].width <= 100.01
-    assert drawing.bar({"total": 0, "embedded": 0, "reused": 0, "rejected": 0, "cancelled": 0}) == []
+    assert drawing.bar(ItemCounts(total=0, embedded=0, reused=0, rejected=0, cancelled=0)) == []
 
 
 @pytest.mark.parametrize(("seconds", "width"), [(0, 1), (60, 1), (61, 2), (3_600, 60), (86_400 * 3, 7_200)])

@@ -7,10 +7,11 @@ import pytest
 import standardwebhooks
 from openai import InvalidWebhookSignatureError, OpenAI
 
-from pipeline import webhooks
 from pipeline.errors import UserError
 from pipeline.jobs import EventState
-from pipeline.webhooks import Verdict, is_allowed, judge, signatures
+from pipeline.webhooks import allowlist
+from pipeline.webhooks.allowlist import is_allowed
+from pipeline.webhooks.delivery import Verdict, judge, signatures
 
 ALLOWED = ("https://etl.example.com/hooks/vectormill/", "http://10.0.0.5:8080", "nonsense", "https://[::1]:99/a")
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -63,7 +64,7 @@ def test_which_addresses_are_allowed(url: str, allowed: bool) -> None:
 
 def test_what_is_refused_is_named_without_its_path() -> None:
     with pytest.raises(UserError) as caught:
-        webhooks.check("https://evil.test/token", ALLOWED)
+        allowlist.check("https://evil.test/token", ALLOWED)
     assert str(caught.value) == (
         "webhook: https://evil.test isn't below an address that the operator allows; VECTORMILL_WEBHOOKS lists them."
     )

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pipeline.jobs import RejectCode
+from pipeline.options import VectorType
 from pipeline.store.embeddings import NO_ROWS, Rows
-from pipeline.vectors import VectorType
 from pipeline.writeback import split_bad_vectors
 
 GOOD = [1.0, 2.0, 3.0]

@@ -1,6 +1,6 @@
 """Bars, strips and curves as numbers that a template turns into SVG. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -8,6 +8,7 @@ from sqlalchemy import RowMapping
 
 from pipeline import figures
 from pipeline.api.dashboard import words
+from pipeline.job_status import ItemCounts
 from pipeline.store.charts import Cell
 
 #: Widths of a column of the throughput chart: with steps like these it is redrawn seldom while a job goes on.
@@ -25,13 +26,13 @@ class Segment:
     width: float
 
 
-def bar(items: Mapping[str, int]) -> list[Segment]:
+def bar(items: ItemCounts) -> list[Segment]:
     """A job's items by outcome; what is waiting is the rest."""
     segments, at = [], 0.0
     for kind in ("embedded", "reused", "rejected", "cancelled"):
-        if items["total"] and items[kind]:
+        if items.total and (count := getattr(items, kind)):
             # One reject among millions must be seen.
-            width = max(0.6, 100 * items[kind] / items["total"])
+            width = max(0.6, 100 * count / items.total)
             segments.append(Segment(kind, round(min(at, 100 - width), 2), round(width, 2)))
             at += width
     return segments

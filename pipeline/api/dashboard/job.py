@@ -16,7 +16,7 @@ from pipeline.api.dashboard.session import Viewer
 from pipeline.errors import UnknownJob
 from pipeline.jobs import RETRYABLE_REJECTS, Job, JobState, RejectCode
 from pipeline.options import JobOptions, KeptOptions
-from pipeline.store import charts, items, models, workers
+from pipeline.store import charts, models, rejects, workers
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -90,7 +90,7 @@ def _throughput(connection: Connection, job_id: UUID, row: Job) -> drawing.Chart
 
 
 def _rejects_by_code(connection: Connection, job_id: UUID) -> list[dict[str, Any]]:
-    counts = items.count_rejects(connection, job_id)
+    counts = rejects.count_by_code(connection, job_id)
     firsts = defaultdict(list)
     for row in charts.first_rejects(connection, job_id, list(counts), _FIRST_REJECTS):
         firsts[row["code"]].append(row)
@@ -137,12 +137,12 @@ def _reject_page(
     connection: Connection, viewer: Viewer, *, job_id: UUID, code: RejectCode | None, after: int, index: int | None
 ) -> dict[str, Any]:
     row = visible_job(connection, viewer, job_id)
-    found = items.list_rejects(connection, job_id, after, _PAGE + 1, code)
+    found = rejects.page(connection, job_id, after, _PAGE + 1, code)
     shown = found[:_PAGE]
     return {
         "row": row,
         "rejects": shown,
-        "counts": items.count_rejects(connection, job_id),
+        "counts": rejects.count_by_code(connection, job_id),
         "code": code.value if code else "",
         "after": after,
         "more": shown[-1]["index"] if len(found) > _PAGE else None,

@@ -1,0 +1,54 @@
+"""The events that webhooks tell of: a job's end, or that of a request that never was a job."""
+
+from typing import Any
+
+import orjson
+from sqlalchemy import Connection, RowMapping
+
+from pipeline.job_status import Account
+from pipeline.jobs import Job, JobState
+from pipeline.store import events
+
+
+def job_ended(
+    connection: Connection,
+    job: Job,
+    state: JobState,
+    account: Account,
+    *,
+    reason: str | None,
+    message: str | None,
+) -> None:
+    """Tell of a job's end, in the transaction that ends it. A job that is retried ends again, and it is told again."""
+    data = {
+        "id": str(job.id),
+        "name": job.name,
+        "state": state.value,
+        "reason": reason,
+        "message": message,
+        "model": job.model,
+        "labels": job.labels,
+        "items": account.items.model_dump(by_alias=True),
+        "tokens": {"prompt": account.tokens.prompt},
+    }
+    events.add(connection, job.workspace_id, f"job.{state}", data, url=job.options.webhook)
+
+
+def request_ended(connection: Connection, request: RowMapping, state: JobState, reason: str, message: str) -> None:
+    """Tell that what was asked for in SQL has failed, or was cancelled, before it was a job."""
+    try:
+        options: dict[str, Any] = orjson.loads(request["options"])
+    except ValueError:  # that may be why it has failed
+        options = {}
+    data = {
+        "id": str(request["job_id"]),
+        "name": request["name"] or "query",
+        "state": state.value,
+        "reason": reason,
+        "message": message,
+        "model": request["model"],
+        "labels": options.get("labels", {}),
+        "items": {"in": 0, "embedded": 0, "reused": 0, "rejected": 0, "cancelled": 0},
+        "tokens": {"prompt": 0},
+    }
+    events.add(connection, request["workspace_id"], f"job.{state}", data, url=options.get("webhook"))

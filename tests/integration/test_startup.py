@@ -1,0 +1,50 @@
+"""What a command imports before it does anything: modules are counted, since seconds depend on the machine."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.cli import _Root
+
+#: Each costs a tenth of a second or more, and `--help` needs none, nor do commands that only read jobs.
+_SLOW = {"numpy", "pyarrow", "httpx2", "redis", "celery", "kombu", "fastapi", "torch"}
+_RUN = """
+import sys
+from pipeline.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print(*sys.modules, file=sys.stderr)
+"""
+
+
+def imported(*arguments: str, database: str = "") -> set[str]:
+    environment = {**os.environ, "VECTORMILL_DATABASE_URL": database}
+    command = [sys.executable, "-c", _RUN, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def test_help_imports_what_it_shows_and_no_more() -> None:
+    modules = imported("--help")
+    assert not modules & {*_SLOW, "sqlalchemy", "psycopg", "structlog", "pydantic_settings"}
+    assert len(modules) < 500
+
+
+@pytest.mark.parametrize("arguments", [("jobs",), ("models", "list"), ("keys", "list"), ("workspaces", "list")])
+def test_commands_that_read_import_the_database_and_no_more(database: str, arguments: tuple[str, ...]) -> None:
+    modules = imported(*arguments, database=database)
+    assert "sqlalchemy" in modules
+    assert not modules & _SLOW
+    assert len(modules) < 850
+
+
+def test_every_command_is_where_the_list_says() -> None:
+    for name, entry in _Root.entries.items():
+        command = entry.load(name)
+        assert command.name == name
+        assert command.help
+        assert len(entry.summary) <= 60, "a line of a terminal of 80 columns"
