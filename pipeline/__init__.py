@@ -11,7 +11,7 @@
     status, results               what came of it
     webhooks                      who is told of it; deadlines: HTTP within a time
     files, batches, batch_results    OpenAI's batch requests: files become jobs, and their ends files
-    errands                       what the dispatcher sees to beside its duties
+    background                    what the dispatcher does beside its duties: finalize, and more
     standing                      how things stand, as metrics
     catalog, keys                 models and vector spaces; keys to the api
     wire                          OpenAI's shape of requests and replies

@@ -1,7 +1,7 @@
 """Batch requests: an input file becomes a job, or attaches to the one that the same content made before.
 
-The errands of the dispatcher do this, and what `batch_results` does at the job's end; each may be killed midway, or be
-done twice.
+Background tasks of the dispatcher do this, and what `batch_results` does at the job's end; each may be killed midway,
+or be done twice.
 """
 
 import hashlib

@@ -13,17 +13,14 @@ import structlog
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import control, metrics, standing, status
-from pipeline.deliver import Deliveries
-from pipeline.errands import Errands
+from pipeline import completion, control, metrics, standing, status
+from pipeline.background import Background
 from pipeline.errors import ServiceUnreachable
-from pipeline.job_status import AccountedItems
 from pipeline.jobs import JobState, Reason
 from pipeline.publish import Publisher, queue_of
 from pipeline.rounds import Rounds
-from pipeline.store import chunks, events, items, jobs, losses, models, partitions, rejects, requests, usage, workers
+from pipeline.store import chunks, events, items, jobs, losses, models, partitions, requests, usage, workers
 from pipeline.store.database import is_connection_lost, plain_reason, reporting_unreachable
-from pipeline.webhooks.events import job_ended
 
 log = structlog.get_logger()
 
@@ -48,7 +45,7 @@ class Dispatcher:
     publisher: Publisher
     lease_seconds: float
     text_retention_days: float
-    errands: Errands | None = None
+    background: Background | None = None
     #: Last chunk id cancelled, by job: going on from there, nothing that is gone is looked at again.
     drained: dict[UUID, int] = field(default_factory=dict)
     #: When each job's progress is next recomputed, by the monotonic clock.
@@ -57,12 +54,10 @@ class Dispatcher:
     sweep_from: float = 0.0
     #: When the database last answered, by the monotonic clock.
     last_contact: float = field(default_factory=time.monotonic)
-    deliveries: Deliveries = field(init=False)
     rounds: Rounds = field(init=False)
 
     def __post_init__(self) -> None:
         self.rounds = Rounds(self.publisher)
-        self.deliveries = Deliveries(self.engine)
 
 
 def publish(dispatcher: Dispatcher) -> None:
@@ -108,42 +103,12 @@ def drain(dispatcher: Dispatcher) -> None:
 
 
 def finish(dispatcher: Dispatcher) -> None:
-    """End jobs that have no open chunk, and freeze their receipts."""
+    """End jobs that have no open chunk."""
     with dispatcher.engine.connect() as connection:
         over = jobs.without_open_chunks(connection)
     for job_id in over:
-        if dispatcher.deliveries.is_under_way(job_id):
-            continue
-        with dispatcher.engine.begin() as connection:
-            job = jobs.lock(connection, job_id)
-            if job is None or job.state.ended or chunks.has_open(connection, job_id):
-                continue
-            account = status.current_account(connection, job_id)
-            state, reason, message = control.outcome(job, account)
-            if state is JobState.COMPLETED and not dispatcher.deliveries.is_done(connection, job):
-                continue
-            jobs.end(connection, job_id, state, account.model_dump(by_alias=True), reason=reason, message=message)
-            jobs.save_progress(connection, job_id, status.sum_up(connection, job_id).model_dump(mode="json"))
-            job_ended(connection, job, state, account, reason=reason, message=message)
-        _count_end(dispatcher, job_id, state, account.items)
-        log.info(
-            "job_ended",
-            job=str(job_id),
-            state=state.value,
-            reason=reason,
-            items=account.items.model_dump(by_alias=True),
-        )
-
-
-def _count_end(dispatcher: Dispatcher, job_id: UUID, state: JobState, counts: AccountedItems) -> None:
-    metrics.DISPATCHER_JOBS_ENDED.labels(state).inc()
-    for outcome in ("embedded", "reused", "rejected", "cancelled"):
-        metrics.DISPATCHER_ITEMS.labels(outcome).inc(getattr(counts, outcome))
-    if counts.rejected:
-        with dispatcher.engine.begin() as connection:
-            by_code = rejects.count_by_code(connection, job_id)
-        for code, times in by_code.items():
-            metrics.DISPATCHER_REJECTS.labels(code).inc(times)
+        if not (dispatcher.background and dispatcher.background.is_under_way("finalize_job", job_id)):
+            completion.end(dispatcher.engine, job_id)
 
 
 def snapshot(dispatcher: Dispatcher) -> None:
@@ -234,10 +199,10 @@ def remove_old_texts(dispatcher: Dispatcher) -> None:
             items.remove_texts(connection, *due, _REMOVE_LIMIT)
 
 
-def see_to_errands(dispatcher: Dispatcher) -> None:
+def begin_background_tasks(dispatcher: Dispatcher) -> None:
     """Begin what takes long and is due."""
-    if dispatcher.errands:
-        dispatcher.errands.begin()
+    if dispatcher.background:
+        dispatcher.background.begin()
 
 
 def show_standing(dispatcher: Dispatcher) -> None:
@@ -251,7 +216,7 @@ DUTIES: tuple[tuple[Callable[[Dispatcher], None], float], ...] = (
     (publish, 0.25),
     (drain, 0.25),
     (finish, 0.25),
-    (see_to_errands, 0.5),
+    (begin_background_tasks, 0.5),
     (sweep, 1.0),
     (snapshot, 1.0),
     (judge_models, 5.0),

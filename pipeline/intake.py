@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
-from pipeline import parts
 from pipeline.jobs import Claim, Item, Reject, RejectCode
+from pipeline.sinks import Sink, sink_of
 from pipeline.sources.reference import read_extent
-from pipeline.store import items, outputs
+from pipeline.store import items
 
 #: Text that is held at once, whatever the planner expected of a file's rows.
 _SERVING_BYTES = 16 * 1024 * 1024
@@ -38,31 +38,28 @@ def read_chunk(engine: Engine, claim: Claim) -> Intake:
         SourceError: that file is damaged.
         StorageRefused, StorageUnreachable: it can't be read now.
     """
-    folder = claim.options.output or ""
+    sink = sink_of(claim.options)
     with engine.begin() as connection:
         settled = items.settled(connection, claim.job_id, claim.first_index, claim.items)
-        written = outputs.of_job(connection, claim.job_id, claim.chunk_id) if folder else []
+        settled |= sink.settled(connection, claim)
         rows = (
             []
             if claim.extent
-            else items.read(connection, claim.job_id, claim.first_index, claim.items, carried=bool(folder))
+            else items.read(connection, claim.job_id, claim.first_index, claim.items, carried=claim.carries)
         )
-    if written:
-        settled |= set(parts.indexes(folder, claim.job_id, written).tolist())
     if claim.extent:
-        return Intake(claim.items - len(settled), _with_fit_keys(claim, _from_file(claim, settled)))
+        return Intake(claim.items - len(settled), _with_a_place(sink, _from_file(claim, settled)))
     unfinished = [item for item in rows if item.index not in settled]
-    return Intake(len(unfinished), _with_fit_keys(claim, iter([Serving(unfinished)])))
+    return Intake(len(unfinished), _with_a_place(sink, iter([Serving(unfinished)])))
 
 
-def _with_fit_keys(claim: Claim, servings: Iterator[Serving]) -> Iterator[Serving]:
-    """Reject what has no place in the user's table, if the job writes into one."""
-    table = claim.options.table
-    if table is None:
-        yield from servings
-        return
+def _with_a_place(sink: Sink, servings: Iterator[Serving]) -> Iterator[Serving]:
+    """Reject what has no place where the job writes."""
     for serving in servings:
-        faults = {item.index: fault for item in serving.items if (fault := table.key_fault(item.key))}
+        faults = {item.index: fault for item in serving.items if (fault := sink.fault(item))}
+        if not faults:
+            yield serving
+            continue
         bad = [
             Reject(index=item.index, key=item.key, code=RejectCode.BAD_KEY, message=faults[item.index])
             for item in serving.items

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, RowMapping
 from pipeline import storage
 from pipeline.errors import StorageRefused, StorageUnreachable
 from pipeline.jobs import JobState
-from pipeline.parts import names_of_parts
+from pipeline.parquet_sink import names_of_parts
 from pipeline.store import jobs, outputs, restored
 
 

@@ -10,21 +10,22 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
-from pipeline import exact_json, parts
+from pipeline import exact_json
 from pipeline.errors import UserError
 from pipeline.options import OUR_COLUMNS, VectorType
+from pipeline.parquet_sink import WRITING, as_text
+from pipeline.parquet_sink import schema as parquet_schema
+from pipeline.sinks import Block, sink_of
 from pipeline.status import known_job
-from pipeline.store import embeddings, jobs, outputs
-from pipeline.store.outputs import Output
+from pipeline.store import jobs
 
-Block = Sequence[tuple[Any, ...]]
-#: Vectors that are read at once for a stream.
-_PAGE = 2_000
+#: Past every job's last one.
+LAST_INDEX = 2**63 - 1
 
 
-def export(connection: Connection, job_id: UUID, target: Path) -> int:
+def export(engine: Engine, job_id: UUID, target: Path) -> int:
     """Write a job's vectors to `target` (.parquet or .jsonl): index, key, embedding, tokens, truncated and carried
     columns. The file appears when it is whole. Returns how many rows it has.
 
@@ -43,12 +44,7 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
             count += len(block)
 
     partial = target.with_name(f".{target.name}.partial")
-    folder, carried = _written(connection, job_id)
-    if folder:
-        blocks = _read_parts(folder, job_id, (chunk.outputs for chunk in outputs.by_chunk(connection, job_id)))
-    else:
-        blocks = embeddings.stream(connection, job_id)
-    dimensions = jobs.vector_space(connection, job_id)["dimensions"]
+    blocks, dimensions, carried = _of_job(engine, job_id, 0, LAST_INDEX)
     try:
         with partial.open("wb") as file:
             for piece in encode(counted(blocks), kind, dimensions, carried):
@@ -64,40 +60,23 @@ def export(connection: Connection, job_id: UUID, target: Path) -> int:
 def stream(engine: Engine, job_id: UUID, kind: str, first_index: int, end_index: int) -> Iterator[bytes]:
     """A job's vectors from `first_index` to before `end_index`, as `encode` writes them. No transaction lasts longer
     than a page of them, however slowly they are taken."""
+    blocks, dimensions, carried = _of_job(engine, job_id, first_index, end_index)
+    return encode((block for block in blocks if block), kind, dimensions, carried)
+
+
+def _of_job(engine: Engine, job_id: UUID, first_index: int, end_index: int) -> tuple[Iterator[Block], int, list[str]]:
+    """A job's vectors, how many dimensions they have, and the columns that they carry."""
     with engine.begin() as connection:
-        folder, carried = _written(connection, job_id)
+        options = known_job(connection, job_id).options
         dimensions = jobs.vector_space(connection, job_id)["dimensions"]
-        written = [
-            chunk.outputs
-            for chunk in (outputs.by_chunk(connection, job_id) if folder else ())
-            if chunk.first_index < end_index and chunk.first_index + chunk.items > first_index
-        ]
-    blocks = _read_parts(folder, job_id, written) if folder else _pages(engine, job_id, first_index, end_index)
-    within = ([row for row in block if first_index <= row[0] < end_index] for block in blocks)
-    return encode((block for block in within if block), kind, dimensions, carried)
+    carried = [name for name in dict.fromkeys(options.columns.carry) if name not in OUR_COLUMNS]
+    return sink_of(options).read(engine, job_id, first_index, end_index), dimensions, carried
 
 
 def encode(blocks: Iterator[Block], kind: str, dimensions: int, carried: Sequence[str]) -> Iterator[bytes]:
     """Rows as the bytes of one file, `parquet` or `jsonl`, piece by piece; Parquet has the columns `carried` whatever
     the rows have."""
     return _ENCODERS[kind](blocks, dimensions, carried)
-
-
-def _written(connection: Connection, job_id: UUID) -> tuple[str | None, list[str]]:
-    """The folder of a job's Parquet files, if it has one, and the columns that it carries."""
-    options = known_job(connection, job_id).options
-    return options.output, [name for name in dict.fromkeys(options.columns.carry) if name not in OUR_COLUMNS]
-
-
-def _pages(engine: Engine, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
-    while True:
-        with engine.begin() as connection:
-            page = embeddings.page(connection, job_id, first_index, end_index, _PAGE)
-        if page:
-            yield page
-        if len(page) < _PAGE:
-            return
-        first_index = page[-1][0] + 1
 
 
 def _json_lines(blocks: Iterator[Block], _dimensions: int, _carried: Sequence[str]) -> Iterator[bytes]:
@@ -115,20 +94,7 @@ def _without_clash(carried: dict[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (carried or {}).items() if name not in OUR_COLUMNS}
 
 
-def _read_parts(folder: str, job_id: UUID, written: Iterable[Sequence[Output]]) -> Iterator[Block]:
-    """A job's vectors from its Parquet output, chunk by chunk."""
-    for some in written:
-        if not some:
-            continue
-        table = parts.read(folder, job_id, some).combine_chunks()
-        vectors = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False)).astype(np.float32)
-        carried = table.drop_columns(list(OUR_COLUMNS)).to_pylist()
-        columns = (table[name].to_pylist() for name in ("index", "key", "tokens", "truncated"))
-        indexes, keys, tokens, truncated = columns
-        yield list(zip(indexes, keys, vectors, tokens, truncated, carried, strict=True))
-
-
-class _Sink:
+class _Buffer:
     """What Parquet's writer writes to; holds the bytes until they are taken."""
 
     closed = False
@@ -156,13 +122,13 @@ class _Sink:
 
 
 def _parquet(blocks: Iterator[Block], dimensions: int, carried: Sequence[str]) -> Iterator[bytes]:
-    schema = parts.schema(dimensions, VectorType.FLOAT32, carried)
-    sink = _Sink()
-    with pq.ParquetWriter(sink, schema, **parts.WRITING) as writer:
+    schema = parquet_schema(dimensions, VectorType.FLOAT32, carried)
+    buffer = _Buffer()
+    with pq.ParquetWriter(buffer, schema, **WRITING) as writer:
         for block in blocks:
             writer.write_batch(_batch(block, schema, carried))
-            yield sink.take()
-    yield sink.take()
+            yield buffer.take()
+    yield buffer.take()
 
 
 _ENCODERS: dict[str, Callable[[Iterator[Block], int, Sequence[str]], Iterator[bytes]]] = {
@@ -180,6 +146,6 @@ def _batch(block: Block, schema: Any, carried: Sequence[str]) -> Any:
         pa.FixedSizeListArray.from_arrays(flat, type=schema.field("embedding").type),
         pa.array(tokens, pa.int32()),
         pa.array(truncated, pa.bool_()),
-        *(pa.array([parts.as_text((row or {}).get(name)) for row in extra], pa.string()) for name in carried),
+        *(pa.array([as_text((row or {}).get(name)) for row in extra], pa.string()) for name in carried),
     ]
     return pa.record_batch(columns, schema=schema)

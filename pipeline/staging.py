@@ -10,11 +10,12 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import control, parts
+from pipeline import control
 from pipeline.errors import EmptySource, LeaseLost, ServiceUnreachable, UserError, VectormillError
 from pipeline.jobs import Extent, JobState, Reason, Reject
 from pipeline.leases import Renewal
 from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
+from pipeline.sinks import sink_of
 from pipeline.sources import Corpus, Rows, Source, SourceFile
 from pipeline.sources.reference import Places
 from pipeline.store import chunks, items, jobs, stagings
@@ -82,8 +83,7 @@ class Staging:
 
     def _stage(self) -> None:
         corpus, options = self._submission.corpus, self._submission.options
-        if options.output:
-            parts.occupy(options.output, self._job_id)
+        sink_of(self._submission.kept_options(None)).prepare(self._job_id)
         with self._engine.begin() as connection:
             self._hold(connection)
             stagings.insert_inputs(connection, self._job_id, corpus.inputs())
@@ -275,9 +275,9 @@ def undo(engine: Engine, producer: Producer) -> None:
     if row and delete_items(engine, producer):
         with engine.begin() as connection:
             gone = stagings.delete(connection, producer)
-        if gone and row.options.output:
+        if gone:
             try:
-                parts.vacate(row.options.output, job_id)
+                sink_of(row.options).discard(job_id)
             except VectormillError as error:  # the folder may be why the submission didn't end
                 log.warning("output_not_vacated", job=str(job_id), error=str(error))
 

@@ -13,7 +13,7 @@ from pipeline.options import JobOptions, OnLong, UserTable
 from pipeline.sources import Corpus, Format, Source
 from pipeline.sources.reference import check_referable
 from pipeline.staging import Staging, delete_items
-from pipeline.store import into, jobs, partitions, stagings
+from pipeline.store import jobs, partitions, stagings, user_table
 from pipeline.store.stagings import Producer
 from pipeline.submission import Submission, Submitted
 
@@ -150,7 +150,7 @@ def _table(connection: Connection, submission: Submission) -> UserTable | None:
         return None
     dimensions = options.dimensions or submission.model.dimensions
     key = submission.corpus.columns.key
-    return into.check(connection, options.into, key_column=key, dimensions=dimensions, hnsw=options.hnsw)
+    return user_table.check(connection, options.into, key_column=key, dimensions=dimensions, hnsw=options.hnsw)
 
 
 def _attach(engine: Engine, submission: Submission) -> Submitted:

@@ -9,11 +9,11 @@ import structlog
 import tenacity
 from sqlalchemy import Connection, Engine
 
-from pipeline import parts, storage
 from pipeline.errors import LeaseLost
 from pipeline.jobs import ChunkState, Claim, Reject, RejectCode
 from pipeline.options import VectorType
-from pipeline.store import chunks, embeddings, into, items, outputs, usage
+from pipeline.sinks import Sink, sink_of
+from pipeline.store import chunks, embeddings, items, outputs, usage
 from pipeline.store.database import flush_later, is_connection_lost
 from pipeline.vectors import rounded, sound
 
@@ -88,8 +88,8 @@ def _select(rows: embeddings.Rows, mask: npt.NDArray[np.bool_]) -> embeddings.Ro
 
 
 def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: Ending) -> None:
-    """Commit part `number` of a claim: fenced update, vectors, rejects, usage, in one transaction. Vectors that go to
-    Parquet are written as a file before it, and the transaction makes the file count.
+    """Commit part `number` of a claim: fenced update, vectors, rejects, usage, in one transaction. What a sink keeps in
+    files is written before it, and the transaction makes the file count.
 
     A connection lost on the way, even during COMMIT, is followed by another try on a new one, which first looks
     whether the lost one had arrived; nothing is guessed.
@@ -104,7 +104,8 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: E
     _, bad = split_bad_vectors(part.rows, claim.dimensions, claim.options.dtype)
     if bad:
         raise ValueError(f"{len(bad)} vectors are zero or not finite")
-    output = parts.write(claim, number, part.rows) if claim.options.output and len(part.rows.indexes) else None
+    sink = sink_of(claim.options)
+    staged = sink.stage(claim, number, part.rows)
     for attempt in while_database_is_away("commit_retried"):
         with attempt, engine.connect() as connection:
             _show_backend(connection, claim)
@@ -115,7 +116,7 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Part, ending: E
                     # A server that crashes may forget this commit, and then the claim still runs and is done again:
                     # see ops/decisions/0003. What a claim builds on must be on disk.
                     flush_later(connection)
-                if not _commit(connection, claim, number, part, ending, output, again=again):
+                if not _commit(connection, claim, number, part, ending, sink, staged, again=again):
                     transaction.rollback()
 
 
@@ -144,7 +145,8 @@ def _commit(
     number: int,
     part: Part,
     ending: Ending,
-    output: outputs.Output | None,
+    sink: Sink,
+    staged: outputs.Staged | None,
     *,
     again: bool,
 ) -> bool:
@@ -161,7 +163,7 @@ def _commit(
             prompt_tokens=tokens,
             isolation=ending.isolation,
             not_before_seconds=ending.not_before_seconds,
-            output_uri=storage.join(str(claim.options.output), output.name) if output else None,
+            output_uri=staged.uri if staged else None,
             error=ending.error,
         ),
         number=number,
@@ -171,10 +173,8 @@ def _commit(
         return False
     if not ours:
         raise LeaseLost
-    if output:
-        outputs.record(connection, claim, output)
-    else:
-        _write_rows(connection, claim, part.rows)
+    if len(part.rows.indexes):
+        sink.write(connection, claim, part.rows, staged)
     items.copy_rejects(connection, claim.job_id, part.rejects)
     usage.add_chunk_part(
         connection,
@@ -186,11 +186,3 @@ def _commit(
         device_seconds=part.device_seconds,
     )
     return True
-
-
-def _write_rows(connection: Connection, claim: Claim, rows: embeddings.Rows) -> None:
-    embeddings.copy_rows(connection, claim.job_id, claim.vector_space_id, rows, claim.options.dtype)
-    if claim.options.table and len(rows.indexes):
-        into.upsert(connection, claim.options.table, claim.job_id, rows.indexes.tolist())
-    if claim.extent and rows.carried:
-        items.copy_carried(connection, claim.job_id, rows)

@@ -270,7 +270,7 @@ async def get_results(
 ) -> Response:
     """Its vectors in index order, as a file that is made while it is sent."""
     job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
-    until = 2**63 - 1 if end is None else end
+    until = results.LAST_INDEX if end is None else end
     bulk: Bulk = request.app.state.bulk
 
     def pieces() -> Iterator[bytes]:

@@ -109,8 +109,9 @@ class DatabaseDesk:
         """Write its vectors to a file."""
         from pipeline.results import export
 
-        with self._of(job) as (connection, found):
-            return f"{export(connection, found, to):,} vectors written to {to}."
+        with self._of(job) as (_, found):
+            pass
+        return f"{export(self.place.engine, found, to):,} vectors written to {to}."
 
     def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
         """The catalogue's models, or only those that the workspace may use."""

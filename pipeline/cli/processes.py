@@ -39,8 +39,8 @@ def dispatcher() -> None:
 
     Example: vectormill dispatcher
     """
+    from pipeline.background import CONNECTIONS, Background, Resources
     from pipeline.dispatch import Dispatcher, run
-    from pipeline.errands import CONNECTIONS, Errands, Means
     from pipeline.publish import Publisher
     from pipeline.store.database import make_engine
 
@@ -52,7 +52,7 @@ def dispatcher() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     engine = make_engine(database, application="vectormill-dispatcher", pool_size=2, ping=False)
-    beside = make_engine(database, application="vectormill-errands", pool_size=CONNECTIONS)
+    beside = make_engine(database, application="vectormill-background", pool_size=CONNECTIONS)
     publisher = Publisher(redis)
     try:
         run(
@@ -61,7 +61,7 @@ def dispatcher() -> None:
                 publisher=publisher,
                 lease_seconds=settings.lease_seconds,
                 text_retention_days=settings.text_retention_days,
-                errands=Errands(Means(beside, settings)),
+                background=Background(Resources(beside, settings)),
             ),
             stop,
         )

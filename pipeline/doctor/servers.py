@@ -11,9 +11,9 @@ import redis
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy.exc import DBAPIError
 
+from pipeline.background import CONNECTIONS
 from pipeline.doctor.findings import Finding, fail, ok, warn
 from pipeline.doctor.patient import Patient, is_loopback
-from pipeline.errands import CONNECTIONS
 from pipeline.migrate import known_revisions
 from pipeline.store import health, partitions, workers
 from pipeline.store.database import connection_reason
@@ -35,7 +35,7 @@ _REFUSALS = (
     ("no pg_hba.conf entry|SSL", "let its pg_hba.conf let this machine in, or give the URL the sslmode that it wants."),
     ("permission denied for database", "grant connect on it to the role."),
 )
-#: Connections: of a worker's child and its parent; of two dispatchers and two apis, of an engine, of errands.
+#: Connections: of a worker's child and its parent; of two dispatchers and two apis, of an engine, of background tasks.
 _A_SLOT, _A_WORKER, _THE_REST = 3, 1, 45 + CONNECTIONS
 
 

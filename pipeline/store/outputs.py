@@ -22,6 +22,15 @@ class Output:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A part that is written, and counts for nothing yet."""
+
+    output: Output
+    #: Where it will be when its job is completed.
+    uri: str
+
+
 def record(connection: Connection, claim: Claim, output: Output) -> None:
     """Let a part count, within the transaction of the fenced update."""
     connection.execute(

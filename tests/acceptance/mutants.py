@@ -115,9 +115,9 @@ def _losing_the_device() -> None:
 
 def _dying_in_parts() -> None:
     """Children die between writing a part and recording it, until `DEATHS` files are there."""
-    from pipeline import parts
+    from pipeline import parquet_sink
 
-    write = parts.write
+    write = parquet_sink.write
 
     def write_and_die(*arguments: Any) -> Any:
         written = write(*arguments)
@@ -127,7 +127,7 @@ def _dying_in_parts() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return written
 
-    parts.write = write_and_die  # type: ignore[assignment]
+    parquet_sink.write = write_and_die  # type: ignore[assignment]
 
 
 def _talkative() -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection, text
 
-from pipeline import parts, storage
+from pipeline import parquet_sink, storage
 from pipeline.store import embeddings
 from pipeline.verify import verified_receipt
 from tests.acceptance import witness
@@ -128,10 +128,10 @@ def _files(connection: Connection, job: UUID) -> Iterator[str]:
     """A data set's folder holds what the manifest lists, and beside it at most what lost claims wrote late: see
     ops/decisions/0005."""
     folder = _output(connection, job)
-    manifest = folder and storage.read(f"{folder}/{parts.MANIFEST}")
+    manifest = folder and storage.read(f"{folder}/{parquet_sink.MANIFEST}")
     if not folder or not manifest:
         return
-    wanted = {parts.MANIFEST, parts.SUCCESS, *(file["name"] for file in json.loads(manifest)["files"])}
+    wanted = {parquet_sink.MANIFEST, parquet_sink.SUCCESS, *(file["name"] for file in json.loads(manifest)["files"])}
     found = set(storage.names_below(folder))
     query = text("select chunk_id, fence from vectormill.claim_losses where job_id = :job")
     lost = "|".join(f"{chunk}-{fence}" for chunk, fence in connection.execute(query, {"job": job}))

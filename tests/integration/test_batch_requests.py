@@ -12,10 +12,10 @@ import pytest
 from sqlalchemy import Engine, RowMapping
 
 from pipeline import batches, control, dispatch, files, metrics, purge, storage
+from pipeline.background import Background, BackgroundTask, Resources
 from pipeline.batch_results import finish
 from pipeline.catalog import workspace_id
 from pipeline.dispatch import Dispatcher
-from pipeline.errands import Errand, Errands, Means
 from pipeline.errors import StorageRefused, VectormillError, Waiting
 from pipeline.jobs import BatchState, Model, Reason
 from pipeline.publish import Publisher
@@ -426,7 +426,7 @@ def test_a_dispatcher_that_dies_leaves_no_job_that_runs_for_nobody(
 def test_to_wait_is_no_failure(engine: Engine, settings: Settings) -> None:
     tried: list[object] = []
 
-    def wait(means: Means, piece: object) -> None:
+    def wait(resources: Resources, piece: object) -> None:
         tried.append(piece)
         raise Waiting("for another one.")
 
@@ -434,8 +434,8 @@ def test_to_wait_is_no_failure(engine: Engine, settings: Settings) -> None:
         return sum(sample.value for family in metrics.DISPATCHER_FAILURES.collect() for sample in family.samples)
 
     before = failures()
-    errands = Errands(Means(engine, settings), [Errand("wait", lambda *_: ["piece"], wait)])
-    errands.begin()
-    eventually(lambda: tried and not errands.under_way, "the end of a piece")
-    errands.begin()
+    background = Background(Resources(engine, settings), [BackgroundTask("wait", lambda *_: ["piece"], wait)])
+    background.begin()
+    eventually(lambda: tried and not background.under_way, "the end of a piece")
+    background.begin()
     assert (tried, failures()) == (["piece"], before), "it rests before it is begun again"

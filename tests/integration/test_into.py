@@ -1,7 +1,6 @@
 """Vectors in the user's own table, by key."""
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,12 +9,12 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 
-from pipeline.deliver import Deliveries
 from pipeline.errors import UserError
+from pipeline.finalize import due, finalize
 from pipeline.intake import read_chunk
 from pipeline.jobs import Claim, RejectCode
 from pipeline.options import KeptOptions, UserTable
-from pipeline.store import into, jobs
+from pipeline.store import user_table
 from pipeline.writeback import write_chunk
 from tests.jobs_made import DIMENSIONS, DONE, job_row, make_job, make_model, part_of, run_sql, taken, vectors_of
 
@@ -24,7 +23,7 @@ _TABLE = "create table public.docs (id text primary key, title text, embedding v
 
 def checked(engine: Engine, name: str = "public.docs", key: str = "id", hnsw: bool = False) -> UserTable:
     with engine.begin() as connection:
-        return into.check(connection, name, key_column=key, dimensions=DIMENSIONS, hnsw=hnsw)
+        return user_table.check(connection, name, key_column=key, dimensions=DIMENSIONS, hnsw=hnsw)
 
 
 def claim_into(engine: Engine, target: UserTable, count: int = 8) -> Claim:
@@ -148,12 +147,12 @@ def test_the_index_is_built_and_may_be_built_again(engine: Engine) -> None:
     target = checked(engine, hnsw=True)
     commit(engine, claim_into(engine, target), [0, 1], ["a", "b"])
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        into.build_hnsw(connection, target)
+        user_table.build_hnsw(connection, target)
         connection.exec_driver_sql(
             "update pg_index set indisvalid = false where indexrelid = 'public.docs_embedding_hnsw'::regclass"
         )
-        into.build_hnsw(connection, target)
-        into.build_hnsw(connection, target)
+        user_table.build_hnsw(connection, target)
+        user_table.build_hnsw(connection, target)
     valid = "select indisvalid from pg_index where indexrelid = 'public.docs_embedding_hnsw'::regclass"
     assert run_sql(engine, valid) == [(True,)]
 
@@ -171,15 +170,11 @@ def test_a_table_that_refuses_its_index_pauses_the_job(engine: Engine) -> None:
     claim = claim_into(engine, target)
     commit(engine, claim, range(8), [f"k{index}" for index in range(8)])
     run_sql(engine, "alter table public.docs drop column embedding")
-    deliveries = Deliveries(engine)
     options = json.dumps(KeptOptions(table=target, hnsw=True).to_json())
     run_sql(engine, "update vectormill.jobs set options = options || cast(:options as jsonb)", options=options)
     with engine.begin() as connection:
-        job = jobs.by_id(connection, claim.job_id)
-        assert job
-        assert not deliveries.is_done(connection, job)
-    while deliveries.is_under_way(claim.job_id):
-        time.sleep(0.01)
+        assert due(connection, 10) == [claim.job_id]
+    finalize(engine, claim.job_id)
     row = job_row(engine, claim.job_id)
     assert (row["state"], row["reason"]) == ("paused", "table_refused")
     assert "the index that the job asks for" in row["message"]

@@ -8,8 +8,8 @@ from sqlalchemy import Connection, Engine
 from uuid_utils.compat import uuid7
 
 from pipeline import control, dispatch
+from pipeline.background import TASKS, Resources
 from pipeline.dispatch import Dispatcher, keep_house, remove_old_texts, sweep
-from pipeline.errands import ERRANDS, Means
 from pipeline.errors import UserError
 from pipeline.jobs import Model, RejectCode
 from pipeline.settings import Settings
@@ -49,11 +49,11 @@ def stage(engine: Engine, job_id: UUID, dead_for_seconds: float) -> UUID:
 def test_submissions_that_nobody_came_back_for_are_forgotten(engine: Engine, model: Model) -> None:
     dead, lately = stage(engine, uuid7(), 86_400 + 60), stage(engine, uuid7(), 86_400 - 60)
     job_id = make_job(engine, model)
-    (errand,) = [errand for errand in ERRANDS if errand.name == "forget_staging"]
+    (task,) = [task for task in TASKS if task.name == "forget_staging"]
     with engine.connect() as connection:
-        due = errand.due(connection, 10)
+        due = task.due(connection, 10)
     for piece in due:
-        errand.do(Means(engine, Settings()), piece)
+        task.do(Resources(engine, Settings()), piece)
     for table in ("items", "rejects", "chunks"):
         found = run_sql(engine, f"select distinct job_id from vectormill.{table}")
         assert dead not in {row for (row,) in found}

@@ -22,8 +22,7 @@ ITEMS = 5_000
 
 
 def write(engine: Engine, job_id: UUID, target: Path) -> int:
-    with engine.begin() as connection:
-        return export(connection, job_id, target)
+    return export(engine, job_id, target)
 
 
 @pytest.fixture

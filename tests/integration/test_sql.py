@@ -1,4 +1,4 @@
-"""Jobs asked for in SQL: the function, the errand that makes jobs of requests, and the view of how they stand."""
+"""Jobs asked for in SQL: the function, the task that makes jobs of requests, and the view of how they stand."""
 
 import json
 import subprocess
@@ -59,7 +59,7 @@ def reader(engine: Engine, database: str, role: str) -> Iterator[str]:
 
 @pytest.fixture
 def stage(engine: Engine, reader: str) -> Callable[..., None]:
-    """Do the dispatcher's errand for all that is due."""
+    """Do the dispatcher's background task for all that is due."""
 
     def stage(url: str | None = reader, **more: Any) -> None:
         settings = Settings(sql_url=SecretStr(url) if url else None, **more)

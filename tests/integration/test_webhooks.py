@@ -14,9 +14,9 @@ from openai import OpenAI
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
-from pipeline import control, dispatch
+from pipeline import completion, control
+from pipeline.background import Background, Resources
 from pipeline.dispatch import Dispatcher, drain, finish
-from pipeline.errands import Errands, Means
 from pipeline.errors import Waiting
 from pipeline.jobs import Model, RejectCode
 from pipeline.publish import Publisher
@@ -44,7 +44,7 @@ def settings(receiver: Receiver) -> Settings:
 
 @pytest.fixture
 def deliver(engine: Engine, settings: Settings) -> Callable[[], None]:
-    """Do the dispatcher's errand for all that is due."""
+    """Do the dispatcher's background task for all that is due."""
 
     def deliver() -> None:
         with engine.begin() as connection:
@@ -186,7 +186,7 @@ def test_an_event_is_written_with_what_it_tells_or_not_at_all(
         raise RuntimeError("the dispatcher dies here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "job_ended", lose)
+        patch.setattr(completion, "job_ended", lose)
         with pytest.raises(RuntimeError):
             end()
     assert run_sql(engine, "select state from vectormill.jobs where id = :id", id=job_id) == [("running",)]
@@ -352,8 +352,8 @@ def test_the_dispatcher_sees_to_it_whoever_else_does_not_answer(
             done(engine, model, url)
             end()
         allowed = settings.model_copy(update={"webhooks": (*settings.webhooks, dead)})
-        errands = Errands(Means(engine, allowed))
-        errands.begin()
+        background = Background(Resources(engine, allowed))
+        background.begin()
         receiver.wait_for(3)
         eventually(lambda: state(engine)[6:] == [("delivered", 1, "answers 204")] * 3, "the answers to be kept")
         assert sum(row[1] for row in state(engine)[:6]) == 1, "one try at a time"
@@ -361,7 +361,7 @@ def test_the_dispatcher_sees_to_it_whoever_else_does_not_answer(
     eventually(lambda: standing(engine) == {"waiting": 6, "late": 1, "given_up": 0}, "the try that failed")
     done(engine, model, f"{receiver.url}/hooks")
     end()
-    errands.begin()
+    background.begin()
     receiver.wait_for(4)
     assert sum(row[1] for row in state(engine)[:6]) == 1, "who doesn't answer rests"
 

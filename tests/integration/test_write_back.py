@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, event, text
 
-from pipeline import control, parts, writeback
+from pipeline import control, parquet_sink, writeback
 from pipeline.errors import LeaseLost
 from pipeline.jobs import Claim, Model, RejectCode
 from pipeline.store import chunks, embeddings, losses, usage
@@ -202,7 +202,7 @@ def test_a_cancellation_that_the_database_lost_cancels_nothing(engine: Engine, j
 
 
 def test_parts_of_two_claims_with_one_fence_are_two_files(engine: Engine, job_id: UUID, claim: Claim) -> None:
-    names = {parts.name_of(one, number) for one in (claim, given_again(engine, job_id)) for number in (0, 1)}
+    names = {parquet_sink.name_of(one, number) for one in (claim, given_again(engine, job_id)) for number in (0, 1)}
     assert len(names) == 4
 
 

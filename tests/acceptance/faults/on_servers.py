@@ -113,7 +113,7 @@ def terminate_backends(site: Site, random: Random) -> Done:
     """An administrator ends sessions of workers and dispatchers."""
     query = """
         select pg_terminate_backend(pid) from pg_stat_activity
-        where application_name ~ '^vectormill-(worker|presence|dispatcher|errands)( |$)' and random() < :share
+        where application_name ~ '^vectormill-(worker|presence|dispatcher|background)( |$)' and random() < :share
     """
     site.rows(query, share=random.uniform(0.2, 1))
     return Done(time.monotonic())

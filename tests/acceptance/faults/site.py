@@ -21,7 +21,7 @@ from psycopg import sql
 from sqlalchemy import RowMapping, text
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import errands
+from pipeline import background
 from pipeline.api import bulk
 from pipeline.api.database import AT_ONCE
 from pipeline.catalog import add_model
@@ -284,7 +284,7 @@ class Site:
         with suppress(AssertionError):
             eventually(lambda: not self._processes(), "no process", 15)
         said += [f"a process is left: {command[:6]}" for command in self._processes()]
-        names = "'^vectormill-(worker|presence|dispatcher|errands)( |$)'"
+        names = "'^vectormill-(worker|presence|dispatcher|background)( |$)'"
         query = f"select count(*) from pg_stat_activity where application_name ~ {names}"
         with suppress(AssertionError):
             eventually(lambda: self.scalar(query) == 0, "no connection", 10)
@@ -305,7 +305,7 @@ class Site:
             "vectormill-worker": 3 * _REPLICAS * workers,
             "vectormill-presence": workers,
             "vectormill-dispatcher": 2 * len(DISPATCHERS),
-            "vectormill-errands": errands.CONNECTIONS * len(DISPATCHERS),
+            "vectormill-background": background.CONNECTIONS * len(DISPATCHERS),
             "vectormill-api": AT_ONCE + bulk.CONNECTIONS,
         }
         over = {name: (held[name], bound) for name, bound in most.items() if held.get(name, 0) > bound}

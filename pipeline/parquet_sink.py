@@ -1,4 +1,4 @@
-"""A job's Parquet output: part files, and the data set that they become when the job completes.
+"""The Parquet sink: part files, and the data set that they become when the job completes.
 
 Workers write parts below `_staging/<job>/`, where readers of the folder don't look. A part counts once the fenced
 commit has written down its name; others were written by claims that had been lost. When the job completes, its parts
@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -18,13 +19,15 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import structlog
+from sqlalchemy import Connection, Engine
 
 from pipeline import exact_json, storage
 from pipeline.errors import SourceChanged, UserError
-from pipeline.jobs import Claim
-from pipeline.options import VectorType
+from pipeline.jobs import Claim, Item, Job
+from pipeline.options import OUR_COLUMNS, VectorType
+from pipeline.store import items, jobs, outputs
 from pipeline.store.embeddings import Rows
-from pipeline.store.outputs import Output
+from pipeline.store.outputs import Output, Staged
 
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
@@ -36,6 +39,108 @@ _MOVES = 16
 _PART = re.compile(r"part-\d+-\d+(-[0-9a-f]{32})?(-\d+)?\.parquet")
 
 log = structlog.get_logger()
+
+
+class ParquetSink:
+    """A folder or URI of Parquet files."""
+
+    finalizes = True
+
+    def __init__(self, folder: str, kept_as: VectorType, carried: Sequence[str]) -> None:
+        self._folder, self._kept_as, self._carried = folder, kept_as, carried
+
+    def prepare(self, job_id: UUID) -> None:
+        """Take the folder, which must be empty.
+
+        Raises:
+            UserError: something is there already.
+            StorageRefused, StorageUnreachable: it can't be written.
+        """
+        occupy(self._folder, job_id)
+
+    def discard(self, job_id: UUID) -> None:
+        """Delete what the job has left."""
+        vacate(self._folder, job_id)
+
+    def fault(self, item: Item) -> str | None:  # noqa: ARG002 - any item has a place
+        """None."""
+        return None
+
+    def settled(self, connection: Connection, claim: Claim) -> set[int]:
+        """The indexes in the chunk's recorded parts."""
+        written = outputs.of_job(connection, claim.job_id, claim.chunk_id)
+        return set(indexes(self._folder, claim.job_id, written).tolist())
+
+    def stage(self, claim: Claim, number: int, rows: Rows) -> Staged | None:
+        """Write a part."""
+        if not len(rows.indexes):
+            return None
+        output = write(self._folder, claim, number, rows)
+        return Staged(output, storage.join(self._folder, output.name))
+
+    def write(self, connection: Connection, claim: Claim, rows: Rows, staged: Staged | None) -> None:  # noqa: ARG002
+        """Let the part count."""
+        if staged:
+            outputs.record(connection, claim, staged.output)
+
+    def finalize(self, engine: Engine, job: Job) -> None:
+        """Make the parts a data set."""
+        with engine.begin() as connection:
+            written, space = outputs.of_job(connection, job.id), jobs.vector_space(connection, job.id)
+        about = {
+            "name": job.name,
+            "labels": job.labels,
+            "model": job.model,
+            "vector_space": space["fingerprint"],
+            "dimensions": space["dimensions"],
+            "dtype": self._kept_as,
+            "carried": self._carried,
+        }
+        make_data_set(self._folder, job.id, written, about)
+
+    def read(
+        self, engine: Engine, job_id: UUID, first_index: int, end_index: int
+    ) -> Iterator[Sequence[tuple[Any, ...]]]:
+        """Chunk by chunk, from its parts."""
+        with engine.begin() as connection:
+            chunks = [
+                chunk.outputs
+                for chunk in outputs.by_chunk(connection, job_id)
+                if chunk.outputs and chunk.first_index < end_index and chunk.first_index + chunk.items > first_index
+            ]
+        for parts in chunks:
+            table = read(self._folder, job_id, parts).combine_chunks()
+            vectors = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False)).astype(np.float32)
+            carried = table.drop_columns(list(OUR_COLUMNS)).to_pylist()
+            found, keys, tokens, truncated = (
+                table[name].to_pylist() for name in ("index", "key", "tokens", "truncated")
+            )
+            rows = zip(found, keys, vectors, tokens, truncated, carried, strict=True)
+            yield [row for row in rows if first_index <= row[0] < end_index]
+
+    def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
+        """By the indexes in the files. Files where readers look that no commit has recorded are double."""
+        recorded = {output.name for output in outputs.of_job(connection, job.id)}
+        missing, double = 0, sum(name not in recorded for name in visible_names(self._folder))
+        for chunk in outputs.by_chunk(connection, job.id):
+            found = self._indexes_there(job.id, chunk.outputs)
+            rejected = items.settled(connection, job.id, chunk.first_index, chunk.items)
+            vectors = set(found.tolist())
+            own = range(chunk.first_index, chunk.first_index + chunk.items)
+            strangers = sum(index not in own for index in vectors)
+            good = len(vectors) - strangers
+            missing += max(0, chunk.embedded - good) + max(0, chunk.rejected - len(rejected)) + chunk.unaccounted
+            double += len(found) - len(vectors) + strangers + len(vectors & rejected)
+            double += max(0, good - chunk.embedded) + max(0, len(rejected) - chunk.rejected)
+        return missing, double
+
+    def _indexes_there(self, job_id: UUID, parts: Sequence[Output]) -> npt.NDArray[np.int64]:
+        """The indexes in those parts that are there."""
+        found = [np.zeros(0, np.int64)]
+        for part in parts:
+            with suppress(SourceChanged):
+                found.append(indexes(self._folder, job_id, [part]))
+        return np.concatenate(found)
 
 
 def schema(dimensions: int, kept_as: VectorType, carried: Sequence[str]) -> Any:
@@ -58,7 +163,7 @@ def name_of(claim: Claim, number: int) -> str:
     return f"part-{claim.chunk_id}-{claim.fence}-{claim.token.hex}{f'-{number}' if number else ''}.parquet"
 
 
-def write(claim: Claim, number: int, rows: Rows) -> Output:
+def write(folder: str, claim: Claim, number: int, rows: Rows) -> Output:
     """Write a part, whole or not at all. It counts when the commit has recorded what is returned.
 
     Raises:
@@ -90,8 +195,7 @@ def write(claim: Claim, number: int, rows: Rows) -> Output:
         rows=len(rows.indexes),
         bytes=buffer.tell(),
     )
-    assert claim.options.output
-    storage.write(storage.join(_staging(claim.options.output, claim.job_id), output.name), buffer.getbuffer())
+    storage.write(storage.join(_staging(folder, claim.job_id), output.name), buffer.getbuffer())
     return output
 
 
@@ -127,7 +231,7 @@ def vacate(folder: str, job_id: UUID) -> None:
     storage.delete_folder(_staging(folder, job_id))
 
 
-def deliver(folder: str, job_id: UUID, outputs: Sequence[Output], about: Mapping[str, Any]) -> None:
+def make_data_set(folder: str, job_id: UUID, parts: Sequence[Output], about: Mapping[str, Any]) -> None:
     """Make a completed job's parts a data set, and the folder hold no other. May be repeated, also after it was cut off
     anywhere.
 
@@ -135,16 +239,16 @@ def deliver(folder: str, job_id: UUID, outputs: Sequence[Output], about: Mapping
         StorageRefused, StorageUnreachable: it isn't finished.
     """
 
-    _remove_strays(folder, {output.name for output in outputs})
+    _remove_strays(folder, {output.name for output in parts})
 
     def promote(output: Output) -> None:
         storage.move(storage.join(_staging(folder, job_id), output.name), storage.join(folder, output.name))
 
     with ThreadPoolExecutor(_MOVES) as pool:
-        for _ in pool.map(promote, outputs):
+        for _ in pool.map(promote, parts):
             pass
-    files = [{"name": output.name, "rows": output.rows, "bytes": output.bytes} for output in outputs]
-    manifest = {**about, "job": str(job_id), "rows": sum(output.rows for output in outputs), "files": files}
+    files = [{"name": output.name, "rows": output.rows, "bytes": output.bytes} for output in parts]
+    manifest = {**about, "job": str(job_id), "rows": sum(output.rows for output in parts), "files": files}
     # Made where `vacate` clears away what a death in the middle of it leaves.
     made = storage.join(_staging(folder, job_id), MANIFEST)
     storage.write(made, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
@@ -182,14 +286,14 @@ def names_of_parts(folder: str, job_id: UUID) -> set[str]:
     return {*visible_names(_staging(folder, job_id)), *visible_names(folder)}
 
 
-def indexes(folder: str, job_id: UUID, outputs: Sequence[Output]) -> npt.NDArray[np.int64]:
+def indexes(folder: str, job_id: UUID, parts: Sequence[Output]) -> npt.NDArray[np.int64]:
     """The indexes in recorded parts, in the order of the files.
 
     Raises:
         SourceChanged: a part is gone.
     """
     found = [np.zeros(0, np.int64)]
-    for output in outputs:
+    for output in parts:
         with open_part(folder, job_id, output) as part:
             found.append(part.read(columns=["index"])["index"].to_numpy())
     return np.concatenate(found)
@@ -200,14 +304,14 @@ def visible_names(folder: str) -> Iterator[str]:
     return (name for name in storage.names_below(folder) if name.endswith(".parquet") and name[0] not in "_.")
 
 
-def read(folder: str, job_id: UUID, outputs: Sequence[Output]) -> pa.Table:
+def read(folder: str, job_id: UUID, parts: Sequence[Output]) -> pa.Table:
     """The rows of recorded parts in index order.
 
     Raises:
         SourceChanged: a part is gone.
     """
     tables = []
-    for output in outputs:
+    for output in parts:
         with open_part(folder, job_id, output) as part:
             tables.append(part.read())
     return pa.concat_tables(tables).sort_by("index")

@@ -1,4 +1,4 @@
-"""What the dispatcher sees to beside its duties, since it takes seconds to hours: each piece in a thread of its own.
+"""Background tasks of the dispatcher, which take seconds to hours: each piece of work in a thread of its own.
 
 A piece may be killed midway, or be done by two dispatchers at once: the database decides what counts.
 """
@@ -14,7 +14,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import batch_results, batches, files, metrics, sql_requests, staging, store
+from pipeline import batch_results, batches, files, finalize, metrics, sql_requests, staging, store
 from pipeline.errors import Waiting
 from pipeline.settings import Settings
 from pipeline.store.database import is_connection_lost, plain_reason
@@ -30,8 +30,8 @@ _STAGING_DEAD_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
-    """What pieces of work are done with."""
+class Resources:
+    """What work is done with."""
 
     #: Each piece under way may hold two of its connections.
     engine: Engine
@@ -39,71 +39,73 @@ class Means:
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class BackgroundTask:
     """A kind of work."""
 
     name: str
     #: Lists at most so many pieces that are due, by id, the oldest first.
     due: Callable[[Connection, int], Sequence[Hashable]]
     #: Does one of them.
-    do: Callable[[Means, Any], object]
+    do: Callable[[Resources, Any], object]
     #: Pieces at a time.
     at_once: int = 2
 
 
-def _forget_staging(means: Means, dead: Producer) -> None:
-    staging.undo(means.engine, dead)
+def _forget_staging(resources: Resources, dead: Producer) -> None:
+    staging.undo(resources.engine, dead)
     log.info("dead_staging_forgotten", job=str(dead.job_id))
 
 
-#: What there is to see to.
-ERRANDS: tuple[Errand, ...] = (
-    Errand(
-        "stage_request", store.requests.due, lambda means, job: sql_requests.stage(means.engine, means.settings, job)
+TASKS: tuple[BackgroundTask, ...] = (
+    BackgroundTask(
+        "stage_request",
+        store.requests.due,
+        lambda by, job: sql_requests.stage(by.engine, by.settings, job),
     ),
-    Errand(
+    BackgroundTask(
         "stage_batch_request",
         store.batches.to_stage,
-        lambda means, batch: batches.stage(means.engine, means.settings, batch),
+        lambda by, batch: batches.stage(by.engine, by.settings, batch),
     ),
-    Errand(
+    BackgroundTask(
         "finish_batch_request",
         store.batches.to_end,
-        lambda means, batch: batch_results.finish(means.engine, means.settings, batch),
+        lambda by, batch: batch_results.finish(by.engine, by.settings, batch),
     ),
-    Errand(
+    BackgroundTask(
         "expire_batch_request",
         store.batches.to_expire,
-        lambda means, batch: batches.expire(means.engine, batch),
+        lambda by, batch: batches.expire(by.engine, batch),
         at_once=1,
     ),
-    Errand(
+    BackgroundTask(
         "forget_staging",
         lambda connection, limit: store.stagings.dead(connection, _STAGING_DEAD_SECONDS, limit),
         _forget_staging,
         at_once=1,
     ),
-    Errand("forget_file", store.files.expired, lambda means, file: files.forget(means.engine, file), at_once=1),
-    Errand(
+    BackgroundTask("forget_file", store.files.expired, lambda by, file: files.forget(by.engine, file), at_once=1),
+    BackgroundTask("finalize_job", finalize.due, lambda by, job: finalize.finalize(by.engine, job)),
+    BackgroundTask(
         "deliver_events",
         store.events.due,
-        lambda means, host: deliver_events(means.engine, means.settings, host),
+        lambda by, host: deliver_events(by.engine, by.settings, host),
         at_once=4,
     ),
 )
 
 #: Connections that they may need together, with one to look for what is due.
-CONNECTIONS = 1 + 2 * sum(errand.at_once for errand in ERRANDS)
+CONNECTIONS = 1 + 2 * sum(task.at_once for task in TASKS)
 
 
-class Errands:
+class Background:
     """Pieces under way. Forgetting them costs doing them again, no more."""
 
-    def __init__(self, means: Means, kinds: Sequence[Errand] = ERRANDS) -> None:
-        self._means, self._kinds = means, kinds
+    def __init__(self, resources: Resources, kinds: Sequence[BackgroundTask] = TASKS) -> None:
+        self._resources, self._kinds = resources, kinds
         #: Guards what follows: threads change it when they end.
         self._lock = threading.Lock()
-        #: By errand and piece.
+        #: By task and piece.
         self.under_way: set[tuple[str, Hashable]] = set()
         #: When such a piece may be begun again, by the monotonic clock.
         self._rests: dict[tuple[str, Hashable], float] = {}
@@ -118,26 +120,32 @@ class Errands:
                 room = kind.at_once - sum(name == kind.name for name, _ in self.under_way)
             if room <= 0:
                 continue
-            with self._means.engine.connect() as connection:
+            with self._resources.engine.connect() as connection:
                 due = kind.due(connection, room + len(not_now))
             for piece in [piece for piece in due if piece not in not_now][:room]:
                 with self._lock:
                     self.under_way.add((kind.name, piece))
                 threading.Thread(target=partial(self._run, kind, piece), daemon=True).start()
 
-    def _run(self, kind: Errand, piece: Hashable) -> None:
+    def is_under_way(self, name: str, piece: Hashable) -> bool:
+        """Return whether a task's piece is being done."""
+        return (name, piece) in self.under_way
+
+    def _run(self, kind: BackgroundTask, piece: Hashable) -> None:
         which = (kind.name, piece)
         try:
-            kind.do(self._means, piece)
+            kind.do(self._resources, piece)
         except Waiting as waiting:
             self._rest(which)
-            log.info("errand_waits", errand=kind.name, piece=str(piece), message=str(waiting))
+            log.info("background_task_waits", task=kind.name, piece=str(piece), message=str(waiting))
         except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed, and the log says it
             self._rest(which)
             lost = isinstance(error, DBAPIError) and is_connection_lost(error)
             metrics.DISPATCHER_FAILURES.labels("database" if lost else "other").inc()
             told = plain_reason(error) if isinstance(error, DBAPIError) else str(error)[:500]
-            log.warning("errand_failed", errand=kind.name, piece=str(piece), error=type(error).__name__, message=told)
+            log.warning(
+                "background_task_failed", task=kind.name, piece=str(piece), error=type(error).__name__, message=told
+            )
         finally:
             with self._lock:
                 self.under_way.discard(which)
