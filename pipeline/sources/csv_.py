@@ -182,7 +182,10 @@ class _Reader:
             return cls(chain([head], blocks), name, dialect, item_bytes, encoding=encoding)
         named = found[1].decode()
         if dialect.chosen_delimiter and named != dialect.delimiter:
-            raise SourceError(f'{name} line 1: it names "{named}" as delimiter, and the job another; leave one out.')
+            raise SourceError(
+                f'{name} line 1: it names "{named}" as delimiter, and the job another; leave one out.',
+                field="delimiter",
+            )
         return cls(
             chain([head[found.end() :]], blocks),
             name,
@@ -383,11 +386,11 @@ def _check_kind(header: list[str], place: str, dialect: Dialect) -> None:
     if header[0].lstrip().startswith("{"):
         raise SourceError(f"{place}: a JSON object, not a header; name JSON lines with .jsonl at the end.")
     if not dialect.quote and any(map(_is_quoted, header)):
-        raise SourceError(f"{place}: the names stand in quotes, which aren't read; set quote to '\"'.")
+        raise SourceError(f"{place}: the names stand in quotes, which aren't read; set it to '\"'.", field="quote")
     divider = next((called for sign, called in _DIVIDERS.items() if sign in header[0]), None)
     if len(header) == 1 and divider:
         habit = ".csv is read with commas, and .tsv with tabs"
-        raise SourceError(f"{place}: columns are divided by {divider}; {habit}, unless delimiter is set.")
+        raise SourceError(f"{place}: columns are divided by {divider}; {habit}, unless it is set.", field="delimiter")
 
 
 def _fault(error: csv.Error, row_bytes: int) -> str:

@@ -45,7 +45,7 @@ def test_quotes_that_tsv_keeps_are_said() -> None:
     assert notices("a.tsv", columns=Columns(quote="")) == []
     assert read("a.tsv", columns=Columns(quote='"')).texts == [b"plain", b'a "b"', b"c"]
     assert refusal(put("b.tsv", '"id"\t"text"\n"1"\t"x"\n')) == (
-        "b.tsv line 1: the names stand in quotes, which aren't read; set quote to '\"'."
+        "quote: b.tsv line 1: the names stand in quotes, which aren't read; set it to '\"'."
     )
     assert refusal(put("c.tsv", 'id\ttext\n1\t"two\nlines"\n')) == (
         "c.tsv line 3: 1 field where the header has 2; if its quotes quote, set quote to '\"'."
@@ -99,7 +99,7 @@ def test_excels_first_line_names_the_delimiter(first: str) -> None:
     assert rows.problems[0][2] == "line 4: text is empty"
     assert notices("a.csv", columns=Columns(delimiter=";")) == []
     assert refusal("a.csv", columns=Columns(delimiter="|")) == (
-        'a.csv line 1: it names ";" as delimiter, and the job another; leave one out.'
+        'delimiter: a.csv line 1: it names ";" as delimiter, and the job another; leave one out.'
     )
 
 

@@ -76,8 +76,8 @@ def test_a_folder_with_nothing_in_it(folder: str) -> None:
         (
             "a.csv",
             b"id;text\n1;t\n",
-            "a.csv line 1: columns are divided by semicolons; .csv is read with commas, and .tsv with tabs, "
-            "unless delimiter is set.",
+            "delimiter: a.csv line 1: columns are divided by semicolons; .csv is read with commas, and .tsv with tabs, "
+            "unless it is set.",
         ),
         (
             "a.csv",
