@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.jobs import Extent, Model
 from pipeline.options import JobOptions
 from pipeline.sources import Corpus, Source
-from pipeline.sources.reference import read_extent
+from pipeline.sources.by_reference import read_extent
 from pipeline.submit import check
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from sqlalchemy import Engine
 
 from pipeline.jobs import Claim, Item, Reject, RejectCode
 from pipeline.sinks import Sink, sink_of
-from pipeline.sources.reference import read_extent
+from pipeline.sources.by_reference import read_extent
 from pipeline.store import items
 
 #: Text that is held at once, whatever the planner expected of a file's rows.

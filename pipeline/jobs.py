@@ -324,22 +324,36 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
-    """Where the rows of a chunk stand in a file that workers read themselves."""
-
+class _InFile:
     uri: str
     #: What the file was when it was planned; reading another version raises `SourceChanged`.
     etag: str
     #: Size of the file.
     bytes: int
-    #: Parquet: the row group in which the rows begin; `None`: text.
-    row_group: int | None
-    #: Parquet: rows of that group before them. Text: unpacked bytes before them.
-    offset: int
-    #: Text: unpacked bytes of the rows; `None`: Parquet.
-    length: int | None
-    #: Row or line number of the first one, from 1, as messages show it.
+    #: Row or line number of the first row, from 1, as messages show it.
     line: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParquetExtent(_InFile):
+    """Where the rows of a chunk stand in a Parquet file."""
+
+    #: The row group in which they begin.
+    row_group: int
+    #: Rows of that group before them.
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextExtent(_InFile):
+    """Where the rows of a chunk stand in a text, in unpacked bytes."""
+
+    offset: int
+    length: int
+
+
+#: Where the rows of a chunk stand in a file that workers read themselves.
+Extent = ParquetExtent | TextExtent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

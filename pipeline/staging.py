@@ -17,7 +17,7 @@ from pipeline.leases import Renewal
 from pipeline.plan import Limits, Planner, Range, chunk_tokens, estimate_tokens
 from pipeline.sinks import sink_of
 from pipeline.sources import Corpus, Rows, Source, SourceFile
-from pipeline.sources.reference import Places
+from pipeline.sources.places import Places
 from pipeline.store import chunks, items, jobs, stagings
 from pipeline.store.database import flush_later, is_connection_lost
 from pipeline.store.stagings import Producer

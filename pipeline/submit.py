@@ -10,8 +10,8 @@ from pipeline.catalog import vector_space_of
 from pipeline.errors import IdempotencyConflict, NotRetriable, UserError
 from pipeline.jobs import Job, JobState, Model
 from pipeline.options import JobOptions, OnLong, UserTable
-from pipeline.sources import Corpus, Format, Source
-from pipeline.sources.reference import check_referable
+from pipeline.sources import Corpus, Source
+from pipeline.sources.by_reference import check_referable
 from pipeline.staging import Staging, delete_items
 from pipeline.store import jobs, partitions, stagings, user_table
 from pipeline.store.stagings import Producer
@@ -75,7 +75,7 @@ def _check_dialect(corpus: Source) -> None:
     if columns.delimiter is None and columns.quote is None:
         return
     files = corpus.files if isinstance(corpus, Corpus) else []
-    if not any(file.format in (Format.CSV, Format.TSV) for file in files):
+    if not any(file.format.divided for file in files):
         raise UserError(
             f"{corpus.name} has no .csv or .tsv file, so it has no effect; leave it out.",
             field="delimiter" if columns.delimiter is not None else "quote",

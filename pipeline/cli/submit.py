@@ -27,7 +27,7 @@ from pipeline.estimate import estimate
 from pipeline.options import Columns, JobOptions, OnLong, VectorType
 from pipeline.request import JobRequest, default_name, read_request
 from pipeline.sources import Compression, Corpus, Source
-from pipeline.sources.files import find_files
+from pipeline.sources.discovery import find_files
 from pipeline.sources.query import QueryCorpus
 from pipeline.storage import is_remote
 from pipeline.store import workers

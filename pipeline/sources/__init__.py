@@ -1,26 +1,25 @@
 """A corpus as a stream: files, folders or the standard input become blocks of judged rows, in bounded memory.
 
-`files` finds what to read, `open` unpacks it into whole lines, `jsonl`, `csv_` and `parquet` read rows, and
-`rows` judges them; `query` takes them from a database. `reference` finds where the rows of files are, for workers
-that read them themselves. A bad row becomes a reject and the rest goes on; a broken file or a wrong column ends it.
+`discovery` finds what to read, `open` unpacks it into whole lines, `formats` knows `jsonl`, `csv_` and `parquet`, which
+read rows, and `rows` judges them; `query` takes them from a database. `places` finds where the rows of files are, and
+`by_reference` reads them there, for workers. A bad row becomes a reject and the rest goes on; a broken file or a wrong
+column ends it.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, Protocol, assert_never
+from typing import Any, BinaryIO, Protocol
 
 from pipeline.options import Columns
-from pipeline.sources.csv_ import Dialect, read_csv
-from pipeline.sources.files import STDIN, Compression, Format, SourceFile, find_files
-from pipeline.sources.jsonl import read_jsonl
-from pipeline.sources.open import open_blocks, read_blocks, without_mark
-from pipeline.sources.parquet import read_parquet
-from pipeline.sources.reference import Places, scan
+from pipeline.sources.discovery import find_files
+from pipeline.sources.open import read_blocks, without_mark
+from pipeline.sources.places import Places
 from pipeline.sources.rows import Notices, Parsed, Rows, judge
+from pipeline.sources.source_file import STDIN, Compression, SourceFile
 
-__all__ = ["Compression", "Corpus", "Format", "Rows", "Source", "SourceFile"]
+__all__ = ["Compression", "Corpus", "Rows", "Source", "SourceFile"]
 
 
 class Source(Protocol):
@@ -112,7 +111,8 @@ class Corpus:
         Raises:
             SourceError: as `blocks`, but for a single bad line of JSON.
         """
-        return scan(file, self.columns, self.item_bytes, self.notices)
+        yield from file.format.locate(file, self.columns, self.item_bytes, self.notices)
+        file.check_unchanged()
 
     def blocks(self) -> Iterator[Rows]:
         """Read every row once, in order. With a stream, this can be done once.
@@ -121,7 +121,7 @@ class Corpus:
             SourceError: a file is broken, changed since it was listed, or lacks a column.
         """
         for file in self.files:
-            place = "row " if file.format is Format.PARQUET else "line "
+            place = f"{file.format.unit} "
             if len(self.files) > 1:
                 place = f"{file.name} {place}"
             for parsed in self._read(file):
@@ -129,17 +129,8 @@ class Corpus:
             file.check_unchanged()
 
     def _read(self, file: SourceFile) -> Iterator[Parsed]:
-        columns, item_bytes, notices = self.columns, self.item_bytes, self.notices
-        match file.format:
-            case Format.JSONL:
-                blocks = self._stream() if file.uri is None else open_blocks(file)
-                return read_jsonl(blocks, file.name, columns, item_bytes, notices)
-            case Format.CSV | Format.TSV:
-                dialect = Dialect.of(file.format, columns)
-                return read_csv(open_blocks(file), file.name, dialect, columns, item_bytes, notices)
-            case Format.PARQUET:
-                return read_parquet(file, columns, notices)
-        assert_never(file.format)
+        blocks = self._stream() if file.uri is None else None
+        return file.format.read(file, blocks, self.columns, self.item_bytes, self.notices)
 
     def _stream(self) -> Iterator[bytes]:
         return without_mark(self._hashed(self._stdin or sys.stdin.buffer), STDIN)

@@ -9,7 +9,6 @@ from itertools import chain
 
 from pipeline.errors import SourceError
 from pipeline.options import Columns
-from pipeline.sources.files import Format
 from pipeline.sources.open import BrokenStreamError, whole_lines
 from pipeline.sources.rows import (
     BLOCK_BYTES,
@@ -22,6 +21,7 @@ from pipeline.sources.rows import (
     skipped,
     without_key,
 )
+from pipeline.sources.source_file import SourceFile
 
 _MIB = 1024 * 1024
 _DIVIDERS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}
@@ -44,9 +44,9 @@ class Dialect:
     chosen_quote: bool = False
 
     @classmethod
-    def of(cls, kind: Format, columns: Columns) -> "Dialect":
+    def of(cls, file: SourceFile, columns: Columns) -> "Dialect":
         """The dialect of a file: CSV has commas and quotes, TSV tabs and no quoting, unless they are chosen."""
-        delimiter, quote = ("\t", "") if kind is Format.TSV else (",", '"')
+        delimiter, quote = ("\t", "") if ".tsv" in file.format.endings else (",", '"')
         return cls(
             delimiter=columns.delimiter or delimiter,
             quote=quote if columns.quote is None else columns.quote,

@@ -8,8 +8,8 @@ from typing import BinaryIO, Protocol, assert_never
 import zstandard
 
 from pipeline.errors import SourceError
-from pipeline.sources.files import Compression, SourceFile
 from pipeline.sources.rows import LongLine
+from pipeline.sources.source_file import Compression, SourceFile
 
 #: What is read at once, unpacked.
 READ_BYTES = 1024 * 1024

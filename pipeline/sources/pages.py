@@ -13,8 +13,8 @@ from math import inf
 from typing import BinaryIO, Final
 
 from pipeline.errors import SourceError
-from pipeline.sources.files import SourceFile
 from pipeline.sources.open import is_bomb
+from pipeline.sources.source_file import SourceFile
 
 GROWS = "the data grows over 1,000-fold; write it again with less compression."
 

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
 from pipeline.options import Columns
-from pipeline.sources.files import SourceFile, reason
 from pipeline.sources.open import READ_BYTES, is_bomb
 from pipeline.sources.pages import GROWS, Stored, check_pages
 from pipeline.sources.rows import BLOCK_BYTES, Notices, Parsed, missing_column, shown, without_key
+from pipeline.sources.source_file import SourceFile, reason
 from pipeline.sources.values import carried, interval
 from pipeline.storage import is_remote
 

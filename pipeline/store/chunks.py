@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, RowMapping, insert, select, text
 
-from pipeline.jobs import Chunk, ChunkState, Claim, Extent, JobState
+from pipeline.jobs import Chunk, ChunkState, Claim, Extent, JobState, ParquetExtent, TextExtent
 from pipeline.options import KeptOptions
 from pipeline.tables import chunks
 
@@ -41,9 +41,9 @@ class NewChunk:
             "rejected": self.rejected,
             "state": ChunkState.DONE if self.rejected == self.items else ChunkState.PENDING,
             "input_ordinal": self.input_ordinal,
-            "row_group": extent and extent.row_group,
+            "row_group": extent.row_group if isinstance(extent, ParquetExtent) else None,
             "input_offset": extent and extent.offset,
-            "input_bytes": extent and extent.length,
+            "input_bytes": extent.length if isinstance(extent, TextExtent) else None,
             "input_line": extent and extent.line,
         }
 
@@ -127,15 +127,10 @@ def _as_claim(row: RowMapping, lease_seconds: float) -> Claim:
 
 
 def _as_extent(row: RowMapping) -> Extent:
-    return Extent(
-        uri=row["uri"],
-        etag=row["etag"],
-        bytes=row["file_bytes"],
-        row_group=row["row_group"],
-        offset=row["input_offset"],
-        length=row["input_bytes"],
-        line=row["input_line"],
-    )
+    same = {"uri": row["uri"], "etag": row["etag"], "bytes": row["file_bytes"], "line": row["input_line"]}
+    if row["row_group"] is not None:
+        return ParquetExtent(**same, row_group=row["row_group"], offset=row["input_offset"])
+    return TextExtent(**same, offset=row["input_offset"], length=row["input_bytes"])
 
 
 def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> JobState | None:

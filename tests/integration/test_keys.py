@@ -19,8 +19,8 @@ import pytest
 from pipeline.options import Columns
 from pipeline.sources import Corpus, Rows
 from pipeline.sources.batch_lines import BatchLines
+from pipeline.sources.by_reference import read_extent
 from pipeline.sources.query import QueryCorpus
-from pipeline.sources.reference import read_extent
 from pipeline.sources.upload import Upload, UploadedCorpus
 
 COLUMNS = Columns(carry=("kept",))

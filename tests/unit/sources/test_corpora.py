@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import SourceError
 from pipeline.options import Columns
-from pipeline.sources import Corpus, Format
+from pipeline.sources import Corpus, formats
 from tests.unit.sources.written import GOOD, ITEM_BYTES, TWO, put, refusal
 
 
@@ -15,9 +15,9 @@ def test_a_folder_is_read_in_order_of_names() -> None:
         put(name, "text\nt" if name.endswith("csv") else GOOD)
     corpus = Corpus(["f"], Columns(), ITEM_BYTES)
     assert [(file.name, file.format) for file in corpus.files] == [
-        ("f/a/z.NDJSON", Format.JSONL),
-        ("f/b.jsonl", Format.JSONL),
-        ("f/c.csv", Format.CSV),
+        ("f/a/z.NDJSON", formats.JSONL),
+        ("f/b.jsonl", formats.JSONL),
+        ("f/c.csv", formats.CSV),
     ]
     assert corpus.files[0].bytes == len(GOOD)
 

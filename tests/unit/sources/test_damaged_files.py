@@ -20,8 +20,8 @@ from pipeline.errors import SourceError
 from pipeline.jobs import RejectCode
 from pipeline.options import Columns
 from pipeline.sources import Corpus, Rows
+from pipeline.sources.by_reference import read_extent
 from pipeline.sources.pages import Stored, pages
-from pipeline.sources.reference import read_extent
 from tests.unit.sources.test_reference import extents
 
 ITEM_BYTES = 60

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SourceError
-from pipeline.sources.files import find_files
+from pipeline.sources.discovery import find_files
 from pipeline.sources.patterns import MOST_CHARACTERS, MOST_SEGMENTS, Pattern
 
 _NAMES = st.sampled_from(["a", "b", "ab", "ba", ".a", "aab"])

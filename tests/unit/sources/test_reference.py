@@ -17,7 +17,8 @@ from pipeline.errors import SourceChanged, SourceError
 from pipeline.jobs import Extent, RejectCode
 from pipeline.options import Columns
 from pipeline.sources import Corpus, Rows
-from pipeline.sources.reference import Places, read_extent
+from pipeline.sources.by_reference import read_extent
+from pipeline.sources.places import ParquetPlaces
 
 ITEM_BYTES = 200
 COLUMNS = Columns(carry=("n",))
@@ -167,7 +168,7 @@ def test_what_planning_refuses(tmp_path: Path, name: str, content: bytes, messag
 
 
 def test_a_packed_text_too_long_for_references_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.sources.reference.MOST_UNPACKED_BYTES", 1_000)
+    monkeypatch.setattr("pipeline.sources.places.MOST_UNPACKED_BYTES", 1_000)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "x", "n": 1}\n' * 100))
     corpus = Corpus([str(path)], COLUMNS, ITEM_BYTES)
@@ -195,7 +196,6 @@ def test_tiny_row_groups_are_planned_together(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x"] * 1_000}), path, row_group_size=3)
     corpus = Corpus([str(path)], Columns(), ITEM_BYTES)
     (places,) = corpus.places(corpus.files[0])
-    assert isinstance(places, Places)
-    assert places.row_groups is not None
+    assert isinstance(places, ParquetPlaces)
     assert np.array_equal(places.row_groups, np.arange(1_000) // 3)
     assert np.array_equal(places.offsets, np.arange(1_000) % 3)

@@ -1,85 +1,28 @@
 """From SOURCE arguments to the files of a corpus, in order."""
 
-import enum
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import BinaryIO
 
 from pipeline import storage
 from pipeline.errors import SourceError
+from pipeline.sources.formats import FORMATS, JSONL
 from pipeline.sources.patterns import Pattern, first_glob, is_glob
+from pipeline.sources.source_file import STDIN, Compression, Format, SourceFile, reason
 from pipeline.storage import Stat
 
-STDIN = "standard input"
-
-
-class Format(enum.StrEnum):
-    """How a file holds its rows."""
-
-    JSONL = "jsonl"
-    CSV = "csv"
-    TSV = "tsv"
-    PARQUET = "parquet"
-
-
-class Compression(enum.StrEnum):
-    """How a file is packed."""
-
-    NONE = "none"
-    GZIP = "gzip"
-    ZSTD = "zstd"
-
-
-_FORMATS = {
-    ".jsonl": Format.JSONL,
-    ".ndjson": Format.JSONL,
-    ".csv": Format.CSV,
-    ".tsv": Format.TSV,
-    ".parquet": Format.PARQUET,
-}
 _COMPRESSIONS = {".gz": Compression.GZIP, ".zst": Compression.ZSTD}
 
 
-_KINDS = ".jsonl, .ndjson, .csv, .tsv and .parquet are read, all but .parquet also with .gz or .zst"
+_ENDINGS = {ending: kind for kind in FORMATS for ending in kind.endings}
+_READ = f"{', '.join([*_ENDINGS][:-1])} and {[*_ENDINGS][-1]}"
+_NOT_PACKED = " and ".join(kind.endings[0] for kind in FORMATS if not kind.packable)
+_KINDS = f"{_READ} are read, all but {_NOT_PACKED} also with .gz or .zst"
 #: Names that a pattern may have to be held against.
 _MOST_ENTRIES = 5_000_000
 #: What no name may hold that is to stand in a message, or in Postgres: controls, and what isn't UTF-8.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceFile:
-    """One file of a corpus, as it was when the corpus was listed; or the standard input."""
-
-    #: As the user wrote it; messages use it.
-    name: str
-    #: Absolute path, or URI of an object; `None` for the standard input.
-    uri: str | None
-    format: Format
-    compression: Compression
-    #: Size where it is kept; `None` for the standard input.
-    bytes: int | None
-    #: Changes when the file does; `None` for the standard input.
-    etag: str | None
-
-    def open(self) -> BinaryIO:
-        """The file as it was listed.
-
-        Raises, also at a later read:
-            SourceChanged: it isn't that file any more.
-            StorageRefused, StorageUnreachable
-        """
-        assert self.uri is not None
-        assert self.etag is not None
-        return storage.open_file(self.uri, self.etag)
-
-    def check_unchanged(self) -> None:
-        """Raise `SourceChanged` if the file is no longer the one that was listed."""
-        if self.uri is not None:
-            self.open().close()
 
 
 def find_files(sources: Sequence[str]) -> list[SourceFile]:
@@ -108,13 +51,6 @@ def source_file(uri: str, etag: str, size_bytes: int) -> SourceFile:
     return _source_file(uri, kind, Stat(uri, etag, size_bytes))
 
 
-def reason(error: OSError) -> str:
-    """Why the operating system refused, for the middle of a sentence."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return (error.strerror or "can't be read").lower()
-
-
 def _find(source: str) -> list[SourceFile]:
     if not source:
         raise SourceError("a source is empty; give files, a folder, or - for standard input.")
@@ -123,7 +59,7 @@ def _find(source: str) -> list[SourceFile]:
             SourceFile(
                 name=STDIN,
                 uri=None,
-                format=Format.JSONL,
+                format=JSONL,
                 compression=Compression.NONE,
                 bytes=None,
                 etag=None,
@@ -247,8 +183,8 @@ def _kind(name: str) -> tuple[Format, Compression] | None:
     compression = _COMPRESSIONS.get(ending, Compression.NONE)
     if compression is not Compression.NONE:
         ending = os.path.splitext(stem)[1]
-    found = _FORMATS.get(ending)
-    if found is None or (found is Format.PARQUET and compression is not Compression.NONE):
+    found = _ENDINGS.get(ending)
+    if found is None or (not found.packable and compression is not Compression.NONE):
         return None
     return found, compression
 
