@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 import structlog
@@ -211,45 +211,53 @@ def show_standing(dispatcher: Dispatcher) -> None:
         standing.show(connection, dispatcher.publisher.waiting, queue_of)
 
 
-#: What the dispatcher does, each how often in seconds.
-DUTIES: tuple[tuple[Callable[[Dispatcher], None], float], ...] = (
-    (publish, 0.25),
-    (drain, 0.25),
-    (finish, 0.25),
-    (begin_background_tasks, 0.5),
-    (sweep, 1.0),
-    (snapshot, 1.0),
-    (judge_models, 5.0),
-    (show_standing, 5.0),
-    (remove_old_texts, 5.0),
-    (measure_rates, 60.0),
-    (keep_house, 3600.0),
+class Duty(NamedTuple):
+    """Something that the leading dispatcher does again and again."""
+
+    #: In metrics, alert rules and logs.
+    name: str
+    do: Callable[[Dispatcher], None]
+    every_seconds: float
+
+
+DUTIES = (
+    Duty("publish", publish, 0.25),
+    Duty("drain", drain, 0.25),
+    Duty("finish", finish, 0.25),
+    Duty("background", begin_background_tasks, 0.5),
+    Duty("sweep", sweep, 1.0),
+    Duty("snapshot", snapshot, 1.0),
+    Duty("judge_models", judge_models, 5.0),
+    Duty("gauges", show_standing, 5.0),
+    Duty("remove_old_texts", remove_old_texts, 5.0),
+    Duty("measure_rates", measure_rates, 60.0),
+    Duty("maintenance", keep_house, 3600.0),
 )
 
 
 def run(dispatcher: Dispatcher, stop: threading.Event) -> None:
     """Do the duties while this process holds the role; wait while another does. Returns when `stop` is set."""
     holder = str(uuid4())
-    due = {duty: 0.0 for duty, _ in DUTIES}
+    due = {duty.name: 0.0 for duty in DUTIES}
     active, check_role = False, 0.0
     while not stop.wait(0.05 if active else 0.5):
         if time.monotonic() >= check_role:
-            active = _attempt(partial(_hold_role, dispatcher, holder), otherwise=False)
+            active = _attempt("lead", partial(_hold_role, dispatcher, holder), otherwise=False)
             check_role = time.monotonic() + _ROLE_SECONDS / 5
             metrics.DISPATCHER_LEADS.set(active)
             if not active:
                 standing.forget()
-        for duty, period in DUTIES if active else ():
-            if time.monotonic() >= due[duty]:
-                due[duty] = time.monotonic() + period
-                with metrics.DISPATCHER_DUTY_SECONDS.labels(duty.__name__).time():
-                    _attempt(partial(_do, duty, dispatcher))
+        for duty in DUTIES if active else ():
+            if time.monotonic() >= due[duty.name]:
+                due[duty.name] = time.monotonic() + duty.every_seconds
+                with metrics.DISPATCHER_DUTY_SECONDS.labels(duty.name).time():
+                    _attempt(duty.name, partial(_do, duty, dispatcher))
     with reporting_unreachable(), dispatcher.engine.begin() as connection:
         workers.drop_lease(connection, ROLE, holder)
 
 
-def _do(duty: Callable[[Dispatcher], None], dispatcher: Dispatcher) -> None:
-    duty(dispatcher)
+def _do(duty: Duty, dispatcher: Dispatcher) -> None:
+    duty.do(dispatcher)
     _note_contact(dispatcher)  # many jobs make a long round, and no gap
 
 
@@ -269,18 +277,19 @@ def _note_contact(dispatcher: Dispatcher) -> None:
     dispatcher.last_contact = now
 
 
-def _attempt(duty: Callable[[], Any], otherwise: Any = None) -> Any:
+def _attempt(duty: str, do: Callable[[], Any], otherwise: Any = None) -> Any:
     """One duty's failure must not keep the others from being done."""
     try:
-        return duty()
+        return do()
     except ServiceUnreachable:
         metrics.DISPATCHER_FAILURES.labels("redis").inc()
         log.warning("redis_unreachable")
     except DBAPIError as error:
         lost = is_connection_lost(error)
         metrics.DISPATCHER_FAILURES.labels("database" if lost else "other").inc()
-        log.warning("database_unreachable" if lost else "duty_failed", error=None if lost else plain_reason(error))
+        told = {} if lost else {"duty": duty, "error": plain_reason(error)}
+        log.warning("database_unreachable" if lost else "duty_failed", **told)
     except Exception:
         metrics.DISPATCHER_FAILURES.labels("other").inc()
-        log.exception("duty_failed")
+        log.exception("duty_failed", duty=duty)
     return otherwise

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from math import isfinite, nan
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import numpy.typing as npt
 import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema
 
 from pipeline.errors import BadReply, InvalidPayload
 from pipeline.jobs import MOST_INPUTS, Upstream
@@ -28,6 +29,7 @@ CHARACTERS_PER_TOKEN = 4.0
 #: A gateway that tells to wait longer is asked again after this.
 _MOST_WAIT_SECONDS = 3_600.0
 _MOST_USER = 512
+_MOST_MODEL = 256
 _ENCODINGS = ("float", "base64")
 _SEND_TEXT = "send text (in LangChain: check_embedding_ctx_length=False)"
 #: What a text may be called, by Voyage, NVIDIA and Cohere → whether it is a query.
@@ -36,6 +38,107 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 Vectors = npt.NDArray[np.float32]
 #: Token ids to text; raises ValueError.
 Decode = Callable[[list[int]], str]
+
+
+def _listed(given: Any) -> list[Any]:
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, list):
+        raise InvalidPayload("input must be a string or an array of strings.", param="input")
+    if not given:
+        raise InvalidPayload("input is an empty array.", param="input")
+    if _is_token_ids(given):
+        given = [given]
+    if len(given) > MOST_INPUTS:
+        raise InvalidPayload(f"input has {len(given):,} texts; send at most {MOST_INPUTS:,}.", param="input")
+    return given
+
+
+def _is_token_ids(given: list[Any]) -> bool:
+    return bool(given) and all(type(one) is int for one in given)  # true and false are ints to Python
+
+
+def _model(given: Any) -> str:
+    if not isinstance(given, str) or not 0 < len(given) <= _MOST_MODEL:
+        raise InvalidPayload(f"model must be a string of at most {_MOST_MODEL} characters.", param="model")
+    return given
+
+
+def _encoding(given: Any) -> str:
+    if given is None:
+        return "float"
+    if given not in _ENCODINGS:
+        raise InvalidPayload('encoding_format must be "float" or "base64".', param="encoding_format")
+    return str(given)
+
+
+def _dimensions(given: Any) -> int | None:
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise InvalidPayload("dimensions must be a whole number above 0.", param="dimensions")
+    return given
+
+
+def _user(given: Any) -> str | None:
+    if given is None:
+        return None
+    if not isinstance(given, str) or len(given) > _MOST_USER:
+        raise InvalidPayload(f"user must be a string of at most {_MOST_USER} characters.", param="user")
+    return given.replace("\0", "")
+
+
+def _input_type(given: Any) -> str:
+    if given is None:
+        return "document"
+    if not isinstance(given, str) or given not in INPUT_TYPES:
+        raise InvalidPayload('input_type must be "query" or "document".', param="input_type")
+    return given
+
+
+class EmbeddingOptions(BaseModel):
+    """How texts are to be embedded, by a request or a line of a batch. Other fields are ignored.
+
+    A field that is wrong raises `InvalidPayload`, which names it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: Annotated[str, BeforeValidator(_model)] = Field(
+        min_length=1, max_length=_MOST_MODEL, description="A model's id, or an alias."
+    )
+    encoding_format: Annotated[str | None, BeforeValidator(_encoding)] = Field(
+        default="float", description="float, or base64 of little-endian float32."
+    )
+    dimensions: Annotated[int | None, BeforeValidator(_dimensions)] = Field(
+        default=None, ge=1, description="Where the model can be shortened."
+    )
+    user: Annotated[str | None, BeforeValidator(_user)] = Field(
+        default=None, max_length=_MOST_USER, description="Whom you act for; kept with the usage."
+    )
+    input_type: Annotated[str | None, BeforeValidator(_input_type)] = Field(
+        default="document",
+        description="query: the texts go the model's way for queries, with its query_prompt; else that for documents.",
+    )
+
+    @property
+    def are_queries(self) -> bool:
+        """Return whether the texts are queries; else they are documents."""
+        return INPUT_TYPES[str(self.input_type)]
+
+
+_TEXTS_OR_TOKENS = str | list[str] | list[int] | list[list[int]]
+
+
+class EmbeddingRequest(EmbeddingOptions):
+    """What to embed. Other fields are ignored."""
+
+    #: A list always; its elements are looked at one by one, where they are made texts.
+    input: Annotated[
+        list[Any],
+        BeforeValidator(_listed),
+        WithJsonSchema(TypeAdapter(_TEXTS_OR_TOKENS).json_schema()),
+    ] = Field(description=f"A text, or up to {MOST_INPUTS:,} of them; or ids of cl100k_base tokens.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,22 +178,18 @@ def parse_request(body: bytes, most_text_bytes: int, decode: Decode | None = Non
     fields = _fields(body)
     if not isinstance(fields, dict):
         raise InvalidPayload("The body must be a JSON object with model and input.")
-    model, given = fields.get("model"), fields.get("input")
-    if model is None:
-        raise InvalidPayload("model is missing from the request body.", param="model")
-    if not isinstance(model, str) or not 0 < len(model) <= 256:
-        raise InvalidPayload("model must be a string of at most 256 characters.", param="model")
-    if given is None:
-        raise InvalidPayload("input is missing from the request body.", param="input")
-    given = _listed(given)
+    for name in ("model", "input"):
+        if fields.get(name) is None:
+            raise InvalidPayload(f"{name} is missing from the request body.", param=name)
+    request = EmbeddingRequest.model_validate(fields)
     return Asked(
-        model=model,
-        texts=[_text(one, at, most_text_bytes, decode) for at, one in enumerate(given)],
-        base64=_encoding(fields.get("encoding_format")) == "base64",
-        dimensions=_dimensions(fields.get("dimensions")),
-        user=_user(fields.get("user")),
-        queries=_queries(fields.get("input_type")),
-        token_ids={at: one for at, one in enumerate(given) if isinstance(one, list)},
+        model=request.model,
+        texts=[_text(one, at, most_text_bytes, decode) for at, one in enumerate(request.input)],
+        base64=request.encoding_format == "base64",
+        dimensions=request.dimensions,
+        user=request.user,
+        queries=request.are_queries,
+        token_ids={at: one for at, one in enumerate(request.input) if isinstance(one, list)},
     )
 
 
@@ -120,24 +219,6 @@ def _no_json(body: bytes, error: orjson.JSONDecodeError) -> InvalidPayload:
     return InvalidPayload(f"The body isn't valid JSON: {error.msg}.")
 
 
-def _listed(given: Any) -> list[Any]:
-    if isinstance(given, str):
-        given = [given]
-    if not isinstance(given, list):
-        raise InvalidPayload("input must be a string or an array of strings.", param="input")
-    if not given:
-        raise InvalidPayload("input is an empty array.", param="input")
-    if _is_token_ids(given):
-        given = [given]
-    if len(given) > MOST_INPUTS:
-        raise InvalidPayload(f"input has {len(given):,} texts; send at most {MOST_INPUTS:,}.", param="input")
-    return given
-
-
-def _is_token_ids(given: list[Any]) -> bool:
-    return bool(given) and all(type(one) is int for one in given)  # true and false are ints to Python
-
-
 def _text(one: Any, at: int, most_bytes: int, decode: Decode | None) -> str:
     if isinstance(one, list) and _is_token_ids(one):
         one = _decoded(one, at, decode)
@@ -165,38 +246,6 @@ def _decoded(tokens: list[int], at: int, decode: Decode | None) -> str:
             f"input[{at}] holds ids that aren't cl100k_base tokens of a text, and no others are read; {_SEND_TEXT}.",
             param="input",
         ) from None
-
-
-def _encoding(given: Any) -> str:
-    if given is None:
-        return "float"
-    if given not in _ENCODINGS:
-        raise InvalidPayload('encoding_format must be "float" or "base64".', param="encoding_format")
-    return str(given)
-
-
-def _dimensions(given: Any) -> int | None:
-    if given is None:
-        return None
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise InvalidPayload("dimensions must be a whole number above 0.", param="dimensions")
-    return given
-
-
-def _user(given: Any) -> str | None:
-    if given is None:
-        return None
-    if not isinstance(given, str) or len(given) > _MOST_USER:
-        raise InvalidPayload(f"user must be a string of at most {_MOST_USER} characters.", param="user")
-    return given.replace("\0", "")
-
-
-def _queries(given: Any) -> bool:
-    if given is None:
-        return False
-    if not isinstance(given, str) or given not in INPUT_TYPES:
-        raise InvalidPayload('input_type must be "query" or "document".', param="input_type")
-    return INPUT_TYPES[given]
 
 
 def shortened(vectors: Vectors, dimensions: int) -> Vectors:

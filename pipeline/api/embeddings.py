@@ -22,9 +22,8 @@ from pipeline.api.metering import Meter
 from pipeline.api.upstreams import Upstreams
 from pipeline.catalog import as_upstream
 from pipeline.errors import BadVector, InvalidPayload
-from pipeline.jobs import MOST_INPUTS
 from pipeline.vectors import sound
-from pipeline.wire import Asked, Decode, Embedded, make_reply, parse_request, shortened
+from pipeline.wire import Asked, Decode, Embedded, EmbeddingRequest, make_reply, parse_request, shortened
 
 _JSON = "application/json"
 #: So long engines may not yet say that they serve a new model.
@@ -42,22 +41,6 @@ class Gateway:
     meter: Meter
     most_text_bytes: int
     decode: Decode | None
-
-
-class EmbeddingRequest(BaseModel):
-    """What to embed. Other fields are ignored."""
-
-    model: str = Field(min_length=1, max_length=256, description="A model's id, or an alias.")
-    input: str | list[str] | list[int] | list[list[int]] = Field(
-        description=f"A text, or up to {MOST_INPUTS:,} of them; or ids of cl100k_base tokens."
-    )
-    encoding_format: str | None = Field(default="float", description="float, or base64 of little-endian float32.")
-    dimensions: int | None = Field(default=None, ge=1, description="Where the model can be shortened.")
-    user: str | None = Field(default=None, max_length=512, description="Whom you act for; kept with the usage.")
-    input_type: str | None = Field(
-        default="document",
-        description="query: the texts go the model's way for queries, with its query_prompt; else that for documents.",
-    )
 
 
 class Embedding(BaseModel):

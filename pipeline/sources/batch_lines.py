@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Final
 
 import orjson
 
-from pipeline.errors import SourceError
+from pipeline.errors import InvalidPayload, SourceError
 from pipeline.jobs import RejectCode
 from pipeline.options import Columns
 from pipeline.sources.jsonl import line_bytes, object_or_fault
@@ -25,14 +25,12 @@ from pipeline.sources.rows import (
     judge,
     shown,
 )
-from pipeline.wire import INPUT_TYPES
+from pipeline.wire import EmbeddingOptions
 
 ENDPOINT: Final = "/v1/embeddings"
 #: What of a line goes along with its text: the number of it, and how its vector is to be written.
 CARRIED: Final = ("line", "encoding_format")
 _MOST_FAULTS = 100
-_ENCODINGS = (None, "float", "base64")
-_INPUT_TYPES = (None, *(called for called, is_query in INPUT_TYPES.items() if not is_query))
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,21 +234,19 @@ def _envelope_fault(row: dict[str, object]) -> str | None:
 
 
 def _body_fault(body: Any) -> str | None:
-    model, given, dimensions = body.get("model"), body.get("input"), body.get("dimensions")
-    if not isinstance(model, str) or not model:
+    model, given = body.get("model"), body.get("input")
+    if not isinstance(model, str) or not model or not model.isprintable():  # Postgres takes no NUL in a text
         return "body.model is missing" if model is None else "body.model isn't a model's name"
-    if not model.isprintable():  # no name has what Postgres takes in no text
-        return "body.model isn't a model's name"
     if isinstance(given, list) and [type(one) for one in given] != [str]:
         if given and all(isinstance(one, str) for one in given):
             return f"body.input is an array of {len(given):,} texts; write a line for each"
         return "body.input is an array; send one text, as a string"
-    if body.get("encoding_format") not in _ENCODINGS:
-        return 'body.encoding_format must be "float" or "base64"'
-    if (given_type := body.get("input_type")) not in _INPUT_TYPES:
-        return f"body.input_type is {_quoted(given_type)}; a batch request embeds documents"
-    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
-        return "body.dimensions must be a whole number above 0"
+    try:
+        options = EmbeddingOptions.model_validate(body)
+    except InvalidPayload as error:
+        return f"body.{error}".removesuffix(".")
+    if options.are_queries:
+        return f"body.input_type is {_quoted(options.input_type)}; a batch request embeds documents"
     return None
 
 

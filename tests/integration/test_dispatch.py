@@ -191,7 +191,7 @@ def test_a_lost_valkey_is_no_error_of_a_duty(engine: Engine, model: Model) -> No
     away = make_dispatcher(engine, NOWHERE)
     with pytest.raises(ServiceUnreachable):
         publish(away)
-    assert dispatch._attempt(partial(publish, away), otherwise="away") == "away"
+    assert dispatch._attempt("publish", partial(publish, away), otherwise="away") == "away"
     away.publisher.close()
 
 
@@ -199,7 +199,7 @@ def test_one_failing_job_keeps_no_duty_from_others(engine: Engine, model: Model)
     def fail() -> None:
         raise ZeroDivisionError
 
-    assert dispatch._attempt(fail, otherwise=3) == 3
+    assert dispatch._attempt("finish", fail, otherwise=3) == 3
 
 
 def test_a_dispatcher_does_its_duties_and_a_second_one_waits(
