@@ -64,17 +64,16 @@ class Engines:
         self._again: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         #: Engines that broke off, or can't be reached, until they answer: others come first, also while one loads.
         self._broken: dict[str, asyncio.Task[None]] = {}
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-            timeout=aiohttp.ClientTimeout(total=MOST_SECONDS, connect=_CONNECT_SECONDS),
-            auto_decompress=False,
-        )
+        self._session = _session(aiohttp.TCPConnector(limit=0, keepalive_timeout=60))
+        #: For what was lost: a connection that was kept may be to the same process, and not be known as broken yet.
+        self._anew = _session(aiohttp.TCPConnector(limit=0, force_close=True))
 
     async def close(self) -> None:
         """Close its connections."""
         for task in self._broken.values():
             task.cancel()
         await self._session.close()
+        await self._anew.close()
 
     async def embed(
         self,
@@ -117,7 +116,7 @@ class Engines:
         while line:
             url = line.popleft()
             async with self._alone(model) if outcomes[_Outcome.LOST] else nullcontext():
-                answer, told = await self._ask(url, body)
+                answer, told = await self._ask(self._anew if outcomes[_Outcome.LOST] else self._session, url, body)
             if isinstance(answer, Embedded):
                 return answer
             outcomes[answer] += 1
@@ -165,11 +164,13 @@ class Engines:
         if url not in self._broken:
             self._broken[url] = asyncio.create_task(self._answers_again(url))
 
-    async def _ask(self, url: str, body: bytes) -> "tuple[Embedded | _Outcome, float | None]":
+    async def _ask(
+        self, session: aiohttp.ClientSession, url: str, body: bytes
+    ) -> "tuple[Embedded | _Outcome, float | None]":
         """Its answer, and how long it says to wait."""
         self._in_flight[url] += 1
         try:
-            async with self._session.post(f"{url}/embed", data=body, headers=self._headers) as reply:
+            async with session.post(f"{url}/embed", data=body, headers=self._headers) as reply:
                 content = await reply.read()
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             log.warning("engine_unreachable", engine=url, error=type(error).__name__)
@@ -195,6 +196,11 @@ class Engines:
         if refusal := _OF_TEXTS.get(reply.status):
             raise refusal(int(content))
         raise InternalError("The model failed.")
+
+
+def _session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    timeout = aiohttp.ClientTimeout(total=MOST_SECONDS, connect=_CONNECT_SECONDS)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
 
 
 def _refusal(model: str, outcomes: "Counter[_Outcome]", wait: float) -> ApiError:

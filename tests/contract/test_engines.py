@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import numpy as np
@@ -189,3 +189,34 @@ def test_what_is_told_is_true(
     assert had == asked
     if FULL in answers:
         assert found.retry_after_seconds == 7
+
+
+def test_what_was_lost_is_asked_anew_and_not_on_a_connection_to_the_same_dead_process() -> None:
+    """Of a process that is killed its peers learn one connection at a time."""
+    serving: list[Any] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.append(asyncio.current_task())
+        with suppress(asyncio.IncompleteReadError), closing(writer):
+            for answers in (True, False):
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+                await reader.readexactly(int(size.partition(b":")[2]))
+                if answers:
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(GOOD[2]), GOOD[2]))
+                    await asyncio.sleep(0.1)  # so that those at the same time have a connection each
+
+    async def run() -> list[Embedded]:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        engines = Engines()
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        rows: Any = [{"url": url, "models": ["m"]}]
+        try:
+            ask = [engines.embed(rows, "m", ["x"], weights="w", caller="1") for _ in range(3)]
+            return [*await asyncio.gather(*ask), await engines.embed(rows, "m", ["x"], weights="w", caller="1")]
+        finally:
+            await engines.close()
+            server.close()
+            await asyncio.gather(*serving)
+
+    assert len(asyncio.run(run())) == 4
