@@ -39,8 +39,8 @@ test-contract: $(INSTALLED)
 # Whole jobs by every way in and out, through gateways, from SQL; single faults, mutants. A short drill is in `make test`.
 # Two tests at a time, of whatever module: each has a fleet of its own. Then those that measure how fast a fleet is.
 test-acceptance: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/acceptance -m 'not alone' \
-		--ignore tests/acceptance/faults/test_drill.py
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/acceptance tests/chaos -m 'not alone' \
+		--ignore tests/chaos/test_drill.py
 	$(BIN)/python -m pytest tests/acceptance -m alone
 
 SEED ?= $(shell date +%s)
@@ -51,7 +51,7 @@ MINUTES ?= 60
 drill: $(INSTALLED)
 	@test "$$(id -u)" != 0 || test -e /usr/lib/*/faketime/libfaketime.so.1 || ! command -v apt-get >/dev/null || { \
 		apt-get update -qq && apt-get install -y -qq faketime >/dev/null; }
-	$(BIN)/python -m tests.acceptance.faults --seed $(SEED) --minutes $(MINUTES) $(if $(DEFAULTS),--defaults)
+	$(BIN)/python -m tests.chaos --seed $(SEED) --minutes $(MINUTES) $(if $(DEFAULTS),--defaults)
 
 # Chromium isn't on PyPI: Debian's is installed by root, who else has it already or is told what is missing.
 $(BROWSER): $(INSTALLED)
@@ -82,14 +82,14 @@ test-ops: $(INSTALLED)
 	$(BIN)/python -m pytest $(TWO) tests/deployment
 
 # Airflow, dbt and LiteLLM, whose requirements aren't ours.
-$(INTEGRATIONS): tests/integrations/requirements.txt
+$(INTEGRATIONS): tests/ecosystem/requirements.txt
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@echo "Installing into $(@D) …"
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 test-integrations: $(INSTALLED) $(INTEGRATIONS)
-	$(BIN)/python -m pytest tests/integrations
+	$(BIN)/python -m pytest tests/ecosystem
 
 screenshots: $(BROWSER)
 	$(BIN)/python -m tests.browser.screenshots

@@ -4,14 +4,14 @@ from alembic import context
 from sqlalchemy import Connection, text
 from sqlalchemy.schema import SchemaItem
 
-from pipeline.tables import PARTITIONED, SCHEMA, metadata
+from pipeline.db.tables import PARTITIONED, SCHEMA, metadata
 
 # An arbitrary constant: whoever holds this advisory lock migrates.
 _LOCK = 0x766D696C6C
 
 
 def _include(_item: SchemaItem, name: str | None, kind: str, _reflected: bool, _other: SchemaItem | None) -> bool:
-    """Leave monthly partitions to `pipeline.store.partitions`."""
+    """Leave monthly partitions to `pipeline.db.partitions`."""
     return not (kind == "table" and name is not None and name.startswith(tuple(f"{t}_2" for t in PARTITIONED)))
 
 

@@ -1,25 +1,20 @@
-"""What a job is and where it stands. Read in the order of the data's way:
+"""The pipeline, from a request for a job to its receipt. The packages, in the order of the data's way:
 
-    jobs, errors        nouns, states, the one tree of errors
-    settings, logs, metrics       the environment; log lines; every metric's name; exposition: how they are shown
-    tables, store/      the schema; every SQL statement, one named function each
-    submission → submit           what is asked for, and the job that it comes to; request: what a door is asked for
-    sources → plan → staging      a corpus becomes items and chunks
-    sql_requests                  the same, asked for in SQL
-    publish → rounds → dispatch   chunks become messages, in whose turn; sweep, finish, snapshots
-    leases → writeback            a claim, and the one transaction that ends it
-    status, results               what came of it
-    webhooks                      who is told of it; deadlines: HTTP within a time
-    files, batches, batch_results    OpenAI's batch requests: files become jobs, and their ends files
-    background                    what the dispatcher does beside its duties: finalize, and more
-    standing                      how things stand, as metrics
-    catalog, keys                 models and vector spaces; keys to the api
-    wire                          OpenAI's shape of requests and replies
-    canary, figures     the text that proves a model; numbers as people say them
-    spoiled             keys of Redis that others have written to
-    doctor/, ready      what is wrong with a deployment; whether a process is ready
+    core/               pure: jobs, chunks, models, options, errors, OpenAI's shapes
+    infra/              settings, logs, metrics, HTTP, storage, leases
+    db/                 the schema, its migrations' runner, every SQL statement as a named function
+    catalog/            models and vector spaces; keys to the api
+    sources/            files, tables and queries become rows, judged
+    ingest/             a request becomes a job: options, staging, chunking; the same asked for in SQL; an estimate
+    dispatch/           leader, scheduler (fair share), maintenance, completion, background tasks
+    broker              messages out, a chunk's address each
+    chunk_io/           a claimed chunk is read, and committed to its sink in one transaction
+    jobs/               control, status, receipt and its verification, results, purge, restore
+    webhooks/           who is told of a job's end, of what, and how
+    batch_api/          OpenAI's batch requests: files become jobs, and their ends files
+    doctor/             what is wrong with a deployment; a process's health check
     embedded/           servers from wheels, the process tree of `vectormill up`
-    cli/, api/          the doors
+    cli/, api/          the doors; api/: v1 (OpenAI's), gateway (what that goes through), status, dashboard
 
 Workers live in `workers/`; nothing here imports torch.
 """

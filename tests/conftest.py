@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, settings
 from psycopg import sql
 from sqlalchemy import Engine
 
+from pipeline.db.database import make_engine
+from pipeline.db.migrate import upgrade
 from pipeline.embedded import postgres
 from pipeline.embedded.runtime import Running
-from pipeline.migrate import upgrade
-from pipeline.store.database import make_engine
-from tests.cl100k import encoding
-from tests.machines import remove_what_root_keeps, running_servers
-from tests.models import bundled_folder, described, static_folder
+from tests.support.cl100k import encoding
+from tests.support.machines import remove_what_root_keeps, running_servers
+from tests.support.models import bundled_folder, described, static_folder
 
 _TEMPLATE = "vectormill_template"
 

@@ -17,12 +17,12 @@ import sys
 from time import perf_counter
 from typing import Any
 
-from pipeline.catalog import from_portable, weights_bytes, weights_sha256
-from pipeline.errors import VectormillError
-from pipeline.jobs import Model, Upstream
-from workers.layout import check_layout
-from workers.residents import loader
-from workers.weights import Source
+from pipeline.catalog.models import from_portable, weights_bytes, weights_sha256
+from pipeline.core.errors import VectormillError
+from pipeline.core.models import Model, Upstream
+from workers.encoders.layout import check_layout
+from workers.encoders.model_cache import loader
+from workers.encoders.weights import Source
 
 
 def describe(source: Source, pooling: str | None = None) -> dict[str, Any]:
@@ -35,8 +35,8 @@ def describe(source: Source, pooling: str | None = None) -> dict[str, Any]:
     folder = source.folder()
     check_layout(folder, pooling)
     fingerprint = weights_sha256(folder, pooling)
-    from workers.encoder import list_devices
-    from workers.proof import prove
+    from workers.encoders.local import list_devices
+    from workers.encoders.proof import prove
 
     device, _ = list_devices()[0]
     # Measured as a slot embeds: one of two replicas that share a CPU.
@@ -87,10 +87,10 @@ def queries(model: Model, texts: list[str]) -> list[list[float]]:
         ModelError: the model isn't what was added to the catalogue, or gives none.
     """
     if model.upstream:
-        from workers import inquiry
+        from workers.upstream import probe
 
-        return inquiry.embed_now(model.upstream, [model.query_prompt + text for text in texts])
-    from workers.encoder import list_devices
+        return probe.embed_now(model.upstream, [model.query_prompt + text for text in texts])
+    from workers.encoders.local import list_devices
 
     encoder = loader(list_devices()[0][0], None, "float32")(model)
     encoder.prove(model.canary)
@@ -112,13 +112,13 @@ def main(arguments: list[str]) -> Any:
     """Do what the arguments say."""
     match arguments:
         case ["devices"]:
-            from workers.encoder import list_devices
+            from workers.encoders.local import list_devices
 
             return list_devices()
         case ["gateway"]:
-            from workers import inquiry
+            from workers.upstream import probe
 
-            return inquiry.describe(Upstream(**json.load(sys.stdin)))
+            return probe.describe(Upstream(**json.load(sys.stdin)))
         case ["describe", "--pooling", pooling, *source]:
             return describe(_source(source), pooling)
         case ["describe", *source]:

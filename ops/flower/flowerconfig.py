@@ -6,8 +6,8 @@ import hmac
 from flower.views.monitor import Metrics
 from tornado.web import authenticated
 
-from pipeline.logs import configure_logs
-from pipeline.settings import load_settings
+from pipeline.infra.logs import configure_logs
+from pipeline.infra.settings import load_settings
 
 _settings = load_settings()
 assert _settings.flower_password

@@ -2,9 +2,9 @@
 
     app                 the routes, what an error looks like, how large a body may be, start and stop
     embeddings          one request's way: key → body → limits → engine or upstream → reply → usage
-    directory           keys, models and engines as Postgres has them, at most two seconds old
+    cache           keys, models and engines as Postgres has them, at most two seconds old
     database            Postgres, asked beside the event loop
-    bulk                corpora in and results out, on threads and connections of their own
+    transfers                corpora in and results out, on threads and connections of their own
     limits              requests and tokens a minute, and what a month may take
     token_ids           OpenAI's token ids, as text
     engines             the way to an engine

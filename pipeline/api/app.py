@@ -19,25 +19,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.api import administration, batches, embeddings, files, fleet, jobs, submissions
-from pipeline.api.bulk import CONNECTIONS, Bulk
-from pipeline.api.counting import Counted, show
 from pipeline.api.dashboard import add_dashboard, is_for_people, no_page
 from pipeline.api.database import AT_ONCE, Database
-from pipeline.api.directory import Directory
-from pipeline.api.embeddings import Gateway
-from pipeline.api.engines import Engines
-from pipeline.api.examples import add_examples
-from pipeline.api.limits import Limits
-from pipeline.api.metering import Meter
+from pipeline.api.gateway.cache import GatewayCache
+from pipeline.api.gateway.engines import Engines
+from pipeline.api.gateway.metering import Meter
+from pipeline.api.gateway.rate_limits import Limits
+from pipeline.api.gateway.upstreams import Upstreams
 from pipeline.api.methods import Headed, Optioned, Shared, allowed_methods
+from pipeline.api.middleware_metrics import Counted, show
+from pipeline.api.openapi_examples import add_examples
 from pipeline.api.pacing import Lines, Paced
 from pipeline.api.packing import Unpacked
 from pipeline.api.paths import Segmented, Trimmed
 from pipeline.api.readiness import readyz
-from pipeline.api.token_ids import decoder
-from pipeline.api.upstreams import Upstreams
-from pipeline.errors import (
+from pipeline.api.status import administration, fleet, jobs, submissions
+from pipeline.api.transfers import CONNECTIONS, Transfers
+from pipeline.api.v1 import batches, embeddings, files
+from pipeline.api.v1.embeddings import Gateway
+from pipeline.api.v1.token_ids import decoder
+from pipeline.core.errors import (
     ApiError,
     IdempotencyConflict,
     IllegalTransition,
@@ -50,9 +51,9 @@ from pipeline.errors import (
     UserError,
     VectormillError,
 )
-from pipeline.settings import Settings
-from pipeline.store.database import make_engine
-from pipeline.wire import make_error
+from pipeline.core.openai import make_error
+from pipeline.db.database import make_engine
+from pipeline.infra.settings import Settings
 
 log = structlog.get_logger()
 
@@ -83,12 +84,12 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         asked = Database(make_engine(database_url, application="vectormill-api", pool_size=AT_ONCE))
-        bulk = Bulk(make_engine(database_url, application="vectormill-api", pool_size=CONNECTIONS))
-        directory, engines, meter = Directory(asked), Engines(settings.engine_secret), Meter(asked)
-        upstreams, limits = Upstreams(settings.gateway_seconds), Limits(redis_url, directory)
-        app.state.database, app.state.bulk, app.state.settings = asked, bulk, settings
+        transfers = Transfers(make_engine(database_url, application="vectormill-api", pool_size=CONNECTIONS))
+        cache, engines, meter = GatewayCache(asked), Engines(settings.engine_secret), Meter(asked)
+        upstreams, limits = Upstreams(settings.gateway_seconds), Limits(redis_url, cache)
+        app.state.database, app.state.transfers, app.state.settings = asked, transfers, settings
         app.state.gateway = Gateway(
-            directory=directory,
+            cache=cache,
             limits=limits,
             engines=engines,
             upstreams=upstreams,
@@ -101,7 +102,7 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
         await upstreams.close()
         await limits.close()
         await meter.close()
-        bulk.close()
+        transfers.close()
 
     app = FastAPI(
         title="vectormill",

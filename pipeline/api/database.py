@@ -11,10 +11,10 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline import metrics
 from pipeline.api.places import Places
-from pipeline.errors import Busy, UpstreamUnavailable
-from pipeline.store import health
+from pipeline.core.errors import Busy, UpstreamUnavailable
+from pipeline.db import health
+from pipeline.infra import metrics
 
 log = structlog.get_logger()
 

@@ -14,7 +14,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.http_server import TURN, Turn, network_of
+from pipeline.infra.http_server import TURN, Turn, network_of
 
 _PER_SECOND = 200
 #: So many at once wait for nothing.

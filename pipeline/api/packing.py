@@ -10,7 +10,7 @@ import zstandard
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.errors import InvalidPayload, PayloadTooLarge, UnsupportedMediaType
+from pipeline.core.errors import InvalidPayload, PayloadTooLarge, UnsupportedMediaType
 
 #: What RFC 8878 wants every reader to have room for.
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024

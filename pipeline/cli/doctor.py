@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from pipeline.cli.connect import server_urls
+from pipeline.cli.context import server_urls
 from pipeline.cli.jobs import Json
-from pipeline.cli.look import print_json, stderr, stdout
-from pipeline.doctor.findings import Finding, State
+from pipeline.cli.output import print_json, stderr, stdout
+from pipeline.core.errors import ServiceUnreachable
+from pipeline.doctor.report import Finding, State
 from pipeline.embedded.runtime import find_running
-from pipeline.errors import ServiceUnreachable
-from pipeline.settings import load_settings
+from pipeline.infra.settings import load_settings
 
 if TYPE_CHECKING:
-    from pipeline.doctor.patient import Patient
+    from pipeline.doctor.context import Context
 
 _MARKS = {State.OK: "✓", State.WARN: "!", State.FAIL: "✗", State.SKIPPED: "–"}
 _COLOURS = {State.OK: "green", State.WARN: "yellow", State.FAIL: "red", State.SKIPPED: "bright_black"}
@@ -42,19 +42,19 @@ def doctor(
 
         vectormill doctor --model openai-small --timeout 120
     """
-    from pipeline.doctor.examination import CHECKS, examine
+    from pipeline.doctor.checks import CHECKS, examine
 
-    patient = _patient(model or [], timeout)
+    context = _patient(model or [], timeout)
     checks = [check for check in CHECKS if canary or check.name != "canary"]
     width = max(len(check.name) for check in checks)
     found: list[tuple[str, Finding]] = []
     try:
-        for name, finding in examine(patient, checks):
+        for name, finding in examine(context, checks):
             found.append((name, finding))
             if not as_json:
                 stdout.print(_line(name, finding, width))
     finally:
-        patient.close()
+        context.close()
     if as_json:
         print_json([{"check": name, **_as_json(finding)} for name, finding in found])
     else:
@@ -65,8 +65,8 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _patient(canary_models: list[str], timeout: float) -> "Patient":
-    from pipeline.doctor.patient import Patient
+def _patient(canary_models: list[str], timeout: float) -> "Context":
+    from pipeline.doctor.context import Context
 
     settings = load_settings()
     database, redis = server_urls(settings)
@@ -74,7 +74,7 @@ def _patient(canary_models: list[str], timeout: float) -> "Patient":
     # What runs here is of no concern where the environment names another database.
     ours = running if running and running.database_url == database else None
     password = settings.flower_password
-    return Patient(
+    return Context(
         settings=settings,
         database_url=database,
         redis_url=redis,

@@ -11,14 +11,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import figures
-from pipeline.catalog import DEFAULT_WORKSPACE
-from pipeline.cli import look
-from pipeline.cli.desk import Desk, at_desk
-from pipeline.errors import ServiceUnreachable, UnknownJob, WaitTimedOut
-from pipeline.job_status import JobStatus
-from pipeline.jobs import JobState, Reason
-from pipeline.status import several
+from pipeline.catalog.models import DEFAULT_WORKSPACE
+from pipeline.cli import output
+from pipeline.cli.backends import Backend, open_backend
+from pipeline.core import humanize
+from pipeline.core.errors import ServiceUnreachable, UnknownJob, WaitTimedOut
+from pipeline.core.job_status import JobStatus
+from pipeline.core.jobs import JobState, Reason
+from pipeline.jobs.status import several
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Its id, the beginning of it, or its name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -47,13 +47,13 @@ def jobs(
 
         vectormill jobs --state running --state queued --json
     """
-    with at_desk(workspace) as desk:
-        rows = desk.jobs(state or (), limit)
+    with open_backend(workspace) as backend:
+        rows = backend.jobs(state or (), limit)
     if as_json:
-        look.print_json([row.model_dump(mode="json") for row in rows])
+        output.print_json([row.model_dump(mode="json") for row in rows])
         return
     if not rows:
-        look.stderr.print("No jobs yet. Make one: vectormill submit docs.jsonl --model all-MiniLM-L6-v2")
+        output.stderr.print("No jobs yet. Make one: vectormill submit docs.jsonl --model all-MiniLM-L6-v2")
         return
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
     for name in ("job", "name", "model", "state"):
@@ -63,16 +63,16 @@ def jobs(
     for row in rows:
         counts = row.items
         table.add_row(
-            look.short(row.id),
+            output.short(row.id),
             row.name,
             row.model,
-            look.state(row.state, row.reason),
+            output.state(row.state, row.reason),
             f"{counts.total:,}",
             f"{counts.over / counts.total:.0%}" if counts.total else "–",
-            f"{figures.short(row.rate.items_per_second)}/s",
-            look.age(row.created_at),
+            f"{humanize.short(row.rate.items_per_second)}/s",
+            output.age(row.created_at),
         )
-    look.stdout.print(table)
+    output.stdout.print(table)
 
 
 def status(job: Job, as_json: Json = False, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -80,20 +80,20 @@ def status(job: Job, as_json: Json = False, workspace: Workspace = DEFAULT_WORKS
 
     Example: vectormill status docs --json
     """
-    with at_desk(workspace) as desk:
-        tell_namesakes(desk, job)
-        row = desk.status(job)
+    with open_backend(workspace) as backend:
+        tell_namesakes(backend, job)
+        row = backend.status(job)
     if as_json:
-        look.print_json(row.model_dump(mode="json"))
+        output.print_json(row.model_dump(mode="json"))
     else:
         _print_status(row)
 
 
-def tell_namesakes(desk: Desk, job: str) -> None:
+def tell_namesakes(backend: Backend, job: str) -> None:
     """Say which jobs bear the name too, where a command is about the newest of them."""
-    bearers = desk.namesakes(job)
+    bearers = backend.namesakes(job)
     if len(bearers) > 1:
-        look.tell([f"{several(job, bearers)}; this is about the newest."])
+        output.tell([f"{several(job, bearers)}; this is about the newest."])
 
 
 def _print_status(row: JobStatus) -> None:
@@ -103,7 +103,7 @@ def _print_status(row: JobStatus) -> None:
     table.add_row("job", Text(str(row.id)))
     table.add_row("name", Text(row.name, style="bold"))
     table.add_row("model", row.model)
-    table.add_row("state", look.state(row.state, row.reason))
+    table.add_row("state", output.state(row.state, row.reason))
     if row.message:
         table.add_row("", row.message)
     table.add_row("", ProgressBar(total=max(1, counts.total), completed=counts.over, width=40, complete_style="blue"))
@@ -112,16 +112,16 @@ def _print_status(row: JobStatus) -> None:
     table.add_row("tokens", f"{row.tokens.prompt:,}   {counts.truncated:,} texts truncated")
     table.add_row("chunks", ", ".join(f"{count:,} {name}" for name, count in row.chunks if count))
     table.add_row(
-        "rate", f"{figures.short(rate.items_per_second)} items/s   {figures.short(rate.tokens_per_second)} tok/s"
+        "rate", f"{humanize.short(rate.items_per_second)} items/s   {humanize.short(rate.tokens_per_second)} tok/s"
     )
     if row.eta_seconds is not None:
-        table.add_row("time left", f"about {figures.duration(row.eta_seconds)}")
-    table.add_row("made", look.age(row.created_at))
+        table.add_row("time left", f"about {humanize.duration(row.eta_seconds)}")
+    table.add_row("made", output.age(row.created_at))
     for notice in row.notices:
         table.add_row("note", Text(notice))
     if row.labels:
         table.add_row("labels", ", ".join(f"{key}={value}" for key, value in row.labels.items()))
-    look.stdout.print(table)
+    output.stdout.print(table)
 
 
 def watch(job: Job, timeout: Timeout = None, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -129,12 +129,12 @@ def watch(job: Job, timeout: Timeout = None, workspace: Workspace = DEFAULT_WORK
 
     Example: vectormill watch docs
     """
-    with at_desk(workspace) as desk:
-        tell_namesakes(desk, job)
-        raise typer.Exit(watch_job(desk, desk.status(job).id, timeout))
+    with open_backend(workspace) as backend:
+        tell_namesakes(backend, job)
+        raise typer.Exit(watch_job(backend, backend.status(job).id, timeout))
 
 
-def watch_job(desk: Desk, job_id: UUID, timeout_seconds: float | None, *, verify: bool = False) -> int:
+def watch_job(backend: Backend, job_id: UUID, timeout_seconds: float | None, *, verify: bool = False) -> int:
     """Follow a job until it ends or the system pauses it, and print its receipt. Returns the exit code; 1 if
     `verify` and the rows object.
 
@@ -142,29 +142,31 @@ def watch_job(desk: Desk, job_id: UUID, timeout_seconds: float | None, *, verify
         WaitTimedOut: it didn't within `timeout_seconds`.
     """
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    show = _live_line() if look.stderr.is_terminal else _plain_lines()
+    show = _live_line() if output.stderr.is_terminal else _plain_lines()
     try:
-        row = _follow(desk, job_id, deadline, show)
+        row = _follow(backend, job_id, deadline, show)
     finally:
         show(None)
     if row.message and row.state != JobState.COMPLETED:
-        look.stderr.print(look.state(row.state, row.reason), row.message)
+        output.stderr.print(output.state(row.state, row.reason), row.message)
     if not row.items.total:  # asked for in SQL, and never a job: there is no receipt
         return _EXIT_CODES[row.state]
-    account = desk.receipt(str(job_id), verify=verify)
-    look.stderr.print(look.ledger(account, desk.reject_counts(str(job_id))))
-    look.stderr.print(look.verdict(account))
+    account = backend.receipt(str(job_id), verify=verify)
+    output.stderr.print(output.ledger(account, backend.reject_counts(str(job_id))))
+    output.stderr.print(output.verdict(account))
     if row.output and row.state == JobState.COMPLETED:
-        look.stderr.print(f"Vectors are in {row.output}: _manifest.json lists the files.", markup=False)
+        output.stderr.print(f"Vectors are in {row.output}: _manifest.json lists the files.", markup=False)
     code = _EXIT_CODES[row.state]
     return 1 if verify and not (code or account.verified) else code
 
 
-def _follow(desk: Desk, job_id: UUID, deadline: float | None, show: Callable[[JobStatus | None], None]) -> JobStatus:
+def _follow(
+    backend: Backend, job_id: UUID, deadline: float | None, show: Callable[[JobStatus | None], None]
+) -> JobStatus:
     answered = time.monotonic()
     while True:
         try:
-            row = desk.status(str(job_id))
+            row = backend.status(str(job_id))
             answered = time.monotonic()
         except ServiceUnreachable:
             if time.monotonic() - answered > _PATIENCE_SECONDS:
@@ -185,14 +187,14 @@ def _follow(desk: Desk, job_id: UUID, deadline: float | None, show: Callable[[Jo
 
 
 def _live_line() -> Callable[[JobStatus | None], None]:
-    live = Live(console=look.stderr, auto_refresh=False)
+    live = Live(console=output.stderr, auto_refresh=False)
     live.start()
 
     def show(row: JobStatus | None) -> None:
         if row is None:
             live.stop()
         else:
-            live.update(look.progress_line(row), refresh=True)
+            live.update(output.progress_line(row), refresh=True)
 
     return show
 
@@ -208,7 +210,7 @@ def _plain_lines() -> Callable[[JobStatus | None], None]:
         now = time.monotonic()
         if row.state != shown[0] or now - shown[1] >= _PLAIN_PERIOD_SECONDS:
             shown = (row.state, now)
-            look.stderr.print(look.plain_progress(row), markup=False)
+            output.stderr.print(output.plain_progress(row), markup=False)
 
     return show
 
@@ -223,14 +225,14 @@ def rejects(
 
     Example: vectormill rejects docs --json
     """
-    with at_desk(workspace) as desk:
-        tell_namesakes(desk, job)
-        rows = desk.rejects(job, limit)
+    with open_backend(workspace) as backend:
+        tell_namesakes(backend, job)
+        rows = backend.rejects(job, limit)
     if as_json:
-        look.print_json(rows)
+        output.print_json(rows)
         return
     if not rows:
-        look.stderr.print("No rejects.")
+        output.stderr.print("No rejects.")
         return
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
     table.add_column("index", justify="right")
@@ -238,7 +240,7 @@ def rejects(
         table.add_column(name)
     for row in rows:
         table.add_row(f"{row['index']:,}", Text(str(row["key"] or "–")), row["code"], Text(str(row["message"])))
-    look.stdout.print(table)
+    output.stdout.print(table)
 
 
 def receipt(
@@ -251,22 +253,22 @@ def receipt(
 
     Example: vectormill receipt docs --verify
     """
-    with at_desk(workspace) as desk:
-        tell_namesakes(desk, job)
-        account = desk.receipt(job, verify=verify)
-        codes = {} if as_json else desk.reject_counts(job)
+    with open_backend(workspace) as backend:
+        tell_namesakes(backend, job)
+        account = backend.receipt(job, verify=verify)
+        codes = {} if as_json else backend.reject_counts(job)
     if as_json:
-        look.print_json(account.model_dump(mode="json", by_alias=True, exclude_none=True))
+        output.print_json(account.model_dump(mode="json", by_alias=True, exclude_none=True))
     else:
-        look.stdout.print(look.ledger(account, codes))
-        look.stdout.print(look.verdict(account))
+        output.stdout.print(output.ledger(account, codes))
+        output.stdout.print(output.verdict(account))
     if verify and not account.verified:
         raise typer.Exit(1)
 
 
 def _steer(job: str, workspace: str, verb: str) -> tuple[UUID, JobState]:
-    with at_desk(workspace) as desk:
-        return desk.steer(job, verb)
+    with open_backend(workspace) as backend:
+        return backend.steer(job, verb)
 
 
 def cancel(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -275,7 +277,7 @@ def cancel(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
     Example: vectormill cancel docs
     """
     found, state = _steer(job, workspace, "cancel")
-    look.stderr.print(f"Job {found} is {state}.")
+    output.stderr.print(f"Job {found} is {state}.")
 
 
 def pause(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -284,7 +286,7 @@ def pause(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
     Example: vectormill pause docs
     """
     found, state = _steer(job, workspace, "pause")
-    look.stderr.print(f"Job {found} is {state}; vectormill resume {found} lets it go on.")
+    output.stderr.print(f"Job {found} is {state}; vectormill resume {found} lets it go on.")
 
 
 def resume(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -293,7 +295,7 @@ def resume(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
     Example: vectormill resume docs
     """
     found, state = _steer(job, workspace, "resume")
-    look.stderr.print(f"Job {found} is {state}.")
+    output.stderr.print(f"Job {found} is {state}.")
 
 
 def priority(
@@ -305,9 +307,9 @@ def priority(
 
     Example: vectormill priority docs 10
     """
-    with at_desk(workspace) as desk:
-        found = desk.prioritise(job, value)
-    look.stderr.print(f"Job {found} has priority {value}.")
+    with open_backend(workspace) as backend:
+        found = backend.prioritise(job, value)
+    output.stderr.print(f"Job {found} has priority {value}.")
 
 
 def retry(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -315,9 +317,9 @@ def retry(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
     Example: vectormill retry docs
     """
-    with at_desk(workspace) as desk:
-        found, reopened = desk.retry(job)
+    with open_backend(workspace) as backend:
+        found, reopened = backend.retry(job)
     if reopened:
-        look.stderr.print(f"Job {found} is queued again: {reopened:,} chunks to do.")
+        output.stderr.print(f"Job {found} is queued again: {reopened:,} chunks to do.")
     else:
-        look.stderr.print(f"Job {found} has nothing that can be tried again; vectormill rejects {found} says why.")
+        output.stderr.print(f"Job {found} has nothing that can be tried again; vectormill rejects {found} says why.")

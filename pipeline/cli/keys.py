@@ -9,12 +9,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.catalog import DEFAULT_WORKSPACE
-from pipeline.cli.desk import at_desk
-from pipeline.cli.look import age, print_json, stderr, stdout
+from pipeline.catalog.keys import NewKey
+from pipeline.catalog.models import DEFAULT_WORKSPACE
+from pipeline.cli.backends import open_backend
 from pipeline.cli.once import App
-from pipeline.errors import UserError
-from pipeline.keys import NewKey
+from pipeline.cli.output import age, print_json, stderr, stdout
+from pipeline.core.errors import UserError
 
 app = App(help="API keys of a workspace.", no_args_is_help=True)
 
@@ -41,8 +41,8 @@ def create(
         export OPENAI_API_KEY=$(vectormill keys create)
     """
     lives = None if expires is None else _span("--expires", expires)
-    with at_desk(workspace) as desk:
-        made = desk.create_key(name, admin=admin, lives=lives)
+    with open_backend(workspace) as backend:
+        made = backend.create_key(name, admin=admin, lives=lives)
     _show(made)
 
 
@@ -52,8 +52,8 @@ def list_keys(workspace: Workspace = DEFAULT_WORKSPACE, as_json: Json = False) -
 
     Example: vectormill keys list --json
     """
-    with at_desk(workspace) as desk:
-        rows = desk.keys()
+    with open_backend(workspace) as backend:
+        rows = backend.keys()
     if as_json:
         print_json(rows)
         return
@@ -83,8 +83,8 @@ def rotate(
 
     Example: vectormill keys rotate 3f0c9a7be1d2c4a8 --overlap 2h
     """
-    with at_desk(workspace) as desk:
-        made = desk.rotate_key(key, _span("--overlap", overlap))
+    with open_backend(workspace) as backend:
+        made = backend.rotate_key(key, _span("--overlap", overlap))
     _show(made)
     stderr.print(f"The old key {key} ends in {overlap}.")
 
@@ -95,8 +95,8 @@ def revoke(key: KeyId, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
     Example: vectormill keys revoke 3f0c9a7be1d2c4a8
     """
-    with at_desk(workspace) as desk:
-        desk.revoke_key(key)
+    with open_backend(workspace) as backend:
+        backend.revoke_key(key)
     stderr.print(f"Key {key} revoked.")
 
 

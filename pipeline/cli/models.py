@@ -10,16 +10,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pipeline import catalog, figures
-from pipeline.catalog import DEFAULT_WORKSPACE
-from pipeline.cli.connect import working
-from pipeline.cli.desk import at_desk
-from pipeline.cli.look import print_json, stderr, stdout
+from pipeline.catalog import models as catalog
+from pipeline.catalog.models import DEFAULT_WORKSPACE
+from pipeline.cli.backends import open_backend
+from pipeline.cli.context import working
 from pipeline.cli.once import App
 from pipeline.cli.oneshot import oneshot
-from pipeline.errors import ModelError, UnknownModel, UserError
-from pipeline.jobs import MOST_INPUTS, Upstream
-from pipeline.store import models
+from pipeline.cli.output import print_json, stderr, stdout
+from pipeline.core import humanize
+from pipeline.core.errors import ModelError, UnknownModel, UserError
+from pipeline.core.models import MOST_INPUTS, Upstream
+from pipeline.db import models
 
 app = App(help="What embeds: the catalogue of models.", no_args_is_help=True)
 
@@ -75,8 +76,8 @@ def list_models(
 
         vectormill models list --workspace search
     """
-    with at_desk(workspace or DEFAULT_WORKSPACE) as desk:
-        rows = desk.models(everything=workspace is None)
+    with open_backend(workspace or DEFAULT_WORKSPACE) as backend:
+        rows = backend.models(everything=workspace is None)
     if as_json:
         print_json([{name: _plain(row[name]) for name in _SHOWN if name in row} for row in rows])
         return
@@ -87,7 +88,7 @@ def list_models(
     for name in ("name", "dimensions", "max tokens", "rate on one slot"):
         table.add_column(name, justify="left" if name == "name" else "right")
     for row in rows:
-        rate = f"{figures.short(row['tokens_per_second'])} tok/s"
+        rate = f"{humanize.short(row['tokens_per_second'])} tok/s"
         table.add_row(row["name"], str(row["dimensions"]), f"{row['max_item_tokens'] or '–'}", rate)
     stdout.print(table)
 
@@ -183,7 +184,7 @@ def add(
             else:
                 catalog.add_model(connection, name, description, alias or ())
             models.change(connection, name, matryoshka=sizes or [], price_per_million=price)
-    rate = figures.short(description["tokens_per_second"])
+    rate = humanize.short(description["tokens_per_second"])
     how = "by one request at a time" if upstream else "on one slot here"
     stderr.print(f"Added {name}: {description['dimensions']} dimensions, {rate} tok/s {how}.")
     for note in description.get("notes", ()):

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 
 class OnceCommand(TyperCommand):

@@ -1,11 +1,11 @@
-"""How commands ask for what only a process with torch can do."""
+"""Requests of commands to a process with torch, for what only that can do."""
 
 import json
 import subprocess
 from typing import Any
 
+from pipeline.core.errors import ModelError
 from pipeline.embedded.processes import our_environment, our_module
-from pipeline.errors import ModelError
 
 
 def oneshot(arguments: list[str], payload: Any = None) -> Any:

@@ -10,16 +10,16 @@ from typing import Annotated
 
 import typer
 
-from pipeline import exposition, metrics
-from pipeline.cli.connect import database_url, server_urls
-from pipeline.cli.look import stderr
+from pipeline.cli.context import database_url, server_urls
 from pipeline.cli.oneshot import oneshot
+from pipeline.cli.output import stderr
+from pipeline.core.errors import UserError
 from pipeline.embedded.processes import our_environment, our_module
-from pipeline.errors import UserError
-from pipeline.logs import configure_logs
-from pipeline.settings import MODELS_SHARE, ROOM_FACTOR, load_settings
+from pipeline.infra import metrics, metrics_server
+from pipeline.infra.logs import configure_logs
+from pipeline.infra.settings import MODELS_SHARE, ROOM_FACTOR, load_settings
 
-_CELERY = ("celery", "--quiet", "-A", "workers.app")
+_CELERY = ("celery", "--quiet", "-A", "workers.runner.app")
 _LIBRARIES_BYTES = 700 * 1024 * 1024
 
 
@@ -28,7 +28,7 @@ def migrate() -> None:
 
     Example: vectormill migrate
     """
-    from pipeline.cli.prepare import migrate_database
+    from pipeline.cli.bootstrap import migrate_database
 
     migrate_database(database_url(load_settings()))
     stderr.print("The schema vectormill is up to date.")
@@ -39,14 +39,15 @@ def dispatcher() -> None:
 
     Example: vectormill dispatcher
     """
-    from pipeline.background import CONNECTIONS, Background, Resources
-    from pipeline.dispatch import Dispatcher, run
-    from pipeline.publish import Publisher
-    from pipeline.store.database import make_engine
+    from pipeline.broker import Publisher
+    from pipeline.db.database import make_engine
+    from pipeline.dispatch.background import CONNECTIONS, Background, Resources
+    from pipeline.dispatch.dispatcher import run
+    from pipeline.dispatch.state import Dispatcher
 
     settings = load_settings()
     configure_logs(settings.log_level)
-    exposition.serve(metrics.DISPATCHER, settings.metrics_host, settings.metrics_port)
+    metrics_server.serve(metrics.DISPATCHER, settings.metrics_host, settings.metrics_port)
     database, redis = server_urls(settings)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -105,7 +106,7 @@ def worker(
         "TOKENIZERS_PARALLELISM": "false",
     }
     if settings.metrics_port is not None:
-        environment[exposition.FOLDER_VARIABLE] = str(exposition.make_folder())
+        environment[metrics_server.FOLDER_VARIABLE] = str(metrics_server.make_folder())
     name = f"{token_hex(3)}@{socket.gethostname()}"
     arguments = ["--hostname", name, "--concurrency", str(len(chosen) * each), "--pool", "prefork"]
     alone = ["--without-gossip", "--without-mingle"]  # workers share Postgres' truth, and nothing else
@@ -147,7 +148,7 @@ def engine(
         "VECTORMILL_ENGINE_PORT": None if port is None else str(port),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    _become(["workers.engine"], {name: value for name, value in chosen.items() if value is not None})
+    _become(["workers.engine.server"], {name: value for name, value in chosen.items() if value is not None})
 
 
 def api(
@@ -162,8 +163,8 @@ def api(
 
         vectormill api --host 0.0.0.0 --port 80
     """
-    from pipeline import http_server
     from pipeline.api.app import make_app
+    from pipeline.infra import http_server
 
     settings = load_settings()
     configure_logs(settings.log_level)
@@ -223,9 +224,9 @@ def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:
 
     An `up` that starts for the first time adds the bundled model meanwhile.
     """
-    from pipeline.cli.prepare import bundled_model_bytes
-    from pipeline.store import models
-    from pipeline.store.database import make_engine
+    from pipeline.cli.bootstrap import bundled_model_bytes
+    from pipeline.db import models
+    from pipeline.db.database import make_engine
 
     engine = make_engine(url, application="vectormill-cli", pool_size=1)
     with engine.begin() as connection:

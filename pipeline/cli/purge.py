@@ -6,14 +6,14 @@ from typing import Annotated, Any
 import typer
 from sqlalchemy import Engine
 
-from pipeline.catalog import DEFAULT_WORKSPACE
-from pipeline.cli.connect import Place, working
+from pipeline.catalog.models import DEFAULT_WORKSPACE
+from pipeline.cli.context import Place, working
 from pipeline.cli.jobs import Json, Workspace
-from pipeline.cli.look import print_json, stderr
-from pipeline.errors import UserError
-from pipeline.job_status import JobStatus
-from pipeline.purge import check_ended, months_before, parse_month, purge_job, purge_month
-from pipeline.status import find_job_to_change, sum_up
+from pipeline.cli.output import print_json, stderr
+from pipeline.core.errors import UserError
+from pipeline.core.job_status import JobStatus
+from pipeline.jobs.purge import check_ended, months_before, parse_month, purge_job, purge_month
+from pipeline.jobs.status import find_job_to_change, sum_up
 
 
 def purge(

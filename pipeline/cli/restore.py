@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from pipeline.cli.connect import working
+from pipeline.cli.context import working
 from pipeline.cli.jobs import Json
-from pipeline.cli.look import print_json, stderr, stdout
+from pipeline.cli.output import print_json, stderr, stdout
 
 if TYPE_CHECKING:
-    from pipeline.restore import Matter
+    from pipeline.jobs.restore import Matter
 
 
 def restore_check(
@@ -28,7 +28,7 @@ def restore_check(
 
         vectormill restore-check --mend
     """
-    from pipeline.restore import check
+    from pipeline.jobs.restore import check
 
     told: list[dict[str, str | bool]] = []
     with working() as place:

@@ -7,16 +7,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import status as reading
-from pipeline.catalog import DEFAULT_WORKSPACE, as_model, portable
-from pipeline.cli import look
-from pipeline.cli.connect import Place, working
-from pipeline.cli.database_desk import DatabaseDesk
-from pipeline.cli.desk import at_desk
+from pipeline.catalog.models import DEFAULT_WORKSPACE, as_model, portable
+from pipeline.cli import output
+from pipeline.cli.backends import open_backend
+from pipeline.cli.context import Place, working
+from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import Job, Json, Workspace, tell_namesakes
 from pipeline.cli.oneshot import oneshot
-from pipeline.errors import UnknownModel, UserError
-from pipeline.store import embeddings, jobs, models
+from pipeline.core.errors import UnknownModel, UserError
+from pipeline.db import embeddings, jobs, models
+from pipeline.jobs import status as reading
 
 _KEY_WIDTH = 40
 
@@ -30,10 +30,10 @@ def results(
 
     Example: vectormill results docs --to vectors.parquet
     """
-    with at_desk(workspace) as desk:
-        tell_namesakes(desk, job)
-        written = desk.results(job, to)
-    look.stderr.print(written, markup=False)
+    with open_backend(workspace) as backend:
+        tell_namesakes(backend, job)
+        written = backend.results(job, to)
+    output.stderr.print(written, markup=False)
 
 
 def search(
@@ -48,12 +48,12 @@ def search(
     Example: vectormill search "read a file line by line" --job docs
     """
     with working(workspace) as place:
-        tell_namesakes(DatabaseDesk(place), job)
+        tell_namesakes(DatabaseBackend(place), job)
         hits = search_many(place, job, [query], limit)[0]
     if as_json:
-        look.print_json(hits)
+        output.print_json(hits)
     else:
-        look.stdout.print(hit_table(hits))
+        output.stdout.print(hit_table(hits))
 
 
 def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[list[dict[str, Any]]]:
@@ -90,7 +90,7 @@ def hit_table(hits: list[dict[str, Any]]) -> Table:
     table.add_column("similarity", justify="right")
     table.add_column("key")
     table.add_column("text")
-    width = max(20, look.stdout.width - _KEY_WIDTH - 20)
+    width = max(20, output.stdout.width - _KEY_WIDTH - 20)
     for hit in hits:
         key, line = (
             Text(hit["key"] or f"#{hit['index']}"),

@@ -20,15 +20,15 @@ import typer
 from rich.console import Console
 
 from pipeline.cli.waiting import Waiting
+from pipeline.core.errors import ServerFailed, ServiceUnreachable, UserError, VectormillError
+from pipeline.core.humanize import size
 from pipeline.embedded.deletion import data_folders, delete_data, size_bytes
 from pipeline.embedded.files import log_end, open_log, written_since
 from pipeline.embedded.place import Place
 from pipeline.embedded.processes import find_process, our_environment, our_module, wait_until_gone
 from pipeline.embedded.runtime import Running, find_running, hold_home, stop_leftovers
 from pipeline.embedded.stages import STOP_SECONDS, app_stages, metered_names
-from pipeline.errors import ServerFailed, ServiceUnreachable, UserError, VectormillError
-from pipeline.figures import size
-from pipeline.settings import Settings, load_settings
+from pipeline.infra.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from pipeline.embedded.machine import Machine
@@ -192,7 +192,7 @@ def _without_own_servers(console: Console, settings: Settings) -> Settings:
 
 
 def _machine(settings: Settings, workers: int, on_wait: Callable[[Running], None]) -> "Machine":
-    from pipeline.cli.prepare import BundledModel, prepare_database
+    from pipeline.cli.bootstrap import BundledModel, prepare_database
     from pipeline.embedded.machine import Machine
 
     own = settings.database_url is None and settings.sql_url is None

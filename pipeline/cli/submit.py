@@ -14,26 +14,26 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import figures
-from pipeline.catalog import DEFAULT_WORKSPACE, as_model, find_model, find_row, portable
-from pipeline.cli.api_desk import ApiDesk
-from pipeline.cli.connect import Place
-from pipeline.cli.desk import at_desk
+from pipeline.catalog.models import DEFAULT_WORKSPACE, as_model, find_model, find_row, portable
+from pipeline.cli.api_backend import ApiBackend
+from pipeline.cli.backends import open_backend
+from pipeline.cli.context import Place
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
-from pipeline.cli.look import print_json, stderr, stdout, tell
 from pipeline.cli.oneshot import oneshot
-from pipeline.errors import EmptySource, UserError
-from pipeline.estimate import estimate
-from pipeline.options import Columns, JobOptions, OnLong, VectorType
-from pipeline.request import JobRequest, default_name, read_request
+from pipeline.cli.output import print_json, stderr, stdout, tell
+from pipeline.core import humanize
+from pipeline.core.errors import EmptySource, UserError
+from pipeline.core.options import Columns, JobOptions, OnLong, VectorType
+from pipeline.db import workers
+from pipeline.infra.storage import is_remote
+from pipeline.ingest.estimate import estimate
+from pipeline.ingest.request import JobRequest, default_name, read_request
+from pipeline.ingest.submission import Submission, planning
+from pipeline.ingest.submit import submit as submit_corpus
+from pipeline.ingest.submit import tell_namesake
 from pipeline.sources import Compression, Corpus, Source
 from pipeline.sources.discovery import find_files
 from pipeline.sources.query import QueryCorpus
-from pipeline.storage import is_remote
-from pipeline.store import workers
-from pipeline.submission import Submission, planning
-from pipeline.submit import submit as submit_corpus
-from pipeline.submit import tell_namesake
 from pipeline.webhooks import allowlist
 
 
@@ -158,23 +158,23 @@ def submit(
             "hnsw": hnsw,
         },
     )
-    with at_desk(workspace) as desk:
-        if isinstance(desk, ApiDesk):
+    with open_backend(workspace) as backend:
+        if isinstance(backend, ApiBackend):
             given = {"--from": from_url, "--query": query, "--into": into, "--hnsw": hnsw}
             _refuse_at_api({**given, "--allow-empty": allow_empty, "--dry-run": dry_run})
-            job_id = _submit_to_api(desk, wish, sources or [], idempotency_key)
+            job_id = _submit_to_api(backend, wish, sources or [], idempotency_key)
         else:
             if webhook:
-                allowlist.check(webhook, desk.place.settings.webhooks)
-            corpus = _corpus(sources or [], from_url, query, wish.columns, desk.place)
+                allowlist.check(webhook, backend.place.settings.webhooks)
+            corpus = _corpus(sources or [], from_url, query, wish.columns, backend.place)
             wish = wish.model_copy(update={"name": wish.name or (default_name(sources[0]) if sources else "query")})
             if by_reference is None:
                 wish = wish.model_copy(update={"by_reference": _by_reference(corpus, wish)})
             if dry_run:
-                _estimate(desk.place, wish, corpus, as_json=as_json)
+                _estimate(backend.place, wish, corpus, as_json=as_json)
                 return
             try:
-                job_id = _submit(desk.place, wish, corpus, idempotency_key)
+                job_id = _submit(backend.place, wish, corpus, idempotency_key)
             except EmptySource as error:
                 if not allow_empty:
                     raise
@@ -183,7 +183,7 @@ def submit(
         sys.stdout.write(f"{job_id}\n")
         sys.stdout.flush()
         if wait:
-            raise typer.Exit(watch_job(desk, job_id, timeout))
+            raise typer.Exit(watch_job(backend, job_id, timeout))
 
 
 def _refuse_at_api(given: Mapping[str, Any]) -> None:
@@ -192,7 +192,7 @@ def _refuse_at_api(given: Mapping[str, Any]) -> None:
             raise UserError(f"{option} needs the database itself: set VECTORMILL_DATABASE_URL.")
 
 
-def _submit_to_api(desk: ApiDesk, wish: JobRequest, sources: list[str], idempotency_key: str | None) -> UUID:
+def _submit_to_api(backend: ApiBackend, wish: JobRequest, sources: list[str], idempotency_key: str | None) -> UUID:
     """Upload local files and the standard input; URIs are for the api to read."""
     if not sources:
         raise UserError("no source: give files, a folder, or - for standard input.")
@@ -202,11 +202,11 @@ def _submit_to_api(desk: ApiDesk, wish: JobRequest, sources: list[str], idempote
         if remote:
             if len(remote) < len(sources):
                 raise UserError("an api takes files to upload or URIs, not both in one job.")
-            made = desk.submit(wish.model_copy(update={"sources": remote}), [], idempotency_key)
+            made = backend.submit(wish.model_copy(update={"sources": remote}), [], idempotency_key)
         else:
             if wish.by_reference:
                 raise UserError("--by-reference: an api can't read files of this machine; leave it out.")
-            made = desk.submit(wish, _files_of(sources, Path(folder)), idempotency_key)
+            made = backend.submit(wish, _files_of(sources, Path(folder)), idempotency_key)
     if made.attached:
         stderr.print(f"{made.attached}.")
     tell(made.notices)
@@ -311,11 +311,11 @@ def _estimate_table(found: Mapping[str, Any]) -> Table:
     slots = f"{time['slots']} slots" if time["slots"] else "one slot; no worker serves this model now"
     table.add_row(
         "time",
-        f"about {figures.duration(time['seconds'])} at {figures.short(time['tokens_per_second'])} tok/s on {slots}",
+        f"about {humanize.duration(time['seconds'])} at {humanize.short(time['tokens_per_second'])} tok/s on {slots}",
     )
     for where, name in (("postgres", "Postgres"), ("parquet", "Parquet")):
         if found["bytes"][where]:
-            table.add_row("size", f"about {figures.size(found['bytes'][where])} in {name}")
+            table.add_row("size", f"about {humanize.size(found['bytes'][where])} in {name}")
     return table
 
 

@@ -8,12 +8,12 @@ import typer
 from rich.table import Table
 from sqlalchemy import Connection
 
-from pipeline.catalog import workspace_id
-from pipeline.cli.connect import working
-from pipeline.cli.look import print_json, stderr, stdout
+from pipeline.catalog.models import workspace_id
+from pipeline.cli.context import working
 from pipeline.cli.once import App
-from pipeline.errors import UnknownModel, UserError
-from pipeline.store import models, workspaces
+from pipeline.cli.output import print_json, stderr, stdout
+from pipeline.core.errors import UnknownModel, UserError
+from pipeline.db import models, workspaces
 from pipeline.webhooks import allowlist
 
 app = App(help="Who shares the workers, and by which weight.", no_args_is_help=True)

@@ -1,7 +1,7 @@
 """A deployment examined from end to end: a list of checks, each a function that says what is and what to do.
 
     findings            what a check says
-    patient             what the checks look at, and with what
+    context             what the checks look at, and with what
     host                this machine: versions, space, keys, addresses
     servers             Postgres and Redis
     fleet               the processes, by what they write down and what they answer
@@ -9,5 +9,5 @@
     canary              a text through a worker, and its vector
     examination         the list, in order
 
-`pipeline.ready` is the small sister for health checks of containers.
+`pipeline.doctor.healthcheck` is the small sister for health checks of containers.
 """

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from http import HTTPStatus
 
-from pipeline.dispatch import ROLE
-from pipeline.doctor.findings import Finding, fail, ok, skipped, warn
-from pipeline.doctor.patient import Patient, answer
-from pipeline.store import engines, health, workers
+from pipeline.db import engines, health, workers
+from pipeline.dispatch.leader import ROLE
+from pipeline.doctor.context import Context, answer
+from pipeline.doctor.report import Finding, fail, ok, skipped, warn
 
 #: An engine that hasn't shown itself for so long gets no requests.
 _ENGINE_SEEN_SECONDS = 10.0
@@ -14,9 +14,9 @@ _ENGINE_SEEN_SECONDS = 10.0
 _SWEEP_SECONDS = 15.0
 
 
-def dispatcher(patient: Patient) -> Iterator[Finding]:
+def dispatcher(context: Context) -> Iterator[Finding]:
     """One leads."""
-    left = patient.ask(health.lease_seconds_left, ROLE)
+    left = context.ask(health.lease_seconds_left, ROLE)
     if left is None:
         yield fail("none leads: nothing is rung for, swept or ended", "start one, better two: vectormill dispatcher")
     elif left < 0:
@@ -25,9 +25,9 @@ def dispatcher(patient: Patient) -> Iterator[Finding]:
         yield ok("one leads")
 
 
-def some_workers(patient: Patient) -> Iterator[Finding]:
+def some_workers(context: Context) -> Iterator[Finding]:
     """Workers live, and serve each model that a workspace may use."""
-    live = patient.ask(workers.live)
+    live = context.ask(workers.live)
     if not live:
         yield fail("none is alive", "start one on each machine: vectormill worker")
         return
@@ -36,7 +36,7 @@ def some_workers(patient: Patient) -> Iterator[Finding]:
             yield warn(f"the one at {worker['host']} rests: it {worker['resting']}", "see its log; start it again.")
     # What a worker gave up is said by the next check.
     known = {name for worker in live for name in (*worker["models"], *worker["dropped"])}
-    alone = [row["name"] for row in patient.ask(health.enabled_models) if row["name"] not in known]
+    alone = [row["name"] for row in context.ask(health.enabled_models) if row["name"] not in known]
     for name in alone:
         yield fail(f"none serves {name}", f"start one that does: vectormill worker --model {name}")
     if not alone:
@@ -44,9 +44,9 @@ def some_workers(patient: Patient) -> Iterator[Finding]:
         yield ok(f"{len(live)} alive with {slots} slots; every model is served")
 
 
-def dropped_models(patient: Patient) -> Iterator[Finding]:
+def dropped_models(context: Context) -> Iterator[Finding]:
     """No worker has given a model up."""
-    live = patient.ask(workers.live)
+    live = context.ask(workers.live)
     served = {name for worker in live for name in worker["models"]}
     dropped = [(worker["host"], *each) for worker in live for each in worker["dropped"].items()]
     for host, name, reason in dropped:
@@ -57,9 +57,9 @@ def dropped_models(patient: Patient) -> Iterator[Finding]:
         yield ok("none was given up")
 
 
-def overdue(patient: Patient) -> Iterator[Finding]:
+def overdue(context: Context) -> Iterator[Finding]:
     """Leases that ran out are swept."""
-    found = patient.ask(health.overdue_chunks, _SWEEP_SECONDS)
+    found = context.ask(health.overdue_chunks, _SWEEP_SECONDS)
     if found["chunks"]:
         yield fail(
             f"{found['chunks']:,} whose lease ran out, the oldest's {found['oldest_seconds']:,.0f} s ago, aren't swept",
@@ -69,9 +69,9 @@ def overdue(patient: Patient) -> Iterator[Finding]:
         yield ok("no lease is overdue")
 
 
-def api(patient: Patient) -> Iterator[Finding]:
+def api(context: Context) -> Iterator[Finding]:
     """The api answers, and reaches its database."""
-    url = patient.api_url
+    url = context.api_url
     if url is None:
         yield skipped("not known where it is; VECTORMILL_API_URL says")
         return
@@ -84,10 +84,10 @@ def api(patient: Patient) -> Iterator[Finding]:
         yield ok(f"ready at {url}")
 
 
-def some_engines(patient: Patient) -> Iterator[Finding]:
+def some_engines(context: Context) -> Iterator[Finding]:
     """Engines answer, and serve each local model that the api may be asked for."""
-    live = patient.ask(engines.live, _ENGINE_SEEN_SECONDS)
-    local = [row["name"] for row in patient.ask(health.enabled_models) if row["kind"] == "local"]
+    live = context.ask(engines.live, _ENGINE_SEEN_SECONDS)
+    local = [row["name"] for row in context.ask(health.enabled_models) if row["kind"] == "local"]
     if not live:
         if local:
             yield warn("none is alive: the api serves no local model", "start one for each device: vectormill engine")
@@ -104,9 +104,9 @@ def some_engines(patient: Patient) -> Iterator[Finding]:
         yield ok(f"{len(live)} alive; every local model is served")
 
 
-def flower(patient: Patient) -> Iterator[Finding]:
+def flower(context: Context) -> Iterator[Finding]:
     """Flower answers, to those who know its password."""
-    url = patient.flower_url
+    url = context.flower_url
     if url is None:
         yield skipped("not known where it is; VECTORMILL_FLOWER_URL says")
         return

@@ -10,17 +10,17 @@ from urllib.parse import urlsplit
 import redis
 from packaging.requirements import Requirement
 
-from pipeline.doctor.findings import Finding, fail, ok, warn
-from pipeline.doctor.patient import Patient, is_loopback
-from pipeline.settings import read_key
-from pipeline.store import health
+from pipeline.db import health
+from pipeline.doctor.context import Context, is_loopback
+from pipeline.doctor.report import Finding, fail, ok, warn
+from pipeline.infra.settings import read_key
 
 _LITTLE_BYTES = 2_000_000_000
 _TOO_LITTLE_BYTES = 200_000_000
 _PASSWORD_CHARACTERS = 12
 
 
-def versions(_: Patient) -> Iterator[Finding]:
+def versions(_: Context) -> Iterator[Finding]:
     """What is installed is what this version of vectormill was made for."""
     wrong = [problem for line in requires("vectormill") or () if (problem := _misfit(Requirement(line)))]
     if wrong:
@@ -39,13 +39,13 @@ def _misfit(requirement: Requirement) -> str | None:
     return None if requirement.specifier.contains(found, prereleases=True) else f"{requirement.name} {found} is here"
 
 
-def space(patient: Patient) -> Iterator[Finding]:
+def space(context: Context) -> Iterator[Finding]:
     """There is room where data grow, as far as it can be seen from here."""
-    folders = [patient.settings.home] if patient.settings.home.exists() else []
-    data = patient.ask(health.data_folder)
-    if data and is_loopback(urlsplit(patient.database_url).hostname) and Path(data).exists():
+    folders = [context.settings.home] if context.settings.home.exists() else []
+    data = context.ask(health.data_folder)
+    if data and is_loopback(urlsplit(context.database_url).hostname) and Path(data).exists():
         folders.append(Path(data))
-    size = patient.ask(health.server)["database_bytes"]
+    size = context.ask(health.server)["database_bytes"]
     if not folders:
         yield ok(f"the database takes {_gigabytes(size)}; its disk can't be seen from here")
         return
@@ -64,9 +64,9 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def keys(patient: Patient) -> Iterator[Finding]:
+def keys(context: Context) -> Iterator[Finding]:
     """The keys of gateways can be read here."""
-    needed = {row["key_env"]: row["name"] for row in patient.ask(health.enabled_models) if row["key_env"]}
+    needed = {row["key_env"]: row["name"] for row in context.ask(health.enabled_models) if row["key_env"]}
     missing = {variable: name for variable, name in needed.items() if read_key(variable) is None}
     for variable, name in missing.items():
         yield fail(
@@ -77,9 +77,9 @@ def keys(patient: Patient) -> Iterator[Finding]:
         yield ok(f"all {len(needed)} can be read here" if needed else "no model needs one")
 
 
-def addresses(patient: Patient) -> Iterator[Finding]:
+def addresses(context: Context) -> Iterator[Finding]:
     """Nothing that this environment starts is open to a network unprotected."""
-    settings = patient.settings
+    settings = context.settings
     why = {
         "api": (settings.api_host, "keys would cross it unencrypted: put a proxy with TLS before it"),
         "engine": (settings.engine_host, "texts would cross it unencrypted: keep that network closed"),
@@ -90,7 +90,7 @@ def addresses(patient: Patient) -> Iterator[Finding]:
         for name, (host, reason) in why.items()
         if not is_loopback(host)
     ]
-    if _redis_is_open(patient.redis_url):
+    if _redis_is_open(context.redis_url):
         findings.append(fail("Redis lets in who has no password", "give it one: requirepass, or an ACL file."))
     yield from findings or [ok("nothing here listens beyond this machine; Redis asks for a password")]
 
@@ -106,9 +106,9 @@ def _redis_is_open(url: str) -> bool:
     return True
 
 
-def flower_password(patient: Patient) -> Iterator[Finding]:
+def flower_password(context: Context) -> Iterator[Finding]:
     """Flower has a password, and not a short one."""
-    password = patient.flower_password
+    password = context.flower_password
     if password is None:
         yield warn(
             "no password for Flower here, without which it doesn't start",

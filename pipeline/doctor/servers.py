@@ -11,12 +11,12 @@ import redis
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy.exc import DBAPIError
 
-from pipeline.background import CONNECTIONS
-from pipeline.doctor.findings import Finding, fail, ok, warn
-from pipeline.doctor.patient import Patient, is_loopback
-from pipeline.migrate import known_revisions
-from pipeline.store import health, partitions, workers
-from pipeline.store.database import connection_reason
+from pipeline.db import health, partitions, workers
+from pipeline.db.database import connection_reason
+from pipeline.db.migrate import known_revisions
+from pipeline.dispatch.background import CONNECTIONS
+from pipeline.doctor.context import Context, is_loopback
+from pipeline.doctor.report import Finding, fail, ok, warn
 
 _LEAST_POSTGRES = 15
 _LEAST_VECTOR = (0, 7)
@@ -39,11 +39,11 @@ _REFUSALS = (
 _A_SLOT, _A_WORKER, _THE_REST = 3, 1, 45 + CONNECTIONS
 
 
-def postgres(patient: Patient) -> Iterator[Finding]:
+def postgres(context: Context) -> Iterator[Finding]:
     """Postgres answers, is new enough and takes writes."""
-    where = ",".join(f"{host}:{port}" for host, port in _database_places(patient.database_url))
+    where = ",".join(f"{host}:{port}" for host, port in _database_places(context.database_url))
     try:
-        server = patient.ask(health.server)
+        server = context.ask(health.server)
     except DBAPIError as error:
         yield _no_connection(where, error)
         return
@@ -68,10 +68,10 @@ def _no_connection(where: str, error: DBAPIError) -> Finding:
     return fail(f"no connection to {where}: {reason}", mend, unreachable=True)
 
 
-def pgvector(patient: Patient) -> Iterator[Finding]:
+def pgvector(context: Context) -> Iterator[Finding]:
     """The extension is there and knows half precision."""
-    found = patient.ask(health.vector_version)
-    if found is None and not patient.ask(health.vector_available):
+    found = context.ask(health.vector_version)
+    if found is None and not context.ask(health.vector_available):
         yield fail("not on this server", "install it there (Debian: postgresql-NN-pgvector); create extension vector;")
     elif found is None:
         yield fail("not in this database", "as a superuser: create extension vector;")
@@ -81,9 +81,9 @@ def pgvector(patient: Patient) -> Iterator[Finding]:
         yield ok(found)
 
 
-def schema(patient: Patient) -> Iterator[Finding]:
+def schema(context: Context) -> Iterator[Finding]:
     """The tables are those that this version of vectormill works with."""
-    found, known = patient.ask(health.revision), known_revisions()
+    found, known = context.ask(health.revision), known_revisions()
     if found == known[-1]:
         yield ok(f"at {found}, the newest")
     elif found is None:
@@ -94,11 +94,11 @@ def schema(patient: Patient) -> Iterator[Finding]:
         yield fail(f"at {found}, which this vectormill doesn't know", "a newer one made it: upgrade this one.")
 
 
-def role(patient: Patient) -> Iterator[Finding]:
+def role(context: Context) -> Iterator[Finding]:
     """The database's role may do what processes do, and not everything."""
-    missing = patient.ask(health.missing_rights)
-    served = patient.ask(health.processes_served)
-    server = patient.ask(health.server)
+    missing = context.ask(health.missing_rights)
+    served = context.ask(health.processes_served)
+    server = context.ask(health.server)
     if missing and served:
         yield ok(f"a login for {' and '.join(served)}; the owner's sees all")
     elif missing:
@@ -107,7 +107,7 @@ def role(patient: Patient) -> Iterator[Finding]:
             f"it may not {', '.join(missing[:3])}{more}",
             "let it be the role that made the schema, or a process's login: ops/postgres/roles.sql.",
         )
-    elif server["superuser"] and not _is_here(patient.database_url):
+    elif server["superuser"] and not _is_here(context.database_url):
         yield warn(
             "it is a superuser",
             "a plain one that owns the database is enough, or one a process: ops/postgres/roles.sql.",
@@ -115,11 +115,11 @@ def role(patient: Patient) -> Iterator[Finding]:
     else:
         yield ok("may read, write and make partitions")
     if served or not missing:
-        yield from _outdated_roles(patient)
+        yield from _outdated_roles(context)
 
 
-def _outdated_roles(patient: Patient) -> Iterator[Finding]:
-    given, found = patient.ask(health.roles_revision), patient.ask(health.revision)
+def _outdated_roles(context: Context) -> Iterator[Finding]:
+    given, found = context.ask(health.roles_revision), context.ask(health.revision)
     if given is not None and given != found:
         yield fail(
             f"ops/postgres/roles.sql was run for {given}, the schema is at {found}: processes' logins lack rights",
@@ -127,9 +127,9 @@ def _outdated_roles(patient: Patient) -> Iterator[Finding]:
         )
 
 
-def settings(patient: Patient) -> Iterator[Finding]:
+def settings(context: Context) -> Iterator[Finding]:
     """The server isn't set up to lose data, to run out of connections, or to end our statements."""
-    found = patient.ask(health.settings)
+    found = context.ask(health.settings)
     findings = [
         fail(f"{name} is off", f"a crash can then damage every table: set {name} = on and restart it.")
         for name in ("fsync", "full_page_writes")
@@ -142,15 +142,15 @@ def settings(patient: Patient) -> Iterator[Finding]:
         if 0 < seconds < _LEAST_TIMEOUT_SECONDS:
             mend = f"for its role: alter role … set {name} = 0; or {_LEAST_TIMEOUT_SECONDS} s and more."
             findings.append(warn(f"{name} is {seconds:g} s", mend))
-    findings += _connections(patient, found)
-    findings += _replication(patient)
+    findings += _connections(context, found)
+    findings += _replication(context)
     yield from findings or [ok(f"max_connections {found['max_connections']}, fsync on")]
 
 
-def _connections(patient: Patient, found: dict[str, str]) -> list[Finding]:
+def _connections(context: Context, found: dict[str, str]) -> list[Finding]:
     reserved = ("superuser_reserved_connections", "reserved_connections")
     there = int(found["max_connections"]) - sum(int(found.get(name, 0)) for name in reserved)
-    live = patient.ask(workers.live)
+    live = context.ask(workers.live)
     wanted = sum(_A_SLOT * worker["slots"] + _A_WORKER for worker in live) + _THE_REST
     if wanted <= there:
         return []
@@ -158,9 +158,9 @@ def _connections(patient: Patient, found: dict[str, str]) -> list[Finding]:
     return [warn(what, f"set max_connections to {wanted + 20} or more, or run fewer slots.")]
 
 
-def _replication(patient: Patient) -> list[Finding]:
+def _replication(context: Context) -> list[Finding]:
     """A failover is lossless only if commits wait for a standby, and finds us only if the URL knows where to."""
-    found = patient.ask(health.replication)
+    found = context.ask(health.replication)
     findings = []
     if found["standbys"] and not found["synchronous_standby_names"]:
         findings.append(
@@ -172,26 +172,26 @@ def _replication(patient: Patient) -> list[Finding]:
     elif found["standbys"] and found["synchronous_commit"] in ("off", "local"):
         mend = "set synchronous_commit = on, so that commits wait for a standby."
         findings.append(warn(f"synchronous_commit is {found['synchronous_commit']}", mend))
-    parameters = conninfo_to_dict(patient.database_url)
+    parameters = conninfo_to_dict(context.database_url)
     if "," in str(parameters.get("host", "")) and "target_session_attrs" not in parameters:
         mend = "add target_session_attrs=read-write to it, or a standby may be taken for the primary."
         findings.append(warn("VECTORMILL_DATABASE_URL names several hosts", mend))
     return findings
 
 
-def months(patient: Patient) -> Iterator[Finding]:
+def months(context: Context) -> Iterator[Finding]:
     """Jobs of this month and the next one have tables to go to."""
-    missing = patient.ask(partitions.missing_ahead)
+    missing = context.ask(partitions.missing_ahead)
     if missing:
         yield fail(f"no {', '.join(missing)}", "a dispatcher makes them; at once: vectormill migrate")
     else:
         yield ok("this month's and the next one's are there")
 
 
-def redis_server(patient: Patient) -> Iterator[Finding]:
+def redis_server(context: Context) -> Iterator[Finding]:
     """Redis answers, is new enough, and takes writes."""
-    where = _place(patient.redis_url, 6379)
-    client = patient.redis
+    where = _place(context.redis_url, 6379)
+    client = context.redis
     try:
         info: Any = client.info()
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
@@ -234,9 +234,9 @@ def _mend_of_write(problem: str) -> str:
     return "see its log and its ACL; vectormill needs keys, channels and scripts."
 
 
-def redis_policy(patient: Patient) -> Iterator[Finding]:
+def redis_policy(context: Context) -> Iterator[Finding]:
     """Redis throws nothing away, and can save what it is told to save."""
-    info: Any = patient.redis.info()
+    info: Any = context.redis.info()
     policy = info.get("maxmemory_policy", "unknown")
     findings = []
     if policy != "noeviction":
@@ -252,11 +252,11 @@ def redis_policy(patient: Patient) -> Iterator[Finding]:
     yield from findings or [ok("noeviction")]
 
 
-def clocks(patient: Patient) -> Iterator[Finding]:
+def clocks(context: Context) -> Iterator[Finding]:
     """This machine's clock, Postgres' and Redis' agree. Leases need only Postgres' own; job ids and limits need all."""
     skews = {
-        "Postgres": _skew(patient.clock, lambda: patient.ask(health.now)),
-        "Redis": _skew(patient.clock, lambda: _redis_time(patient.redis)),
+        "Postgres": _skew(context.clock, lambda: context.ask(health.now)),
+        "Redis": _skew(context.clock, lambda: _redis_time(context.redis)),
     }
     name, worst = max(skews.items(), key=lambda each: abs(each[1]))
     if abs(worst) < _SKEW_SECONDS:
@@ -282,9 +282,9 @@ def _redis_time(client: redis.Redis) -> datetime:
     return datetime.fromtimestamp(time[0] + time[1] / 1e6, UTC)
 
 
-def verified(patient: Patient) -> Iterator[Finding]:
+def verified(context: Context) -> Iterator[Finding]:
     """Servers beyond this machine prove who they are before they get a password."""
-    yield from encryption(patient.database_url, patient.redis_url)
+    yield from encryption(context.database_url, context.redis_url)
 
 
 def encryption(database_url: str, redis_url: str) -> Iterator[Finding]:

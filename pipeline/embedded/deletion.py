@@ -7,10 +7,10 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
+from pipeline.core.errors import ServerFailed, UserError
 from pipeline.embedded.place import Place
 from pipeline.embedded.processes import processes_in
 from pipeline.embedded.programs import remove_unused_programs
-from pipeline.errors import ServerFailed, UserError
 
 #: What vectormill makes in a home. A home may be a folder in which other things are, too: those stay.
 _OWN = ("postgres", "valkey", "files", "demo", "logs", "run")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 _ROTATE_BYTES = 10 * 1024 * 1024
 _TAIL_BYTES = 16 * 1024

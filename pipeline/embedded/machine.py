@@ -7,6 +7,7 @@ from secrets import token_urlsafe
 
 from pydantic import SecretStr
 
+from pipeline.core.errors import UserError
 from pipeline.embedded.files import make_folder
 from pipeline.embedded.ports import keep_port
 from pipeline.embedded.postgres import Postgres
@@ -14,8 +15,7 @@ from pipeline.embedded.processes import ProcessMark, mark_process
 from pipeline.embedded.runtime import Running, forget_running, hold_home, stop_leftovers, write_running
 from pipeline.embedded.supervisor import Child, Supervisor
 from pipeline.embedded.valkey import Valkey, check_redis
-from pipeline.errors import UserError
-from pipeline.settings import Settings
+from pipeline.infra.settings import Settings
 
 #: Gives the stages of children that follow the servers. All are started at once, and stopped in reverse order.
 Stages = Callable[[Running], Iterable[tuple[Child, ...]]]

@@ -1,4 +1,4 @@
-"""Where Postgres keeps its data, and as whom it runs.
+"""The place of an embedded Postgres: its data folder, and the user it runs as.
 
 As a normal user: in the home, with the wheel's programs where they are. As root Postgres refuses to run: then the
 data stand under `/var/lib/vectormill/<hash of home>/`, and an account that exists already runs a copy of the programs
@@ -15,9 +15,9 @@ from pathlib import Path
 from pwd import struct_passwd
 from typing import Self
 
+from pipeline.core.errors import ServerFailed
 from pipeline.embedded.files import make_folder, write_private
 from pipeline.embedded.programs import ROOTS_FOLDER, make_roots_folder, share_programs, shared_programs
-from pipeline.errors import ServerFailed
 
 _ACCOUNTS = ("postgres", "nobody")
 _STAGING = ".new-"

@@ -5,8 +5,8 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.core.errors import ServerFailed
 from pipeline.embedded.files import write_private
-from pipeline.errors import ServerFailed
 
 # Below the range from which systems take the ports of outgoing connections: those would come and go.
 _PORTS = range(20_000, 32_000)

@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 
 import psycopg
 
+from pipeline.core.errors import ServerFailed
 from pipeline.embedded.files import log_end, open_log
 from pipeline.embedded.place import Place
 from pipeline.embedded.ports import keep_port
 from pipeline.embedded.processes import mark_process, processes_in, stop_process
 from pipeline.embedded.supervisor import Child
 from pipeline.embedded.wheels import wheel_folder
-from pipeline.errors import ServerFailed
 
 _USER = _DATABASE = "vectormill"
 _ENVIRONMENT = {"LC_ALL": "C", "PATH": "/usr/bin:/bin"}

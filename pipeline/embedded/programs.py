@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.core.errors import ServerFailed
 from pipeline.embedded.processes import processes_from
-from pipeline.errors import ServerFailed
 
 #: All that vectormill keeps for root: `programs`, and a folder for each home.
 ROOTS_FOLDER = Path("/var/lib/vectormill")

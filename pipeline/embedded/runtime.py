@@ -1,4 +1,4 @@
-"""What runs for a home: the record `<home>/run/up.json`, and the lock that lets one supervisor in."""
+"""The record of what runs for a home, `<home>/run/up.json`, and the lock that lets one supervisor in."""
 
 import fcntl
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.core.errors import UserError
 from pipeline.embedded.files import make_folder, naming_the_home, write_private
 from pipeline.embedded.processes import ProcessMark, find_process, stop_process
-from pipeline.errors import UserError
 
 _LEFTOVER_GRACE_SECONDS = 60.0
 

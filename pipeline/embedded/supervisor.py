@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import structlog
 
+from pipeline.core.errors import ServerFailed
 from pipeline.embedded.files import log_end, open_log
 from pipeline.embedded.processes import ProcessMark, Standstill, kill_group, mark_process
-from pipeline.errors import ServerFailed
 
 #: Each question is a login somewhere, which a busy machine feels: the longer it takes, the more rarely it is asked.
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.1, 1.0

@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 import redis
 
+from pipeline.core.errors import LoginRefused, ServerFailed, ServiceUnreachable
 from pipeline.embedded.files import make_folder, write_private
 from pipeline.embedded.ports import keep_port
 from pipeline.embedded.supervisor import Child
 from pipeline.embedded.wheels import wheel_folder
-from pipeline.errors import LoginRefused, ServerFailed, ServiceUnreachable
 
 #: A busy machine takes its time to answer.
 _ANSWER_SECONDS = 30.0

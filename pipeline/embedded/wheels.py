@@ -1,9 +1,9 @@
-"""Where a wheel's files are. The wheels' own Python code is never run."""
+"""Files of a wheel. The wheels' own Python code is never run."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.errors import ServerFailed
+from pipeline.core.errors import ServerFailed
 
 
 def wheel_folder(package: str, variable: str) -> Path:

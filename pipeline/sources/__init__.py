@@ -12,12 +12,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
 
-from pipeline.options import Columns
+from pipeline.core.options import Columns
+from pipeline.sources.decode import read_blocks, without_mark
 from pipeline.sources.discovery import find_files
-from pipeline.sources.open import read_blocks, without_mark
 from pipeline.sources.places import Places
-from pipeline.sources.rows import Notices, Parsed, Rows, judge
 from pipeline.sources.source_file import STDIN, Compression, SourceFile
+from pipeline.sources.validation import Notices, Parsed, Rows, judge
 
 __all__ = ["Compression", "Corpus", "Rows", "Source", "SourceFile"]
 

@@ -8,12 +8,13 @@ from typing import Any, BinaryIO, Final
 
 import orjson
 
-from pipeline.errors import InvalidPayload, SourceError
-from pipeline.jobs import RejectCode
-from pipeline.options import Columns
+from pipeline.core.chunks import RejectCode
+from pipeline.core.errors import InvalidPayload, SourceError
+from pipeline.core.openai import EmbeddingOptions
+from pipeline.core.options import Columns
+from pipeline.sources.decode import PACKED, read_blocks, whole_lines, without_mark
 from pipeline.sources.jsonl import line_bytes, object_or_fault
-from pipeline.sources.open import PACKED, read_blocks, whole_lines, without_mark
-from pipeline.sources.rows import (
+from pipeline.sources.validation import (
     BLOCK_BYTES,
     BLOCK_ROWS,
     BadRow,
@@ -25,7 +26,6 @@ from pipeline.sources.rows import (
     judge,
     shown,
 )
-from pipeline.wire import EmbeddingOptions
 
 ENDPOINT: Final = "/v1/embeddings"
 #: What of a line goes along with its text: the number of it, and how its vector is to be written.

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from pipeline.errors import SourceError
-from pipeline.jobs import Extent
-from pipeline.options import Columns
+from pipeline.core.chunks import Extent
+from pipeline.core.errors import SourceError
+from pipeline.core.options import Columns
 from pipeline.sources.discovery import source_file
-from pipeline.sources.rows import Rows, judge
 from pipeline.sources.source_file import SourceFile
+from pipeline.sources.validation import Rows, judge
 
 
 def check_referable(file: SourceFile) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from pipeline.errors import SourceError
-from pipeline.options import Columns
-from pipeline.sources.open import BrokenStreamError, whole_lines
-from pipeline.sources.rows import (
+from pipeline.core.errors import SourceError
+from pipeline.core.options import Columns
+from pipeline.sources.decode import BrokenStreamError, whole_lines
+from pipeline.sources.source_file import SourceFile
+from pipeline.sources.validation import (
     BLOCK_BYTES,
     BLOCK_ROWS,
     LongLine,
@@ -21,7 +22,6 @@ from pipeline.sources.rows import (
     skipped,
     without_key,
 )
-from pipeline.sources.source_file import SourceFile
 
 _MIB = 1024 * 1024
 _DIVIDERS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}

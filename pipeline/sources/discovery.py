@@ -5,12 +5,12 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 
-from pipeline import storage
-from pipeline.errors import SourceError
+from pipeline.core.errors import SourceError
+from pipeline.infra import storage
+from pipeline.infra.storage import Stat
 from pipeline.sources.formats import FORMATS, JSONL
 from pipeline.sources.patterns import Pattern, first_glob, is_glob
 from pipeline.sources.source_file import STDIN, Compression, Format, SourceFile, reason
-from pipeline.storage import Stat
 
 _COMPRESSIONS = {".gz": Compression.GZIP, ".zst": Compression.ZSTD}
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from pipeline.jobs import Extent, ParquetExtent, TextExtent
-from pipeline.options import Columns
+from pipeline.core.chunks import Extent, ParquetExtent, TextExtent
+from pipeline.core.options import Columns
 from pipeline.sources import csv_, jsonl, parquet
-from pipeline.sources.open import open_blocks, open_range
+from pipeline.sources.decode import open_blocks, open_range
 from pipeline.sources.places import locate_in_csv, locate_in_parquet, locate_lines
-from pipeline.sources.rows import Notices, Parsed
 from pipeline.sources.source_file import Format, SourceFile
+from pipeline.sources.validation import Notices, Parsed
 
 
 def _read_jsonl(

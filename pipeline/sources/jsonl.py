@@ -6,11 +6,11 @@ from typing import Final
 
 import orjson
 
-from pipeline.errors import SourceError
-from pipeline.exact_json import NoNumberError, decode, may_be_inexact
-from pipeline.options import Columns
-from pipeline.sources.open import whole_lines
-from pipeline.sources.rows import (
+from pipeline.core.errors import SourceError
+from pipeline.core.exact_json import NoNumberError, decode, may_be_inexact
+from pipeline.core.options import Columns
+from pipeline.sources.decode import whole_lines
+from pipeline.sources.validation import (
     BLOCK_ROWS,
     BadRow,
     LongLine,

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import SourceError
-from pipeline.options import Columns
-from pipeline.sources.open import READ_BYTES, is_bomb
-from pipeline.sources.pages import GROWS, Stored, check_pages
-from pipeline.sources.rows import BLOCK_BYTES, Notices, Parsed, missing_column, shown, without_key
+from pipeline.core.errors import SourceError
+from pipeline.core.options import Columns
+from pipeline.infra.storage import is_remote
+from pipeline.sources.decode import READ_BYTES, is_bomb
+from pipeline.sources.parquet_guard import GROWS, Stored, check_pages
 from pipeline.sources.source_file import SourceFile, reason
+from pipeline.sources.validation import BLOCK_BYTES, Notices, Parsed, missing_column, shown, without_key
 from pipeline.sources.values import carried, interval
-from pipeline.storage import is_remote
 
 #: The most rows read at once: texts in a run may be far longer than the average.
 _BATCH_ROWS = 1_000

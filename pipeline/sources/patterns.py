@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 
-from pipeline.errors import SourceError
+from pipeline.core.errors import SourceError
 
 MOST_CHARACTERS = 1_024
 MOST_SEGMENTS = 64

@@ -12,15 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import SourceError
-from pipeline.jobs import Extent, ParquetExtent, TextExtent
-from pipeline.options import Columns
+from pipeline.core.chunks import Extent, ParquetExtent, TextExtent
+from pipeline.core.errors import SourceError
+from pipeline.core.options import Columns
 from pipeline.sources.csv_ import Dialect, csv_rows, read_header
+from pipeline.sources.decode import BrokenStreamError, mark_bytes, open_blocks, unpacked_blocks
 from pipeline.sources.jsonl import check_columns
-from pipeline.sources.open import BrokenStreamError, mark_bytes, open_blocks, unpacked_blocks
 from pipeline.sources.parquet import row_groups
-from pipeline.sources.rows import Notices
 from pipeline.sources.source_file import Compression, SourceFile
+from pipeline.sources.validation import Notices
 
 #: Packed text can only be unpacked from its beginning, which each of its chunks does: a longer one is refused.
 MOST_UNPACKED_BYTES = 4 * 1024**3

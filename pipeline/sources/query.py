@@ -17,10 +17,10 @@ from sqlalchemy import Connection, CursorResult, Engine
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
-from pipeline import exact_json
-from pipeline.errors import ServiceUnreachable, SourceError, SourceStopped, UserError, VectormillError
-from pipeline.options import Columns
-from pipeline.sources.rows import (
+from pipeline.core import exact_json
+from pipeline.core.errors import ServiceUnreachable, SourceError, SourceStopped, UserError, VectormillError
+from pipeline.core.options import Columns
+from pipeline.sources.validation import (
     BLOCK_BYTES,
     BLOCK_ROWS,
     Notices,

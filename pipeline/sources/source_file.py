@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from pipeline import storage
-from pipeline.jobs import Extent
-from pipeline.options import Columns
+from pipeline.core.chunks import Extent
+from pipeline.core.options import Columns
+from pipeline.infra import storage
 
 if TYPE_CHECKING:
     from pipeline.sources.places import Places
-    from pipeline.sources.rows import Notices, Parsed
+    from pipeline.sources.validation import Notices, Parsed
 
 STDIN = "standard input"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import SourceError
-from pipeline.options import Columns
+from pipeline.core.errors import SourceError
+from pipeline.core.options import Columns
 from pipeline.sources import Corpus
 
 

@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6
 from typing import Final
 from uuid import UUID
 
-from pipeline.exact_json import Number
+from pipeline.core.exact_json import Number
 
 #: A longer key rejects its row.
 KEY_BYTES: Final = 1024

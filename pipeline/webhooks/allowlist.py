@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 _PORTS = {"http": 80, "https": 443}
 #: Dots, slashes and backslashes that a receiver may unpack into another path.

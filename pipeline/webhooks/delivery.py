@@ -13,12 +13,12 @@ import httpcore2 as httpcore
 import structlog
 from sqlalchemy import Engine, RowMapping
 
-from pipeline import metrics
-from pipeline.deadlines import Deadlines
-from pipeline.errors import Waiting
-from pipeline.jobs import EventState
-from pipeline.settings import Settings
-from pipeline.store import events
+from pipeline.core.errors import Waiting
+from pipeline.core.requests import EventState
+from pipeline.db import events
+from pipeline.infra import metrics
+from pipeline.infra.http import Deadlines
+from pipeline.infra.settings import Settings
 from pipeline.webhooks.allowlist import is_allowed, shown
 
 log = structlog.get_logger()

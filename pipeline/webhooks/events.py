@@ -5,9 +5,9 @@ from typing import Any
 import orjson
 from sqlalchemy import Connection, RowMapping
 
-from pipeline.job_status import Account
-from pipeline.jobs import Job, JobState
-from pipeline.store import events
+from pipeline.core.job_status import Account
+from pipeline.core.jobs import Job, JobState
+from pipeline.db import events
 
 
 def job_ended(

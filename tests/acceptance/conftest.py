@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from pipeline.catalog import add_model
+from pipeline.catalog.models import add_model
 from pipeline.cli.demo import docstrings
 from tests.acceptance import witness
 from tests.acceptance.fleet import Fleet

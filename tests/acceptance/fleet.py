@@ -15,9 +15,9 @@ from uuid import UUID
 import psutil
 from sqlalchemy import Engine, text
 
-from pipeline import status
+from pipeline.jobs import status
 from tests.acceptance.oracle import objections
-from tests.commands import run_command
+from tests.support.commands import run_command
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Fleet:
         eventually(lambda: self.scalar(query), "a dispatcher that leads")
 
     def start_worker(
-        self, replicas: int = 2, app: str = "workers.app", name: str = "worker", **environment: str
+        self, replicas: int = 2, app: str = "workers.runner.app", name: str = "worker", **environment: str
     ) -> None:
         """Start a worker, with `app` in place of the usual one for a mutant, and wait until it serves."""
         before = self.scalar("select count(*) from vectormill.workers")

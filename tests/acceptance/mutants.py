@@ -11,9 +11,9 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from pipeline.store import chunks, losses
+from pipeline.db import chunks, lost_claims
 from tests.acceptance.poison import Poison
-from workers.app import app
+from workers.runner.app import app
 
 app.conf.include = [*app.conf.include, __name__]
 
@@ -25,14 +25,14 @@ def _without_fence() -> None:
 
 def _without_renewal() -> None:
     """Nobody renews a lease."""
-    from pipeline.leases import Renewal
+    from pipeline.infra.leases import Renewal
 
     Renewal._run = lambda self: None  # type: ignore[method-assign]
 
 
 def _without_sweep() -> None:
     """Leases that run out are left as they are."""
-    losses.expire_leases = lambda *_: []
+    lost_claims.expire_leases = lambda *_: []
 
 
 def _without_one_transaction() -> None:
@@ -50,8 +50,8 @@ def _without_one_transaction() -> None:
 
 def _poisonable() -> None:
     """Some texts do harm when the model meets them. A hang is found soon."""
-    from workers import tasks
-    from workers.encoder import Encoder
+    from workers.encoders.local import Encoder
+    from workers.runner import tasks
 
     tasks._LEAST_HANG_SECONDS, tasks._HANG_FACTOR = 5.0, 3
     forward = Encoder._forward
@@ -93,14 +93,14 @@ def _words(encoder: Any, ids: list[int]) -> list[int]:
 
 def _dying_at_load() -> None:
     """The driver kills each process that runs anything on the device."""
-    from workers.encoder import Encoder
+    from workers.encoders.local import Encoder
 
     Encoder.prove = lambda self, expected: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
 
 
 def _losing_the_device() -> None:
     """After some batches a process can do nothing any more on its device; another one can."""
-    from workers.encoder import Encoder
+    from workers.encoders.local import Encoder
 
     forward, left = Encoder._forward, [6]
 
@@ -115,7 +115,7 @@ def _losing_the_device() -> None:
 
 def _dying_in_parts() -> None:
     """Children die between writing a part and recording it, until `DEATHS` files are there."""
-    from pipeline import parquet_sink
+    from pipeline.chunk_io import parquet_sink
 
     write = parquet_sink.write
 
@@ -134,7 +134,7 @@ def _talkative() -> None:
     """Library code logs while a chunk is read, and while its lease is renewed before it goes on."""
     import logging
 
-    from workers.encoder import Encoder
+    from workers.encoders.local import Encoder
 
     said, renewed = logging.getLogger("some.library"), threading.Event()
     read, renew = Encoder.tokenise, chunks.renew

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection, text
 
-from pipeline import parquet_sink, storage
-from pipeline.store import embeddings
-from pipeline.verify import verified_receipt
+from pipeline.chunk_io import parquet_sink
+from pipeline.db import embeddings
+from pipeline.infra import storage
+from pipeline.jobs.verification import verified_receipt
 from tests.acceptance import witness
 
 _LEAST_COSINE = 0.99999

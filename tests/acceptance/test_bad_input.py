@@ -96,7 +96,7 @@ def test_a_broken_file_is_refused_in_one_sentence(fleet: Fleet, tmp_path: Path) 
         *((name, "--by-reference") for name in broken if name.startswith("bomb")),
     ]
     submits = [["submit", "--model", "static", str(tmp_path / name), way] for name, way in tried]
-    said, peak = _measured(fleet, "tests.commands", json.dumps(submits))
+    said, peak = _measured(fleet, "tests.support.commands", json.dumps(submits))
     assert peak < MOST_BYTES
     for (name, _), result in zip(tried, json.loads(said), strict=True):
         option = _OPTIONS.get(name, "")

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.machines import remove_what_root_keeps
+from tests.support.machines import remove_what_root_keeps
 
 _BUSY_LOOPS = 4
 #: Ours, Celery's and Python's own: each is imported by every process of an `up`.

@@ -14,8 +14,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.store import embeddings, rejects
-from pipeline.verify import verified_receipt
+from pipeline.db import embeddings, rejects
+from pipeline.jobs.verification import verified_receipt
 from tests.acceptance.fleet import Fleet
 
 _DOCUMENTS = 50_000

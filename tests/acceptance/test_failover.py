@@ -13,25 +13,25 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from pipeline.dispatch import finish
-from pipeline.doctor.findings import State
-from pipeline.doctor.patient import Patient
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.chunks import Claim
+from pipeline.core.errors import LeaseLost
+from pipeline.db import chunks
+from pipeline.db.database import make_engine
+from pipeline.db.migrate import upgrade
+from pipeline.dispatch.dispatcher import finish
+from pipeline.doctor.context import Context
+from pipeline.doctor.report import State
 from pipeline.doctor.servers import settings
 from pipeline.embedded.runtime import Running, read_running
-from pipeline.errors import LeaseLost
-from pipeline.jobs import Claim
-from pipeline.migrate import upgrade
-from pipeline.settings import Settings
-from pipeline.store import chunks
-from pipeline.store.database import make_engine
-from pipeline.writeback import write_chunk
+from pipeline.infra.settings import Settings
 from tests.acceptance import witness
-from tests.acceptance.faults.successor import Successor
 from tests.acceptance.fleet import eventually
 from tests.acceptance.oracle import objections
+from tests.chaos.successor import Successor
 from tests.integration.dispatching import make_dispatcher
-from tests.jobs_made import DONE, RUNNING, job_row, make_job, make_model, part_of, take, taken
-from tests.machines import remove_what_root_keeps, running_servers
+from tests.support.jobs_made import DONE, RUNNING, job_row, make_job, make_model, part_of, take, taken
+from tests.support.machines import remove_what_root_keeps, running_servers
 
 _ITEMS = 8
 
@@ -136,7 +136,7 @@ def _claims_over_a_failover(server: Running, home: Path, engine: Engine, job: UU
 
 def _warnings(server: Running) -> str:
     """Ask the doctor of the settings."""
-    patient = Patient(
+    context = Context(
         settings=Settings(),
         database_url=server.database_url,
         redis_url=server.redis_url,
@@ -145,9 +145,9 @@ def _warnings(server: Running) -> str:
         flower_password=None,
     )
     try:
-        return " ".join(finding.found for finding in settings(patient) if finding.state is State.WARN)
+        return " ".join(finding.found for finding in settings(context) if finding.state is State.WARN)
     finally:
-        patient.close()
+        context.close()
 
 
 def _answers(engine: Engine) -> bool:

@@ -17,7 +17,7 @@ def test_a_worker_frozen_past_its_lease(
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:500])
     fleet.start_dispatcher()
     fleet.environment["MUTANT"] = "without_fence"
-    fleet.start_worker(1, app="workers.app" if fenced else "tests.acceptance.mutants", name="frozen")
+    fleet.start_worker(1, app="workers.runner.app" if fenced else "tests.acceptance.mutants", name="frozen")
     job = fleet.submit(str(corpus), "--model", "minilm")
     child, chunk, fence = fleet.child_at_work(job)
     child.suspend()

@@ -11,12 +11,12 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage
-from pipeline.verify import verified_receipt
+from pipeline.infra import storage
+from pipeline.jobs.verification import verified_receipt
 from tests.acceptance.conftest import write_corpus
 from tests.acceptance.fleet import Fleet, eventually
 from tests.acceptance.poison import Poison
-from tests.object_store import environment_of, s3_server
+from tests.support.object_store import environment_of, s3_server
 
 
 def _receipt(fleet: Fleet, job: UUID) -> dict[str, Any]:

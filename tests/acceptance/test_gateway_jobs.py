@@ -8,13 +8,14 @@ import httpx2 as httpx
 import pytest
 from sqlalchemy import text
 
-from pipeline import catalog, keys, status
-from pipeline.store import workspaces
+from pipeline.catalog import keys, models
+from pipeline.db import workspaces
+from pipeline.jobs import status
 from tests.acceptance.conftest import write_corpus
 from tests.acceptance.fleet import Fleet, eventually
 from tests.acceptance.oracle import objections
-from tests.ports import free_port
-from tests.scripted_gateway import good, scripted_gateway
+from tests.support.ports import free_port
+from tests.support.scripted_gateway import good, scripted_gateway
 
 #: Requests that the gateway lets through.
 _A_MINUTE = 900
@@ -42,7 +43,7 @@ class Far:
     def new_key(self) -> str:
         """Make a key of the limited workspace, and give it to the workers. Returns its id."""
         with self.fleet.engine.begin() as connection:
-            made = keys.create(connection, catalog.workspace_id(connection, "limited"), "worker")
+            made = keys.create(connection, models.workspace_id(connection, "limited"), "worker")
         self.key_file.write_text(made.token + "\n")
         return made.id
 
@@ -61,7 +62,7 @@ def far(fleet: Fleet, tmp_path: Path) -> Far:
         assert workspace
         workspaces.enable_models(connection, workspace, ["static"])
         workspaces.set_limits(connection, workspace, {"requests_per_minute": _A_MINUTE})
-    fleet.start("engine", "workers.engine", VECTORMILL_WORKER_MODELS="static")
+    fleet.start("engine", "workers.engine.server", VECTORMILL_WORKER_MODELS="static")
     made.start_api()
     eventually(lambda: fleet.scalar("select count(*) from vectormill.engines"), "an engine")
     return made
@@ -91,7 +92,7 @@ def test_a_server_that_dies_and_a_key_that_is_revoked(far: Far, texts: list[str]
     eventually(lambda: far.embedded(job) > before, "a commit after the restart")
 
     with fleet.engine.begin() as connection:
-        keys.revoke(connection, catalog.workspace_id(connection, "limited"), key_id)
+        keys.revoke(connection, models.workspace_id(connection, "limited"), key_id)
     eventually(lambda: fleet.status(job)["state"] == "paused", "the job to pause")
     paused = fleet.status(job)
     assert paused["reason"] == "key_refused"

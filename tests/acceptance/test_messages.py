@@ -10,10 +10,10 @@ import pytest
 import redis
 from celery import Celery
 
-from pipeline.publish import celery_settings
+from pipeline.broker import celery_settings
 from tests.acceptance.conftest import write_corpus
 from tests.acceptance.fleet import Fleet, eventually
-from tests.messages_made import MARK, QUEUE, command, head, message, no_calls, no_commands
+from tests.support.messages_made import MARK, QUEUE, command, head, message, no_calls, no_commands
 
 _BROADCAST = "/1.celery.pidbox"
 #: What can't even be read.

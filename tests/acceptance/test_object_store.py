@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage
-from pipeline.verify import verified_receipt
+from pipeline.infra import storage
+from pipeline.jobs.verification import verified_receipt
 from tests.acceptance.fleet import Fleet, eventually
-from tests.object_store import environment_of, s3_server
+from tests.support.object_store import environment_of, s3_server
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import Engine
 
-from pipeline.errors import LeaseLost
-from pipeline.jobs import Claim, Model
-from pipeline.store import chunks, losses
-from pipeline.writeback import write_chunk
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.chunks import Claim
+from pipeline.core.errors import LeaseLost
+from pipeline.core.models import Model
+from pipeline.db import chunks, lost_claims
 from tests.acceptance import witness
 from tests.acceptance.oracle import objections
-from tests.jobs_made import DONE, PENDING, make_job, make_model, part_of, taken, vectors_of
+from tests.support.jobs_made import DONE, PENDING, make_job, make_model, part_of, taken, vectors_of
 
 Vectors = npt.NDArray[np.float32]
 
@@ -114,7 +115,7 @@ def test_a_file_that_is_missing(engine: Engine, model: Model, corpus: Path, tmp_
 def _lost(engine: Engine, job: UUID) -> Claim:
     claim = taken(engine, job, lease_seconds=-1)
     with engine.begin() as connection:
-        losses.expire_leases(connection, 1)
+        lost_claims.expire_leases(connection, 1)
     return claim
 
 

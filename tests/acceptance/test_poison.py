@@ -13,7 +13,7 @@ from tests.acceptance.conftest import write_corpus
 from tests.acceptance.counts import COUNTERS, counts_below, tokens_embedded
 from tests.acceptance.fleet import Fleet, eventually
 from tests.acceptance.poison import Poison
-from tests.models import bundled_folder
+from tests.support.models import bundled_folder
 
 #: Each process that is lost takes its libraries and its model to load again.
 _SECONDS = 900.0

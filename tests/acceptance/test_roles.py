@@ -11,14 +11,14 @@ from uuid import UUID
 import httpx2 as httpx
 import pytest
 
-from pipeline import catalog, keys
+from pipeline.catalog import keys, models
 from pipeline.embedded.runtime import Running
 from tests.acceptance.conftest import write_corpus
 from tests.acceptance.fleet import Fleet, eventually
-from tests.ports import free_port
-from tests.receiver import receiving
-from tests.roles import logins
-from tests.scripted_gateway import ScriptedGateway, error, good, scripted_gateway
+from tests.support.ports import free_port
+from tests.support.receiver import receiving
+from tests.support.roles import logins
+from tests.support.scripted_gateway import ScriptedGateway, error, good, scripted_gateway
 
 _SECRET = "whsec_" + base64.b64encode(b"a secret of thirty-two bytes....").decode()
 
@@ -30,7 +30,7 @@ class Installation:
         self.fleet, self.urls, self.folder = fleet, urls, folder
         self.url = f"http://127.0.0.1:{free_port()}"
         with fleet.engine.begin() as connection:
-            token = keys.create(connection, catalog.workspace_id(connection), "me", admin=True).token
+            token = keys.create(connection, models.workspace_id(connection), "me", admin=True).token
         self.client = httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {token}"}, timeout=60)
 
     def start(self) -> None:

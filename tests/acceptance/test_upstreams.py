@@ -10,8 +10,8 @@ import pytest
 from openai import OpenAI
 
 from tests.acceptance.fleet import Fleet, eventually
-from tests.jobs_made import run_sql
-from tests.receiver import Receiver, receiving
+from tests.support.jobs_made import run_sql
+from tests.support.receiver import Receiver, receiving
 
 _SECRET = "whsec_YWFhYWFhYWFhYWFhYWFhYWFhYWFhYWFh"
 _TEXTS = "select n::text as id, 'sack ' || n || ' of flour' as text from generate_series(1, 1000) n"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from workers.encoder import Encoder
+from workers.encoders.local import Encoder
 
 _WARM_UP_TEXTS = 160
 

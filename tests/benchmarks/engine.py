@@ -30,7 +30,7 @@ def measure(rounds: Rounds) -> Values:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    from workers.encoder import Encoder
+    from workers.encoders.local import Encoder
 
     texts = distinct_docstrings(_POOL)
     samples = [random.Random(number).sample(texts, _SAMPLE) for number in range(rounds.count)]

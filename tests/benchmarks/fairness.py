@@ -9,7 +9,7 @@ import aiohttp
 import orjson
 from rich.console import Console
 
-from pipeline.cli.prepare import BUNDLED_MODEL
+from pipeline.cli.bootstrap import BUNDLED_MODEL
 from pipeline.embedded.runtime import Running
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import whole_machine

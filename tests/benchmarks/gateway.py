@@ -12,9 +12,9 @@ import aiohttp
 import numpy as np
 import orjson
 
-from pipeline.cli.prepare import BUNDLED_MODEL
+from pipeline.cli.bootstrap import BUNDLED_MODEL
+from pipeline.core.openai import Asked, Embedded, make_reply
 from pipeline.embedded.runtime import Running
-from pipeline.wire import Asked, Embedded, make_reply
 from tests.benchmarks.bare import bare_engine, turn
 from tests.benchmarks.corpus import distinct_docstrings
 from tests.benchmarks.harness import Benchmark, Rounds, Values

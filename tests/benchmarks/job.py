@@ -8,9 +8,9 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from pipeline.cli.connect import Place
-from pipeline.jobs import JobState
-from pipeline.store import jobs
+from pipeline.cli.context import Place
+from pipeline.core.jobs import JobState
+from pipeline.db import jobs
 from tests.benchmarks.bare import bare_engine, turn
 from tests.benchmarks.corpus import distinct_docstrings, write_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values

@@ -12,20 +12,20 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from pipeline.catalog import find_model, workspace_id
-from pipeline.cli.connect import Place
-from pipeline.cli.prepare import BUNDLED_MODEL, BundledModel, bundled_model_folder, prepare_database
+from pipeline.catalog.models import find_model, workspace_id
+from pipeline.cli.bootstrap import BUNDLED_MODEL, BundledModel, bundled_model_folder, prepare_database
+from pipeline.cli.context import Place
+from pipeline.core.models import Model
+from pipeline.core.options import Columns
+from pipeline.db.database import make_engine
 from pipeline.embedded.machine import Machine, Stages
 from pipeline.embedded.runtime import Running
 from pipeline.embedded.stages import app_stages
-from pipeline.jobs import Model
-from pipeline.options import Columns
-from pipeline.settings import Settings
+from pipeline.infra.settings import Settings
+from pipeline.ingest.submission import Planning, Submission, planning
+from pipeline.ingest.submit import submit
 from pipeline.sources import Corpus
-from pipeline.store.database import make_engine
-from pipeline.submission import Planning, Submission, planning
-from pipeline.submit import submit
-from tests.machines import remove_what_root_keeps
+from tests.support.machines import remove_what_root_keeps
 
 
 def model_folder() -> Path:

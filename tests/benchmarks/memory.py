@@ -20,13 +20,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.core.jobs import JobState
+from pipeline.db import jobs
 from pipeline.embedded.runtime import Running
-from pipeline.jobs import JobState
-from pipeline.store import jobs
 from tests.benchmarks.corpus import write_tiny_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, model_folder, whole_machine
-from tests.models import make_static_model
+from tests.support.models import make_static_model
 
 _FEW, _MANY = 200_000, 2_000_000
 _BLOCK = 50_000
@@ -130,7 +130,7 @@ def _processes(name: str) -> list[psutil.Process]:
             command: list[Any] = child.cmdline()
             if name == "dispatcher" and command[-1:] == [name]:
                 return [child]
-            if name == "worker" and "workers.app" in command and "worker" in command:
+            if name == "worker" and "workers.runner.app" in command and "worker" in command:
                 return [child, *child.children(recursive=True)]
     return []
 

@@ -7,14 +7,17 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine
 
-from pipeline import control, dispatch, status
-from pipeline.dispatch import Dispatcher
-from pipeline.jobs import JobState, Model
-from pipeline.publish import Publisher
-from pipeline.store import chunks
+from pipeline.broker import Publisher
+from pipeline.core.jobs import JobState
+from pipeline.core.models import Model
+from pipeline.db import chunks
+from pipeline.dispatch import dispatcher as dispatch
+from pipeline.dispatch import maintenance
+from pipeline.dispatch.state import Dispatcher
+from pipeline.jobs import control, status
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, servers
-from tests.jobs_made import WORKER, job_row, make_job, make_model, run_sql
+from tests.support.jobs_made import WORKER, job_row, make_job, make_model, run_sql
 
 _STATUS_CHUNKS = 250_000
 _CONTROL_CHUNKS = 100_000
@@ -72,7 +75,7 @@ def _half_done(dispatcher: Dispatcher, job: UUID) -> None:
     """
     run_sql(dispatcher.engine, statement, job=job)
     _tick(dispatcher, job)
-    dispatch.snapshot(dispatcher)
+    maintenance.snapshot(dispatcher)
 
 
 def _first_half_done(dispatcher: Dispatcher, job: UUID) -> None:
@@ -87,7 +90,7 @@ def _first_half_done(dispatcher: Dispatcher, job: UUID) -> None:
 
 def _tick(dispatcher: Dispatcher, _: UUID) -> None:
     """What the dispatcher does four times a second."""
-    for duty in (dispatch.publish, dispatch.drain, dispatch.finish):
+    for duty in (dispatch.publish, maintenance.drain, dispatch.finish):
         duty(dispatcher)
 
 

@@ -16,10 +16,10 @@ from unittest.mock import patch
 import aiohttp
 import httpx2 as httpx
 
-from pipeline import catalog, keys
-from pipeline.cli.prepare import BUNDLED_MODEL
+from pipeline.catalog import keys, models
+from pipeline.cli.bootstrap import BUNDLED_MODEL
+from pipeline.db import engines, workspaces
 from pipeline.embedded.runtime import Running
-from pipeline.store import engines, workspaces
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, whole_machine
 
@@ -196,7 +196,7 @@ def _key_of_a_stranger(running: Running) -> str:
         made = workspaces.create(connection, "strangers", 1.0)
         assert made
         workspaces.enable_models(connection, made, [BUNDLED_MODEL])
-        return keys.create(connection, catalog.workspace_id(connection, "strangers"), "attack").token
+        return keys.create(connection, models.workspace_id(connection, "strangers"), "attack").token
 
 
 BENCHMARKS = [

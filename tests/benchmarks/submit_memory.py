@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline.cli.connect import Place
-from pipeline.cli.prepare import BUNDLED_MODEL
+from pipeline.cli.bootstrap import BUNDLED_MODEL
+from pipeline.cli.context import Place
 from tests.benchmarks.corpus import write_tiny_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, forget_jobs, servers

@@ -10,7 +10,7 @@ import psycopg
 from sqlalchemy import text
 from uuid_utils.compat import uuid7
 
-from pipeline.cli.connect import Place
+from pipeline.cli.context import Place
 from tests.benchmarks.corpus import short_rows, write_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, forget_jobs, servers, submit_file

@@ -8,12 +8,12 @@ import psycopg
 from pgvector.psycopg import register_vector
 from uuid_utils.compat import uuid7
 
-from pipeline.catalog import vector_space_of
-from pipeline.cli.connect import Place
-from pipeline.jobs import ChunkState, Claim
-from pipeline.store import chunks, partitions, stagings
-from pipeline.store.embeddings import Rows
-from pipeline.writeback import Ending, Part, write_chunk
+from pipeline.catalog.models import vector_space_of
+from pipeline.chunk_io.commit import Commit, Ending, write_chunk
+from pipeline.cli.context import Place
+from pipeline.core.chunks import ChunkState, Claim
+from pipeline.db import chunks, partitions, staging
+from pipeline.db.embeddings import Rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import bundled_model, connected, forget_jobs, servers
 
@@ -63,7 +63,7 @@ def _write_back_seconds(place: Place, rows: Rows) -> float:
     claims = [_claim(place) for _ in range(_CHUNKS)]
     start = perf_counter()
     for claim in claims:
-        write_chunk(place.engine, claim, 0, Part(rows=rows, device_seconds=1.0), Ending(state=ChunkState.DONE))
+        write_chunk(place.engine, claim, 0, Commit(rows=rows, device_seconds=1.0), Ending(state=ChunkState.DONE))
     return perf_counter() - start
 
 
@@ -74,7 +74,7 @@ def _claim(place: Place) -> Claim:
     with place.engine.begin() as connection:
         planned = chunks.NewChunk(ordinal=0, first_index=0, items=_ROWS, estimated_tokens=80 * _ROWS, rejected=0)
         chunks.insert_chunks(connection, job_id, [planned])
-        stagings.queue(connection, producer, items_total=_ROWS, max_rejects=None, payload="")
+        staging.queue(connection, producer, items_total=_ROWS, max_rejects=None, payload="")
     with place.engine.begin() as connection:
         ((chunk_id, _),) = chunks.pending_after(connection, job_id, 0, 2)
         claim = chunks.claim(
@@ -84,13 +84,13 @@ def _claim(place: Place) -> Claim:
     return claim
 
 
-def _insert_job(place: Place, job_id: UUID) -> stagings.Producer:
+def _insert_job(place: Place, job_id: UUID) -> staging.Producer:
     model = bundled_model(place)
     with place.engine.begin() as connection:
         partitions.make_month(connection, partitions.month_of(job_id))
-        producer = stagings.begin(
+        producer = staging.begin(
             connection,
-            stagings.NewJob(
+            staging.NewJob(
                 id=job_id,
                 workspace_id=place.workspace_id,
                 name="benchmark",

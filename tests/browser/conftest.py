@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser
 
-from pipeline import catalog, keys
+from pipeline.catalog import keys
+from pipeline.catalog import models as catalog
+from pipeline.db import models
+from pipeline.db.database import make_engine
 from pipeline.embedded.runtime import Running
-from pipeline.store import models
-from pipeline.store.database import make_engine
 from tests.acceptance.fleet import Fleet
 from tests.browser.chromium import Scheme, Visit, chromium, visiting
 from tests.conftest import new_database
 from tests.contract.conftest import Gateway
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 _NODE_FOLDER = Path(__file__).resolve().parent.parent.parent / ".vectormill" / "test-node"
 _OPENAI, _AXE = "openai@6.49.0", "axe-core@4.12.1"

@@ -11,9 +11,11 @@ from uuid import UUID, uuid4
 from sqlalchemy import Connection, Engine, text
 from uuid_utils.compat import uuid7
 
-from pipeline import catalog, control, status, tables
-from pipeline.jobs import JobState, RejectCode
-from pipeline.store import engines, models, stagings, workers, workspaces
+from pipeline.catalog import models as catalog
+from pipeline.core.chunks import RejectCode
+from pipeline.core.jobs import JobState
+from pipeline.db import engines, models, staging, tables, workers, workspaces
+from pipeline.jobs import control, status
 
 LOCAL, SMALL, FAR = "all-MiniLM-L6-v2", "static-256", "text-embedding-3-small"
 _PRICES = {LOCAL: Decimal("0.004"), SMALL: Decimal("0.001"), FAR: Decimal("0.02")}
@@ -112,7 +114,7 @@ class Night:
         made = self._now - timedelta(minutes=began_minutes, seconds=4)
         job_id = uuid7()
         of_model = catalog.find_model(self._connection, self._workspace, model)
-        new = stagings.NewJob(
+        new = staging.NewJob(
             id=job_id,
             workspace_id=workspace or self._workspace,
             name=name,
@@ -122,15 +124,15 @@ class Night:
             labels=columns.pop("labels", {}),
             lease_seconds=30,
         )
-        producer = stagings.begin(self._connection, new)
+        producer = staging.begin(self._connection, new)
         assert producer
-        stagings.insert_inputs(
+        staging.insert_inputs(
             self._connection,
             job_id,
             [{"uri": f"/data/{name}.jsonl", "etag": "1", "bytes": items * 310, "rows": items}],
         )
         if state != JobState.STAGING:
-            stagings.queue(self._connection, producer, items_total=items, max_rejects=items // 10, payload="")
+            staging.queue(self._connection, producer, items_total=items, max_rejects=items // 10, payload="")
         started = made + timedelta(seconds=3) if done or state == JobState.RUNNING else None
         total_chunks = -(-items // _PER_CHUNK)
         over = round(total_chunks * done)
@@ -224,7 +226,7 @@ class Night:
             row |= {"state": "cancelled", "cancelled": size}
         return row
 
-    def _usage(self, job: stagings.NewJob, written: list[dict[str, Any]], begin: datetime, end: datetime) -> None:
+    def _usage(self, job: staging.NewJob, written: list[dict[str, Any]], begin: datetime, end: datetime) -> None:
         step = (end - begin) / len(written)
         rows = [
             {

@@ -9,16 +9,16 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 from playwright.sync_api import Browser, FloatRect, Page
 
-from pipeline import catalog, keys
+from pipeline.catalog import keys, models
+from pipeline.db.database import make_engine
+from pipeline.db.migrate import upgrade
 from pipeline.embedded.runtime import Running
-from pipeline.migrate import upgrade
-from pipeline.store.database import make_engine
 from tests.acceptance.fleet import Fleet
 from tests.browser import demo_state
 from tests.browser.chromium import Scheme, chromium, visiting
 from tests.contract.conftest import Gateway
-from tests.machines import remove_what_root_keeps, running_servers
-from tests.ports import free_port
+from tests.support.machines import remove_what_root_keeps, running_servers
+from tests.support.ports import free_port
 
 _FOLDER = Path(__file__).resolve().parent.parent.parent / "ops" / "screenshots"
 _COLOURS = 256
@@ -62,7 +62,7 @@ def _api(servers: Running, logs: Path) -> Iterator[tuple[Gateway, dict[str, str]
         "VECTORMILL_FLOWER_URL": "http://127.0.0.1:5555",
     }
     with engine.begin() as connection:
-        workspace = catalog.workspace_id(connection)
+        workspace = models.workspace_id(connection)
         made = {
             name: keys.create(connection, workspace, name, admin=name == "operations")
             for name in ("operations", "search-service", "nightly-etl", "notebook")

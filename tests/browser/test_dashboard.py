@@ -8,13 +8,13 @@ import pytest
 from playwright.sync_api import Page, expect
 from sqlalchemy import create_engine, text
 
-from pipeline import catalog, keys, tables
-from pipeline.jobs import RejectCode
-from pipeline.store import workers
+from pipeline.catalog import keys, models
+from pipeline.core.chunks import RejectCode
+from pipeline.db import tables, workers
 from tests.acceptance.fleet import eventually
 from tests.browser.chromium import Scheme
 from tests.browser.conftest import Site
-from tests.jobs_made import job_row, make_job, make_model, run_sql
+from tests.support.jobs_made import job_row, make_job, make_model, run_sql
 
 
 def submit(site: Site, name: str, count: int, *, bad: int = 0, paused: bool = False) -> UUID:
@@ -200,7 +200,7 @@ def test_a_revoked_key_is_logged_out_without_a_reload(site: Site) -> None:
     page = site.visit(key).page
     page.goto(site.gateway.url + "/workers")
     with site.gateway.engine.begin() as connection:
-        keys.revoke(connection, catalog.workspace_id(connection), key.split("_")[1])
+        keys.revoke(connection, models.workspace_id(connection), key.split("_")[1])
     expect(page).to_have_url(site.gateway.url + "/login?next=/workers")
 
 
@@ -300,10 +300,10 @@ def long_names(site: Site) -> list[str]:
             worker = uuid4()
             workers.show(connection, worker, host="H" * 200, device="cpu", models=[model.name], slots=1)
             workers.drop_model(connection, worker, model.name, "E" * 300)
-            metered = {"workspace_id": catalog.workspace_id(connection), "model": model.name, "job_id": job}
+            metered = {"workspace_id": models.workspace_id(connection), "model": model.name, "job_id": job}
             usage = tables.usage.insert().values(items=1, prompt_tokens=10**12, total_tokens=10**12, **metered)
             connection.execute(usage)
-            keys.create(connection, catalog.workspace_id(connection), "N" * 100)
+            keys.create(connection, models.workspace_id(connection), "N" * 100)
     rejects = f"/jobs/{job}/rejects"
     pages = ["/", f"/?name={long}", f"/jobs/{job}", rejects, f"{rejects}?text=2", "/workers", "/models", "/keys"]
     return [*pages, "/usage?by=job", "/usage?by=model"]

@@ -15,13 +15,14 @@ import numpy.typing as npt
 import pytest
 from sqlalchemy import Engine, text
 
-from pipeline import catalog, keys
+from pipeline.catalog import keys
+from pipeline.catalog import models as catalog
+from pipeline.db import models, workspaces
+from pipeline.db.database import make_engine
 from pipeline.embedded.runtime import Running
-from pipeline.store import models, workspaces
-from pipeline.store.database import make_engine
 from tests.acceptance.fleet import Fleet, eventually
 from tests.conftest import new_database
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 SIZES = [64, 128]
 #: Whose scripts may ask.
@@ -126,7 +127,7 @@ def running_gateway(
         fleet = Fleet(engine=engine, environment=environment, logs=folder)
         made = Gateway(fleet, engine, f"http://127.0.0.1:{free_port()}", key)
         try:
-            fleet.start("engine", "workers.engine", VECTORMILL_WORKER_MODELS=SERVED)
+            fleet.start("engine", "workers.engine.server", VECTORMILL_WORKER_MODELS=SERVED)
             made.start_api()
             eventually(lambda: fleet.scalar("select count(*) from vectormill.engines"), "an engine")
             yield made

@@ -17,7 +17,7 @@ from sqlalchemy import text
 
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import Gateway
-from tests.receiver import Receiver, receiving
+from tests.support.receiver import Receiver, receiving
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of thirty-two bytes....").decode()
 ENDED = ("completed", "failed", "expired", "cancelled")

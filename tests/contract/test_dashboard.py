@@ -9,12 +9,13 @@ import httpx2 as httpx
 import pytest
 from sqlalchemy import create_engine, text
 
-from pipeline import catalog, keys
-from pipeline.jobs import Model, RejectCode
-from pipeline.store import workspaces
+from pipeline.catalog import keys, models
+from pipeline.core.chunks import RejectCode
+from pipeline.core.models import Model
+from pipeline.db import workspaces
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import Gateway
-from tests.jobs_made import job_row, make_job, make_model, run_sql
+from tests.support.jobs_made import job_row, make_job, make_model, run_sql
 
 COOKIE = "vectormill_key"
 EVIL = "<script>alert(1)</script>"
@@ -335,7 +336,7 @@ def test_a_revoked_key_ends_its_session(gateway: Gateway) -> None:
     with visitor(gateway, key) as client:
         assert client.get("/workers").status_code == 200
         with gateway.engine.begin() as connection:
-            keys.revoke(connection, catalog.workspace_id(connection), key.split("_")[1])
+            keys.revoke(connection, models.workspace_id(connection), key.split("_")[1])
         eventually(lambda: client.get("/workers").status_code == 303, "the way to the log-in")
         assert "max-age=0" in client.get("/workers").headers["set-cookie"].lower()
 

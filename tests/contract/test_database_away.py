@@ -8,12 +8,12 @@ import httpx2 as httpx
 import pytest
 from sqlalchemy import text
 
-from pipeline.api.directory import _REST_SECONDS
+from pipeline.api.gateway.cache import _REST_SECONDS
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import Gateway
 from tests.contract.test_gateway import code, counted, embed
-from tests.jobs_made import run_sql
-from tests.lines import Line, line_to
+from tests.support.jobs_made import run_sql
+from tests.support.lines import Line, line_to
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.api import engines as engines_module
-from pipeline.api.engines import Engines
-from pipeline.errors import ApiError, BadVector, InternalError, ModelsOwnTokens, UpstreamUnavailable
-from pipeline.wire import Embedded, pack_vectors
-from tests.ports import free_port
-from tests.scripted_gateway import Answer, ScriptedGateway, scripted_gateway
+from pipeline.api.gateway import engines as engines_module
+from pipeline.api.gateway.engines import Engines
+from pipeline.core.errors import ApiError, BadVector, InternalError, ModelsOwnTokens, UpstreamUnavailable
+from pipeline.core.openai import Embedded, pack_vectors
+from tests.support.ports import free_port
+from tests.support.scripted_gateway import Answer, ScriptedGateway, scripted_gateway
 
 GOOD: Answer = (200, {}, pack_vectors(Embedded(vectors=np.ones((1, 4), np.float32), prompt_tokens=3)))
 FULL: Answer = (503, {"retry-after": "7"}, b"full")

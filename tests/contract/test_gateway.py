@@ -21,12 +21,12 @@ import psutil
 import pytest
 import zstandard
 
-from pipeline import catalog
-from pipeline import keys as api_keys
-from pipeline.api.bulk import BODIES_OF_ONE
+from pipeline.api.transfers import BODIES_OF_ONE
+from pipeline.catalog import keys as api_keys
+from pipeline.catalog import models
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import ORIGIN, SERVED, Gateway
-from tests.jobs_made import run_sql
+from tests.support.jobs_made import run_sql
 
 
 @pytest.fixture
@@ -450,7 +450,7 @@ def _if_refused(reply: httpx.Response) -> httpx.Response | None:
 def _long_request(gateway: Gateway) -> dict[str, Any]:
     """More than an engine's queue may hold of large requests: a minute's work and more."""
     with gateway.engine.begin() as connection:
-        rate = catalog.find_model(connection, catalog.workspace_id(connection), "minilm").tokens_per_second
+        rate = models.find_model(connection, models.workspace_id(connection), "minilm").tokens_per_second
     return {"model": "minilm", "input": ["word " * 250] * min(2_048, int(60 * rate / 250) + 1)}
 
 
@@ -493,7 +493,7 @@ def test_an_engine_that_dies_and_one_that_comes(gateway: Gateway, by_library: An
     with gateway.client() as client:
         gateway.fleet.kill_tree("engine")
         assert code(embed(client)) == (503, "upstream_unavailable")
-        gateway.fleet.start("engine", "workers.engine", VECTORMILL_WORKER_MODELS=SERVED)
+        gateway.fleet.start("engine", "workers.engine.server", VECTORMILL_WORKER_MODELS=SERVED)
         eventually(lambda: embed(client).status_code == 200, "the new engine")
         found = embed(client, ["back again"]).json()["data"][0]["embedding"]
         np.testing.assert_allclose(np.array([found], np.float32), by_library(["back again"]), atol=1e-6)

@@ -27,10 +27,10 @@ from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
-from pipeline.api.bulk import UPLOADS_AT_ONCE, UPLOADS_OF_ONE
-from pipeline.cli.api_desk import ApiDesk
+from pipeline.api.transfers import UPLOADS_AT_ONCE, UPLOADS_OF_ONE
+from pipeline.cli.api_backend import ApiBackend
 from pipeline.cli.jobs import watch_job
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from tests.acceptance.fleet import Fleet, eventually
 from tests.contract.conftest import Gateway
 from tests.contract.walk import Theirs, leaks, operations
@@ -104,8 +104,8 @@ def test_what_was_asked_for_in_sql_and_is_no_job_has_a_status(working: Gateway, 
     job = working.fleet.scalar(ask)
     row = _ended(line, "asked")
     assert (row["id"], row["state"], row["reason"]) == (job, "failed", "request_refused")
-    with closing(ApiDesk(working.url, working.key, "default")) as desk:
-        assert watch_job(desk, UUID(job), 10) == 3
+    with closing(ApiBackend(working.url, working.key, "default")) as backend:
+        assert watch_job(backend, UUID(job), 10) == 3
     replies = [line.post(f"/api/jobs/asked/{verb}") for verb in ("cancel", "pause", "resume", "retry")]
     replies += [line.get(f"/api/jobs/asked/{part}") for part in ("results", "receipt")]
     told = f"{job} is no job: it was asked for in SQL, and is failed."
@@ -246,8 +246,8 @@ def test_any_name_can_be_addressed(line: httpx.Client, working: Gateway, name: s
     assert line.get(path).json()["id"] == made["id"]
     assert line.get(f"{path}/receipt").json()["id"] == made["id"]
     assert line.post(f"{path}/priority", json={"priority": 2}).json()["id"] == made["id"]
-    with closing(ApiDesk(working.url, working.key, "default")) as desk:
-        assert str(desk.status(name).id) == made["id"]
+    with closing(ApiBackend(working.url, working.key, "default")) as backend:
+        assert str(backend.status(name).id) == made["id"]
 
 
 @pytest.mark.parametrize("name", [".", ".."])
@@ -257,8 +257,8 @@ def test_a_name_that_no_path_can_hold(line: httpx.Client, working: Gateway, name
         400,
         f"name: \"{name}\" can't be a job's name: no path can hold it.",
     )
-    with closing(ApiDesk(working.url, working.key, "default")) as desk, pytest.raises(UserError, match="no job"):
-        desk.status(name)
+    with closing(ApiBackend(working.url, working.key, "default")) as backend, pytest.raises(UserError, match="no job"):
+        backend.status(name)
 
 
 def test_uploads_that_hardly_come_hold_up_no_other_workspace(working: Gateway, line: httpx.Client) -> None:
@@ -636,14 +636,17 @@ def test_keys_over_the_api(working: Gateway, far: Fleet) -> None:
     new = _plain(rows[other.split("_")[1]])
     assert new["live"]
     assert (new["expires_at"] - new["created_at"]).total_seconds() == 12 * 3_600
-    with closing(ApiDesk(working.url, working.key, "default")) as desk:
+    with closing(ApiBackend(working.url, working.key, "default")) as backend:
         for name in (key, "a/b", ".."):
             with pytest.raises(UserError, match=f'no key "{name}"'):
-                desk.revoke_key(name)
-    with closing(ApiDesk(working.url, working.key, "search")) as desk, pytest.raises(UserError, match="leave it out"):
-        desk.keys()
-    with closing(ApiDesk(working.url, other, "default")) as desk, pytest.raises(UserError, match="admin's key"):
-        desk.keys()
+                backend.revoke_key(name)
+    with (
+        closing(ApiBackend(working.url, working.key, "search")) as backend,
+        pytest.raises(UserError, match="leave it out"),
+    ):
+        backend.keys()
+    with closing(ApiBackend(working.url, other, "default")) as backend, pytest.raises(UserError, match="admin's key"):
+        backend.keys()
 
 
 @pytest.fixture

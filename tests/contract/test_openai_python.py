@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import SIZES, Gateway
-from tests.scripted_gateway import error, scripted_gateway
+from tests.support.scripted_gateway import error, scripted_gateway
 
 LONG = "The miller pays attention to the water, the wheel and both stones, which grind grain between them in autumn."
 TEXTS = ["A mill grinds grain.", "Postgres keeps rows.", "naïve café 数学 🙂"]

@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from pipeline.api.examples import EXAMPLES
+from pipeline.api.openapi_examples import EXAMPLES
 from tests.contract.conftest import Gateway
 
 

@@ -3,8 +3,8 @@
 import httpx2 as httpx
 from sqlalchemy import text
 
+from pipeline.db.database import make_engine
 from pipeline.embedded.runtime import Running
-from pipeline.store.database import make_engine
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import Gateway
 

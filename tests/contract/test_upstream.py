@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.contract.conftest import Gateway
-from tests.scripted_gateway import DIMENSIONS, Answer, ScriptedGateway, error, good, scripted_gateway, vector_of
+from tests.support.scripted_gateway import DIMENSIONS, Answer, ScriptedGateway, error, good, scripted_gateway, vector_of
 
 
 @pytest.fixture(scope="module")

@@ -14,96 +14,96 @@ import redis
 from pydantic import SecretStr
 from sqlalchemy import text
 
+from pipeline.db import partitions
 from pipeline.doctor import host
-from pipeline.doctor.findings import State
-from pipeline.doctor.patient import Patient
+from pipeline.doctor.context import Context
+from pipeline.doctor.report import State
 from pipeline.embedded.valkey import answers
 from pipeline.embedded.wheels import wheel_folder
-from pipeline.settings import Settings
-from pipeline.store import partitions
+from pipeline.infra.settings import Settings
 from tests.acceptance.fleet import eventually
 from tests.deployment.deployed import KEY, QUERIES, Deployment, add_gateway
-from tests.jobs_made import job_row, make_job, make_model, run_sql, take
-from tests.ports import free_port
+from tests.support.jobs_made import job_row, make_job, make_model, run_sql, take
+from tests.support.ports import free_port
 
-Plant = Callable[[Deployment], AbstractContextManager[Patient]]
+Plant = Callable[[Deployment], AbstractContextManager[Context]]
 
 
 @contextmanager
-def evicting(deployment: Deployment) -> Iterator[Patient]:
+def evicting(deployment: Deployment) -> Iterator[Context]:
     with redis.Redis.from_url(deployment.redis_url) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
-        yield deployment.patient()
+        yield deployment.context()
         client.config_set("maxmemory-policy", "noeviction")
 
 
 @contextmanager
-def sql(deployment: Deployment, plant: str, mend: str) -> Iterator[Patient]:
+def sql(deployment: Deployment, plant: str, mend: str) -> Iterator[Context]:
     run_sql(deployment.engine, plant)
     try:
-        yield deployment.patient()
+        yield deployment.context()
     finally:
         run_sql(deployment.engine, mend)
 
 
-def old_schema(deployment: Deployment) -> AbstractContextManager[Patient]:
+def old_schema(deployment: Deployment) -> AbstractContextManager[Context]:
     newest = deployment.fleet.scalar("select version_num from vectormill.alembic_version")
     set_to = "update vectormill.alembic_version set version_num = '{}'"
     return sql(deployment, set_to.format("0003"), set_to.format(newest))
 
 
-def unknown_schema(deployment: Deployment) -> AbstractContextManager[Patient]:
+def unknown_schema(deployment: Deployment) -> AbstractContextManager[Context]:
     newest = deployment.fleet.scalar("select version_num from vectormill.alembic_version")
     set_to = "update vectormill.alembic_version set version_num = '{}'"
     return sql(deployment, set_to.format("9999"), set_to.format(newest))
 
 
 @contextmanager
-def missing_partition(deployment: Deployment) -> Iterator[Patient]:
+def missing_partition(deployment: Deployment) -> Iterator[Context]:
     with deployment.engine.begin() as connection:
         month = partitions.next_month(partitions.this_month(connection))
         assert partitions.drop(connection, "rejects", month, 5)
-    yield deployment.patient()
+    yield deployment.context()
     with deployment.engine.begin() as connection:
         partitions.make_ahead(connection)
 
 
 @contextmanager
-def no_dispatcher(deployment: Deployment) -> Iterator[Patient]:
+def no_dispatcher(deployment: Deployment) -> Iterator[Context]:
     deployment.end("dispatcher")
-    yield deployment.patient()
+    yield deployment.context()
     deployment.fleet.start_dispatcher()
 
 
 @contextmanager
-def no_worker(deployment: Deployment) -> Iterator[Patient]:
+def no_worker(deployment: Deployment) -> Iterator[Context]:
     deployment.end("worker")
-    yield deployment.patient()
+    yield deployment.context()
     deployment.start_worker()
 
 
 @contextmanager
-def dropped_model(deployment: Deployment) -> Iterator[Patient]:
+def dropped_model(deployment: Deployment) -> Iterator[Context]:
     """A gateway's model whose key the doctor has, and the worker hasn't."""
     add_gateway(deployment.engine, "far", "FAR_KEY")
     dropped = "select count(*) from vectormill.workers where dropped ? 'far'"
     eventually(lambda: deployment.fleet.scalar(dropped), "a worker that gives it up")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAR_KEY", "sk-far")
-        yield deployment.patient()
+        yield deployment.context()
     run_sql(deployment.engine, "delete from vectormill.models where name = 'far'")
     run_sql(deployment.engine, "update vectormill.workers set dropped = '{}'")
 
 
 @contextmanager
-def missing_key(deployment: Deployment) -> Iterator[Patient]:
+def missing_key(deployment: Deployment) -> Iterator[Context]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(KEY)
         patch.setenv(f"{KEY}_FILE", "/nowhere")
-        yield deployment.patient()
+        yield deployment.context()
 
 
-def unserved_model(deployment: Deployment) -> AbstractContextManager[Patient]:
+def unserved_model(deployment: Deployment) -> AbstractContextManager[Context]:
     """One that came after the worker, which is told to serve others only."""
     return sql(
         deployment,
@@ -113,7 +113,7 @@ def unserved_model(deployment: Deployment) -> AbstractContextManager[Patient]:
 
 
 @contextmanager
-def reading_role(deployment: Deployment) -> Iterator[Patient]:
+def reading_role(deployment: Deployment) -> Iterator[Context]:
     run_sql(deployment.engine, "create role reader login password 'reader'")
     run_sql(deployment.engine, "grant usage on schema vectormill to reader")
     run_sql(deployment.engine, "grant select on all tables in schema vectormill to reader")
@@ -123,25 +123,25 @@ def reading_role(deployment: Deployment) -> Iterator[Patient]:
     run_sql(deployment.engine, "drop role reader")
 
 
-def replace_urls(deployment: Deployment, *, database: str | None = None, redis: str | None = None) -> Patient:
-    """The patient at other servers."""
+def replace_urls(deployment: Deployment, *, database: str | None = None, redis: str | None = None) -> Context:
+    """The context at other servers."""
     other = replace(
         deployment, database_url=database or deployment.database_url, redis_url=redis or deployment.redis_url
     )
-    return other.patient()
+    return other.context()
 
 
 @contextmanager
-def unverified_redis(deployment: Deployment) -> Iterator[Patient]:
+def unverified_redis(deployment: Deployment) -> Iterator[Context]:
     """One beyond this machine, reached without TLS."""
-    patient = deployment.patient()
+    context = deployment.context()
     # Its client goes on to ask the one that is here.
-    patient.redis_url = patient.redis_url.replace("127.0.0.1", "redis.invalid")
-    yield patient
+    context.redis_url = context.redis_url.replace("127.0.0.1", "redis.invalid")
+    yield context
 
 
 @contextmanager
-def stuck_chunk(deployment: Deployment) -> Iterator[Patient]:
+def stuck_chunk(deployment: Deployment) -> Iterator[Context]:
     """A claim whose lease ran out, which somebody keeps locked from the sweep."""
     engine = deployment.engine
     job = make_job(engine, make_model(engine, "idle"), 4)
@@ -155,7 +155,7 @@ def stuck_chunk(deployment: Deployment) -> Iterator[Patient]:
             return connection.execute(lock, {"job": job}).scalar_one() == "running"
 
         eventually(locked, "a lock before the sweep")
-        yield deployment.patient()
+        yield deployment.context()
         connection.rollback()
     run_sql(engine, "update vectormill.jobs set state = 'cancelling', ends_as = 'cancelled'")
     eventually(lambda: job_row(engine, job)["state"] == "cancelled", "the job's end")
@@ -164,43 +164,43 @@ def stuck_chunk(deployment: Deployment) -> Iterator[Patient]:
 
 
 @contextmanager
-def no_api(deployment: Deployment) -> Iterator[Patient]:
+def no_api(deployment: Deployment) -> Iterator[Context]:
     deployment.end("api")
-    yield deployment.patient()
+    yield deployment.context()
     deployment.start_api()
 
 
 @contextmanager
-def silent_engine(deployment: Deployment) -> Iterator[Patient]:
+def silent_engine(deployment: Deployment) -> Iterator[Context]:
     deployment.fleet.kill_tree("engine")
-    yield deployment.patient()
+    yield deployment.context()
     deployment.start_engine()
 
 
 @contextmanager
-def no_engine(deployment: Deployment) -> Iterator[Patient]:
+def no_engine(deployment: Deployment) -> Iterator[Context]:
     deployment.end("engine")
-    yield deployment.patient()
+    yield deployment.context()
     deployment.start_engine()
 
 
 @contextmanager
-def fast_clock(deployment: Deployment) -> Iterator[Patient]:
-    yield replace(deployment.patient(), clock=lambda: time.time() + 300)
+def fast_clock(deployment: Deployment) -> Iterator[Context]:
+    yield replace(deployment.context(), clock=lambda: time.time() + 300)
 
 
 @contextmanager
-def slow_clock(deployment: Deployment) -> Iterator[Patient]:
-    yield replace(deployment.patient(), clock=lambda: time.time() - 10)
+def slow_clock(deployment: Deployment) -> Iterator[Context]:
+    yield replace(deployment.context(), clock=lambda: time.time() - 10)
 
 
 @contextmanager
-def no_postgres(deployment: Deployment) -> Iterator[Patient]:
+def no_postgres(deployment: Deployment) -> Iterator[Context]:
     yield replace_urls(deployment, database="postgresql://vectormill@127.0.0.1:1/vectormill")
 
 
 @contextmanager
-def no_redis(deployment: Deployment) -> Iterator[Patient]:
+def no_redis(deployment: Deployment) -> Iterator[Context]:
     yield replace_urls(deployment, redis="redis://127.0.0.1:1/0")
 
 
@@ -220,13 +220,13 @@ def own_valkey(deployment: Deployment, *options: str, password: str = "") -> Ite
 
 
 @contextmanager
-def open_redis(deployment: Deployment) -> Iterator[Patient]:
+def open_redis(deployment: Deployment) -> Iterator[Context]:
     with own_valkey(deployment, "--save", "") as url:
         yield replace_urls(deployment, redis=url.replace(":@", ""))
 
 
 @contextmanager
-def redis_without_disk(deployment: Deployment, *options: str) -> Iterator[Patient]:
+def redis_without_disk(deployment: Deployment, *options: str) -> Iterator[Context]:
     """It can't write its snapshots, and says so."""
     snapshots = ("--save", "3600 1", "--dir", "/proc", *options)
     with own_valkey(deployment, *snapshots, password="sesame") as url, redis.Redis.from_url(url) as client:
@@ -236,12 +236,12 @@ def redis_without_disk(deployment: Deployment, *options: str) -> Iterator[Patien
         yield replace_urls(deployment, redis=url)
 
 
-def careless_redis(deployment: Deployment) -> AbstractContextManager[Patient]:
+def careless_redis(deployment: Deployment) -> AbstractContextManager[Context]:
     return redis_without_disk(deployment, "--stop-writes-on-bgsave-error", "no")
 
 
 @contextmanager
-def reading_redis(deployment: Deployment) -> Iterator[Patient]:
+def reading_redis(deployment: Deployment) -> Iterator[Context]:
     with redis.Redis.from_url(deployment.redis_url) as client:
         client.acl_setuser("reader", enabled=True, passwords=["+reader"], keys=["*"], categories=["+@read"])
         client.execute_command("ACL", "SETUSER", "reader", "+info", "+time", "+select", "+client")
@@ -251,18 +251,18 @@ def reading_redis(deployment: Deployment) -> Iterator[Patient]:
 
 
 @contextmanager
-def torn_pages(deployment: Deployment) -> Iterator[Patient]:
+def torn_pages(deployment: Deployment) -> Iterator[Context]:
     with deployment.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         for statement in ("alter system set full_page_writes = off", "select pg_reload_conf()"):
             connection.execute(text(statement))
         eventually(lambda: connection.execute(text("show full_page_writes")).scalar_one() == "off", "the setting")
-        yield deployment.patient()
+        yield deployment.context()
         for statement in ("alter system reset full_page_writes", "select pg_reload_conf()"):
             connection.execute(text(statement))
         eventually(lambda: connection.execute(text("show full_page_writes")).scalar_one() == "on", "the setting")
 
 
-def short_timeout(deployment: Deployment) -> AbstractContextManager[Patient]:
+def short_timeout(deployment: Deployment) -> AbstractContextManager[Context]:
     name = deployment.database_url.rsplit("/", 1)[1]
     return sql(
         deployment,
@@ -271,7 +271,7 @@ def short_timeout(deployment: Deployment) -> AbstractContextManager[Patient]:
     )
 
 
-def crowded_server(deployment: Deployment) -> AbstractContextManager[Patient]:
+def crowded_server(deployment: Deployment) -> AbstractContextManager[Context]:
     row = "(gen_random_uuid(), 'large', 'cuda:0', '{static}', 400)"
     return sql(
         deployment,
@@ -281,7 +281,7 @@ def crowded_server(deployment: Deployment) -> AbstractContextManager[Patient]:
 
 
 @contextmanager
-def open_flower(deployment: Deployment) -> Iterator[Patient]:
+def open_flower(deployment: Deployment) -> Iterator[Context]:
     class Open(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -293,74 +293,74 @@ def open_flower(deployment: Deployment) -> Iterator[Patient]:
     with HTTPServer(("127.0.0.1", 0), Open) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield replace(deployment.patient(), flower_url=f"http://127.0.0.1:{server.server_port}")
+        yield replace(deployment.context(), flower_url=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
         thread.join()
 
 
 @contextmanager
-def open_engine(deployment: Deployment) -> Iterator[Patient]:
-    yield replace(deployment.patient(), settings=Settings(home=deployment.home, engine_host="0.0.0.0"))
+def open_engine(deployment: Deployment) -> Iterator[Context]:
+    yield replace(deployment.context(), settings=Settings(home=deployment.home, engine_host="0.0.0.0"))
 
 
 @contextmanager
-def short_password(deployment: Deployment) -> Iterator[Patient]:
-    yield replace(deployment.patient(), flower_password="flower")
+def short_password(deployment: Deployment) -> Iterator[Context]:
+    yield replace(deployment.context(), flower_password="flower")
 
 
 @contextmanager
-def queries_of_the_owner(deployment: Deployment) -> Iterator[Patient]:
+def queries_of_the_owner(deployment: Deployment) -> Iterator[Context]:
     settings = deployment.settings(sql_url=SecretStr(deployment.database_url))
-    yield replace(deployment.patient(), settings=settings)
+    yield replace(deployment.context(), settings=settings)
 
 
 @contextmanager
-def queries_that_read_keys(deployment: Deployment) -> Iterator[Patient]:
+def queries_that_read_keys(deployment: Deployment) -> Iterator[Context]:
     run_sql(deployment.engine, f"grant usage on schema vectormill to {QUERIES}")
     run_sql(deployment.engine, f"grant select on vectormill.api_keys to {QUERIES}")
-    yield deployment.patient()
+    yield deployment.context()
     run_sql(deployment.engine, f"drop owned by {QUERIES}")
 
 
 @contextmanager
-def queries_that_do_not_get_in(deployment: Deployment) -> Iterator[Patient]:
+def queries_that_do_not_get_in(deployment: Deployment) -> Iterator[Context]:
     run_sql(deployment.engine, f"alter role {QUERIES} nologin")
-    yield deployment.patient()
+    yield deployment.context()
     run_sql(deployment.engine, f"alter role {QUERIES} login")
 
 
 @contextmanager
-def unsigned_webhooks(deployment: Deployment) -> Iterator[Patient]:
-    yield replace(deployment.patient(), settings=deployment.settings(webhook_secret=None))
+def unsigned_webhooks(deployment: Deployment) -> Iterator[Context]:
+    yield replace(deployment.context(), settings=deployment.settings(webhook_secret=None))
 
 
 @contextmanager
-def webhook_without_an_address(deployment: Deployment) -> Iterator[Patient]:
-    yield replace(deployment.patient(), settings=deployment.settings(webhooks=("etl.example.com",)))
+def webhook_without_an_address(deployment: Deployment) -> Iterator[Context]:
+    yield replace(deployment.context(), settings=deployment.settings(webhooks=("etl.example.com",)))
 
 
 @contextmanager
-def webhook_given_up(deployment: Deployment) -> Iterator[Patient]:
+def webhook_given_up(deployment: Deployment) -> Iterator[Context]:
     insert = """insert into vectormill.events (id, workspace_id, type, url, body, state, finished_at)
                 values ('evt_1', 1, 'job.completed', 'https://etl.example.com/hooks', '', 'given_up', now())"""
-    with sql(deployment, insert, "delete from vectormill.events") as patient:
-        yield patient
+    with sql(deployment, insert, "delete from vectormill.events") as context:
+        yield context
 
 
 @contextmanager
-def old_package(deployment: Deployment) -> Iterator[Patient]:
+def old_package(deployment: Deployment) -> Iterator[Context]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "requires", lambda _: ["numpy>=99", "pytest>=1"])
-        yield deployment.patient()
+        yield deployment.context()
 
 
 @contextmanager
-def other_weights(deployment: Deployment) -> Iterator[Patient]:
+def other_weights(deployment: Deployment) -> Iterator[Context]:
     """The catalogue has another vector of the canary than the weights give."""
     kept = deployment.fleet.scalar("select canary from vectormill.models where name = 'static'")
     change = "update vectormill.models set canary = :canary where name = 'static'"
     run_sql(deployment.engine, change, canary=(-np.frombuffer(kept, "<f4")).tobytes())
-    yield deployment.patient()
+    yield deployment.context()
     run_sql(deployment.engine, change, canary=kept)
     # It has given the model up.
     deployment.end("worker")

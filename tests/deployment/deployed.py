@@ -8,12 +8,12 @@ import numpy as np
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
-from pipeline import catalog
-from pipeline.doctor.patient import Patient
-from pipeline.jobs import Upstream
-from pipeline.settings import Settings
+from pipeline.catalog import models
+from pipeline.core.models import Upstream
+from pipeline.doctor.context import Context
+from pipeline.infra.settings import Settings
 from tests.acceptance.fleet import Fleet, eventually
-from tests.jobs_made import run_sql
+from tests.support.jobs_made import run_sql
 
 KEY = "NEAR_KEY"
 
@@ -33,9 +33,9 @@ class Deployment:
     api_url: str
     home: Path
 
-    def patient(self) -> Patient:
+    def context(self) -> Context:
         """What the doctor looks at."""
-        return Patient(
+        return Context(
             settings=self.settings(),
             database_url=self.database_url,
             redis_url=self.redis_url,
@@ -65,7 +65,7 @@ class Deployment:
     def start_engine(self) -> None:
         """Start an engine, and wait until it shows itself."""
         run_sql(self.engine, "delete from vectormill.engines")
-        self.fleet.start("engine", "workers.engine", VECTORMILL_WORKER_MODELS="static")
+        self.fleet.start("engine", "workers.engine.server", VECTORMILL_WORKER_MODELS="static")
         eventually(lambda: self.fleet.scalar("select count(*) from vectormill.engines"), "an engine")
 
     def start_worker(self) -> None:
@@ -92,4 +92,4 @@ def add_gateway(engine: Engine, name: str, variable: str) -> None:
         request_tokens=1000,
     )
     with engine.begin() as connection:
-        catalog.add_gateway(connection, name, upstream, {**description, "base64": True})
+        models.add_gateway(connection, name, upstream, {**description, "base64": True})

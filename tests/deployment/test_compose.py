@@ -20,14 +20,14 @@ import redis
 import yaml
 from psycopg import sql
 
-from pipeline import catalog
-from pipeline.api import engines
+from pipeline.api.gateway import engines
+from pipeline.catalog import models
+from pipeline.db.database import make_engine
 from pipeline.embedded.runtime import Running
 from pipeline.embedded.wheels import wheel_folder
-from pipeline.store.database import make_engine
 from tests.acceptance.fleet import eventually
 from tests.conftest import set_fsync
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
 _FILE = _CHECKOUT / "docker-compose.yml"
@@ -116,7 +116,7 @@ def test_mounted_files_exist() -> None:
 
 
 def test_a_worker_may_end_its_chunk() -> None:
-    program = "from workers.app import app; print(app.conf.task_time_limit)"
+    program = "from workers.runner.app import app; print(app.conf.task_time_limit)"
     urls = {"VECTORMILL_DATABASE_URL": "postgresql://nowhere/x", "VECTORMILL_REDIS_URL": "redis://nowhere"}
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, **urls}, capture_output=True, text=True, check=True
@@ -307,7 +307,7 @@ def test_each_service_runs_as_the_file_says(composed: Composed, static_descripti
     url = (composed.folder / "secrets" / "database_url").read_text().strip()
     engine = make_engine(url, application="vectormill-tests", pool_size=1)
     with engine.begin() as connection:
-        catalog.add_model(connection, "static", static_description)
+        models.add_model(connection, "static", static_description)
     engine.dispose()
 
     ready = [name for name, service in services().items() if "healthcheck" in service]

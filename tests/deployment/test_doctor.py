@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from pipeline import catalog
+from pipeline.catalog import models
+from pipeline.db.database import make_engine
 from pipeline.doctor import host
-from pipeline.doctor.examination import CHECKS, examine
-from pipeline.doctor.findings import State
-from pipeline.doctor.patient import Patient
+from pipeline.doctor.checks import CHECKS, examine
+from pipeline.doctor.context import Context
+from pipeline.doctor.report import State
 from pipeline.embedded.runtime import Running
-from pipeline.store.database import make_engine
 from tests.acceptance.fleet import Fleet, eventually
 from tests.conftest import new_database, set_fsync
 from tests.deployment.ailments import FAULTS, Plant, no_dispatcher, replace_urls
 from tests.deployment.deployed import KEY, QUERIES, Deployment, add_gateway
-from tests.jobs_made import run_sql
-from tests.ports import free_port
+from tests.support.jobs_made import run_sql
+from tests.support.ports import free_port
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def deployment(
     with new_database(servers.database_url) as url:
         engine = make_engine(url, application="vectormill-tests", pool_size=4)
         with engine.begin() as connection:
-            catalog.add_model(connection, "static", static_description)
+            models.add_model(connection, "static", static_description)
         add_gateway(engine, "near", KEY)
         environment = {
             "VECTORMILL_DATABASE_URL": url,
@@ -61,37 +61,37 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY, "sk-near")
 
 
-def states(patient: Patient) -> dict[str, State]:
+def states(context: Context) -> dict[str, State]:
     """The worst of what each check finds."""
     order = [State.OK, State.SKIPPED, State.WARN, State.FAIL]
     found: dict[str, State] = {}
     try:
-        for name, finding in examine(patient):
+        for name, finding in examine(context):
             print(finding.state, name, finding.found, finding.mend)
             found[name] = max(found.get(name, State.OK), finding.state, key=order.index)
     finally:
-        patient.close()
+        context.close()
     assert list(found) == [check.name for check in CHECKS]
     return found
 
 
-def bad(patient: Patient) -> dict[str, State]:
+def bad(context: Context) -> dict[str, State]:
     """The checks that find something to mend."""
-    return {name: state for name, state in states(patient).items() if state in (State.WARN, State.FAIL)}
+    return {name: state for name, state in states(context).items() if state in (State.WARN, State.FAIL)}
 
 
 def test_a_healthy_deployment(deployment: Deployment) -> None:
-    eventually(lambda: bad(deployment.patient()) == {}, "an api that answers")
-    found = states(deployment.patient())
+    eventually(lambda: bad(deployment.context()) == {}, "an api that answers")
+    found = states(deployment.context())
     assert {name for name, state in found.items() if state is not State.OK} == {"flower"}, "nobody knows where it is"
     assert deployment.fleet.scalar("select count(*) from vectormill.jobs") == 0, "the canary's job is purged"
 
 
 @pytest.mark.parametrize(("plant", "expected"), FAULTS, ids=[plant.__name__ for plant, _ in FAULTS])
 def test_a_fault_is_found_and_no_other(deployment: Deployment, plant: Plant, expected: dict[str, State]) -> None:
-    eventually(lambda: bad(deployment.patient()) == {}, "a healthy deployment")
-    with plant(deployment) as patient:
-        assert bad(patient) == expected
+    eventually(lambda: bad(deployment.context()) == {}, "a healthy deployment")
+    with plant(deployment) as context:
+        assert bad(context) == expected
     assert deployment.fleet.scalar("select count(*) from vectormill.jobs") == 0
 
 
@@ -100,7 +100,7 @@ def _owner(url: str) -> str:
     return url.split("//")[1].split("@")[0]
 
 
-REFUSALS: list[tuple[str, Callable[[Deployment], Patient], str, str]] = [
+REFUSALS: list[tuple[str, Callable[[Deployment], Context], str, str]] = [
     (
         "postgres",
         lambda it: replace_urls(it, database=it.database_url.replace(_owner(it.database_url), "stranger:sesame")),
@@ -124,11 +124,11 @@ REFUSALS: list[tuple[str, Callable[[Deployment], Patient], str, str]] = [
 
 @pytest.mark.parametrize(("check", "plant", "found", "mend"), REFUSALS, ids=["password", "database", "redis"])
 def test_who_is_refused_is_told_why(
-    deployment: Deployment, check: str, plant: Callable[[Deployment], Patient], found: str, mend: str
+    deployment: Deployment, check: str, plant: Callable[[Deployment], Context], found: str, mend: str
 ) -> None:
-    patient = plant(deployment)
-    ((_, finding),) = examine(patient, [each for each in CHECKS if each.name == check])
-    patient.close()
+    context = plant(deployment)
+    ((_, finding),) = examine(context, [each for each in CHECKS if each.name == check])
+    context.close()
     assert (finding.state, finding.unreachable) == (State.FAIL, False), "to repeat it is of no use"
     assert found in finding.found
     assert mend in finding.mend
@@ -140,9 +140,9 @@ def test_who_finds_nobody_may_repeat_it(deployment: Deployment) -> None:
         ("postgresql://vectormill@127.0.0.1:1/vectormill", "Connection refused"),
         ("postgresql://vectormill@nowhere.invalid/vectormill", "failed to resolve host 'nowhere.invalid'"),
     ):
-        patient = replace_urls(deployment, database=url)
-        ((_, finding),) = examine(patient, [check for check in CHECKS if check.name == "postgres"])
-        patient.close()
+        context = replace_urls(deployment, database=url)
+        ((_, finding),) = examine(context, [check for check in CHECKS if check.name == "postgres"])
+        context.close()
         assert finding.unreachable
         assert reason in finding.found
 
@@ -159,7 +159,7 @@ def test_an_empty_database(deployment: Deployment, empty_database: str) -> None:
 def test_little_space(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, state in (("_LITTLE_BYTES", State.WARN), ("_TOO_LITTLE_BYTES", State.FAIL)):
         monkeypatch.setattr(host, limit, 10**18)
-        assert bad(deployment.patient()) == {"space": state}
+        assert bad(deployment.context()) == {"space": state}
 
 
 def test_the_command(deployment: Deployment, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from pipeline.embedded.wheels import wheel_folder
-from tests.machines import remove_what_root_keeps
+from tests.support.machines import remove_what_root_keeps
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _RUNBOOKS = _CHECKOUT / "ops" / "runbooks"

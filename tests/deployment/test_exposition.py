@@ -12,7 +12,7 @@ import httpx2 as httpx
 import pytest
 from prometheus_client import generate_latest
 
-from pipeline import exposition, metrics
+from pipeline.infra import metrics, metrics_server
 from tests.acceptance.fleet import Fleet, eventually
 
 
@@ -66,10 +66,10 @@ def test_folders_go_when_nobody_holds_them(monkeypatch: pytest.MonkeyPatch, tmp_
     (held / "lock").touch()
     with (held / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        made = exposition.make_folder()
+        made = metrics_server.make_folder()
     assert {folder.name for folder in tmp_path.iterdir()} == {held.name, young.name, anothers.name, made.name}
     assert os.stat(made).st_mode & 0o077 == 0
-    again = exposition.make_folder()
+    again = metrics_server.make_folder()
     assert made.exists(), "this process holds it"
     assert not held.exists()
     assert again != made
@@ -87,9 +87,9 @@ os._exit(70)
 
 
 def test_counts_of_the_dead_stay_and_their_files_go(tmp_path: Path) -> None:
-    shown = exposition.of_folder(metrics.WORKER, tmp_path)
+    shown = metrics_server.of_folder(metrics.WORKER, tmp_path)
     for times in range(1, 4):
-        environment = {**os.environ, exposition.FOLDER_VARIABLE: str(tmp_path)}
+        environment = {**os.environ, metrics_server.FOLDER_VARIABLE: str(tmp_path)}
         assert subprocess.run([sys.executable, "-c", _CHILD], env=environment, check=False).returncode == 70
         for _ in range(2):  # a scrape changes nothing
             page = generate_latest(shown).decode()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.acceptance.conftest import write_corpus
 from tests.acceptance.fleet import Fleet, eventually
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 _PASSWORD = "sesame, open"
 _WORD = "unmistakable"
@@ -100,7 +100,7 @@ def test_it_looks_and_does_nothing(fleet: Fleet, flower: httpx.Client) -> None:
 def test_its_settings(fleet: Fleet) -> None:
     program = """
 import json, flower.options
-from pipeline.settings import load_settings
+from pipeline.infra.settings import load_settings
 from tornado.options import options
 options.parse_config_file(str(load_settings().flower_config))
 names = ("address", "basic_auth", "cookie_secret", "max_tasks", "purge_offline_workers", "read_only")

@@ -14,15 +14,17 @@ import pytest
 import redis
 from sqlalchemy import Engine, text
 
-from pipeline import catalog, keys, metrics, status
+from pipeline.catalog import keys, models
+from pipeline.db import workspaces
+from pipeline.db.database import make_engine
 from pipeline.embedded.runtime import Running
-from pipeline.store import workspaces
-from pipeline.store.database import make_engine
+from pipeline.infra import metrics
+from pipeline.jobs import status
 from tests.acceptance.fleet import Fleet, eventually
 from tests.conftest import new_database
-from tests.ports import free_port
-from tests.scraping import ADDED, Sample, asked_for, dashboard_queries, rule_queries, scrape, series, total
-from tests.scripted_gateway import ScriptedGateway, error, good, scripted_gateway
+from tests.support.ports import free_port
+from tests.support.scraping import ADDED, Sample, asked_for, dashboard_queries, rule_queries, scrape, series, total
+from tests.support.scripted_gateway import ScriptedGateway, error, good, scripted_gateway
 
 _TEXT, _KEY, _SECRET, _WORKSPACE = "unmistakable text", "unmistakable-key", "unmistakable-secret", "unmistakable-place"
 _TEXTS, _FAR_TEXTS, _WITHOUT = 400, 30, 3
@@ -70,8 +72,8 @@ def watched(
     with new_database(servers.database_url) as url, scripted_gateway() as far:
         engine = make_engine(url, application="vectormill-tests", pool_size=4)
         with engine.begin() as connection:
-            catalog.add_model(connection, "static", static_description)
-            catalog.add_model(connection, "minilm", bundled_description)
+            models.add_model(connection, "static", static_description)
+            models.add_model(connection, "minilm", bundled_description)
         environment = {
             "VECTORMILL_DATABASE_URL": url,
             "VECTORMILL_REDIS_URL": redis_url,
@@ -96,7 +98,7 @@ def _started(fleet: Fleet, engine: Engine) -> Watched:
     for name in ("dispatcher", "worker"):
         more = ("--devices", "cpu", "--replicas", "2") if name == "worker" else ()
         fleet.start(name, "pipeline.cli", name, *more, VECTORMILL_METRICS_PORT=str(ports[name]))
-    fleet.start("engine", "workers.engine", VECTORMILL_ENGINE_PORT=str(ports["engine"]))
+    fleet.start("engine", "workers.engine.server", VECTORMILL_ENGINE_PORT=str(ports["engine"]))
     fleet.start("api", "pipeline.cli", "api", "--port", str(ports["api"]))
     fleet.start(
         "flower",

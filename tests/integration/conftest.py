@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from pipeline.dispatch import Dispatcher
-from pipeline.jobs import Model
+from pipeline.core.models import Model
+from pipeline.dispatch.state import Dispatcher
 from tests.integration.dispatching import make_dispatcher
-from tests.jobs_made import make_model
+from tests.support.jobs_made import make_model
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import Engine
 
-from pipeline.dispatch import Dispatcher
-from pipeline.publish import Publisher
-from pipeline.store import losses, workers
-from tests.jobs_made import taken
+from pipeline.broker import Publisher
+from pipeline.db import lost_claims, workers
+from pipeline.dispatch.state import Dispatcher
+from tests.support.jobs_made import taken
 
 
 def make_dispatcher(engine: Engine, redis_url: str) -> Dispatcher:
@@ -27,11 +27,11 @@ def lose(engine: Engine, job_id: UUID, ordinal: int) -> None:
     """A worker claims a chunk and is never heard of again."""
     taken(engine, job_id, ordinal, lease_seconds=-1)
     with engine.begin() as connection:
-        assert losses.expire_leases(connection, 10)
+        assert lost_claims.expire_leases(connection, 10)
 
 
 def die(engine: Engine, job_id: UUID, ordinal: int) -> None:
     """A worker's child claims a chunk and dies over it."""
     claim = taken(engine, job_id, ordinal, task=f"of {ordinal}")
     with engine.begin() as connection:
-        assert losses.free_lost_claim(connection, claim.chunk_id, claim.worker_id, f"of {ordinal}", "killed")
+        assert lost_claims.free_lost_claim(connection, claim.chunk_id, claim.worker_id, f"of {ordinal}", "killed")

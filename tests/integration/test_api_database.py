@@ -13,19 +13,21 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.types import Message
 
-from pipeline import catalog, keys, metrics
-from pipeline.api import directory as directory_module
-from pipeline.api import metering
-from pipeline.api.bulk import DOWNLOADS_OF_ONE, Bulk
 from pipeline.api.database import Database
-from pipeline.api.directory import Caller, Directory
-from pipeline.api.metering import Meter
+from pipeline.api.gateway import cache as directory_module
+from pipeline.api.gateway import metering
+from pipeline.api.gateway.cache import Caller, GatewayCache
+from pipeline.api.gateway.metering import Meter
 from pipeline.api.places import Places
-from pipeline.errors import Busy, InvalidApiKey, ModelNotFound, UpstreamUnavailable
-from pipeline.store import keys as stored_keys
-from pipeline.store import models, usage
+from pipeline.api.transfers import DOWNLOADS_OF_ONE, Transfers
+from pipeline.catalog import keys
+from pipeline.catalog import models as catalog
+from pipeline.core.errors import Busy, InvalidApiKey, ModelNotFound, UpstreamUnavailable
+from pipeline.db import keys as stored_keys
+from pipeline.db import models, usage
+from pipeline.infra import metrics
 from tests.acceptance.fleet import eventually
-from tests.jobs_made import run_sql
+from tests.support.jobs_made import run_sql
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +134,7 @@ def test_a_months_sum_that_takes_long_holds_up_nobody(engine: Engine, monkeypatc
         usage.add_requests(connection, [row(1, tokens=10)])
 
     async def body() -> None:
-        known = Directory(Database(engine))
+        known = GatewayCache(Database(engine))
         assert (await known.month(1))[0] == 10
         with engine.connect() as other, other.begin():
             usage.add_requests(other, [row(2, tokens=5)])
@@ -166,7 +168,7 @@ def test_a_months_sum_needs_the_index_alone(engine: Engine) -> None:
 def test_what_cant_be_a_name_isnt_asked_for(engine: Engine, name: str) -> None:
     async def body() -> None:
         with pytest.raises(ModelNotFound):
-            await Directory(Database(engine)).model(1, name)
+            await GatewayCache(Database(engine)).model(1, name)
 
     asyncio.run(body())
 
@@ -179,7 +181,7 @@ def test_a_defect_isnt_taken_for_an_outage(engine: Engine, monkeypatch: pytest.M
         database = Database(engine)
         monkeypatch.setattr(models, "find", defective)
         with pytest.raises(KeyError):
-            await Directory(database).model(1, "static")
+            await GatewayCache(database).model(1, "static")
         assert database.seconds_since_failure == float("inf")
 
     asyncio.run(body())
@@ -201,7 +203,7 @@ def test_invented_keys_are_asked_for_together_and_kept_apart(engine: Engine, mon
 
     async def body() -> None:
         database = Database(engine)
-        known = Directory(database)
+        known = GatewayCache(database)
         await known.caller(f"Bearer {token}")
         invented = [known.caller(f"Bearer vm_{number:016x}_{'a' * 43}") for number in range(3_000)]
         answers = await asyncio.gather(*invented, known.caller(f"Bearer {token}"), return_exceptions=True)
@@ -298,20 +300,20 @@ def test_a_reply_in_pieces_begins_when_its_first_is_there(database: str) -> None
                 yield str(connection.execute(text(f"select {number}")).scalar_one()).encode()
 
     async def body() -> None:
-        bulk = Bulk(few, patience_seconds=0.2)
+        transfers = Transfers(few, patience_seconds=0.2)
         with few.connect():
             # None of them keeps its place.
             for _ in range(DOWNLOADS_OF_ONE + 1):
                 with pytest.raises(Busy, match="too many questions"):
-                    await bulk.answer(1, pieces)
-        assert await _sent(await bulk.answer(1, pieces)) == b"01"
-        assert await _sent(await bulk.answer(1, lambda: iter(()))) == b""
+                    await transfers.answer(1, pieces)
+        assert await _sent(await transfers.answer(1, pieces)) == b"01"
+        assert await _sent(await transfers.answer(1, lambda: iter(()))) == b""
         for _ in range(DOWNLOADS_OF_ONE):
-            await bulk.answer(1, pieces)
+            await transfers.answer(1, pieces)
         with pytest.raises(Busy, match="Too many downloads are under way"):
-            await bulk.answer(1, pieces)
-        assert await _sent(await bulk.answer(2, pieces)) == b"01"
-        bulk.close()
+            await transfers.answer(1, pieces)
+        assert await _sent(await transfers.answer(2, pieces)) == b"01"
+        transfers.close()
 
     asyncio.run(body())
     few.dispose()

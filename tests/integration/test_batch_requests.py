@@ -11,22 +11,28 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Engine, RowMapping
 
-from pipeline import batches, control, dispatch, files, metrics, purge, storage
-from pipeline.background import Background, BackgroundTask, Resources
-from pipeline.batch_results import finish
-from pipeline.catalog import workspace_id
-from pipeline.dispatch import Dispatcher
-from pipeline.errors import StorageRefused, VectormillError, Waiting
-from pipeline.jobs import BatchState, Model, Reason
-from pipeline.publish import Publisher
-from pipeline.settings import Settings
-from pipeline.store import batches as rows
-from pipeline.store import files as file_rows
-from pipeline.store import items, jobs, rejects
-from pipeline.submit import submit
-from pipeline.writeback import write_chunk
+from pipeline.batch_api import batches, files
+from pipeline.batch_api.results import finish
+from pipeline.broker import Publisher
+from pipeline.catalog.models import workspace_id
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.errors import StorageRefused, VectormillError, Waiting
+from pipeline.core.jobs import Reason
+from pipeline.core.models import Model
+from pipeline.core.requests import BatchState
+from pipeline.db import batches as rows
+from pipeline.db import files as file_rows
+from pipeline.db import items, jobs, rejects
+from pipeline.dispatch import dispatcher as dispatch
+from pipeline.dispatch import maintenance
+from pipeline.dispatch.background import Background, BackgroundTask, Resources
+from pipeline.dispatch.state import Dispatcher
+from pipeline.infra import metrics, storage
+from pipeline.infra.settings import Settings
+from pipeline.ingest.submit import submit
+from pipeline.jobs import control, purge
 from tests.acceptance.fleet import eventually
-from tests.jobs_made import DONE, chunk_rows, count, job_row, part_of, reject, run_sql, taken, unfinished
+from tests.support.jobs_made import DONE, chunk_rows, count, job_row, part_of, reject, run_sql, taken, unfinished
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def end_jobs(engine: Engine, redis_url: str) -> Iterator[Callable[[], None]]:
     dispatcher = Dispatcher(engine=engine, publisher=publisher, lease_seconds=30, text_retention_days=7)
 
     def end() -> None:
-        dispatch.drain(dispatcher)
+        maintenance.drain(dispatcher)
         dispatch.finish(dispatcher)
 
     yield end
@@ -49,7 +55,7 @@ def end_jobs(engine: Engine, redis_url: str) -> Iterator[Callable[[], None]]:
 
 
 def lines(*texts: str, model: str = "small") -> bytes:
-    """A line for each text; their custom_ids are those of `tests.jobs_made`."""
+    """A line for each text; their custom_ids are those of `tests.support.jobs_made`."""
     made = [
         {"custom_id": f"k{n}", "method": "POST", "url": "/v1/embeddings", "body": {"model": model, "input": text}}
         for n, text in enumerate(texts)
@@ -416,7 +422,7 @@ def test_a_dispatcher_that_dies_leaves_no_job_that_runs_for_nobody(
         assert job_row(engine, made.job_id)["state"] == "queued"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.batches.submit", last)
+    monkeypatch.setattr("pipeline.batch_api.batches.submit", last)
     with pytest.raises(KeyboardInterrupt):
         batches.stage(engine, settings, batch)
     cancel(engine, batch)

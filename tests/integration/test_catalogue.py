@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from pipeline import catalog
+from pipeline.catalog import models as catalog
 from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.store import models, workspaces
+from pipeline.core.errors import UserError
+from pipeline.db import models, workspaces
 from tests.acceptance.fleet import eventually
-from tests.jobs_made import run_sql
+from tests.support.jobs_made import run_sql
 
 
 @pytest.fixture

@@ -11,11 +11,24 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import Connection, Engine, event, text
 
-from pipeline.jobs import ChunkState, Claim, JobState, Model
-from pipeline.store import chunks, losses
-from pipeline.store.chunks import Progress
-from pipeline.writeback import write_chunk
-from tests.jobs_made import RUNNING, WORKER, chunk_ids, chunk_rows, job_row, make_job, part_of, run_sql, take, taken
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.chunks import ChunkState, Claim
+from pipeline.core.jobs import JobState
+from pipeline.core.models import Model
+from pipeline.db import chunks, lost_claims
+from pipeline.db.chunks import Progress
+from tests.support.jobs_made import (
+    RUNNING,
+    WORKER,
+    chunk_ids,
+    chunk_rows,
+    job_row,
+    make_job,
+    part_of,
+    run_sql,
+    take,
+    taken,
+)
 
 EXPIRED = -1.0
 
@@ -27,7 +40,7 @@ def renew(engine: Engine, claim: Claim) -> JobState | None:
 
 def expire(engine: Engine, limit: int = 100) -> list[int]:
     with engine.begin() as connection:
-        return losses.expire_leases(connection, limit)
+        return lost_claims.expire_leases(connection, limit)
 
 
 def give_back(engine: Engine, claim: Claim, seconds: float = 0) -> None:
@@ -142,8 +155,10 @@ def test_only_expired_leases_are_swept_and_written_down(engine: Engine, model: M
     assert [row["state"] for row in rows] == ["pending", "running", "pending"]
     assert [(row["crashes"], row["isolation"]) for row in rows] == [(1, 1), (0, 0), (0, 0)]
     assert (rows[0]["lease_until"], rows[0]["last_error"]) == (None, "lease expired")
-    losses = run_sql(engine, "select model, job_id, chunk_id, fence, worker_id, cause from vectormill.claim_losses")
-    assert losses == [("small", job_id, lost.chunk_id, 1, WORKER, "lease expired")]
+    lost_claims = run_sql(
+        engine, "select model, job_id, chunk_id, fence, worker_id, cause from vectormill.claim_losses"
+    )
+    assert lost_claims == [("small", job_id, lost.chunk_id, 1, WORKER, "lease expired")]
     assert kept.fence == 1
 
 
@@ -181,7 +196,7 @@ def test_a_dead_child_frees_its_own_claim_only(
     job_id = make_job(engine, model)
     claim = taken(engine, job_id, task="mine")
     with engine.begin() as connection:
-        assert losses.free_lost_claim(connection, claim.chunk_id, worker, task, "killed") is freed
+        assert lost_claims.free_lost_claim(connection, claim.chunk_id, worker, task, "killed") is freed
     row = chunk_rows(engine, job_id)[0]
     wanted = ("pending", 1, 1, "killed") if freed else ("running", 0, 0, None)
     assert (row["state"], row["crashes"], row["isolation"], row["last_error"]) == wanted
@@ -193,7 +208,7 @@ def test_only_a_task_that_never_claimed_died_before_its_claim(engine: Engine, mo
 
     def died(task: str) -> int:
         with engine.begin() as connection:
-            losses.note_death_before_claim(connection, chunk, WORKER, task, "died before its claim")
+            lost_claims.note_death_before_claim(connection, chunk, WORKER, task, "died before its claim")
             return connection.execute(
                 text("select count(*) from vectormill.claim_losses where fence = 0 and task_id = :task"), {"task": task}
             ).scalar_one()
@@ -214,9 +229,9 @@ def test_deaths_before_a_claim_count_each_and_blame_no_chunk(engine: Engine, mod
     row = chunk_rows(engine, job_id)[0]
     with engine.begin() as connection:
         for task in ("one", "another"):
-            losses.note_death_before_claim(connection, row["id"], WORKER, task, "died before its claim")
-        assert losses.of_worker(connection, WORKER) == 2
-        assert losses.of_models(connection, 600) == {model.name: (2, 2, 0)}
+            lost_claims.note_death_before_claim(connection, row["id"], WORKER, task, "died before its claim")
+        assert lost_claims.of_worker(connection, WORKER) == 2
+        assert lost_claims.of_models(connection, 600) == {model.name: (2, 2, 0)}
     assert chunk_rows(engine, job_id)[0] == row
 
 
@@ -226,7 +241,7 @@ def test_a_model_that_stops_over_a_chunk_again_is_a_crash_of_it(engine: Engine, 
     def stop() -> tuple[int, int]:
         claim = taken(engine, job_id)
         with engine.begin() as connection:
-            losses.note_stop(connection, claim)
+            lost_claims.note_stop(connection, claim)
             assert chunks.record(connection, claim, Progress(state=ChunkState.PENDING, isolation=None))
         row = chunk_rows(engine, job_id)[0]
         return row["crashes"], row["isolation"]
@@ -296,7 +311,7 @@ Query = Callable[[Connection, UUID, int], object]
         ),
         ("chunks_open_idx", lambda connection, job_id, chunk_id: chunks.pending_after(connection, job_id, 0, 4)),
         ("chunks_open_idx", lambda connection, job_id, _: chunks.has_open(connection, job_id)),
-        ("chunks_lease_idx", lambda connection, *_: losses.expire_leases(connection, 100)),
+        ("chunks_lease_idx", lambda connection, *_: lost_claims.expire_leases(connection, 100)),
         ("chunks_lease_idx", lambda connection, *_: chunks.tokens_in_flight(connection)),
     ],
     ids=["claim", "pending_after", "has_open", "expire_leases", "tokens_in_flight"],

@@ -13,11 +13,12 @@ import pytest
 import structlog
 from sqlalchemy import Engine
 
+from pipeline.chunk_io.commit import write_chunk
 from pipeline.cli import main
-from pipeline.jobs import Model, RejectCode
-from pipeline.writeback import write_chunk
-from tests.commands import run_command
-from tests.jobs_made import DONE, job_row, make_job, part_of, reject, run_sql, taken
+from pipeline.core.chunks import RejectCode
+from pipeline.core.models import Model
+from tests.support.commands import run_command
+from tests.support.jobs_made import DONE, job_row, make_job, part_of, reject, run_sql, taken
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 NOWHERE = "postgresql://vectormill@127.0.0.1:1/vectormill"
@@ -212,7 +213,8 @@ def test_a_database_without_the_schema_is_a_clear_line(run: Run, empty_database:
 
 
 def test_what_a_command_logs_is_no_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["vectormill", "--help"])
+    monkeypatch.setattr(sys, "argv", ["vectormill", "jobs"])
+    monkeypatch.setenv("VECTORMILL_DATABASE_URL", NOWHERE)
     with pytest.raises(SystemExit):
         main()
     capsys.readouterr()

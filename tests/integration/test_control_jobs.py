@@ -9,15 +9,19 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Connection, Engine
 
-from pipeline import control
-from pipeline.dispatch import Dispatcher, drain, finish, remove_old_texts, snapshot, sweep
-from pipeline.errors import IllegalTransition, UnknownJob, UserError
-from pipeline.jobs import JOB_TRANSITIONS, JobState, Model, RejectCode
-from pipeline.publish import Publisher
-from pipeline.store import jobs
-from pipeline.verify import verified_receipt
-from pipeline.writeback import write_chunk
-from tests.jobs_made import (
+from pipeline.broker import Publisher
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.chunks import RejectCode
+from pipeline.core.errors import IllegalTransition, UnknownJob, UserError
+from pipeline.core.jobs import JOB_TRANSITIONS, JobState
+from pipeline.core.models import Model
+from pipeline.db import jobs
+from pipeline.dispatch.dispatcher import finish
+from pipeline.dispatch.maintenance import drain, remove_old_texts, snapshot, sweep
+from pipeline.dispatch.state import Dispatcher
+from pipeline.jobs import control
+from pipeline.jobs.verification import verified_receipt
+from tests.support.jobs_made import (
     DONE,
     RUNNING,
     chunk_rows,

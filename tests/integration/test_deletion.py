@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.core.errors import ServerFailed, UserError
 from pipeline.embedded import deletion, place, programs
 from pipeline.embedded.deletion import data_folders, delete_data, size_bytes
 from pipeline.embedded.programs import remove_unused_programs, share_programs, shared_programs
 from pipeline.embedded.runtime import hold_home
-from pipeline.errors import ServerFailed, UserError
-from tests.commands import run_command
+from tests.support.commands import run_command
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root's homes share programs")
 

@@ -12,15 +12,29 @@ import pytest
 import redis
 from sqlalchemy import Engine
 
-from pipeline import control, dispatch
-from pipeline.dispatch import Dispatcher, drain, finish, publish
-from pipeline.errors import ServiceUnreachable
-from pipeline.jobs import Model
-from pipeline.publish import queue_of
-from pipeline.store import losses
-from pipeline.writeback import write_chunk
+from pipeline.broker import queue_of
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.errors import ServiceUnreachable
+from pipeline.core.models import Model
+from pipeline.db import lost_claims
+from pipeline.dispatch import dispatcher as dispatch
+from pipeline.dispatch import maintenance
+from pipeline.dispatch.dispatcher import finish, publish
+from pipeline.dispatch.maintenance import drain
+from pipeline.dispatch.state import Dispatcher
+from pipeline.jobs import control
 from tests.integration.dispatching import die, lose, make_dispatcher, show_worker
-from tests.jobs_made import RUNNING, chunk_ids, chunk_rows, job_row, make_job, make_model, part_of, run_sql, taken
+from tests.support.jobs_made import (
+    RUNNING,
+    chunk_ids,
+    chunk_rows,
+    job_row,
+    make_job,
+    make_model,
+    part_of,
+    run_sql,
+    taken,
+)
 
 NOWHERE = "redis://127.0.0.1:1/0"
 
@@ -114,14 +128,14 @@ def test_a_lost_chunk_waits_for_no_lap(
     publish(dispatcher)
     taken(engine, job_id, 0, lease_seconds=-1)
     with engine.begin() as connection:
-        assert losses.expire_leases(connection, 10) == [ids[0]]
+        assert lost_claims.expire_leases(connection, 10) == [ids[0]]
     publish(dispatcher)
     assert waiting(valkey) == [ids[0], *ids[:4]], "the queue is full, and it comes before all that is in it"
     drop(valkey, 5)
     publish(dispatcher)
     assert waiting(valkey) == ids[4:8], "its message may be on its way, and it isn't rung for at once again"
     drop(valkey, 4)
-    dispatcher.rounds.rung[ids[0]] -= 10
+    dispatcher.scheduler.rung[ids[0]] -= 10
     publish(dispatcher)
     assert waiting(valkey)[0] == ids[0], "but again in a while"
 
@@ -134,7 +148,7 @@ def test_a_queue_that_nobody_serves_stays_short(
         lose(engine, job_id, ordinal)
     for _ in range(5):
         publish(dispatcher)
-        dispatcher.rounds.rung.clear()
+        dispatcher.scheduler.rung.clear()
     assert len(waiting(valkey)) == 8
 
 
@@ -150,7 +164,7 @@ def test_a_chunk_lost_again(
     publish(dispatcher)
     assert waiting(valkey) == [ids[0], *ids[:4]], "nothing else waited yet"
     drop(valkey, 2)
-    dispatcher.rounds.rung[ids[0]] -= 10
+    dispatcher.scheduler.rung[ids[0]] -= 10
     publish(dispatcher)
     assert waiting(valkey) == (ids[:5] if patient else [*ids[1:4], ids[0], ids[4]])
 
@@ -175,7 +189,7 @@ def test_jobs_that_dont_run_are_not_rung_for(
     run_sql(engine, "update vectormill.jobs set state = :state", state=state)
     publish(dispatcher)
     assert waiting(valkey) == []
-    assert dispatcher.rounds.cursors == {}
+    assert dispatcher.scheduler.cursors == {}
 
 
 def test_workspaces_share_a_queue(engine: Engine, model: Model, valkey: "redis.Redis", dispatcher: Dispatcher) -> None:
@@ -219,7 +233,7 @@ def test_a_dispatcher_does_its_duties_and_a_second_one_waits(
         for thread in runs:
             thread.join()
     assert len(set(waiting(valkey))) == len(waiting(valkey)) == 4
-    assert sorted(map(len, (first.rounds.cursors, second.rounds.cursors))) == [0, 1]
+    assert sorted(map(len, (first.scheduler.cursors, second.scheduler.cursors))) == [0, 1]
     assert run_sql(engine, "select count(*) from vectormill.leases") == [(0,)]
     assert {row["state"] for row in chunk_rows(engine, job_id)} == {"pending"}
     for each in (first, second):
@@ -242,10 +256,10 @@ def test_another_priority_counts_from_the_next_message(
 @pytest.fixture
 def drains_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks a transaction, and one transaction a turn."""
-    monkeypatch.setattr(dispatch, "_DRAIN_LIMIT", 2)
+    monkeypatch.setattr(maintenance, "_DRAIN_LIMIT", 2)
     ticks = itertools.count()
     monkeypatch.setattr(dispatch, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
-    monkeypatch.setattr(dispatch, "_LONGEST_DUTY_SECONDS", 1.5)
+    monkeypatch.setattr(maintenance, "_LONGEST_DUTY_SECONDS", 1.5)
 
 
 @pytest.mark.usefixtures("drains_two")
@@ -260,7 +274,7 @@ def test_a_drain_goes_on_in_the_next_turn(engine: Engine, model: Model, dispatch
         drained.append([row["state"] for row in chunk_rows(engine, job_id)].count("cancelled"))
         if turn == 1:  # it comes back behind what has been drained
             with engine.begin() as connection:
-                assert losses.expire_leases(connection, 1)
+                assert lost_claims.expire_leases(connection, 1)
         finish(dispatcher)
     assert drained == [2, 4, 5, 6]
     row = job_row(engine, job_id)

@@ -21,7 +21,8 @@ import pytest
 import redis
 from pydantic import SecretStr
 
-from pipeline.cli.prepare import migrate_database
+from pipeline.cli.bootstrap import migrate_database
+from pipeline.core.errors import LoginRefused, ServerFailed, UserError
 from pipeline.embedded.files import open_log
 from pipeline.embedded.machine import Machine, Stages, forget_own_servers
 from pipeline.embedded.place import Place
@@ -31,9 +32,8 @@ from pipeline.embedded.runtime import Running, find_running, hold_home, read_run
 from pipeline.embedded.supervisor import Child, Supervisor
 from pipeline.embedded.valkey import answers
 from pipeline.embedded.wheels import wheel_folder
-from pipeline.errors import LoginRefused, ServerFailed, UserError
-from pipeline.settings import Settings
-from tests.machines import remove_what_root_keeps, running_servers
+from pipeline.infra.settings import Settings
+from tests.support.machines import remove_what_root_keeps, running_servers
 
 #: Runs a machine with the servers alone: prints `ready`, ends on SIGTERM. It becomes another user only after its
 #: imports, since the interpreter may be closed to that one.
@@ -41,7 +41,7 @@ _MACHINE_PROGRAM = """
 import encodings.idna, os, signal, sys
 from pathlib import Path
 from pipeline.embedded.machine import Machine
-from pipeline.settings import Settings
+from pipeline.infra.settings import Settings
 if len(sys.argv) > 2:
     os.setgroups([])
     os.setgid(int(sys.argv[2]))

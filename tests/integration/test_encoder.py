@@ -8,9 +8,9 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from tests.acceptance.oracle import cosine
-from workers.encoder import Encoder
+from workers.encoders.local import Encoder
 
 LONG = " ".join(f"word {n}" for n in range(1_000))
 TEXTS = ["short", LONG, "naïve café 数学 🙂", "  spaces  ", "x", *(f"number {n}" for n in range(50))]
@@ -129,7 +129,7 @@ _DOCUMENT = " ".join(f"In chapter {n} the miller's naïve daughter grinds rye, a
 def test_of_a_long_text_no_more_is_read_than_decides(
     encoder: Encoder, monkeypatch: pytest.MonkeyPatch, text: str, whole: bool
 ) -> None:
-    monkeypatch.setattr("workers.reading.MOST_CHARACTERS_PER_TOKEN", 1_000_000)
+    monkeypatch.setattr("workers.encoders.reading.MOST_CHARACTERS_PER_TOKEN", 1_000_000)
     expected = encoder.tokenise([text, "short"])
     monkeypatch.undo()
     reader = encoder._documents.reader

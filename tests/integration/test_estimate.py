@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
-from pipeline.errors import SourceError, UserError
-from pipeline.estimate import estimate
-from pipeline.jobs import Model
-from pipeline.options import Columns, JobOptions
+from pipeline.core.errors import SourceError, UserError
+from pipeline.core.models import Model
+from pipeline.core.options import Columns, JobOptions
+from pipeline.db import usage
+from pipeline.ingest.estimate import estimate
 from pipeline.sources import Corpus
-from pipeline.store import usage
-from tests.jobs_made import make_model
-from workers.encoder import Encoder
+from tests.support.jobs_made import make_model
+from workers.encoders.local import Encoder
 
 _DOCUMENTS = 20_000
 

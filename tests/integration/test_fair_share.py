@@ -12,12 +12,14 @@ import pytest
 import redis
 from sqlalchemy import Engine
 
-from pipeline.dispatch import Dispatcher, publish
-from pipeline.jobs import Claim, Model
-from pipeline.publish import Publisher, queue_of
-from pipeline.store import chunks, workspaces
-from pipeline.writeback import write_chunk
-from tests.jobs_made import DONE, WORKER, chunk_ids, chunk_rows, make_job, make_model, part_of
+from pipeline.broker import Publisher, queue_of
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.chunks import Claim
+from pipeline.core.models import Model
+from pipeline.db import chunks, workspaces
+from pipeline.dispatch.dispatcher import publish
+from pipeline.dispatch.state import Dispatcher
+from tests.support.jobs_made import DONE, WORKER, chunk_ids, chunk_rows, make_job, make_model, part_of
 
 _SLOTS = 4
 _HUGE, _SMALL = 2_000, 20

@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import Engine
 
-from pipeline import parquet_sink, storage
-from pipeline.finalize import due, finalize
-from pipeline.jobs import Model
-from pipeline.writeback import write_chunk
-from tests.jobs_made import DONE, RUNNING, job_row, make_job, part_of, run_sql, taken
+from pipeline.chunk_io import parquet_sink
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.models import Model
+from pipeline.dispatch.finalize import due, finalize
+from pipeline.infra import storage
+from tests.support.jobs_made import DONE, RUNNING, job_row, make_job, part_of, run_sql, taken
 
 
 def test_parts_that_a_retry_brought_belong_to_the_data_set_too(
@@ -67,7 +68,7 @@ def test_parts_that_the_database_forgot_are_not_left_beside_those_it_lists(tmp_p
 
 _DIES_WRITING = """
 import os, sys, uuid
-from pipeline import parquet_sink
+from pipeline.chunk_io import parquet_sink
 os.fsync = lambda _: os._exit(9)
 parquet_sink.make_data_set(sys.argv[1], uuid.UUID(sys.argv[2]), [], {})
 """

@@ -12,7 +12,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry, Counter
 from starlette.types import Receive, Scope, Send
 
-from pipeline.http_server import HEAD_BYTES, TURN, bounded
+from pipeline.infra.http_server import HEAD_BYTES, TURN, bounded
 from tests.acceptance.fleet import eventually
 
 #: More than the kernel's buffers take.

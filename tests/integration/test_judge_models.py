@@ -5,13 +5,15 @@ from uuid import UUID
 
 from sqlalchemy import Engine
 
-from pipeline import control
-from pipeline.dispatch import Dispatcher, drain, finish, judge_models
-from pipeline.jobs import Model
-from pipeline.store import losses, models, workers
-from pipeline.writeback import write_chunk
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.models import Model
+from pipeline.db import lost_claims, models, workers
+from pipeline.dispatch.dispatcher import finish
+from pipeline.dispatch.maintenance import drain, judge_models
+from pipeline.dispatch.state import Dispatcher
+from pipeline.jobs import control
 from tests.integration.dispatching import die, lose, show_worker
-from tests.jobs_made import DONE, RUNNING, job_row, make_job, make_model, part_of, run_sql, taken
+from tests.support.jobs_made import DONE, RUNNING, job_row, make_job, make_model, part_of, run_sql, taken
 
 
 def state(engine: Engine, job_id: UUID) -> tuple[Any, Any]:
@@ -67,7 +69,7 @@ def test_claims_that_committed_before_they_were_lost_pause_nobody(
         claim = taken(engine, job_id, ordinal, task="died")
         write_chunk(engine, claim, 0, part_of([4 * ordinal]), RUNNING)
         with engine.begin() as connection:
-            assert losses.free_lost_claim(connection, claim.chunk_id, claim.worker_id, "died", "killed")
+            assert lost_claims.free_lost_claim(connection, claim.chunk_id, claim.worker_id, "died", "killed")
     judge_models(dispatcher)
     assert state(engine, job_id) == ("running", None)
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.options import Columns
+from pipeline.core.options import Columns
 from pipeline.sources import Corpus, Rows
 from pipeline.sources.batch_lines import BatchLines
 from pipeline.sources.by_reference import read_extent

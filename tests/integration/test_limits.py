@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from limits.aio.storage import memory
 
-from pipeline.api import limits as limits_module
-from pipeline.api.directory import Caller, Directory
-from pipeline.api.limits import Limits, Window, _span
-from pipeline.errors import RateLimited
+from pipeline.api.gateway import rate_limits as limits_module
+from pipeline.api.gateway.cache import Caller, GatewayCache
+from pipeline.api.gateway.rate_limits import Limits, Window, _span
+from pipeline.core.errors import RateLimited
 
 MINUTE_SECONDS = 3_600
 
@@ -40,7 +40,7 @@ class Counts:
     @asynccontextmanager
     async def made(self, minute_seconds: int) -> AsyncIterator[Limits]:
         """Limits of a process of their own."""
-        limits = Limits(self._url, cast(Directory, None), minute_seconds)
+        limits = Limits(self._url, cast(GatewayCache, None), minute_seconds)
         try:
             yield limits
         finally:
@@ -226,7 +226,7 @@ def test_a_refused_request_costs_nothing_and_what_was_taken_is_paid(counts: Coun
 @pytest.mark.parametrize("put", ["words", "set"])
 def test_a_count_that_others_spoil_begins_anew(redis_url: str, put: str) -> None:
     async def body() -> None:
-        made = Limits(redis_url, cast(Directory, None), 60)
+        made = Limits(redis_url, cast(GatewayCache, None), 60)
         who = caller(requests_per_minute=2)
         with redis.Redis.from_url(redis_url) as store:
             await made.charge(who, 1)
@@ -238,7 +238,7 @@ def test_a_count_that_others_spoil_begins_anew(redis_url: str, put: str) -> None
             with pytest.raises(RateLimited):
                 await made.charge(who, 1)
             # Counted by all: another process knows it.
-            other = Limits(redis_url, cast(Directory, None), 60)
+            other = Limits(redis_url, cast(GatewayCache, None), 60)
             with pytest.raises(RateLimited):
                 await other.charge(who, 1)
             await other.close()

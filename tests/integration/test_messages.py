@@ -10,10 +10,10 @@ import pytest
 import redis
 from kombu import Connection, Consumer, Exchange, Queue
 
-from pipeline.publish import celery_settings
-from tests.lines import Line, at_port, line_to
-from tests.messages_made import QUEUE, command, message
-from workers.messages import Transport
+from pipeline.broker import celery_settings
+from tests.support.lines import Line, at_port, line_to
+from tests.support.messages_made import QUEUE, command, message
+from workers.runner.transport import Transport
 
 _BROADCAST = "/1.celery.pidbox"
 

@@ -13,13 +13,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from pipeline.catalog import from_portable
-from pipeline.errors import ModelError
-from tests.tiny_models import KINDS, Kind
+from pipeline.catalog.models import from_portable
+from pipeline.core.errors import ModelError
+from tests.support.tiny_models import KINDS, Kind
 from workers import oneshot
-from workers.batching import Tokenised
-from workers.residents import loader
-from workers.weights import Source
+from workers.encoders.batching import Tokenised
+from workers.encoders.model_cache import loader
+from workers.encoders.weights import Source
 
 TABLE = Path(__file__).resolve().parents[2] / "ops" / "decisions" / "0014-a-model-is-proven-both-ways-or-refused.md"
 TEXTS = [

@@ -11,15 +11,16 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Connection, Engine
 
-from pipeline import control, purge
+from pipeline.chunk_io.commit import write_chunk
 from pipeline.cli import main
-from pipeline.errors import IllegalTransition, UnknownJob, UserError
-from pipeline.jobs import JobState, Model
-from pipeline.store import items, jobs, partitions, rejects, stagings, workspaces
-from pipeline.store.outputs import Output
-from pipeline.store.outputs import record as record_output
-from pipeline.writeback import write_chunk
-from tests.jobs_made import DONE, count, job_row, make_job, part_of, reject, run_sql, taken
+from pipeline.core.errors import IllegalTransition, UnknownJob, UserError
+from pipeline.core.jobs import JobState
+from pipeline.core.models import Model
+from pipeline.db import items, jobs, partitions, rejects, staging, workspaces
+from pipeline.db.outputs import Output
+from pipeline.db.outputs import record as record_output
+from pipeline.jobs import control, purge
+from tests.support.jobs_made import DONE, count, job_row, make_job, part_of, reject, run_sql, taken
 
 OLD, OLDER = datetime(2025, 3, 1, tzinfo=UTC), datetime(2025, 2, 1, tzinfo=UTC)
 #: What a job fills. Usage isn't among it.
@@ -68,7 +69,7 @@ def made(engine: Engine, model: Model, state: str = "completed", **how: Any) -> 
             part = Output(chunk_id=claim.chunk_id, fence=1, part=0, name="part", rows=3, bytes=9)
             record_output(connection, claim, part)
     with engine.begin() as connection:
-        stagings.insert_inputs(connection, job_id, [{"uri": "docs.jsonl", "etag": "", "bytes": 1}])
+        staging.insert_inputs(connection, job_id, [{"uri": "docs.jsonl", "etag": "", "bytes": 1}])
     run_sql(engine, "update vectormill.jobs set state = :state where id = :job", state=state, job=job_id)
     return job_id
 

@@ -8,11 +8,11 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Connection, Engine, event
 
+from pipeline.db import chunks, embeddings, events, items, jobs, lost_claims, outputs, rejects, sql_requests, staging
+from pipeline.db.database import make_engine
 from pipeline.embedded.runtime import Running
-from pipeline.store import chunks, embeddings, events, items, jobs, losses, outputs, rejects, requests, stagings
-from pipeline.store.database import make_engine
 from tests.conftest import new_database
-from tests.jobs_made import WORKER, make_job, make_model, run_sql
+from tests.support.jobs_made import WORKER, make_job, make_model, run_sql
 
 _CHUNKS = 250_000
 _ROWS = 20_000
@@ -228,24 +228,24 @@ def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str
         "claim": claim,
         "renew": renew,
         "pending_after": lambda c: chunks.pending_after(c, job, chunk, 8),
-        "pending_losses": lambda c: losses.pending(c, 1_000),
+        "pending_losses": lambda c: lost_claims.pending(c, 1_000),
         "has_open": lambda c: chunks.has_open(c, job),
         "cancel_pending": lambda c: chunks.cancel_pending(c, job, chunk, 5_000),
-        "expire_leases": lambda c: losses.expire_leases(c, 500),
+        "expire_leases": lambda c: lost_claims.expire_leases(c, 500),
         "tokens_in_flight": chunks.tokens_in_flight,
         "reopen": lambda c: chunks.reopen(c, job, ["encode_failed"]),
         "active": jobs.active,
         "without_open_chunks": jobs.without_open_chunks,
-        "dead_stagings": lambda c: stagings.dead(c, 86_400, 10),
+        "dead_stagings": lambda c: staging.dead(c, 86_400, 10),
         "take_old_texts": lambda c: jobs.take_old_texts(c, 7, 1_000),
         "outputs": lambda c: outputs.of_job(c, job, chunk),
         "due_events": lambda c: events.due(c, 10),
         "take_event": lambda c: events.take(c, "h3", 60),
         "standing_events": lambda c: events.standing(c, 3600),
         "forget_old_events": lambda c: events.forget_old(c, 30),
-        "requests_named": lambda c: requests.named(c, 1, "docs", 2),
+        "requests_named": lambda c: sql_requests.named(c, 1, "docs", 2),
         "jobs_named": lambda c: jobs.named(c, 1, "docs", 2),
-        "forget_queries": lambda c: requests.forget_queries(c, 7),
+        "forget_queries": lambda c: sql_requests.forget_queries(c, 7),
     }
     with engine.connect() as connection:
         found = plan(connection, acts[name])

@@ -8,12 +8,12 @@ import duckdb
 import pytest
 from sqlalchemy import Engine
 
-from pipeline.errors import LeaseLost, ServiceUnreachable, SourceError, SourceStopped, UserError
-from pipeline.jobs import RejectCode
-from pipeline.options import Columns
+from pipeline.core.chunks import RejectCode
+from pipeline.core.errors import LeaseLost, ServiceUnreachable, SourceError, SourceStopped, UserError
+from pipeline.core.options import Columns
 from pipeline.sources import query
 from pipeline.sources.query import QueryCorpus
-from tests.jobs_made import run_sql
+from tests.support.jobs_made import run_sql
 
 
 def corpus(url: str, query: str, **columns: object) -> QueryCorpus:
@@ -153,7 +153,7 @@ def test_the_fingerprint_knows_no_password(database: str) -> None:
 def test_memory_stays_small(database: str) -> None:
     program = """
 import resource, sys
-from pipeline.options import Columns
+from pipeline.core.options import Columns
 from pipeline.sources.query import QueryCorpus
 query = "select n as id, repeat('x', 1000) as text from generate_series(1, {}) n"
 def peak(count):

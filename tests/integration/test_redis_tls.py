@@ -24,11 +24,11 @@ from kombu.exceptions import OperationalError
 from pydantic import SecretStr
 from uuid_utils.compat import uuid7
 
+from pipeline.broker import Publisher, celery_settings
+from pipeline.core.errors import ServiceUnreachable, UserError
 from pipeline.doctor.servers import encryption
-from pipeline.errors import ServiceUnreachable, UserError
-from pipeline.publish import Publisher, celery_settings
-from pipeline.settings import Settings, load_settings, verifying
-from workers.throttle import connect
+from pipeline.infra.settings import Settings, load_settings, verifying
+from workers.upstream.rate_limiter import connect
 
 
 @dataclass
@@ -142,13 +142,13 @@ def _look(url: str) -> None:
     asyncio.run(broker.queues(["embed.tls"]))
 
 
-def _throttle(url: str) -> None:
+def _limiter(url: str) -> None:
     with connect(verifying(url)) as client:
         client.ping()
 
 
 _REFUSED = (ServiceUnreachable, OperationalError, redis.RedisError, OSError)
-_CLIENTS: list[Callable[[str], Any]] = [_ring, _count, _listen, _look, _throttle]
+_CLIENTS: list[Callable[[str], Any]] = [_ring, _count, _listen, _look, _limiter]
 
 
 @pytest.mark.parametrize("use", _CLIENTS)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
-from pipeline import control
-from pipeline.jobs import Model
-from pipeline.restore import Matter, check
-from pipeline.store.database import make_engine
-from pipeline.writeback import write_chunk
-from tests.jobs_made import DONE, RUNNING, chunk_rows, job_row, make_job, part_of, run_sql, taken
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.models import Model
+from pipeline.db.database import make_engine
+from pipeline.jobs import control
+from pipeline.jobs.restore import Matter, check
+from tests.support.jobs_made import DONE, RUNNING, chunk_rows, job_row, make_job, part_of, run_sql, taken
 
 
 def matters(engine: Engine, name: str) -> list[Matter]:

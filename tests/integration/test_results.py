@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import Engine
 
-from pipeline.errors import UserError
-from pipeline.jobs import Model
-from pipeline.options import VectorType
-from pipeline.results import export
-from pipeline.store import embeddings
-from pipeline.writeback import write_chunk
-from tests.jobs_made import DIMENSIONS, DONE, make_job, part_of, reject, run_sql, taken, vectors_of
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.errors import UserError
+from pipeline.core.models import Model
+from pipeline.core.options import VectorType
+from pipeline.db import embeddings
+from pipeline.jobs.results import export
+from tests.support.jobs_made import DIMENSIONS, DONE, make_job, part_of, reject, run_sql, taken, vectors_of
 
 ITEMS = 5_000
 

@@ -9,22 +9,22 @@ from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Engine
 from uuid_utils.compat import uuid7
 
-from pipeline import control
+from pipeline.core.models import Model
+from pipeline.db import chunks, lost_claims, partitions
+from pipeline.db.database import make_engine
+from pipeline.db.migrate import known_revisions
 from pipeline.doctor import servers as checks
-from pipeline.doctor.examination import CHECKS, examine
-from pipeline.doctor.findings import State
-from pipeline.doctor.patient import Patient
+from pipeline.doctor.checks import CHECKS, examine
+from pipeline.doctor.context import Context
+from pipeline.doctor.report import State
 from pipeline.embedded.runtime import Running
-from pipeline.jobs import Model
-from pipeline.migrate import known_revisions
-from pipeline.purge import purge_month
-from pipeline.settings import Settings
-from pipeline.store import chunks, losses, partitions
-from pipeline.store.database import make_engine
+from pipeline.infra.settings import Settings
+from pipeline.jobs import control
+from pipeline.jobs.purge import purge_month
 from tests.acceptance.fleet import eventually
 from tests.conftest import set_fsync
-from tests.jobs_made import WORKER, make_job, run_sql, taken
-from tests.roles import PROCESSES, SCRIPT, logins
+from tests.support.jobs_made import WORKER, make_job, run_sql, taken
+from tests.support.roles import PROCESSES, SCRIPT, logins
 
 #: Refused to all of them.
 _EVERYBODY = """
@@ -215,7 +215,7 @@ def test_the_dispatcher_ends_the_backend_of_a_worker_that_froze(
 
         def ended() -> list[int]:
             with as_dispatcher.begin() as connection:
-                return losses.terminate_frozen_backends(connection, 0.1)
+                return lost_claims.terminate_frozen_backends(connection, 0.1)
 
         assert eventually(ended, "an ended backend") == [claim.chunk_id]
         frozen.invalidate()
@@ -224,8 +224,8 @@ def test_the_dispatcher_ends_the_backend_of_a_worker_that_froze(
 def test_a_worker_looks_back_at_what_it_lost(as_worker: Engine, engine: Engine, model: Model) -> None:
     claim = taken(engine, make_job(engine, model))
     with as_worker.begin() as connection:
-        losses.note_stop(connection, claim)
-        assert losses.of_worker(connection, WORKER) == 1
+        lost_claims.note_stop(connection, claim)
+        assert lost_claims.of_worker(connection, WORKER) == 1
 
 
 def test_the_api_cancels_what_was_asked_for_in_sql(urls: dict[str, str], engine: Engine, model: Model) -> None:
@@ -252,7 +252,7 @@ def waits_for_disk(servers: Running, engine: Engine) -> Iterator[None]:
 def test_the_doctor_takes_no_processs_login_for_broken(
     process: str, urls: dict[str, str], redis_url: str, settings: Settings
 ) -> None:
-    patient = Patient(
+    context = Context(
         settings=settings,
         database_url=urls[process],
         redis_url=redis_url,
@@ -262,10 +262,10 @@ def test_the_doctor_takes_no_processs_login_for_broken(
     )
     asked = [check for check in CHECKS if check.name not in ("dispatcher", "workers", "engines", "flower")]
     try:
-        found = [(name, finding) for name, finding in examine(patient, asked)]
-        (role,) = checks.role(patient)
+        found = [(name, finding) for name, finding in examine(context, asked)]
+        (role,) = checks.role(context)
     finally:
-        patient.close()
+        context.close()
     assert [(name, finding) for name, finding in found if finding.state is State.FAIL] == []
     assert role.found.startswith(f"a login for {process}")
     canary = next(finding for name, finding in found if name == "canary")
@@ -276,7 +276,7 @@ def test_the_doctor_objects_to_a_login_without_rights(database: str, redis_url: 
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("drop role if exists test_nobody; create role test_nobody login password 'nobody'")
     bare = database.rpartition("@")[2]
-    patient = Patient(
+    context = Context(
         settings=settings,
         database_url=f"postgresql://test_nobody:nobody@{bare}",
         redis_url=redis_url,
@@ -285,9 +285,9 @@ def test_the_doctor_objects_to_a_login_without_rights(database: str, redis_url: 
         flower_password=None,
     )
     try:
-        (role,) = checks.role(patient)
+        (role,) = checks.role(context)
     finally:
-        patient.close()
+        context.close()
     assert role.state is State.FAIL
     assert "roles.sql" in role.mend
 
@@ -301,7 +301,7 @@ def test_the_doctor_tells_that_the_script_is_older_than_the_schema(
     login: str, urls: dict[str, str], engine: Engine, database: str, redis_url: str, settings: Settings
 ) -> None:
     run_sql(engine, "comment on schema vectormill is 'roles.sql of 0010'")
-    patient = Patient(
+    context = Context(
         settings=settings,
         database_url=urls.get(login, database),
         redis_url=redis_url,
@@ -310,9 +310,9 @@ def test_the_doctor_tells_that_the_script_is_older_than_the_schema(
         flower_password=None,
     )
     try:
-        findings = list(checks.role(patient))
+        findings = list(checks.role(context))
     finally:
-        patient.close()
+        context.close()
     assert [finding.state for finding in findings] == [State.OK, State.FAIL]
     assert "was run for 0010" in findings[1].found
 

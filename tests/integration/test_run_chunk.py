@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from pipeline import control
-from pipeline.catalog import add_model, find_model, workspace_id
-from pipeline.errors import LeaseLost, ModelError
-from pipeline.jobs import Claim, Model
-from tests.jobs_made import chunk_rows, make_job, run_sql, taken
-from workers.batching import CONVICTED
-from workers.encoder import Encoder
-from workers.run_chunk import Watch, run_chunk
+from pipeline.catalog.models import add_model, find_model, workspace_id
+from pipeline.core.chunks import Claim
+from pipeline.core.errors import LeaseLost, ModelError
+from pipeline.core.models import Model
+from pipeline.jobs import control
+from tests.support.jobs_made import chunk_rows, make_job, run_sql, taken
+from workers.encoders.batching import CONVICTED
+from workers.encoders.local import Encoder
+from workers.runner.run_chunk import Watch, run_chunk
 
 
 @pytest.fixture(scope="module")

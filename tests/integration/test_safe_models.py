@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from pipeline.catalog import weights_sha256
-from pipeline.errors import ModelError
+from pipeline.catalog.models import weights_sha256
+from pipeline.core.errors import ModelError
 from tests.acceptance.fleet import Fleet
+from workers.encoders.weights import Source
 from workers.oneshot import describe
-from workers.weights import Source
 
 
 @pytest.fixture

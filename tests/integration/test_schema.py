@@ -14,15 +14,15 @@ from alembic import command
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from pipeline.migrate import alembic_config, upgrade
-from pipeline.store import partitions
-from pipeline.store.database import make_engine
-from pipeline.tables import PARTITIONED
+from pipeline.db import partitions
+from pipeline.db.database import make_engine
+from pipeline.db.migrate import alembic_config, upgrade
+from pipeline.db.tables import PARTITIONED
 
 #: Alembic knows one migration a process.
 _UPGRADE = """
 import sys
-from pipeline.cli.prepare import migrate_database
+from pipeline.cli.bootstrap import migrate_database
 migrate_database(sys.argv[1])
 """
 

@@ -16,22 +16,27 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
-from pipeline import control, sql_requests, staging, status
-from pipeline.cli.connect import Place
-from pipeline.cli.database_desk import DatabaseDesk
+from pipeline.broker import Publisher
+from pipeline.cli.context import Place
+from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import watch_job
-from pipeline.dispatch import Dispatcher, drain, finish, keep_house
+from pipeline.core.errors import ServiceUnreachable, UnknownJob
+from pipeline.core.job_status import JobStatus
+from pipeline.core.jobs import JobState
+from pipeline.core.models import Model
+from pipeline.db import partitions
+from pipeline.db import sql_requests as requests
+from pipeline.dispatch.dispatcher import finish
+from pipeline.dispatch.maintenance import drain, maintain
+from pipeline.dispatch.state import Dispatcher
 from pipeline.embedded.runtime import Running
 from pipeline.embedded.wheels import wheel_folder
-from pipeline.errors import ServiceUnreachable, UnknownJob
-from pipeline.job_status import JobStatus
-from pipeline.jobs import JobState, Model
-from pipeline.publish import Publisher
-from pipeline.purge import purge_job, purge_month
-from pipeline.settings import Settings
-from pipeline.store import partitions, requests
+from pipeline.infra.settings import Settings
+from pipeline.ingest import sql_requests, staging
+from pipeline.jobs import control, status
+from pipeline.jobs.purge import purge_job, purge_month
 from tests.acceptance.fleet import eventually
-from tests.jobs_made import chunk_rows, count, job_row, run_sql
+from tests.support.jobs_made import chunk_rows, count, job_row, run_sql
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
 
@@ -443,7 +448,7 @@ def test_what_is_no_job_yet_has_a_status(engine: Engine, model: Model, stage: Ca
     row = status_of(engine, str(first)[:20])
     assert (row.state, row.reason) == ("failed", "empty_source")
     assert "no rows; there is nothing to embed." in (row.message or "")
-    assert watch_job(DatabaseDesk(Place(settings=Settings(), engine=engine, workspace_id=1)), first, 10) == 3
+    assert watch_job(DatabaseBackend(Place(settings=Settings(), engine=engine, workspace_id=1)), first, 10) == 3
     second = ask(engine, name="docs")
     stage()
     assert (status_of(engine, "docs").id, status_of(engine, "docs").state) == (second, "queued")
@@ -465,11 +470,11 @@ def test_queries_are_forgotten_as_texts_are(
     stage()
     run_sql(engine, "update vectormill.requests set state = 'requested' where job_id = :id", id=waiting)
     run_sql(engine, "update vectormill.requests set finished_at = now() - interval '8 days'")
-    keep_house(dispatcher(engine, redis_url))
+    maintain(dispatcher(engine, redis_url))
     kept = "select job_id from vectormill.requests where query is not null order by 1"
     assert run_sql(engine, kept) == [(made,), (waiting,)], "its job hasn't ended"
     run_sql(engine, "update vectormill.jobs set state = 'completed', finished_at = now() - interval '8 days'")
-    keep_house(dispatcher(engine, redis_url))
+    maintain(dispatcher(engine, redis_url))
     assert run_sql(engine, kept) == [(waiting,)]
     assert ask(engine, "select 'a secret' as wrong", idempotency_key="k") == refused_one
     stage()

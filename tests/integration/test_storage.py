@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage
-from pipeline.errors import SourceChanged, SourceError, StorageRefused, StorageUnreachable, UserError
-from pipeline.options import Columns
+from pipeline.core.errors import SourceChanged, SourceError, StorageRefused, StorageUnreachable, UserError
+from pipeline.core.options import Columns
+from pipeline.infra import storage
 from pipeline.sources import Corpus
-from tests.acceptance.faults.disk import small_disk
-from tests.object_store import environment_of, s3_server
+from tests.chaos.disk import small_disk
+from tests.support.object_store import environment_of, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,8 @@ def test_what_a_storage_refuses(server: dict[str, str]) -> None:
 def test_a_storage_that_isnt_there(environment: dict[str, str], said: str) -> None:
     """In a process of its own, without what this one's environment may say."""
     program = """
-from pipeline import errors, storage
+from pipeline.core import errors
+from pipeline.infra import storage
 try:
     storage.stat("s3://bucket/a")
 except errors.VectormillError as error:

@@ -11,14 +11,14 @@ from sqlalchemy import Engine
 from starlette.types import Message
 from uuid_utils.compat import uuid7
 
-from pipeline import keys
-from pipeline.api import submissions
 from pipeline.api.app import Bounded, make_app
-from pipeline.catalog import workspace_id
-from pipeline.errors import RequestStalled
-from pipeline.jobs import Model
-from pipeline.settings import Settings
-from pipeline.submission import Submitted
+from pipeline.api.status import submissions
+from pipeline.catalog import keys
+from pipeline.catalog.models import workspace_id
+from pipeline.core.errors import RequestStalled
+from pipeline.core.models import Model
+from pipeline.infra.settings import Settings
+from pipeline.ingest.submission import Submitted
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def line(engine: Engine, database: str, redis_url: str) -> Iterator[TestClient]:
     app = make_app(Settings(database_url=SecretStr(database)), database, redis_url)
     with TestClient(app, headers={"authorization": f"Bearer {key}"}) as made:
         yield made
-    for held in (app.state.bulk.engine, app.state.database._engine):
+    for held in (app.state.transfers.engine, app.state.database._engine):
         held.dispose()
 
 

@@ -13,17 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import Engine
 
-from pipeline import staging
-from pipeline.dispatch import Dispatcher, finish
-from pipeline.errors import IdempotencyConflict, LeaseLost, ServiceUnreachable, SourceError, UserError
-from pipeline.jobs import JobState, Model, Reason, Upstream
-from pipeline.options import Columns, JobOptions
-from pipeline.publish import Publisher
+from pipeline.broker import Publisher
+from pipeline.core.errors import IdempotencyConflict, LeaseLost, ServiceUnreachable, SourceError, UserError
+from pipeline.core.jobs import JobState, Reason
+from pipeline.core.models import Model, Upstream
+from pipeline.core.options import Columns, JobOptions
+from pipeline.db import jobs
+from pipeline.dispatch.dispatcher import finish
+from pipeline.dispatch.state import Dispatcher
+from pipeline.ingest import staging
+from pipeline.ingest.submission import Planning, Submission, Submitted
+from pipeline.ingest.submit import submit
 from pipeline.sources import Corpus
-from pipeline.store import jobs
-from pipeline.submission import Planning, Submission, Submitted
-from pipeline.submit import submit
-from tests.jobs_made import chunk_rows, count, job_row, run_sql, taken
+from tests.support.jobs_made import chunk_rows, count, job_row, run_sql, taken
 
 ROWS: list[dict[str, Any]] = [{"id": f"k{at}", "text": f"text {at}"} for at in range(10)]
 ROWS[3]["text"] = ""

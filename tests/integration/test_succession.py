@@ -15,7 +15,7 @@ from tests.acceptance.fleet import eventually
 #: Tells each client its pid and how many were killed before it; ends by itself when a client asks for it.
 _SERVER = """
 import os, socket, sys
-from workers.succession import hold_signals, serve_in_child
+from workers.engine.succession import hold_signals, serve_in_child
 
 def serve(listener, deaths):
     while True:

@@ -14,19 +14,23 @@ from openai import OpenAI
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
-from pipeline import completion, control
-from pipeline.background import Background, Resources
-from pipeline.dispatch import Dispatcher, drain, finish
-from pipeline.errors import Waiting
-from pipeline.jobs import Model, RejectCode
-from pipeline.publish import Publisher
-from pipeline.settings import Settings
-from pipeline.store import events, workspaces
+from pipeline.broker import Publisher
+from pipeline.chunk_io.commit import write_chunk
+from pipeline.core.chunks import RejectCode
+from pipeline.core.errors import Waiting
+from pipeline.core.models import Model
+from pipeline.db import events, workspaces
+from pipeline.dispatch import completion
+from pipeline.dispatch.background import Background, Resources
+from pipeline.dispatch.dispatcher import finish
+from pipeline.dispatch.maintenance import drain
+from pipeline.dispatch.state import Dispatcher
+from pipeline.infra.settings import Settings
+from pipeline.jobs import control
 from pipeline.webhooks import delivery
-from pipeline.writeback import write_chunk
 from tests.acceptance.fleet import eventually
-from tests.jobs_made import DONE, count, make_job, part_of, reject, run_sql, taken
-from tests.receiver import Receiver, receiving
+from tests.support.jobs_made import DONE, count, make_job, part_of, reject, run_sql, taken
+from tests.support.receiver import Receiver, receiving
 
 SECRET = "whsec_YWFhYWFhYWFhYWFhYWFhYWFhYWFhYWFh"
 

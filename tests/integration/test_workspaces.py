@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from pipeline.catalog import find_model, workspace_id
+from pipeline.catalog.models import find_model, workspace_id
 from pipeline.cli import main
-from pipeline.errors import UnknownModel
-from pipeline.jobs import Model
-from tests.jobs_made import make_job, make_model
+from pipeline.core.errors import UnknownModel
+from pipeline.core.models import Model
+from tests.support.jobs_made import make_job, make_model
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import SourceError
-from pipeline.jobs import RejectCode
+from pipeline.core.chunks import RejectCode
+from pipeline.core.errors import SourceError
 from pipeline.sources.batch_lines import ENDPOINT, BatchLines
 
 ITEM_BYTES = 60

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.batching import CONVICTED, Slice, isolated_slices, passes, share_out, token_batches
+from workers.encoders.batching import CONVICTED, Slice, isolated_slices, passes, share_out, token_batches
 
 LENGTHS = st.lists(st.integers(0, 300), max_size=80)
 
@@ -56,7 +56,8 @@ def test_slices_narrow_eightfold(level: int, sizes: list[int]) -> None:
 def search(items: int, poisons: set[int], stops: set[int]) -> tuple[list[int], int]:
     """A chunk's whole life with items that kill their process: who is convicted, and after how many crashes.
 
-    A claim works as `workers.run_chunk` does; it also ends without a crash after the commits numbered in `stops`.
+    A claim works as `workers.runner.run_chunk` does; it also ends without a crash after the commits numbered in
+    `stops`.
     """
     left, level, crashes, commits = list(range(items)), 0, 0, 0
     convicted: list[int] = []

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.catalog import gateway_url
-from pipeline.errors import UserError
-from pipeline.settings import read_key
+from pipeline.catalog.models import gateway_url
+from pipeline.core.errors import UserError
+from pipeline.infra.settings import read_key
 
 
 @pytest.mark.parametrize(

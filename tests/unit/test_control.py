@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.control import outcome, reject_limit
-from pipeline.errors import UserError
-from pipeline.job_status import Account
+from pipeline.core.errors import UserError
+from pipeline.core.job_status import Account
+from pipeline.jobs.control import outcome, reject_limit
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from starlette.testclient import TestClient
 
 from pipeline.api.dashboard import drawing, words
 from pipeline.api.dashboard.answer import PageRoute
-from pipeline.job_status import ChunkCounts, ItemCounts, JobStatus, Rate, TokenCounts
-from pipeline.jobs import JobState, Reason, RejectCode
-from pipeline.store.charts import Cell
+from pipeline.core.chunks import RejectCode
+from pipeline.core.job_status import ChunkCounts, ItemCounts, JobStatus, Rate, TokenCounts
+from pipeline.core.jobs import JobState, Reason
+from pipeline.db.dashboard import Cell
 
 NOW = datetime(2026, 9, 1, 12, 0, 0, tzinfo=UTC)
 

@@ -4,8 +4,9 @@ from typing import TypeVar
 
 import pytest
 
-from pipeline.jobs import CHUNK_TRANSITIONS, JOB_TRANSITIONS, ChunkState, JobState, RejectCode
-from pipeline.store.jobs import sources_of
+from pipeline.core.chunks import CHUNK_TRANSITIONS, ChunkState, RejectCode
+from pipeline.core.jobs import JOB_TRANSITIONS, JobState
+from pipeline.db.jobs import sources_of
 
 State = TypeVar("State")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tests.scraping import ADDED, asked_for, dashboard_queries, grouped_by, panels, rule_queries, series
+from tests.support.scraping import ADDED, asked_for, dashboard_queries, grouped_by, panels, rule_queries, series
 
 _OPS = Path(__file__).resolve().parents[2] / "ops"
 

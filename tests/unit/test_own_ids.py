@@ -8,7 +8,7 @@ import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel
 
-from workers.own_ids import OwnIds
+from workers.encoders.own_ids import OwnIds
 
 LONG = "A mill grinds grain between two stones; the miller pays attention to the water, the wheel and the embeddings."
 TEXTS = [LONG, "naïve café — “quoted” 12345678 🙂 数学", "def f(x): return x[0] + 1  # comment", "two words"]

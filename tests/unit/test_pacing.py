@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from pipeline.api.pacing import Lines, Paced, take_turn
-from pipeline.http_server import TURN
+from pipeline.infra.http_server import TURN
 
 _BURST, _EACH, _LONGEST = 50, 1 / 200, 10.0
 

@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from pipeline.api.packing import _unpack
-from pipeline.errors import InvalidPayload, PayloadTooLarge
+from pipeline.core.errors import InvalidPayload, PayloadTooLarge
 
 BODY = b'{"model": "m", "input": "' + b"a" * 1_000 + b'"}'
 MOST = len(BODY)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.request import default_name, read_request, read_sent
+from pipeline.core.errors import UserError
+from pipeline.ingest.request import default_name, read_request, read_sent
 
 
 @pytest.mark.parametrize(

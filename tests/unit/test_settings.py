@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.settings import load_settings
+from pipeline.core.errors import UserError
+from pipeline.infra.settings import load_settings
 
 
 def test_secrets_are_read_from_the_files_that_variables_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.api.engines import MOST_SECONDS
+from pipeline.api.gateway.engines import MOST_SECONDS
 from pipeline.embedded import stages
 from pipeline.embedded.runtime import Running
-from pipeline.settings import Settings
+from pipeline.infra.settings import Settings
 
 
 def _running(**more: Any) -> Running:

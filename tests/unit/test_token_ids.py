@@ -3,9 +3,9 @@
 import pytest
 import tiktoken
 
-from pipeline.api import token_ids
-from pipeline.api.token_ids import decode_by, decoder
-from pipeline.wire import Decode
+from pipeline.api.v1 import token_ids
+from pipeline.api.v1.token_ids import decode_by, decoder
+from pipeline.core.openai import Decode
 
 BYTES = {number: bytes([number]) for number in range(256)}
 TEXTS = [

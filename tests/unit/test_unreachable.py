@@ -4,8 +4,8 @@ import psycopg
 import pytest
 from sqlalchemy.exc import DBAPIError
 
-from pipeline.errors import ServiceUnreachable, UserError
-from pipeline.store.database import reporting_unreachable
+from pipeline.core.errors import ServiceUnreachable, UserError
+from pipeline.db.database import reporting_unreachable
 
 
 @pytest.mark.parametrize(

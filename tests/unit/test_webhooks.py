@@ -7,8 +7,8 @@ import pytest
 import standardwebhooks
 from openai import InvalidWebhookSignatureError, OpenAI
 
-from pipeline.errors import UserError
-from pipeline.jobs import EventState
+from pipeline.core.errors import UserError
+from pipeline.core.requests import EventState
 from pipeline.webhooks import allowlist
 from pipeline.webhooks.allowlist import is_allowed
 from pipeline.webhooks.delivery import Verdict, judge, signatures

@@ -1,4 +1,4 @@
-"""What a viewer may do to a job. Each form of a job's page ends here."""
+"""Actions on a job. Each form of a job's page ends here."""
 
 from functools import partial
 from typing import Literal
@@ -7,11 +7,11 @@ from uuid import UUID
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
-from pipeline import control
 from pipeline.api.dashboard.answer import PageRoute, act
 from pipeline.api.dashboard.job import visible_job
 from pipeline.api.dashboard.session import Viewer
-from pipeline.errors import IllegalTransition
+from pipeline.core.errors import IllegalTransition
+from pipeline.jobs import control
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 

@@ -16,12 +16,12 @@ from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, RedirectResponse
 
-from pipeline import figures
-from pipeline.api.asking import ask
 from pipeline.api.dashboard import drawing, session, words
 from pipeline.api.dashboard.session import Viewer
-from pipeline.errors import ApiError, IllegalTransition, InvalidApiKey, Unauthorized, UnknownJob, UserError
-from pipeline.store import charts
+from pipeline.api.dependencies import ask
+from pipeline.core import humanize
+from pipeline.core.errors import ApiError, IllegalTransition, InvalidApiKey, Unauthorized, UnknownJob, UserError
+from pipeline.db import dashboard
 
 log = structlog.get_logger()
 
@@ -101,8 +101,8 @@ async def show(request: Request, template: str, look: Look) -> Response:
     viewer = await session.viewer(request)
 
     def run(connection: Connection) -> dict[str, Any]:
-        charts.begin_snapshot(connection)
-        return {"holder": charts.key_holder(connection, viewer.caller.key_id), **look(connection, viewer)}
+        dashboard.begin_snapshot(connection)
+        return {"holder": dashboard.key_holder(connection, viewer.caller.key_id), **look(connection, viewer)}
 
     found = await ask(request, run)
     return await asyncio.to_thread(render, request, template, viewer=viewer, **found)
@@ -160,7 +160,7 @@ def _templates() -> Environment:
     )
     made.filters["quoted"] = shlex.quote
     for filter_ in ("short", "size", "duration"):
-        made.filters[filter_] = getattr(figures, filter_)
+        made.filters[filter_] = getattr(humanize, filter_)
     for filter_ in ("number", "money", "count", "ordinal", "ago", "until", "page_name"):
         made.filters[filter_] = getattr(words, filter_)
     for name in ("percent", "progress", "reason", "advice", "time_left", "took"):

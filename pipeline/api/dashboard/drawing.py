@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 
 from sqlalchemy import RowMapping
 
-from pipeline import figures
 from pipeline.api.dashboard import words
-from pipeline.job_status import ItemCounts
-from pipeline.store.charts import Cell
+from pipeline.core import humanize
+from pipeline.core.job_status import ItemCounts
+from pipeline.db.dashboard import Cell
 
 #: Widths of a column of the throughput chart: with steps like these it is redrawn seldom while a job goes on.
 _WIDTHS_SECONDS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1_800, 3_600, 7_200, 14_400, 43_200, 86_400, 604_800)
@@ -85,8 +85,8 @@ def throughput(
                 begin=round(100 * at / room, 3),
                 width=round(100 / room, 3),
                 height=round(100 * rate / top, 2) if top else 0.0,
-                tip=f"{figures.short(rate)} tok/s, {figures.short(items / width_seconds)} items/s"
-                f"|{figures.duration(width_seconds)} from {when} UTC",
+                tip=f"{humanize.short(rate)} tok/s, {humanize.short(items / width_seconds)} items/s"
+                f"|{humanize.duration(width_seconds)} from {when} UTC",
                 open=going_on and start + width_seconds > end.timestamp(),
             )
         )

@@ -9,14 +9,15 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection, RowMapping
 
-from pipeline import status
 from pipeline.api.dashboard import drawing
 from pipeline.api.dashboard.answer import PageRoute, show
 from pipeline.api.dashboard.session import Viewer
-from pipeline.errors import UnknownJob
-from pipeline.jobs import RETRYABLE_REJECTS, Job, JobState, RejectCode
-from pipeline.options import JobOptions, KeptOptions
-from pipeline.store import charts, models, rejects, workers
+from pipeline.core.chunks import RETRYABLE_REJECTS, RejectCode
+from pipeline.core.errors import UnknownJob
+from pipeline.core.jobs import Job, JobState
+from pipeline.core.options import JobOptions, KeptOptions
+from pipeline.db import dashboard, models, rejects, workers
+from pipeline.jobs import status
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -48,25 +49,25 @@ def _job(connection: Connection, viewer: Viewer, *, job_id: UUID) -> dict[str, A
     row = visible_job(connection, viewer, job_id)
     standing = status.job_status(connection, job_id)
     state = row.state
-    cost, device_seconds = charts.cost(connection, job_id)
-    files, first_files = charts.inputs(connection, job_id, _FIRST_INPUTS)
+    cost, device_seconds = dashboard.cost(connection, job_id)
+    files, first_files = dashboard.inputs(connection, job_id, _FIRST_INPUTS)
     total_chunks = standing.chunks.total
     model = models.by_name(connection, row.model)
     return {
         "job": standing,
         "row": row,
-        "workspace": charts.workspace_of(connection, job_id),
-        "ahead": charts.queue_positions(connection, [job_id]).get(job_id),
+        "workspace": dashboard.workspace_of(connection, job_id),
+        "ahead": dashboard.queue_positions(connection, [job_id]).get(job_id),
         "unserved": state in (JobState.QUEUED, JobState.RUNNING) and not _is_served(connection, row.model),
         "cost": cost,
         "price": model and model["price_per_million"],
         "device_seconds": device_seconds,
         "chart": _throughput(connection, job_id, row),
-        "strip": drawing.strip(charts.strip(connection, job_id, total_chunks, drawing.MOST_CELLS)),
+        "strip": drawing.strip(dashboard.strip(connection, job_id, total_chunks, drawing.MOST_CELLS)),
         "total_chunks": total_chunks,
         "rejects": _rejects_by_code(connection, job_id) if standing.items.rejected else [],
         "receipt": status.receipt(connection, job_id),
-        "attempts": charts.attempts(connection, job_id),
+        "attempts": dashboard.attempts(connection, job_id),
         "options": _options(row.options) | ({"notes": " ".join(row.notices)} if row.notices else {}),
         "files": files,
         "first_files": first_files,
@@ -85,14 +86,14 @@ def _throughput(connection: Connection, job_id: UUID, row: Job) -> drawing.Chart
         return None
     end = max(begin, row.finished_at or datetime.now(UTC))
     width = drawing.width_of_columns((end - begin).total_seconds())
-    spans = charts.throughput(connection, job_id, width, begin)
+    spans = dashboard.throughput(connection, job_id, width, begin)
     return drawing.throughput(spans, width, begin, end, going_on=not row.finished_at) if spans else None
 
 
 def _rejects_by_code(connection: Connection, job_id: UUID) -> list[dict[str, Any]]:
     counts = rejects.count_by_code(connection, job_id)
     firsts = defaultdict(list)
-    for row in charts.first_rejects(connection, job_id, list(counts), _FIRST_REJECTS):
+    for row in dashboard.first_rejects(connection, job_id, list(counts), _FIRST_REJECTS):
         firsts[row["code"]].append(row)
     return [
         {"code": code, "count": count, "first": firsts[code], "retryable": RejectCode(code).retryable}
@@ -104,7 +105,7 @@ def _retry(connection: Connection, row: Job, state: JobState) -> RowMapping | No
     """What could be tried again of a job that has ended; None: nothing."""
     if state not in (JobState.COMPLETED, JobState.FAILED) or row.texts_removed_at:
         return None
-    found = charts.reopenable(connection, row.id, sorted(RETRYABLE_REJECTS))
+    found = dashboard.reopenable(connection, row.id, sorted(RETRYABLE_REJECTS))
     return found if found["rejects"] or found["chunks"] else None
 
 
@@ -158,7 +159,7 @@ def _text(connection: Connection, row: Job, index: int) -> dict[str, Any]:
         return {"why": "The text is in the source file; Postgres keeps none of this job's."}
     if row.texts_removed_at and index < row.texts_kept_from:
         return {"why": f"The text was removed on {row.texts_removed_at:%Y-%m-%d}, as set for ended jobs."}
-    found = charts.text_of(connection, row.id, index, _MOST_CHARACTERS)
+    found = dashboard.text_of(connection, row.id, index, _MOST_CHARACTERS)
     if found is None or found["text"] is None:
         return {"why": "The text was not kept: the item was rejected when it was read."}
     return {"text": found["text"], "characters": found["characters"], "cut": found["characters"] > _MOST_CHARACTERS}

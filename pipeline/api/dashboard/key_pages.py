@@ -7,15 +7,15 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
-from pipeline import keys
-from pipeline.api.asking import ask
 from pipeline.api.dashboard import session
 from pipeline.api.dashboard.answer import PageRoute, act, render, show
 from pipeline.api.dashboard.session import Viewer
-from pipeline.errors import InvalidPayload
-from pipeline.keys import NewKey
-from pipeline.store import charts
-from pipeline.store import keys as stored_keys
+from pipeline.api.dependencies import ask
+from pipeline.catalog import keys
+from pipeline.catalog.keys import NewKey
+from pipeline.core.errors import InvalidPayload
+from pipeline.db import dashboard
+from pipeline.db import keys as stored_keys
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -77,7 +77,7 @@ async def _made(request: Request, viewer: Viewer, make: Callable[[Connection], N
     """Make a key and answer with the page that shows it: reloading or polling can't bring it back."""
 
     def run(connection: Connection) -> tuple[NewKey, Any]:
-        return make(connection), charts.key_holder(connection, viewer.caller.key_id)
+        return make(connection), dashboard.key_holder(connection, viewer.caller.key_id)
 
     made, holder = await ask(request, run)
     return render(request, "new_key.html", viewer=viewer, holder=holder, made=made)

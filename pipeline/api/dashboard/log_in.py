@@ -5,7 +5,7 @@ from starlette.responses import RedirectResponse
 
 from pipeline.api.dashboard import session
 from pipeline.api.dashboard.answer import PageRoute, render
-from pipeline.errors import InvalidApiKey, Unauthorized
+from pipeline.core.errors import InvalidApiKey, Unauthorized
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 

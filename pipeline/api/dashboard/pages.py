@@ -10,12 +10,12 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection, RowMapping
 
-from pipeline import status
 from pipeline.api.dashboard import drawing
 from pipeline.api.dashboard.answer import PageRoute, show
 from pipeline.api.dashboard.session import Viewer
-from pipeline.jobs import JobState
-from pipeline.store import charts, engines, models, workers
+from pipeline.core.jobs import JobState
+from pipeline.db import dashboard, engines, models, workers
+from pipeline.jobs import status
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -48,7 +48,7 @@ def _jobs(
         before=before,
         limit=_PAGE + 1,
     )
-    counts = charts.count_jobs(connection, viewer.scope)
+    counts = dashboard.count_jobs(connection, viewer.scope)
     by_state, by_model = Counter[str](), Counter[str]()
     for of_state, of_model, count in counts:
         by_state[of_state] += count if model in ("", of_model) else 0
@@ -56,7 +56,7 @@ def _jobs(
     shown = found[:_PAGE]
     return {
         "jobs": shown,
-        "positions": charts.queue_positions(connection, [job.id for job in shown]),
+        "positions": dashboard.queue_positions(connection, [job.id for job in shown]),
         "more": shown[-1].id if len(found) > _PAGE else None,
         "by_state": {each.value: by_state[each] for each in JobState if by_state[each] or each == state},
         "by_model": dict(by_model),
@@ -77,7 +77,7 @@ async def show_workers(request: Request) -> Response:
 def _workers(connection: Connection, viewer: Viewer) -> dict[str, Any]:
     now = datetime.now(UTC)
     visible = _visible(connection, viewer)
-    busy = charts.busy_slots(connection)
+    busy = dashboard.busy_slots(connection)
     return {
         "workers": [
             {
@@ -155,7 +155,7 @@ async def show_usage(
 def _usage(connection: Connection, viewer: Viewer, *, by: str, days: int) -> dict[str, Any]:
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     begin = today - timedelta(days=days - 1)
-    rows, groups = charts.usage(connection, viewer.scope, by, begin, days if by == "day" else _MOST_GROUPS)
+    rows, groups = dashboard.usage(connection, viewer.scope, by, begin, days if by == "day" else _MOST_GROUPS)
     if by == "day":
         rows = sorted(rows, key=lambda row: row["group"], reverse=True)
     names = [f"{begin + timedelta(days=at):%Y-%m-%d}" for at in range(days)]

@@ -1,4 +1,4 @@
-"""Who looks: the cookie holds an API key itself, so there is no session to keep, and a revoked key ends it."""
+"""A viewer's session: the cookie holds an API key itself, so there is no session to keep, and a revoked key ends it."""
 
 import re
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 from fastapi import Request, Response
 
-from pipeline.api.asking import identify
-from pipeline.api.directory import Caller
-from pipeline.errors import Forbidden, PayloadTooLarge
+from pipeline.api.dependencies import identify
+from pipeline.api.gateway.cache import Caller
+from pipeline.core.errors import Forbidden, PayloadTooLarge
 
 _COOKIE = "vectormill_key"
 _MOST_FORM_BYTES = 16 * 1024

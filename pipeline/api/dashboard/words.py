@@ -6,9 +6,10 @@ from urllib.parse import urlsplit
 
 from markupsafe import Markup
 
-from pipeline.figures import duration
-from pipeline.job_status import JobStatus
-from pipeline.jobs import JobState, Reason, RejectCode
+from pipeline.core.chunks import RejectCode
+from pipeline.core.humanize import duration
+from pipeline.core.job_status import JobStatus
+from pipeline.core.jobs import JobState, Reason
 
 _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
 

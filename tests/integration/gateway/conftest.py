@@ -6,9 +6,9 @@ import pytest
 from sqlalchemy import Engine
 
 from tests.integration.gateway.world import World
-from tests.scripted_gateway import ScriptedGateway, scripted_gateway
-from workers import gateway as client
-from workers import requests
+from tests.support.scripted_gateway import ScriptedGateway, scripted_gateway
+from workers.upstream import encoder as client
+from workers.upstream import requests
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.canary import CANARY
-from pipeline.jobs import Claim
-from pipeline.store import attempts as store_attempts
+from pipeline.core.canary import CANARY
+from pipeline.core.chunks import Claim
+from pipeline.db import attempts as store_attempts
 from tests.integration.gateway.world import ITEMS, World
-from tests.jobs_made import count, run_sql, taken
-from tests.scripted_gateway import Answer, ScriptedGateway, good
-from workers.attempts import Attempts
-from workers.run_chunk import Watch
+from tests.support.jobs_made import count, run_sql, taken
+from tests.support.scripted_gateway import Answer, ScriptedGateway, good
+from workers.runner.run_chunk import Watch
+from workers.upstream.attempts import Attempts
 
 
 def test_what_was_paid_for_is_committed_while_more_is_under_way(world: World, far: ScriptedGateway) -> None:

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine
 
-from pipeline import status
-from pipeline.canary import CANARY
-from pipeline.errors import GatewayBusy, GatewayChanged, GatewayRefused
+from pipeline.core.canary import CANARY
+from pipeline.core.errors import GatewayBusy, GatewayChanged, GatewayRefused
+from pipeline.jobs import status
 from tests.integration.gateway.world import ITEMS, World, upstream_of
-from tests.jobs_made import count, make_job, run_sql, taken
-from tests.ports import free_port
-from tests.scripted_gateway import DIMENSIONS, Answer, ScriptedGateway, error, good
-from workers import memory as remembering
-from workers.inquiry import describe
-from workers.throttle import Throttle, connect
+from tests.support.jobs_made import count, make_job, run_sql, taken
+from tests.support.ports import free_port
+from tests.support.scripted_gateway import DIMENSIONS, Answer, ScriptedGateway, error, good
+from workers.upstream import state as remembering
+from workers.upstream.probe import describe
+from workers.upstream.rate_limiter import RateLimiter, connect
 
 
 def test_texts_go_out_packed_and_come_back_in_their_order(world: World, far: ScriptedGateway) -> None:
@@ -167,9 +167,9 @@ def test_weights_that_change_between_two_claims(
             monkeypatch.setattr(remembering, "_PROOF_SECONDS", 0.0)
         case "the breaker opens":
             with connect(world.redis_url) as redis:
-                throttle = Throttle(redis, world.model.upstream, "sk-one")
-                for leave in [throttle.reserve(1, 1.0) for _ in range(5)]:
-                    throttle.failed(leave, None)
+                limiter = RateLimiter(redis, world.model.upstream, "sk-one")
+                for leave in [limiter.reserve(1, 1.0) for _ in range(5)]:
+                    limiter.failed(leave, None)
         case "it is gone":
             gone = replace(world.model.upstream, url=f"http://127.0.0.1:{free_port()}/v1")
             with pytest.raises(GatewayBusy):

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.canary import CANARY
-from pipeline.errors import GatewayBusy, GatewayRefused
+from pipeline.core.canary import CANARY
+from pipeline.core.errors import GatewayBusy, GatewayRefused
 from tests.integration.gateway.world import World
-from tests.jobs_made import count, make_job, run_sql, taken
-from tests.ports import free_port
-from tests.scripted_gateway import Answer, ScriptedGateway, error, good, hanging, trickling
-from workers import gateway as client
-from workers import requests
-from workers.throttle import Throttle, account_of, connect
+from tests.support.jobs_made import count, make_job, run_sql, taken
+from tests.support.ports import free_port
+from tests.support.scripted_gateway import Answer, ScriptedGateway, error, good, hanging, trickling
+from workers.upstream import encoder as client
+from workers.upstream import requests
+from workers.upstream.rate_limiter import RateLimiter, account_of, connect
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_a_claim_that_finds_the_breaker_open_sends_the_canary(world: World, far:
     assert world.model.upstream
     world.run()
     with connect(world.redis_url) as redis:
-        other = Throttle(redis, world.model.upstream, key="sk-one")
+        other = RateLimiter(redis, world.model.upstream, key="sk-one")
         for leave in [other.reserve(10, 1.0) for _ in range(5)]:
             other.failed(leave, None)
-        redis.hset(f"vectormill:throttle:{account_of(world.model.upstream, 'sk-one')}", "open", 0)  # a second later
+        redis.hset(f"vectormill:limiter:{account_of(world.model.upstream, 'sk-one')}", "open", 0)  # a second later
     far.requests.clear()
     world.run(taken(world.engine, make_job(world.engine, world.model, 1)))
     assert [request["input"] for request in far.requests] == [[CANARY], ["text 0"]]

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.canary import CANARY
-from pipeline.errors import GatewayRefused
+from pipeline.core.canary import CANARY
+from pipeline.core.errors import GatewayRefused
 from tests.integration.gateway.world import ITEMS, World
-from tests.jobs_made import count, make_job, run_sql, taken
-from tests.scripted_gateway import DIMENSIONS, Answer, ScriptedGateway, error, good, hanging
-from workers import gateway as client
-from workers.run_chunk import Watch
+from tests.support.jobs_made import count, make_job, run_sql, taken
+from tests.support.scripted_gateway import DIMENSIONS, Answer, ScriptedGateway, error, good, hanging
+from workers.runner.run_chunk import Watch
+from workers.upstream import encoder as client
 
 
 def test_one_text_that_is_refused_is_rejected_alone(world: World, far: ScriptedGateway) -> None:

@@ -5,17 +5,18 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Engine
 
-from pipeline.catalog import add_gateway, find_model, workspace_id
-from pipeline.jobs import Claim, Model, Upstream
-from tests.jobs_made import chunk_rows, make_job, run_sql, taken
-from tests.scripted_gateway import ScriptedGateway, vector_of
-from workers.attempts import Attempts
-from workers.connection import Connection
-from workers.gateway import GatewayEncoder
-from workers.inquiry import describe
-from workers.memory import Memory
-from workers.run_chunk import Watch, run_chunk
-from workers.throttle import Throttle, connect
+from pipeline.catalog.models import add_gateway, find_model, workspace_id
+from pipeline.core.chunks import Claim
+from pipeline.core.models import Model, Upstream
+from tests.support.jobs_made import chunk_rows, make_job, run_sql, taken
+from tests.support.scripted_gateway import ScriptedGateway, vector_of
+from workers.runner.run_chunk import Watch, run_chunk
+from workers.upstream.attempts import Attempts
+from workers.upstream.client import UpstreamClient
+from workers.upstream.encoder import UpstreamEncoder
+from workers.upstream.probe import describe
+from workers.upstream.rate_limiter import RateLimiter, connect
+from workers.upstream.state import UpstreamState
 
 ITEMS = 40
 
@@ -42,7 +43,7 @@ class World:
         with engine.begin() as connection:
             add_gateway(connection, "far", asked, describe(asked))
             self.model = find_model(connection, workspace_id(connection), "far")
-        self.memory = Memory()
+        self.memory = UpstreamState()
         self.job = make_job(engine, self.model, ITEMS, per_chunk=ITEMS)
         far.requests.clear()
 
@@ -60,9 +61,12 @@ class World:
         claim = claim or taken(self.engine, self.job)
         watch = watch or Watch(60, 60)
         attempts = Attempts(self.engine, claim, model.name, watch)
-        with Connection(model.upstream, seconds=seconds, in_flight=3) as connection, connect(self.redis_url) as redis:
-            throttle = Throttle(redis, model.upstream, request_seconds=seconds)
-            encoder = GatewayEncoder(model, connection, throttle, attempts, self.memory, in_flight=3)
+        with (
+            UpstreamClient(model.upstream, seconds=seconds, in_flight=3) as client,
+            connect(self.redis_url) as redis,
+        ):
+            limiter = RateLimiter(redis, model.upstream, request_seconds=seconds)
+            encoder = UpstreamEncoder(model, client, limiter, attempts, self.memory, in_flight=3)
             run_chunk(self.engine, encoder, claim, watch, on_hang=lambda: None)
 
     @property

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.jobs import RejectCode
-from pipeline.options import Columns
+from pipeline.core.chunks import RejectCode
+from pipeline.core.options import Columns
 from pipeline.sources import Corpus
-from pipeline.sources.open import whole_lines
-from pipeline.sources.rows import BLOCK_BYTES, BLOCK_ROWS, LongLine
+from pipeline.sources.decode import whole_lines
+from pipeline.sources.validation import BLOCK_BYTES, BLOCK_ROWS, LongLine
 from tests.unit.sources.written import GOOD, MIB, put, put_parquet, read
 
 

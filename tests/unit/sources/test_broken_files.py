@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.jobs import RejectCode
-from pipeline.options import Columns
+from pipeline.core.chunks import RejectCode
+from pipeline.core.options import Columns
 from tests.unit.sources.written import GOOD, MIB, put, put_parquet, read, refusal, verdicts
 
 

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from pipeline.errors import SourceError
-from pipeline.options import Columns
+from pipeline.core.errors import SourceError
+from pipeline.core.options import Columns
 from pipeline.sources import Corpus, formats
 from tests.unit.sources.written import GOOD, ITEM_BYTES, TWO, put, refusal
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.options import Columns
+from pipeline.core.options import Columns
 from pipeline.sources import Corpus
 from tests.unit.sources.written import DEFAULT, ITEM_BYTES, put, read, refusal
 

@@ -16,12 +16,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import SourceError
-from pipeline.jobs import RejectCode
-from pipeline.options import Columns
+from pipeline.core.chunks import RejectCode
+from pipeline.core.errors import SourceError
+from pipeline.core.options import Columns
 from pipeline.sources import Corpus, Rows
 from pipeline.sources.by_reference import read_extent
-from pipeline.sources.pages import Stored, pages
+from pipeline.sources.parquet_guard import Stored, pages
 from tests.unit.sources.test_reference import extents
 
 ITEM_BYTES = 60

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.errors import SourceError
-from pipeline.options import Columns
+from pipeline.core.errors import SourceError
+from pipeline.core.options import Columns
 from pipeline.sources import Corpus
 from tests.unit.sources.written import GOOD, ITEM_BYTES, MIB, put, put_parquet, read, refusal
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import SourceError
+from pipeline.core.errors import SourceError
 from pipeline.sources.discovery import find_files
 from pipeline.sources.patterns import MOST_CHARACTERS, MOST_SEGMENTS, Pattern
 

@@ -13,9 +13,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import SourceChanged, SourceError
-from pipeline.jobs import Extent, RejectCode
-from pipeline.options import Columns
+from pipeline.core.chunks import Extent, RejectCode
+from pipeline.core.errors import SourceChanged, SourceError
+from pipeline.core.options import Columns
 from pipeline.sources import Corpus, Rows
 from pipeline.sources.by_reference import read_extent
 from pipeline.sources.places import ParquetPlaces
@@ -31,7 +31,7 @@ TEXTS = st.text(st.sampled_from("ab\"',;\n\r é数🙂\u2028\x85"), max_size=12)
 @pytest.fixture(autouse=True, params=[7, 64, 1 << 20])
 def _small_reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that every line is cut somewhere."""
-    monkeypatch.setattr("pipeline.sources.open.READ_BYTES", request.param)
+    monkeypatch.setattr("pipeline.sources.decode.READ_BYTES", request.param)
 
 
 def whole(path: Path, columns: Columns = COLUMNS) -> list[Row]:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.jobs import RejectCode
-from pipeline.options import Columns
+from pipeline.core.chunks import RejectCode
+from pipeline.core.options import Columns
 from pipeline.sources import Rows
 from tests.unit.sources.written import ITEM_BYTES, put, put_parquet, read, verdicts
 

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import SourceError
-from pipeline.jobs import RejectCode
-from pipeline.options import Columns
+from pipeline.core.chunks import RejectCode
+from pipeline.core.errors import SourceError
+from pipeline.core.options import Columns
 from pipeline.sources import Corpus, Rows
-from pipeline.sources.rows import BLOCK_ROWS
+from pipeline.sources.validation import BLOCK_ROWS
 
 ITEM_BYTES = 1000
 DEFAULT = Columns()

@@ -1,0 +1,253 @@
+"""Keys, models and engines as Postgres has them, at most two seconds old; older while it is away or slow."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Connection, RowMapping
+from sqlalchemy.exc import SQLAlchemyError
+
+from pipeline.api.database import Database, unreachable
+from pipeline.catalog import keys as api_keys
+from pipeline.core.errors import ApiError, Forbidden, InvalidApiKey, ModelNotFound, Unauthorized
+from pipeline.db import engines, models, usage
+from pipeline.db import keys as stored_keys
+from pipeline.infra import metrics
+
+_FRESH_SECONDS = 2.0
+#: How long an answer is waited for when an old one is at hand, and when none is.
+_PATIENCE_SECONDS = 0.5
+_MOST_SECONDS = 5.0
+#: For how long old answers serve at once after the database failed.
+_REST_SECONDS = 1.5
+#: What a month has taken changes slowly, and its sum costs.
+_MONTH_FRESH_SECONDS = 10.0
+_MONTH_PATIENCE_SECONDS = 0.0
+#: How long old knowledge serves while the database is away.
+_STALE_SECONDS = 300.0
+_MOST_KEPT = 10_000
+#: Keys that are looked for in one question, and such questions at a time: one that hangs holds up half.
+_KEYS_AT_ONCE = 1_000
+_KEY_QUESTIONS = 2
+_ENGINE_SILENCE_SECONDS = 10.0
+#: After the database was away, engines need this long to show themselves again.
+_ENGINE_GRACE_SECONDS = 10.0
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks, by a live key."""
+
+    key_id: str
+    workspace_id: int
+    admin: bool
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    monthly_tokens: int | None
+    monthly_cost: Decimal | None
+
+    def must_be_admin(self) -> None:
+        """Raises:
+        Forbidden: the key isn't an admin's.
+        """
+        if not self.admin:
+            raise Forbidden("This needs an admin's key.")
+
+
+class _Kept(Generic[Found]):
+    """Answers of a query, each asked for again when it is too old. One asks, the others wait, those who know an old
+    answer not for long."""
+
+    def __init__(
+        self,
+        database: Database,
+        ask: Callable[..., Awaitable[Found]],
+        fresh_seconds: float = _FRESH_SECONDS,
+        patience_seconds: float = _PATIENCE_SECONDS,
+    ) -> None:
+        self._database, self._ask = database, ask
+        self._fresh_seconds, self._patience_seconds = fresh_seconds, patience_seconds
+        self._known: OrderedDict[Hashable, tuple[float, Found]] = OrderedDict()
+        #: Questions whose answer is None. However many are made up, they take no room from what there is.
+        self._unknown: OrderedDict[Hashable, tuple[float, Found]] = OrderedDict()
+        self._under_way: dict[Hashable, asyncio.Task[Found]] = {}
+
+    async def get(self, *question: Any) -> Found:
+        """The answer to a question.
+
+        Raises:
+            Busy: it takes longer than one waits, while others are answered.
+            UpstreamUnavailable: the database is away, and the answer isn't known from before.
+        """
+        kept = self._known.get(question) or self._unknown.get(question)
+        age = time.monotonic() - kept[0] if kept else float("inf")
+        if kept and age < self._fresh_seconds:
+            return kept[1]
+        old = kept if age < _STALE_SECONDS else None
+        if old and self._database.seconds_since_failure < _REST_SECONDS:
+            return old[1]
+        task, seconds = self._task(question), self._patience_seconds if old else _MOST_SECONDS
+        await asyncio.wait((task,), timeout=seconds)
+        late: ApiError | None = None
+        if not task.done():
+            late = self._database.note_late(seconds) if self._patience_seconds else None
+        elif not isinstance(task.exception(), SQLAlchemyError):
+            return task.result()
+        if old:
+            return old[1]
+        raise late or unreachable()
+
+    def _task(self, question: tuple[Any, ...]) -> "asyncio.Task[Found]":
+        task = self._under_way.get(question)
+        if task is None:
+            task = asyncio.ensure_future(self._ask(*question))
+            self._under_way[question] = task
+            task.add_done_callback(lambda done: self._keep(question, done))
+        return task
+
+    def _keep(self, question: Hashable, done: "asyncio.Task[Found]") -> None:
+        del self._under_way[question]
+        if done.cancelled():
+            return
+        if error := done.exception():
+            if isinstance(error, SQLAlchemyError):
+                self._database.note_failure(error)
+            return
+        self._known.pop(question, None)
+        self._unknown.pop(question, None)
+        kept = self._unknown if done.result() is None else self._known
+        kept[question] = (time.monotonic(), done.result())
+        while len(kept) > _MOST_KEPT:
+            kept.popitem(last=False)
+
+
+Key = tuple[RowMapping, float]
+
+
+class _Keys:
+    """Look-ups of keys, many in one question: who invents keys, on however many connections, fills no line."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._asked: dict[str, asyncio.Future[Key | None]] = {}
+        self._askers: set[asyncio.Task[None]] = set()
+
+    async def find(self, key_id: str) -> Key | None:
+        """A live key, and when it ends on this process's clock."""
+        answer = self._asked.get(key_id)
+        if answer is None:
+            answer = self._asked[key_id] = asyncio.get_running_loop().create_future()
+        if len(self._askers) < _KEY_QUESTIONS:
+            asker = asyncio.ensure_future(self._ask())
+            self._askers.add(asker)
+            asker.add_done_callback(self._askers.discard)
+        return await answer
+
+    async def _ask(self) -> None:
+        while self._asked:
+            some = {key_id: self._asked.pop(key_id) for key_id in list(islice(self._asked, _KEYS_AT_ONCE))}
+            try:
+                found = await self._database.ask(lambda connection: _find_keys(connection, list(some)))  # noqa: B023
+            except Exception as error:  # noqa: BLE001 - those who asked get it
+                for answer in some.values():
+                    answer.set_exception(error)
+            else:
+                for key_id, answer in some.items():
+                    answer.set_result(found.get(key_id))
+
+
+class GatewayCache:
+    """What requests need to know."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._known_engines: Sequence[RowMapping] = ()
+        self._keys = _Kept(database, _Keys(database).find)
+        self._models = _Kept(database, self._of_workspace(models.find))
+        self._all_models = _Kept(database, self._of_workspace(models.of_workspace))
+        self._engines = _Kept(database, lambda: database.ask(_live_engines))
+        self._months = _Kept(
+            database, self._of_workspace(usage.this_month), _MONTH_FRESH_SECONDS, _MONTH_PATIENCE_SECONDS
+        )
+
+    def _of_workspace(self, look: Callable[..., Found]) -> Callable[..., Awaitable[Found]]:
+        """A question that takes its workspace's places."""
+        return lambda workspace_id, *more: self._database.ask(
+            lambda connection: look(connection, workspace_id, *more), workspace_id
+        )
+
+    async def caller(self, authorization: str | None) -> Caller:
+        """Who sends this Authorization header.
+
+        Raises:
+            Unauthorized: no header, or another scheme than Bearer.
+            InvalidApiKey: no live key.
+        """
+        scheme, _, token = (authorization or "").strip().partition(" ")
+        token = token.strip()
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthorized("Send your API key in the header: Authorization: Bearer KEY.")
+        key_id = api_keys.id_of(token)
+        found = await self._keys.get(key_id) if key_id else None
+        if found is None or not api_keys.matches(found[0], token) or found[1] <= time.monotonic():
+            metrics.API_UNKNOWN_KEYS.inc()
+            raise InvalidApiKey("The API key is unknown, revoked or expired.")
+        return Caller(
+            **{name: found[0][name] for name in Caller.__dataclass_fields__ if name != "key_id"}, key_id=found[0]["id"]
+        )
+
+    async def model(self, workspace_id: int, name: str) -> RowMapping:
+        """A model by name or alias.
+
+        Raises:
+            ModelNotFound: there is none, or not for this workspace.
+        """
+        found = await self._models.get(workspace_id, name) if _can_be_a_name(name) else None
+        if found is None:
+            raise ModelNotFound(f'The model "{name}" is not enabled for your workspace.', param="model")
+        return found
+
+    async def models(self, workspace_id: int) -> Sequence[RowMapping]:
+        """The models that a workspace may use."""
+        return await self._all_models.get(workspace_id)
+
+    async def engines(self) -> Sequence[RowMapping]:
+        """The engines that live: `url, models`."""
+        found = await self._engines.get()
+        if self._database.seconds_since_failure < _ENGINE_GRACE_SECONDS:
+            urls = {engine["url"] for engine in found}
+            return [*found, *(engine for engine in self._known_engines if engine["url"] not in urls)]
+        self._known_engines = found
+        return found
+
+    async def month(self, workspace_id: int) -> tuple[int, Decimal]:
+        """Tokens and cost of a workspace in this month, UTC."""
+        return await self._months.get(workspace_id)
+
+
+def _can_be_a_name(name: str) -> bool:
+    """Whether Postgres takes it as a text."""
+    try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _find_keys(connection: Connection, key_ids: Sequence[str]) -> dict[str, Key]:
+    """Live keys by their ids, each with its end on this process's clock."""
+    now = time.monotonic()
+    return {
+        row["id"]: (row, float("inf") if row["seconds_left"] is None else now + float(row["seconds_left"]))
+        for row in stored_keys.find_live(connection, key_ids)
+    }
+
+
+def _live_engines(connection: Connection) -> Sequence[RowMapping]:
+    return engines.live(connection, _ENGINE_SILENCE_SECONDS)

@@ -1,0 +1,268 @@
+"""Examples of the OpenAPI description: bodies as they are sent and answered, by their schema's name."""
+
+from collections.abc import Iterator
+from typing import Any
+
+_JOB_ID = "0198c2d1-6f00-7c3a-9d41-2b7e5a1c9f10"
+_MODEL = "all-MiniLM-L6-v2"
+_JOB: dict[str, Any] = {
+    "id": _JOB_ID,
+    "name": "docs-nightly",
+    "workspace": "default",
+    "state": "running",
+    "reason": None,
+    "message": None,
+    "model": _MODEL,
+    "labels": {"team": "search"},
+    "output": None,
+    "notices": [],
+    "items": {
+        "total": 50_000,
+        "embedded": 34_322,
+        "reused": 0,
+        "rejected": 42,
+        "cancelled": 0,
+        "pending": 15_636,
+        "truncated": 310,
+    },
+    "tokens": {"prompt": 2_882_714},
+    "rate": {"items_per_second": 52.1, "tokens_per_second": 4_380.5},
+    "eta_seconds": 300.1,
+    "chunks": {"pending": 60, "running": 2, "done": 138, "cancelled": 0},
+    "created_at": "2026-11-24T01:00:02Z",
+    "started_at": "2026-11-24T01:00:03Z",
+    "finished_at": None,
+}
+_KEY = {
+    "id": "4f1c2a9be07d3358",
+    "name": "nightly",
+    "admin": False,
+    "live": True,
+    "created_at": "2026-11-01T09:00:00Z",
+    "expires_at": "2027-02-01T09:00:00Z",
+    "revoked_at": None,
+}
+_MODEL_OBJECT = {
+    "id": _MODEL,
+    "object": "model",
+    "created": 1_795_500_000,
+    "owned_by": "vectormill",
+    "dimensions": 384,
+    "shorter_dimensions": [],
+    "max_tokens": 256,
+    "query_prompt": "",
+    "document_prompt": "",
+    "price_per_million_tokens": 0.02,
+    "aliases": ["text-embedding-3-small"],
+}
+_SEEN = {"started_at": "2026-11-24T00:00:00Z", "seen_at": "2026-11-24T01:10:00Z"}
+
+_FILE = {
+    "id": "file-0198c2d16f007c3a9d412b7e5a1c9f10",
+    "object": "file",
+    "bytes": 1_204_331,
+    "created_at": 1_795_500_000,
+    "expires_at": 1_798_092_000,
+    "filename": "nightly.jsonl",
+    "purpose": "batch",
+    "status": "processed",
+}
+_BATCH = {
+    "id": "batch_0198c2d26f007c3a9d412b7e5a1c9f11",
+    "object": "batch",
+    "endpoint": "/v1/embeddings",
+    "model": _MODEL,
+    "errors": None,
+    "input_file_id": _FILE["id"],
+    "completion_window": "24h",
+    "status": "in_progress",
+    "output_file_id": None,
+    "error_file_id": None,
+    "created_at": 1_795_500_010,
+    "in_progress_at": 1_795_500_012,
+    "expires_at": 1_795_586_410,
+    "finalizing_at": None,
+    "completed_at": None,
+    "failed_at": None,
+    "expired_at": None,
+    "cancelling_at": None,
+    "cancelled_at": None,
+    "request_counts": {"total": 10_000, "completed": 6_144, "failed": 100},
+    "usage": None,
+    "metadata": {"run": "2026-11-24"},
+    "job_id": _JOB_ID,
+}
+
+#: A schema's title → an example of it.
+EXAMPLES: dict[str, Any] = {
+    "EmbeddingRequest": {"model": _MODEL, "input": ["A mill grinds grain."], "encoding_format": "float"},
+    "EmbeddingList": {
+        "object": "list",
+        "data": [{"object": "embedding", "index": 0, "embedding": [0.0213, -0.0547, 0.0089]}],
+        "model": _MODEL,
+        "usage": {"prompt_tokens": 8, "total_tokens": 8},
+    },
+    "ModelObject": _MODEL_OBJECT,
+    "ModelList": {"object": "list", "data": [_MODEL_OBJECT]},
+    "FileObject": _FILE,
+    "FileList": {"object": "list", "data": [_FILE], "has_more": False, "first_id": _FILE["id"], "last_id": _FILE["id"]},
+    "FileDeleted": {"id": _FILE["id"], "object": "file", "deleted": True},
+    "NewBatch": {
+        "input_file_id": _FILE["id"],
+        "endpoint": "/v1/embeddings",
+        "completion_window": "24h",
+        "metadata": {"run": "2026-11-24"},
+    },
+    "Batch": _BATCH,
+    "BatchList": {
+        "object": "list",
+        "data": [_BATCH],
+        "has_more": False,
+        "first_id": _BATCH["id"],
+        "last_id": _BATCH["id"],
+    },
+    "ErrorEnvelope": {
+        "error": {
+            "message": 'The model "m" is not enabled for your workspace.',
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+    },
+    "Problem": {
+        "type": "about:blank",
+        "title": "illegal transition",
+        "status": 409,
+        "detail": f"job {_JOB_ID} is completed and can't be paused.",
+    },
+    "JobRequest": {
+        "model": _MODEL,
+        "name": "docs-nightly",
+        "sources": ["s3://corpus/2026-11/*.parquet"],
+        "key_column": "doc_id",
+        "labels": {"team": "search"},
+        "by_reference": True,
+        "output": "s3://vectors/2026-11",
+        "webhook": "https://etl.example.com/hooks/vectormill",
+    },
+    "JobStatus": _JOB,
+    "JobPage": {"data": [_JOB], "has_more": True, "after": _JOB_ID},
+    "ChunkPage": {
+        "data": [
+            {
+                "id": 1_204,
+                "ordinal": 0,
+                "first_index": 0,
+                "items": 500,
+                "state": "done",
+                "fence": 1,
+                "crashes": 0,
+                "last_error": None,
+                "embedded": 499,
+                "reused": 0,
+                "rejected": 1,
+                "cancelled": 0,
+                "truncated": 3,
+                "prompt_tokens": 41_200,
+                "output_uri": None,
+                "lease_until": None,
+                "not_before": None,
+                "started_at": "2026-11-24T01:00:03Z",
+                "finished_at": "2026-11-24T01:00:13Z",
+            }
+        ],
+        "has_more": True,
+        "after": 0,
+    },
+    "RejectPage": {
+        "data": [{"index": 7, "key": "doc-7", "code": "empty_text", "message": "line 8: text is empty"}],
+        "counts": {"empty_text": 28, "too_long": 14},
+        "has_more": True,
+        "after": 7,
+    },
+    "Receipt": {
+        "id": _JOB_ID,
+        "state": "completed",
+        "items": {"in": 50_000, "embedded": 49_958, "reused": 0, "rejected": 42, "cancelled": 0},
+        "tokens": {"prompt": 4_120_880, "billed": 4_120_880, "unanswered": 0, "reused": 0},
+        "truncated": 372,
+        "balanced": True,
+        "verified": True,
+        "missing": 0,
+        "double": 0,
+    },
+    "Retried": {"reopened_chunks": 2, "job": {**_JOB, "state": "queued"}},
+    "Priority": {"priority": 10},
+    "Fleet": {
+        "workers": [
+            {
+                "id": "7d0f6c1e-58a4-4a0e-9c6c-0c6b8f0f4a11",
+                "host": "gpu-1",
+                "device": "cuda:0",
+                "models": [_MODEL],
+                "dropped": {},
+                "slots": 2,
+                "resting": None,
+                **_SEEN,
+            }
+        ],
+        "engines": [
+            {"id": "1b7d2f5a-0d7e-4a53-8f5e-6a3b2c1d0e9f", "device": "cpu", "models": [_MODEL], **_SEEN},
+        ],
+    },
+    "Catalogue": {
+        "data": [
+            {
+                "name": _MODEL,
+                "kind": "local",
+                "aliases": ["text-embedding-3-small"],
+                "dimensions": 384,
+                "matryoshka": [],
+                "max_item_tokens": 256,
+                "tokens_per_second": 4_400.0,
+                "price_per_million": 0.02,
+                "added_at": "2026-11-01T09:00:00Z",
+            }
+        ]
+    },
+    "UsageList": {
+        "begin": "2026-11-01T00:00:00Z",
+        "end": "2026-11-24T00:00:00Z",
+        "by": "day",
+        "data": [
+            {
+                "group": "2026-11-23",
+                "requests": 1_204,
+                "items": 61_000,
+                "prompt_tokens": 5_020_110,
+                "total_tokens": 5_020_110,
+                "reused_tokens": 0,
+                "truncated": 330,
+                "cost": "0.1004",
+            }
+        ],
+    },
+    "KeyWish": {"name": "nightly", "admin": False, "expires_in_days": 90},
+    "Rotation": {"overlap_hours": 24},
+    "MadeKey": {"id": "4f1c2a9be07d3358", "token": f"vm_{_KEY['id']}_…"},
+    "Key": _KEY,
+}
+
+
+def add_examples(description: dict[str, Any]) -> None:
+    """Give each schema that is known here its example."""
+    for schema in list(_schemas(description)):
+        schema["examples"] = [EXAMPLES[schema["title"]]]
+
+
+def _schemas(node: Any) -> Iterator[dict[str, Any]]:
+    """The object schemas of a description that have an example, wherever they stand."""
+    if isinstance(node, dict):
+        title = node.get("title")
+        if isinstance(title, str) and title in EXAMPLES and "properties" in node:
+            yield node
+        for part in node.values():
+            yield from _schemas(part)
+    elif isinstance(node, list):
+        for part in node:
+            yield from _schemas(part)

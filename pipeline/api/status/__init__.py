@@ -1,0 +1,1 @@
+"""`/api`: jobs, submissions, the fleet, administration."""

@@ -1,0 +1,151 @@
+"""`/api`: usage, and keys for those who may mint them."""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, Field
+from sqlalchemy import Connection, RowMapping
+
+from pipeline.api.dependencies import SECURITY, ask, caller_of, described, problems, read_body, scope_of
+from pipeline.api.paths import as_sent
+from pipeline.catalog import keys
+from pipeline.core.errors import InvalidPayload, NotFound, UserError
+from pipeline.db import keys as stored_keys
+from pipeline.db import usage
+
+router = APIRouter(prefix="/api", responses=problems(400, 403, 404, 413), tags=["Administration"])
+
+
+class UsageRow(BaseModel):
+    """What one group used."""
+
+    group: str | None
+    requests: int
+    items: int
+    prompt_tokens: int
+    total_tokens: int
+    reused_tokens: int
+    truncated: int
+    cost: Decimal
+
+
+class UsageList(BaseModel):
+    """Usage of your workspace."""
+
+    begin: datetime
+    end: datetime
+    by: str
+    data: list[UsageRow]
+
+
+class KeyWish(BaseModel):
+    """A key to make."""
+
+    name: str = Field(min_length=1, max_length=100)
+    admin: bool = False
+    expires_in_days: float | None = Field(default=None, gt=0, le=3_650)
+
+
+class Rotation(BaseModel):
+    """How long the old key stays valid."""
+
+    overlap_hours: float = Field(default=24, ge=0, le=24 * 90)
+
+
+class MadeKey(BaseModel):
+    """A new key. Its token is shown this once."""
+
+    id: str
+    token: str
+
+
+class Key(BaseModel):
+    """A key of your workspace."""
+
+    id: str
+    name: str
+    admin: bool
+    live: bool
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+@router.get("/usage", openapi_extra=SECURITY)
+async def get_usage(
+    request: Request,
+    by: Annotated[Literal["day", "model", "key", "job", "label"], Query()] = "day",
+    label: Annotated[
+        str | None, Query(max_length=100, pattern="^[^\0]*$", description="For by=label: its name.")
+    ] = None,
+    begin: Annotated[datetime | None, Query(description="Default: 30 days ago.")] = None,
+    end: Annotated[datetime | None, Query(description="Default: now.")] = None,
+    workspace: Annotated[
+        str | None, Query(max_length=200, pattern="^[^\0]*$", description="Of an admin: another workspace's.")
+    ] = None,
+) -> UsageList:
+    """Tokens and cost of your workspace, by day, model, key, job or label."""
+    caller = await caller_of(request)
+    if by == "label" and label is None:
+        raise InvalidPayload("by=label needs label=NAME.", param="label")
+    until = _utc(end) or datetime.now(UTC)
+    since = _utc(begin) or until - timedelta(days=min(30, max(0, until.toordinal() - 1)))
+
+    def act(connection: Connection) -> list[RowMapping]:
+        scope = scope_of(connection, caller, workspace) if workspace else None
+        return usage.grouped(connection, scope or caller.workspace_id, by, label=label, begin=since, end=until)
+
+    rows = await ask(request, act)
+    return UsageList(begin=since, end=until, by=by, data=[UsageRow(**row) for row in rows])
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    """A moment without a zone is UTC."""
+    return moment.replace(tzinfo=UTC) if moment and moment.tzinfo is None else moment
+
+
+@router.get("/keys", openapi_extra=SECURITY)
+async def list_keys(request: Request) -> list[Key]:
+    """The keys of your workspace, without their secrets. Needs an admin's key."""
+    caller = await caller_of(request, admin=True)
+    rows = await ask(request, lambda c: stored_keys.every(c, caller.workspace_id))
+    return [Key(**row) for row in rows]
+
+
+@router.post("/keys", status_code=201, openapi_extra=described(KeyWish))
+async def create_key(request: Request) -> MadeKey:
+    """Make a key. Needs an admin's key."""
+    caller = await caller_of(request, admin=True)
+    wish = await read_body(request, KeyWish)
+    lives = None if wish.expires_in_days is None else timedelta(days=wish.expires_in_days)
+    name = wish.name.replace("\0", "")
+    made = await ask(request, lambda c: keys.create(c, caller.workspace_id, name, admin=wish.admin, lives=lives))
+    return MadeKey(id=made.id, token=made.token)
+
+
+@router.post("/keys/{key_id}/rotate", status_code=201, openapi_extra=described(Rotation))
+async def rotate_key(request: Request, key_id: str) -> MadeKey:
+    """Make a key in place of another one, that lives as long. Needs an admin's key."""
+    caller = await caller_of(request, admin=True)
+    overlap = timedelta(hours=(await read_body(request, Rotation)).overlap_hours)
+    try:
+        made = await ask(request, lambda c: keys.rotate(c, caller.workspace_id, _id(key_id), overlap))
+    except UserError as error:
+        raise NotFound(str(error)) from error
+    return MadeKey(id=made.id, token=made.token)
+
+
+@router.delete("/keys/{key_id}", status_code=204, openapi_extra=SECURITY)
+async def revoke_key(request: Request, key_id: str) -> None:
+    """Revoke a key; gateways learn it within two seconds. Needs an admin's key."""
+    caller = await caller_of(request, admin=True)
+    try:
+        await ask(request, lambda c: keys.revoke(c, caller.workspace_id, _id(key_id)))
+    except UserError as error:
+        raise NotFound(str(error)) from error
+
+
+def _id(given: str) -> str:
+    return as_sent(given).replace("\0", "")

@@ -1,0 +1,82 @@
+"""Schemas of `/api/jobs`: pages of jobs, chunks and rejects."""
+
+from datetime import datetime
+from uuid import UUID
+
+from pydantic import BaseModel, Field
+
+from pipeline.core.chunks import ChunkState, RejectCode
+from pipeline.core.job_status import JobStatus
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first."""
+
+    data: list[JobStatus]
+    has_more: bool
+    after: UUID | None = Field(description="Send it as `after` for the next page.")
+
+
+class Chunk(BaseModel):
+    """A contiguous range of a job's items."""
+
+    id: int
+    ordinal: int
+    first_index: int
+    items: int
+    state: ChunkState
+    fence: int = Field(description="How often it was claimed, and reopened.")
+    crashes: int
+    last_error: str | None
+    embedded: int
+    reused: int
+    rejected: int
+    cancelled: int
+    truncated: int
+    prompt_tokens: int
+    output_uri: str | None
+    lease_until: datetime | None
+    not_before: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class ChunkPage(BaseModel):
+    """Chunks in the order of their items."""
+
+    data: list[Chunk]
+    has_more: bool
+    after: int | None = Field(description="Send it as `after` for the next page.")
+
+
+class Rejected(BaseModel):
+    """An item that can't be embedded."""
+
+    index: int
+    key: str | None
+    code: RejectCode
+    message: str
+
+
+class RejectPage(BaseModel):
+    """Rejects in the order of their items."""
+
+    data: list[Rejected]
+    counts: dict[str, int] | None = Field(
+        description="All of the job's rejects by code, with the first page; null: this is another."
+    )
+    has_more: bool
+    after: int | None = Field(description="Send it as `after` for the next page.")
+
+
+class Retried(BaseModel):
+    """What a retry came to."""
+
+    reopened_chunks: int
+    job: JobStatus
+
+
+class Priority(BaseModel):
+    """A job's place among others."""
+
+    priority: int = Field(ge=-100, le=100, description="Higher goes first; 0 is usual.")

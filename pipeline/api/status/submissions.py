@@ -1,0 +1,275 @@
+"""`POST /api/jobs`: a corpus that is uploaded, or one that the operator lets callers name, becomes a job."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from sqlalchemy import Engine
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException
+
+from pipeline.api.dependencies import SECURITY, ask, caller_of, problems, scope_of, workspace_of
+from pipeline.api.transfers import Transfers
+from pipeline.catalog.models import find_model
+from pipeline.core.errors import InvalidPayload, SubmissionUndone, UnknownJob, UserError
+from pipeline.core.job_status import JobStatus
+from pipeline.infra.settings import Settings
+from pipeline.infra.storage import is_remote
+from pipeline.ingest.request import ELSEWHERE, JobRequest, default_name, read_sent
+from pipeline.ingest.submission import Submission, Submitted, planning
+from pipeline.ingest.submit import submit
+from pipeline.jobs import status
+from pipeline.sources import Corpus
+from pipeline.sources.upload import Upload, UploadedCorpus
+from pipeline.webhooks import allowlist
+
+router = APIRouter(prefix="/api/jobs", tags=["Jobs"])
+
+#: It looks through folders and files: about as much of the processor's time as so many other requests.
+_TURNS = 10
+_MOST_FILES = 100
+_MOST_FIELDS = 150
+_MOST_FIELD_BYTES = 64 * 1024
+_BLOCK_BYTES = 1024 * 1024
+_MOST_ENDING = 20
+_LISTS = ("carry",)
+_SCHEMA = JobRequest.model_json_schema()
+for _name in ELSEWHERE & _SCHEMA["properties"].keys():
+    del _SCHEMA["properties"][_name]
+_UPLOAD_SCHEMA = {
+    "type": "object",
+    "required": ["file", "model"],
+    "properties": {
+        "file": {
+            "type": "array",
+            "items": {"type": "string", "format": "binary"},
+            "description": ".jsonl, .csv, .tsv or .parquet, text also as .gz or .zst; its name says which.",
+        },
+        **{name: field for name, field in _SCHEMA["properties"].items() if name not in ("sources", "by_reference")},
+    },
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=JobStatus,
+    responses={
+        200: {"model": JobStatus, "description": "The job that this idempotency key made before."},
+        **problems(400, 404, 408, 413, 422),
+    },
+    openapi_extra={
+        **SECURITY,
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": _UPLOAD_SCHEMA},
+                "application/json": {"schema": _SCHEMA},
+            },
+        },
+    },
+)
+async def create_job(
+    request: Request,
+    response: Response,
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=200, description="Sending the same again attaches to the job made first."),
+    ] = None,
+    workspace: Annotated[
+        str | None, Query(max_length=200, pattern="^[^\0]*$", description="Of an admin: make it there.")
+    ] = None,
+) -> Any:
+    """Make a job of files that are uploaded as `multipart/form-data`, or, as JSON, of `sources` that the operator
+    allows (`VECTORMILL_API_SOURCES`). Answers when all items are in the database; while an earlier request with
+    the same idempotency key isn't that far, with its job in the state `staging`."""
+    caller = await caller_of(request, turns=_TURNS)
+    if unknown := set(request.query_params) - {"workspace"}:
+        raise InvalidPayload(f"{min(unknown)}: send it in the body, not in the address.", param=min(unknown))
+    settings: Settings = request.app.state.settings
+    owner = caller.workspace_id
+    if workspace:
+        found = await ask(request, lambda connection: scope_of(connection, caller, workspace))
+        assert found is not None, "only who names no workspace sees all"
+        owner = found
+    try:
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            made = await _from_upload(request, owner, settings, idempotency_key)
+        else:
+            made = await _from_sources(request, owner, settings, idempotency_key)
+        job = await ask(request, lambda connection: status.job_status(connection, made.job_id))
+    except UnknownJob as error:
+        raise SubmissionUndone(
+            "An earlier request with this idempotency key has just come to nothing; send this one again.",
+            retry_after_seconds=1,
+        ) from error
+    if made.attached:
+        response.status_code = 200
+    return job
+
+
+async def _from_sources(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
+    try:
+        body = await request.app.state.transfers.body(request, workspace_of(request))
+        fields = json.loads(body, object_pairs_hook=_without_twins)
+    except (ValueError, RecursionError) as error:
+        raise InvalidPayload("The body is neither JSON nor multipart/form-data.") from error
+    if not isinstance(fields, dict):
+        raise InvalidPayload("The body isn't a JSON object.")
+    wish = read_sent(fields)
+    if not wish.sources:
+        raise InvalidPayload("sources: name files or URIs, or upload a file as multipart/form-data.", param="sources")
+    for source in wish.sources:
+        _must_be_allowed("sources", source, settings.api_sources, "VECTORMILL_API_SOURCES")
+
+    def act(engine: Engine) -> Submitted:
+        corpus = Corpus(wish.sources, wish.columns, settings.item_bytes)
+        _must_stay_within(corpus, settings.api_sources)
+        return _submit(engine, owner, settings, wish, corpus, default_name(wish.sources[0]), key)
+
+    transfers: Transfers = request.app.state.transfers
+    return await transfers.run(owner, act)
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless a field of it is there twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidPayload(f"{twice[:100]}: it is given twice.", param=twice[:100])
+    return fields
+
+
+async def _from_upload(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
+    transfers: Transfers = request.app.state.transfers
+    async with transfers.upload(owner):
+        return await _submit_form(request, transfers, owner, settings, key)
+
+
+async def _submit_form(
+    request: Request, transfers: Transfers, owner: int, settings: Settings, key: str | None
+) -> Submitted:
+    try:
+        form = await request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
+    except (MultiPartException, ValueError) as error:  # an unknown charset is a ValueError
+        raise InvalidPayload("The body isn't the form that its content-type says.") from error
+    try:
+        wish = read_sent(_fields(form))
+        if wish.by_reference or wish.sources:
+            raise InvalidPayload("sources and by_reference are for a job without an upload.", param="sources")
+        files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+        return await transfers.run(owner, lambda engine: _submit_upload(engine, owner, settings, wish, files, key))
+    finally:
+        await form.close()
+
+
+def _fields(form: FormData) -> dict[str, Any]:
+    """A form's fields, as JSON would have them."""
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            continue
+        if name in _LISTS:
+            fields.setdefault(name, []).append(value)
+        elif name in fields:
+            raise InvalidPayload(f"{name}: it is given twice.", param=name)
+        elif name == "labels":
+            with suppress(ValueError, RecursionError):
+                value = json.loads(value)
+            fields[name] = value
+        else:
+            fields[name] = value
+    return fields
+
+
+def _submit_upload(
+    engine: Engine, owner: int, settings: Settings, wish: JobRequest, files: Sequence[UploadFile], key: str | None
+) -> Submitted:
+    if not files:
+        raise InvalidPayload("file: the form has none.", param="file")
+    with TemporaryDirectory(prefix="vectormill-upload-") as kept:
+        uploads = [_keep(file, Path(kept, str(number))) for number, file in enumerate(files)]
+        corpus = UploadedCorpus(uploads, wish.columns, settings.item_bytes)
+        return _submit(engine, owner, settings, wish, corpus, default_name(uploads[0].name), key)
+
+
+def _keep(file: UploadFile, folder: Path) -> Upload:
+    """Keep an upload under a name of ours; the endings of its own say what it is."""
+    sent = (file.filename or "").encode(errors="replace").decode().replace("\\", "/").replace("\0", "")
+    name = PurePosixPath(sent).name[-200:]
+    endings = "".join(PurePosixPath(name).suffixes[-2:])
+    if not endings.isascii() or len(endings) > _MOST_ENDING:
+        endings = ""
+    folder.mkdir()
+    kept, digest = folder / f"upload{endings}", hashlib.sha256()
+    with kept.open("xb") as target:
+        while block := file.file.read(_BLOCK_BYTES):
+            digest.update(block)
+            target.write(block)
+    return Upload(name or "file", kept, digest.hexdigest())
+
+
+def _submit(
+    engine: Engine,
+    owner: int,
+    settings: Settings,
+    wish: JobRequest,
+    corpus: Corpus,
+    name: str,
+    key: str | None,
+) -> Submitted:
+    if wish.output:
+        _must_be_allowed("output", wish.output, settings.api_outputs, "VECTORMILL_API_OUTPUTS")
+    if wish.webhook:
+        allowlist.check(wish.webhook, settings.webhooks)
+    with engine.begin() as connection:
+        model = find_model(connection, owner, wish.model)
+    return submit(
+        engine,
+        Submission(
+            workspace_id=owner,
+            model=model,
+            corpus=corpus,
+            planning=planning(settings),
+            name=wish.name or name,
+            options=wish,
+            priority=wish.priority,
+            labels=wish.labels,
+            idempotency_key=key,
+        ),
+    )
+
+
+def _must_be_allowed(field: str, place: str, allowed: Sequence[str], variable: str) -> None:
+    """A place that a caller names must lie below one that the operator allows."""
+    if place != "-" and not is_remote(place) and not Path(place).is_absolute():
+        # Relative to what? Each process has a folder of its own.
+        raise UserError(f"{place} is relative; give a whole path, such as /data/docs, or a URI.", field=field)
+    # Dots after a link would lead out of the folder that it leads to; - is this process's own standard input.
+    odd = place == "-" or {".", ".."} & set(place.split("/"))
+    if odd or not any(_is_below(place, folder) for folder in allowed):
+        # The same words whatever is there.
+        raise UserError(f"{place} isn't below a place that this gateway's operator allows ({variable}).", field=field)
+
+
+def _must_stay_within(corpus: Corpus, allowed: Sequence[str]) -> None:
+    """Files that a folder or a pattern has named are judged by what they resolve to, as those named plainly are."""
+    if not all(file.uri and any(_is_below(file.uri, folder) for folder in allowed) for file in corpus.files):
+        raise UserError(
+            "a link in what they name leads out of the places that this gateway's operator allows "
+            "(VECTORMILL_API_SOURCES).",
+            field="sources",
+        )
+
+
+def _is_below(place: str, folder: str) -> bool:
+    if is_remote(place) or is_remote(folder):
+        return place.startswith(folder.rstrip("/") + "/") or place == folder
+    # What a pattern matches is judged again, when it is known.
+    return Path(place).resolve().is_relative_to(Path(folder).resolve())

@@ -1,0 +1,1 @@
+"""OpenAI's batch requests: files become jobs, and their ends files."""

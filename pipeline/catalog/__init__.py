@@ -1,0 +1,1 @@
+"""The catalogue: models and their vector spaces, and keys to the api."""

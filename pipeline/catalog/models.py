@@ -1,0 +1,251 @@
+"""The catalogue: models, and the vector spaces that jobs write into."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from sqlalchemy import Connection, RowMapping
+
+from pipeline.core.errors import ModelError, UnknownModel, UserError
+from pipeline.core.models import Model, Upstream
+from pipeline.db import models, workers, workspaces
+
+DEFAULT_WORKSPACE = "default"
+#: Files that decide a vector: weights, and what says how to use them.
+_DECISIVE = (".safetensors", ".json", ".txt", ".model")
+#: Formats that can run code when they are loaded.
+_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def workspace_id(connection: Connection, name: str = DEFAULT_WORKSPACE) -> int:
+    """The id of a workspace.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    found = workspaces.id_of(connection, name)
+    if found is None:
+        raise UserError(f'no workspace "{name}".')
+    return found
+
+
+def find_row(connection: Connection, workspace: int, name: str) -> RowMapping:
+    """The catalogue's row of a model by name or alias, as a workspace may use it.
+
+    Raises:
+        UnknownModel: not in the catalogue, or not enabled for the workspace; the message doesn't tell which.
+    """
+    row = models.find(connection, workspace, name)
+    if row is None:
+        known = ", ".join(model["name"] for model in models.of_workspace(connection, workspace))
+        raise UnknownModel(
+            f'no model "{name}"; ' + (f"there is {known}." if known else "add one with vectormill models add.")
+        )
+    return row
+
+
+def find_model(connection: Connection, workspace: int, name: str) -> Model:
+    """A model by name or alias, as a workspace may use it. Raises as `find_row`."""
+    return as_model(find_row(connection, workspace, name))
+
+
+def as_model(row: RowMapping) -> Model:
+    """A catalogue row as a noun."""
+    columns = {field: row[field] for field in Model.__dataclass_fields__ if field != "upstream"}
+    return Model(**columns, upstream=as_upstream(row))
+
+
+def as_upstream(row: RowMapping) -> Upstream | None:
+    """Where a catalogue row's model is, if not here."""
+    if row["kind"] != "gateway":
+        return None
+    return Upstream(
+        url=row["gateway_url"],
+        model=row["upstream_model"],
+        **{name: row[name] for name in ("reply_model", "key_env", "base64", "request_inputs", "request_tokens")},
+    )
+
+
+def slug_of(name: str) -> str:
+    """A model's name as part of a queue's name: lower case letters, digits, dots and dashes."""
+    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+    if not slug or len(name) > 200:
+        raise UserError(f'"{name}" can\'t name a model: use letters, digits, dots, dashes and slashes, at most 200.')
+    return slug
+
+
+def gateway_url(given: str) -> str:
+    """The address of an OpenAI-compatible API, to which `/embeddings` is added.
+
+    Raises:
+        UserError: it isn't one, or holds a password.
+    """
+    try:
+        parts = urlsplit(given)
+        plain = given.isascii() and given.isprintable() and " " not in given and not parts.fragment
+        is_one = plain and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets without an end, a port that is none
+        is_one = False
+    if not is_one:
+        raise UserError(
+            "write the API's address, such as https://api.openai.com/v1.", field="gateway", given=f'"{given}"'
+        )
+    if parts.username or parts.password:
+        raise UserError(
+            "addresses are stored, so leave the password out, and name the variable that holds the key.",
+            field="gateway",
+        )
+    path = parts.path.rstrip("/").removesuffix("/embeddings") or "/v1"
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+def portable(model: Model) -> dict[str, Any]:
+    """A model as JSON for another process."""
+    return {**asdict(model), "canary": model.canary.hex()}
+
+
+def from_portable(given: Mapping[str, Any]) -> Model:
+    """A model that another process has sent as JSON."""
+    upstream = given["upstream"] and Upstream(**given["upstream"])
+    return Model(**{**given, "canary": bytes.fromhex(given["canary"]), "upstream": upstream})
+
+
+def weights_sha256(folder: Path, pooling: str | None = None) -> str:
+    """SHA-256 over the files in `folder` that decide a vector, by relative path and content, and over the pooling that
+    a bare transformer was given.
+
+    Raises:
+        ModelError: no safetensors weights in it, or others for a part of the model.
+    """
+    _check_parts(folder)
+    files = sorted(path for path in _files(folder) if path.suffix in _DECISIVE)
+    if not any(path.suffix == ".safetensors" for path in files):
+        unsafe = next((path.name for path in _files(folder) if path.suffix in _UNSAFE), None)
+        hint = f" ({unsafe} could run code when loaded)" if unsafe else ""
+        raise ModelError(f"{folder}: no .safetensors weights; vectormill loads no other format{hint}.")
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    if pooling:
+        whole.update(f"pooling {pooling}\n".encode())
+    return whole.hexdigest()
+
+
+def _check_parts(folder: Path) -> None:
+    """See that no part of a model would be loaded from another format than safetensors."""
+    try:
+        listed = json.loads((folder / "modules.json").read_bytes())
+        parts = [folder / module["path"] for module in listed]
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder}: modules.json isn't a list of modules with their paths.") from error
+    for part in parts:
+        weights = [path for path in part.glob("*") if path.suffix in (".safetensors", *_UNSAFE)]
+        if weights and not any(path.suffix == ".safetensors" for path in weights):
+            named = weights[0].relative_to(folder)
+            raise ModelError(f"{folder}: {named} isn't .safetensors; vectormill loads no other format.")
+
+
+def weights_bytes(folder: Path) -> int:
+    """Size of the weights in `folder`."""
+    return sum(path.stat().st_size for path in _files(folder) if path.suffix == ".safetensors")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def add_model(connection: Connection, name: str, description: Mapping[str, Any], aliases: Sequence[str] = ()) -> None:
+    """Add a local model as its description by a worker says (`workers.oneshot describe`), and enable it for the
+    default workspace.
+
+    Raises:
+        UserError: the name or an alias is taken.
+    """
+    columns = {column: value for column, value in description.items() if column != "notes"}
+    _add(connection, name, {"kind": "local", **columns}, aliases)
+
+
+def add_gateway(
+    connection: Connection, name: str, upstream: Upstream, description: Mapping[str, Any], aliases: Sequence[str] = ()
+) -> None:
+    """Add a gateway's model, described by `workers.oneshot gateway`, and enable it for the default workspace.
+
+    Raises:
+        UserError: the name or an alias is taken.
+    """
+    # Weights that nobody can look at are known by where they are and what they make of a text: a provider that changes
+    # them changes the vector space.
+    whole = "\n".join((upstream.url, upstream.model, description["canary"]))
+    values = {
+        "kind": "gateway",
+        "gateway_url": upstream.url,
+        "upstream_model": upstream.model,
+        **{name: getattr(upstream, name) for name in ("key_env", "request_inputs", "request_tokens")},
+        "weights_sha256": hashlib.sha256(whole.encode()).hexdigest(),
+        "weights_bytes": 0,
+        **description,
+    }
+    _add(connection, name, values, aliases)
+
+
+def check_names(connection: Connection, name: str, aliases: Sequence[str]) -> None:
+    """See that no other model is called as this one or one of its aliases, until the transaction ends.
+
+    Raises:
+        UserError: another one is.
+    """
+    if used := models.name_in_use(connection, name, [name, *aliases]):
+        raise UserError(f'another model is called "{used}", or has it as an alias.')
+
+
+def _add(connection: Connection, name: str, values: Mapping[str, Any], aliases: Sequence[str]) -> None:
+    check_names(connection, name, aliases)
+    columns = {"name": name, "slug": slug_of(name), "aliases": list(aliases), **values}
+    if not models.add(connection, {**columns, "canary": bytes.fromhex(values["canary"])}):
+        raise UserError(f'there is a model "{name}" (or one whose queue is called the same); remove it first.')
+    workers.take_up_model(connection, name)  # those who gave another one up that was called so
+    models.enable(connection, workspace_id(connection), name)
+
+
+def vector_space_of(
+    connection: Connection, model: Model, *, dimensions: int | None, max_item_tokens: int | None
+) -> int:
+    """The id of the vector space that a job with these options writes into.
+
+    Raises:
+        UserError: the model can't give what is asked.
+    """
+    sizes = sorted({*model.matryoshka, model.dimensions})
+    if dimensions is not None and dimensions not in sizes:
+        raise UserError(
+            f"{model.name} gives {' or '.join(map(str, sizes))}.", field="dimensions", given=str(dimensions)
+        )
+    if max_item_tokens is not None and model.max_item_tokens is not None and max_item_tokens > model.max_item_tokens:
+        raise UserError(
+            f"{model.name} reads at most {model.max_item_tokens} tokens.",
+            field="max_item_tokens",
+            given=str(max_item_tokens),
+        )
+    space = {
+        "weights": model.weights_sha256,
+        "dimensions": dimensions or model.dimensions,
+        "document_prompt": model.document_prompt,
+        "max_item_tokens": max_item_tokens or model.max_item_tokens,
+        # What is shortened is brought to length one again.
+        "normalised": model.normalised or dimensions not in (None, model.dimensions),
+    }
+    fingerprint = hashlib.sha256(json.dumps(space, sort_keys=True).encode()).hexdigest()
+    return models.vector_space(connection, {"fingerprint": fingerprint, **space})

@@ -1,0 +1,188 @@
+"""The one transaction that brings vectors, rejects, usage and the chunk's state to Postgres, exactly once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+import tenacity
+from sqlalchemy import Connection, Engine
+
+from pipeline.chunk_io.sinks import Sink, sink_of
+from pipeline.core.chunks import ChunkState, Claim, Reject, RejectCode
+from pipeline.core.errors import LeaseLost
+from pipeline.core.options import VectorType
+from pipeline.core.vectors import rounded, sound
+from pipeline.db import chunks, embeddings, items, outputs, usage
+from pipeline.db.database import flush_later, is_connection_lost
+
+log = structlog.get_logger()
+
+#: How long a finished part waits for a database that is away before its worker lets go of it.
+_PATIENCE_SECONDS = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """What one commit of a chunk writes. Complete before the transaction opens."""
+
+    rows: embeddings.Rows
+    rejects: Sequence[Reject] = ()
+    #: Wall time of the forward passes.
+    device_seconds: float = 0.0
+
+    @property
+    def settled(self) -> int:
+        """Items that have their vector or reject with this part."""
+        return len(self.rows.indexes) + len(self.rejects)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """Where a commit leaves the chunk."""
+
+    #: `PENDING`: given back, or cancelled if its job is being cancelled.
+    state: ChunkState
+    isolation: int = 0
+    not_before_seconds: float = 0
+    error: str | None = None
+
+
+def split_bad_vectors(
+    rows: embeddings.Rows, dimensions: int, kept_as: VectorType
+) -> tuple[embeddings.Rows, list[Reject]]:
+    """Take out vectors that must never be written: not finite (as stored), zero. The wrong size is an error of ours.
+
+    Raises:
+        ValueError: the vectors don't have `dimensions` elements each.
+    """
+    if not len(rows.indexes):
+        return rows, []
+    if rows.vectors.shape != (len(rows.indexes), dimensions):
+        raise ValueError(f"vectors of shape {rows.vectors.shape} for {len(rows.indexes)} × {dimensions}")
+    good = sound(rounded(rows.vectors, kept_as))
+    if good.all():
+        return rows, []
+    rejects = [
+        Reject(
+            index=int(rows.indexes[at]),
+            key=rows.keys[at],
+            code=RejectCode.BAD_VECTOR,
+            message="the model made a vector that is zero or not finite",
+        )
+        for at in np.flatnonzero(~good).tolist()
+    ]
+    return _select(rows, good), rejects
+
+
+def _select(rows: embeddings.Rows, mask: npt.NDArray[np.bool_]) -> embeddings.Rows:
+    return embeddings.Rows(
+        indexes=rows.indexes[mask],
+        keys=[key for key, keep in zip(rows.keys, mask, strict=True) if keep],
+        vectors=rows.vectors[mask],
+        tokens=rows.tokens[mask],
+        truncated=rows.truncated[mask],
+        carried=[row for row, keep in zip(rows.carried, mask, strict=True) if keep] if rows.carried else (),
+    )
+
+
+def write_chunk(engine: Engine, claim: Claim, number: int, part: Commit, ending: Ending) -> None:
+    """Commit part `number` of a claim: fenced update, vectors, rejects, usage, in one transaction. What a sink keeps in
+    files is written before it, and the transaction makes the file count.
+
+    A connection lost on the way, even during COMMIT, is followed by another try on a new one, which first looks
+    whether the lost one had arrived; nothing is guessed.
+
+    Raises:
+        LeaseLost: the chunk belongs to another claim, or has been cancelled, or the database has lost an earlier part
+            of this claim; nothing was written.
+        ValueError: a vector is zero, not finite or of the wrong size; nothing was written.
+        StorageRefused, StorageUnreachable: the Parquet file can't be written; nothing was.
+        sqlalchemy.exc.DBAPIError: the database refuses, or stayed away for ten minutes.
+    """
+    _, bad = split_bad_vectors(part.rows, claim.dimensions, claim.options.dtype)
+    if bad:
+        raise ValueError(f"{len(bad)} vectors are zero or not finite")
+    sink = sink_of(claim.options)
+    staged = sink.stage(claim, number, part.rows)
+    for attempt in while_database_is_away("commit_retried"):
+        with attempt, engine.connect() as connection:
+            _show_backend(connection, claim)
+            # A repeated try may meet its own earlier commit.
+            again = attempt.retry_state.attempt_number > 1
+            with connection.begin() as transaction:
+                if ending.state is not ChunkState.RUNNING:
+                    # A server that crashes may forget this commit, and then the claim still runs and is done again:
+                    # see ops/decisions/0003. What a claim builds on must be on disk.
+                    flush_later(connection)
+                if not _commit(connection, claim, number, part, ending, sink, staged, again=again):
+                    transaction.rollback()
+
+
+def while_database_is_away(event: str) -> tenacity.Retrying:
+    """Tries again what lost its connection, for ten minutes; each time it logs `event`."""
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and is_connection_lost(error)),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+        stop=tenacity.stop_after_delay(_PATIENCE_SECONDS),
+        before_sleep=lambda state: log.warning(event, attempt=state.attempt_number),
+        reraise=True,
+    )
+
+
+def _show_backend(connection: Connection, claim: Claim) -> None:
+    """Let the sweep know which backend commits, if it isn't the one that claimed; and begin with a whole lease, since
+    no renewal reaches the chunk while the transaction holds its row."""
+    with connection.begin():
+        flush_later(connection)
+        chunks.renew(connection, claim, committing=True)
+
+
+def _commit(
+    connection: Connection,
+    claim: Claim,
+    number: int,
+    part: Commit,
+    ending: Ending,
+    sink: Sink,
+    staged: outputs.Staged | None,
+    *,
+    again: bool,
+) -> bool:
+    """Write everything within the caller's transaction. False: an earlier try of this very part had arrived."""
+    tokens = int(part.rows.tokens.sum())
+    ours = chunks.record(
+        connection,
+        claim,
+        chunks.Progress(
+            state=ending.state,
+            embedded=len(part.rows.indexes),
+            rejected=len(part.rejects),
+            truncated=int(part.rows.truncated.sum()),
+            prompt_tokens=tokens,
+            isolation=ending.isolation,
+            not_before_seconds=ending.not_before_seconds,
+            output_uri=staged.uri if staged else None,
+            error=ending.error,
+        ),
+        number=number,
+    )
+    # The update has waited for any earlier try that was still under way, so its outcome is known now.
+    if again and usage.has_chunk_part(connection, claim, number):
+        return False
+    if not ours:
+        raise LeaseLost
+    if len(part.rows.indexes):
+        sink.write(connection, claim, part.rows, staged)
+    items.copy_rejects(connection, claim.job_id, part.rejects)
+    usage.add_chunk_part(
+        connection,
+        claim,
+        number,
+        items=len(part.rows.indexes),
+        prompt_tokens=tokens,
+        truncated=int(part.rows.truncated.sum()),
+        device_seconds=part.device_seconds,
+    )
+    return True

@@ -1,0 +1,319 @@
+"""The Parquet sink: part files, and the data set that they become when the job completes.
+
+Workers write parts below `_staging/<job>/`, where readers of the folder don't look. A part counts once the fenced
+commit has written down its name; others were written by claims that had been lost. When the job completes, its parts
+are moved to the folder itself, then come the manifest and at last `_SUCCESS`. Every step may be repeated.
+"""
+
+import io
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import structlog
+from sqlalchemy import Connection, Engine
+
+from pipeline.core import exact_json
+from pipeline.core.chunks import Claim, Item
+from pipeline.core.errors import SourceChanged, UserError
+from pipeline.core.jobs import Job
+from pipeline.core.options import OUR_COLUMNS, VectorType
+from pipeline.db import items, jobs, outputs
+from pipeline.db.embeddings import Rows
+from pipeline.db.outputs import Output, Staged
+from pipeline.infra import storage
+
+MANIFEST = "_manifest.json"
+SUCCESS = "_SUCCESS"
+_STAGING = "_staging"
+_CLAIM = "_job.json"
+#: Objects moved at once: each move is a round trip or two.
+_MOVES = 16
+#: Names of parts, also those of versions before claims had tokens.
+_PART = re.compile(r"part-\d+-\d+(-[0-9a-f]{32})?(-\d+)?\.parquet")
+
+log = structlog.get_logger()
+
+
+class ParquetSink:
+    """A folder or URI of Parquet files."""
+
+    finalizes = True
+
+    def __init__(self, folder: str, kept_as: VectorType, carried: Sequence[str]) -> None:
+        self._folder, self._kept_as, self._carried = folder, kept_as, carried
+
+    def prepare(self, job_id: UUID) -> None:
+        """Take the folder, which must be empty.
+
+        Raises:
+            UserError: something is there already.
+            StorageRefused, StorageUnreachable: it can't be written.
+        """
+        occupy(self._folder, job_id)
+
+    def discard(self, job_id: UUID) -> None:
+        """Delete what the job has left."""
+        vacate(self._folder, job_id)
+
+    def fault(self, item: Item) -> str | None:  # noqa: ARG002 - any item has a place
+        """None."""
+        return None
+
+    def settled(self, connection: Connection, claim: Claim) -> set[int]:
+        """The indexes in the chunk's recorded parts."""
+        written = outputs.of_job(connection, claim.job_id, claim.chunk_id)
+        return set(indexes(self._folder, claim.job_id, written).tolist())
+
+    def stage(self, claim: Claim, number: int, rows: Rows) -> Staged | None:
+        """Write a part."""
+        if not len(rows.indexes):
+            return None
+        output = write(self._folder, claim, number, rows)
+        return Staged(output, storage.join(self._folder, output.name))
+
+    def write(self, connection: Connection, claim: Claim, rows: Rows, staged: Staged | None) -> None:  # noqa: ARG002
+        """Let the part count."""
+        if staged:
+            outputs.record(connection, claim, staged.output)
+
+    def finalize(self, engine: Engine, job: Job) -> None:
+        """Make the parts a data set."""
+        with engine.begin() as connection:
+            written, space = outputs.of_job(connection, job.id), jobs.vector_space(connection, job.id)
+        about = {
+            "name": job.name,
+            "labels": job.labels,
+            "model": job.model,
+            "vector_space": space["fingerprint"],
+            "dimensions": space["dimensions"],
+            "dtype": self._kept_as,
+            "carried": self._carried,
+        }
+        make_data_set(self._folder, job.id, written, about)
+
+    def read(
+        self, engine: Engine, job_id: UUID, first_index: int, end_index: int
+    ) -> Iterator[Sequence[tuple[Any, ...]]]:
+        """Chunk by chunk, from its parts."""
+        with engine.begin() as connection:
+            chunks = [
+                chunk.outputs
+                for chunk in outputs.by_chunk(connection, job_id)
+                if chunk.outputs and chunk.first_index < end_index and chunk.first_index + chunk.items > first_index
+            ]
+        for parts in chunks:
+            table = read(self._folder, job_id, parts).combine_chunks()
+            vectors = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False)).astype(np.float32)
+            carried = table.drop_columns(list(OUR_COLUMNS)).to_pylist()
+            found, keys, tokens, truncated = (
+                table[name].to_pylist() for name in ("index", "key", "tokens", "truncated")
+            )
+            rows = zip(found, keys, vectors, tokens, truncated, carried, strict=True)
+            yield [row for row in rows if first_index <= row[0] < end_index]
+
+    def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
+        """By the indexes in the files. Files where readers look that no commit has recorded are double."""
+        recorded = {output.name for output in outputs.of_job(connection, job.id)}
+        missing, double = 0, sum(name not in recorded for name in visible_names(self._folder))
+        for chunk in outputs.by_chunk(connection, job.id):
+            found = self._indexes_there(job.id, chunk.outputs)
+            rejected = items.settled(connection, job.id, chunk.first_index, chunk.items)
+            vectors = set(found.tolist())
+            own = range(chunk.first_index, chunk.first_index + chunk.items)
+            strangers = sum(index not in own for index in vectors)
+            good = len(vectors) - strangers
+            missing += max(0, chunk.embedded - good) + max(0, chunk.rejected - len(rejected)) + chunk.unaccounted
+            double += len(found) - len(vectors) + strangers + len(vectors & rejected)
+            double += max(0, good - chunk.embedded) + max(0, len(rejected) - chunk.rejected)
+        return missing, double
+
+    def _indexes_there(self, job_id: UUID, parts: Sequence[Output]) -> npt.NDArray[np.int64]:
+        """The indexes in those parts that are there."""
+        found = [np.zeros(0, np.int64)]
+        for part in parts:
+            with suppress(SourceChanged):
+                found.append(indexes(self._folder, job_id, [part]))
+        return np.concatenate(found)
+
+
+def schema(dimensions: int, kept_as: VectorType, carried: Sequence[str]) -> Any:
+    """Columns of a file with vectors. A carried column of JSON values has no one type: each is kept as text."""
+    element = pa.field("item", pa.from_numpy_dtype(kept_as.value), nullable=False)
+    return pa.schema(
+        [
+            pa.field("index", pa.int64(), nullable=False),
+            pa.field("key", pa.string()),
+            pa.field("embedding", pa.list_(element, dimensions), nullable=False),
+            pa.field("tokens", pa.int32(), nullable=False),
+            pa.field("truncated", pa.bool_(), nullable=False),
+            *(pa.field(name, pa.string()) for name in carried),
+        ]
+    )
+
+
+def name_of(claim: Claim, number: int) -> str:
+    """The file name of commit `number` of a claim."""
+    return f"part-{claim.chunk_id}-{claim.fence}-{claim.token.hex}{f'-{number}' if number else ''}.parquet"
+
+
+def write(folder: str, claim: Claim, number: int, rows: Rows) -> Output:
+    """Write a part, whole or not at all. It counts when the commit has recorded what is returned.
+
+    Raises:
+        StorageRefused, StorageUnreachable: it can't be written.
+    """
+    carried, kept_as = claim.options.columns.carry, claim.options.dtype
+    values = [exact_json.loads(row) if row else {} for row in rows.carried] if carried else []
+    kind = schema(rows.vectors.shape[1], kept_as, carried)
+    flat = pa.array(rows.vectors.astype(kept_as.value, copy=False).ravel())
+    batch = pa.record_batch(
+        [
+            pa.array(rows.indexes),
+            pa.array(rows.keys, pa.string()),
+            pa.FixedSizeListArray.from_arrays(flat, type=kind.field("embedding").type),
+            pa.array(rows.tokens),
+            pa.array(rows.truncated),
+            *(pa.array([as_text(value.get(name)) for value in values], pa.string()) for name in carried),
+        ],
+        schema=kind,
+    )
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, kind, **WRITING) as writer:
+        writer.write_batch(batch)
+    output = Output(
+        chunk_id=claim.chunk_id,
+        fence=claim.fence,
+        part=number,
+        name=name_of(claim, number),
+        rows=len(rows.indexes),
+        bytes=buffer.tell(),
+    )
+    storage.write(storage.join(_staging(folder, claim.job_id), output.name), buffer.getbuffer())
+    return output
+
+
+#: Vectors hardly compress, and have no dictionary; the other columns do.
+WRITING: Mapping[str, Any] = {"compression": "zstd", "use_dictionary": ["key"]}
+
+
+def as_text(value: Any) -> str | None:
+    """A carried JSON value as a string: strings as they are."""
+    return value if value is None or isinstance(value, str) else exact_json.dumps(value).decode()
+
+
+def _staging(folder: str, job_id: UUID) -> str:
+    return storage.join(folder, f"{_STAGING}/{job_id}")
+
+
+def occupy(folder: str, job_id: UUID) -> None:
+    """Take an empty folder for a job's output; this proves that it can be written.
+
+    Raises:
+        UserError: something is there already.
+        StorageRefused, StorageUnreachable: it can't be written.
+    """
+    ours = f"{_STAGING}/{job_id}/"
+    for name in storage.names_below(folder):
+        if not name.startswith(ours):
+            raise UserError(f"{name} is there already; give an empty folder.", field="output", given=folder)
+    storage.write(storage.join(_staging(folder, job_id), _CLAIM), orjson.dumps({"job": str(job_id)}))
+
+
+def vacate(folder: str, job_id: UUID) -> None:
+    """Delete what a job has left below `_staging`."""
+    storage.delete_folder(_staging(folder, job_id))
+
+
+def make_data_set(folder: str, job_id: UUID, parts: Sequence[Output], about: Mapping[str, Any]) -> None:
+    """Make a completed job's parts a data set, and the folder hold no other. May be repeated, also after it was cut off
+    anywhere.
+
+    Raises:
+        StorageRefused, StorageUnreachable: it isn't finished.
+    """
+
+    _remove_strays(folder, {output.name for output in parts})
+
+    def promote(output: Output) -> None:
+        storage.move(storage.join(_staging(folder, job_id), output.name), storage.join(folder, output.name))
+
+    with ThreadPoolExecutor(_MOVES) as pool:
+        for _ in pool.map(promote, parts):
+            pass
+    files = [{"name": output.name, "rows": output.rows, "bytes": output.bytes} for output in parts]
+    manifest = {**about, "job": str(job_id), "rows": sum(output.rows for output in parts), "files": files}
+    # Made where `vacate` clears away what a death in the middle of it leaves.
+    made = storage.join(_staging(folder, job_id), MANIFEST)
+    storage.write(made, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    storage.move(made, storage.join(folder, MANIFEST))
+    vacate(folder, job_id)
+    storage.write(storage.join(folder, SUCCESS), b"")
+
+
+def _remove_strays(folder: str, listed: Collection[str]) -> None:
+    """Delete parts that readers see and nobody lists: a database that has lost its last commits forgot them."""
+    strays = [name for name in visible_names(folder) if _PART.fullmatch(name) and name not in listed]
+    if strays:
+        storage.delete(storage.join(folder, SUCCESS))  # what it vouches for goes
+    for name in strays:
+        log.warning("stray_part_removed", folder=folder, name=name)
+        storage.delete(storage.join(folder, name))
+
+
+def open_part(folder: str, job_id: UUID, output: Output) -> pq.ParquetFile:
+    """Open a recorded part, wherever it is by now.
+
+    Raises:
+        SourceChanged: it is gone.
+    """
+    for place in (_staging(folder, job_id), folder):
+        found = storage.stat(storage.join(place, output.name))
+        if found:
+            return pq.ParquetFile(storage.open_file(found.uri, found.etag))
+    raise SourceChanged(f"{storage.join(folder, output.name)}: this part of job {job_id} is gone.")
+
+
+def names_of_parts(folder: str, job_id: UUID) -> set[str]:
+    """The parts that lie in a job's folder, delivered or not."""
+    # In the direction in which they are moved: what leaves one place between the two looks is met in the other.
+    return {*visible_names(_staging(folder, job_id)), *visible_names(folder)}
+
+
+def indexes(folder: str, job_id: UUID, parts: Sequence[Output]) -> npt.NDArray[np.int64]:
+    """The indexes in recorded parts, in the order of the files.
+
+    Raises:
+        SourceChanged: a part is gone.
+    """
+    found = [np.zeros(0, np.int64)]
+    for output in parts:
+        with open_part(folder, job_id, output) as part:
+            found.append(part.read(columns=["index"])["index"].to_numpy())
+    return np.concatenate(found)
+
+
+def visible_names(folder: str) -> Iterator[str]:
+    """The Parquet files that a reader of the folder sees."""
+    return (name for name in storage.names_below(folder) if name.endswith(".parquet") and name[0] not in "_.")
+
+
+def read(folder: str, job_id: UUID, parts: Sequence[Output]) -> pa.Table:
+    """The rows of recorded parts in index order.
+
+    Raises:
+        SourceChanged: a part is gone.
+    """
+    tables = []
+    for output in parts:
+        with open_part(folder, job_id, output) as part:
+            tables.append(part.read())
+    return pa.concat_tables(tables).sort_by("index")

@@ -1,0 +1,92 @@
+"""The reader of a claimed chunk: its items in blocks of bounded size."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Engine
+
+from pipeline.chunk_io.sinks import Sink, sink_of
+from pipeline.core.chunks import Claim, Item, Reject, RejectCode
+from pipeline.db import items
+from pipeline.sources.by_reference import read_extent
+
+#: Text that is held at once, whatever the planner expected of a file's rows.
+_SERVING_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ItemBlock:
+    """Items that have neither vector nor reject yet, and what was rejected as they were read; in index order."""
+
+    items: Sequence[Item]
+    rejects: Sequence[Reject] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What is left of a chunk, in blocks of bounded size."""
+
+    left: int
+    blocks: Iterator[ItemBlock]
+
+
+def read_chunk(engine: Engine, claim: Claim) -> Intake:
+    """What has neither vector nor reject yet.
+
+    Raises, also while blocks are read:
+        SourceChanged: the chunk's file is no longer the one that was planned.
+        SourceError: that file is damaged.
+        StorageRefused, StorageUnreachable: it can't be read now.
+    """
+    sink = sink_of(claim.options)
+    with engine.begin() as connection:
+        settled = items.settled(connection, claim.job_id, claim.first_index, claim.items)
+        settled |= sink.settled(connection, claim)
+        rows = (
+            []
+            if claim.extent
+            else items.read(connection, claim.job_id, claim.first_index, claim.items, carried=claim.carries)
+        )
+    if claim.extent:
+        return Intake(claim.items - len(settled), _with_a_place(sink, _from_file(claim, settled)))
+    unfinished = [item for item in rows if item.index not in settled]
+    return Intake(len(unfinished), _with_a_place(sink, iter([ItemBlock(unfinished)])))
+
+
+def _with_a_place(sink: Sink, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock]:
+    """Reject what has no place where the job writes."""
+    for block in blocks:
+        faults = {item.index: fault for item in block.items if (fault := sink.fault(item))}
+        if not faults:
+            yield block
+            continue
+        bad = [
+            Reject(index=item.index, key=item.key, code=RejectCode.BAD_KEY, message=faults[item.index])
+            for item in block.items
+            if item.index in faults
+        ]
+        yield ItemBlock([item for item in block.items if item.index not in faults], [*block.rejects, *bad])
+
+
+def _from_file(claim: Claim, settled: set[int]) -> Iterator[ItemBlock]:
+    assert claim.extent
+    index = claim.first_index
+    good: list[Item] = []
+    bad: list[Reject] = []
+    size = 0
+    for rows in read_extent(claim.extent, claim.items, claim.options.columns, claim.options.item_bytes):
+        bad += [
+            Reject(index=index + at, key=rows.keys[at], code=code, message=message)
+            for at, code, message in rows.problems
+            if index + at not in settled
+        ]
+        carried = rows.carried or [b""] * len(rows.keys)
+        for at, (key, text, more) in enumerate(zip(rows.keys, rows.texts, carried, strict=True), index):
+            if text is not None and at not in settled:
+                good.append(Item(index=at, key=key, text=text.decode(), carried=more))
+                size += len(text)
+        index += len(rows.keys)
+        if size >= _SERVING_BYTES:
+            yield ItemBlock(good, bad)
+            good, bad, size = [], [], 0
+    yield ItemBlock(good, bad)

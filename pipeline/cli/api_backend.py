@@ -1,0 +1,230 @@
+"""Commands at an api."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from http import HTTPStatus
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from uuid import UUID
+
+import httpx2 as httpx
+
+from pipeline.catalog.keys import NewKey
+from pipeline.catalog.models import DEFAULT_WORKSPACE
+from pipeline.core.errors import ServiceUnreachable, UserError, VectormillError
+from pipeline.core.job_status import JobStatus, Receipt
+from pipeline.core.jobs import JobState
+from pipeline.ingest.request import JobRequest
+from pipeline.ingest.submission import Submitted
+from pipeline.jobs.status import Namesake
+
+_LIST_PAGE = 100
+_CONNECT_SECONDS = 5.0
+#: An upload is answered when all of its items are in the database; a verification counts them.
+_MOST_SECONDS = 3_600.0
+
+
+class ApiBackend:
+    """Commands that an api carries out, as its key allows."""
+
+    def __init__(self, url: str, key: str, workspace: str) -> None:
+        self._scope = {} if workspace == DEFAULT_WORKSPACE else {"workspace": workspace}
+        self._url = url.rstrip("/")
+        self._client = httpx.Client(
+            base_url=f"{self._url}/api",
+            headers={"authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(_MOST_SECONDS, connect=_CONNECT_SECONDS),
+        )
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._client.close()
+
+    def jobs(self, states: Sequence[JobState], limit: int) -> list[JobStatus]:
+        """Statuses of the newest jobs."""
+        rows: list[JobStatus] = []
+        after: dict[str, str] = {}
+        while len(rows) < limit:
+            wanted = {"state": [state.value for state in states], "limit": min(_LIST_PAGE, limit - len(rows)), **after}
+            page = self._get("/jobs", **wanted)
+            rows += map(JobStatus.model_validate, page["data"])
+            if not page["has_more"]:
+                break
+            after = {"after": page["after"]}
+        return rows
+
+    def status(self, job: str) -> JobStatus:
+        """Where a job stands."""
+        return JobStatus.model_validate(self._get(_path(job)))
+
+    def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
+        """Its rejects in index order, of which no more is read than is asked for."""
+        with self._stream(_path(job, "rejects"), format="jsonl") as reply:
+            return [json.loads(line) for line in islice(reply.iter_lines(), limit)]
+
+    def reject_counts(self, job: str) -> dict[str, int]:
+        """How many rejects it has, by code."""
+        counts: dict[str, int] = self._get(_path(job, "rejects"), limit=1)["counts"]
+        return counts
+
+    def receipt(self, job: str, *, verify: bool) -> Receipt:
+        """Its account."""
+        return Receipt.model_validate(self._get(_path(job, "receipt"), verify=verify))
+
+    def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
+        """`cancel`, `pause` or `resume` it."""
+        found = JobStatus.model_validate(self._post(_path(job, verb)))
+        return found.id, found.state
+
+    def prioritise(self, job: str, priority: int) -> UUID:
+        """Change its place among others."""
+        return UUID(self._post(_path(job, "priority"), json={"priority": priority})["id"])
+
+    def retry(self, job: str) -> tuple[UUID, int]:
+        """Try again what may succeed."""
+        found = self._post(_path(job, "retry"))
+        return UUID(found["job"]["id"]), found["reopened_chunks"]
+
+    def results(self, job: str, to: Path) -> str:
+        """Write its vectors to a file, which appears when it is whole."""
+        kind = to.suffix.removeprefix(".")
+        if kind not in ("parquet", "jsonl"):
+            raise UserError("give a file that ends in .parquet or .jsonl.", field="to", given=str(to))
+        partial = to.with_name(f".{to.name}.partial")
+        try:
+            with self._stream(_path(job, "results"), format=kind) as reply, partial.open("wb") as file:
+                for piece in reply.iter_bytes():
+                    file.write(piece)
+            partial.replace(to)
+        except OSError as error:
+            raise UserError(f"{error.strerror or error}.", field="to", given=str(to)) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return f"Vectors written to {to}."
+
+    def models(self, *, everything: bool) -> list[Mapping[str, Any]]:  # noqa: ARG002 - the key decides
+        """The models that the key may use; of an admin's key, the whole catalogue."""
+        rows: list[Mapping[str, Any]] = self._get("/models")["data"]
+        return rows
+
+    def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
+        """Make a key of the workspace of this key, an admin's."""
+        wish: dict[str, Any] = {"name": name, "admin": admin}
+        if lives is not None:
+            wish["expires_in_days"] = lives / timedelta(days=1)
+        return NewKey(**self._of_keys("POST", "/keys", json=wish).json())
+
+    def keys(self) -> list[dict[str, Any]]:
+        """The keys of the workspace of this key, an admin's."""
+        rows: list[dict[str, Any]] = self._of_keys("GET", "/keys").json()
+        return rows
+
+    def rotate_key(self, key: str, overlap: timedelta) -> NewKey:
+        """Make a key in place of another one."""
+        wish = {"overlap_hours": overlap / timedelta(hours=1)}
+        return NewKey(**self._of_keys("POST", f"/keys/{_segment(key, 'key')}/rotate", json=wish).json())
+
+    def revoke_key(self, key: str) -> None:
+        """End a key now."""
+        self._of_keys("DELETE", f"/keys/{_segment(key, 'key')}")
+
+    def _of_keys(self, method: str, path: str, **how: Any) -> httpx.Response:
+        if self._scope:
+            raise UserError(
+                "--workspace: over an api, keys are those of the workspace of VECTORMILL_API_KEY; leave it out, "
+                "or set VECTORMILL_DATABASE_URL."
+            )
+        return self._send(method, path, **how)
+
+    def namesakes(self, job: str) -> list[Namesake]:
+        """All that bear this name, the newest first."""
+        rows = self._get("/jobs", name=job, limit=_LIST_PAGE)["data"]
+        return [Namesake(UUID(row["id"]), row["state"]) for row in rows if row["name"] == job]
+
+    def submit(self, wish: JobRequest, files: Sequence[Path], idempotency_key: str | None) -> Submitted:
+        """Upload files as a job, or let it read the sources that the request names."""
+        headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
+        fields = wish.model_dump(mode="json", exclude_defaults=True)
+        if not files:
+            return self._made(self._send("POST", "/jobs", params=self._scope, json=fields, headers=headers))
+        with ExitStack() as opened:
+            parts = [("file", (path.name, opened.enter_context(path.open("rb")))) for path in files]
+            form = {name: _as_field(value) for name, value in fields.items()}
+            sent = self._send("POST", "/jobs", params=self._scope, data=form, files=parts, headers=headers)
+            return self._made(sent)
+
+    @staticmethod
+    def _made(reply: httpx.Response) -> Submitted:
+        job = reply.json()
+        if reply.status_code == HTTPStatus.OK:
+            return Submitted(UUID(job["id"]), f"this idempotency key made job {job['id']} before")
+        return Submitted(UUID(job["id"]), notices=job.get("notices", ()))
+
+    def _get(self, path: str, **asked: Any) -> Any:
+        return self._send("GET", path, params={**asked, **self._scope}).json()
+
+    def _post(self, path: str, **body: Any) -> Any:
+        return self._send("POST", path, params=self._scope, **body).json()
+
+    @contextmanager
+    def _stream(self, path: str, **asked: Any) -> Iterator[httpx.Response]:
+        with _reporting(self._url), self._client.stream("GET", path, params={**asked, **self._scope}) as reply:
+            if not reply.is_success:
+                reply.read()
+            _check(reply)
+            yield reply
+
+    def _send(self, method: str, path: str, **how: Any) -> httpx.Response:
+        with _reporting(self._url):
+            reply = self._client.request(method, path, **how)
+        _check(reply)
+        return reply
+
+
+def _path(job: str, more: str = "") -> str:
+    return f"/jobs/{_segment(job, 'job')}" + (f"/{more}" if more else "")
+
+
+def _segment(name: str, what: str) -> str:
+    """A name as one segment of a path. What none can hold names nothing."""
+    if name in ("", ".", ".."):
+        raise UserError(f'no {what} "{name}".')
+    return quote(name, safe="")
+
+
+def _as_field(value: Any) -> Any:
+    """A request's field as a form has it."""
+    if isinstance(value, Mapping):
+        return json.dumps(value)
+    return value
+
+
+@contextmanager
+def _reporting(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise ServiceUnreachable(f"can't reach the api at {url} ({type(error).__name__}).") from error
+
+
+def _check(reply: httpx.Response) -> None:
+    """Raise what a problem says."""
+    if reply.is_success:
+        return
+    field = None
+    try:
+        problem = reply.json()
+        detail, field = str(problem["detail"]), problem.get("field")
+    except (ValueError, KeyError, TypeError):
+        detail = f"the api answers {reply.status_code}."
+    if reply.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR or reply.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+        unreachable = reply.status_code != HTTPStatus.INTERNAL_SERVER_ERROR
+        raise ServiceUnreachable(detail) if unreachable else VectormillError(detail)
+    if field and detail.startswith(field):
+        given, _, told = detail.removeprefix(field).partition(": ")
+        raise UserError(told, field=field, given=given.strip())
+    raise UserError(detail)

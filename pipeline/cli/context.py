@@ -1,0 +1,63 @@
+"""The context of a command: the servers that the environment names, else those of the `up` that runs here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sqlalchemy import Engine
+
+from pipeline.catalog.models import DEFAULT_WORKSPACE, workspace_id
+from pipeline.core.errors import ServiceUnreachable
+from pipeline.db.database import make_engine
+from pipeline.embedded.runtime import find_running
+from pipeline.infra.settings import Settings, load_settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a command works."""
+
+    settings: Settings
+    engine: Engine
+    workspace_id: int
+
+
+def server_urls(settings: Settings) -> tuple[str, str]:
+    """The URLs of Postgres and Redis.
+
+    Raises:
+        ServiceUnreachable: the environment doesn't name both, and nothing runs here.
+    """
+    database, redis = settings.database_url, settings.redis_url
+    if database and redis:
+        return database.get_secret_value(), redis.get_secret_value()
+    running = find_running(settings.home)
+    if running is None:
+        raise ServiceUnreachable(
+            "no server to work with: start them here with vectormill up --detach, "
+            "or set VECTORMILL_DATABASE_URL and VECTORMILL_REDIS_URL."
+        )
+    return (
+        database.get_secret_value() if database else running.database_url,
+        redis.get_secret_value() if redis else running.redis_url,
+    )
+
+
+def database_url(settings: Settings) -> str:
+    """The URL of Postgres; Redis need not be known."""
+    if settings.database_url:
+        return settings.database_url.get_secret_value()
+    return server_urls(settings)[0]
+
+
+@contextmanager
+def working(workspace: str = DEFAULT_WORKSPACE) -> Iterator[Place]:
+    """An engine and a workspace for the length of a command."""
+    settings = load_settings()
+    engine = make_engine(database_url(settings), application="vectormill-cli")
+    try:
+        with engine.begin() as connection:
+            found = workspace_id(connection, workspace)
+        yield Place(settings=settings, engine=engine, workspace_id=found)
+    finally:
+        engine.dispose()

@@ -1,0 +1,144 @@
+"""Commands at a database. What needs Arrow is imported where it is used: most commands don't."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from pipeline.catalog import keys
+from pipeline.catalog.keys import NewKey
+from pipeline.cli.context import Place
+from pipeline.core.errors import ServiceUnreachable
+from pipeline.core.job_status import JobStatus, Receipt
+from pipeline.core.jobs import JobState
+from pipeline.db import keys as stored_keys
+from pipeline.db import models, rejects
+from pipeline.db.database import is_connection_lost
+from pipeline.jobs import control, status
+from pipeline.jobs.status import Namesake
+
+_PAGE = 1_000
+_MOST_NAMESAKES = 100
+_MOMENTS = ("created_at", "expires_at", "revoked_at")
+
+
+class DatabaseBackend:
+    """Commands that work in a workspace of a database."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    @contextmanager
+    def _of(self, job: str) -> Iterator[tuple[Connection, UUID]]:
+        with self.place.engine.begin() as connection:
+            yield connection, status.find_job(connection, self.place.workspace_id, job)
+
+    @contextmanager
+    def _changing(self, job: str, *, ended: bool) -> Iterator[tuple[Connection, UUID]]:
+        with self.place.engine.begin() as connection:
+            yield connection, status.find_job_to_change(connection, self.place.workspace_id, job, ended=ended)
+
+    def namesakes(self, job: str) -> list[Namesake]:
+        """All that bear this name, the newest first."""
+        with self.place.engine.begin() as connection:
+            return status.namesakes(connection, self.place.workspace_id, job, _MOST_NAMESAKES)
+
+    def jobs(self, states: Sequence[JobState], limit: int) -> list[JobStatus]:
+        """Statuses of the newest jobs."""
+        with self.place.engine.begin() as connection:
+            return status.list_jobs(connection, self.place.workspace_id, states=states, limit=limit)
+
+    def status(self, job: str) -> JobStatus:
+        """Where a job stands."""
+        try:
+            with self._of(job) as (connection, found):
+                return status.job_status(connection, found)
+        except DBAPIError as error:
+            if is_connection_lost(error):
+                raise ServiceUnreachable("can't reach the database.") from error
+            raise
+
+    def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
+        """Its rejects in index order."""
+        rows: list[dict[str, Any]] = []
+        with self._of(job) as (connection, found):
+            while limit is None or len(rows) < limit:
+                size = _PAGE if limit is None else min(_PAGE, limit - len(rows))
+                page = rejects.page(connection, found, rows[-1]["index"] if rows else -1, size)
+                rows += page
+                if len(page) < size:
+                    break
+        return rows
+
+    def reject_counts(self, job: str) -> dict[str, int]:
+        """How many rejects it has, by code."""
+        with self._of(job) as (connection, found):
+            return rejects.count_by_code(connection, found)
+
+    def receipt(self, job: str, *, verify: bool) -> Receipt:
+        """Its account."""
+        with self._of(job) as (connection, found):
+            if not verify:
+                return status.receipt(connection, found)
+            from pipeline.jobs.verification import verified_receipt
+
+            return verified_receipt(connection, found)
+
+    def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
+        """`cancel`, `pause` or `resume` it."""
+        act = {"cancel": control.cancel, "pause": control.pause, "resume": control.resume}[verb]
+        with self._changing(job, ended=False) as (connection, found):
+            return found, act(connection, found)
+
+    def prioritise(self, job: str, priority: int) -> UUID:
+        """Change its place among others."""
+        with self._changing(job, ended=False) as (connection, found):
+            control.prioritise(connection, found, priority)
+            return found
+
+    def retry(self, job: str) -> tuple[UUID, int]:
+        """Try again what may succeed."""
+        with self._changing(job, ended=True) as (connection, found):
+            return found, control.retry(connection, found)
+
+    def results(self, job: str, to: Path) -> str:
+        """Write its vectors to a file."""
+        from pipeline.jobs.results import export
+
+        with self._of(job) as (_, found):
+            pass
+        return f"{export(self.place.engine, found, to):,} vectors written to {to}."
+
+    def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
+        """The catalogue's models, or only those that the workspace may use."""
+        with self.place.engine.begin() as connection:
+            rows = models.every(connection) if everything else models.of_workspace(connection, self.place.workspace_id)
+            return [dict(row) for row in rows]
+
+    def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
+        """Make a key of the workspace."""
+        with self.place.engine.begin() as connection:
+            return keys.create(connection, self.place.workspace_id, name, admin=admin, lives=lives)
+
+    def keys(self) -> list[dict[str, Any]]:
+        """The workspace's keys."""
+        with self.place.engine.begin() as connection:
+            rows = [dict(row) for row in stored_keys.every(connection, self.place.workspace_id)]
+        for row in rows:
+            row |= {name: row[name].isoformat() if row[name] else None for name in _MOMENTS}
+        return rows
+
+    def rotate_key(self, key: str, overlap: timedelta) -> NewKey:
+        """Make a key in place of another one."""
+        with self.place.engine.begin() as connection:
+            return keys.rotate(connection, self.place.workspace_id, key, overlap)
+
+    def revoke_key(self, key: str) -> None:
+        """End a key now."""
+        with self.place.engine.begin() as connection:
+            keys.revoke(connection, self.place.workspace_id, key)

@@ -1,0 +1,162 @@
+"""Output on a terminal: numbers, states, the live bar, the ledger. Data goes to standard output, all else to
+standard error."""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from rich.console import Console, Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.core import humanize
+from pipeline.core.errors import UserError, VectormillError
+from pipeline.core.job_status import JobStatus, Receipt
+
+#: Columns where no terminal says how many it has.
+_PIPE_WIDTH = 140
+
+#: For people; nothing here is lost when standard output is a pipe.
+stderr = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
+stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+_STATE_COLOURS = {
+    "completed": "green",
+    "running": "blue",
+    "failed": "red",
+    "paused": "yellow",
+    "cancelling": "yellow",
+    "cancelled": "bright_black",
+}
+_STATE_MARKS = {"completed": "✓", "failed": "✗", "running": "▸", "paused": "‖", "cancelled": "–", "cancelling": "–"}
+
+
+def print_json(value: Any) -> None:
+    """Print data for a program."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def tell(notices: Iterable[str]) -> None:
+    """Say what a person should know though nothing is refused, a line each."""
+    for notice in notices:
+        stderr.print(Text("note ", "yellow"), Text(notice), sep="")
+
+
+#: Options whose flag isn't their field's name.
+_FLAGS = {"from": "--from", "labels": "--label", "sources": "SOURCE"}
+
+
+def sentence(error: VectormillError) -> str:
+    """Return the message for whoever typed the command: a wrong option is called by its flag."""
+    if not isinstance(error, UserError) or error.field is None:
+        return str(error)
+    name = error.field.partition(".")[0]
+    return error.spelled(_FLAGS.get(name, f"--{name.replace('_', '-')}"))
+
+
+def age(moment: datetime | None) -> str:
+    """How long ago a moment was."""
+    if moment is None:
+        return "–"
+    return humanize.duration(max(timedelta(0), datetime.now(moment.tzinfo) - moment).total_seconds()) + " ago"
+
+
+def state(name: str, reason: str | None = None) -> Text:
+    """A state with its mark, its colour and its reason."""
+    shown = f"{_STATE_MARKS.get(name, '·')} {name}" + (f" ({reason})" if reason else "")
+    return Text(shown, style=_STATE_COLOURS.get(name, ""))
+
+
+def progress_line(status: JobStatus) -> Table:
+    """One line for a job that runs: name, model, bar, share, items, rates, time left."""
+    items, rate = status.items, status.rate
+    share = items.over / items.total if items.total else 0.0
+    line = Table.grid(padding=(0, 2))
+    cells: list[Any] = [
+        Text(status.name, style="bold", overflow="ellipsis", no_wrap=True),
+        Text(status.model, style="bright_black", overflow="ellipsis", no_wrap=True),
+        ProgressBar(total=1.0, completed=share, width=24, complete_style="blue", finished_style="green"),
+        Text(f"{share:4.0%}".replace("%", " %"), no_wrap=True),
+        Text(f"{items.over:,} / {items.total:,}", no_wrap=True),
+        Text(f"{humanize.short(rate.items_per_second)} items/s", no_wrap=True),
+        Text(f"{humanize.short(rate.tokens_per_second)} tok/s", no_wrap=True),
+        _time_left(status),
+    ]
+    line.add_row(*cells)
+    return line
+
+
+def _time_left(status: JobStatus) -> Text:
+    if status.state != "running":
+        return state(status.state, status.reason)
+    if status.eta_seconds is None:
+        return Text("time left: not yet", style="bright_black", no_wrap=True)
+    return Text(f"{humanize.duration(status.eta_seconds)} left", no_wrap=True)
+
+
+def plain_progress(status: JobStatus) -> str:
+    """The same line for a log: no colours, no bar."""
+    items, rate = status.items, status.rate
+    left = "" if status.eta_seconds is None else f"  {humanize.duration(status.eta_seconds)} left"
+    return (
+        f"{status.name}  {status.state}  {items.over:,} / {items.total:,}  "
+        f"{humanize.short(rate.items_per_second)} items/s  {humanize.short(rate.tokens_per_second)} tok/s{left}"
+    )
+
+
+def ledger(receipt: Receipt, codes: Mapping[str, int]) -> RenderableType:
+    """A receipt as an account: `codes` counts its rejects."""
+    items, tokens = receipt.items, receipt.tokens
+    table = Table(box=None, padding=(0, 3, 0, 0), show_edge=False, header_style="bright_black")
+    table.add_column("")
+    table.add_column("items", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_row("in", f"{items.submitted:,}", "")
+    table.add_row("embedded", f"{items.embedded:,}", f"{tokens.prompt:,}")
+    if receipt.truncated:
+        table.add_row("truncated", f"{receipt.truncated:,}", "")
+    table.add_row("reused", f"{items.reused:,}", f"{tokens.reused:,} saved" if tokens.reused else "")
+    table.add_row("rejected", f"{items.rejected:,}", "")
+    table.add_row("cancelled", f"{items.cancelled:,}", "")
+    if unanswered := tokens.unanswered:
+        table.add_row("unanswered", "", f"about {unanswered:,}")
+    if unanswered or tokens.billed != tokens.prompt:
+        table.add_row("billed", "", f"{tokens.billed:,}")
+    why = ", ".join(f"{count:,} {code}" for code, count in codes.items())
+    hint = [Text(f"{why}: vectormill rejects {short(receipt.id)}", style="yellow")] if why else []
+    if receipt.truncated:
+        hint.append(Text(_truncated(receipt.truncated), style="yellow"))
+    return Group(Text.assemble(("receipt  ", "bright_black"), str(receipt.id)), table, *hint)
+
+
+def _truncated(count: int) -> str:
+    texts = "1 text was" if count == 1 else f"{count:,} texts were"
+    return (
+        f"{texts} cut, longer than what is read: --on-long reject rejects such, a model that reads more or a greater "
+        "--max-item-tokens takes more of them; results tell which (truncated)"
+    )
+
+
+def short(job_id: UUID) -> str:
+    """Enough of a job's id to tell it from others: its time to the millisecond."""
+    return str(job_id)[:13]
+
+
+def verdict(receipt: Receipt) -> Text:
+    """The last line of a ledger."""
+    if not receipt.balanced:
+        open_items = receipt.items.submitted - receipt.items.settled
+        return Text(f"not balanced yet: {open_items:,} items are still to do", style="yellow")
+    if receipt.verified is None:
+        return Text("balanced; --verify counts the rows", style="green")
+    counts = f"{receipt.missing:,} missing, {receipt.double:,} double"
+    if receipt.verified:
+        return Text(f"balanced, verified: {counts}", style="green")
+    return Text(f"NOT VERIFIED: {counts}", style="bold red")
+
+
+_ENDINGS = ("embedded", "reused", "rejected", "cancelled")

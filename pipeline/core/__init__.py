@@ -1,0 +1,1 @@
+"""Pure nouns and rules: jobs, chunks, options, errors, OpenAI's shapes. No I/O, no SQL."""

@@ -1,0 +1,178 @@
+"""Chunks: their states, the items in them and why some are rejected, where their rows stand, and claims."""
+
+import enum
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from pipeline.core.options import KeptOptions
+
+
+class ChunkState(enum.StrEnum):
+    """Where a chunk stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+
+#: Legal moves of a chunk. `retry` reopens an ended one.
+CHUNK_TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
+    ChunkState.PENDING: frozenset({ChunkState.RUNNING, ChunkState.DONE, ChunkState.CANCELLED}),
+    ChunkState.RUNNING: frozenset({ChunkState.PENDING, ChunkState.DONE, ChunkState.CANCELLED}),
+    ChunkState.DONE: frozenset({ChunkState.PENDING}),
+    ChunkState.CANCELLED: frozenset({ChunkState.PENDING}),
+}
+
+
+class RejectCode(enum.StrEnum):
+    """Why an item can't be embedded."""
+
+    MISSING_TEXT = "missing_text"
+    NOT_A_STRING = "not_a_string"
+    EMPTY_TEXT = "empty_text"
+    INVALID_UTF8 = "invalid_utf8"
+    NUL_CHARACTER = "nul_character"
+    TOO_LARGE = "too_large"
+    BAD_KEY = "bad_key"
+    BAD_ROW = "bad_row"
+    BAD_REQUEST = "bad_request"
+    TOO_LONG = "too_long"
+    BAD_VECTOR = "bad_vector"
+    ENCODE_FAILED = "encode_failed"
+    CRASHED_WORKER = "crashed_worker"
+    GATEWAY_REFUSED = "gateway_refused"
+    GATEWAY_FAILED = "gateway_failed"
+
+    @property
+    def retryable(self) -> bool:
+        """Whether `retry` may embed the item after all: its text is kept and the cause may have gone."""
+        return self in RETRYABLE_REJECTS
+
+
+RETRYABLE_REJECTS = frozenset(
+    {
+        RejectCode.BAD_VECTOR,
+        RejectCode.ENCODE_FAILED,
+        RejectCode.CRASHED_WORKER,
+        RejectCode.GATEWAY_REFUSED,
+        RejectCode.GATEWAY_FAILED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A contiguous range of a job's items, as its row stands."""
+
+    id: int
+    ordinal: int
+    first_index: int
+    items: int
+    state: ChunkState
+    #: How often it was claimed, and reopened.
+    fence: int
+    crashes: int
+    last_error: str | None
+    embedded: int
+    reused: int
+    rejected: int
+    cancelled: int
+    truncated: int
+    prompt_tokens: int
+    output_uri: str | None
+    lease_until: datetime | None
+    not_before: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One text of a job, as a worker reads it."""
+
+    #: Zero-based position in the job.
+    index: int
+    #: The user's key, if the source has one.
+    key: str | None
+    text: str
+    #: A JSON object of the columns that go into the output; empty where none do, or where they stand in Postgres.
+    carried: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """An item that can't be embedded."""
+
+    index: int
+    key: str | None
+    code: RejectCode
+    #: What is wrong with the item, for a person; never its text.
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InFile:
+    uri: str
+    #: What the file was when it was planned; reading another version raises `SourceChanged`.
+    etag: str
+    #: Size of the file.
+    bytes: int
+    #: Row or line number of the first row, from 1, as messages show it.
+    line: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParquetExtent(_InFile):
+    """Where the rows of a chunk stand in a Parquet file."""
+
+    #: The row group in which they begin.
+    row_group: int
+    #: Rows of that group before them.
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextExtent(_InFile):
+    """Where the rows of a chunk stand in a text, in unpacked bytes."""
+
+    offset: int
+    length: int
+
+
+#: Where the rows of a chunk stand in a file that workers read themselves.
+Extent = ParquetExtent | TextExtent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A worker's time-limited right to one chunk."""
+
+    job_id: UUID
+    chunk_id: int
+    fence: int
+    #: Unique on every timeline of Postgres, where a fence may be given twice.
+    token: UUID
+    worker_id: UUID
+    #: Postgres backend that will commit; the sweep ends it if it freezes there.
+    backend_pid: int
+    first_index: int
+    items: int
+    #: Level of the search for an item that kills its process; 0: none under way.
+    isolation: int
+    #: Its name.
+    model: str
+    vector_space_id: int
+    dimensions: int
+    max_item_tokens: int | None
+    lease_seconds: float
+    #: The chunk's rows in a file; `None`: its items are in Postgres.
+    extent: Extent | None = None
+    options: KeptOptions = KeptOptions()
+
+    @property
+    def carries(self) -> bool:
+        """Whether columns go through the worker into the output, instead of standing in Postgres already."""
+        through = self.extent is not None or self.options.output
+        return bool(through and self.options.columns.carry)

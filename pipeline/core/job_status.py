@@ -1,0 +1,123 @@
+"""A job's status and receipt, as every door shows them."""
+
+from datetime import datetime
+from uuid import UUID
+
+from pydantic import BaseModel, Field
+
+from pipeline.core.jobs import JobState
+
+
+class ItemCounts(BaseModel):
+    """Counts of items."""
+
+    total: int = 0
+    embedded: int = 0
+    reused: int = 0
+    rejected: int = 0
+    cancelled: int = 0
+    pending: int = 0
+    truncated: int = 0
+
+    @property
+    def over(self) -> int:
+        """Return how many are embedded, reused, rejected or cancelled."""
+        return self.total - self.pending
+
+
+class TokenCounts(BaseModel):
+    """Counts of tokens."""
+
+    prompt: int = 0
+
+
+class Rate(BaseModel):
+    """Of the last minute, or of the last one before the job's end."""
+
+    items_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+class ChunkCounts(BaseModel):
+    """Counts of chunks by state."""
+
+    pending: int = 0
+    running: int = 0
+    done: int = 0
+    cancelled: int = 0
+
+    @property
+    def total(self) -> int:
+        """Return how many there are."""
+        return self.pending + self.running + self.done + self.cancelled
+
+
+class JobStatus(BaseModel):
+    """Where a job stands. Counts are items or tokens, rates are per second."""
+
+    id: UUID
+    name: str
+    workspace: str | None = Field(default=None, description="In lists.")
+    state: JobState
+    reason: str | None = Field(description="Why it is paused or has failed.")
+    message: str | None
+    model: str
+    labels: dict[str, str]
+    output: str | None = Field(description="Where its vectors are as Parquet; null: in Postgres.")
+    notices: list[str] = Field(description="What its sender should know of its rows, though nothing was refused.")
+    items: ItemCounts
+    tokens: TokenCounts
+    rate: Rate
+    eta_seconds: float | None
+    chunks: ChunkCounts
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class AccountedItems(BaseModel):
+    """in = embedded + reused + rejected + cancelled, at the job's end."""
+
+    submitted: int = Field(alias="in")
+    embedded: int
+    reused: int
+    rejected: int
+    cancelled: int
+
+    @property
+    def settled(self) -> int:
+        """Return how many have come to their end."""
+        return self.embedded + self.reused + self.rejected + self.cancelled
+
+
+class AccountedTokens(BaseModel):
+    """Tokens metered, and what gateways billed."""
+
+    prompt: int = Field(description="By those who embedded the items.")
+    billed: int = Field(default=0, description="By gateways' replies, those to lost claims too.")
+    unanswered: int = Field(
+        default=0, description="About, in requests of which no reply tells whether they are billed."
+    )
+    reused: int
+
+
+class Account(BaseModel):
+    """What a job's items and tokens came to, frozen at its end."""
+
+    items: AccountedItems
+    tokens: AccountedTokens
+    balanced: bool
+
+
+class Receipt(BaseModel):
+    """A job's account, and what counting the rows themselves says of it."""
+
+    id: UUID
+    state: JobState
+    items: AccountedItems
+    tokens: AccountedTokens
+    truncated: int = Field(description="Embedded texts of which only the beginning was read.")
+    balanced: bool
+    verified: bool | None = Field(default=None, description="With verify=true.")
+    missing: int | None = None
+    double: int | None = None

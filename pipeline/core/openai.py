@@ -1,0 +1,417 @@
+"""OpenAI's wire shape of embeddings, both ends of it: what a request asks, what a reply says. No I/O."""
+
+import base64
+import json
+import re
+from codecs import BOM_UTF8
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from math import isfinite, nan
+from typing import Annotated, Any
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema
+
+from pipeline.core.errors import BadReply, InvalidPayload
+from pipeline.core.models import MOST_INPUTS, Upstream
+
+#: By these a gateway refuses the texts, and not the caller.
+TEXTS_FAULT = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
+#: Until a gateway's address answers.
+CONNECT_SECONDS = 5.0
+#: Before a model's replies have taught better.
+CHARACTERS_PER_TOKEN = 4.0
+#: A gateway that tells to wait longer is asked again after this.
+_MOST_WAIT_SECONDS = 3_600.0
+_MOST_USER = 512
+_MOST_MODEL = 256
+_ENCODINGS = ("float", "base64")
+_SEND_TEXT = "send text (in LangChain: check_embedding_ctx_length=False)"
+#: What a text may be called, by Voyage, NVIDIA and Cohere → whether it is a query.
+INPUT_TYPES = {"query": True, "search_query": True, "document": False, "passage": False, "search_document": False}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+Vectors = npt.NDArray[np.float32]
+#: Token ids to text; raises ValueError.
+Decode = Callable[[list[int]], str]
+
+
+def _listed(given: Any) -> list[Any]:
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, list):
+        raise InvalidPayload("input must be a string or an array of strings.", param="input")
+    if not given:
+        raise InvalidPayload("input is an empty array.", param="input")
+    if _is_token_ids(given):
+        given = [given]
+    if len(given) > MOST_INPUTS:
+        raise InvalidPayload(f"input has {len(given):,} texts; send at most {MOST_INPUTS:,}.", param="input")
+    return given
+
+
+def _is_token_ids(given: list[Any]) -> bool:
+    return bool(given) and all(type(one) is int for one in given)  # true and false are ints to Python
+
+
+def _model(given: Any) -> str:
+    if not isinstance(given, str) or not 0 < len(given) <= _MOST_MODEL:
+        raise InvalidPayload(f"model must be a string of at most {_MOST_MODEL} characters.", param="model")
+    return given
+
+
+def _encoding(given: Any) -> str:
+    if given is None:
+        return "float"
+    if given not in _ENCODINGS:
+        raise InvalidPayload('encoding_format must be "float" or "base64".', param="encoding_format")
+    return str(given)
+
+
+def _dimensions(given: Any) -> int | None:
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise InvalidPayload("dimensions must be a whole number above 0.", param="dimensions")
+    return given
+
+
+def _user(given: Any) -> str | None:
+    if given is None:
+        return None
+    if not isinstance(given, str) or len(given) > _MOST_USER:
+        raise InvalidPayload(f"user must be a string of at most {_MOST_USER} characters.", param="user")
+    return given.replace("\0", "")
+
+
+def _input_type(given: Any) -> str:
+    if given is None:
+        return "document"
+    if not isinstance(given, str) or given not in INPUT_TYPES:
+        raise InvalidPayload('input_type must be "query" or "document".', param="input_type")
+    return given
+
+
+class EmbeddingOptions(BaseModel):
+    """How texts are to be embedded, by a request or a line of a batch. Other fields are ignored.
+
+    A field that is wrong raises `InvalidPayload`, which names it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: Annotated[str, BeforeValidator(_model)] = Field(
+        min_length=1, max_length=_MOST_MODEL, description="A model's id, or an alias."
+    )
+    encoding_format: Annotated[str | None, BeforeValidator(_encoding)] = Field(
+        default="float", description="float, or base64 of little-endian float32."
+    )
+    dimensions: Annotated[int | None, BeforeValidator(_dimensions)] = Field(
+        default=None, ge=1, description="Where the model can be shortened."
+    )
+    user: Annotated[str | None, BeforeValidator(_user)] = Field(
+        default=None, max_length=_MOST_USER, description="Whom you act for; kept with the usage."
+    )
+    input_type: Annotated[str | None, BeforeValidator(_input_type)] = Field(
+        default="document",
+        description="query: the texts go the model's way for queries, with its query_prompt; else that for documents.",
+    )
+
+    @property
+    def are_queries(self) -> bool:
+        """Return whether the texts are queries; else they are documents."""
+        return INPUT_TYPES[str(self.input_type)]
+
+
+_TEXTS_OR_TOKENS = str | list[str] | list[int] | list[list[int]]
+
+
+class EmbeddingRequest(EmbeddingOptions):
+    """What to embed. Other fields are ignored."""
+
+    #: A list always; its elements are looked at one by one, where they are made texts.
+    input: Annotated[
+        list[Any],
+        BeforeValidator(_listed),
+        WithJsonSchema(TypeAdapter(_TEXTS_OR_TOKENS).json_schema()),
+    ] = Field(description=f"A text, or up to {MOST_INPUTS:,} of them; or ids of cl100k_base tokens.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request for embeddings."""
+
+    #: As the caller calls it; the reply says the same.
+    model: str
+    texts: list[str]
+    base64: bool
+    dimensions: int | None
+    #: Whom the caller acts for.
+    user: str | None
+    #: Whether the texts are queries; else they are documents.
+    queries: bool = False
+    #: The ids, by position, of texts that came as ids of OpenAI's tokens.
+    token_ids: Mapping[int, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """Vectors of a request's texts, in their order."""
+
+    #: float32 of shape (texts, dimensions).
+    vectors: Vectors
+    prompt_tokens: int
+    #: Positions of the texts that were cut at the model's longest.
+    truncated: Sequence[int] = ()
+
+
+def parse_request(body: bytes, most_text_bytes: int, decode: Decode | None = None) -> Asked:
+    """Read a request's body. `decode` makes text of OpenAI's token ids, where it is known how.
+
+    Raises:
+        InvalidPayload: it isn't one; the message names the field and the index.
+    """
+    fields = _fields(body)
+    if not isinstance(fields, dict):
+        raise InvalidPayload("The body must be a JSON object with model and input.")
+    for name in ("model", "input"):
+        if fields.get(name) is None:
+            raise InvalidPayload(f"{name} is missing from the request body.", param=name)
+    request = EmbeddingRequest.model_validate(fields)
+    return Asked(
+        model=request.model,
+        texts=[_text(one, at, most_text_bytes, decode) for at, one in enumerate(request.input)],
+        base64=request.encoding_format == "base64",
+        dimensions=request.dimensions,
+        user=request.user,
+        queries=request.are_queries,
+        token_ids={at: one for at, one in enumerate(request.input) if isinstance(one, list)},
+    )
+
+
+def _fields(body: bytes) -> Any:
+    # Windows programs begin with a byte-order mark.
+    body = body.removeprefix(BOM_UTF8)
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise _no_json(body, error) from None
+
+
+def _no_json(body: bytes, error: orjson.JSONDecodeError) -> InvalidPayload:
+    """Say what is wrong with a body, by a reader that stands more."""
+    try:
+        fields = json.loads(body.decode("utf-8", "surrogatepass"))
+    except UnicodeDecodeError as broken:
+        return InvalidPayload(f"The body isn't UTF-8 (at byte {broken.start:,}); send JSON in UTF-8.")
+    except (ValueError, RecursionError):
+        fields = None
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        for at, one in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(one, str) and (found := _SURROGATE.search(one)):
+                where = f"input[{at}]" if name == "input" else name
+                told = f"{where} holds half a character (a lone surrogate, at character {found.start():,})"
+                return InvalidPayload(f"{told}, which no text has: was it cut there?", param=name)
+    return InvalidPayload(f"The body isn't valid JSON: {error.msg}.")
+
+
+def _text(one: Any, at: int, most_bytes: int, decode: Decode | None) -> str:
+    if isinstance(one, list) and _is_token_ids(one):
+        one = _decoded(one, at, decode)
+    if not isinstance(one, str):
+        raise InvalidPayload(f"input[{at}] isn't a string.", param="input")
+    if not one:
+        raise InvalidPayload(f"input[{at}] is an empty string.", param="input")
+    # No character takes more than four bytes.
+    if len(one) * 4 > most_bytes and (size := len(one.encode())) > most_bytes:
+        raise InvalidPayload(f"input[{at}] has {size:,} bytes; send at most {most_bytes:,}.", param="input")
+    return one
+
+
+def _decoded(tokens: list[int], at: int, decode: Decode | None) -> str:
+    """The text that a client had cut into OpenAI's tokens. Ids of other vocabularies are refused as far as these bytes
+    tell; an engine looks whether they are its model's own."""
+    if decode is None:
+        raise InvalidPayload(
+            f"input[{at}] is an array of token ids, which this gateway can't read; {_SEND_TEXT}.", param="input"
+        )
+    try:
+        return decode(tokens)
+    except ValueError:
+        raise InvalidPayload(
+            f"input[{at}] holds ids that aren't cl100k_base tokens of a text, and no others are read; {_SEND_TEXT}.",
+            param="input",
+        ) from None
+
+
+def shortened(vectors: Vectors, dimensions: int) -> Vectors:
+    """The first `dimensions` elements of each vector, at length one again."""
+    cut = vectors[:, :dimensions]
+    return np.ascontiguousarray(cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+
+
+def make_reply(asked: Asked, embedded: Embedded) -> bytes:
+    """The body of a reply, embeddings in index order. A text that was cut says so beside its embedding."""
+    vectors = np.ascontiguousarray(embedded.vectors, dtype="<f4")
+    rows: Sequence[Any] = [base64.b64encode(row).decode() for row in vectors] if asked.base64 else list(vectors)
+    data: list[dict[str, Any]] = [{"object": "embedding", "index": at, "embedding": row} for at, row in enumerate(rows)]
+    for at in embedded.truncated:
+        data[at]["truncated"] = True
+    reply = {
+        "object": "list",
+        "data": data,
+        "model": asked.model,
+        "usage": {"prompt_tokens": embedded.prompt_tokens, "total_tokens": embedded.prompt_tokens},
+    }
+    return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def endpoint_of(url: str) -> str:
+    """Where an API, known by its address up to `/v1`, takes requests for embeddings."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/") + "/embeddings"))
+
+
+def make_request(upstream: Upstream, texts: Sequence[str]) -> bytes:
+    """The body of a request for all of a model's dimensions."""
+    asked = {
+        "model": upstream.model,
+        "input": list(texts),
+        "encoding_format": "base64" if upstream.base64 else "float",
+    }
+    return orjson.dumps(asked)
+
+
+def estimated_tokens(texts: Sequence[str]) -> list[int]:
+    """About how many tokens each text has."""
+    return [int(len(text) / CHARACTERS_PER_TOKEN) + 1 for text in texts]
+
+
+def most_reply_bytes(inputs: int, dimensions: int) -> int:
+    """No honest reply is longer: numbers as text with all their digits, and room for what else a provider says."""
+    return inputs * (dimensions * 32 + 1_024) + 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What a gateway answered."""
+
+    #: float32 of shape (inputs, dimensions), in the order of the inputs.
+    vectors: Vectors
+    #: By the gateway's count; `None`: it doesn't say.
+    prompt_tokens: int | None
+    #: What it calls the model.
+    model: str | None
+    #: Positions of the inputs that it says it has cut. Only vectormill says.
+    truncated: Sequence[int]
+
+
+def parse_reply(body: bytes, inputs: int, dimensions: int | None = None, *, asked_bytes: int) -> Reply:
+    """Read the body of a reply to so many inputs, whose vectors have `dimensions` elements, or all the same number.
+    A count of tokens that no request of `asked_bytes` has counts as not said. Elements may be NaN: which text they are
+    of is the caller's to say.
+
+    Raises:
+        BadReply: it isn't one, or lacks a vector, or has one twice, or of another size.
+    """
+    try:
+        fields = _reply_fields(body)
+        data, model = fields["data"], fields.get("model")
+        usage = fields.get("usage") or {}
+        if len(data) != inputs:
+            raise BadReply(f"it holds {len(data)} vectors for {inputs} inputs")
+        first = _vector(data[0]["embedding"])
+        vectors = np.empty((inputs, dimensions or len(first)), dtype=np.float32)
+        missing = np.ones(inputs, dtype=np.bool_)
+        for one in data:
+            index, vector = one["index"], _vector(one["embedding"])
+            if type(index) is not int or not 0 <= index < inputs or not missing[index]:
+                raise BadReply("an index is none of the inputs', or comes twice")
+            if len(vector) != vectors.shape[1]:
+                raise BadReply(f"a vector has {len(vector)} elements instead of {vectors.shape[1]}")
+            vectors[index], missing[index] = vector, False
+        truncated = [one["index"] for one in data if one.get("truncated") is True]
+        tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        raise BadReply("it isn't a list of embeddings") from error
+    # No tokeniser makes more than a token of a byte; some gateways put an instruction before each text.
+    if type(tokens) is not int or not 0 <= tokens <= 4 * asked_bytes + 16 * inputs:
+        tokens = None
+    return Reply(
+        vectors=vectors, prompt_tokens=tokens, model=model if isinstance(model, str) else None, truncated=truncated
+    )
+
+
+def _reply_fields(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return json.loads(body)  # which knows the NaN and Infinity that Python's servers write
+
+
+def _vector(given: Any) -> Vectors:
+    if isinstance(given, str):
+        return np.frombuffer(base64.b64decode(given, validate=True), dtype="<f4")
+    if not isinstance(given, list) or not given:
+        raise BadReply("an embedding is neither an array nor base64")
+    # As which other servers write NaN.
+    if None in given:
+        given = [nan if one is None else one for one in given]
+    # Not by way of float32 at once: it would take true for 1 and "2" for 2.
+    vector = np.array(given)
+    if vector.dtype.kind not in "fi" or vector.ndim != 1:
+        raise BadReply("an embedding holds something else than numbers")
+    with np.errstate(over="ignore"):
+        return vector.astype(np.float32)
+
+
+def told_wait_seconds(headers: Mapping[str, str], now: float) -> float | None:
+    """How long a reply says to wait, an hour at most: `retry-after-ms`, or `retry-after` as seconds or as a date.
+    `now`: Unix time."""
+    milliseconds, told = headers.get("retry-after-ms"), headers.get("retry-after")
+    for value, unit in ((milliseconds, 1_000.0), (told, 1.0)):
+        try:
+            wait = float(value or "") / unit
+        except ValueError:
+            continue
+        if isfinite(wait):
+            return _bounded(wait)
+    try:
+        return _bounded(parsedate_to_datetime(told or "").timestamp() - now)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _bounded(wait_seconds: float) -> float:
+    return min(max(0.0, wait_seconds), _MOST_WAIT_SECONDS)
+
+
+def make_error(message: str, code: str, status: int, param: str | None = None) -> bytes:
+    """The body of an error."""
+    kind = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    name = kind.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return orjson.dumps({"error": {"message": message, "type": name, "param": param, "code": code}})
+
+
+def pack_vectors(embedded: Embedded) -> bytes:
+    """What an engine answers: the length of a JSON object as four bytes, that object, the vectors."""
+    about = orjson.dumps(
+        {
+            "shape": embedded.vectors.shape,
+            "prompt_tokens": embedded.prompt_tokens,
+            "truncated": embedded.truncated,
+        }
+    )
+    return b"".join((len(about).to_bytes(4, "little"), about, embedded.vectors.astype("<f4", copy=False).tobytes()))
+
+
+def unpack_vectors(body: bytes) -> Embedded:
+    """What an engine's answer says."""
+    start = 4 + int.from_bytes(body[:4], "little")
+    about = orjson.loads(body[4:start])
+    vectors = np.frombuffer(body, dtype="<f4", offset=start).reshape(about["shape"])
+    return Embedded(vectors=vectors, prompt_tokens=about["prompt_tokens"], truncated=about["truncated"])

@@ -1,0 +1,398 @@
+"""Chunks: claims, leases, fences, and the sums that every status is made of.
+
+States stand in the SQL as literals, so that the planner can prove that a partial index applies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import Connection, RowMapping, insert, select, text
+
+from pipeline.core.chunks import Chunk, ChunkState, Claim, Extent, ParquetExtent, TextExtent
+from pipeline.core.jobs import JobState
+from pipeline.core.options import KeptOptions
+from pipeline.db.tables import chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewChunk:
+    """A planned range of a job's items."""
+
+    ordinal: int
+    first_index: int
+    items: int
+    estimated_tokens: int
+    #: Items that were rejected when they were read.
+    rejected: int = 0
+    #: Which of the job's inputs its rows stand in, and where; `None`: they are in Postgres.
+    input_ordinal: int | None = None
+    extent: Extent | None = None
+
+    def row(self, job_id: UUID) -> dict[str, Any]:
+        """The columns of its row."""
+        extent = self.extent
+        return {
+            "job_id": job_id,
+            "ordinal": self.ordinal,
+            "first_index": self.first_index,
+            "items": self.items,
+            "estimated_tokens": self.estimated_tokens,
+            "rejected": self.rejected,
+            "state": ChunkState.DONE if self.rejected == self.items else ChunkState.PENDING,
+            "input_ordinal": self.input_ordinal,
+            "row_group": extent.row_group if isinstance(extent, ParquetExtent) else None,
+            "input_offset": extent and extent.offset,
+            "input_bytes": extent.length if isinstance(extent, TextExtent) else None,
+            "input_line": extent and extent.line,
+        }
+
+
+def insert_chunks(connection: Connection, job_id: UUID, planned: Sequence[NewChunk]) -> None:
+    """Write planned chunks. One whose items were all rejected is done at once."""
+    if planned:
+        connection.execute(insert(chunks), [chunk.row(job_id) for chunk in planned])
+
+
+def claim(
+    connection: Connection,
+    job_id: UUID,
+    chunk_id: int,
+    *,
+    worker_id: UUID,
+    task_id: str,
+    lease_seconds: float,
+) -> Claim | None:
+    """Take a pending chunk of a runnable job: running, fence + 1, a new token, leased. None when it isn't to be had."""
+    row = (
+        connection.execute(
+            text("""
+            with claimed as (
+              update vectormill.chunks c
+              set state = 'running', fence = c.fence + 1, token = :token, parts = 0, backend_pid = pg_backend_pid(),
+                  lease_until = clock_timestamp() + make_interval(secs => :lease),
+                  worker_id = :worker, task_id = :task, started_at = coalesce(c.started_at, clock_timestamp())
+              from vectormill.jobs j
+              where c.id = :chunk and c.state = 'pending' and (c.not_before is null or c.not_before <= now())
+                and j.id = c.job_id and j.id = :job and j.state in ('queued', 'running')
+              returning c.*, j.workspace_id, j.vector_space_id, j.model_name, j.options
+            ), started as (
+              update vectormill.jobs set state = 'running', started_at = coalesce(started_at, clock_timestamp())
+              where id = :job and state = 'queued' and exists (select from claimed)
+            )
+            select c.*, s.dimensions, s.max_item_tokens, i.uri, i.etag, i.bytes as file_bytes
+            from claimed c join vectormill.vector_spaces s on s.id = c.vector_space_id
+            left join vectormill.inputs i on i.job_id = c.job_id and i.ordinal = c.input_ordinal
+        """),
+            {
+                "chunk": chunk_id,
+                "job": job_id,
+                "token": new_token(),
+                "worker": worker_id,
+                "task": task_id,
+                "lease": lease_seconds,
+            },
+        )
+        .mappings()
+        .one_or_none()
+    )
+    return _as_claim(row, lease_seconds) if row else None
+
+
+def new_token() -> UUID:
+    """A claim token. A fence is unique on one timeline of Postgres only: a server that has lost its last commits, to a
+    failover or a restore, gives it again."""
+    return uuid4()
+
+
+def _as_claim(row: RowMapping, lease_seconds: float) -> Claim:
+    return Claim(
+        job_id=row["job_id"],
+        chunk_id=row["id"],
+        fence=row["fence"],
+        token=row["token"],
+        worker_id=row["worker_id"],
+        backend_pid=row["backend_pid"],
+        first_index=row["first_index"],
+        items=row["items"],
+        isolation=row["isolation"],
+        model=row["model_name"],
+        vector_space_id=row["vector_space_id"],
+        dimensions=row["dimensions"],
+        max_item_tokens=row["max_item_tokens"],
+        lease_seconds=lease_seconds,
+        extent=_as_extent(row) if row["input_ordinal"] is not None else None,
+        options=KeptOptions.from_json(row["options"]),
+    )
+
+
+def _as_extent(row: RowMapping) -> Extent:
+    same = {"uri": row["uri"], "etag": row["etag"], "bytes": row["file_bytes"], "line": row["input_line"]}
+    if row["row_group"] is not None:
+        return ParquetExtent(**same, row_group=row["row_group"], offset=row["input_offset"])
+    return TextExtent(**same, offset=row["input_offset"], length=row["input_bytes"])
+
+
+def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> JobState | None:
+    """Extend a lease, also one that the sweep has just given back and nobody has taken yet.
+
+    `committing`: this connection's backend will commit for the claim, and is the one to end if it freezes; until its
+    transaction ends it says by its name for which claim.
+    Returns the job's state, from which a worker learns of a cancellation; None when the chunk is another's.
+    """
+    state = connection.execute(
+        text("""
+            update vectormill.chunks c
+            set state = 'running', lease_until = clock_timestamp() + make_interval(secs => :lease),
+                -- What the sweep took for a crash was none.
+                crashes = greatest(0, c.crashes - (c.state = 'pending')::int),
+                isolation = greatest(0, c.isolation - (c.state = 'pending')::int),
+                backend_pid = case when :committing then pg_backend_pid() else c.backend_pid end
+            from vectormill.jobs j
+            where c.id = :chunk and c.fence = :fence and c.token = :token and c.worker_id = :worker
+              and c.state in ('running', 'pending') and j.id = c.job_id
+            returning j.state, case when :committing then
+              set_config('application_name', 'vectormill-worker ' || replace(c.token::text, '-', ''), true) end
+        """),
+        {
+            "chunk": claim.chunk_id,
+            "fence": claim.fence,
+            "token": claim.token,
+            "worker": claim.worker_id,
+            "lease": claim.lease_seconds,
+            "committing": committing,
+        },
+    ).scalar()
+    return JobState(state) if state else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What one commit adds to a chunk, and where the chunk stands after it."""
+
+    #: `PENDING`: given back. Where its job is being cancelled, the chunk is cancelled instead.
+    state: ChunkState
+    embedded: int = 0
+    rejected: int = 0
+    truncated: int = 0
+    prompt_tokens: int = 0
+    #: Isolation level of what comes next; `None` leaves it as the last commit recorded it.
+    isolation: int | None = 0
+    #: For a chunk given back: no claim before so many seconds from now.
+    not_before_seconds: float = 0
+    #: Of the Parquet part that this commit brings.
+    output_uri: str | None = None
+    error: str | None = None
+
+
+#: The fence check: what keeps a worker that was given up from writing after another has taken over.
+OURS = "fence = :fence and token = :token and state in ('running', 'pending')"
+_RECORD = """
+    with job as (
+      select case when :state = 'pending' and state = 'cancelling' then 'cancelled' else :state end as after
+      from vectormill.jobs where id = :job
+    )
+    update vectormill.chunks set
+      state = after, parts = parts + 1,
+      embedded = embedded + :embedded, rejected = rejected + :rejected,
+      truncated = truncated + :truncated, prompt_tokens = prompt_tokens + :tokens,
+      cancelled = case when after = 'cancelled'
+                  then items - embedded - :embedded - reused - rejected - :rejected else cancelled end,
+      crashes = case when :embedded + :rejected > 0 then 0 else crashes end,
+      isolation = coalesce(:isolation, isolation),
+      lease_until = case when after = 'running'
+                    then clock_timestamp() + make_interval(secs => :lease) end,
+      not_before = case when after = 'pending' and cast(:not_before as float8) > 0
+                   then clock_timestamp() + make_interval(secs => :not_before) end,
+      worker_id = case when after = 'pending' then null else worker_id end,
+      last_error = coalesce(:error, last_error),
+      output_uri = coalesce(:output, output_uri),
+      finished_at = case when after in ('done', 'cancelled') then clock_timestamp() end
+    from job
+    where id = :chunk and (cast(:number as integer) is null or parts = :number) and {ours}
+    returning set_config('application_name', 'vectormill-worker ' || replace(cast(:token as text), '-', ''), true)
+"""
+
+
+def record(connection: Connection, claim: Claim, progress: Progress, *, number: int | None = None) -> bool:
+    """The fenced update at the head of every commit. False: the chunk is not this claim's any more, or isn't where the
+    claim left it.
+
+    `number`: how many commits of this claim the chunk must have seen; a failover may have lost some of them, and what
+    was in them is to be embedded again. A chunk that ends `cancelled` counts what is left of it as cancelled. A chunk
+    given back forgets its worker, so that a late renewal can't take it again. Until its transaction ends, the backend
+    says by its name for which claim it writes.
+    """
+    return (
+        connection.execute(
+            text(_RECORD.format(ours=OURS)),
+            {
+                "chunk": claim.chunk_id,
+                "job": claim.job_id,
+                "number": number,
+                "fence": claim.fence,
+                "token": claim.token,
+                "state": progress.state.value,
+                "embedded": progress.embedded,
+                "rejected": progress.rejected,
+                "truncated": progress.truncated,
+                "tokens": progress.prompt_tokens,
+                "isolation": progress.isolation,
+                "lease": claim.lease_seconds,
+                "not_before": progress.not_before_seconds,
+                "error": progress.error,
+                "output": progress.output_uri,
+            },
+        ).first()
+        is not None
+    )
+
+
+def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) -> Sequence[tuple[int, int]]:
+    """The next claimable chunks of a job past id `after`: (id, estimated tokens)."""
+    # `between`, here and below: with `=` the order could be had from the primary key, and while its statistics are from
+    # before the job ran, the planner takes that and reads past all chunks that have ended.
+    rows = connection.execute(
+        text("""
+            select id, estimated_tokens from vectormill.chunks
+            where job_id between :job and :job and state = 'pending' and id > :after
+              and (not_before is null or not_before <= now())
+            order by job_id, id limit :limit
+        """),
+        {"job": job_id, "after": after, "limit": limit},
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int) -> list[int]:
+    """Cancel up to `limit` pending chunks of a job past id `after`; what they had committed stays. Returns the ids."""
+    rows = connection.execute(
+        text("""
+            update vectormill.chunks
+            set state = 'cancelled', cancelled = items - embedded - reused - rejected, finished_at = clock_timestamp()
+            -- By place: a join would read the whole table for each batch.
+            where ctid = any(array(select ctid from vectormill.chunks
+                                   where job_id between :job and :job and state = 'pending' and id > :after
+                                   order by job_id, id limit :limit for update skip locked))
+            returning id
+        """),
+        {"job": job_id, "after": after, "limit": limit},
+    )
+    return list(rows.scalars())
+
+
+def page(connection: Connection, job_id: UUID, *, states: Sequence[ChunkState], after: int, limit: int) -> list[Chunk]:
+    """A job's chunks in order, past the one that begins at index `after`; only those in `states`, if given."""
+    found = select(*(chunks.c[each.name] for each in fields(Chunk))).where(chunks.c.job_id == job_id)
+    if states:
+        found = found.where(chunks.c.state.in_(states))
+    found = found.where(chunks.c.first_index > after).order_by(chunks.c.first_index).limit(limit)
+    return [Chunk(**{**row, "state": ChunkState(row["state"])}) for row in connection.execute(found).mappings()]
+
+
+def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
+    """Delete up to `limit` chunks of a job, and what is written down of their output and attempts. Returns how many."""
+    return connection.execute(
+        text("""
+            with gone as (
+              delete from vectormill.chunks
+              where ctid = any(array(select ctid from vectormill.chunks where job_id = :job limit :limit))
+              returning id
+            ), parts as (
+              delete from vectormill.outputs where job_id = :job and chunk_id in (select id from gone)
+            ), tried as (
+              delete from vectormill.attempts where chunk_id in (select id from gone)
+            )
+            select count(*) from gone
+        """),
+        {"job": job_id, "limit": limit},
+    ).scalar_one()
+
+
+def has_open(connection: Connection, job_id: UUID) -> bool:
+    """Whether a chunk of the job is pending or running."""
+    # Not by `exists`, for which the planner would rather read the table until it meets one.
+    first = connection.execute(
+        text("""
+            select id from vectormill.chunks where job_id between :job and :job and state in ('pending', 'running')
+            order by job_id, id limit 1
+        """),
+        {"job": job_id},
+    )
+    return first.first() is not None
+
+
+def sums(connection: Connection, job_id: UUID) -> RowMapping:
+    """A job's counts, summed over its chunks."""
+    return (
+        connection.execute(
+            text("""
+            select coalesce(sum(items), 0)::bigint as items, coalesce(sum(embedded), 0)::bigint as embedded,
+                   coalesce(sum(reused), 0)::bigint as reused, coalesce(sum(rejected), 0)::bigint as rejected,
+                   coalesce(sum(cancelled), 0)::bigint as cancelled,
+                   coalesce(sum(truncated), 0)::bigint as truncated,
+                   coalesce(sum(prompt_tokens), 0)::bigint as prompt_tokens,
+                   coalesce(sum(reused_tokens), 0)::bigint as reused_tokens,
+                   count(*) filter (where state = 'pending') as pending_chunks,
+                   count(*) filter (where state = 'running') as running_chunks,
+                   count(*) filter (where state = 'done') as done_chunks,
+                   count(*) filter (where state = 'cancelled') as cancelled_chunks
+            from vectormill.chunks where job_id = :job
+        """),
+            {"job": job_id},
+        )
+        .mappings()
+        .one()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """Estimated tokens of a job's running chunks."""
+
+    job_id: UUID
+    model: str
+    workspace_id: int
+    tokens: int
+
+
+def tokens_in_flight(connection: Connection) -> list[InFlight]:
+    """Of each job that has running chunks."""
+    rows = connection.execute(
+        text("""
+            select j.id, j.model_name, j.workspace_id, sum(c.estimated_tokens)::bigint
+            from vectormill.chunks c join vectormill.jobs j on j.id = c.job_id
+            where c.state = 'running' group by j.id
+        """)
+    )
+    return [InFlight(*row) for row in rows]
+
+
+def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
+    """Delete a job's rejects with one of `codes`, mend the counts, and make the chunks that held them, and those that
+    didn't settle all their items, pending again. Returns how many chunks were reopened."""
+    return connection.execute(
+        text("""
+            with gone as (
+              delete from vectormill.rejects where job_id = :job and code = any(:codes) returning index
+            ), again as (
+              -- Each reject looks its chunk up, instead of each chunk all its rejects.
+              select c.id, count(*) as rejects
+              from gone g cross join lateral (
+                select id from vectormill.chunks where job_id = :job and first_index <= g.index
+                order by first_index desc limit 1) c
+              group by c.id
+            ), touched as (
+              select c.id, coalesce(a.rejects, 0) as rejects
+              from vectormill.chunks c left join again a on a.id = c.id
+              where c.job_id = :job and (a.id is not null or c.items > c.embedded + c.reused + c.rejected)
+            )
+            update vectormill.chunks c
+            set state = 'pending', rejected = c.rejected - t.rejects, cancelled = 0, crashes = 0, isolation = 0,
+                fence = c.fence + 1, worker_id = null,
+                not_before = null, lease_until = null, finished_at = null
+            from touched t where c.id = t.id
+        """),
+        {"job": job_id, "codes": list(codes)},
+    ).rowcount

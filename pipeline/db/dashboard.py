@@ -1,0 +1,239 @@
+"""Queries of the dashboard, beyond what a status says. All of it reads.
+
+`workspace_id` is None where a page is about every workspace.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, text
+
+
+def begin_snapshot(connection: Connection) -> None:
+    """Let all that this transaction reads be of one moment. It must be its first statement."""
+    connection.execute(text("set transaction isolation level repeatable read, read only"))
+
+
+def key_holder(connection: Connection, key_id: str) -> RowMapping | None:
+    """Whom a key belongs to: `name, admin, created_at, expires_at, workspace`."""
+    rows = connection.execute(
+        text("""
+            select k.name, k.admin, k.created_at, k.expires_at, w.name as workspace
+            from vectormill.api_keys k join vectormill.workspaces w on w.id = k.workspace_id where k.id = :key
+        """),
+        {"key": key_id},
+    )
+    return rows.mappings().one_or_none()
+
+
+def workspace_of(connection: Connection, job_id: UUID) -> str:
+    """The name of the workspace that a job belongs to."""
+    return connection.execute(
+        text("""
+            select w.name from vectormill.jobs j join vectormill.workspaces w on w.id = j.workspace_id
+            where j.id = :job
+        """),
+        {"job": job_id},
+    ).scalar_one()
+
+
+def count_jobs(connection: Connection, workspace_id: int | None) -> list[tuple[str, str, int]]:
+    """How many jobs there are: (state, model, count)."""
+    rows = connection.execute(
+        text("""
+            select state, model_name, count(*) from vectormill.jobs
+            where cast(:workspace as bigint) is null or workspace_id = :workspace
+            group by 1, 2 order by 2, 1
+        """),
+        {"workspace": workspace_id},
+    )
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
+def queue_positions(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUID, int]:
+    """Of each of these jobs that waits: how many jobs of its model go before it, by priority, then by age."""
+    rows = connection.execute(
+        text("""
+            select j.id, count(o.id)
+            from vectormill.jobs j
+            left join vectormill.jobs o on o.model_name = j.model_name and o.state in ('queued', 'running')
+              and (o.priority > j.priority or (o.priority = j.priority and o.id < j.id))
+            where j.id = any(:jobs) and j.state = 'queued' group by j.id
+        """),
+        {"jobs": list(job_ids)},
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+def throughput(connection: Connection, job_id: UUID, width_seconds: int, since: datetime) -> list[tuple[int, int, int]]:
+    """What a job committed in each span of `width_seconds` from `since` on: (start as Unix time, items, tokens).
+    Spans in which nothing was committed are left out."""
+    rows = connection.execute(
+        text("""
+            select cast(floor(extract(epoch from created_at) / :width) as bigint) * :width as start,
+                   sum(items)::bigint, sum(prompt_tokens)::bigint
+            from vectormill.usage where job_id = :job and created_at >= :since group by 1 order by 1
+        """),
+        {"job": job_id, "width": width_seconds, "since": since},
+    )
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """Consecutive chunks of a job, counted."""
+
+    first_chunk: int
+    last_chunk: int
+    chunks: int
+    items: int
+    pending: int
+    running: int
+    cancelled: int
+    rejected_items: int
+    #: Claims, and those among them that were lost since the last progress.
+    claims: int
+    lost: int
+    last_error: str | None
+
+
+def strip(connection: Connection, job_id: UUID, chunks_total: int, most_cells: int) -> list[Cell]:
+    """A job's chunks in order, as at most `most_cells` cells of as many chunks each."""
+    rows = connection.execute(
+        text("""
+            select min(ordinal) as first_chunk, max(ordinal) as last_chunk, count(*) as chunks, sum(items) as items,
+                   count(*) filter (where state = 'pending') as pending,
+                   count(*) filter (where state = 'running') as running,
+                   count(*) filter (where state = 'cancelled') as cancelled,
+                   sum(rejected)::bigint as rejected_items, sum(fence)::bigint as claims,
+                   sum(crashes) filter (where state in ('pending', 'running'))::bigint as lost,
+                   max(last_error) as last_error
+            from vectormill.chunks where job_id = :job group by ordinal / :size order by 1
+        """),
+        {"job": job_id, "size": max(1, -(-chunks_total // most_cells))},
+    )
+    return [Cell(**{**row, "lost": row["lost"] or 0}) for row in rows.mappings()]
+
+
+def first_rejects(connection: Connection, job_id: UUID, codes: Sequence[str], each: int) -> list[RowMapping]:
+    """The first rejects of each code: `code, index, key, message`."""
+    rows = connection.execute(
+        text("""
+            select r.code, r.index, r.key, r.message
+            from unnest(cast(:codes as text[])) as c(code) cross join lateral (
+              select code, index, key, message from vectormill.rejects
+              where job_id = :job and code = c.code order by index limit :each) r
+        """),
+        {"job": job_id, "codes": list(codes), "each": each},
+    )
+    return list(rows.mappings())
+
+
+def text_of(connection: Connection, job_id: UUID, index: int, most_characters: int) -> RowMapping | None:
+    """The beginning of an item's text, as long as it is kept: `text, characters`; None: there is no such item."""
+    rows = connection.execute(
+        text("""
+            select left(text, :most) as text, length(text) as characters from vectormill.items
+            where job_id = :job and index = :index
+        """),
+        {"job": job_id, "index": index, "most": most_characters},
+    )
+    return rows.mappings().one_or_none()
+
+
+def cost(connection: Connection, job_id: UUID) -> tuple[Decimal | None, float]:
+    """What a job has cost so far, None without a price; and the seconds that devices worked for it."""
+    row = connection.execute(
+        text("""
+            select sum(cost), coalesce(sum(device_seconds), 0)::float8 from vectormill.usage where job_id = :job
+        """),
+        {"job": job_id},
+    ).one()
+    return row[0], row[1]
+
+
+def attempts(connection: Connection, job_id: UUID) -> list[RowMapping]:
+    """A job's requests to a gateway by how they went: `status, requests, items, billed_tokens`; a status of None is
+    still open, or was never answered."""
+    rows = connection.execute(
+        text("""
+            select a.status, count(*) as requests, sum(a.items)::bigint as items,
+                   coalesce(sum(a.billed_tokens), 0)::bigint as billed_tokens
+            from vectormill.attempts a join vectormill.chunks c on c.id = a.chunk_id
+            where c.job_id = :job group by 1 order by 2 desc, 1
+        """),
+        {"job": job_id},
+    )
+    return list(rows.mappings())
+
+
+def inputs(connection: Connection, job_id: UUID, limit: int) -> tuple[int, list[RowMapping]]:
+    """What a job was read from: how many files, and the first of them as `uri, bytes, rows`."""
+    total = connection.execute(
+        text("select count(*) from vectormill.inputs where job_id = :job"), {"job": job_id}
+    ).scalar_one()
+    rows = connection.execute(
+        text("""
+            select uri, bytes, rows from vectormill.inputs where job_id = :job order by ordinal limit :limit
+        """),
+        {"job": job_id, "limit": limit},
+    )
+    return total, list(rows.mappings())
+
+
+def busy_slots(connection: Connection) -> Mapping[UUID, int]:
+    """How many chunks each worker has at work."""
+    rows = connection.execute(
+        text("select worker_id, count(*) from vectormill.chunks where state = 'running' group by worker_id")
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+def usage(
+    connection: Connection, workspace_id: int | None, by: str, begin: datetime, limit: int
+) -> tuple[list[RowMapping], int]:
+    """Usage since `begin` by one of day, model, key, job and workspace, the largest groups first; and how many groups
+    there are: `group, name, requests, items, total_tokens, cost`. `name` is a key's or a job's."""
+    rows = connection.execute(
+        text("""
+            with used as (
+              select case cast(:by as text)
+                       when 'day' then to_char(created_at at time zone 'UTC', 'YYYY-MM-DD')
+                       when 'model' then model when 'key' then key_id when 'job' then cast(job_id as text)
+                       else (select w.name from vectormill.workspaces w where w.id = workspace_id) end as "group",
+                     count(request_id) as requests, sum(items)::bigint as items,
+                     sum(total_tokens)::bigint as total_tokens, sum(cost) as cost
+              from vectormill.usage
+              where created_at >= :begin and (cast(:workspace as bigint) is null or workspace_id = :workspace)
+              group by 1
+            ), shown as (
+              select *, count(*) over () as groups from used order by total_tokens desc, 1 limit :limit
+            )
+            select s.*, coalesce(k.name, j.name) as name
+            from shown s
+            left join vectormill.api_keys k on :by = 'key' and k.id = s."group"
+            left join vectormill.jobs j on j.id = case when :by = 'job' then cast(s."group" as uuid) end
+            order by s.total_tokens desc, 1
+        """),
+        {"by": by, "begin": begin, "workspace": workspace_id, "limit": limit},
+    )
+    found = list(rows.mappings())
+    return found, found[0]["groups"] if found else 0
+
+
+def reopenable(connection: Connection, job_id: UUID, codes: Sequence[str]) -> RowMapping:
+    """What `retry` would take up: `rejects` with one of `codes`, and `chunks` that were left undone."""
+    return (
+        connection.execute(
+            text("""
+            select (select count(*) from vectormill.rejects where job_id = :job and code = any(:codes)) as rejects,
+                   (select count(*) from vectormill.chunks where job_id = :job and cancelled > 0) as chunks
+        """),
+            {"job": job_id, "codes": list(codes)},
+        )
+        .mappings()
+        .one()
+    )

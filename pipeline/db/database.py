@@ -1,0 +1,174 @@
+"""Connections to Postgres: one place for time-outs, keep-alives and what a lost connection is called."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import orjson
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from pipeline.core.errors import LoginRefused, ServiceUnreachable, UserError
+
+# A server that vanished is noticed within about half a minute instead of the kernel's quarter of an hour.
+_CONNECT_ARGS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+_NO_URL = "the database's URL isn't one; write postgresql://user:password@host/name."
+# No transaction of ours is held open across work: one that idles this long belongs to a frozen process.
+_SESSION = "set idle_in_transaction_session_timeout = '60s'"
+
+#: What a server says to a login that it will never let in; the driver has no state for it.
+_LOGIN_REFUSED = re.compile(
+    "authentication failed|no password supplied|no pg_hba.conf entry|(role|database) .* does not exist"
+    "|permission denied for database|is not permitted to log in"
+)
+
+
+def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = True) -> Engine:
+    """An engine on `url` (`postgresql://…`, which may name several hosts), its connections named `application` in
+    pg_stat_activity.
+
+    `ping`: try a pooled connection before its use. Without, the first use after a restart of the server fails.
+    """
+    if not url.startswith(("postgresql://", "postgres://")):
+        raise UserError(_NO_URL)
+    try:
+        # Read by libpq, as psql does: SQLAlchemy's own URLs take one host, and are for show here.
+        parameters = conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        raise UserError(_NO_URL) from None  # what it says may quote the password
+    engine = create_engine(
+        _shown(parameters),
+        connect_args={**_CONNECT_ARGS, **parameters, "application_name": application},
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_pre_ping=ping,
+        # Numbers beyond 64 bits come as floats, which all that writes JSON can write.
+        json_deserializer=orjson.loads,
+        # Parameters can be documents: no error message may show them.
+        hide_parameters=True,
+    )
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: psycopg.Connection, _entry: ConnectionPoolEntry) -> None:
+        connection.execute(_SESSION)
+        connection.commit()
+
+    return engine
+
+
+def _shown(parameters: Mapping[str, Any]) -> URL:
+    """A URL without what doesn't fit into SQLAlchemy's."""
+    port = str(parameters.get("port", ""))
+    return URL.create(
+        "postgresql+psycopg",
+        username=parameters.get("user"),
+        password=parameters.get("password"),
+        host=parameters.get("host"),
+        port=int(port) if port.isdecimal() else None,
+        database=parameters.get("dbname"),
+    )
+
+
+@contextmanager
+def snapshot(engine: Engine) -> Iterator[Connection]:
+    """A transaction that sees all as it is at its first statement, whatever others commit meanwhile. It can't write."""
+    with engine.connect() as connection:
+        connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with connection.begin():
+            yield connection
+
+
+def psycopg_connection(connection: Connection) -> psycopg.Connection:
+    """The driver's connection beneath `connection`, for COPY; it is in the same transaction."""
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, psycopg.Connection)
+    return driver
+
+
+def flush_later(connection: Connection) -> None:
+    """Let this transaction's commit return before it is on disk. A later commit that is waited for covers it."""
+    connection.execute(text("set local synchronous_commit = off"))
+
+
+def is_connection_lost(error: Exception) -> bool:
+    """Whether `error` says that the connection, not the statement, failed: the same work may succeed on a new one."""
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or (isinstance(error, OperationalError) and _is_state_of_loss(error.orig))
+    return isinstance(error, psycopg.OperationalError) and _is_state_of_loss(error)
+
+
+def _is_state_of_loss(error: BaseException | None) -> bool:
+    # A server that shuts down, starts up or crashed answers with class 57P; an OperationalError without a state is
+    # the network.
+    state = getattr(error, "sqlstate", None)
+    return state is None or state.startswith(("57P", "08"))
+
+
+def is_without_room(error: Exception) -> bool:
+    """Whether the server lacks disk, memory or connections for it: the same work may succeed later."""
+    return (getattr(getattr(error, "orig", error), "sqlstate", None) or "").startswith("53")
+
+
+@contextmanager
+def copying(connection: Connection, table: sql.Identifier, columns: Sequence[str]) -> Iterator[psycopg.Copy]:
+    """Binary COPY into `table`."""
+    statement = sql.SQL("copy {} ({}) from stdin (format binary)").format(
+        table, sql.SQL(", ").join(map(sql.Identifier, columns))
+    )
+    with errors_as_sqlalchemys(), psycopg_connection(connection).cursor() as cursor, cursor.copy(statement) as copy:
+        yield copy
+
+
+@contextmanager
+def errors_as_sqlalchemys() -> Iterator[None]:
+    """Raise the driver's errors as SQLAlchemy's, where the driver is used directly."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise DBAPIError.instance("statement", None, error, psycopg.Error, hide_parameters=True) from error
+
+
+def plain_reason(error: DBAPIError) -> str:
+    """What the database objects to, without the data that it would quote."""
+    diagnosis = getattr(error.orig, "diag", None)
+    primary = getattr(diagnosis, "message_primary", None)
+    return f"{type(error.orig).__name__}: {primary or 'no message'}"
+
+
+def connection_reason(error: Exception) -> str:
+    """Why no connection came about, as the server or the network says it; there were no data yet to quote."""
+    first, *_ = str(getattr(error, "orig", error)).splitlines() or ["no message"]
+    return first.rpartition("failed: ")[2].removeprefix("FATAL:").strip()
+
+
+@contextmanager
+def reporting_unreachable(what: str = "the database") -> Iterator[None]:
+    """Turn a lost connection into `ServiceUnreachable`, without the URL, which may hold a password."""
+    try:
+        yield
+    except (DBAPIError, psycopg.OperationalError) as error:
+        if getattr(getattr(error, "orig", None), "sqlstate", None) in ("3F000", "42P01"):
+            raise UserError(f"{what} has no schema for vectormill, or an old one; run: vectormill migrate") from error
+        if is_without_room(error):
+            cause = type(getattr(error, "orig", error)).__name__
+            raise ServiceUnreachable(f"{what} has no room ({cause}); make some, then do the same again") from error
+        if not is_connection_lost(error):
+            raise
+        if _LOGIN_REFUSED.search(connection_reason(error)):
+            raise LoginRefused(
+                f"{what} refuses the login of its URL ({connection_reason(error)}); mend VECTORMILL_DATABASE_URL."
+            ) from error
+        raise ServiceUnreachable(
+            f"can't reach {what}; check VECTORMILL_DATABASE_URL, or unset it and start one with: vectormill up --detach"
+        ) from error

@@ -1,0 +1,186 @@
+"""Items, and the rejects that are written with them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import Connection, RowMapping, and_, delete, text
+
+from pipeline.core.chunks import Item, Reject
+from pipeline.db import copy_format
+from pipeline.db.database import copying
+from pipeline.db.embeddings import Rows
+from pipeline.db.partitions import leaf
+from pipeline.db.tables import SCHEMA, metadata
+
+_Indexes = Sequence[int] | range | npt.NDArray[np.int64]
+#: jsonb's binary form starts with its version.
+_JSONB = b"\x01"
+_HEAD = [("fields", ">i2"), ("uuid_size", ">i4"), ("job_id", "V16"), ("index_size", ">i4"), ("index", ">i8")]
+
+
+def _heads(job_id: UUID, indexes: _Indexes, fields: int) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
+    heads = np.empty(len(indexes), dtype=_HEAD)
+    heads["fields"] = fields
+    heads["uuid_size"] = 16
+    heads["job_id"] = np.void(job_id.bytes)
+    heads["index_size"] = 8
+    heads["index"] = indexes
+    return heads
+
+
+def _encoded(keys: Sequence[str | None]) -> list[bytes | None]:
+    return [None if key is None else key.encode() for key in keys]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive items to be written. A text of `None` belongs to a reject."""
+
+    keys: Sequence[str | None]
+    texts: Sequence[bytes | None]
+    #: A JSON object an item, where the job carries columns.
+    carried: Sequence[bytes] | None
+
+
+def copy_items(connection: Connection, job_id: UUID, first_index: int, blocks: Sequence[Block]) -> None:
+    """Append consecutive items from `first_index` on."""
+    carries = blocks[0].carried is not None
+    names = ("job_id", "index", "key", "text", *(("carried",) if carries else ()))
+    with copying(connection, leaf("items", job_id), names) as copy:
+        copy.write(copy_format.SIGNATURE)
+        for block in blocks:
+            heads = _heads(job_id, range(first_index, first_index + len(block.keys)), len(names))
+            carried = [[_JSONB + row for row in block.carried]] if block.carried is not None else []
+            copy.write(copy_format.frame(heads, _encoded(block.keys), block.texts, *carried))
+            first_index += len(block.keys)
+        copy.write(copy_format.TRAILER)
+
+
+def copy_rejects(connection: Connection, job_id: UUID, rejects: Sequence[Reject]) -> None:
+    """Append rejects."""
+    if not rejects:
+        return
+    names = ("job_id", "index", "key", "code", "message")
+    columns = (
+        _encoded([reject.key for reject in rejects]),
+        _encoded([reject.code.value for reject in rejects]),
+        _encoded([reject.message for reject in rejects]),
+    )
+    with copying(connection, leaf("rejects", job_id), names) as copy:
+        copy.write(copy_format.SIGNATURE)
+        copy.write(copy_format.frame(_heads(job_id, [reject.index for reject in rejects], len(names)), *columns))
+        copy.write(copy_format.TRAILER)
+
+
+def copy_carried(connection: Connection, job_id: UUID, rows: Rows) -> None:
+    """Keep what is carried along with vectors whose items have no row yet, since they were read from a file."""
+    names = ("job_id", "index", "key", "carried")
+    with copying(connection, leaf("items", job_id), names) as copy:
+        copy.write(copy_format.SIGNATURE)
+        heads = _heads(job_id, rows.indexes, len(names))
+        copy.write(copy_format.frame(heads, _encoded(rows.keys), [_JSONB + row for row in rows.carried]))
+        copy.write(copy_format.TRAILER)
+
+
+def read(connection: Connection, job_id: UUID, first_index: int, count: int, *, carried: bool) -> list[Item]:
+    """The items of a range that have a text, in index order; with what they carry, if asked."""
+    rows = connection.execute(
+        text("""
+            select index, key, text, case when :carried then carried::text end from vectormill.items
+            where job_id = :job and index >= :first and index < :end and text is not null order by index
+        """),
+        {"job": job_id, "first": first_index, "end": first_index + count, "carried": carried},
+    )
+    return [Item(index=index, key=key, text=body, carried=(more or "").encode()) for index, key, body, more in rows]
+
+
+def settled(connection: Connection, job_id: UUID, first_index: int, count: int) -> set[int]:
+    """The indexes in a range that have a vector or a reject in Postgres."""
+    rows = connection.execute(
+        text("""
+            select index from vectormill.embeddings where job_id = :job and index >= :first and index < :end
+            union all
+            select index from vectormill.rejects where job_id = :job and index >= :first and index < :end
+        """),
+        {"job": job_id, "first": first_index, "end": first_index + count},
+    )
+    return set(rows.scalars())
+
+
+# What other tables have of an item is looked up row by row here, for the reason that embeddings.py gives.
+def unsettled(connection: Connection, job_id: UUID, after: int, limit: int) -> list[RowMapping]:
+    """A page of a job's items that have neither vector nor reject in Postgres, in index order, from the first one past
+    index `after`."""
+    rows = connection.execute(
+        text("""
+            select i.index, i.key, i.carried from vectormill.items i
+            where i.job_id = :job and i.index > :after
+              and (select e.index from vectormill.embeddings e where e.job_id = :job and e.index = i.index) is null
+              and (select r.index from vectormill.rejects r where r.job_id = :job and r.index = i.index) is null
+            order by i.index limit :limit
+        """),
+        {"job": job_id, "after": after, "limit": limit},
+    )
+    return list(rows.mappings())
+
+
+def first_without_key(connection: Connection, job_id: UUID) -> int | None:
+    """The index of a job's first item with a text and no key."""
+    return connection.execute(
+        text("""
+            select index from vectormill.items where job_id = :job and key is null and text is not null
+            order by index limit 1
+        """),
+        {"job": job_id},
+    ).scalar_one_or_none()
+
+
+def first_duplicate_key(connection: Connection, job_id: UUID) -> tuple[str, int, int] | None:
+    """A key that a job has more than once, with the first two indexes that carry it."""
+    row = connection.execute(
+        text("""
+            select key, min(index), (array_agg(index order by index))[2] from vectormill.items
+            where job_id = :job and key is not null group by key having count(*) > 1 order by 2 limit 1
+        """),
+        {"job": job_id},
+    ).one_or_none()
+    return (row[0], row[1], row[2]) if row else None
+
+
+def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
+    """Delete up to `limit` items and their rejects, as a step of undoing a submission. Returns how many items went."""
+    connection.execute(
+        text("""
+            delete from vectormill.rejects where job_id = :job and index in
+              (select index from vectormill.items where job_id = :job order by index limit :limit)
+        """),
+        {"job": job_id, "limit": limit},
+    )
+    return connection.execute(
+        text("""
+            delete from vectormill.items where job_id = :job and index in
+              (select index from vectormill.items where job_id = :job order by index limit :limit)
+        """),
+        {"job": job_id, "limit": limit},
+    ).rowcount
+
+
+def delete_range(connection: Connection, table: str, job_id: UUID, first_index: int, count: int) -> int:
+    """Delete a job's rows of a range of indexes from `items`, `embeddings` or `rejects`. Returns how many went."""
+    rows = metadata.tables[f"{SCHEMA}.{table}"]
+    of_range = and_(rows.c.index >= first_index, rows.c.index < first_index + count)
+    return connection.execute(delete(rows).where(rows.c.job_id == job_id, of_range)).rowcount
+
+
+def remove_texts(connection: Connection, job_id: UUID, first_index: int, count: int) -> None:
+    """Remove the texts of a range of items; keys and indexes stay."""
+    connection.execute(
+        text("""
+            update vectormill.items set text = null
+            where job_id = :job and index >= :first and index < :end and text is not null
+        """),
+        {"job": job_id, "first": first_index, "end": first_index + count},
+    )

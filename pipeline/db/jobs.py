@@ -1,0 +1,387 @@
+"""Jobs: their rows, states and transitions. A state changes only if it is still one it may leave."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, select, text
+
+from pipeline.core.jobs import JOB_TRANSITIONS, ActiveJob, Job, JobState, Reason
+from pipeline.core.options import KeptOptions
+from pipeline.db.tables import jobs, workspaces
+
+
+def _as_job(row: RowMapping) -> Job:
+    same = {each.name: row[each.name] for each in fields(Job) if each.name in row}
+    made = {
+        "model": row["model_name"],
+        "state": JobState(row["state"]),
+        "ends_as": JobState(row["ends_as"]) if row["ends_as"] else None,
+        "options": KeptOptions.from_json(row["options"]),
+    }
+    return Job(**{**same, **made})
+
+
+def by_id(connection: Connection, job_id: UUID) -> Job | None:
+    """A job."""
+    row = connection.execute(jobs.select().where(jobs.c.id == job_id)).mappings().one_or_none()
+    return _as_job(row) if row else None
+
+
+def vector_space(connection: Connection, job_id: UUID) -> RowMapping:
+    """The vector space of a job."""
+    return (
+        connection.execute(
+            text("""
+            select s.* from vectormill.jobs j join vectormill.vector_spaces s on s.id = j.vector_space_id
+            where j.id = :job
+        """),
+            {"job": job_id},
+        )
+        .mappings()
+        .one()
+    )
+
+
+def by_idempotency_key(connection: Connection, workspace_id: int, key: str) -> tuple[Job, bool] | None:
+    """The job that a submission with this key made, and whether its producer is dead: its lease has run out."""
+    row = (
+        connection.execute(
+            text("""
+            select *, state = 'staging' and lease_until < clock_timestamp() as staging_is_dead
+            from vectormill.jobs where workspace_id = :workspace and idempotency_key = :key
+        """),
+            {"workspace": workspace_id, "key": key},
+        )
+        .mappings()
+        .one_or_none()
+    )
+    return (_as_job(row), row["staging_is_dead"]) if row else None
+
+
+def release_key(connection: Connection, job_id: UUID) -> None:
+    """Let a job's idempotency key be another job's."""
+    connection.execute(text("update vectormill.jobs set idempotency_key = null where id = :job"), {"job": job_id})
+
+
+def ids_beginning(connection: Connection, workspace_id: int | None, beginning: str, limit: int) -> list[UUID]:
+    """Ids of a workspace's jobs, or of everybody's, whose written form begins so, newest first."""
+    rows = connection.execute(
+        text("""
+            select id from vectormill.jobs
+            where (workspace_id = :workspace or cast(:workspace as bigint) is null)
+              and starts_with(id::text, :beginning) order by id desc limit :limit
+        """),
+        {"workspace": workspace_id, "beginning": beginning, "limit": limit},
+    )
+    return [row[0] for row in rows]
+
+
+def named(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[RowMapping]:
+    """The newest jobs of this name in a workspace, or in all: `id, state`."""
+    rows = connection.execute(
+        text("""
+            select id, state from vectormill.jobs
+            where (workspace_id = :workspace or cast(:workspace as bigint) is null) and name = :name
+            order by id desc limit :limit
+        """),
+        {"workspace": workspace_id, "name": name, "limit": limit},
+    )
+    return list(rows.mappings())
+
+
+def page(
+    connection: Connection,
+    workspace_id: int | None,
+    *,
+    states: Sequence[JobState] = (),
+    model: str | None = None,
+    name: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    before: UUID | None = None,
+    limit: int,
+) -> list[RowMapping]:
+    """A workspace's jobs, or everybody's, newest first: `id, workspace`. Those in `states`, of this model, with `name`
+    in their name, with these labels, and older than the job `before`, where that is asked."""
+    found = select(jobs.c.id, workspaces.c.name.label("workspace")).join(workspaces).order_by(jobs.c.id.desc())
+    if workspace_id is not None:
+        found = found.where(jobs.c.workspace_id == workspace_id)
+    if states:
+        found = found.where(jobs.c.state.in_(states))
+    if model is not None:
+        found = found.where(jobs.c.model_name == model)
+    if name is not None:
+        found = found.where(jobs.c.name.icontains(name, autoescape=True))
+    if labels:
+        found = found.where(jobs.c.labels.contains(dict(labels)))
+    if before is not None:
+        found = found.where(jobs.c.id < before)
+    return list(connection.execute(found.limit(limit)).mappings())
+
+
+def active(connection: Connection) -> list[ActiveJob]:
+    """Jobs that have been queued and haven't ended, oldest first."""
+    rows = connection.execute(
+        text("""
+            select j.id, j.state, j.model_name as model, j.workspace_id, j.priority, j.max_rejects, w.weight
+            from vectormill.jobs j join vectormill.workspaces w on w.id = j.workspace_id
+            where j.state not in ('completed', 'failed', 'cancelled') and j.state <> 'staging'
+            order by j.id
+        """)
+    )
+    return [ActiveJob(**{**row, "state": JobState(row["state"])}) for row in rows.mappings()]
+
+
+def without_open_chunks(connection: Connection) -> list[UUID]:
+    """Of the active jobs, those of which no chunk is pending or running."""
+    rows = connection.execute(
+        # As in chunks.has_open, for each of them.
+        text("""
+            select j.id from vectormill.jobs j left join lateral (
+              select c.id from vectormill.chunks c
+              where c.job_id between j.id and j.id and c.state in ('pending', 'running')
+              order by c.job_id, c.id limit 1
+            ) open on true
+            where j.state not in ('completed', 'failed', 'cancelled') and j.state <> 'staging' and open.id is null
+            order by j.id
+        """)
+    )
+    return list(rows.scalars())
+
+
+def standing(connection: Connection) -> list[RowMapping]:
+    """Jobs that haven't ended, by state, reason and model: `state, reason, model_name, jobs`, and of their chunks, as
+    progress was last kept, `pending, running`."""
+    return list(
+        connection.execute(
+            text("""
+            select state, reason, model_name, count(*) as jobs,
+                   coalesce(sum((progress->'chunks'->>'pending')::int), 0)::int as pending,
+                   coalesce(sum((progress->'chunks'->>'running')::int), 0)::int as running
+            from vectormill.jobs
+            where state not in ('completed', 'failed', 'cancelled')
+            group by state, reason, model_name
+        """)
+        ).mappings()
+    )
+
+
+def move(
+    connection: Connection, job_id: UUID, to: JobState, *, reason: Reason | None = None, message: str | None = None
+) -> bool:
+    """Move a job to `to` from any state that may go there. False: it wasn't in one."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs set state = :to, reason = :reason, message = :message
+            where id = :job and state = any(:sources)
+        """),
+            {"job": job_id, "to": to.value, "reason": reason, "message": message, "sources": sources_of(to)},
+        ).rowcount
+        == 1
+    )
+
+
+def sources_of(to: JobState) -> list[str]:
+    """The states from which a job may move to `to`."""
+    return [state.value for state, targets in JOB_TRANSITIONS.items() if to in targets]
+
+
+def resume(connection: Connection, job_id: UUID) -> bool:
+    """Let a paused job go on. False: it isn't paused."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs
+            set state = 'queued', reason = null, message = null, resumed_at = clock_timestamp()
+            where id = :job and state = 'paused'
+        """),
+            {"job": job_id},
+        ).rowcount
+        == 1
+    )
+
+
+def set_priority(connection: Connection, job_id: UUID, priority: int) -> bool:
+    """Change the priority of a job that hasn't ended. False: it has."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs set priority = :priority
+            where id = :job and state not in ('completed', 'failed', 'cancelled')
+        """),
+            {"job": job_id, "priority": priority},
+        ).rowcount
+        == 1
+    )
+
+
+def begin_cancelling(
+    connection: Connection, job_id: UUID, ends_as: JobState, reason: Reason, message: str | None
+) -> bool:
+    """Stop a job's pending chunks from being claimed; when its running ones have ended it becomes `ends_as`."""
+    moved = move(connection, job_id, JobState.CANCELLING, reason=reason, message=message)
+    if moved:
+        connection.execute(
+            text("update vectormill.jobs set ends_as = :ends_as where id = :job"),
+            {"job": job_id, "ends_as": ends_as.value},
+        )
+    return moved
+
+
+def end(
+    connection: Connection,
+    job_id: UUID,
+    state: JobState,
+    receipt: Mapping[str, Any],
+    *,
+    reason: str | None,
+    message: str | None,
+) -> None:
+    """End a job whose row the caller has locked, and freeze its receipt."""
+    connection.execute(
+        text("""
+            update vectormill.jobs
+            set state = :state, receipt = cast(:receipt as jsonb), reason = :reason, message = :message,
+                finished_at = clock_timestamp(), ends_as = null
+            where id = :job
+        """),
+        {
+            "job": job_id,
+            "state": state.value,
+            "receipt": json.dumps(receipt),
+            "reason": reason,
+            "message": message,
+        },
+    )
+
+
+def lock(connection: Connection, job_id: UUID) -> Job | None:
+    """A job, whose row is locked until the transaction ends."""
+    row = connection.execute(jobs.select().where(jobs.c.id == job_id).with_for_update()).mappings().one_or_none()
+    return _as_job(row) if row else None
+
+
+def requeue(connection: Connection, job_id: UUID) -> None:
+    """Let a job that had ended run again: its receipt thaws."""
+    connection.execute(
+        text("""
+            update vectormill.jobs
+            set state = 'queued', reason = null, message = null, receipt = null, finished_at = null, ends_as = null,
+                resumed_at = clock_timestamp()
+            where id = :job and state in ('completed', 'failed')
+        """),
+        {"job": job_id},
+    )
+
+
+def give_up(connection: Connection, job_id: UUID) -> bool:
+    """Let a job that has ended never be retried, as if its texts were removed. False: it hasn't, or there is none."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.jobs set texts_removed_at = coalesce(texts_removed_at, now())
+            where id = :job and state in ('completed', 'failed', 'cancelled')
+        """),
+            {"job": job_id},
+        ).rowcount
+        == 1
+    )
+
+
+def delete(connection: Connection, job_id: UUID) -> bool:
+    """Forget a job that has ended, with its chunks, inputs and outputs. False: it hasn't, or there is none."""
+    return (
+        connection.execute(
+            text("delete from vectormill.jobs where id = :job and state in ('completed', 'failed', 'cancelled')"),
+            {"job": job_id},
+        ).rowcount
+        == 1
+    )
+
+
+def ids_between(connection: Connection, first_id: UUID, end_id: UUID, limit: int) -> list[UUID]:
+    """The first ids of jobs of all workspaces from `first_id` to before `end_id`, in order."""
+    rows = connection.execute(
+        text("select id from vectormill.jobs where id >= :first and id < :end order by id limit :limit"),
+        {"first": first_id, "end": end_id, "limit": limit},
+    )
+    return list(rows.scalars())
+
+
+def count_between(connection: Connection, first_id: UUID, end_id: UUID) -> tuple[int, int]:
+    """How many jobs of all workspaces have ids from `first_id` to before `end_id`, and how many haven't ended."""
+    row = connection.execute(
+        text("""
+            select count(*), count(*) filter (where state not in ('completed', 'failed', 'cancelled'))
+            from vectormill.jobs where id >= :first and id < :end
+        """),
+        {"first": first_id, "end": end_id},
+    ).one()
+    return row[0], row[1]
+
+
+def save_progress(connection: Connection, job_id: UUID, progress: Mapping[str, Any]) -> None:
+    """Keep a recomputed snapshot for status pages."""
+    connection.execute(
+        text("""
+            update vectormill.jobs
+            set progress = cast(:progress as jsonb) || jsonb_build_object('as_of', clock_timestamp())
+            where id = :job
+        """),
+        {"job": job_id, "progress": json.dumps(progress)},
+    )
+
+
+def flush(connection: Connection, job_id: UUID) -> None:
+    """A write whose commit is waited for: what was committed before it is on disk with it."""
+    connection.execute(text("update vectormill.jobs set progress = progress where id = :job"), {"job": job_id})
+
+
+def fresh_progress(connection: Connection, job_id: UUID, seconds: float) -> dict[str, Any] | None:
+    """A job's snapshot, if it isn't older than `seconds`, or if the job has ended with it."""
+    found = connection.execute(
+        text("""
+            select progress - 'as_of' from vectormill.jobs
+            where id = :job
+              and ((progress->>'as_of')::timestamptz > now() - make_interval(secs => :seconds)
+                   or (receipt is not null and (progress->>'as_of')::timestamptz >= finished_at))
+        """),
+        {"job": job_id, "seconds": seconds},
+    ).scalar_one_or_none()
+    return dict(found) if found else None
+
+
+def running_of_model(connection: Connection, model: str) -> list[UUID]:
+    """Queued and running jobs of a model."""
+    rows = connection.execute(
+        text("select id from vectormill.jobs where model_name = :model and state in ('queued', 'running')"),
+        {"model": model},
+    )
+    return [row[0] for row in rows]
+
+
+def has_begun(connection: Connection, job_id: UUID) -> bool:
+    """Whether any of its chunks was ever claimed."""
+    query = text("select started_at is not null from vectormill.jobs where id = :job")
+    return connection.execute(query, {"job": job_id}).scalar_one()
+
+
+def take_old_texts(connection: Connection, older_than_days: float, limit: int) -> tuple[UUID, int] | None:
+    """The next range of item texts that is past its retention: (job, first index), `limit` items long. From the first
+    range on the job counts as one whose texts are removed."""
+    row = connection.execute(
+        text("""
+            update vectormill.jobs j
+            set texts_removed_at = coalesce(texts_removed_at, now()), texts_kept_from = texts_kept_from + :limit
+            where id = (select id from vectormill.jobs
+                        where texts_kept_from < items_total
+                          and finished_at < now() - make_interval(secs => 86400 * cast(:days as float8))
+                        order by finished_at limit 1 for update skip locked)
+            returning id, texts_kept_from - :limit
+        """),
+        {"days": older_than_days, "limit": limit},
+    ).one_or_none()
+    return (row[0], row[1]) if row else None

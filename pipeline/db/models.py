@@ -1,0 +1,135 @@
+"""The catalogue's rows: models, which workspaces may use them, vector spaces."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, text
+from sqlalchemy.dialects.postgresql import insert
+
+from pipeline.db.tables import models, vector_spaces, workspace_models
+
+
+def add(connection: Connection, values: Mapping[str, Any]) -> bool:
+    """Add a model. False when the name or its slug is taken."""
+    statement = insert(models).values(**values).on_conflict_do_nothing().returning(models.c.name)
+    return connection.execute(statement).first() is not None
+
+
+def change(connection: Connection, name: str, **values: Any) -> None:
+    """Set columns of a model."""
+    connection.execute(models.update().where(models.c.name == name).values(**values))
+
+
+def name_in_use(connection: Connection, name: str, wanted: Sequence[str]) -> str | None:
+    """One of `wanted` that is the name or an alias of another model than `name`; None if all are free. They stay so
+    until the transaction ends: no other one changes the catalogue meanwhile."""
+    connection.execute(text("lock table vectormill.models in share row exclusive mode"))
+    return connection.execute(
+        text("""
+            select wanted from unnest(cast(:wanted as text[])) wanted
+            join vectormill.models m on wanted = m.name or wanted = any(m.aliases)
+            where m.name <> :name order by wanted limit 1
+        """),
+        {"name": name, "wanted": list(wanted)},
+    ).scalar_one_or_none()
+
+
+def enable(connection: Connection, workspace_id: int, model: str) -> None:
+    """Let a workspace use a model."""
+    connection.execute(
+        insert(workspace_models).values(workspace_id=workspace_id, model_name=model).on_conflict_do_nothing()
+    )
+
+
+def remove(connection: Connection, name: str) -> bool:
+    """Remove a model from the catalogue; its jobs and vectors stay. False when there is none."""
+    return connection.execute(models.delete().where(models.c.name == name)).rowcount == 1
+
+
+def unfinished_jobs(connection: Connection, name: str) -> int:
+    """How many jobs of a model haven't ended."""
+    return connection.execute(
+        text("""
+            select count(*) from vectormill.jobs
+            where model_name = :name and state not in ('completed', 'failed', 'cancelled')
+        """),
+        {"name": name},
+    ).scalar_one()
+
+
+def find(connection: Connection, workspace_id: int, name: str) -> RowMapping | None:
+    """The model called `name`, or aliased so, if the workspace may use it."""
+    return (
+        connection.execute(
+            text("""
+            select m.* from vectormill.models m
+            join vectormill.workspace_models w on w.model_name = m.name and w.workspace_id = :workspace
+            where m.name = :name or :name = any(m.aliases) order by m.name = :name desc, m.name limit 1
+        """),
+            {"workspace": workspace_id, "name": name},
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
+def by_name(connection: Connection, name: str) -> RowMapping | None:
+    """A model, whichever workspace asks."""
+    return connection.execute(models.select().where(models.c.name == name)).mappings().one_or_none()
+
+
+def of_job(connection: Connection, job_id: UUID) -> RowMapping | None:
+    """The model a job was submitted for; None if it is gone, or makes another vector space by now."""
+    return (
+        connection.execute(
+            text("""
+            select m.* from vectormill.jobs j
+            join vectormill.vector_spaces s on s.id = j.vector_space_id
+            join vectormill.models m on m.name = j.model_name and m.weights_sha256 = s.weights
+              and s.dimensions = any(m.dimensions || m.matryoshka) and m.document_prompt = s.document_prompt
+            where j.id = :job
+        """),
+            {"job": job_id},
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
+def every(connection: Connection) -> list[RowMapping]:
+    """All models, by name."""
+    return list(connection.execute(models.select().order_by(models.c.name)).mappings())
+
+
+def of_workspace(connection: Connection, workspace_id: int) -> list[RowMapping]:
+    """The models a workspace may use, by name."""
+    return list(
+        connection.execute(
+            models.select()
+            .join(workspace_models, workspace_models.c.model_name == models.c.name)
+            .where(workspace_models.c.workspace_id == workspace_id)
+            .order_by(models.c.name)
+        ).mappings()
+    )
+
+
+def set_rate(connection: Connection, name: str, tokens_per_second: float) -> None:
+    """Note a model's measured rate on one slot, unless it changed by less than a tenth."""
+    connection.execute(
+        text("""
+            update vectormill.models set tokens_per_second = :rate
+            where name = :name and abs(tokens_per_second - :rate) > tokens_per_second * 0.1
+        """),
+        {"name": name, "rate": tokens_per_second},
+    )
+
+
+def vector_space(connection: Connection, values: Mapping[str, Any]) -> int:
+    """The id of the vector space with this fingerprint, made if it is new."""
+    connection.execute(insert(vector_spaces).values(**values).on_conflict_do_nothing())
+    return connection.execute(
+        vector_spaces.select()
+        .with_only_columns(vector_spaces.c.id)
+        .where(vector_spaces.c.fingerprint == values["fingerprint"])
+    ).scalar_one()

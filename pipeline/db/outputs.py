@@ -1,0 +1,106 @@
+"""The files of a job's Parquet output that count."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from pipeline.core.chunks import Claim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One part, as a commit records it."""
+
+    chunk_id: int
+    fence: int
+    part: int
+    #: Within the job's folder.
+    name: str
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A part that is written, and counts for nothing yet."""
+
+    output: Output
+    #: Where it will be when its job is completed.
+    uri: str
+
+
+def record(connection: Connection, claim: Claim, output: Output) -> None:
+    """Let a part count, within the transaction of the fenced update."""
+    connection.execute(
+        text("""
+            insert into vectormill.outputs (job_id, chunk_id, fence, part, name, rows, bytes)
+            values (:job, :chunk, :fence, :part, :name, :rows, :bytes)
+        """),
+        {
+            "job": claim.job_id,
+            "chunk": claim.chunk_id,
+            "fence": claim.fence,
+            "part": output.part,
+            "name": output.name,
+            "rows": output.rows,
+            "bytes": output.bytes,
+        },
+    )
+
+
+def of_job(connection: Connection, job_id: UUID, chunk_id: int | None = None) -> list[Output]:
+    """A job's parts, or one chunk's, in the order of chunks and commits."""
+    rows = connection.execute(
+        text("""
+            select chunk_id, fence, part, name, rows, bytes from vectormill.outputs
+            where job_id = :job and (cast(:chunk as bigint) is null or chunk_id = :chunk)
+            order by chunk_id, fence, part
+        """),
+        {"job": job_id, "chunk": chunk_id},
+    )
+    return [Output(**row) for row in rows.mappings()]
+
+
+def digest(connection: Connection, job_id: UUID) -> str:
+    """Return what tells a job's parts from others: their number alone doesn't, where a failover has replaced some."""
+    found = text("""
+        select count(*) || ' ' || coalesce(sum(hashtextextended(name, 0)), 0)
+        from vectormill.outputs where job_id = :job
+    """)
+    return str(connection.execute(found, {"job": job_id}).scalar_one())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenChunk:
+    """What a chunk says of itself, with its parts."""
+
+    first_index: int
+    items: int
+    embedded: int
+    rejected: int
+    #: Items of an ended chunk that no count holds.
+    unaccounted: int
+    outputs: list[Output]
+
+
+def by_chunk(connection: Connection, job_id: UUID) -> Iterator[WrittenChunk]:
+    """The chunks of a job in order, with their parts."""
+    rows = connection.execution_options(yield_per=1_000).execute(
+        text("""
+            select c.first_index, c.items, c.embedded, c.rejected,
+                   case when c.state in ('done', 'cancelled')
+                        then greatest(0, c.items - c.embedded - c.reused - c.rejected - c.cancelled) else 0 end
+                     as unaccounted,
+                   (select jsonb_agg(jsonb_build_object('chunk_id', o.chunk_id, 'fence', o.fence, 'part', o.part,
+                                     'name', o.name, 'rows', o.rows, 'bytes', o.bytes) order by o.fence, o.part)
+                    from vectormill.outputs o where o.job_id = :job and o.chunk_id = c.id) as parts
+            from vectormill.chunks c where c.job_id = :job order by c.first_index
+        """),
+        {"job": job_id},
+    )
+    for *counts, written in rows:
+        names = ("first_index", "items", "embedded", "rejected", "unaccounted")
+        outputs = [Output(**output) for output in written or ()]
+        yield WrittenChunk(**dict(zip(names, counts, strict=True)), outputs=outputs)

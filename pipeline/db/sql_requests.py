@@ -1,0 +1,178 @@
+"""Jobs that are asked for in SQL: the rows that the function `vectormill.submit` writes (migrations 0008, 0009).
+
+Options are read as text: JSON of Postgres' may hold numbers that no program reads.
+"""
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, text
+
+from pipeline.core.requests import RequestReason
+from pipeline.db.tables import requests
+
+
+def due(connection: Connection, limit: int) -> Sequence[UUID]:
+    """Requests that are no job yet, by the ids that their jobs will have, the oldest first."""
+    rows = connection.execute(
+        text("""
+            select job_id from vectormill.requests where state = 'requested' order by requested_at limit :limit
+        """),
+        {"limit": limit},
+    )
+    return list(rows.scalars())
+
+
+def read(connection: Connection, job_id: UUID) -> RowMapping | None:
+    """A request's row."""
+    return (
+        connection.execute(
+            text("""
+            select job_id, workspace_id, query, model, name, text_column, key_column, options::text as options,
+                   idempotency_key, state
+            from vectormill.requests where job_id = :job
+        """),
+            {"job": job_id},
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
+def standing(connection: Connection, job_id: UUID) -> RowMapping | None:
+    """How a request, or the job that came of it, stands, as `vectormill.job_status` shows it."""
+    return (
+        connection.execute(
+            text("""
+            select id, name, state, reason, message, model, created_at, started_at, finished_at
+            from vectormill.job_status where id = :job
+        """),
+            {"job": job_id},
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
+def named(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[RowMapping]:
+    """The newest requests of this name, in a workspace or in all, of those that are no job: `id, state`."""
+    rows = connection.execute(
+        text("""
+            select job_id as id, state from vectormill.requests r
+            where (workspace_id = :workspace or cast(:workspace as bigint) is null)
+              and state <> 'submitted' and coalesce(name, 'query') = :name
+              and not exists (select from vectormill.jobs j where j.id = r.job_id)
+            order by job_id desc limit :limit
+        """),
+        {"workspace": workspace_id, "name": name, "limit": limit},
+    )
+    return list(rows.mappings())
+
+
+def ids_beginning(connection: Connection, workspace_id: int | None, beginning: str, limit: int) -> list[UUID]:
+    """Ids of requests that are no job, in a workspace or in all, whose written form begins so, newest first."""
+    rows = connection.execute(
+        text("""
+            select job_id from vectormill.requests r
+            where (workspace_id = :workspace or cast(:workspace as bigint) is null)
+              and state <> 'submitted' and starts_with(job_id::text, :beginning)
+              and not exists (select from vectormill.jobs j where j.id = r.job_id)
+            order by job_id desc limit :limit
+        """),
+        {"workspace": workspace_id, "beginning": beginning, "limit": limit},
+    )
+    return list(rows.scalars())
+
+
+def end_submitted(connection: Connection, job_id: UUID) -> bool:
+    """The request is a job by now, which the database has queued. False: it waits no more, or it is no job."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.requests r set state = 'submitted', message = null, finished_at = clock_timestamp()
+            where job_id = :job and state = 'requested'
+              and exists (select from vectormill.jobs j where j.id = r.job_id and j.state <> 'staging')
+        """),
+            {"job": job_id},
+        ).rowcount
+        == 1
+    )
+
+
+def end_failed(connection: Connection, job_id: UUID, reason: RequestReason, message: str) -> bool:
+    """The request can't be a job as it is. False: it isn't waiting any more, or
+    somebody else is making a job of it."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.requests
+            set state = 'failed', reason = :reason, message = :message, finished_at = clock_timestamp()
+            where job_id = :job and state = 'requested'
+              and not exists (select from vectormill.jobs where id = :job and state <> 'failed')
+        """),
+            {"job": job_id, "reason": reason, "message": message},
+        ).rowcount
+        == 1
+    )
+
+
+def cancel(connection: Connection, job_id: UUID, reason: str, message: str) -> RowMapping | None:
+    """Let a request be no job, whose row, if there is one, the caller has locked. None: it waits no more."""
+    return (
+        connection.execute(
+            text("""
+            update vectormill.requests
+            set state = 'cancelled', reason = :reason, message = :message, finished_at = clock_timestamp()
+            where job_id = :job and state = 'requested'
+            returning job_id, workspace_id, model, name, options::text as options
+        """),
+            {"job": job_id, "reason": reason, "message": message},
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
+def note_unreachable(connection: Connection, job_id: UUID, message: str, *, anew: bool) -> float:
+    """Say why a request still waits. Returns for how long its database can't be reached, in seconds; `anew`: it was
+    reached just now."""
+    row = connection.execute(
+        text("""
+            update vectormill.requests
+            set message = :message,
+                unreachable_since = coalesce(case when not :anew then unreachable_since end, clock_timestamp())
+            where job_id = :job and state = 'requested'
+            returning extract(epoch from clock_timestamp() - unreachable_since)::float8
+        """),
+        {"job": job_id, "message": message, "anew": anew},
+    ).one_or_none()
+    return row[0] if row else 0.0
+
+
+def forget_queries(connection: Connection, days: float) -> None:
+    """Forget the queries, which may hold texts, of what ended so long ago. Their hash stays."""
+    connection.execute(
+        text("""
+            update vectormill.requests r set query = null
+            where query is not null and state <> 'requested'
+              and finished_at < now() - make_interval(secs => 86400 * :days)
+              and not exists (select from vectormill.jobs j
+                              where j.id = r.job_id and (j.finished_at < now() - make_interval(secs => 86400 * :days))
+                                    is not true)
+        """),
+        {"days": days},
+    )
+
+
+def delete(connection: Connection, job_id: UUID) -> None:
+    """Forget the request that a job came from, if it came from one."""
+    connection.execute(requests.delete().where(requests.c.job_id == job_id))
+
+
+def delete_between(connection: Connection, first_id: UUID, end_id: UUID) -> None:
+    """Forget requests that have ended, from `first_id` to before `end_id`."""
+    connection.execute(
+        requests.delete().where(
+            requests.c.job_id >= first_id, requests.c.job_id < end_id, requests.c.state != "requested"
+        )
+    )

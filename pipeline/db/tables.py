@@ -1,0 +1,552 @@
+"""The schema `vectormill`: what Postgres keeps. Column names are a contract for readers of the database.
+
+`items`, `embeddings` and `rejects` are range-partitioned by job id, a UUIDv7, one partition a month; they have no
+foreign keys, so that dropping a partition is all it takes to forget a month.
+"""
+
+from enum import StrEnum
+
+from pgvector.sqlalchemy import HALFVEC, VECTOR
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    Interval,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from pipeline.core.chunks import ChunkState
+from pipeline.core.jobs import JobState
+from pipeline.core.requests import BatchState, EventState, RequestState
+
+SCHEMA = "vectormill"
+
+metadata = MetaData(
+    schema=SCHEMA,
+    naming_convention={
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "pk": "%(table_name)s_pkey",
+    },
+)
+
+#: Tables that `pipeline.db.partitions` gives a partition each month.
+PARTITIONED = ("items", "embeddings", "rejects")
+_BY_JOB = "RANGE (job_id)"
+
+
+def _moment(name: str, *, now: bool = False) -> Column[object]:
+    return Column(name, DateTime(timezone=True), nullable=not now, server_default=func.now() if now else None)
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False, server_default="0")
+
+
+def _state(states: type[StrEnum]) -> CheckConstraint:
+    return CheckConstraint("state in ({})".format(", ".join(f"'{state}'" for state in states)), name="state")
+
+
+workspaces = Table(
+    "workspaces",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("weight", Double, nullable=False, server_default="1"),
+    # Limits of its use of the gateway; NULL: none.
+    Column("requests_per_minute", BigInteger),
+    Column("tokens_per_minute", BigInteger),
+    Column("monthly_tokens", BigInteger),
+    Column("monthly_cost", Numeric),
+    # Where its jobs' ends are told, unless a job says otherwise.
+    Column("webhook", Text),
+    # Of Postgres: who may ask for jobs in SQL. None: in `default` anybody who may execute the function, else nobody.
+    Column("sql_roles", ARRAY(Text), nullable=False, server_default="{}"),
+    _moment("created_at", now=True),
+    CheckConstraint("weight > 0", name="weight"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("secret_sha256", LargeBinary, nullable=False),
+    Column("admin", Boolean, nullable=False, server_default=text("false")),
+    # From its making to its end, as it was wished; NULL: for ever. A rotated key ends sooner.
+    Column("lives", Interval),
+    _moment("created_at", now=True),
+    _moment("expires_at"),
+    _moment("revoked_at"),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("slug", Text, nullable=False, unique=True),
+    Column("kind", Text, nullable=False),
+    Column("aliases", ARRAY(Text), nullable=False, server_default="{}"),
+    Column("path", Text),
+    Column("hub_id", Text),
+    Column("revision", Text),
+    # How a bare transformer's token vectors become one; NULL: the folder says.
+    Column("pooling", Text),
+    Column("gateway_url", Text),
+    Column("upstream_model", Text),
+    # The variable that holds the gateway's key, or with _FILE after it the path of a file; never the key itself.
+    Column("key_env", Text),
+    # What the gateway calls the model in its replies, where that is another name.
+    Column("reply_model", Text),
+    Column("base64", Boolean),
+    # The most that a request to it may hold.
+    Column("request_inputs", Integer),
+    Column("request_tokens", Integer),
+    Column("weights_sha256", Text, nullable=False),
+    Column("weights_bytes", BigInteger, nullable=False),
+    Column("dimensions", Integer, nullable=False),
+    Column("max_item_tokens", Integer),
+    Column("document_prompt", Text, nullable=False, server_default=""),
+    Column("query_prompt", Text, nullable=False, server_default=""),
+    Column("normalised", Boolean, nullable=False),
+    Column("canary", LargeBinary, nullable=False),
+    Column("tokens_per_second", Double, nullable=False),
+    # Sizes to which its vectors may be cut, as it was trained for.
+    Column("matryoshka", ARRAY(Integer), nullable=False, server_default="{}"),
+    # In the operator's currency; NULL: none.
+    Column("price_per_million", Numeric),
+    _moment("added_at", now=True),
+    CheckConstraint("kind in ('local', 'gateway')", name="kind"),
+    CheckConstraint(
+        "kind <> 'gateway' or (gateway_url is not null and upstream_model is not null and request_inputs > 0 "
+        "and request_tokens > 0)",
+        name="upstream",
+    ),
+    CheckConstraint("dimensions > 0 and tokens_per_second > 0", name="positive"),
+)
+
+workspace_models = Table(
+    "workspace_models",
+    metadata,
+    Column("workspace_id", ForeignKey("workspaces.id", ondelete="CASCADE"), nullable=False),
+    Column("model_name", ForeignKey("models.name", ondelete="CASCADE"), nullable=False),
+    PrimaryKeyConstraint("workspace_id", "model_name"),
+)
+
+vector_spaces = Table(
+    "vector_spaces",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("fingerprint", Text, nullable=False, unique=True),
+    Column("weights", Text, nullable=False),
+    Column("dimensions", Integer, nullable=False),
+    Column("document_prompt", Text, nullable=False),
+    Column("max_item_tokens", Integer),
+    Column("normalised", Boolean, nullable=False),
+    _moment("created_at", now=True),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    # No foreign key: a model may be removed, its jobs stay.
+    Column("model_name", Text, nullable=False),
+    Column("vector_space_id", ForeignKey("vector_spaces.id"), nullable=False),
+    Column("state", Text, nullable=False),
+    Column("reason", Text),
+    Column("message", Text),
+    # What a cancelling job becomes when its last chunk is drained.
+    Column("ends_as", Text),
+    Column("priority", SmallInteger, nullable=False, server_default="0"),
+    Column("labels", JSONB, nullable=False, server_default="{}"),
+    Column("options", JSONB, nullable=False, server_default="{}"),
+    Column("idempotency_key", Text),
+    Column("payload_sha256", Text),
+    # The producer's lease while staging; see `store.stagings`.
+    Column("fence", BigInteger, nullable=False, server_default="1"),
+    Column("token", Uuid),
+    _moment("lease_until"),
+    _count("items_total"),
+    Column("max_rejects", BigInteger),
+    Column("progress", JSONB),
+    Column("receipt", JSONB),
+    _moment("created_at", now=True),
+    _moment("queued_at"),
+    _moment("started_at"),
+    # When a person last let it go on: losses before that don't count against its model.
+    _moment("resumed_at"),
+    _moment("finished_at"),
+    _moment("texts_removed_at"),
+    # What its sender should know of its rows, a line each.
+    Column("notices", JSONB, nullable=False, server_default="[]"),
+    # Texts of items below this index are gone.
+    _count("texts_kept_from"),
+    _state(JobState),
+    CheckConstraint("ends_as in ('cancelled', 'failed')", name="ends_as"),
+    UniqueConstraint("workspace_id", "idempotency_key"),
+    Index(
+        "jobs_active_idx",
+        "id",
+        postgresql_where=text("state not in ('completed', 'failed', 'cancelled')"),
+    ),
+    Index("jobs_texts_idx", "finished_at", postgresql_where=text("texts_kept_from < items_total")),
+    Index("jobs_newest_idx", "workspace_id", text("id desc")),
+    Index("jobs_named_idx", "name", text("id desc")),
+)
+
+#: Jobs that were asked for by `vectormill.submit`, the function: each becomes a job over its query's rows.
+requests = Table(
+    "requests",
+    metadata,
+    # Of the job that it becomes.
+    Column("job_id", Uuid, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    # The role that was logged in.
+    Column("requested_by", Text, nullable=False),
+    # None: forgotten, as the texts of its job are.
+    Column("query", Text),
+    Column("model", Text, nullable=False),
+    Column("name", Text),
+    Column("text_column", Text, nullable=False),
+    Column("key_column", Text),
+    Column("options", JSONB, nullable=False),
+    Column("idempotency_key", Text),
+    # Over all that decides the result, as the function sees it.
+    Column("payload_sha256", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default="requested"),
+    Column("reason", Text),
+    Column("message", Text),
+    # Last.
+    Column("requested_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # Since when the query's database can't be reached.
+    _moment("unreachable_since"),
+    _moment("finished_at"),
+    _state(RequestState),
+    UniqueConstraint("workspace_id", "idempotency_key"),
+    Index("requests_due_idx", "requested_at", postgresql_where=text("state = 'requested'")),
+    Index("requests_no_job_idx", "job_id", postgresql_where=text("state <> 'submitted'")),
+    Index("requests_queries_idx", "finished_at", postgresql_where=text("query is not null")),
+)
+
+inputs = Table(
+    "inputs",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("ordinal", Integer, nullable=False),
+    Column("uri", Text, nullable=False),
+    Column("etag", Text),
+    Column("bytes", BigInteger),
+    Column("rows", BigInteger),
+    PrimaryKeyConstraint("job_id", "ordinal"),
+)
+
+chunks = Table(
+    "chunks",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("ordinal", Integer, nullable=False),
+    Column("first_index", BigInteger, nullable=False),
+    Column("items", Integer, nullable=False),
+    Column("estimated_tokens", BigInteger, nullable=False),
+    Column("input_ordinal", Integer),
+    Column("row_group", Integer),
+    # Where the rows begin: rows into the row group, or unpacked bytes into a text file, which then go on for so many.
+    Column("input_offset", BigInteger),
+    Column("input_bytes", BigInteger),
+    Column("input_line", BigInteger),
+    Column("state", Text, nullable=False, server_default=ChunkState.PENDING.value),
+    Column("fence", BigInteger, nullable=False, server_default="0"),
+    # Of the claim that has this fence, and how many commits it has made.
+    Column("token", Uuid),
+    Column("parts", Integer, nullable=False, server_default="0"),
+    _moment("lease_until"),
+    _moment("not_before"),
+    Column("backend_pid", Integer),
+    Column("worker_id", Uuid),
+    Column("task_id", Text),
+    # Claims lost since the last progress.
+    Column("crashes", SmallInteger, nullable=False, server_default="0"),
+    # How far the search for an item that kills its process has narrowed; see workers/encoders/batching.py.
+    Column("isolation", SmallInteger, nullable=False, server_default="0"),
+    Column("last_error", Text),
+    _count("embedded"),
+    _count("reused"),
+    _count("rejected"),
+    _count("cancelled"),
+    _count("truncated"),
+    _count("prompt_tokens"),
+    _count("reused_tokens"),
+    Column("output_uri", Text),
+    _moment("started_at"),
+    _moment("finished_at"),
+    _state(ChunkState),
+    # Also how an item's chunk is found.
+    UniqueConstraint("job_id", "first_index"),
+    Index("chunks_open_idx", "job_id", "id", postgresql_where=text("state in ('pending', 'running')")),
+    Index("chunks_lost_idx", "id", postgresql_where=text("state = 'pending' and crashes > 0")),
+    Index("chunks_lease_idx", "lease_until", postgresql_where=text("state = 'running'")),
+)
+
+#: Files of a job's Parquet output that count. Others in its folder were written by claims that had been lost.
+outputs = Table(
+    "outputs",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("chunk_id", BigInteger, nullable=False),
+    Column("fence", BigInteger, nullable=False),
+    Column("part", Integer, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    PrimaryKeyConstraint("chunk_id", "fence", "part"),
+    Index("outputs_job_idx", "job_id", "chunk_id"),
+)
+
+items = Table(
+    "items",
+    metadata,
+    Column("job_id", Uuid, nullable=False),
+    Column("index", BigInteger, nullable=False),
+    Column("key", Text),
+    # NULL: rejected when it was read, or removed after the retention time.
+    Column("text", Text),
+    Column("carried", JSONB),
+    PrimaryKeyConstraint("job_id", "index"),
+    postgresql_partition_by=_BY_JOB,
+)
+
+embeddings = Table(
+    "embeddings",
+    metadata,
+    Column("job_id", Uuid, nullable=False),
+    Column("index", BigInteger, nullable=False),
+    Column("key", Text),
+    Column("vector_space_id", BigInteger, nullable=False),
+    Column("tokens", Integer, nullable=False),
+    Column("truncated", Boolean, nullable=False),
+    Column("vector", VECTOR()),
+    Column("half", HALFVEC()),
+    PrimaryKeyConstraint("job_id", "index"),
+    CheckConstraint("(vector is null) <> (half is null)", name="one_vector"),
+    postgresql_partition_by=_BY_JOB,
+)
+
+rejects = Table(
+    "rejects",
+    metadata,
+    Column("job_id", Uuid, nullable=False),
+    Column("index", BigInteger, nullable=False),
+    Column("key", Text),
+    Column("code", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    PrimaryKeyConstraint("job_id", "index"),
+    postgresql_partition_by=_BY_JOB,
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("workspace_id", BigInteger, nullable=False),
+    Column("key_id", Text),
+    Column("job_id", Uuid),
+    Column("request_id", Text),
+    Column("chunk_id", BigInteger),
+    Column("fence", BigInteger),
+    Column("token", Uuid),
+    Column("part", Integer),
+    Column("model", Text, nullable=False),
+    _count("items"),
+    _count("prompt_tokens"),
+    _count("total_tokens"),
+    _count("reused_tokens"),
+    _count("truncated"),
+    Column("device_seconds", Double, nullable=False, server_default="0"),
+    Column("cost", Numeric),
+    # Whom a request's caller said that it acts for.
+    Column("end_user", Text),
+    Column("labels", JSONB, nullable=False, server_default="{}"),
+    _moment("created_at", now=True),
+    UniqueConstraint("chunk_id", "fence", "part"),
+    Index("usage_job_idx", "job_id", "created_at"),
+    # With all that a month's sum reads.
+    Index("usage_workspace_idx", "workspace_id", "created_at", postgresql_include=["total_tokens", "cost"]),
+    Index("usage_model_idx", "model", "created_at"),
+    # A request is counted once, however often its row is sent.
+    Index("usage_request_idx", "request_id", unique=True, postgresql_where=text("request_id is not null")),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("chunk_id", BigInteger, nullable=False),
+    Column("fence", BigInteger, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("items", Integer, nullable=False),
+    Column("estimated_tokens", BigInteger, nullable=False),
+    Column("billed_tokens", BigInteger),
+    Column("status", Text),
+    _moment("started_at", now=True),
+    _moment("finished_at"),
+    Index("attempts_chunk_idx", "chunk_id"),
+)
+
+#: Claims that ended without a word: their worker died, froze or lost the database.
+claim_losses = Table(
+    "claim_losses",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("job_id", Uuid, nullable=False),
+    Column("chunk_id", BigInteger, nullable=False),
+    Column("fence", BigInteger, nullable=False),
+    Column("worker_id", Uuid),
+    Column("task_id", Text),
+    Column("cause", Text, nullable=False),
+    _moment("lost_at", now=True),
+    Index("claim_losses_model_idx", "model", "lost_at"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("models", ARRAY(Text), nullable=False),
+    # Models this worker gave up, each with its reason.
+    Column("dropped", JSONB, nullable=False, server_default="{}"),
+    Column("slots", Integer, nullable=False),
+    # Why it takes no chunks for now, if it doesn't.
+    Column("resting", Text),
+    _moment("started_at", now=True),
+    _moment("seen_at", now=True),
+)
+
+#: Processes that serve local models to the api.
+engines = Table(
+    "engines",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("url", Text, nullable=False),
+    # What it serves now.
+    Column("models", ARRAY(Text), nullable=False),
+    Column("device", Text, nullable=False),
+    _moment("started_at", now=True),
+    _moment("seen_at", now=True),
+)
+
+#: What webhooks are told.
+events = Table(
+    "events",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("workspace_id", BigInteger, nullable=False),
+    Column("type", Text, nullable=False),
+    # May hold a token of the receiver's.
+    Column("url", Text, nullable=False),
+    # As it is sent and signed, each time the same.
+    Column("body", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default="waiting"),
+    Column("tries", SmallInteger, nullable=False, server_default="0"),
+    Column("next_try_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # What came of the last try.
+    Column("answer", Text),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _moment("finished_at"),
+    _state(EventState),
+    # Whom it is for, by host and port.
+    Index("events_due_idx", text("split_part(url, '/', 3)"), "next_try_at", postgresql_where=text("state = 'waiting'")),
+    Index("events_ended_idx", "state", "finished_at", postgresql_where=text("state <> 'waiting'")),
+)
+
+#: One row per role that only one process may play at a time.
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("holder", Text, nullable=False),
+    _moment("lease_until", now=True),
+)
+
+#: Files of the Files API; their bytes are where VECTORMILL_FILES says.
+files = Table(
+    "files",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("uri", Text, nullable=False),
+    Column("etag", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False),
+    _moment("created_at", now=True),
+    _moment("expires_at"),
+    CheckConstraint("purpose in ('batch', 'batch_output')", name="purpose"),
+    Index("files_workspace_idx", "workspace_id", "id"),
+    Index("files_expiry_idx", "expires_at", postgresql_where=text("expires_at is not null")),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    Column("state", Text, nullable=False, server_default=BatchState.VALIDATING.value),
+    # What it becomes when its job has let go of it, where that isn't the job's own end.
+    Column("ends_as", Text),
+    Column("endpoint", Text, nullable=False),
+    Column("completion_window", Text, nullable=False),
+    # No foreign key: files may be deleted, batch requests stay.
+    Column("input_file_id", Text, nullable=False),
+    Column("output_file_id", Text),
+    Column("error_file_id", Text),
+    # Several batch requests of the same content share one; it may be purged.
+    Column("job_id", Uuid),
+    Column("model", Text),
+    Column("metadata", JSONB),
+    Column("max_rejects", Text, nullable=False, server_default=""),
+    Column("output_seconds", BigInteger),
+    Column("errors", JSONB),
+    # Frozen at its end.
+    Column("counts", JSONB),
+    _moment("created_at", now=True),
+    _moment("expires_at"),
+    _moment("in_progress_at"),
+    _moment("finalizing_at"),
+    _moment("cancelling_at"),
+    # Completed, failed, expired or cancelled.
+    _moment("ended_at"),
+    CheckConstraint("state in ({})".format(", ".join(f"'{state}'" for state in BatchState)), name="state"),
+    CheckConstraint("ends_as in ('cancelled', 'expired')", name="ends_as"),
+    Index("batches_workspace_idx", "workspace_id", "id"),
+    Index("batches_open_idx", "id", postgresql_where=text("ended_at is null")),
+)

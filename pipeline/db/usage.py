@@ -1,0 +1,151 @@
+"""Usage: what was metered, by request and by commit."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, text
+
+from pipeline.core.chunks import Claim
+
+
+def add_chunk_part(
+    connection: Connection,
+    claim: Claim,
+    part: int,
+    *,
+    items: int,
+    prompt_tokens: int,
+    truncated: int,
+    device_seconds: float,
+) -> None:
+    """Meter one commit of a chunk. (chunk, fence, part) is unique, and its presence with the claim's token proves that
+    the commit happened."""
+    connection.execute(
+        text("""
+            insert into vectormill.usage
+              (workspace_id, job_id, chunk_id, fence, token, part, model, items, prompt_tokens, total_tokens, truncated,
+               device_seconds, cost, labels)
+            select j.workspace_id, j.id, :chunk, :fence, :token, :part, j.model_name, :items, :tokens, :tokens,
+                   :truncated, :seconds, m.price_per_million * :tokens / 1000000, j.labels
+            from vectormill.jobs j left join vectormill.models m on m.name = j.model_name where j.id = :job
+        """),
+        {
+            "job": claim.job_id,
+            "chunk": claim.chunk_id,
+            "fence": claim.fence,
+            "token": claim.token,
+            "part": part,
+            "items": items,
+            "tokens": prompt_tokens,
+            "truncated": truncated,
+            "seconds": device_seconds,
+        },
+    )
+
+
+def has_chunk_part(connection: Connection, claim: Claim, part: int) -> bool:
+    """Whether this commit is already there."""
+    return connection.execute(
+        text("""
+            select exists (select from vectormill.usage
+                           where chunk_id = :chunk and fence = :fence and part = :part and token = :token)
+        """),
+        {"chunk": claim.chunk_id, "fence": claim.fence, "part": part, "token": claim.token},
+    ).scalar_one()
+
+
+def recent_rates(connection: Connection, job_id: UUID, window_seconds: float) -> Mapping[str, float]:
+    """Items and tokens a second that a job committed within the last `window_seconds`, or since its start if that
+    is later."""
+    row = connection.execute(
+        text("""
+            select coalesce(sum(u.items), 0) as items, coalesce(sum(u.prompt_tokens), 0) as tokens,
+                   extract(epoch from coalesce(j.finished_at, now())
+                     - greatest(j.started_at, coalesce(j.finished_at, now()) - make_interval(secs => :window))
+                   ) as seconds
+            from vectormill.jobs j
+            left join vectormill.usage u on u.job_id = j.id
+              and u.created_at > coalesce(j.finished_at, now()) - make_interval(secs => :window)
+            where j.id = :job group by j.started_at, j.finished_at
+        """),
+        {"job": job_id, "window": window_seconds},
+    ).one_or_none()
+    if row is None or not row.seconds or row.seconds <= 0:
+        return {"items_per_second": 0.0, "tokens_per_second": 0.0}
+    seconds = float(row.seconds)
+    return {"items_per_second": float(row.items) / seconds, "tokens_per_second": float(row.tokens) / seconds}
+
+
+def measured_rates(connection: Connection, window_seconds: float, least_device_seconds: float) -> dict[str, float]:
+    """Tokens per device second of each model that worked at least `least_device_seconds` in the window; what was done
+    last counts most."""
+    rows = connection.execute(
+        text("""
+            -- Model by model, as the index is.
+            select m.name, of.tokens / of.weighted_seconds from vectormill.models m cross join lateral (
+              select sum(prompt_tokens * weight) as tokens, sum(device_seconds * weight) as weighted_seconds,
+                     sum(device_seconds) as seconds
+              from vectormill.usage
+              -- What is five minutes old counts about a third of what is new.
+              cross join lateral (
+                select exp(-cast(extract(epoch from now() - created_at) as double precision) / 300) as weight
+              ) age
+              where model = m.name and created_at > now() - make_interval(secs => :window) and job_id is not null
+            ) of
+            where of.seconds >= :least and of.tokens > 0
+        """),
+        {"window": window_seconds, "least": least_device_seconds},
+    )
+    return {model: float(rate) for model, rate in rows}
+
+
+def add_requests(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Meter requests to the gateway. Rows that are there already are left out."""
+    connection.execute(
+        text("""
+            insert into vectormill.usage
+              (workspace_id, key_id, request_id, model, items, prompt_tokens, total_tokens, truncated, end_user, cost,
+               device_seconds, created_at)
+            values (:workspace_id, :key_id, :request_id, :model, :items, :tokens, :tokens, :truncated, :end_user,
+                    :price_per_million * :tokens / 1000000, 0, :created_at)
+            on conflict (request_id) where request_id is not null do nothing
+        """),
+        list(rows),
+    )
+
+
+def this_month(connection: Connection, workspace_id: int) -> tuple[int, Decimal]:
+    """Tokens and cost of a workspace since the month began, UTC."""
+    tokens, cost = connection.execute(
+        text("""
+            select coalesce(sum(total_tokens), 0), coalesce(sum(cost), 0) from vectormill.usage
+            where workspace_id = :workspace and created_at >= date_trunc('month', now(), 'UTC')
+        """),
+        {"workspace": workspace_id},
+    ).one()
+    return int(tokens), cost
+
+
+def grouped(
+    connection: Connection, workspace_id: int, by: str, *, label: str | None, begin: datetime, end: datetime
+) -> list[RowMapping]:
+    """Usage of a workspace from `begin` to before `end`, by day (UTC), model, key, job, or a label's value:
+    `group, requests, items, prompt_tokens, total_tokens, reused_tokens, truncated, cost`."""
+    rows = connection.execute(
+        text("""
+            select case :by when 'day' then to_char(created_at at time zone 'UTC', 'YYYY-MM-DD')
+                            when 'model' then model when 'key' then key_id when 'job' then cast(job_id as text)
+                            else labels ->> cast(:label as text) end as "group",
+                   count(request_id) as requests, sum(items) as items, sum(prompt_tokens) as prompt_tokens,
+                   sum(total_tokens) as total_tokens, sum(reused_tokens) as reused_tokens,
+                   sum(truncated) as truncated, coalesce(sum(cost), 0) as cost
+            from vectormill.usage
+            where workspace_id = :workspace and created_at >= :begin and created_at < :end
+            group by 1 order by 1 nulls last
+        """),
+        {"workspace": workspace_id, "by": by, "label": label, "begin": begin, "end": end},
+    )
+    return list(rows.mappings())

@@ -1,0 +1,171 @@
+"""The user's own table in the same Postgres, which gets each vector by key."""
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from psycopg import sql
+from sqlalchemy import Connection, RowMapping, text
+from sqlalchemy.exc import DBAPIError
+
+from pipeline.core.errors import UserError
+from pipeline.core.options import INTEGER_BITS, UserTable
+from pipeline.db.database import errors_as_sqlalchemys, plain_reason, psycopg_connection
+
+_TEXTS = ("text", "character varying")
+_VECTORS = ("vector", "halfvec")
+#: The longest vectors that HNSW takes.
+_HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
+
+
+def _named(into: UserTable) -> sql.Identifier:
+    """The table, for composing SQL."""
+    return sql.Identifier(into.schema, into.table)
+
+
+def check(connection: Connection, name: str, *, key_column: str, dimensions: int, hnsw: bool) -> UserTable:
+    """Look at the table `name`, before a job starts that is to write into it.
+
+    It needs a unique key column of a string, integer or uuid type, and one vector or halfvec column that takes
+    `dimensions` elements; with `hnsw` that column must declare them.
+
+    Raises:
+        UserError: there is no such table, or it can't take the vectors; the message names the mend.
+    """
+    row = _table(connection, name)
+    if hnsw and not row["may_index"]:
+        raise _refused(name, "an index needs a plain table that vectormill's role owns; leave hnsw out.")
+    columns = {column["name"]: column for column in _columns(connection, row["oid"])}
+    key = columns.get(key_column)
+    if key is None:
+        raise _refused(name, f'no column "{key_column}"; name the key column as it is called there.')
+    if key["type"] not in (*_TEXTS, *INTEGER_BITS, "uuid"):
+        raise _refused(name, f'the key "{key_column}" is {key["type"]}; it must be text, an integer or uuid.')
+    if not key["is_unique"]:
+        raise _refused(name, f'"{key_column}" isn\'t unique; make it the primary key, or give it a unique index.')
+    vectors = [column for column in columns.values() if column["type"] in _VECTORS]
+    if len(vectors) != 1:
+        raise _refused(name, f"{len(vectors)} columns of type vector or halfvec; it must have one.")
+    (vector,) = vectors
+    _check_dimensions(name, vector, dimensions, hnsw)
+    for column in columns.values():
+        if column["is_needed"] and column["name"] not in (key_column, vector["name"]):
+            raise _refused(name, f'"{column["name"]}" is not null without a default; new rows can\'t be inserted.')
+    return UserTable(
+        schema=row["schema"],
+        table=row["table"],
+        key_column=key_column,
+        key_type=key["type"],
+        vector_column=vector["name"],
+        vector_type=vector["type"],
+    )
+
+
+def _refused(table: str, message: str) -> UserError:
+    return UserError(message, field="into", given=table)
+
+
+def _table(connection: Connection, name: str) -> RowMapping:
+    """The table of this name, as its user would write it in SQL."""
+    query = text("""
+        select c.oid, n.nspname as schema, c.relname as table, c.relkind in ('r', 'p') as is_table,
+               has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
+                 and has_table_privilege(c.oid, 'update') as may_write,
+               c.relkind = 'r' and pg_has_role(c.relowner, 'usage') as may_index
+        from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = to_regclass(:name)
+    """)
+    try:
+        row = connection.execute(query, {"name": name}).mappings().one_or_none()
+    except DBAPIError as error:
+        raise _refused(name, f"{plain_reason(error)}; write it as table or schema.table.") from error
+    if row is None:
+        raise _refused(name, "no such table in vectormill's database; write it as schema.table.")
+    if not row["is_table"]:
+        raise _refused(name, "it is no table; vectors can't be inserted there.")
+    if not row["may_write"]:
+        raise _refused(name, "vectormill's role may not select, insert and update there; grant it that.")
+    return row
+
+
+def _columns(connection: Connection, oid: int) -> Sequence[RowMapping]:
+    """A table's columns: name, type, declared dimensions, whether it is unique alone, and whether inserts need it."""
+    return (
+        connection.execute(
+            text("""
+            select a.attname as name, format_type(a.atttypid, null) as type, a.atttypmod as dimensions,
+                   a.attnotnull and not a.atthasdef and a.attidentity = '' and a.attgenerated = '' as is_needed,
+                   exists (select from pg_index i where i.indrelid = a.attrelid and i.indisunique and i.indisvalid
+                           and i.indpred is null and i.indnkeyatts = 1 and i.indkey[0] = a.attnum) as is_unique
+            from pg_attribute a where a.attrelid = :table and a.attnum > 0 and not a.attisdropped
+        """),
+            {"table": oid},
+        )
+        .mappings()
+        .all()
+    )
+
+
+def _check_dimensions(name: str, vector: RowMapping, dimensions: int, hnsw: bool) -> None:
+    declared = vector["dimensions"]
+    if declared > 0 and declared != dimensions:
+        raise _refused(
+            name,
+            f'"{vector["name"]}" has {declared:,} dimensions, the job\'s vectors {dimensions:,}; '
+            "change the column, or ask for as many dimensions.",
+        )
+    if hnsw and declared <= 0:
+        raise _refused(name, f'for an index, declare "{vector["name"]}" as {vector["type"]}({dimensions}).')
+    most = _HNSW_DIMENSIONS[vector["type"]]
+    if hnsw and dimensions > most:
+        raise _refused(name, f"an index takes at most {most:,} dimensions of {vector['type']}; leave hnsw out.")
+
+
+def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int]) -> None:
+    """Bring vectors that this transaction has written for `indexes` to the user's table. Of a key that comes twice the
+    higher index wins; across chunks, whichever is committed last."""
+    key = sql.Identifier(into.key_column)
+    vector = sql.Identifier(into.vector_column)
+    statement = sql.SQL("""
+        insert into {table} ({key}, {vector})
+        select distinct on (key) cast(key as {key_type}), coalesce(vector::{vector_type}, half::{vector_type})
+        from vectormill.embeddings where job_id = %s and index = any(%s) order by key, index desc
+        on conflict ({key}) do update set {vector} = excluded.{vector}
+    """).format(
+        table=_named(into),
+        key=key,
+        vector=vector,
+        key_type=sql.SQL(into.key_type),
+        vector_type=sql.SQL(into.vector_type),
+    )
+    with errors_as_sqlalchemys():
+        psycopg_connection(connection).execute(statement, (job_id, list(indexes)))
+
+
+def build_hnsw(connection: Connection, into: UserTable) -> None:
+    """Build an index for nearest neighbours by cosine, on an autocommit connection; readers and writers go on.
+
+    One that an earlier try left invalid is built afresh.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: the table refuses it, or the connection was lost.
+    """
+    name = f"{into.table[:40]}_{into.vector_column[:12]}_hnsw"
+    with errors_as_sqlalchemys():
+        driver = psycopg_connection(connection)
+        invalid = driver.execute(
+            "select 1 from pg_index where indexrelid = to_regclass(%s) and not indisvalid",
+            (f"{_quoted(into.schema)}.{_quoted(name)}",),
+        ).fetchone()
+        if invalid:
+            driver.execute(sql.SQL("drop index concurrently {}").format(sql.Identifier(into.schema, name)))
+        driver.execute(
+            sql.SQL("create index concurrently if not exists {} on {} using hnsw ({} {})").format(
+                sql.Identifier(name),
+                _named(into),
+                sql.Identifier(into.vector_column),
+                sql.Identifier(f"{into.vector_type}_cosine_ops"),
+            )
+        )
+
+
+def _quoted(name: str) -> str:
+    return sql.Identifier(name).as_string()

@@ -1,0 +1,159 @@
+"""Background tasks of the dispatcher, which take seconds to hours: each piece of work in a thread of its own.
+
+A piece may be killed midway, or be done by two dispatchers at once: the database decides what counts.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import structlog
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from pipeline import db
+from pipeline.batch_api import batches, files, results
+from pipeline.core.errors import Waiting
+from pipeline.db.database import is_connection_lost, plain_reason
+from pipeline.db.staging import Producer
+from pipeline.dispatch import finalize
+from pipeline.infra import metrics
+from pipeline.infra.settings import Settings
+from pipeline.ingest import sql_requests, staging
+from pipeline.webhooks.delivery import deliver as deliver_events
+
+log = structlog.get_logger()
+
+#: A piece that failed, or that must wait, isn't begun again before so long.
+_AGAIN_SECONDS = 10.0
+#: A submission whose lease ran out so long ago isn't taken up again by anybody.
+_STAGING_DEAD_SECONDS = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What work is done with."""
+
+    #: Each piece under way may hold two of its connections.
+    engine: Engine
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class BackgroundTask:
+    """A kind of work."""
+
+    name: str
+    #: Lists at most so many pieces that are due, by id, the oldest first.
+    due: Callable[[Connection, int], Sequence[Hashable]]
+    #: Does one of them.
+    do: Callable[[Resources, Any], object]
+    #: Pieces at a time.
+    at_once: int = 2
+
+
+def _forget_staging(resources: Resources, dead: Producer) -> None:
+    staging.undo(resources.engine, dead)
+    log.info("dead_staging_forgotten", job=str(dead.job_id))
+
+
+TASKS: tuple[BackgroundTask, ...] = (
+    BackgroundTask(
+        "stage_request",
+        db.sql_requests.due,
+        lambda by, job: sql_requests.stage(by.engine, by.settings, job),
+    ),
+    BackgroundTask(
+        "stage_batch_request",
+        db.batches.to_stage,
+        lambda by, batch: batches.stage(by.engine, by.settings, batch),
+    ),
+    BackgroundTask(
+        "finish_batch_request",
+        db.batches.to_end,
+        lambda by, batch: results.finish(by.engine, by.settings, batch),
+    ),
+    BackgroundTask(
+        "expire_batch_request",
+        db.batches.to_expire,
+        lambda by, batch: batches.expire(by.engine, batch),
+        at_once=1,
+    ),
+    BackgroundTask(
+        "forget_staging",
+        lambda connection, limit: db.staging.dead(connection, _STAGING_DEAD_SECONDS, limit),
+        _forget_staging,
+        at_once=1,
+    ),
+    BackgroundTask("forget_file", db.files.expired, lambda by, file: files.forget(by.engine, file), at_once=1),
+    BackgroundTask("finalize_job", finalize.due, lambda by, job: finalize.finalize(by.engine, job)),
+    BackgroundTask(
+        "deliver_events",
+        db.events.due,
+        lambda by, host: deliver_events(by.engine, by.settings, host),
+        at_once=4,
+    ),
+)
+
+#: Connections that they may need together, with one to look for what is due.
+CONNECTIONS = 1 + 2 * sum(task.at_once for task in TASKS)
+
+
+class Background:
+    """Pieces under way. Forgetting them costs doing them again, no more."""
+
+    def __init__(self, resources: Resources, kinds: Sequence[BackgroundTask] = TASKS) -> None:
+        self._resources, self._kinds = resources, kinds
+        #: Guards what follows: threads change it when they end.
+        self._lock = threading.Lock()
+        #: By task and piece.
+        self.under_way: set[tuple[str, Hashable]] = set()
+        #: When such a piece may be begun again, by the monotonic clock.
+        self._rests: dict[tuple[str, Hashable], float] = {}
+
+    def begin(self) -> None:
+        """Begin what is due, as far as there is room; never waits for it."""
+        for kind in self._kinds:
+            with self._lock:
+                now = time.monotonic()
+                self._rests = {piece: until for piece, until in self._rests.items() if until > now}
+                not_now = {piece for name, piece in (*self.under_way, *self._rests) if name == kind.name}
+                room = kind.at_once - sum(name == kind.name for name, _ in self.under_way)
+            if room <= 0:
+                continue
+            with self._resources.engine.connect() as connection:
+                due = kind.due(connection, room + len(not_now))
+            for piece in [piece for piece in due if piece not in not_now][:room]:
+                with self._lock:
+                    self.under_way.add((kind.name, piece))
+                threading.Thread(target=partial(self._run, kind, piece), daemon=True).start()
+
+    def is_under_way(self, name: str, piece: Hashable) -> bool:
+        """Return whether a task's piece is being done."""
+        return (name, piece) in self.under_way
+
+    def _run(self, kind: BackgroundTask, piece: Hashable) -> None:
+        which = (kind.name, piece)
+        try:
+            kind.do(self._resources, piece)
+        except Waiting as waiting:
+            self._rest(which)
+            log.info("background_task_waits", task=kind.name, piece=str(piece), message=str(waiting))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed, and the log says it
+            self._rest(which)
+            lost = isinstance(error, DBAPIError) and is_connection_lost(error)
+            metrics.DISPATCHER_FAILURES.labels("database" if lost else "other").inc()
+            told = plain_reason(error) if isinstance(error, DBAPIError) else str(error)[:500]
+            log.warning(
+                "background_task_failed", task=kind.name, piece=str(piece), error=type(error).__name__, message=told
+            )
+        finally:
+            with self._lock:
+                self.under_way.discard(which)
+
+    def _rest(self, which: tuple[str, Hashable]) -> None:
+        with self._lock:
+            self._rests[which] = time.monotonic() + _AGAIN_SECONDS

@@ -1,0 +1,54 @@
+"""Completion of jobs: one that has no open chunk ends, and its receipt is frozen."""
+
+from uuid import UUID
+
+import structlog
+from sqlalchemy import Connection, Engine
+
+from pipeline.chunk_io.sinks import sink_of
+from pipeline.core.job_status import AccountedItems
+from pipeline.core.jobs import Job, JobState
+from pipeline.db import chunks, jobs, outputs, rejects
+from pipeline.infra import metrics
+from pipeline.jobs import control, status
+from pipeline.webhooks.events import job_ended
+
+log = structlog.get_logger()
+
+
+def would_complete(connection: Connection, job: Job) -> bool:
+    """Return whether a job would be completed if it ended now."""
+    if job.state.ended or chunks.has_open(connection, job.id):
+        return False
+    return control.outcome(job, status.current_account(connection, job.id))[0] is JobState.COMPLETED
+
+
+def end(engine: Engine, job_id: UUID, *, finalized: str | None = None) -> None:
+    """End a job that has no open chunk. One whose sink finalizes is completed only if it has: `finalized` is the digest
+    of the parts that were there then, since a retry may have brought more."""
+    with engine.begin() as connection:
+        job = jobs.lock(connection, job_id)
+        if job is None or job.state.ended or chunks.has_open(connection, job_id):
+            return
+        account = status.current_account(connection, job_id)
+        state, reason, message = control.outcome(job, account)
+        waits = state is JobState.COMPLETED and sink_of(job.options).finalizes
+        if waits and finalized != outputs.digest(connection, job_id):
+            return
+        jobs.end(connection, job_id, state, account.model_dump(by_alias=True), reason=reason, message=message)
+        jobs.save_progress(connection, job_id, status.sum_up(connection, job_id).model_dump(mode="json"))
+        job_ended(connection, job, state, account, reason=reason, message=message)
+    _count(engine, job_id, state, account.items)
+    counts = account.items.model_dump(by_alias=True)
+    log.info("job_ended", job=str(job_id), state=state.value, reason=reason, items=counts)
+
+
+def _count(engine: Engine, job_id: UUID, state: JobState, counts: AccountedItems) -> None:
+    metrics.DISPATCHER_JOBS_ENDED.labels(state).inc()
+    for outcome in ("embedded", "reused", "rejected", "cancelled"):
+        metrics.DISPATCHER_ITEMS.labels(outcome).inc(getattr(counts, outcome))
+    if counts.rejected:
+        with engine.begin() as connection:
+            by_code = rejects.count_by_code(connection, job_id)
+        for code, times in by_code.items():
+            metrics.DISPATCHER_REJECTS.labels(code).inc(times)

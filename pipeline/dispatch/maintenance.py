@@ -1,0 +1,149 @@
+"""Maintenance by the leading dispatcher: expired leases, cancelled jobs, progress, failing models, old data. Each
+function is a duty, done again and again."""
+
+import time
+
+import structlog
+from sqlalchemy import Connection, text
+
+from pipeline.core.jobs import JobState, Reason
+from pipeline.db import chunks, events, items, jobs, lost_claims, models, partitions, sql_requests, usage, workers
+from pipeline.dispatch.state import Dispatcher
+from pipeline.infra import metrics
+from pipeline.jobs import control, status
+
+log = structlog.get_logger()
+
+_DRAIN_LIMIT = 5_000
+_REMOVE_LIMIT = 20_000
+_SNAPSHOT_FACTOR = 20
+#: A duty that has more to do than this leaves the rest for its next turn.
+_LONGEST_DUTY_SECONDS = 0.5
+#: So many different chunks lost, or so many claims of few, are more than texts that kill their process explain.
+_BROKEN_CHUNKS = 3
+_BROKEN_CLAIMS = 15
+_EVENT_DAYS = 30
+
+
+def sweep(dispatcher: Dispatcher) -> None:
+    """Give chunks with an expired lease back, and end backends that froze while they held one."""
+    with dispatcher.engine.begin() as connection:
+        # Workers could not renew while the database was away: everybody gets one whole lease to come back.
+        connection.execute(text("set local lock_timeout = '2s'"))
+        uptime = workers.server_age_seconds(connection)
+        dispatcher.note_contact()
+        if time.monotonic() < dispatcher.sweep_from or uptime < dispatcher.lease_seconds:
+            return
+        expired = lost_claims.expire_leases(connection, 500)
+    if expired:
+        metrics.DISPATCHER_LEASES_EXPIRED.inc(len(expired))
+        log.warning("leases_expired", chunks=expired)
+    with dispatcher.engine.begin() as connection:
+        ended = lost_claims.terminate_frozen_backends(connection, dispatcher.lease_seconds)
+    if ended:
+        metrics.DISPATCHER_BACKENDS_ENDED.inc(len(ended))
+        log.warning("frozen_backends_terminated", chunks=ended)
+
+
+def drain(dispatcher: Dispatcher) -> None:
+    """Cancel pending chunks of jobs that are being cancelled, in bounded transactions."""
+    with dispatcher.engine.connect() as connection:
+        cancelling = [job.id for job in jobs.active(connection) if job.state is JobState.CANCELLING]
+    dispatcher.drained = {job_id: dispatcher.drained.get(job_id, 0) for job_id in cancelling}
+    enough = time.monotonic() + _LONGEST_DUTY_SECONDS
+    for job_id in cancelling:
+        while time.monotonic() < enough:
+            with dispatcher.engine.begin() as connection:
+                gone = chunks.cancel_pending(connection, job_id, dispatcher.drained[job_id], _DRAIN_LIMIT)
+            # What comes back to pending behind the cursor is met on the next lap.
+            dispatcher.drained[job_id] = max(gone) if len(gone) == _DRAIN_LIMIT else 0
+            if len(gone) < _DRAIN_LIMIT:
+                break
+
+
+def snapshot(dispatcher: Dispatcher) -> None:
+    """Recompute the progress that status pages read, and stop jobs that have too many rejects. Of very many jobs, those
+    come first whose turn is longest due."""
+    with dispatcher.engine.connect() as connection:
+        active = jobs.active(connection)
+    dispatcher.snapshots = {job.id: dispatcher.snapshots.get(job.id, 0.0) for job in active}
+    enough = time.monotonic() + _LONGEST_DUTY_SECONDS
+    for job in sorted(active, key=lambda job: dispatcher.snapshots[job.id]):
+        begin = time.monotonic()
+        if begin < dispatcher.snapshots[job.id] or begin > enough:
+            break
+        with dispatcher.engine.begin() as connection:
+            now = status.sum_up(connection, job.id)
+            jobs.save_progress(connection, job.id, now.model_dump(mode="json"))
+            rejected, limit = now.items.rejected, job.max_rejects
+            if limit is not None and rejected > limit and job.state is not JobState.CANCELLING:
+                jobs.begin_cancelling(
+                    connection,
+                    job.id,
+                    JobState.FAILED,
+                    Reason.TOO_MANY_REJECTS,
+                    control.too_many(rejected, limit),
+                )
+        # Sums over very many chunks leave time to others, as far as pages stay fresh.
+        pause = _SNAPSHOT_FACTOR * (time.monotonic() - begin)
+        dispatcher.snapshots[job.id] = begin + min(pause, status.FRESH_SECONDS / 2) if pause > 1 else begin
+
+
+def judge_models(dispatcher: Dispatcher) -> None:
+    """Pause the jobs of a model whose claims are mostly lost, and of one that no live worker can load; of the latter
+    those fail that haven't begun."""
+    with dispatcher.engine.begin() as connection:
+        for job in jobs.active(connection):
+            if job.is_runnable and models.of_job(connection, job.id) is None:
+                message = "its model is no longer in the catalogue as it was"
+                jobs.begin_cancelling(connection, job.id, JobState.FAILED, Reason.MODEL_CANNOT_LOAD, message)
+        _judge_dropped(connection)
+        for name, (lost, distinct, commits) in lost_claims.of_models(connection, 600).items():
+            # One text that kills its process loses five claims of one chunk; only losses all over are the workers'.
+            if lost > commits and (distinct >= _BROKEN_CHUNKS or lost >= _BROKEN_CLAIMS):
+                for job_id in jobs.running_of_model(connection, name):
+                    message = f"{lost} claims lost and {commits} commits in ten minutes; see the workers' logs"
+                    jobs.move(connection, job_id, JobState.PAUSED, reason=Reason.WORKERS_FAILING, message=message)
+
+
+def _judge_dropped(connection: Connection) -> None:
+    live = workers.live(connection)
+    dropped = {name: reason for worker in live for name, reason in worker["dropped"].items()}
+    for name, reason in dropped.items():
+        if any(name in worker["models"] for worker in live):
+            continue
+        row = models.by_name(connection, name)
+        for job_id in jobs.running_of_model(connection, name):
+            if row and row["kind"] == "gateway":  # a person can mend it
+                control.pause_for(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
+            elif jobs.has_begun(connection, job_id):  # it could be loaded then
+                control.pause_for(connection, job_id, Reason.WORKERS_FAILING, reason)
+            else:
+                control.fail(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
+
+
+def measure_rates(dispatcher: Dispatcher) -> None:
+    """Keep each model's measured rate, by which chunks are cut."""
+    with dispatcher.engine.begin() as connection:
+        for name, rate in usage.measured_rates(connection, 3600, least_device_seconds=5).items():
+            models.set_rate(connection, name, rate)
+
+
+def maintain(dispatcher: Dispatcher) -> None:
+    """Make partitions ahead; forget workers that are gone, old events, and old queries."""
+    with dispatcher.engine.begin() as connection:
+        partitions.make_ahead(connection)
+        workers.forget_unseen(connection, 3600)
+        events.forget_old(connection, _EVENT_DAYS)
+        sql_requests.forget_queries(connection, dispatcher.text_retention_days)
+
+
+def remove_old_texts(dispatcher: Dispatcher) -> None:
+    """Remove item texts that are past their retention, range by range."""
+    enough = time.monotonic() + _LONGEST_DUTY_SECONDS
+    while time.monotonic() < enough:
+        with dispatcher.engine.begin() as connection:
+            due = jobs.take_old_texts(connection, dispatcher.text_retention_days, _REMOVE_LIMIT)
+            if due is None:
+                return
+            items.remove_texts(connection, *due, _REMOVE_LIMIT)

@@ -1,0 +1,245 @@
+"""The environment's only reader. Nothing is read when this module is imported."""
+
+import hashlib
+import os
+import ssl
+from base64 import b64decode
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from pipeline.core.errors import UserError
+
+#: The share of a device's memory that loaded models may take.
+MODELS_SHARE = 0.8
+#: A loaded model takes its weights and about as much again for the widest batch, within reason.
+ROOM_FACTOR = 2
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can set, as `VECTORMILL_<NAME>`. Bounds stand in the fields."""
+
+    model_config = SettingsConfigDict(env_prefix="VECTORMILL_", frozen=True, extra="ignore")
+
+    #: Postgres with pgvector, as `postgresql://…`. Unset: the embedded server.
+    database_url: SecretStr | None = None
+    #: Certificates (PEM) of authorities that a Redis at `rediss://…` may be known by, besides the system's.
+    redis_ca: Path | None = None
+    #: Redis or Valkey, as `redis://…`. Unset: the embedded server.
+    redis_url: SecretStr | None = None
+    #: What queries of `vectormill.submit`, the function, run as: a login in Postgres that may read what they select
+    #: from, and nothing else. Unset: the embedded server's own; without one, requests are refused.
+    sql_url: SecretStr | None = None
+    #: The most that such a query may take, from its beginning to its last row: it holds one of two places.
+    sql_seconds: float = Field(default=3600, ge=1, le=7 * 86_400)
+    #: Where embedded servers, logs and the demo keep their files.
+    home: Path = _CHECKOUT / ".vectormill"
+
+    #: How long a claim holds without renewal; it is renewed every third of this.
+    lease_seconds: float = Field(default=30, ge=1, le=3600)
+    #: The work that one chunk should be, at the model's measured rate on one slot.
+    chunk_seconds: float = Field(default=10, gt=0, le=600)
+    #: The most items in a chunk, whatever their size.
+    chunk_items: int = Field(default=10_000, ge=1, le=100_000)
+    #: The most text in a chunk: bounds a worker's memory.
+    chunk_bytes: int = Field(default=16 * _MIB, ge=1024, le=256 * _MIB)
+    #: A longer text becomes a reject, `too_large`.
+    item_bytes: int = Field(default=1 * _MIB, ge=1, le=64 * _MIB)
+    #: How long item texts are kept after a job's end.
+    text_retention_days: float = Field(default=7, ge=0)
+
+    #: Flower's address and port; 0 picks a free one.
+    flower_host: str = "127.0.0.1"
+    flower_port: int = Field(default=5555, ge=0, le=65535)
+    #: Flower's password for the user `vectormill`. Unset: one is made for each `up`.
+    flower_password: SecretStr | None = None
+    #: Where Flower is, as a browser reaches it. Unset: where `up` runs it, if it does.
+    flower_url: str | None = None
+    #: Flower's own settings.
+    flower_config: Path = _CHECKOUT / "ops" / "flower" / "flowerconfig.py"
+    #: The api's address and port; 0 picks a free one.
+    api_host: str = "127.0.0.1"
+    api_port: int = Field(default=8000, ge=0, le=65535)
+    #: The largest body of a request, and of one that uploads a corpus.
+    api_body_bytes: int = Field(default=16 * _MIB, ge=1024, le=1024 * _MIB)
+    api_upload_bytes: int = Field(default=1024 * _MIB, ge=1024, le=1024 * 1024 * _MIB)
+    #: The longest that a client may take to send a body, whatever its size; by the least rate, 16 KiB/s, it is less.
+    api_upload_seconds: float = Field(default=3600, ge=1, le=7 * 86_400)
+    #: Folders and URIs, comma-separated, below which jobs made through the api may read and write; empty: none.
+    api_sources: Annotated[tuple[str, ...], NoDecode] = ()
+    api_outputs: Annotated[tuple[str, ...], NoDecode] = ()
+    #: Origins, comma-separated, of web pages whose scripts may call `/v1` (`https://app.example.com`; `*`: all); empty:
+    #: none.
+    api_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    #: Folder or URI of the files of batch requests, for the api and the dispatcher alike. Unset: below the home.
+    files: str | None = Field(default=None, min_length=1)
+    #: How long those live that aren't made to live otherwise; output files live as long as their batch request says.
+    file_days: float = Field(default=30, gt=0, le=3650)
+    #: The most lines of a batch request, and the largest file.
+    batch_lines: int = Field(default=50_000, ge=1, le=1_000_000)
+    batch_bytes: int = Field(default=200 * _MIB, ge=1024, le=1024 * 1024 * _MIB)
+    #: An api that commands on jobs go to instead of the database, and a key of it.
+    api_url: str | None = Field(default=None, pattern="^https?://")
+    api_key: SecretStr | None = None
+    #: What engines and apis share, so that no one else may use an engine: 16 characters or more. An engine that listens
+    #: beyond this machine must have one; `up` makes one.
+    engine_secret: SecretStr | None = Field(default=None, min_length=16)
+    #: An engine's address, as the api reaches it.
+    engine_host: str = "127.0.0.1"
+    engine_port: int = Field(default=0, ge=0, le=65535)
+    #: How long a request may wait in an engine for others, at the rates that its models have there; one that would
+    #: wait longer is refused at once.
+    engine_queue_seconds: float = Field(default=120, gt=0, le=3600)
+    #: How long an upstream gateway may take to answer a request.
+    gateway_seconds: float = Field(default=60, ge=1, le=600)
+    #: Requests of one chunk that are under way at a time.
+    gateway_in_flight: int = Field(default=4, ge=1, le=64)
+    #: Addresses, comma-separated, below which webhooks may be; empty: none.
+    webhooks: Annotated[tuple[str, ...], NoDecode] = ()
+    #: Signs what webhooks are told: `whsec_` and base64 of 24 to 64 bytes. Several, with spaces between, all sign: so
+    #: receivers can change from one to the next.
+    webhook_secret: SecretStr | None = None
+    #: Where dispatchers and workers show their metrics, for one that scrapes. Unset: nowhere; 0 picks a free port.
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+
+    #: The models a worker serves, comma-separated; empty: all of the catalogue. Set by `vectormill worker --model`.
+    worker_models: Annotated[tuple[str, ...], NoDecode] = ()
+    #: The devices of a worker, comma-separated (`cpu`, `cuda:0`, `mps`). Set by `vectormill worker --devices`.
+    worker_devices: Annotated[tuple[str, ...], NoDecode] = ("cpu",)
+    #: Children per device. Set by `vectormill worker --replicas`.
+    worker_replicas: int = Field(default=1, ge=1, le=64)
+    #: Memory of one of those devices; 0: unknown. Set by `vectormill worker`.
+    worker_memory_bytes: int = Field(default=0, ge=0)
+    #: Precision on CUDA; a CPU always embeds in float32. Set by `vectormill worker --precision`.
+    worker_dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
+
+    @field_validator(
+        "worker_models", "worker_devices", "api_sources", "api_outputs", "api_origins", "webhooks", mode="before"
+    )
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("redis_url", mode="after")
+    @classmethod
+    def _check_redis_url(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value and not value.get_secret_value().startswith(("redis://", "rediss://")):
+            raise ValueError("write redis://user:password@host:6379/0, or rediss://…, which is encrypted")
+        return SecretStr(verifying(value.get_secret_value(), info.data.get("redis_ca"))) if value else None
+
+    @field_validator("redis_ca", mode="after")
+    @classmethod
+    def _check_redis_ca(cls, value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        if not value.is_absolute():  # some processes change their folder
+            raise ValueError("name a file by its whole path")
+        try:
+            ssl.create_default_context(cafile=value)
+        except OSError as error:  # what is no certificate is an OSError, too
+            raise ValueError("name a file of certificates in PEM that can be read") from error
+        return value
+
+    @field_validator("sql_url", mode="after")
+    @classmethod
+    def _check_sql_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("write postgresql://user:password@host/name")
+        return value
+
+    @field_validator("webhook_secret", mode="after")
+    @classmethod
+    def _check_webhook_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        for secret in value.get_secret_value().split() if value else ():
+            try:
+                key = b64decode(secret.removeprefix("whsec_"), validate=True)
+            except ValueError:
+                key = b""
+            if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
+                raise ValueError("write whsec_ and base64 of 24 to 64 bytes")
+        return value
+
+    @property
+    def files_folder(self) -> str:
+        """Where the files of batch requests are."""
+        return self.files or str(self.home / "files")
+
+    @field_validator("home", "flower_config", mode="after")
+    @classmethod
+    def _make_absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+
+def verifying(redis_url: str, ca: Path | None = None) -> str:
+    """A Redis' URL that every client takes to mean: with TLS, verify the certificate and its name. What the URL itself
+    says of that stands."""
+    parts = urlsplit(redis_url)
+    if parts.scheme != "rediss":
+        return redis_url
+    said = dict(parse_qsl(parts.query))
+    wanted = {"ssl_cert_reqs": "required"} | ({"ssl_ca_certs": str(ca)} if ca else {}) | said
+    if wanted["ssl_cert_reqs"].lower() in ("required", "cert_required"):
+        wanted.setdefault("ssl_check_hostname", "true")
+    return urlunsplit(parts._replace(query=urlencode(wanted)))
+
+
+def engine_authorization(secret: SecretStr | None) -> str:
+    """The header by which an engine knows an api: of the secret it is a digest, that any header can carry."""
+    return f"Bearer {hashlib.sha256(secret.get_secret_value().encode()).hexdigest()}" if secret else ""
+
+
+def read_secret(variable: str) -> str | None:
+    """What a variable holds, or, under the same name with `_FILE` after it, the file that it names; read anew each
+    time, so that a file may change. `None`: neither is set, or the file is empty or can't be read."""
+    if path := os.environ.get(f"{variable}_FILE"):
+        try:
+            value = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+    else:
+        value = os.environ.get(variable, "")
+    return value.strip() or None
+
+
+def read_key(variable: str) -> str | None:
+    """A gateway's key, read as `read_secret` does. `None`: there is none, or none that a header can carry."""
+    key = read_secret(variable)
+    return key if key and key.isascii() and key.isprintable() else None
+
+
+def load_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        UserError: a variable's value is out of bounds; the message names the variable.
+    """
+    try:
+        return Settings(**_secrets_in_files())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        variable = "VECTORMILL_" + "_".join(str(part) for part in first["loc"]).upper()
+        raise UserError(f"{variable}: {first['msg'].lower()}.") from None
+
+
+#: Settings that may stand in a file, which the variable with `_FILE` after its name points to.
+_SECRETS = ("database_url", "redis_url", "sql_url", "flower_password", "webhook_secret", "engine_secret")
+
+
+def _secrets_in_files() -> dict[str, Any]:
+    found = {}
+    for name in _SECRETS:
+        variable = f"VECTORMILL_{name.upper()}"
+        if path := os.environ.get(f"{variable}_FILE"):
+            # Some processes change their folder.
+            found[name] = read_secret(variable) if Path(path).is_absolute() else None
+            if found[name] is None:
+                raise UserError(f"{variable}_FILE: name a file by its whole path; it must be readable and not empty.")
+    return found

@@ -1,0 +1,1 @@
+"""A request becomes a job: its corpus becomes items and chunks."""

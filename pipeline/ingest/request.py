@@ -1,0 +1,83 @@
+"""The request for a job, checked as far as it can be without a look at the corpus."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from pipeline.core.errors import UserError
+from pipeline.core.options import MOST_COLUMNS, Address, JobOptions, Word
+
+_MOST_SOURCES = 1_000
+#: Clients and proxies take these for a way up, however they are written.
+_UNADDRESSABLE = (".", "..")
+
+
+class JobRequest(JobOptions):
+    """A job to make."""
+
+    model: Word = Field(description="The model, by name or alias.")
+    name: Word | None = Field(default=None, description="The job's name. Default: the first source's.")
+    sources: list[Address] = Field(
+        default=[],
+        max_length=_MOST_SOURCES,
+        description="Files, folders, globs or URIs that the operator allows, for a job without an upload.",
+    )
+    labels: dict[Word, Word] = Field(default={}, max_length=MOST_COLUMNS, description="Kept with job and usage.")
+    priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str | None) -> str | None:
+        if name in _UNADDRESSABLE:
+            raise ValueError(f"\"{name}\" can't be a job's name: no path can hold it")
+        return name
+
+
+_AT_THE_DATABASE = "only vectormill submit takes it, with VECTORMILL_DATABASE_URL set"
+#: Of `vectormill submit`, and no fields of what is sent: what to do instead.
+ELSEWHERE = {
+    **dict.fromkeys(("from", "query", "into", "hnsw", "allow_empty", "dry_run"), _AT_THE_DATABASE),
+    "by_value": "it is what happens without by_reference; leave it out",
+    "idempotency_key": "send it as the header Idempotency-Key",
+    "label": "write labels, an object",
+    "file": "send it as a file, with a name that says what it is",
+    "workspace": "send it in the address, as ?workspace=NAME",
+}
+
+
+def read_sent(fields: Mapping[str, Any]) -> JobRequest:
+    """A request as it was sent to a door that has no hand on the database.
+
+    Raises: as `read_request`.
+    """
+    if elsewhere := sorted(fields.keys() & ELSEWHERE.keys()):
+        raise UserError(f"{ELSEWHERE[elsewhere[0]]}.", field=elsewhere[0])
+    return read_request(fields)
+
+
+def read_request(fields: Mapping[str, Any]) -> JobRequest:
+    """A request as a command's options say.
+
+    Raises:
+        UserError: a field is missing, unknown or wrong; the message names it.
+    """
+    try:
+        return JobRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or None
+        told = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            told = "there is no such field"
+        raise UserError(f"{told[:1].lower()}{told[1:]}.", field=field) from None
+
+
+def default_name(source: str) -> str:
+    """A job's name from its first source: the file's name without its endings, or the folder that a glob begins in."""
+    if source == "-":
+        return "stdin"
+    plain = (part for part in reversed(Path(source).parts) if not any(sign in part for sign in "*?["))
+    name = next(plain, source).split(".")[0] or source
+    return name if name not in _UNADDRESSABLE else Path(source).absolute().resolve().name or "docs"

@@ -1,0 +1,182 @@
+"""Jobs that are asked for in SQL: a request becomes a job over its query's rows. The query runs on a connection of its
+own, whose login has the rights that the operator gave it: on the pipeline's own connection a query could take back any
+role that was set for it."""
+
+from dataclasses import replace
+from typing import Any
+from uuid import UUID
+
+import orjson
+import structlog
+from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy.exc import DBAPIError
+
+from pipeline.catalog.models import find_model
+from pipeline.core.errors import (
+    EmptySource,
+    LeaseLost,
+    ServiceUnreachable,
+    SourceError,
+    SourceStopped,
+    UserError,
+    VectormillError,
+)
+from pipeline.core.jobs import JobState
+from pipeline.core.requests import RequestReason, RequestState
+from pipeline.db import jobs, sql_requests
+from pipeline.db.database import reporting_unreachable
+from pipeline.db.staging import Producer
+from pipeline.infra import metrics
+from pipeline.infra.settings import Settings
+from pipeline.ingest import staging
+from pipeline.ingest.request import ELSEWHERE, JobRequest, read_request
+from pipeline.ingest.submission import Submission, planning
+from pipeline.ingest.submit import submit
+from pipeline.jobs import control
+from pipeline.sources.query import QueryCorpus
+from pipeline.webhooks import allowlist
+from pipeline.webhooks.events import request_ended
+
+log = structlog.get_logger()
+
+#: How long a request waits for a database that can't be reached, from when it first couldn't after its last rows.
+_PATIENCE_SECONDS = 900.0
+_MOST_MESSAGE = 2_000
+
+
+def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
+    """Make a job of a request, or say in it why not. Doing it twice, or at once with others, makes one job.
+
+    Raises:
+        ServiceUnreachable: the query's database can't be reached for now; the request waits.
+    """
+    with reporting_unreachable(), engine.begin() as connection:
+        row = sql_requests.read(connection, job_id)
+    if row is None or row["state"] != "requested":
+        return
+    came: list[int] = []
+    try:
+        submit(engine, replace(_submission(engine, settings, row), on_items=came.append))
+    except LeaseLost:  # somebody else has taken it over, or has cancelled it
+        _heed_cancel(engine, job_id)
+    except ServiceUnreachable as error:
+        with engine.begin() as connection:
+            waits = sql_requests.note_unreachable(connection, job_id, _short(error), anew=bool(came))
+        if waits < _PATIENCE_SECONDS:
+            raise
+        _fail(engine, row, RequestReason.SOURCE_UNREACHABLE, error)
+    except UserError as error:
+        _fail(engine, row, _reason(error), error)
+    except DBAPIError:  # ours, not the query's
+        raise
+    except Exception as error:
+        _fail(engine, row, RequestReason.QUERY_REFUSED, error)
+        raise
+    else:
+        with engine.begin() as connection:
+            sql_requests.end_submitted(connection, job_id)
+        _heed_cancel(engine, job_id)
+
+
+def _heed_cancel(engine: Engine, job_id: UUID) -> None:
+    """Leave nothing of a request that was cancelled while a job was made of it."""
+    with engine.begin() as connection:
+        row, job = sql_requests.read(connection, job_id), jobs.by_id(connection, job_id)
+        if row is None or job is None or row["state"] != RequestState.CANCELLED:
+            return
+        if job.state in (JobState.QUEUED, JobState.RUNNING):  # one that had failed, and was tried again just then
+            control.cancel(connection, job_id)
+    if job.state == JobState.STAGING:
+        staging.undo(engine, Producer.of(job))
+
+
+def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submission:
+    wish = _wish(row)
+    if settings.sql_url is None:
+        raise UserError(
+            "no login for queries: set VECTORMILL_SQL_URL of the dispatcher to the URL of a role that may read what "
+            "requests select from, and nothing else."
+        )
+    if wish.webhook:
+        allowlist.check(wish.webhook, settings.webhooks)
+    with engine.begin() as connection:
+        model = find_model(connection, row["workspace_id"], wish.model)
+    corpus = QueryCorpus(
+        settings.sql_url.get_secret_value(),
+        row["query"],
+        wish.columns,
+        settings.item_bytes,
+        asked_by="VECTORMILL_SQL_URL",
+        movable=True,
+        seconds=settings.sql_seconds,
+    )
+    return Submission(
+        workspace_id=row["workspace_id"],
+        model=model,
+        corpus=corpus,
+        planning=planning(settings),
+        name=wish.name or "query",
+        options=wish,
+        priority=wish.priority,
+        labels=wish.labels,
+        # A key of its own lets another dispatcher go on where one died.
+        idempotency_key=row["idempotency_key"] or f"sql {row['job_id']}",
+        job_id=row["job_id"],
+        on_queue=_end_submitted,
+        on_lost=lambda: corpus.stop(LeaseLost()),
+    )
+
+
+def _end_submitted(connection: Connection, job_id: UUID) -> None:
+    """In the transaction that queues the job, so that what is cancelled never runs."""
+    if not sql_requests.end_submitted(connection, job_id):
+        raise LeaseLost("the request was cancelled meanwhile.")
+
+
+#: What the function takes as arguments, and what only files have.
+_ARGUMENTS = ("model", "name", "text_column", "key_column")
+_OF_FILES = ("sources", "quote", "delimiter", "by_reference", "output")
+_OPTIONS = [name for name in JobRequest.model_fields if name not in {*_ARGUMENTS, *_OF_FILES, *ELSEWHERE}]
+
+
+def _wish(row: RowMapping) -> JobRequest:
+    fields: dict[str, Any] = {name: row[name] for name in _ARGUMENTS}
+    try:
+        options = orjson.loads(row["options"])
+    except ValueError:
+        raise UserError("they hold a number that is too large, or too many brackets.", field="options") from None
+    if unknown := sorted(options.keys() - set(_OPTIONS)):
+        raise UserError(
+            f"there is none of this name; there are {', '.join(_OPTIONS)}.",
+            field="options",
+            given=f'"{unknown[0][:100]}"',
+        )
+    return read_request({**options, **fields})
+
+
+def _reason(error: UserError) -> RequestReason:
+    match error:
+        case EmptySource():
+            return RequestReason.EMPTY_SOURCE
+        case SourceStopped():
+            return RequestReason.QUERY_STOPPED
+        case SourceError():
+            return RequestReason.QUERY_REFUSED
+        case _:
+            return RequestReason.REQUEST_REFUSED
+
+
+def _fail(engine: Engine, row: RowMapping, reason: RequestReason, error: Exception) -> None:
+    with engine.begin() as connection:
+        failed = sql_requests.end_failed(connection, row["job_id"], reason, _short(error))
+        if failed:
+            request_ended(connection, row, JobState.FAILED, reason, _short(error))
+    if failed:
+        metrics.DISPATCHER_JOBS_ENDED.labels("failed").inc()
+        log.warning("request_failed", job=str(row["job_id"]), reason=reason.value)
+
+
+def _short(error: Exception) -> str:
+    if not isinstance(error, VectormillError):  # it may quote what the query returned
+        return f"a row can't be read ({type(error).__name__})."
+    return str(error)[:_MOST_MESSAGE]

@@ -1,0 +1,295 @@
+"""A corpus becomes a job: items copied in bounded commits, chunks planned, queued in one short last transaction."""
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from time import monotonic
+
+import numpy as np
+import structlog
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from pipeline.chunk_io.sinks import sink_of
+from pipeline.core.chunks import Extent, Reject
+from pipeline.core.errors import EmptySource, LeaseLost, ServiceUnreachable, UserError, VectormillError
+from pipeline.core.jobs import JobState, Reason
+from pipeline.db import chunks, items, jobs, staging
+from pipeline.db.database import flush_later, is_connection_lost
+from pipeline.db.staging import Producer
+from pipeline.infra.leases import Renewal
+from pipeline.ingest.chunking import Limits, Planner, Range, chunk_tokens, estimate_tokens
+from pipeline.ingest.submission import Submission
+from pipeline.jobs import control
+from pipeline.sources import Corpus, Rows, Source, SourceFile
+from pipeline.sources.places import Places
+
+log = structlog.get_logger()
+
+#: A submission commits when one of these is reached.
+_COMMIT_ROWS = 100_000
+_COMMIT_BYTES = 32 * 1024 * 1024
+_COMMIT_SECONDS = 1.0
+_COMMIT_CHUNKS = 5_000
+_DELETE_ITEMS = 20_000
+
+
+class Staging:
+    """One producer's way from `staging` to `queued`."""
+
+    def __init__(self, engine: Engine, submission: Submission, producer: Producer) -> None:
+        self._engine, self._submission, self._producer = engine, submission, producer
+        self._job_id = producer.job_id
+        model, options, planning = submission.model, submission.options, submission.planning
+        bounds = (options.max_item_tokens, model.max_item_tokens)
+        self._max_item_tokens = min((bound for bound in bounds if bound), default=None)
+        tokens = chunk_tokens(planning.chunk_seconds, model.tokens_per_second)
+        self._planner = Planner(Limits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes))
+        self._lease_seconds = planning.lease_seconds
+        self._items = self._chunks = self._rejects = self._keyless = 0
+        #: Items that the last commit has written down.
+        self._committed = 0
+        #: Indexes of rejects in items that no chunk covers yet.
+        self._rejected_at: list[int] = []
+        self._spots = _Spots()
+
+    def _notices(self) -> list[str]:
+        told = self._submission.corpus.notices
+        found = told.lines()
+        if self._keyless and "no key" not in told:
+            key = self._submission.corpus.columns.key
+            found.append(f'{self._keyless:,} of {self._items:,} items have no key: "{key}" is missing there, or empty.')
+        return found
+
+    def run(self) -> list[str]:
+        """Stage and queue, or undo. Returns what the sender should know though nothing is refused."""
+        try:
+            with Renewal(self._renew, self._lease_seconds, self._submission.on_lost):
+                self._stage()
+        except BaseException as error:
+            undo(self._engine, self._producer)
+            # The answer to the last COMMIT may have been lost, and the commit not.
+            if not (isinstance(error, DBAPIError) and is_connection_lost(error) and self._is_queued()):
+                raise
+        return self._notices()
+
+    def _is_queued(self) -> bool:
+        with self._engine.begin() as connection:
+            row = jobs.by_id(connection, self._job_id)
+        return row is not None and Producer.of(row) == self._producer and row.state is not JobState.STAGING
+
+    def _renew(self) -> bool:
+        with self._engine.begin() as connection:
+            return staging.hold(connection, self._producer, self._lease_seconds)
+
+    def _stage(self) -> None:
+        corpus, options = self._submission.corpus, self._submission.options
+        sink_of(self._submission.kept_options(None)).prepare(self._job_id)
+        with self._engine.begin() as connection:
+            self._hold(connection)
+            staging.insert_inputs(connection, self._job_id, corpus.inputs())
+        if options.by_reference:
+            assert isinstance(corpus, Corpus)
+            self._plan_files(corpus)
+        else:
+            self._copy_rows(corpus)
+        self._queue()
+
+    def _copy_rows(self, corpus: Source) -> None:
+        # No transaction is open while blocks are read: a stream may take its time.
+        for blocks in _gathered(corpus.blocks()):
+            with self._engine.begin() as connection:
+                # The last transaction is flushed to disk, and all before it with it; a crash loses a staging anyway.
+                flush_later(connection)
+                self._hold(connection)
+                self._copy(connection, blocks)
+                self._advance(connection)
+            self._submission.on_items(self._items)
+
+    def _plan_files(self, corpus: Corpus) -> None:
+        planned: list[chunks.NewChunk] = []
+        rows: dict[int, int] = {}
+        since = monotonic()
+        for ordinal, file in enumerate(corpus.files):
+            rows[ordinal] = 0
+            for places in corpus.places(file):
+                self._spots.add(self._items, ordinal, file, places)
+                self._items += len(places.sizes)
+                rows[ordinal] += len(places.sizes)
+                tokens = estimate_tokens(places.sizes, self._max_item_tokens)
+                planned += map(self._new_chunk, self._planner.add(tokens, places.sizes))
+                if len(planned) >= _COMMIT_CHUNKS or monotonic() - since > _COMMIT_SECONDS:
+                    self._commit_planned(planned, rows)
+                    planned, rows, since = [], {ordinal: rows[ordinal]}, monotonic()
+            planned += map(self._new_chunk, self._planner.break_off())
+        self._commit_planned(planned, rows)
+
+    def _commit_planned(self, planned: Sequence[chunks.NewChunk], rows: Mapping[int, int]) -> None:
+        with self._engine.begin() as connection:
+            flush_later(connection)
+            self._hold(connection)
+            chunks.insert_chunks(connection, self._job_id, planned)
+            staging.set_input_rows(connection, self._job_id, rows)
+            self._advance(connection)
+        self._submission.on_items(self._items)
+
+    def _hold(self, connection: Connection) -> None:
+        if not staging.hold(connection, self._producer, self._lease_seconds):
+            raise LeaseLost("this submission was cancelled, or taken over by another one with its idempotency key.")
+
+    def _lost(self) -> ServiceUnreachable:
+        return ServiceUnreachable(
+            f"the database has lost a part of job {self._job_id} while it was submitted (was there a failover?); "
+            "submit the same again."
+        )
+
+    def _advance(self, connection: Connection) -> None:
+        if not staging.advance(connection, self._producer, self._committed, self._items):
+            raise self._lost()
+        self._committed = self._items
+
+    def _copy(self, connection: Connection, blocks: Sequence[Rows]) -> None:
+        items.copy_items(
+            connection,
+            self._job_id,
+            self._items,
+            [items.Block(block.keys, block.texts, block.carried) for block in blocks],
+        )
+        rejects: list[Reject] = []
+        planned: list[Range] = []
+        for block in blocks:
+            rejects += [
+                Reject(index=self._items + at, key=block.keys[at], code=code, message=message)
+                for at, code, message in block.problems
+            ]
+            self._items += len(block.keys)
+            self._keyless += sum(
+                key is None and text is not None for key, text in zip(block.keys, block.texts, strict=True)
+            )
+            sizes = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
+            planned += self._planner.add(estimate_tokens(sizes, self._max_item_tokens), sizes)
+        items.copy_rejects(connection, self._job_id, rejects)
+        self._rejects += len(rejects)
+        self._rejected_at += [reject.index for reject in rejects]
+        chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, planned)))
+
+    def _new_chunk(self, chunk: Range) -> chunks.NewChunk:
+        """The next chunk, with what was rejected in it, or where its rows stand; both are forgotten with that."""
+        rejected = bisect_left(self._rejected_at, chunk.first_index + chunk.items)
+        del self._rejected_at[:rejected]
+        input_ordinal, extent = self._spots.extent(chunk)
+        self._chunks += 1
+        return chunks.NewChunk(
+            ordinal=self._chunks - 1,
+            first_index=chunk.first_index,
+            items=chunk.items,
+            estimated_tokens=chunk.tokens,
+            rejected=rejected,
+            input_ordinal=input_ordinal,
+            extent=extent,
+        )
+
+    def _queue(self) -> None:
+        options = self._submission.options
+        if not self._items:
+            raise EmptySource(f"{self._submission.corpus.name}: no rows; there is nothing to embed.")
+        if options.unique_keys:
+            self._check_keys()
+        limit = control.reject_limit(options.max_rejects, self._items)
+        with self._engine.begin() as connection:
+            self._hold(connection)
+            chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, self._planner.finish())))
+            self._advance(connection)
+            if staging.count_inputs(connection, self._job_id) != len(self._submission.corpus.inputs()):
+                raise self._lost()
+            staging.queue(
+                connection,
+                self._producer,
+                items_total=self._items,
+                max_rejects=limit,
+                payload=self._submission.payload(),
+                keeps_texts=not options.by_reference,
+                notices=self._notices(),
+            )
+            if limit is not None and limit < self._rejects < self._items:
+                # Before any chunk can be claimed: nobody pays for, or reads, a part of what fails anyway.
+                control.fail(connection, self._job_id, Reason.TOO_MANY_REJECTS, control.too_many(self._rejects, limit))
+            self._submission.on_queue(connection, self._job_id)
+
+    def _check_keys(self) -> None:
+        with self._engine.begin() as connection:
+            twice = items.first_duplicate_key(connection, self._job_id)
+            keyless = items.first_without_key(connection, self._job_id) if self._keyless else None
+        if twice:
+            key, first, second = twice
+            raise UserError(
+                f'key "{key}" comes twice, first as items {first:,} and {second:,} (counted from 0).',
+                field="unique_keys",
+            )
+        if keyless is not None:
+            raise UserError(f"item {keyless:,} has no key (counted from 0).", field="unique_keys")
+
+
+class _Spots:
+    """Where the rows of files are, until a chunk holds them. Empty where items are copied."""
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[int, int, SourceFile, Places]] = deque()
+
+    def add(self, first_index: int, ordinal: int, file: SourceFile, places: Places) -> None:
+        """Hold the places of the next rows, of the job's input `ordinal`."""
+        self._held.append((first_index, ordinal, file, places))
+
+    def extent(self, chunk: Range) -> tuple[int, Extent] | tuple[None, None]:
+        """A chunk's input and extent; what lies before the chunk is dropped."""
+        if not self._held:
+            return None, None
+        while self._held[0][0] + len(self._held[0][3].sizes) <= chunk.first_index:
+            self._held.popleft()
+        first_index, ordinal, file, places = self._held[0]
+        end = chunk.first_index + chunk.items
+        last_first, _, _, last = next(held for held in self._held if held[0] + len(held[3].sizes) >= end)
+        return ordinal, places.extent(file, chunk.first_index - first_index, last, end - 1 - last_first)
+
+
+def _gathered(blocks: Iterator[Rows]) -> Iterator[list[Rows]]:
+    """Blocks as they are committed together: many rows to a COPY, bounded in rows, bytes and time."""
+    gathered: list[Rows] = []
+    rows = size = 0
+    since = monotonic()
+    for block in blocks:
+        gathered.append(block)
+        rows += len(block.keys)
+        size += sum(len(text) for text in block.texts if text)
+        if rows >= _COMMIT_ROWS or size >= _COMMIT_BYTES or monotonic() - since > _COMMIT_SECONDS:
+            yield gathered
+            gathered, rows, size, since = [], 0, 0, monotonic()
+    if gathered:
+        yield gathered
+
+
+def undo(engine: Engine, producer: Producer) -> None:
+    """Forget a submission that didn't end, items first, in bounded transactions."""
+    job_id = producer.job_id
+    with engine.begin() as connection:
+        row = jobs.by_id(connection, job_id)
+    if row and delete_items(engine, producer):
+        with engine.begin() as connection:
+            gone = staging.delete(connection, producer)
+        if gone:
+            try:
+                sink_of(row.options).discard(job_id)
+            except VectormillError as error:  # the folder may be why the submission didn't end
+                log.warning("output_not_vacated", job=str(job_id), error=str(error))
+
+
+def delete_items(engine: Engine, producer: Producer) -> bool:
+    """Delete what is staged. False: somebody else is its producer by now."""
+    gone = _DELETE_ITEMS
+    while gone == _DELETE_ITEMS:
+        with engine.begin() as connection:
+            row = jobs.lock(connection, producer.job_id)
+            if row is None or row.state is not JobState.STAGING or Producer.of(row) != producer:
+                return False
+            gone = items.delete_some(connection, producer.job_id, _DELETE_ITEMS)
+    return True

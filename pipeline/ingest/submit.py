@@ -1,0 +1,219 @@
+"""A submission makes a job, or attaches to the one that its idempotency key made."""
+
+from uuid import UUID
+
+from sqlalchemy import Connection, Engine
+from uuid_utils.compat import uuid7
+
+from pipeline.catalog.models import vector_space_of
+from pipeline.core.errors import IdempotencyConflict, NotRetriable, UserError
+from pipeline.core.jobs import Job, JobState
+from pipeline.core.models import Model
+from pipeline.core.options import JobOptions, OnLong, UserTable
+from pipeline.db import jobs, partitions, staging, user_table
+from pipeline.db.staging import Producer
+from pipeline.ingest.staging import Staging, delete_items
+from pipeline.ingest.submission import Submission, Submitted
+from pipeline.jobs import control
+from pipeline.sources import Corpus, Source
+from pipeline.sources.by_reference import check_referable
+
+
+def submit(engine: Engine, submission: Submission) -> Submitted:
+    """Make a job of a corpus, or attach to the one that its idempotency key made before.
+
+    Nothing runnable is left when this raises.
+
+    Raises:
+        SourceError: the corpus can't be read; `EmptySource`: it has no item.
+        IdempotencyConflict: the key was used with another payload.
+        NotRetriable: its job has failed for good.
+        UserError: an option doesn't fit the model, or `unique_keys` and a key comes twice.
+    """
+    options, key = submission.options, submission.idempotency_key
+    check(options, submission.corpus, submission.model)
+    with engine.begin() as connection:
+        # An insert would wait for what the job's producer is about to commit.
+        known = key is not None and jobs.by_idempotency_key(connection, submission.workspace_id, key) is not None
+    if known:
+        return _attach(engine, submission)
+    with engine.begin() as connection:
+        job = staging.NewJob(
+            id=submission.job_id or uuid7(),
+            workspace_id=submission.workspace_id,
+            name=submission.name,
+            model_name=submission.model.name,
+            vector_space_id=vector_space_of(
+                connection,
+                submission.model,
+                dimensions=options.dimensions,
+                max_item_tokens=options.max_item_tokens,
+            ),
+            priority=submission.priority,
+            labels=submission.labels,
+            options=submission.kept_options(_table(connection, submission)),
+            idempotency_key=key,
+            payload_sha256=submission.payload(),
+            lease_seconds=submission.planning.lease_seconds,
+        )
+        partitions.make_month(connection, partitions.month_of(job.id))
+        tell_namesake(connection, submission.workspace_id, submission.name, submission.corpus)
+        producer = staging.begin(connection, job)
+    if producer:
+        return Submitted(job.id, notices=Staging(engine, submission, producer).run())
+    return _attach(engine, submission)
+
+
+def check(options: JobOptions, corpus: Source, model: Model) -> None:
+    """Raise `UserError` for what can't be, or would have no effect, before anything is read."""
+    _check_ways(options, corpus)
+    _check_dialect(corpus)
+    _check_lengths(options, model)
+
+
+def _check_dialect(corpus: Source) -> None:
+    columns = corpus.columns
+    if columns.delimiter is None and columns.quote is None:
+        return
+    files = corpus.files if isinstance(corpus, Corpus) else []
+    if not any(file.format.divided for file in files):
+        raise UserError(
+            f"{corpus.name} has no .csv or .tsv file, so it has no effect; leave it out.",
+            field="delimiter" if columns.delimiter is not None else "quote",
+        )
+
+
+def tell_namesake(connection: Connection, workspace_id: int, name: str, corpus: Source) -> None:
+    """Note that another job bears this name, if one does."""
+    if others := jobs.named(connection, workspace_id, name, 1):
+        corpus.notices.add("name", _name_taken(name, others[0]["id"]))
+
+
+def _name_taken(name: str, other: UUID) -> str:
+    return (
+        f'another job is called "{name}" too, {other}; by the name, commands that read mean the newest, '
+        "and those that change a job may ask for its id."
+    )
+
+
+def _check_ways(options: JobOptions, corpus: Source) -> None:
+    control.reject_limit(options.max_rejects, 0)
+    if options.by_reference:
+        if not isinstance(corpus, Corpus):
+            raise UserError("a query can't be read so; leave it out.", field="by_reference")
+        if options.unique_keys:
+            raise UserError(
+                "it needs all keys in Postgres, so this job can't be read by reference; leave one of the two out.",
+                field="unique_keys",
+            )
+        for file in corpus.files:
+            check_referable(file)
+    if options.into and options.output:
+        raise UserError("it is for vectors in Postgres, not in Parquet; leave it or output out.", field="into")
+    if options.hnsw and not options.into:
+        raise UserError("the index is made on a table of yours; name one with into.", field="hnsw")
+
+
+def _check_lengths(options: JobOptions, model: Model) -> None:
+    """Refuse what only a model that is read here can do, and what none can."""
+    if model.upstream is None:
+        if options.max_item_tokens and model.max_item_tokens and options.max_item_tokens > model.max_item_tokens:
+            raise UserError(
+                f"{model.name} reads {model.max_item_tokens:,} tokens of a text at most; ask for no more, or leave it "
+                "out.",
+                field="max_item_tokens",
+                given=f"{options.max_item_tokens:,}",
+            )
+        if options.on_long is OnLong.REJECT and not options.max_item_tokens and not model.max_item_tokens:
+            raise UserError(
+                f"{model.name} reads texts of any length, so none is too long; leave it out, or set a length with "
+                "max_item_tokens.",
+                field="on_long",
+            )
+        return
+    if options.max_item_tokens not in (None, model.max_item_tokens):
+        raise UserError(
+            f"{model.name} is read by its gateway, which isn't told; leave it out.",
+            field="max_item_tokens",
+            given=f"{options.max_item_tokens:,}",
+        )
+    if options.on_long is OnLong.REJECT:
+        raise UserError(
+            f"{model.name} is read by its gateway, which alone knows what is long; leave it out.",
+            field="on_long",
+            given="reject",
+        )
+
+
+def _table(connection: Connection, submission: Submission) -> UserTable | None:
+    options = submission.options
+    if not options.into:
+        return None
+    dimensions = options.dimensions or submission.model.dimensions
+    key = submission.corpus.columns.key
+    return user_table.check(connection, options.into, key_column=key, dimensions=dimensions, hnsw=options.hnsw)
+
+
+def _attach(engine: Engine, submission: Submission) -> Submitted:
+    """Go on from the job that has this idempotency key."""
+    key = str(submission.idempotency_key)
+    with engine.begin() as connection:
+        known = jobs.by_idempotency_key(connection, submission.workspace_id, key)
+    if known is None:  # it was undone just now
+        return submit(engine, submission)
+    job, is_dead = known
+    job_id = job.id
+    if submission.job_id not in (None, job_id):
+        raise _conflict(key, job_id)
+    if job.state is JobState.STAGING:
+        return _attach_to_staging(engine, submission, job, is_dead=is_dead)
+    submission.corpus.read_fingerprint()
+    if submission.payload() != job.payload_sha256:
+        raise _conflict(key, job_id)
+    if job.state is JobState.FAILED:
+        return _resume(engine, submission, job_id)
+    return Submitted(job_id, f"this idempotency key made job {job_id} before; it is {job.state}")
+
+
+def _resume(engine: Engine, submission: Submission, job_id: UUID) -> Submitted:
+    """Let a failed job go on."""
+    made = f"this idempotency key made job {job_id} before"
+    reopened = None
+    with engine.begin() as connection:
+        job = jobs.lock(connection, job_id)
+        if job is not None and job.state is JobState.FAILED:
+            try:
+                reopened = control.retry(connection, job_id)
+            except NotRetriable as error:
+                raise NotRetriable(f"{made}, which failed: {error} Use another key.", job_id) from error
+            submission.on_queue(connection, job_id)
+    if reopened is None:  # another submission was faster
+        return _attach(engine, submission)
+    how = f"resumed with {reopened:,} chunks" if reopened else "and nothing in it can be tried again; use another key"
+    return Submitted(job_id, f"{made}; it had failed, {how}")
+
+
+def _attach_to_staging(engine: Engine, submission: Submission, job: Job, *, is_dead: bool) -> Submitted:
+    """Leave the job to its producer while that lives, else take it over and begin afresh."""
+    job_id, lease_seconds = job.id, submission.planning.lease_seconds
+    if submission.payload() != job.payload_sha256:
+        raise _conflict(str(submission.idempotency_key), job_id)
+    producer = None
+    if is_dead:
+        with engine.begin() as connection:
+            producer = staging.take_over(connection, Producer.of(job), lease_seconds)
+    if producer is None:
+        return Submitted(job_id, f"job {job_id} is being submitted with this idempotency key right now")
+    delete_items(engine, producer)
+    with engine.begin() as connection:
+        if not staging.hold(connection, producer, lease_seconds):
+            return Submitted(job_id, f"job {job_id} is being submitted with this idempotency key right now")
+        staging.delete_chunks(connection, job_id)
+    return Submitted(job_id, notices=Staging(engine, submission, producer).run())
+
+
+def _conflict(key: str, job_id: UUID) -> IdempotencyConflict:
+    return IdempotencyConflict(
+        f'the idempotency key "{key}" made job {job_id} from another payload (files, model or options differ); '
+        "use another key."
+    )

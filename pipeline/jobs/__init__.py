@@ -1,0 +1,1 @@
+"""Jobs as people see them: control, status, receipts, results, purge and restore."""

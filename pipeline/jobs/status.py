@@ -1,0 +1,227 @@
+"""Status and receipt of a job: always sums over its chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping
+
+from pipeline.core.chunks import ChunkState
+from pipeline.core.errors import UnknownJob, UserError
+from pipeline.core.job_status import (
+    Account,
+    AccountedItems,
+    AccountedTokens,
+    ChunkCounts,
+    ItemCounts,
+    JobStatus,
+    Rate,
+    Receipt,
+    TokenCounts,
+)
+from pipeline.core.jobs import Job, JobState
+from pipeline.core.requests import RequestState
+from pipeline.db import attempts, chunks, jobs, sql_requests, usage
+
+#: Rates are taken over so long a time, or since the job's start.
+RATE_WINDOW_SECONDS = 60.0
+#: Kept progress that is older is no progress: its dispatcher may be gone.
+FRESH_SECONDS = 5.0
+_MOST_NAMESAKES, _SHOWN_NAMESAKES = 1_000, 5
+_WAITS = "asked for in SQL; the dispatcher makes a job of it"
+
+
+def find_job(connection: Connection, workspace_id: int | None, name_or_id: str) -> UUID:
+    """The job of a workspace, or of any, with this id, a unique beginning of it, or this name (the newest that bears
+    it). What was asked for in SQL and is no job yet, or can't be one, has the id that the job would have.
+
+    Raises:
+        UnknownJob: there is none.
+        UserError: the beginning fits several jobs.
+    """
+    if "\0" in name_or_id:  # Postgres takes none in a text
+        raise UnknownJob("no such job.")
+    if named := namesakes(connection, workspace_id, name_or_id, 1):
+        return named[0].id
+    most = _SHOWN_NAMESAKES + 1
+    of_each = (
+        store.ids_beginning(connection, workspace_id, name_or_id.lower(), most) for store in (jobs, sql_requests)
+    )
+    found = [job_id for ids in of_each for job_id in ids]
+    if not found:
+        raise UnknownJob(f'no job "{name_or_id}"; vectormill jobs lists them.')
+    if len(found) > 1:
+        shown = ", ".join(map(str, found[:_SHOWN_NAMESAKES])) + (" …" if len(found) > _SHOWN_NAMESAKES else "")
+        raise UserError(f'"{name_or_id}" is the beginning of several jobs\' ids: {shown}; give more of it.')
+    return found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Namesake:
+    """One of those that bear a name."""
+
+    id: UUID
+    state: str
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether nothing more will happen to it by itself."""
+        return self.state in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
+
+
+def namesakes(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[Namesake]:
+    """The jobs of this name, and what was asked for in SQL and is none, the newest first."""
+    if "\0" in name:  # Postgres takes none in a text
+        return []
+    found = [
+        Namesake(**row) for store in (jobs, sql_requests) for row in store.named(connection, workspace_id, name, limit)
+    ]
+    return sorted(found, key=lambda each: each.id, reverse=True)[:limit]
+
+
+def find_job_to_change(connection: Connection, workspace_id: int | None, name_or_id: str, *, ended: bool) -> UUID:
+    """The job that is to be changed, as only those that have `ended`, or haven't, can be. Of the jobs of a name it must
+    be the only one, or the only one that hasn't ended.
+
+    Raises: as `find_job`, and
+        UserError: several bear the name; the message lists them.
+    """
+    found = find_job(connection, workspace_id, name_or_id)
+    fit = [
+        each for each in namesakes(connection, workspace_id, name_or_id, _MOST_NAMESAKES) if ended or not each.has_ended
+    ]
+    if len(fit) > 1:
+        raise UserError(f"{several(name_or_id, fit)}; give the id of the one that is meant.")
+    return fit[0].id if fit else found
+
+
+def several(name: str, bearers: Sequence[Namesake]) -> str:
+    """The jobs of a name, for the beginning of a sentence."""
+    shown = [f"{each.id} ({each.state})" for each in bearers[:_SHOWN_NAMESAKES]]
+    if more := len(bearers) - len(shown):
+        shown.append(f"{more:,} more")
+    return f'{len(bearers):,} jobs are called "{name}": {", ".join(shown)}'
+
+
+def known_job(connection: Connection, job_id: UUID) -> Job:
+    """The job of this id.
+
+    Raises:
+        UnknownJob: there is none.
+    """
+    job = jobs.by_id(connection, job_id)
+    if job is None:
+        if asked := sql_requests.standing(connection, job_id):
+            raise UnknownJob(f"{job_id} is no job: it was asked for in SQL, and is {asked['state']}.")
+        raise UnknownJob(f"no job {job_id}; vectormill jobs lists them.")
+    return job
+
+
+def job_status(connection: Connection, job_id: UUID) -> JobStatus:
+    """All that a job's status shows.
+
+    Of a job that runs, counts may be the dispatcher's, a second old; where no dispatcher keeps them they are summed.
+    What was asked for in SQL is shown as `staging`, `failed` or `cancelled` though it is no job.
+    """
+    # In this order: the last progress comes with the job's end, so an ended job never shows an earlier one.
+    job = jobs.by_id(connection, job_id)
+    asked = None
+    if job is None or job.state in (JobState.STAGING, JobState.FAILED):
+        asked = sql_requests.standing(connection, job_id)
+    if job is None:
+        return _of_request(asked) if asked else sum_up(connection, job_id)
+    kept = jobs.fresh_progress(connection, job_id, FRESH_SECONDS)
+    found = sum_up(connection, job_id) if kept is None else JobStatus(**{**kept, **_of_job(job)})
+    return found.model_copy(update=_asked(asked)) if asked else found
+
+
+def _asked(asked: RowMapping) -> dict[str, Any]:
+    """How it stands by its request, where there is one: a failed job may have been asked for again."""
+    waits = asked["state"] == RequestState.REQUESTED
+    return {
+        "state": JobState.STAGING if waits else JobState(asked["state"]),
+        "reason": asked["reason"],
+        "message": asked["message"] or (_WAITS if waits else None),
+        "finished_at": asked["finished_at"],
+    }
+
+
+def _of_request(asked: RowMapping) -> JobStatus:
+    """What `job_status` shows of what is no job."""
+    return JobStatus(
+        id=asked["id"],
+        name=asked["name"],
+        **_asked(asked),
+        model=asked["model"],
+        labels={},
+        output=None,
+        notices=[],
+        items=ItemCounts(),
+        tokens=TokenCounts(),
+        rate=Rate(),
+        eta_seconds=None,
+        chunks=ChunkCounts(),
+        created_at=asked["created_at"],
+        started_at=None,
+    )
+
+
+def list_jobs(connection: Connection, workspace_id: int | None, **wanted: Any) -> list[JobStatus]:
+    """The statuses of the jobs that `store.jobs.page` finds, each with its workspace's name."""
+    found = jobs.page(connection, workspace_id, **wanted)
+    return [job_status(connection, row["id"]).model_copy(update={"workspace": row["workspace"]}) for row in found]
+
+
+def sum_up(connection: Connection, job_id: UUID) -> JobStatus:
+    """What `job_status` shows, summed over the job's chunks."""
+    job, sums = known_job(connection, job_id), chunks.sums(connection, job_id)
+    rates = usage.recent_rates(connection, job_id, RATE_WINDOW_SECONDS)
+    total = job.items_total or sums["items"]
+    over = sums["embedded"] + sums["reused"] + sums["rejected"] + sums["cancelled"]
+    pending = max(0, total - over)
+    pace = rates["items_per_second"]
+    counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled", "truncated")}
+    return JobStatus(
+        **_of_job(job),
+        items=ItemCounts(total=total, pending=pending, **counted),
+        tokens=TokenCounts(prompt=sums["prompt_tokens"]),
+        rate=Rate(**{name: round(rate, 1) for name, rate in rates.items()}),
+        eta_seconds=None if job.state.ended or not pace else round(pending / pace, 1),
+        chunks=ChunkCounts(**{state: sums[f"{state}_chunks"] for state in ChunkState}),
+    )
+
+
+def _of_job(job: Job) -> dict[str, Any]:
+    same = ("id", "name", "state", "reason", "message", "model", "created_at", "started_at", "finished_at")
+    return {
+        **{name: getattr(job, name) for name in same},
+        "labels": dict(job.labels),
+        "output": job.options.output,
+        "notices": list(job.notices),
+    }
+
+
+def current_account(connection: Connection, job_id: UUID) -> Account:
+    """The account of a job as its chunks stand now."""
+    job, sums = known_job(connection, job_id), chunks.sums(connection, job_id)
+    billed = attempts.billed(connection, job_id)
+    counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled")}
+    items = AccountedItems(**{"in": job.items_total or sums["items"], **counted})
+    tokens = AccountedTokens(
+        prompt=sums["prompt_tokens"],
+        # What is embedded here costs what it takes.
+        billed=sums["prompt_tokens"] if billed is None else billed.tokens,
+        unanswered=billed.unanswered if billed else 0,
+        reused=sums["reused_tokens"],
+    )
+    return Account(items=items, tokens=tokens, balanced=items.submitted == items.settled)
+
+
+def receipt(connection: Connection, job_id: UUID) -> Receipt:
+    """A job's account, frozen if it has ended. `truncated` counts embedded texts of which only the beginning was
+    read."""
+    job = known_job(connection, job_id)
+    account = Account.model_validate(job.receipt) if job.receipt else current_account(connection, job_id)
+    truncated = chunks.sums(connection, job_id)["truncated"]
+    return Receipt(id=job_id, state=job.state, truncated=truncated, **dict(account))

@@ -1,0 +1,272 @@
+"""Validation of rows, the same for every format: a block of rows, and the one judge of a row."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from pipeline.core import exact_json
+from pipeline.core.chunks import RejectCode
+from pipeline.core.errors import SourceError
+from pipeline.core.options import Columns
+from pipeline.sources.values import KEY_BYTES, BadKeyError, as_key, kind_of
+
+#: The most rows in a block.
+BLOCK_ROWS: Final = 5_000
+#: About the most text in a block: one item may pass it.
+BLOCK_BYTES: Final = 8 * 1024 * 1024
+
+_SHOWN_COLUMNS = 20
+_SHOWN_LETTERS = 40
+_ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+#: Postgres keeps numbers of 131,072 digits; nobody writes such, and each would have to be held.
+_MOST_DIGITS, _MOST_EXPONENT_DIGITS = 1_000, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive rows of the corpus: at most 5,000, and about 8 MiB."""
+
+    keys: list[str | None]
+    #: UTF-8; `None` where the row is rejected.
+    texts: list[bytes | None]
+    #: Position in this block, code and message of each rejected row, in order. Never its text.
+    problems: list[tuple[int, RejectCode, str]]
+    #: A JSON object per row; only where the job carries columns.
+    carried: list[bytes] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """Rows as a format reads them, not judged yet. Invalid UTF-8 stands as surrogates."""
+
+    #: Line or row numbers in the file, from 1.
+    numbers: Sequence[int]
+    texts: Sequence[object]
+    keys: Sequence[object]
+    carried: Sequence[dict[str, object]] | None
+
+
+class Notices:
+    """Things to know of a corpus though nothing is refused: the first lines of each kind, and a count."""
+
+    _MOST = 3
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+        self._more: Counter[str] = Counter()
+
+    def add(self, kind: str, line: str) -> None:
+        """Note a line, without a text's words."""
+        lines = self._found.setdefault(kind, [])
+        if len(lines) < self._MOST:
+            lines.append(line)
+        else:
+            self._more[kind] += 1
+
+    def __contains__(self, kind: str) -> bool:
+        return kind in self._found
+
+    def lines(self) -> list[str]:
+        """All that was noted, in order."""
+        found: list[str] = []
+        for kind, lines in self._found.items():
+            found += lines
+            if more := self._more[kind]:
+                found[-1] += f" There are {more:,} more like this."
+        return found
+
+
+class Missing:
+    """Stands for the text of a row that has no such column."""
+
+
+class LongLine(NamedTuple):
+    """Stands for a line that was skipped, since it is longer than is ever read."""
+
+    number: int
+    size_bytes: int
+    bound_bytes: int
+    #: How many quotes it has, and whether it is white space alone.
+    quotes: int
+    blank: bool
+
+
+class BadRow(NamedTuple):
+    """Stands for the text of a row that can't be read."""
+
+    fault: str
+    code: RejectCode = RejectCode.BAD_ROW
+
+
+def skipped(line: LongLine, columns: Columns) -> Parsed:
+    """The row of a line that was skipped."""
+    return Parsed([line.number], [line], [None], [{}] if columns.carry else None)
+
+
+class _OverlongNumberError(Exception):
+    """A number is longer than Postgres is asked to keep."""
+
+
+def judge(parsed: Parsed, item_bytes: int, place: str) -> Rows:
+    """Sort good rows from bad ones.
+
+    Args:
+        parsed: the rows.
+        item_bytes: a longer text is rejected.
+        place: what stands before a row's number in messages, such as `line `.
+    """
+    keys: list[str | None] = []
+    texts: list[bytes | None] = []
+    problems: list[tuple[int, RejectCode, str]] = []
+    # Every row of every corpus passes here: good rows take no call but the built-in ones.
+    for text, key in zip(parsed.texts, parsed.keys, strict=True):
+        try:
+            if type(key) is int:
+                key = str(key)
+            elif key is not None and not (
+                type(key) is str and len(key) <= KEY_BYTES and key.isascii() and "\0" not in key
+            ):
+                key = as_key(key)
+            data = text.encode()  # type: ignore[attr-defined]
+            if 0 < len(data) <= item_bytes and b"\0" not in data and not text.isspace():  # type: ignore[attr-defined]
+                keys.append(key)
+                texts.append(data)
+                continue
+        except (AttributeError, UnicodeEncodeError, BadKeyError):
+            pass
+        at = len(keys)
+        kept, (code, message) = _problem(text, key, item_bytes)
+        problems.append((at, code, f"{place}{parsed.numbers[at]:,}: {message}"))
+        keys.append(kept)
+        texts.append(None)
+    carried = None
+    if parsed.carried is not None:
+        carried = _carry(parsed, texts, problems, place)
+    return Rows(keys, texts, problems, carried)
+
+
+def _problem(text: object, key: object, item_bytes: int) -> tuple[str | None, tuple[RejectCode, str]]:
+    """The key to keep of a row that failed the fast test, and what is wrong; the text's fault comes first."""
+    try:
+        kept, fault = as_key(key), None
+    except BadKeyError as error:
+        kept, fault = None, (RejectCode.BAD_KEY, str(error))
+    found = _text_problem(text, item_bytes) or fault
+    assert found is not None, "only a row with a fault comes here"
+    return kept, found
+
+
+def _text_problem(text: object, item_bytes: int) -> tuple[RejectCode, str] | None:
+    if isinstance(text, LongLine):
+        return RejectCode.TOO_LARGE, (f"the line has {text.size_bytes:,} bytes; at most {text.bound_bytes:,} are read")
+    if isinstance(text, BadRow):
+        return text.code, text.fault
+    if text is Missing:
+        return RejectCode.MISSING_TEXT, "text is missing"
+    if text is None:
+        return RejectCode.MISSING_TEXT, "text is null"
+    if not isinstance(text, str):
+        return RejectCode.NOT_A_STRING, f"text is {kind_of(text)}, not a string"
+    return _string_problem(text, item_bytes)
+
+
+def _string_problem(text: str, item_bytes: int) -> tuple[RejectCode, str] | None:
+    if not text:
+        return RejectCode.EMPTY_TEXT, "text is empty"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return RejectCode.INVALID_UTF8, "text is not valid UTF-8"
+    if size > item_bytes:
+        return RejectCode.TOO_LARGE, f"text has {size:,} bytes; at most {item_bytes:,} are allowed"
+    if "\0" in text:
+        return RejectCode.NUL_CHARACTER, "text contains a NUL character"
+    if text.isspace():
+        return RejectCode.EMPTY_TEXT, "text is only white space"
+    return None
+
+
+def _carry(
+    parsed: Parsed, texts: list[bytes | None], problems: list[tuple[int, RejectCode, str]], place: str
+) -> list[bytes]:
+    """The carried columns as JSON; a row whose columns Postgres couldn't hold becomes a reject."""
+    assert parsed.carried is not None
+    carried: list[bytes] = []
+    for at, row in enumerate(parsed.carried):
+        found = None
+        try:
+            encoded = _to_json(row)
+        except TypeError as error:
+            encoded, found = b"{}", (RejectCode.INVALID_UTF8, "a carried column is not valid UTF-8")
+            if isinstance(error.__cause__, _OverlongNumberError):
+                found = (RejectCode.BAD_ROW, "a carried column holds a number that is too long")
+        if b"\\u0000" in encoded and _ESCAPED_NUL.search(encoded):
+            encoded, found = b"{}", (RejectCode.NUL_CHARACTER, "a carried column contains a NUL character")
+        if found and texts[at] is not None:
+            texts[at] = None
+            problems.append((at, found[0], f"{place}{parsed.numbers[at]:,}: {found[1]}"))
+        carried.append(encoded)
+    problems.sort(key=itemgetter(0))
+    return carried
+
+
+def _to_json(row: dict[str, object]) -> bytes:
+    """Raise `TypeError` where a string holds surrogates, or, caused by `_OverlongNumberError`, a number is too long."""
+    return orjson.dumps(row, default=_bounded)
+
+
+def _bounded(value: Any) -> orjson.Fragment:
+    if isinstance(value, exact_json.Number):
+        exponent = value.digits.lower().partition("e")[2].lstrip("+-0")
+        if len(value.digits) > _MOST_DIGITS or len(exponent) > _MOST_EXPONENT_DIGITS:
+            raise _OverlongNumberError
+    return exact_json.as_it_stands(value)
+
+
+def missing_column(place: str, field: str, column: str, names: Iterable[str], candidates: Sequence[str]) -> SourceError:
+    """The error for a column that isn't there: it lists those that are, and names the mend.
+
+    Args:
+        place: the file, and the line where there is one.
+        field: the option that names the column.
+        column: the column that is missing.
+        names: the columns that there are.
+        candidates: those that could be meant; one alone is suggested.
+    """
+    names = list(names)
+    near = _differing_in_case(column, names)
+    sure = candidates if not near and field == "text_column" else near
+    mend = f'Name "{shown(sure[0])}".' if len(sure) == 1 else "Name another."
+    return SourceError(f'{place}: no column "{shown(column)}"; {_listed(names)}. {mend}', field=field)
+
+
+def without_key(place: str, column: str, names: Iterable[str]) -> str:
+    """The notice for a corpus that has no key column, which need not be: it lists the columns there are."""
+    names = list(names)
+    near = _differing_in_case(column, names)
+    told = f'{place}: no column "{shown(column)}", so these items have no key'
+    holds = f'"{shown(near[0])}"' if len(near) == 1 else "one"
+    return f"{told}; {_listed(names)}. If {holds} holds keys, name it as the key column."
+
+
+def _differing_in_case(column: str, names: Sequence[str]) -> list[str]:
+    """The columns that a hurried person takes for this one."""
+    return [name for name in names if name.strip().casefold() == column.strip().casefold()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    listed = [shown(name) for name in names]
+    if len(listed) > _SHOWN_COLUMNS:
+        listed[_SHOWN_COLUMNS:] = [f"and {len(listed) - _SHOWN_COLUMNS:,} more"]
+    return f"columns are {', '.join(listed)}" if listed else "there is none at all"
+
+
+def shown(name: str) -> str:
+    """A column's name as a message shows it: printable, and not too long."""
+    printable = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    return printable if len(printable) <= _SHOWN_LETTERS else printable[:_SHOWN_LETTERS] + "…"

@@ -1,0 +1,5 @@
+"""Fixtures of single faults, which are those of whole jobs."""
+
+from tests.acceptance.conftest import fleet, texts
+
+__all__ = ["fleet", "texts"]

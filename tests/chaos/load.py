@@ -1,0 +1,278 @@
+"""Jobs of all kinds, one after the other in lanes, as long as a drill lasts; the oracle judges each at its end."""
+
+import json
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from random import Random
+from uuid import UUID, uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import IllegalTransition
+from pipeline.infra import storage
+from pipeline.jobs import control
+from pipeline.jobs.purge import purge_job
+from tests.acceptance.oracle import objections
+from tests.acceptance.poison import Poison
+from tests.chaos.secrets import CANARY, leaks_of_job
+from tests.chaos.site import BUCKET, Site
+
+#: `submit` says with this code that the same may be tried again.
+_UNREACHABLE = 6
+#: So it says that the disk of `--output` is full.
+_NO_ROOM = "no space left on device"
+_POLL_SECONDS = 0.2
+#: A lane whose jobs are done at once rests for a while, or it would do nothing but submit.
+_LEAST_SECONDS = 10.0
+#: Poisoned jobs rest longer: each starts a dozen processes anew, and the other lanes need a core too.
+_LEAST_POISONED_SECONDS = 240.0
+#: A fault explains a pause for so long after it is over.
+_EXPLAINS_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """A kind of job: by which model, from what, to where."""
+
+    model: str
+    #: `jsonl`, whose rows go to Postgres, or `parquet`, which workers read themselves.
+    corpus: str
+    #: None: Postgres.
+    output: str | None = None
+    #: Some of the texts do harm to the model.
+    poisoned: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.corpus} → {self.output or 'postgres'}{', poisoned' if self.poisoned else ''}"
+
+
+LANES = (
+    (
+        Way("minilm", "jsonl"),
+        Way("minilm", "parquet"),
+        Way("minilm", "jsonl", "disk"),
+        Way("minilm", "parquet", "store"),
+    ),
+    (Way("static", "parquet", "disk"), Way("static", "jsonl")),
+    # There is always something to strike on the way to the store, and to the gateway.
+    (Way("static", "parquet", "store"),),
+    (Way("far", "jsonl"),),
+    (Way("far", "parquet", "disk"),),
+)
+#: Of a site with a brittle model.
+POISONED = (Way("brittle", "jsonl", poisoned=True), Way("brittle", "parquet", "disk", poisoned=True))
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """What a job is made of."""
+
+    #: JSON lines. The same rows are beside it as Parquet.
+    file: Path
+    #: Texts that do harm, by index.
+    poisons: dict[int, Poison] = field(default_factory=dict)
+
+
+@dataclass
+class Load:
+    """What works while faults are done, and what the oracle has said of it."""
+
+    site: Site
+    #: Of each job.
+    items: int
+    lanes: tuple[tuple[Way, ...], ...] = LANES
+    #: Decides where poison is.
+    random: Random = field(default_factory=lambda: Random(0))
+    #: A job that takes longer is stuck. Most of it is a poisoned job's: each text that ends its process costs some
+    #: starts beside a fleet that keeps all cores busy.
+    stuck_seconds: float = 1_800.0
+    said: list[str] = field(default_factory=list)
+    #: Jobs that have ended, and their items, by way.
+    ended: dict[Way, list[int]] = field(default_factory=dict)
+    #: Until when which pause is explained, by the monotonic clock.
+    explained: dict[str, float] = field(default_factory=dict)
+    #: Texts that did harm and were rejected for it, alone.
+    poisons: Counter[Poison] = field(default_factory=Counter)
+    _calm: dict[str, UUID] = field(default_factory=dict)
+    _purged: list[UUID] = field(default_factory=list)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Do a calm run of each model, then set the lanes going."""
+        healthy = self._write("corpus", {})
+        for model in {lane[0].model for lane in self.lanes}:
+            way = Way(model, "jsonl")
+            job = self._submit(way, healthy, uuid4().hex)
+            assert self._await_end(way, job) == "completed"
+            with self.site.fleet.engine.begin() as connection:
+                assert objections(connection, job, healthy.file) == []
+            self._calm[model] = job
+        for lane in self.lanes:
+            thread = threading.Thread(target=self._go, args=(lane,), name=lane[0].model, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def finish(self) -> None:
+        """Let the jobs at hand end, and no others begin."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+        self._bury()
+
+    def explain(self, reasons: tuple[str, ...], seconds: float = _EXPLAINS_SECONDS) -> None:
+        """For so long jobs may pause for these reasons; they are resumed, as a person would."""
+        for reason in reasons:
+            self.explained[reason] = time.monotonic() + seconds
+
+    @property
+    def items_ended(self) -> int:
+        """Items of the jobs that have ended."""
+        return sum(sum(counts) for counts in self.ended.values())
+
+    def _write(self, name: str, poisons: dict[int, Poison]) -> _Corpus:
+        rows = [
+            {"id": f"doc-{n}", "text": f"{CANARY} {n} look at {n % 97} mills on {n % 89} rivers in the year {n}."}
+            for n in range(self.items)
+        ]
+        for at, poison in poisons.items():
+            rows[at]["text"] = f"{poison}: {rows[at]['text']}"
+        file = self.site.folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        pq.write_table(pa.Table.from_pylist(rows), file.with_suffix(".parquet"), row_group_size=500)
+        return _Corpus(file, poisons)
+
+    def _poisoned(self, name: str) -> _Corpus:
+        """A corpus with all poisons close together, and a killer and harmless ones anywhere."""
+        first = self.random.randrange(self.items - len(Poison))
+        kinds = self.random.sample(list(Poison), len(Poison))
+        elsewhere = dict.fromkeys(self.random.sample(range(self.items), 3), Poison.MAKES_NAN)
+        killer = {self.random.randrange(self.items): Poison.KILLS}
+        return self._write(name, {**elsewhere, **killer, **dict(enumerate(kinds, first))})
+
+    def _go(self, lane: tuple[Way, ...]) -> None:
+        for way in cycle(lane):
+            if self._stopping.is_set():
+                return
+            begun = time.monotonic()
+            try:
+                self._run(way)
+            except Exception as error:  # noqa: BLE001 - a lane that dies silently would prove nothing
+                self.said.append(f"{way}: {type(error).__name__}: {error}")
+            least = _LEAST_POISONED_SECONDS if way.poisoned else _LEAST_SECONDS
+            self._stopping.wait(max(0.0, least - (time.monotonic() - begun)))
+
+    def _run(self, way: Way) -> None:
+        self._bury()
+        key, lost = uuid4().hex, 0
+        corpus = self._poisoned(key) if way.poisoned else _Corpus(self.site.folder / "corpus.jsonl")
+        while True:
+            rewinds = self.site.rewinds
+            folder = self._folder(way, f"{key}-{lost}") if way.output else None
+            job = self._submit(way, corpus, key, folder)
+            said = self._judge(way, job, corpus)
+            if not said or rewinds == self.site.rewinds:
+                break
+            # The database has forgotten the job, or its end: whoever submitted it does so again, to an empty folder.
+            lost += not self.site.rows("select from vectormill.jobs where id = :job", job=job)
+        self.said += [f"{way}: job {job}: {each}" for each in said]
+        if said:
+            return
+        self.poisons.update(corpus.poisons.values())
+        self.ended.setdefault(way, []).append(self.items)
+        if folder:  # or a long drill would fill its disk
+            for name in list(storage.names_below(folder)):
+                storage.delete(storage.join(folder, name))
+        self.site.insist(lambda: purge_job(self.site.fleet.engine, job))
+        self._purged.append(job)
+
+    def _judge(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
+        """Say what is wrong with a job at its end."""
+        rewinds = self.site.rewinds
+        try:
+            state = self._await_end(way, job)
+            if state != "completed":
+                rows = self.site.rows("select reason, message from vectormill.jobs where id = :job", job=job)
+                return [f"is {state}: {[dict(row) for row in rows]}"]
+            return self.site.insist(lambda: self._objections(way, job, corpus)) + leaks_of_job(self.site, job)
+        except Exception as error:
+            if rewinds == self.site.rewinds:
+                raise
+            return [f"{type(error).__name__}: {error}"]
+
+    def _bury(self) -> None:
+        """Jobs that were purged, and are there again since Postgres forgot that: nobody waits for them."""
+        for job in self._purged:
+            if self.site.rows("select from vectormill.jobs where id = :job", job=job):
+                self.site.insist(lambda job=job: self._cancel(job))  # type: ignore[misc]
+
+    def _cancel(self, job: UUID) -> None:
+        with suppress(IllegalTransition), self.site.fleet.engine.begin() as connection:
+            control.cancel(connection, job)
+
+    def _objections(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
+        rows = self.site.rows("select index, code from vectormill.rejects where job_id = :job", job=job)
+        with self.site.fleet.engine.begin() as connection:
+            found = objections(connection, job, corpus.file, self._calm[way.model])
+        rejected = {row["index"]: row["code"] for row in rows}
+        wanted = {at: poison.code for at, poison in corpus.poisons.items()}
+        if rejected != wanted:
+            different = dict(sorted(rejected.items() ^ wanted.items())[:5])
+            return [*found, f"{len(rejected)} rejects, {len(wanted)} poisons; different: {different}"]
+        return found
+
+    def _submit(self, way: Way, corpus: _Corpus, key: str, folder: str | None = None) -> UUID:
+        source = corpus.file.with_suffix(f".{way.corpus}")
+        arguments = [str(source), "--model", way.model, "--idempotency-key", key]
+        arguments += ["--by-reference" if way.corpus == "parquet" else "--by-value"]
+        if folder:
+            arguments += ["--output", folder]
+        deadline = time.monotonic() + self.stuck_seconds
+        while True:
+            done = self.site.fleet.cli_process("submit", *arguments)
+            if done.returncode == 0:
+                return UUID(done.stdout.strip())
+            passes = done.returncode == _UNREACHABLE or _NO_ROOM in done.stderr
+            if not passes or time.monotonic() > deadline:
+                raise AssertionError(f"submit ended with {done.returncode}: {done.stderr[-500:]}")
+
+    def _folder(self, way: Way, key: str) -> str:
+        if way.output == "store":
+            return f"s3://{BUCKET}/{key}"
+        return str((self.site.parquet.folder if self.site.parquet else self.site.folder / "parquet") / key)
+
+    def _await_end(self, way: Way, job: UUID) -> str:
+        deadline = time.monotonic() + self.stuck_seconds
+        while time.monotonic() < deadline:
+            query = "select state, reason, message from vectormill.jobs where id = :job"
+            rows = self.site.rows(query, job=job)
+            if not rows:
+                return "gone"
+            row = rows[0]
+            # It was submitted: one that is still staged has lost the end of that with the end of its timeline.
+            if row["state"] in ("completed", "failed", "cancelled", "staging"):
+                return str(row["state"])
+            if row["state"] == "paused":
+                if self.explained.get(row["reason"], 0.0) < time.monotonic():
+                    self.said.append(f"{way}: job {job} paused without a cause: {row['reason']}: {row['message']}")
+                time.sleep(1.0)
+                self.site.insist(lambda: self._resume(job))
+            time.sleep(_POLL_SECONDS)
+        query = """
+            select id, state, fence, crashes, last_error from vectormill.chunks
+            where job_id = :job and state <> 'done' limit 5
+        """
+        return f"stuck: {[dict(row) for row in self.site.rows(query, job=job)]}"
+
+    def _resume(self, job: UUID) -> None:
+        with self.site.fleet.engine.begin() as connection:
+            try:
+                control.resume(connection, job)
+            except IllegalTransition:
+                return

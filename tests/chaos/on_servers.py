@@ -1,0 +1,216 @@
+"""Faults of all that workers stand on: dispatchers, Redis, Postgres, disks, the object store, gateways."""
+
+import base64
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from random import Random
+from typing import Any
+
+import numpy as np
+import psutil
+import redis
+
+from tests.acceptance.fleet import eventually
+from tests.chaos.disk import Disk
+from tests.chaos.faults import Do, Done
+from tests.chaos.site import DISPATCHERS, START_SECONDS, Site
+from tests.chaos.store_line import StoreLine
+from tests.support.lines import Line
+from tests.support.scripted_gateway import DIMENSIONS, Answering, good
+
+#: The dispatcher's role passes on after ten seconds.
+ROLE_SECONDS = 15.0
+
+
+def kill_dispatcher(site: Site, random: Random) -> Done:
+    """A dispatcher dies, and is started again."""
+    name = random.choice(DISPATCHERS)
+    site.fleet.kill(name)
+    since = time.monotonic()
+    site.start(name)
+    return Done(since)
+
+
+def freeze_dispatcher(site: Site, random: Random) -> Done:
+    """The dispatcher that leads stands still until the other one leads, and goes on: two at once."""
+    site.await_dispatchers()
+    query = "select holder from vectormill.leases where name = 'dispatcher' and lease_until > now()"
+    leads = eventually(lambda: site.scalar(query), "a dispatcher that leads")
+    for name in random.sample(DISPATCHERS, len(DISPATCHERS)):
+        process = psutil.Process(site.fleet.processes[name].pid)
+        process.suspend()
+        try:
+            eventually(lambda: site.scalar(query) not in (None, leads), "another dispatcher that leads", ROLE_SECONDS)
+        except AssertionError:  # it stood by
+            continue
+        finally:
+            process.resume()
+        return Done(time.monotonic())
+    raise AssertionError("no dispatcher took over")
+
+
+def kill_redis(site: Site, _: Random) -> Done:
+    """Redis dies with all it holds, and is started again."""
+    process = site.server("valkey")
+    process.kill()
+    since = time.monotonic()
+    process.wait(timeout=60)
+    _await_redis(site)
+    return Done(since)
+
+
+def freeze_redis(site: Site, random: Random) -> Done:
+    """Redis stands still."""
+    process = site.server("valkey")
+    process.suspend()
+    time.sleep(random.uniform(1, 8))
+    process.resume()
+    since = time.monotonic()
+    _await_redis(site)
+    return Done(since)
+
+
+def flush_redis(site: Site, _: Random) -> Done:
+    """Redis forgets all."""
+    with redis.Redis.from_url(site.redis_url) as client:
+        client.flushall()
+    return Done(time.monotonic())
+
+
+def _await_redis(site: Site) -> None:
+    def answers() -> bool:
+        with suppress(redis.RedisError), redis.Redis.from_url(site.redis_url, socket_timeout=1) as client:
+            return bool(client.ping())
+        return False
+
+    eventually(answers, "a Redis that answers")
+
+
+def at_full_speed(do: Do) -> Do:
+    """The same, once all workers have started and every slot is at work."""
+    query = "select count(*) from vectormill.chunks where state = 'running'"
+
+    def begin(site: Site, random: Random) -> Done:
+        site.await_workers()
+        eventually(lambda: site.scalar(query) >= site.slots, "all slots at work", START_SECONDS)
+        return do(site, random)
+
+    return begin
+
+
+def restart_postgres(site: Site, _: Random) -> Done:
+    """Postgres stops at once, without a checkpoint, and recovers from its log."""
+    process = site.server("postgres")
+    process.send_signal(signal.SIGQUIT)
+    process.wait(timeout=60)
+    site.scalar("select 1")
+    return Done(time.monotonic())
+
+
+def terminate_backends(site: Site, random: Random) -> Done:
+    """An administrator ends sessions of workers and dispatchers."""
+    query = """
+        select pg_terminate_backend(pid) from pg_stat_activity
+        where application_name ~ '^vectormill-(worker|heartbeat|dispatcher|background)( |$)' and random() < :share
+    """
+    site.rows(query, share=random.uniform(0.2, 1))
+    return Done(time.monotonic())
+
+
+def half_open(site: Site, random: Random) -> Done:
+    """The network swallows all between workers and Postgres, longer than a lease; then the connections are gone."""
+    site.wire.freeze()
+    time.sleep(random.uniform(1.1, 1.6) * site.lease_seconds)
+    site.wire.cut()
+    site.wire.mend()
+    return Done(time.monotonic())
+
+
+def cut_off(line: Callable[[Site], Line]) -> Do:
+    """Connections end, and for a while there are no new ones."""
+    return _for_a_while(lambda site: line(site).cut(), lambda site: line(site).mend())
+
+
+def frozen(line: Callable[[Site], Line]) -> Do:
+    """For a while nothing comes through."""
+    return _for_a_while(lambda site: line(site).freeze(), lambda site: line(site).mend())
+
+
+def refused(line: Callable[[Site], StoreLine]) -> Do:
+    """For a while each request is answered with 503."""
+    return _for_a_while(lambda site: line(site).refuse(), lambda site: line(site).mend())
+
+
+def _for_a_while(begin: Callable[[Site], None], end: Callable[[Site], None]) -> Do:
+    def do(site: Site, random: Random) -> Done:
+        begin(site)
+        time.sleep(random.uniform(0.5, 5))
+        end(site)
+        return Done(time.monotonic())
+
+    return do
+
+
+def full(disk: Callable[[Site], Disk | None], felt: str) -> Do:
+    """A disk is full until that is felt, by a query that is true then, and a little longer."""
+
+    def do(site: Site, random: Random) -> Done:
+        filled = disk(site)
+        assert filled
+        eventually(lambda: not site.scalar(felt), "the end of what an earlier fault did", START_SECONDS)
+        filled.fill()
+        try:
+            eventually(lambda: site.scalar(felt), "somebody who finds no room")
+            time.sleep(random.uniform(0, 2))
+        finally:
+            filled.clear()
+        return Done(time.monotonic())
+
+    return do
+
+
+def answering(answer: Answering, *, share: float = 1.0) -> Do:
+    """The gateway answers so for a while, or some of its requests."""
+
+    def do(site: Site, random: Random) -> Done:
+        dice = Random(random.random())
+        site.gateway.answer = lambda asked: answer(asked) if dice.random() < share else good(asked)
+        time.sleep(random.uniform(2, 6))
+        site.gateway.answer = good
+        return Done(time.monotonic())
+
+    return do
+
+
+def broken_json(asked: dict[str, Any]) -> Any:
+    """It breaks off."""
+    return 200, {}, b'{"object": "list", "data": [{"embedding": [0.1, '
+
+
+def too_few(asked: dict[str, Any]) -> Any:
+    """A vector is missing."""
+    status, headers, body = good(asked)
+    return status, headers, {**body, "data": body["data"][:-1]}
+
+
+def not_finite(asked: dict[str, Any]) -> Any:
+    """Each vector is of NaNs, packed: JSON has none."""
+    status, headers, body = good(asked)
+    assert asked["encoding_format"] == "base64"
+    nans = base64.b64encode(np.full(DIMENSIONS, np.nan, "<f4").tobytes()).decode()
+    return status, headers, {**body, "data": [{**row, "embedding": nans} for row in body["data"]]}
+
+
+def slowly(asked: dict[str, Any]) -> Iterator[bytes]:
+    """A byte now and then, for seconds, and then nothing."""
+    yield b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n"
+    for _ in range(50):
+        time.sleep(0.1)
+        yield b" "
+
+
+def no_answer(_: dict[str, Any]) -> None:
+    """The connection is cut."""
+    return

@@ -1,0 +1,60 @@
+"""Commands of vectormill in the process of the tests: where the test is of what a command does, not of its start, which
+takes longer than most commands. Or many in one process of their own:
+
+    python -m tests.support.commands '[["jobs"], ["status", "docs"]]'
+
+prints, on standard error, the exit code of each and what it said there.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import patch
+
+import structlog
+
+from pipeline.cli import main
+
+
+def run_command(
+    *arguments: str, environment: Mapping[str, str], stdin: bytes = b""
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end. What it alters is the whole process's: the tests' own thread may, and no other one."""
+    assert threading.current_thread() is threading.main_thread()
+    out, err = _pipe(), _pipe()
+    logging_as_before = structlog.get_config()
+    try:
+        with (
+            patch.dict(os.environ, environment, clear=True),
+            patch.object(sys, "argv", ["vectormill", *arguments]),
+            patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        structlog.configure(**logging_as_before)
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(arguments, code, _written(out), _written(err))
+
+
+def _pipe() -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+
+
+def _written(pipe: io.TextIOWrapper) -> str:
+    buffer = pipe.buffer
+    assert isinstance(buffer, io.BytesIO)
+    return buffer.getvalue().decode()
+
+
+if __name__ == "__main__":
+    done = [run_command(*arguments, environment=dict(os.environ)) for arguments in json.loads(sys.argv[1])]
+    json.dump([(each.returncode, each.stderr) for each in done], sys.stderr)

@@ -1,0 +1,87 @@
+"""The models of tests and benchmarks, offline: the one that a wheel brings, and a small one made from it, once per
+checkout."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fcntl import LOCK_EX, flock
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipeline.cli.bootstrap import bundled_model_folder
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_MODELS = _CHECKOUT / ".vectormill" / "test-models"
+
+# A static model from a transformer: the word pieces it begins with, by their 256 principal components, weighted by how
+# rare the piece is.
+_DISTIL = """
+import sys
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+source, target = sys.argv[1:]
+teacher = SentenceTransformer(source, device="cpu")
+tokenizer = teacher.tokenizer.backend_tokenizer
+vectors = teacher[0].auto_model.get_input_embeddings().weight.detach()
+vectors = vectors - vectors.mean(0)
+components = torch.linalg.eigh(vectors.T @ vectors).eigenvectors.flip(1)[:, :256]
+weights = (vectors @ components) * torch.log(1.0 + torch.arange(len(vectors)))[:, None]
+static = StaticEmbedding(tokenizer, embedding_weights=weights.numpy())
+SentenceTransformer(modules=[static], device="cpu").save(target)
+"""
+
+
+def make_static_model(source: Path, target: Path) -> None:
+    """Make a model of static embeddings with 256 dimensions from a transformer; it loads and embeds in no time."""
+    command = [sys.executable, "-c", _DISTIL, str(source), str(target)]
+    done = subprocess.run(command, capture_output=True, check=False, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def bundled_folder() -> Path:
+    """The folder of all-MiniLM-L6-v2."""
+    folder = bundled_model_folder()
+    assert folder, "the extra `embedded` brings it"
+    return folder
+
+
+def static_folder() -> Path:
+    """The folder of a model of static embeddings, 256 dimensions: loads and embeds in no time."""
+    folder = _MODELS / "static-256"
+    with _making() as within:
+        if not folder.exists():
+            made = within / "made"
+            make_static_model(bundled_folder(), made)
+            made.rename(folder)
+    return folder
+
+
+@contextmanager
+def _making() -> Iterator[Path]:
+    """A folder to make something in that is needed by all and made by one."""
+    _MODELS.mkdir(parents=True, exist_ok=True)
+    with (_MODELS / "lock").open("w") as lock, TemporaryDirectory(dir=_MODELS) as within:
+        flock(lock, LOCK_EX)
+        yield Path(within)
+
+
+def described(name: str, folder: Path) -> dict[str, Any]:
+    """What the catalogue records of a model."""
+    file = _MODELS / f"{name}.json"
+    with _making() as within:
+        kept: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {"path": None}
+        if kept["path"] == str(folder) and folder.stat().st_mtime < file.stat().st_mtime:
+            return kept
+        command = [sys.executable, "-m", "workers.oneshot", "describe", str(folder)]
+        done = subprocess.run(command, capture_output=True, check=False, cwd=_CHECKOUT, env=dict(os.environ))
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        found: dict[str, Any] = json.loads(done.stdout)
+        made = within / "description"
+        made.write_bytes(done.stdout)
+        made.replace(file)
+    return found

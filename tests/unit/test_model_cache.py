@@ -1,0 +1,33 @@
+"""Models that can't be loaded, whatever the reason."""
+
+import pytest
+
+from pipeline.core.errors import ModelError
+from pipeline.core.models import Model
+from workers.encoders.model_cache import ModelCache
+
+MODEL = Model(
+    name="small",
+    slug="small",
+    path="/models/small",
+    hub_id=None,
+    revision=None,
+    weights_sha256="",
+    weights_bytes=1,
+    dimensions=4,
+    max_item_tokens=256,
+    document_prompt="",
+    query_prompt="",
+    normalised=True,
+    canary=b"",
+    tokens_per_second=1.0,
+)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ImportError("no libcudnn"), MemoryError()])
+def test_what_loading_raises_is_told_as_the_models(error: Exception) -> None:
+    def load(_: Model) -> None:
+        raise error
+
+    with pytest.raises(ModelError, match=f"can't be loaded here .{type(error).__name__}"):
+        ModelCache(load, 2**30).get(MODEL)  # type: ignore[arg-type]

@@ -1,0 +1,42 @@
+"""Numbers and times as people read them."""
+
+from io import StringIO
+from uuid import UUID
+
+import pytest
+from rich.console import Console
+
+from pipeline.cli.output import ledger
+from pipeline.core.job_status import Receipt
+
+
+def receipt(items: dict[str, int], tokens: dict[str, int], truncated: int) -> Receipt:
+    account = {"items": items, "tokens": tokens, "truncated": truncated, "balanced": True}
+    return Receipt.model_validate({"id": UUID(int=1), "state": "completed", **account})
+
+
+@pytest.mark.parametrize(
+    ("billed", "unanswered", "rows"),
+    [(90, 0, []), (120, 0, ["billed 120"]), (120, 30, ["unanswered about 30", "billed 120"])],
+)
+def test_a_receipt_shows_the_bill_where_it_differs(billed: int, unanswered: int, rows: list[str]) -> None:
+    items = {"in": 9, "embedded": 9, "reused": 0, "rejected": 0, "cancelled": 0}
+    tokens = {"prompt": 90, "billed": billed, "unanswered": unanswered, "reused": 0}
+    out = Console(file=StringIO(), width=80)
+    out.print(ledger(receipt(items, tokens, 0), {}))
+    assert isinstance(out.file, StringIO)
+    lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
+    assert [line for line in lines if line.startswith(("billed", "unanswered"))] == rows
+
+
+def test_a_receipt_says_how_many_texts_were_cut_and_what_to_do() -> None:
+    items = {"in": 9, "embedded": 9, "reused": 0, "rejected": 0, "cancelled": 0}
+    tokens = {"prompt": 90, "billed": 90, "unanswered": 0, "reused": 0}
+    out = Console(file=StringIO(), width=300)
+    out.print(ledger(receipt(items, tokens, 1_200), {}))
+    assert isinstance(out.file, StringIO)
+    lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
+    assert "truncated 1,200" in lines
+    assert lines[-1].startswith(
+        "1,200 texts were cut, longer than what is read: --on-long reject rejects such, a model"
+    )

@@ -1,0 +1,1 @@
+"""Encoders: a model on this machine, read, proven, batched and kept."""

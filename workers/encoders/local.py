@@ -1,0 +1,210 @@
+"""A model on a device: texts become token ids once, token-budget batches become vectors."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import structlog
+import torch
+
+from pipeline.core.canary import CANARY, is_canary
+from pipeline.core.chunks import RejectCode
+from pipeline.core.errors import ModelError
+from workers.encoders import library
+from workers.encoders.batching import Batch, Tokenised, token_batches
+from workers.encoders.own_ids import OwnIds
+from workers.encoders.reading import Way, ways_of
+
+log = structlog.get_logger()
+
+#: Padded tokens in one forward pass. A CPU is fastest while a batch fits its caches, a GPU while it has work.
+_BUDGET_TOKENS = {"cpu": 1_024, "mps": 8_192, "cuda": 32_768}
+_MOST_ITEMS = 2_048
+#: Models without attention read a flat list of ids: no padding, so bigger batches.
+_FLAT_BUDGET_TOKENS = 131_072
+
+
+def list_devices() -> list[tuple[str, int]]:
+    """The devices to embed on, each with its memory in bytes: every CUDA device, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return [(f"cuda:{n}", torch.cuda.get_device_properties(n).total_memory) for n in range(count)]
+    if torch.backends.mps.is_available():
+        return [("mps", int(torch.mps.recommended_max_memory()))]
+    return [("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+
+
+class _Query(list[int]):
+    """Token ids of a query, where queries go another way through the model than documents."""
+
+
+class Encoder:
+    """A loaded model. One thread may read texts while another one runs batches; no more at once."""
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        *,
+        document_prompt: str = "",
+        query_prompt: str = "",
+        pooling: str | None = None,
+        dtype: str = "float32",
+        threads: int | None = None,
+    ) -> None:
+        """Load weights from `folder`.
+
+        `pooling` belongs to a bare transformer; `dtype` (float32, bfloat16, float16) counts on CUDA only; `threads` on
+        the CPU only.
+
+        Raises:
+            ModelError: they can't be loaded, or this model can't be batched by token ids.
+        """
+        if threads:
+            torch.set_num_threads(threads)
+        self.device = torch.device(device)
+        self._model = library.load(folder, device, dtype=dtype, pooling=pooling)
+        try:
+            self._documents, self._queries = ways_of(self._model, document_prompt, query_prompt)
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from error
+        self._apart = not self._documents.goes_with(self._queries)
+        self._expected = b""
+        self._own_ids: OwnIds | None = None
+        flat = self._documents.reader.flat and self._queries.reader.flat
+        self.budget_tokens = _FLAT_BUDGET_TOKENS if flat else _BUDGET_TOKENS.get(self.device.type, 8_192)
+        self.max_item_tokens = self._documents.reader.max_tokens
+        # Counted, since what a model says of its size may be of another part of it.
+        self.dimensions = self._forward(self._documents.read([CANARY], None).ids).shape[1]
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the device that this process holds; on a CPU, of the process."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self.device))
+        if self.device.type == "mps":
+            return int(torch.mps.driver_allocated_memory())
+        return int(psutil.Process().memory_info().rss)
+
+    def tokenise(self, texts: Sequence[str], max_tokens: int | None = None, *, queries: bool = False) -> Tokenised:
+        """Read `texts` once, as documents or as queries: ids, lengths, and which were cut at `max_tokens` (default: the
+        model's own bound)."""
+        read = (self._queries if queries else self._documents).read(list(texts), max_tokens)
+        if queries and self._apart:
+            return Tokenised([_Query(ids) for ids in read.ids], read.lengths, read.truncated)
+        return read
+
+    def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+        """Run every text through the model, in token-budget batches, longest first; no further one once `stop` says so.
+
+        Running out of memory halves the token budget for good. A batch that fails is halved down to the text that
+        does it, which comes back without a vector.
+        """
+        pending = [
+            some[at]
+            for some in self._alike(tokenised.ids)
+            for at in token_batches(tokenised.lengths[some], self.budget_tokens, _MOST_ITEMS)
+        ]
+        pending.reverse()
+        while pending:
+            at = pending.pop()
+            start = perf_counter()
+            try:
+                vectors = self._forward([tokenised.ids[n] for n in at])
+            except Exception as error:  # noqa: BLE001 - whatever one text does to the model, the others go on
+                if len(at) == 1:
+                    why = _without_memory(error) or f"the model raised {type(error).__name__}"
+                    failure = (RejectCode.ENCODE_FAILED, why)
+                    yield Batch(at, tokenised.lengths[at], perf_counter() - start, failure=failure)
+                    continue
+                if _without_memory(error):
+                    self._shrink(int(tokenised.lengths[at].max()) * len(at))
+                half = len(at) // 2
+                pending += [at[half:], at[:half]]
+            else:
+                lengths = tokenised.lengths[at]
+                padded = int(
+                    lengths.sum() if self._way_of(tokenised.ids[at[0]]).reader.flat else lengths.max() * len(at)
+                )
+                yield Batch(at, lengths, perf_counter() - start, vectors, padded_tokens=padded)
+                if stop():
+                    return
+
+    def _alike(self, ids: Sequence[Any]) -> list[npt.NDArray[np.int64]]:
+        """Positions of the texts that may share batches."""
+        if not self._apart:
+            return [np.arange(len(ids))]
+        are_queries = np.fromiter((isinstance(one, _Query) for one in ids), np.bool_, len(ids))
+        return [np.flatnonzero(~are_queries), np.flatnonzero(are_queries)]
+
+    def _way_of(self, ids: list[int]) -> Way:
+        return self._queries if isinstance(ids, _Query) else self._documents
+
+    def find_own_ids(self, ids: Mapping[int, list[int]]) -> int | None:
+        """The position of token ids that are this model's own, where a caller's are to be OpenAI's."""
+        if self._own_ids is None:
+            self._own_ids = OwnIds(self._documents.reader.tokenizer)
+        return self._own_ids.find(ids)
+
+    def encode(self, tokenised: Tokenised) -> npt.NDArray[np.float32]:
+        """Vectors of all texts in their order, as float32 of shape (texts, dimensions).
+
+        Raises:
+            ModelError: the model fails on one of them.
+        """
+        vectors = np.empty((len(tokenised.ids), self.dimensions), dtype=np.float32)
+        for batch in self.batches(tokenised):
+            if batch.vectors is None:
+                raise ModelError(f"the model fails: {batch.failure}")
+            vectors[batch.at] = batch.vectors
+        return vectors
+
+    def _shrink(self, failed_tokens: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.budget_tokens = max(1, min(self.budget_tokens, failed_tokens // 2))
+        log.warning("out_of_memory", device=str(self.device), budget_tokens=self.budget_tokens)
+
+    @torch.inference_mode()
+    def _forward(self, ids: Sequence[list[int]]) -> npt.NDArray[np.float32]:
+        way = self._way_of(ids[0])
+        features = way.features(ids)
+        for name, value in features.items():
+            if isinstance(value, torch.Tensor):
+                features[name] = value.to(self.device)
+        vectors = self._model(features, task=way.task)["sentence_embedding"][:, : self._model.truncate_dim]
+        result: npt.NDArray[np.float32] = vectors.float().cpu().numpy()
+        return result
+
+    def canary(self) -> npt.NDArray[np.float32]:
+        """The canary text's vector."""
+        return self.encode(self.tokenise([CANARY]))[0]
+
+    def prove(self, expected: bytes) -> None:
+        """Compare the canary's vector with the one in the catalogue, little-endian float32.
+
+        Raises:
+            ModelError: they disagree: other weights, a broken driver or a broken device.
+        """
+        # Read once: later another thread may be reading.
+        self._canary, self._expected = self.tokenise([CANARY]), expected
+        self.prove_again()
+
+    def prove_again(self) -> None:
+        """Repeat the last proof, to tell a bad text from a bad device.
+
+        Raises:
+            ModelError: the canary comes out wrong now.
+        """
+        if not is_canary(self.encode(self._canary)[0], self._expected):
+            raise ModelError("the canary text's vector differs from the catalogue's: wrong weights or a broken device")
+
+
+def _without_memory(error: Exception) -> str | None:
+    lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    return "the device's memory doesn't hold this text" if lacking else None

@@ -1,0 +1,96 @@
+"""The models that a child keeps loaded while memory lasts, least recently used out first."""
+
+import gc
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import structlog
+
+from pipeline.core.errors import ModelError
+from pipeline.core.models import Model
+from pipeline.infra.settings import ROOM_FACTOR
+from workers.encoders.weights import verified_folder
+
+if TYPE_CHECKING:  # the parent and Flower import this module, and need no torch
+    from workers.encoders.local import Encoder
+
+log = structlog.get_logger()
+
+
+class ModelCache:
+    """Loaded models. `load` makes an encoder of a catalogue entry; `memory_bytes` is what all may take together."""
+
+    def __init__(self, load: Callable[[Model], "Encoder"], memory_bytes: int) -> None:
+        self._load = load
+        self._memory_bytes = memory_bytes
+        self._loaded: OrderedDict[str, tuple[Model, Encoder]] = OrderedDict()
+
+    def get(self, model: Model) -> "Encoder":
+        """The encoder of a model, loaded and proven by its canary on first use.
+
+        Raises:
+            ModelError: it can't be loaded here, or isn't what the catalogue says.
+        """
+        if held := self.held(model):
+            return held
+        self._loaded.pop(model.name, None)
+        self._make_room(model.weights_bytes)
+        try:
+            encoder = self._load(model)
+            encoder.prove(model.canary)
+        except ModelError:
+            raise
+        except Exception as error:  # a library that is missing, a folder that can't be read: no text is to blame
+            raise ModelError(f"it can't be loaded here ({type(error).__name__}: {str(error)[:300]})") from error
+        self._loaded[model.name] = (model, encoder)
+        log.info("model_loaded", model=model.name, device=str(encoder.device))
+        return encoder
+
+    def held(self, model: Model) -> "Encoder | None":
+        """The encoder of a model that is loaded. Callable from another thread than the one that loads."""
+        held = self._loaded.get(model.name)
+        if held is None or held[0].weights_sha256 != model.weights_sha256:
+            return None
+        with suppress(KeyError):  # evicted just now
+            self._loaded.move_to_end(model.name)
+        return held[1]
+
+    def encoders(self) -> "list[Encoder]":
+        """All that are loaded."""
+        return [encoder for _, encoder in list(self._loaded.values())]
+
+    def drop(self, name: str) -> None:
+        """Let a model go."""
+        self._loaded.pop(name, None)
+        gc.collect()
+
+    def _make_room(self, weights_bytes: int) -> None:
+        def taken() -> int:
+            return sum(model.weights_bytes for model, _ in list(self._loaded.values())) * ROOM_FACTOR
+
+        while self._loaded and taken() + weights_bytes * ROOM_FACTOR > self._memory_bytes:
+            name, _ = self._loaded.popitem(last=False)
+            log.info("model_evicted", model=name)
+        gc.collect()
+
+
+def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], "Encoder"]:
+    """Return the maker of a child's encoders on `device`: of the catalogue's weights, proven, with its prompts."""
+
+    def load(model: Model) -> "Encoder":
+        from workers.encoders.local import Encoder
+
+        folder = verified_folder(model)
+        return Encoder(
+            folder,
+            device,
+            document_prompt=model.document_prompt,
+            query_prompt=model.query_prompt,
+            pooling=model.pooling,
+            dtype=dtype,
+            threads=threads,
+        )
+
+    return load

@@ -1,0 +1,186 @@
+"""Texts to token ids, and ids to what a model's forward pass takes: as sentence-transformers does it, once per text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router, StaticEmbedding, Transformer
+
+from pipeline.core.errors import ModelError
+from workers.encoders.batching import MOST_CHARACTERS_PER_TOKEN, Tokenised
+
+DOCUMENT, QUERY = "document", "query"
+#: A bound that is none: transformers' own for tokenisers that don't say any is far above.
+_NO_BOUND = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One of the two ways through a model: that of documents, or that of queries."""
+
+    #: What sentence-transformers calls it; a router takes its route by it.
+    task: str
+    #: Read before each text.
+    prompt: str
+    reader: "_PaddedReader | _FlatReader"
+    #: Tokens of the prompt, where pooling may leave them out.
+    prompt_tokens: int | None
+
+    def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
+        """Token ids of `texts`, each cut at `max_tokens` or the model's own bound."""
+        return self.reader.read([self.prompt + text for text in texts] if self.prompt else texts, max_tokens)
+
+    def features(self, ids: Sequence[list[int]]) -> dict[str, Any]:
+        """The arguments of the model's forward pass."""
+        features = {**self.reader.features(ids), "task": self.task, "modality": "text"}
+        return features if self.prompt_tokens is None else {**features, "prompt_length": self.prompt_tokens}
+
+    def goes_with(self, other: "Way") -> bool:
+        """Return whether texts of both ways may be in one batch."""
+        return self.reader is other.reader and self.prompt_tokens == other.prompt_tokens
+
+
+def ways_of(model: SentenceTransformer, document_prompt: str, query_prompt: str) -> tuple[Way, Way]:
+    """The ways of documents and of queries through a model.
+
+    Raises:
+        ModelError: it can't be batched by token ids.
+    """
+    document = _way(model, DOCUMENT, document_prompt)
+    query = _way(model, QUERY, query_prompt)
+    if document.reader.same_as(query.reader) and not any(isinstance(module, Router) for module in model):
+        query = Way(task=QUERY, prompt=query_prompt, reader=document.reader, prompt_tokens=query.prompt_tokens)
+    return document, query
+
+
+def _way(model: SentenceTransformer, task: str, prompt: str) -> Way:
+    first = model[0]
+    if isinstance(first, Router):
+        first = first.sub_modules[first._resolve_route(task=task, modality="text")][0]
+    if isinstance(first, StaticEmbedding):
+        return Way(task=task, prompt=prompt, reader=_FlatReader(first), prompt_tokens=None)
+    if not isinstance(first, Transformer) or not getattr(first.tokenizer, "is_fast", False):
+        raise ModelError("this model has no fast tokeniser; vectormill can't batch it by tokens.")
+    prompt_tokens = first.preprocess(["x"], prompt=prompt, task=task).get("prompt_length") if prompt else None
+    pools_all = all(getattr(module, "include_prompt", True) for module in model.modules())
+    prompt_tokens = None if pools_all else prompt_tokens
+    return Way(task=task, prompt=prompt, reader=_PaddedReader(first, task), prompt_tokens=prompt_tokens)
+
+
+class _PaddedReader:
+    """Reads for transformers: sequences with special tokens, padded to the longest of their batch."""
+
+    flat = False
+
+    def __init__(self, transformer: Transformer, task: str) -> None:
+        tokenizer = transformer.tokenizer
+        self._fast = tokenizer.backend_tokenizer
+        self._pad_id = tokenizer.pad_token_id or 0
+        self._pad_left = tokenizer.padding_side == "left"
+        self._cut_left = tokenizer.truncation_side == "left"
+        self._splits_specials = bool(tokenizer.split_special_tokens)
+        self._with_types = "token_type_ids" in tokenizer.model_input_names
+        of_task = transformer.query_length if task == QUERY else transformer.document_length
+        of_module = transformer.processing_kwargs.get("text", {}).get("max_length")
+        self.max_tokens = _finite(of_module or of_task or transformer.max_seq_length)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokeniser, as `tokenizers` has it."""
+        return self._fast
+
+    def same_as(self, other: "_PaddedReader | _FlatReader") -> bool:
+        """Return whether it reads as another one does."""
+        return isinstance(other, _PaddedReader) and self._fast is other._fast and self.max_tokens == other.max_tokens
+
+    def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
+        """Token ids with special tokens."""
+        self._fast.no_padding()  # the library turns it on whenever it reads for itself
+        self._fast.encode_special_tokens = self._splits_specials
+        bound = _bind(self._fast, max_tokens, self.max_tokens, direction="left" if self._cut_left else "right")
+        return _read(texts, None if self._cut_left else bound, self._fast.encode_batch_fast)
+
+    def features(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        """Padded ids and their mask."""
+        longest = max(map(len, ids))
+        shape = (len(ids), longest)
+        input_ids = np.full(shape, self._pad_id, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)
+        for row, sequence in enumerate(ids):
+            where = slice(longest - len(sequence), None) if self._pad_left else slice(len(sequence))
+            input_ids[row, where] = sequence
+            mask[row, where] = 1
+        features = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
+        if self._with_types:
+            features["token_type_ids"] = torch.zeros(shape, dtype=torch.int64)
+        return features
+
+
+class _FlatReader:
+    """Reads for static embeddings: one flat list of ids, and where each text starts in it."""
+
+    flat = True
+
+    def __init__(self, static: StaticEmbedding) -> None:
+        self._fast = static.tokenizer
+        self._fast.no_padding()
+        cut = self._fast.truncation or {}
+        self.max_tokens: int | None = cut.get("max_length")
+        self._how = {name: cut[name] for name in ("stride", "strategy", "direction") if name in cut}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokeniser, as `tokenizers` has it."""
+        return self._fast
+
+    def same_as(self, other: "_PaddedReader | _FlatReader") -> bool:
+        """Return whether it reads as another one does."""
+        return isinstance(other, _FlatReader) and self._fast is other._fast
+
+    def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
+        """Token ids without special tokens."""
+        bound = _bind(self._fast, max_tokens, self.max_tokens, **self._how)
+        whole = self._how.get("direction") == "left"
+        return _read(texts, None if whole else bound, partial(self._fast.encode_batch_fast, add_special_tokens=False))
+
+    def features(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        """Flat ids and offsets."""
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+        flat = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in ids])
+        return {
+            "input_ids": torch.from_numpy(flat),
+            "offsets": torch.from_numpy(np.cumsum(lengths) - lengths),
+        }
+
+
+def _finite(bound: float | None) -> int | None:
+    return int(bound) if bound and bound != inf and bound < _NO_BOUND else None
+
+
+def _bind(tokenizer: Any, *limits: int | None, **how: Any) -> int | None:
+    """Let a tokeniser cut texts at the least of `limits`, which is returned; None is none."""
+    least = min((limit for limit in limits if limit), default=None)
+    if least:
+        tokenizer.enable_truncation(least, **how)
+    else:
+        tokenizer.no_truncation()
+    return least
+
+
+def _read(texts: list[str], bound: int | None, encode: Callable[[list[str]], list[Any]]) -> Tokenised:
+    """Token ids of texts that `encode` cuts, as it would give them for whole texts. `bound`: where, if at the end."""
+    most = bound * MOST_CHARACTERS_PER_TOKEN if bound else None
+    encodings = encode([text[:most] for text in texts])
+    for at, text in enumerate(texts):
+        # Where a text was cut its last word may be read otherwise. That doesn't matter if more than a whole length of
+        # tokens lies between: what overflows comes in such lengths. White space and endless words have too few tokens.
+        if most and len(text) > most and len(encodings[at].overflowing) < 2:
+            (encodings[at],) = encode([text])
+    lengths = np.fromiter((len(e.ids) for e in encodings), dtype=np.int32, count=len(encodings))
+    truncated = np.fromiter((bool(e.overflowing) for e in encodings), dtype=np.bool_, count=len(encodings))
+    return Tokenised([e.ids for e in encodings], lengths, truncated)

@@ -1,0 +1,311 @@
+"""The encoder behind HTTP for the api: `python -m workers.engine`. Its wire is its own (see `pipeline.core.openai`);
+a secret that it shares with the api keeps others out."""
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from functools import partial
+from hmac import compare_digest
+from http import HTTPStatus
+from ipaddress import ip_address
+from math import ceil
+from uuid import UUID, uuid4
+
+import orjson
+import psutil
+import structlog
+from pydantic import SecretStr
+from sqlalchemy import Engine as Database
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pipeline.catalog.models import as_model
+from pipeline.core.errors import BadVector, ModelError, ModelsOwnTokens, ModelUnusable, UpstreamUnavailable, UserError
+from pipeline.core.models import Model
+from pipeline.core.openai import pack_vectors
+from pipeline.db import engines, models
+from pipeline.db.database import make_engine
+from pipeline.infra import http_server, metrics, metrics_server
+from pipeline.infra.logs import configure_logs
+from pipeline.infra.settings import MODELS_SHARE, Settings, engine_authorization, load_settings
+from workers.encoders.model_cache import ModelCache, loader
+from workers.engine.batcher import Batcher
+from workers.engine.succession import hold_signals, serve_in_child
+
+log = structlog.get_logger()
+
+_CLOSE = {"connection": "close"}
+#: Texts that came as token ids are longer than those; and what stands around texts.
+_GROWTH, _FRAME_BYTES = 4, 1024 * 1024
+_PERIOD_SECONDS = 2.0
+#: The catalogue isn't read again for unknown models so soon.
+_LEAST_AGE_SECONDS = 0.5
+_GOODBYE_SECONDS = 5.0
+
+
+class Catalogue:
+    """The local models that this engine serves, as the catalogue says; and the engine, as it shows itself."""
+
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        url: str,
+        engine_id: UUID,
+        can_use: Callable[[Model], bool] = lambda _: True,
+    ) -> None:
+        self._database, self._wanted, self._url, self._can_use = database, settings.worker_models, url, can_use
+        self._device = settings.worker_devices[0]
+        self._id = engine_id
+        self.models: dict[str, Model] = {}
+        self._read_at = float("-inf")
+        self._finding = threading.Lock()
+
+    def read(self) -> None:
+        """Read the catalogue."""
+        began = time.monotonic()
+        try:
+            with self._database.begin() as connection:
+                rows = [row for row in models.every(connection) if row["kind"] == "local"]
+        finally:
+            # Those who wait for one look are told together, also that it failed.
+            self._read_at = began
+        if self._wanted:
+            rows = [row for row in rows if {row["name"], *row["aliases"]} & set(self._wanted)]
+        self.models = {row["name"]: as_model(row) for row in rows}
+
+    def known(self, name: str, weights: str | None) -> Model | None:
+        """A model that this engine serves, if it has the weights with that SHA-256; `None`: whichever it has."""
+        model = self.models.get(name)
+        return model if model and weights in (None, model.weights_sha256) else None
+
+    def find(self, name: str, weights: str | None) -> Model | None:
+        """As `known`. One that it doesn't know may just have been added, so it reads again, though not too often: who
+        asks for such models together is told by one look."""
+        asked = time.monotonic()
+        with self._finding:
+            if not self.known(name, weights) and self._read_at < asked:
+                time.sleep(max(0.0, self._read_at + _LEAST_AGE_SECONDS - time.monotonic()))
+                with suppress(SQLAlchemyError):
+                    self.read()
+        return self.known(name, weights)
+
+    def show(self) -> None:
+        """Say what the engine serves: not what it can't use now."""
+        usable = sorted(name for name, model in self.models.items() if self._can_use(model))
+        with self._database.begin() as connection:
+            engines.show(connection, self._id, url=self._url, models=usable, device=self._device)
+
+    @contextmanager
+    def followed(self, *, goodbye: bool) -> Iterator[None]:
+        """Read and show in a thread meanwhile, and then, if wanted, say goodbye. A database that is away leaves things
+        as they were; one that is frozen doesn't hold up the end."""
+        over = threading.Event()
+        follower = threading.Thread(target=self._follow, args=(over, goodbye), name="catalogue", daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            over.set()
+            follower.join(_GOODBYE_SECONDS)
+
+    def _follow(self, over: threading.Event, goodbye: bool) -> None:
+        while True:
+            try:
+                self.read()
+                self.show()
+            except SQLAlchemyError as error:
+                log.warning("database_unreachable", error=type(error).__name__)
+            if over.wait(_PERIOD_SECONDS):
+                break
+        if goodbye:
+            with suppress(SQLAlchemyError), self._database.begin() as connection:
+                engines.forget(connection, self._id)
+
+
+def make_app(
+    catalogue: Catalogue, batcher: Batcher, secret: SecretStr | None = None, most_bytes: int = 16 * 1024**2
+) -> Starlette:
+    """The engine's HTTP: `POST /embed`, `GET /healthz`, `GET /metrics`.
+
+    Args:
+        secret: the api's must be the same.
+        most_bytes: the largest body that the api takes, of which it makes its own.
+    """
+    authorization = engine_authorization(secret)
+
+    async def embed(request: Request) -> Response:
+        # Before anything of the body is read.
+        if secret and not compare_digest(request.headers.get("authorization", "").encode(), authorization.encode()):
+            return Response(b"another VECTORMILL_ENGINE_SECRET", HTTPStatus.UNAUTHORIZED, _CLOSE)
+        try:
+            body = await _read(request, _GROWTH * most_bytes + _FRAME_BYTES)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        if body is None:
+            return Response(status_code=HTTPStatus.REQUEST_ENTITY_TOO_LARGE, headers=_CLOSE)
+        asked = orjson.loads(body)
+        wanted = asked["model"], asked.get("weights")
+        model = catalogue.known(*wanted) or await asyncio.to_thread(catalogue.find, *wanted)
+        if model is None:
+            return Response(b"this engine doesn't serve the model", 404)
+        token_ids = {int(at): ids for at, ids in asked.get("token_ids", {}).items()}
+        how = {"queries": asked.get("queries", False), "token_ids": token_ids, "caller": asked.get("caller", "")}
+        work = asyncio.ensure_future(batcher.embed(model, asked["texts"], **how))
+        gone = asyncio.ensure_future(_gone(request))
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not work.done():
+            work.cancel()
+            return Response(status_code=400)
+        try:
+            return Response(pack_vectors(work.result()))
+        except (UpstreamUnavailable, BadVector, ModelsOwnTokens, ModelError) as error:
+            return _refusal(model, error)
+
+    async def healthz(_: Request) -> Response:
+        return Response(b"ok")
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        batcher.stop()
+
+    routes = [
+        Route("/embed", embed, methods=["POST"]),
+        Route("/healthz", healthz),
+        Route("/metrics", partial(_show, batcher)),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+def _refusal(model: Model, error: Exception) -> Response:
+    match error:
+        case UpstreamUnavailable():
+            return Response(str(error).encode(), 503, {"retry-after": str(ceil(error.retry_after_seconds or 1))})
+        case BadVector() | ModelsOwnTokens():
+            return Response(str(error.index).encode(), error.status)
+        case ModelUnusable():
+            # The api asks another engine.
+            return Response(str(error).encode(), HTTPStatus.FAILED_DEPENDENCY)
+    log.error("model_failed", model=model.name, reason=str(error))
+    return Response(str(error).encode(), 500)
+
+
+async def _show(batcher: Batcher, _: Request) -> Response:
+    """The route `/metrics`."""
+    batcher.show()
+    return Response(metrics_server.page(metrics.ENGINE), media_type=metrics_server.CONTENT_TYPE)
+
+
+async def _read(request: Request, most_bytes: int) -> bytes | None:
+    """A body; None if it is larger, of which no more is read."""
+    told = request.headers.get("content-length", "0")
+    if told.isdecimal() and int(told) > most_bytes:
+        return None
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > most_bytes:
+            return None
+    return bytes(body)
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def main() -> None:
+    """Serve until SIGTERM; what is in flight is finished. The process that serves is a child, which is replaced when it
+    is killed."""
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    if settings.database_url is None:
+        raise UserError("an engine needs VECTORMILL_DATABASE_URL.")
+    if settings.engine_secret is None and not is_loopback(settings.engine_host):
+        raise UserError(
+            f"an engine at {settings.engine_host}, beyond this machine, needs VECTORMILL_ENGINE_SECRET, "
+            "and the api the same one."
+        )
+    hold_signals()
+    listener = socket.create_server((settings.engine_host, settings.engine_port), backlog=1024)
+    host = socket.gethostname() if _is_everywhere(settings.engine_host) else settings.engine_host
+    url, engine_id = f"http://{host}:{listener.getsockname()[1]}", uuid4()
+    with _database(settings) as database:
+        catalogue = Catalogue(database, settings, url, engine_id)
+        catalogue.read()
+        # Requests may come now, and wait for the first child; but for models that are to be loaded before.
+        with nullcontext() if settings.worker_models else catalogue.followed(goodbye=False):
+            import workers.encoders.local  # noqa: F401 - takes seconds, and children find it imported
+    serve_in_child(partial(_serve, settings, url, engine_id, catalogue.models), listener)
+
+
+def _serve(
+    settings: Settings,
+    url: str,
+    engine_id: UUID,
+    known: dict[str, Model],
+    listener: socket.socket,
+    deaths: int,
+) -> None:
+    device = settings.worker_devices[0]
+    memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
+    load = loader(device, os.cpu_count() if device == "cpu" else None, settings.worker_dtype)
+    batcher = Batcher(ModelCache(load, int(memory_bytes * MODELS_SHARE)), settings.engine_queue_seconds)
+    with _database(settings) as database:
+        catalogue = Catalogue(database, settings, url, engine_id, batcher.can_use)
+        # A database may be away when a child is replaced.
+        catalogue.models = known
+        with suppress(SQLAlchemyError):
+            catalogue.read()
+        if settings.worker_models:
+            with catalogue.followed(goodbye=False) if deaths else nullcontext():
+                _load_all(catalogue, batcher)
+        app = make_app(catalogue, batcher, settings.engine_secret, settings.api_body_bytes)
+        with catalogue.followed(goodbye=True):
+            http_server.run(app, metrics.ENGINE_CONNECTIONS_CLOSED, [listener])
+
+
+@contextmanager
+def _database(settings: Settings) -> Iterator[Database]:
+    assert settings.database_url
+    made = make_engine(settings.database_url.get_secret_value(), application="vectormill-engine", pool_size=1)
+    try:
+        yield made
+    finally:
+        made.dispose()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address is of this machine only."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def _is_everywhere(host: str) -> bool:
+    """Whether it means every address of this machine, and so is none to be reached at."""
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:  # a name
+        return False
+
+
+def _load_all(catalogue: Catalogue, batcher: Batcher) -> None:
+    for model in list(catalogue.models.values()):
+        with suppress(ModelUnusable):  # which is logged; the others are served
+            batcher.load_now(model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The Celery app of a worker, and the parent's signals. Entry point of `celery -A workers.runner.app`."""
+
+import os
+from contextlib import suppress
+from typing import Any
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from billiard.util import get_logger
+from celery import Celery, signals
+
+from pipeline.broker import celery_settings
+from pipeline.core.errors import UserError
+from pipeline.infra import metrics, metrics_server
+from pipeline.infra.logs import configure_logs
+from pipeline.infra.settings import Settings, load_settings
+from workers.runner import transport
+from workers.runner.heartbeat import Heartbeat
+
+
+def _make_app(settings: Settings) -> Celery:
+    if settings.redis_url is None or settings.database_url is None:
+        raise UserError("a worker needs VECTORMILL_DATABASE_URL and VECTORMILL_REDIS_URL.")
+    transport.watch()
+    made = Celery("vectormill", include=["workers.runner.tasks"])
+    made.conf.update(celery_settings(settings.redis_url.get_secret_value()))
+    # The last resort against a child that hangs; the child itself gives up long before.
+    made.conf.task_time_limit = max(900.0, 60 * settings.chunk_seconds)
+    return made
+
+
+app = _make_app(load_settings())
+_heartbeat: Heartbeat | None = None
+
+
+def worker_id_of(hostname: str) -> UUID:
+    """The id under which a worker's parent and children write; `hostname` is Celery's, new at each start."""
+    return uuid5(NAMESPACE_URL, f"vectormill-worker:{hostname}")
+
+
+@signals.celeryd_init.connect
+@signals.setup_logging.connect
+def _on_logging(**_: Any) -> None:
+    """In parent and children, in place of Celery's own lines and the pool's; before it warns root."""
+    configure_logs(load_settings().log_level)
+    pool = get_logger()
+    pool.propagate = True
+    pool.setLevel("WARNING")
+
+
+@signals.worker_before_create_process.connect
+def _before_child(**_: Any) -> None:
+    """A child that finds this logs in Celery's own form until it knows better."""
+    os.environ.pop("_MP_FORK_LOGLEVEL_", None)
+
+
+@signals.worker_process_init.connect
+def _on_child(**_: Any) -> None:
+    """In a child: have torch at hand for the first chunk. Without it the first chunk says what is wrong."""
+    with suppress(ImportError):
+        import workers.encoders.local  # noqa: F401
+
+
+@signals.worker_ready.connect
+def _on_ready(sender: Any, **_: Any) -> None:
+    global _heartbeat
+    settings = load_settings()
+    metrics_server.serve(metrics.WORKER, settings.metrics_host, settings.metrics_port)
+    _heartbeat = Heartbeat(app, settings, worker_id_of(sender.hostname), sender.hostname)
+    _heartbeat.start()
+
+
+@signals.worker_shutting_down.connect
+def _on_shutdown(**_: Any) -> None:
+    if _heartbeat:
+        _heartbeat.stop()
+
+
+@signals.worker_shutdown.connect
+def _on_end(**_: Any) -> None:
+    metrics_server.remove_folder()
+
+
+@signals.task_failure.connect
+def _on_failure(task_id: str, exception: BaseException, args: Any, **_: Any) -> None:
+    """In the parent: a child died under a task."""
+    if _heartbeat and isinstance(exception, WorkerLostError | TimeLimitExceeded):
+        cause = "time_limit" if isinstance(exception, TimeLimitExceeded) else "child_died"
+        metrics.WORKER_LEASES_LOST.labels(cause).inc()
+        _heartbeat.child_lost(int(args[1]), task_id, type(exception).__name__)

@@ -1,0 +1,288 @@
+"""The one task: find the model, claim, run. A claim that fails is given back, or its process dies of it."""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from math import inf
+from uuid import UUID
+
+import psutil
+import structlog
+from billiard import current_process
+from celery import Task
+from psycopg.errors import InsufficientPrivilege
+from sqlalchemy import Engine
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+
+from pipeline.broker import RUN_CHUNK
+from pipeline.catalog.models import as_model
+from pipeline.core.chunks import ChunkState, Claim
+from pipeline.core.errors import (
+    GatewayBusy,
+    GatewayRefused,
+    LeaseLost,
+    ModelError,
+    SourceChanged,
+    SourceError,
+    StorageRefused,
+    StorageUnreachable,
+    VectormillError,
+)
+from pipeline.core.jobs import Reason
+from pipeline.core.models import Model
+from pipeline.db import chunks, jobs, lost_claims, models, workers
+from pipeline.db.database import is_connection_lost, make_engine, plain_reason
+from pipeline.infra import metrics
+from pipeline.infra.settings import MODELS_SHARE, Settings, load_settings, read_key
+from pipeline.jobs import control
+from workers import instrumentation
+from workers.encoders.batching import Encoder
+from workers.encoders.model_cache import ModelCache, loader
+from workers.runner.app import app, worker_id_of
+from workers.runner.run_chunk import Watch, run_chunk
+from workers.upstream.attempts import Attempts
+from workers.upstream.client import UpstreamClient
+from workers.upstream.encoder import PATIENCE_SECONDS, UpstreamEncoder
+from workers.upstream.rate_limiter import RateLimiter, connect
+from workers.upstream.state import UpstreamState
+
+log = structlog.get_logger()
+
+#: A chunk that failed for a reason outside of it waits so long for its next claim.
+_BACK_OFF_SECONDS = 10.0
+_LEAST_HANG_SECONDS = 60.0
+_HANG_FACTOR = 20
+#: What a gateway is paid for is committed so often.
+_COMMIT_SECONDS = 10.0
+#: Vectors made here go to Postgres in about so many commits a chunk.
+_COMMITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a child keeps of a gateway's model."""
+
+    model: Model
+    client: UpstreamClient
+    #: The account of its limits.
+    limiter: RateLimiter
+    state: UpstreamState
+
+
+class Child:
+    """What a child process keeps from one chunk to the next."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        url = settings.database_url
+        assert url is not None
+        # One connection claims and commits, the other renews.
+        self.engine: Engine = make_engine(url.get_secret_value(), application="vectormill-worker", pool_size=3)
+        devices = settings.worker_devices
+        device = devices[current_process().index % len(devices)]
+        on_cpu = device == "cpu"
+        threads = max(1, (os.cpu_count() or 1) // settings.worker_replicas) if on_cpu else None
+        memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
+        self.model_cache = ModelCache(
+            loader(device, threads, settings.worker_dtype),
+            int(memory_bytes * MODELS_SHARE) // settings.worker_replicas,
+        )
+        assert settings.redis_url is not None
+        self._redis = connect(settings.redis_url.get_secret_value())
+        self._links: dict[str, Link] = {}
+
+    def link(self, model: Model) -> Link:
+        """The way to a gateway's model, and what is known of it."""
+        upstream, kept = model.upstream, self._links.get(model.name)
+        assert upstream
+        if kept is None or (kept.model.upstream, kept.model.weights_sha256) != (upstream, model.weights_sha256):
+            if kept:
+                kept.client.close()
+            seconds, in_flight = self.settings.gateway_seconds, self.settings.gateway_in_flight
+            client = UpstreamClient(upstream, seconds=seconds, in_flight=in_flight)
+            limiter = RateLimiter(self._redis, upstream, request_seconds=seconds)
+            kept = self._links[model.name] = Link(model, client, limiter, UpstreamState())
+        return kept
+
+    def is_held(self, model: Model) -> bool:
+        """Whether a gateway lets nothing through for longer than a chunk is held for it."""
+        assert model.upstream
+        limiter = self.link(model).limiter
+        limiter.key = read_key(model.upstream.key_env) if model.upstream.key_env else None
+        return limiter.held_seconds() > PATIENCE_SECONDS
+
+    def prepare(self, model: Model, claim: Claim) -> tuple[Encoder, Watch]:
+        """What embeds a claimed chunk, and what watches over it.
+
+        Raises:
+            GatewayRefused: the gateway's key isn't here.
+        """
+        most_seconds = most_chunk_seconds(self.settings)
+        if model.upstream:
+            # It stops by itself when the chunk has taken its time, after what is under way.
+            hung_after = most_seconds + 2 * self.settings.gateway_seconds
+            watch = Watch(hung_after, most_seconds, commit_seconds=_COMMIT_SECONDS)
+            link, attempts = self.link(model), Attempts(self.engine, claim, model.name, watch)
+            in_flight = self.settings.gateway_in_flight
+            encoder = UpstreamEncoder(model, link.client, link.limiter, attempts, link.state, in_flight=in_flight)
+            return encoder, watch
+        resident = self.model_cache.get(model)
+        metrics.WORKER_DEVICE_MEMORY_BYTES.labels(str(resident.device)).set(resident.held_bytes)
+        # A single long text may exceed the budget.
+        expected_seconds = max(resident.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
+        hung_after = max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds)
+        # A commit costs little beside what a crash then doesn't. A part file would be one more file.
+        commit_seconds = inf if claim.options.output else self.settings.chunk_seconds / _COMMITS
+        return resident, Watch(hung_after, most_seconds, commit_seconds=commit_seconds)
+
+
+@cache
+def _child() -> Child:
+    return Child(load_settings())
+
+
+@app.task(name=RUN_CHUNK, bind=True)
+def run_chunk_task(task: Task, job: str, chunk_id: int) -> None:
+    """Embed one chunk of a job, if it is to be had."""
+    child, worker_id, job_id = _child(), worker_id_of(task.request.hostname), UUID(job)
+    with structlog.contextvars.bound_contextvars(job=job, chunk=chunk_id, fence=None):
+        try:
+            model = _model_of(child.engine, job_id)
+            if model is None:
+                return
+            try:
+                _run(child, model, job_id, chunk_id, worker_id, task.request.id)
+            except ModelError as error:
+                log.error("model_dropped", model=model.name, reason=str(error))
+                child.model_cache.drop(model.name)
+                with child.engine.begin() as connection:
+                    workers.drop_model(connection, worker_id, model.name, str(error))
+        except LeaseLost:
+            log.warning("lease_lost")
+        except DBAPIError as error:
+            if not is_connection_lost(error):
+                # Celery logs it, and Flower shows it: not with the rows that Postgres quotes.
+                raise VectormillError(plain_reason(error)) from None
+            log.warning("database_unreachable")
+
+
+def _model_of(engine: Engine, job_id: UUID) -> Model | None:
+    with engine.begin() as connection:
+        row = models.of_job(connection, job_id)
+    return as_model(row) if row else None
+
+
+def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUID, task_id: str) -> None:
+    if not model.upstream:
+        child.model_cache.get(model)  # one that can't be loaded takes no chunk
+    elif child.is_held(model):
+        instrumentation.let_go(model.name, "held")
+        return  # the dispatcher rings again
+    with child.engine.begin() as connection:
+        claim = chunks.claim(
+            connection,
+            job_id,
+            chunk_id,
+            worker_id=worker_id,
+            task_id=task_id,
+            lease_seconds=child.settings.lease_seconds,
+        )
+    if claim is None:
+        log.debug("nothing_to_claim")
+        instrumentation.let_go(model.name, "missed")
+        return
+    structlog.contextvars.bind_contextvars(fence=claim.fence)
+    _embed(child, model, claim)
+
+
+def _embed(child: Child, model: Model, claim: Claim) -> None:
+    """From the claim to its end, whatever that is."""
+    try:
+        with instrumentation.claimed(model.name):
+            encoder, watch = child.prepare(model, claim)
+            run_chunk(child.engine, encoder, claim, watch, on_hang=_leave)
+    except GatewayBusy as error:
+        log.warning("gateway_busy", error=str(error), wait_seconds=round(error.wait_seconds, 1))
+    except GatewayRefused as error:
+        _give_back(child.engine, claim, error)
+        _pause_jobs(child.engine, model, error)
+    except ModelError as error:
+        # It came out right when it was loaded. A process that lost its device never finds it again, a new one may.
+        log.error("model_stopped", model=model.name, reason=str(error))
+        try:
+            with child.engine.begin() as connection:
+                lost_claims.note_stop(connection, claim)
+            _give_back(child.engine, claim, error)
+        finally:
+            os._exit(70)
+    except (LeaseLost, DBAPIError) as error:
+        _give_back(child.engine, claim, error)
+        if isinstance(error, IntegrityError | DataError | ProgrammingError):
+            _stop_job(child.engine, claim, error)
+        raise
+    except (SourceError, StorageRefused, StorageUnreachable) as error:
+        _give_back(child.engine, claim, error)
+        _stop_job(child.engine, claim, error)
+    except Exception as error:  # noqa: BLE001
+        # A text did this, or a fault of ours. Die: the parent frees the claim and counts the loss, so that
+        # isolation finds the text, and a worker that loses chunk after chunk rests.
+        log.error("chunk_crashed", error=type(error).__name__)
+        os._exit(70)
+
+
+def _pause_jobs(engine: Engine, model: Model, error: GatewayRefused) -> None:
+    """Pause all jobs of a model whose gateway refuses, until a person has mended what it says."""
+    log.error("gateway_refused", model=model.name, reason=str(error))
+    with engine.begin() as connection:
+        for job_id in jobs.running_of_model(connection, model.name):
+            control.pause_for(connection, job_id, Reason(error.reason), str(error))
+
+
+def _stop_job(engine: Engine, claim: Claim, error: Exception) -> None:
+    """End a job whose files aren't what they were, or whose table takes no vectors; pause one whose storage or database
+    refuses us. A storage that doesn't answer is tried again with the next claim."""
+    job_id, into = claim.job_id, claim.options.table
+    with engine.begin() as connection:
+        match error:
+            case StorageRefused():
+                control.pause_for(connection, job_id, Reason.STORAGE_REFUSED, str(error))
+            case SourceChanged():
+                control.fail(connection, job_id, Reason.SOURCE_CHANGED, str(error))
+            case SourceError():
+                control.fail(connection, job_id, Reason.SOURCE_DAMAGED, str(error))
+            case DBAPIError(orig=InsufficientPrivilege()):
+                yours = "; on the job's own table grant select, insert and update" if into else ""
+                message = f"the workers' login lacks a right ({plain_reason(error)}); run ops/postgres/roles.sql{yours}"
+                control.pause_for(connection, job_id, Reason.WORKERS_FAILING, message)
+            case DBAPIError() if into:
+                message = f"the job's own table refuses the vectors ({plain_reason(error)})"
+                control.fail(connection, job_id, Reason.TABLE_REFUSED, message)
+
+
+def most_chunk_seconds(settings: Settings) -> float:
+    """A chunk that takes longer than this commits what it has and is given back."""
+    return max(300.0, 20 * settings.chunk_seconds)
+
+
+def _leave() -> None:
+    log.error("batch_hung")
+    os._exit(70)
+
+
+def _give_back(engine: Engine, claim: Claim, error: Exception) -> None:
+    """Let another worker take the chunk, unless it is another's already or the database is away.
+
+    One that is still this claim's when its lease seemed lost isn't where the claim left it: a failover took commits.
+    """
+    if isinstance(error, DBAPIError) and is_connection_lost(error):
+        return
+    progress = chunks.Progress(
+        state=ChunkState.PENDING,
+        not_before_seconds=0 if isinstance(error, ModelError | LeaseLost) else _BACK_OFF_SECONDS,
+        isolation=None,
+        error=plain_reason(error) if isinstance(error, DBAPIError) else str(error) or None,
+    )
+    with engine.begin() as connection:
+        given_back = chunks.record(connection, claim, progress)
+    if given_back:
+        log.warning("chunk_given_back", error=type(error).__name__)
