@@ -258,7 +258,7 @@ def drains_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks a transaction, and one transaction a turn."""
     monkeypatch.setattr(maintenance, "_DRAIN_LIMIT", 2)
     ticks = itertools.count()
-    monkeypatch.setattr(dispatch, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(maintenance, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     monkeypatch.setattr(maintenance, "_LONGEST_DUTY_SECONDS", 1.5)
 
 
