@@ -46,7 +46,7 @@ class Dialect:
     @classmethod
     def of(cls, file: SourceFile, columns: Columns) -> "Dialect":
         """The dialect of a file: CSV has commas and quotes, TSV tabs and no quoting, unless they are chosen."""
-        delimiter, quote = ("\t", "") if ".tsv" in file.format.endings else (",", '"')
+        delimiter, quote = ("\t", "") if file.format.name == "tsv" else (",", '"')
         return cls(
             delimiter=columns.delimiter or delimiter,
             quote=quote if columns.quote is None else columns.quote,

@@ -52,10 +52,17 @@ def _range(file: SourceFile, extent: Extent) -> Iterator[bytes]:
     return open_range(file, extent.offset, extent.length)
 
 
-JSONL = Format(endings=(".jsonl", ".ndjson"), read=_read_jsonl, locate=locate_lines, read_extent=_read_lines)
-CSV = Format(endings=(".csv",), divided=True, read=_read_csv, locate=locate_in_csv, read_extent=_read_csv_lines)
-TSV = Format(endings=(".tsv",), divided=True, read=_read_csv, locate=locate_in_csv, read_extent=_read_csv_lines)
+JSONL = Format(
+    name="jsonl", endings=(".jsonl", ".ndjson"), read=_read_jsonl, locate=locate_lines, read_extent=_read_lines
+)
+CSV = Format(
+    name="csv", endings=(".csv",), divided=True, read=_read_csv, locate=locate_in_csv, read_extent=_read_csv_lines
+)
+TSV = Format(
+    name="tsv", endings=(".tsv",), divided=True, read=_read_csv, locate=locate_in_csv, read_extent=_read_csv_lines
+)
 PARQUET = Format(
+    name="parquet",
     endings=(".parquet",),
     unit="row",
     packable=False,

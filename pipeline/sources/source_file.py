@@ -36,6 +36,8 @@ ReadExtent = Callable[["SourceFile", Extent, int, Columns, int], Iterator["Parse
 class Format:
     """How files of a kind hold their rows."""
 
+    #: Part of what uploads are known by.
+    name: str
     #: Of a file's name, the first one best known.
     endings: tuple[str, ...]
     #: What a row's number counts, in messages.

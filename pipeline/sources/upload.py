@@ -31,10 +31,10 @@ class UploadedCorpus(Corpus):
         try:
             super().__init__([str(upload.path) for upload in uploads], columns, item_bytes)
         except SourceError as error:
-            told = str(error)
+            told = error.args[0]
             for upload in uploads:
                 told = told.replace(str(upload.path), upload.name)
-            raise SourceError(told) from None
+            raise SourceError(told, field=error.field) from None
         self._uploads = uploads
         self.files = [replace(file, name=one.name) for file, one in zip(self.files, uploads, strict=True)]
 
@@ -46,6 +46,7 @@ class UploadedCorpus(Corpus):
     def fingerprint(self) -> str:
         """SHA-256 over the bytes of each file, how they are read, and the columns."""
         files = [
-            (one.sha256, file.format, file.compression) for file, one in zip(self.files, self._uploads, strict=True)
+            (one.sha256, file.format.name, file.compression)
+            for file, one in zip(self.files, self._uploads, strict=True)
         ]
         return hashlib.sha256(json.dumps([files, self.columns.identity]).encode()).hexdigest()

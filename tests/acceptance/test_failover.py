@@ -20,6 +20,7 @@ from pipeline.db import chunks
 from pipeline.db.database import make_engine
 from pipeline.db.migrate import upgrade
 from pipeline.dispatch.dispatcher import finish
+from pipeline.dispatch.finalize import due, finalize
 from pipeline.doctor.context import Context
 from pipeline.doctor.report import State
 from pipeline.doctor.servers import settings
@@ -173,6 +174,10 @@ def _await_completion(engine: Engine, redis_url: str, job: UUID) -> None:
 
         def ended() -> bool:
             finish(dispatcher)
+            with engine.begin() as connection:
+                finished = due(connection, 10)
+            for each in finished:
+                finalize(engine, each)
             return bool(job_row(engine, job)["state"] == "completed")
 
         eventually(ended, "the job's end")
