@@ -21,7 +21,7 @@ _RING_AGAIN_SECONDS = 5.0
 
 
 class Scheduler:
-    """The rounds of one dispatcher."""
+    """One dispatcher's scheduling, round after round."""
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher

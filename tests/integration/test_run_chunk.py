@@ -14,7 +14,8 @@ from pipeline.jobs import control
 from tests.support.jobs_made import chunk_rows, make_job, run_sql, taken
 from workers.encoders.batching import CONVICTED
 from workers.encoders.local import Encoder
-from workers.runner.run_chunk import Watch, run_chunk
+from workers.runner.run_chunk import run_chunk
+from workers.watchdog import Watch
 
 
 @pytest.fixture(scope="module")

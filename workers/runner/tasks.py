@@ -39,12 +39,13 @@ from workers import instrumentation
 from workers.encoders.batching import Encoder
 from workers.encoders.model_cache import ModelCache, loader
 from workers.runner.app import app, worker_id_of
-from workers.runner.run_chunk import Watch, run_chunk
+from workers.runner.run_chunk import run_chunk
 from workers.upstream.attempts import Attempts
 from workers.upstream.client import UpstreamClient
 from workers.upstream.encoder import PATIENCE_SECONDS, UpstreamEncoder
 from workers.upstream.rate_limiter import RateLimiter, connect
 from workers.upstream.state import UpstreamState
+from workers.watchdog import Watch
 
 log = structlog.get_logger()
 

@@ -7,7 +7,7 @@ from sqlalchemy import Engine
 from pipeline.chunk_io.commit import while_database_is_away
 from pipeline.core.chunks import Claim
 from pipeline.db import attempts
-from workers.runner.run_chunk import Watch
+from workers.watchdog import Watch
 
 
 @dataclass(frozen=True, slots=True)

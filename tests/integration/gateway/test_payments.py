@@ -13,8 +13,8 @@ from pipeline.db import attempts as store_attempts
 from tests.integration.gateway.world import ITEMS, World
 from tests.support.jobs_made import count, run_sql, taken
 from tests.support.scripted_gateway import Answer, ScriptedGateway, good
-from workers.runner.run_chunk import Watch
 from workers.upstream.attempts import Attempts
+from workers.watchdog import Watch
 
 
 def test_what_was_paid_for_is_committed_while_more_is_under_way(world: World, far: ScriptedGateway) -> None:

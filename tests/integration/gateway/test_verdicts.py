@@ -11,8 +11,8 @@ from pipeline.core.errors import GatewayRefused
 from tests.integration.gateway.world import ITEMS, World
 from tests.support.jobs_made import count, make_job, run_sql, taken
 from tests.support.scripted_gateway import DIMENSIONS, Answer, ScriptedGateway, error, good, hanging
-from workers.runner.run_chunk import Watch
 from workers.upstream import encoder as client
+from workers.watchdog import Watch
 
 
 def test_one_text_that_is_refused_is_rejected_alone(world: World, far: ScriptedGateway) -> None:

@@ -10,13 +10,14 @@ from pipeline.core.chunks import Claim
 from pipeline.core.models import Model, Upstream
 from tests.support.jobs_made import chunk_rows, make_job, run_sql, taken
 from tests.support.scripted_gateway import ScriptedGateway, vector_of
-from workers.runner.run_chunk import Watch, run_chunk
+from workers.runner.run_chunk import run_chunk
 from workers.upstream.attempts import Attempts
 from workers.upstream.client import UpstreamClient
 from workers.upstream.encoder import UpstreamEncoder
 from workers.upstream.probe import describe
 from workers.upstream.rate_limiter import RateLimiter, connect
 from workers.upstream.state import UpstreamState
+from workers.watchdog import Watch
 
 ITEMS = 40
 

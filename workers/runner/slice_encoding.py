@@ -1,0 +1,125 @@
+"""A slice on its way through the encoder, and the commits that come of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import inf
+from time import monotonic
+
+import numpy as np
+
+from pipeline.chunk_io.commit import Commit, split_bad_vectors
+from pipeline.core.chunks import Claim, Item, Reject, RejectCode
+from pipeline.core.errors import GatewayBusy, GatewayChanged, GatewayRefused
+from pipeline.core.openai import shortened
+from pipeline.core.options import OnLong
+from pipeline.db.embeddings import Rows
+from workers import instrumentation
+from workers.encoders.batching import Batch, Encoder
+from workers.watchdog import Watch
+
+
+class SliceEncoding:
+    """A slice on its way through the encoder: what has been made and isn't handed over yet."""
+
+    def __init__(self, encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> None:
+        self._encoder, self._claim, self._watch = encoder, claim, watch
+        watch.beat()
+        with instrumentation.step(claim.model, "tokenise"):
+            tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
+        self._rejects: list[Reject] = []
+        if claim.options.on_long is OnLong.REJECT:
+            self._rejects = [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]
+            items = [item for item, cut in zip(items, tokenised.truncated, strict=True) if not cut]
+            tokenised = tokenised.select(~tokenised.truncated)
+        self._items, self._tokenised = items, tokenised
+        self._vectors = np.zeros((len(items), encoder.dimensions), dtype=np.float32)
+        self._made = np.zeros(len(items), dtype=np.bool_)
+        self._tokens, self._truncated = tokenised.lengths.copy(), tokenised.truncated.copy()
+        self._seconds = 0.0
+
+    def commits(self) -> Iterator[Commit]:
+        """Embed until all is done or the watch says stop, and hand over what has been made now and then; the rest of
+        it is the last commit.
+
+        Raises:
+            GatewayChanged: nothing of what was made since the last commit may be written.
+        """
+        due = monotonic() + self._watch.commit_seconds
+        try:
+            for batch in self._encoder.batches(self._tokenised, lambda: self._watch.must_stop):
+                self._watch.beat()
+                self._add(batch)
+                if monotonic() > due:
+                    commit, bad = self._taken()
+                    if _is_suspect(commit, bad):  # whose fault that is must be known first
+                        due = inf
+                        continue
+                    self._forget()
+                    with self._watch.resting():
+                        yield commit
+                    due = monotonic() + self._watch.commit_seconds
+        except GatewayChanged:
+            raise
+        except (GatewayBusy, GatewayRefused) as error:
+            self._watch.interruption = error
+        self._watch.rest()
+
+    def last_commit(self) -> Commit:
+        """What `commits` has left over.
+
+        Raises:
+            ModelError, GatewayChanged: something came out wrong, and the canary does so too: it isn't the items' fault.
+        """
+        commit, bad = self._taken()
+        if _is_suspect(commit, bad):
+            try:
+                self._encoder.prove_again()
+            except GatewayChanged:
+                raise
+            except (GatewayBusy, GatewayRefused) as error:  # who is to blame can't be told now
+                self._watch.interruption, bad = error, []
+        return replace(commit, rejects=[*commit.rejects, *bad])
+
+    def _add(self, batch: Batch) -> None:
+        instrumentation.ran(self._claim.model, batch)
+        self._seconds += batch.seconds
+        if batch.failure:
+            self._rejects += [reject(self._items[at], *batch.failure) for at in batch.at.tolist()]
+        else:
+            self._vectors[batch.at], self._made[batch.at] = batch.vectors, True
+            self._tokens[batch.at], self._truncated[list(batch.truncated)] = batch.tokens, True
+
+    def _taken(self) -> tuple[Commit, list[Reject]]:
+        """What has been made, and items whose vectors must not be written."""
+        made, items = self._made, [item for item, done in zip(self._items, self._made, strict=True) if done]
+        vectors = self._vectors[made]
+        if vectors.shape[1] != self._claim.dimensions:
+            vectors = shortened(vectors, self._claim.dimensions)
+        rows = Rows(
+            indexes=np.array([item.index for item in items], dtype=np.int64),
+            keys=[item.key for item in items],
+            vectors=vectors,
+            tokens=self._tokens[made],
+            truncated=self._truncated[made],
+            carried=[item.carried for item in items] if self._claim.carries else (),
+        )
+        rows, bad = split_bad_vectors(rows, self._claim.dimensions, self._claim.options.dtype)
+        return Commit(rows=rows, rejects=self._rejects, device_seconds=self._seconds), bad
+
+    def _forget(self) -> None:
+        """What has been taken is handed over."""
+        self._made[:] = False
+        self._rejects, self._seconds = [], 0.0
+
+
+def _is_suspect(commit: Commit, bad: Sequence[Reject]) -> bool:
+    """Whether something came out wrong, by the fault of an item or of the model."""
+    return bool(bad) or any(each.code is RejectCode.ENCODE_FAILED for each in commit.rejects)
+
+
+def _too_long(item: Item, claim: Claim) -> Reject:
+    return reject(item, RejectCode.TOO_LONG, f"more than {claim.max_item_tokens} tokens")
+
+
+def reject(item: Item, code: RejectCode, message: str) -> Reject:
+    return Reject(index=item.index, key=item.key, code=code, message=message)
