@@ -90,7 +90,7 @@ def step(model: str, name: str) -> Iterator[None]:
 
 
 def while_read(model: str, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock]:
-    """Servings, each of which is read when it is asked for."""
+    """Blocks, each of which is read when it is asked for."""
     while True:
         with step(model, "read"):
             block = next(blocks, None)

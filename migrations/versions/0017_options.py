@@ -7,7 +7,8 @@ down_revision = "0016"
 branch_labels = None
 depends_on = None
 
-# As before, but for the options: of them it looks at their size only.
+# As before, but for the options, of which it looks at the size only; and a request that came to nothing may be asked
+# for anew with another payload.
 SUBMIT = """
 create or replace function vectormill.submit(
   query text,
@@ -48,6 +49,10 @@ begin
   end if;
   if octet_length(wish::text) > 100000 then
     raise exception 'options: they are longer than 100,000 bytes.' using errcode = 'invalid_parameter_value';
+  end if;
+  -- Dispatchers of before, in an upgrade or after a step back, would write wherever it says.
+  if wish ? 'output' then
+    raise exception 'options: there is no "output"; vectors go to Postgres.' using errcode = 'invalid_parameter_value';
   end if;
   select w.id, w.sql_roles into owner, roles from vectormill.workspaces w where w.name = submit.workspace;
   if owner is null then
@@ -90,7 +95,9 @@ begin
   if request.job_id = made then
     return made;
   end if;
-  if request.payload_sha256 <> digest then
+  -- One that came to nothing may be asked for anew, mended: no job has been made of it.
+  if request.payload_sha256 <> digest and (request.state <> 'failed'
+      or exists (select from vectormill.jobs j where j.id = request.job_id)) then
     raise exception
       'the idempotency key "%" made job % from another payload (query, model or options differ); use another key.',
       submit.idempotency_key, request.job_id using errcode = 'unique_violation';
@@ -101,7 +108,9 @@ begin
     update vectormill.requests r
     set state = 'requested', reason = null, message = null, requested_by = session_user,
         requested_at = clock_timestamp(), unreachable_since = null, finished_at = null,
-        query = statement  -- which may have been forgotten
+        query = statement,  -- which may have been forgotten
+        model = submit.model, name = submit.name, text_column = submit.text_column, key_column = submit.key_column,
+        options = wish, payload_sha256 = digest
     where r.job_id = request.job_id;
   end if;
   return request.job_id;

@@ -1,6 +1,6 @@
 """Batch requests: an input file becomes a job, or attaches to the one that the same content made before.
 
-Background tasks of the dispatcher do this, and what `batch_results` does at the job's end; each may be killed midway,
+Background tasks of the dispatcher do this, and what `results` does at the job's end; each may be killed midway,
 or be done twice.
 """
 

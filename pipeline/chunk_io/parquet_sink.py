@@ -7,9 +7,9 @@ are moved to the folder itself, then come the manifest and at last `_SUCCESS`. E
 
 import io
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 from uuid import UUID
 
@@ -23,7 +23,7 @@ from sqlalchemy import Connection, Engine
 
 from pipeline.core import exact_json
 from pipeline.core.chunks import Claim, Item
-from pipeline.core.errors import SourceChanged, UserError
+from pipeline.core.errors import SourceChanged, UserError, Waiting
 from pipeline.core.jobs import Job
 from pipeline.core.options import OUR_COLUMNS, VectorType
 from pipeline.db import items, jobs, outputs
@@ -46,7 +46,7 @@ log = structlog.get_logger()
 class ParquetSink:
     """A folder or URI of Parquet files."""
 
-    finalizes = True
+    finalizes, finalizes_long = True, False
 
     def __init__(self, folder: str, kept_as: VectorType, carried: Sequence[str]) -> None:
         self._folder, self._kept_as, self._carried = folder, kept_as, carried
@@ -68,9 +68,10 @@ class ParquetSink:
         """None."""
         return None
 
-    def settled(self, connection: Connection, claim: Claim) -> set[int]:
+    def settled(self, engine: Engine, claim: Claim) -> set[int]:
         """The indexes in the chunk's recorded parts."""
-        written = outputs.of_job(connection, claim.job_id, claim.chunk_id)
+        with engine.begin() as connection:
+            written = outputs.of_job(connection, claim.job_id, claim.chunk_id)
         return set(indexes(self._folder, claim.job_id, written).tolist())
 
     def stage(self, claim: Claim, number: int, rows: Rows) -> Staged | None:
@@ -89,6 +90,15 @@ class ParquetSink:
         """Make the parts a data set."""
         with engine.begin() as connection:
             written, space = outputs.of_job(connection, job.id), jobs.vector_space(connection, job.id)
+            before = outputs.digest(connection, job.id)
+
+        def check() -> None:
+            """Another dispatcher may have completed the job, and a retry brought parts, while this one was slow."""
+            with engine.begin() as connection:
+                now = jobs.by_id(connection, job.id)
+                if now is None or now.state.ended or outputs.digest(connection, job.id) != before:
+                    raise Waiting("the job's parts have changed meanwhile.")
+
         about = {
             "name": job.name,
             "labels": job.labels,
@@ -98,13 +108,13 @@ class ParquetSink:
             "dtype": self._kept_as,
             "carried": self._carried,
         }
-        make_data_set(self._folder, job.id, written, about)
+        make_data_set(self._folder, job.id, written, about, check)
 
     def read(
-        self, engine: Engine, job_id: UUID, first_index: int, end_index: int
+        self, connect: Callable[[], AbstractContextManager[Connection]], job_id: UUID, first_index: int, end_index: int
     ) -> Iterator[Sequence[tuple[Any, ...]]]:
         """Chunk by chunk, from its parts."""
-        with engine.begin() as connection:
+        with connect() as connection:
             chunks = [
                 chunk.outputs
                 for chunk in outputs.by_chunk(connection, job_id)
@@ -233,14 +243,20 @@ def vacate(folder: str, job_id: UUID) -> None:
     storage.delete_folder(_staging(folder, job_id))
 
 
-def make_data_set(folder: str, job_id: UUID, parts: Sequence[Output], about: Mapping[str, Any]) -> None:
+def make_data_set(
+    folder: str,
+    job_id: UUID,
+    parts: Sequence[Output],
+    about: Mapping[str, Any],
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Make a completed job's parts a data set, and the folder hold no other. May be repeated, also after it was cut off
-    anywhere.
+    anywhere. `check` is called before anything is deleted, and raises if the parts aren't the job's any more.
 
     Raises:
         StorageRefused, StorageUnreachable: it isn't finished.
     """
-
+    check()
     _remove_strays(folder, {output.name for output in parts})
 
     def promote(output: Output) -> None:
@@ -255,6 +271,7 @@ def make_data_set(folder: str, job_id: UUID, parts: Sequence[Output], about: Map
     made = storage.join(_staging(folder, job_id), MANIFEST)
     storage.write(made, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
     storage.move(made, storage.join(folder, MANIFEST))
+    check()
     vacate(folder, job_id)
     storage.write(storage.join(folder, SUCCESS), b"")
 

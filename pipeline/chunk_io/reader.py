@@ -41,12 +41,12 @@ def read_chunk(engine: Engine, claim: Claim) -> Intake:
     sink = sink_of(claim.options)
     with engine.begin() as connection:
         settled = items.settled(connection, claim.job_id, claim.first_index, claim.items)
-        settled |= sink.settled(connection, claim)
         rows = (
             []
             if claim.extent
             else items.read(connection, claim.job_id, claim.first_index, claim.items, carried=claim.carries)
         )
+    settled |= sink.settled(engine, claim)
     if claim.extent:
         return Intake(claim.items - len(settled), _with_a_place(sink, _from_file(claim, settled)))
     unfinished = [item for item in rows if item.index not in settled]

@@ -1,6 +1,7 @@
 """Sinks: where a job's vectors go. A new output is a class like these, an option, and a flag."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -16,6 +17,8 @@ from pipeline.db.outputs import Staged
 
 #: Rows of a job in index order: (index, key, vector as float32, tokens, truncated, carried).
 Block = Sequence[tuple[Any, ...]]
+#: Opens a transaction, or lends the one that there is.
+Connect = Callable[[], AbstractContextManager[Connection]]
 #: Vectors that are read at once.
 _PAGE = 2_000
 
@@ -24,8 +27,9 @@ class Sink(Protocol):
     """Where a job's vectors go, and how they get there: from `prepare`, before anything is staged, to `finalize`, when
     the last chunk has ended."""
 
-    #: Whether a job isn't completed before `finalize` has done its part.
+    #: Whether a job isn't completed before `finalize` has done its part, and whether that may take hours.
     finalizes: bool
+    finalizes_long: bool
 
     def prepare(self, job_id: UUID) -> None:
         """Make room for a job's vectors; this proves that they can be written.
@@ -39,8 +43,9 @@ class Sink(Protocol):
     def fault(self, item: Item) -> str | None:
         """Why an item has no place here, for a reject; `None`: it has one."""
 
-    def settled(self, connection: Connection, claim: Claim) -> set[int]:
-        """The indexes of a chunk's items that have their vector, beyond those that Postgres knows."""
+    def settled(self, engine: Engine, claim: Claim) -> set[int]:
+        """The indexes of a chunk's items that have their vector, beyond those that Postgres knows. No transaction is
+        open while files are read."""
 
     def stage(self, claim: Claim, number: int, rows: Rows) -> Staged | None:
         """Write what commit `number` of a claim brings, before its transaction begins. It counts for nothing until
@@ -50,11 +55,15 @@ class Sink(Protocol):
         """Write rows, or record what was staged, within the transaction of the fenced update."""
 
     def finalize(self, engine: Engine, job: Job) -> None:
-        """Do what is left when the last chunk has ended, in minutes perhaps. May be repeated, also after it was cut off
-        anywhere."""
+        """Do what is left when the last chunk has ended. May be repeated, also after it was cut off anywhere.
 
-    def read(self, engine: Engine, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
-        """A job's vectors from one index to before another, in order, in bounded memory and short transactions."""
+        Raises:
+            Waiting: the job has changed meanwhile; it is to be finalized anew.
+        """
+
+    def read(self, connect: Connect, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
+        """A job's vectors from one index to before another, in order, in bounded memory. Each look at the database is
+        within `connect()`: a short transaction, or one snapshot for all."""
 
     def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
         """(missing, double) of a job, as `pipeline.jobs.verification` defines them."""
@@ -63,7 +72,7 @@ class Sink(Protocol):
 class RowsSink:
     """Rows of `embeddings`, with their items."""
 
-    finalizes = False
+    finalizes = finalizes_long = False
 
     def prepare(self, job_id: UUID) -> None:
         """Nothing: partitions are there."""
@@ -75,7 +84,7 @@ class RowsSink:
         """None."""
         return None
 
-    def settled(self, connection: Connection, claim: Claim) -> set[int]:  # noqa: ARG002 - Postgres knows them all
+    def settled(self, engine: Engine, claim: Claim) -> set[int]:  # noqa: ARG002 - Postgres knows them all
         """None beyond those that Postgres knows."""
         return set()
 
@@ -91,10 +100,10 @@ class RowsSink:
     def finalize(self, engine: Engine, job: Job) -> None:
         """Nothing."""
 
-    def read(self, engine: Engine, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
-        """Page by page, each in a transaction of its own."""
+    def read(self, connect: Connect, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
+        """Page by page."""
         while True:
-            with engine.begin() as connection:
+            with connect() as connection:
                 page = embeddings.page(connection, job_id, first_index, end_index, _PAGE)
             if page:
                 yield page
@@ -115,7 +124,7 @@ class TableSink(RowsSink):
     def __init__(self, table: UserTable, *, hnsw: bool) -> None:
         """`hnsw`: the table gets an index at the job's end."""
         self._table = table
-        self.finalizes = hnsw
+        self.finalizes = self.finalizes_long = hnsw
 
     def fault(self, item: Item) -> str | None:
         """Why the key doesn't fit the table's column."""

@@ -224,7 +224,7 @@ def _check(reply: httpx.Response) -> None:
     if reply.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR or reply.status_code == HTTPStatus.TOO_MANY_REQUESTS:
         unreachable = reply.status_code != HTTPStatus.INTERNAL_SERVER_ERROR
         raise ServiceUnreachable(detail) if unreachable else VectormillError(detail)
-    if field and detail.startswith(field):
+    if field and detail.startswith(field) and ": " in detail:
         given, _, told = detail.removeprefix(field).partition(": ")
         raise UserError(told, field=field, given=given.strip())
     raise UserError(detail)

@@ -1,6 +1,6 @@
 """Backends of commands on jobs and keys: the database, or at an api that `VECTORMILL_API_URL` names.
 
-Which one is known when a command runs, and it alone is imported then.
+Most commands import the one that they need, when they run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -47,7 +47,12 @@ def tell(notices: Iterable[str]) -> None:
 
 
 #: Options whose flag isn't their field's name.
-_FLAGS = {"from": "--from", "labels": "--label", "sources": "SOURCE"}
+_FLAGS = {
+    "labels": "--label",
+    "sources": "SOURCE",
+    "expires_in_days": "--expires",
+    "overlap_hours": "--overlap",
+}
 
 
 def sentence(error: VectormillError) -> str:
@@ -157,6 +162,3 @@ def verdict(receipt: Receipt) -> Text:
     if receipt.verified:
         return Text(f"balanced, verified: {counts}", style="green")
     return Text(f"NOT VERIFIED: {counts}", style="bold red")
-
-
-_ENDINGS = ("embedded", "reused", "rejected", "cancelled")

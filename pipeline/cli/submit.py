@@ -343,11 +343,6 @@ class _Counter:
         self._live.update(Text(f"submitting  {items:,} items"))
 
 
-def _one_of(option: str, value: str, *choices: str) -> None:
-    if value not in choices:
-        raise UserError(f'{option} "{value}": choose {" or ".join(choices)}.')
-
-
 def _needs(option: str, given: bool, other: str, also: bool) -> None:
     if given and not also:
         raise UserError(f"{option} has no effect without {other}; leave it out, or give both.")

@@ -85,6 +85,8 @@ def _user(given: Any) -> str | None:
         return None
     if not isinstance(given, str) or len(given) > _MOST_USER:
         raise InvalidPayload(f"user must be a string of at most {_MOST_USER} characters.", param="user")
+    if _SURROGATE.search(given):
+        raise InvalidPayload("user holds half a character (a lone surrogate).", param="user")
     return given.replace("\0", "")
 
 

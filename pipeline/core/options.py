@@ -4,7 +4,7 @@ import enum
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
@@ -21,6 +21,9 @@ _SIGNS = {"tab": "\t", "\\t": "\t", "none": ""}
 INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
+
+
+Kept = TypeVar("Kept")
 
 
 class VectorType(enum.StrEnum):
@@ -113,7 +116,7 @@ class JobOptions(BaseModel):
 
     text_column: Word = Field(default="text", description="The column or field that holds the texts.")
     key_column: Word | None = Field(default=None, description="The column that holds your keys. Default: id.")
-    carry: tuple[Word, ...] = Field(default=(), max_length=MOST_COLUMNS, description="Columns to carry into results.")
+    carry: list[Word] = Field(default=[], max_length=MOST_COLUMNS, description="Columns to carry into results.")
     quote: str | None = Field(
         default=None, description='Around fields of .csv and .tsv: a character, or `none`. Default: ", and none.'
     )
@@ -175,7 +178,7 @@ class JobOptions(BaseModel):
 
     @field_validator("carry")
     @classmethod
-    def _check_carry(cls, carry: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_carry(cls, carry: list[str]) -> list[str]:
         if twice := next((name for name in carry if carry.count(name) > 1), None):
             raise ValueError(f'"{twice}" is given twice')
         if taken := sorted(set(carry) & set(OUR_COLUMNS)):
@@ -189,7 +192,7 @@ class JobOptions(BaseModel):
             text=self.text_column,
             key=self.key_column or "id",
             key_required=self.key_column is not None or self.unique_keys or self.into is not None,
-            carry=self.carry,
+            carry=tuple(self.carry),
             delimiter=self.delimiter,
             quote=self.quote,
         )
@@ -238,14 +241,19 @@ class KeptOptions:
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> Self:
-        """As a row has them, also one that an older version has made."""
+        """As a row has them, also one that another version has made."""
         found = {each.name: kept[each.name] for each in fields(cls) if each.name in kept}
         if columns := found.pop("columns", None):
             # Before there was a choice TSV was read with quotes.
-            found["columns"] = Columns(**{"quote": '"', **columns, "carry": tuple(columns.get("carry", ()))})
+            found["columns"] = _known(Columns, {"quote": '"', **columns, "carry": tuple(columns.get("carry", ()))})
         if table := kept.get("into"):
-            found["table"] = UserTable(**table)
+            found["table"] = _known(UserTable, table)
         for name, kind in (("dtype", VectorType), ("on_long", OnLong)):
             if name in found:
                 found[name] = kind(found[name])
         return cls(**found)
+
+
+def _known(kind: type[Kept], kept: Mapping[str, Any]) -> Kept:
+    """From what is kept, but for what a newer version has added."""
+    return kind(**{each.name: kept[each.name] for each in fields(kind) if each.name in kept})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Jobs that are asked for in SQL: the rows that the function `vectormill.submit` writes (migrations 0008, 0009).
+"""Jobs that are asked for in SQL: the rows that the function `vectormill.submit` writes (migration 0017).
 
 Options are read as text: JSON of Postgres' may hold numbers that no program reads.
 """

@@ -187,7 +187,7 @@ jobs = Table(
     Column("options", JSONB, nullable=False, server_default="{}"),
     Column("idempotency_key", Text),
     Column("payload_sha256", Text),
-    # The producer's lease while staging; see `store.stagings`.
+    # The producer's lease while staging; see `db.staging`.
     Column("fence", BigInteger, nullable=False, server_default="1"),
     Column("token", Uuid),
     _moment("lease_until"),

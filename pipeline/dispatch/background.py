@@ -27,8 +27,8 @@ from pipeline.webhooks.delivery import deliver as deliver_events
 
 log = structlog.get_logger()
 
-#: A piece that failed, or that must wait, isn't begun again before so long.
-_AGAIN_SECONDS = 10.0
+#: A piece that failed, or that must wait, isn't begun again before so long, and twice as long each time.
+_AGAIN_SECONDS, _MOST_AGAIN_SECONDS = 10.0, 600.0
 #: A submission whose lease ran out so long ago isn't taken up again by anybody.
 _STAGING_DEAD_SECONDS = 86_400
 
@@ -89,7 +89,8 @@ TASKS: tuple[BackgroundTask, ...] = (
         at_once=1,
     ),
     BackgroundTask("forget_file", db.files.expired, lambda by, file: files.forget(by.engine, file), at_once=1),
-    BackgroundTask("finalize_job", finalize.due, lambda by, job: finalize.finalize(by.engine, job)),
+    BackgroundTask("finalize_job", finalize.due, lambda by, job: finalize.finalize(by.engine, job), at_once=8),
+    BackgroundTask("build_index", partial(finalize.due, long=True), lambda by, job: finalize.finalize(by.engine, job)),
     BackgroundTask(
         "deliver_events",
         db.events.due,
@@ -113,6 +114,8 @@ class Background:
         self.under_way: set[tuple[str, Hashable]] = set()
         #: When such a piece may be begun again, by the monotonic clock.
         self._rests: dict[tuple[str, Hashable], float] = {}
+        #: How long it rested last.
+        self._rested: dict[tuple[str, Hashable], float] = {}
 
     def begin(self) -> None:
         """Begin what is due, as far as there is room; never waits for it."""
@@ -131,14 +134,12 @@ class Background:
                     self.under_way.add((kind.name, piece))
                 threading.Thread(target=partial(self._run, kind, piece), daemon=True).start()
 
-    def is_under_way(self, name: str, piece: Hashable) -> bool:
-        """Return whether a task's piece is being done."""
-        return (name, piece) in self.under_way
-
     def _run(self, kind: BackgroundTask, piece: Hashable) -> None:
         which = (kind.name, piece)
         try:
             kind.do(self._resources, piece)
+            with self._lock:
+                self._rested.pop(which, None)
         except Waiting as waiting:
             self._rest(which)
             log.info("background_task_waits", task=kind.name, piece=str(piece), message=str(waiting))
@@ -156,4 +157,6 @@ class Background:
 
     def _rest(self, which: tuple[str, Hashable]) -> None:
         with self._lock:
-            self._rests[which] = time.monotonic() + _AGAIN_SECONDS
+            rest = min(_MOST_AGAIN_SECONDS, 2 * self._rested.get(which, _AGAIN_SECONDS / 2))
+            self._rested[which] = rest
+            self._rests[which] = time.monotonic() + rest

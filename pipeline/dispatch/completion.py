@@ -30,10 +30,12 @@ def end(engine: Engine, job_id: UUID, *, finalized: str | None = None) -> None:
         job = jobs.lock(connection, job_id)
         if job is None or job.state.ended or chunks.has_open(connection, job_id):
             return
+        finalizes = sink_of(job.options).finalizes
+        if finalizes and finalized is None and job.state is not JobState.PAUSED:
+            return  # its background task ends it, and doesn't sum it up four times a second
         account = status.current_account(connection, job_id)
         state, reason, message = control.outcome(job, account)
-        waits = state is JobState.COMPLETED and sink_of(job.options).finalizes
-        if waits and finalized != outputs.digest(connection, job_id):
+        if state is JobState.COMPLETED and finalizes and finalized != outputs.digest(connection, job_id):
             return
         jobs.end(connection, job_id, state, account.model_dump(by_alias=True), reason=reason, message=message)
         jobs.save_progress(connection, job_id, status.sum_up(connection, job_id).model_dump(mode="json"))

@@ -32,8 +32,7 @@ def finish(dispatcher: Dispatcher) -> None:
     with dispatcher.engine.connect() as connection:
         over = jobs.without_open_chunks(connection)
     for job_id in over:
-        if not (dispatcher.background and dispatcher.background.is_under_way("finalize_job", job_id)):
-            completion.end(dispatcher.engine, job_id)
+        completion.end(dispatcher.engine, job_id)
 
 
 def begin_background_tasks(dispatcher: Dispatcher) -> None:

@@ -2,38 +2,52 @@
 minutes, so it is a background task of the dispatcher."""
 
 from collections.abc import Sequence
+from itertools import islice
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, ProgrammingError
 
 from pipeline.chunk_io.sinks import sink_of
-from pipeline.core.errors import StorageRefused
-from pipeline.core.jobs import JobState, Reason
+from pipeline.core.errors import StorageRefused, StorageUnreachable, Waiting
+from pipeline.core.jobs import Job, JobState, Reason
 from pipeline.db import jobs, outputs
 from pipeline.db.database import plain_reason
 from pipeline.dispatch import completion
 from pipeline.jobs import control
 
 
-def due(connection: Connection, limit: int) -> Sequence[UUID]:
-    """Jobs of which no chunk is open and whose sink has something left to do."""
+def due(connection: Connection, limit: int, *, long: bool = False) -> Sequence[UUID]:
+    """Jobs of which no chunk is open and whose sink has something left to do, for hours perhaps, or not."""
     found = (jobs.by_id(connection, job_id) for job_id in jobs.without_open_chunks(connection))
-    waiting = (job.id for job in found if job and job.state is not JobState.PAUSED and sink_of(job.options).finalizes)
-    return [job_id for job_id, _ in zip(waiting, range(limit), strict=False)]
+    waiting = (job.id for job in found if job and job.state is not JobState.PAUSED and _waits(job, long=long))
+    return list(islice(waiting, limit))
+
+
+def _waits(job: Job, *, long: bool) -> bool:
+    sink = sink_of(job.options)
+    return sink.finalizes and sink.finalizes_long == long
 
 
 def finalize(engine: Engine, job_id: UUID) -> None:
-    """Do what a job's sink has left to do, and complete the job; pause it where its storage or table refuses that."""
+    """Do what a job's sink has left to do, and complete the job; pause it where its storage or table refuses that.
+
+    Raises:
+        Waiting: its storage doesn't answer, or its parts have changed meanwhile.
+    """
     with engine.begin() as connection:
         # A crash must not forget a commit whose part readers see: see ops/decisions/0005.
         jobs.flush(connection, job_id)
         job = jobs.by_id(connection, job_id)
-        if job is None or not completion.would_complete(connection, job):
+        if job is None:
             return
         parts = outputs.digest(connection, job_id)
+        completes = completion.would_complete(connection, job)
     try:
-        sink_of(job.options).finalize(engine, job)
+        if completes:
+            sink_of(job.options).finalize(engine, job)
+    except StorageUnreachable as error:
+        raise Waiting(str(error)) from error
     except StorageRefused as error:
         _pause(engine, job_id, Reason.STORAGE_REFUSED, str(error))
     except (ProgrammingError, DataError) as error:

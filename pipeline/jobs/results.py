@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -14,11 +15,12 @@ from sqlalchemy import Engine
 
 from pipeline.chunk_io.parquet_sink import WRITING, as_text
 from pipeline.chunk_io.parquet_sink import schema as parquet_schema
-from pipeline.chunk_io.sinks import Block, sink_of
+from pipeline.chunk_io.sinks import Block, Connect, sink_of
 from pipeline.core import exact_json
 from pipeline.core.errors import UserError
 from pipeline.core.options import OUR_COLUMNS, VectorType
 from pipeline.db import jobs
+from pipeline.db.database import snapshot
 from pipeline.jobs.status import known_job
 
 #: Past every job's last one.
@@ -44,9 +46,10 @@ def export(engine: Engine, job_id: UUID, target: Path) -> int:
             count += len(block)
 
     partial = target.with_name(f".{target.name}.partial")
-    blocks, dimensions, carried = _of_job(engine, job_id, 0, LAST_INDEX)
     try:
-        with partial.open("wb") as file:
+        # One snapshot for all, so that a purge meanwhile leaves nothing out.
+        with partial.open("wb") as file, snapshot(engine) as connection:
+            blocks, dimensions, carried = _of_job(lambda: nullcontext(connection), job_id, 0, LAST_INDEX)
             for piece in encode(counted(blocks), kind, dimensions, carried):
                 file.write(piece)
         os.replace(partial, target)
@@ -60,17 +63,17 @@ def export(engine: Engine, job_id: UUID, target: Path) -> int:
 def stream(engine: Engine, job_id: UUID, kind: str, first_index: int, end_index: int) -> Iterator[bytes]:
     """A job's vectors from `first_index` to before `end_index`, as `encode` writes them. No transaction lasts longer
     than a page of them, however slowly they are taken."""
-    blocks, dimensions, carried = _of_job(engine, job_id, first_index, end_index)
+    blocks, dimensions, carried = _of_job(engine.begin, job_id, first_index, end_index)
     return encode((block for block in blocks if block), kind, dimensions, carried)
 
 
-def _of_job(engine: Engine, job_id: UUID, first_index: int, end_index: int) -> tuple[Iterator[Block], int, list[str]]:
+def _of_job(connect: Connect, job_id: UUID, first_index: int, end_index: int) -> tuple[Iterator[Block], int, list[str]]:
     """A job's vectors, how many dimensions they have, and the columns that they carry."""
-    with engine.begin() as connection:
+    with connect() as connection:
         options = known_job(connection, job_id).options
         dimensions = jobs.vector_space(connection, job_id)["dimensions"]
     carried = [name for name in dict.fromkeys(options.columns.carry) if name not in OUR_COLUMNS]
-    return sink_of(options).read(engine, job_id, first_index, end_index), dimensions, carried
+    return sink_of(options).read(connect, job_id, first_index, end_index), dimensions, carried
 
 
 def encode(blocks: Iterator[Block], kind: str, dimensions: int, carried: Sequence[str]) -> Iterator[bytes]:

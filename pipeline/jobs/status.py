@@ -168,7 +168,7 @@ def _of_request(asked: RowMapping) -> JobStatus:
 
 
 def list_jobs(connection: Connection, workspace_id: int | None, **wanted: Any) -> list[JobStatus]:
-    """The statuses of the jobs that `store.jobs.page` finds, each with its workspace's name."""
+    """The statuses of the jobs that `db.jobs.page` finds, each with its workspace's name."""
     found = jobs.page(connection, workspace_id, **wanted)
     return [job_status(connection, row["id"]).model_copy(update={"workspace": row["workspace"]}) for row in found]
 

@@ -1,9 +1,9 @@
 """A corpus as a stream: files, folders or the standard input become blocks of judged rows, in bounded memory.
 
-`discovery` finds what to read, `open` unpacks it into whole lines, `formats` knows `jsonl`, `csv_` and `parquet`, which
-read rows, and `rows` judges them; `query` takes them from a database. `places` finds where the rows of files are, and
-`by_reference` reads them there, for workers. A bad row becomes a reject and the rest goes on; a broken file or a wrong
-column ends it.
+`discovery` finds what to read, `decode` unpacks it into whole lines, `formats` knows `jsonl`, `csv_` and `parquet`,
+which read rows, and `validation` judges them; `query` takes them from a database. `places` finds where the rows of
+files are, and `by_reference` reads them there, for workers. A bad row becomes a reject and the rest goes on; a broken
+file or a wrong column ends it.
 """
 
 import hashlib

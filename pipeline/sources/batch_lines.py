@@ -10,7 +10,7 @@ import orjson
 
 from pipeline.core.chunks import RejectCode
 from pipeline.core.errors import InvalidPayload, SourceError
-from pipeline.core.openai import EmbeddingOptions
+from pipeline.core.openai import INPUT_TYPES, EmbeddingOptions
 from pipeline.core.options import Columns
 from pipeline.sources.decode import PACKED, read_blocks, whole_lines, without_mark
 from pipeline.sources.jsonl import line_bytes, object_or_fault
@@ -241,12 +241,12 @@ def _body_fault(body: Any) -> str | None:
         if given and all(isinstance(one, str) for one in given):
             return f"body.input is an array of {len(given):,} texts; write a line for each"
         return "body.input is an array; send one text, as a string"
+    if (given_type := body.get("input_type")) is not None and INPUT_TYPES.get(str(given_type)) is not False:
+        return f"body.input_type is {_quoted(given_type)}; a batch request embeds documents"
     try:
-        options = EmbeddingOptions.model_validate(body)
+        EmbeddingOptions.model_validate({name: body.get(name) for name in ("model", "encoding_format", "dimensions")})
     except InvalidPayload as error:
         return f"body.{error}".removesuffix(".")
-    if options.are_queries:
-        return f"body.input_type is {_quoted(options.input_type)}; a batch request embeds documents"
     return None
 
 

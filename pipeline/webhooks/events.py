@@ -36,10 +36,12 @@ def job_ended(
 
 def request_ended(connection: Connection, request: RowMapping, state: JobState, reason: str, message: str) -> None:
     """Tell that what was asked for in SQL has failed, or was cancelled, before it was a job."""
+    # That they are wrong may be why it has failed.
     try:
         options: dict[str, Any] = orjson.loads(request["options"])
-    except ValueError:  # that may be why it has failed
+    except ValueError:
         options = {}
+    labels, webhook = options.get("labels"), options.get("webhook")
     data = {
         "id": str(request["job_id"]),
         "name": request["name"] or "query",
@@ -47,8 +49,9 @@ def request_ended(connection: Connection, request: RowMapping, state: JobState, 
         "reason": reason,
         "message": message,
         "model": request["model"],
-        "labels": options.get("labels", {}),
+        "labels": labels if isinstance(labels, dict) else {},
         "items": {"in": 0, "embedded": 0, "reused": 0, "rejected": 0, "cancelled": 0},
         "tokens": {"prompt": 0},
     }
-    events.add(connection, request["workspace_id"], f"job.{state}", data, url=options.get("webhook"))
+    url = webhook if isinstance(webhook, str) else None
+    events.add(connection, request["workspace_id"], f"job.{state}", data, url=url)

@@ -260,7 +260,7 @@ def test_texts_go_through_the_encoder_that_has_read_them(
         monkeypatch.setattr(other, "batches", noting)
         return other
 
-    monkeypatch.setattr(batcher._residents, "_load", load_other)
+    monkeypatch.setattr(batcher._model_cache, "_load", load_other)
 
     async def ask() -> list[Any]:
         first = asyncio.ensure_future(batcher.embed(model, ["under way"]))

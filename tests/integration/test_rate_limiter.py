@@ -143,7 +143,7 @@ def _rate(store: "redis.Redis", sender: RateLimiter) -> float:
 
 
 def _key() -> str:
-    return f"vectormill:limiter:{account_of(_UPSTREAM, None)}"
+    return f"vectormill:throttle:{account_of(_UPSTREAM, None)}"
 
 
 def test_refusals_slow_down_and_time_speeds_up_again(sender: RateLimiter, store: "redis.Redis") -> None:
@@ -398,7 +398,7 @@ def test_redis_is_asked_again_after_a_while(redis_url: str, clock: SimpleNamespa
 @pytest.mark.parametrize("spoil", ["key", "senders", "values", "infinite"])
 def test_what_others_write_to_the_account_is_forgotten(sender: RateLimiter, store: "redis.Redis", spoil: str) -> None:
     passed(sender, limits(requests=60))
-    key = f"vectormill:limiter:{account_of(_UPSTREAM, None)}"
+    key = f"vectormill:throttle:{account_of(_UPSTREAM, None)}"
     match spoil:
         case "key":
             store.set(key, "junk")

@@ -176,12 +176,23 @@ def test_a_key_that_another_door_has_used_is_refused(engine: Engine, model: Mode
         ({"workspace": "none"}, 'no workspace "none".'),
         ({"idempotency_key": ""}, "idempotency_key: give 1 to 200 characters."),
         ({"options": []}, "options: give a JSON object."),
+        ({"options": {"output": "/tmp/x"}}, 'options: there is no "output"; vectors go to Postgres.'),
         ({"options": {"labels": {"a": "x" * 100_000}}}, "options: they are longer than 100,000 bytes."),
     ],
 )
 def test_what_is_wrong_is_said_at_once(engine: Engine, model: Model, asked: dict[str, Any], told: str) -> None:
     assert refused(engine, **asked) == told
     assert count(engine, "requests") == 0
+
+
+def test_a_mistake_may_be_mended_under_the_same_key(engine: Engine, model: Model, stage: Callable[..., None]) -> None:
+    wrong = ask(engine, idempotency_key="nightly", options={"priority": 101})
+    stage()
+    assert shown(engine, wrong)[:2] == ("failed", "request_refused")
+    assert ask(engine, "select 'b' as text", idempotency_key="nightly", options={"priority": 10}) == wrong
+    stage()
+    assert shown(engine, wrong)[0] == "queued"
+    assert "another payload" in refused(engine, idempotency_key="nightly"), "it is a job by now"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +218,7 @@ def test_what_is_wrong_is_said_at_once(engine: Engine, model: Model, asked: dict
             "request_refused",
             "priority: input should be",
         ),
-        ("select 'a' as text", {"options": {"carry": "a"}}, "request_refused", "carry: input should be a valid tuple"),
+        ("select 'a' as text", {"options": {"carry": "a"}}, "request_refused", "carry: input should be a valid list"),
         *(
             (
                 "select 'a' as text",
@@ -217,7 +228,6 @@ def test_what_is_wrong_is_said_at_once(engine: Engine, model: Model, asked: dict
             )
             for name in (
                 "into",
-                "output",
                 "sources",
                 "name",
                 "model",
@@ -228,6 +238,12 @@ def test_what_is_wrong_is_said_at_once(engine: Engine, model: Model, asked: dict
             )
         ),
         ("select 'a' as text", {"options": {"max_rejects": "-1"}}, "request_refused", "max_rejects"),
+        (
+            "select 'a' as text",
+            {"options": {"webhook": {"a": 1}, "labels": [1]}},
+            "request_refused",
+            "should be a valid",
+        ),
     ],
 )
 def test_what_can_not_be_fails_with_its_reason(

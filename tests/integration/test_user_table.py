@@ -173,7 +173,7 @@ def test_a_table_that_refuses_its_index_pauses_the_job(engine: Engine) -> None:
     options = json.dumps(KeptOptions(table=target, hnsw=True).to_json())
     run_sql(engine, "update vectormill.jobs set options = options || cast(:options as jsonb)", options=options)
     with engine.begin() as connection:
-        assert due(connection, 10) == [claim.job_id]
+        assert due(connection, 10, long=True) == [claim.job_id]
     finalize(engine, claim.job_id)
     row = job_row(engine, claim.job_id)
     assert (row["state"], row["reason"]) == ("paused", "table_refused")

@@ -23,6 +23,7 @@ BODIES = st.fixed_dictionaries(
         "encoding_format": st.just("base64") | ANYTHING,
         "dimensions": st.just(64) | ANYTHING,
         "input_type": st.just("document") | ANYTHING,
+        "user": st.just("\ud800") | ANYTHING,
     },
 )
 REQUESTS = st.fixed_dictionaries(

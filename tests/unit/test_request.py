@@ -1,9 +1,11 @@
 """What a door is asked for: names, and fields that are none."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from pipeline.api.status import submissions
 from pipeline.core.errors import UserError
 from pipeline.ingest.request import default_name, read_request, read_sent
 
@@ -26,6 +28,13 @@ def test_default_names(source: str, name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(here)
     assert default_name(source) == name
     assert read_request({"model": "m", "name": default_name(source)}).name == name
+
+
+def test_the_description_refers_to_nothing_beyond_itself() -> None:
+    properties = submissions._SCHEMA["properties"]
+    assert properties["dtype"]["enum"] == ["float32", "float16"]
+    assert "$ref" not in json.dumps(submissions._SCHEMA)
+    assert not properties.keys() & {"into", "hnsw"}
 
 
 @pytest.mark.parametrize(

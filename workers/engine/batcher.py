@@ -48,7 +48,7 @@ class Batcher:
     """
 
     def __init__(self, model_cache: ModelCache, queue_seconds: float) -> None:
-        self._residents, self._queue_seconds = model_cache, queue_seconds
+        self._model_cache, self._queue_seconds = model_cache, queue_seconds
         #: What has been let in and isn't answered.
         self._work: set[Work] = set()
         self._paces: dict[str, Pace] = {}
@@ -74,7 +74,7 @@ class Batcher:
 
     def show(self) -> None:
         """Let the metrics say what is in memory."""
-        loaded = self._residents.encoders()
+        loaded = self._model_cache.encoders()
         metrics.ENGINE_MODELS_LOADED.set(len(loaded))
         for encoder in loaded:
             metrics.ENGINE_DEVICE_MEMORY_BYTES.labels(str(encoder.device)).set(encoder.held_bytes)
@@ -99,7 +99,7 @@ class Batcher:
             ModelUnusable: it can't be loaded here, or its canary comes out wrong.
         """
         # One that was given up isn't taken as it is held, even when its time is over.
-        if _identity(model) not in self._unusable and (held := self._residents.held(model)):
+        if _identity(model) not in self._unusable and (held := self._model_cache.held(model)):
             return held
         return await asyncio.wrap_future(self._load_apart(model))
 
@@ -123,9 +123,9 @@ class Batcher:
             if why := self._why_unusable(model):
                 raise ModelUnusable(why)
             if self._unusable.pop(_identity(model), None):
-                self._residents.drop(model.name)
+                self._model_cache.drop(model.name)
             try:
-                return self._residents.get(model)
+                return self._model_cache.get(model)
             except Exception as error:
                 raise self._give_up(model, error) from error
 

@@ -74,7 +74,7 @@ class Heartbeat:
                 if self._stopped.wait(1.0):
                     return
             except Exception as error:  # noqa: BLE001 - this thread is the worker's only voice
-                log.error("presence_failed", error=type(error).__name__)
+                log.error("heartbeat_failed", error=type(error).__name__)
                 self._stopped.wait(1.0)
 
     def _taken(self) -> list[tuple[int, str, str]]:

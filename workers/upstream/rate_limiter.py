@@ -38,9 +38,9 @@ _UNTOLD_SECONDS = 1.0
 def _scripts() -> dict[str, str]:
     """The account's scripts in Lua, by what they do."""
     folder = files(__package__) / "lua"
-    account = (folder / "account.lua").read_text()
+    account = (folder / "account.lua").read_text("utf-8")
     names = ("reserve", "passed", "refused", "give_back", "held", "failed")
-    return {name: account + (folder / f"{name}.lua").read_text() for name in names}
+    return {name: account + (folder / f"{name}.lua").read_text("utf-8") for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,8 @@ class RateLimiter:
         """What a script answers; None while Redis is away."""
         if time.monotonic() < self._away_until:
             return None
-        key = f"vectormill:limiter:{account_of(self.upstream, self.key)}"
+        # Its name is older than the module's: versions side by side share the account.
+        key = f"vectormill:throttle:{account_of(self.upstream, self.key)}"
         run = partial(self._scripts[script], keys=[key, f"{key}:senders"], args=list(arguments), client=self.client)
         try:
             try:

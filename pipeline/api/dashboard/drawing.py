@@ -69,7 +69,7 @@ def width_of_columns(seconds: float) -> int:
 def throughput(
     spans: Sequence[tuple[int, int, int]], width_seconds: int, begin: datetime, end: datetime, *, going_on: bool
 ) -> Chart:
-    """Tokens a second over time. `spans` as `store.charts.throughput` gives them."""
+    """Tokens a second over time. `spans` as `db.dashboard.throughput` gives them."""
     first = int(begin.timestamp() // width_seconds) * width_seconds
     slots = max(1, int((end.timestamp() - first) // width_seconds) + 1)
     # A job of a second is a column, not a wall.

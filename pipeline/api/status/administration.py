@@ -89,7 +89,7 @@ async def get_usage(
     """Tokens and cost of your workspace, by day, model, key, job or label."""
     caller = await caller_of(request)
     if by == "label" and label is None:
-        raise InvalidPayload("by=label needs label=NAME.", param="label")
+        raise InvalidPayload("label: by=label needs label=NAME.", param="label")
     until = _utc(end) or datetime.now(UTC)
     since = _utc(begin) or until - timedelta(days=min(30, max(0, until.toordinal() - 1)))
 

@@ -38,9 +38,21 @@ _MOST_FIELD_BYTES = 64 * 1024
 _BLOCK_BYTES = 1024 * 1024
 _MOST_ENDING = 20
 _LISTS = ("carry",)
-_SCHEMA = JobRequest.model_json_schema()
-for _name in ELSEWHERE & _SCHEMA["properties"].keys():
-    del _SCHEMA["properties"][_name]
+
+
+def _schema() -> dict[str, Any]:
+    """A job's request, without what isn't sent; enums stand in it, as a part of a document can't refer to its own."""
+    schema = JobRequest.model_json_schema()
+    enums = schema.pop("$defs", {})
+    for name, field in schema["properties"].items():
+        if reference := field.pop("$ref", None):
+            schema["properties"][name] = {**enums[reference.rpartition("/")[2]], **field}
+    for name in ELSEWHERE & schema["properties"].keys():
+        del schema["properties"][name]
+    return schema
+
+
+_SCHEMA = _schema()
 _UPLOAD_SCHEMA = {
     "type": "object",
     "required": ["file", "model"],
@@ -162,7 +174,7 @@ async def _submit_form(
     try:
         wish = read_sent(_fields(form))
         if wish.by_reference or wish.sources:
-            raise InvalidPayload("sources and by_reference are for a job without an upload.", param="sources")
+            raise InvalidPayload("sources: they and by_reference are for a job without an upload.", param="sources")
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
         return await transfers.run(owner, lambda engine: _submit_upload(engine, owner, settings, wish, files, key))
     finally:

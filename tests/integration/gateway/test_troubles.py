@@ -68,7 +68,7 @@ def test_a_claim_that_finds_the_breaker_open_sends_the_canary(world: World, far:
         other = RateLimiter(redis, world.model.upstream, key="sk-one")
         for leave in [other.reserve(10, 1.0) for _ in range(5)]:
             other.failed(leave, None)
-        redis.hset(f"vectormill:limiter:{account_of(world.model.upstream, 'sk-one')}", "open", 0)  # a second later
+        redis.hset(f"vectormill:throttle:{account_of(world.model.upstream, 'sk-one')}", "open", 0)  # a second later
     far.requests.clear()
     world.run(taken(world.engine, make_job(world.engine, world.model, 1)))
     assert [request["input"] for request in far.requests] == [[CANARY], ["text 0"]]
