@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
-INTEGRATIONS := .venv-integrations/.installed
+ECOSYSTEM := .venv-ecosystem/.installed
 
-.PHONY: demo test test-contract test-acceptance test-browser test-ops test-integrations drill screenshots lint bench clean
+.PHONY: demo test test-contract test-acceptance test-browser test-ops test-ecosystem drill screenshots lint bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
@@ -82,13 +82,13 @@ test-ops: $(INSTALLED)
 	$(BIN)/python -m pytest $(TWO) tests/deployment
 
 # Airflow, dbt and LiteLLM, whose requirements aren't ours.
-$(INTEGRATIONS): tests/ecosystem/requirements.txt
+$(ECOSYSTEM): tests/ecosystem/requirements.txt
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@echo "Installing into $(@D) …"
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
-test-integrations: $(INSTALLED) $(INTEGRATIONS)
+test-ecosystem: $(INSTALLED) $(ECOSYSTEM)
 	$(BIN)/python -m pytest tests/ecosystem
 
 screenshots: $(BROWSER)
@@ -106,4 +106,4 @@ bench: $(INSTALLED)
 
 clean:
 	-@test ! -x $(BIN)/vectormill || VECTORMILL_HOME=$(CURDIR)/.vectormill $(BIN)/vectormill down --delete --yes
-	rm -rf $(VENV) .venv-integrations .vectormill .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venv-ecosystem .vectormill .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

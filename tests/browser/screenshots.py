@@ -1,4 +1,4 @@
-"""`make screenshots`: each page in light and dark, of a night with jobs in every state, to ops/screenshots/."""
+"""`make screenshots`: each page in light and dark, of a night with jobs in every state, to docs/screenshots/."""
 
 import sys
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from tests.contract.conftest import Gateway
 from tests.support.machines import remove_what_root_keeps, running_servers
 from tests.support.ports import free_port
 
-_FOLDER = Path(__file__).resolve().parent.parent.parent / "ops" / "screenshots"
+_FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "screenshots"
 _COLOURS = 256
 #: A long table looks further down as it does on top.
 _MOST_HEIGHT = 2_000

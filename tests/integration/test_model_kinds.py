@@ -1,5 +1,5 @@
 """Models of every kind: each either equal to sentence-transformers alone, as documents and as queries, or refused in
-one line. The table of them stands in ops/decisions."""
+one line. The table of them stands in docs/explanation/decisions."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,13 @@ from workers.encoders.batching import Tokenised
 from workers.encoders.model_cache import loader
 from workers.encoders.weights import Source
 
-TABLE = Path(__file__).resolve().parents[2] / "ops" / "decisions" / "0014-a-model-is-proven-both-ways-or-refused.md"
+TABLE = (
+    Path(__file__).resolve().parents[2]
+    / "docs"
+    / "explanation"
+    / "decisions"
+    / "0014-a-model-is-proven-both-ways-or-refused.md"
+)
 TEXTS = [
     "miller",
     "The quick brown fox",
