@@ -1,4 +1,4 @@
-"""The one transaction that brings vectors, rejects, usage and the chunk's state to Postgres, exactly once."""
+"""Commit of a chunk: the one transaction that writes vectors, rejects, usage and the chunk's state exactly once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from pipeline.chunk_io.sinks import Sink, sink_of
 from pipeline.core.chunks import ChunkState, Claim, Reject, RejectCode
 from pipeline.core.errors import LeaseLost
 from pipeline.core.options import VectorType
-from pipeline.core.vectors import rounded, sound
+from pipeline.core.vectors import restored, sound, stored
 from pipeline.db import chunks, embeddings, items, outputs, usage
 from pipeline.db.database import flush_later, is_connection_lost
 
 log = structlog.get_logger()
 
-#: How long a finished part waits for a database that is away before its worker lets go of it.
+#: Time for which a finished part is retried while the database is away, before its worker drops it.
 _PATIENCE_SECONDS = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """What one commit of a chunk writes. Complete before the transaction opens."""
+    """Data of one commit of a chunk, complete before the transaction opens."""
 
     rows: embeddings.Rows
     rejects: Sequence[Reject] = ()
@@ -34,13 +34,13 @@ class Commit:
 
     @property
     def settled(self) -> int:
-        """Items that have their vector or reject with this part."""
+        """Number of items that get their vector or reject in this part."""
         return len(self.rows.indexes) + len(self.rejects)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """Where a commit leaves the chunk."""
+    """State of the chunk after a commit."""
 
     #: `PENDING`: given back, or cancelled if its job is being cancelled.
     state: ChunkState
@@ -52,16 +52,16 @@ class Ending:
 def split_bad_vectors(
     rows: embeddings.Rows, dimensions: int, kept_as: VectorType
 ) -> tuple[embeddings.Rows, list[Reject]]:
-    """Take out vectors that must never be written: not finite (as stored), zero. The wrong size is an error of ours.
+    """Separate vectors that must never be written, as rejects: those that are not finite (as stored) or zero.
 
     Raises:
-        ValueError: the vectors don't have `dimensions` elements each.
+        ValueError: the vectors don't have `dimensions` elements each, which is an error of ours.
     """
     if not len(rows.indexes):
         return rows, []
     if rows.vectors.shape != (len(rows.indexes), dimensions):
         raise ValueError(f"vectors of shape {rows.vectors.shape} for {len(rows.indexes)} × {dimensions}")
-    good = sound(rounded(rows.vectors, kept_as))
+    good = sound(restored(stored(rows.vectors, kept_as)))
     if good.all():
         return rows, []
     rejects = [
@@ -88,11 +88,12 @@ def _select(rows: embeddings.Rows, mask: npt.NDArray[np.bool_]) -> embeddings.Ro
 
 
 def write_chunk(engine: Engine, claim: Claim, number: int, part: Commit, ending: Ending) -> None:
-    """Commit part `number` of a claim: fenced update, vectors, rejects, usage, in one transaction. What a sink keeps in
-    files is written before it, and the transaction makes the file count.
+    """Commit part `number` of a claim: fenced update, vectors, rejects and usage, in one transaction.
 
-    A connection lost on the way, even during COMMIT, is followed by another try on a new one, which first looks
-    whether the lost one had arrived; nothing is guessed.
+    If a sink keeps vectors in files, the file is written before, and the transaction records it.
+
+    If the connection is lost, even during COMMIT, the commit is retried on a new connection, which first checks if the
+    lost one had succeeded; nothing is guessed.
 
     Raises:
         LeaseLost: the chunk belongs to another claim, or has been cancelled, or the database has lost an earlier part
@@ -109,19 +110,19 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Commit, ending:
     for attempt in while_database_is_away("commit_retried"):
         with attempt, engine.connect() as connection:
             _show_backend(connection, claim)
-            # A repeated try may meet its own earlier commit.
+            # A retry may meet its own earlier commit.
             again = attempt.retry_state.attempt_number > 1
             with connection.begin() as transaction:
                 if ending.state is not ChunkState.RUNNING:
-                    # A server that crashes may forget this commit, and then the claim still runs and is done again:
-                    # see ops/decisions/0003. What a claim builds on must be on disk.
+                    # A server that crashes may lose this commit; the chunk is then still running, and is done again
+                    # (docs/explanation/decisions/0003). Commits that a claim builds on must be on disk.
                     flush_later(connection)
                 if not _commit(connection, claim, number, part, ending, sink, staged, again=again):
                     transaction.rollback()
 
 
 def while_database_is_away(event: str) -> tenacity.Retrying:
-    """Tries again what lost its connection, for ten minutes; each time it logs `event`."""
+    """Return a retry policy for lost connections: exponential backoff for ten minutes; each retry logs `event`."""
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and is_connection_lost(error)),
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
@@ -132,8 +133,10 @@ def while_database_is_away(event: str) -> tenacity.Retrying:
 
 
 def _show_backend(connection: Connection, claim: Claim) -> None:
-    """Let the sweep know which backend commits, if it isn't the one that claimed; and begin with a whole lease, since
-    no renewal reaches the chunk while the transaction holds its row."""
+    """Record which backend commits, for the sweep, as another one may have claimed; and renew the lease.
+
+    The commit begins with a whole lease, since no renewal reaches the chunk while the transaction holds its row.
+    """
     with connection.begin():
         flush_later(connection)
         chunks.renew(connection, claim, committing=True)
@@ -150,7 +153,7 @@ def _commit(
     *,
     again: bool,
 ) -> bool:
-    """Write everything within the caller's transaction. False: an earlier try of this very part had arrived."""
+    """Write everything within the caller's transaction. Return False if an earlier try of this part had succeeded."""
     tokens = int(part.rows.tokens.sum())
     ours = chunks.record(
         connection,
@@ -168,7 +171,7 @@ def _commit(
         ),
         number=number,
     )
-    # The update has waited for any earlier try that was still under way, so its outcome is known now.
+    # The update has waited for any earlier try that was still in progress, so its outcome is known now.
     if again and usage.has_chunk_part(connection, claim, number):
         return False
     if not ours:

@@ -1,8 +1,8 @@
-"""The Parquet sink: part files, and the data set that they become when the job completes.
+"""Parquet sink: part files, and the data set that they become when the job completes.
 
 Workers write parts below `_staging/<job>/`, where readers of the folder don't look. A part counts once the fenced
-commit has written down its name; others were written by claims that had been lost. When the job completes, its parts
-are moved to the folder itself, then come the manifest and at last `_SUCCESS`. Every step may be repeated.
+commit has recorded its name; all other parts come from lost claims. When the job completes, its parts are moved to the
+folder itself, then the manifest is written, and at last `_SUCCESS`. Every step is idempotent.
 """
 
 import io
@@ -26,6 +26,7 @@ from pipeline.core.chunks import Claim, Item
 from pipeline.core.errors import SourceChanged, UserError, Waiting
 from pipeline.core.jobs import Job
 from pipeline.core.options import OUR_COLUMNS, VectorType
+from pipeline.core.vectors import restored, stored
 from pipeline.db import items, jobs, outputs
 from pipeline.db.embeddings import Rows
 from pipeline.db.outputs import Output, Staged
@@ -35,16 +36,16 @@ MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
 _STAGING = "_staging"
 _CLAIM = "_job.json"
-#: Objects moved at once: each move is a round trip or two.
+#: Concurrent moves of objects, as each takes a round trip or two.
 _MOVES = 16
-#: Names of parts, also those of versions before claims had tokens.
+#: Pattern of parts' names, also of versions in which claims had no token.
 _PART = re.compile(r"part-\d+-\d+(-[0-9a-f]{32})?(-\d+)?\.parquet")
 
 log = structlog.get_logger()
 
 
 class ParquetSink:
-    """A folder or URI of Parquet files."""
+    """Sink that writes to a folder or URI of Parquet files."""
 
     finalizes, finalizes_long = True, False
 
@@ -52,48 +53,51 @@ class ParquetSink:
         self._folder, self._kept_as, self._carried = folder, kept_as, carried
 
     def prepare(self, job_id: UUID) -> None:
-        """Take the folder, which must be empty.
+        """Occupy the folder, which must be empty.
 
         Raises:
-            UserError: something is there already.
+            UserError: it isn't empty.
             StorageRefused, StorageUnreachable: it can't be written.
         """
         occupy(self._folder, job_id)
 
     def discard(self, job_id: UUID) -> None:
-        """Delete what the job has left."""
+        """Delete the job's staged files."""
         vacate(self._folder, job_id)
 
     def fault(self, item: Item) -> str | None:  # noqa: ARG002 - any item has a place
-        """None."""
+        """Return None: every item fits."""
         return None
 
     def settled(self, engine: Engine, claim: Claim) -> set[int]:
-        """The indexes in the chunk's recorded parts."""
+        """Return the indexes in the chunk's recorded parts."""
         with engine.begin() as connection:
             written = outputs.of_job(connection, claim.job_id, claim.chunk_id)
         return set(indexes(self._folder, claim.job_id, written).tolist())
 
     def stage(self, claim: Claim, number: int, rows: Rows) -> Staged | None:
-        """Write a part."""
+        """Write a part file; `None`: there are no rows."""
         if not len(rows.indexes):
             return None
         output = write(self._folder, claim, number, rows)
         return Staged(output, storage.join(self._folder, output.name))
 
     def write(self, connection: Connection, claim: Claim, rows: Rows, staged: Staged | None) -> None:  # noqa: ARG002
-        """Let the part count."""
+        """Record the part, which makes it count."""
         if staged:
             outputs.record(connection, claim, staged.output)
 
     def finalize(self, engine: Engine, job: Job) -> None:
-        """Make the parts a data set."""
+        """Turn the recorded parts into a data set."""
         with engine.begin() as connection:
             written, space = outputs.of_job(connection, job.id), jobs.vector_space(connection, job.id)
             before = outputs.digest(connection, job.id)
 
         def check() -> None:
-            """Another dispatcher may have completed the job, and a retry brought parts, while this one was slow."""
+            """Raise `Waiting` if the parts have changed.
+
+            While this dispatcher was slow, another one may have completed the job, and a retry may have added parts.
+            """
             with engine.begin() as connection:
                 now = jobs.by_id(connection, job.id)
                 if now is None or now.state.ended or outputs.digest(connection, job.id) != before:
@@ -113,7 +117,7 @@ class ParquetSink:
     def read(
         self, connect: Callable[[], AbstractContextManager[Connection]], job_id: UUID, first_index: int, end_index: int
     ) -> Iterator[Sequence[tuple[Any, ...]]]:
-        """Chunk by chunk, from its parts."""
+        """Yield the rows of each chunk from its parts."""
         with connect() as connection:
             chunks = [
                 chunk.outputs
@@ -122,7 +126,8 @@ class ParquetSink:
             ]
         for parts in chunks:
             table = read(self._folder, job_id, parts).combine_chunks()
-            vectors = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False)).astype(np.float32)
+            kept = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False))
+            vectors = restored(kept)
             carried = table.drop_columns(list(OUR_COLUMNS)).to_pylist()
             found, keys, tokens, truncated = (
                 table[name].to_pylist() for name in ("index", "key", "tokens", "truncated")
@@ -131,7 +136,7 @@ class ParquetSink:
             yield [row for row in rows if first_index <= row[0] < end_index]
 
     def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
-        """By the indexes in the files. Files where readers look that no commit has recorded are double."""
+        """Count by the indexes in the files. A file that readers see and no commit has recorded counts as double."""
         recorded = {output.name for output in outputs.of_job(connection, job.id)}
         missing, double = 0, sum(name not in recorded for name in visible_names(self._folder))
         for chunk in outputs.by_chunk(connection, job.id):
@@ -147,7 +152,7 @@ class ParquetSink:
         return missing, double
 
     def _indexes_there(self, job_id: UUID, parts: Sequence[Output]) -> npt.NDArray[np.int64]:
-        """The indexes in those parts that are there."""
+        """Return the indexes in the parts, without parts that are gone."""
         found = [np.zeros(0, np.int64)]
         for part in parts:
             with suppress(SourceChanged):
@@ -156,7 +161,7 @@ class ParquetSink:
 
 
 def schema(dimensions: int, kept_as: VectorType, carried: Sequence[str]) -> Any:
-    """Columns of a file with vectors. A carried column of JSON values has no one type: each is kept as text."""
+    """Return the schema of a file of vectors. Carried JSON values are kept as text, as a column may mix types."""
     element = pa.field("item", pa.from_numpy_dtype(kept_as.value), nullable=False)
     return pa.schema(
         [
@@ -171,12 +176,12 @@ def schema(dimensions: int, kept_as: VectorType, carried: Sequence[str]) -> Any:
 
 
 def name_of(claim: Claim, number: int) -> str:
-    """The file name of commit `number` of a claim."""
+    """Return the file name of commit `number` of a claim."""
     return f"part-{claim.chunk_id}-{claim.fence}-{claim.token.hex}{f'-{number}' if number else ''}.parquet"
 
 
 def write(folder: str, claim: Claim, number: int, rows: Rows) -> Output:
-    """Write a part, whole or not at all. It counts when the commit has recorded what is returned.
+    """Write a part atomically, and return its description. The part counts once a commit has recorded that.
 
     Raises:
         StorageRefused, StorageUnreachable: it can't be written.
@@ -184,7 +189,7 @@ def write(folder: str, claim: Claim, number: int, rows: Rows) -> Output:
     carried, kept_as = claim.options.columns.carry, claim.options.dtype
     values = [exact_json.loads(row) if row else {} for row in rows.carried] if carried else []
     kind = schema(rows.vectors.shape[1], kept_as, carried)
-    flat = pa.array(rows.vectors.astype(kept_as.value, copy=False).ravel())
+    flat = pa.array(stored(rows.vectors, kept_as).ravel())
     batch = pa.record_batch(
         [
             pa.array(rows.indexes),
@@ -211,12 +216,12 @@ def write(folder: str, claim: Claim, number: int, rows: Rows) -> Output:
     return output
 
 
-#: Vectors hardly compress, and have no dictionary; the other columns do.
+#: Options of Parquet's writer. Vectors hardly compress and need no dictionary; only the keys get one.
 WRITING: Mapping[str, Any] = {"compression": "zstd", "use_dictionary": ["key"]}
 
 
 def as_text(value: Any) -> str | None:
-    """A carried JSON value as a string: strings as they are."""
+    """Return a carried value as text: strings and None as they are, other values as JSON."""
     return value if value is None or isinstance(value, str) else exact_json.dumps(value).decode()
 
 
@@ -225,10 +230,10 @@ def _staging(folder: str, job_id: UUID) -> str:
 
 
 def occupy(folder: str, job_id: UUID) -> None:
-    """Take an empty folder for a job's output; this proves that it can be written.
+    """Occupy an empty folder for a job's output by writing a file to it, which proves that it can be written.
 
     Raises:
-        UserError: something is there already.
+        UserError: the folder isn't empty.
         StorageRefused, StorageUnreachable: it can't be written.
     """
     ours = f"{_STAGING}/{job_id}/"
@@ -239,7 +244,7 @@ def occupy(folder: str, job_id: UUID) -> None:
 
 
 def vacate(folder: str, job_id: UUID) -> None:
-    """Delete what a job has left below `_staging`."""
+    """Delete a job's files below `_staging`."""
     storage.delete_folder(_staging(folder, job_id))
 
 
@@ -250,8 +255,10 @@ def make_data_set(
     about: Mapping[str, Any],
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make a completed job's parts a data set, and the folder hold no other. May be repeated, also after it was cut off
-    anywhere. `check` is called before anything is deleted, and raises if the parts aren't the job's any more.
+    """Turn a completed job's parts into a data set, and remove all other parts from the folder.
+
+    It is idempotent, also after an interruption at any point. `check` is called before anything is deleted, and raises
+    if the parts aren't the job's any more.
 
     Raises:
         StorageRefused, StorageUnreachable: it isn't finished.
@@ -267,7 +274,7 @@ def make_data_set(
             pass
     files = [{"name": output.name, "rows": output.rows, "bytes": output.bytes} for output in parts]
     manifest = {**about, "job": str(job_id), "rows": sum(output.rows for output in parts), "files": files}
-    # Made where `vacate` clears away what a death in the middle of it leaves.
+    # Written in the staging folder, so that `vacate` removes what a crash in the middle of the write leaves.
     made = storage.join(_staging(folder, job_id), MANIFEST)
     storage.write(made, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
     storage.move(made, storage.join(folder, MANIFEST))
@@ -277,17 +284,17 @@ def make_data_set(
 
 
 def _remove_strays(folder: str, listed: Collection[str]) -> None:
-    """Delete parts that readers see and nobody lists: a database that has lost its last commits forgot them."""
+    """Delete parts that readers see and no commit lists: the database has lost the commits that recorded them."""
     strays = [name for name in visible_names(folder) if _PART.fullmatch(name) and name not in listed]
     if strays:
-        storage.delete(storage.join(folder, SUCCESS))  # what it vouches for goes
+        storage.delete(storage.join(folder, SUCCESS))  # the data set that it vouches for changes
     for name in strays:
         log.warning("stray_part_removed", folder=folder, name=name)
         storage.delete(storage.join(folder, name))
 
 
 def open_part(folder: str, job_id: UUID, output: Output) -> pq.ParquetFile:
-    """Open a recorded part, wherever it is by now.
+    """Open a recorded part, in the staging folder or in the job's folder.
 
     Raises:
         SourceChanged: it is gone.
@@ -300,13 +307,13 @@ def open_part(folder: str, job_id: UUID, output: Output) -> pq.ParquetFile:
 
 
 def names_of_parts(folder: str, job_id: UUID) -> set[str]:
-    """The parts that lie in a job's folder, delivered or not."""
-    # In the direction in which they are moved: what leaves one place between the two looks is met in the other.
+    """Return the names of the parts in a job's staging folder and in its folder."""
+    # Listed in the direction in which parts move: one that is moved between the two listings is found in the second.
     return {*visible_names(_staging(folder, job_id)), *visible_names(folder)}
 
 
 def indexes(folder: str, job_id: UUID, parts: Sequence[Output]) -> npt.NDArray[np.int64]:
-    """The indexes in recorded parts, in the order of the files.
+    """Return the indexes in recorded parts, in the order of the files.
 
     Raises:
         SourceChanged: a part is gone.
@@ -319,12 +326,12 @@ def indexes(folder: str, job_id: UUID, parts: Sequence[Output]) -> npt.NDArray[n
 
 
 def visible_names(folder: str) -> Iterator[str]:
-    """The Parquet files that a reader of the folder sees."""
+    """Yield the names of the Parquet files that a reader of the folder sees."""
     return (name for name in storage.names_below(folder) if name.endswith(".parquet") and name[0] not in "_.")
 
 
 def read(folder: str, job_id: UUID, parts: Sequence[Output]) -> pa.Table:
-    """The rows of recorded parts in index order.
+    """Return the rows of recorded parts in index order.
 
     Raises:
         SourceChanged: a part is gone.

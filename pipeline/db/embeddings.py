@@ -1,4 +1,4 @@
-"""Vectors in and out."""
+"""Embeddings: vectors written by binary COPY, read by index, searched, and verified against items and chunks."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,14 @@ from sqlalchemy import Connection, text
 
 from pipeline.core import exact_json
 from pipeline.core.options import VectorType
+from pipeline.core.vectors import restored, stored
 from pipeline.db import copy_format
 from pipeline.db.database import copying, psycopg_connection
 from pipeline.db.partitions import leaf
 
-#: Columns before vector and key. The key comes last: all before it has a fixed size, so that numpy lays rows out.
+#: Columns before vector and key. The key comes last: all before it has a fixed size, so that numpy can lay out rows.
 _FIXED = ("job_id", "index", "vector_space_id", "tokens", "truncated")
-#: Rows sent at once: while Postgres takes them, the next ones are laid out.
+#: Rows per write: while Postgres takes them, the next ones are laid out.
 _BLOCK = 1_000
 
 
@@ -28,12 +29,12 @@ class Rows:
 
     indexes: npt.NDArray[np.int64]
     keys: Sequence[str | None]
-    #: float32, one row an item.
+    #: float32 of shape (items, dimensions).
     vectors: npt.NDArray[np.float32]
-    #: Tokens the model read, special tokens included.
+    #: Tokens that the model read, special tokens included.
     tokens: npt.NDArray[np.int32]
     truncated: npt.NDArray[np.bool_]
-    #: A JSON object each, where they don't stand in Postgres already.
+    #: One JSON object per item; empty where Postgres has the carried columns already, or there are none.
     carried: Sequence[bytes] = ()
 
 
@@ -74,7 +75,7 @@ def _row_layout(dimensions: int, kept_as: VectorType) -> np.dtype[np.void]:
 
 
 def copy_rows(connection: Connection, job_id: UUID, vector_space_id: int, rows: Rows, kept_as: VectorType) -> None:
-    """Append vectors to the column that holds such ones."""
+    """Append vectors to the column of their type, by COPY."""
     if len(rows.indexes) == 0:
         return
     dimensions = rows.vectors.shape[1]
@@ -90,18 +91,18 @@ def copy_rows(connection: Connection, job_id: UUID, vector_space_id: int, rows: 
             part = slice(start, start + _BLOCK)
             block = fixed[: len(rows.indexes[part])]
             block["index"], block["tokens"] = rows.indexes[part], rows.tokens[part]
-            block["truncated"], block["vector"] = rows.truncated[part], rows.vectors[part]
+            block["truncated"], block["vector"] = rows.truncated[part], stored(rows.vectors[part], kept_as)
             keys = [None if key is None else key.encode() for key in rows.keys[part]]
             copy.write(copy_format.frame(block, keys))
         copy.write(copy_format.TRAILER)
 
 
 def _decode(wire: bytes, kept_as: VectorType) -> npt.NDArray[np.float32]:
-    return np.frombuffer(wire, dtype=_on_the_wire(kept_as), offset=4).astype(np.float32)
+    return restored(np.frombuffer(wire, dtype=_on_the_wire(kept_as), offset=4))
 
 
-# Of a job that statistics don't know yet, one row is expected: a join may be planned as one scan of all its items for
-# each row. What is looked up row by row isn't.
+# A subquery per row, not a join: until statistics know a job, the planner expects one row of it, and may plan the join
+# as a scan of all the job's items for each row.
 _READ = """
     select e.index, e.key, coalesce(vector_send(e.vector), halfvec_send(e.half)),
            case when e.half is null then 'float32' else 'float16' end,
@@ -113,8 +114,8 @@ _ALL = (0, 2**63 - 1)
 
 
 def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator[list[tuple[Any, ...]]]:
-    """A job's vectors in index order, in blocks: (index, key, vector as float32 or float16 array, tokens, truncated,
-    carried). Memory is bounded by a server-side cursor."""
+    """Yield a job's vectors in index order, in blocks of (index, key, vector as float32 array, tokens, truncated,
+    carried). A server-side cursor bounds memory."""
     with psycopg_connection(connection).cursor(name="results", binary=True) as cursor:
         set_json_loads(exact_json.loads, cursor)
         cursor.itersize = block
@@ -124,7 +125,8 @@ def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator
 
 
 def page(connection: Connection, job_id: UUID, first_index: int, end_index: int, limit: int) -> list[tuple[Any, ...]]:
-    """At most `limit` of a job's vectors from one index to before another, in order, as `stream` gives them."""
+    """Return at most `limit` of a job's vectors with indexes from `first_index` to before `end_index`, as `stream`
+    gives them."""
     with psycopg_connection(connection).cursor(binary=True) as cursor:
         set_json_loads(exact_json.loads, cursor)
         cursor.execute(_READ + " limit %s", (job_id, job_id, first_index, end_index, limit))
@@ -141,7 +143,7 @@ def _as_read(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 def nearest(
     connection: Connection, job_id: UUID, query: Sequence[float], limit: int
 ) -> list[tuple[int, str | None, float, str | None]]:
-    """The items of a job nearest to `query` by cosine: (index, key, similarity, text if still kept)."""
+    """Return the items of a job nearest to `query` by cosine: (index, key, similarity, text if still kept)."""
     rows = connection.execute(
         text("""
             select e.index, e.key, 1 - (coalesce(e.vector, e.half::vector) <=> cast(:query as vector)) as similarity,
@@ -155,7 +157,8 @@ def nearest(
 
 
 def _count_by_chunk(connection: Connection, job_id: UUID) -> tuple[int, int]:
-    """Vectors and rejects that a chunk counts and that aren't there, and those beyond what it counts."""
+    """Return the number of vectors and rejects that chunks count but that don't exist, and of those that exist beyond
+    the chunks' counts."""
     missing, double = connection.execute(
         text("""
             select coalesce(sum(greatest(0, c.embedded + c.reused - v.n) + greatest(0, c.rejected - r.n)), 0)::bigint,
@@ -173,7 +176,7 @@ def _count_by_chunk(connection: Connection, job_id: UUID) -> tuple[int, int]:
 
 
 def verify(connection: Connection, job_id: UUID) -> tuple[int, int]:
-    """(missing, double) of a job whose items are in Postgres, as `pipeline.jobs.verification` defines them."""
+    """Return (missing, double) of a job whose items are in Postgres, as `pipeline.jobs.verification` defines them."""
     missing, double = _count_by_chunk(connection, job_id)
     without, strays = connection.execute(
         text("""
@@ -193,7 +196,7 @@ def verify(connection: Connection, job_id: UUID) -> tuple[int, int]:
 
 
 def verify_without_items(connection: Connection, job_id: UUID, items_total: int) -> tuple[int, int]:
-    """(missing, double) of a job whose items are in files: its chunks' ranges stand for them."""
+    """Return (missing, double) of a job whose items are in files, by its chunks' ranges instead of the items."""
     missing, double = _count_by_chunk(connection, job_id)
     unaccounted, strays = connection.execute(
         text("""

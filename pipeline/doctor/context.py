@@ -1,16 +1,15 @@
-"""The context of checks: a deployment, and how to reach its parts."""
+"""Context of the doctor's checks: a deployment, and the addresses of its parts."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Concatenate, ParamSpec, TypeVar
-from urllib.parse import urlsplit
 
 from redis import Redis
 from sqlalchemy import Connection, Engine
 
 from pipeline.db.database import make_engine
+from pipeline.infra.http import status_of
 from pipeline.infra.settings import Settings
 
 P = ParamSpec("P")
@@ -21,7 +20,7 @@ _ANSWER_SECONDS = 5.0
 
 @dataclass(kw_only=True)
 class Context:
-    """A deployment, and how to reach its parts. Addresses that nobody knows are None."""
+    """Deployment under examination. Unknown addresses are None."""
 
     settings: Settings
     database_url: str
@@ -44,30 +43,21 @@ class Context:
         )
 
     def ask(self, question: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """A statement's answer, in a transaction of its own."""
+        """Return a statement's result, read in a transaction of its own."""
         with self.engine.begin() as connection:
             return question(connection, *args, **kwargs)
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self.engine.dispose()
         self.redis.close()
 
 
 def answer(url: str, path: str) -> int | None:
-    """The status that a server answers to a GET without credentials; None: none came."""
-    parts = urlsplit(url)
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=_ANSWER_SECONDS)
-    try:
-        connection.request("GET", parts.path.rstrip("/") + path)
-        return connection.getresponse().status
-    except (OSError, HTTPException):
-        return None
-    finally:
-        connection.close()
+    """Return the status that a server answers a GET without credentials with, or None if it doesn't answer."""
+    return status_of(url.rstrip("/") + path, seconds=_ANSWER_SECONDS)
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether an address is of this machine only; a socket's, which has no host, is."""
+    """Return True if an address is reachable from this machine only; a Unix socket's, which has no host, is."""
     return not host or host in ("localhost", "::1") or host.startswith(("127.", "/"))

@@ -7,42 +7,42 @@ import socket
 import sys
 from collections.abc import Callable
 from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
 
 from pipeline.core.errors import VectormillError
+from pipeline.infra.http import status_of
 from pipeline.infra.settings import Settings, load_settings
 
-#: Above the period in which each of them shows itself.
+#: Longer than the period of each process's heartbeat.
 _SEEN_SECONDS = 30.0
 _ANSWER_SECONDS = 5.0
 
 
 def worker(settings: Settings) -> bool:
-    """Its parent shows itself in the database."""
+    """Return True if the worker's parent has sent a heartbeat to the database lately."""
     from pipeline.db import health
 
     return _ask(settings, health.worker_seen, socket.gethostname(), _SEEN_SECONDS)
 
 
 def dispatcher(settings: Settings) -> bool:
-    """It asks for the lease: one that stands by is as ready as the one that leads."""
+    """Return True if the dispatcher asks for the lease: a standby is as ready as the leader."""
     from pipeline.db import health
 
     return _ask(settings, health.neighbour_seen, "vectormill-dispatcher", _SEEN_SECONDS)
 
 
 def api(settings: Settings) -> bool:
-    """It answers, and its database answers it."""
+    """Return True if the api answers, and its database answers it."""
     return _answers(settings.api_port, "/readyz")
 
 
 def engine(settings: Settings) -> bool:
-    """It answers. Its port must be a fixed one."""
+    """Return True if the engine answers. Its port must be a fixed one."""
     return _answers(settings.engine_port, "/healthz")
 
 
 def flower(settings: Settings) -> bool:
-    """It answers."""
+    """Return True if Flower answers."""
     return _answers(settings.flower_port, "/healthcheck")
 
 
@@ -64,14 +64,7 @@ def _ask(settings: Settings, question: Callable[..., bool], *parameters: object)
 
 
 def _answers(port: int, path: str) -> bool:
-    connection = HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status == HTTPStatus.OK
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
+    return status_of(f"http://127.0.0.1:{port}{path}", seconds=_ANSWER_SECONDS) == HTTPStatus.OK
 
 
 if __name__ == "__main__":

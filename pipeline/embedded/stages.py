@@ -1,4 +1,4 @@
-"""The children of `up` that are vectormill's own, and how to see that each is ready."""
+"""Start order and readiness checks of `up`'s own processes: worker, dispatcher, engine, api and Flower."""
 
 import os
 import secrets
@@ -6,7 +6,6 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,14 +16,15 @@ from pipeline.embedded.postgres import STOP_SECONDS as SERVER_STOP_SECONDS
 from pipeline.embedded.processes import our_environment, our_module
 from pipeline.embedded.runtime import Running
 from pipeline.embedded.supervisor import Child
+from pipeline.infra.http import status_of
 
 _DISPATCHER_LEADS = "SELECT count(*) FROM vectormill.leases WHERE name = 'dispatcher' AND lease_until > now()"
 _WORKERS_SEEN = "SELECT count(*) FROM vectormill.workers WHERE seen_at > %s"
 _ENGINES_SEEN = "SELECT count(*) FROM vectormill.engines WHERE seen_at > %s"
 _GRACE_SECONDS = 60.0
-#: Above the longest time of a chunk.
+#: Longer than any chunk takes.
 _WORKER_GRACE_SECONDS = 330.0
-#: Above the longest time of a request.
+#: Longer than any request takes.
 _REQUEST_GRACE_SECONDS = 630.0
 #: How long an orderly stop may take, one stage after the other, with the servers' and some to spare.
 STOP_SECONDS = 2 * _REQUEST_GRACE_SECONDS + SERVER_STOP_SECONDS + 60.0
@@ -33,12 +33,12 @@ _ANSWER_SECONDS = 30
 
 
 def worker_names(workers: int) -> list[str]:
-    """The names of so many worker processes."""
+    """Return the names of the worker processes."""
     return [f"worker-{number}" for number in range(1, workers + 1)] if workers > 1 else ["worker"]
 
 
 def metered_names(workers: int) -> list[str]:
-    """The children that show metrics at a port of their own."""
+    """Return the names of the children that serve metrics on a port of their own."""
     return ["engine", "dispatcher", *worker_names(workers)]
 
 
@@ -125,7 +125,7 @@ def _environment(running: Running) -> dict[str, str]:
 
 
 def _engine_secret(home: Path) -> str:
-    """The secret of this home's engine and api, made once."""
+    """Return the secret that this home's engine and api share, creating it the first time."""
     file = home / "run" / "engine.secret"
     if not file.exists():
         write_private(file, secrets.token_hex(24))
@@ -151,14 +151,7 @@ def _count(url: str, query: str, *parameters: object) -> int:
 
 
 def _answers(url: str, password: str | None = None) -> bool:
-    """Whether a server answers; with `password` it is asked as the user `vectormill`."""
-    parts = urlsplit(url)
+    """Return True if a server answers; with `password` it is asked as the user `vectormill`."""
     credentials = b64encode(f"vectormill:{password}".encode()).decode()
-    connection = HTTPConnection("127.0.0.1", parts.port, timeout=_ANSWER_SECONDS)
-    try:
-        connection.request("GET", parts.path, headers={"Authorization": f"Basic {credentials}"} if password else {})
-        return connection.getresponse().status == HTTPStatus.OK
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
+    headers = [("authorization", f"Basic {credentials}")] if password else []
+    return status_of(url, seconds=_ANSWER_SECONDS, headers=headers) == HTTPStatus.OK

@@ -1,8 +1,12 @@
-"""HTTP whose every step ends at a moment that is set for all of it: who sends a byte now and then doesn't hold it."""
+"""HTTP transport with one total deadline per request, so that a server trickling bytes cannot hold a worker.
+
+It follows no redirection and reads no proxy from the environment: either would take a key elsewhere.
+"""
 
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,27 +14,60 @@ import httpcore2 as httpcore
 
 _PIECE_BYTES = 65_536
 
+Headers = Iterable[tuple[str, str]]
+
+
+def answered_status(
+    method: str, url: str, *, seconds: float, headers: Headers = (), content: bytes | None = None
+) -> int:
+    """Send one request and return the status of its answer, whose body isn't read.
+
+    Raises:
+        httpcore2.TimeoutException: no answer came in time.
+        Exception: the URL can't be reached, for any of the reasons that a URL may have.
+    """
+    deadlines = Deadlines()
+    deadlines.end_at(time.monotonic() + seconds)
+    sent = [("user-agent", "vectormill"), *headers]
+    with (
+        httpcore.ConnectionPool(network_backend=deadlines) as pool,
+        pool.stream(method, url, headers=sent, content=content) as response,
+    ):
+        return response.status
+
+
+def status_of(url: str, *, seconds: float, headers: Headers = ()) -> int | None:
+    """Return the status that a server answers a GET with, or None if no answer comes in time."""
+    try:
+        return answered_status("GET", url, seconds=seconds, headers=headers)
+    except Exception:  # noqa: BLE001 - no name server, no certificate, no HTTP: none of them is an answer
+        return None
+
 
 class Deadlines(httpcore.NetworkBackend):
-    """Connections whose every read and write, of bodies and of headers, ends at the moment that the thread has set."""
+    """Network backend whose reads and writes, of headers and bodies, all end at the moment that the thread has set."""
 
     def __init__(self) -> None:
         self._inner = httpcore.SyncBackend()
         self._thread = threading.local()
 
     def end_at(self, moment: float) -> None:
-        """What this thread does next ends at this moment of the monotonic clock."""
+        """Set the deadline of this thread's next request, on the monotonic clock."""
         self._thread.moment = moment
 
     def left(self, most_seconds: float | None) -> float:
-        """Seconds until then, at most so many. Raises `httpcore.ReadTimeout`."""
+        """Return the seconds until the deadline, capped at `most_seconds`.
+
+        Raises:
+            httpcore2.ReadTimeout: it has passed.
+        """
         left: float = self._thread.moment - time.monotonic()
         if left <= 0:
             raise httpcore.ReadTimeout
         return left if most_seconds is None else min(left, most_seconds)
 
     def connect_tcp(self, host: str, port: int, timeout: float | None = None, *how: Any, **more: Any) -> "_Stream":
-        """As the library's, with the look-up of the name, within the time."""
+        """Connect to the first address that accepts, counting the name's look-up towards the deadline."""
         failed: Exception = httpcore.ConnectError(f"{host} has no address")
         for address in self._look_up(host, port):
             try:
@@ -40,7 +77,7 @@ class Deadlines(httpcore.NetworkBackend):
         raise failed
 
     def _look_up(self, host: str, port: int) -> list[str]:
-        """A host's addresses. No resolver can be told how long it may take: one that takes longer is left to itself."""
+        """Return a host's addresses. A resolver takes no timeout: one that is late is left running in its thread."""
         found: Future[list[str]] = Future()
 
         def look_up() -> None:

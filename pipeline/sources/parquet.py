@@ -15,18 +15,17 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import SourceError
 from pipeline.core.options import Columns
-from pipeline.infra.storage import is_remote
 from pipeline.sources.decode import READ_BYTES, is_bomb
 from pipeline.sources.parquet_guard import GROWS, Stored, check_pages
 from pipeline.sources.source_file import SourceFile, reason
 from pipeline.sources.validation import BLOCK_BYTES, Notices, Parsed, missing_column, shown, without_key
 from pipeline.sources.values import carried, interval
 
-#: The most rows read at once: texts in a run may be far longer than the average.
+#: Upper bound of rows per read: neighbouring texts may be far longer than the average.
 _BATCH_ROWS = 1_000
-#: The most that a batch's dictionaries may unfold to.
+#: Upper bound of a batch once its dictionaries are unfolded.
 _BATCH_BYTES = 64 * 1024 * 1024
-#: A guess at a string of which others are but endings.
+#: Assumed length of a string of which delta encoding stores only the endings of the next ones.
 _PREFIX_BYTES = 1024 * 1024
 _PREFIXED = {"DELTA_BYTE_ARRAY"}
 _FOLDED = {"PLAIN_DICTIONARY", "RLE_DICTIONARY"}
@@ -36,7 +35,7 @@ _BAD_FOOTER = "the Parquet footer can't be read; the file is truncated or damage
 
 
 def read_parquet(file: SourceFile, columns: Columns, notices: Notices) -> Iterator[Parsed]:
-    """The rows of a Parquet file. What JSON hasn't, dates or decimals say, becomes strings.
+    """Yield the rows of a Parquet file. Values that JSON lacks, such as dates and decimals, become strings.
 
     Raises:
         SourceError: it's no Parquet file or a damaged one, or a column is missing or of a type that can't
@@ -49,27 +48,27 @@ def read_parquet(file: SourceFile, columns: Columns, notices: Notices) -> Iterat
 def read_rows(
     file: SourceFile, columns: Columns, group: int, skip: int, count: int, first_row: int
 ) -> Iterator[Parsed]:
-    """`count` rows, in row group `group` and the following ones, after the first `skip` of that group.
+    """Yield `count` rows of row group `group` and the following ones, after the first `skip` rows of that group.
 
-    `first_row` is the number of the first one in the file, from 1. Raises as `read_parquet`.
+    `first_row` is the number of the first row yielded, counted from 1 in the file. Raises as `read_parquet`.
     """
     with _Table(file, columns, Notices()) as table:
         yield from table.rows(group, skip, count, first_row)
 
 
 def row_groups(file: SourceFile, columns: Columns, notices: Notices) -> Iterator[tuple[int, int, int]]:
-    """Each row group by its metadata: (number, rows, average bytes of a row's texts). Raises as `read_parquet`."""
+    """Yield each row group from the metadata: (number, rows, average bytes a row). Raises as `read_parquet`."""
     with _Table(file, columns, notices) as table:
         for group in range(table.metadata.num_row_groups):
             yield group, table.metadata.row_group(group).num_rows, table.average_bytes(group)
 
 
 class _DataReachedError(Exception):
-    """Metadata has been read without a fault."""
+    """Arrow has parsed the metadata and asks for data."""
 
 
 class _MetadataOnly(io.RawIOBase):
-    """A file of the right size whose bytes nobody may read."""
+    """File of the right size whose bytes can't be read, to let Arrow parse metadata alone."""
 
     def __init__(self, size: int) -> None:
         self._size, self._at = size, 0
@@ -92,7 +91,7 @@ class _MetadataOnly(io.RawIOBase):
 
 
 class _Table:
-    """An open Parquet file, and the columns that are wanted of it."""
+    """Open Parquet file, with the columns to read."""
 
     def __init__(self, file: SourceFile, columns: Columns, notices: Notices) -> None:
         self._file = file
@@ -129,7 +128,7 @@ class _Table:
         self._raw.close()
 
     def rows(self, group: int, skip: int, count: int, first: int) -> Iterator[Parsed]:
-        """`count` rows from row group `group` on, after `skip` of its rows; `first` numbers them."""
+        """Yield `count` rows from row group `group` on, after `skip` of its rows; `first` is the first one's number."""
         try:
             parquet, folded = (_piece_by_piece(self._raw, self.metadata, columns) for columns in ([], self._texts))
             while count and group < self.metadata.num_row_groups:
@@ -150,7 +149,7 @@ class _Table:
     def _group(
         self, parquet: pq.ParquetFile, folded: pq.ParquetFile, group: int, skip: int, count: int
     ) -> Iterator[pa.RecordBatch]:
-        """Up to `count` rows of a group past the first `skip`, in small parts."""
+        """Yield up to `count` rows of a group past the first `skip`, in small batches."""
         self._check_pages(group)
         longest = self._longest_bytes(folded, group)
         rows = min(_BATCH_ROWS, BLOCK_BYTES // self.average_bytes(group), _BATCH_BYTES // longest)
@@ -182,7 +181,7 @@ class _Table:
         return _values(part.column(column), self._types[column])
 
     def _longest_bytes(self, folded: pq.ParquetFile, group: int) -> int:
-        """The longest string that the group's texts may hold more often than their sizes show; at least 1.
+        """Return the longest string that the group's texts may hold more often than their sizes show; at least 1.
 
         A small file may name one long text a million times in a dictionary, or write but what differs from the one
         before.
@@ -199,7 +198,7 @@ class _Table:
         return longest
 
     def average_bytes(self, group: int) -> int:
-        """What a row of a group takes unpacked, before dictionaries unfold; at least 1."""
+        """Return the average bytes of a decompressed row of a group, dictionaries still folded; at least 1."""
         self._check_chunks(group)
         found = self.metadata.row_group(group)
         stored = [found.column(at) for at in self._stored]
@@ -209,14 +208,7 @@ class _Table:
         return max(1, unpacked // max(1, found.num_rows))
 
     def _check_pages(self, group: int) -> None:
-        """Raise `SourceError` where a page's header would have Arrow make room for what can't be there.
-
-        An object's pages aren't looked at, since each header would be a request of its own. There it stays with what
-        the footer says, which is held against the object's size; a page has at most 2 GiB.
-        """
-        assert self._file.uri is not None
-        if is_remote(self._file.uri):
-            return
+        """Raise `SourceError` where a page's header would have Arrow allocate more than the file can hold."""
         self._check_chunks(group)
         check_pages(self._file, tuple(self._stored_in(group, at) for at in self._stored))
 
@@ -246,7 +238,7 @@ class _Table:
 
 
 def _piece_by_piece(raw: BinaryIO | _MetadataOnly, metadata: pq.FileMetaData, folded: list[str]) -> pq.ParquetFile:
-    """Open for reading in bounded memory; the columns `folded` stay dictionaries."""
+    """Open a file for reading in bounded memory; the columns `folded` stay dictionaries."""
     return pq.ParquetFile(
         raw,
         metadata=metadata,
@@ -270,7 +262,7 @@ def _metadata(raw: BinaryIO, name: str) -> pq.FileMetaData:
 
 
 def _checked(schema: pa.Schema, name: str, columns: Columns) -> list[str]:
-    """The columns to read; `SourceError` where one is missing, stands twice or can't serve."""
+    """Return the columns to read; raise `SourceError` if one is missing, duplicated or of an unusable type."""
     for field, column in columns.required:
         if column not in schema.names:
             texts = [field.name for field in schema if _is_text(field.type) and field.name != columns.key]
@@ -315,13 +307,13 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    """Whether its values are strings, numbers, booleans or nothing."""
+    """Return True if a type's values are strings, numbers, booleans or null."""
     tests = (_is_text, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
     return any(test(kind) for test in tests)
 
 
 def _is_written_out(kind: pa.DataType) -> bool:
-    """Return whether its values become strings, since JSON hasn't their like."""
+    """Return True if a type's values are written as strings, since JSON has no such type."""
     return pa.types.is_decimal(kind) or pa.types.is_temporal(kind) or kind == pa.uuid()
 
 
@@ -330,14 +322,14 @@ def _can_be_carried(kind: pa.DataType) -> bool:
 
 
 def _is_json(kind: pa.DataType) -> bool:
-    """Whether it is plain, or lists and structs of what is."""
+    """Return True for a plain type, and for lists and structs of plain types."""
     if pa.types.is_nested(kind):
         return all(_is_json(kind.field(at).type) for at in range(kind.num_fields))
     return _is_plain(kind)
 
 
 def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """Parts whose strings take about 8 MiB, all of a type that the kernels take."""
+    """Yield slices whose strings take about 8 MiB, of types that Arrow's kernels accept."""
     sizes = np.zeros(len(batch), np.int64)
     columns = [_unfolded(column) for column in batch.columns]
     for column in columns:
@@ -351,7 +343,7 @@ def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def _unfolded(column: pa.Array) -> pa.Array:
-    """Strings of any kind as large strings, which don't overflow; other columns as they are."""
+    """Return strings of any type as large strings, whose offsets don't overflow; other columns unchanged."""
     if not _is_text(column.type):
         return column
     if pa.types.is_dictionary(column.type):
@@ -360,7 +352,7 @@ def _unfolded(column: pa.Array) -> pa.Array:
 
 
 def _schema(metadata: pq.FileMetaData) -> pa.Schema:
-    """The columns, with those of Parquet's types that Arrow takes for mere bytes as what they are."""
+    """Return the Arrow schema, with UUIDs and intervals typed: Arrow reads both as plain bytes."""
     schema = metadata.schema.to_arrow_schema()
     for stored in map(metadata.schema.column, range(metadata.num_columns)):
         kind = {"UUID": pa.uuid(), "INTERVAL": pa.month_day_nano_interval()}.get(stored.logical_type.type)
@@ -373,7 +365,7 @@ def _schema(metadata: pq.FileMetaData) -> pa.Schema:
 
 
 def _values(column: pa.Array, kind: pa.DataType) -> list[object]:
-    """Python values of a column of the schema's type `kind`; invalid UTF-8 becomes surrogates."""
+    """Return a column's Python values, `kind` being its type in the schema; invalid UTF-8 becomes surrogates."""
     if pa.types.is_large_string(column.type):
         data = column.cast(pa.large_binary()).to_numpy(zero_copy_only=False)
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in data]
@@ -395,7 +387,7 @@ def _values(column: pa.Array, kind: pa.DataType) -> list[object]:
 
 
 def _moments(column: pa.Array) -> list[object]:
-    """Dates, times and moments as ISO 8601 has them, in UTC, as `datetime` writes them; of nanoseconds all digits."""
+    """Return dates, times and timestamps in ISO 8601, in UTC, as `datetime` has them; nanoseconds stay."""
     kind = column.type
     zone = "+00:00" if pa.types.is_timestamp(kind) and kind.tz else ""
     if pa.types.is_time(kind):
@@ -409,7 +401,7 @@ def _moments(column: pa.Array) -> list[object]:
 
 
 def _shortest(moment: str) -> str:
-    """With no fraction of a second, or six digits of it, or nine."""
+    """Return a timestamp with no fraction of a second, or with six digits of it, or nine."""
     whole, _, fraction = moment.partition(".")
     digits = fraction.ljust(9, "0")
     if not int(digits):

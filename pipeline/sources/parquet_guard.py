@@ -1,10 +1,9 @@
-"""The headers of Parquet's pages, looked at before a page is unpacked: memory is made ready by what they say, and what
-a damaged or malicious one says has no bound.
+"""Validation of Parquet page headers before Arrow reads the pages: Arrow allocates as much as a header claims, and a
+damaged or malicious header may claim anything.
 
 https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift, in Thrift's compact protocol.
 """
 
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ GROWS = "the data grows over 1,000-fold; write it again with less compression."
 # Fields of a PageHeader.
 _KIND, _UNPACKED, _PACKED = 1, 2, 3
 _DICTIONARY: Final = 2
-#: By kind, the field with the header of its own, whose first one counts values; other kinds have none.
+#: By kind of page, the field with its own header, whose first field counts values; other kinds have none.
 _OWN: Final = {0: 5, _DICTIONARY: 7, 3: 8}
 _VALUES = 1
 
@@ -30,11 +29,9 @@ _MOST_FIELD = 2**15 - 1
 _MOST_DEPTH = 8
 _MOST_VARINT_BITS = 63
 _MOST_SKIPPED_BYTES = 2**31
-#: Of one header, without the strings of its statistics. They have about fifty.
+#: Upper bound of one header without the strings of its statistics; usual ones have about fifty bytes.
 _MOST_HEADER_BYTES = 1024
-#: Read at once.
-_READ_BYTES = 16 * 1024
-#: Row groups whose pages are known to be good.
+#: Row groups remembered as checked.
 _KEPT = 4096
 
 Fields = dict[int, "int | Fields"]
@@ -42,26 +39,26 @@ Fields = dict[int, "int | Fields"]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a column of a row group is in its file, and what the footer says of it."""
+    """Column chunk: place of a row group's column in the file, and its figures in the footer."""
 
     start: int
     bytes: int
-    #: No page after as many is read.
+    #: Arrow reads no page beyond this many values.
     values: int
     rows: int
-    #: Whether a row may have several values.
+    #: True if a row may have several values.
     repeated: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What the header of a page says."""
+    """Header of a page."""
 
     packed_bytes: int
     unpacked_bytes: int
     values: int
     is_dictionary: bool
-    #: Whether the header could be read, and the page ends where its column does, or before.
+    #: True if the header could be parsed and the page ends within its column.
     sound: bool
 
 
@@ -70,14 +67,14 @@ _UNREADABLE = Page(0, 0, 0, is_dictionary=False, sound=False)
 
 @lru_cache(maxsize=_KEPT)
 def check_pages(file: SourceFile, columns: tuple[Stored, ...]) -> None:
-    """Look at each page of a local file's row group, once in a process however many chunks are cut from it.
+    """Check each page of a row group, once in a process however many chunks are cut from it.
+
+    Of an object this takes about one more read of these columns: a request for each page would take longer.
 
     Raises:
-        SourceError: a page's header would have Arrow make room for what can't be there.
+        SourceError: a page's header would have Arrow allocate more than the file can hold.
     """
-    raw = file.open()
-    assert isinstance(raw, io.BufferedReader)
-    with io.BufferedReader(raw.detach(), _READ_BYTES) as headers:
+    with file.open() as headers:
         for column in columns:
             for page in pages(headers, column):
                 if not page.sound or page.values > _most_values(page, column):
@@ -88,14 +85,14 @@ def check_pages(file: SourceFile, columns: tuple[Stored, ...]) -> None:
 
 
 def _most_values(page: Page, column: Stored) -> float:
-    """How many values a page may have: of a dictionary each takes a byte or more, and of a plain column a row."""
+    """Return the most values that a page may have: one per byte in a dictionary, one per row in a flat column."""
     if page.is_dictionary:
         return page.unpacked_bytes
     return inf if column.repeated else column.rows
 
 
 def pages(raw: BinaryIO, column: Stored) -> Iterator[Page]:
-    """The pages of a column, in order; none after one that isn't sound."""
+    """Yield the pages of a column in order, ending after one that isn't sound."""
     raw.seek(column.start)
     at, values = column.start, 0
     while at < column.start + column.bytes and values < column.values:
@@ -110,7 +107,7 @@ def pages(raw: BinaryIO, column: Stored) -> Iterator[Page]:
 
 
 def _page(header: "_Header", room: int) -> Page:
-    """The page whose header comes next; both may take `room` bytes."""
+    """Parse the next page's header; header and page may take `room` bytes."""
     try:
         found = header.struct()
     except _NoHeaderError:
@@ -127,20 +124,20 @@ def _page(header: "_Header", room: int) -> Page:
 
 
 class _NoHeaderError(Exception):
-    """The bytes can't be read as a header."""
+    """The bytes aren't a page header."""
 
 
 class _Header:
-    """The header that begins where a file is at."""
+    """Header at a file's current position."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
-        #: Read or passed over so far.
+        #: Bytes read or skipped so far.
         self.bytes = 0
         self._read = 0
 
     def struct(self, depth: int = 0) -> Fields:
-        """Numbers of 32 bits and structs by field; other fields are passed over, as Arrow does."""
+        """Return 32-bit integers and structs by field, skipping other fields as Arrow does."""
         if depth > _MOST_DEPTH:
             raise _NoHeaderError
         fields: Fields = {}
@@ -171,7 +168,7 @@ class _Header:
             raise _NoHeaderError
 
     def _integer(self) -> int:
-        """A signed number, in zigzag."""
+        """Return a signed integer, decoded from zigzag."""
         found = self._varint()
         return (found >> 1) ^ -(found & 1)
 

@@ -1,5 +1,4 @@
-"""Delivery of events: signed as the Standard Webhooks specification says, at least once, with the same id and body each
-time."""
+"""At-least-once webhook delivery, signed by the Standard Webhooks specification; id and body are the same each try."""
 
 import hashlib
 import hmac
@@ -7,7 +6,6 @@ import time
 from base64 import b64decode, b64encode
 from dataclasses import dataclass
 from http import HTTPStatus
-from urllib.parse import urlsplit
 
 import httpcore2 as httpcore
 import structlog
@@ -17,26 +15,26 @@ from pipeline.core.errors import Waiting
 from pipeline.core.requests import EventState
 from pipeline.db import events
 from pipeline.infra import metrics
-from pipeline.infra.http import Deadlines
+from pipeline.infra.http import answered_status
 from pipeline.infra.settings import Settings
 from pipeline.webhooks.allowlist import is_allowed, shown
 
 log = structlog.get_logger()
 
-#: After the first try that fails, the second, and so on; a day in all.
+#: Backoff after the first failed try, the second, and so on; about a day in all.
 WAITS_SECONDS = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800, 28_800)
 _TRY_SECONDS = 10.0
-#: Of one host before others' turn.
+#: Tries for one host before it is other hosts' turn.
 _MOST_TRIES = 100
-#: A try whose dispatcher died is made again after so long.
+#: Time after which a try whose dispatcher died is repeated.
 _LEASE_SECONDS = 60.0
 
 
 def signatures(secrets: str, event_id: str, timestamp: int, body: str) -> str:
-    """The header `webhook-signature`: `v1,` and base64 of HMAC-SHA256 over id, time and body, by each secret.
+    """Return the header `webhook-signature`: `v1,` and base64 of HMAC-SHA256 over id, time and body, by each secret.
 
     Args:
-        secrets: `whsec_…`, with spaces between several.
+        secrets: `whsec_…`, several separated by spaces.
     """
     signed = f"{event_id}.{timestamp}.{body}".encode()
     keys = (b64decode(secret.removeprefix("whsec_")) for secret in secrets.split())
@@ -45,15 +43,15 @@ def signatures(secrets: str, event_id: str, timestamp: int, body: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a try means."""
+    """Decision after a try."""
 
     state: EventState
-    #: Until the next try, of an event that still waits.
+    #: Backoff until the next try, for an event that still waits.
     wait_seconds: float = 0
 
 
 def judge(status: int | None, tries: int) -> Verdict:
-    """What an answer's status, or none, means after so many tries."""
+    """Return the decision after so many tries, by the status of the last response, `None` if none came."""
     if status is not None and 200 <= status < 300:
         return Verdict(EventState.DELIVERED)
     if status == HTTPStatus.GONE or tries > len(WAITS_SECONDS):
@@ -62,11 +60,11 @@ def judge(status: int | None, tries: int) -> Verdict:
 
 
 def deliver(engine: Engine, settings: Settings, host: str) -> None:
-    """Tell the webhooks of a host of the events that are due, one after the other: who doesn't answer keeps nobody else
-    waiting. No connection of the database is held meanwhile.
+    """Deliver a host's due events, one after the other. A host that doesn't answer delays no other. No database
+    connection is held during a request.
 
     Raises:
-        Waiting: it doesn't answer.
+        Waiting: the host doesn't answer.
     """
     for _ in range(_MOST_TRIES):
         with engine.begin() as connection:
@@ -78,7 +76,7 @@ def deliver(engine: Engine, settings: Settings, host: str) -> None:
 
 
 def _try(engine: Engine, settings: Settings, event: RowMapping) -> bool:
-    """Tell of an event. Returns whether an answer came."""
+    """Try to deliver an event. Return True if a response came."""
     status, answer = _send(event, settings)
     verdict = judge(status, event["tries"])
     with engine.begin() as connection:
@@ -94,31 +92,25 @@ def _try(engine: Engine, settings: Settings, event: RowMapping) -> bool:
 
 
 def _send(event: RowMapping, settings: Settings) -> tuple[int | None, str]:
-    """A try: the answer's status, if one came, and what happened, for a person."""
-    # Looked at again: what was allowed when the job was made may be so no more.
+    """Send an event. Return the response's status, if one came, and the outcome in words, for a person."""
+    # Checked again, since the allowlist may have changed after the job was made.
     if not is_allowed(event["url"], settings.webhooks):
         return None, "not below an address in VECTORMILL_WEBHOOKS of the dispatcher"
     if settings.webhook_secret is None:
         return None, "no VECTORMILL_WEBHOOK_SECRET to sign with"
     now, body = int(time.time()), event["body"]
     headers = {
-        "host": urlsplit(event["url"]).netloc,
         "content-type": "application/json",
-        "user-agent": "vectormill",
         "webhook-id": event["id"],
         "webhook-timestamp": str(now),
         "webhook-signature": signatures(settings.webhook_secret.get_secret_value(), event["id"], now, body),
     }
-    deadlines = Deadlines()
-    deadlines.end_at(time.monotonic() + _TRY_SECONDS)
     try:
-        # No proxy and no redirection: the operator has said which addresses there are. Only the status is read.
-        with (
-            httpcore.ConnectionPool(network_backend=deadlines) as pool,
-            pool.stream("POST", event["url"], headers=list(headers.items()), content=body.encode()) as response,
-        ):
-            return response.status, f"answers {response.status}"
+        status = answered_status(
+            "POST", event["url"], seconds=_TRY_SECONDS, headers=headers.items(), content=body.encode()
+        )
+        return status, f"answers {status}"
     except httpcore.TimeoutException:
         return None, f"doesn't answer within {_TRY_SECONDS:g} s"
-    except Exception as error:  # noqa: BLE001 - an address that no name server takes, a missing file of authorities
+    except Exception as error:  # noqa: BLE001 - a host name that no resolver takes, a missing CA bundle
         return None, f"can't be reached ({type(error).__name__})"

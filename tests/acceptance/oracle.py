@@ -18,6 +18,7 @@ from pipeline.db import embeddings
 from pipeline.infra import storage
 from pipeline.jobs.verification import verified_receipt
 from tests.acceptance import witness
+from tests.support.object_store import content_of
 
 _LEAST_COSINE = 0.99999
 #: Of a vector's length, which float16 keeps so well.
@@ -80,9 +81,9 @@ def _output(connection: Connection, job: UUID) -> str | None:
 
 def _parts(folder: str) -> Iterator[pa.Table]:
     """The files that a data set's manifest lists; a data set without one isn't there."""
-    manifest = storage.read(f"{folder}/_manifest.json")
+    manifest = content_of(f"{folder}/_manifest.json")
     for file in json.loads(manifest)["files"] if manifest else ():
-        yield pq.read_table(io.BytesIO(storage.read(f"{folder}/{file['name']}") or b""))
+        yield pq.read_table(io.BytesIO(content_of(f"{folder}/{file['name']}") or b""))
 
 
 def _counts(connection: Connection, job: UUID) -> Iterator[str]:
@@ -127,9 +128,9 @@ def _fences(connection: Connection, job: UUID) -> Iterator[str]:
 
 def _files(connection: Connection, job: UUID) -> Iterator[str]:
     """A data set's folder holds what the manifest lists, and beside it at most what lost claims wrote late: see
-    ops/decisions/0005."""
+    docs/explanation/decisions/0005."""
     folder = _output(connection, job)
-    manifest = folder and storage.read(f"{folder}/{parquet_sink.MANIFEST}")
+    manifest = folder and content_of(f"{folder}/{parquet_sink.MANIFEST}")
     if not folder or not manifest:
         return
     wanted = {parquet_sink.MANIFEST, parquet_sink.SUCCESS, *(file["name"] for file in json.loads(manifest)["files"])}

@@ -14,7 +14,7 @@ import pytest
 from pipeline.infra import storage
 from pipeline.jobs.verification import verified_receipt
 from tests.acceptance.fleet import Fleet, eventually
-from tests.support.object_store import environment_of, s3_server
+from tests.support.object_store import content_of, environment_of, s3_server
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_one_data_set_though_workers_die_in_their_parts(
     assert names - parts == {"_manifest.json", "_SUCCESS"}
     folder = tmp_path / "out"
     for name in parts:
-        storage.write(str(folder / name), storage.read(f"{bucket}/out/{name}") or b"")
+        storage.write(str(folder / name), content_of(f"{bucket}/out/{name}") or b"")
     keys = sorted(f"doc-{n}" for n in range(len(texts)))
     assert sorted(pq.read_table(folder)["key"].to_pylist()) == keys
     assert sorted(pl.read_parquet(folder / "*.parquet")["key"]) == keys

@@ -1,11 +1,14 @@
 """Files where they are: local ones, and objects on a real S3 server."""
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import SourceChanged, SourceError, StorageRefused, StorageUnreachable, UserError
@@ -13,7 +16,7 @@ from pipeline.core.options import Columns
 from pipeline.infra import storage
 from pipeline.sources import Corpus
 from tests.chaos.disk import small_disk
-from tests.support.object_store import environment_of, s3_server
+from tests.support.object_store import content_of, environment_of, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def put(folder: str, name: str, data: bytes = b"some bytes") -> storage.Stat:
 def test_what_is_written_is_read(folder: str) -> None:
     data = os.urandom(3_000_000)
     found = put(folder, "a/b.bin", data)
-    assert storage.read(found.uri) == data
+    assert content_of(found.uri) == data
     with storage.open_file(found.uri, found.etag) as file:
         assert file.read(10) == data[:10]
         assert file.seek(-5, os.SEEK_END) == len(data) - 5
@@ -70,7 +73,7 @@ def test_a_full_disk_is_for_a_person_to_mend(tmp_path: Path) -> None:
 def test_what_isnt_there(folder: str) -> None:
     uri = storage.join(folder, "nothing")
     assert storage.stat(uri) is None
-    assert storage.read(uri) is None
+    assert content_of(uri) is None
     assert list(storage.names_below(uri)) == []
     storage.delete(uri)
     with pytest.raises(SourceChanged, match=r"nothing: the file was there when the job was made and is gone"):
@@ -151,6 +154,22 @@ def test_the_same_files_by_the_same_pattern(folder: str, pattern: str, tmp_path:
     corpus = Corpus([storage.join(folder, pattern)], Columns(), 100)
     assert [file.uri for file in corpus.files] == [storage.join(folder, f"{name}.jsonl") for name in expected]
     assert sum(len(rows.keys) for rows in corpus.blocks()) == len(expected)
+
+
+def test_a_page_is_refused_before_memory_is_made_ready_for_it(folder: str) -> None:
+    written = io.BytesIO()
+    table = pa.table({"text": [f"some text, number {n}" for n in range(1_000)]})
+    pq.write_table(table, written, compression="zstd", use_dictionary=False)
+    data = bytearray(written.getvalue())
+    # A header of the first page that claims 1 GB unpacked of 50 bytes packed, over the one that is there.
+    claimed = b"\x15\x00\x15\x80\xa8\xd6\xb9\x07\x15\x64\x2c\x15\xd0\x0f\x15\x00\x15\x06\x15\x06\x00\x00"
+    data[4 : 4 + len(claimed)] = claimed
+    put(folder, "a.parquet", bytes(data))
+    corpus = Corpus([storage.join(folder, "a.parquet")], Columns(), 100)
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(SourceError, match=r"a\.parquet: the data grows over 1,000-fold"):
+        list(corpus.blocks())
+    assert pa.default_memory_pool().max_memory() - before < 100_000_000
 
 
 def test_nothing_matches(folder: str) -> None:

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import boto3
 
@@ -27,19 +29,39 @@ def s3_server(*buckets: str) -> Iterator[dict[str, str]]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             _await(port, process)
-            client = boto3.client(
-                "s3",
-                endpoint_url=environment["AWS_ENDPOINT_URL"],
-                aws_access_key_id="test",
-                aws_secret_access_key="test",
-                region_name="us-east-1",
-            )
+            client = _client(environment["AWS_ENDPOINT_URL"])
             for bucket in buckets:
                 client.create_bucket(Bucket=bucket)
             client.close()
             yield environment
         finally:
             process.terminate()
+
+
+def _client(endpoint: str) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    )
+
+
+def content_of(uri: str) -> bytes | None:
+    """Return a file's bytes, read by other code than the project's own; None if there is none."""
+    if not uri.startswith("s3://"):
+        path = Path(uri)
+        return path.read_bytes() if path.exists() else None
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    client = _client(os.environ["AWS_ENDPOINT_URL"])
+    try:
+        content: bytes = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    except client.exceptions.NoSuchKey:
+        return None
+    finally:
+        client.close()
+    return content
 
 
 def _await(port: int, process: "subprocess.Popen[bytes]") -> None:
