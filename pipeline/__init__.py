@@ -1,20 +1,20 @@
-"""The pipeline, from a request for a job to its receipt. The packages, in the order of the data's way:
+"""The pipeline, from the submission of a job to its receipt. Its packages, in the order in which data passes them:
 
-    core/               pure: jobs, chunks, models, options, errors, OpenAI's shapes
+    core/               pure code: jobs, chunks, models, options, errors, OpenAI's shapes
     infra/              settings, logs, metrics, HTTP, storage, leases
-    db/                 the schema, its migrations' runner, every SQL statement as a named function
-    catalog/            models and vector spaces; keys to the api
-    sources/            files, tables and queries become rows, judged
-    ingest/             a request becomes a job: options, staging, chunking; the same asked for in SQL; an estimate
-    dispatch/           leader, scheduler (fair share), maintenance, completion, background tasks
-    broker              messages out, a chunk's address each
-    chunk_io/           a claimed chunk is read, and committed to its sink in one transaction
+    db/                 the schema, the migration runner, every SQL statement as a named function
+    catalog/            models and vector spaces; API keys
+    sources/            readers and validation of files, tables and queries
+    ingest/             submission of a job: options, staging, chunking; requests made in SQL; the estimate
+    dispatch/           leader election, scheduler (fair share), maintenance, completion, background tasks
+    broker              outgoing messages, each with the address of one chunk
+    chunk_io/           the reader of a claimed chunk, and the one transaction that commits it to its sink
     jobs/               control, status, receipt and its verification, results, purge, restore
-    webhooks/           who is told of a job's end, of what, and how
-    batch_api/          OpenAI's batch requests: files become jobs, and their ends files
-    doctor/             what is wrong with a deployment; a process's health check
+    webhooks/           events, the allowlist of receivers, and delivery
+    batch_api/          OpenAI's batch requests: input files become jobs, results become output files
+    doctor/             diagnosis of a deployment; the health check of a process
     embedded/           servers from wheels, the process tree of `vectormill up`
-    cli/, api/          the doors; api/: v1 (OpenAI's), gateway (what that goes through), status, dashboard
+    cli/, api/          command line and HTTP; api/: v1 (OpenAI's), the gateway behind it, status, dashboard
 
 Workers live in `workers/`; nothing here imports torch.
 """

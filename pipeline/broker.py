@@ -1,4 +1,4 @@
-"""Messages: the doorbell that tells workers of a pending chunk. Losing one costs a lap of the dispatcher, no more."""
+"""Celery messages that tell workers of pending chunks. A lost message only costs one lap of the dispatcher."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,25 +15,29 @@ from pipeline.infra.redis_keys import is_of_another_type, make_anew
 from pipeline.infra.settings import verifying
 
 RUN_CHUNK = "vectormill.run_chunk"
-#: What the names of models' queues begin with.
+#: Prefix of the names of models' queues.
 QUEUE = "embed."
-#: What a worker without models listens to; nobody writes there.
+#: Queue of a worker without models; nothing is ever sent there.
 IDLE_QUEUE = "vectormill.idle"
 
 
 def queue_of(slug: str) -> str:
-    """The queue of a model."""
+    """Return the name of a model's queue."""
     return QUEUE + slug
 
 
 def celery_settings(redis_url: str) -> dict[str, Any]:
-    """How both ends use Celery. Postgres is the truth: a message may be lost or come twice, and no result is kept."""
+    """Return the Celery settings that publishers and workers share.
+
+    Postgres is the truth: a message may be lost or delivered twice, and no result is kept.
+    """
     url, tls = _tls(redis_url)
     return {
         "broker_url": url,
         "broker_use_ssl": tls,
-        # A worker that dies loses the message; the dispatcher rings again. Late acknowledgement would let a dropped
-        # connection run a running chunk twice, and redelivery would loop a text that kills its process.
+        # A worker that dies loses the message, and the dispatcher sends another. With late acknowledgement, a dropped
+        # connection would start a running chunk a second time. With redelivery, a text that kills its process would
+        # come back without end.
         "task_acks_late": False,
         "task_reject_on_worker_lost": False,
         "worker_prefetch_multiplier": 1,
@@ -45,7 +49,7 @@ def celery_settings(redis_url: str) -> dict[str, Any]:
         "task_default_queue": IDLE_QUEUE,
         "task_send_sent_event": True,
         "worker_send_task_events": True,
-        # Neither a loading model nor a busy machine must get a fresh child killed.
+        # A new child must not be killed because its model loads slowly or the machine is busy.
         "worker_pool_start_method": "spawn",
         "worker_proc_alive_timeout": 1_800,
         "worker_hijack_root_logger": False,
@@ -58,15 +62,17 @@ def celery_settings(redis_url: str) -> dict[str, Any]:
             "socket_connect_timeout": 3,
             "socket_keepalive": True,
             "health_check_interval": 10,
-            # One list a queue, so that its length is the number of waiting messages.
+            # One list per queue, so that its length is the number of waiting messages.
             "priority_steps": [0],
         },
     }
 
 
 def _tls(redis_url: str) -> tuple[str, dict[str, Any] | None]:
-    """A URL without what it says of TLS, and that as Celery and Flower take it: kombu verifies nothing that it isn't
-    told to."""
+    """Split a URL into the URL without its TLS options, and these options in the form that Celery and Flower take.
+
+    They must be explicit: by default kombu verifies nothing.
+    """
     parts = urlsplit(verifying(redis_url))
     if parts.scheme != "rediss":
         return redis_url, None
@@ -76,7 +82,7 @@ def _tls(redis_url: str) -> tuple[str, dict[str, Any] | None]:
 
 
 class Publisher:
-    """Rings for chunks and counts what still waits."""
+    """Publisher of messages to models' queues, which also reads how long these are."""
 
     def __init__(self, redis_url: str) -> None:
         self._celery = Celery("vectormill", set_as_current=False)
@@ -84,7 +90,7 @@ class Publisher:
         self._redis = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=3)
 
     def waiting(self, slugs: Sequence[str]) -> Mapping[str, int]:
-        """Messages waiting in the queues of these models.
+        """Return the number of messages that wait in each model's queue.
 
         Raises:
             ServiceUnreachable: Redis doesn't answer.
@@ -98,7 +104,7 @@ class Publisher:
             raise ServiceUnreachable("can't reach Redis; check VECTORMILL_REDIS_URL") from error
 
     def _length(self, slug: str, answer: Any) -> int:
-        """A queue's length as Redis answers."""
+        """Return a queue's length from Redis' answer; reset a queue whose key holds another type."""
         if is_of_another_type(answer):
             make_anew(self._redis, {queue_of(slug): "list"})
             return 0
@@ -107,7 +113,7 @@ class Publisher:
         return int(answer)
 
     def ring(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
-        """Tell the model's workers of a pending chunk; `first`: before all that they have been told and not heard yet.
+        """Tell the model's workers of a pending chunk. With `first`, ahead of all messages that still wait.
 
         Raises:
             ServiceUnreachable: Redis doesn't answer.
@@ -116,19 +122,19 @@ class Publisher:
             self._celery.send_task(
                 RUN_CHUNK,
                 args=[str(job_id), chunk_id],
-                # Named so, and not declared, it goes by the anonymous exchange, which needs no binding in Redis: a
-                # wiped Redis loses no route. With exchange="" Celery would take its default queue.
+                # A queue that is named and not declared is reached through the anonymous exchange. It needs no binding
+                # in Redis, so a wiped Redis loses no route. With exchange="" Celery would take its default queue.
                 queue=queue_of(slug),
                 declare=[],
                 argsrepr=f"(job={job_id}, chunk={chunk_id})",
                 retry=False,
             )
-            if first:  # what came last goes to the end that is taken from; if it's gone already, another one does
+            if first:  # move the newest message to the consumers' end; if it's already taken, another one moves
                 self._redis.lmove(queue_of(slug), queue_of(slug), "LEFT", "RIGHT")
         except (OperationalError, redis.RedisError) as error:
             raise ServiceUnreachable("can't reach Redis; check VECTORMILL_REDIS_URL") from error
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections to the broker."""
         self._celery.close()
         self._redis.close()

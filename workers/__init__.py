@@ -1,11 +1,12 @@
-"""The processes that take messages and touch a GPU.
+"""Worker and engine: the processes that take messages or run models on a GPU.
 
-runner/         the worker: Celery's app and its one task, transport of messages and what is believed of one, heartbeat,
-                and run_chunk: claim → read → encode → commit, the heart
-encoders/       a model on its device: layout and proof before it is added, library and reading, batching, a cache
-                local, library, reading and proof are the only imports of torch
-upstream/       a gateway in an encoder's place: client, rate limiter and circuit breaker (Lua), state, attempts, probe
+runner/         the worker: Celery app and its one task, transport and validation of messages, heartbeat, and
+                run_chunk, the core: claim → read → encode → commit
+encoders/       a model on its device: checks and proof before it is added, loading, tokenisation, batching, a cache
+                local, library, reading and proof are the only modules that import torch
+upstream/       client of an upstream as encoder: HTTP, rate limiter and circuit breaker (Lua), state, attempts, probe
 engine/         the encoder behind HTTP for the api: a fair queue, batches across requests, a parent that replaces it
-watchdog        what a chunk's batches and the renewal of its lease tell each other; instrumentation: what is counted
-oneshot         a model in a process of its own, for doors that never import torch
+watchdog        state that a chunk's batches share with the renewal of its lease
+instrumentation metrics and logs of a child process
+oneshot         a model in a separate process, for callers that never import torch
 """

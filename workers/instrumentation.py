@@ -1,4 +1,4 @@
-"""Instrumentation of a child that runs chunks: a step, a batch, a commit, a claim at a time."""
+"""Metrics and logs of a child that runs chunks, by step, batch, commit and claim."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from workers.encoders.batching import Batch
 
 log = structlog.get_logger()
 
-#: How a claim ends by an error; of several that fit, the first. Any other one ends the child.
+#: Outcome of a claim by the error that ended it; the first match counts. Any other error ends the child.
 _OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
     (GatewayBusy, "busy"),
     (GatewayRefused, "refused"),
@@ -41,7 +41,7 @@ _OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
 
 @cache
 def _begin(model: str) -> None:
-    """Show a model's outcomes from zero on: what first shows itself with a count doesn't seem to have grown."""
+    """Create a model's counters at zero: a counter that first appears with a value shows no increase."""
     for outcome in metrics.CLAIM_OUTCOMES:
         metrics.WORKER_CLAIMS.labels(model, outcome)
     for outcome in metrics.ITEM_OUTCOMES:
@@ -49,14 +49,14 @@ def _begin(model: str) -> None:
 
 
 def let_go(model: str, outcome: str) -> None:
-    """A message came to nothing."""
+    """Count a message that led to no claim."""
     _begin(model)
     metrics.WORKER_CLAIMS.labels(model, outcome).inc()
 
 
 @contextmanager
 def claimed(model: str) -> Iterator[None]:
-    """A claim, from its beginning to its end."""
+    """Time a claim, and log and count its outcome."""
     _begin(model)
     begin, outcome = perf_counter(), "done"
     try:
@@ -81,7 +81,7 @@ def _outcome(error: Exception) -> str:
 
 @contextmanager
 def step(model: str, name: str) -> Iterator[None]:
-    """Time of a slot: `read`, `tokenise` or `write`. `ran` counts what `embed` takes."""
+    """Time a step of a slot: `read`, `tokenise` or `write`. The time of `embed` is counted by `ran`."""
     begin = perf_counter()
     try:
         yield
@@ -90,7 +90,7 @@ def step(model: str, name: str) -> Iterator[None]:
 
 
 def while_read(model: str, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock]:
-    """Blocks, each of which is read when it is asked for."""
+    """Yield blocks and time their reading; each one is read when it is asked for."""
     while True:
         with step(model, "read"):
             block = next(blocks, None)
@@ -100,7 +100,7 @@ def while_read(model: str, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock]:
 
 
 def ran(model: str, batch: Batch) -> None:
-    """A batch came back."""
+    """Count a batch that came back, and its time."""
     metrics.WORKER_STEP_SECONDS.labels(model, "embed").observe(batch.seconds)
     if batch.vectors is None:
         return
@@ -111,7 +111,7 @@ def ran(model: str, batch: Batch) -> None:
 
 
 def committed(model: str, part: Commit) -> None:
-    """A part of a chunk is in Postgres."""
+    """Count the items and rejects of a part that is committed to Postgres."""
     metrics.WORKER_ITEMS.labels(model, "embedded").inc(len(part.rows.indexes))
     metrics.WORKER_ITEMS.labels(model, "rejected").inc(len(part.rejects))
     for code, times in Counter(reject.code for reject in part.rejects).items():
@@ -119,12 +119,12 @@ def committed(model: str, part: Commit) -> None:
 
 
 def answered(model: str, status: int, seconds: float) -> None:
-    """A gateway answered a request, or (status 0) didn't."""
+    """Count an upstream's answer to a request; status 0 means that none came."""
     kind = "429" if status == 429 else f"{status // 100}xx" if 200 <= status < 600 else "none"
     metrics.WORKER_GATEWAY_REQUESTS.labels(model, kind).inc()
     metrics.WORKER_GATEWAY_SECONDS.labels(model).observe(seconds)
 
 
 def waited(model: str, seconds: float) -> None:
-    """A request had to wait so long for its gateway's limits."""
+    """Count the time that a request waited for its upstream's limits."""
     metrics.WORKER_THROTTLE_WAIT_SECONDS.labels(model).inc(max(0.0, seconds))

@@ -1,12 +1,14 @@
-"""A model in a process of its own, for doors that never import torch. Reads and writes JSON.
+"""Model in a separate process, for callers that never import torch. Reads and writes JSON.
 
     python -m workers.oneshot devices              [[name, memory in bytes], …]
-    python -m workers.oneshot describe SOURCE      what the catalogue records; --pooling P before it is for bare models
-    python -m workers.oneshot gateway              a gateway's address on standard input → what the catalogue records
-    python -m workers.oneshot queries              {"model", "texts"} → vectors
-    python -m workers.oneshot tokens               {"model", "texts", "max_tokens"} → [lengths, which are cut]
+    python -m workers.oneshot describe SOURCE      the model's record for the catalogue; a bare model needs
+                                                   --pooling P before SOURCE
+    python -m workers.oneshot gateway              an upstream's fields on standard input → its record
+    python -m workers.oneshot queries              {"model", "texts"} on standard input → vectors
+    python -m workers.oneshot tokens               {"model", "texts", "max_tokens"} on standard input
+                                                   → [lengths, flags of truncation]
 
-SOURCE is a folder, or a hub id and its revision. `model` is a catalogue entry, see `pipeline.catalog.portable`.
+SOURCE is a folder, or a hub id and its revision. `model` is a catalogue entry, see `pipeline.catalog.models.portable`.
 
 An error is one line on standard error, and exit code 2.
 """
@@ -26,11 +28,11 @@ from workers.encoders.weights import Source
 
 
 def describe(source: Source, pooling: str | None = None) -> dict[str, Any]:
-    """Prove a model, and tell what the catalogue records of it: fingerprint, sizes, prompts, canary, rate on this
-    machine; and `notes`, sentences for who adds it.
+    """Prove a model, and return its record for the catalogue: fingerprint, sizes, prompts, canary, rate on this
+    machine, and `notes`, sentences for the person who adds it.
 
     Raises:
-        ModelError: it can't be loaded, isn't a dense text encoder, or isn't computed here as by its library.
+        ModelError: it can't be loaded, isn't a dense text encoder, or has other vectors here than by its library.
     """
     folder = source.folder()
     check_layout(folder, pooling)
@@ -39,7 +41,7 @@ def describe(source: Source, pooling: str | None = None) -> dict[str, Any]:
     from workers.encoders.proof import prove
 
     device, _ = list_devices()[0]
-    # Measured as a slot embeds: one of two replicas that share a CPU.
+    # Half of the cores, so that the rate is that of a slot: one of two replicas that share a CPU.
     proof = prove(folder, device, pooling=pooling, threads=max(1, (os.cpu_count() or 1) // 2))
     encoder = proof.encoder
     return {
@@ -70,7 +72,7 @@ def _source(words: list[str]) -> Source:
 
 
 def _rate(encoder: Any) -> float:
-    """Tokens a second over a second's work on texts of usual length."""
+    """Return the tokens per second, measured for a second on texts of usual length."""
     text = "A sentence of a usual length, as it stands in the documents that people embed. " * 4
     tokens, start = 0, perf_counter()
     while perf_counter() - start < 1.0:
@@ -81,10 +83,10 @@ def _rate(encoder: Any) -> float:
 
 
 def queries(model: Model, texts: list[str]) -> list[list[float]]:
-    """Vectors of search queries, with the model's query prompt.
+    """Return the vectors of search queries, embedded with the model's query prompt.
 
     Raises:
-        ModelError: the model isn't what was added to the catalogue, or gives none.
+        ModelError: the model isn't the one that was added to the catalogue, or gives no vectors.
     """
     if model.upstream:
         from workers.upstream import probe
@@ -99,17 +101,17 @@ def queries(model: Model, texts: list[str]) -> list[list[float]]:
 
 
 def tokens(model: Model, texts: list[str], max_tokens: int | None) -> tuple[list[int], list[bool]]:
-    """Return how many tokens the model reads of each document, and whether it cuts it.
+    """Return each document's number of tokens after truncation, and whether it was truncated.
 
     Raises:
-        ModelError: the model isn't what was added to the catalogue.
+        ModelError: the model isn't the one that was added to the catalogue.
     """
     read = loader("cpu", None, "float32")(model).tokenise(texts, max_tokens)
     return read.lengths.tolist(), read.truncated.tolist()
 
 
 def main(arguments: list[str]) -> Any:
-    """Do what the arguments say."""
+    """Run the command that the arguments name, and return its result."""
     match arguments:
         case ["devices"]:
             from workers.encoders.local import list_devices

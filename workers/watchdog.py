@@ -1,4 +1,4 @@
-"""The watchdog of a chunk: what its batches and the thread that renews its lease tell each other."""
+"""Watchdog of a chunk: the state shared by its batches and the thread that renews its lease."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,35 +11,35 @@ from pipeline.core.errors import GatewayBusy, GatewayRefused
 
 @dataclass(slots=True)
 class Watch:
-    """What the renewal thread and the batches tell each other while a chunk runs."""
+    """State that the lease renewal thread and the batches share while a chunk runs."""
 
-    #: A batch that takes longer has hung.
+    #: Time limit of a batch; one that takes longer has hung.
     hung_after_seconds: float
-    #: The chunk is given back when it has taken so long.
+    #: Time limit of the claim; past it, the rest of the chunk is given back.
     most_seconds: float
-    #: What has been made is committed so often; at the end of each slice it always is.
+    #: Interval between commits within a slice. The end of a slice always commits.
     commit_seconds: float = inf
     began: float = field(default_factory=monotonic)
-    #: Infinite while no batch is under way.
+    #: Start of the current batch; infinite while none is running.
     last_batch: float = inf
     #: The job is being cancelled.
     cancelled: bool = False
-    #: A renewal found the chunk to be another claim's.
+    #: A renewal found that the chunk is no longer this claim's.
     lost: bool = False
-    #: Why nothing more comes of the chunk for now: its gateway lets nothing through.
+    #: Error that ends the claim early: the upstream is busy or refuses.
     interruption: GatewayBusy | GatewayRefused | None = None
 
     def beat(self) -> None:
-        """A batch begins: the first one, or the one after that which has just ended."""
+        """Restart the batch clock: a batch begins, the first one or the one after a batch that has just ended."""
         self.last_batch = monotonic()
 
     def rest(self) -> None:
-        """No batch is under way. Waiting for a database that is away is no hang."""
+        """Stop the batch clock. Waiting for a database that is away is not a hang."""
         self.last_batch = inf
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Rest within, and then go on as before."""
+        """Stop the batch clock within the block, and restart it afterwards if it was running."""
         at_work = self.last_batch < inf
         self.rest()
         yield
@@ -48,12 +48,12 @@ class Watch:
 
     @property
     def hung(self) -> bool:
-        """Whether a batch has been under way for too long."""
+        """True if a batch has run past its limit."""
         return monotonic() - self.last_batch > self.hung_after_seconds
 
     @property
     def must_stop(self) -> bool:
-        """Whether to commit what there is and let go of the rest."""
+        """True if the claim must commit what is done and give up the rest."""
         return (
             self.cancelled or self.lost or self.interruption is not None or monotonic() - self.began > self.most_seconds
         )

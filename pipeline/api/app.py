@@ -1,4 +1,4 @@
-"""The api's process: its routes, what an error looks like, start and stop."""
+"""FastAPI application of the api: routes, middleware, error responses, startup and shutdown."""
 
 import asyncio
 import time
@@ -29,7 +29,7 @@ from pipeline.api.gateway.upstreams import Upstreams
 from pipeline.api.methods import Headed, Optioned, Shared, allowed_methods
 from pipeline.api.middleware_metrics import Counted, show
 from pipeline.api.openapi_examples import add_examples
-from pipeline.api.pacing import Lines, Paced
+from pipeline.api.pacing import LeakyBuckets, Paced
 from pipeline.api.packing import Unpacked
 from pipeline.api.paths import Segmented, Trimmed
 from pipeline.api.readiness import readyz
@@ -58,16 +58,16 @@ from pipeline.infra.settings import Settings
 log = structlog.get_logger()
 
 _FORM_BYTES = 1024 * 1024
-#: How far a body may be behind the least rate, and that rate: an upload holds its place meanwhile.
+#: Time by which a body may lag behind the minimum rate, and that rate: an upload holds its place meanwhile.
 _PATIENCE_SECONDS = 60.0
 _LEAST_BYTES_PER_SECOND = 16 * 1024
-#: What is still read of a body that was refused for its size, for clients that write all before they read.
+#: Limits on draining a body that was refused for its size: some clients write all of it before they read the answer.
 _DRAINED_BYTES = 64 * 1024 * 1024
 _DRAIN_SECONDS = 10.0
-#: Of the framework's own refusals; the others are `invalid_payload`.
+#: Status of the framework's own refusals → error code; the others are `invalid_payload`.
 _CODES: dict[int, str] = {HTTPStatus.NOT_FOUND: "not_found", HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed"}
 
-#: How the errors of steps are told; of several that fit, the first.
+#: Error class of a step → status and error code. If several fit, the first one counts.
 _OF_STEPS: dict[type[VectormillError], tuple[int, str]] = {
     UnknownJob: (404, "not_found"),
     UnknownModel: (404, "model_not_found"),
@@ -79,7 +79,7 @@ _OF_STEPS: dict[type[VectormillError], tuple[int, str]] = {
 
 
 def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
-    """The application."""
+    """Return the api's application: its routes, middleware and error handlers."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -122,9 +122,9 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     app.add_exception_handler(VectormillError, _answer_step)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
-    # What stands around an upload's bytes in a form is small.
+    # The rest of a form, around the file's bytes, is small.
     forms = {"/api/jobs": settings.api_upload_bytes, "/v1/files": settings.batch_bytes + _FORM_BYTES}
-    # The last one added is the first one met.
+    # Starlette runs the middleware added last first.
     app.add_middleware(Unpacked, most_bytes=settings.api_body_bytes)
     app.add_middleware(
         Bounded,
@@ -135,20 +135,20 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     app.add_middleware(Optioned, routes=app.router.routes)
     app.add_middleware(Shared, origins=settings.api_origins)
     app.add_middleware(Identified)
-    # Those before it may make another scope of the one that the route is told in.
+    # Counted runs inside the middleware that may copy the scope: the router stores the route in the copy.
     app.add_middleware(Counted)
     app.add_middleware(Headed)
     app.add_middleware(Segmented)
     app.add_middleware(Trimmed)
-    app.state.lines = Lines()
-    app.add_middleware(Paced, lines=app.state.lines)
+    app.state.buckets = LeakyBuckets()
+    app.add_middleware(Paced, buckets=app.state.buckets)
     describe = app.openapi
     app.openapi = partial(_described, describe)  # type: ignore[method-assign]
     return app
 
 
 def _described(describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The OpenAPI description, with examples and how a key is sent."""
+    """Return the OpenAPI description, with examples and the scheme by which a key is sent."""
     found = describe()
     add_examples(found)
     schemes = found.setdefault("components", {}).setdefault("securitySchemes", {})
@@ -161,13 +161,13 @@ async def _healthz(_: Request) -> Response:
 
 
 class Identified:
-    """Gives each request an id, which its answer's header `x-request-id` says; and an answer to what went wrong."""
+    """Middleware that sets a request id, sent back as `x-request-id`, and answers unhandled exceptions."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
+        """Handle one ASGI scope."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -194,8 +194,10 @@ class Identified:
 
 
 class Bounded:
-    """Refuses bodies over a limit before they are read whole, and those that come too slowly, whatever the route does
-    with them. Only the time counts that is spent on waiting for the client."""
+    """Middleware that refuses bodies over a size limit before they are read whole, and those that come too slowly.
+
+    It applies to every route. Only time spent on waiting for the client counts.
+    """
 
     def __init__(
         self,
@@ -210,7 +212,7 @@ class Bounded:
         self._most_seconds, self._patience_seconds = most_seconds, patience_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
+        """Handle one ASGI scope."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -222,24 +224,25 @@ class Bounded:
 
         async def sending(message: Message) -> None:
             if refused and more and message["type"] == "http.response.body" and not message.get("more_body"):
-                # The answer is whole by now. A client that writes before it reads loses it if the line is closed.
+                # The answer is complete by now, but a client that writes before it reads would lose it if the
+                # connection were closed.
                 await send({**message, "more_body": True})
                 await _drain(receive)
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         if refused:
-            more = "expect" not in headers  # such a client waits for the answer
+            more = "expect" not in headers  # with Expect, a client waits for the answer before it sends the body
             await _as_response(scope["path"], _too_large(most_bytes))(scope, receive, sending)
             return
 
         async def receiving() -> Message:
             nonlocal size, waited, more, refused
-            # So long may what has come have taken, and no longer in all.
+            # Time allowed for the bytes received so far, up to the limit for the whole body.
             due = min(self._patience_seconds + size / _LEAST_BYTES_PER_SECOND, self._most_seconds)
             began = time.monotonic()
             try:
-                # After the body comes only that the client has gone, which may take its time.
+                # After the body only the client's disconnect follows, at any time: no timeout.
                 async with asyncio.timeout(due - waited if more else None):
                     message = await receive()
             except TimeoutError as error:
@@ -257,7 +260,7 @@ class Bounded:
 
 
 async def _drain(receive: Receive) -> None:
-    """Read what a client still sends, within bounds."""
+    """Read and discard the rest of a client's body, within limits of bytes and time."""
     left = _DRAINED_BYTES
     with suppress(TimeoutError):
         async with asyncio.timeout(_DRAIN_SECONDS):
@@ -270,7 +273,7 @@ async def _drain(receive: Receive) -> None:
 
 def _too_large(most_bytes: int) -> PayloadTooLarge:
     error = PayloadTooLarge(f"The body is larger than {most_bytes:,} bytes; send less in a request.")
-    # The rest isn't read.
+    # The rest of the body may stay unread, so the connection can't be reused.
     error.headers["connection"] = "close"
     return error
 
@@ -289,7 +292,7 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 async def _answer_step(request: Request, error: Exception) -> Response:
-    """What a step raises, which knows no HTTP."""
+    """Answer an error of a step, which knows no HTTP; raise it again if it has no status here."""
     for kind, (status, code) in _OF_STEPS.items():
         if isinstance(error, kind):
             return _write(request.url.path, status, code, str(error), getattr(error, "field", None))
@@ -302,7 +305,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
         return no_page(request, error.status_code)
     code, headers = _CODES.get(error.status_code, "invalid_payload"), error.headers
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        # The framework tells those of the first route only.
+        # The framework lists the methods of the first matching route only.
         allowed = allowed_methods(request.app.router.routes, request.scope)
         headers = {"allow": allowed} if allowed else headers
     return _write(request.url.path, error.status_code, code, str(error.detail), headers=headers)
@@ -326,7 +329,7 @@ def _as_response(path: str, error: ApiError) -> Response:
 
 
 def _write(path: str, status: int, code: str, message: str, param: str | None = None, headers: Any = None) -> Response:
-    """In OpenAI's envelope below `/v1`, elsewhere as a problem of RFC 9457."""
+    """Return an error in OpenAI's envelope below `/v1`, elsewhere as a problem of RFC 9457."""
     if path == "/v1" or path.startswith("/v1/"):
         return Response(make_error(message, code, status, param), status, headers, "application/json")
     problem = {"type": "about:blank", "title": code.replace("_", " "), "status": status, "detail": message}

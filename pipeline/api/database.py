@@ -1,4 +1,4 @@
-"""Postgres, asked from an event loop."""
+"""Postgres queries off the event loop: transactions in threads, limited in number by workspace."""
 
 import asyncio
 import threading
@@ -11,46 +11,52 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.api.places import Places
+from pipeline.api.fair_semaphore import FairSemaphore
 from pipeline.core.errors import Busy, UpstreamUnavailable
 from pipeline.db import health
 from pipeline.infra import metrics
 
 log = structlog.get_logger()
 
-#: Questions of callers at a time, and those of one workspace; and our own: keys, models, engines, usage.
+#: Concurrent queries of callers, those of one workspace, and the api's own: keys, models, engines, usage.
 _QUESTIONS, _QUESTIONS_OF_ONE, _OWN = 6, 4, 4
-#: As many as the pool has connections, so that none waits for one.
+#: Size of the connection pool: one for each concurrent query, so that none waits for a connection.
 AT_ONCE = _QUESTIONS + _OWN
 
 Found = TypeVar("Found")
 
 
 class Database:
-    """Runs transactions in threads of their own. A server that is frozen keeps a thread for as long as it is: nobody
-    waits for the threads, neither a request nor the end of the process."""
+    """Runner of transactions, each in a thread of its own.
+
+    A frozen server blocks a thread for as long as it is frozen. Neither requests nor the process's shutdown wait for
+    these threads.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._places, self._own = Places(_QUESTIONS, _QUESTIONS_OF_ONE), asyncio.Semaphore(_OWN)
+        self._places, self._own = FairSemaphore(_QUESTIONS, _QUESTIONS_OF_ONE), asyncio.Semaphore(_OWN)
         self._failed = self._answered = float("-inf")
-        #: Whether it answers: one question for all who ask at a time, since anybody may.
+        #: Health check under way, shared by concurrent callers, since anybody may ask for one.
         self._answers: asyncio.Task[datetime] | None = None
 
     @property
     def seconds_since_failure(self) -> float:
-        """Infinite: there was none."""
+        """Seconds since the last failure; infinite if there was none."""
         return time.monotonic() - self._failed
 
     def note_failure(self, error: BaseException) -> None:
-        """It was away."""
+        """Record that the database was unreachable."""
         metrics.API_DATABASE_FAILURES.inc()
         log.warning("database_unreachable", error=type(error).__name__)
         self._failed = time.monotonic()
 
     def note_late(self, seconds: float) -> UpstreamUnavailable | Busy:
-        """A question wasn't answered within so many seconds. It is the database's failure if it answered none in that
-        time; else that question's turn didn't come, or it takes long. Returns what a caller is told."""
+        """Record a query that wasn't answered within so many seconds, and return the error for its caller.
+
+        The database failed if it answered no query in that time. Otherwise this query's turn didn't come, or it
+        takes long.
+        """
         if time.monotonic() - self._answered > seconds:
             self.note_failure(TimeoutError())
             return unreachable()
@@ -58,8 +64,10 @@ class Database:
         return Busy("The gateway has too many questions for its database; try again.", retry_after_seconds=2)
 
     async def ask(self, act: Callable[[Connection], Found], workspace_id: int | None = None) -> Found:
-        """Run `act` in a transaction when it is a workspace's turn, by default ours. A caller that is
-        cancelled leaves it to its end."""
+        """Run `act` in a transaction when it is the turn of the workspace; without one, of the api itself.
+
+        If the caller is cancelled, the transaction still runs to its end.
+        """
         give_back = await self._take(workspace_id)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Found] = loop.create_future()
@@ -97,7 +105,7 @@ class Database:
         return self._own.release
 
     async def answers_within(self, seconds: float) -> None:
-        """Return if it answers. Raises as `ask_within`."""
+        """Check that the database answers. Raises as `ask_within`."""
         if self._answers is None or self._answers.done():
             self._answers = asyncio.create_task(self.ask_within(seconds, health.now))
         await asyncio.shield(self._answers)
@@ -105,11 +113,11 @@ class Database:
     async def ask_within(
         self, seconds: float, act: Callable[[Connection], Found], workspace_id: int | None = None
     ) -> Found:
-        """As `ask`, but not for longer than so many seconds; what `act` does may come to pass all the same.
+        """Run `ask` with a timeout. The transaction may commit all the same after it.
 
         Raises:
-            Busy: it took longer, while others were answered.
-            UpstreamUnavailable: the database is away, or answered nobody in that time.
+            Busy: the timeout passed while other queries were answered.
+            UpstreamUnavailable: the database is away, or answered no query in that time.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -122,5 +130,5 @@ class Database:
 
 
 def unreachable() -> UpstreamUnavailable:
-    """What a caller is told."""
+    """Return the error for a caller when the database is away."""
     return UpstreamUnavailable("The gateway's database can't be reached.", retry_after_seconds=2)

@@ -1,4 +1,4 @@
-"""Dependencies of `/api`'s routes: callers, whose jobs they see, and transactions."""
+"""Dependencies of `/api`'s routes: authentication, request bodies, transactions, and the scope of visible jobs."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -18,19 +18,19 @@ from pipeline.jobs import status
 Found = TypeVar("Found")
 Body = TypeVar("Body", bound=BaseModel)
 
-#: How long Postgres may take for what a person waits for.
+#: Timeout of a query that a person waits for.
 _MOST_SECONDS = 30.0
 SECURITY: dict[str, Any] = {"security": [{"bearer": []}]}
 
 
 class Problem(BaseModel):
-    """What went wrong, by RFC 9457."""
+    """Problem details of RFC 9457."""
 
     type: str
     title: str
     status: int
     detail: str
-    #: The field of the request that is wrong, with which the detail begins. An extension of the RFC's members.
+    #: Request field that is wrong; the detail begins with it. An extension of the RFC's members.
     field: str | None = None
 
 
@@ -48,7 +48,7 @@ _MEANINGS = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """How an OpenAPI description says which problems a route has, besides 401 and 503."""
+    """Return the OpenAPI responses for the problems of a route: 401, 503 and `statuses`."""
     content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
     return {status: {"description": _MEANINGS[status], "content": content} for status in (401, 503, *statuses)}
 
@@ -63,11 +63,11 @@ async def identify(request: Request, authorization: str | None, *, vectors: bool
     """Look up the caller of an Authorization header, and wait for the turn of their workspace.
 
     Args:
-        vectors: they ask for some.
-        turns: what the request costs, by the processor's time.
+        vectors: the request asks for vectors.
+        turns: cost of the request, by processor time.
 
     Raises:
-        Unauthorized, InvalidApiKey: nobody that is known.
+        Unauthorized, InvalidApiKey: the header has no live key.
         ClientDisconnect: as `take_turn` does.
     """
     caller: Caller = await request.app.state.gateway.cache.caller(authorization)
@@ -80,7 +80,7 @@ async def caller_of(request: Request, *, admin: bool = False, vectors: bool = Fa
     """Return the caller of a request, as `identify` does.
 
     Raises:
-        Forbidden: not an admin, where it must be one.
+        Forbidden: `admin` is set, and the key isn't an admin's.
     """
     caller = await identify(request, request.headers.get("authorization"), vectors=vectors, turns=turns)
     if admin:
@@ -89,16 +89,16 @@ async def caller_of(request: Request, *, admin: bool = False, vectors: bool = Fa
 
 
 def workspace_of(request: Request) -> int:
-    """The workspace of who asks, as `caller_of` has found: it pays for the question with a place."""
+    """Return the caller's workspace, as found by `caller_of`. The request takes one of its places."""
     caller: Caller = request.state.caller
     return caller.workspace_id
 
 
 async def read_body(request: Request, shape: type[Body]) -> Body:
-    """A request's body. As a parameter of the route it would be read before the caller is known.
+    """Parse a request's body. As a parameter of the route it would be read before authentication.
 
     Raises:
-        InvalidPayload: it isn't of that shape.
+        InvalidPayload: the body isn't of that shape.
     """
     try:
         return shape.model_validate_json(await request.app.state.transfers.body(request, workspace_of(request)))
@@ -109,16 +109,16 @@ async def read_body(request: Request, shape: type[Body]) -> Body:
 
 
 def described(shape: type[BaseModel]) -> dict[str, Any]:
-    """How an OpenAPI description shows a route with such a body."""
+    """Return the OpenAPI description of a route with such a body, behind a key."""
     content = {"application/json": {"schema": shape.model_json_schema()}}
     return {**SECURITY, "requestBody": {"required": True, "content": content}}
 
 
 async def ask(request: Request, act: Callable[[Connection], Found]) -> Found:
-    """Act in a transaction, beside the event loop, for the caller.
+    """Run `act` in a transaction, off the event loop, in the share of the caller's workspace.
 
     Raises:
-        Busy: other questions took too long.
+        Busy: the query's turn didn't come in time, or it took too long.
         UpstreamUnavailable: the database is away.
     """
     found: Found = await request.app.state.database.ask_within(_MOST_SECONDS, act, workspace_of(request))
@@ -126,10 +126,10 @@ async def ask(request: Request, act: Callable[[Connection], Found]) -> Found:
 
 
 def scope_of(connection: Connection, caller: Caller, workspace: str | None) -> int | None:
-    """The workspace whose things a caller sees; None: all of them.
+    """Return the workspace that a caller sees; None: all of them.
 
     Raises:
-        NotFound: it asks for one that isn't its own, or that doesn't exist.
+        NotFound: the workspace asked for doesn't exist, or isn't the caller's own.
     """
     if workspace is None:
         return None if caller.admin else caller.workspace_id
@@ -151,13 +151,17 @@ async def ask_of_job(
     changes_ended: bool | None = None,
     caller: Caller | None = None,
 ) -> Found:
-    """Act on a job that the caller sees, by its id, the beginning of it, or its name: an admin's own workspace comes
-    before others. `changes_ended`: the act changes a job, one that has ended or one that hasn't. `caller`: who asks, if
-    that is known already.
+    """Run `act` on a job that the caller sees, found by its id, the beginning of its id, or its name.
+
+    An admin's own workspace is searched before the others.
+
+    Args:
+        changes_ended: set if `act` changes the job: True for one that has ended, False for one that hasn't.
+        caller: the caller, if known already.
 
     Raises:
-        UnknownJob: it sees none.
-        UserError: several could be meant that would be changed.
+        UnknownJob: the caller sees no such job.
+        UserError: several jobs fit: their ids begin so, or, for a change, they have this name.
     """
     asks = caller or await caller_of(request)
     job = as_sent(job)

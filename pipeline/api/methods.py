@@ -1,4 +1,4 @@
-"""HEAD and OPTIONS of programs' addresses, and the scripts of other origins that may ask."""
+"""HEAD and OPTIONS for `/v1` and `/api`, and CORS for `/v1`."""
 
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _PREFIXES = ("/v1/", "/api/")
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
-#: The headers that scripts may read, besides those that they always may.
+#: Response headers that CORS exposes to scripts, besides those that they may always read.
 _SHOWN = (
     "retry-after",
     "retry-after-ms",
@@ -23,13 +23,13 @@ _SHOWN = (
 
 
 class Headed:
-    """Answers HEAD as GET, without the body."""
+    """Middleware that answers HEAD as GET, without the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
+        """Handle one ASGI scope."""
         if scope["type"] != "http" or scope["method"] != "HEAD" or not scope["path"].startswith(_PREFIXES):
             await self._app(scope, receive, send)
             return
@@ -39,7 +39,7 @@ class Headed:
             nonlocal is_over
             if message["type"] == "http.response.body":
                 if is_over:
-                    # A long body isn't read to its end: to who makes it, the client has gone.
+                    # Don't produce a long body to its end: its producer sees a client that has gone.
                     raise ClientDisconnect
                 is_over, message = True, {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
@@ -48,13 +48,13 @@ class Headed:
 
 
 class Optioned:
-    """Answers OPTIONS with the methods that an address has."""
+    """Middleware that answers OPTIONS with the methods that an address has."""
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app, self._routes = app, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
+        """Handle one ASGI scope."""
         answer: ASGIApp = self._app
         is_asked = scope["type"] == "http" and scope["method"] == "OPTIONS"
         if is_asked and (allowed := allowed_methods(self._routes, scope)):
@@ -63,7 +63,7 @@ class Optioned:
 
 
 def allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> str:
-    """The methods that a program's address has, as the header Allow says them; empty: it is none."""
+    """Return the methods of an address below `/v1` or `/api`, as in the header Allow; empty if no route has it."""
     if not scope["path"].startswith(_PREFIXES):
         return ""
 
@@ -77,7 +77,7 @@ def allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> str:
 
 
 class Shared:
-    """Lets the scripts of some origins use `/v1`. They send a key as others do; no cookie counts there."""
+    """CORS middleware that lets scripts of some origins use `/v1`. They send a key like others; cookies don't count."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
         self._app = app
@@ -86,6 +86,6 @@ class Shared:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
+        """Handle one ASGI scope."""
         is_shared = scope["type"] == "http" and scope["path"].startswith("/v1/")
         await (self._shared if is_shared else self._app)(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Examples of the OpenAPI description: bodies as they are sent and answered, by their schema's name."""
+"""Examples for the OpenAPI description: request and response bodies, by schema title."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -93,7 +93,7 @@ _BATCH = {
     "job_id": _JOB_ID,
 }
 
-#: A schema's title → an example of it.
+#: Schema title → example.
 EXAMPLES: dict[str, Any] = {
     "EmbeddingRequest": {"model": _MODEL, "input": ["A mill grinds grain."], "encoding_format": "float"},
     "EmbeddingList": {
@@ -250,13 +250,13 @@ EXAMPLES: dict[str, Any] = {
 
 
 def add_examples(description: dict[str, Any]) -> None:
-    """Give each schema that is known here its example."""
+    """Add its example to each schema that has one here."""
     for schema in list(_schemas(description)):
         schema["examples"] = [EXAMPLES[schema["title"]]]
 
 
 def _schemas(node: Any) -> Iterator[dict[str, Any]]:
-    """The object schemas of a description that have an example, wherever they stand."""
+    """Yield the object schemas of a description that have an example, at any depth."""
     if isinstance(node, dict):
         title = node.get("title")
         if isinstance(title, str) and title in EXAMPLES and "properties" in node:

@@ -1,8 +1,9 @@
-"""Rate limits by caller that leave the processor to others, beside the limits that a workspace is given.
+"""Rate limits by delay, so that no caller takes all processor time. Limits set for a workspace are checked besides.
 
-Each workspace has a line of its own, in which a request waits before anything is done for it. Vectors are bounded by
-limits and the engines' queues; only their refusals take turns, in a second line. An unknown caller waits for the
-answer, in the line of its network. Nobody is refused: a refusal would cost as much as the answer, and be asked again.
+Each workspace has a leaky bucket, by which a request is delayed before anything is done for it. Requests for vectors
+are bounded by the workspace's limits and the engines' queues; only their refusals take turns, from a second bucket. An
+unknown caller's answer is delayed by its network's bucket. Nobody is refused: a refusal would cost as much as the
+answer, and be retried.
 """
 
 import time
@@ -17,61 +18,65 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipeline.infra.http_server import TURN, Turn, network_of
 
 _PER_SECOND = 200
-#: So many at once wait for nothing.
+#: Burst of turns that pass without delay.
 _BURST = 50
-#: The longest wait; as many connections as a server has are answered in it.
+#: Longest delay. As many requests are answered in it, at the rate above, as a server has connections.
 _MOST_SECONDS = 10.0
-#: Beyond so many, lines in which nobody waits are forgotten.
-_LINES = 10_000
-#: Orchestrators restart what doesn't answer them at once.
+#: Number of buckets beyond which empty ones are dropped.
+_BUCKETS = 10_000
+#: Paths that are never delayed: orchestrators restart a process that doesn't answer at once.
 _PROBES = frozenset({"/healthz", "/readyz"})
 
 
-class Lines:
-    """Lines of requests, each served at the same steady rate."""
+class LeakyBuckets:
+    """Leaky buckets by caller, which all leak at the same steady rate."""
 
     def __init__(self) -> None:
-        #: When the next turn of each line is.
+        #: Caller → time of its next turn, by the monotonic clock.
         self._next: dict[Hashable, float] = {}
 
-    def take(self, line: Hashable, turns: int = 1) -> float:
-        """Take turns. Returns in how many seconds they begin; no line is longer than may be waited for."""
+    def take(self, caller: Hashable, turns: int = 1) -> float:
+        """Take turns for a caller, and return the seconds until they begin: at most the longest delay."""
         now = time.monotonic()
-        begins = max(self._next.get(line, 0.0), now - _BURST / _PER_SECOND)
-        self._next[line] = min(begins + turns / _PER_SECOND, now + _MOST_SECONDS)
-        if len(self._next) > _LINES:
-            self._next = {line: at for line, at in self._next.items() if at > now}
+        begins = max(self._next.get(caller, 0.0), now - _BURST / _PER_SECOND)
+        self._next[caller] = min(begins + turns / _PER_SECOND, now + _MOST_SECONDS)
+        if len(self._next) > _BUCKETS:
+            self._next = {caller: at for caller, at in self._next.items() if at > now}
         return max(0.0, begins - now)
 
-    def give_back(self, line: Hashable, turns: int) -> None:
-        """Return turns that were taken."""
-        if line in self._next:
-            self._next[line] -= turns / _PER_SECOND
+    def give_back(self, caller: Hashable, turns: int) -> None:
+        """Give back turns that were taken."""
+        if caller in self._next:
+            self._next[caller] -= turns / _PER_SECOND
 
 
 async def take_turn(request: Request, workspace_id: int, *, vectors: bool, turns: int) -> None:
-    """Wait for the turn of a workspace that has asked too often. A client that goes away meanwhile gives it back.
+    """Wait for the turn of a workspace that asks too often. If the client disconnects meanwhile, give the turn back.
 
     Args:
-        vectors: some are asked for, which costs a turn only if it is refused.
-        turns: what another request costs.
+        vectors: the request asks for vectors, and costs a turn only if it is refused.
+        turns: cost of any other request.
 
     Raises:
         ClientDisconnect: the client went away.
     """
-    lines: Lines = request.app.state.lines
-    line = workspace_id, vectors
+    buckets: LeakyBuckets = request.app.state.buckets
+    caller = workspace_id, vectors
     if vectors:
-        request.state.owes_refusals_to, turns = line, 0
+        request.state.owes_refusals_to, turns = caller, 0
     try:
-        await _wait(request.scope, lines.take(line, turns))
+        await _wait(request.scope, buckets.take(caller, turns))
     except ClientDisconnect:
-        lines.give_back(line, turns)
+        buckets.give_back(caller, turns)
         raise
 
 
 async def _wait(scope: Scope, seconds: float) -> None:
-    """Wait, and note in the request's state for how long; `ClientDisconnect` when the client goes away meanwhile."""
+    """Wait, and record the delay in the request's state.
+
+    Raises:
+        ClientDisconnect: the client went away meanwhile.
+    """
     if not seconds:
         return
     began = time.monotonic()
@@ -83,13 +88,13 @@ async def _wait(scope: Scope, seconds: float) -> None:
 
 
 class Paced:
-    """Middleware that delays answers to unknown callers, and counts refusals of vectors."""
+    """Middleware that delays answers to unknown callers, and charges a turn for each refused request for vectors."""
 
-    def __init__(self, app: ASGIApp, lines: Lines) -> None:
-        self._app, self._lines = app, lines
+    def __init__(self, app: ASGIApp, buckets: LeakyBuckets) -> None:
+        self._app, self._buckets = app, buckets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
+        """Handle one ASGI scope."""
         if scope["type"] != "http" or scope["path"] in _PROBES:
             await self._app(scope, receive, send)
             return
@@ -98,11 +103,11 @@ class Paced:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if "caller" not in state:
-                    line = network_of(scope["client"][0]) if scope.get("client") else ""
-                    with suppress(ClientDisconnect):  # what is sent goes nowhere, and the turn has been used
-                        await _wait(scope, self._lines.take(line))
-                elif message["status"] >= HTTPStatus.BAD_REQUEST and (line := state.get("owes_refusals_to")):
-                    self._lines.take(line)
+                    caller = network_of(scope["client"][0]) if scope.get("client") else ""
+                    with suppress(ClientDisconnect):  # the answer goes nowhere, but the turn stays used
+                        await _wait(scope, self._buckets.take(caller))
+                elif message["status"] >= HTTPStatus.BAD_REQUEST and (caller := state.get("owes_refusals_to")):
+                    self._buckets.take(caller)
             await send(message)
 
         await self._app(scope, receive, sending)

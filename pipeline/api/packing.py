@@ -1,4 +1,4 @@
-"""Bodies as they travel: packed by a content coding, in a charset."""
+"""Decompression of request bodies by their content coding, and the check of their charset."""
 
 import asyncio
 import gzip
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.core.errors import InvalidPayload, PayloadTooLarge, UnsupportedMediaType
 
-#: What RFC 8878 wants every reader to have room for.
+#: Window that every decoder should support, by RFC 8878.
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024
 _UTF_8 = frozenset({"", "utf-8", "utf8", "us-ascii", "ascii"})
 
@@ -23,7 +23,7 @@ def _gunzip(packed: bytes, most: int) -> bytes:
 
 
 def _inflate(packed: bytes, most: int) -> bytes:
-    # Some clients leave out the header that the coding should have.
+    # Some clients send raw deflate, without the zlib header that the coding requires.
     has_header = len(packed) > 1 and packed[0] & 0x0F == zlib.DEFLATED and not (packed[0] << 8 | packed[1]) % 31
     reader = zlib.decompressobj(zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
     body = reader.decompress(packed, most)
@@ -39,7 +39,7 @@ def _unzstd(packed: bytes, most: int) -> bytes:
     return reader.read(most)
 
 
-#: By its name, how a coding is unpacked up to so many bytes.
+#: Content coding → decompressor, which returns at most so many bytes.
 _CODINGS: dict[str, Callable[[bytes, int], bytes]] = {
     "gzip": _gunzip,
     "x-gzip": _gunzip,
@@ -50,16 +50,17 @@ _ACCEPTED = "gzip, deflate, zstd"
 
 
 class Unpacked:
-    """Unpacks bodies when they are first read; those in another charset than UTF-8 are refused then.
+    """Middleware that decompresses a body when it is first read.
 
-    Whatever reads a body afterwards sees it as if it had come so. What comes in must be bounded already.
+    Unknown codings, and charsets other than UTF-8, are refused then. Readers see the body as if it had been sent
+    uncompressed. The compressed size must be bounded already, by middleware outside this one.
     """
 
     def __init__(self, app: ASGIApp, most_bytes: int) -> None:
         self._app, self._most_bytes = app, most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
+        """Handle one ASGI scope."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

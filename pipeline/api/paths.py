@@ -1,4 +1,4 @@
-"""Paths as clients write them. Whatever a name in one holds, it is one segment."""
+"""Path normalisation: a name within a path stays one segment, also with a slash in it; stray slashes are dropped."""
 
 import re
 from urllib.parse import unquote
@@ -9,16 +9,16 @@ _PREFIX = b"/api/"
 
 
 class Segmented:
-    """Below `/api`, keeps `%2F` apart from `/`: a job may be called `team/docs`, or `docs/cancel`.
+    """Middleware that keeps `%2F` apart from `/` below `/api`: a job may be called `team/docs`, or `docs/cancel`.
 
-    Servers decode a path before it is routed. What is routed here still has `%2F` and `%25`; `as_sent` decodes them.
+    Servers decode a path before it is routed. Paths routed here still hold `%2F` and `%25`; `as_sent` decodes them.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
+        """Handle one ASGI scope."""
         raw = scope.get("raw_path") or b""
         if scope["type"] == "http" and raw.startswith(_PREFIX):
             kept = raw.replace(b"%25", b"%2525").replace(b"%2F", b"%252F").replace(b"%2f", b"%252F")
@@ -27,13 +27,13 @@ class Segmented:
 
 
 class Trimmed:
-    """Below `/v1`, reads `/v1//embeddings/` as `/v1/embeddings`, as clients write it whose base address ends so."""
+    """Middleware that reads `/v1//embeddings/` as `/v1/embeddings`: clients whose base address ends in `/` send it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
+        """Handle one ASGI scope."""
         path = re.sub("//+", "/", scope.get("path", ""))
         if scope["type"] == "http" and path.startswith("/v1/"):
             scope = {**scope, "path": path.rstrip("/")}
@@ -41,5 +41,5 @@ class Trimmed:
 
 
 def as_sent(segment: str) -> str:
-    """A path's parameter as its sender wrote it."""
+    """Return a path parameter as the client meant it, decoded."""
     return unquote(segment)

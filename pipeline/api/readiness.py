@@ -1,4 +1,4 @@
-"""Readiness of the api: its database answers. While it doesn't, a balancer that asks sends requests elsewhere."""
+"""Readiness probe of the api: 503 while the database doesn't answer, so that load balancers send requests elsewhere."""
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,7 +9,7 @@ _ANSWER_SECONDS = 3.0
 
 
 async def readyz(request: Request) -> Response:
-    """The route `/readyz`."""
+    """Serve `/readyz`."""
     try:
         await request.app.state.database.answers_within(_ANSWER_SECONDS)
     except (UpstreamUnavailable, Busy) as error:

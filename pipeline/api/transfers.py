@@ -1,4 +1,4 @@
-"""Corpora in and results out: what takes long, on threads and connections of its own."""
+"""Uploads of corpora and downloads of results: long work, on threads and connections of its own."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,46 +16,48 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from pipeline.api.database import unreachable
-from pipeline.api.places import Places
+from pipeline.api.fair_semaphore import FairSemaphore
 from pipeline.core.errors import Busy
 from pipeline.db.database import is_connection_lost, is_without_room
 
 Found = TypeVar("Found")
 
-#: What runs at a time, and of one workspace. A submission takes two connections, one of which renews its lease.
+#: Concurrent runs, and those of one workspace. A submission takes two connections, one of which renews its lease.
 _AT_ONCE, _OF_ONE_AT_ONCE = 3, 2
-#: The others are for pages of results.
+#: Size of the connection pool. Runs take six at most; the others are for pages of results.
 CONNECTIONS = 10
-#: Uploads that may lie on disk, whole or in part, and those of one workspace.
+#: Uploads that may be on disk at a time, whole or in part, and those of one workspace.
 UPLOADS_AT_ONCE, UPLOADS_OF_ONE = 6, 3
-#: Larger bodies than this are read so many at a time, and so many of one workspace: they are held in memory, and a
-#: client may take long to send one.
+#: Limit on larger bodies that are read at a time, and on those of one workspace: they are held in memory, and a client
+#: may take long to send one.
 _SMALL_BYTES = 65_536
 BODIES_AT_ONCE, BODIES_OF_ONE = 32, 16
-#: Answers that are made while they are sent: each holds a page of vectors for as long as its reader takes.
+#: Concurrent streamed answers, and those of one workspace: each holds a page of vectors as long as its reader takes.
 _DOWNLOADS_AT_ONCE, DOWNLOADS_OF_ONE = 16, 8
-#: How long another one waits for a place.
+#: Timeout of waiting for a place.
 _PATIENCE_SECONDS = 60.0
 
 
 class Transfers:
-    """However much of it there is, no short question waits for a thread or a connection; and whatever a workspace
-    sends or reads, places are left for others."""
+    """Threads, connections and places for long work.
+
+    No short query waits for a thread or a connection because of it, and no workspace can take every place.
+    """
 
     def __init__(self, engine: Engine, patience_seconds: float = _PATIENCE_SECONDS) -> None:
         self.engine = engine
         self._patience_seconds = patience_seconds
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="transfers")
-        self._runs = Places(_AT_ONCE, _OF_ONE_AT_ONCE)
-        self._uploads = Places(UPLOADS_AT_ONCE, UPLOADS_OF_ONE)
-        self._downloads = Places(_DOWNLOADS_AT_ONCE, DOWNLOADS_OF_ONE)
-        self._bodies = Places(BODIES_AT_ONCE, BODIES_OF_ONE)
+        self._runs = FairSemaphore(_AT_ONCE, _OF_ONE_AT_ONCE)
+        self._uploads = FairSemaphore(UPLOADS_AT_ONCE, UPLOADS_OF_ONE)
+        self._downloads = FairSemaphore(_DOWNLOADS_AT_ONCE, DOWNLOADS_OF_ONE)
+        self._bodies = FairSemaphore(BODIES_AT_ONCE, BODIES_OF_ONE)
 
     async def body(self, request: Request, workspace_id: int) -> bytes:
-        """A request's body, read into memory when it is the workspace's turn, if it isn't a small one.
+        """Read a request's body into memory. A large one waits for a place of its workspace.
 
         Raises:
-            Busy: its turn didn't come in time.
+            Busy: no place became free in time.
         """
         told = request.headers.get("content-length", "")
         if told.isdecimal() and int(told) <= _SMALL_BYTES and "content-encoding" not in request.headers:
@@ -68,10 +70,10 @@ class Transfers:
 
     @asynccontextmanager
     async def upload(self, workspace_id: int) -> AsyncIterator[None]:
-        """A place for an upload, from its first byte until nothing of it is left on disk.
+        """Hold a place for an upload, from its first byte until nothing of it is left on disk.
 
         Raises:
-            Busy: none became free in time.
+            Busy: no place became free in time.
         """
         give_back = await self._take(self._uploads, workspace_id, "uploads")
         try:
@@ -79,7 +81,7 @@ class Transfers:
         finally:
             give_back()
 
-    async def _take(self, places: Places, workspace_id: int, what: str) -> Callable[[], None]:
+    async def _take(self, places: FairSemaphore, workspace_id: int, what: str) -> Callable[[], None]:
         try:
             async with asyncio.timeout(self._patience_seconds):
                 return await places.take(workspace_id)
@@ -87,9 +89,10 @@ class Transfers:
             raise Busy(f"Too many {what} are under way; send it again.", retry_after_seconds=10) from error
 
     async def run(self, workspace_id: int, act: Callable[[Engine], Found]) -> Found:
-        """What `act` returns; it waits for its turn.
+        """Run `act` on a thread when it is the workspace's turn, and return its result.
 
         Raises:
+            Busy: no connection was free in time.
             UpstreamUnavailable: the database is away.
         """
         give_back = await self._runs.take(workspace_id)
@@ -99,14 +102,15 @@ class Transfers:
             return await asyncio.shield(done)
 
     async def answer(self, workspace_id: int, make: Callable[[], Iterator[bytes]], **how: Any) -> StreamingResponse:
-        """An answer of what `make` gives, once its first piece is there: what fails before can be told. It isn't in
-        the line of `run`, since it begins with short questions.
+        """Stream what `make` yields, once the first piece is there: an error before it can still be answered.
+
+        It doesn't wait in the queue of `run`, since it begins with short queries.
 
         Args:
-            how: what else `StreamingResponse` takes.
+            how: other arguments of `StreamingResponse`.
 
         Raises:
-            Busy: the workspace's readers, or all, have taken every place, or no connection was free in time.
+            Busy: no place became free in time, in all or of the workspace, or no connection did.
             UpstreamUnavailable: the database is away.
         """
         give_back = await self._take(self._downloads, workspace_id, "downloads")
@@ -119,19 +123,19 @@ class Transfers:
         return _Held(pieces, give_back, **how)
 
     def close(self) -> None:
-        """Begin nothing more; what is under way is let go to its end."""
+        """Cancel the queued runs. Runs under way go on to their end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class _Held(StreamingResponse):
-    """An answer that holds a place until it is sent, or its reader has gone."""
+    """Streaming response that holds a place until it is sent, or its reader has gone."""
 
     def __init__(self, pieces: Iterator[bytes], give_back: Callable[[], None], **how: Any) -> None:
         super().__init__(pieces, **how)
         self._give_back = give_back
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
+        """Handle one ASGI scope."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -147,7 +151,7 @@ def _begun(make: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
 def _reporting_unreachable() -> Iterator[None]:
     try:
         yield
-    except PoolTimeout as error:  # our own line, not the database
+    except PoolTimeout as error:  # our own pool is full; the database isn't away
         message = "The gateway has too many questions for its database; try again."
         raise Busy(message, retry_after_seconds=2) from error
     except DBAPIError as error:

@@ -1,1 +1,1 @@
-"""OpenAI's batch requests: files become jobs, and their ends files."""
+"""OpenAI's Batch API: input files become jobs, and the jobs' results become output files."""

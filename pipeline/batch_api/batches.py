@@ -1,7 +1,7 @@
-"""Batch requests: an input file becomes a job, or attaches to the one that the same content made before.
+"""Batch requests: an input file becomes a job, or attaches to an earlier job with the same content (idempotency key).
 
-Background tasks of the dispatcher do this, and what `results` does at the job's end; each may be killed midway,
-or be done twice.
+Background tasks of the dispatcher do this, and the work of `results` at the job's end. Each may be killed midway or be
+done twice.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ _NAME_LETTERS = 200
 
 
 class _BatchRefused(Exception):
-    """The file can't be a batch request."""
+    """The input file isn't a valid batch request."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         super().__init__(faults)
@@ -53,11 +53,11 @@ class _BatchRefused(Exception):
 
 
 class _LetGo(Exception):
-    """The batch request was cancelled or has expired meanwhile, or another dispatcher has made a job of it."""
+    """The batch request was cancelled or has expired in the meantime, or another dispatcher has made a job of it."""
 
 
 def stage(engine: Engine, settings: Settings, batch_id: str) -> None:
-    """Make a job of a batch request, or end it as failed with what is wrong.
+    """Make a job of a batch request, or end it as failed with the errors of its file.
 
     Raises:
         Waiting: another batch request of the same content is being staged.
@@ -72,14 +72,14 @@ def stage(engine: Engine, settings: Settings, batch_id: str) -> None:
         if file is None:
             raise _BatchRefused([Fault("file_not_found", f"the input file {batch['input_file_id']} is gone.")])
         job_id = _submit(engine, settings, batch, file)
-    except (_LetGo, LeaseLost):  # it is somebody else's by now
+    except (_LetGo, LeaseLost):  # it has ended, or belongs to another dispatcher now
         return
     except _BatchRefused as refused:
         _fail(engine, batch, refused.faults)
-    except SourceChanged:  # its message says where files are
+    except SourceChanged:  # its message holds the file's path, which the caller mustn't see
         gone = f"the bytes of the input file {batch['input_file_id']} are gone, or others; upload it again."
         _fail(engine, batch, [Fault("file_not_found", gone)])
-    except StorageRefused:  # the operator's to mend
+    except StorageRefused:  # for the operator to fix
         raise
     except UnknownModel as error:
         _fail(engine, batch, [Fault("model_not_found", str(error), param="body.model")])
@@ -96,7 +96,7 @@ def _fail(engine: Engine, batch: RowMapping, faults: Sequence[Fault]) -> None:
 
 
 def end(connection: Connection, batch: RowMapping, state: BatchState, **results: Any) -> bool:
-    """End a batch request, and let its workspace's webhook be told. False: it had ended."""
+    """End a batch request, and queue an event for its workspace's webhook. Return False if it had ended already."""
     ended = batches.end(connection, batch["id"], state, **results)
     if ended:
         events.add(connection, batch["workspace_id"], f"batch.{state}", {"id": batch["id"]})
@@ -125,7 +125,7 @@ def _submit(engine: Engine, settings: Settings, batch: RowMapping, file: RowMapp
         options=JobOptions(dimensions=wish.dimensions, max_rejects=batch["max_rejects"]),
         labels=batch["metadata"] or {},
         idempotency_key=key,
-        # At once: a job that no batch request knows would run, and be paid, for nobody.
+        # In the transaction that queues the job: a job without a batch request would run, and be paid for, in vain.
         on_queue=partial(_begin, batch_id=batch["id"], model=wish.model),
     )
     while True:
@@ -140,10 +140,10 @@ def _submit(engine: Engine, settings: Settings, batch: RowMapping, file: RowMapp
 
 
 def _wish_of(corpus: BatchLines, settings: Settings) -> Wish:
-    """What the file's lines agree on.
+    """Return the model and dimensions that all lines of the file ask for.
 
     Raises:
-        _BatchRefused: they don't, or there are too many, or none that is right.
+        _BatchRefused: the lines differ, or there are too many, or none is valid.
     """
     survey = corpus.survey(settings.batch_lines)
     if survey.faults:
@@ -156,7 +156,7 @@ def _wish_of(corpus: BatchLines, settings: Settings) -> Wish:
 
 
 def _key(connection: Connection, file: RowMapping, model: Model, wish: Wish, max_rejects: str) -> str:
-    """The idempotency key of all batch requests that come to the same vectors."""
+    """Return the idempotency key, which is the same for all batch requests that lead to the same vectors."""
     try:
         space = vector_space_of(connection, model, dimensions=wish.dimensions, max_item_tokens=None)
     except UserError as error:
@@ -167,25 +167,31 @@ def _key(connection: Connection, file: RowMapping, model: Model, wish: Wish, max
 
 
 def _begin(connection: Connection, job_id: UUID, *, batch_id: str, model: str) -> None:
-    """Attach to a job that the same transaction makes runnable."""
+    """Attach a batch request to a job, in the transaction that makes the job runnable.
+
+    Raises:
+        _LetGo: the batch request has a job already, or is ending.
+    """
     if not batches.begin(connection, batch_id, job_id, model):
         raise _LetGo
 
 
 def _attach(engine: Engine, batch_id: str, job_id: UUID, model: str) -> bool:
-    """Attach to a job that was there. False: it has been cancelled, or is being so; its key is another job's to have.
+    """Attach a batch request to an existing job.
+
+    Return False if the job is gone, cancelled or being cancelled; a cancelled job's key is released for a new job.
 
     Raises:
-        Waiting: it is being staged.
-        _LetGo
+        Waiting: the job is being staged.
+        _LetGo: the batch request has another job already, or is ending.
     """
     with engine.begin() as connection:
         job = jobs.by_id(connection, job_id)
-        if job and job.state == JobState.STAGING:  # whose row its producer locks for as long as it copies
+        if job and job.state == JobState.STAGING:  # don't wait for its row, which its producer locks while it copies
             raise Waiting("the same content is being staged by another batch request.")
-        # Who lets go of a job holds these locks too, so that none attaches to one that is about to be cancelled.
+        # `let_go` takes the same locks, so that no batch request attaches to a job that is about to be cancelled.
         batch = batches.lock(connection, batch_id)
-        if batch and batch["job_id"] == job_id:  # it was resumed for this batch request
+        if batch and batch["job_id"] == job_id:  # the job was resumed for this batch request
             return True
         job = jobs.lock(connection, job_id)
         if job is None:
@@ -198,8 +204,10 @@ def _attach(engine: Engine, batch_id: str, job_id: UUID, model: str) -> bool:
 
 
 def let_go(connection: Connection, batch_id: str, ends_as: BatchState) -> bool:
-    """Cancel a batch request, or let it expire; its job too, unless another one waits for that. What is finished stays.
-    False: it was ending already."""
+    """Cancel a batch request, or let it expire, by `ends_as`. Return False if it was ending already.
+
+    Its job is cancelled too, unless another batch request waits for it. Finished results stay.
+    """
     batch = batches.lock(connection, batch_id)
     job = jobs.lock(connection, batch["job_id"]) if batch and batch["job_id"] else None
     if not batches.let_go(connection, batch_id, ends_as):
@@ -210,7 +218,7 @@ def let_go(connection: Connection, batch_id: str, ends_as: BatchState) -> bool:
 
 
 def expire(engine: Engine, batch_id: str) -> None:
-    """Let a batch request expire."""
+    """Expire a batch request."""
     with engine.begin() as connection:
         if let_go(connection, batch_id, BatchState.EXPIRED):
             log.info("batch_request_expired", batch=batch_id)

@@ -1,4 +1,4 @@
-"""Files of the Files API: what callers upload for batch requests, and what these answer with."""
+"""Files of the Files API: uploaded input files of batch requests, and their output and error files."""
 
 import hashlib
 from pathlib import Path
@@ -18,7 +18,7 @@ _DAY_SECONDS = 86_400
 
 
 def new_id(prefix: str) -> str:
-    """An id that sorts by the time of its making."""
+    """Return a new id with a prefix; ids sort by their time of creation (UUIDv7)."""
     made: UUID = uuid7()
     return f"{prefix}{made.hex}"
 
@@ -33,7 +33,7 @@ def keep(
     source: BinaryIO,
     lives_seconds: float | None = None,
 ) -> RowMapping:
-    """Keep a file, read from its beginning. Returns its row.
+    """Store a file and return its row. `source` stands at its beginning.
 
     Raises:
         StorageRefused, StorageUnreachable: it can't be written.
@@ -68,24 +68,24 @@ def keep(
 
 
 def open_kept(file: RowMapping) -> BinaryIO:
-    """A file's bytes.
+    """Open a stored file.
 
     Raises:
-        SourceChanged: they are gone, or others by now.
-        StorageRefused, StorageUnreachable
+        SourceChanged: its bytes are gone, or have changed.
+        StorageRefused, StorageUnreachable: it can't be read now.
     """
     uri: str = file["uri"]
     try:
         return storage.open_file(uri, file["etag"])
     except SourceChanged:
-        # No file is deleted with its folder: where that is missing, what it is mounted from is away.
+        # Files are never deleted together with their folder: if that is missing, it isn't mounted.
         if not storage.is_remote(uri) and not Path(uri).parent.is_dir():
             raise StorageUnreachable(f"{uri}: its folder is missing; mount it again.") from None
         raise
 
 
 def forget(engine: Engine, file_id: str) -> bool:
-    """Delete a file: its bytes first, so that none is left that nobody knows of. False: there was none."""
+    """Delete a file: its bytes first, so that none are left without a row. Return False if there was no such file."""
     with engine.begin() as connection:
         uri = files.uri_of(connection, file_id)
     if uri is None:

@@ -1,4 +1,4 @@
-"""The end of a batch request: what its job came to becomes an output file and an error file."""
+"""Results of a batch request: its job's vectors become an output file, and its rejects an error file."""
 
 import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +29,7 @@ log = structlog.get_logger()
 
 _PAGE = 1_000
 _MOST_FAULTS = 100
-#: What stands in the error file for a line whose turn didn't come.
+#: Code and message in the error file for a line that wasn't processed.
 _LEFT = {
     BatchState.CANCELLED: ("batch_cancelled", "the batch request was cancelled before this line's turn came."),
     BatchState.EXPIRED: ("batch_expired", "the completion window passed before this line's turn came."),
@@ -38,7 +38,7 @@ _LEFT = {
 
 @dataclass(frozen=True, slots=True)
 class _Results:
-    """What a batch request ends with, beside its files."""
+    """Final state, counts and errors of a batch request."""
 
     state: BatchState
     counts: Mapping[str, int]
@@ -46,7 +46,7 @@ class _Results:
 
 
 def finish(engine: Engine, settings: Settings, batch_id: str) -> None:
-    """Write a batch request's files, and end it. One whose job runs again waits for that.
+    """Write a batch request's files, and end it. If its job runs again, leave it to wait for the job.
 
     Raises:
         VectormillError: there are more or fewer results than the job's receipt says.
@@ -55,7 +55,7 @@ def finish(engine: Engine, settings: Settings, batch_id: str) -> None:
     with engine.begin() as connection:
         batches.begin_finalizing(connection, batch_id)
     with TemporaryFile() as output, TemporaryFile() as error:
-        # The job may go on for another batch request, or be purged: all is read as it is at one moment.
+        # One snapshot for all reads, since the job may go on for another batch request, or be purged.
         with snapshot(engine) as connection:
             batch = batches.by_id(connection, batch_id)
             job = jobs.by_id(connection, batch["job_id"]) if batch and batch["job_id"] else None
@@ -82,7 +82,7 @@ def _end_without_job(engine: Engine, batch: RowMapping) -> None:
 def _end_with(
     engine: Engine, settings: Settings, batch: RowMapping, found: _Results, written: Mapping[str, BinaryIO]
 ) -> bool:
-    """Keep the files, and end. False: another dispatcher was first."""
+    """Store the files, and end the batch request. Return False if another dispatcher was first."""
     kept: dict[str, str] = {}
     ended = False
     try:
@@ -113,16 +113,16 @@ def _keep(engine: Engine, settings: Settings, batch: RowMapping, kind: str, file
 
 
 def _write(connection: Connection, batch: RowMapping, job: Job, output: BinaryIO, error: BinaryIO) -> _Results | None:
-    """Write what a job came to as lines. `None`: it is being purged.
+    """Write a job's vectors and errors as lines of the two files. `None`: the job is being purged.
 
     Raises:
-        VectormillError: it isn't what the receipt says.
+        VectormillError: the number of lines isn't the one in the receipt.
     """
     state = BatchState(batch["ends_as"] or job.state)
     receipt = status.receipt(connection, job.id)
     account, tokens = receipt.items, receipt.tokens
     completed, rejected = account.embedded + account.reused, account.rejected
-    # A failed job's vectors are there for who asks for them by its id; no next step must take them for the whole.
+    # A failed job has no output file, so that no next step takes its vectors for all. They can be read by the job's id.
     fails = state is BatchState.FAILED
     lines = (
         _write_lines(output, () if fails else _output(connection, batch, job.id)),
@@ -147,13 +147,13 @@ def _write(connection: Connection, batch: RowMapping, job: Job, output: BinaryIO
 
 
 def _why_failed(connection: Connection, job: Job, rejected: int) -> list[dict[str, Any]]:
-    """Why a job failed, and the first lines that were rejected."""
+    """Return the errors of a failed job: the reason, and the first rejected lines."""
     match job.reason:
         case Reason.TOO_MANY_REJECTS:
             told = f"{rejected:,} lines are bad, max_rejects allows {job.max_rejects:,}; the error file has them"
         case Reason.ALL_REJECTED:
             told = "every line is bad; the error file has them"
-        case Reason.MODEL_CANNOT_LOAD:  # the job's message may say where its files are
+        case Reason.MODEL_CANNOT_LOAD:  # the job's message may hold paths of the model's files
             told = "no worker can use its model; the operator sees why"
         case reason:
             told = job.message or (reason or "it failed").replace("_", " ")
@@ -163,7 +163,7 @@ def _why_failed(connection: Connection, job: Job, rejected: int) -> list[dict[st
 
 
 def _write_lines(file: BinaryIO, lines: Iterable[Mapping[str, Any]]) -> int:
-    """Returns how many there are."""
+    """Write lines as JSON Lines, and return their number."""
     count = 0
     for line in lines:
         file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
@@ -172,7 +172,7 @@ def _write_lines(file: BinaryIO, lines: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _output(connection: Connection, batch: RowMapping, job_id: UUID) -> Iterator[Mapping[str, Any]]:
-    """A line for each vector, in the order of the input."""
+    """Yield an output line for each vector, in the order of the input."""
     for block in embeddings.stream(connection, job_id, _PAGE):
         for index, key, vector, tokens, truncated, carried in block:
             one: dict[str, Any] = {"object": "embedding", "index": 0, "embedding": _written(vector, carried)}
@@ -194,7 +194,7 @@ def _written(vector: Any, carried: Mapping[str, Any] | None) -> Any:
 
 
 def _errors(connection: Connection, job_id: UUID, state: BatchState) -> Iterator[Mapping[str, Any]]:
-    """A line for each reject; then, where the batch request was stopped, for each item whose turn didn't come."""
+    """Yield an error line for each reject; after a cancellation or expiry, also for each item without a result."""
     for row in _pages(partial(rejects.page_with_carried, connection, job_id)):
         yield _error_line(job_id, row, row["code"], row["message"])
     if state in _LEFT:

@@ -1,1 +1,1 @@
-"""The catalogue: models and their vector spaces, and keys to the api."""
+"""Catalogue of models and vector spaces, and API keys."""

@@ -1,6 +1,6 @@
-"""API keys of workspaces: `vm_<id>_<secret>`. The id finds the row; of the secret only the SHA-256 is kept.
+"""API keys of workspaces: `vm_<id>_<secret>`. The id finds the row; only the secret's SHA-256 is stored.
 
-A secret is 256 random bits, so a plain hash of it can't be guessed back.
+A secret is 256 random bits, so it can't be guessed from a plain hash.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _FORM = re.compile(r"vm_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key that was just made: the only time that its token is known."""
+    """Key that was just created, the only moment at which its token is known."""
 
     id: str
     token: str
@@ -31,7 +31,7 @@ class NewKey:
 def create(
     connection: Connection, workspace_id: int, name: str, *, admin: bool = False, lives: timedelta | None = None
 ) -> NewKey:
-    """Make a key that ends after `lives`, or never."""
+    """Create a key that expires after `lives`, or never."""
     key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     values = {
         "id": key_id,
@@ -45,8 +45,8 @@ def create(
 
 
 def rotate(connection: Connection, workspace_id: int, key_id: str, overlap: timedelta) -> NewKey:
-    """Make a key in place of another one, which stays valid for `overlap`. It may do the same, and lives as long as
-    the other one was made to.
+    """Create a key in place of another one, which stays valid for `overlap`. The new key keeps the old key's rights and
+    lifetime.
 
     Raises:
         UserError: the workspace has no such live key.
@@ -58,7 +58,7 @@ def rotate(connection: Connection, workspace_id: int, key_id: str, overlap: time
 
 
 def revoke(connection: Connection, workspace_id: int, key_id: str) -> None:
-    """End a key now; gateways learn it within two seconds.
+    """Revoke a key. It stops working within two seconds, when gateways have learnt of it.
 
     Raises:
         UserError: the workspace has no such key that isn't revoked.
@@ -68,13 +68,13 @@ def revoke(connection: Connection, workspace_id: int, key_id: str) -> None:
 
 
 def id_of(token: str) -> str | None:
-    """The public part of a token; None if it doesn't look like one of ours."""
+    """Return the public id in a token; None if it doesn't look like one of ours."""
     found = _FORM.fullmatch(token)
     return found[1] if found else None
 
 
 def matches(row: RowMapping, token: str) -> bool:
-    """Whether a token is the key of this row; takes the same time whatever differs."""
+    """Return True if a token is the key of this row. The comparison takes constant time."""
     secret = token.split("_", 2)[-1]
     return secrets.compare_digest(bytes(row["secret_sha256"]), _hash(secret))
 

@@ -1,4 +1,4 @@
-"""The catalogue: models, and the vector spaces that jobs write into."""
+"""Catalogue of models, and of the vector spaces that jobs write into."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from pipeline.core.models import Model, Upstream
 from pipeline.db import models, workers, workspaces
 
 DEFAULT_WORKSPACE = "default"
-#: Files that decide a vector: weights, and what says how to use them.
+#: Suffixes of files that decide a vector: weights, tokenisers and configuration.
 _DECISIVE = (".safetensors", ".json", ".txt", ".model")
-#: Formats that can run code when they are loaded.
+#: Suffixes of weights in formats that can run code when they are loaded.
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def workspace_id(connection: Connection, name: str = DEFAULT_WORKSPACE) -> int:
-    """The id of a workspace.
+    """Return the id of a workspace.
 
     Raises:
         UserError: there is none of this name.
@@ -35,7 +35,7 @@ def workspace_id(connection: Connection, name: str = DEFAULT_WORKSPACE) -> int:
 
 
 def find_row(connection: Connection, workspace: int, name: str) -> RowMapping:
-    """The catalogue's row of a model by name or alias, as a workspace may use it.
+    """Return the catalogue's row of a model by name or alias, if a workspace may use it.
 
     Raises:
         UnknownModel: not in the catalogue, or not enabled for the workspace; the message doesn't tell which.
@@ -50,18 +50,18 @@ def find_row(connection: Connection, workspace: int, name: str) -> RowMapping:
 
 
 def find_model(connection: Connection, workspace: int, name: str) -> Model:
-    """A model by name or alias, as a workspace may use it. Raises as `find_row`."""
+    """Return a model by name or alias, if a workspace may use it. Raises as `find_row`."""
     return as_model(find_row(connection, workspace, name))
 
 
 def as_model(row: RowMapping) -> Model:
-    """A catalogue row as a noun."""
+    """Return a catalogue row as a `Model`."""
     columns = {field: row[field] for field in Model.__dataclass_fields__ if field != "upstream"}
     return Model(**columns, upstream=as_upstream(row))
 
 
 def as_upstream(row: RowMapping) -> Upstream | None:
-    """Where a catalogue row's model is, if not here."""
+    """Return the upstream of a catalogue row; None if the model is local."""
     if row["kind"] != "gateway":
         return None
     return Upstream(
@@ -72,7 +72,11 @@ def as_upstream(row: RowMapping) -> Upstream | None:
 
 
 def slug_of(name: str) -> str:
-    """A model's name as part of a queue's name: lower case letters, digits, dots and dashes."""
+    """Return a model's name as part of a queue's name: lower case letters, digits, dots and dashes.
+
+    Raises:
+        UserError: the name has no ASCII letter or digit, or more than 200 characters.
+    """
     slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
     if not slug or len(name) > 200:
         raise UserError(f'"{name}" can\'t name a model: use letters, digits, dots, dashes and slashes, at most 200.')
@@ -80,16 +84,16 @@ def slug_of(name: str) -> str:
 
 
 def gateway_url(given: str) -> str:
-    """The address of an OpenAI-compatible API, to which `/embeddings` is added.
+    """Return the normalised address of an OpenAI-compatible API, to which `/embeddings` is added.
 
     Raises:
-        UserError: it isn't one, or holds a password.
+        UserError: it isn't one, or holds a user name or password.
     """
     try:
         parts = urlsplit(given)
         plain = given.isascii() and given.isprintable() and " " not in given and not parts.fragment
         is_one = plain and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets without an end, a port that is none
+    except ValueError:  # an unclosed bracket, an invalid port
         is_one = False
     if not is_one:
         raise UserError(
@@ -105,22 +109,23 @@ def gateway_url(given: str) -> str:
 
 
 def portable(model: Model) -> dict[str, Any]:
-    """A model as JSON for another process."""
+    """Return a model as JSON values for another process."""
     return {**asdict(model), "canary": model.canary.hex()}
 
 
 def from_portable(given: Mapping[str, Any]) -> Model:
-    """A model that another process has sent as JSON."""
+    """Return the model that another process has sent by `portable`."""
     upstream = given["upstream"] and Upstream(**given["upstream"])
     return Model(**{**given, "canary": bytes.fromhex(given["canary"]), "upstream": upstream})
 
 
 def weights_sha256(folder: Path, pooling: str | None = None) -> str:
-    """SHA-256 over the files in `folder` that decide a vector, by relative path and content, and over the pooling that
-    a bare transformer was given.
+    """Return the SHA-256 over the files in `folder` that decide a vector, by relative path and content, and over the
+    pooling that a bare transformer was given.
 
     Raises:
-        ModelError: no safetensors weights in it, or others for a part of the model.
+        ModelError: the folder has no safetensors weights, a part of the model has only others, or modules.json is
+            malformed.
     """
     _check_parts(folder)
     files = sorted(path for path in _files(folder) if path.suffix in _DECISIVE)
@@ -139,7 +144,7 @@ def weights_sha256(folder: Path, pooling: str | None = None) -> str:
 
 
 def _check_parts(folder: Path) -> None:
-    """See that no part of a model would be loaded from another format than safetensors."""
+    """Check that no part of a model would be loaded from another format than safetensors."""
     try:
         listed = json.loads((folder / "modules.json").read_bytes())
         parts = [folder / module["path"] for module in listed]
@@ -155,7 +160,7 @@ def _check_parts(folder: Path) -> None:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Size of the weights in `folder`."""
+    """Return the size of the weights in `folder`, in bytes."""
     return sum(path.stat().st_size for path in _files(folder) if path.suffix == ".safetensors")
 
 
@@ -168,8 +173,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def add_model(connection: Connection, name: str, description: Mapping[str, Any], aliases: Sequence[str] = ()) -> None:
-    """Add a local model as its description by a worker says (`workers.oneshot describe`), and enable it for the
-    default workspace.
+    """Add a local model by a worker's description of it (`workers.oneshot describe`), and enable it for the default
+    workspace.
 
     Raises:
         UserError: the name or an alias is taken.
@@ -181,13 +186,14 @@ def add_model(connection: Connection, name: str, description: Mapping[str, Any],
 def add_gateway(
     connection: Connection, name: str, upstream: Upstream, description: Mapping[str, Any], aliases: Sequence[str] = ()
 ) -> None:
-    """Add a gateway's model, described by `workers.oneshot gateway`, and enable it for the default workspace.
+    """Add a model that an upstream serves, described by `workers.oneshot gateway`, and enable it for the default
+    workspace.
 
     Raises:
         UserError: the name or an alias is taken.
     """
-    # Weights that nobody can look at are known by where they are and what they make of a text: a provider that changes
-    # them changes the vector space.
+    # A provider's weights can't be hashed, so address, model id and canary vector stand for them: a provider that
+    # changes the weights changes the vector space.
     whole = "\n".join((upstream.url, upstream.model, description["canary"]))
     values = {
         "kind": "gateway",
@@ -202,10 +208,10 @@ def add_gateway(
 
 
 def check_names(connection: Connection, name: str, aliases: Sequence[str]) -> None:
-    """See that no other model is called as this one or one of its aliases, until the transaction ends.
+    """Check that no other model has this name or one of these aliases, which stay free until the transaction ends.
 
     Raises:
-        UserError: another one is.
+        UserError: another one has.
     """
     if used := models.name_in_use(connection, name, [name, *aliases]):
         raise UserError(f'another model is called "{used}", or has it as an alias.')
@@ -216,17 +222,17 @@ def _add(connection: Connection, name: str, values: Mapping[str, Any], aliases: 
     columns = {"name": name, "slug": slug_of(name), "aliases": list(aliases), **values}
     if not models.add(connection, {**columns, "canary": bytes.fromhex(values["canary"])}):
         raise UserError(f'there is a model "{name}" (or one whose queue is called the same); remove it first.')
-    workers.take_up_model(connection, name)  # those who gave another one up that was called so
+    workers.take_up_model(connection, name)  # workers may have dropped another one of this name
     models.enable(connection, workspace_id(connection), name)
 
 
 def vector_space_of(
     connection: Connection, model: Model, *, dimensions: int | None, max_item_tokens: int | None
 ) -> int:
-    """The id of the vector space that a job with these options writes into.
+    """Return the id of the vector space that a job with these options writes into.
 
     Raises:
-        UserError: the model can't give what is asked.
+        UserError: the model can't give these dimensions, or doesn't read that many tokens.
     """
     sizes = sorted({*model.matryoshka, model.dimensions})
     if dimensions is not None and dimensions not in sizes:
@@ -244,7 +250,7 @@ def vector_space_of(
         "dimensions": dimensions or model.dimensions,
         "document_prompt": model.document_prompt,
         "max_item_tokens": max_item_tokens or model.max_item_tokens,
-        # What is shortened is brought to length one again.
+        # Truncated vectors are normalised to length one again.
         "normalised": model.normalised or dimensions not in (None, model.dimensions),
     }
     fingerprint = hashlib.sha256(json.dumps(space, sort_keys=True).encode()).hexdigest()

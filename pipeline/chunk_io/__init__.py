@@ -1,1 +1,1 @@
-"""A chunk's rows in (`reader`), the one transaction that writes them back (`commit`), and where they go (`sinks`)."""
+"""Input and output of chunks: the reader of items, the one transaction that commits results, and the sinks."""

@@ -1,4 +1,4 @@
-"""The reader of a claimed chunk: its items in blocks of bounded size."""
+"""Reader of a claimed chunk: its unfinished items, in blocks of bounded size."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,28 +10,29 @@ from pipeline.core.chunks import Claim, Item, Reject, RejectCode
 from pipeline.db import items
 from pipeline.sources.by_reference import read_extent
 
-#: Text that is held at once, whatever the planner expected of a file's rows.
+#: Text that is held in memory at once, whatever size the planner expected of a file's rows.
 _SERVING_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ItemBlock:
-    """Items that have neither vector nor reject yet, and what was rejected as they were read; in index order."""
+    """Items that have neither vector nor reject yet, and rejects found while they were read; in index order."""
 
     items: Sequence[Item]
     rejects: Sequence[Reject] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Intake:
-    """What is left of a chunk, in blocks of bounded size."""
+class UnsettledItems:
+    """The unfinished items of a chunk, in blocks of bounded size."""
 
+    #: Number of items without vector or reject.
     left: int
     blocks: Iterator[ItemBlock]
 
 
-def read_chunk(engine: Engine, claim: Claim) -> Intake:
-    """What has neither vector nor reject yet.
+def read_chunk(engine: Engine, claim: Claim) -> UnsettledItems:
+    """Return the chunk's items that have neither vector nor reject yet.
 
     Raises, also while blocks are read:
         SourceChanged: the chunk's file is no longer the one that was planned.
@@ -48,13 +49,13 @@ def read_chunk(engine: Engine, claim: Claim) -> Intake:
         )
     settled |= sink.settled(engine, claim)
     if claim.extent:
-        return Intake(claim.items - len(settled), _with_a_place(sink, _from_file(claim, settled)))
+        return UnsettledItems(claim.items - len(settled), _with_a_place(sink, _from_file(claim, settled)))
     unfinished = [item for item in rows if item.index not in settled]
-    return Intake(len(unfinished), _with_a_place(sink, iter([ItemBlock(unfinished)])))
+    return UnsettledItems(len(unfinished), _with_a_place(sink, iter([ItemBlock(unfinished)])))
 
 
 def _with_a_place(sink: Sink, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock]:
-    """Reject what has no place where the job writes."""
+    """Turn items that the sink can't take into rejects (`bad_key`)."""
     for block in blocks:
         faults = {item.index: fault for item in block.items if (fault := sink.fault(item))}
         if not faults:

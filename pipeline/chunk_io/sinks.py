@@ -1,4 +1,4 @@
-"""Sinks: where a job's vectors go. A new output is a class like these, an option, and a flag."""
+"""Sinks: the outputs of a job's vectors. A new output takes a class like these, an option, and a flag."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -17,91 +17,96 @@ from pipeline.db.outputs import Staged
 
 #: Rows of a job in index order: (index, key, vector as float32, tokens, truncated, carried).
 Block = Sequence[tuple[Any, ...]]
-#: Opens a transaction, or lends the one that there is.
+#: Opens a transaction, or lends the current one.
 Connect = Callable[[], AbstractContextManager[Connection]]
-#: Vectors that are read at once.
+#: Page size of reads, in vectors.
 _PAGE = 2_000
 
 
 class Sink(Protocol):
-    """Where a job's vectors go, and how they get there: from `prepare`, before anything is staged, to `finalize`, when
-    the last chunk has ended."""
+    """Output of a job's vectors, from `prepare`, before anything is staged, to `finalize`, after the last chunk."""
 
-    #: Whether a job isn't completed before `finalize` has done its part, and whether that may take hours.
+    #: `finalizes`: a job isn't completed before `finalize` is done. `finalizes_long`: that may take hours.
     finalizes: bool
     finalizes_long: bool
 
     def prepare(self, job_id: UUID) -> None:
-        """Make room for a job's vectors; this proves that they can be written.
+        """Prepare the output for a job's vectors, which proves that they can be written.
 
-        Raises: what says that they can't.
+        Raises: the error that says why they can't.
         """
 
     def discard(self, job_id: UUID) -> None:
-        """Leave nothing of a job that came to nothing."""
+        """Delete what `prepare` has made, for a job that was never queued."""
 
     def fault(self, item: Item) -> str | None:
-        """Why an item has no place here, for a reject; `None`: it has one."""
+        """Return the reason why this sink can't take an item, for a reject; `None`: it can."""
 
     def settled(self, engine: Engine, claim: Claim) -> set[int]:
-        """The indexes of a chunk's items that have their vector, beyond those that Postgres knows. No transaction is
-        open while files are read."""
+        """Return the indexes of a chunk's items that have their vector, beyond those that Postgres knows.
+
+        No transaction is open while files are read.
+        """
 
     def stage(self, claim: Claim, number: int, rows: Rows) -> Staged | None:
-        """Write what commit `number` of a claim brings, before its transaction begins. It counts for nothing until
-        `write` has recorded it. `None`: nothing is written beforehand."""
+        """Write the rows of commit `number` of a claim to files, before its transaction begins.
+
+        They don't count until `write` has recorded them. `None`: nothing is written in advance.
+        """
 
     def write(self, connection: Connection, claim: Claim, rows: Rows, staged: Staged | None) -> None:
-        """Write rows, or record what was staged, within the transaction of the fenced update."""
+        """Write rows, or record the staged file, within the transaction of the fenced update."""
 
     def finalize(self, engine: Engine, job: Job) -> None:
-        """Do what is left when the last chunk has ended. May be repeated, also after it was cut off anywhere.
+        """Finish the output after the last chunk. Idempotent, also after an interruption at any point.
 
         Raises:
-            Waiting: the job has changed meanwhile; it is to be finalized anew.
+            Waiting: the job has changed in the meantime, and must be finalised again.
         """
 
     def read(self, connect: Connect, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
-        """A job's vectors from one index to before another, in order, in bounded memory. Each look at the database is
-        within `connect()`: a short transaction, or one snapshot for all."""
+        """Yield a job's vectors from `first_index` to before `end_index`, in index order and bounded memory.
+
+        Each database query is within `connect()`: a short transaction, or one snapshot for all.
+        """
 
     def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
-        """(missing, double) of a job, as `pipeline.jobs.verification` defines them."""
+        """Return (missing, double) of a job, as `pipeline.jobs.verification` defines them."""
 
 
 class RowsSink:
-    """Rows of `embeddings`, with their items."""
+    """Sink that writes rows of the table `embeddings`."""
 
     finalizes = finalizes_long = False
 
     def prepare(self, job_id: UUID) -> None:
-        """Nothing: partitions are there."""
+        """Do nothing: the partitions exist already."""
 
     def discard(self, job_id: UUID) -> None:
-        """Nothing: no row is written before the job is queued."""
+        """Do nothing: no row is written before the job is queued."""
 
     def fault(self, item: Item) -> str | None:  # noqa: ARG002 - any item has a place
-        """None."""
+        """Return None: every item fits."""
         return None
 
     def settled(self, engine: Engine, claim: Claim) -> set[int]:  # noqa: ARG002 - Postgres knows them all
-        """None beyond those that Postgres knows."""
+        """Return an empty set: Postgres knows all of them."""
         return set()
 
     def stage(self, claim: Claim, number: int, rows: Rows) -> None:
-        """Nothing."""
+        """Do nothing: rows are written in the transaction."""
 
     def write(self, connection: Connection, claim: Claim, rows: Rows, staged: Staged | None) -> None:  # noqa: ARG002
-        """Append rows."""
+        """Insert rows, and the carried columns of items that are read from files."""
         embeddings.copy_rows(connection, claim.job_id, claim.vector_space_id, rows, claim.options.dtype)
         if claim.extent and rows.carried:
             items.copy_carried(connection, claim.job_id, rows)
 
     def finalize(self, engine: Engine, job: Job) -> None:
-        """Nothing."""
+        """Do nothing: the rows are complete."""
 
     def read(self, connect: Connect, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
-        """Page by page."""
+        """Yield rows page by page."""
         while True:
             with connect() as connection:
                 page = embeddings.page(connection, job_id, first_index, end_index, _PAGE)
@@ -112,38 +117,38 @@ class RowsSink:
             first_index = page[-1][0] + 1
 
     def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
-        """By joins; items that are in files are told by their chunks' ranges."""
+        """Count by joins; for items that are in files, by the ranges of their chunks."""
         if job.options.by_reference:
             return embeddings.verify_without_items(connection, job.id, job.items_total)
         return embeddings.verify(connection, job.id)
 
 
 class TableSink(RowsSink):
-    """Rows as above, and each vector by key in a table of the user's own, in the same transaction."""
+    """Sink that writes the same rows, and also each vector by key to a table of the user, in the same transaction."""
 
     def __init__(self, table: UserTable, *, hnsw: bool) -> None:
-        """`hnsw`: the table gets an index at the job's end."""
+        """Create the sink of a user's table. `hnsw`: build an index on it at the job's end."""
         self._table = table
         self.finalizes = self.finalizes_long = hnsw
 
     def fault(self, item: Item) -> str | None:
-        """Why the key doesn't fit the table's column."""
+        """Return the reason why an item's key doesn't fit the table's column; `None`: it fits."""
         return self._table.key_fault(item.key)
 
     def write(self, connection: Connection, claim: Claim, rows: Rows, staged: Staged | None) -> None:
-        """Append rows, and bring them to the table."""
+        """Insert rows, and upsert their vectors into the table."""
         super().write(connection, claim, rows, staged)
         user_table.upsert(connection, self._table, claim.job_id, rows.indexes.tolist())
 
     def finalize(self, engine: Engine, job: Job) -> None:  # noqa: ARG002 - the table is the same for all
-        """Build the index."""
+        """Build the HNSW index if it was asked for."""
         if self.finalizes:
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 user_table.build_hnsw(connection, self._table)
 
 
 def sink_of(options: KeptOptions) -> Sink:
-    """Where a job with these options writes."""
+    """Return the sink of a job with these options."""
     if options.output:
         return ParquetSink(options.output, options.dtype, options.columns.carry)
     if options.table:

@@ -1,4 +1,4 @@
-"""The command `vectormill`: which commands there are, and how they end."""
+"""Command line `vectormill`: the list of commands, and their exit codes."""
 
 import os
 import sys
@@ -46,12 +46,12 @@ class _Root(LazyGroup):
     }
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command, whose lost connections are told in one line."""
+        """Run a command. Raise a lost database connection as `ServiceUnreachable`, which `main` prints in one line."""
         import structlog
 
         from pipeline.db.database import reporting_unreachable
 
-        # Standard output is for data. Processes that serve configure their lines themselves.
+        # Standard output is for data, so logs go to standard error. Server processes configure their logs themselves.
         structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
         with reporting_unreachable():
             return super().invoke(ctx)
@@ -72,25 +72,25 @@ app = typer.Typer(
 def _root() -> None: ...
 
 
-#: What typer raises at wrong arguments; it has no public name for it.
+#: Error that typer raises for wrong arguments; it has no public name there.
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 
 def main() -> None:
-    """Run the command line; end with DESIGN's exit codes, and one line for what a person can mend."""
+    """Run the command line. Print an error that the user can fix as one line, and exit with the error's code."""
     try:
         code = app(standalone_mode=False)
     except VectormillError as error:
         stderr.print(Text("error ", "red"), Text(sentence(error)), sep="")
         code = error.exit_code
     except _UsageError as error:
-        if message := error.format_message():  # empty where the help has been shown instead
+        if message := error.format_message():  # empty if the help has been shown instead
             stderr.print(Text("error ", "red"), Text(message), sep="")
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
-        # The reader of our output, a pager say, has gone; so has what is still buffered for it.
+        # The reader of our output, such as a pager, has gone; flushing the rest at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,4 +1,4 @@
-"""`python -m pipeline.cli` is `vectormill`."""
+"""Entry point of `python -m pipeline.cli`, which is `vectormill`."""
 
 from pipeline.cli import main
 

@@ -1,4 +1,4 @@
-"""Commands at an api."""
+"""Backend of commands that calls an api over HTTP."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,12 +24,13 @@ from pipeline.jobs.status import Namesake
 
 _LIST_PAGE = 100
 _CONNECT_SECONDS = 5.0
-#: An upload is answered when all of its items are in the database; a verification counts them.
+#: Timeout of reads and writes. An upload is answered once all its items are in the database, a verification once they
+#: are counted.
 _MOST_SECONDS = 3_600.0
 
 
 class ApiBackend:
-    """Commands that an api carries out, as its key allows."""
+    """Backend that calls an api, with the rights of an API key."""
 
     def __init__(self, url: str, key: str, workspace: str) -> None:
         self._scope = {} if workspace == DEFAULT_WORKSPACE else {"workspace": workspace}
@@ -41,11 +42,11 @@ class ApiBackend:
         )
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the connections to the api."""
         self._client.close()
 
     def jobs(self, states: Sequence[JobState], limit: int) -> list[JobStatus]:
-        """Statuses of the newest jobs."""
+        """Return the statuses of the newest jobs, newest first, following the api's pagination."""
         rows: list[JobStatus] = []
         after: dict[str, str] = {}
         while len(rows) < limit:
@@ -58,39 +59,39 @@ class ApiBackend:
         return rows
 
     def status(self, job: str) -> JobStatus:
-        """Where a job stands."""
+        """Return a job's status."""
         return JobStatus.model_validate(self._get(_path(job)))
 
     def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
-        """Its rejects in index order, of which no more is read than is asked for."""
+        """Return a job's rejects in index order. The stream is read only as far as `limit`."""
         with self._stream(_path(job, "rejects"), format="jsonl") as reply:
             return [json.loads(line) for line in islice(reply.iter_lines(), limit)]
 
     def reject_counts(self, job: str) -> dict[str, int]:
-        """How many rejects it has, by code."""
+        """Return the number of a job's rejects by code."""
         counts: dict[str, int] = self._get(_path(job, "rejects"), limit=1)["counts"]
         return counts
 
     def receipt(self, job: str, *, verify: bool) -> Receipt:
-        """Its account."""
+        """Return a job's receipt, checked against its rows if `verify` is set."""
         return Receipt.model_validate(self._get(_path(job, "receipt"), verify=verify))
 
     def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
-        """`cancel`, `pause` or `resume` it."""
+        """Apply `cancel`, `pause` or `resume` to a job. Returns its id and state."""
         found = JobStatus.model_validate(self._post(_path(job, verb)))
         return found.id, found.state
 
     def prioritise(self, job: str, priority: int) -> UUID:
-        """Change its place among others."""
+        """Change a job's priority. Returns its id."""
         return UUID(self._post(_path(job, "priority"), json={"priority": priority})["id"])
 
     def retry(self, job: str) -> tuple[UUID, int]:
-        """Try again what may succeed."""
+        """Reopen an ended job's chunks that can be retried. Returns its id, and the number of chunks."""
         found = self._post(_path(job, "retry"))
         return UUID(found["job"]["id"]), found["reopened_chunks"]
 
     def results(self, job: str, to: Path) -> str:
-        """Write its vectors to a file, which appears when it is whole."""
+        """Write a job's vectors to a file, which appears only when it is complete."""
         kind = to.suffix.removeprefix(".")
         if kind not in ("parquet", "jsonl"):
             raise UserError("give a file that ends in .parquet or .jsonl.", field="to", given=str(to))
@@ -107,29 +108,29 @@ class ApiBackend:
         return f"Vectors written to {to}."
 
     def models(self, *, everything: bool) -> list[Mapping[str, Any]]:  # noqa: ARG002 - the key decides
-        """The models that the key may use; of an admin's key, the whole catalogue."""
+        """Return the models that the key may use; with an admin's key, the whole catalogue."""
         rows: list[Mapping[str, Any]] = self._get("/models")["data"]
         return rows
 
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
-        """Make a key of the workspace of this key, an admin's."""
+        """Create a key in the workspace of the api key, which must be an admin's."""
         wish: dict[str, Any] = {"name": name, "admin": admin}
         if lives is not None:
             wish["expires_in_days"] = lives / timedelta(days=1)
         return NewKey(**self._of_keys("POST", "/keys", json=wish).json())
 
     def keys(self) -> list[dict[str, Any]]:
-        """The keys of the workspace of this key, an admin's."""
+        """Return the keys of the workspace of the api key, which must be an admin's."""
         rows: list[dict[str, Any]] = self._of_keys("GET", "/keys").json()
         return rows
 
     def rotate_key(self, key: str, overlap: timedelta) -> NewKey:
-        """Make a key in place of another one."""
+        """Create a key that replaces another one, which stays valid for `overlap`."""
         wish = {"overlap_hours": overlap / timedelta(hours=1)}
         return NewKey(**self._of_keys("POST", f"/keys/{_segment(key, 'key')}/rotate", json=wish).json())
 
     def revoke_key(self, key: str) -> None:
-        """End a key now."""
+        """Revoke a key now."""
         self._of_keys("DELETE", f"/keys/{_segment(key, 'key')}")
 
     def _of_keys(self, method: str, path: str, **how: Any) -> httpx.Response:
@@ -141,12 +142,12 @@ class ApiBackend:
         return self._send(method, path, **how)
 
     def namesakes(self, job: str) -> list[Namesake]:
-        """All that bear this name, the newest first."""
+        """Return the jobs of this name, newest first, out of the 100 newest whose names contain it."""
         rows = self._get("/jobs", name=job, limit=_LIST_PAGE)["data"]
         return [Namesake(UUID(row["id"]), row["state"]) for row in rows if row["name"] == job]
 
     def submit(self, wish: JobRequest, files: Sequence[Path], idempotency_key: str | None) -> Submitted:
-        """Upload files as a job, or let it read the sources that the request names."""
+        """Submit a job: upload its files, or without files let the api read the sources that the request names."""
         headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
         fields = wish.model_dump(mode="json", exclude_defaults=True)
         if not files:
@@ -190,14 +191,14 @@ def _path(job: str, more: str = "") -> str:
 
 
 def _segment(name: str, what: str) -> str:
-    """A name as one segment of a path. What none can hold names nothing."""
+    """Return a name escaped as one segment of a path. A name that no segment can hold is refused as unknown."""
     if name in ("", ".", ".."):
         raise UserError(f'no {what} "{name}".')
     return quote(name, safe="")
 
 
 def _as_field(value: Any) -> Any:
-    """A request's field as a form has it."""
+    """Return a request's field as a form holds it: a mapping as JSON."""
     if isinstance(value, Mapping):
         return json.dumps(value)
     return value
@@ -212,7 +213,7 @@ def _reporting(url: str) -> Iterator[None]:
 
 
 def _check(reply: httpx.Response) -> None:
-    """Raise what a problem says."""
+    """Raise the error that a reply's problem details describe; do nothing if it succeeded."""
     if reply.is_success:
         return
     field = None

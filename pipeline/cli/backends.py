@@ -1,6 +1,6 @@
-"""Backends of commands on jobs and keys: the database, or at an api that `VECTORMILL_API_URL` names.
+"""Backends of commands on jobs, models and keys: the database, or the api that `VECTORMILL_API_URL` names.
 
-Most commands import the one that they need, when they run.
+Most commands import only the backend that they use, when they run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,60 +24,60 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """What commands ask about jobs. A job is named by its id, the beginning of it, or its name.
+    """Operations of commands on jobs, models and keys. A job is given by its id, the beginning of its id, or its name.
 
-    All raise `UserError` for what a person can mend, and `ServiceUnreachable`.
+    All raise `UserError` for an error that the user can fix, and `ServiceUnreachable`.
     """
 
     def jobs(self, states: Sequence[JobState], limit: int) -> list[JobStatus]:
-        """Statuses of the newest jobs."""
+        """Return the statuses of the newest jobs, newest first."""
 
     def status(self, job: str) -> JobStatus:
-        """Where a job stands."""
+        """Return a job's status."""
 
     def namesakes(self, job: str) -> list[Namesake]:
-        """All that bear this name, the newest first."""
+        """Return the jobs of this name, newest first, at most 100."""
 
     def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
-        """Its rejects in index order."""
+        """Return a job's rejects in index order, at most `limit`."""
 
     def reject_counts(self, job: str) -> dict[str, int]:
-        """How many rejects it has, by code."""
+        """Return the number of a job's rejects by code."""
 
     def receipt(self, job: str, *, verify: bool) -> Receipt:
-        """Its account."""
+        """Return a job's receipt, checked against its rows if `verify` is set."""
 
     def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
-        """`cancel`, `pause` or `resume` it. Returns its id and state."""
+        """Apply `cancel`, `pause` or `resume` to a job. Returns its id and state."""
 
     def prioritise(self, job: str, priority: int) -> UUID:
-        """Change its place among others. Returns its id."""
+        """Change a job's priority. Returns its id."""
 
     def retry(self, job: str) -> tuple[UUID, int]:
-        """Try again what may succeed. Returns its id, and how many chunks are to be done."""
+        """Reopen an ended job's chunks that can be retried. Returns its id, and the number of chunks."""
 
     def results(self, job: str, to: Path) -> str:
-        """Write its vectors to a .parquet or .jsonl file. Returns what was written, for a person."""
+        """Write a job's vectors to a .parquet or .jsonl file. Returns a sentence for the user on what was written."""
 
     def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
-        """The catalogue's models, or only those that the workspace may use."""
+        """Return the catalogue's models, or only those that the workspace may use."""
 
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
-        """Make a key of the workspace."""
+        """Create a key in the workspace, which expires after `lives` or never."""
 
     def keys(self) -> list[dict[str, Any]]:
-        """The workspace's keys, newest first, without their secrets; moments as ISO 8601."""
+        """Return the workspace's keys, newest first, without their secrets; times as ISO 8601."""
 
     def rotate_key(self, key: str, overlap: timedelta) -> NewKey:
-        """Make a key in place of another one."""
+        """Create a key that replaces another one, which stays valid for `overlap`."""
 
     def revoke_key(self, key: str) -> None:
-        """End a key now."""
+        """Revoke a key now."""
 
 
 @contextmanager
 def open_backend(workspace: str = DEFAULT_WORKSPACE) -> Iterator[Union["DatabaseBackend", "ApiBackend"]]:
-    """Where the environment says that commands are carried out, for the length of one."""
+    """Yield the backend for one command: the api if the environment names one and no database, else the database."""
     settings = load_settings()
     if settings.api_url is None or settings.database_url:
         from pipeline.cli.context import working

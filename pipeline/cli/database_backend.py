@@ -1,4 +1,7 @@
-"""Commands at a database. What needs Arrow is imported where it is used: most commands don't."""
+"""Backend of commands that works on the database.
+
+Modules that load Arrow are imported where they are used, since most commands don't need it.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +31,7 @@ _MOMENTS = ("created_at", "expires_at", "revoked_at")
 
 
 class DatabaseBackend:
-    """Commands that work in a workspace of a database."""
+    """Backend that works in one workspace of a database."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -44,17 +47,17 @@ class DatabaseBackend:
             yield connection, status.find_job_to_change(connection, self.place.workspace_id, job, ended=ended)
 
     def namesakes(self, job: str) -> list[Namesake]:
-        """All that bear this name, the newest first."""
+        """Return the jobs of this name, newest first, at most 100."""
         with self.place.engine.begin() as connection:
             return status.namesakes(connection, self.place.workspace_id, job, _MOST_NAMESAKES)
 
     def jobs(self, states: Sequence[JobState], limit: int) -> list[JobStatus]:
-        """Statuses of the newest jobs."""
+        """Return the statuses of the newest jobs, newest first."""
         with self.place.engine.begin() as connection:
             return status.list_jobs(connection, self.place.workspace_id, states=states, limit=limit)
 
     def status(self, job: str) -> JobStatus:
-        """Where a job stands."""
+        """Return a job's status."""
         try:
             with self._of(job) as (connection, found):
                 return status.job_status(connection, found)
@@ -64,7 +67,7 @@ class DatabaseBackend:
             raise
 
     def rejects(self, job: str, limit: int | None) -> list[dict[str, Any]]:
-        """Its rejects in index order."""
+        """Return a job's rejects in index order, at most `limit`."""
         rows: list[dict[str, Any]] = []
         with self._of(job) as (connection, found):
             while limit is None or len(rows) < limit:
@@ -76,12 +79,12 @@ class DatabaseBackend:
         return rows
 
     def reject_counts(self, job: str) -> dict[str, int]:
-        """How many rejects it has, by code."""
+        """Return the number of a job's rejects by code."""
         with self._of(job) as (connection, found):
             return rejects.count_by_code(connection, found)
 
     def receipt(self, job: str, *, verify: bool) -> Receipt:
-        """Its account."""
+        """Return a job's receipt, checked against its rows if `verify` is set."""
         with self._of(job) as (connection, found):
             if not verify:
                 return status.receipt(connection, found)
@@ -90,24 +93,24 @@ class DatabaseBackend:
             return verified_receipt(connection, found)
 
     def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
-        """`cancel`, `pause` or `resume` it."""
+        """Apply `cancel`, `pause` or `resume` to a job. Returns its id and state."""
         act = {"cancel": control.cancel, "pause": control.pause, "resume": control.resume}[verb]
         with self._changing(job, ended=False) as (connection, found):
             return found, act(connection, found)
 
     def prioritise(self, job: str, priority: int) -> UUID:
-        """Change its place among others."""
+        """Change a job's priority. Returns its id."""
         with self._changing(job, ended=False) as (connection, found):
             control.prioritise(connection, found, priority)
             return found
 
     def retry(self, job: str) -> tuple[UUID, int]:
-        """Try again what may succeed."""
+        """Reopen an ended job's chunks that can be retried. Returns its id, and the number of chunks."""
         with self._changing(job, ended=True) as (connection, found):
             return found, control.retry(connection, found)
 
     def results(self, job: str, to: Path) -> str:
-        """Write its vectors to a file."""
+        """Write a job's vectors to a file. Returns a sentence for the user on what was written."""
         from pipeline.jobs.results import export
 
         with self._of(job) as (_, found):
@@ -115,18 +118,18 @@ class DatabaseBackend:
         return f"{export(self.place.engine, found, to):,} vectors written to {to}."
 
     def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
-        """The catalogue's models, or only those that the workspace may use."""
+        """Return the catalogue's models, or only those that the workspace may use."""
         with self.place.engine.begin() as connection:
             rows = models.every(connection) if everything else models.of_workspace(connection, self.place.workspace_id)
             return [dict(row) for row in rows]
 
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
-        """Make a key of the workspace."""
+        """Create a key in the workspace, which expires after `lives` or never."""
         with self.place.engine.begin() as connection:
             return keys.create(connection, self.place.workspace_id, name, admin=admin, lives=lives)
 
     def keys(self) -> list[dict[str, Any]]:
-        """The workspace's keys."""
+        """Return the workspace's keys, without their secrets; times as ISO 8601."""
         with self.place.engine.begin() as connection:
             rows = [dict(row) for row in stored_keys.every(connection, self.place.workspace_id)]
         for row in rows:
@@ -134,11 +137,11 @@ class DatabaseBackend:
         return rows
 
     def rotate_key(self, key: str, overlap: timedelta) -> NewKey:
-        """Make a key in place of another one."""
+        """Create a key that replaces another one, which stays valid for `overlap`."""
         with self.place.engine.begin() as connection:
             return keys.rotate(connection, self.place.workspace_id, key, overlap)
 
     def revoke_key(self, key: str) -> None:
-        """End a key now."""
+        """Revoke a key now."""
         with self.place.engine.begin() as connection:
             keys.revoke(connection, self.place.workspace_id, key)

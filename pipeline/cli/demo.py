@@ -1,4 +1,4 @@
-"""`vectormill demo`: the main job on this machine, from docstrings to search."""
+"""Command `vectormill demo`: a whole job on this machine, from docstrings to search."""
 
 import ast
 import json
@@ -32,7 +32,7 @@ _QUERIES = ("parse a command line", "open a network connection", "multiply two m
 def demo(
     docs: Annotated[int, typer.Option(min=1, max=100_000, help="How many docstrings to embed.")] = 2_000,
 ) -> None:
-    """Run the main job here, on real parts: servers, dispatcher, worker, Flower; then search what it wrote.
+    """Run a whole job here with real servers, dispatcher, worker and Flower, then search its vectors.
 
     Example: vectormill demo --docs 5000
     """
@@ -99,8 +99,10 @@ def _write_corpus(path: Path, docs: int) -> Path:
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
-    """Distinct docstrings of the standard library and the installed packages as (where, text), a module of each
-    package in turn, so that a few thousand are about many things."""
+    """Yield distinct docstrings of the standard library and the installed packages as (where, text).
+
+    Packages take turns, a module each, so that a few thousand texts cover many subjects.
+    """
     paths = sysconfig.get_paths()
     packages = [
         (root, entry)
@@ -123,7 +125,7 @@ def docstrings() -> Iterator[tuple[str, str]]:
 
 
 def _of_package(root: Path, entry: Path) -> Iterator[list[tuple[str, str]]]:
-    """The docstrings of each module of a package, shallow modules first."""
+    """Yield the docstrings of each module of a package, shallow modules first."""
     paths = [entry] if entry.is_file() else sorted(entry.rglob("*.py"), key=lambda path: (len(path.parts), path))
     for path in paths:
         where = path.relative_to(root).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
@@ -134,7 +136,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, str]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-        return  # templates and test data that aren't Python of this version
+        return  # a template or test data, not Python of this version
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)

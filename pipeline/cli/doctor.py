@@ -1,4 +1,4 @@
-"""`vectormill doctor`: what is wrong with a deployment, and what to do."""
+"""Command `vectormill doctor`: checks of a deployment, with advice for each problem."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,10 +29,10 @@ def doctor(
     canary: Annotated[bool, typer.Option("--canary/--no-canary", help="Whether to send one at all.")] = True,
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long the canary may take.")] = 60.0,
 ) -> None:
-    """Examine a deployment from end to end and say what to mend: versions, servers, rights, space, clocks, processes,
-    keys, addresses; and send a text through a worker, as a job that is purged after.
+    """Check a deployment from end to end and say what to fix: versions, servers, rights, disk space, clocks, processes,
+    keys, addresses. Also send a text through a worker, as a job that is purged afterwards.
 
-    Ends with 0 if nothing failed, 1 if something did, 6 if Postgres or Redis doesn't answer.
+    Exit code: 0 if nothing failed, 1 if something did, 6 if Postgres or Redis doesn't answer.
 
     Examples:
 
@@ -71,7 +71,7 @@ def _patient(canary_models: list[str], timeout: float) -> "Context":
     settings = load_settings()
     database, redis = server_urls(settings)
     running = find_running(settings.home)
-    # What runs here is of no concern where the environment names another database.
+    # Ignore an `up` that runs here if the environment names another database.
     ours = running if running and running.database_url == database else None
     password = settings.flower_password
     return Context(

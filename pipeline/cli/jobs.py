@@ -1,4 +1,4 @@
-"""Commands on a job: jobs, status, watch, rejects, receipt, cancel, pause, resume, retry."""
+"""Commands on jobs: jobs, status, watch, rejects, receipt, cancel, pause, resume, priority, retry."""
 
 import time
 from collections.abc import Callable
@@ -29,7 +29,7 @@ _EXIT_CODES = {JobState.COMPLETED: 0, JobState.FAILED: 3, JobState.CANCELLED: 4,
 _OUTCOMES = ("embedded", "reused", "rejected", "cancelled")
 _POLL_SECONDS = 0.5
 _PLAIN_PERIOD_SECONDS = 10.0
-#: How long a watch bears with a server that is away.
+#: Time for which a watch retries a server that doesn't answer.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -76,7 +76,7 @@ def jobs(
 
 
 def status(job: Job, as_json: Json = False, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
-    """Show where a job stands.
+    """Show a job's state, counts, rates and time left.
 
     Example: vectormill status docs --json
     """
@@ -90,7 +90,7 @@ def status(job: Job, as_json: Json = False, workspace: Workspace = DEFAULT_WORKS
 
 
 def tell_namesakes(backend: Backend, job: str) -> None:
-    """Say which jobs bear the name too, where a command is about the newest of them."""
+    """Tell the user if several jobs have the name, of which the command takes the newest."""
     bearers = backend.namesakes(job)
     if len(bearers) > 1:
         output.tell([f"{several(job, bearers)}; this is about the newest."])
@@ -125,7 +125,9 @@ def _print_status(row: JobStatus) -> None:
 
 
 def watch(job: Job, timeout: Timeout = None, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
-    """Follow a job to its end. Exit code: 0 completed, 3 failed, 4 cancelled, 5 paused by the system, 7 time-out.
+    """Follow a job until it ends or the system pauses it.
+
+    Exit code: 0 completed, 3 failed, 4 cancelled, 5 paused by the system, 7 timeout.
 
     Example: vectormill watch docs
     """
@@ -135,11 +137,11 @@ def watch(job: Job, timeout: Timeout = None, workspace: Workspace = DEFAULT_WORK
 
 
 def watch_job(backend: Backend, job_id: UUID, timeout_seconds: float | None, *, verify: bool = False) -> int:
-    """Follow a job until it ends or the system pauses it, and print its receipt. Returns the exit code; 1 if
-    `verify` and the rows object.
+    """Follow a job until it ends or the system pauses it, and print its receipt. Returns the exit code, which is 1
+    if the job completed but its verification fails.
 
     Raises:
-        WaitTimedOut: it didn't within `timeout_seconds`.
+        WaitTimedOut: the job hasn't ended within `timeout_seconds`.
     """
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     show = _live_line() if output.stderr.is_terminal else _plain_lines()
@@ -149,7 +151,7 @@ def watch_job(backend: Backend, job_id: UUID, timeout_seconds: float | None, *, 
         show(None)
     if row.message and row.state != JobState.COMPLETED:
         output.stderr.print(output.state(row.state, row.reason), row.message)
-    if not row.items.total:  # asked for in SQL, and never a job: there is no receipt
+    if not row.items.total:  # a request in SQL that never became a job has no receipt
         return _EXIT_CODES[row.state]
     account = backend.receipt(str(job_id), verify=verify)
     output.stderr.print(output.ledger(account, backend.reject_counts(str(job_id))))
@@ -171,7 +173,7 @@ def _follow(
         except ServiceUnreachable:
             if time.monotonic() - answered > _PATIENCE_SECONDS:
                 raise
-        except UnknownJob:  # it was there
+        except UnknownJob:  # the job existed when the watch began
             raise ServiceUnreachable(
                 f"job {job_id} is gone: it was purged, or the database has lost its last commits (a failover, a "
                 "restore); if nobody purged it, submit the same again."
@@ -200,7 +202,7 @@ def _live_line() -> Callable[[JobStatus | None], None]:
 
 
 def _plain_lines() -> Callable[[JobStatus | None], None]:
-    """A line when the state changes and every ten seconds: for logs."""
+    """Return a function that prints a line when the state changes, and every ten seconds: for logs."""
     shown: tuple[str, float] = ("", 0.0)
 
     def show(row: JobStatus | None) -> None:
@@ -221,7 +223,7 @@ def rejects(
     as_json: Json = False,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
-    """List the items that could not be embedded, each with its code and why.
+    """List the items that could not be embedded, each with its code and a message.
 
     Example: vectormill rejects docs --json
     """
@@ -249,7 +251,9 @@ def receipt(
     as_json: Json = False,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
-    """Show a job's account: items in = embedded + reused + rejected + cancelled. Exit code 1 if --verify objects.
+    """Show a job's receipt: items in = embedded + reused + rejected + cancelled.
+
+    Exit code 1 if --verify fails: rows are missing or double, or the counts don't balance or have changed.
 
     Example: vectormill receipt docs --verify
     """
@@ -272,7 +276,7 @@ def _steer(job: str, workspace: str, verb: str) -> tuple[UUID, JobState]:
 
 
 def cancel(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
-    """Cancel a job. Vectors that are committed stay, and the receipt counts the rest as cancelled.
+    """Cancel a job. Committed vectors stay; the receipt counts the remaining items as cancelled.
 
     Example: vectormill cancel docs
     """
@@ -281,7 +285,7 @@ def cancel(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
 
 def pause(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
-    """Pause a job: chunks that run end, no other starts.
+    """Pause a job: running chunks finish, and no others start.
 
     Example: vectormill pause docs
     """
@@ -290,7 +294,7 @@ def pause(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 
 
 def resume(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
-    """Let a paused job go on.
+    """Resume a paused job.
 
     Example: vectormill resume docs
     """
@@ -303,7 +307,7 @@ def priority(
     value: Annotated[int, typer.Argument(metavar="N", min=-100, max=100, help="Higher goes first; 0 is usual.")],
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
-    """Change a job's priority; chunks that run go on.
+    """Change a job's priority. Running chunks aren't interrupted.
 
     Example: vectormill priority docs 10
     """
@@ -313,7 +317,7 @@ def priority(
 
 
 def retry(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
-    """Try again what may succeed: rejects with a code that can be retried, and what a failed job left undone.
+    """Retry what may succeed: rejects with a retryable code, and the items that a failed job left undone.
 
     Example: vectormill retry docs
     """

@@ -1,4 +1,4 @@
-"""`vectormill keys`: who may call the api."""
+"""Commands `vectormill keys`: API keys of a workspace."""
 
 import re
 import sys
@@ -32,7 +32,7 @@ def create(
     expires: Annotated[str | None, typer.Option(metavar="SPAN", help="Its life: 12h, 90d. Default: for ever.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="It may also make and revoke keys.")] = False,
 ) -> None:
-    """Make a key. It is printed this once; only its hash is kept.
+    """Create a key. It is printed only once; only its hash is stored.
 
     Examples:
 
@@ -48,7 +48,7 @@ def create(
 
 @app.command("list")
 def list_keys(workspace: Workspace = DEFAULT_WORKSPACE, as_json: Json = False) -> None:
-    """List the keys, without their secrets.
+    """List a workspace's keys, without their secrets.
 
     Example: vectormill keys list --json
     """
@@ -79,7 +79,7 @@ def rotate(
     workspace: Workspace = DEFAULT_WORKSPACE,
     overlap: Annotated[str, typer.Option(metavar="SPAN", help="How long the old key stays valid.")] = "24h",
 ) -> None:
-    """Make a key in place of another one, which stays valid for a while. It lives as long as the other was made to.
+    """Create a key that replaces another one, which stays valid for a while. The new key keeps the old key's lifetime.
 
     Example: vectormill keys rotate 3f0c9a7be1d2c4a8 --overlap 2h
     """
@@ -91,7 +91,7 @@ def rotate(
 
 @app.command()
 def revoke(key: KeyId, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
-    """End a key now; gateways learn it within two seconds.
+    """Revoke a key. Gateways refuse it within two seconds.
 
     Example: vectormill keys revoke 3f0c9a7be1d2c4a8
     """

@@ -1,4 +1,4 @@
-"""`vectormill models`: the catalogue."""
+"""Commands `vectormill models`: the catalogue of models."""
 
 import re
 from dataclasses import asdict
@@ -34,7 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Pooling(StrEnum):
-    """Ways in which the vectors of a text's tokens become one."""
+    """Pooling methods, which make one vector of those of a text's tokens."""
 
     CLS = "cls"
     MEAN = "mean"
@@ -42,14 +42,14 @@ class Pooling(StrEnum):
 
 
 class Clearable(StrEnum):
-    """What a model can do without."""
+    """Settings of a model that `--clear` can empty."""
 
     ALIAS = "alias"
     MATRYOSHKA = "matryoshka"
     PRICE = "price"
 
 
-#: The column of each, and what it holds then.
+#: Column of each setting, and its empty value.
 _NOTHING: dict[Clearable, tuple[str, Any]] = {
     Clearable.ALIAS: ("aliases", []),
     Clearable.MATRYOSHKA: ("matryoshka", []),
@@ -68,7 +68,7 @@ def list_models(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the models.
+    """List the catalogue's models.
 
     Examples:
 
@@ -132,12 +132,12 @@ def add(
     matryoshka: Sizes = None,
     price: Price = None,
 ) -> None:
-    """Add a model: a dense text encoder in a folder or on the hub, or one behind a gateway. Workers pick it up while
-    they run.
+    """Add a model: a dense text encoder in a folder or on the Hugging Face hub, or one behind a gateway. Workers pick
+    it up while they run.
 
-    It is proven first: its weights are all there, and documents and queries, short ones and ones longer than it reads,
-    come out as sentence-transformers alone makes them. What can't be, is refused with the reason. Then its rate is
-    measured.
+    A model in a folder or on the hub is checked first: all its weights must be there, and its vectors must match those
+    of sentence-transformers alone, for documents and queries, short and longer than the model reads. A model that fails
+    is refused with the reason. Then its rate is measured.
 
     Examples:
 
@@ -199,7 +199,7 @@ def change(
     price: Price = None,
     clear: Annotated[list[Clearable] | None, typer.Option(help="Take all of these from it; may be repeated.")] = None,
 ) -> None:
-    """Change a model's aliases (to those named, and no others), sizes or price.
+    """Change a model's aliases, sizes or price. The named aliases replace all earlier ones.
 
     Examples:
 

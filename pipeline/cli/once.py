@@ -1,4 +1,4 @@
-"""Commands whose options are given once: of two values one would be dropped without a word."""
+"""Commands that refuse a repeated option, since one of its two values would be dropped silently."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,10 @@ from pipeline.core.errors import UserError
 
 
 class OnceCommand(TyperCommand):
-    """A command that refuses an option which is given twice, unless it may be repeated."""
+    """Command that refuses an option given twice, unless the option may be repeated."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments; raises `UserError`."""
+        """Parse the arguments; raise `UserError` if an option is given twice."""
         *_, given = self.make_parser(ctx).parse_args(args=list(args))
         for option in given:
             if option.param_type_name == "option" and not option.multiple and given.count(option) > 1:
@@ -22,11 +22,11 @@ class OnceCommand(TyperCommand):
 
 
 class App(typer.Typer):
-    """Commands of this kind, below the command `vectormill`."""
+    """Typer app of such commands, below the command `vectormill`."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(add_completion=False, **how)
 
     def command(self, *args: Any, **how: Any) -> Callable[[Any], Any]:
-        """Add a command."""
+        """Add a command, an `OnceCommand` unless `cls` is given."""
         return super().command(*args, **{"cls": OnceCommand, **how})

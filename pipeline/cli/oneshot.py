@@ -1,4 +1,4 @@
-"""Requests of commands to a process with torch, for what only that can do."""
+"""Subprocess with torch, for the parts of a command that need it."""
 
 import json
 import subprocess
@@ -9,10 +9,10 @@ from pipeline.embedded.processes import our_environment, our_module
 
 
 def oneshot(arguments: list[str], payload: Any = None) -> Any:
-    """Ask a process that may import torch; see workers/oneshot.py.
+    """Run workers/oneshot.py, a process that may import torch, and return its answer. Payload and answer are JSON.
 
     Raises:
-        ModelError: it can't do what was asked, in its own words.
+        ModelError: the process failed; the message is its last line on standard error.
     """
     done = subprocess.run(
         our_module("workers.oneshot", *arguments),

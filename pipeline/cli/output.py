@@ -1,5 +1,7 @@
-"""Output on a terminal: numbers, states, the live bar, the ledger. Data goes to standard output, all else to
-standard error."""
+"""Terminal output: numbers, states, the progress bar, the receipt's table.
+
+Data goes to standard output, everything else to standard error.
+"""
 
 import json
 import sys
@@ -17,10 +19,10 @@ from pipeline.core import humanize
 from pipeline.core.errors import UserError, VectormillError
 from pipeline.core.job_status import JobStatus, Receipt
 
-#: Columns where no terminal says how many it has.
+#: Width in columns where the output isn't a terminal.
 _PIPE_WIDTH = 140
 
-#: For people; nothing here is lost when standard output is a pipe.
+#: For messages to people, which stay visible when standard output is a pipe.
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
@@ -36,17 +38,17 @@ _STATE_MARKS = {"completed": "✓", "failed": "✗", "running": "▸", "paused":
 
 
 def print_json(value: Any) -> None:
-    """Print data for a program."""
+    """Print data as JSON on standard output, for programs."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def tell(notices: Iterable[str]) -> None:
-    """Say what a person should know though nothing is refused, a line each."""
+    """Print notices, a line each: what the user should know though nothing is refused."""
     for notice in notices:
         stderr.print(Text("note ", "yellow"), Text(notice), sep="")
 
 
-#: Options whose flag isn't their field's name.
+#: Flags of the fields whose options have another name.
 _FLAGS = {
     "labels": "--label",
     "sources": "SOURCE",
@@ -56,7 +58,7 @@ _FLAGS = {
 
 
 def sentence(error: VectormillError) -> str:
-    """Return the message for whoever typed the command: a wrong option is called by its flag."""
+    """Return an error's message for the user of the command line, in which a wrong option is called by its flag."""
     if not isinstance(error, UserError) or error.field is None:
         return str(error)
     name = error.field.partition(".")[0]
@@ -64,20 +66,20 @@ def sentence(error: VectormillError) -> str:
 
 
 def age(moment: datetime | None) -> str:
-    """How long ago a moment was."""
+    """Return the time since a moment, such as “4 min 40 s ago”; “–” if there is none."""
     if moment is None:
         return "–"
     return humanize.duration(max(timedelta(0), datetime.now(moment.tzinfo) - moment).total_seconds()) + " ago"
 
 
 def state(name: str, reason: str | None = None) -> Text:
-    """A state with its mark, its colour and its reason."""
+    """Return a state with its mark, its colour and its reason."""
     shown = f"{_STATE_MARKS.get(name, '·')} {name}" + (f" ({reason})" if reason else "")
     return Text(shown, style=_STATE_COLOURS.get(name, ""))
 
 
 def progress_line(status: JobStatus) -> Table:
-    """One line for a job that runs: name, model, bar, share, items, rates, time left."""
+    """Return the progress line of a running job: name, model, bar, share, items, rates, time left."""
     items, rate = status.items, status.rate
     share = items.over / items.total if items.total else 0.0
     line = Table.grid(padding=(0, 2))
@@ -104,7 +106,7 @@ def _time_left(status: JobStatus) -> Text:
 
 
 def plain_progress(status: JobStatus) -> str:
-    """The same line for a log: no colours, no bar."""
+    """Return the progress line for a log: plain text, without colours or a bar."""
     items, rate = status.items, status.rate
     left = "" if status.eta_seconds is None else f"  {humanize.duration(status.eta_seconds)} left"
     return (
@@ -114,7 +116,7 @@ def plain_progress(status: JobStatus) -> str:
 
 
 def ledger(receipt: Receipt, codes: Mapping[str, int]) -> RenderableType:
-    """A receipt as an account: `codes` counts its rejects."""
+    """Return a receipt as a table of items and tokens; `codes` has the number of rejects by code."""
     items, tokens = receipt.items, receipt.tokens
     table = Table(box=None, padding=(0, 3, 0, 0), show_edge=False, header_style="bright_black")
     table.add_column("")
@@ -147,12 +149,12 @@ def _truncated(count: int) -> str:
 
 
 def short(job_id: UUID) -> str:
-    """Enough of a job's id to tell it from others: its time to the millisecond."""
+    """Return the beginning of a job's id, enough to tell it from others: its time to the millisecond."""
     return str(job_id)[:13]
 
 
 def verdict(receipt: Receipt) -> Text:
-    """The last line of a ledger."""
+    """Return the last line below a receipt: balanced or not, and the verification's result."""
     if not receipt.balanced:
         open_items = receipt.items.submitted - receipt.items.settled
         return Text(f"not balanced yet: {open_items:,} items are still to do", style="yellow")

@@ -1,4 +1,4 @@
-"""Commands that are a process of a deployment: migrate, dispatcher, worker, engine, api, flower."""
+"""Commands that run a process of a deployment: migrate, dispatcher, worker, engine, api, flower."""
 
 import os
 import signal
@@ -24,7 +24,9 @@ _LIBRARIES_BYTES = 700 * 1024 * 1024
 
 
 def migrate() -> None:
-    """Create the schema, or bring it up to date. Safe to run at any time, from anywhere, as often as you like.
+    """Create the database schema, or migrate it to the newest revision.
+
+    Safe to run at any time, from anywhere, as often as you like.
 
     Example: vectormill migrate
     """
@@ -35,7 +37,7 @@ def migrate() -> None:
 
 
 def dispatcher() -> None:
-    """Ring for pending chunks, sweep expired leases, end jobs. Run two: one works, the other stands by.
+    """Queue pending chunks for workers, sweep expired leases, finish jobs. Run two: one leads, the other stands by.
 
     Example: vectormill dispatcher
     """
@@ -81,7 +83,7 @@ def worker(
         str, typer.Option(help="float32, bfloat16 or float16; on CUDA only, a CPU always uses float32.")
     ] = "float32",
 ) -> None:
-    """Take chunks and embed them, on every GPU of this machine or on its CPU.
+    """Claim chunks and embed them, on every GPU of this machine or on its CPU.
 
     Examples:
 
@@ -109,7 +111,7 @@ def worker(
         environment[metrics_server.FOLDER_VARIABLE] = str(metrics_server.make_folder())
     name = f"{token_hex(3)}@{socket.gethostname()}"
     arguments = ["--hostname", name, "--concurrency", str(len(chosen) * each), "--pool", "prefork"]
-    alone = ["--without-gossip", "--without-mingle"]  # workers share Postgres' truth, and nothing else
+    alone = ["--without-gossip", "--without-mingle"]  # workers coordinate through Postgres only
     _become([*_CELERY, "worker", *arguments, *alone, "--loglevel", settings.log_level], environment)
 
 
@@ -126,9 +128,9 @@ def engine(
     ] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = None,
 ) -> None:
-    """Serve local models to the api, texts of many requests in one batch. One process for each device.
+    """Serve local models to the api, and batch the texts of many requests together. Run one process for each device.
 
-    Without --model it serves all local models of the catalogue, each loaded when it is first asked for.
+    Without --model it serves all local models of the catalogue, each loaded at its first request.
 
     Examples:
 
@@ -155,7 +157,8 @@ def api(
     host: Annotated[str | None, typer.Option(help="Address to listen at. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port. Default: 8000.")] = None,
 ) -> None:
-    """Serve the dashboard, /api for jobs, and /v1, the OpenAI-compatible gateway. It loads no model: /v1 needs engines.
+    """Serve the dashboard, /api for jobs, and /v1, the OpenAI-compatible gateway. It loads no model: for
+    local models, /v1 needs engines.
 
     Examples:
 
@@ -179,7 +182,9 @@ def api(
 
 
 def flower() -> None:
-    """Show Celery's tasks and workers in a browser, on loopback, behind a password. Tasks are found by job and chunk.
+    """Show Celery's tasks and workers in a browser, behind a password, by default on loopback only.
+
+    Tasks can be found by job and chunk.
 
     Example: VECTORMILL_FLOWER_PASSWORD=… vectormill flower
     """
@@ -198,14 +203,14 @@ def _checked(precision: str) -> str:
 
 
 def _become(module: list[str], more: dict[str, str]) -> None:
-    """Turn this process into another program of ours or Celery's, so that signals reach it."""
+    """Replace this process by another program of ours or Celery's, so that signals reach it."""
     environment = our_environment({**more, "VECTORMILL_HOME": str(load_settings().home)})
-    os.chdir("/")  # Celery looks for modules where it stands, whatever Python does
+    os.chdir("/")  # Celery imports modules from the working directory, even if Python itself does not
     os.execve(sys.executable, our_module(*module), environment)  # noqa: S606 - no shell is what we want  # nosec B606
 
 
 def _choose_devices(wish: str) -> list[tuple[str, int]]:
-    """The devices that `--devices` names, each with its memory in bytes."""
+    """Return the devices that `--devices` names, each with its memory in bytes."""
     found = [(str(name), int(memory)) for name, memory in oneshot(["devices"])]
     if wish == "all":
         return found
@@ -220,9 +225,9 @@ def _choose_devices(wish: str) -> list[tuple[str, int]]:
 
 
 def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:
-    """2 where two copies of the largest model fit in 80 % of the device's memory, else 1.
+    """Return 2 if two copies of the largest model fit in 80 % of the device's memory, else 1.
 
-    An `up` that starts for the first time adds the bundled model meanwhile.
+    With no model in the catalogue, the bundled one counts: the first start of an `up` adds it meanwhile.
     """
     from pipeline.cli.bootstrap import bundled_model_bytes
     from pipeline.db import models

@@ -1,4 +1,4 @@
-"""`vectormill purge`: forget ended jobs."""
+"""Command `vectormill purge`: deletion of ended jobs."""
 
 import sys
 from typing import Annotated, Any
@@ -26,9 +26,9 @@ def purge(
     as_json: Json = False,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
-    """Forget a job that has ended, with its items, vectors and rejects; or all jobs of whole months, by dropping their
-    partitions. Usage rows stay, since they are the bill; Parquet files and tables of your own stay, since they are
-    yours.
+    """Delete an ended job with its items, vectors and rejects, or drop whole months of jobs with their partitions.
+
+    Usage rows stay, since they are the bill. Parquet files and your own tables stay, since they are yours.
 
     Examples:
 
@@ -62,7 +62,7 @@ def _purge_job(place: Place, job: str, *, dry_run: bool, yes: bool) -> dict[str,
 
 
 def _rows_of(status: JobStatus) -> dict[str, int]:
-    """How many rows a job has, by its chunks' counts."""
+    """Return the number of a job's rows by table, from its chunks' counts."""
     counts = status.items
     return {
         "items": counts.total,
@@ -94,7 +94,7 @@ def _purge_months(engine: Engine, before: str, *, dry_run: bool, yes: bool) -> d
 
 
 def _agreed(question: str, *, dry_run: bool, yes: bool) -> bool:
-    """Whether to go on; with --dry-run never."""
+    """Return True if the user agrees, or --yes does; always False with --dry-run."""
     if dry_run or yes:
         return not dry_run
     if not sys.stdin.isatty():

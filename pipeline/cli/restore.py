@@ -1,4 +1,4 @@
-"""`vectormill restore-check`: what a restored database needs, and the mending of it."""
+"""Command `vectormill restore-check`: checks and repairs of a restored database."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,10 +17,10 @@ def restore_check(
     mend: Annotated[bool, typer.Option("--mend", help="Do what can be done here, and tell it.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell what a database needs that was restored, or failed over to a standby without its last commits: sequences,
-    claims of before, Parquet parts and uploaded files that are gone; which jobs go on, and which keys are live again.
+    """Check a database that was restored, or failed over to a standby without its last commits: sequences, stale
+    claims, missing Parquet parts and uploaded files, jobs that go on, and keys that may be live again.
 
-    Ends with 0 if nothing is left that --mend can do, with 1 otherwise. It may be run at any time, and repeated.
+    Exit code: 0 if nothing is left that --mend can do, else 1. Safe to run at any time, and to repeat.
 
     Examples:
 

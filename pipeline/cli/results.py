@@ -1,4 +1,4 @@
-"""`vectormill results` and `vectormill search`: what a job wrote."""
+"""Commands `vectormill results` and `vectormill search`: export of a job's vectors, and search in them."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,11 +57,11 @@ def search(
 
 
 def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[list[dict[str, Any]]]:
-    """The nearest items to each query: `{index, key, similarity, text}`.
+    """Return the items nearest to each query: `{index, key, similarity, text}`.
 
     Raises:
-        UnknownModel: the job's model is no longer in the catalogue.
-        UserError: its vectors aren't in Postgres.
+        UnknownModel: the job's model is no longer in the catalogue as it was.
+        UserError: the job's vectors aren't in Postgres.
     """
     with place.engine.begin() as connection:
         found = reading.find_job(connection, place.workspace_id, job)
@@ -76,7 +76,7 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
         )
     vectors = oneshot(["queries"], {"model": portable(as_model(model)), "texts": queries})
     with place.engine.begin() as connection:
-        # Of a job that was shortened too: by cosine, its queries' length doesn't count.
+        # A job's vectors may be shortened. The cut query isn't normalised again, since cosine ignores its length.
         hits = [embeddings.nearest(connection, found, vector[:dimensions], limit) for vector in vectors]
     return [
         [{"index": index, "key": key, "similarity": round(near, 4), "text": text} for index, key, near, text in some]
@@ -85,7 +85,7 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
 
 
 def hit_table(hits: list[dict[str, Any]]) -> Table:
-    """Search results, a line each."""
+    """Return search results as a table, a line each."""
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
     table.add_column("similarity", justify="right")
     table.add_column("key")

@@ -1,4 +1,4 @@
-"""The doors to a machine that runs all of vectormill: `up`, `down`, `env`."""
+"""Commands for all of vectormill on one machine: `up`, `down`, `env`."""
 
 import os
 import queue
@@ -45,8 +45,8 @@ Yes = Annotated[bool, typer.Option("--yes", help="Delete without asking.")]
 def up(workers: Workers = 1, detach: Detach = False) -> None:
     """Run all of vectormill on this machine: servers, dispatcher, workers, engine, api, Flower.
 
-    Servers that VECTORMILL_DATABASE_URL and VECTORMILL_REDIS_URL name are used; those not named are started. It waits
-    as long as each process lives and does something, and says which it waits for.
+    Servers that VECTORMILL_DATABASE_URL and VECTORMILL_REDIS_URL name are used; those not named are started. The start
+    waits for each process while it is alive and makes progress, and shows which one it waits for.
 
     Examples:
 
@@ -69,7 +69,7 @@ def up(workers: Workers = 1, detach: Detach = False) -> None:
 
 
 def down(delete: Delete = False, yes: Yes = False) -> None:
-    """Stop what `up` runs here, in order: work at hand is finished first.
+    """Shut down what `up` runs here, in order: work in progress is finished first.
 
     Examples:
 
@@ -129,7 +129,7 @@ def _delete(console: Console, home: Path) -> None:
 
 
 def env() -> None:
-    """Print export lines that reach what `up` runs here.
+    """Print export lines with the addresses and passwords of what `up` runs here.
 
     Example:
 
@@ -156,8 +156,8 @@ def running_machine(settings: Settings, workers: int) -> Iterator[Running]:
     """Yield the `up` that runs already, or run one in this process for the length of the block.
 
     Raises:
-        UserError: an `up` runs that isn't ready yet.
-        ServerFailed: something didn't start.
+        UserError: an `up` is starting or stopping.
+        ServerFailed: a process didn't start.
     """
     running = _running_and_ready(settings.home)
     if running:
@@ -182,7 +182,7 @@ def running_machine(settings: Settings, workers: int) -> Iterator[Running]:
 
 
 def _without_own_servers(console: Console, settings: Settings) -> Settings:
-    """Say which servers are our own although the environment names them, if there are such."""
+    """Return the settings without URLs that name this home's own servers, and tell the user of those."""
     from pipeline.embedded.machine import forget_own_servers
 
     settings, own = forget_own_servers(settings)
@@ -196,7 +196,7 @@ def _machine(settings: Settings, workers: int, on_wait: Callable[[Running], None
     from pipeline.embedded.machine import Machine
 
     own = settings.database_url is None and settings.sql_url is None
-    # A home without data has no catalogue yet; who names a database may have one.
+    # A home without data has no catalogue yet, so the bundled model will be needed. A named database may have one.
     first = settings.database_url is None and not Place.of_home(settings.home).data.exists()
     model = BundledModel()
     return Machine(
@@ -211,7 +211,7 @@ def _machine(settings: Settings, workers: int, on_wait: Callable[[Running], None
 
 
 class _Lines:
-    """The lines of an `up` in this terminal: starting, ready, stopping."""
+    """Progress lines of an `up` in this terminal: starting, ready, stopping."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -224,7 +224,7 @@ class _Lines:
         self.end()
 
     def show(self, running: Running) -> None:
-        """Say what is waited for."""
+        """Show the names that the start or the stop waits for."""
         verb = "Stopping" if running.stopping else "Starting"
         if self._waiting is None or self._waiting.verb != verb:
             self.end()
@@ -232,13 +232,13 @@ class _Lines:
         self._waiting.show(running.waiting_for)
 
     def greet(self, running: Running, workers: int) -> None:
-        """Say that all is ready, and where."""
+        """Print that all is ready, with the addresses."""
         seconds = self._waiting.seconds if self._waiting else 0.0
         self.end()
         _greet(self._console, running, workers, seconds)
 
     def end(self) -> None:
-        """Say nothing more for now."""
+        """End the progress line; `show` begins another one."""
         if self._waiting:
             self._waiting.end()
             self._waiting = None
@@ -272,7 +272,7 @@ def _up_detached(console: Console, settings: Settings, workers: int) -> None:
 
 
 def _wait_until_ready(home: Path, process: subprocess.Popen[bytes], waiting: Waiting) -> Running | None:
-    """Wait as long as the process lives: it gives up by itself what stands still. `None`: it has ended."""
+    """Wait until the `up` is ready; return None if it ends first. No timeout: it gives up by itself if it stalls."""
     while process.poll() is None:
         running = find_running(home)
         if running and running.supervisor_pid == process.pid:
@@ -286,7 +286,7 @@ def _wait_until_ready(home: Path, process: subprocess.Popen[bytes], waiting: Wai
 
 
 def _failure(code: int, log: Path, begin: int) -> VectormillError:
-    """Return an error that says and exits as the `up` in the background did, which is in its log."""
+    """Return an error with the message, from its log, and the exit code of the `up` in the background."""
     _, marked, sentence = f"\n{written_since(log, begin)}".rpartition("\nerror ")
     if not marked:
         return ServerFailed(f"up ended with code {code}. {log_end(log, begin)}")
@@ -303,7 +303,7 @@ def _running_and_ready(home: Path) -> Running | None:
 
 
 def _stop_supervisor(running: Running, waiting: Waiting) -> None:
-    """Ask the supervisor to stop, then to hasten, then end it; what it leaves is for `_stop_leftovers`."""
+    """Stop the supervisor: SIGTERM, SIGTERM again to hasten it, SIGKILL. `_stop_leftovers` stops its orphans."""
     for stop_signal, seconds in (
         (signal.SIGTERM, STOP_SECONDS),
         (signal.SIGTERM, _HASTENED_SECONDS),
@@ -356,7 +356,7 @@ def _exit() -> None:
 
 @contextmanager
 def _on_signals(handle: Callable[[], None], *signals: signal.Signals) -> Iterator[None]:
-    """Call `handle` on the signals that end a process, as long as the block lasts; those ignored stay so."""
+    """Call `handle` on the signals that end a process, for the length of the block. Ignored signals stay ignored."""
     chosen = signals or (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in chosen}
     for number, handler in before.items():

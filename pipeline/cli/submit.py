@@ -1,4 +1,4 @@
-"""`vectormill submit`: a corpus becomes a job."""
+"""Command `vectormill submit`: a job from a corpus."""
 
 import shutil
 import sys
@@ -112,7 +112,7 @@ def submit(
     timeout: Timeout = None,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
-    """Submit a corpus. Prints the job's id on standard output, all else on standard error.
+    """Submit a corpus as a job. Prints the job's id on standard output, everything else on standard error.
 
     Examples:
 
@@ -193,7 +193,7 @@ def _refuse_at_api(given: Mapping[str, Any]) -> None:
 
 
 def _submit_to_api(backend: ApiBackend, wish: JobRequest, sources: list[str], idempotency_key: str | None) -> UUID:
-    """Upload local files and the standard input; URIs are for the api to read."""
+    """Upload local files and standard input to the api. URIs are left for the api to read."""
     if not sources:
         raise UserError("no source: give files, a folder, or - for standard input.")
     wish = wish.model_copy(update={"name": wish.name or default_name(sources[0])})
@@ -239,7 +239,7 @@ def _corpus(sources: list[str], url: str | None, query: str | None, columns: Col
 
 
 def _by_reference(corpus: Source, options: JobOptions) -> bool:
-    """Whether a corpus is big enough, and such, that its workers should read it themselves."""
+    """Return True if workers should read the corpus themselves: large uncompressed files, without unique keys."""
     if not isinstance(corpus, Corpus) or options.unique_keys:
         return False
     if any(file.uri is None or file.compression is not Compression.NONE for file in corpus.files):
@@ -283,7 +283,7 @@ def _estimate(place: Place, wish: JobRequest, corpus: Source, *, as_json: bool) 
         tell_namesake(connection, place.workspace_id, str(wish.name), corpus)
 
     def tokenise(texts: Sequence[str], max_tokens: int | None) -> tuple[Sequence[int], Sequence[bool]]:
-        if row["kind"] == "gateway":  # only it could tell
+        if row["kind"] == "gateway":  # only the upstream has its tokeniser
             stderr.print("Tokens are estimated: a gateway counts them itself, and four characters are about one.")
             return [len(text) // 4 + 1 for text in texts], [False] * len(texts)
         asked = {"model": portable(as_model(row)), "texts": list(texts), "max_tokens": max_tokens}
@@ -319,12 +319,12 @@ def _estimate_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
-#: Files that take more are read by their workers, unless --by-value says otherwise.
+#: Files of more bytes together are read by the workers themselves, unless --by-value is given.
 _BY_REFERENCE_BYTES = 1_000_000_000
 
 
 class _Counter:
-    """A line that counts what is committed, on a terminal only."""
+    """Progress line that counts committed items, on a terminal only."""
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, transient=True, refresh_per_second=4)

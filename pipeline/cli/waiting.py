@@ -1,4 +1,4 @@
-"""The line that says what a start or a stop waits for, and for how long."""
+"""Progress line of a start or a stop: the names it waits for, and the seconds so far."""
 
 import threading
 import time
@@ -13,10 +13,10 @@ _LINE_SECONDS = 15.0
 
 
 class Waiting:
-    """Says what is waited for, with seconds: on a terminal in one line that changes, elsewhere in one now and then.
+    """Progress line with names and seconds: updated in place on a terminal, elsewhere printed every 15 seconds.
 
     Args:
-        verb: what goes on, such as `Starting`.
+        verb: the activity, such as `Starting`.
     """
 
     def __init__(self, console: Console, verb: str) -> None:
@@ -41,18 +41,18 @@ class Waiting:
         self.end()
 
     def show(self, names: Sequence[str]) -> None:
-        """Say from now on that this is waited for."""
+        """Show these names from now on."""
         self._names = tuple(names)
 
     def end(self) -> None:
-        """Say no more. More than once is fine."""
+        """End the line. Idempotent."""
         self._ended.set()
         if self._status:
             self._status.stop()
 
     @property
     def seconds(self) -> float:
-        """Return how long it has been going on."""
+        """Seconds since the start or the stop began."""
         return time.monotonic() - self._began
 
     def __rich__(self) -> str:

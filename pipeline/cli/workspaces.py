@@ -1,4 +1,4 @@
-"""`vectormill workspaces`: who shares the workers."""
+"""Commands `vectormill workspaces`: workspaces with their weights, limits and rights."""
 
 import re
 from enum import StrEnum
@@ -48,7 +48,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
 class Clearable(StrEnum):
-    """What a workspace can do without."""
+    """Settings of a workspace that `--clear` can remove."""
 
     WEBHOOK = "webhook"
     SQL_ROLES = "sql-roles"
@@ -66,7 +66,7 @@ def create(
     webhook: Webhook = None,
     sql_role: SqlRoles = None,
 ) -> None:
-    """Add a workspace. It may use the models named here.
+    """Create a workspace. It may use only the models named here.
 
     Example: vectormill workspaces create search --weight 3 --model all-MiniLM-L6-v2
     """
@@ -104,8 +104,9 @@ def change(
     sql_role: SqlRoles = None,
     clear: Annotated[list[Clearable] | None, typer.Option(help="Take it away; may be repeated.")] = None,
 ) -> None:
-    """Change a workspace's weight, its limits, its webhook, or which models it may use and which roles may ask for its
-    jobs in SQL: those named, and no others.
+    """Change a workspace's weight, limits, webhook, models or SQL roles.
+
+    The named models replace those that it could use, and the named roles those that could request its jobs in SQL.
 
     Examples:
 

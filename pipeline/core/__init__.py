@@ -1,1 +1,1 @@
-"""Pure nouns and rules: jobs, chunks, options, errors, OpenAI's shapes. No I/O, no SQL."""
+"""Domain types and rules: jobs, chunks, options, errors, OpenAI's wire format. Pure: no I/O, no SQL."""

@@ -1,4 +1,4 @@
-"""Chunks: their states, the items in them and why some are rejected, where their rows stand, and claims."""
+"""Chunks and claims: chunk states, items, reject codes, and the extents of rows in files."""
 
 import enum
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pipeline.core.options import KeptOptions
 
 
 class ChunkState(enum.StrEnum):
-    """Where a chunk stands."""
+    """State of a chunk."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -17,7 +17,7 @@ class ChunkState(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
-#: Legal moves of a chunk. `retry` reopens an ended one.
+#: Legal transitions of a chunk. `retry` reopens an ended one.
 CHUNK_TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
     ChunkState.PENDING: frozenset({ChunkState.RUNNING, ChunkState.DONE, ChunkState.CANCELLED}),
     ChunkState.RUNNING: frozenset({ChunkState.PENDING, ChunkState.DONE, ChunkState.CANCELLED}),
@@ -27,7 +27,7 @@ CHUNK_TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
 
 
 class RejectCode(enum.StrEnum):
-    """Why an item can't be embedded."""
+    """Reason why an item can't be embedded."""
 
     MISSING_TEXT = "missing_text"
     NOT_A_STRING = "not_a_string"
@@ -47,7 +47,7 @@ class RejectCode(enum.StrEnum):
 
     @property
     def retryable(self) -> bool:
-        """Whether `retry` may embed the item after all: its text is kept and the cause may have gone."""
+        """True if `retry` may embed the item after all: its text is kept and the cause may have gone."""
         return self in RETRYABLE_REJECTS
 
 
@@ -64,14 +64,14 @@ RETRYABLE_REJECTS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A contiguous range of a job's items, as its row stands."""
+    """Row of a chunk, a contiguous range of a job's items."""
 
     id: int
     ordinal: int
     first_index: int
     items: int
     state: ChunkState
-    #: How often it was claimed, and reopened.
+    #: Number of times that the chunk was claimed or reopened.
     fence: int
     crashes: int
     last_error: str | None
@@ -97,25 +97,25 @@ class Item:
     #: The user's key, if the source has one.
     key: str | None
     text: str
-    #: A JSON object of the columns that go into the output; empty where none do, or where they stand in Postgres.
+    #: JSON object of the columns that go into the output; empty if there are none, or if they are in Postgres already.
     carried: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reject:
-    """An item that can't be embedded."""
+    """Item that can't be embedded, with the reason."""
 
     index: int
     key: str | None
     code: RejectCode
-    #: What is wrong with the item, for a person; never its text.
+    #: Explanation for a person; never the item's text.
     message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _InFile:
     uri: str
-    #: What the file was when it was planned; reading another version raises `SourceChanged`.
+    #: ETag of the file when it was planned; reading another version raises `SourceChanged`.
     etag: str
     #: Size of the file.
     bytes: int
@@ -125,54 +125,54 @@ class _InFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParquetExtent(_InFile):
-    """Where the rows of a chunk stand in a Parquet file."""
+    """Extent of a chunk's rows in a Parquet file."""
 
-    #: The row group in which they begin.
+    #: Row group of the first row.
     row_group: int
-    #: Rows of that group before them.
+    #: Rows of that group before the first row.
     offset: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextExtent(_InFile):
-    """Where the rows of a chunk stand in a text, in unpacked bytes."""
+    """Extent of a chunk's rows in a text file, in uncompressed bytes."""
 
     offset: int
     length: int
 
 
-#: Where the rows of a chunk stand in a file that workers read themselves.
+#: Extent of a chunk's rows in a file that workers read themselves.
 Extent = ParquetExtent | TextExtent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A worker's time-limited right to one chunk."""
+    """Claim of a worker on one chunk, limited in time by its lease."""
 
     job_id: UUID
     chunk_id: int
     fence: int
-    #: Unique on every timeline of Postgres, where a fence may be given twice.
+    #: Unique across all timelines of Postgres, while a fence may be given twice.
     token: UUID
     worker_id: UUID
-    #: Postgres backend that will commit; the sweep ends it if it freezes there.
+    #: Postgres backend that will commit; the sweep terminates it if it freezes there.
     backend_pid: int
     first_index: int
     items: int
-    #: Level of the search for an item that kills its process; 0: none under way.
+    #: Level of the search for an item that kills its process; 0: no search is under way.
     isolation: int
-    #: Its name.
+    #: Name of the model.
     model: str
     vector_space_id: int
     dimensions: int
     max_item_tokens: int | None
     lease_seconds: float
-    #: The chunk's rows in a file; `None`: its items are in Postgres.
+    #: Extent of the chunk's rows in a file; `None`: the items are in Postgres.
     extent: Extent | None = None
     options: KeptOptions = KeptOptions()
 
     @property
     def carries(self) -> bool:
-        """Whether columns go through the worker into the output, instead of standing in Postgres already."""
+        """True if columns pass through the worker into the output, instead of being in Postgres already."""
         through = self.extent is not None or self.options.output
         return bool(through and self.options.columns.carry)

@@ -1,4 +1,6 @@
-"""The one tree of errors. Each type says whether trying again can help, and how a command ends."""
+"""Exception hierarchy. Each type says if a retry can help, and with which code a command exits.
+
+The docstring of an error class is its default message."""
 
 from typing import ClassVar
 from uuid import UUID
@@ -7,9 +9,9 @@ from uuid import UUID
 class VectormillError(Exception):
     """Something went wrong inside vectormill."""
 
-    #: Whether the same call may succeed later without a change by a person.
+    #: True if the same call may succeed later without a change by a person.
     retryable: ClassVar[bool] = False
-    #: What a command exits with (DESIGN: exit codes).
+    #: Exit code of a command that ends with this error.
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str | None = None) -> None:
@@ -23,22 +25,22 @@ class UserError(VectormillError):
 
     def __init__(self, message: str | None = None, *, field: str | None = None, given: str = "") -> None:
         super().__init__(message)
-        #: The option that is wrong, as a request's JSON calls it. Each door spells it in its own way.
+        #: Name of the wrong option in a request's JSON. The CLI and the API each spell it in their own way.
         self.field = field
-        #: The option's value, where the message begins with it.
+        #: Value of the option, if the message begins with it.
         self.given = given
 
     def __str__(self) -> str:
         return self.spelled(self.field)
 
     def spelled(self, field: str | None) -> str:
-        """Return the message after the option's name as `field` spells it."""
+        """Return the message, prefixed with the option's name as `field` spells it."""
         place = f"{field} {self.given}".rstrip() if field else self.given
         return f"{place}: {self.args[0]}" if place else self.args[0]
 
 
 class SourceError(UserError):
-    """A source can't be read. The message names the file, the row and the mend."""
+    """A source can't be read. The message names the file, the row and the fix."""
 
 
 class EmptySource(SourceError):
@@ -50,11 +52,11 @@ class SourceStopped(SourceError):
 
 
 class SourceChanged(SourceError):
-    """A source is no longer what it was when the job was made."""
+    """The source has changed since the job was made."""
 
 
 class StorageRefused(UserError):
-    """A storage refuses access, or has no room. The message names the URI; credentials come from the environment."""
+    """The storage refuses access or is full. The message names the URI; credentials come from the environment."""
 
 
 class UnknownModel(UserError):
@@ -70,7 +72,7 @@ class IllegalTransition(UserError):
 
 
 class NotRetriable(UserError):
-    """What the job was made of is gone. The same corpus may be submitted again."""
+    """The job's texts or its model are gone. The same corpus may be submitted again."""
 
     def __init__(self, message: str, job_id: UUID) -> None:
         super().__init__(message)
@@ -82,30 +84,30 @@ class IdempotencyConflict(UserError):
 
 
 class ServiceUnreachable(VectormillError):
-    """A server that vectormill needs can't be reached. Trying again is safe."""
+    """A server that vectormill needs can't be reached. Retrying is safe."""
 
     retryable = True
     exit_code = 6
 
 
 class LoginRefused(ServiceUnreachable):
-    """A server is there and refuses the login that its URL holds. A person must mend the URL, or the server."""
+    """A server refuses the login in its URL. A person must fix the URL or the server."""
 
     exit_code = 2
 
 
 class StorageUnreachable(ServiceUnreachable):
-    """A storage doesn't answer, after its client's own retries."""
+    """The storage doesn't answer, even after its client's own retries."""
 
 
 class Waiting(VectormillError):
-    """Something else must end before this can be done. Nothing is wrong."""
+    """Something else must finish before this can be done. Nothing is wrong."""
 
     retryable = True
 
 
 class WaitTimedOut(VectormillError):
-    """The time to wait passed before the job ended; the job goes on."""
+    """The wait timed out before the job ended; the job goes on."""
 
     retryable = True
     exit_code = 7
@@ -116,17 +118,17 @@ class ModelError(VectormillError):
 
 
 class ModelUnusable(ModelError):
-    """A model can't be loaded here, or its canary comes out wrong: whatever the text is, another machine may do it."""
+    """The model can't be loaded here, or its canary vector is wrong. No text is at fault; another machine may work."""
 
 
 class BadReply(VectormillError):
-    """A gateway's reply can't be used: what is in it isn't what was asked for."""
+    """A gateway's reply can't be used: its content doesn't match the request."""
 
     retryable = True
 
 
 class GatewayBusy(VectormillError):
-    """A gateway, or the limits of its key, let nothing through for longer than a worker waits."""
+    """The gateway, or the rate limits of its key, admitted no request for longer than a worker waits."""
 
     retryable = True
 
@@ -136,21 +138,20 @@ class GatewayBusy(VectormillError):
 
 
 class GatewayRefused(VectormillError):
-    """A gateway refuses, whatever the text is, until a person has mended what the message says."""
+    """The gateway refuses every text until a person has fixed what the message says."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
-        #: Of the pause, one of `jobs.Reason`.
+        #: Reason of the pause, one of `jobs.Reason`.
         self.reason = reason
 
 
 class GatewayChanged(GatewayRefused):
-    """A gateway's vectors are another model's by now: what it made lately isn't written."""
+    """The gateway now returns another model's vectors; its latest ones aren't written."""
 
 
 class LeaseLost(VectormillError):
-    """The chunk isn't as this claim left it: it is another worker's, or the database has lost commits. What was
-    computed is discarded."""
+    """The lease is lost: another process has taken over, or the database has lost commits. Results are discarded."""
 
 
 class ServerFailed(VectormillError):
@@ -158,7 +159,7 @@ class ServerFailed(VectormillError):
 
 
 class ApiError(VectormillError):
-    """What the gateway answers instead of vectors, in OpenAI's envelope."""
+    """Error reply of the gateway, in OpenAI's envelope."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
@@ -169,19 +170,19 @@ class ApiError(VectormillError):
         super().__init__(message)
         self.param = param
         self.retry_after_seconds = retry_after_seconds
-        #: More headers of the answer.
+        #: Additional headers of the reply.
         self.headers: dict[str, str] = {}
 
 
 class InvalidPayload(ApiError):
-    """The body isn't a request for embeddings."""
+    """The request isn't valid."""
 
     status = 400
     code = "invalid_payload"
 
 
 class ModelsOwnTokens(InvalidPayload):
-    """Token ids are the model's own; OpenAI's are read, and read as these they would be another text."""
+    """Token ids are from the model's own vocabulary. Only OpenAI's are read; as those, they would be another text."""
 
     def __init__(self, index: int) -> None:
         told = "holds ids of the model's own vocabulary; only cl100k_base tokens are read, so send text"
@@ -190,7 +191,7 @@ class ModelsOwnTokens(InvalidPayload):
 
 
 class BadVector(ApiError):
-    """The model makes a vector of a text that is zero or not finite."""
+    """The model's vector for a text is zero or not finite."""
 
     status = 422
     code = "bad_vector"
@@ -201,13 +202,13 @@ class BadVector(ApiError):
 
 
 class PayloadTooLarge(InvalidPayload):
-    """The body is larger than the gateway takes."""
+    """The body is larger than the gateway accepts."""
 
     status = 413
 
 
 class UnsupportedMediaType(ApiError):
-    """The body comes in a way that isn't read."""
+    """The body's compression or charset isn't supported."""
 
     status = 415
     code = "unsupported_media_type"
@@ -235,7 +236,7 @@ class Forbidden(ApiError):
 
 
 class NotFound(ApiError):
-    """There is nothing of this name."""
+    """There is no such resource."""
 
     status = 404
     code = "not_found"
@@ -248,7 +249,7 @@ class ModelNotFound(NotFound):
 
 
 class RateLimited(ApiError):
-    """The workspace's limit is reached."""
+    """A limit of the workspace is reached."""
 
     status = 429
     code = "rate_limited"
@@ -256,13 +257,13 @@ class RateLimited(ApiError):
 
 
 class InternalError(ApiError):
-    """The gateway failed; the request may be repeated."""
+    """The gateway failed; the request may be retried."""
 
     retryable = True
 
 
 class SubmissionUndone(ApiError):
-    """The submission that this one attached to came to nothing."""
+    """The submission that this one attached to was undone."""
 
     status = 503
     code = "submission_undone"
@@ -270,7 +271,7 @@ class SubmissionUndone(ApiError):
 
 
 class Busy(ApiError):
-    """The gateway has as much under way as it takes."""
+    """The gateway is at capacity."""
 
     status = 503
     code = "busy"
@@ -278,7 +279,7 @@ class Busy(ApiError):
 
 
 class RequestStalled(ApiError):
-    """The rest of a body didn't come."""
+    """The rest of the request's body didn't arrive."""
 
     status = 408
     code = "request_stalled"
@@ -286,7 +287,7 @@ class RequestStalled(ApiError):
 
 
 class UpstreamUnavailable(ApiError):
-    """What embeds for the gateway can't be reached for now."""
+    """A service that the gateway depends on can't be reached for now."""
 
     status = 503
     code = "upstream_unavailable"

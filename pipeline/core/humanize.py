@@ -1,10 +1,10 @@
-"""Figures as people say them, on a terminal and in a browser. Pure."""
+"""Human-readable numbers, sizes and durations, for the terminal and the browser. Pure."""
 
 _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
 
 
 def short(value: float) -> str:
-    """Three digits at most: `4.3k`, `310k`, `12.4M`."""
+    """Format a number with three digits at most: `4.3k`, `310k`, `12.4M`."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size * 0.9995:
             return f"{value / size:.{0 if value >= 99.95 * size else 1}f}{letter}"
@@ -12,7 +12,7 @@ def short(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes: `1.5 GB`."""
+    """Format a number of bytes: `1.5 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.0f} {unit}" if count >= 99.5 or unit == "bytes" else f"{count:.1f} {unit}"
@@ -21,7 +21,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in two units at most: `4 min 40 s`."""
+    """Format a duration in two units at most: `4 min 40 s`."""
     whole = round(seconds)
     if 0 < seconds < 0.05:
         return "< 0.1 s"

@@ -1,4 +1,4 @@
-"""A job's status and receipt, as every door shows them."""
+"""Models of a job's status and receipt, the same in the CLI, the API and the dashboard."""
 
 from datetime import datetime
 from uuid import UUID
@@ -9,7 +9,7 @@ from pipeline.core.jobs import JobState
 
 
 class ItemCounts(BaseModel):
-    """Counts of items."""
+    """Counts of a job's items."""
 
     total: int = 0
     embedded: int = 0
@@ -21,25 +21,25 @@ class ItemCounts(BaseModel):
 
     @property
     def over(self) -> int:
-        """Return how many are embedded, reused, rejected or cancelled."""
+        """Number of items that are embedded, reused, rejected or cancelled."""
         return self.total - self.pending
 
 
 class TokenCounts(BaseModel):
-    """Counts of tokens."""
+    """Counts of a job's tokens."""
 
     prompt: int = 0
 
 
 class Rate(BaseModel):
-    """Of the last minute, or of the last one before the job's end."""
+    """Throughput over the last minute, or over the last minute before the job's end."""
 
     items_per_second: float = 0.0
     tokens_per_second: float = 0.0
 
 
 class ChunkCounts(BaseModel):
-    """Counts of chunks by state."""
+    """Counts of a job's chunks by state."""
 
     pending: int = 0
     running: int = 0
@@ -48,12 +48,12 @@ class ChunkCounts(BaseModel):
 
     @property
     def total(self) -> int:
-        """Return how many there are."""
+        """Number of chunks in all states."""
         return self.pending + self.running + self.done + self.cancelled
 
 
 class JobStatus(BaseModel):
-    """Where a job stands. Counts are items or tokens, rates are per second."""
+    """State and progress of a job. Counts are items or tokens, rates are per second."""
 
     id: UUID
     name: str
@@ -76,7 +76,7 @@ class JobStatus(BaseModel):
 
 
 class AccountedItems(BaseModel):
-    """in = embedded + reused + rejected + cancelled, at the job's end."""
+    """Counts of items at the job's end: in = embedded + reused + rejected + cancelled."""
 
     submitted: int = Field(alias="in")
     embedded: int
@@ -86,12 +86,12 @@ class AccountedItems(BaseModel):
 
     @property
     def settled(self) -> int:
-        """Return how many have come to their end."""
+        """Number of items that are embedded, reused, rejected or cancelled."""
         return self.embedded + self.reused + self.rejected + self.cancelled
 
 
 class AccountedTokens(BaseModel):
-    """Tokens metered, and what gateways billed."""
+    """Tokens metered, and tokens billed by gateways."""
 
     prompt: int = Field(description="By those who embedded the items.")
     billed: int = Field(default=0, description="By gateways' replies, those to lost claims too.")
@@ -102,7 +102,7 @@ class AccountedTokens(BaseModel):
 
 
 class Account(BaseModel):
-    """What a job's items and tokens came to, frozen at its end."""
+    """Final account of a job's items and tokens, frozen at its end."""
 
     items: AccountedItems
     tokens: AccountedTokens
@@ -110,7 +110,7 @@ class Account(BaseModel):
 
 
 class Receipt(BaseModel):
-    """A job's account, and what counting the rows themselves says of it."""
+    """Receipt of a job: its account, and the result of checking it against the rows themselves."""
 
     id: UUID
     state: JobState

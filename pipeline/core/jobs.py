@@ -1,4 +1,4 @@
-"""Jobs: what one is, its states, and which of their transitions are legal."""
+"""Jobs, their states and the legal transitions between them."""
 
 import enum
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from pipeline.core.options import KeptOptions
 
 
 class JobState(enum.StrEnum):
-    """Where a job stands. `PAUSED` carries a reason, `FAILED` too."""
+    """State of a job. `PAUSED` and `FAILED` carry a reason."""
 
     STAGING = "staging"
     QUEUED = "queued"
@@ -24,12 +24,12 @@ class JobState(enum.StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen unless a person asks for it."""
+        """True if nothing more will happen unless a person asks for it."""
         return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
 
 
-#: Legal moves of a job. A job that fails passes through `CANCELLING` while its chunks are drained, unless
-#: none is open; `retry` reopens a completed or a failed one.
+#: Legal transitions of a job. A job that fails passes through `CANCELLING` while its chunks are drained, unless
+#: none is open; `retry` reopens a completed or a failed job.
 JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.STAGING: frozenset({JobState.QUEUED}),
     JobState.QUEUED: frozenset(
@@ -45,7 +45,7 @@ JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 
 
 class Reason(enum.StrEnum):
-    """Why a job is paused or has failed."""
+    """Reason why a job is paused or has failed."""
 
     BY_USER = "by_user"
     WORKERS_FAILING = "workers_failing"
@@ -64,56 +64,56 @@ class Reason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A corpus to embed with one model, as its row stands."""
+    """Row of a job: a corpus to embed with one model."""
 
     id: UUID
     workspace_id: int
     name: str
-    #: Its name.
+    #: Name of the model.
     model: str
     vector_space_id: int
     state: JobState
-    #: Why it is paused or has failed: one of `Reason`, or an older version's.
+    #: Reason of the pause or failure: one of `Reason`, or one from an older version.
     reason: str | None
     message: str | None
-    #: What it becomes when its last chunk is drained, while it is `CANCELLING`.
+    #: State that a `CANCELLING` job takes once its last chunk is drained.
     ends_as: JobState | None
     priority: int
     labels: Mapping[str, str]
     options: KeptOptions
     idempotency_key: str | None
     payload_sha256: str | None
-    #: Of the producer that stages it.
+    #: Fence of the producer that stages the job.
     fence: int
     token: UUID | None
     items_total: int
     max_rejects: int | None
-    #: What its sender should know of its rows, a line each.
+    #: Notices to the sender about the rows, one line each.
     notices: Sequence[str]
-    #: Its account, frozen when it ended.
+    #: Account of the job, frozen when it ended.
     receipt: Mapping[str, Any] | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     texts_removed_at: datetime | None
-    #: Texts of items below this index are gone.
+    #: Texts of items below this index aren't kept.
     texts_kept_from: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActiveJob:
-    """A job that has been queued and hasn't ended, as the dispatcher looks at it."""
+    """Job that has been queued and hasn't ended, as the dispatcher sees it."""
 
     id: UUID
     state: JobState
     model: str
     workspace_id: int
-    #: Of its workspace, among others.
+    #: Fair-share weight of the job's workspace.
     weight: float
     priority: int
     max_rejects: int | None
 
     @property
     def is_runnable(self) -> bool:
-        """Return whether its chunks may be claimed."""
+        """True if the job's chunks may be claimed."""
         return self.state in (JobState.QUEUED, JobState.RUNNING)

@@ -1,25 +1,25 @@
-"""Models: a catalogue entry, and where one behind a gateway is."""
+"""Models: catalogue entries, and the upstreams of models behind a gateway."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Of one request, by OpenAI's own API.
+#: Most inputs of one request, by OpenAI's own API.
 MOST_INPUTS = 2_048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upstream:
-    """Where a model of kind gateway is."""
+    """Address, names and limits of a model of kind gateway."""
 
-    #: Of the API, to which `/embeddings` is added.
+    #: Base URL of the API, to which `/embeddings` is added.
     url: str
-    #: What requests call the model.
+    #: Name of the model in requests.
     model: str
-    #: What replies call it, where that is another name.
+    #: Name of the model in replies, if it differs.
     reply_model: str | None
-    #: Names the variable with the key; `None`: it asks for none.
+    #: Environment variable that holds the API key; `None`: no key is needed.
     key_env: str | None
-    #: Whether it answers base64.
+    #: True if the API can answer in base64.
     base64: bool
     #: The most inputs, and about the most tokens, of one request.
     request_inputs: int
@@ -28,31 +28,31 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A catalogue entry, as the encoder and the planner need it."""
+    """Catalogue entry, as the encoder and the planner need it."""
 
     name: str
     slug: str
-    #: Folder of the weights on a worker, or `None` for a hub id.
+    #: Folder of the weights on a worker; `None` for a hub id.
     path: str | None
     hub_id: str | None
     revision: str | None
-    #: How a bare transformer's token vectors become one; `None`: the folder says.
+    #: Pooling of a bare transformer's token vectors into one; `None`: the model's folder says.
     pooling: str | None = None
-    #: SHA-256 over the files that decide a vector, and over the pooling.
+    #: SHA-256 over the files that determine a vector, and over the pooling.
     weights_sha256: str
     weights_bytes: int
     dimensions: int
-    #: Longest text the model reads, special tokens included; `None` without bound.
+    #: Longest text that the model reads, special tokens included; `None`: no limit.
     max_item_tokens: int | None
     document_prompt: str
     query_prompt: str
-    #: Whether vectors have length 1.
+    #: True if vectors have length 1.
     normalised: bool
-    #: The canary text's vector, little-endian float32.
+    #: Vector of the canary text, little-endian float32.
     canary: bytes
-    #: Measured on one slot.
+    #: Throughput as measured on one slot.
     tokens_per_second: float
     #: Sizes to which its vectors may be shortened.
     matryoshka: Sequence[int] = ()
-    #: `None`: local weights.
+    #: Upstream of a gateway model; `None`: local weights.
     upstream: Upstream | None = None

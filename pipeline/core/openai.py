@@ -1,4 +1,4 @@
-"""OpenAI's wire shape of embeddings, both ends of it: what a request asks, what a reply says. No I/O."""
+"""OpenAI's wire format for embeddings, for server and client: requests, replies and errors. No I/O."""
 
 import base64
 import json
@@ -20,23 +20,23 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from pipeline.core.errors import BadReply, InvalidPayload
 from pipeline.core.models import MOST_INPUTS, Upstream
 
-#: By these a gateway refuses the texts, and not the caller.
+#: Status codes by which a gateway refuses the texts, and not the caller.
 TEXTS_FAULT = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
-#: Until a gateway's address answers.
+#: Timeout for connecting to a gateway.
 CONNECT_SECONDS = 5.0
-#: Before a model's replies have taught better.
+#: First guess, until a model's replies give a better one.
 CHARACTERS_PER_TOKEN = 4.0
-#: A gateway that tells to wait longer is asked again after this.
+#: Longest wait that a gateway can ask for; after this it is asked again.
 _MOST_WAIT_SECONDS = 3_600.0
 _MOST_USER = 512
 _MOST_MODEL = 256
 _ENCODINGS = ("float", "base64")
 _SEND_TEXT = "send text (in LangChain: check_embedding_ctx_length=False)"
-#: What a text may be called, by Voyage, NVIDIA and Cohere → whether it is a query.
+#: Input types of Voyage, NVIDIA and Cohere → True for a query.
 INPUT_TYPES = {"query": True, "search_query": True, "document": False, "passage": False, "search_document": False}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 Vectors = npt.NDArray[np.float32]
-#: Token ids to text; raises ValueError.
+#: Decoder of token ids into text; raises ValueError.
 Decode = Callable[[list[int]], str]
 
 
@@ -99,9 +99,9 @@ def _input_type(given: Any) -> str:
 
 
 class EmbeddingOptions(BaseModel):
-    """How texts are to be embedded, by a request or a line of a batch. Other fields are ignored.
+    """Options of a request for embeddings, or of a line of a batch request. Other fields are ignored.
 
-    A field that is wrong raises `InvalidPayload`, which names it.
+    A wrong field raises `InvalidPayload`, which names it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -125,7 +125,7 @@ class EmbeddingOptions(BaseModel):
 
     @property
     def are_queries(self) -> bool:
-        """Return whether the texts are queries; else they are documents."""
+        """True if the texts are queries; otherwise they are documents."""
         return INPUT_TYPES[str(self.input_type)]
 
 
@@ -133,9 +133,9 @@ _TEXTS_OR_TOKENS = str | list[str] | list[int] | list[list[int]]
 
 
 class EmbeddingRequest(EmbeddingOptions):
-    """What to embed. Other fields are ignored."""
+    """Request for embeddings. Other fields are ignored."""
 
-    #: A list always; its elements are looked at one by one, where they are made texts.
+    #: Always a list; its elements are checked one by one, when `parse_request` turns them into texts.
     input: Annotated[
         list[Any],
         BeforeValidator(_listed),
@@ -145,18 +145,18 @@ class EmbeddingRequest(EmbeddingOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A request for embeddings."""
+    """Parsed request for embeddings."""
 
-    #: As the caller calls it; the reply says the same.
+    #: Name of the model as the caller wrote it; the reply repeats it.
     model: str
     texts: list[str]
     base64: bool
     dimensions: int | None
-    #: Whom the caller acts for.
+    #: User for whom the caller acts.
     user: str | None
-    #: Whether the texts are queries; else they are documents.
+    #: True if the texts are queries; otherwise they are documents.
     queries: bool = False
-    #: The ids, by position, of texts that came as ids of OpenAI's tokens.
+    #: Ids, by position, of the texts that came as ids of OpenAI's tokens.
     token_ids: Mapping[int, list[int]] = field(default_factory=dict)
 
 
@@ -167,15 +167,15 @@ class Embedded:
     #: float32 of shape (texts, dimensions).
     vectors: Vectors
     prompt_tokens: int
-    #: Positions of the texts that were cut at the model's longest.
+    #: Positions of the texts that were truncated to the model's limit.
     truncated: Sequence[int] = ()
 
 
 def parse_request(body: bytes, most_text_bytes: int, decode: Decode | None = None) -> Asked:
-    """Read a request's body. `decode` makes text of OpenAI's token ids, where it is known how.
+    """Parse a request's body. `decode` turns OpenAI's token ids into text; without it they are refused.
 
     Raises:
-        InvalidPayload: it isn't one; the message names the field and the index.
+        InvalidPayload: the body isn't a valid request; the message names the field and the index.
     """
     fields = _fields(body)
     if not isinstance(fields, dict):
@@ -196,7 +196,7 @@ def parse_request(body: bytes, most_text_bytes: int, decode: Decode | None = Non
 
 
 def _fields(body: bytes) -> Any:
-    # Windows programs begin with a byte-order mark.
+    # Windows programs put a byte-order mark first.
     body = body.removeprefix(BOM_UTF8)
     try:
         return orjson.loads(body)
@@ -205,7 +205,7 @@ def _fields(body: bytes) -> Any:
 
 
 def _no_json(body: bytes, error: orjson.JSONDecodeError) -> InvalidPayload:
-    """Say what is wrong with a body, by a reader that stands more."""
+    """Return the error for a body that isn't JSON, found with a more lenient parser."""
     try:
         fields = json.loads(body.decode("utf-8", "surrogatepass"))
     except UnicodeDecodeError as broken:
@@ -228,15 +228,15 @@ def _text(one: Any, at: int, most_bytes: int, decode: Decode | None) -> str:
         raise InvalidPayload(f"input[{at}] isn't a string.", param="input")
     if not one:
         raise InvalidPayload(f"input[{at}] is an empty string.", param="input")
-    # No character takes more than four bytes.
+    # No character takes more than four bytes, so short texts needn't be encoded.
     if len(one) * 4 > most_bytes and (size := len(one.encode())) > most_bytes:
         raise InvalidPayload(f"input[{at}] has {size:,} bytes; send at most {most_bytes:,}.", param="input")
     return one
 
 
 def _decoded(tokens: list[int], at: int, decode: Decode | None) -> str:
-    """The text that a client had cut into OpenAI's tokens. Ids of other vocabularies are refused as far as these bytes
-    tell; an engine looks whether they are its model's own."""
+    """Decode a text that a client sent as OpenAI's token ids. Ids of other vocabularies are refused as far as the
+    decoded bytes show it; an engine checks if they are its model's own."""
     if decode is None:
         raise InvalidPayload(
             f"input[{at}] is an array of token ids, which this gateway can't read; {_SEND_TEXT}.", param="input"
@@ -251,13 +251,13 @@ def _decoded(tokens: list[int], at: int, decode: Decode | None) -> str:
 
 
 def shortened(vectors: Vectors, dimensions: int) -> Vectors:
-    """The first `dimensions` elements of each vector, at length one again."""
+    """Return the first `dimensions` elements of each vector, normalised to length one again."""
     cut = vectors[:, :dimensions]
     return np.ascontiguousarray(cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
 
 def make_reply(asked: Asked, embedded: Embedded) -> bytes:
-    """The body of a reply, embeddings in index order. A text that was cut says so beside its embedding."""
+    """Return the body of a reply, embeddings in index order. A truncated text is marked beside its embedding."""
     vectors = np.ascontiguousarray(embedded.vectors, dtype="<f4")
     rows: Sequence[Any] = [base64.b64encode(row).decode() for row in vectors] if asked.base64 else list(vectors)
     data: list[dict[str, Any]] = [{"object": "embedding", "index": at, "embedding": row} for at, row in enumerate(rows)]
@@ -273,13 +273,13 @@ def make_reply(asked: Asked, embedded: Embedded) -> bytes:
 
 
 def endpoint_of(url: str) -> str:
-    """Where an API, known by its address up to `/v1`, takes requests for embeddings."""
+    """Return the embeddings endpoint of an API, given its address up to `/v1`."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=parts.path.rstrip("/") + "/embeddings"))
 
 
 def make_request(upstream: Upstream, texts: Sequence[str]) -> bytes:
-    """The body of a request for all of a model's dimensions."""
+    """Return the body of a request for vectors with all of the model's dimensions."""
     asked = {
         "model": upstream.model,
         "input": list(texts),
@@ -289,36 +289,38 @@ def make_request(upstream: Upstream, texts: Sequence[str]) -> bytes:
 
 
 def estimated_tokens(texts: Sequence[str]) -> list[int]:
-    """About how many tokens each text has."""
+    """Estimate the number of tokens of each text."""
     return [int(len(text) / CHARACTERS_PER_TOKEN) + 1 for text in texts]
 
 
 def most_reply_bytes(inputs: int, dimensions: int) -> int:
-    """No honest reply is longer: numbers as text with all their digits, and room for what else a provider says."""
+    """Return the size limit of a reply. It allows for numbers as text with all their digits, and for whatever else a
+    provider adds; no honest reply is longer."""
     return inputs * (dimensions * 32 + 1_024) + 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What a gateway answered."""
+    """Parsed reply of a gateway."""
 
     #: float32 of shape (inputs, dimensions), in the order of the inputs.
     vectors: Vectors
-    #: By the gateway's count; `None`: it doesn't say.
+    #: Tokens by the gateway's count; `None`: it doesn't say.
     prompt_tokens: int | None
-    #: What it calls the model.
+    #: Name that the gateway gives the model.
     model: str | None
-    #: Positions of the inputs that it says it has cut. Only vectormill says.
+    #: Positions of the inputs that the gateway reports as truncated. Only vectormill's gateway does.
     truncated: Sequence[int]
 
 
 def parse_reply(body: bytes, inputs: int, dimensions: int | None = None, *, asked_bytes: int) -> Reply:
-    """Read the body of a reply to so many inputs, whose vectors have `dimensions` elements, or all the same number.
-    A count of tokens that no request of `asked_bytes` has counts as not said. Elements may be NaN: which text they are
-    of is the caller's to say.
+    """Parse the body of a reply to `inputs` inputs.
+
+    Vectors must have `dimensions` elements, or all the same number. A token count that is impossible for a request of
+    `asked_bytes` is ignored. Elements may be NaN: the caller finds the texts that they belong to.
 
     Raises:
-        BadReply: it isn't one, or lacks a vector, or has one twice, or of another size.
+        BadReply: the body isn't a list of embeddings, or a vector is missing, comes twice or has another size.
     """
     try:
         fields = _reply_fields(body)
@@ -340,7 +342,7 @@ def parse_reply(body: bytes, inputs: int, dimensions: int | None = None, *, aske
         tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise BadReply("it isn't a list of embeddings") from error
-    # No tokeniser makes more than a token of a byte; some gateways put an instruction before each text.
+    # No tokeniser makes more than one token of a byte; some gateways prepend an instruction to each text.
     if type(tokens) is not int or not 0 <= tokens <= 4 * asked_bytes + 16 * inputs:
         tokens = None
     return Reply(
@@ -352,7 +354,7 @@ def _reply_fields(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
-        return json.loads(body)  # which knows the NaN and Infinity that Python's servers write
+        return json.loads(body)  # it accepts the NaN and Infinity that servers in Python write
 
 
 def _vector(given: Any) -> Vectors:
@@ -360,10 +362,10 @@ def _vector(given: Any) -> Vectors:
         return np.frombuffer(base64.b64decode(given, validate=True), dtype="<f4")
     if not isinstance(given, list) or not given:
         raise BadReply("an embedding is neither an array nor base64")
-    # As which other servers write NaN.
+    # Other servers write NaN as null.
     if None in given:
         given = [nan if one is None else one for one in given]
-    # Not by way of float32 at once: it would take true for 1 and "2" for 2.
+    # No conversion to float32 yet: it would take true for 1 and "2" for 2.
     vector = np.array(given)
     if vector.dtype.kind not in "fi" or vector.ndim != 1:
         raise BadReply("an embedding holds something else than numbers")
@@ -372,8 +374,8 @@ def _vector(given: Any) -> Vectors:
 
 
 def told_wait_seconds(headers: Mapping[str, str], now: float) -> float | None:
-    """How long a reply says to wait, an hour at most: `retry-after-ms`, or `retry-after` as seconds or as a date.
-    `now`: Unix time."""
+    """Return the wait that a reply asks for, an hour at most: `retry-after-ms`, or `retry-after` as seconds or as a
+    date. `None` if it asks for none. `now` is Unix time."""
     milliseconds, told = headers.get("retry-after-ms"), headers.get("retry-after")
     for value, unit in ((milliseconds, 1_000.0), (told, 1.0)):
         try:
@@ -393,14 +395,14 @@ def _bounded(wait_seconds: float) -> float:
 
 
 def make_error(message: str, code: str, status: int, param: str | None = None) -> bytes:
-    """The body of an error."""
+    """Return the body of an error reply."""
     kind = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     name = kind.get(status, "invalid_request_error" if status < 500 else "server_error")
     return orjson.dumps({"error": {"message": message, "type": name, "param": param, "code": code}})
 
 
 def pack_vectors(embedded: Embedded) -> bytes:
-    """What an engine answers: the length of a JSON object as four bytes, that object, the vectors."""
+    """Serialise an engine's answer: the length of a JSON object as four bytes, that object, the vectors."""
     about = orjson.dumps(
         {
             "shape": embedded.vectors.shape,
@@ -412,7 +414,7 @@ def pack_vectors(embedded: Embedded) -> bytes:
 
 
 def unpack_vectors(body: bytes) -> Embedded:
-    """What an engine's answer says."""
+    """Deserialise an engine's answer, made by `pack_vectors`."""
     start = 4 + int.from_bytes(body[:4], "little")
     about = orjson.loads(body[4:start])
     vectors = np.frombuffer(body, dtype="<f4", offset=start).reshape(about["shape"])

@@ -1,4 +1,4 @@
-"""The options of a job: the one list that every door offers, and how a job's row keeps them."""
+"""Job options: the one list for the CLI, the API and SQL, and the form that a job's row keeps."""
 
 import enum
 import re
@@ -8,16 +8,16 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
-#: Of names, columns and labels. Postgres takes no NUL in a text.
+#: Type of names, columns and labels. Postgres accepts no NUL in a text.
 Word = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern="^[^\0]*$")]
 Address = Annotated[str, StringConstraints(min_length=1, max_length=2_000, pattern="^[^\0]*$")]
-#: Columns of every file with vectors; those carried come after.
+#: Columns of every file with vectors; carried columns come after them.
 OUR_COLUMNS = ("index", "key", "embedding", "tokens", "truncated")
 MOST_COLUMNS = 100
-#: What is easier to type than a sign, and what says that there is none.
+#: Typeable words for the tab, and for no sign at all.
 _SIGNS = {"tab": "\t", "\\t": "\t", "none": ""}
 
-#: Types of integers that a key may have.
+#: Integer types that a key may have, with their size in bits.
 INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
@@ -27,24 +27,24 @@ Kept = TypeVar("Kept")
 
 
 class VectorType(enum.StrEnum):
-    """How a job's vectors are kept; the values are numpy's names of an element's type."""
+    """Element type of a job's stored vectors; the values are numpy's names of the types."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
 
     @property
     def element_bytes(self) -> int:
-        """Return the size of an element."""
+        """Size of an element in bytes."""
         return {VectorType.FLOAT32: 4, VectorType.FLOAT16: 2}[self]
 
     @property
     def column(self) -> str:
-        """Return the column of `embeddings` that holds such vectors."""
+        """Column of `embeddings` that holds such vectors."""
         return {VectorType.FLOAT32: "vector", VectorType.FLOAT16: "half"}[self]
 
 
 class OnLong(enum.StrEnum):
-    """What becomes of a text that is longer than what is read."""
+    """Treatment of a text that is longer than the limit."""
 
     TRUNCATE = "truncate"
     REJECT = "reject"
@@ -52,47 +52,47 @@ class OnLong(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """The columns that a job reads."""
+    """Columns that a job reads."""
 
     text: str = "text"
     key: str = "id"
-    #: Whether a corpus without the key column is refused: the user named it.
+    #: True if a corpus without the key column is refused: the user named it, or another option needs keys.
     key_required: bool = False
     #: Columns that go into the results unchanged.
     carry: tuple[str, ...] = ()
-    #: What stands between the fields of CSV and TSV; `None`: what the file's name says.
+    #: Sign between the fields of CSV and TSV; `None`: the default for the file's name.
     delimiter: str | None = None
-    #: What stands around fields of CSV and TSV; empty: nothing; `None`: what the file's name says.
+    #: Sign around fields of CSV and TSV; empty: no quoting; `None`: the default for the file's name.
     quote: str | None = None
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """All that decides the rows of a corpus, for its fingerprint."""
+        """Values that determine the rows of a corpus, for its fingerprint."""
         dialect = (self.delimiter, self.quote)
         return (self.text, self.key, self.carry, *(() if dialect == (None, None) else dialect))
 
     @property
     def required(self) -> tuple[tuple[str, str], ...]:
-        """Each column that must exist, after the option that names it."""
+        """Columns that must exist, each as (option that names it, column)."""
         key = (("key_column", self.key),) if self.key_required else ()
         return (("text_column", self.text), *key, *(("carry", column) for column in self.carry))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserTable:
-    """A table of the user's own that gets each vector too, by key; it has been checked."""
+    """Table of the user's own that also gets each vector, by key. It has been checked already."""
 
     schema: str
     table: str
     key_column: str
-    #: The key's type: a string, an integer or a uuid.
+    #: Type of the key: a string, an integer or a uuid.
     key_type: str
     vector_column: str
     #: `vector` or `halfvec`.
     vector_type: str
 
     def key_fault(self, key: str | None) -> str | None:
-        """Why a key can't stand in the table, for a reject; `None` if it can."""
+        """Return the reason why a key can't go into the table, as a reject's message; `None` if it can."""
         if key is None:
             return f"key is missing; {self.schema}.{self.table} needs one"
         if not _fits(key, self.key_type):
@@ -101,7 +101,7 @@ class UserTable:
 
 
 def _fits(key: str, kind: str) -> bool:
-    """Whether Postgres casts a key to a column's type."""
+    """Return True if Postgres can cast a key to a column's type."""
     if kind == "uuid":
         return bool(_UUID.fullmatch(key))
     if bits := INTEGER_BITS.get(kind):
@@ -110,7 +110,7 @@ def _fits(key: str, kind: str) -> bool:
 
 
 class JobOptions(BaseModel):
-    """What a person may choose of a job. A title is what a page calls the option."""
+    """Options of a job. A field's title is its label on web pages."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -171,7 +171,7 @@ class JobOptions(BaseModel):
     def _check_delimiter(cls, delimiter: str | None, info: ValidationInfo) -> str | None:
         if delimiter == "":
             raise ValueError("give one sign of ASCII, or tab")
-        quote = info.data.get("quote")  # validated before, as it stands before
+        quote = info.data.get("quote")  # validated already, since it is declared earlier
         if delimiter is not None and delimiter == ('"' if quote is None else quote):
             raise ValueError("it can't be the quote too")
         return delimiter
@@ -187,7 +187,7 @@ class JobOptions(BaseModel):
 
     @property
     def columns(self) -> Columns:
-        """What is read of each row."""
+        """Columns to read of each row."""
         return Columns(
             text=self.text_column,
             key=self.key_column or "id",
@@ -198,17 +198,17 @@ class JobOptions(BaseModel):
         )
 
     def decisive(self) -> dict[str, Any]:
-        """Those that decide the result, but for the columns, which the corpus knows."""
+        """Return the options that determine the result, except the columns, which the corpus's fingerprint covers."""
         names = {"dimensions", "dtype", "max_item_tokens", "on_long", "max_rejects", "unique_keys", "by_reference"}
         return self.model_dump(mode="json", include=names | {"output", "into", "hnsw"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptOptions:
-    """The options as a job's row keeps them, with what was found out when it was made."""
+    """Options as a job's row keeps them, with the values found when the job was made."""
 
     columns: Columns = Columns()
-    #: A longer text is rejected.
+    #: Longest text in bytes; a longer one is rejected.
     item_bytes: int = 0
     dimensions: int | None = None
     dtype: VectorType = VectorType.FLOAT32
@@ -220,31 +220,31 @@ class KeptOptions:
     by_reference: bool = False
     #: Folder or URI of the Parquet files that vectors go to, instead of Postgres.
     output: str | None = None
-    #: Where the job's end is told, instead of where its workspace says.
+    #: URL to notify of the job's end, instead of the workspace's.
     webhook: str | None = None
     table: UserTable | None = None
-    #: Whether that table gets an index at the job's end.
+    #: True if that table gets an HNSW index at the job's end.
     hnsw: bool = False
 
     @classmethod
     def of(cls, chosen: JobOptions, columns: Columns, item_bytes: int, table: UserTable | None) -> Self:
-        """What is kept of options that were chosen, for a corpus with these columns; `table` is what `into` names."""
+        """Return the chosen options in their kept form, for a corpus with these columns; `into` names the `table`."""
         same = {each.name for each in fields(cls)} & JobOptions.model_fields.keys()
         found = {name: getattr(chosen, name) for name in same}
         return cls(**found, columns=columns, item_bytes=item_bytes, table=table)
 
     def to_json(self) -> dict[str, Any]:
-        """As the row keeps them."""
+        """Return the options as JSON for the job's row."""
         kept = asdict(self)
         kept["into"] = kept.pop("table")
         return kept
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> Self:
-        """As a row has them, also one that another version has made."""
+        """Return the options from a job's row, also from one that another version has written."""
         found = {each.name: kept[each.name] for each in fields(cls) if each.name in kept}
         if columns := found.pop("columns", None):
-            # Before there was a choice TSV was read with quotes.
+            # Rows older than this option have no quote: TSV was read with quotes then.
             found["columns"] = _known(Columns, {"quote": '"', **columns, "carry": tuple(columns.get("carry", ()))})
         if table := kept.get("into"):
             found["table"] = _known(UserTable, table)
@@ -255,5 +255,5 @@ class KeptOptions:
 
 
 def _known(kind: type[Kept], kept: Mapping[str, Any]) -> Kept:
-    """From what is kept, but for what a newer version has added."""
+    """Build a `kind` from the kept fields, ignoring those that a newer version has added."""
     return kind(**{each.name: kept[each.name] for each in fields(kind) if each.name in kept})  # type: ignore[arg-type]

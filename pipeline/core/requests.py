@@ -1,26 +1,26 @@
-"""States of what is asked for: requests in SQL, batch requests, and events that are told."""
+"""States of requests in SQL, of batch requests and of webhook events."""
 
 import enum
 
 
 class RequestState(enum.StrEnum):
-    """Where a request in SQL stands. `FAILED` carries a reason; asked for again, it is `REQUESTED` again. `CANCELLED`
-    it stays: a person has said so."""
+    """State of a request in SQL. `FAILED` carries a reason, and returns to `REQUESTED` when the request is made again.
+    `CANCELLED` is final: a person has decided it."""
 
     REQUESTED = "requested"
-    #: It is a job by now.
+    #: The request has become a job.
     SUBMITTED = "submitted"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
 
 class RequestReason(enum.StrEnum):
-    """Why a request in SQL has failed before it was a job."""
+    """Reason why a request in SQL failed before it became a job."""
 
     EMPTY_SOURCE = "empty_source"
-    #: The database refuses the query, or its columns don't serve.
+    #: The database refuses the query, or its columns can't be used.
     QUERY_REFUSED = "query_refused"
-    #: The query took longer than it may, or somebody ended it in its database.
+    #: The query ran past its time limit, or was ended in its database.
     QUERY_STOPPED = "query_stopped"
     SOURCE_UNREACHABLE = "source_unreachable"
     #: An option, the model or the idempotency key doesn't fit.
@@ -28,7 +28,7 @@ class RequestReason(enum.StrEnum):
 
 
 class EventState(enum.StrEnum):
-    """Where an event for a webhook stands."""
+    """State of a webhook event."""
 
     WAITING = "waiting"
     DELIVERED = "delivered"
@@ -36,7 +36,7 @@ class EventState(enum.StrEnum):
 
 
 class BatchState(enum.StrEnum):
-    """Where a batch request stands, in the words of OpenAI's API."""
+    """State of a batch request, in the words of OpenAI's API."""
 
     VALIDATING = "validating"
     FAILED = "failed"

@@ -1,1 +1,1 @@
-"""Every SQL statement, one named function each. Functions take a connection; callers own the transaction."""
+"""SQL statements, one named function each. Functions take a connection; callers own the transaction."""

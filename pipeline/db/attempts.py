@@ -1,4 +1,4 @@
-"""Requests to gateways, written down before they are made: what a provider may bill."""
+"""Attempts: requests to upstreams, recorded before they are sent, since a provider may bill them."""
 
 import secrets
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from pipeline.core.chunks import Claim
 
 
 def new_id() -> int:
-    """The id of an attempt that isn't written down yet."""
+    """Return the id of an attempt that isn't recorded yet."""
     return secrets.randbits(63)
 
 
 def begin(
     connection: Connection, attempt_id: int, claim: Claim, model: str, *, items: int, estimated_tokens: int
 ) -> None:
-    """A request is about to be made. Writing it down again, when the answer to a commit was lost, changes nothing."""
+    """Record an attempt before its request is sent. Idempotent: a repeat, after a commit whose outcome was lost,
+    changes nothing."""
     connection.execute(
         text("""
             insert into vectormill.attempts (id, chunk_id, fence, model, items, estimated_tokens, started_at)
@@ -36,7 +37,8 @@ def begin(
 
 
 def end(connection: Connection, attempt_id: int, status: str, billed_tokens: int | None) -> None:
-    """How it went. `billed_tokens`: as the gateway says; `None`: it didn't, and may have billed."""
+    """Record an attempt's outcome. `billed_tokens` is what the upstream reports; `None`: it reported nothing, and may
+    have billed."""
     connection.execute(
         text("""
             update vectormill.attempts
@@ -48,16 +50,16 @@ def end(connection: Connection, attempt_id: int, status: str, billed_tokens: int
 
 @dataclass(frozen=True, slots=True)
 class Billed:
-    """What a job's requests cost."""
+    """Tokens that upstreams billed for a job's requests."""
 
-    #: As gateways said.
+    #: As reported by upstreams.
     tokens: int
-    #: About how many there were in requests of which no reply tells.
+    #: Estimate for requests whose bill no reply reports.
     unanswered: int
 
 
 def billed(connection: Connection, job_id: UUID) -> Billed | None:
-    """What a job's requests to a gateway cost; `None`: it made none."""
+    """Return the tokens billed for a job's requests to an upstream; `None` if it made none."""
     tokens, unanswered, requests = connection.execute(
         text("""
             select coalesce(sum(a.billed_tokens), 0)::bigint,

@@ -1,4 +1,4 @@
-"""Batch requests: their rows and states. A state changes only if it is still one it may leave."""
+"""Batch requests: rows and states. An update applies only while the batch request is in a state that allows it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,37 +10,37 @@ from sqlalchemy import Connection, RowMapping, text
 from pipeline.core.requests import BatchState
 from pipeline.db.tables import batches
 
-#: The counts of one that ends without a job.
+#: Counts of a batch request that ends without a job.
 _NOTHING = dict.fromkeys(("total", "completed", "failed", "input_tokens", "cached_tokens"), 0)
 
 
 def insert(connection: Connection, batch: Mapping[str, Any], window_seconds: float) -> RowMapping:
-    """Write a batch request down, to be validated. Returns its row."""
+    """Insert a batch request, to be validated. Return its row."""
     expires_at = text("now() + make_interval(secs => :window)").bindparams(window=window_seconds)
     made = batches.insert().values(**batch, expires_at=expires_at).returning(batches)
     return connection.execute(made).mappings().one()
 
 
 def find(connection: Connection, workspace_id: int, batch_id: str) -> RowMapping | None:
-    """A workspace's batch request."""
+    """Return a workspace's batch request; None if there is none."""
     found = batches.select().where(batches.c.id == batch_id, batches.c.workspace_id == workspace_id)
     return connection.execute(found).mappings().one_or_none()
 
 
 def by_id(connection: Connection, batch_id: str) -> RowMapping | None:
-    """A batch request, whoever's it is."""
+    """Return a batch request of any workspace; None if there is none."""
     return connection.execute(batches.select().where(batches.c.id == batch_id)).mappings().one_or_none()
 
 
 def lock(connection: Connection, batch_id: str) -> RowMapping | None:
-    """A batch request's row, locked. Who locks its job too does that afterwards."""
+    """Lock a batch request's row and return it. Lock order: the batch request first, then its job."""
     return (
         connection.execute(batches.select().where(batches.c.id == batch_id).with_for_update()).mappings().one_or_none()
     )
 
 
 def page(connection: Connection, workspace_id: int, after: str | None, limit: int) -> Sequence[RowMapping]:
-    """A workspace's batch requests, newest first, from the one past `after` on."""
+    """Return a page of a workspace's batch requests, newest first, past the cursor `after`."""
     found = batches.select().where(batches.c.workspace_id == workspace_id)
     if after is not None:
         found = found.where(batches.c.id < after)
@@ -48,7 +48,7 @@ def page(connection: Connection, workspace_id: int, after: str | None, limit: in
 
 
 def to_stage(connection: Connection, limit: int) -> list[str]:
-    """Those that wait to become jobs, by id."""
+    """Return the ids of batch requests that wait to become jobs."""
     rows = connection.execute(
         text("""
             select id from vectormill.batches
@@ -60,8 +60,9 @@ def to_stage(connection: Connection, limit: int) -> list[str]:
 
 
 def to_end(connection: Connection, limit: int) -> list[str]:
-    """Those whose job has ended, or that let go of it: cancelled or expired before it began, or while another batch
-    request goes on with it. Also those that were being ended when their job was tried again."""
+    """Return the ids of batch requests that are due to end: their job has ended or is gone, or they were cancelled or
+    expired before it began, or while another batch request goes on with it. This includes requests whose job was
+    retried while they were finalizing."""
     rows = connection.execute(
         text("""
             select b.id from vectormill.batches b left join vectormill.jobs j on j.id = b.job_id
@@ -79,7 +80,7 @@ def to_end(connection: Connection, limit: int) -> list[str]:
 
 
 def to_expire(connection: Connection, limit: int) -> list[str]:
-    """Those whose completion window has passed, by id."""
+    """Return the ids of batch requests whose completion window has passed."""
     rows = connection.execute(
         text("""
             select id from vectormill.batches
@@ -92,7 +93,7 @@ def to_expire(connection: Connection, limit: int) -> list[str]:
 
 
 def begin(connection: Connection, batch_id: str, job_id: UUID, model: str) -> bool:
-    """It becomes a job, or attaches to one. False: it has one already, or has been let go meanwhile."""
+    """Attach a batch request to its job, new or existing. Return False if it has a job already, or is ending."""
     return (
         connection.execute(
             text("""
@@ -107,7 +108,7 @@ def begin(connection: Connection, batch_id: str, job_id: UUID, model: str) -> bo
 
 
 def let_go(connection: Connection, batch_id: str, ends_as: BatchState) -> bool:
-    """Let it end before its job has: `CANCELLED` or `EXPIRED`. False: it was ending already."""
+    """Mark a batch request to end before its job, as `CANCELLED` or `EXPIRED`. Return False if it was ending."""
     return (
         connection.execute(
             text("""
@@ -124,7 +125,7 @@ def let_go(connection: Connection, batch_id: str, ends_as: BatchState) -> bool:
 
 
 def goes_on_for_others(connection: Connection, job_id: UUID) -> bool:
-    """Whether a batch request still waits for a job."""
+    """Return True if a batch request still waits for the job."""
     return bool(
         connection.execute(
             text("""
@@ -137,7 +138,7 @@ def goes_on_for_others(connection: Connection, job_id: UUID) -> bool:
 
 
 def begin_finalizing(connection: Connection, batch_id: str) -> None:
-    """Its files are being written."""
+    """Mark a batch request as finalizing, while its files are written."""
     connection.execute(
         text("""
             update vectormill.batches set finalizing_at = coalesce(finalizing_at, now()),
@@ -149,7 +150,7 @@ def begin_finalizing(connection: Connection, batch_id: str) -> None:
 
 
 def wait_again(connection: Connection, batch_id: str) -> None:
-    """Its job runs again: its files aren't written yet."""
+    """Move a batch request back to in_progress: its job runs again, and its files aren't written yet."""
     connection.execute(
         text("""
             update vectormill.batches set state = 'in_progress', finalizing_at = null
@@ -169,7 +170,7 @@ def end(
     errors: Sequence[Mapping[str, Any]] = (),
     counts: Mapping[str, int] | None = None,
 ) -> bool:
-    """End it. False: it had ended."""
+    """End a batch request. Return False if it had ended."""
     return (
         connection.execute(
             text("""

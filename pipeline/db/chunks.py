@@ -1,4 +1,4 @@
-"""Chunks: claims, leases, fences, and the sums that every status is made of.
+"""Chunks: claims, leases, fences, and the counts that every status sums up.
 
 States stand in the SQL as literals, so that the planner can prove that a partial index applies.
 """
@@ -18,7 +18,7 @@ from pipeline.db.tables import chunks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewChunk:
-    """A planned range of a job's items."""
+    """Planned range of a job's items."""
 
     ordinal: int
     first_index: int
@@ -26,12 +26,12 @@ class NewChunk:
     estimated_tokens: int
     #: Items that were rejected when they were read.
     rejected: int = 0
-    #: Which of the job's inputs its rows stand in, and where; `None`: they are in Postgres.
+    #: Input file that holds its rows, and their extent in it; `None`: they are in Postgres.
     input_ordinal: int | None = None
     extent: Extent | None = None
 
     def row(self, job_id: UUID) -> dict[str, Any]:
-        """The columns of its row."""
+        """Return the columns of the chunk's row."""
         extent = self.extent
         return {
             "job_id": job_id,
@@ -50,7 +50,7 @@ class NewChunk:
 
 
 def insert_chunks(connection: Connection, job_id: UUID, planned: Sequence[NewChunk]) -> None:
-    """Write planned chunks. One whose items were all rejected is done at once."""
+    """Insert planned chunks. A chunk whose items were all rejected is done at once."""
     if planned:
         connection.execute(insert(chunks), [chunk.row(job_id) for chunk in planned])
 
@@ -64,7 +64,8 @@ def claim(
     task_id: str,
     lease_seconds: float,
 ) -> Claim | None:
-    """Take a pending chunk of a runnable job: running, fence + 1, a new token, leased. None when it isn't to be had."""
+    """Claim a pending chunk of a runnable job: state running, fence + 1, a new token, a lease. Return None if it can't
+    be claimed."""
     row = (
         connection.execute(
             text("""
@@ -101,8 +102,8 @@ def claim(
 
 
 def new_token() -> UUID:
-    """A claim token. A fence is unique on one timeline of Postgres only: a server that has lost its last commits, to a
-    failover or a restore, gives it again."""
+    """Return a new claim token. A fence is unique on one timeline of Postgres only: a server that has lost its last
+    commits, to a failover or a restore, gives it again."""
     return uuid4()
 
 
@@ -135,11 +136,12 @@ def _as_extent(row: RowMapping) -> Extent:
 
 
 def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> JobState | None:
-    """Extend a lease, also one that the sweep has just given back and nobody has taken yet.
+    """Renew a claim's lease, even one that the sweep has given back, while nobody else has claimed the chunk.
 
-    `committing`: this connection's backend will commit for the claim, and is the one to end if it freezes; until its
-    transaction ends it says by its name for which claim.
-    Returns the job's state, from which a worker learns of a cancellation; None when the chunk is another's.
+    `committing`: this connection's backend will commit for the claim, and is the one to terminate if it freezes. Until
+    its transaction ends, its application name says for which claim it writes.
+
+    Return the job's state, from which a worker learns of a cancellation; None if the chunk belongs to another claim.
     """
     state = connection.execute(
         text("""
@@ -169,24 +171,24 @@ def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What one commit adds to a chunk, and where the chunk stands after it."""
+    """Counts that one commit adds to a chunk, and the chunk's state after it."""
 
-    #: `PENDING`: given back. Where its job is being cancelled, the chunk is cancelled instead.
+    #: `PENDING`: given back, or cancelled if its job is being cancelled.
     state: ChunkState
     embedded: int = 0
     rejected: int = 0
     truncated: int = 0
     prompt_tokens: int = 0
-    #: Isolation level of what comes next; `None` leaves it as the last commit recorded it.
+    #: Isolation level from here on; `None` keeps the level that the last commit recorded.
     isolation: int | None = 0
-    #: For a chunk given back: no claim before so many seconds from now.
+    #: Seconds from now before which a chunk given back can't be claimed.
     not_before_seconds: float = 0
-    #: Of the Parquet part that this commit brings.
+    #: Location of the Parquet part that this commit adds.
     output_uri: str | None = None
     error: str | None = None
 
 
-#: The fence check: what keeps a worker that was given up from writing after another has taken over.
+#: Fence check: it keeps a worker that has lost its claim from writing after another has taken over.
 OURS = "fence = :fence and token = :token and state in ('running', 'pending')"
 _RECORD = """
     with job as (
@@ -216,13 +218,13 @@ _RECORD = """
 
 
 def record(connection: Connection, claim: Claim, progress: Progress, *, number: int | None = None) -> bool:
-    """The fenced update at the head of every commit. False: the chunk is not this claim's any more, or isn't where the
-    claim left it.
+    """Apply the fenced update at the head of every commit. Return False if the chunk no longer belongs to this claim,
+    or isn't where the claim left it.
 
-    `number`: how many commits of this claim the chunk must have seen; a failover may have lost some of them, and what
-    was in them is to be embedded again. A chunk that ends `cancelled` counts what is left of it as cancelled. A chunk
-    given back forgets its worker, so that a late renewal can't take it again. Until its transaction ends, the backend
-    says by its name for which claim it writes.
+    `number`: the commits of this claim that the chunk must have seen. A failover may have lost some of them, and their
+    items must be embedded again. A chunk that ends `cancelled` counts its remaining items as cancelled. A chunk that is
+    given back forgets its worker, so that a late renewal can't take it again. Until the transaction ends, the backend's
+    application name says for which claim it writes.
     """
     return (
         connection.execute(
@@ -250,9 +252,9 @@ def record(connection: Connection, claim: Claim, progress: Progress, *, number: 
 
 
 def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) -> Sequence[tuple[int, int]]:
-    """The next claimable chunks of a job past id `after`: (id, estimated tokens)."""
-    # `between`, here and below: with `=` the order could be had from the primary key, and while its statistics are from
-    # before the job ran, the planner takes that and reads past all chunks that have ended.
+    """Return the next claimable chunks of a job past id `after`: (id, estimated tokens)."""
+    # `between`, here and below: with `=`, the planner could take the order from the primary key. While statistics are
+    # from before the job ran, it does, and reads past all chunks that have ended.
     rows = connection.execute(
         text("""
             select id, estimated_tokens from vectormill.chunks
@@ -266,7 +268,7 @@ def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) 
 
 
 def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int) -> list[int]:
-    """Cancel up to `limit` pending chunks of a job past id `after`; what they had committed stays. Returns the ids."""
+    """Cancel up to `limit` pending chunks of a job past id `after`. Committed items stay. Return the chunks' ids."""
     rows = connection.execute(
         text("""
             update vectormill.chunks
@@ -283,7 +285,8 @@ def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int)
 
 
 def page(connection: Connection, job_id: UUID, *, states: Sequence[ChunkState], after: int, limit: int) -> list[Chunk]:
-    """A job's chunks in order, past the one that begins at index `after`; only those in `states`, if given."""
+    """Return a page of a job's chunks in order, past the one that begins at index `after`; only those in `states`, if
+    given."""
     found = select(*(chunks.c[each.name] for each in fields(Chunk))).where(chunks.c.job_id == job_id)
     if states:
         found = found.where(chunks.c.state.in_(states))
@@ -292,7 +295,7 @@ def page(connection: Connection, job_id: UUID, *, states: Sequence[ChunkState], 
 
 
 def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
-    """Delete up to `limit` chunks of a job, and what is written down of their output and attempts. Returns how many."""
+    """Delete up to `limit` chunks of a job, with their recorded outputs and attempts. Return the number of chunks."""
     return connection.execute(
         text("""
             with gone as (
@@ -311,8 +314,8 @@ def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
 
 
 def has_open(connection: Connection, job_id: UUID) -> bool:
-    """Whether a chunk of the job is pending or running."""
-    # Not by `exists`, for which the planner would rather read the table until it meets one.
+    """Return True if a chunk of the job is pending or running."""
+    # Not by `exists`: for that, the planner prefers to scan the table until it meets one.
     first = connection.execute(
         text("""
             select id from vectormill.chunks where job_id between :job and :job and state in ('pending', 'running')
@@ -324,7 +327,7 @@ def has_open(connection: Connection, job_id: UUID) -> bool:
 
 
 def sums(connection: Connection, job_id: UUID) -> RowMapping:
-    """A job's counts, summed over its chunks."""
+    """Return a job's counts, summed over its chunks."""
     return (
         connection.execute(
             text("""
@@ -358,7 +361,7 @@ class InFlight:
 
 
 def tokens_in_flight(connection: Connection) -> list[InFlight]:
-    """Of each job that has running chunks."""
+    """Return the tokens in flight of each job that has running chunks."""
     rows = connection.execute(
         text("""
             select j.id, j.model_name, j.workspace_id, sum(c.estimated_tokens)::bigint
@@ -370,8 +373,8 @@ def tokens_in_flight(connection: Connection) -> list[InFlight]:
 
 
 def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
-    """Delete a job's rejects with one of `codes`, mend the counts, and make the chunks that held them, and those that
-    didn't settle all their items, pending again. Returns how many chunks were reopened."""
+    """Delete a job's rejects with one of `codes`, correct the counts, and make the chunks that held them pending again,
+    with those that didn't settle all their items. Return the number of chunks reopened."""
     return connection.execute(
         text("""
             with gone as (

@@ -15,7 +15,7 @@ SIGNATURE = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
 
 
-#: What `bytes.join` takes.
+#: Payloads that `bytes.join` takes.
 Buffer = bytes | memoryview
 Sliceable = TypeVar("Sliceable", bytes, memoryview)
 
@@ -30,14 +30,14 @@ def _slices(data: Sliceable, size: int) -> list[Sliceable]:
 
 
 def frame(fixed: npt.NDArray[np.void], *variable: Sequence[bytes | None]) -> bytes:
-    """One COPY row for each element of `fixed`, each followed by its fields of variable length.
+    """Return one COPY row for each element of `fixed`, each followed by its fields of variable length.
 
     `fixed` is a packed structured array that starts with the row's number of fields (`>i2`) and holds each field of
-    fixed size as its length (`>i4`) and value. Each of `variable` has one payload a row, `None` for NULL.
+    fixed size as its length (`>i4`) and value. Each of `variable` has one payload per row, `None` for NULL.
     """
     if len(fixed) == 0:
         return b""
-    # Views, so that the one copy is the join's.
+    # Views, so that only the join copies bytes.
     columns: list[Sequence[Buffer]] = [_slices(fixed.view(np.uint8).data, fixed.dtype.itemsize)]
     for payloads in variable:
         columns += [_lengths(payloads), [p or b"" for p in payloads]]

@@ -1,6 +1,6 @@
-"""Queries of the dashboard, beyond what a status says. All of it reads.
+"""Read-only queries of the dashboard, beyond a job's status.
 
-`workspace_id` is None where a page is about every workspace.
+`workspace_id` is None where a page covers every workspace.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from sqlalchemy import Connection, RowMapping, text
 
 
 def begin_snapshot(connection: Connection) -> None:
-    """Let all that this transaction reads be of one moment. It must be its first statement."""
+    """Make the transaction read-only and let it see one snapshot. This must be its first statement."""
     connection.execute(text("set transaction isolation level repeatable read, read only"))
 
 
 def key_holder(connection: Connection, key_id: str) -> RowMapping | None:
-    """Whom a key belongs to: `name, admin, created_at, expires_at, workspace`."""
+    """Return the name, rights, dates and workspace of an API key: `name, admin, created_at, expires_at, workspace`."""
     rows = connection.execute(
         text("""
             select k.name, k.admin, k.created_at, k.expires_at, w.name as workspace
@@ -30,7 +30,7 @@ def key_holder(connection: Connection, key_id: str) -> RowMapping | None:
 
 
 def workspace_of(connection: Connection, job_id: UUID) -> str:
-    """The name of the workspace that a job belongs to."""
+    """Return the name of a job's workspace."""
     return connection.execute(
         text("""
             select w.name from vectormill.jobs j join vectormill.workspaces w on w.id = j.workspace_id
@@ -41,7 +41,7 @@ def workspace_of(connection: Connection, job_id: UUID) -> str:
 
 
 def count_jobs(connection: Connection, workspace_id: int | None) -> list[tuple[str, str, int]]:
-    """How many jobs there are: (state, model, count)."""
+    """Return the number of jobs by state and model: (state, model, count)."""
     rows = connection.execute(
         text("""
             select state, model_name, count(*) from vectormill.jobs
@@ -54,7 +54,8 @@ def count_jobs(connection: Connection, workspace_id: int | None) -> list[tuple[s
 
 
 def queue_positions(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUID, int]:
-    """Of each of these jobs that waits: how many jobs of its model go before it, by priority, then by age."""
+    """Return, for each of these jobs that is queued, the number of jobs of its model ahead of it, by priority, then by
+    age."""
     rows = connection.execute(
         text("""
             select j.id, count(o.id)
@@ -69,7 +70,7 @@ def queue_positions(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUI
 
 
 def throughput(connection: Connection, job_id: UUID, width_seconds: int, since: datetime) -> list[tuple[int, int, int]]:
-    """What a job committed in each span of `width_seconds` from `since` on: (start as Unix time, items, tokens).
+    """Return a job's commits in each span of `width_seconds` from `since` on: (start as Unix time, items, tokens).
     Spans in which nothing was committed are left out."""
     rows = connection.execute(
         text("""
@@ -84,7 +85,7 @@ def throughput(connection: Connection, job_id: UUID, width_seconds: int, since: 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """Consecutive chunks of a job, counted."""
+    """Counts over consecutive chunks of a job."""
 
     first_chunk: int
     last_chunk: int
@@ -94,14 +95,15 @@ class Cell:
     running: int
     cancelled: int
     rejected_items: int
-    #: Claims, and those among them that were lost since the last progress.
+    #: Sum of fences: claims, and reopenings.
     claims: int
+    #: Claims lost since the last progress.
     lost: int
     last_error: str | None
 
 
 def strip(connection: Connection, job_id: UUID, chunks_total: int, most_cells: int) -> list[Cell]:
-    """A job's chunks in order, as at most `most_cells` cells of as many chunks each."""
+    """Return a job's chunks in order, as at most `most_cells` cells of equally many chunks each."""
     rows = connection.execute(
         text("""
             select min(ordinal) as first_chunk, max(ordinal) as last_chunk, count(*) as chunks, sum(items) as items,
@@ -119,7 +121,7 @@ def strip(connection: Connection, job_id: UUID, chunks_total: int, most_cells: i
 
 
 def first_rejects(connection: Connection, job_id: UUID, codes: Sequence[str], each: int) -> list[RowMapping]:
-    """The first rejects of each code: `code, index, key, message`."""
+    """Return the first `each` rejects of each code: `code, index, key, message`."""
     rows = connection.execute(
         text("""
             select r.code, r.index, r.key, r.message
@@ -133,7 +135,7 @@ def first_rejects(connection: Connection, job_id: UUID, codes: Sequence[str], ea
 
 
 def text_of(connection: Connection, job_id: UUID, index: int, most_characters: int) -> RowMapping | None:
-    """The beginning of an item's text, as long as it is kept: `text, characters`; None: there is no such item."""
+    """Return the beginning of an item's text, while it is kept: `text, characters`; None if there is no such item."""
     rows = connection.execute(
         text("""
             select left(text, :most) as text, length(text) as characters from vectormill.items
@@ -145,7 +147,7 @@ def text_of(connection: Connection, job_id: UUID, index: int, most_characters: i
 
 
 def cost(connection: Connection, job_id: UUID) -> tuple[Decimal | None, float]:
-    """What a job has cost so far, None without a price; and the seconds that devices worked for it."""
+    """Return a job's cost so far, None without a price, and the seconds that devices worked for it."""
     row = connection.execute(
         text("""
             select sum(cost), coalesce(sum(device_seconds), 0)::float8 from vectormill.usage where job_id = :job
@@ -156,7 +158,7 @@ def cost(connection: Connection, job_id: UUID) -> tuple[Decimal | None, float]:
 
 
 def attempts(connection: Connection, job_id: UUID) -> list[RowMapping]:
-    """A job's requests to a gateway by how they went: `status, requests, items, billed_tokens`; a status of None is
+    """Return a job's requests to an upstream by status: `status, requests, items, billed_tokens`. A status of None is
     still open, or was never answered."""
     rows = connection.execute(
         text("""
@@ -171,7 +173,7 @@ def attempts(connection: Connection, job_id: UUID) -> list[RowMapping]:
 
 
 def inputs(connection: Connection, job_id: UUID, limit: int) -> tuple[int, list[RowMapping]]:
-    """What a job was read from: how many files, and the first of them as `uri, bytes, rows`."""
+    """Return the number of files that a job was read from, and the first `limit` of them: `uri, bytes, rows`."""
     total = connection.execute(
         text("select count(*) from vectormill.inputs where job_id = :job"), {"job": job_id}
     ).scalar_one()
@@ -185,7 +187,7 @@ def inputs(connection: Connection, job_id: UUID, limit: int) -> tuple[int, list[
 
 
 def busy_slots(connection: Connection) -> Mapping[UUID, int]:
-    """How many chunks each worker has at work."""
+    """Return the number of running chunks of each worker."""
     rows = connection.execute(
         text("select worker_id, count(*) from vectormill.chunks where state = 'running' group by worker_id")
     )
@@ -195,8 +197,8 @@ def busy_slots(connection: Connection) -> Mapping[UUID, int]:
 def usage(
     connection: Connection, workspace_id: int | None, by: str, begin: datetime, limit: int
 ) -> tuple[list[RowMapping], int]:
-    """Usage since `begin` by one of day, model, key, job and workspace, the largest groups first; and how many groups
-    there are: `group, name, requests, items, total_tokens, cost`. `name` is a key's or a job's."""
+    """Return usage since `begin`, grouped by day, model, key, job or workspace, largest groups first: `group, name,
+    requests, items, total_tokens, cost`; and the number of groups. `name` is a key's or a job's."""
     rows = connection.execute(
         text("""
             with used as (
@@ -225,7 +227,8 @@ def usage(
 
 
 def reopenable(connection: Connection, job_id: UUID, codes: Sequence[str]) -> RowMapping:
-    """What `retry` would take up: `rejects` with one of `codes`, and `chunks` that were left undone."""
+    """Return the counts of what `retry` would take up: `rejects` with one of `codes`, and `chunks` that were left
+    undone."""
     return (
         connection.execute(
             text("""

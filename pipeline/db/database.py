@@ -1,4 +1,4 @@
-"""Connections to Postgres: one place for time-outs, keep-alives and what a lost connection is called."""
+"""Connections to Postgres: timeouts, keep-alives, snapshots, COPY, and the classification of lost connections."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +24,10 @@ _CONNECT_ARGS = {
     "tcp_user_timeout": 20_000,
 }
 _NO_URL = "the database's URL isn't one; write postgresql://user:password@host/name."
-# No transaction of ours is held open across work: one that idles this long belongs to a frozen process.
+# No transaction here stays open across work: one that idles this long belongs to a frozen process.
 _SESSION = "set idle_in_transaction_session_timeout = '60s'"
 
-#: What a server says to a login that it will never let in; the driver has no state for it.
+#: Messages to a login that the server will never let in; the driver sets no SQLSTATE for them.
 _LOGIN_REFUSED = re.compile(
     "authentication failed|no password supplied|no pg_hba.conf entry|(role|database) .* does not exist"
     "|permission denied for database|is not permitted to log in"
@@ -35,27 +35,27 @@ _LOGIN_REFUSED = re.compile(
 
 
 def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = True) -> Engine:
-    """An engine on `url` (`postgresql://…`, which may name several hosts), its connections named `application` in
-    pg_stat_activity.
+    """Create an engine on `url` (`postgresql://…`, which may name several hosts), its connections named `application`
+    in pg_stat_activity.
 
-    `ping`: try a pooled connection before its use. Without, the first use after a restart of the server fails.
+    `ping`: test a pooled connection before its use. Without it, the first use after a restart of the server fails.
     """
     if not url.startswith(("postgresql://", "postgres://")):
         raise UserError(_NO_URL)
     try:
-        # Read by libpq, as psql does: SQLAlchemy's own URLs take one host, and are for show here.
+        # Parsed by libpq, as psql does: SQLAlchemy's own URLs take one host, and are only for show here.
         parameters = conninfo_to_dict(url)
     except psycopg.ProgrammingError:
-        raise UserError(_NO_URL) from None  # what it says may quote the password
+        raise UserError(_NO_URL) from None  # the message may quote the password
     engine = create_engine(
         _shown(parameters),
         connect_args={**_CONNECT_ARGS, **parameters, "application_name": application},
         pool_size=pool_size,
         max_overflow=0,
         pool_pre_ping=ping,
-        # Numbers beyond 64 bits come as floats, which all that writes JSON can write.
+        # orjson reads numbers beyond 64 bits as floats, which every JSON writer can write.
         json_deserializer=orjson.loads,
-        # Parameters can be documents: no error message may show them.
+        # Parameters may be documents, which no error message may show.
         hide_parameters=True,
     )
 
@@ -68,7 +68,7 @@ def make_engine(url: str, *, application: str, pool_size: int = 4, ping: bool = 
 
 
 def _shown(parameters: Mapping[str, Any]) -> URL:
-    """A URL without what doesn't fit into SQLAlchemy's."""
+    """Return a URL of the parameters that SQLAlchemy's URLs can hold."""
     port = str(parameters.get("port", ""))
     return URL.create(
         "postgresql+psycopg",
@@ -82,7 +82,8 @@ def _shown(parameters: Mapping[str, Any]) -> URL:
 
 @contextmanager
 def snapshot(engine: Engine) -> Iterator[Connection]:
-    """A transaction that sees all as it is at its first statement, whatever others commit meanwhile. It can't write."""
+    """Open a read-only transaction that sees one snapshot, as of its first statement, whatever others commit
+    meanwhile."""
     with engine.connect() as connection:
         connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with connection.begin():
@@ -90,39 +91,39 @@ def snapshot(engine: Engine) -> Iterator[Connection]:
 
 
 def psycopg_connection(connection: Connection) -> psycopg.Connection:
-    """The driver's connection beneath `connection`, for COPY; it is in the same transaction."""
+    """Return the driver's connection beneath `connection`, for COPY; it is in the same transaction."""
     driver = connection.connection.driver_connection
     assert isinstance(driver, psycopg.Connection)
     return driver
 
 
 def flush_later(connection: Connection) -> None:
-    """Let this transaction's commit return before it is on disk. A later commit that is waited for covers it."""
+    """Let this transaction's commit return before it is on disk. A later synchronous commit covers it."""
     connection.execute(text("set local synchronous_commit = off"))
 
 
 def is_connection_lost(error: Exception) -> bool:
-    """Whether `error` says that the connection, not the statement, failed: the same work may succeed on a new one."""
+    """Return True if the connection failed, not the statement: the same work may succeed on a new one."""
     if isinstance(error, DBAPIError):
         return error.connection_invalidated or (isinstance(error, OperationalError) and _is_state_of_loss(error.orig))
     return isinstance(error, psycopg.OperationalError) and _is_state_of_loss(error)
 
 
 def _is_state_of_loss(error: BaseException | None) -> bool:
-    # A server that shuts down, starts up or crashed answers with class 57P; an OperationalError without a state is
-    # the network.
+    # A server that shuts down, starts up or crashed answers with class 57P; class 08 is a connection exception. An
+    # OperationalError without a state is the network.
     state = getattr(error, "sqlstate", None)
     return state is None or state.startswith(("57P", "08"))
 
 
 def is_without_room(error: Exception) -> bool:
-    """Whether the server lacks disk, memory or connections for it: the same work may succeed later."""
+    """Return True if the server lacks disk, memory or connections: the same work may succeed later."""
     return (getattr(getattr(error, "orig", error), "sqlstate", None) or "").startswith("53")
 
 
 @contextmanager
 def copying(connection: Connection, table: sql.Identifier, columns: Sequence[str]) -> Iterator[psycopg.Copy]:
-    """Binary COPY into `table`."""
+    """Open a binary COPY into `table`."""
     statement = sql.SQL("copy {} ({}) from stdin (format binary)").format(
         table, sql.SQL(", ").join(map(sql.Identifier, columns))
     )
@@ -140,21 +141,23 @@ def errors_as_sqlalchemys() -> Iterator[None]:
 
 
 def plain_reason(error: DBAPIError) -> str:
-    """What the database objects to, without the data that it would quote."""
+    """Return the database's objection, without the data that it would quote."""
     diagnosis = getattr(error.orig, "diag", None)
     primary = getattr(diagnosis, "message_primary", None)
     return f"{type(error.orig).__name__}: {primary or 'no message'}"
 
 
 def connection_reason(error: Exception) -> str:
-    """Why no connection came about, as the server or the network says it; there were no data yet to quote."""
+    """Return the reason why connecting failed, as the server or the network gives it. There are no data yet that it
+    could quote."""
     first, *_ = str(getattr(error, "orig", error)).splitlines() or ["no message"]
     return first.rpartition("failed: ")[2].removeprefix("FATAL:").strip()
 
 
 @contextmanager
 def reporting_unreachable(what: str = "the database") -> Iterator[None]:
-    """Turn a lost connection into `ServiceUnreachable`, without the URL, which may hold a password."""
+    """Turn a lost connection into `ServiceUnreachable`, without the URL, which may hold a password. A refused login
+    becomes `LoginRefused`; a missing or old schema, `UserError`."""
     try:
         yield
     except (DBAPIError, psycopg.OperationalError) as error:

@@ -1,4 +1,4 @@
-"""Engines as they show themselves to the api."""
+"""Heartbeats of engines, by which the api finds them."""
 
 from collections.abc import Sequence
 from uuid import UUID
@@ -7,7 +7,7 @@ from sqlalchemy import Connection, RowMapping, text
 
 
 def show(connection: Connection, engine_id: UUID, *, url: str, models: Sequence[str], device: str) -> None:
-    """Say that an engine lives, where, and what it serves. Engines that fell silent a minute ago are forgotten."""
+    """Record an engine's heartbeat: its URL, models and device. Engines not seen for a minute are deleted."""
     connection.execute(text("delete from vectormill.engines where seen_at < now() - interval '1 minute'"))
     connection.execute(
         text("""
@@ -19,12 +19,12 @@ def show(connection: Connection, engine_id: UUID, *, url: str, models: Sequence[
 
 
 def forget(connection: Connection, engine_id: UUID) -> None:
-    """An engine has stopped."""
+    """Delete an engine that has stopped."""
     connection.execute(text("delete from vectormill.engines where id = :id"), {"id": engine_id})
 
 
 def live(connection: Connection, seconds: float) -> list[RowMapping]:
-    """The engines that were seen within so many seconds, the longest running first."""
+    """Return the engines seen within `seconds`, the longest running first."""
     rows = connection.execute(
         text("""
             select id, url, models, device, started_at, seen_at from vectormill.engines

@@ -1,5 +1,5 @@
-"""Events that webhooks are told of. An event is written in the transaction in which it happens, and kept until it is
-delivered or given up. Whom it is for is the host of its address, with the port."""
+"""Transactional outbox of webhook events. An event is written in the transaction in which it happens, and kept until it
+is delivered or given up. Its receiver is the host of its URL, with the port."""
 
 import json
 import time
@@ -15,11 +15,11 @@ from pipeline.core.requests import EventState
 def add(
     connection: Connection, workspace_id: int, kind: str, data: Mapping[str, Any], *, url: str | None = None
 ) -> None:
-    """Let a webhook be told of an event; nothing happens where neither `url` nor the workspace names one.
+    """Add an event for a webhook. Nothing is added if neither `url` nor the workspace names a webhook.
 
     Args:
         kind: such as `job.completed`.
-        data: what is told, with `id`; no texts.
+        data: the payload, with `id`; no texts.
     """
     event_id = f"evt_{uuid7().hex}"
     body = {"id": event_id, "object": "event", "created_at": int(time.time()), "type": kind, "data": dict(data)}
@@ -34,7 +34,7 @@ def add(
 
 
 def due(connection: Connection, limit: int) -> Sequence[str]:
-    """Hosts for which there are events to be tried, the longest due first. It looks at one event of each host."""
+    """Return the hosts with events due for a try, the longest due first. Only one event of each host is looked at."""
     rows = connection.execute(
         text("""
             with recursive hosts (host) as (
@@ -56,8 +56,8 @@ def due(connection: Connection, limit: int) -> Sequence[str]:
 
 
 def take(connection: Connection, host: str, lease_seconds: float) -> RowMapping | None:
-    """Begin a try of a host's longest due event: `id, type, url, body, tries`, this one counted. Nobody else begins one
-    for so long. None: none is due."""
+    """Begin a try of a host's longest due event: `id, type, url, body, tries`, this one counted. For `lease_seconds`
+    nobody else begins one. Return None if none is due."""
     return (
         connection.execute(
             text("""
@@ -77,7 +77,7 @@ def take(connection: Connection, host: str, lease_seconds: float) -> RowMapping 
 
 
 def try_again(connection: Connection, event_id: str, answer: str, wait_seconds: float) -> None:
-    """A try has failed; the next one is in so long."""
+    """Record a failed try; the next one is due in `wait_seconds`."""
     connection.execute(
         text("""
             update vectormill.events
@@ -89,7 +89,7 @@ def try_again(connection: Connection, event_id: str, answer: str, wait_seconds: 
 
 
 def end(connection: Connection, event_id: str, state: EventState, answer: str) -> None:
-    """Try an event no more."""
+    """End an event, so that it is never tried again."""
     connection.execute(
         text("""
             update vectormill.events set state = :state, answer = :answer, finished_at = clock_timestamp()
@@ -99,8 +99,9 @@ def end(connection: Connection, event_id: str, state: EventState, answer: str) -
     )
 
 
-def standing(connection: Connection, given_up_within_seconds: float) -> RowMapping:
-    """How events stand: `waiting`; of them `late`, which have failed before; `given_up` lately."""
+def backlog(connection: Connection, given_up_within_seconds: float) -> RowMapping:
+    """Count events: `waiting`; `late`, those among them that have failed before; `given_up` within the given
+    seconds."""
     return (
         connection.execute(
             text("""
@@ -117,7 +118,7 @@ def standing(connection: Connection, given_up_within_seconds: float) -> RowMappi
 
 
 def forget_old(connection: Connection, days: float) -> None:
-    """Forget events that ended so long ago."""
+    """Delete events that ended more than `days` ago."""
     connection.execute(
         text("""
             delete from vectormill.events

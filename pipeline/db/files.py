@@ -1,4 +1,4 @@
-"""Files of the Files API: what is kept of each beside its bytes."""
+"""Metadata of files in the Files API. Their bytes are in storage."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from pipeline.db.tables import files
 
 
 def insert(connection: Connection, file: Mapping[str, Any], lives_seconds: float | None) -> RowMapping:
-    """Write a file down; it lives so long, or for ever. Returns its row."""
+    """Insert a file that expires after `lives_seconds`, or never. Return its row."""
     expires_at = text("now() + make_interval(secs => :lives)").bindparams(lives=lives_seconds)
     made = files.insert().values(**file, **({} if lives_seconds is None else {"expires_at": expires_at}))
     return connection.execute(made.returning(files)).mappings().one()
 
 
 def find(connection: Connection, workspace_id: int, file_id: str) -> RowMapping | None:
-    """A workspace's file, unless it has expired."""
+    """Return a workspace's file, unless it has expired."""
     found = files.select().where(
         files.c.id == file_id, files.c.workspace_id == workspace_id, text("coalesce(expires_at > now(), true)")
     )
@@ -26,7 +26,7 @@ def find(connection: Connection, workspace_id: int, file_id: str) -> RowMapping 
 def page(
     connection: Connection, workspace_id: int, *, purpose: str | None, after: str | None, oldest_first: bool, limit: int
 ) -> Sequence[RowMapping]:
-    """A workspace's files in the order of their making, from the one past `after` on."""
+    """Return a page of a workspace's files in order of creation, past the cursor `after`. Expired ones are left out."""
     found = files.select().where(files.c.workspace_id == workspace_id, text("coalesce(expires_at > now(), true)"))
     if purpose is not None:
         found = found.where(files.c.purpose == purpose)
@@ -37,17 +37,17 @@ def page(
 
 
 def delete(connection: Connection, file_id: str) -> bool:
-    """Forget a file. False: it was forgotten before."""
+    """Delete a file's row. Return False if there was none."""
     return connection.execute(files.delete().where(files.c.id == file_id)).rowcount > 0
 
 
 def expire(connection: Connection, file_ids: Sequence[str]) -> None:
-    """Let files be past their time."""
+    """Expire files now."""
     connection.execute(files.update().where(files.c.id.in_(file_ids)).values(expires_at=func.now()))
 
 
 def expired(connection: Connection, limit: int) -> list[str]:
-    """Files that are past their time, by id."""
+    """Return the ids of files that have expired."""
     rows = connection.execute(
         text("select id from vectormill.files where expires_at <= now() order by expires_at limit :limit"),
         {"limit": limit},
@@ -56,7 +56,7 @@ def expired(connection: Connection, limit: int) -> list[str]:
 
 
 def uri_of(connection: Connection, file_id: str) -> str | None:
-    """Where a file's bytes are."""
+    """Return the URI of a file's bytes; None if there is no such file."""
     return connection.execute(
         text("select uri from vectormill.files where id = :file"), {"file": file_id}
     ).scalar_one_or_none()

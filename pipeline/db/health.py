@@ -9,8 +9,8 @@ from pipeline.db.tables import SCHEMA
 
 
 def server(connection: Connection) -> RowMapping:
-    """The server, and what stands in the way of writing: `version_number, version, in_recovery, read_only, superuser,
-    database_bytes`."""
+    """Return the server's version and size, and the settings that stand in the way of writing: `version_number,
+    version, in_recovery, read_only, superuser, database_bytes`."""
     return (
         connection.execute(
             text("""
@@ -27,7 +27,7 @@ def server(connection: Connection) -> RowMapping:
 
 
 def settings(connection: Connection) -> dict[str, str]:
-    """Settings of the server that matter here, in their base units, as this role has them."""
+    """Return the server's settings that matter here, in their base units, as this role has them."""
     rows = connection.execute(
         text("""
             select name, setting from pg_settings
@@ -40,7 +40,8 @@ def settings(connection: Connection) -> dict[str, str]:
 
 
 def replication(connection: Connection) -> RowMapping:
-    """Read how commits reach standbys: `standbys` connected now, `synchronous_standby_names`, `synchronous_commit`."""
+    """Return the state of replication to standbys: `standbys` connected now, `synchronous_standby_names`,
+    `synchronous_commit`."""
     return (
         connection.execute(
             text("""
@@ -55,7 +56,7 @@ def replication(connection: Connection) -> RowMapping:
 
 
 def data_folder(connection: Connection) -> str | None:
-    """Where the server keeps its data; None: the role may not know."""
+    """Return the server's data folder; None if the role may not read it."""
     return connection.execute(
         text("""
             select case when pg_has_role('pg_read_all_settings', 'member') then
@@ -65,32 +66,32 @@ def data_folder(connection: Connection) -> str | None:
 
 
 def now(connection: Connection) -> datetime:
-    """The database's clock."""
+    """Return the time of the database's clock."""
     moment: datetime = connection.execute(text("select clock_timestamp()")).scalar_one()
     return moment
 
 
 def vector_version(connection: Connection) -> str | None:
-    """The version of pgvector in this database; None: it isn't installed in it."""
+    """Return the version of pgvector in this database; None if it isn't installed in it."""
     return connection.execute(text("select extversion from pg_extension where extname = 'vector'")).scalar_one_or_none()
 
 
 def vector_available(connection: Connection) -> bool:
-    """Whether the server has pgvector's files, so that a database of it can have it."""
+    """Return True if the server has pgvector's files, so that a database on it can install the extension."""
     found = connection.execute(text("select exists (select from pg_available_extensions where name = 'vector')"))
     return bool(found.scalar_one())
 
 
 def revision(connection: Connection) -> str | None:
-    """The schema's revision; None: there is no schema yet."""
+    """Return the schema's revision; None if there is no schema yet."""
     if not connection.execute(text(f"select to_regclass('{SCHEMA}.alembic_version')")).scalar_one():
         return None
     return connection.execute(text("select version_num from vectormill.alembic_version")).scalar_one_or_none()
 
 
 def missing_rights(connection: Connection) -> list[str]:
-    """What this role may not do with our tables, as `insert jobs`; and `own items`, without which it can't make
-    partitions."""
+    """Return the rights on our tables that this role lacks, as `insert jobs`; and `own items`, without which it can't
+    make partitions."""
     rows = connection.execute(
         text("""
             select lower(r.privilege) || ' ' || c.relname
@@ -110,7 +111,7 @@ def missing_rights(connection: Connection) -> list[str]:
 
 
 def processes_served(connection: Connection) -> list[str]:
-    """The kinds of processes whose groups, made by ops/postgres/roles.sql, this login is in."""
+    """Return the kinds of processes whose group roles, made by ops/postgres/roles.sql, this login is a member of."""
     rows = connection.execute(
         text("""
             select substr(rolname, length('vectormill_') + 1) from pg_roles
@@ -125,7 +126,7 @@ def processes_served(connection: Connection) -> list[str]:
 
 
 def roles_revision(connection: Connection) -> str | None:
-    """The revision of the schema for which ops/postgres/roles.sql was last run; None: it never was."""
+    """Return the schema revision for which ops/postgres/roles.sql was last run; None if it never was."""
     return connection.execute(
         text("""
             select substring(obj_description(oid, 'pg_namespace') from 'roles.sql of ([0-9]+)')
@@ -136,7 +137,8 @@ def roles_revision(connection: Connection) -> str | None:
 
 
 def overdue_chunks(connection: Connection, seconds: float) -> RowMapping:
-    """Running chunks whose lease ran out more than so long ago: `chunks, jobs`, and `oldest_seconds` of the oldest."""
+    """Count the running chunks whose lease expired more than `seconds` ago: `chunks, jobs`, and `oldest_seconds` since
+    the oldest expiry."""
     return (
         connection.execute(
             text("""
@@ -153,7 +155,8 @@ def overdue_chunks(connection: Connection, seconds: float) -> RowMapping:
 
 
 def lease_seconds_left(connection: Connection, name: str) -> float | None:
-    """How long the role `name` is held; below zero since when it isn't; None: it never was, or was given back."""
+    """Return the seconds left of the lease on the role `name`, negative once it has expired; None if it was never held,
+    or was released."""
     return connection.execute(
         text("select extract(epoch from lease_until - now())::float8 from vectormill.leases where name = :name"),
         {"name": name},
@@ -161,7 +164,7 @@ def lease_seconds_left(connection: Connection, name: str) -> float | None:
 
 
 def worker_seen(connection: Connection, host: str, seconds: float) -> bool:
-    """Whether a worker of this host has shown itself within so long."""
+    """Return True if a worker on this host was seen within `seconds`."""
     return connection.execute(
         text("""
             select exists (select from vectormill.workers
@@ -172,8 +175,8 @@ def worker_seen(connection: Connection, host: str, seconds: float) -> bool:
 
 
 def neighbour_seen(connection: Connection, application: str, seconds: float) -> bool:
-    """Whether a process of this name, from the address that this connection comes from, has used its own connection
-    within so long."""
+    """Return True if a process named `application`, at the address that this connection comes from, has used its own
+    connection within `seconds`."""
     return connection.execute(
         text("""
             select exists (select from pg_stat_activity
@@ -186,7 +189,7 @@ def neighbour_seen(connection: Connection, application: str, seconds: float) -> 
 
 
 def enabled_models(connection: Connection) -> Sequence[RowMapping]:
-    """The models that at least one workspace may use, by name: `name, kind, gateway_url, key_env`."""
+    """Return the models that at least one workspace may use, by name: `name, kind, gateway_url, key_env`."""
     rows = connection.execute(
         text("""
             select name, kind, gateway_url, key_env from vectormill.models m
@@ -197,8 +200,8 @@ def enabled_models(connection: Connection) -> Sequence[RowMapping]:
 
 
 def query_login(connection: Connection) -> RowMapping:
-    """What the login of requests' queries may: `name, superuser, owner, reads_keys`; the last two of our tables, where
-    this database has them."""
+    """Return the rights of the login for requests' queries: `name, superuser, owner, reads_keys`. The last two concern
+    our tables, where this database has them."""
     return (
         connection.execute(
             text("""

@@ -16,7 +16,7 @@ from pipeline.db.partitions import leaf
 from pipeline.db.tables import SCHEMA, metadata
 
 _Indexes = Sequence[int] | range | npt.NDArray[np.int64]
-#: jsonb's binary form starts with its version.
+#: Version number, with which jsonb's binary form starts.
 _JSONB = b"\x01"
 _HEAD = [("fields", ">i2"), ("uuid_size", ">i4"), ("job_id", "V16"), ("index_size", ">i4"), ("index", ">i8")]
 
@@ -41,12 +41,12 @@ class Block:
 
     keys: Sequence[str | None]
     texts: Sequence[bytes | None]
-    #: A JSON object an item, where the job carries columns.
+    #: One JSON object per item, where the job carries columns.
     carried: Sequence[bytes] | None
 
 
 def copy_items(connection: Connection, job_id: UUID, first_index: int, blocks: Sequence[Block]) -> None:
-    """Append consecutive items from `first_index` on."""
+    """Append consecutive items from `first_index` on, by COPY."""
     carries = blocks[0].carried is not None
     names = ("job_id", "index", "key", "text", *(("carried",) if carries else ()))
     with copying(connection, leaf("items", job_id), names) as copy:
@@ -60,7 +60,7 @@ def copy_items(connection: Connection, job_id: UUID, first_index: int, blocks: S
 
 
 def copy_rejects(connection: Connection, job_id: UUID, rejects: Sequence[Reject]) -> None:
-    """Append rejects."""
+    """Append rejects, by COPY."""
     if not rejects:
         return
     names = ("job_id", "index", "key", "code", "message")
@@ -76,7 +76,7 @@ def copy_rejects(connection: Connection, job_id: UUID, rejects: Sequence[Reject]
 
 
 def copy_carried(connection: Connection, job_id: UUID, rows: Rows) -> None:
-    """Keep what is carried along with vectors whose items have no row yet, since they were read from a file."""
+    """Append the carried columns of embedded items that have no row yet, since they were read from a file."""
     names = ("job_id", "index", "key", "carried")
     with copying(connection, leaf("items", job_id), names) as copy:
         copy.write(copy_format.SIGNATURE)
@@ -86,7 +86,7 @@ def copy_carried(connection: Connection, job_id: UUID, rows: Rows) -> None:
 
 
 def read(connection: Connection, job_id: UUID, first_index: int, count: int, *, carried: bool) -> list[Item]:
-    """The items of a range that have a text, in index order; with what they carry, if asked."""
+    """Return the items of a range that have a text, in index order; with their carried columns, if asked."""
     rows = connection.execute(
         text("""
             select index, key, text, case when :carried then carried::text end from vectormill.items
@@ -98,7 +98,7 @@ def read(connection: Connection, job_id: UUID, first_index: int, count: int, *, 
 
 
 def settled(connection: Connection, job_id: UUID, first_index: int, count: int) -> set[int]:
-    """The indexes in a range that have a vector or a reject in Postgres."""
+    """Return the indexes in a range that have a vector or a reject in Postgres."""
     rows = connection.execute(
         text("""
             select index from vectormill.embeddings where job_id = :job and index >= :first and index < :end
@@ -110,10 +110,10 @@ def settled(connection: Connection, job_id: UUID, first_index: int, count: int) 
     return set(rows.scalars())
 
 
-# What other tables have of an item is looked up row by row here, for the reason that embeddings.py gives.
+# A subquery per row for each other table, not a join, for the reason that embeddings.py gives.
 def unsettled(connection: Connection, job_id: UUID, after: int, limit: int) -> list[RowMapping]:
-    """A page of a job's items that have neither vector nor reject in Postgres, in index order, from the first one past
-    index `after`."""
+    """Return a page of a job's items that have neither vector nor reject in Postgres, in index order, past index
+    `after`."""
     rows = connection.execute(
         text("""
             select i.index, i.key, i.carried from vectormill.items i
@@ -128,7 +128,7 @@ def unsettled(connection: Connection, job_id: UUID, after: int, limit: int) -> l
 
 
 def first_without_key(connection: Connection, job_id: UUID) -> int | None:
-    """The index of a job's first item with a text and no key."""
+    """Return the index of a job's first item with a text and no key; None if there is none."""
     return connection.execute(
         text("""
             select index from vectormill.items where job_id = :job and key is null and text is not null
@@ -139,7 +139,7 @@ def first_without_key(connection: Connection, job_id: UUID) -> int | None:
 
 
 def first_duplicate_key(connection: Connection, job_id: UUID) -> tuple[str, int, int] | None:
-    """A key that a job has more than once, with the first two indexes that carry it."""
+    """Return a key that occurs more than once in a job, with its first two indexes; None if all are unique."""
     row = connection.execute(
         text("""
             select key, min(index), (array_agg(index order by index))[2] from vectormill.items
@@ -151,7 +151,7 @@ def first_duplicate_key(connection: Connection, job_id: UUID) -> tuple[str, int,
 
 
 def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
-    """Delete up to `limit` items and their rejects, as a step of undoing a submission. Returns how many items went."""
+    """Delete up to `limit` items and their rejects, as a step of undoing a submission. Return the number of items."""
     connection.execute(
         text("""
             delete from vectormill.rejects where job_id = :job and index in
@@ -169,7 +169,7 @@ def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
 
 
 def delete_range(connection: Connection, table: str, job_id: UUID, first_index: int, count: int) -> int:
-    """Delete a job's rows of a range of indexes from `items`, `embeddings` or `rejects`. Returns how many went."""
+    """Delete a job's rows in a range of indexes from `items`, `embeddings` or `rejects`. Return their number."""
     rows = metadata.tables[f"{SCHEMA}.{table}"]
     of_range = and_(rows.c.index >= first_index, rows.c.index < first_index + count)
     return connection.execute(delete(rows).where(rows.c.job_id == job_id, of_range)).rowcount

@@ -1,4 +1,4 @@
-"""Jobs: their rows, states and transitions. A state changes only if it is still one it may leave."""
+"""Jobs: rows, states and transitions. An update applies only while the job is in a state that allows it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ def _as_job(row: RowMapping) -> Job:
 
 
 def by_id(connection: Connection, job_id: UUID) -> Job | None:
-    """A job."""
+    """Return a job; None if there is none."""
     row = connection.execute(jobs.select().where(jobs.c.id == job_id)).mappings().one_or_none()
     return _as_job(row) if row else None
 
 
 def vector_space(connection: Connection, job_id: UUID) -> RowMapping:
-    """The vector space of a job."""
+    """Return the vector space of a job."""
     return (
         connection.execute(
             text("""
@@ -46,7 +46,8 @@ def vector_space(connection: Connection, job_id: UUID) -> RowMapping:
 
 
 def by_idempotency_key(connection: Connection, workspace_id: int, key: str) -> tuple[Job, bool] | None:
-    """The job that a submission with this key made, and whether its producer is dead: its lease has run out."""
+    """Return the job submitted with this idempotency key, and True if its staging is dead, since its producer's lease
+    has expired."""
     row = (
         connection.execute(
             text("""
@@ -62,12 +63,12 @@ def by_idempotency_key(connection: Connection, workspace_id: int, key: str) -> t
 
 
 def release_key(connection: Connection, job_id: UUID) -> None:
-    """Let a job's idempotency key be another job's."""
+    """Free a job's idempotency key for another job."""
     connection.execute(text("update vectormill.jobs set idempotency_key = null where id = :job"), {"job": job_id})
 
 
 def ids_beginning(connection: Connection, workspace_id: int | None, beginning: str, limit: int) -> list[UUID]:
-    """Ids of a workspace's jobs, or of everybody's, whose written form begins so, newest first."""
+    """Return the job ids that begin with `beginning`, newest first, in one workspace or in all."""
     rows = connection.execute(
         text("""
             select id from vectormill.jobs
@@ -80,7 +81,7 @@ def ids_beginning(connection: Connection, workspace_id: int | None, beginning: s
 
 
 def named(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[RowMapping]:
-    """The newest jobs of this name in a workspace, or in all: `id, state`."""
+    """Return the newest jobs of this name, in one workspace or in all: `id, state`."""
     rows = connection.execute(
         text("""
             select id, state from vectormill.jobs
@@ -103,8 +104,8 @@ def page(
     before: UUID | None = None,
     limit: int,
 ) -> list[RowMapping]:
-    """A workspace's jobs, or everybody's, newest first: `id, workspace`. Those in `states`, of this model, with `name`
-    in their name, with these labels, and older than the job `before`, where that is asked."""
+    """Return a page of jobs, newest first, of one workspace or of all: `id, workspace`. Optional filters: `states`,
+    `model`, a substring of the `name`, `labels`; `before` is the cursor, the job after which the page begins."""
     found = select(jobs.c.id, workspaces.c.name.label("workspace")).join(workspaces).order_by(jobs.c.id.desc())
     if workspace_id is not None:
         found = found.where(jobs.c.workspace_id == workspace_id)
@@ -122,7 +123,7 @@ def page(
 
 
 def active(connection: Connection) -> list[ActiveJob]:
-    """Jobs that have been queued and haven't ended, oldest first."""
+    """Return the jobs that have been queued and haven't ended, oldest first."""
     rows = connection.execute(
         text("""
             select j.id, j.state, j.model_name as model, j.workspace_id, j.priority, j.max_rejects, w.weight
@@ -135,9 +136,9 @@ def active(connection: Connection) -> list[ActiveJob]:
 
 
 def without_open_chunks(connection: Connection) -> list[UUID]:
-    """Of the active jobs, those of which no chunk is pending or running."""
+    """Return the active jobs that have no pending or running chunk."""
     rows = connection.execute(
-        # As in chunks.has_open, for each of them.
+        # Written like chunks.has_open, for each job, and for the same reason.
         text("""
             select j.id from vectormill.jobs j left join lateral (
               select c.id from vectormill.chunks c
@@ -151,9 +152,9 @@ def without_open_chunks(connection: Connection) -> list[UUID]:
     return list(rows.scalars())
 
 
-def standing(connection: Connection) -> list[RowMapping]:
-    """Jobs that haven't ended, by state, reason and model: `state, reason, model_name, jobs`, and of their chunks, as
-    progress was last kept, `pending, running`."""
+def open_by_state(connection: Connection) -> list[RowMapping]:
+    """Return the number of jobs that haven't ended, by state, reason and model: `state, reason, model_name, jobs`, and
+    `pending, running`, their chunks by the last progress snapshots."""
     return list(
         connection.execute(
             text("""
@@ -171,7 +172,7 @@ def standing(connection: Connection) -> list[RowMapping]:
 def move(
     connection: Connection, job_id: UUID, to: JobState, *, reason: Reason | None = None, message: str | None = None
 ) -> bool:
-    """Move a job to `to` from any state that may go there. False: it wasn't in one."""
+    """Move a job to `to`, if its state allows that. Return False if it doesn't."""
     return (
         connection.execute(
             text("""
@@ -185,12 +186,12 @@ def move(
 
 
 def sources_of(to: JobState) -> list[str]:
-    """The states from which a job may move to `to`."""
+    """Return the states from which a job may move to `to`."""
     return [state.value for state, targets in JOB_TRANSITIONS.items() if to in targets]
 
 
 def resume(connection: Connection, job_id: UUID) -> bool:
-    """Let a paused job go on. False: it isn't paused."""
+    """Resume a paused job. Return False if it isn't paused."""
     return (
         connection.execute(
             text("""
@@ -205,7 +206,7 @@ def resume(connection: Connection, job_id: UUID) -> bool:
 
 
 def set_priority(connection: Connection, job_id: UUID, priority: int) -> bool:
-    """Change the priority of a job that hasn't ended. False: it has."""
+    """Set the priority of a job that hasn't ended. Return False if it has."""
     return (
         connection.execute(
             text("""
@@ -221,7 +222,8 @@ def set_priority(connection: Connection, job_id: UUID, priority: int) -> bool:
 def begin_cancelling(
     connection: Connection, job_id: UUID, ends_as: JobState, reason: Reason, message: str | None
 ) -> bool:
-    """Stop a job's pending chunks from being claimed; when its running ones have ended it becomes `ends_as`."""
+    """Stop a job's pending chunks from being claimed. The job becomes `ends_as` once its running chunks have ended.
+    Return False if its state doesn't allow that."""
     moved = move(connection, job_id, JobState.CANCELLING, reason=reason, message=message)
     if moved:
         connection.execute(
@@ -240,7 +242,7 @@ def end(
     reason: str | None,
     message: str | None,
 ) -> None:
-    """End a job whose row the caller has locked, and freeze its receipt."""
+    """End a job and freeze its receipt. The caller has locked the job's row."""
     connection.execute(
         text("""
             update vectormill.jobs
@@ -259,13 +261,13 @@ def end(
 
 
 def lock(connection: Connection, job_id: UUID) -> Job | None:
-    """A job, whose row is locked until the transaction ends."""
+    """Return a job, and lock its row until the transaction ends."""
     row = connection.execute(jobs.select().where(jobs.c.id == job_id).with_for_update()).mappings().one_or_none()
     return _as_job(row) if row else None
 
 
 def requeue(connection: Connection, job_id: UUID) -> None:
-    """Let a job that had ended run again: its receipt thaws."""
+    """Queue a completed or failed job again, and drop its receipt."""
     connection.execute(
         text("""
             update vectormill.jobs
@@ -278,7 +280,8 @@ def requeue(connection: Connection, job_id: UUID) -> None:
 
 
 def give_up(connection: Connection, job_id: UUID) -> bool:
-    """Let a job that has ended never be retried, as if its texts were removed. False: it hasn't, or there is none."""
+    """Rule out retries of a job that has ended, as if its texts were removed. Return False if it hasn't ended, or there
+    is none."""
     return (
         connection.execute(
             text("""
@@ -292,7 +295,8 @@ def give_up(connection: Connection, job_id: UUID) -> bool:
 
 
 def delete(connection: Connection, job_id: UUID) -> bool:
-    """Forget a job that has ended, with its chunks, inputs and outputs. False: it hasn't, or there is none."""
+    """Delete a job that has ended, with its chunks, inputs and outputs. Return False if it hasn't ended, or there is
+    none."""
     return (
         connection.execute(
             text("delete from vectormill.jobs where id = :job and state in ('completed', 'failed', 'cancelled')"),
@@ -303,7 +307,7 @@ def delete(connection: Connection, job_id: UUID) -> bool:
 
 
 def ids_between(connection: Connection, first_id: UUID, end_id: UUID, limit: int) -> list[UUID]:
-    """The first ids of jobs of all workspaces from `first_id` to before `end_id`, in order."""
+    """Return up to `limit` job ids of all workspaces from `first_id` to before `end_id`, in order."""
     rows = connection.execute(
         text("select id from vectormill.jobs where id >= :first and id < :end order by id limit :limit"),
         {"first": first_id, "end": end_id, "limit": limit},
@@ -312,7 +316,8 @@ def ids_between(connection: Connection, first_id: UUID, end_id: UUID, limit: int
 
 
 def count_between(connection: Connection, first_id: UUID, end_id: UUID) -> tuple[int, int]:
-    """How many jobs of all workspaces have ids from `first_id` to before `end_id`, and how many haven't ended."""
+    """Return the number of jobs of all workspaces with ids from `first_id` to before `end_id`, and of those that
+    haven't ended."""
     row = connection.execute(
         text("""
             select count(*), count(*) filter (where state not in ('completed', 'failed', 'cancelled'))
@@ -324,7 +329,7 @@ def count_between(connection: Connection, first_id: UUID, end_id: UUID) -> tuple
 
 
 def save_progress(connection: Connection, job_id: UUID, progress: Mapping[str, Any]) -> None:
-    """Keep a recomputed snapshot for status pages."""
+    """Save a job's recomputed progress snapshot, for status pages."""
     connection.execute(
         text("""
             update vectormill.jobs
@@ -336,12 +341,13 @@ def save_progress(connection: Connection, job_id: UUID, progress: Mapping[str, A
 
 
 def flush(connection: Connection, job_id: UUID) -> None:
-    """A write whose commit is waited for: what was committed before it is on disk with it."""
+    """Write to the job's row, so that this transaction's synchronous commit flushes all commits before it to disk
+    too."""
     connection.execute(text("update vectormill.jobs set progress = progress where id = :job"), {"job": job_id})
 
 
 def fresh_progress(connection: Connection, job_id: UUID, seconds: float) -> dict[str, Any] | None:
-    """A job's snapshot, if it isn't older than `seconds`, or if the job has ended with it."""
+    """Return a job's progress snapshot, if it is at most `seconds` old or was taken when or after the job ended."""
     found = connection.execute(
         text("""
             select progress - 'as_of' from vectormill.jobs
@@ -355,7 +361,7 @@ def fresh_progress(connection: Connection, job_id: UUID, seconds: float) -> dict
 
 
 def running_of_model(connection: Connection, model: str) -> list[UUID]:
-    """Queued and running jobs of a model."""
+    """Return the queued and running jobs of a model."""
     rows = connection.execute(
         text("select id from vectormill.jobs where model_name = :model and state in ('queued', 'running')"),
         {"model": model},
@@ -364,14 +370,14 @@ def running_of_model(connection: Connection, model: str) -> list[UUID]:
 
 
 def has_begun(connection: Connection, job_id: UUID) -> bool:
-    """Whether any of its chunks was ever claimed."""
+    """Return True if any of the job's chunks was ever claimed."""
     query = text("select started_at is not null from vectormill.jobs where id = :job")
     return connection.execute(query, {"job": job_id}).scalar_one()
 
 
 def take_old_texts(connection: Connection, older_than_days: float, limit: int) -> tuple[UUID, int] | None:
-    """The next range of item texts that is past its retention: (job, first index), `limit` items long. From the first
-    range on the job counts as one whose texts are removed."""
+    """Take the next range of item texts past retention, `limit` items long, and return (job, first index). From its
+    first range on, the job counts as one whose texts are removed. Return None if no text is due."""
     row = connection.execute(
         text("""
             update vectormill.jobs j

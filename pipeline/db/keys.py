@@ -1,4 +1,4 @@
-"""API keys, as hashes."""
+"""API keys, stored as hashes."""
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -10,13 +10,13 @@ from pipeline.db.tables import api_keys
 
 
 def add(connection: Connection, values: Mapping[str, Any], lives: timedelta | None) -> None:
-    """Keep a key that ends after `lives`, or never."""
+    """Insert a key that expires after `lives`, or never."""
     ends = None if lives is None else func.now() + lives
     connection.execute(insert(api_keys).values(**values, lives=lives, expires_at=ends))
 
 
 def every(connection: Connection, workspace_id: int) -> list[RowMapping]:
-    """A workspace's keys, newest first: `id, name, admin, live, created_at, expires_at, revoked_at`."""
+    """Return a workspace's keys, newest first: `id, name, admin, live, created_at, expires_at, revoked_at`."""
     rows = connection.execute(
         text("""
             select id, name, admin, created_at,
@@ -30,7 +30,8 @@ def every(connection: Connection, workspace_id: int) -> list[RowMapping]:
 
 
 def find_live(connection: Connection, key_ids: Sequence[str]) -> Sequence[RowMapping]:
-    """Those keys that are neither revoked nor over, with their workspaces' limits; `seconds_left` is None for ever."""
+    """Return the given keys that are neither revoked nor expired, with their workspaces' limits; `seconds_left` is None
+    for a key that never expires."""
     rows = connection.execute(
         text("""
             select k.id, k.name, k.secret_sha256, k.admin, k.workspace_id, w.requests_per_minute, w.tokens_per_minute,
@@ -44,7 +45,8 @@ def find_live(connection: Connection, key_ids: Sequence[str]) -> Sequence[RowMap
 
 
 def expire(connection: Connection, workspace_id: int, key_id: str, after: timedelta) -> RowMapping | None:
-    """Let a live key end after so long at the latest. Returns its `name, admin, lives`; None: there is none."""
+    """Let a live key expire within `after` at the latest. Return its `name, admin, lives`; None if there is no such
+    key."""
     rows = connection.execute(
         text("""
             update vectormill.api_keys set expires_at = least(expires_at, now() + :after)
@@ -58,7 +60,7 @@ def expire(connection: Connection, workspace_id: int, key_id: str, after: timede
 
 
 def revoke(connection: Connection, workspace_id: int, key_id: str) -> bool:
-    """End a key now. False: there is none that isn't revoked."""
+    """Revoke a key now. Return False if there is none that isn't revoked."""
     return (
         connection.execute(
             update(api_keys)

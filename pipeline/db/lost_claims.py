@@ -1,4 +1,4 @@
-"""Lost claims: how a chunk is taken back from one, and what its loss says of a worker, a model, or a text."""
+"""Lost claims: their chunks are given back, and their losses counted against a worker, a model or a text."""
 
 from collections.abc import Sequence
 from uuid import UUID
@@ -26,7 +26,7 @@ _LOSE = """
 
 
 def expire_leases(connection: Connection, limit: int) -> list[int]:
-    """Give chunks whose lease has run out back. One that a backend still locks is passed over."""
+    """Give back chunks whose lease has expired, and return their ids. A chunk that a backend still locks is skipped."""
     rows = connection.execute(
         text(
             _LOSE.format(
@@ -41,7 +41,8 @@ def expire_leases(connection: Connection, limit: int) -> list[int]:
 
 
 def free_lost_claim(connection: Connection, chunk_id: int, worker_id: UUID, task_id: str, cause: str) -> bool:
-    """Give back the chunk of a child that died, before its lease runs out. False when nothing was claimed."""
+    """Give back the chunk of a child process that died, before its lease expires. Return False if nothing was
+    claimed."""
     rows = connection.execute(
         text(
             _LOSE.format(
@@ -56,8 +57,8 @@ def free_lost_claim(connection: Connection, chunk_id: int, worker_id: UUID, task
 
 
 def pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int, bool]]:
-    """Claimable chunks of runnable jobs whose last claim was lost: (job id, chunk id, whether it was lost by a process
-    that died, and not for the first time, so that one of the chunk's texts may do it)."""
+    """Return claimable chunks of runnable jobs whose last claim was lost: (job id, chunk id, suspect). A chunk is
+    suspect if the process of its last claim died, after earlier losses, so that one of its texts may be the cause."""
     rows = connection.execute(
         text("""
             select c.job_id, c.id, c.isolation > 1 and c.last_error is distinct from :expired
@@ -72,8 +73,8 @@ def pending(connection: Connection, limit: int) -> Sequence[tuple[UUID, int, boo
 
 
 def note_death_before_claim(connection: Connection, chunk_id: int, worker_id: UUID, task_id: str, cause: str) -> None:
-    """If a task never claimed the chunk that it was told of, and the chunk still waits, write down against its worker
-    and its model that a process died: it was loading the model. Such a loss has fence 0."""
+    """Record a process's death against its worker and model, if its task never claimed the chunk and the chunk still
+    waits: it died while it loaded the model. Such a loss has fence 0."""
     connection.execute(
         text("""
             insert into vectormill.claim_losses (model, job_id, chunk_id, fence, worker_id, task_id, cause)
@@ -88,8 +89,8 @@ def note_death_before_claim(connection: Connection, chunk_id: int, worker_id: UU
 
 
 def note_stop(connection: Connection, claim: Claim) -> None:
-    """The model stopped working under a claim: a loss of its worker's and model's. When that has happened to the chunk
-    before, and nothing was committed since, a text may do it: then it counts as a crash."""
+    """Record that the model stopped working under a claim, against its worker and model. If that has happened to the
+    chunk before, with nothing committed since, a text may be the cause, so it also counts as a crash."""
     connection.execute(
         text("""
             with mine as (
@@ -112,9 +113,10 @@ def note_stop(connection: Connection, claim: Claim) -> None:
 
 
 def terminate_frozen_backends(connection: Connection, lease_seconds: float) -> list[int]:
-    """End the backends of claims that are past their lease by another lease and still inside a transaction that began
-    before: their worker froze while it was writing, and no Postgres time-out ends that. A backend says by its name for
-    which claim it writes: after a failover, a pid of the server before is another process."""
+    """Terminate the backends of claims whose lease expired a whole lease ago, if their transaction began before then:
+    their worker froze while it was writing, and no Postgres timeout ends that. The backend's application name says for
+    which claim it writes, since after a failover a pid of the old server may be another process. Return the chunks'
+    ids."""
     rows = connection.execute(
         text("""
             select pg_terminate_backend(a.pid), c.id
@@ -130,11 +132,11 @@ def terminate_frozen_backends(connection: Connection, lease_seconds: float) -> l
 
 
 def of_models(connection: Connection, window_seconds: float) -> dict[str, tuple[int, int, int]]:
-    """Of each model that lost a claim within the window, and since its oldest job was queued or resumed: claims lost
-    before they had committed anything, distinct chunks that lost one so, and claims that committed something.
+    """Return, for each model that lost a claim within the window and since its oldest job was queued or resumed: claims
+    lost before they had committed anything, distinct chunks that lost one so, and claims that committed something.
 
-    A machine or a cable takes all its claims with it when it goes, and says nothing of the model: of each chunk, the
-    first lease that runs out isn't counted.
+    A machine or a cable takes all its claims with it when it fails, which says nothing about the model. So the first
+    expired lease of each chunk isn't counted.
     """
     rows = connection.execute(
         text("""
@@ -166,8 +168,8 @@ def of_models(connection: Connection, window_seconds: float) -> dict[str, tuple[
 
 
 def of_worker(connection: Connection, worker_id: UUID) -> int:
-    """How many distinct chunks a worker has lost since it last committed anything; what it lost before a claim counts
-    each time."""
+    """Return the number of distinct chunks that a worker has lost since its last commit, within the last hour. Each
+    loss before a claim counts by itself."""
     return connection.execute(
         text("""
             with lost as (

@@ -1,4 +1,4 @@
-"""Brings a database's schema up to date."""
+"""Migrations that bring a database's schema up to date."""
 
 from importlib.resources import files
 
@@ -11,7 +11,7 @@ from pipeline.db import partitions
 
 
 def alembic_config(connection: Connection) -> Config:
-    """Alembic's configuration for `connection`, without a file of its own."""
+    """Return Alembic's configuration for `connection`, without a file of its own."""
     config = _config()
     config.attributes["connection"] = connection
     return config
@@ -25,12 +25,12 @@ def _config() -> Config:
 
 
 def known_revisions() -> list[str]:
-    """The revisions of the schema that this version of vectormill knows, oldest first."""
+    """Return the schema revisions that this version of vectormill knows, oldest first."""
     found = ScriptDirectory.from_config(_config()).walk_revisions()
     return [script.revision for script in found][::-1]
 
 
 def upgrade(connection: Connection) -> None:
-    """Apply what is missing, and make partitions ahead. Safe to run at once from many places."""
+    """Apply the missing migrations, and make partitions ahead. Safe to run concurrently from many places."""
     command.upgrade(alembic_config(connection), "head")
     partitions.make_ahead(connection)

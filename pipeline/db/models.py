@@ -1,4 +1,4 @@
-"""The catalogue's rows: models, which workspaces may use them, vector spaces."""
+"""Rows of the catalogue: models, the workspaces that may use them, and vector spaces."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from pipeline.db.tables import models, vector_spaces, workspace_models
 
 
 def add(connection: Connection, values: Mapping[str, Any]) -> bool:
-    """Add a model. False when the name or its slug is taken."""
+    """Add a model. Return False if the name or its slug is taken."""
     statement = insert(models).values(**values).on_conflict_do_nothing().returning(models.c.name)
     return connection.execute(statement).first() is not None
 
@@ -22,8 +22,8 @@ def change(connection: Connection, name: str, **values: Any) -> None:
 
 
 def name_in_use(connection: Connection, name: str, wanted: Sequence[str]) -> str | None:
-    """One of `wanted` that is the name or an alias of another model than `name`; None if all are free. They stay so
-    until the transaction ends: no other one changes the catalogue meanwhile."""
+    """Return one of `wanted` that is the name or an alias of a model other than `name`; None if all are free. They stay
+    free until the transaction ends, since it locks the catalogue against other writers."""
     connection.execute(text("lock table vectormill.models in share row exclusive mode"))
     return connection.execute(
         text("""
@@ -43,12 +43,12 @@ def enable(connection: Connection, workspace_id: int, model: str) -> None:
 
 
 def remove(connection: Connection, name: str) -> bool:
-    """Remove a model from the catalogue; its jobs and vectors stay. False when there is none."""
+    """Remove a model from the catalogue; its jobs and vectors stay. Return False if there is none."""
     return connection.execute(models.delete().where(models.c.name == name)).rowcount == 1
 
 
 def unfinished_jobs(connection: Connection, name: str) -> int:
-    """How many jobs of a model haven't ended."""
+    """Return the number of a model's jobs that haven't ended."""
     return connection.execute(
         text("""
             select count(*) from vectormill.jobs
@@ -59,7 +59,7 @@ def unfinished_jobs(connection: Connection, name: str) -> int:
 
 
 def find(connection: Connection, workspace_id: int, name: str) -> RowMapping | None:
-    """The model called `name`, or aliased so, if the workspace may use it."""
+    """Return the model with this name or alias, if the workspace may use it."""
     return (
         connection.execute(
             text("""
@@ -75,12 +75,12 @@ def find(connection: Connection, workspace_id: int, name: str) -> RowMapping | N
 
 
 def by_name(connection: Connection, name: str) -> RowMapping | None:
-    """A model, whichever workspace asks."""
+    """Return a model by name, whichever workspace asks."""
     return connection.execute(models.select().where(models.c.name == name)).mappings().one_or_none()
 
 
 def of_job(connection: Connection, job_id: UUID) -> RowMapping | None:
-    """The model a job was submitted for; None if it is gone, or makes another vector space by now."""
+    """Return the model that a job was submitted for; None if it was removed, or makes another vector space now."""
     return (
         connection.execute(
             text("""
@@ -98,12 +98,12 @@ def of_job(connection: Connection, job_id: UUID) -> RowMapping | None:
 
 
 def every(connection: Connection) -> list[RowMapping]:
-    """All models, by name."""
+    """Return all models, by name."""
     return list(connection.execute(models.select().order_by(models.c.name)).mappings())
 
 
 def of_workspace(connection: Connection, workspace_id: int) -> list[RowMapping]:
-    """The models a workspace may use, by name."""
+    """Return the models that a workspace may use, by name."""
     return list(
         connection.execute(
             models.select()
@@ -115,7 +115,7 @@ def of_workspace(connection: Connection, workspace_id: int) -> list[RowMapping]:
 
 
 def set_rate(connection: Connection, name: str, tokens_per_second: float) -> None:
-    """Note a model's measured rate on one slot, unless it changed by less than a tenth."""
+    """Record a model's measured tokens per second on one slot, unless it changed by less than a tenth."""
     connection.execute(
         text("""
             update vectormill.models set tokens_per_second = :rate
@@ -126,7 +126,7 @@ def set_rate(connection: Connection, name: str, tokens_per_second: float) -> Non
 
 
 def vector_space(connection: Connection, values: Mapping[str, Any]) -> int:
-    """The id of the vector space with this fingerprint, made if it is new."""
+    """Return the id of the vector space with this fingerprint, which is inserted if it is new."""
     connection.execute(insert(vector_spaces).values(**values).on_conflict_do_nothing())
     return connection.execute(
         vector_spaces.select()

@@ -1,4 +1,4 @@
-"""The files of a job's Parquet output that count."""
+"""Recorded parts of a job's Parquet output. Only recorded files count."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from pipeline.core.chunks import Claim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One part, as a commit records it."""
+    """Parquet part, as a commit records it."""
 
     chunk_id: int
     fence: int
     part: int
-    #: Within the job's folder.
+    #: File name within the job's folder.
     name: str
     rows: int
     bytes: int
@@ -24,15 +24,15 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A part that is written, and counts for nothing yet."""
+    """Parquet part that is written, but counts for nothing until it is recorded."""
 
     output: Output
-    #: Where it will be when its job is completed.
+    #: Location of the part once its job is completed.
     uri: str
 
 
 def record(connection: Connection, claim: Claim, output: Output) -> None:
-    """Let a part count, within the transaction of the fenced update."""
+    """Record a part so that it counts, within the transaction of the chunk's fenced update."""
     connection.execute(
         text("""
             insert into vectormill.outputs (job_id, chunk_id, fence, part, name, rows, bytes)
@@ -51,7 +51,7 @@ def record(connection: Connection, claim: Claim, output: Output) -> None:
 
 
 def of_job(connection: Connection, job_id: UUID, chunk_id: int | None = None) -> list[Output]:
-    """A job's parts, or one chunk's, in the order of chunks and commits."""
+    """Return the parts of a job, or of one chunk, in the order of chunks and commits."""
     rows = connection.execute(
         text("""
             select chunk_id, fence, part, name, rows, bytes from vectormill.outputs
@@ -64,7 +64,8 @@ def of_job(connection: Connection, job_id: UUID, chunk_id: int | None = None) ->
 
 
 def digest(connection: Connection, job_id: UUID) -> str:
-    """Return what tells a job's parts from others: their number alone doesn't, where a failover has replaced some."""
+    """Return a digest of a job's recorded parts. Their number alone isn't enough, since a failover may have replaced
+    some."""
     found = text("""
         select count(*) || ' ' || coalesce(sum(hashtextextended(name, 0)), 0)
         from vectormill.outputs where job_id = :job
@@ -74,19 +75,19 @@ def digest(connection: Connection, job_id: UUID) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenChunk:
-    """What a chunk says of itself, with its parts."""
+    """Counts of a chunk, with its recorded parts."""
 
     first_index: int
     items: int
     embedded: int
     rejected: int
-    #: Items of an ended chunk that no count holds.
+    #: Items of an ended chunk that are in none of its counts.
     unaccounted: int
     outputs: list[Output]
 
 
 def by_chunk(connection: Connection, job_id: UUID) -> Iterator[WrittenChunk]:
-    """The chunks of a job in order, with their parts."""
+    """Yield a job's chunks in order, with their parts."""
     rows = connection.execution_options(yield_per=1_000).execute(
         text("""
             select c.first_index, c.items, c.embedded, c.rejected,

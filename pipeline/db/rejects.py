@@ -1,4 +1,4 @@
-"""Rejects: the items that could not be embedded, as they are listed and counted."""
+"""Rejects: pages and counts of a job's items that could not be embedded."""
 
 from typing import Any
 from uuid import UUID
@@ -7,8 +7,7 @@ from sqlalchemy import Connection, RowMapping, text
 
 
 def page(connection: Connection, job_id: UUID, after: int, limit: int, code: str | None = None) -> list[dict[str, Any]]:
-    """A page of a job's rejects in index order, from the first one past index `after`; only those of `code`, if
-    given."""
+    """Return a page of a job's rejects in index order, past index `after`; only those of `code`, if given."""
     rows = connection.execute(
         text("""
             select index, key, code, message from vectormill.rejects
@@ -21,7 +20,7 @@ def page(connection: Connection, job_id: UUID, after: int, limit: int, code: str
 
 
 def count_by_code(connection: Connection, job_id: UUID) -> dict[str, int]:
-    """How many rejects a job has, by code, the commonest first."""
+    """Return the number of a job's rejects by code, the most frequent first."""
     rows = connection.execute(
         text("""
             select code, count(*) from vectormill.rejects where job_id = :job group by code order by 2 desc, 1
@@ -32,8 +31,8 @@ def count_by_code(connection: Connection, job_id: UUID) -> dict[str, int]:
 
 
 def page_with_carried(connection: Connection, job_id: UUID, after: int, limit: int) -> list[RowMapping]:
-    """As `page`, each with what its item carries."""
-    # Looked up row by row, for the reason that embeddings.py gives.
+    """Return a page like `page`, with the carried columns of each item."""
+    # A subquery per row, not a join, for the reason that embeddings.py gives.
     rows = connection.execute(
         text("""
             select r.index, r.key, r.code, r.message,

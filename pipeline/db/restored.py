@@ -1,4 +1,4 @@
-"""Statements for a database that was restored, or has failed over: what it forgot, and what no longer fits it."""
+"""Checks and repairs of a database that was restored, or has failed over."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pipeline.db.tables import SCHEMA, metadata
 
 @dataclass(frozen=True, slots=True)
 class IdSequence:
-    """A sequence, and the column that it gives ids to."""
+    """Sequence that gives a column its ids."""
 
     name: str
     table: str
@@ -24,7 +24,7 @@ class IdSequence:
 
 
 def sequences_behind(connection: Connection) -> list[IdSequence]:
-    """Sequences that would give an id again that is in use, as they may after a restore of tables without them."""
+    """Return the sequences that would repeat an id in use, as they may after a restore of tables without them."""
     driver, found = psycopg_connection(connection), []
     for table in metadata.sorted_tables:
         for column in table.columns:
@@ -43,10 +43,10 @@ def sequences_behind(connection: Connection) -> list[IdSequence]:
 
 
 def advance(connection: Connection, sequence: IdSequence) -> None:
-    """Let a sequence go on after the highest id in use."""
+    """Advance a sequence past the highest id in use."""
     values = {"name": sequence.name, "highest": sequence.highest}
     connection.execute(
-        # Others may have taken ids meanwhile.
+        # Others may have taken ids since the check.
         text("""
             select setval(cast(:name as regclass),
                           greatest(:highest, coalesce(pg_sequence_last_value(cast(:name as regclass)), 1)))
@@ -56,13 +56,14 @@ def advance(connection: Connection, sequence: IdSequence) -> None:
 
 
 def stale_claims(connection: Connection) -> int:
-    """Running chunks whose lease has run out: claims of before the restore."""
+    """Return the number of running chunks whose lease has expired: claims from before the restore."""
     found = text("select count(*) from vectormill.chunks where state = 'running' and lease_until < now()")
     return int(connection.execute(found).scalar_one())
 
 
 def give_back_stale_claims(connection: Connection) -> int:
-    """Make chunks whose lease has run out pending; no text is to blame, so that none counts as a crash."""
+    """Make chunks with an expired lease pending again. No text is to blame, so none counts as a crash. Return the
+    number of chunks."""
     return connection.execute(
         text("""
             update vectormill.chunks set state = 'pending', lease_until = null, worker_id = null
@@ -73,7 +74,7 @@ def give_back_stale_claims(connection: Connection) -> int:
 
 
 def open_jobs(connection: Connection) -> list[RowMapping]:
-    """Jobs that go on, oldest first: `id, name, state`."""
+    """Return the jobs that haven't ended, oldest first: `id, name, state`."""
     return list(
         connection.execute(
             text("""
@@ -85,7 +86,7 @@ def open_jobs(connection: Connection) -> list[RowMapping]:
 
 
 def jobs_with_parts(connection: Connection) -> list[RowMapping]:
-    """Jobs with a Parquet output of which parts are recorded: `id, name, state, folder`."""
+    """Return the jobs with recorded parts of a Parquet output: `id, name, state, folder`."""
     return list(
         connection.execute(
             text("""
@@ -98,8 +99,8 @@ def jobs_with_parts(connection: Connection) -> list[RowMapping]:
 
 
 def forget_parts(connection: Connection, job_id: UUID, names: Sequence[str]) -> int:
-    """Forget parts whose files are gone, and reopen their chunks, so that what was in them is embedded again. Returns
-    how many chunks. What was metered stays, since it is the bill."""
+    """Delete the records of parts whose files are gone, and reopen their chunks, so that their items are embedded
+    again. Return the number of chunks. Metered usage stays, since it is the bill."""
     return connection.execute(
         text("""
             with gone as (
@@ -123,7 +124,7 @@ def forget_parts(connection: Connection, job_id: UUID, names: Sequence[str]) -> 
 
 
 def kept_files(connection: Connection) -> list[tuple[str, str]]:
-    """Files of the Files API that haven't expired: (id, uri)."""
+    """Return the files of the Files API that haven't expired: (id, uri)."""
     rows = connection.execute(
         text("select id, uri from vectormill.files where coalesce(expires_at > now(), true) order by id")
     )
@@ -131,7 +132,7 @@ def kept_files(connection: Connection) -> list[tuple[str, str]]:
 
 
 def live_keys(connection: Connection) -> int:
-    """API keys that open doors."""
+    """Return the number of API keys that are neither revoked nor expired."""
     found = text("""
         select count(*) from vectormill.api_keys where revoked_at is null and coalesce(expires_at > now(), true)
     """)
@@ -139,7 +140,7 @@ def live_keys(connection: Connection) -> int:
 
 
 def newest_moment(connection: Connection) -> datetime | None:
-    """When the newest thing that the database remembers of jobs and usage happened."""
+    """Return the time of the newest job or usage row; None if there is none."""
     return connection.execute(
         text("""
             select greatest((select max(created_at) from vectormill.jobs),

@@ -1,6 +1,6 @@
-"""Jobs that are asked for in SQL: the rows that the function `vectormill.submit` writes (migration 0017).
+"""Job requests made in SQL: the rows that the function `vectormill.submit` writes (migration 0017).
 
-Options are read as text: JSON of Postgres' may hold numbers that no program reads.
+Options are read as text, since JSON in Postgres may hold numbers that no parser here reads.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from pipeline.db.tables import requests
 
 
 def due(connection: Connection, limit: int) -> Sequence[UUID]:
-    """Requests that are no job yet, by the ids that their jobs will have, the oldest first."""
+    """Return the requests that aren't jobs yet, oldest first, by the ids that their jobs will have."""
     rows = connection.execute(
         text("""
             select job_id from vectormill.requests where state = 'requested' order by requested_at limit :limit
@@ -24,7 +24,7 @@ def due(connection: Connection, limit: int) -> Sequence[UUID]:
 
 
 def read(connection: Connection, job_id: UUID) -> RowMapping | None:
-    """A request's row."""
+    """Return a request's row; None if there is none."""
     return (
         connection.execute(
             text("""
@@ -39,8 +39,8 @@ def read(connection: Connection, job_id: UUID) -> RowMapping | None:
     )
 
 
-def standing(connection: Connection, job_id: UUID) -> RowMapping | None:
-    """How a request, or the job that came of it, stands, as `vectormill.job_status` shows it."""
+def status(connection: Connection, job_id: UUID) -> RowMapping | None:
+    """Return the status of a request, or of the job made from it, as `vectormill.job_status` shows it."""
     return (
         connection.execute(
             text("""
@@ -55,7 +55,7 @@ def standing(connection: Connection, job_id: UUID) -> RowMapping | None:
 
 
 def named(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[RowMapping]:
-    """The newest requests of this name, in a workspace or in all, of those that are no job: `id, state`."""
+    """Return the newest requests of this name without a job, in one workspace or in all: `id, state`."""
     rows = connection.execute(
         text("""
             select job_id as id, state from vectormill.requests r
@@ -70,7 +70,8 @@ def named(connection: Connection, workspace_id: int | None, name: str, limit: in
 
 
 def ids_beginning(connection: Connection, workspace_id: int | None, beginning: str, limit: int) -> list[UUID]:
-    """Ids of requests that are no job, in a workspace or in all, whose written form begins so, newest first."""
+    """Return the ids that begin with `beginning`, newest first, of requests without a job, in one workspace or in
+    all."""
     rows = connection.execute(
         text("""
             select job_id from vectormill.requests r
@@ -85,7 +86,7 @@ def ids_beginning(connection: Connection, workspace_id: int | None, beginning: s
 
 
 def end_submitted(connection: Connection, job_id: UUID) -> bool:
-    """The request is a job by now, which the database has queued. False: it waits no more, or it is no job."""
+    """Mark a request as submitted, once its job is queued. Return False if it no longer waits, or has no queued job."""
     return (
         connection.execute(
             text("""
@@ -100,8 +101,8 @@ def end_submitted(connection: Connection, job_id: UUID) -> bool:
 
 
 def end_failed(connection: Connection, job_id: UUID, reason: RequestReason, message: str) -> bool:
-    """The request can't be a job as it is. False: it isn't waiting any more, or
-    somebody else is making a job of it."""
+    """Fail a request that can't become a job as it is. Return False if it no longer waits, or somebody else is making a
+    job of it."""
     return (
         connection.execute(
             text("""
@@ -117,7 +118,8 @@ def end_failed(connection: Connection, job_id: UUID, reason: RequestReason, mess
 
 
 def cancel(connection: Connection, job_id: UUID, reason: str, message: str) -> RowMapping | None:
-    """Let a request be no job, whose row, if there is one, the caller has locked. None: it waits no more."""
+    """Cancel a waiting request. The caller has locked its job's row, if there is one. Return the request, or None if it
+    no longer waits."""
     return (
         connection.execute(
             text("""
@@ -134,8 +136,8 @@ def cancel(connection: Connection, job_id: UUID, reason: str, message: str) -> R
 
 
 def note_unreachable(connection: Connection, job_id: UUID, message: str, *, anew: bool) -> float:
-    """Say why a request still waits. Returns for how long its database can't be reached, in seconds; `anew`: it was
-    reached just now."""
+    """Record why a request still waits. Return the seconds for which its database has been unreachable; `anew`: it was
+    reached just now, so counting starts again."""
     row = connection.execute(
         text("""
             update vectormill.requests
@@ -150,7 +152,8 @@ def note_unreachable(connection: Connection, job_id: UUID, message: str, *, anew
 
 
 def forget_queries(connection: Connection, days: float) -> None:
-    """Forget the queries, which may hold texts, of what ended so long ago. Their hash stays."""
+    """Erase the queries, which may hold texts, of requests that ended, as did their jobs, more than `days` ago. The
+    queries' hashes stay."""
     connection.execute(
         text("""
             update vectormill.requests r set query = null
@@ -165,12 +168,12 @@ def forget_queries(connection: Connection, days: float) -> None:
 
 
 def delete(connection: Connection, job_id: UUID) -> None:
-    """Forget the request that a job came from, if it came from one."""
+    """Delete the request that a job came from, if it came from one."""
     connection.execute(requests.delete().where(requests.c.job_id == job_id))
 
 
 def delete_between(connection: Connection, first_id: UUID, end_id: UUID) -> None:
-    """Forget requests that have ended, from `first_id` to before `end_id`."""
+    """Delete the requests that have ended, with ids from `first_id` to before `end_id`."""
     connection.execute(
         requests.delete().where(
             requests.c.job_id >= first_id, requests.c.job_id < end_id, requests.c.state != "requested"

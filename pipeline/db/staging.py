@@ -1,4 +1,4 @@
-"""Stagings: jobs that their producer is still writing, under a lease; and how they become jobs that run, or go."""
+"""Stagings: jobs that a producer is still writing, under a lease, until they are queued or deleted."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from pipeline.db.tables import inputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """What a submission writes first."""
+    """Row of a staging job, the first one that a submission writes."""
 
     id: UUID
     workspace_id: int
@@ -32,25 +32,25 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True)
 class Producer:
-    """The right to stage a job."""
+    """Fenced right to stage a job."""
 
     job_id: UUID
     fence: int
-    #: Unique on every timeline of Postgres, where a fence may be given twice. `None`: begun by an older version.
+    #: Unique even after a failover or a restore, when a fence may be given twice. `None`: begun by an older version.
     token: UUID | None
 
     @classmethod
     def of(cls, job: Job) -> "Producer":
-        """The one that a job's row names."""
+        """Return the producer that a job's row names."""
         return cls(job.id, job.fence, job.token)
 
     def values(self) -> dict[str, Any]:
-        """As the statements below take it."""
+        """Return the parameters that the statements below bind."""
         return {"job": self.job_id, "fence": self.fence, "token": self.token}
 
 
 def begin(connection: Connection, job: NewJob) -> Producer | None:
-    """Write a staging job under its producer's lease. None when the idempotency key is taken."""
+    """Insert a staging job under its producer's lease. Return None if the idempotency key is taken."""
     producer = Producer(job.id, 1, uuid4())
     row = connection.execute(
         text("""
@@ -82,19 +82,19 @@ def begin(connection: Connection, job: NewJob) -> Producer | None:
 
 
 def insert_inputs(connection: Connection, job_id: UUID, files: Sequence[Mapping[str, Any]]) -> None:
-    """Write down what a job was read from: `uri`, `etag`, `bytes` of each file, in order."""
+    """Record a job's inputs: `uri`, `etag`, `bytes` of each file, in order."""
     if files:
         connection.execute(insert(inputs), [{"job_id": job_id, "ordinal": n, **file} for n, file in enumerate(files)])
 
 
 def count_inputs(connection: Connection, job_id: UUID) -> int:
-    """Return how many inputs are written down."""
+    """Return the number of a job's recorded inputs."""
     found = text("select count(*) from vectormill.inputs where job_id = :job")
     return int(connection.execute(found, {"job": job_id}).scalar_one())
 
 
 def set_input_rows(connection: Connection, job_id: UUID, rows: Mapping[int, int]) -> None:
-    """Write down how many rows inputs have, by ordinal."""
+    """Record the number of rows of inputs, by ordinal."""
     if rows:
         connection.execute(
             text("update vectormill.inputs set rows = :rows where job_id = :job and ordinal = :ordinal"),
@@ -103,8 +103,8 @@ def set_input_rows(connection: Connection, job_id: UUID, rows: Mapping[int, int]
 
 
 def take_over(connection: Connection, dead: Producer, lease_seconds: float) -> Producer | None:
-    """Become the producer of a staging whose producer died: fence + 1, a new token, nothing staged yet. None when
-    somebody was faster."""
+    """Take over a staging whose producer died: fence + 1, a new token, nothing staged yet. Return None if somebody else
+    was faster."""
     heir = Producer(dead.job_id, dead.fence + 1, uuid4())
     taken = connection.execute(
         text("""
@@ -120,7 +120,8 @@ def take_over(connection: Connection, dead: Producer, lease_seconds: float) -> P
 
 
 def hold(connection: Connection, producer: Producer, lease_seconds: float) -> bool:
-    """Re-check and renew a producer's lease; the row stays locked until the transaction ends. False: taken over."""
+    """Re-check and renew a producer's lease; the row stays locked until the transaction ends. Return False if the
+    staging was taken over or cancelled."""
     return (
         connection.execute(
             text("""
@@ -134,8 +135,8 @@ def hold(connection: Connection, producer: Producer, lease_seconds: float) -> bo
 
 
 def advance(connection: Connection, producer: Producer, before: int, items: int) -> bool:
-    """Write down how many items are staged, of which there were `before`; the caller's transaction holds the job.
-    False: the database has lost some of them, to a failover."""
+    """Record that `items` items are staged, up from `before`, in a transaction that holds the job by `hold`. Return
+    False if the database has lost some of the earlier ones, to a failover."""
     return (
         connection.execute(
             text("""
@@ -159,8 +160,8 @@ def queue(
     keeps_texts: bool = True,
     notices: Sequence[str] = (),
 ) -> None:
-    """Make a staged job runnable. The caller's transaction holds it by `hold`. `keeps_texts`: its items are in
-    Postgres, so their texts go one day. `notices` are kept for its sender."""
+    """Make a staged job runnable, in a transaction that holds it by `hold`. `keeps_texts`: its items are in Postgres,
+    so retention removes their texts one day. `notices` are kept for the submitter."""
     connection.execute(
         text("""
             update vectormill.jobs
@@ -182,7 +183,7 @@ def queue(
 
 
 def cancel(connection: Connection, job_id: UUID) -> None:
-    """Take a staging from its producer, whose next step fails; nobody goes on with it, and it is soon forgotten."""
+    """Cancel a staging: its producer's next step fails, nobody takes it over, and it is soon deleted."""
     connection.execute(
         text("""
             update vectormill.jobs set fence = fence + 1, lease_until = now() - interval '1 year'
@@ -193,7 +194,7 @@ def cancel(connection: Connection, job_id: UUID) -> None:
 
 
 def delete(connection: Connection, producer: Producer) -> bool:
-    """Forget a staging job and its chunks, if it is still this producer's."""
+    """Delete a staging job and its chunks, if it is still this producer's. Return False if it isn't."""
     gone = text("""
         delete from vectormill.jobs
         where id = :job and fence = :fence and token is not distinct from :token and state = 'staging'
@@ -202,13 +203,13 @@ def delete(connection: Connection, producer: Producer) -> bool:
 
 
 def delete_chunks(connection: Connection, job_id: UUID) -> None:
-    """Forget a staging job's chunks and inputs, to stage it anew."""
+    """Delete a staging job's chunks and inputs, before it is staged again."""
     connection.execute(text("delete from vectormill.chunks where job_id = :job"), {"job": job_id})
     connection.execute(text("delete from vectormill.inputs where job_id = :job"), {"job": job_id})
 
 
 def dead(connection: Connection, older_than_seconds: float, limit: int) -> list[Producer]:
-    """Producers whose lease ran out so long ago that nobody will come back for their stagings."""
+    """Return the producers whose lease expired so long ago that nobody will come back for their stagings."""
     rows = connection.execute(
         text("""
             select id, fence, token from vectormill.jobs

@@ -1,7 +1,7 @@
-"""The schema `vectormill`: what Postgres keeps. Column names are a contract for readers of the database.
+"""Tables of the Postgres schema `vectormill`. Column names are a contract for readers of the database.
 
-`items`, `embeddings` and `rejects` are range-partitioned by job id, a UUIDv7, one partition a month; they have no
-foreign keys, so that dropping a partition is all it takes to forget a month.
+`items`, `embeddings` and `rejects` are range-partitioned by job id, a UUIDv7, one partition a month. They have no
+foreign keys, so that dropping their partitions is enough to delete a month.
 """
 
 from enum import StrEnum
@@ -51,7 +51,7 @@ metadata = MetaData(
     },
 )
 
-#: Tables that `pipeline.db.partitions` gives a partition each month.
+#: Tables with monthly partitions, made by `pipeline.db.partitions`.
 PARTITIONED = ("items", "embeddings", "rejects")
 _BY_JOB = "RANGE (job_id)"
 
@@ -74,14 +74,14 @@ workspaces = Table(
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("name", Text, nullable=False, unique=True),
     Column("weight", Double, nullable=False, server_default="1"),
-    # Limits of its use of the gateway; NULL: none.
+    # Limits on its use of the gateway; NULL: no limit.
     Column("requests_per_minute", BigInteger),
     Column("tokens_per_minute", BigInteger),
     Column("monthly_tokens", BigInteger),
     Column("monthly_cost", Numeric),
-    # Where its jobs' ends are told, unless a job says otherwise.
+    # URL of the webhook notified when its jobs end, unless a job names another.
     Column("webhook", Text),
-    # Of Postgres: who may ask for jobs in SQL. None: in `default` anybody who may execute the function, else nobody.
+    # Postgres roles that may submit jobs in SQL. Empty: in `default` any that may execute the function, else none.
     Column("sql_roles", ARRAY(Text), nullable=False, server_default="{}"),
     _moment("created_at", now=True),
     CheckConstraint("weight > 0", name="weight"),
@@ -95,7 +95,7 @@ api_keys = Table(
     Column("name", Text, nullable=False),
     Column("secret_sha256", LargeBinary, nullable=False),
     Column("admin", Boolean, nullable=False, server_default=text("false")),
-    # From its making to its end, as it was wished; NULL: for ever. A rotated key ends sooner.
+    # Lifetime from creation, as it was asked for; NULL: no expiry. A rotated key expires sooner.
     Column("lives", Interval),
     _moment("created_at", now=True),
     _moment("expires_at"),
@@ -112,16 +112,16 @@ models = Table(
     Column("path", Text),
     Column("hub_id", Text),
     Column("revision", Text),
-    # How a bare transformer's token vectors become one; NULL: the folder says.
+    # Pooling of a bare transformer's token vectors; NULL: as the model's folder says.
     Column("pooling", Text),
     Column("gateway_url", Text),
     Column("upstream_model", Text),
-    # The variable that holds the gateway's key, or with _FILE after it the path of a file; never the key itself.
+    # Variable that holds the upstream's key, or with _FILE after it the path of a file; never the key itself.
     Column("key_env", Text),
-    # What the gateway calls the model in its replies, where that is another name.
+    # Name of the model in the upstream's replies, where that is another name.
     Column("reply_model", Text),
     Column("base64", Boolean),
-    # The most that a request to it may hold.
+    # Most inputs and tokens in a request to the upstream.
     Column("request_inputs", Integer),
     Column("request_tokens", Integer),
     Column("weights_sha256", Text, nullable=False),
@@ -133,9 +133,9 @@ models = Table(
     Column("normalised", Boolean, nullable=False),
     Column("canary", LargeBinary, nullable=False),
     Column("tokens_per_second", Double, nullable=False),
-    # Sizes to which its vectors may be cut, as it was trained for.
+    # Dimensions to which its vectors may be truncated, as it was trained for.
     Column("matryoshka", ARRAY(Integer), nullable=False, server_default="{}"),
-    # In the operator's currency; NULL: none.
+    # Price in the operator's currency; NULL: no price.
     Column("price_per_million", Numeric),
     _moment("added_at", now=True),
     CheckConstraint("kind in ('local', 'gateway')", name="kind"),
@@ -174,13 +174,13 @@ jobs = Table(
     Column("id", Uuid, primary_key=True),
     Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
     Column("name", Text, nullable=False),
-    # No foreign key: a model may be removed, its jobs stay.
+    # No foreign key: a model may be removed while its jobs stay.
     Column("model_name", Text, nullable=False),
     Column("vector_space_id", ForeignKey("vector_spaces.id"), nullable=False),
     Column("state", Text, nullable=False),
     Column("reason", Text),
     Column("message", Text),
-    # What a cancelling job becomes when its last chunk is drained.
+    # State of a cancelling job once its last running chunk has ended.
     Column("ends_as", Text),
     Column("priority", SmallInteger, nullable=False, server_default="0"),
     Column("labels", JSONB, nullable=False, server_default="{}"),
@@ -198,13 +198,13 @@ jobs = Table(
     _moment("created_at", now=True),
     _moment("queued_at"),
     _moment("started_at"),
-    # When a person last let it go on: losses before that don't count against its model.
+    # Last resume or retry: claims lost before it don't count against the model.
     _moment("resumed_at"),
     _moment("finished_at"),
     _moment("texts_removed_at"),
-    # What its sender should know of its rows, a line each.
+    # Notices about its rows for the submitter, a line each.
     Column("notices", JSONB, nullable=False, server_default="[]"),
-    # Texts of items below this index are gone.
+    # Texts of items below this index are removed.
     _count("texts_kept_from"),
     _state(JobState),
     CheckConstraint("ends_as in ('cancelled', 'failed')", name="ends_as"),
@@ -219,16 +219,16 @@ jobs = Table(
     Index("jobs_named_idx", "name", text("id desc")),
 )
 
-#: Jobs that were asked for by `vectormill.submit`, the function: each becomes a job over its query's rows.
+#: Requests made by the SQL function `vectormill.submit`. Each becomes a job over its query's rows.
 requests = Table(
     "requests",
     metadata,
-    # Of the job that it becomes.
+    # Id of the job that it becomes.
     Column("job_id", Uuid, primary_key=True),
     Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
-    # The role that was logged in.
+    # Login role of the session.
     Column("requested_by", Text, nullable=False),
-    # None: forgotten, as the texts of its job are.
+    # NULL: erased after the retention time, like its job's texts.
     Column("query", Text),
     Column("model", Text, nullable=False),
     Column("name", Text),
@@ -236,14 +236,14 @@ requests = Table(
     Column("key_column", Text),
     Column("options", JSONB, nullable=False),
     Column("idempotency_key", Text),
-    # Over all that decides the result, as the function sees it.
+    # Checksum of all that decides the result, as the function sees it.
     Column("payload_sha256", Text, nullable=False),
     Column("state", Text, nullable=False, server_default="requested"),
     Column("reason", Text),
     Column("message", Text),
-    # Last.
+    # Time of the last request, where it was repeated.
     Column("requested_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
-    # Since when the query's database can't be reached.
+    # Time from which the query's database has been unreachable.
     _moment("unreachable_since"),
     _moment("finished_at"),
     _state(RequestState),
@@ -276,13 +276,13 @@ chunks = Table(
     Column("estimated_tokens", BigInteger, nullable=False),
     Column("input_ordinal", Integer),
     Column("row_group", Integer),
-    # Where the rows begin: rows into the row group, or unpacked bytes into a text file, which then go on for so many.
+    # Start of the rows: rows into the row group, or uncompressed bytes into a text file, with the length in bytes.
     Column("input_offset", BigInteger),
     Column("input_bytes", BigInteger),
     Column("input_line", BigInteger),
     Column("state", Text, nullable=False, server_default=ChunkState.PENDING.value),
     Column("fence", BigInteger, nullable=False, server_default="0"),
-    # Of the claim that has this fence, and how many commits it has made.
+    # Token of the claim with this fence, and the number of its commits.
     Column("token", Uuid),
     Column("parts", Integer, nullable=False, server_default="0"),
     _moment("lease_until"),
@@ -292,7 +292,7 @@ chunks = Table(
     Column("task_id", Text),
     # Claims lost since the last progress.
     Column("crashes", SmallInteger, nullable=False, server_default="0"),
-    # How far the search for an item that kills its process has narrowed; see workers/encoders/batching.py.
+    # Level of the search for an item that kills its process; see workers/encoders/batching.py.
     Column("isolation", SmallInteger, nullable=False, server_default="0"),
     Column("last_error", Text),
     _count("embedded"),
@@ -306,14 +306,14 @@ chunks = Table(
     _moment("started_at"),
     _moment("finished_at"),
     _state(ChunkState),
-    # Also how an item's chunk is found.
+    # Also the index by which an item's chunk is found.
     UniqueConstraint("job_id", "first_index"),
     Index("chunks_open_idx", "job_id", "id", postgresql_where=text("state in ('pending', 'running')")),
     Index("chunks_lost_idx", "id", postgresql_where=text("state = 'pending' and crashes > 0")),
     Index("chunks_lease_idx", "lease_until", postgresql_where=text("state = 'running'")),
 )
 
-#: Files of a job's Parquet output that count. Others in its folder were written by claims that had been lost.
+#: Recorded files of a job's Parquet output. Any others in its folder were written by lost claims.
 outputs = Table(
     "outputs",
     metadata,
@@ -334,7 +334,7 @@ items = Table(
     Column("job_id", Uuid, nullable=False),
     Column("index", BigInteger, nullable=False),
     Column("key", Text),
-    # NULL: rejected when it was read, or removed after the retention time.
+    # NULL: rejected when it was read, removed after the retention time, or kept in a file that workers read.
     Column("text", Text),
     Column("carried", JSONB),
     PrimaryKeyConstraint("job_id", "index"),
@@ -389,13 +389,13 @@ usage = Table(
     _count("truncated"),
     Column("device_seconds", Double, nullable=False, server_default="0"),
     Column("cost", Numeric),
-    # Whom a request's caller said that it acts for.
+    # End user that a request's caller named.
     Column("end_user", Text),
     Column("labels", JSONB, nullable=False, server_default="{}"),
     _moment("created_at", now=True),
     UniqueConstraint("chunk_id", "fence", "part"),
     Index("usage_job_idx", "job_id", "created_at"),
-    # With all that a month's sum reads.
+    # Covers all columns that a month's sum reads.
     Index("usage_workspace_idx", "workspace_id", "created_at", postgresql_include=["total_tokens", "cost"]),
     Index("usage_model_idx", "model", "created_at"),
     # A request is counted once, however often its row is sent.
@@ -418,7 +418,7 @@ attempts = Table(
     Index("attempts_chunk_idx", "chunk_id"),
 )
 
-#: Claims that ended without a word: their worker died, froze or lost the database.
+#: Lost claims: the worker died, froze or lost the database, or the model stopped working.
 claim_losses = Table(
     "claim_losses",
     metadata,
@@ -441,10 +441,10 @@ workers = Table(
     Column("host", Text, nullable=False),
     Column("device", Text, nullable=False),
     Column("models", ARRAY(Text), nullable=False),
-    # Models this worker gave up, each with its reason.
+    # Models that this worker has dropped, each with its reason.
     Column("dropped", JSONB, nullable=False, server_default="{}"),
     Column("slots", Integer, nullable=False),
-    # Why it takes no chunks for now, if it doesn't.
+    # Reason for taking no chunks for now; NULL: it takes them.
     Column("resting", Text),
     _moment("started_at", now=True),
     _moment("seen_at", now=True),
@@ -456,38 +456,38 @@ engines = Table(
     metadata,
     Column("id", Uuid, primary_key=True),
     Column("url", Text, nullable=False),
-    # What it serves now.
+    # Models that it serves now.
     Column("models", ARRAY(Text), nullable=False),
     Column("device", Text, nullable=False),
     _moment("started_at", now=True),
     _moment("seen_at", now=True),
 )
 
-#: What webhooks are told.
+#: Events for webhooks.
 events = Table(
     "events",
     metadata,
     Column("id", Text, primary_key=True),
     Column("workspace_id", BigInteger, nullable=False),
     Column("type", Text, nullable=False),
-    # May hold a token of the receiver's.
+    # May hold a secret token of the receiver.
     Column("url", Text, nullable=False),
-    # As it is sent and signed, each time the same.
+    # As it is sent and signed, the same at each try.
     Column("body", Text, nullable=False),
     Column("state", Text, nullable=False, server_default="waiting"),
     Column("tries", SmallInteger, nullable=False, server_default="0"),
     Column("next_try_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
-    # What came of the last try.
+    # Outcome of the last try.
     Column("answer", Text),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     _moment("finished_at"),
     _state(EventState),
-    # Whom it is for, by host and port.
+    # By receiver: host and port.
     Index("events_due_idx", text("split_part(url, '/', 3)"), "next_try_at", postgresql_where=text("state = 'waiting'")),
     Index("events_ended_idx", "state", "finished_at", postgresql_where=text("state <> 'waiting'")),
 )
 
-#: One row per role that only one process may play at a time.
+#: One row per role that only one process may hold at a time, such as the leading dispatcher.
 leases = Table(
     "leases",
     metadata,
@@ -496,7 +496,7 @@ leases = Table(
     _moment("lease_until", now=True),
 )
 
-#: Files of the Files API; their bytes are where VECTORMILL_FILES says.
+#: Files of the Files API; their bytes are stored where VECTORMILL_FILES says.
 files = Table(
     "files",
     metadata,
@@ -521,29 +521,29 @@ batches = Table(
     Column("id", Text, primary_key=True),
     Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
     Column("state", Text, nullable=False, server_default=BatchState.VALIDATING.value),
-    # What it becomes when its job has let go of it, where that isn't the job's own end.
+    # Final state of one that was cancelled or expired before its job ended; NULL: the job's end decides.
     Column("ends_as", Text),
     Column("endpoint", Text, nullable=False),
     Column("completion_window", Text, nullable=False),
-    # No foreign key: files may be deleted, batch requests stay.
+    # No foreign key: files may be deleted while batch requests stay.
     Column("input_file_id", Text, nullable=False),
     Column("output_file_id", Text),
     Column("error_file_id", Text),
-    # Several batch requests of the same content share one; it may be purged.
+    # Job that batch requests of the same content share; it may be purged.
     Column("job_id", Uuid),
     Column("model", Text),
     Column("metadata", JSONB),
     Column("max_rejects", Text, nullable=False, server_default=""),
     Column("output_seconds", BigInteger),
     Column("errors", JSONB),
-    # Frozen at its end.
+    # Counts, frozen at its end.
     Column("counts", JSONB),
     _moment("created_at", now=True),
     _moment("expires_at"),
     _moment("in_progress_at"),
     _moment("finalizing_at"),
     _moment("cancelling_at"),
-    # Completed, failed, expired or cancelled.
+    # Time of completion, failure, expiry or cancellation.
     _moment("ended_at"),
     CheckConstraint("state in ({})".format(", ".join(f"'{state}'" for state in BatchState)), name="state"),
     CheckConstraint("ends_as in ('cancelled', 'expired')", name="ends_as"),

@@ -1,4 +1,4 @@
-"""Usage: what was metered, by request and by commit."""
+"""Usage: tokens metered per gateway request and per commit of a chunk."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -21,8 +21,8 @@ def add_chunk_part(
     truncated: int,
     device_seconds: float,
 ) -> None:
-    """Meter one commit of a chunk. (chunk, fence, part) is unique, and its presence with the claim's token proves that
-    the commit happened."""
+    """Meter one commit of a chunk. (chunk, fence, part) is unique, and a row with the claim's token proves that the
+    commit happened."""
     connection.execute(
         text("""
             insert into vectormill.usage
@@ -47,7 +47,7 @@ def add_chunk_part(
 
 
 def has_chunk_part(connection: Connection, claim: Claim, part: int) -> bool:
-    """Whether this commit is already there."""
+    """Return True if this commit is recorded already."""
     return connection.execute(
         text("""
             select exists (select from vectormill.usage
@@ -58,8 +58,8 @@ def has_chunk_part(connection: Connection, claim: Claim, part: int) -> bool:
 
 
 def recent_rates(connection: Connection, job_id: UUID, window_seconds: float) -> Mapping[str, float]:
-    """Items and tokens a second that a job committed within the last `window_seconds`, or since its start if that
-    is later."""
+    """Return the items and tokens per second that a job committed within the last `window_seconds`, or since its start
+    if that is later. For a job that has ended, the window ends with it."""
     row = connection.execute(
         text("""
             select coalesce(sum(u.items), 0) as items, coalesce(sum(u.prompt_tokens), 0) as tokens,
@@ -80,8 +80,8 @@ def recent_rates(connection: Connection, job_id: UUID, window_seconds: float) ->
 
 
 def measured_rates(connection: Connection, window_seconds: float, least_device_seconds: float) -> dict[str, float]:
-    """Tokens per device second of each model that worked at least `least_device_seconds` in the window; what was done
-    last counts most."""
+    """Return the tokens per device second of each model that worked at least `least_device_seconds` in the window.
+    Recent work weighs most."""
     rows = connection.execute(
         text("""
             -- Model by model, as the index is.
@@ -103,7 +103,7 @@ def measured_rates(connection: Connection, window_seconds: float, least_device_s
 
 
 def add_requests(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Meter requests to the gateway. Rows that are there already are left out."""
+    """Meter requests to the gateway. Rows that exist already are skipped."""
     connection.execute(
         text("""
             insert into vectormill.usage
@@ -118,7 +118,7 @@ def add_requests(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> N
 
 
 def this_month(connection: Connection, workspace_id: int) -> tuple[int, Decimal]:
-    """Tokens and cost of a workspace since the month began, UTC."""
+    """Return a workspace's tokens and cost since the start of the month (UTC)."""
     tokens, cost = connection.execute(
         text("""
             select coalesce(sum(total_tokens), 0), coalesce(sum(cost), 0) from vectormill.usage
@@ -132,8 +132,8 @@ def this_month(connection: Connection, workspace_id: int) -> tuple[int, Decimal]
 def grouped(
     connection: Connection, workspace_id: int, by: str, *, label: str | None, begin: datetime, end: datetime
 ) -> list[RowMapping]:
-    """Usage of a workspace from `begin` to before `end`, by day (UTC), model, key, job, or a label's value:
-    `group, requests, items, prompt_tokens, total_tokens, reused_tokens, truncated, cost`."""
+    """Return a workspace's usage from `begin` to before `end`, grouped by day (UTC), model, key, job, or a label's
+    value: `group, requests, items, prompt_tokens, total_tokens, reused_tokens, truncated, cost`."""
     rows = connection.execute(
         text("""
             select case :by when 'day' then to_char(created_at at time zone 'UTC', 'YYYY-MM-DD')

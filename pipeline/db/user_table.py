@@ -1,4 +1,4 @@
-"""The user's own table in the same Postgres, which gets each vector by key."""
+"""Upserts of vectors by key into the user's own table, in the same Postgres."""
 
 from collections.abc import Sequence
 from uuid import UUID
@@ -13,23 +13,24 @@ from pipeline.db.database import errors_as_sqlalchemys, plain_reason, psycopg_co
 
 _TEXTS = ("text", "character varying")
 _VECTORS = ("vector", "halfvec")
-#: The longest vectors that HNSW takes.
+#: Most dimensions that an HNSW index takes.
 _HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
 
 
 def _named(into: UserTable) -> sql.Identifier:
-    """The table, for composing SQL."""
+    """Return the table's identifier, for composing SQL."""
     return sql.Identifier(into.schema, into.table)
 
 
 def check(connection: Connection, name: str, *, key_column: str, dimensions: int, hnsw: bool) -> UserTable:
-    """Look at the table `name`, before a job starts that is to write into it.
+    """Check the table `name` before a job starts that writes into it, and return its description.
 
-    It needs a unique key column of a string, integer or uuid type, and one vector or halfvec column that takes
-    `dimensions` elements; with `hnsw` that column must declare them.
+    It needs a unique key column of a string, integer or uuid type, and exactly one vector or halfvec column that takes
+    `dimensions` elements. With `hnsw`, that column must declare its dimensions. Any other column must be nullable,
+    generated or have a default.
 
     Raises:
-        UserError: there is no such table, or it can't take the vectors; the message names the mend.
+        UserError: there is no such table, or it can't take the vectors; the message says how to fix it.
     """
     row = _table(connection, name)
     if hnsw and not row["may_index"]:
@@ -65,7 +66,7 @@ def _refused(table: str, message: str) -> UserError:
 
 
 def _table(connection: Connection, name: str) -> RowMapping:
-    """The table of this name, as its user would write it in SQL."""
+    """Return the table called `name`, which is written as in SQL, with or without a schema."""
     query = text("""
         select c.oid, n.nspname as schema, c.relname as table, c.relkind in ('r', 'p') as is_table,
                has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
@@ -87,7 +88,8 @@ def _table(connection: Connection, name: str) -> RowMapping:
 
 
 def _columns(connection: Connection, oid: int) -> Sequence[RowMapping]:
-    """A table's columns: name, type, declared dimensions, whether it is unique alone, and whether inserts need it."""
+    """Return a table's columns: name, type, declared dimensions, whether it is unique by itself, and whether inserts
+    need it."""
     return (
         connection.execute(
             text("""
@@ -120,8 +122,8 @@ def _check_dimensions(name: str, vector: RowMapping, dimensions: int, hnsw: bool
 
 
 def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int]) -> None:
-    """Bring vectors that this transaction has written for `indexes` to the user's table. Of a key that comes twice the
-    higher index wins; across chunks, whichever is committed last."""
+    """Upsert the vectors that this transaction wrote for `indexes` into the user's table. If a key occurs twice, the
+    higher index wins; across chunks, the last commit wins."""
     key = sql.Identifier(into.key_column)
     vector = sql.Identifier(into.vector_column)
     statement = sql.SQL("""
@@ -141,9 +143,9 @@ def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Seque
 
 
 def build_hnsw(connection: Connection, into: UserTable) -> None:
-    """Build an index for nearest neighbours by cosine, on an autocommit connection; readers and writers go on.
+    """Build an HNSW index for cosine distance, on an autocommit connection, while readers and writers go on.
 
-    One that an earlier try left invalid is built afresh.
+    An invalid index that an earlier try left behind is rebuilt.
 
     Raises:
         sqlalchemy.exc.DBAPIError: the table refuses it, or the connection was lost.

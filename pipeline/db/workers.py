@@ -1,4 +1,4 @@
-"""Workers as they show themselves, and the dispatcher's lease."""
+"""Heartbeats of workers, their dropped models, and the lease for leader election among dispatchers."""
 
 import json
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, text
 
-#: A worker that hasn't shown itself for so long is taken for gone.
+#: A worker without a heartbeat for this long counts as gone.
 SEEN_SECONDS = 30
 
 
 def show(connection: Connection, worker_id: UUID, *, host: str, device: str, models: Sequence[str], slots: int) -> None:
-    """Say that a worker lives and what it serves."""
+    """Record a worker's heartbeat, and the models it serves."""
     connection.execute(
         text("""
             insert into vectormill.workers (id, host, device, models, slots)
@@ -23,7 +23,7 @@ def show(connection: Connection, worker_id: UUID, *, host: str, device: str, mod
 
 
 def rest(connection: Connection, worker_id: UUID, reason: str | None) -> None:
-    """Say why a worker takes no chunks for now, or that it does again."""
+    """Record why a worker takes no chunks for now; `None`: it takes them again."""
     connection.execute(
         text("update vectormill.workers set resting = :reason where id = :id"),
         {"id": worker_id, "reason": reason},
@@ -31,7 +31,7 @@ def rest(connection: Connection, worker_id: UUID, reason: str | None) -> None:
 
 
 def drop_model(connection: Connection, worker_id: UUID, model: str, reason: str) -> None:
-    """Say that a worker has given a model up."""
+    """Record that a worker has dropped a model, and the reason."""
     connection.execute(
         text("""
             update vectormill.workers set dropped = dropped || cast(:dropped as jsonb) where id = :id
@@ -41,7 +41,7 @@ def drop_model(connection: Connection, worker_id: UUID, model: str, reason: str)
 
 
 def take_up_model(connection: Connection, model: str, worker_id: UUID | None = None) -> None:
-    """Say that a worker, or all, may serve a model again which they had given up."""
+    """Record that a worker, or every worker, may serve a dropped model again."""
     connection.execute(
         text("""
             update vectormill.workers set dropped = dropped - :model
@@ -52,7 +52,7 @@ def take_up_model(connection: Connection, model: str, worker_id: UUID | None = N
 
 
 def dropped_by(connection: Connection, worker_id: UUID) -> dict[str, str]:
-    """The models a worker has given up, with its reasons."""
+    """Return the models that a worker has dropped, with the reasons."""
     found = connection.execute(
         text("select dropped from vectormill.workers where id = :id"), {"id": worker_id}
     ).scalar_one_or_none()
@@ -60,12 +60,12 @@ def dropped_by(connection: Connection, worker_id: UUID) -> dict[str, str]:
 
 
 def forget(connection: Connection, worker_id: UUID) -> None:
-    """A worker has stopped."""
+    """Delete a worker that has stopped."""
     connection.execute(text("delete from vectormill.workers where id = :id"), {"id": worker_id})
 
 
 def forget_unseen(connection: Connection, seconds: float) -> int:
-    """Forget workers that have not shown themselves for so long. Returns how many."""
+    """Delete the workers not seen for `seconds`. Return their number."""
     return connection.execute(
         text("delete from vectormill.workers where seen_at < now() - make_interval(secs => :age)"),
         {"age": seconds},
@@ -73,7 +73,7 @@ def forget_unseen(connection: Connection, seconds: float) -> int:
 
 
 def live(connection: Connection, seen_within_seconds: float = SEEN_SECONDS) -> list[RowMapping]:
-    """Workers seen lately, the longest running first."""
+    """Return the workers seen within `seen_within_seconds`, the longest running first."""
     return list(
         connection.execute(
             text("""
@@ -86,7 +86,7 @@ def live(connection: Connection, seen_within_seconds: float = SEEN_SECONDS) -> l
 
 
 def hold_lease(connection: Connection, name: str, holder: str, seconds: float) -> bool:
-    """Take or keep the role `name`. False while another holder's lease lasts."""
+    """Acquire or renew the lease of the role `name`. Return False while another holder's lease lasts."""
     return (
         connection.execute(
             text("""
@@ -103,7 +103,7 @@ def hold_lease(connection: Connection, name: str, holder: str, seconds: float) -
 
 
 def drop_lease(connection: Connection, name: str, holder: str) -> None:
-    """Give a role back, so that another takes it at once."""
+    """Release a lease, so that another holder can acquire it at once."""
     connection.execute(
         text("delete from vectormill.leases where name = :name and holder = :holder"),
         {"name": name, "holder": holder},
@@ -111,5 +111,5 @@ def drop_lease(connection: Connection, name: str, holder: str) -> None:
 
 
 def server_age_seconds(connection: Connection) -> float:
-    """How long the database server has been up."""
+    """Return the database server's uptime in seconds."""
     return float(connection.execute(text("select extract(epoch from now() - pg_postmaster_start_time())")).scalar_one())

@@ -1,4 +1,4 @@
-"""Workspaces: who shares the workers, and by which weight."""
+"""Workspaces: weights in fair share, limits, webhooks, SQL roles and enabled models."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,33 +9,34 @@ from pipeline.db.tables import workspace_models, workspaces
 
 
 def id_of(connection: Connection, name: str) -> int | None:
-    """A workspace's id."""
+    """Return a workspace's id; None if there is none."""
     return connection.execute(select(workspaces.c.id).where(workspaces.c.name == name)).scalar_one_or_none()
 
 
 def create(connection: Connection, name: str, weight: float) -> int | None:
-    """Add a workspace. None: the name is taken."""
+    """Add a workspace. Return its id, or None if the name is taken."""
     statement = insert_or(workspaces).values(name=name, weight=weight).on_conflict_do_nothing()
     return connection.execute(statement.returning(workspaces.c.id)).scalar_one_or_none()
 
 
 def set_weight(connection: Connection, workspace_id: int, weight: float) -> None:
-    """Change a workspace's share."""
+    """Set a workspace's weight in fair share."""
     connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(weight=weight))
 
 
 def set_limits(connection: Connection, workspace_id: int, limits: Mapping[str, float | None]) -> None:
-    """Set limits of the gateway by column; None: none."""
+    """Set limits on use of the gateway, by column; None: no limit."""
     connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(**limits))
 
 
 def set_webhook(connection: Connection, workspace_id: int, url: str | None) -> None:
-    """Set where the ends of its jobs are told; None: nowhere."""
+    """Set the URL of the webhook that is notified when the workspace's jobs end; None: no webhook."""
     connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(webhook=url))
 
 
 def set_sql_roles(connection: Connection, workspace_id: int, roles: Sequence[str]) -> None:
-    """Let these roles of Postgres, and no others but the owner, ask for its jobs in SQL."""
+    """Set the Postgres roles that, with the owner, may submit the workspace's jobs in SQL. An empty list leaves the
+    workspace `default` open to every role that may execute the function."""
     connection.execute(update(workspaces).where(workspaces.c.id == workspace_id).values(sql_roles=list(roles)))
 
 
@@ -48,8 +49,8 @@ def enable_models(connection: Connection, workspace_id: int, models: Sequence[st
 
 
 def every(connection: Connection) -> list[RowMapping]:
-    """All workspaces by name: `name, weight, models, jobs, webhook, sql_roles` and limits, of jobs those that haven't
-    ended."""
+    """Return all workspaces by name: `name, weight, models, jobs, webhook, sql_roles` and limits. `jobs` is the number
+    that haven't ended."""
     rows = connection.execute(
         text("""
             select w.name, w.weight, w.webhook, w.sql_roles,

@@ -1,1 +1,1 @@
-"""The dispatcher: its leader tells workers of chunks in whose turn it is, sweeps, ends jobs, and does the rest."""
+"""The dispatcher. Its leader schedules pending chunks, sweeps expired leases, ends jobs, and runs background tasks."""

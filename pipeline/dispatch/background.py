@@ -1,6 +1,6 @@
-"""Background tasks of the dispatcher, which take seconds to hours: each piece of work in a thread of its own.
+"""Background tasks of the dispatcher, which take seconds to hours: each piece of work runs in a thread of its own.
 
-A piece may be killed midway, or be done by two dispatchers at once: the database decides what counts.
+A piece may be killed midway, or be done by two dispatchers at once: the database decides which result counts.
 """
 
 import threading
@@ -27,31 +27,31 @@ from pipeline.webhooks.delivery import deliver as deliver_events
 
 log = structlog.get_logger()
 
-#: A piece that failed, or that must wait, isn't begun again before so long, and twice as long each time.
+#: First and longest delay before a piece is retried that failed or must wait; it doubles each time (backoff).
 _AGAIN_SECONDS, _MOST_AGAIN_SECONDS = 10.0, 600.0
-#: A submission whose lease ran out so long ago isn't taken up again by anybody.
+#: Age of a submission's expired lease at which the submission is given up for dead.
 _STAGING_DEAD_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What work is done with."""
+    """Resources of the background tasks."""
 
-    #: Each piece under way may hold two of its connections.
+    #: Each running piece may hold two of its connections.
     engine: Engine
     settings: Settings
 
 
 @dataclass(frozen=True, slots=True)
 class BackgroundTask:
-    """A kind of work."""
+    """A kind of background work, done piece by piece."""
 
     name: str
-    #: Lists at most so many pieces that are due, by id, the oldest first.
+    #: Lists the ids of due pieces, the oldest first, up to a limit.
     due: Callable[[Connection, int], Sequence[Hashable]]
-    #: Does one of them.
+    #: Does one piece.
     do: Callable[[Resources, Any], object]
-    #: Pieces at a time.
+    #: The most pieces at a time.
     at_once: int = 2
 
 
@@ -99,26 +99,26 @@ TASKS: tuple[BackgroundTask, ...] = (
     ),
 )
 
-#: Connections that they may need together, with one to look for what is due.
+#: Connections that all tasks may need at once, and one more to list due pieces.
 CONNECTIONS = 1 + 2 * sum(task.at_once for task in TASKS)
 
 
 class Background:
-    """Pieces under way. Forgetting them costs doing them again, no more."""
+    """Runner of the background tasks. If its state is lost, pieces are done again, and nothing worse."""
 
     def __init__(self, resources: Resources, kinds: Sequence[BackgroundTask] = TASKS) -> None:
         self._resources, self._kinds = resources, kinds
-        #: Guards what follows: threads change it when they end.
+        #: Guards the fields below, which threads change when they end.
         self._lock = threading.Lock()
-        #: By task and piece.
+        #: Running pieces, by task and piece.
         self.under_way: set[tuple[str, Hashable]] = set()
-        #: When such a piece may be begun again, by the monotonic clock.
+        #: Times before which a piece isn't retried, by the monotonic clock.
         self._rests: dict[tuple[str, Hashable], float] = {}
-        #: How long it rested last.
+        #: Last retry delay of each piece, in seconds.
         self._rested: dict[tuple[str, Hashable], float] = {}
 
     def begin(self) -> None:
-        """Begin what is due, as far as there is room; never waits for it."""
+        """Start due pieces of each task, up to its limit, without waiting for them."""
         for kind in self._kinds:
             with self._lock:
                 now = time.monotonic()

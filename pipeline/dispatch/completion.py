@@ -1,4 +1,4 @@
-"""Completion of jobs: one that has no open chunk ends, and its receipt is frozen."""
+"""Completion of jobs: a job without open chunks ends, and its receipt is frozen."""
 
 from uuid import UUID
 
@@ -17,22 +17,25 @@ log = structlog.get_logger()
 
 
 def would_complete(connection: Connection, job: Job) -> bool:
-    """Return whether a job would be completed if it ended now."""
+    """Return True if a job has no open chunk and would end as completed."""
     if job.state.ended or chunks.has_open(connection, job.id):
         return False
     return control.outcome(job, status.current_account(connection, job.id))[0] is JobState.COMPLETED
 
 
 def end(engine: Engine, job_id: UUID, *, finalized: str | None = None) -> None:
-    """End a job that has no open chunk. One whose sink finalizes is completed only if it has: `finalized` is the digest
-    of the parts that were there then, since a retry may have brought more."""
+    """End a job if it has no open chunk.
+
+    A job whose sink finalizes only ends as completed once that is done: `finalized` is the digest of the parts at that
+    time, since a retry may have added more.
+    """
     with engine.begin() as connection:
         job = jobs.lock(connection, job_id)
         if job is None or job.state.ended or chunks.has_open(connection, job_id):
             return
         finalizes = sink_of(job.options).finalizes
         if finalizes and finalized is None and job.state is not JobState.PAUSED:
-            return  # its background task ends it, and doesn't sum it up four times a second
+            return  # the background task ends it; otherwise its chunks would be summed up four times a second
         account = status.current_account(connection, job_id)
         state, reason, message = control.outcome(job, account)
         if state is JobState.COMPLETED and finalizes and finalized != outputs.digest(connection, job_id):

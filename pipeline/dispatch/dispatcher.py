@@ -1,4 +1,4 @@
-"""The dispatcher's loop: while it leads, each duty comes round again after its period."""
+"""Main loop of the dispatcher: while it is the leader, it repeats each duty at the duty's interval."""
 
 import threading
 import time
@@ -22,13 +22,13 @@ log = structlog.get_logger()
 
 
 def publish(dispatcher: Dispatcher) -> None:
-    """Tell workers of pending chunks."""
+    """Send messages for pending chunks to workers."""
     with dispatcher.engine.connect() as connection:
         dispatcher.scheduler.do(connection)
 
 
 def finish(dispatcher: Dispatcher) -> None:
-    """End jobs that have no open chunk."""
+    """End the jobs that have no open chunk."""
     with dispatcher.engine.connect() as connection:
         over = jobs.without_open_chunks(connection)
     for job_id in over:
@@ -36,21 +36,21 @@ def finish(dispatcher: Dispatcher) -> None:
 
 
 def begin_background_tasks(dispatcher: Dispatcher) -> None:
-    """Begin what takes long and is due."""
+    """Start background tasks that are due."""
     if dispatcher.background:
         dispatcher.background.begin()
 
 
 def show_gauges(dispatcher: Dispatcher) -> None:
-    """Let the metrics say how things stand."""
+    """Update the gauges of jobs, chunks, queues and workers."""
     with dispatcher.engine.connect() as connection:
         gauges.show(connection, dispatcher.publisher.waiting, queue_of)
 
 
 class Duty(NamedTuple):
-    """Something that the leading dispatcher does again and again."""
+    """A periodic task of the leader."""
 
-    #: In metrics, alert rules and logs.
+    #: Name in metrics, alert rules and logs.
     name: str
     do: Callable[[Dispatcher], None]
     every_seconds: float
@@ -72,7 +72,7 @@ DUTIES = (
 
 
 def run(dispatcher: Dispatcher, stop: threading.Event) -> None:
-    """Do the duties while this process leads; wait while another does. Returns when `stop` is set."""
+    """Do the duties while this process is the leader, and stand by while another is. Return when `stop` is set."""
     leadership = Leadership(dispatcher.engine)
     due = {duty.name: 0.0 for duty in DUTIES}
     active, check_role = False, 0.0
@@ -94,7 +94,7 @@ def run(dispatcher: Dispatcher, stop: threading.Event) -> None:
 
 def _do(duty: Duty, dispatcher: Dispatcher) -> None:
     duty.do(dispatcher)
-    dispatcher.note_contact()  # many jobs make a long round, and no gap
+    dispatcher.note_contact()  # a round takes long when there are many jobs, but that is no gap in the database
 
 
 def _lead(dispatcher: Dispatcher, leadership: Leadership) -> bool:
@@ -104,7 +104,7 @@ def _lead(dispatcher: Dispatcher, leadership: Leadership) -> bool:
 
 
 def _attempt(duty: str, do: Callable[[], Any], otherwise: Any = None) -> Any:
-    """One duty's failure must not keep the others from being done."""
+    """Call `do` and return its result; log a failure and return `otherwise`, so that the other duties go on."""
     try:
         return do()
     except ServiceUnreachable:

@@ -1,5 +1,7 @@
-"""Finalisation of jobs: what a sink does when the last chunk has ended, before the job is completed. It may take
-minutes, so it is a background task of the dispatcher."""
+"""Finalisation of jobs: the work of a sink after a job's last chunk and before the job is completed.
+
+It may take minutes, so it is a background task of the dispatcher.
+"""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -18,7 +20,10 @@ from pipeline.jobs import control
 
 
 def due(connection: Connection, limit: int, *, long: bool = False) -> Sequence[UUID]:
-    """Jobs of which no chunk is open and whose sink has something left to do, for hours perhaps, or not."""
+    """Return the ids of jobs without open chunks whose sink finalizes, except paused ones.
+
+    `long` selects the sinks whose finalisation may take hours, otherwise the others.
+    """
     found = (jobs.by_id(connection, job_id) for job_id in jobs.without_open_chunks(connection))
     waiting = (job.id for job in found if job and job.state is not JobState.PAUSED and _waits(job, long=long))
     return list(islice(waiting, limit))
@@ -30,13 +35,14 @@ def _waits(job: Job, *, long: bool) -> bool:
 
 
 def finalize(engine: Engine, job_id: UUID) -> None:
-    """Do what a job's sink has left to do, and complete the job; pause it where its storage or table refuses that.
+    """Finalise a job's sink and complete the job. Pause the job if its storage or table refuses.
 
     Raises:
-        Waiting: its storage doesn't answer, or its parts have changed meanwhile.
+        Waiting: its storage doesn't answer, or its parts have changed in the meantime.
     """
     with engine.begin() as connection:
-        # A crash must not forget a commit whose part readers see: see ops/decisions/0005.
+        # A crash of the database must not lose a commit whose part readers already see
+        # (docs/explanation/decisions/0005).
         jobs.flush(connection, job_id)
         job = jobs.by_id(connection, job_id)
         if job is None:

@@ -1,4 +1,4 @@
-"""Gauges of the leading dispatcher: jobs, chunks, queues and workers as they stand."""
+"""Gauges of the leader: current numbers of jobs, chunks, queued messages and workers."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,10 +26,10 @@ def show(
     waiting: Callable[[Sequence[str]], Mapping[str, int]],
     queue_of: Callable[[str], str],
 ) -> None:
-    """Look, and let the metrics say it.
+    """Set the gauges from the database and the queues.
 
     Args:
-        waiting: gives the messages that wait, of models by their slugs.
+        waiting: returns the number of waiting messages by slug, for the slugs of models.
     """
     catalogue = models.every(connection)
     _show_jobs(connection, [row["name"] for row in catalogue])
@@ -42,14 +42,14 @@ def show(
 
 
 def _forget_others(gauge: Gauge, label: str, kept: Collection[str]) -> None:
-    """Models that are no longer in the catalogue."""
+    """Remove a gauge's series of models that are no longer in the catalogue."""
     shown = {sample.labels[label] for found in gauge.collect() for sample in found.samples}
     for value in shown.difference(kept):
         gauge.remove_by_labels({label: value})
 
 
 def forget() -> None:
-    """Another dispatcher leads: what this one has seen is no longer so."""
+    """Clear the gauges when another dispatcher leads, as their values are out of date."""
     for gauge in _SHOWN:
         gauge.clear()
 
@@ -59,7 +59,7 @@ def _show_jobs(connection: Connection, names: Sequence[str]) -> None:
     by_reason: Counter[str] = Counter()
     pending: Counter[str] = Counter()
     running: Counter[str] = Counter()
-    for row in jobs.standing(connection):
+    for row in jobs.open_by_state(connection):
         by_state[row["state"]] += row["jobs"]
         if row["state"] == JobState.PAUSED:
             by_reason[row["reason"]] += row["jobs"]

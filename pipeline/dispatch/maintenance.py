@@ -1,5 +1,7 @@
-"""Maintenance by the leading dispatcher: expired leases, cancelled jobs, progress, failing models, old data. Each
-function is a duty, done again and again."""
+"""Maintenance by the leader: expired leases, cancelled jobs, progress, failing models, old data.
+
+Each public function is a duty, which is repeated.
+"""
 
 import time
 
@@ -17,18 +19,18 @@ log = structlog.get_logger()
 _DRAIN_LIMIT = 5_000
 _REMOVE_LIMIT = 20_000
 _SNAPSHOT_FACTOR = 20
-#: A duty that has more to do than this leaves the rest for its next turn.
+#: Time limit of a duty's turn; the rest is left for its next turn.
 _LONGEST_DUTY_SECONDS = 0.5
-#: So many different chunks lost, or so many claims of few, are more than texts that kill their process explain.
+#: Numbers of different lost chunks, or of lost claims of few chunks, beyond what texts that kill their process explain.
 _BROKEN_CHUNKS = 3
 _BROKEN_CLAIMS = 15
 _EVENT_DAYS = 30
 
 
 def sweep(dispatcher: Dispatcher) -> None:
-    """Give chunks with an expired lease back, and end backends that froze while they held one."""
+    """Make chunks with an expired lease pending again, and terminate backends that froze while they held a chunk."""
     with dispatcher.engine.begin() as connection:
-        # Workers could not renew while the database was away: everybody gets one whole lease to come back.
+        # Workers couldn't renew while the database was away: all of them get one whole lease to come back.
         connection.execute(text("set local lock_timeout = '2s'"))
         uptime = workers.server_age_seconds(connection)
         dispatcher.note_contact()
@@ -55,15 +57,17 @@ def drain(dispatcher: Dispatcher) -> None:
         while time.monotonic() < enough:
             with dispatcher.engine.begin() as connection:
                 gone = chunks.cancel_pending(connection, job_id, dispatcher.drained[job_id], _DRAIN_LIMIT)
-            # What comes back to pending behind the cursor is met on the next lap.
+            # Chunks that become pending again behind the cursor are met on the next lap.
             dispatcher.drained[job_id] = max(gone) if len(gone) == _DRAIN_LIMIT else 0
             if len(gone) < _DRAIN_LIMIT:
                 break
 
 
 def snapshot(dispatcher: Dispatcher) -> None:
-    """Recompute the progress that status pages read, and stop jobs that have too many rejects. Of very many jobs, those
-    come first whose turn is longest due."""
+    """Recompute the progress that status pages read, and stop jobs that have too many rejects.
+
+    The jobs that have been due for longest come first, as there may be too many for one turn.
+    """
     with dispatcher.engine.connect() as connection:
         active = jobs.active(connection)
     dispatcher.snapshots = {job.id: dispatcher.snapshots.get(job.id, 0.0) for job in active}
@@ -84,14 +88,18 @@ def snapshot(dispatcher: Dispatcher) -> None:
                     Reason.TOO_MANY_REJECTS,
                     control.too_many(rejected, limit),
                 )
-        # Sums over very many chunks leave time to others, as far as pages stay fresh.
+        # A job with very many chunks is summed up less often, to leave time to others, while its page stays fresh.
         pause = _SNAPSHOT_FACTOR * (time.monotonic() - begin)
         dispatcher.snapshots[job.id] = begin + min(pause, status.FRESH_SECONDS / 2) if pause > 1 else begin
 
 
 def judge_models(dispatcher: Dispatcher) -> None:
-    """Pause the jobs of a model whose claims are mostly lost, and of one that no live worker can load; of the latter
-    those fail that haven't begun."""
+    """Pause or fail the jobs of models that don't work.
+
+    The running jobs of a model whose claims are mostly lost are paused. If no live worker can load a local model, its
+    jobs that have begun are paused, and the others fail; a gateway's jobs are all paused. Jobs whose model is no longer
+    in the catalogue as it was fail.
+    """
     with dispatcher.engine.begin() as connection:
         for job in jobs.active(connection):
             if job.is_runnable and models.of_job(connection, job.id) is None:
@@ -99,7 +107,8 @@ def judge_models(dispatcher: Dispatcher) -> None:
                 jobs.begin_cancelling(connection, job.id, JobState.FAILED, Reason.MODEL_CANNOT_LOAD, message)
         _judge_dropped(connection)
         for name, (lost, distinct, commits) in lost_claims.of_models(connection, 600).items():
-            # One text that kills its process loses five claims of one chunk; only losses all over are the workers'.
+            # One text that kills its process loses five claims of one chunk; only losses of many chunks, or of very
+            # many claims, are the workers' fault.
             if lost > commits and (distinct >= _BROKEN_CHUNKS or lost >= _BROKEN_CLAIMS):
                 for job_id in jobs.running_of_model(connection, name):
                     message = f"{lost} claims lost and {commits} commits in ten minutes; see the workers' logs"
@@ -114,23 +123,23 @@ def _judge_dropped(connection: Connection) -> None:
             continue
         row = models.by_name(connection, name)
         for job_id in jobs.running_of_model(connection, name):
-            if row and row["kind"] == "gateway":  # a person can mend it
+            if row and row["kind"] == "gateway":  # a person can fix it
                 control.pause_for(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
-            elif jobs.has_begun(connection, job_id):  # it could be loaded then
+            elif jobs.has_begun(connection, job_id):  # the model could be loaded at that time
                 control.pause_for(connection, job_id, Reason.WORKERS_FAILING, reason)
             else:
                 control.fail(connection, job_id, Reason.MODEL_CANNOT_LOAD, reason)
 
 
 def measure_rates(dispatcher: Dispatcher) -> None:
-    """Keep each model's measured rate, by which chunks are cut."""
+    """Store each model's measured rate, from which the size of chunks is planned."""
     with dispatcher.engine.begin() as connection:
         for name, rate in usage.measured_rates(connection, 3600, least_device_seconds=5).items():
             models.set_rate(connection, name, rate)
 
 
 def maintain(dispatcher: Dispatcher) -> None:
-    """Make partitions ahead; forget workers that are gone, old events, and old queries."""
+    """Create partitions ahead of time; delete workers that are gone, old events, and old queries."""
     with dispatcher.engine.begin() as connection:
         partitions.make_ahead(connection)
         workers.forget_unseen(connection, 3600)
@@ -139,7 +148,7 @@ def maintain(dispatcher: Dispatcher) -> None:
 
 
 def remove_old_texts(dispatcher: Dispatcher) -> None:
-    """Remove item texts that are past their retention, range by range."""
+    """Delete item texts that are past their retention, range by range."""
     enough = time.monotonic() + _LONGEST_DUTY_SECONDS
     while time.monotonic() < enough:
         with dispatcher.engine.begin() as connection:

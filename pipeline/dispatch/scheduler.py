@@ -1,4 +1,4 @@
-"""The scheduler: the pending chunks that workers are told of, in fair shares of workspaces and jobs."""
+"""Scheduler: decides for which pending chunks messages are sent, by priority and fair share of workspaces and jobs."""
 
 import time
 from collections import defaultdict
@@ -13,28 +13,29 @@ from pipeline.core.jobs import ActiveJob
 from pipeline.db import chunks, jobs, lost_claims, models, workers
 from pipeline.infra import metrics
 
-#: What a model's queue holds at least, as messages may be lost on their way.
+#: The least target length of a model's queue, as messages may be lost on their way.
 _LEAST_WINDOW = 4
-#: Lost chunks that are looked at in a round, and how long one that was rung for isn't rung for again.
+#: The most lost chunks that a round considers, and the time before another message is sent for the same one.
 _LOST_LIMIT = 1_000
 _RING_AGAIN_SECONDS = 5.0
 
 
 class Scheduler:
-    """One dispatcher's scheduling, round after round."""
+    """Scheduler of one dispatcher, with the state that it keeps between rounds."""
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
-        #: Last chunk id rung for, by job; a lap over when it passes the last pending one.
+        #: Last chunk id for which a message was sent, by job; a lap ends when it passes the last pending one.
         self.cursors: dict[UUID, int] = {}
-        #: When a chunk whose claim was lost was last rung for, by the monotonic clock.
+        #: Time of the last message for each chunk whose claim was lost, by the monotonic clock.
         self.rung: dict[int, float] = {}
 
     def do(self, connection: Connection) -> None:
-        """Ring for pending chunks until each model's queue holds one message a live slot, at least four. Those whose
-        claim was lost come on top, and to the front: they have waited already. One whose process died, and not for the
-        first time, waits its turn, or a text that kills processes would have them all to itself. With them a queue
-        holds twice as much, no more, however long nobody takes any.
+        """Send messages for pending chunks until each model's queue holds one per live slot, and at least four.
+
+        Chunks whose claim was lost come on top, and to the front of the queue, as they have waited already. A chunk
+        whose process died more than once goes to the end: otherwise a text that kills processes would take all of
+        them. With lost chunks a queue holds at most twice as many messages, however long no worker takes any.
 
         Raises:
             ServiceUnreachable: Redis doesn't answer.
@@ -63,8 +64,11 @@ class Scheduler:
         self.cursors = {job.id: self.cursors.get(job.id, 0) for job in runnable}
 
     def _lost(self, connection: Connection) -> Sequence[tuple[UUID, int, bool]]:
-        """Chunks whose claim was lost, to ring for now, and whether a text may do it. They don't wait for the cursor's
-        next lap, as the job may be huge; each is rung for now and then, as its message may be lost too."""
+        """Return the lost chunks that need a message now: (job id, chunk id, True if a text may kill its process).
+
+        They don't wait for the cursor's next lap, as the job may be huge. Messages are repeated every few seconds, as
+        they may be lost too.
+        """
         now = time.monotonic()
         pending = lost_claims.pending(connection, _LOST_LIMIT)
         self.rung = {chunk: self.rung[chunk] for _, chunk, _ in pending if chunk in self.rung}
@@ -73,7 +77,10 @@ class Scheduler:
     def _ring_lost(
         self, slug: str, of_model: Sequence[ActiveJob], lost: Sequence[tuple[UUID, int, bool]], most: int
     ) -> None:
-        """Ring for lost chunks, whatever waits already. At the front the oldest comes first, so it's rung for last."""
+        """Send messages for up to `most` lost chunks, even if the queue is full.
+
+        Each goes to the front, so the oldest chunk's message is sent last to come first.
+        """
         ids = {job.id for job in of_model}
         oldest = [each for each in lost if each[0] in ids][:most]
         for job_id, chunk_id, suspect in reversed(oldest):
@@ -94,13 +101,13 @@ def _slots(live: Sequence[Any]) -> dict[str, int]:
 
 
 class _Feed:
-    """A job's pending chunks, each at most once a round, from the cursor on, past the end to the start."""
+    """A job's pending chunks from the cursor on, with wrap-around to the start; each at most once a round."""
 
     def __init__(self, connection: Connection, cursors: dict[UUID, int], job_id: UUID, limit: int) -> None:
         self._next = self._read(connection, cursors, job_id, limit)
 
     def take(self) -> tuple[int, int] | None:
-        """The next chunk as (id, estimated tokens)."""
+        """Return the next chunk as (id, estimated tokens); `None`: there is none."""
         return next(self._next, None)
 
     @staticmethod
@@ -117,7 +124,7 @@ class _Feed:
 
 
 class Tokens:
-    """Estimated tokens in flight of one model, by workspace and by job."""
+    """One model's estimated tokens in flight, by workspace and by job."""
 
     def __init__(self, in_flight: Iterable[chunks.InFlight] = ()) -> None:
         self._of_workspace: dict[int, int] = defaultdict(int)
@@ -126,12 +133,12 @@ class Tokens:
             self.add(each.workspace_id, each.job_id, each.tokens)
 
     def add(self, workspace_id: int, job_id: UUID, tokens: int) -> None:
-        """Count a chunk of a job."""
+        """Add the tokens of a job's chunk."""
         self._of_workspace[workspace_id] += tokens
         self._of_job[job_id] += tokens
 
     def turn(self, job: ActiveJob) -> tuple[Any, ...]:
-        """Whose turn it is: the least."""
+        """Return a job's sort key: the job with the smallest one is next."""
         share = self._of_workspace[job.workspace_id] / job.weight
         return (-job.priority, share, self._of_job[job.id], job.id)
 
@@ -139,8 +146,11 @@ class Tokens:
 def choose(
     of_model: Sequence[ActiveJob], feeds: dict[UUID, Any], tokens: Tokens, room: int
 ) -> Iterator[tuple[UUID, int]]:
-    """Which chunks to ring for: priority first, then the workspace with the fewest tokens in flight for its weight,
-    then its job with the fewest, then the oldest. `tokens` grows with what is chosen."""
+    """Yield the chunks to send messages for, as (job id, chunk id), up to `room`.
+
+    The job with the highest priority comes first, then that of the workspace with the fewest tokens in flight for its
+    weight, then that with the fewest tokens itself, then the oldest. `tokens` grows with each chosen chunk.
+    """
     open_jobs = list(of_model)
     while room > 0 and open_jobs:
         job = min(open_jobs, key=tokens.turn)

@@ -1,5 +1,7 @@
-"""State of a dispatcher: connections, settings, and how far its duties have come. Nothing here matters: one that starts
-afresh only rings twice for a few chunks."""
+"""In-memory state of a dispatcher: connections, settings, and the progress of its duties.
+
+It may be lost at any time: a dispatcher that starts anew only sends a few messages twice.
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -18,20 +20,20 @@ log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Dispatcher:
-    """What the duties share: connections, settings, and how far they have come."""
+    """State that the duties share: connections, settings, and their progress."""
 
     engine: Engine
     publisher: Publisher
     lease_seconds: float
     text_retention_days: float
     background: Background | None = None
-    #: Last chunk id cancelled, by job: going on from there, nothing that is gone is looked at again.
+    #: Last cancelled chunk id, by job: a cursor, so that cancelled chunks aren't read again.
     drained: dict[UUID, int] = field(default_factory=dict)
-    #: When each job's progress is next recomputed, by the monotonic clock.
+    #: Times at which each job's progress is recomputed next, by the monotonic clock.
     snapshots: dict[UUID, float] = field(default_factory=dict)
-    #: No lease is expired before this moment of the monotonic clock.
+    #: Time before which the sweep expires no lease, by the monotonic clock.
     sweep_from: float = 0.0
-    #: When the database last answered, by the monotonic clock.
+    #: Time of the database's last answer, by the monotonic clock.
     last_contact: float = field(default_factory=time.monotonic)
     scheduler: Scheduler = field(init=False)
 
@@ -39,7 +41,7 @@ class Dispatcher:
         self.scheduler = Scheduler(self.publisher)
 
     def note_contact(self) -> None:
-        """The database has answered; if it hadn't for long, nobody could renew, and the sweep waits."""
+        """Note that the database has answered. After a long gap, in which no worker could renew, delay the sweep."""
         now = time.monotonic()
         if now - self.last_contact > self.lease_seconds / 3 + CHECK_SECONDS:
             log.warning("sweep_waits_after_gap", gap_seconds=round(now - self.last_contact, 1))

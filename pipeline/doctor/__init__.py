@@ -1,13 +1,13 @@
-"""A deployment examined from end to end: a list of checks, each a function that says what is and what to do.
+"""Doctor of a deployment: a list of checks from end to end, each a function that yields findings with advice.
 
-    report              what a check says
-    context             what the checks look at, and with what
-    host                this machine: versions, space, keys, addresses
-    servers             Postgres and Redis
-    fleet               the processes, by what they write down and what they answer
-    access              the login of queries asked for in SQL; webhooks
-    canary              a text through a worker, and its vector
-    checks              the list, in order
+    report              the findings of a check
+    context             the deployment that is checked, and connections to its parts
+    host                checks of this machine: versions, disk space, keys, addresses
+    servers             checks of Postgres and Redis
+    fleet               checks of the processes, by the rows they write and the replies they give
+    access              checks of the login for requests in SQL, and of webhooks
+    canary              check of a text's way through a worker, and of its vector
+    checks              the list of checks, in order
 
-`pipeline.doctor.healthcheck` is the small sister for health checks of containers.
+`pipeline.doctor.healthcheck` is the small counterpart for health checks of containers.
 """

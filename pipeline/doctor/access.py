@@ -1,4 +1,4 @@
-"""Access for others: the login of queries that are asked for in SQL, and webhooks."""
+"""Checks of access: the login that runs the queries of requests in SQL, and webhooks."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ _LATELY_SECONDS = 86_400.0
 
 
 def queries(context: Context) -> Iterator[Finding]:
-    """The login of requests in SQL works, and may do no more than it should."""
+    """Check that the login for requests in SQL works, and has no more rights than it should."""
     if context.settings.sql_url is None:
         yield skipped("VECTORMILL_SQL_URL isn't set; requests in SQL are refused, but by what up runs")
         return
@@ -51,7 +51,7 @@ def _judge(found: sqlalchemy.RowMapping) -> Iterator[Finding]:
 
 
 def webhooks(context: Context) -> Iterator[Finding]:
-    """Webhooks can be signed, and those told lately have answered."""
+    """Check that webhooks can be signed, and that recent events were delivered."""
     settings = context.settings
     if not settings.webhooks:
         yield skipped("VECTORMILL_WEBHOOKS is empty; none is allowed")
@@ -61,7 +61,7 @@ def webhooks(context: Context) -> Iterator[Finding]:
         yield fail(f"VECTORMILL_WEBHOOKS: {wrong[0]} is no address", "write https://host/path, without a password.")
     if settings.webhook_secret is None:
         yield fail("VECTORMILL_WEBHOOK_SECRET isn't set, and nothing is sent unsigned", "set it, also for dispatchers.")
-    found = context.ask(events.standing, _LATELY_SECONDS)
+    found = context.ask(events.backlog, _LATELY_SECONDS)
     for name, told in (("given_up", "given up since yesterday"), ("late", "waiting, after tries that failed")):
         if found[name]:
             yield warn(f"{found[name]:,} events {told}", "vectormill.events says in answer what came of the last try.")

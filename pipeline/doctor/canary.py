@@ -1,4 +1,4 @@
-"""A text through a worker: the whole way, and its vector compared with the one in the catalogue."""
+"""Canary check: a text goes the whole way through a worker, and its vector is compared with the catalogue's."""
 
 import io
 import json
@@ -24,12 +24,12 @@ from pipeline.sources import Corpus
 
 _POLL_SECONDS = 0.1
 _CANCEL_SECONDS = 10.0
-#: Before what waits; a fleet at work takes it with its next chunk.
+#: Above waiting jobs, so that a busy fleet takes the canary with its next chunk.
 _PRIORITY = 100
 
 
 def canary(context: Context) -> Iterator[Finding]:
-    """The canary text comes out of each model as it did when the model was added."""
+    """Check that each model still gives the canary text the vector that it gave when it was added."""
     if context.ask(health.missing_rights):
         yield skipped("only the schema's owner may send one, and purge it after")
         return
@@ -41,7 +41,7 @@ def canary(context: Context) -> Iterator[Finding]:
 
 
 def _chosen(context: Context) -> list[RowMapping]:
-    """Models asked for; else the local ones that a worker serves, since others may cost."""
+    """Return the models asked for; else the local ones that a worker serves, since others may cost money."""
     workspace = context.ask(workspace_id)
     if context.canary_models:
         return [context.ask(find_row, workspace, name) for name in context.canary_models]
@@ -103,7 +103,7 @@ def _state(context: Context, job_id: UUID) -> JobState:
 
 
 def _forget(context: Context, job_id: UUID) -> None:
-    """Purge the job; one that hasn't ended is cancelled first, and left so if nobody ends it."""
+    """Purge the job. If it hasn't ended, cancel it first; if it still hasn't 10 s later, leave it."""
     try:
         if not _state(context, job_id).ended:
             context.ask(control.cancel, job_id)

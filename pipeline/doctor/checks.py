@@ -1,4 +1,4 @@
-"""The checks, in the order in which they are made and shown."""
+"""List of checks, in the order in which they are run and shown."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _POSTGRES, _SCHEMA = ("postgres",), ("postgres", "schema")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: the name it is shown under, and those that must not have failed before it."""
+    """Check with the name it is shown under, and the checks that must not have failed before it."""
 
     name: str
     look: Callable[[Context], Iterator[Finding]]
@@ -55,7 +55,10 @@ CHECKS = (
 
 
 def examine(context: Context, checks: Sequence[Check] = CHECKS) -> Iterator[tuple[str, Finding]]:
-    """What each check finds, at least one line each, as it is found."""
+    """Run the checks and yield each finding as it is made, at least one for each check.
+
+    A check is skipped if one that it comes `after` failed or was skipped for that.
+    """
     failed: set[str] = set()
     for check in checks:
         before = [name for name in check.after if name in failed]
@@ -69,7 +72,7 @@ def examine(context: Context, checks: Sequence[Check] = CHECKS) -> Iterator[tupl
 
 
 def _look(check: Check, context: Context) -> Iterator[Finding]:
-    """A check that can't be made has failed."""
+    """Run a check. One that can't be made has failed, or is skipped if this login lacks the rights."""
     try:
         yield from check.look(context)
     except DBAPIError as error:

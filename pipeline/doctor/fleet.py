@@ -1,4 +1,4 @@
-"""The processes, by what they write down and what they answer."""
+"""Checks of the processes, by the rows they write and the replies they give."""
 
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -8,14 +8,14 @@ from pipeline.dispatch.leader import ROLE
 from pipeline.doctor.context import Context, answer
 from pipeline.doctor.report import Finding, fail, ok, skipped, warn
 
-#: An engine that hasn't shown itself for so long gets no requests.
+#: An engine without a heartbeat for so long gets no requests.
 _ENGINE_SEEN_SECONDS = 10.0
-#: The dispatcher sweeps every second; so much later something is in its way.
+#: The dispatcher sweeps every second; a lease overdue for so long shows that something blocks it.
 _SWEEP_SECONDS = 15.0
 
 
 def dispatcher(context: Context) -> Iterator[Finding]:
-    """One leads."""
+    """Check that a dispatcher is the leader."""
     left = context.ask(health.lease_seconds_left, ROLE)
     if left is None:
         yield fail("none leads: nothing is rung for, swept or ended", "start one, better two: vectormill dispatcher")
@@ -26,7 +26,7 @@ def dispatcher(context: Context) -> Iterator[Finding]:
 
 
 def some_workers(context: Context) -> Iterator[Finding]:
-    """Workers live, and serve each model that a workspace may use."""
+    """Check that workers are alive, and serve each model that a workspace may use."""
     live = context.ask(workers.live)
     if not live:
         yield fail("none is alive", "start one on each machine: vectormill worker")
@@ -34,7 +34,7 @@ def some_workers(context: Context) -> Iterator[Finding]:
     for worker in live:
         if worker["resting"]:
             yield warn(f"the one at {worker['host']} rests: it {worker['resting']}", "see its log; start it again.")
-    # What a worker gave up is said by the next check.
+    # Models that a worker dropped are left to the next check.
     known = {name for worker in live for name in (*worker["models"], *worker["dropped"])}
     alone = [row["name"] for row in context.ask(health.enabled_models) if row["name"] not in known]
     for name in alone:
@@ -45,7 +45,7 @@ def some_workers(context: Context) -> Iterator[Finding]:
 
 
 def dropped_models(context: Context) -> Iterator[Finding]:
-    """No worker has given a model up."""
+    """Check that no worker has dropped a model."""
     live = context.ask(workers.live)
     served = {name for worker in live for name in worker["models"]}
     dropped = [(worker["host"], *each) for worker in live for each in worker["dropped"].items()]
@@ -58,7 +58,7 @@ def dropped_models(context: Context) -> Iterator[Finding]:
 
 
 def overdue(context: Context) -> Iterator[Finding]:
-    """Leases that ran out are swept."""
+    """Check that expired leases are swept."""
     found = context.ask(health.overdue_chunks, _SWEEP_SECONDS)
     if found["chunks"]:
         yield fail(
@@ -70,7 +70,7 @@ def overdue(context: Context) -> Iterator[Finding]:
 
 
 def api(context: Context) -> Iterator[Finding]:
-    """The api answers, and reaches its database."""
+    """Check that the api answers, and reaches its database."""
     url = context.api_url
     if url is None:
         yield skipped("not known where it is; VECTORMILL_API_URL says")
@@ -85,7 +85,7 @@ def api(context: Context) -> Iterator[Finding]:
 
 
 def some_engines(context: Context) -> Iterator[Finding]:
-    """Engines answer, and serve each local model that the api may be asked for."""
+    """Check that engines answer, and serve each local model that the api may be asked for."""
     live = context.ask(engines.live, _ENGINE_SEEN_SECONDS)
     local = [row["name"] for row in context.ask(health.enabled_models) if row["kind"] == "local"]
     if not live:
@@ -105,7 +105,7 @@ def some_engines(context: Context) -> Iterator[Finding]:
 
 
 def flower(context: Context) -> Iterator[Finding]:
-    """Flower answers, to those who know its password."""
+    """Check that Flower answers, and refuses requests without its password."""
     url = context.flower_url
     if url is None:
         yield skipped("not known where it is; VECTORMILL_FLOWER_URL says")

@@ -1,4 +1,4 @@
-"""This machine: versions, space, keys, addresses."""
+"""Checks of this machine: versions, disk space, keys, addresses."""
 
 import platform
 import shutil
@@ -21,7 +21,7 @@ _PASSWORD_CHARACTERS = 12
 
 
 def versions(_: Context) -> Iterator[Finding]:
-    """What is installed is what this version of vectormill was made for."""
+    """Check that the installed packages are those that this version of vectormill requires."""
     wrong = [problem for line in requires("vectormill") or () if (problem := _misfit(Requirement(line)))]
     if wrong:
         yield fail("; ".join(wrong), "install it again, with the pinned versions: pip install -c constraints.txt …")
@@ -40,7 +40,7 @@ def _misfit(requirement: Requirement) -> str | None:
 
 
 def space(context: Context) -> Iterator[Finding]:
-    """There is room where data grow, as far as it can be seen from here."""
+    """Check that there is disk space where data grow, as far as it can be seen from here."""
     folders = [context.settings.home] if context.settings.home.exists() else []
     data = context.ask(health.data_folder)
     if data and is_loopback(urlsplit(context.database_url).hostname) and Path(data).exists():
@@ -65,7 +65,7 @@ def _gigabytes(count: int) -> str:
 
 
 def keys(context: Context) -> Iterator[Finding]:
-    """The keys of gateways can be read here."""
+    """Check that the API keys of the models' upstreams can be read here."""
     needed = {row["key_env"]: row["name"] for row in context.ask(health.enabled_models) if row["key_env"]}
     missing = {variable: name for variable, name in needed.items() if read_key(variable) is None}
     for variable, name in missing.items():
@@ -78,7 +78,8 @@ def keys(context: Context) -> Iterator[Finding]:
 
 
 def addresses(context: Context) -> Iterator[Finding]:
-    """Nothing that this environment starts is open to a network unprotected."""
+    """Check that nothing that this environment starts is open to a network unprotected, and that Redis asks for a
+    password."""
     settings = context.settings
     why = {
         "api": (settings.api_host, "keys would cross it unencrypted: put a proxy with TLS before it"),
@@ -107,7 +108,7 @@ def _redis_is_open(url: str) -> bool:
 
 
 def flower_password(context: Context) -> Iterator[Finding]:
-    """Flower has a password, and not a short one."""
+    """Check that Flower has a password of at least 12 characters."""
     password = context.flower_password
     if password is None:
         yield warn(

@@ -1,48 +1,48 @@
-"""Findings of checks, as the doctor reports them."""
+"""Findings of the doctor's checks."""
 
 import enum
 from dataclasses import dataclass
 
 
 class State(enum.StrEnum):
-    """How a matter stands."""
+    """Result of a check."""
 
     OK = "ok"
-    #: It works, and may not one day.
+    #: Works now, but may fail one day.
     WARN = "warn"
     FAIL = "fail"
-    #: Not looked at, for a reason.
+    #: Not checked, for a reason.
     SKIPPED = "skipped"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the doctor's report."""
+    """Line of the doctor's report."""
 
     state: State
-    #: What is.
+    #: The observed state.
     found: str
-    #: What to do about it; empty where nothing must be done.
+    #: Advice; empty if nothing must be done, or `found` says it already.
     mend: str = ""
-    #: Whether it failed for want of an answer: it may be another one in a moment.
+    #: True if there was no answer, so that a retry may find another state.
     unreachable: bool = False
 
 
 def ok(found: str) -> Finding:
-    """All is well."""
+    """Return the finding that all is well."""
     return Finding(State.OK, found)
 
 
 def warn(found: str, mend: str) -> Finding:
-    """It works, and may not one day."""
+    """Return the finding that something works now, but may fail one day."""
     return Finding(State.WARN, found, mend)
 
 
 def fail(found: str, mend: str, *, unreachable: bool = False) -> Finding:
-    """It doesn't work."""
+    """Return the finding that something doesn't work."""
     return Finding(State.FAIL, found, mend, unreachable)
 
 
 def skipped(why: str) -> Finding:
-    """Not looked at."""
+    """Return the finding that a check was skipped."""
     return Finding(State.SKIPPED, why)

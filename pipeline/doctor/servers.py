@@ -1,4 +1,4 @@
-"""Postgres and Redis: there, of the right version, and set up so that nothing is lost."""
+"""Checks of Postgres and Redis: reachable, of the right version, and configured so that nothing is lost."""
 
 import os
 import re
@@ -21,11 +21,11 @@ from pipeline.doctor.report import Finding, fail, ok, warn
 _LEAST_POSTGRES = 15
 _LEAST_VECTOR = (0, 7)
 _LEAST_REDIS = (6, 2)
-#: A statement of ours may take so long: a COPY, or an index.
+#: Time that our longest statements may take: a COPY, or an index.
 _LEAST_TIMEOUT_SECONDS = 600
 _SKEW_SECONDS = 2.0
 _GREAT_SKEW_SECONDS = 60.0
-#: What a server says that doesn't let us in, and what to do.
+#: Messages of a server that refuses the connection, and the advice for each.
 _REFUSALS = (
     ('database ".*" does not exist', "create it, or let VECTORMILL_DATABASE_URL name another."),
     (
@@ -35,12 +35,12 @@ _REFUSALS = (
     ("no pg_hba.conf entry|SSL", "let its pg_hba.conf let this machine in, or give the URL the sslmode that it wants."),
     ("permission denied for database", "grant connect on it to the role."),
 )
-#: Connections: of a worker's child and its parent; of two dispatchers and two apis, of an engine, of background tasks.
+#: Connections of a worker's child, of its parent, and of two dispatchers, two apis, an engine and background tasks.
 _A_SLOT, _A_WORKER, _THE_REST = 3, 1, 45 + CONNECTIONS
 
 
 def postgres(context: Context) -> Iterator[Finding]:
-    """Postgres answers, is new enough and takes writes."""
+    """Check that Postgres answers, is new enough and takes writes."""
     where = ",".join(f"{host}:{port}" for host, port in _database_places(context.database_url))
     try:
         server = context.ask(health.server)
@@ -57,7 +57,7 @@ def postgres(context: Context) -> Iterator[Finding]:
 
 
 def _no_connection(where: str, error: DBAPIError) -> Finding:
-    """A server that says no needs a person; one that says nothing, or not yet, may answer in a moment."""
+    """Return the finding for a failed connection. A refusal needs a person; otherwise a retry may succeed."""
     reason = connection_reason(error)
     for pattern, mend in _REFUSALS:
         if re.search(pattern, reason):
@@ -69,7 +69,7 @@ def _no_connection(where: str, error: DBAPIError) -> Finding:
 
 
 def pgvector(context: Context) -> Iterator[Finding]:
-    """The extension is there and knows half precision."""
+    """Check that the extension is installed, and new enough for half precision."""
     found = context.ask(health.vector_version)
     if found is None and not context.ask(health.vector_available):
         yield fail("not on this server", "install it there (Debian: postgresql-NN-pgvector); create extension vector;")
@@ -82,7 +82,7 @@ def pgvector(context: Context) -> Iterator[Finding]:
 
 
 def schema(context: Context) -> Iterator[Finding]:
-    """The tables are those that this version of vectormill works with."""
+    """Check that the schema is at the revision that this version of vectormill works with."""
     found, known = context.ask(health.revision), known_revisions()
     if found == known[-1]:
         yield ok(f"at {found}, the newest")
@@ -95,7 +95,7 @@ def schema(context: Context) -> Iterator[Finding]:
 
 
 def role(context: Context) -> Iterator[Finding]:
-    """The database's role may do what processes do, and not everything."""
+    """Check that the database's role has the rights that processes need, and isn't a superuser on another machine."""
     missing = context.ask(health.missing_rights)
     served = context.ask(health.processes_served)
     server = context.ask(health.server)
@@ -128,7 +128,7 @@ def _outdated_roles(context: Context) -> Iterator[Finding]:
 
 
 def settings(context: Context) -> Iterator[Finding]:
-    """The server isn't set up to lose data, to run out of connections, or to end our statements."""
+    """Check that the server isn't configured to lose data, to run out of connections, or to end our statements."""
     found = context.ask(health.settings)
     findings = [
         fail(f"{name} is off", f"a crash can then damage every table: set {name} = on and restart it.")
@@ -159,7 +159,8 @@ def _connections(context: Context, found: dict[str, str]) -> list[Finding]:
 
 
 def _replication(context: Context) -> list[Finding]:
-    """A failover is lossless only if commits wait for a standby, and finds us only if the URL knows where to."""
+    """Return warnings about failover: it is lossless only if commits wait for a standby, and we find the new primary
+    only if a URL with several hosts has `target_session_attrs`."""
     found = context.ask(health.replication)
     findings = []
     if found["standbys"] and not found["synchronous_standby_names"]:
@@ -180,7 +181,7 @@ def _replication(context: Context) -> list[Finding]:
 
 
 def months(context: Context) -> Iterator[Finding]:
-    """Jobs of this month and the next one have tables to go to."""
+    """Check that the partitions for jobs of this month and the next one exist."""
     missing = context.ask(partitions.missing_ahead)
     if missing:
         yield fail(f"no {', '.join(missing)}", "a dispatcher makes them; at once: vectormill migrate")
@@ -189,7 +190,7 @@ def months(context: Context) -> Iterator[Finding]:
 
 
 def redis_server(context: Context) -> Iterator[Finding]:
-    """Redis answers, is new enough, and takes writes."""
+    """Check that Redis answers, is new enough and takes writes."""
     where = _place(context.redis_url, 6379)
     client = context.redis
     try:
@@ -235,7 +236,7 @@ def _mend_of_write(problem: str) -> str:
 
 
 def redis_policy(context: Context) -> Iterator[Finding]:
-    """Redis throws nothing away, and can save what it is told to save."""
+    """Check that Redis evicts nothing, and that its last save to disk succeeded."""
     info: Any = context.redis.info()
     policy = info.get("maxmemory_policy", "unknown")
     findings = []
@@ -253,7 +254,8 @@ def redis_policy(context: Context) -> Iterator[Finding]:
 
 
 def clocks(context: Context) -> Iterator[Finding]:
-    """This machine's clock, Postgres' and Redis' agree. Leases need only Postgres' own; job ids and limits need all."""
+    """Check that the clocks of this machine, Postgres and Redis agree. Leases need only Postgres' own; job ids and rate
+    limits need all."""
     skews = {
         "Postgres": _skew(context.clock, lambda: context.ask(health.now)),
         "Redis": _skew(context.clock, lambda: _redis_time(context.redis)),
@@ -268,7 +270,7 @@ def clocks(context: Context) -> Iterator[Finding]:
 
 
 def _skew(clock: Callable[[], float], ask: Callable[[], datetime]) -> float:
-    """How far a server's clock is ahead of ours, in seconds, without what the way there and back may explain."""
+    """Return how far a server's clock is ahead of ours, in seconds, less what the round trip may explain."""
     before = clock()
     theirs = ask().timestamp()
     after = clock()
@@ -283,12 +285,12 @@ def _redis_time(client: redis.Redis) -> datetime:
 
 
 def verified(context: Context) -> Iterator[Finding]:
-    """Servers beyond this machine prove who they are before they get a password."""
+    """Check that servers beyond this machine prove their identity before they get a password."""
     yield from encryption(context.database_url, context.redis_url)
 
 
 def encryption(database_url: str, redis_url: str) -> Iterator[Finding]:
-    """As `verified`, of these addresses."""
+    """Yield the findings of `verified` for these URLs."""
     redis_ = urlsplit(redis_url)
     mode = conninfo_to_dict(database_url).get("sslmode") or os.environ.get("PGSSLMODE", "prefer")
     findings = []
@@ -316,7 +318,7 @@ def _verifies(said: dict[str, str]) -> bool:
 
 
 def _database_places(url: str) -> list[tuple[str, str]]:
-    """Hosts and ports that a URL of Postgres' names, of which there may be several."""
+    """Return the hosts and ports that a Postgres URL names; there may be several."""
     told = conninfo_to_dict(url)
     hosts = str(told.get("host") or told.get("hostaddr") or "localhost").split(",")
     ports = str(told.get("port") or "5432").split(",")

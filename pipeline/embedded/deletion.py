@@ -1,4 +1,4 @@
-"""The deletion of a home's data."""
+"""Deletion of a home's data."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from pipeline.embedded.place import Place
 from pipeline.embedded.processes import processes_in
 from pipeline.embedded.programs import remove_unused_programs
 
-#: What vectormill makes in a home. A home may be a folder in which other things are, too: those stay.
+#: Folders that vectormill makes in a home. A home may hold other things too; those stay.
 _OWN = ("postgres", "valkey", "files", "demo", "logs", "run")
 
 _SERVER = "postgres"
@@ -25,23 +25,23 @@ def data_folders(home: Path) -> list[Path]:
 
 
 def size_bytes(folders: list[Path]) -> int:
-    """Return how much the files in the folders take."""
+    """Return the total size of the regular files in the folders, in bytes."""
     total = 0
     for parent, _, names in chain.from_iterable(map(os.walk, folders)):
         for name in names:
-            with suppress(FileNotFoundError):  # a server that runs removes files
+            with suppress(FileNotFoundError):  # a running server removes files
                 found = os.lstat(os.path.join(parent, name))
                 total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return total
 
 
 def delete_data(home: Path) -> None:
-    """Delete a home's data, and the programs that are kept for root's homes with the last of them.
+    """Delete a home's data, and with the last of root's homes also the programs that these share.
 
-    The home must be held, and what ran there be stopped.
+    The caller must hold the home's lock (`hold_home`) and have stopped its processes.
 
     Raises:
-        UserError: a folder is a link; nothing has been deleted.
+        UserError: a folder is a symbolic link; nothing has been deleted.
         ServerFailed: a server still works on the data; nothing has been deleted.
     """
     place, folders = Place.of_home(home), data_folders(home)

@@ -1,4 +1,4 @@
-"""Files of a home that only its owner may read, and the logs of children."""
+"""Private files of a home, which only its owner may read, and the logs of child processes."""
 
 import os
 import tempfile
@@ -15,10 +15,10 @@ _TAIL_BYTES = 16 * 1024
 
 @contextmanager
 def naming_the_home(path: Path) -> Iterator[None]:
-    """Turn a refusal of the file system into one sentence.
+    """Turn an `OSError` of the block into a `UserError` that names `path` and VECTORMILL_HOME.
 
     Raises:
-        UserError: the block got an `OSError` at `path`.
+        UserError: the block raised an `OSError`.
     """
     try:
         yield
@@ -29,10 +29,10 @@ def naming_the_home(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> Path:
-    """Create the folder with mode 0700 if it is missing; one that exists keeps its mode.
+    """Create the folder with mode 0700 if it is missing; an existing one keeps its mode.
 
     Raises:
-        UserError: it can't be made.
+        UserError: it can't be created.
     """
     with naming_the_home(path):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def make_folder(path: Path) -> Path:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace the file as a whole, mode 0600. A reader sees the old text or the new one, never a part.
+    """Replace the file atomically, mode 0600: a reader sees the old text or the new one, never a part.
 
     Raises:
         UserError: it can't be written.
@@ -62,7 +62,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def open_log(path: Path) -> BinaryIO:
-    """Open a log for appending, mode 0600. One over 10 MB becomes `<name>.1` first, over the older one.
+    """Open a log for appending, mode 0600. A log over 10 MiB is rotated first: it replaces `<name>.1`.
 
     Raises:
         UserError: it can't be opened.
@@ -75,7 +75,7 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def written_since(path: Path, begin: int) -> str:
-    """Return what a log has from this byte on, of much the end; empty if there is no log."""
+    """Return a log's text from byte `begin` on, at most its last 16 KiB; empty if there is no log."""
     try:
         with path.open("rb") as file:
             file.seek(max(begin, path.stat().st_size - _TAIL_BYTES))
@@ -85,7 +85,7 @@ def written_since(path: Path, begin: int) -> str:
 
 
 def log_end(path: Path, begin: int, count: int = 15) -> str:
-    """Say where a log is and what its last lines from this byte on are, for an error's message."""
+    """Return a log's path and its last lines from byte `begin` on, as the end of an error message."""
     lines = written_since(path, begin).splitlines()[-count:]
     if not any(lines):
         return f"It wrote nothing to its log, {path}."

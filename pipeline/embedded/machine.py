@@ -1,4 +1,4 @@
-"""All of vectormill on one machine: the servers that no URL names, then the processes that work on them."""
+"""The whole of vectormill on one machine: embedded servers where no URL is set, then the processes that use them."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,7 +17,7 @@ from pipeline.embedded.supervisor import Child, Supervisor
 from pipeline.embedded.valkey import Valkey, check_redis
 from pipeline.infra.settings import Settings
 
-#: Gives the stages of children that follow the servers. All are started at once, and stopped in reverse order.
+#: Returns the stages of children that follow the servers. All stages start at once and stop in reverse order.
 Stages = Callable[[Running], Iterable[tuple[Child, ...]]]
 
 _PREPARING = ("the database's schema",)
@@ -28,12 +28,12 @@ class Machine:
     """The process tree of `vectormill up`.
 
     Args:
-        begin: called once before anything is started, for what needs none of it.
-        prepare: called once with the database's URL when the servers are ready; may give an API key.
-        stages: the children after that.
-        complete: called once with the database's URL when those are ready.
-        metered: those of them that show metrics at a port of their own, by their names.
-        on_wait: called with the record when what the start or the stop waits for has changed.
+        begin: called once before anything is started, for work that needs no server.
+        prepare: called once with the database's URL when the servers are ready; may return an API key.
+        stages: returns the children that start after `prepare`.
+        complete: called once with the database's URL when these children are ready.
+        metered: names of the children that serve metrics at a port of their own.
+        on_wait: called with the record whenever the start or the stop waits for something else.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class Machine:
         self._running: Running
 
     def request_stop(self) -> None:
-        """Ask `run` to end, from any thread or signal handler. Asked again, it hastens."""
+        """Ask `run` to end, from any thread or signal handler. A second request shortens the graces."""
         self._supervisor.request_stop()
 
     def run(self, on_ready: Callable[[Running], None]) -> None:
-        """Start everything, call `on_ready`, keep it going; return when all is stopped as it was asked.
+        """Start everything, call `on_ready`, and restart children that die; return when all is stopped on request.
 
         Raises:
             UserError: another `up` of this home runs.
-            ServerFailed: something didn't start. What did is stopped.
+            ServerFailed: something didn't start. Everything that did start has been stopped.
         """
         home = self._settings.home
         make_folder(home)
@@ -84,7 +84,7 @@ class Machine:
                 forget_running(home)
 
     def _draft_servers(self) -> tuple[Postgres | None, Valkey | None]:
-        """Choose ports and passwords, and record them before anything runs."""
+        """Choose ports and passwords for the embedded servers, and record them before anything runs."""
         home, settings = self._settings.home, self._settings
         postgres = None if settings.database_url else Postgres.of_home(home)
         valkey = None if settings.redis_url else Valkey.of_home(home)
@@ -95,7 +95,7 @@ class Machine:
         return postgres, valkey
 
     def _start(self, postgres: Postgres | None, valkey: Valkey | None) -> bool:
-        """Start the servers, then the stages; `False` if a stop was asked for meanwhile."""
+        """Start the servers, then the stages. Return False if a stop was requested in the meantime."""
         self._begin()
         if valkey:
             valkey.prepare()
@@ -142,7 +142,10 @@ class Machine:
         self._tell(waiting_for=names)
 
     def _tell(self, **changes: object) -> None:
-        """Record and say what is for people only: no full disk or closed terminal keeps a child from being stopped."""
+        """Record and report a change that only informs people, and ignore errors.
+
+        A full disk or a closed terminal must not keep a child from being stopped.
+        """
         with suppress(UserError):
             self._record(**changes)
         with suppress(OSError):
@@ -154,10 +157,10 @@ class Machine:
 
 
 def forget_own_servers(settings: Settings) -> tuple[Settings, list[str]]:
-    """Treat URLs that name the home's own servers, as `vectormill env` prints them, as if they weren't set.
+    """Drop URLs that name the home's own servers, as `vectormill env` prints them, from the settings.
 
     Returns:
-        The settings without them, and the names of the variables.
+        The settings without these URLs, and the names of their variables.
     """
     own = []
     if settings.database_url and Postgres.is_at(settings.home, settings.database_url.get_secret_value()):
@@ -168,7 +171,7 @@ def forget_own_servers(settings: Settings) -> tuple[Settings, list[str]]:
 
 
 def _url(given: SecretStr | None, server: Postgres | Valkey | None) -> str:
-    """Return the URL that was given, else that of the embedded server."""
+    """Return the configured URL, or else that of the embedded server."""
     if given:
         return given.get_secret_value()
     assert server
@@ -176,12 +179,15 @@ def _url(given: SecretStr | None, server: Postgres | Valkey | None) -> str:
 
 
 def _metrics_port(settings: Settings, name: str) -> int:
-    """An engine's is the one that it answers the api at."""
+    """Return the port of a child's metrics. An engine serves them at the port at which it serves the api."""
     return _port(settings, name) if name == "engine" else keep_port(settings.home, name)
 
 
 def _port(settings: Settings, name: str) -> int:
-    """A port that somebody set is tried first; the default one, after the port of the last time."""
+    """Return a free port for a process.
+
+    A configured port is tried first. The default port is only tried after the port of the last run.
+    """
     number: int = getattr(settings, f"{name}_port")
     wished = (number,) if number else ()
     if f"{name}_port" in settings.model_fields_set:

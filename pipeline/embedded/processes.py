@@ -1,4 +1,4 @@
-"""Processes that outlive the one that started them: recognised by pid and create time, never by name."""
+"""Processes that may outlive the one that started them, identified by pid and create time, never by name."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-# The create time is reckoned from the boot time, which moves a little with the clock.
+# The create time is computed from the boot time, which moves a little when the clock is adjusted.
 _SAME_SECONDS = 2.0
 _POLL_SECONDS = 0.2
 _KILLED_SECONDS = 10.0
 
 
 class ProcessMark(BaseModel):
-    """What is needed to find a process again and to stop it."""
+    """Identity of a process, by which it can be found again and stopped."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -26,12 +26,12 @@ class ProcessMark(BaseModel):
     pid: int
     #: Create time, seconds since 1970.
     created: float
-    #: The signal that asks it to end in order.
+    #: Signal that asks it to shut down.
     stop_signal: int = signal.SIGTERM
 
 
 def mark_process(name: str, pid: int, stop_signal: int = signal.SIGTERM) -> ProcessMark:
-    """Note a process that was just started or is this one."""
+    """Return the mark of a process that has just been started, or of this process."""
     try:
         created = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
@@ -40,7 +40,7 @@ def mark_process(name: str, pid: int, stop_signal: int = signal.SIGTERM) -> Proc
 
 
 def find_process(mark: ProcessMark) -> psutil.Process | None:
-    """Return the marked process if it still lives. A zombie, or another with its pid, is not it."""
+    """Return the marked process if it is still alive. A zombie, or another process with its pid, doesn't count."""
     try:
         process = psutil.Process(mark.pid)
         same = abs(process.create_time() - mark.created) < _SAME_SECONDS
@@ -50,7 +50,7 @@ def find_process(mark: ProcessMark) -> psutil.Process | None:
 
 
 def wait_until_gone(mark: ProcessMark, seconds: float) -> bool:
-    """Wait for the end of a process that isn't our child; `False` if it lives on after `seconds`."""
+    """Wait for the end of a process that isn't our child. Return False if it is still alive after `seconds`."""
     deadline = time.monotonic() + seconds
     while find_process(mark):
         if time.monotonic() > deadline:
@@ -60,7 +60,7 @@ def wait_until_gone(mark: ProcessMark, seconds: float) -> bool:
 
 
 def stop_process(mark: ProcessMark, grace_seconds: float) -> None:
-    """Stop the marked process in order, or by SIGKILL after the grace, and then what is left of its group."""
+    """Stop the marked process by its signal, or by SIGKILL after the grace, and then kill the rest of its group."""
     process = find_process(mark)
     if process is None:
         return
@@ -79,14 +79,14 @@ def our_module(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def our_environment(more: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of such a process: our own with `more`, and no modules from where the user stands."""
+    """Return the environment of such a process: our own with `more`, and no imports from the current folder."""
     return {**os.environ, **more, "PYTHONSAFEPATH": "1"}
 
 
 class Standstill:
-    """The time for which a process has done nothing: neither it nor those below it computed, and its log didn't grow.
+    """Detector of a process that does nothing: neither it nor its descendants use the CPU, and its log doesn't grow.
 
-    A machine that is busy slows a process down and doesn't stop it, so that this tells a slow start from none.
+    A busy machine slows a process down but doesn't stop it, so this tells a slow start from a start that hangs.
     """
 
     def __init__(self, pid: int, log: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -95,7 +95,7 @@ class Standstill:
         self._moved = clock()
 
     def seconds(self) -> float:
-        """Look anew, and return how long nothing has changed since a look that saw a change."""
+        """Check again, and return the time since the last check that saw a change."""
         seen = self._look()
         if seen != self._seen:
             self._seen, self._moved = seen, self._clock()
@@ -106,7 +106,7 @@ class Standstill:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time of a process and of all below it that live or that it waited for."""
+    """Return the CPU time of a process and of its descendants that are alive or were waited for."""
     try:
         process = psutil.Process(pid)
         tree = [process, *process.children(recursive=True)]
@@ -120,10 +120,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 def processes_in(folder: Path, name: str) -> list[psutil.Process]:
-    """Return the processes of this program that work in the folder, oldest pid first."""
+    """Return the processes with this program's name and this working folder, lowest pid first."""
     found = []
     for process in psutil.process_iter():
-        # OSError: its folder is gone.
+        # OSError: the process' folder is gone.
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             if process.name() == name and (cwd := process.cwd()) and folder.samefile(cwd):
                 found.append(process)
@@ -131,7 +131,7 @@ def processes_in(folder: Path, name: str) -> list[psutil.Process]:
 
 
 def processes_from(folder: Path) -> list[psutil.Process]:
-    """Return the processes whose program lies below the folder."""
+    """Return the processes whose executable is below the folder."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
@@ -142,6 +142,6 @@ def processes_from(folder: Path) -> list[psutil.Process]:
 
 def kill_group(pid: int) -> None:
     """Send SIGKILL to all that is left of the process group that `pid` leads or led."""
-    # PermissionError: some systems answer so when only zombies are left.
+    # PermissionError: some systems raise it when only zombies are left.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)

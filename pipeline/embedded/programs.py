@@ -1,6 +1,6 @@
-"""Copies of a wheel's programs for servers that root starts: one for each version, shared by all homes.
+"""Shared copies of a wheel's programs for servers that root starts: one copy per version for all homes.
 
-Root owns them and nobody else may write to them; every account may read and run them.
+Root owns them, and nobody else may write to them; every account may read and run them.
 """
 
 import fcntl
@@ -15,24 +15,24 @@ from pathlib import Path
 from pipeline.core.errors import ServerFailed
 from pipeline.embedded.processes import processes_from
 
-#: All that vectormill keeps for root: `programs`, and a folder for each home.
+#: Everything that vectormill keeps for root: `programs`, and a folder for each home.
 ROOTS_FOLDER = Path("/var/lib/vectormill")
 _PROGRAMS = "programs"
 _STAGING = ".new-"
 
 
 def shared_programs(installed: Path, version: str) -> Path:
-    """Return where the copy of an installed package is, whether or not it has been made."""
+    """Return the path of an installed package's copy, even if it hasn't been made."""
     return ROOTS_FOLDER / _PROGRAMS / f"{installed.name}-{version}" / installed.name
 
 
 def share_programs(installed: Path, version: str) -> None:
-    """Copy a package's programs and libraries, as they lie to each other, unless there is a copy.
+    """Copy a package's programs and libraries, with their relative paths, unless there is a copy.
 
-    A copy of another version that nothing runs from goes: whoever needs it makes it again.
+    Copies of other versions that no process runs from are removed; a home that needs one makes it again.
 
     Raises:
-        ServerFailed: somebody other than root could change what would be run, or there is no room.
+        ServerFailed: somebody other than root could change the programs, or they can't be copied.
     """
     make_roots_folder()
     copy = shared_programs(installed, version).parent
@@ -44,7 +44,7 @@ def share_programs(installed: Path, version: str) -> None:
 
 
 def remove_unused_programs() -> None:
-    """Remove all copies that nothing runs from, if no home of root's has data any more."""
+    """Remove all copies that no process runs from, if none of root's homes has data any more."""
     folder = ROOTS_FOLDER / _PROGRAMS
     if folder.is_dir() and [each.name for each in ROOTS_FOLDER.iterdir()] == [_PROGRAMS]:
         with _alone(folder):
@@ -52,16 +52,20 @@ def remove_unused_programs() -> None:
 
 
 def make_roots_folder() -> None:
-    """Make the folder of all that is kept for root.
+    """Create the folder of everything that is kept for root.
 
     Raises:
-        ServerFailed: it can't be made, or somebody other than root may write to it.
+        ServerFailed: it can't be created, or somebody other than root may write to it.
     """
     make_closed_folder(ROOTS_FOLDER)
 
 
 def make_closed_folder(folder: Path) -> Path:
-    """Make a folder that everybody may pass through and only root may write to, whatever the umask is."""
+    """Create a folder that everybody may read and only root may write to, regardless of the umask.
+
+    Raises:
+        ServerFailed: it can't be created, or somebody other than root may write to it.
+    """
     try:
         folder.mkdir()
         folder.chmod(0o755)
@@ -83,7 +87,7 @@ def _check_closed(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Be the only one that makes and removes copies, and clear what was left half made."""
+    """Hold the lock on the copies for the length of the block, and first remove unfinished ones."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -97,7 +101,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _remove_unused(folder: Path) -> None:
     for copy in list(folder.iterdir()):
         if not processes_from(copy):
-            # Under its own name, half a copy would be taken for a whole one; the next who is alone clears this away.
+            # Under its own name, half a copy would be taken for a whole one; the next lock holder removes this name.
             doomed = copy.with_name(f"{_STAGING}{copy.name}")
             copy.rename(doomed)
             shutil.rmtree(doomed)
@@ -120,7 +124,7 @@ def _copy(installed: Path, copy: Path) -> None:
 
 
 def _make_readable(folder: Path) -> None:
-    """Give a tree that we made modes which don't depend on the umask or on the wheel's installation."""
+    """Set the modes of a tree that we made, so that neither the umask nor the wheel's installation decides them."""
     for parent, _, files in os.walk(folder):
         os.chmod(parent, 0o755)  # noqa: S103  # nosec B103
         for file in files:

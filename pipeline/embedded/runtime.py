@@ -1,4 +1,4 @@
-"""The record of what runs for a home, `<home>/run/up.json`, and the lock that lets one supervisor in."""
+"""Record of the `up` that runs for a home, `<home>/run/up.json`, and the lock that admits one supervisor per home."""
 
 import fcntl
 import os
@@ -16,11 +16,11 @@ _LEFTOVER_GRACE_SECONDS = 60.0
 
 
 class Running(BaseModel):
-    """The `up` of a home, as other processes find it."""
+    """Record of a home's `up`, for other processes."""
 
     model_config = ConfigDict(frozen=True)
 
-    #: The home it was started for: a copied home must not claim the processes of the original.
+    #: The home it was started for, so that a copied home doesn't claim the processes of the original.
     home: Path
     supervisor_pid: int
     #: The supervisor's create time, seconds since 1970.
@@ -33,18 +33,18 @@ class Running(BaseModel):
     #: Without credentials; the user is `vectormill`.
     flower_url: str
     flower_password: str = Field(repr=False)
-    #: Ports of loopback at which children show their metrics, by their names; the api does so at its own.
+    #: Ports on loopback of the children's metrics, by the children's names; the api serves its own at its port.
     metrics_ports: dict[str, int] = Field(default_factory=dict)
-    #: Whether all children have been ready, and no stop was asked for since.
+    #: True once all children have been ready, until a stop is requested.
     ready: bool
     stopping: bool = False
-    #: What the start or the stop waits for.
+    #: Names of the things that the start or the stop waits for.
     waiting_for: tuple[str, ...] = ()
     children: tuple[ProcessMark, ...]
 
     @property
     def metrics_urls(self) -> list[str]:
-        """Where the metrics of each process are."""
+        """URLs of the metrics of all processes."""
         ports = self.metrics_ports.values()
         return [f"{self.api_url}/metrics", *(f"http://127.0.0.1:{port}/metrics" for port in ports)]
 
@@ -55,20 +55,20 @@ class Running(BaseModel):
 
 
 def write_running(running: Running) -> None:
-    """Record what runs, mode 0600: it holds the passwords."""
+    """Write the record, with mode 0600 because it holds the passwords."""
     write_private(_record(running.home), running.model_dump_json())
 
 
 def forget_running(home: Path) -> None:
-    """Remove the record: nothing runs any more."""
+    """Remove the record when nothing runs any more."""
     _record(home).unlink(missing_ok=True)
 
 
 def read_running(home: Path) -> Running | None:
-    """Return the home's record, whether or not its processes live; `None` if there is none of this home.
+    """Return the home's record, even if its processes are dead; `None` if there is no valid record of this home.
 
     Raises:
-        UserError: it isn't ours to read.
+        UserError: it can't be read.
     """
     record = _record(home)
     with naming_the_home(record):
@@ -84,17 +84,17 @@ def read_running(home: Path) -> Running | None:
 
 
 def find_running(home: Path) -> Running | None:
-    """Return the record of a supervisor that really lives."""
+    """Return the home's record if its supervisor is alive."""
     running = read_running(home)
     return running if running and find_process(running.supervisor) else None
 
 
 @contextmanager
 def hold_home(home: Path) -> Iterator[None]:
-    """Be the home's only supervisor for the length of the block.
+    """Hold the home's lock for the length of the block, as its only supervisor.
 
     Raises:
-        UserError: another one is.
+        UserError: another process holds it.
     """
     descriptor = _lock(make_folder(home / "run") / "lock", home)
     try:
@@ -111,7 +111,7 @@ def _lock(path: Path, home: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
-            make_folder(path.parent)  # whoever held it has deleted the home's data, and the lock with it
+            make_folder(path.parent)  # the last holder has deleted the home's data, and the lock with it
         except BlockingIOError:
             os.close(descriptor)
             raise UserError(f"vectormill already runs for {home}; stop it with: vectormill down") from None
@@ -119,7 +119,7 @@ def _lock(path: Path, home: Path) -> int:
 
 
 def stop_leftovers(home: Path) -> int:
-    """Stop what a dead supervisor left behind; return how many processes. The home must be held."""
+    """Stop the processes that a dead supervisor left behind, and return their number. The caller holds the home."""
     running = read_running(home)
     leftovers = [mark for mark in running.children if find_process(mark)] if running else []
     for mark in reversed(leftovers):

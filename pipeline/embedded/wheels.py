@@ -1,4 +1,4 @@
-"""Files of a wheel. The wheels' own Python code is never run."""
+"""Paths of the files of installed wheels. The wheels' own Python code is never run."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +10,7 @@ def wheel_folder(package: str, variable: str) -> Path:
     """Return the folder of an installed package.
 
     Raises:
-        ServerFailed: it isn't installed; the message names the variable that does without it.
+        ServerFailed: it isn't installed; the message names the variable to set in its place.
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -1,1 +1,1 @@
-"""The ground of every process: settings, logs, metrics, HTTP, storage, leases."""
+"""Infrastructure of every process: settings, logs, metrics, HTTP, storage, leases."""

@@ -1,4 +1,4 @@
-"""A lease kept alive by a thread while its holder works."""
+"""Lease renewal by a background thread (heartbeat) while the lease's holder works."""
 
 import threading
 from collections.abc import Callable
@@ -13,11 +13,11 @@ log = structlog.get_logger()
 
 
 class Renewal:
-    """Calls `renew` every third of a lease, from entering to leaving the `with` block.
+    """A thread that calls `renew` every third of a lease, for the length of the `with` block.
 
-    `renew` returns whether the lease still holds. A call that raises (the database is away) is tried again at the next
-    turn: whether the lease outlived the gap is for the database to say. When it doesn't hold any more, `on_lost` is
-    called.
+    `renew` returns True while the lease holds. If a call raises (the database is away), it is retried after the same
+    interval: only the database can tell if the lease outlived the gap. When the lease is lost, `on_lost` is called
+    and the renewal ends.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Renewal:
         self._renew, self._on_lost = renew, on_lost
         self._period_seconds = lease_seconds / 3
         self._stopped = threading.Event()
-        # What it logs bears what is bound here.
+        # The thread's log lines carry the context that is bound here.
         run = partial(copy_context().run, self._run)
         self._thread = threading.Thread(target=run, name="lease-renewal", daemon=True)
 
@@ -40,7 +40,7 @@ class Renewal:
         self.stop()
 
     def stop(self) -> None:
-        """Renew no more. A renewal under way may still land; it can't take back what has been given back."""
+        """Stop renewing. A renewal in progress may still arrive, but can't take back a lease that was given up."""
         self._stopped.set()
 
     def _run(self) -> None:

@@ -1,6 +1,7 @@
-"""JSON log lines on standard error: a stable event name and bound context, never a text, never a secret.
+"""Structured logs, as JSON lines on standard error: a stable event name and bound context, never a text or a secret.
 
-What libraries log comes out in the same form, with what is bound in their thread and `logger`, who says it.
+Libraries' log records are written in the same form, with the context bound in their thread and the name of their
+`logger`.
 """
 
 import logging
@@ -9,15 +10,16 @@ import sys
 import structlog
 from structlog.typing import Processor
 
-#: Of libraries only warnings come through; at debug some would show headers. Celery tells what becomes of its worker.
+#: Least level of libraries' log records: at debug, some would show headers.
 _LIBRARIES_LEVEL = logging.WARNING
+#: Libraries that log at the process' own level: Celery reports the state of its worker.
 _TALKERS = ("celery",)
-#: A line for each message, with nothing in it that says whose: `chunk_ended` does.
+#: Loggers of Celery that write a line per message without its job; `chunk_ended` says more.
 _CHATTERERS = ("celery.worker.strategy", "celery.app.trace")
 
 
 def configure_logs(level: str) -> None:
-    """Send this process's lines to standard error, one JSON object a line, from `level` up."""
+    """Write this process's logs from `level` up to standard error, as one JSON object per line."""
     number = logging.getLevelNamesMapping()[level.upper()]
     context: list[Processor] = [
         structlog.contextvars.merge_contextvars,

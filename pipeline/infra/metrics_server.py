@@ -1,5 +1,8 @@
-"""The server of a process's metrics. A worker's are those of all its processes: each writes to files of its
-own in one folder, which belongs to one run of the worker."""
+"""Metrics endpoint of a process, for Prometheus.
+
+A worker's metrics are those of all its processes together: each process writes to files of its own in one folder, which
+belongs to one run of the worker.
+"""
 
 import fcntl
 import os
@@ -23,24 +26,24 @@ from pipeline.infra import metrics
 log = structlog.get_logger()
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-#: The library reads it when it is imported: from then on values are kept in this folder.
+#: Variable that prometheus_client reads when it is imported; from then on it keeps values in this folder.
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _PREFIX = "vectormill-metrics-"
-#: In the place of the pid, in names of files that hold what the dead have counted.
+#: Stands for the pid in the names of files that hold the counts of dead processes.
 _GONE = "gone"
-#: Held for as long as the folder's worker lives.
+#: Lock file that is held for as long as the folder's worker lives.
 _LOCK = "lock"
 
 
 def page(process: metrics.Process) -> bytes:
-    """A process' metrics, as `/metrics` answers."""
+    """Return a process' metrics as `/metrics` answers them."""
     return generate_latest(process.registry)
 
 
 def serve(process: metrics.Process, host: str, port: int | None) -> None:
-    """Show this process' metrics at a port of their own, in a thread; 0 picks a free one, `None` shows nothing.
+    """Serve this process' metrics at a port of their own, in a thread; 0 picks a free port, `None` serves nothing.
 
-    A port that can't be had is logged: work goes on unwatched.
+    If the port can't be opened, that is logged, and the process works on without metrics.
     """
     if port is None:
         return
@@ -58,34 +61,34 @@ def _registry(process: metrics.Process) -> CollectorRegistry:
 
 
 def of_folder(process: metrics.Process, folder: Path) -> CollectorRegistry:
-    """What processes of one kind have written to a folder, together."""
+    """Return a registry that sums what processes of one kind have written to a folder."""
     registry = CollectorRegistry()
     registry.register(_Together(folder, process.name))
     return registry
 
 
 class _Together(Collector):
-    """What several processes of one kind have written to a folder."""
+    """Collector of the metrics that several processes of one kind have written to a folder."""
 
     def __init__(self, folder: Path, process: str) -> None:
         self._folder = folder
         self._files = MultiProcessCollector(None, str(folder))
         self._prefix = f"vectormill_{process}_"
-        #: Each scrape has a thread: none may read while another moves counts.
+        #: Each scrape has a thread of its own; none may read while another moves counts.
         self._lock = threading.Lock()
 
     def collect(self) -> Iterable[Metric]:
-        """What has been counted, and what those that live hold."""
+        """Return the counts of all processes, dead or alive, and the gauges of those that live."""
         with self._lock:
             for file in self._folder.glob("*.db"):
                 kind, _, pid = file.stem.rpartition("_")
                 if pid != _GONE and not psutil.pid_exists(int(pid)):
                     self._take_over(file, kind)
-            # Metrics without labels of other kinds of processes are in the files too, with nothing in them.
+            # The files also hold the label-free metrics of other kinds of processes, which are empty.
             return [found for found in self._files.collect() if found.name.startswith(self._prefix)]
 
     def _take_over(self, file: Path, kind: str) -> None:
-        """Add a dead process' counts to those of the dead before it. What it held, it holds no longer."""
+        """Add a dead process' counts to those of earlier dead processes, and drop its gauges."""
         if file.stat().st_size and not kind.startswith("gauge"):
             counts = list(MmapedDict.read_all_values_from_file(file))
             whole = MmapedDict(str(self._folder / f"{kind}_{_GONE}.db"))
@@ -96,15 +99,17 @@ class _Together(Collector):
 
 
 def make_folder() -> Path:
-    """Make a folder for this process and what it becomes, which is marked as used until it ends. What workers that
-    were killed have left is removed."""
+    """Create a folder, locked until this process ends, also if it becomes another program (exec).
+
+    Folders that killed workers have left behind are removed.
+    """
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):
             _remove_if_left(left)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    # Seen only when it is held.
+    # Others see the lock file only once it is held.
     (folder / ".lock").rename(folder / _LOCK)
     os.set_inheritable(lock, True)
     return folder
@@ -122,6 +127,6 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def remove_folder() -> None:
-    """The worker ends."""
+    """Delete the folder when the worker ends."""
     if folder := os.environ.get(FOLDER_VARIABLE):
         shutil.rmtree(folder, ignore_errors=True)

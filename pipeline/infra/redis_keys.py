@@ -1,4 +1,4 @@
-"""Keys of Redis that others have written to: how that shows, and how a queue begins anew."""
+"""Detection and repair of Redis keys that hold the wrong type because another program has written to them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +10,15 @@ log = structlog.get_logger()
 
 
 def is_of_another_type(answer: Any) -> bool:
-    """Whether Redis answers that a key holds something else than is asked for."""
+    """Return True if Redis answers that a key holds another type than the command needs."""
     return isinstance(answer, redis.ResponseError) and "WRONGTYPE" in str(answer)
 
 
 def is_spoiled(error: BaseException | None) -> bool:
-    """Whether a script failed for what it found. Troubles of Redis' own have a class or a code: MISCONF, NOREPLICAS."""
+    """Return True if a script failed because of the data that it found.
+
+    Faults of Redis itself have an exception class or a code of their own, such as MISCONF or NOREPLICAS.
+    """
     if type(error) is not redis.ResponseError:
         return False
     code = str(error).partition(" ")[0]
@@ -23,7 +26,7 @@ def is_spoiled(error: BaseException | None) -> bool:
 
 
 def make_anew(client: "redis.Redis", types: Mapping[str, str]) -> None:
-    """Remove what stands under a key of Celery's and isn't of the key's type, or no message would come any more."""
+    """Delete those of Celery's keys that hold another type than `types` says: no message would arrive otherwise."""
     for key, wanted in types.items():
         found: Any = client.type(key)
         if found not in (wanted.encode(), b"none"):

@@ -1,4 +1,4 @@
-"""The environment's only reader. Nothing is read when this module is imported."""
+"""Settings from environment variables, which only this module reads, and only when it is asked to."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from pipeline.core.errors import UserError
 
 #: The share of a device's memory that loaded models may take.
 MODELS_SHARE = 0.8
-#: A loaded model takes its weights and about as much again for the widest batch, within reason.
+#: A loaded model takes about its weights' size again for the widest batch.
 ROOM_FACTOR = 2
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -23,45 +23,45 @@ _MIB = 1024 * 1024
 
 
 class Settings(BaseSettings):
-    """Everything that an operator can set, as `VECTORMILL_<NAME>`. Bounds stand in the fields."""
+    """Everything that an operator can set, as `VECTORMILL_<NAME>`. Each field has its bounds."""
 
     model_config = SettingsConfigDict(env_prefix="VECTORMILL_", frozen=True, extra="ignore")
 
     #: Postgres with pgvector, as `postgresql://…`. Unset: the embedded server.
     database_url: SecretStr | None = None
-    #: Certificates (PEM) of authorities that a Redis at `rediss://…` may be known by, besides the system's.
+    #: Certificates (PEM) of authorities that are trusted for a Redis at `rediss://…`, besides the system's.
     redis_ca: Path | None = None
     #: Redis or Valkey, as `redis://…`. Unset: the embedded server.
     redis_url: SecretStr | None = None
-    #: What queries of `vectormill.submit`, the function, run as: a login in Postgres that may read what they select
-    #: from, and nothing else. Unset: the embedded server's own; without one, requests are refused.
+    #: Login that runs the queries of the SQL function `vectormill.submit`: a role in Postgres that may read what they
+    #: select from, and nothing else. Unset: the embedded server's own; without one, requests are refused.
     sql_url: SecretStr | None = None
-    #: The most that such a query may take, from its beginning to its last row: it holds one of two places.
+    #: Time limit of such a query, from its start to its last row; only two run at a time.
     sql_seconds: float = Field(default=3600, ge=1, le=7 * 86_400)
-    #: Where embedded servers, logs and the demo keep their files.
+    #: Folder of the embedded servers, logs and the demo.
     home: Path = _CHECKOUT / ".vectormill"
 
-    #: How long a claim holds without renewal; it is renewed every third of this.
+    #: Lifetime of a claim without renewal; it is renewed every third of this.
     lease_seconds: float = Field(default=30, ge=1, le=3600)
-    #: The work that one chunk should be, at the model's measured rate on one slot.
+    #: Target duration of a chunk, at the model's measured rate on one slot.
     chunk_seconds: float = Field(default=10, gt=0, le=600)
     #: The most items in a chunk, whatever their size.
     chunk_items: int = Field(default=10_000, ge=1, le=100_000)
-    #: The most text in a chunk: bounds a worker's memory.
+    #: The most text in a chunk, which bounds a worker's memory.
     chunk_bytes: int = Field(default=16 * _MIB, ge=1024, le=256 * _MIB)
-    #: A longer text becomes a reject, `too_large`.
+    #: The longest text; a longer one becomes a reject, `too_large`.
     item_bytes: int = Field(default=1 * _MIB, ge=1, le=64 * _MIB)
-    #: How long item texts are kept after a job's end.
+    #: Retention of item texts after a job's end.
     text_retention_days: float = Field(default=7, ge=0)
 
     #: Flower's address and port; 0 picks a free one.
     flower_host: str = "127.0.0.1"
     flower_port: int = Field(default=5555, ge=0, le=65535)
-    #: Flower's password for the user `vectormill`. Unset: one is made for each `up`.
+    #: Flower's password for the user `vectormill`. Unset: `up` makes one each time it starts.
     flower_password: SecretStr | None = None
-    #: Where Flower is, as a browser reaches it. Unset: where `up` runs it, if it does.
+    #: URL of Flower for a browser. Unset: the one of `up`, if `up` runs it.
     flower_url: str | None = None
-    #: Flower's own settings.
+    #: File of Flower's own settings.
     flower_config: Path = _CHECKOUT / "ops" / "flower" / "flowerconfig.py"
     #: The api's address and port; 0 picks a free one.
     api_host: str = "127.0.0.1"
@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     #: The largest body of a request, and of one that uploads a corpus.
     api_body_bytes: int = Field(default=16 * _MIB, ge=1024, le=1024 * _MIB)
     api_upload_bytes: int = Field(default=1024 * _MIB, ge=1024, le=1024 * 1024 * _MIB)
-    #: The longest that a client may take to send a body, whatever its size; by the least rate, 16 KiB/s, it is less.
+    #: Timeout of a body of any size; a body must also arrive at 16 KiB/s or more.
     api_upload_seconds: float = Field(default=3600, ge=1, le=7 * 86_400)
     #: Folders and URIs, comma-separated, below which jobs made through the api may read and write; empty: none.
     api_sources: Annotated[tuple[str, ...], NoDecode] = ()
@@ -79,33 +79,33 @@ class Settings(BaseSettings):
     api_origins: Annotated[tuple[str, ...], NoDecode] = ()
     #: Folder or URI of the files of batch requests, for the api and the dispatcher alike. Unset: below the home.
     files: str | None = Field(default=None, min_length=1)
-    #: How long those live that aren't made to live otherwise; output files live as long as their batch request says.
+    #: Retention of such files by default; a batch request may set another one for its output files.
     file_days: float = Field(default=30, gt=0, le=3650)
     #: The most lines of a batch request, and the largest file.
     batch_lines: int = Field(default=50_000, ge=1, le=1_000_000)
     batch_bytes: int = Field(default=200 * _MIB, ge=1024, le=1024 * 1024 * _MIB)
-    #: An api that commands on jobs go to instead of the database, and a key of it.
+    #: URL of an api that runs commands on jobs in place of direct access to the database, and an API key for it.
     api_url: str | None = Field(default=None, pattern="^https?://")
     api_key: SecretStr | None = None
-    #: What engines and apis share, so that no one else may use an engine: 16 characters or more. An engine that listens
-    #: beyond this machine must have one; `up` makes one.
+    #: Secret that engines and apis share, so that nobody else can use an engine: 16 characters or more. An engine that
+    #: listens beyond this machine must have one; `up` makes one.
     engine_secret: SecretStr | None = Field(default=None, min_length=16)
     #: An engine's address, as the api reaches it.
     engine_host: str = "127.0.0.1"
     engine_port: int = Field(default=0, ge=0, le=65535)
-    #: How long a request may wait in an engine for others, at the rates that its models have there; one that would
+    #: The longest wait of a request in an engine's queue, estimated from its models' rates there; a request that would
     #: wait longer is refused at once.
     engine_queue_seconds: float = Field(default=120, gt=0, le=3600)
-    #: How long an upstream gateway may take to answer a request.
+    #: Timeout of a request to an upstream.
     gateway_seconds: float = Field(default=60, ge=1, le=600)
-    #: Requests of one chunk that are under way at a time.
+    #: Concurrent requests per chunk.
     gateway_in_flight: int = Field(default=4, ge=1, le=64)
-    #: Addresses, comma-separated, below which webhooks may be; empty: none.
+    #: Allowlist of webhooks: URLs, comma-separated, below which they may be; empty: none.
     webhooks: Annotated[tuple[str, ...], NoDecode] = ()
-    #: Signs what webhooks are told: `whsec_` and base64 of 24 to 64 bytes. Several, with spaces between, all sign: so
-    #: receivers can change from one to the next.
+    #: Signing key of webhook events: `whsec_` and base64 of 24 to 64 bytes. Several, separated by spaces, sign every
+    #: event, so that receivers can change from one to the next.
     webhook_secret: SecretStr | None = None
-    #: Where dispatchers and workers show their metrics, for one that scrapes. Unset: nowhere; 0 picks a free port.
+    #: Address of the metrics of dispatchers and workers. Unset port: no metrics are served; 0 picks a free port.
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
@@ -140,11 +140,11 @@ class Settings(BaseSettings):
     def _check_redis_ca(cls, value: Path | None) -> Path | None:
         if value is None:
             return None
-        if not value.is_absolute():  # some processes change their folder
+        if not value.is_absolute():  # some processes change their working folder
             raise ValueError("name a file by its whole path")
         try:
             ssl.create_default_context(cafile=value)
-        except OSError as error:  # what is no certificate is an OSError, too
+        except OSError as error:  # also raised for a file that isn't a certificate
             raise ValueError("name a file of certificates in PEM that can be read") from error
         return value
 
@@ -169,7 +169,7 @@ class Settings(BaseSettings):
 
     @property
     def files_folder(self) -> str:
-        """Where the files of batch requests are."""
+        """Folder or URI of the files of batch requests."""
         return self.files or str(self.home / "files")
 
     @field_validator("home", "flower_config", mode="after")
@@ -179,8 +179,10 @@ class Settings(BaseSettings):
 
 
 def verifying(redis_url: str, ca: Path | None = None) -> str:
-    """A Redis' URL that every client takes to mean: with TLS, verify the certificate and its name. What the URL itself
-    says of that stands."""
+    """Return a Redis URL that makes every client verify the certificate and its name, if the URL uses TLS.
+
+    Options that the URL already has are kept. `ca`: a file of trusted authorities.
+    """
     parts = urlsplit(redis_url)
     if parts.scheme != "rediss":
         return redis_url
@@ -192,13 +194,19 @@ def verifying(redis_url: str, ca: Path | None = None) -> str:
 
 
 def engine_authorization(secret: SecretStr | None) -> str:
-    """The header by which an engine knows an api: of the secret it is a digest, that any header can carry."""
+    """Return the `Authorization` header by which an engine recognises an api, or "" without a secret.
+
+    It holds a digest of the secret, which a header can carry whatever characters the secret has.
+    """
     return f"Bearer {hashlib.sha256(secret.get_secret_value().encode()).hexdigest()}" if secret else ""
 
 
 def read_secret(variable: str) -> str | None:
-    """What a variable holds, or, under the same name with `_FILE` after it, the file that it names; read anew each
-    time, so that a file may change. `None`: neither is set, or the file is empty or can't be read."""
+    """Return a secret from an environment variable, or from the file that the variable with the suffix `_FILE` names.
+
+    It is read again each time, so that the file may change. `None`: neither is set, or the file is empty or can't be
+    read.
+    """
     if path := os.environ.get(f"{variable}_FILE"):
         try:
             value = Path(path).read_text(encoding="utf-8")
@@ -210,13 +218,13 @@ def read_secret(variable: str) -> str | None:
 
 
 def read_key(variable: str) -> str | None:
-    """A gateway's key, read as `read_secret` does. `None`: there is none, or none that a header can carry."""
+    """Return an upstream's API key, read as by `read_secret`. `None`: there is none that a header can carry."""
     key = read_secret(variable)
     return key if key and key.isascii() and key.isprintable() else None
 
 
 def load_settings() -> Settings:
-    """Read the environment.
+    """Read the settings from the environment.
 
     Raises:
         UserError: a variable's value is out of bounds; the message names the variable.
@@ -229,7 +237,7 @@ def load_settings() -> Settings:
         raise UserError(f"{variable}: {first['msg'].lower()}.") from None
 
 
-#: Settings that may stand in a file, which the variable with `_FILE` after its name points to.
+#: Settings that may be kept in a file, to which the variable with the suffix `_FILE` points.
 _SECRETS = ("database_url", "redis_url", "sql_url", "flower_password", "webhook_secret", "engine_secret")
 
 
@@ -238,7 +246,7 @@ def _secrets_in_files() -> dict[str, Any]:
     for name in _SECRETS:
         variable = f"VECTORMILL_{name.upper()}"
         if path := os.environ.get(f"{variable}_FILE"):
-            # Some processes change their folder.
+            # Some processes change their working folder.
             found[name] = read_secret(variable) if Path(path).is_absolute() else None
             if found[name] is None:
                 raise UserError(f"{variable}_FILE: name a file by its whole path; it must be readable and not empty.")

@@ -1,1 +1,1 @@
-"""A request becomes a job: its corpus becomes items and chunks."""
+"""Ingestion: a request becomes a job, and its corpus becomes items and chunks."""

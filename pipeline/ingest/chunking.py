@@ -1,4 +1,4 @@
-"""Chunking of a corpus, and of texts for a gateway into requests. Pure: lengths in, ranges out."""
+"""Chunking of a corpus, and batching of texts into requests to a gateway. Pure: lengths in, ranges out."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _SPECIAL_TOKENS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a chunk may hold at most; a single item may be more."""
+    """Size limits of a chunk; a single item may exceed them."""
 
     tokens: int
     items: int
@@ -25,7 +25,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Consecutive items that make a chunk."""
+    """Range of consecutive items that makes a chunk."""
 
     first_index: int
     items: int
@@ -33,12 +33,12 @@ class Range:
 
 
 def chunk_tokens(chunk_seconds: float, tokens_per_second: float) -> int:
-    """The tokens that one slot embeds in `chunk_seconds`."""
+    """Return the number of tokens that one slot embeds in `chunk_seconds`."""
     return max(1, round(chunk_seconds * tokens_per_second))
 
 
 def estimate_tokens(sizes: npt.NDArray[np.int64], max_item_tokens: int | None) -> npt.NDArray[np.int64]:
-    """Tokens that texts of so many bytes will be read as; 0 bytes stand for a reject and cost nothing."""
+    """Estimate the tokens of texts from their sizes in bytes; a size of 0 stands for a reject and costs nothing."""
     estimate = sizes // _BYTES_PER_TOKEN + _SPECIAL_TOKENS
     if max_item_tokens is not None:
         estimate = np.minimum(estimate, max_item_tokens)
@@ -48,8 +48,8 @@ def estimate_tokens(sizes: npt.NDArray[np.int64], max_item_tokens: int | None) -
 def request_batches(
     lengths: npt.NDArray[np.int32], most_tokens: float, most_items: float
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Positions of the texts of each request to a gateway, in order: together at most `most_tokens`, unless one text
-    alone has more."""
+    """Yield the positions of the texts of each request to a gateway, in order. A request has at most `most_items` texts
+    and `most_tokens` tokens, unless one text alone has more."""
     start = tokens = 0
     for at, length in enumerate(lengths.tolist()):
         if at > start and (tokens + length > most_tokens or at - start == most_items):
@@ -62,7 +62,7 @@ def request_batches(
 
 #: Grains in a full chunk.
 _GRAINS = 8
-#: Grains whose chunks are left open until the end is known.
+#: Grains that stay unassigned until the end of the corpus is known.
 _HELD_BACK = 24
 
 
@@ -76,10 +76,10 @@ class _Load(NamedTuple):
 
 
 class Planner:
-    """Cuts a stream of items into chunks.
+    """Planner that cuts a stream of items into chunks.
 
-    Items are cut greedily into grains of an eighth of a chunk, and grains joined into chunks. The last grains become
-    ever smaller chunks, so that the slots that work on a job end at about the same time. No chunk goes across a
+    Items are cut greedily into grains of an eighth of a chunk, and grains are joined into chunks. The last grains make
+    ever smaller chunks, so that the slots that work on a job finish at about the same time. No chunk crosses a
     `break_off`.
     """
 
@@ -90,11 +90,11 @@ class Planner:
         self._grains: deque[_Load] = deque()
         self._first = 0
         self._added = 0
-        #: Indexes at which a chunk must begin, of grains that are still held.
+        #: Indexes at which a chunk must begin, among the grains still held.
         self._breaks: deque[int] = deque()
 
     def add(self, tokens: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Iterator[Range]:
-        """Take the next items, by estimated tokens and bytes; yield the chunks that are certain by now."""
+        """Add the next items, by estimated tokens and bytes; yield the chunks that are final by now."""
         self._added += len(tokens)
         for grain in self._cut(tokens, sizes):
             self._grains.append(grain)
@@ -102,7 +102,7 @@ class Planner:
                 yield self._join(_GRAINS)
 
     def break_off(self) -> Iterator[Range]:
-        """Begin a new chunk with the next item: it stands in another file. Yield the chunks that are certain by now."""
+        """Begin a new chunk with the next item, which is in another file. Yield the chunks that are final by now."""
         self._close()
         self._breaks.append(self._added)
         while len(self._grains) > _HELD_BACK:
@@ -114,18 +114,18 @@ class Planner:
             self._open = _Load(0, 0, 0)
 
     def finish(self) -> Iterator[Range]:
-        """Yield the rest, each chunk a quarter of what is left."""
+        """Yield the remaining chunks, each with a quarter of the grains left, at most a full chunk."""
         self._close()
         while self._grains:
             yield self._join(min(_GRAINS, len(self._grains) // 4))
 
     def _cut(self, tokens: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Iterator[_Load]:
-        """The grains that these items complete: each ends before the item that would exceed a limit."""
+        """Yield the grains that these items complete; each ends before the item that would exceed a limit."""
         sums = (np.cumsum(tokens), np.cumsum(sizes), np.arange(1, len(tokens) + 1))
         done = 0
         while done < len(tokens):
             before = [int(total[done - 1]) if done else 0 for total in sums]
-            # The first position at which each sum, counted from `done`, would exceed what its limit leaves.
+            # The first position at which a sum, counted from `done`, would exceed the rest of its limit.
             cut = min(
                 int(np.searchsorted(total, limit - held + start, side="right"))
                 for total, limit, held, start in zip(sums, self._grain, self._open, before, strict=True)
@@ -141,7 +141,7 @@ class Planner:
                 self._open = _Load(0, 0, 0)
 
     def _join(self, most: int) -> Range:
-        """A chunk of the next grains: at least one, at most `most`, within the limits."""
+        """Join the next grains into a chunk: at least one, at most `most`, within the limits."""
         joined = self._grains.popleft()
         while self._breaks and self._breaks[0] <= self._first:
             self._breaks.popleft()

@@ -1,4 +1,4 @@
-"""Estimate of what a job would take, from a sample of its texts. Nothing is written."""
+"""Cost estimate of a job, from a sample of its texts. Nothing is written."""
 
 import hashlib
 import random
@@ -18,34 +18,34 @@ from pipeline.sources.by_reference import read_extent
 
 T = TypeVar("T")
 
-#: Texts that are read by the tokeniser.
+#: Number of texts that are tokenised.
 _SAMPLE = 2_000
 #: Consecutive rows of a file that are sampled together.
 _RUN = 50
-#: Rows whose texts are compared, to find duplicates.
+#: Most rows whose texts are compared to find duplicates.
 _COMPARED = 5_000_000
-#: 95 % of a normal distribution lie within so many standard deviations.
+#: 95 % of a normal distribution lie within this many standard deviations.
 _DEVIATIONS = 1.96
 _PAGE_BYTES = 8_192
-#: A longer row's vector is stored out of line by Postgres, in pieces of so many bytes.
+#: Longest row stored inline by Postgres, in bytes, and the size of the out-of-line (TOAST) pieces of a longer one.
 _INLINE_BYTES, _PIECE_BYTES = 2_032, 1_996
 
-#: Counts tokens: texts and the most tokens of a text → (tokens of each, whether it was cut).
+#: Token counter: texts and the most tokens of a text → (tokens of each, True where it was truncated).
 Tokenise = Callable[[Sequence[str], int | None], tuple[Sequence[int], Sequence[bool]]]
 
 
 @dataclass(slots=True)
 class _Reservoir(Generic[T]):
-    """A uniform sample of a stream."""
+    """Reservoir sampling: a uniform sample of a stream."""
 
     size: int
     kept: list[T] = field(default_factory=list)
     seen: int = 0
-    #: Always the same one, so that an estimate repeats.
+    #: Seeded, so that an estimate is reproducible.
     choose: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311  # nosec B311
 
     def offer(self, value: T) -> None:
-        """Let one more pass by."""
+        """Offer the stream's next value to the sample."""
         self.seen += 1
         if len(self.kept) < self.size:
             self.kept.append(value)
@@ -55,30 +55,30 @@ class _Reservoir(Generic[T]):
 
 @dataclass(slots=True)
 class _Sample:
-    """What was seen of a corpus."""
+    """Counts and sampled texts of a corpus."""
 
     items: int = 0
-    #: Of all items, or, by reference, of those read.
+    #: Rejects among all items, or, by reference, among those read.
     rejected: int = 0
     read: int = 0
     texts: list[bytes] = field(default_factory=list)
     key_bytes: int = 0
-    #: Rows compared, and how many different texts they have.
+    #: Rows compared, and the number of different texts among them.
     compared: int = 0
     different: int = 0
 
 
 def estimate(corpus: Source, model: Model, options: JobOptions, slots: int, tokenise: Tokenise) -> dict[str, Any]:
-    """Items, tokens with an interval of 95 %, duplicates, truncation, time and size of a job that isn't submitted.
+    """Estimate a job without submitting it: items, tokens (95 % interval), duplicates, truncation, time and size.
 
     Args:
-        corpus: what would be embedded; read whole, or by reference only where rows are, and a few of them.
-        model: by which model.
-        options: with which options.
-        slots: that would work on it; 0: one is assumed.
+        corpus: the texts to embed; read whole, or, by reference, only located, with a few rows read.
+        model: the model that would embed them.
+        options: the job's options.
+        slots: the number of slots that would work on it; 0 counts as one.
         tokenise: counts tokens as the model reads them.
 
-    Raises: as submitting would.
+    Raises: the errors that submitting would raise.
     """
     check(options, corpus, model)
     by_reference = options.by_reference and isinstance(corpus, Corpus)
@@ -113,7 +113,7 @@ def estimate(corpus: Source, model: Model, options: JobOptions, slots: int, toke
 
 
 def _sample_rows(corpus: Source) -> _Sample:
-    """Read every row; count all, and keep a few texts."""
+    """Read every row, count all, and keep a few texts."""
     sample = _Sample()
     chosen: _Reservoir[bytes] = _Reservoir(_SAMPLE)
     hashes: set[int] = set()
@@ -134,7 +134,7 @@ def _sample_rows(corpus: Source) -> _Sample:
 
 
 def _sample_files(corpus: Corpus) -> _Sample:
-    """Count rows where they are, and read a few runs of them."""
+    """Count rows by their places in the files, and read a few runs of them."""
     sample = _Sample()
     chosen: _Reservoir[tuple[Extent, int]] = _Reservoir(_SAMPLE // _RUN)
     for extent, count in _runs(corpus):
@@ -160,7 +160,7 @@ def _runs(corpus: Corpus) -> Iterator[tuple[Extent, int]]:
 
 
 def _bytes(sample: _Sample, good: int, options: JobOptions, dimensions: int, *, by_reference: bool) -> dict[str, int]:
-    """What the job would take in Postgres and in Parquet."""
+    """Return the bytes that the job would take in Postgres and in Parquet."""
     vector = dimensions * options.dtype.element_bytes
     text = sum(map(len, sample.texts)) // max(1, len(sample.texts))
     postgres = 0 if by_reference else sample.items * (text + sample.key_bytes + 90)
@@ -170,7 +170,7 @@ def _bytes(sample: _Sample, good: int, options: JobOptions, dimensions: int, *, 
 
 
 def _row_bytes(vector: int, key: int) -> int:
-    """An embedding's row, with its part of the index, and of the pages that it doesn't fill."""
+    """Return the bytes of an embedding's row, with its share of the index and of unfilled pages."""
     index = 45
     row = 24 + 45 + key + vector + 8
     if row <= _INLINE_BYTES:

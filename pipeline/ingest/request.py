@@ -1,4 +1,4 @@
-"""The request for a job, checked as far as it can be without a look at the corpus."""
+"""Validation of a request for a job, as far as possible without reading the corpus."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +10,12 @@ from pipeline.core.errors import UserError
 from pipeline.core.options import MOST_COLUMNS, Address, JobOptions, Word
 
 _MOST_SOURCES = 1_000
-#: Clients and proxies take these for a way up, however they are written.
+#: Clients and proxies resolve these as relative path segments, however they are escaped.
 _UNADDRESSABLE = (".", "..")
 
 
 class JobRequest(JobOptions):
-    """A job to make."""
+    """Request for a new job."""
 
     model: Word = Field(description="The model, by name or alias.")
     name: Word | None = Field(default=None, description="The job's name. Default: the first source's.")
@@ -36,7 +36,7 @@ class JobRequest(JobOptions):
 
 
 _AT_THE_DATABASE = "only vectormill submit takes it, with VECTORMILL_DATABASE_URL set"
-#: Of `vectormill submit`, and no fields of what is sent: what to do instead.
+#: Options of `vectormill submit` that aren't fields of a request over HTTP → advice on the alternative.
 ELSEWHERE = {
     **dict.fromkeys(("from", "query", "into", "hnsw", "allow_empty", "dry_run"), _AT_THE_DATABASE),
     "by_value": "it is what happens without by_reference; leave it out",
@@ -48,7 +48,7 @@ ELSEWHERE = {
 
 
 def read_sent(fields: Mapping[str, Any]) -> JobRequest:
-    """A request as it was sent to a door that has no hand on the database.
+    """Validate a request that was sent over HTTP, where options that need the database itself are refused.
 
     Raises: as `read_request`.
     """
@@ -58,7 +58,7 @@ def read_sent(fields: Mapping[str, Any]) -> JobRequest:
 
 
 def read_request(fields: Mapping[str, Any]) -> JobRequest:
-    """A request as a command's options say.
+    """Validate a request given as fields, such as a command's options.
 
     Raises:
         UserError: a field is missing, unknown or wrong; the message names it.
@@ -75,7 +75,7 @@ def read_request(fields: Mapping[str, Any]) -> JobRequest:
 
 
 def default_name(source: str) -> str:
-    """A job's name from its first source: the file's name without its endings, or the folder that a glob begins in."""
+    """Return a job's name from its first source: a file name without extensions, or the folder where a glob begins."""
     if source == "-":
         return "stdin"
     plain = (part for part in reversed(Path(source).parts) if not any(sign in part for sign in "*?["))

@@ -1,6 +1,8 @@
-"""Jobs that are asked for in SQL: a request becomes a job over its query's rows. The query runs on a connection of its
-own, whose login has the rights that the operator gave it: on the pipeline's own connection a query could take back any
-role that was set for it."""
+"""Jobs requested in SQL: a request becomes a job over its query's rows.
+
+The query runs on a connection of its own, whose login has only the rights that the operator gave it: on the pipeline's
+own connection, a query could reset any role that was set for it.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -39,13 +41,13 @@ from pipeline.webhooks.events import request_ended
 
 log = structlog.get_logger()
 
-#: How long a request waits for a database that can't be reached, from when it first couldn't after its last rows.
+#: Time limit for reaching a request's database, from the first failure after its last rows came.
 _PATIENCE_SECONDS = 900.0
 _MOST_MESSAGE = 2_000
 
 
 def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
-    """Make a job of a request, or say in it why not. Doing it twice, or at once with others, makes one job.
+    """Make a job of a request, or record in the request why not. Idempotent: repeated or concurrent calls make one job.
 
     Raises:
         ServiceUnreachable: the query's database can't be reached for now; the request waits.
@@ -57,7 +59,7 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
     came: list[int] = []
     try:
         submit(engine, replace(_submission(engine, settings, row), on_items=came.append))
-    except LeaseLost:  # somebody else has taken it over, or has cancelled it
+    except LeaseLost:  # another dispatcher has taken it over, or it was cancelled
         _heed_cancel(engine, job_id)
     except ServiceUnreachable as error:
         with engine.begin() as connection:
@@ -67,7 +69,7 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
         _fail(engine, row, RequestReason.SOURCE_UNREACHABLE, error)
     except UserError as error:
         _fail(engine, row, _reason(error), error)
-    except DBAPIError:  # ours, not the query's
+    except DBAPIError:  # from our own database, not the query's
         raise
     except Exception as error:
         _fail(engine, row, RequestReason.QUERY_REFUSED, error)
@@ -79,12 +81,12 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
 
 
 def _heed_cancel(engine: Engine, job_id: UUID) -> None:
-    """Leave nothing of a request that was cancelled while a job was made of it."""
+    """Undo or cancel the job of a request that was cancelled while the job was being made."""
     with engine.begin() as connection:
         row, job = sql_requests.read(connection, job_id), jobs.by_id(connection, job_id)
         if row is None or job is None or row["state"] != RequestState.CANCELLED:
             return
-        if job.state in (JobState.QUEUED, JobState.RUNNING):  # one that had failed, and was tried again just then
+        if job.state in (JobState.QUEUED, JobState.RUNNING):  # a failed job that was resumed at that moment
             control.cancel(connection, job_id)
     if job.state == JobState.STAGING:
         staging.undo(engine, Producer.of(job))
@@ -119,7 +121,7 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
         options=wish,
         priority=wish.priority,
         labels=wish.labels,
-        # A key of its own lets another dispatcher go on where one died.
+        # The default key lets another dispatcher take over if this one dies.
         idempotency_key=row["idempotency_key"] or f"sql {row['job_id']}",
         job_id=row["job_id"],
         on_queue=_end_submitted,
@@ -128,12 +130,12 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
 
 
 def _end_submitted(connection: Connection, job_id: UUID) -> None:
-    """In the transaction that queues the job, so that what is cancelled never runs."""
+    """Mark the request as submitted, in the transaction that queues the job: a cancelled request never runs."""
     if not sql_requests.end_submitted(connection, job_id):
         raise LeaseLost("the request was cancelled meanwhile.")
 
 
-#: What the function takes as arguments, and what only files have.
+#: Arguments of the SQL function, and options that only files have.
 _ARGUMENTS = ("model", "name", "text_column", "key_column")
 _OF_FILES = ("sources", "quote", "delimiter", "by_reference", "output")
 _OPTIONS = [name for name in JobRequest.model_fields if name not in {*_ARGUMENTS, *_OF_FILES, *ELSEWHERE}]
@@ -177,6 +179,6 @@ def _fail(engine: Engine, row: RowMapping, reason: RequestReason, error: Excepti
 
 
 def _short(error: Exception) -> str:
-    if not isinstance(error, VectormillError):  # it may quote what the query returned
+    if not isinstance(error, VectormillError):  # its text may quote rows of the query
         return f"a row can't be read ({type(error).__name__})."
     return str(error)[:_MOST_MESSAGE]

@@ -1,4 +1,4 @@
-"""A corpus becomes a job: items copied in bounded commits, chunks planned, queued in one short last transaction."""
+"""Staging of a job from a corpus: copy items in bounded commits, plan chunks, queue in one short last transaction."""
 
 from bisect import bisect_left
 from collections import deque
@@ -35,7 +35,7 @@ _DELETE_ITEMS = 20_000
 
 
 class Staging:
-    """One producer's way from `staging` to `queued`."""
+    """Work of one producer that takes a job from `staging` to `queued`."""
 
     def __init__(self, engine: Engine, submission: Submission, producer: Producer) -> None:
         self._engine, self._submission, self._producer = engine, submission, producer
@@ -47,7 +47,7 @@ class Staging:
         self._planner = Planner(Limits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes))
         self._lease_seconds = planning.lease_seconds
         self._items = self._chunks = self._rejects = self._keyless = 0
-        #: Items that the last commit has written down.
+        #: Items recorded by the last commit.
         self._committed = 0
         #: Indexes of rejects in items that no chunk covers yet.
         self._rejected_at: list[int] = []
@@ -62,13 +62,13 @@ class Staging:
         return found
 
     def run(self) -> list[str]:
-        """Stage and queue, or undo. Returns what the sender should know though nothing is refused."""
+        """Stage and queue the job, or undo it. Return notices for the sender, none of which is an error."""
         try:
             with Renewal(self._renew, self._lease_seconds, self._submission.on_lost):
                 self._stage()
         except BaseException as error:
             undo(self._engine, self._producer)
-            # The answer to the last COMMIT may have been lost, and the commit not.
+            # The reply to the last COMMIT may be lost although the commit succeeded.
             if not (isinstance(error, DBAPIError) and is_connection_lost(error) and self._is_queued()):
                 raise
         return self._notices()
@@ -96,10 +96,10 @@ class Staging:
         self._queue()
 
     def _copy_rows(self, corpus: Source) -> None:
-        # No transaction is open while blocks are read: a stream may take its time.
+        # No transaction is open while blocks are read: a stream may be slow.
         for blocks in _gathered(corpus.blocks()):
             with self._engine.begin() as connection:
-                # The last transaction is flushed to disk, and all before it with it; a crash loses a staging anyway.
+                # The last transaction's flush covers all before it, and a crash loses a staging anyway.
                 flush_later(connection)
                 self._hold(connection)
                 self._copy(connection, blocks)
@@ -174,7 +174,7 @@ class Staging:
         chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, planned)))
 
     def _new_chunk(self, chunk: Range) -> chunks.NewChunk:
-        """The next chunk, with what was rejected in it, or where its rows stand; both are forgotten with that."""
+        """Return the next chunk, with its number of rejects or the extent of its rows, and drop both from memory."""
         rejected = bisect_left(self._rejected_at, chunk.first_index + chunk.items)
         del self._rejected_at[:rejected]
         input_ordinal, extent = self._spots.extent(chunk)
@@ -212,7 +212,7 @@ class Staging:
                 notices=self._notices(),
             )
             if limit is not None and limit < self._rejects < self._items:
-                # Before any chunk can be claimed: nobody pays for, or reads, a part of what fails anyway.
+                # Before any chunk can be claimed: nobody pays for, or reads, a part of a job that fails anyway.
                 control.fail(connection, self._job_id, Reason.TOO_MANY_REJECTS, control.too_many(self._rejects, limit))
             self._submission.on_queue(connection, self._job_id)
 
@@ -231,17 +231,17 @@ class Staging:
 
 
 class _Spots:
-    """Where the rows of files are, until a chunk holds them. Empty where items are copied."""
+    """Places of file rows that no chunk covers yet. Empty when items are copied."""
 
     def __init__(self) -> None:
         self._held: deque[tuple[int, int, SourceFile, Places]] = deque()
 
     def add(self, first_index: int, ordinal: int, file: SourceFile, places: Places) -> None:
-        """Hold the places of the next rows, of the job's input `ordinal`."""
+        """Hold the places of the next rows, which belong to the job's input `ordinal`."""
         self._held.append((first_index, ordinal, file, places))
 
     def extent(self, chunk: Range) -> tuple[int, Extent] | tuple[None, None]:
-        """A chunk's input and extent; what lies before the chunk is dropped."""
+        """Return a chunk's input and extent, and drop the places before the chunk."""
         if not self._held:
             return None, None
         while self._held[0][0] + len(self._held[0][3].sizes) <= chunk.first_index:
@@ -253,7 +253,7 @@ class _Spots:
 
 
 def _gathered(blocks: Iterator[Rows]) -> Iterator[list[Rows]]:
-    """Blocks as they are committed together: many rows to a COPY, bounded in rows, bytes and time."""
+    """Yield the blocks to commit together: many rows per COPY, bounded in rows, bytes and time."""
     gathered: list[Rows] = []
     rows = size = 0
     since = monotonic()
@@ -269,7 +269,7 @@ def _gathered(blocks: Iterator[Rows]) -> Iterator[list[Rows]]:
 
 
 def undo(engine: Engine, producer: Producer) -> None:
-    """Forget a submission that didn't end, items first, in bounded transactions."""
+    """Delete a submission that didn't finish, items first, in bounded transactions."""
     job_id = producer.job_id
     with engine.begin() as connection:
         row = jobs.by_id(connection, job_id)
@@ -279,12 +279,12 @@ def undo(engine: Engine, producer: Producer) -> None:
         if gone:
             try:
                 sink_of(row.options).discard(job_id)
-            except VectormillError as error:  # the folder may be why the submission didn't end
+            except VectormillError as error:  # an unusable folder may be why the submission failed
                 log.warning("output_not_vacated", job=str(job_id), error=str(error))
 
 
 def delete_items(engine: Engine, producer: Producer) -> bool:
-    """Delete what is staged. False: somebody else is its producer by now."""
+    """Delete the staged items. Return False if the job is no longer this producer's to stage."""
     gone = _DELETE_ITEMS
     while gone == _DELETE_ITEMS:
         with engine.begin() as connection:

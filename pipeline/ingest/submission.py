@@ -1,4 +1,4 @@
-"""The submission of a corpus, and what came of it."""
+"""Submission of a corpus, and its result."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from pipeline.sources import Source
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planning:
-    """How chunks are cut and how long a producer's lease lasts."""
+    """Size of chunks, and duration of a producer's lease."""
 
     chunk_seconds: float
     chunk_items: int
@@ -25,7 +25,7 @@ class Planning:
 
 
 def planning(settings: Settings) -> Planning:
-    """How the environment says that chunks are cut."""
+    """Return the planning parameters that the settings hold."""
     return Planning(
         chunk_seconds=settings.chunk_seconds,
         chunk_items=settings.chunk_items,
@@ -36,29 +36,29 @@ def planning(settings: Settings) -> Planning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """What is asked for."""
+    """Parameters of a submission."""
 
     workspace_id: int
     model: Model
     corpus: Source
     planning: Planning
-    #: The job's.
+    #: Name of the job.
     name: str
     options: JobOptions = JobOptions()
     priority: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     idempotency_key: str | None = None
-    #: The job's id, a UUIDv7, where it is known already; needs an idempotency key.
+    #: Id of the job, a UUIDv7, if it is known already; needs an idempotency key.
     job_id: UUID | None = None
-    #: Hears how many items are committed.
+    #: Called with the number of items committed so far.
     on_items: Callable[[int], None] = lambda _: None
-    #: Called in the transaction that makes the job runnable, anew or again; what it raises undoes that.
+    #: Called in the transaction that makes the job runnable, also after a failure; an exception rolls that back.
     on_queue: Callable[[Connection, UUID], None] = lambda _, __: None
-    #: Hears that somebody else has the job by now, while the corpus may still be read.
+    #: Called when another producer has taken over the job; the corpus may still be being read then.
     on_lost: Callable[[], None] = lambda: None
 
     def payload(self) -> str:
-        """SHA-256 over the sources and the options that decide the result; a stream counts once it is read."""
+        """Return the SHA-256 over sources and the options that decide the result; a stream counts once it is read."""
         decisive = {
             "model": self.model.name,
             "weights": self.model.weights_sha256,
@@ -68,16 +68,16 @@ class Submission:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def kept_options(self, table: UserTable | None) -> KeptOptions:
-        """What the job's row keeps; `table` is what `into` names."""
+        """Return the options for the job's row; `table` is the one that `into` names."""
         return KeptOptions.of(self.options, self.corpus.columns, self.corpus.item_bytes, table)
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """The job that a submission came to."""
+    """Result of a submission: a new job, or the one it attached to."""
 
     job_id: UUID
-    #: Why no new job was made, for a person; empty when one was.
+    #: Explanation for a person if no new job was made; empty otherwise.
     attached: str = ""
-    #: What a person should know though nothing was refused.
+    #: Notices for a person, though nothing was refused.
     notices: Sequence[str] = ()

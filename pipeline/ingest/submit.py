@@ -1,4 +1,4 @@
-"""A submission makes a job, or attaches to the one that its idempotency key made."""
+"""Idempotent submission: make a job, or attach to the one that the idempotency key made before."""
 
 from uuid import UUID
 
@@ -22,7 +22,7 @@ from pipeline.sources.by_reference import check_referable
 def submit(engine: Engine, submission: Submission) -> Submitted:
     """Make a job of a corpus, or attach to the one that its idempotency key made before.
 
-    Nothing runnable is left when this raises.
+    Nothing runnable is left behind when this raises.
 
     Raises:
         SourceError: the corpus can't be read; `EmptySource`: it has no item.
@@ -33,7 +33,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
     options, key = submission.options, submission.idempotency_key
     check(options, submission.corpus, submission.model)
     with engine.begin() as connection:
-        # An insert would wait for what the job's producer is about to commit.
+        # Look first: an insert would block on the uncommitted transaction of the job's producer.
         known = key is not None and jobs.by_idempotency_key(connection, submission.workspace_id, key) is not None
     if known:
         return _attach(engine, submission)
@@ -65,7 +65,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
 
 
 def check(options: JobOptions, corpus: Source, model: Model) -> None:
-    """Raise `UserError` for what can't be, or would have no effect, before anything is read."""
+    """Raise `UserError` for options that can't work or would have no effect, before anything is read."""
     _check_ways(options, corpus)
     _check_dialect(corpus)
     _check_lengths(options, model)
@@ -84,7 +84,7 @@ def _check_dialect(corpus: Source) -> None:
 
 
 def tell_namesake(connection: Connection, workspace_id: int, name: str, corpus: Source) -> None:
-    """Note that another job bears this name, if one does."""
+    """Add a notice if another job has this name."""
     if others := jobs.named(connection, workspace_id, name, 1):
         corpus.notices.add("name", _name_taken(name, others[0]["id"]))
 
@@ -115,7 +115,7 @@ def _check_ways(options: JobOptions, corpus: Source) -> None:
 
 
 def _check_lengths(options: JobOptions, model: Model) -> None:
-    """Refuse what only a model that is read here can do, and what none can."""
+    """Refuse text lengths that the model can't honour; a gateway model's limits can't be changed."""
     if model.upstream is None:
         if options.max_item_tokens and model.max_item_tokens and options.max_item_tokens > model.max_item_tokens:
             raise UserError(
@@ -155,11 +155,11 @@ def _table(connection: Connection, submission: Submission) -> UserTable | None:
 
 
 def _attach(engine: Engine, submission: Submission) -> Submitted:
-    """Go on from the job that has this idempotency key."""
+    """Attach to the job that has this idempotency key, or resume it."""
     key = str(submission.idempotency_key)
     with engine.begin() as connection:
         known = jobs.by_idempotency_key(connection, submission.workspace_id, key)
-    if known is None:  # it was undone just now
+    if known is None:  # its submission was undone just now
         return submit(engine, submission)
     job, is_dead = known
     job_id = job.id
@@ -176,7 +176,7 @@ def _attach(engine: Engine, submission: Submission) -> Submitted:
 
 
 def _resume(engine: Engine, submission: Submission, job_id: UUID) -> Submitted:
-    """Let a failed job go on."""
+    """Resume a failed job."""
     made = f"this idempotency key made job {job_id} before"
     reopened = None
     with engine.begin() as connection:
@@ -194,7 +194,7 @@ def _resume(engine: Engine, submission: Submission, job_id: UUID) -> Submitted:
 
 
 def _attach_to_staging(engine: Engine, submission: Submission, job: Job, *, is_dead: bool) -> Submitted:
-    """Leave the job to its producer while that lives, else take it over and begin afresh."""
+    """Leave the job to its producer while that is alive; otherwise take it over and start again."""
     job_id, lease_seconds = job.id, submission.planning.lease_seconds
     if submission.payload() != job.payload_sha256:
         raise _conflict(str(submission.idempotency_key), job_id)

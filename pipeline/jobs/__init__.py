@@ -1,1 +1,1 @@
-"""Jobs as people see them: control, status, receipts, results, purge and restore."""
+"""Operations on jobs: control, status, receipts, results, purge and restore."""

@@ -1,4 +1,4 @@
-"""Control of jobs by people: cancel, pause, resume, retry; and how a job ends."""
+"""Control of jobs: cancel, pause, resume, retry, priority; and the outcome of a job."""
 
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
@@ -22,11 +22,10 @@ _UNACCOUNTED = (
 
 
 def cancel(connection: Connection, job_id: UUID) -> JobState:
-    """Ask a job to stop. What is committed stays. Cancelling a cancelled job changes nothing. What was asked for in SQL
-    may be cancelled before it is a job.
+    """Cancel a job, or a request made in SQL that isn't a job yet. Committed results stay. Idempotent.
 
     Raises:
-        IllegalTransition: it has ended otherwise.
+        IllegalTransition: it has ended as completed or failed.
     """
     if jobs.begin_cancelling(connection, job_id, JobState.CANCELLED, Reason.BY_USER, _CANCELLED):
         return JobState.CANCELLING
@@ -36,7 +35,7 @@ def cancel(connection: Connection, job_id: UUID) -> JobState:
 
 
 def _cancel_request(connection: Connection, job_id: UUID) -> bool:
-    # In this order: who makes a job of the request holds the job's row first too.
+    # Lock order: the dispatcher that turns the request into a job also locks the job's row first.
     job = jobs.lock(connection, job_id)
     if job and job.state not in (JobState.STAGING, JobState.FAILED):
         return False
@@ -49,7 +48,7 @@ def _cancel_request(connection: Connection, job_id: UUID) -> bool:
 
 
 def pause(connection: Connection, job_id: UUID) -> JobState:
-    """Let no further chunk of a job start; running ones end.
+    """Pause a job: no further chunk starts, and running ones finish.
 
     Raises:
         IllegalTransition: it has ended, or is being cancelled.
@@ -60,7 +59,7 @@ def pause(connection: Connection, job_id: UUID) -> JobState:
 
 
 def resume(connection: Connection, job_id: UUID) -> JobState:
-    """Let a paused job go on.
+    """Resume a paused job. A queued or running one stays as it is.
 
     Raises:
         IllegalTransition: it isn't paused, queued or running.
@@ -71,7 +70,7 @@ def resume(connection: Connection, job_id: UUID) -> JobState:
 
 
 def prioritise(connection: Connection, job_id: UUID, priority: int) -> None:
-    """Let a job go before those of lower priority, from the next chunk on.
+    """Set a job's priority. From the next chunk on, it goes ahead of jobs with a lower one.
 
     Raises:
         IllegalTransition: it has ended.
@@ -81,22 +80,24 @@ def prioritise(connection: Connection, job_id: UUID, priority: int) -> None:
 
 
 def fail(connection: Connection, job_id: UUID, reason: Reason, message: str) -> None:
-    """Stop a job that can't succeed; its running chunks end. One that has ended or is being stopped stays as it is."""
+    """Fail a job that can't succeed; its running chunks finish. A job that has ended or is being cancelled stays so."""
     jobs.begin_cancelling(connection, job_id, JobState.FAILED, reason, message)
 
 
 def pause_for(connection: Connection, job_id: UUID, reason: Reason, message: str) -> None:
-    """Pause a running job until a person has mended what the message says; one that isn't running stays as it is."""
+    """Pause a job until a person has fixed the problem in the message, if it is queued or running."""
     jobs.move(connection, job_id, JobState.PAUSED, reason=reason, message=message)
 
 
 def retry(connection: Connection, job_id: UUID) -> int:
-    """Reopen an ended job's chunks that hold rejects which may be tried again, and, of a failed one, those that were
-    cancelled. Returns how many chunks that is; 0 leaves the job as it was, also if it must fail again for its rejects.
+    """Retry an ended job: reopen its chunks with retryable rejects, and a failed job's cancelled chunks too.
+
+    Return the number of reopened chunks. If it is 0, the job stays as it was: no chunk can be retried, or the job
+    would fail again because of its other rejects.
 
     Raises:
         IllegalTransition: the job hasn't ended, or was cancelled.
-        NotRetriable: its texts have been removed, or its model has.
+        NotRetriable: its texts or its model have been removed.
     """
     job = jobs.lock(connection, job_id)
     if job is None or job.state not in (JobState.COMPLETED, JobState.FAILED):
@@ -132,10 +133,13 @@ def _unless(connection: Connection, job_id: UUID, states: Sequence[JobState], do
 
 
 def reject_limit(option: str, items_total: int) -> int | None:
-    """How many rejects a job of `items_total` items may have: `N`, `P%`, or "" for the default, 10 % from 100 items on.
+    """Return the number of rejects that a job may have, or `None` for any number.
+
+    Args:
+        option: `N`, `P%`, or "" for the default: 10 % for a job of 100 items or more, otherwise no limit.
 
     Raises:
-        UserError: `option` is neither.
+        UserError: `option` is none of these.
     """
     if not option:
         return items_total // 10 if items_total >= 100 else None
@@ -155,7 +159,7 @@ def reject_limit(option: str, items_total: int) -> int | None:
 
 
 def outcome(job: Job, account: Account) -> tuple[JobState, str | None, str | None]:
-    """What a job becomes whose chunks have all ended: (state, reason, message)."""
+    """Return the final (state, reason, message) of a job whose chunks have all ended."""
     counts = account.items
     if job.ends_as:
         return job.ends_as, job.reason, job.message
@@ -170,5 +174,5 @@ def outcome(job: Job, account: Account) -> tuple[JobState, str | None, str | Non
 
 
 def too_many(rejected: int, limit: int) -> str:
-    """The sentence for a job with too many rejects."""
+    """Return the message of a job that has too many rejects."""
     return f"{rejected:,} items rejected, {limit:,} allowed by max_rejects; vectormill rejects says why"

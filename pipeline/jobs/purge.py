@@ -1,5 +1,7 @@
-"""Forget ended jobs: one by one in bounded transactions, or whole months by dropping their partitions. What was metered
-stays, since it is the bill; so do Parquet files and tables of the user's own."""
+"""Purge of ended jobs: single jobs in bounded transactions, or whole months by dropping their partitions.
+
+The usage stays, since it is the bill, and so do Parquet files and the user's own tables.
+"""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,49 +14,55 @@ from pipeline.db import chunks, items, jobs, partitions, sql_requests
 from pipeline.db.tables import PARTITIONED
 from pipeline.jobs.status import known_job
 
-#: Deleted at once.
+#: The most rows or jobs deleted at once.
 _ROWS = 20_000
 _JOBS = 1_000
-#: Dropping a partition keeps everybody from its table, who then wait no longer than this.
+#: Lock timeout of dropping a partition, which blocks all others from the table while it waits.
 _LOCK_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Month:
-    """A month's partitions, and what is in the way of dropping them."""
+    """A month's partitions, with the numbers of jobs created in that month."""
 
     first: datetime
     jobs: int
-    #: Jobs made in it that haven't ended.
+    #: Jobs that haven't ended.
     unended: int
 
     @property
     def name(self) -> str:
-        """The month as people write it: 2026-11."""
+        """The month as text: 2026-11."""
         return f"{self.first:%Y-%m}"
 
     @property
     def why_it_stays(self) -> str | None:
-        """What is in the way, for a person."""
+        """Reason why the partitions can't be dropped, for a person; `None`: they can."""
         return f"{self.unended:,} of its jobs haven't ended" if self.unended else None
 
 
 def check_ended(connection: Connection, job_id: UUID) -> None:
-    """Raise `IllegalTransition` if a job hasn't ended."""
+    """Check that a job has ended.
+
+    Raises:
+        IllegalTransition: it hasn't.
+    """
     state = known_job(connection, job_id).state
     if not state.ended:
         raise IllegalTransition(f"job {job_id} is {state} and can't be purged; cancel it first.")
 
 
 def purge_job(engine: Engine, job_id: UUID) -> dict[str, int]:
-    """Forget a job that has ended. Returns how many rows went, by table. Cut off midway, it is there with some of its
-    rows gone, can't be retried, and may be purged again.
+    """Delete a job that has ended. Return the number of deleted rows by table.
+
+    After an interruption the job is still there, without some of its rows; it can't be retried, and may be purged
+    again.
 
     Raises:
         IllegalTransition: it hasn't ended.
     """
     with engine.begin() as connection:
-        # From here on nobody retries it.
+        # From here on the job can't be retried.
         if not jobs.give_up(connection, job_id):
             check_ended(connection, job_id)
         total = known_job(connection, job_id).items_total
@@ -67,7 +75,7 @@ def purge_job(engine: Engine, job_id: UUID) -> dict[str, int]:
 
 
 def _forget_job(engine: Engine, job_id: UUID) -> int:
-    """Forget all of a job but what stands in partitions. Returns how many chunks it had."""
+    """Delete a job, except its rows in partitions. Return the number of its chunks."""
     chunks_gone, gone = 0, _ROWS
     while gone == _ROWS:
         with engine.begin() as connection:
@@ -80,7 +88,7 @@ def _forget_job(engine: Engine, job_id: UUID) -> int:
 
 
 def months_before(connection: Connection, month: datetime) -> list[Month]:
-    """The months before `month` that have partitions; the current one, in which jobs are made, isn't among them."""
+    """Return the months before `month` that have partitions, without the current one, in which jobs are created."""
     end = min(month, partitions.this_month(connection))
     return [_month(connection, first) for first in partitions.months(connection) if first < end]
 
@@ -90,14 +98,14 @@ def _month(connection: Connection, first: datetime) -> Month:
 
 
 def _ids_of(first: datetime) -> tuple[UUID, UUID]:
-    """From which id to before which the jobs of a month are."""
+    """Return the range of a month's job ids: the first one, and the first one after it."""
     return partitions.lowest_id(first), partitions.lowest_id(partitions.next_month(first))
 
 
 def purge_month(engine: Engine, first: datetime) -> str | None:
-    """Forget a month's jobs and drop its partitions. Cut off midway, it may be purged again.
+    """Delete a month's jobs and drop its partitions. After an interruption it may be purged again.
 
-    Returns why it stays, if it does: a job that hasn't ended, or others who use the tables.
+    Return the reason why it stays, or `None`: a job hasn't ended, or other sessions use the tables.
     """
     with engine.begin() as connection:
         why = _month(connection, first).why_it_stays
@@ -109,8 +117,8 @@ def purge_month(engine: Engine, first: datetime) -> str | None:
         why = _month(connection, first).why_it_stays
     if why:
         return why
-    # Each by itself: no two tables are locked at once, so that no commit is in a deadlock with it. `items` comes last,
-    # since by its partitions a month is known.
+    # One transaction per table: no two tables are locked at once, so that no commit can deadlock with it. `items` comes
+    # last, since its partitions tell which months exist.
     for table in reversed(PARTITIONED):
         with engine.begin() as connection:
             if not partitions.drop(connection, table, first, _LOCK_SECONDS):
@@ -133,7 +141,7 @@ def _forget_jobs(engine: Engine, first_id: UUID, end_id: UUID) -> None:
 
 
 def parse_month(written: str) -> datetime | None:
-    """A month written as 2026-11; `None` where it isn't one."""
+    """Return the first moment of a month written as 2026-11, in UTC; `None`: the text isn't a month."""
     try:
         return datetime.strptime(written, "%Y-%m").replace(tzinfo=UTC)
     except ValueError:

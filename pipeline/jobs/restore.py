@@ -1,7 +1,7 @@
-"""Restore check: what a restored or failed-over database needs before it can be trusted, and the mending of it.
+"""Restore check: finds and repairs what a restored or failed-over database has lost.
 
-Claims need none of it: their tokens and commits tell for themselves. This is for what lies outside of the database, or
-was in it and is forgotten. See ops/runbooks/Restore.md.
+Claims don't depend on it: their tokens and commits are safe by themselves. It covers data outside of the database, and
+data that the database has lost. See ops/runbooks/Restore.md.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,19 +19,19 @@ from pipeline.infra import storage
 
 @dataclass(frozen=True, slots=True)
 class Matter:
-    """One line of the check."""
+    """One line of the check's report."""
 
     name: str
-    #: What is.
+    #: The finding.
     found: str
-    #: What a person must do; empty where nothing must be done, or `mend` does it.
+    #: Advice to a person; empty if nothing must be done, or `mend` does it.
     advice: str = ""
-    #: Does what is needed, and tells what it did; `None`: nothing can, or need, be done here.
+    #: Repairs the matter and returns a sentence on what it did; `None`: nothing can or need be done here.
     mend: Callable[[], str] | None = None
 
 
 def check(engine: Engine) -> Iterator[Matter]:
-    """All that there is to tell, in order; nothing is changed until a `mend` is called."""
+    """Yield all findings in order. Nothing is changed until a `mend` is called."""
     for look in (_newest, _sequences, _claims, _parts, _files, _jobs, _keys):
         yield from look(engine)
 
@@ -101,7 +101,7 @@ def _missing_parts(engine: Engine, job: RowMapping, missing: Sequence[str], *, s
     if JobState(job["state"]).ended:
         advice = f"it is {job['state']}: put the files back from a backup, or submit it again."
         return Matter("parts", found, advice)
-    if not sees_any:  # a folder of another machine, or one that isn't mounted, would look the same
+    if not sees_any:  # a folder of another machine, or one that isn't mounted, looks the same
         advice = "none is seen from here: run this where workers see the folder; if it is lost, cancel the job."
         return Matter("parts", found, advice)
 

@@ -1,4 +1,4 @@
-"""A job's vectors in index order, as a file or as a stream of bytes."""
+"""Export of a job's vectors in index order, as a file or as a stream of bytes."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,16 +23,19 @@ from pipeline.db import jobs
 from pipeline.db.database import snapshot
 from pipeline.jobs.status import known_job
 
-#: Past every job's last one.
+#: An index past the last one of any job.
 LAST_INDEX = 2**63 - 1
 
 
 def export(engine: Engine, job_id: UUID, target: Path) -> int:
-    """Write a job's vectors to `target` (.parquet or .jsonl): index, key, embedding, tokens, truncated and carried
-    columns. The file appears when it is whole. Returns how many rows it has.
+    """Write a job's vectors to `target` (.parquet or .jsonl) and return the number of rows.
+
+    The columns are index, key, embedding, tokens, truncated and carried ones. The file appears only when it is
+    complete.
 
     Raises:
-        UserError: another ending, or the folder can't be written; `UnknownJob`: there is none.
+        UserError: `target` has another suffix, or its folder can't be written.
+        UnknownJob: there is no such job.
     """
     kind = target.suffix.removeprefix(".")
     if kind not in _ENCODERS:
@@ -47,7 +50,7 @@ def export(engine: Engine, job_id: UUID, target: Path) -> int:
 
     partial = target.with_name(f".{target.name}.partial")
     try:
-        # One snapshot for all, so that a purge meanwhile leaves nothing out.
+        # One snapshot for all reads, so that a concurrent purge leaves no gap in the file.
         with partial.open("wb") as file, snapshot(engine) as connection:
             blocks, dimensions, carried = _of_job(lambda: nullcontext(connection), job_id, 0, LAST_INDEX)
             for piece in encode(counted(blocks), kind, dimensions, carried):
@@ -61,14 +64,16 @@ def export(engine: Engine, job_id: UUID, target: Path) -> int:
 
 
 def stream(engine: Engine, job_id: UUID, kind: str, first_index: int, end_index: int) -> Iterator[bytes]:
-    """A job's vectors from `first_index` to before `end_index`, as `encode` writes them. No transaction lasts longer
-    than a page of them, however slowly they are taken."""
+    """Yield a job's vectors from `first_index` to before `end_index`, encoded as by `encode`.
+
+    No transaction lasts longer than reading one page takes, however slow the consumer is.
+    """
     blocks, dimensions, carried = _of_job(engine.begin, job_id, first_index, end_index)
     return encode((block for block in blocks if block), kind, dimensions, carried)
 
 
 def _of_job(connect: Connect, job_id: UUID, first_index: int, end_index: int) -> tuple[Iterator[Block], int, list[str]]:
-    """A job's vectors, how many dimensions they have, and the columns that they carry."""
+    """Return a job's vectors, their dimensions, and the names of their carried columns."""
     with connect() as connection:
         options = known_job(connection, job_id).options
         dimensions = jobs.vector_space(connection, job_id)["dimensions"]
@@ -77,8 +82,10 @@ def _of_job(connect: Connect, job_id: UUID, first_index: int, end_index: int) ->
 
 
 def encode(blocks: Iterator[Block], kind: str, dimensions: int, carried: Sequence[str]) -> Iterator[bytes]:
-    """Rows as the bytes of one file, `parquet` or `jsonl`, piece by piece; Parquet has the columns `carried` whatever
-    the rows have."""
+    """Encode rows as one file of a kind, `parquet` or `jsonl`, and yield its bytes piece by piece.
+
+    A Parquet file has all columns of `carried`, even if no row has them.
+    """
     return _ENCODERS[kind](blocks, dimensions, carried)
 
 
@@ -93,12 +100,12 @@ def _json_line(index: int, key: str | None, vector: Any, tokens: int, truncated:
 
 
 def _without_clash(carried: dict[str, Any] | None) -> dict[str, Any]:
-    """A carried column never hides one of ours."""
+    """Return the carried columns without those that would hide one of ours."""
     return {name: value for name, value in (carried or {}).items() if name not in OUR_COLUMNS}
 
 
 class _Buffer:
-    """What Parquet's writer writes to; holds the bytes until they are taken."""
+    """Output file of Parquet's writer, which keeps the bytes until `take` removes them."""
 
     closed = False
 

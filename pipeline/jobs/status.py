@@ -1,4 +1,4 @@
-"""Status and receipt of a job: always sums over its chunks."""
+"""Status and receipt of a job, always computed as sums over its chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,23 +24,25 @@ from pipeline.core.jobs import Job, JobState
 from pipeline.core.requests import RequestState
 from pipeline.db import attempts, chunks, jobs, sql_requests, usage
 
-#: Rates are taken over so long a time, or since the job's start.
+#: Time window of rates, which is shorter right after a job's start.
 RATE_WINDOW_SECONDS = 60.0
-#: Kept progress that is older is no progress: its dispatcher may be gone.
+#: Maximum age of stored progress; if it is older, its dispatcher may be gone.
 FRESH_SECONDS = 5.0
 _MOST_NAMESAKES, _SHOWN_NAMESAKES = 1_000, 5
 _WAITS = "asked for in SQL; the dispatcher makes a job of it"
 
 
 def find_job(connection: Connection, workspace_id: int | None, name_or_id: str) -> UUID:
-    """The job of a workspace, or of any, with this id, a unique beginning of it, or this name (the newest that bears
-    it). What was asked for in SQL and is no job yet, or can't be one, has the id that the job would have.
+    """Return the id of a workspace's job, or of any workspace's, by its name, id or a unique prefix of the id.
+
+    If several jobs have the name, the newest is meant. A request made in SQL that isn't a job yet, or can't become
+    one, has the id that the job would have.
 
     Raises:
-        UnknownJob: there is none.
-        UserError: the beginning fits several jobs.
+        UnknownJob: there is no such job.
+        UserError: several jobs have this prefix.
     """
-    if "\0" in name_or_id:  # Postgres takes none in a text
+    if "\0" in name_or_id:  # Postgres accepts no NUL in a text
         raise UnknownJob("no such job.")
     if named := namesakes(connection, workspace_id, name_or_id, 1):
         return named[0].id
@@ -59,20 +61,20 @@ def find_job(connection: Connection, workspace_id: int | None, name_or_id: str) 
 
 @dataclass(frozen=True, slots=True)
 class Namesake:
-    """One of those that bear a name."""
+    """A job, or a request made in SQL, that has a given name."""
 
     id: UUID
     state: str
 
     @property
     def has_ended(self) -> bool:
-        """Return whether nothing more will happen to it by itself."""
+        """True if it is completed, failed or cancelled."""
         return self.state in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
 
 
 def namesakes(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[Namesake]:
-    """The jobs of this name, and what was asked for in SQL and is none, the newest first."""
-    if "\0" in name:  # Postgres takes none in a text
+    """Return the jobs with this name, and requests made in SQL that aren't jobs, the newest first."""
+    if "\0" in name:  # Postgres accepts no NUL in a text
         return []
     found = [
         Namesake(**row) for store in (jobs, sql_requests) for row in store.named(connection, workspace_id, name, limit)
@@ -81,11 +83,13 @@ def namesakes(connection: Connection, workspace_id: int | None, name: str, limit
 
 
 def find_job_to_change(connection: Connection, workspace_id: int | None, name_or_id: str, *, ended: bool) -> UUID:
-    """The job that is to be changed, as only those that have `ended`, or haven't, can be. Of the jobs of a name it must
-    be the only one, or the only one that hasn't ended.
+    """Return the id of a job that a command is to change, by its name, id or a unique prefix of the id.
+
+    A name must be unambiguous: among all jobs with the name if the command is for jobs that have `ended`, otherwise
+    among those that haven't ended.
 
     Raises: as `find_job`, and
-        UserError: several bear the name; the message lists them.
+        UserError: several jobs have the name; the message lists them.
     """
     found = find_job(connection, workspace_id, name_or_id)
     fit = [
@@ -97,7 +101,7 @@ def find_job_to_change(connection: Connection, workspace_id: int | None, name_or
 
 
 def several(name: str, bearers: Sequence[Namesake]) -> str:
-    """The jobs of a name, for the beginning of a sentence."""
+    """Return a clause that lists the jobs with a name, for the beginning of a sentence."""
     shown = [f"{each.id} ({each.state})" for each in bearers[:_SHOWN_NAMESAKES]]
     if more := len(bearers) - len(shown):
         shown.append(f"{more:,} more")
@@ -105,30 +109,31 @@ def several(name: str, bearers: Sequence[Namesake]) -> str:
 
 
 def known_job(connection: Connection, job_id: UUID) -> Job:
-    """The job of this id.
+    """Return the job with this id.
 
     Raises:
         UnknownJob: there is none.
     """
     job = jobs.by_id(connection, job_id)
     if job is None:
-        if asked := sql_requests.standing(connection, job_id):
+        if asked := sql_requests.status(connection, job_id):
             raise UnknownJob(f"{job_id} is no job: it was asked for in SQL, and is {asked['state']}.")
         raise UnknownJob(f"no job {job_id}; vectormill jobs lists them.")
     return job
 
 
 def job_status(connection: Connection, job_id: UUID) -> JobStatus:
-    """All that a job's status shows.
+    """Return a job's status.
 
-    Of a job that runs, counts may be the dispatcher's, a second old; where no dispatcher keeps them they are summed.
-    What was asked for in SQL is shown as `staging`, `failed` or `cancelled` though it is no job.
+    The counts of a running job may be the dispatcher's, a second old; without fresh ones, they are summed up now.
+    A request made in SQL that isn't a job is shown as `staging`, `failed` or `cancelled`.
     """
-    # In this order: the last progress comes with the job's end, so an ended job never shows an earlier one.
+    # The job is read before its progress: the last progress comes with the job's end, so an ended job never shows an
+    # earlier one.
     job = jobs.by_id(connection, job_id)
     asked = None
     if job is None or job.state in (JobState.STAGING, JobState.FAILED):
-        asked = sql_requests.standing(connection, job_id)
+        asked = sql_requests.status(connection, job_id)
     if job is None:
         return _of_request(asked) if asked else sum_up(connection, job_id)
     kept = jobs.fresh_progress(connection, job_id, FRESH_SECONDS)
@@ -137,7 +142,7 @@ def job_status(connection: Connection, job_id: UUID) -> JobStatus:
 
 
 def _asked(asked: RowMapping) -> dict[str, Any]:
-    """How it stands by its request, where there is one: a failed job may have been asked for again."""
+    """Return the status fields of a request made in SQL. They apply to a failed job that was requested again too."""
     waits = asked["state"] == RequestState.REQUESTED
     return {
         "state": JobState.STAGING if waits else JobState(asked["state"]),
@@ -148,7 +153,7 @@ def _asked(asked: RowMapping) -> dict[str, Any]:
 
 
 def _of_request(asked: RowMapping) -> JobStatus:
-    """What `job_status` shows of what is no job."""
+    """Return the status of a request made in SQL that isn't a job."""
     return JobStatus(
         id=asked["id"],
         name=asked["name"],
@@ -168,13 +173,13 @@ def _of_request(asked: RowMapping) -> JobStatus:
 
 
 def list_jobs(connection: Connection, workspace_id: int | None, **wanted: Any) -> list[JobStatus]:
-    """The statuses of the jobs that `db.jobs.page` finds, each with its workspace's name."""
+    """Return the statuses of the jobs that `db.jobs.page` finds, each with its workspace's name."""
     found = jobs.page(connection, workspace_id, **wanted)
     return [job_status(connection, row["id"]).model_copy(update={"workspace": row["workspace"]}) for row in found]
 
 
 def sum_up(connection: Connection, job_id: UUID) -> JobStatus:
-    """What `job_status` shows, summed over the job's chunks."""
+    """Return a job's status, summed over its chunks."""
     job, sums = known_job(connection, job_id), chunks.sums(connection, job_id)
     rates = usage.recent_rates(connection, job_id, RATE_WINDOW_SECONDS)
     total = job.items_total or sums["items"]
@@ -203,14 +208,14 @@ def _of_job(job: Job) -> dict[str, Any]:
 
 
 def current_account(connection: Connection, job_id: UUID) -> Account:
-    """The account of a job as its chunks stand now."""
+    """Return a job's account from the current state of its chunks."""
     job, sums = known_job(connection, job_id), chunks.sums(connection, job_id)
     billed = attempts.billed(connection, job_id)
     counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled")}
     items = AccountedItems(**{"in": job.items_total or sums["items"], **counted})
     tokens = AccountedTokens(
         prompt=sums["prompt_tokens"],
-        # What is embedded here costs what it takes.
+        # Without an upstream, a job is billed for the tokens that it embeds.
         billed=sums["prompt_tokens"] if billed is None else billed.tokens,
         unanswered=billed.unanswered if billed else 0,
         reused=sums["reused_tokens"],
@@ -219,8 +224,10 @@ def current_account(connection: Connection, job_id: UUID) -> Account:
 
 
 def receipt(connection: Connection, job_id: UUID) -> Receipt:
-    """A job's account, frozen if it has ended. `truncated` counts embedded texts of which only the beginning was
-    read."""
+    """Return a job's receipt, which is frozen when the job ends.
+
+    `truncated` counts embedded texts of which the model read only the beginning.
+    """
     job = known_job(connection, job_id)
     account = Account.model_validate(job.receipt) if job.receipt else current_account(connection, job_id)
     truncated = chunks.sums(connection, job_id)["truncated"]

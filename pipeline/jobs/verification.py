@@ -1,4 +1,4 @@
-"""Verification of a receipt: what a job wrote, counted row by row against what its chunks say."""
+"""Verification of a receipt: the rows that a job wrote, counted one by one against its chunks' counts."""
 
 from uuid import UUID
 
@@ -11,14 +11,14 @@ from pipeline.jobs import status
 
 
 def verified_receipt(connection: Connection, job_id: UUID) -> Receipt:
-    """A job's receipt, with what counting its rows says.
+    """Return a job's receipt with the result of counting its rows.
 
-    It is `verified` when nothing is missing or double, it balances, and the chunks still say what was frozen.
+    It is `verified` when nothing is missing or double, it balances, and the chunks still have the frozen counts.
     """
     job, found = status.known_job(connection, job_id), status.receipt(connection, job_id)
     missing, double = count_missing_and_double(connection, job)
     now = status.current_account(connection, job_id)
-    # A lost claim's request may be answered after the job's end, and is billed then; nothing else may change.
+    # A lost claim's request to an upstream may be answered, and billed, after the job's end; nothing else may change.
     same = ("prompt", "reused")
     unchanged = found.items == now.items and all(getattr(found.tokens, x) == getattr(now.tokens, x) for x in same)
     verified = found.balanced and unchanged and not missing and not double
@@ -26,10 +26,10 @@ def verified_receipt(connection: Connection, job_id: UUID) -> Receipt:
 
 
 def count_missing_and_double(connection: Connection, job: Job) -> tuple[int, int]:
-    """(missing, double) of a job.
+    """Return (missing, double) of a job.
 
-    Missing are items that have neither vector nor reject beyond those that are cancelled or still open, and vectors
-    and rejects that a chunk counts and that aren't there. Double are items with both, or with two vectors, and vectors
-    and rejects beyond those that a chunk counts: of items that were also cancelled, or of no item at all.
+    Missing: items with neither vector nor reject, beyond those that are cancelled or still open; and vectors and
+    rejects that a chunk counts but that don't exist. Double: items with both, or with two vectors; and vectors and
+    rejects beyond those that a chunk counts, because their item was also cancelled or doesn't exist.
     """
     return sink_of(job.options).count_missing_and_double(connection, job)

@@ -1,9 +1,9 @@
-"""A corpus as a stream: files, folders or the standard input become blocks of judged rows, in bounded memory.
+"""Sources of a corpus: files, folders or the standard input, streamed as blocks of validated rows in bounded memory.
 
-`discovery` finds what to read, `decode` unpacks it into whole lines, `formats` knows `jsonl`, `csv_` and `parquet`,
-which read rows, and `validation` judges them; `query` takes them from a database. `places` finds where the rows of
-files are, and `by_reference` reads them there, for workers. A bad row becomes a reject and the rest goes on; a broken
-file or a wrong column ends it.
+`discovery` finds the files, `decode` decompresses them into whole lines, `formats` is the registry of `jsonl`, `csv_`
+and `parquet`, which parse rows, and `validation` validates them; `query` reads rows from a database. `places` locates
+the rows of files, and `by_reference` reads them there, for workers. A bad row becomes a reject and the rest goes on; a
+broken file or a wrong column ends the reading with an error.
 """
 
 import hashlib
@@ -23,33 +23,33 @@ __all__ = ["Compression", "Corpus", "Rows", "Source", "SourceFile"]
 
 
 class Source(Protocol):
-    """What a job's rows come from."""
+    """Source of a job's rows."""
 
     columns: Columns
-    #: A longer text is rejected.
+    #: Longest text in bytes; a longer one is rejected.
     item_bytes: int
-    #: What a person should know of it, as far as it has been read.
+    #: Notices for a person, from as much as has been read.
     notices: Notices
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Name of the source in messages."""
 
     def inputs(self) -> list[dict[str, Any]]:
-        """What the job writes down of it, in order: `uri`, `etag` and `bytes`, without a secret."""
+        """Return the inputs that the job records, in order: `uri`, `etag` and `bytes`, without secrets."""
 
     def fingerprint(self) -> str | None:
-        """SHA-256 over what decides its rows; `None` as long as it must be read for that."""
+        """Return the SHA-256 over all that determines the rows; `None` while it must be read for that."""
 
     def read_fingerprint(self) -> str:
-        """The fingerprint, read if need be."""
+        """Return the fingerprint, reading the source if need be."""
 
     def blocks(self) -> Iterator[Rows]:
-        """Every row once, in order, judged, in bounded memory."""
+        """Yield every row once, in order, validated, in bounded memory."""
 
 
 class Corpus:
-    """The rows of SOURCE arguments: files, folders, and `-` for JSON lines on the standard input."""
+    """Rows of SOURCE arguments: files, folders, and `-` for JSON lines on the standard input."""
 
     def __init__(
         self,
@@ -63,15 +63,15 @@ class Corpus:
         Args:
             sources: paths, and `-`.
             columns: the columns to read.
-            item_bytes: a longer text is rejected.
-            stdin: read for `-` instead of this process's own.
+            item_bytes: the longest text in bytes; a longer one is rejected.
+            stdin: the stream to read for `-`, instead of this process's own.
 
         Raises:
-            SourceError: a source doesn't exist, is given twice, or is no kind of file that is read.
+            SourceError: a source doesn't exist, is given twice, or is of an unsupported type.
         """
-        #: In the order they are read.
+        #: Files in the order they are read.
         self.files: list[SourceFile] = find_files(sources)
-        #: SHA-256 of the bytes of the standard input, in hexadecimal, once `blocks` has read it all.
+        #: SHA-256 of the bytes of the standard input, in hexadecimal, once it has been read to its end.
         self.stream_sha256: str | None = None
         self.columns = columns
         self.item_bytes = item_bytes
@@ -80,24 +80,26 @@ class Corpus:
 
     @property
     def name(self) -> str:
-        """What it is called in messages: its files, the first three of them."""
+        """Name in messages: the names of its first three files."""
         names = [file.name for file in self.files]
         return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
     def inputs(self) -> list[dict[str, Any]]:
-        """What the job writes down of each file."""
+        """Return the inputs that the job records, one per file."""
         return [{"uri": file.uri or "-", "etag": file.etag, "bytes": file.bytes} for file in self.files]
 
     def fingerprint(self) -> str | None:
-        """SHA-256 over each file's URI, size and ETag or time, a stream's bytes, and the columns; `None` with a stream
-        that has not been read yet."""
+        """Return the SHA-256 over each file's URI, size and ETag or time, a stream's bytes, and the columns.
+
+        `None` with a stream that has not been read yet.
+        """
         if self.stream_sha256 is None and any(file.uri is None for file in self.files):
             return None
         files = [(file.uri or self.stream_sha256, file.bytes, file.etag) for file in self.files]
         return hashlib.sha256(json.dumps([files, self.columns.identity]).encode()).hexdigest()
 
     def read_fingerprint(self) -> str:
-        """The fingerprint, for which a stream is read to its end and no row is kept."""
+        """Return the fingerprint; a stream is read to its end for it, and its rows are lost."""
         if self.fingerprint() is None:
             for _ in self._hashed(self._stdin or sys.stdin.buffer):
                 pass
@@ -106,16 +108,16 @@ class Corpus:
         return known
 
     def places(self, file: SourceFile) -> Iterator[Places]:
-        """Where the rows of one of the files are, for workers that read them themselves.
+        """Yield the places of a file's rows, for workers that read them themselves.
 
         Raises:
-            SourceError: as `blocks`, but for a single bad line of JSON.
+            SourceError: as `blocks`, except for a single bad line of JSON.
         """
         yield from file.format.locate(file, self.columns, self.item_bytes, self.notices)
         file.check_unchanged()
 
     def blocks(self) -> Iterator[Rows]:
-        """Read every row once, in order. With a stream, this can be done once.
+        """Yield every row once, in order. With a stream, this works only once.
 
         Raises:
             SourceError: a file is broken, changed since it was listed, or lacks a column.

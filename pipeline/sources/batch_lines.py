@@ -1,4 +1,4 @@
-"""The lines of a batch request's input file: each a request for embeddings, `{custom_id, method, url, body}`."""
+"""Lines of a batch request's input file, each a request for embeddings: `{custom_id, method, url, body}`."""
 
 import hashlib
 import json
@@ -28,14 +28,14 @@ from pipeline.sources.validation import (
 )
 
 ENDPOINT: Final = "/v1/embeddings"
-#: What of a line goes along with its text: the number of it, and how its vector is to be written.
+#: Fields carried along with a line's text: its number, and the encoding of its vector.
 CARRIED: Final = ("line", "encoding_format")
 _MOST_FAULTS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a file can't be a batch request, or a line a part of it."""
+    """Reason why a file can't be a batch request, or a line a part of one."""
 
     code: str
     message: str
@@ -45,13 +45,13 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What all lines of a file must agree on, since a job has one vector space."""
+    """Model and dimensions, on which all lines of a file must agree, since a job has one vector space."""
 
     model: str
     dimensions: int | None
 
     def differs(self, other: "Wish", line: int) -> Fault | None:
-        """What is wrong with a line that wishes otherwise."""
+        """Return the fault of a line that asks for something else; `None` if it agrees."""
         if other.model != self.model:
             message = f'the model is "{shown(other.model)}", and "{shown(self.model)}" on lines before; use one a file'
             return Fault("mismatched_model", message, line, "body.model")
@@ -64,20 +64,20 @@ class Wish:
 
 @dataclass(slots=True)
 class Survey:
-    """A file looked through before anything is made of it."""
+    """Survey of a file, made before anything is created from it."""
 
     lines: int = 0
     wish: Wish | None = None
-    #: Why the whole file is refused; at most a hundred.
+    #: Reasons to refuse the whole file; at most a hundred.
     faults: list[Fault] = field(default_factory=list)
-    #: What is wrong with lines, where no line is right; at most a hundred.
+    #: Faults of bad lines, for the case that no line is good; at most a hundred.
     bad_lines: list[Fault] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
     number: int
-    #: The text, or what stands for one that isn't good.
+    #: The text, or a placeholder for a bad one.
     text: object
     custom_id: object = None
     encoding_format: str | None = None
@@ -85,22 +85,22 @@ class _Line:
 
 
 class BatchLines:
-    """The rows of a batch request's file. A line that is no good request becomes a reject, and the rest goes on."""
+    """Rows of a batch request's file. A line that isn't a valid request becomes a reject, and the rest goes on."""
 
     columns = Columns(text="input", key="custom_id", key_required=True, carry=CARRIED)
 
     def __init__(
         self, name: str, uri: str, sha256: str, size_bytes: int, open_file: Callable[[], BinaryIO], item_bytes: int
     ) -> None:
-        """Read nothing yet.
+        """Keep the parameters; nothing is read yet.
 
         Args:
-            name: as its sender calls it.
-            uri: what the job writes down of it.
-            sha256: of its bytes.
-            size_bytes: how many there are.
-            open_file: opens it at its beginning.
-            item_bytes: a longer text is rejected.
+            name: the file's name, as its sender calls it.
+            uri: the URI that the job records for it.
+            sha256: the SHA-256 of its bytes.
+            size_bytes: the number of its bytes.
+            open_file: a function that opens it at its beginning.
+            item_bytes: the longest text in bytes; a longer one is rejected.
         """
         self.name = name
         self.item_bytes = item_bytes
@@ -108,22 +108,22 @@ class BatchLines:
         self._uri, self._sha256, self._size_bytes, self._open = uri, sha256, size_bytes, open_file
 
     def inputs(self) -> list[dict[str, Any]]:
-        """What the job writes down of it."""
+        """Return the one input that the job records."""
         return [{"uri": self._uri, "etag": self._sha256, "bytes": self._size_bytes}]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the file's bytes and how they are read."""
+        """Return the SHA-256 over the file's hash and the endpoint, which decides how its lines are read."""
         return hashlib.sha256(json.dumps([self._sha256, ENDPOINT]).encode()).hexdigest()
 
     def read_fingerprint(self) -> str:
-        """The fingerprint."""
+        """Return the fingerprint, for which nothing needs to be read."""
         return self.fingerprint()
 
     def survey(self, most_lines: int) -> Survey:
-        """Look the file through: how many lines, for which model, and why it can't be a batch request, if it can't.
+        """Survey the file: count its lines, find their model, and collect the reasons to refuse it.
 
         Raises:
-            SourceError: it is packed, or UTF-16.
+            SourceError: the file is compressed, or isn't UTF-8 by its mark.
         """
         found = Survey()
         for line in self._lines():
@@ -142,12 +142,12 @@ class BatchLines:
         return found
 
     def blocks(self) -> Iterator[Rows]:
-        """Read every line once, in order.
+        """Yield every line once, in order.
 
         Raises:
-            SourceError: it is packed, or UTF-16, or changed since it was uploaded.
+            SourceError: the file is compressed, isn't UTF-8 by its mark, or has changed since it was uploaded.
         """
-        #: Lines by a hash of their custom_id: a file of a million lines must not hold a million strings.
+        #: Line numbers by a hash of the custom_id: a file of a million lines must not hold a million strings.
         seen: dict[bytes, int] = {}
         gathered: list[_Line] = []
         size = 0

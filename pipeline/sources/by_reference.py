@@ -1,4 +1,4 @@
-"""Reading by reference: workers read a chunk's rows from the file itself."""
+"""Reading by reference: workers read a chunk's rows from the source file itself."""
 
 from collections.abc import Iterator
 
@@ -17,11 +17,11 @@ def check_referable(file: SourceFile) -> None:
 
 
 def read_extent(extent: Extent, rows: int, columns: Columns, item_bytes: int) -> Iterator[Rows]:
-    """The rows of a chunk, judged, in bounded memory.
+    """Yield the rows of a chunk, validated, in bounded memory.
 
     Raises:
         SourceChanged: the file is no longer the one that was planned.
-        SourceError: it is damaged, or holds fewer rows there than planned.
+        SourceError: the file is damaged, or holds another number of rows there than planned.
     """
     file = source_file(extent.uri, extent.etag, extent.bytes)
     left = rows

@@ -1,4 +1,4 @@
-"""CSV and TSV with a header line."""
+"""Reader of CSV and TSV files with a header line."""
 
 import csv
 import io
@@ -27,25 +27,25 @@ _MIB = 1024 * 1024
 _DIVIDERS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}
 
 
-#: Excel's first line, which names the delimiter.
+#: Excel's optional first line, which names the delimiter.
 _SEPARATOR_LINE = re.compile(rb'"?sep=([\t !#-~])"?(?:\r\n|\r|\n|\Z)', re.IGNORECASE)
 _SEPARATOR_LINE_BYTES = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """The signs between fields and around them."""
+    """CSV dialect: the signs between fields and around them."""
 
     delimiter: str
-    #: Empty: nothing quotes.
+    #: Empty: no quoting.
     quote: str
-    #: Whether a person has chosen them; what wasn't chosen is a habit of files of this name.
+    #: True if a person has chosen the sign; otherwise it is the default for the file's name.
     chosen_delimiter: bool = False
     chosen_quote: bool = False
 
     @classmethod
     def of(cls, file: SourceFile, columns: Columns) -> "Dialect":
-        """The dialect of a file: CSV has commas and quotes, TSV tabs and no quoting, unless they are chosen."""
+        """Return a file's dialect: commas and quotes for CSV, tabs and no quoting for TSV, unless they are chosen."""
         delimiter, quote = ("\t", "") if file.format.name == "tsv" else (",", '"')
         return cls(
             delimiter=columns.delimiter or delimiter,
@@ -56,7 +56,7 @@ class Dialect:
 
 
 class _Endless(csv.Error):
-    """A row goes on past anything that is held."""
+    """Row that is longer than the limit, probably for want of a closing quote."""
 
 
 def read_csv(
@@ -67,20 +67,20 @@ def read_csv(
     item_bytes: int,
     notices: Notices,
 ) -> Iterator[Parsed]:
-    """The rows of a CSV file; an empty line is no row, an empty key no key.
+    """Yield the rows of a CSV file. An empty line is no row, and an empty key no key.
 
-    Sets the process-wide `csv.field_size_limit`, in letters: `csv` has no other bound.
+    Sets the process-wide `csv.field_size_limit`, in characters: `csv` has no other limit.
 
     Args:
-        blocks: the file.
+        blocks: the file's bytes.
         name: what messages call the file.
-        dialect: how fields are told apart.
+        dialect: the signs between fields and around them.
         columns: the columns to read.
-        item_bytes: a longer text is rejected.
-        notices: gets what a person should know.
+        item_bytes: the longest text in bytes; a longer one is rejected.
+        notices: collects the notices for a person.
 
     Raises:
-        SourceError: the header lacks a required column or has one twice, or a row doesn't fit the header.
+        SourceError: the header lacks a required column or has a column twice, or a row doesn't fit the header.
     """
     reader = _Reader.at_start(blocks, name, dialect, item_bytes)
     return _parsed(reader, reader.header(columns, notices), columns, notices)
@@ -89,7 +89,7 @@ def read_csv(
 def read_part(
     blocks: Iterator[bytes], name: str, header: "Header", columns: Columns, item_bytes: int, first_line: int
 ) -> Iterator[Parsed]:
-    """The rows of whole rows from amid a file, of which the first line has the number `first_line`. Raises as
+    """Yield the rows of a part of a file that holds whole rows. `first_line` is the number of its first line. Raises as
     `read_csv`."""
     reader = _Reader(blocks, name, header.dialect, item_bytes, lines_before=first_line - 1)
     return _parsed(reader, header, columns, Notices())
@@ -119,10 +119,10 @@ def _parsed(reader: "_Reader", header: "Header", columns: Columns, notices: Noti
 def read_header(
     blocks: Iterator[bytes], name: str, dialect: Dialect, columns: Columns, item_bytes: int, notices: Notices
 ) -> "Header":
-    """The header of a CSV file.
+    """Read the header of a CSV file.
 
     Raises:
-        SourceError: it lacks a required column or has one twice.
+        SourceError: the header lacks a required column or has a column twice.
     """
     return _Reader.at_start(blocks, name, dialect, item_bytes).header(columns, notices)
 
@@ -130,12 +130,12 @@ def read_header(
 def csv_rows(
     blocks: Iterator[bytes], name: str, header: "Header", item_bytes: int, notices: Notices
 ) -> Iterator[tuple[int, int, int]]:
-    """Where the rows below the header are: (first byte, bytes, line number).
+    """Locate the rows below the header: yield (first byte, bytes, line number) of each.
 
     Raises:
         SourceError: a row doesn't fit the header, or can't be read.
     """
-    # In Latin-1 each byte is a letter, and no letter of UTF-8 has a byte that means something to `csv`.
+    # In Latin-1 each byte is a character, and no multi-byte character of UTF-8 has a byte with a meaning for `csv`.
     reader = _Reader.at_start(blocks, name, header.dialect, item_bytes, encoding="latin-1")
     reader.row()
     for number, _ in reader.rows(header, notices):
@@ -143,7 +143,7 @@ def csv_rows(
 
 
 class _Reader:
-    """`csv`, and where it stands."""
+    """Reader around `csv` that keeps track of line numbers and offsets."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class _Reader:
     def at_start(
         cls, blocks: Iterator[bytes], name: str, dialect: Dialect, item_bytes: int, encoding: str = "utf-8"
     ) -> "_Reader":
-        """A reader of a whole file, whose first line may name the delimiter."""
+        """Return a reader of a whole file, whose first line may name the delimiter."""
         head, blocks = _begun(blocks, _SEPARATOR_LINE_BYTES)
         found = _SEPARATOR_LINE.match(head)
         if found is None:
@@ -198,11 +198,11 @@ class _Reader:
 
     @property
     def start(self) -> int:
-        """Letters before the row that came last."""
+        """Offset of the row that was read last, in characters."""
         return self.feed.row_start
 
     def header(self, columns: Columns, notices: Notices) -> "Header":
-        """The first row as a header; `SourceError` where it can't be used."""
+        """Read the first row as the header; raise `SourceError` if it can't be used."""
         row = self.row()
         place = f"{self._name} line {self._lines_before + 1}"
         if self.feed.take_long():
@@ -213,7 +213,7 @@ class _Reader:
         return header
 
     def row(self) -> list[str] | None:
-        """The next row; `None` at the end, empty for an empty line."""
+        """Return the next row: `None` at the end, empty for an empty line."""
         self._number = self._lines_before + self._reader.line_num + 1
         self.feed.begin_row()
         try:
@@ -223,7 +223,7 @@ class _Reader:
             raise SourceError(f"{self._name} line {self._number:,}: {fault}") from None
 
     def rows(self, header: "Header", notices: Notices) -> Iterator[tuple[int, list[str] | LongLine]]:
-        """The rows that are left, each with the number of its first line; `SourceError` where one has another width."""
+        """Yield the remaining rows with their first line numbers; raise `SourceError` if one differs in width."""
         watches_quotes = not self._dialect.quote and not self._dialect.chosen_quote
         while (row := self.row()) is not None:
             if len(row) == header.width:
@@ -239,7 +239,7 @@ class _Reader:
                 yield self._number, long
 
     def _place(self) -> str:
-        """The lines of the row at hand."""
+        """Return the file and the line numbers of the current row, for messages."""
         last = self._lines_before + self._reader.line_num
         if last == self._number:
             return f"{self._name} line {self._number:,}"
@@ -269,7 +269,7 @@ def _is_quoted(field: str) -> bool:
 
 
 def _begun(blocks: Iterator[bytes], size: int) -> tuple[bytes, Iterator[bytes]]:
-    """The first `size` bytes or some more, and what follows, be it that the data is broken."""
+    """Return at least the first `size` bytes if there are as many, and the blocks or the error that follow."""
 
     def breaking(broken: BrokenStreamError) -> Iterator[bytes]:
         raise broken
@@ -285,7 +285,7 @@ def _begun(blocks: Iterator[bytes], size: int) -> tuple[bytes, Iterator[bytes]]:
 
 
 class _Feed:
-    """Gives `csv` its lines, and counts what it takes."""
+    """Feeder of lines to `csv`, which counts the characters given."""
 
     def __init__(
         self, blocks: Iterator[bytes], name: str, row_bytes: int, encoding: str, quote: str, given: int
@@ -293,34 +293,34 @@ class _Feed:
         self._runs = whole_lines(blocks, name, row_bytes, quote.encode() or b'"')
         self._row_bytes, self._encoding, self._quotes = row_bytes, encoding, bool(quote)
         self._long: LongLine | None = None
-        #: Letters given, and how many of them before the row at hand, whose lines are held.
+        #: Characters given so far, those given before the current row, and the lines of that row.
         self.given = given
         self.row_start = given
         self.row_lines: list[str] = []
 
     def begin_row(self) -> None:
-        """Take what is given from now on for another row."""
+        """Count the characters given from now on for a new row."""
         self.row_start = self.given
         self.row_lines.clear()
 
     def take_long(self) -> LongLine | None:
-        """The line that was skipped just now, where an empty one was given."""
+        """Return the line that was just skipped, for which `csv` got an empty one; `None` if there was none."""
         long, self._long = self._long, None
         return long
 
     def lines(self) -> Iterator[str]:
-        """Lines with their ends; invalid UTF-8 becomes surrogates."""
+        """Yield lines with their ends; invalid UTF-8 becomes surrogates."""
         bound = self._row_bytes
         for run in self._runs:
             if isinstance(run, LongLine):
-                # A row by itself, unless a quote that is open there or before says otherwise.
+                # A long line is a row by itself, unless a quote is open in it or before it.
                 if self.given > self.row_start or (self._quotes and run.quotes % 2):
                     raise _Endless
                 self._long = run
                 self.given += run.size_bytes + 1
                 yield "\n"
                 continue
-            # Splits at CR, LF and CRLF as `csv` wants it, and nowhere else.
+            # Splits at CR, LF and CRLF, as `csv` expects, and nowhere else.
             for line in io.StringIO((run[1] + b"\n").decode(self._encoding, "surrogateescape"), newline=""):
                 if self.given - self.row_start > bound:
                     raise _Endless
@@ -330,12 +330,12 @@ class _Feed:
 
 
 class Header:
-    """A header, and where in its rows the wanted columns stand."""
+    """Header of a CSV file, with the positions of the wanted columns."""
 
     def __init__(
         self, header: list[str] | None, place: str, dialect: Dialect, columns: Columns, notices: Notices
     ) -> None:
-        """Raise `SourceError` where the header can't be used."""
+        """Find the wanted columns; raise `SourceError` if the header can't be used."""
         if header is None or not any(header):
             raise SourceError(f"{place}: no header; name the columns there.")
         twice = next((column for column in header if column and header.count(column) > 1), None)
@@ -355,7 +355,7 @@ class Header:
         self._carry = {column: header.index(column) for column in columns.carry}
 
     def parsed(self, numbers: list[int], rows: list[list[str]]) -> Parsed:
-        """The wanted columns of rows."""
+        """Return the wanted columns of the rows."""
         text, key, carry = self._text, self._key, self._carry
         return Parsed(
             numbers,
@@ -365,8 +365,11 @@ class Header:
         )
 
     def hides_rows(self, row: list[str] | None, lines: list[str]) -> bool:
-        """Return whether a row on several lines, all of them given, holds lines that look like rows of their own: of as
-        many fields, and a key of the same kinds of letters. `None` is the header, whose own lines have no key."""
+        """Return True if a row over several `lines` holds lines that look like rows of their own.
+
+        Such a line has as many fields, and a key with the same kinds of characters. A `row` of `None` is the header,
+        which has no key.
+        """
         own = _kinds_of_letters(row[self._key]) if row and self._key is not None else frozenset()
         for line in lines[1:]:
             fields = line.rstrip("\r\n").split(self.dialect.delimiter)
@@ -376,13 +379,13 @@ class Header:
 
 
 def _kinds_of_letters(key: str) -> frozenset[str]:
-    """Letters, digits, and which signs a key has."""
+    """Return the kinds of characters in a key: letters, digits, and each sign by itself."""
     kinds = ("a" if letter.isalpha() or not letter.isascii() else "9" if letter.isdigit() else letter for letter in key)
     return frozenset(kinds) - {'"'}
 
 
 def _check_kind(header: list[str], place: str, dialect: Dialect) -> None:
-    """Raise `SourceError` where what should be a header shows that the file is of another kind."""
+    """Raise `SourceError` if the supposed header shows that the file is of another kind."""
     if header[0].lstrip().startswith("{"):
         raise SourceError(f"{place}: a JSON object, not a header; name JSON lines with .jsonl at the end.")
     if not dialect.quote and any(map(_is_quoted, header)):
@@ -394,7 +397,7 @@ def _check_kind(header: list[str], place: str, dialect: Dialect) -> None:
 
 
 def _fault(error: csv.Error, row_bytes: int) -> str:
-    """What is wrong with the row, from the few words of `csv`."""
+    """Return the fault of the row, derived from the terse message of `csv`."""
     if isinstance(error, _Endless) or "field limit" in str(error):
         return _endless(row_bytes)
     if "end of data" in str(error):

@@ -1,4 +1,4 @@
-"""Bytes of a file as bounded blocks of whole lines, unpacked on the way."""
+"""Decompression of a file, and cutting of its bytes into bounded blocks of whole lines."""
 
 import codecs
 import zlib
@@ -11,29 +11,29 @@ from pipeline.core.errors import SourceError
 from pipeline.sources.source_file import Compression, SourceFile
 from pipeline.sources.validation import LongLine
 
-#: What is read at once, unpacked.
+#: Bytes that are read at once, uncompressed.
 READ_BYTES = 1024 * 1024
 
-# A slice this small of zstd unpacks to 32 MiB at the very most, and of gzip to 1 MiB.
+# This many bytes of zstd decompress to 32 MiB at the very most, and of gzip to 1 MiB.
 _PACKED_BYTES = 1024
 _BOMB_RATIO = 1000
 _BOMB_BYTES = 256 * 1024 * 1024
 
-# How files begin, whatever they are called. Zstandard may begin with a frame that is skipped.
+# Magic bytes, independent of file names. Zstandard data may begin with a skippable frame.
 _GZIP = (b"\x1f\x8b",)
 _ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)))
-#: No line in UTF-8 begins so.
+#: Magic bytes of compressed data; no line in UTF-8 begins with them.
 PACKED = (*_GZIP, *_ZSTD)
 _PARQUET = (b"PAR1\x15",)
 
 
 def is_bomb(packed_bytes: int, unpacked_bytes: int) -> bool:
-    """Whether data grows beyond what an honest corpus does."""
+    """Return True if data grows beyond what an honest corpus does (a decompression bomb)."""
     return unpacked_bytes > max(_BOMB_BYTES, _BOMB_RATIO * packed_bytes)
 
 
 class _Decoder(Protocol):
-    """What the decompressors of gzip and zstd have in common."""
+    """Interface shared by the decompressors of gzip and zstd."""
 
     @property
     def eof(self) -> bool: ...
@@ -43,7 +43,7 @@ class _Decoder(Protocol):
 
 
 class BrokenStreamError(Exception):
-    """The bytes can't be unpacked any further."""
+    """The bytes can't be decompressed any further."""
 
     def __init__(self, fault: str, mend: str) -> None:
         super().__init__(fault, mend)
@@ -51,30 +51,30 @@ class BrokenStreamError(Exception):
         self._mend = mend
 
     def sentence(self, lines: int) -> str:
-        """What is wrong after how many whole lines, and the mend."""
+        """Return the message: the fault, after how many whole lines it is, and the fix."""
         return f"{self._fault} after line {lines:,}; {self._mend}."
 
 
 def open_blocks(file: SourceFile) -> Iterator[bytes]:
-    """The unpacked bytes of a file, about 1 MiB at a time, without a byte-order mark.
+    """Yield the uncompressed bytes of a file, about 1 MiB at a time, without a byte-order mark.
 
     Raises:
-        BrokenStreamError: packed data ends early, is damaged, or grows beyond reason; what could be unpacked
-            came first.
+        BrokenStreamError: compressed data ends early, is damaged, or grows beyond reason. The part before the fault
+            is yielded first.
         SourceError: the file can't be read, has changed, or isn't UTF-8 by its mark.
     """
     return without_mark(unpacked_blocks(file), file.name)
 
 
 def unpacked_blocks(file: SourceFile) -> Iterator[bytes]:
-    """The unpacked bytes of a file, about 1 MiB at a time, as they are."""
+    """Yield the uncompressed bytes of a file, about 1 MiB at a time, with any byte-order mark."""
     with file.open() as raw:
         _check_packing(raw, file)
         yield from _unpack(raw, file.compression)
 
 
 def _check_packing(raw: BinaryIO, file: SourceFile) -> None:
-    """Raise `SourceError` where a name says that a file is packed, and its first bytes that it isn't."""
+    """Raise `SourceError` if a file's name says that it is compressed, and its first bytes disagree."""
     begun = raw.read(4)
     raw.seek(0)
     expected = {Compression.NONE: (b"",), Compression.GZIP: _GZIP, Compression.ZSTD: _ZSTD}[file.compression]
@@ -83,7 +83,7 @@ def _check_packing(raw: BinaryIO, file: SourceFile) -> None:
 
 
 def open_range(file: SourceFile, start: int, length: int) -> Iterator[bytes]:
-    """`length` of a file's unpacked bytes from byte `start` on. A packed file is unpacked from its beginning.
+    """Yield `length` of a file's uncompressed bytes from byte `start` on. Compressed files are read from the start.
 
     Raises: as `open_blocks`.
     """
@@ -105,13 +105,13 @@ def open_range(file: SourceFile, start: int, length: int) -> Iterator[bytes]:
 
 
 def read_blocks(stream: BinaryIO) -> Iterator[bytes]:
-    """The bytes of a stream, at most 1 MiB at a time."""
+    """Yield the bytes of a stream, at most 1 MiB at a time."""
     while block := stream.read(READ_BYTES):
         yield block
 
 
 def without_mark(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """The blocks without UTF-8's byte-order mark; other marks, packed data or Parquet raise `SourceError`."""
+    """Yield blocks without UTF-8's byte-order mark; raise `SourceError` for other marks, compressed data, Parquet."""
     first = next(blocks, b"")
     if first.startswith(PACKED):
         packing, ending = ("gzip", ".gz") if first.startswith(_GZIP) else ("zstd", ".zst")
@@ -120,7 +120,7 @@ def without_mark(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
         raise SourceError(f"{name}: not text but Parquet; give it as a file whose name ends in .parquet.")
     if first.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         raise SourceError(f"{name}: the file is UTF-32; save it as UTF-8.")
-    # Without a mark, the first letter shows it.
+    # Without a mark, a zero byte in the first character shows UTF-16.
     if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or first[:2].count(0) == 1:
         raise SourceError(f"{name}: the file is UTF-16; save it as UTF-8.")
     yield first[mark_bytes(first) :]
@@ -128,23 +128,23 @@ def without_mark(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def mark_bytes(first: bytes) -> int:
-    """How long the byte-order mark of a UTF-8 file is, given its first block."""
+    """Return the length of a UTF-8 file's byte-order mark, given the file's first block."""
     return len(codecs.BOM_UTF8) if first.startswith(codecs.BOM_UTF8) else 0
 
 
 def whole_lines(
     blocks: Iterable[bytes], name: str, bound_bytes: int, quote: bytes = b'"'
 ) -> Iterator[tuple[int, bytes] | LongLine]:
-    """Cut blocks at line ends: the number of the first line, and lines without the last one's end.
+    """Cut blocks at line ends: yield the number of the first line, and whole lines without the last one's end.
 
-    A longer line than `bound_bytes` (at least 1 MiB) is skipped to its end without being held, and comes as a
-    `LongLine`, which counts its quotes.
+    A line longer than `bound_bytes` (at least 1 MiB) is skipped to its end without being held in memory, and yielded as
+    a `LongLine`, which counts its quotes.
 
     Raises:
-        SourceError: packed data is broken; the message says after which line.
+        SourceError: compressed data is broken; the message says after which line.
     """
     number = 1
-    parts: list[bytes] = []  # of a line whose end hasn't come yet
+    parts: list[bytes] = []  # parts of a line whose end hasn't come yet
     size = 0
     dropped = _Dropped(quote)
     try:
@@ -178,14 +178,14 @@ def whole_lines(
 
 
 class _Dropped:
-    """What is known of a line that is too long to be held."""
+    """Facts about a line that is too long to be held in memory."""
 
     def __init__(self, quote: bytes) -> None:
         self._quote = quote
         self.quotes, self.blank = 0, True
 
     def take(self, parts: list[bytes]) -> None:
-        """Look at parts of it, and empty their list."""
+        """Inspect parts of the line, and empty their list."""
         self.quotes += sum(part.count(self._quote) for part in parts)
         self.blank = self.blank and not any(part.strip() for part in parts)
         parts.clear()
@@ -203,7 +203,7 @@ def _unpack(raw: BinaryIO, compression: Compression) -> Iterator[bytes]:
 
 
 def _inflate(raw: BinaryIO, new_decoder: Callable[[], _Decoder]) -> Iterator[bytes]:
-    """Unpacked pieces of any number of members or frames; `EOFError` where the last one isn't whole."""
+    """Yield decompressed pieces of any number of members or frames; raise `EOFError` if the last one isn't complete."""
     decoder: _Decoder | None = None
     read = 0
     unpacked = 0
@@ -223,7 +223,7 @@ def _inflate(raw: BinaryIO, new_decoder: Callable[[], _Decoder]) -> Iterator[byt
 
 
 def _gather(pieces: Iterator[bytes], packing: str) -> Iterator[bytes]:
-    """Join small pieces and cut large ones; a failure comes after what was unpacked before it."""
+    """Join small pieces and cut large ones; a failure is raised after the data before it has been yielded."""
     parts: list[bytes] = []
     size = 0
     broken = None
@@ -237,7 +237,7 @@ def _gather(pieces: Iterator[bytes], packing: str) -> Iterator[bytes]:
     except EOFError:
         broken = BrokenStreamError(f"the {packing} data ends early", "the file is truncated")
     except zstandard.ZstdError as error:
-        # The library holds 128 MiB of what it has unpacked, no more.
+        # The library holds at most 128 MiB of decompressed data.
         fault = "needs too much memory" if "too much memory" in str(error) else "is damaged"
         mend = "pack it again without a long window" if "too much memory" in str(error) else "make the file again"
         broken = BrokenStreamError(f"the {packing} data {fault}", mend)

@@ -1,4 +1,4 @@
-"""From SOURCE arguments to the files of a corpus, in order."""
+"""Discovery of a corpus's files from SOURCE arguments, in order."""
 
 import os
 import re
@@ -19,18 +19,18 @@ _ENDINGS = {ending: kind for kind in FORMATS for ending in kind.endings}
 _READ = f"{', '.join([*_ENDINGS][:-1])} and {[*_ENDINGS][-1]}"
 _NOT_PACKED = " and ".join(kind.endings[0] for kind in FORMATS if not kind.packable)
 _KINDS = f"{_READ} are read, all but {_NOT_PACKED} also with .gz or .zst"
-#: Names that a pattern may have to be held against.
+#: Most names that are compared with a pattern.
 _MOST_ENTRIES = 5_000_000
-#: What no name may hold that is to stand in a message, or in Postgres: controls, and what isn't UTF-8.
+#: Characters that can't appear in a message or in Postgres: control characters, and invalid UTF-8.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def find_files(sources: Sequence[str]) -> list[SourceFile]:
-    """The files that SOURCE arguments stand for, in the order given; those of a folder or glob sorted by name.
+    """Return the files that SOURCE arguments stand for, in the order given; those of a folder or glob sorted by name.
 
     Raises:
-        SourceError: a source doesn't exist, is given twice, or is no kind of file that is read.
-        StorageRefused, StorageUnreachable: an object can't be looked at.
+        SourceError: a source doesn't exist, is given twice, or is of an unsupported type.
+        StorageRefused, StorageUnreachable: an object can't be inspected.
     """
     files = [file for source in sources for file in _find(source)]
     seen: set[str | None] = set()
@@ -45,7 +45,7 @@ def find_files(sources: Sequence[str]) -> list[SourceFile]:
 
 
 def source_file(uri: str, etag: str, size_bytes: int) -> SourceFile:
-    """The file that a job has recorded."""
+    """Return the file that a job has recorded."""
     kind = _kind(uri)
     assert kind, "a recorded file is of a kind that is read"
     return _source_file(uri, kind, Stat(uri, etag, size_bytes))
@@ -72,7 +72,7 @@ def _find(source: str) -> list[SourceFile]:
     if is_glob(source) and not os.path.exists(source):
         return _find_matching(source)
     kind = _kind(source)
-    # A path that isn't there is named first, whatever its ending.
+    # A missing path is reported first, whatever its extension.
     found = _stat(source)
     if kind is None:
         raise SourceError(f"{source}: unknown kind of file; {_KINDS}.")
@@ -130,7 +130,7 @@ def _find_matching(pattern: str) -> list[SourceFile]:
 
 
 def _walk_matching(start: str, pattern: Pattern) -> Iterator[str]:
-    """Every file below a folder whose path from there matches. Each folder is looked at once, whatever the pattern."""
+    """Yield every file below a folder whose path from there matches. Each folder is listed once for any pattern."""
     waiting = [(start, pattern.begin())]
     looked = 0
     while waiting:
@@ -142,7 +142,7 @@ def _walk_matching(start: str, pattern: Pattern) -> Iterator[str]:
             name, after = folder + entry.name, pattern.step(state, entry.name)
             try:
                 is_file, is_folder = entry.is_file(), entry.is_dir()
-            except OSError as error:  # a link that leads to itself, or where we may not look
+            except OSError as error:  # a link to itself, or a folder without permission
                 if pattern.ended(after) or pattern.goes_on(after):
                     raise SourceError(f"{name}: {reason(error)}.") from None
                 continue
@@ -165,7 +165,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Every file below a folder that isn't hidden, nor in a hidden folder."""
+    """Yield every file below a folder, except hidden files and those in hidden folders."""
 
     def refuse(error: OSError) -> None:
         raise SourceError(f"{error.filename}: {reason(error)}.")
@@ -178,7 +178,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _kind(name: str) -> tuple[Format, Compression] | None:
-    """What a file's name says about it; `None` where that kind isn't read."""
+    """Return the format and compression that a file's name tells; `None` if the format isn't supported."""
     stem, ending = os.path.splitext(name.lower())
     compression = _COMPRESSIONS.get(ending, Compression.NONE)
     if compression is not Compression.NONE:

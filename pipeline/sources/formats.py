@@ -1,4 +1,4 @@
-"""The registry of formats: a new one is a module that reads it, and an entry here."""
+"""Registry of file formats. To add a format, write a module that reads it and register it here."""
 
 from collections.abc import Iterator
 

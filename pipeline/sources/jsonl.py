@@ -1,4 +1,4 @@
-"""JSON lines: one object a line."""
+"""JSON lines reader: one object per line."""
 
 import json
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ from pipeline.sources.validation import (
     without_key,
 )
 
-#: A column that none of a file's first rows has is a wrong name, not a row's fault.
+#: A column that is missing in all of a file's first rows is a wrong name, not a fault of the rows.
 HEAD_ROWS: Final = 1_000
 
 
 def read_jsonl(
     blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int, notices: Notices
 ) -> Iterator[Parsed]:
-    """The rows of JSON lines; empty lines are none.
+    """Yield the rows of JSON lines; empty lines are skipped.
 
     Raises:
         SourceError: a line isn't a JSON object, or no row among the first has a required column.
@@ -66,7 +66,7 @@ def check_columns(blocks: Iterator[bytes], name: str, columns: Columns, item_byt
 def read_part(
     blocks: Iterator[bytes], name: str, columns: Columns, item_bytes: int, first_line: int
 ) -> Iterator[Parsed]:
-    """The rows of whole lines from amid a file. A line that isn't a JSON object comes as a `BadRow`."""
+    """Yield the rows of a part of a file that holds whole lines. A line that isn't a JSON object becomes a `BadRow`."""
     for run in whole_lines(blocks, name, line_bytes(item_bytes)):
         if isinstance(run, LongLine):
             if not run.blank:
@@ -79,8 +79,8 @@ def read_part(
 
 
 def line_bytes(item_bytes: int) -> int:
-    """The longest line that is read."""
-    # An escaped letter takes six times its bytes; the rest is for the other columns.
+    """Return the longest line that is read, in bytes."""
+    # An escaped character takes up to six times its bytes; the rest is for the other columns.
     return item_bytes * 6 + 1024 * 1024
 
 
@@ -98,7 +98,7 @@ def _parse(lines: list[bytes], first: int, name: str, columns: Columns, *, bad_r
     keys: list[object] = []
     carried: list[dict[str, object]] = []
     loads, text_column, key_column, carry = orjson.loads, columns.text, columns.key, columns.carry
-    # The hot loop of most corpora: names are bound, and what is unusual leaves by an exception.
+    # The hot loop of most corpora: names are bound locally, and unusual rows leave by an exception.
     for number, line in enumerate(lines, first):
         try:
             row = loads(line)
@@ -122,10 +122,10 @@ def _parse(lines: list[bytes], first: int, name: str, columns: Columns, *, bad_r
 
 
 def _object(line: bytes, name: str, number: int) -> dict[str, object] | None:
-    """A line's object, or `None` for an empty line, where the fast parser found it unusual.
+    """Parse a line slowly and exactly: return its object, or `None` if the line is empty.
 
     Raises:
-        SourceError: it's no JSON, or no object.
+        SourceError: the line isn't JSON, or isn't an object.
     """
     if not line or line.isspace():
         return None
@@ -147,7 +147,7 @@ def _object(line: bytes, name: str, number: int) -> dict[str, object] | None:
 
 
 def object_or_fault(line: bytes, name: str, number: int) -> dict[str, object] | BadRow | None:
-    """A line's object, or what is wrong with it; `None` for an empty line."""
+    """Return a line's object, or its fault as a `BadRow`; `None` for an empty line."""
     try:
         return _object(line, name, number)
     except SourceError as error:
@@ -155,13 +155,13 @@ def object_or_fault(line: bytes, name: str, number: int) -> dict[str, object] | 
 
 
 def _decode(line: bytes) -> dict[str, object]:
-    """Parse slowly: exactly, and with surrogates."""
+    """Parse a line slowly but exactly, with surrogates for invalid UTF-8."""
     row: dict[str, object] = decode(line.decode("utf-8", "surrogateescape"))
     return row
 
 
 class _ColumnWatch:
-    """Tells a wrong column's name from rows that lack the column."""
+    """Check that tells a misnamed column from rows that merely lack the column."""
 
     def __init__(self, name: str, columns: Columns, notices: Notices) -> None:
         self._name = name
@@ -174,11 +174,11 @@ class _ColumnWatch:
 
     @property
     def content(self) -> bool:
-        """Whether no further row can change anything."""
+        """True if no further row can change the result."""
         return not (self._unseen or self._keyless) or not self._left
 
     def look(self, first: int, lines: list[bytes]) -> None:
-        """Note which columns the next lines have, as long as they are among the file's first."""
+        """Note which columns the next lines have, as long as they are among the file's first rows."""
         for number, line in enumerate(lines, first):
             if self.content:
                 return
@@ -193,7 +193,7 @@ class _ColumnWatch:
                 self.end()
 
     def end(self) -> None:
-        """Raise `SourceError` if the rows so far all lack a required column; note it if it is the key's."""
+        """Raise `SourceError` if all rows so far lack a required column; add a notice if they lack an optional key."""
         if not self._first_row:
             return
         number, row = self._first_row

@@ -1,4 +1,4 @@
-"""Globs over paths, matched segment by segment: no pattern takes longer than its length and the path's explain."""
+"""Glob patterns over paths, matched by segment, in time bounded by the lengths of pattern and path."""
 
 import fnmatch
 import re
@@ -12,29 +12,32 @@ MOST_SEGMENTS = 64
 
 _GLOB = re.compile(r"[*?\[]")
 
-#: Segments that may come next, by their numbers.
+#: Indexes of the pattern's segments that may come next.
 State = frozenset[int]
 
 
 def is_glob(path: str) -> bool:
-    """Return whether a path is a pattern."""
+    """Return True if a path is a pattern."""
     return _GLOB.search(path) is not None
 
 
 def first_glob(path: str) -> str:
-    """A path up to its first sign of a pattern."""
+    """Return the part of a path before its first glob character."""
     return _GLOB.split(path, maxsplit=1)[0]
 
 
 class Pattern:
-    """A pattern of paths, with slashes between segments: `*`, `?` and `[…]` stay within a segment, and don't begin with
-    the dot of a hidden name; `**` alone stands for any number of folders, at the end for all below."""
+    """Glob pattern for paths, with slashes between segments.
+
+    `*`, `?` and `[…]` match within a segment, and don't match the dot of a hidden name at its beginning. `**` alone
+    matches any number of folders, and at the end everything below.
+    """
 
     def __init__(self, pattern: str) -> None:
-        """Read it.
+        """Parse the pattern.
 
         Raises:
-            SourceError: it is too long, or `**` is a part of a segment.
+            SourceError: the pattern is too long, or `**` is a part of a segment.
         """
         segments = [segment for segment in pattern.split("/") if segment]
         if len(pattern) > MOST_CHARACTERS or len(segments) > MOST_SEGMENTS:
@@ -44,18 +47,18 @@ class Pattern:
         for segment in segments:
             if "**" in segment and segment != "**":
                 raise SourceError(f"{pattern}: ** must stand alone between slashes; for a part of a name write *.")
-        if segments[-1:] == ["**"]:  # at the end it stands for the files, too
+        if segments[-1:] == ["**"]:  # at the end it matches the files, too
             segments.append("*")
-        # Several in a row are one.
+        # Several `**` in a row are one.
         once = [segment for before, segment in pairwise(["", *segments]) if {before, segment} != {"**"}]
         self._tests = [None if segment == "**" else _test(segment) for segment in once]
 
     def begin(self) -> State:
-        """The state before the first segment of a path."""
+        """Return the state before the first segment of a path."""
         return self._spread({0})
 
     def step(self, state: State, name: str) -> State:
-        """The state after one more segment of the path."""
+        """Return the state after one more segment of the path."""
         after: set[int] = set()
         for at in state:
             if at == len(self._tests):
@@ -69,23 +72,23 @@ class Pattern:
         return self._spread(after)
 
     def _spread(self, state: set[int]) -> State:
-        """With what comes after `**`, which may stand for no folder."""
+        """Add to the state the segment after each `**`, which may match no folder."""
         return frozenset(state | {at + 1 for at in state if at < len(self._tests) and self._tests[at] is None})
 
     def ended(self, state: State) -> bool:
-        """Return whether a path that ends here matches."""
+        """Return True if a path that ends here matches."""
         return len(self._tests) in state
 
     def goes_on(self, state: State) -> bool:
-        """Return whether a longer path may match."""
+        """Return True if a longer path may match."""
         return any(at < len(self._tests) for at in state)
 
     def is_anywhere(self, state: State) -> bool:
-        """Return whether any folder may come next."""
+        """Return True if any folder may come next."""
         return any(at < len(self._tests) and self._tests[at] is None for at in state)
 
     def matches(self, path: str) -> bool:
-        """Return whether a whole path does."""
+        """Return True if a whole path matches."""
         state = self.begin()
         for name in path.split("/"):
             state = self.step(state, name)
@@ -97,7 +100,7 @@ class Pattern:
 def _test(segment: str) -> Callable[[str], object]:
     if not is_glob(segment):
         return segment.__eq__
-    # The standard library's translation holds what a star has found (a possessive group): no backtracking.
+    # The standard library's translation uses atomic groups for stars: no backtracking.
     match = re.compile(fnmatch.translate(segment)).match
     if segment.startswith("."):
         return match

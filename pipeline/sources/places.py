@@ -1,7 +1,7 @@
-"""Places: where each row of a file begins, for chunks of it.
+"""Places: positions of a file's rows, from which extents of chunks are made.
 
-Parquet has metadata, and nothing else is read to plan it. Text has none: it is streamed once, and of each row only
-the place is kept for a moment.
+To plan Parquet, only its metadata is read. Text has no metadata: it is streamed once, and only the places of its rows
+are kept, for a moment.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ from pipeline.sources.parquet import row_groups
 from pipeline.sources.source_file import Compression, SourceFile
 from pipeline.sources.validation import Notices
 
-#: Packed text can only be unpacked from its beginning, which each of its chunks does: a longer one is refused.
+#: Compressed text can only be read from its beginning, which each of its chunks does: a longer one is refused.
 MOST_UNPACKED_BYTES = 4 * 1024**3
-#: Rows whose places are told at once.
+#: Rows whose places are yielded at once.
 _PLACES = 65_536
 _WHITE = np.isin(np.arange(256), np.frombuffer(b" \t\n\r\v\f", np.uint8))
 
@@ -32,29 +32,29 @@ Numbers = npt.NDArray[np.int64]
 
 
 class Places(Protocol):
-    """Where consecutive rows of a file begin. Columns of equal length."""
+    """Places of consecutive rows of a file, as columns of equal length."""
 
     @property
     def sizes(self) -> Numbers:
-        """Bytes that each row takes; of Parquet the average of its group's texts."""
+        """Bytes of each row; for Parquet, the average size of the texts in its row group."""
 
     def extent(self, file: SourceFile, at: int, last: Any, last_at: int) -> Extent:
-        """Of a chunk from row `at` here to row `last_at` of `last`, which are later places of the same file."""
+        """Return the extent from row `at` here to row `last_at` of `last`, these or later places of the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParquetPlaces:
-    """Of a Parquet file."""
+    """Places of rows in a Parquet file."""
 
-    #: The row group of each, and rows before it in that.
+    #: Row group of each row, and the number of rows before it in that group.
     row_groups: Numbers
     offsets: Numbers
     sizes: Numbers
-    #: From 1.
+    #: Row numbers, from 1.
     numbers: Numbers
 
     def extent(self, file: SourceFile, at: int, last: "ParquetPlaces", last_at: int) -> Extent:  # noqa: ARG002
-        """It needs no end: rows are counted."""
+        """Return the extent, which needs no end: a chunk's rows are counted."""
         return ParquetExtent(
             **_identity(file),
             row_group=int(self.row_groups[at]),
@@ -65,16 +65,16 @@ class ParquetPlaces:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPlaces:
-    """Of a text."""
+    """Places of rows in a text file."""
 
-    #: Unpacked bytes before each row.
+    #: Uncompressed bytes before each row.
     offsets: Numbers
     sizes: Numbers
     #: Line numbers, from 1.
     lines: Numbers
 
     def extent(self, file: SourceFile, at: int, last: "TextPlaces", last_at: int) -> Extent:
-        """To the end of the last row."""
+        """Return the extent up to the end of the last row."""
         offset = int(self.offsets[at])
         length = int(last.offsets[last_at] + last.sizes[last_at]) - offset
         return TextExtent(**_identity(file), offset=offset, length=length, line=int(self.lines[at]))
@@ -87,7 +87,7 @@ def _identity(file: SourceFile) -> dict[str, Any]:
 def locate_in_parquet(
     file: SourceFile, columns: Columns, _item_bytes: int, notices: Notices
 ) -> Iterator[ParquetPlaces]:
-    """Rows by the metadata; nothing else is read."""
+    """Locate rows by the file's metadata; nothing else is read."""
     held: list[ParquetPlaces] = []
     rows = 0
     line = 1
@@ -123,7 +123,7 @@ def _joined(held: list[ParquetPlaces]) -> ParquetPlaces:
 
 
 def _bounded(file: SourceFile) -> Iterator[bytes]:
-    """The unpacked bytes of a text, for planning."""
+    """Yield the uncompressed bytes of a text, for planning; raise `SourceError` if a compressed one is too long."""
     size = 0
     for block in unpacked_blocks(file):
         size += len(block)
@@ -136,16 +136,16 @@ def _bounded(file: SourceFile) -> Iterator[bytes]:
 
 
 def locate_lines(file: SourceFile, columns: Columns, item_bytes: int, notices: Notices) -> Iterator[TextPlaces]:
-    """Lines that aren't blank, as JSON lines are read; a bad one is for its worker to reject."""
+    """Locate the lines of JSON lines that aren't blank; a bad line is left to the worker to reject."""
     check_columns(open_blocks(file), file.name, columns, item_bytes, notices)
     yield from _full_lines_of(file)
 
 
 def _full_lines_of(file: SourceFile) -> Iterator[TextPlaces]:
-    base = 0  # bytes before the block
-    start = 0  # where the line at hand begins
+    base = 0  # bytes before the current block
+    start = 0  # offset of the current line
     line = 1  # its number
-    full = False  # whether a block before this one had something of it
+    full = False  # True if an earlier block held a non-blank part of it
     try:
         for block in _bounded(file):
             if base == 0:
@@ -172,10 +172,10 @@ def _full_lines_of(file: SourceFile) -> Iterator[TextPlaces]:
 def _full_lines(
     data: npt.NDArray[np.uint8], block: bytes, starts: Numbers, ends: Numbers, base: int, full: bool
 ) -> npt.NDArray[np.bool_]:
-    """Which lines that end in a block aren't blank; `full`: the first one isn't, by what came before the block."""
+    """Return a mask of the non-blank lines that end in a block; `full`: the first one isn't blank before the block."""
     inside = np.maximum(starts - base, 0)
     rows = ~_WHITE[data[inside]]
-    # A line that begins with white space is rare enough to be looked at alone.
+    # Lines that begin with white space are rare enough to be checked one by one.
     for at in np.flatnonzero(~rows).tolist():
         rows[at] = bool(block[inside[at] : ends[at] - base].strip())
     rows[0] |= full
@@ -183,7 +183,7 @@ def _full_lines(
 
 
 def locate_in_csv(file: SourceFile, columns: Columns, item_bytes: int, notices: Notices) -> Iterator[TextPlaces]:
-    """Rows by the very reader that will read them: only it knows which line ends stand inside quotes."""
+    """Locate rows with the reader that will read them: only it knows which line ends are inside quotes."""
     dialect = Dialect.of(file, columns)
     header = read_header(open_blocks(file), file.name, dialect, columns, item_bytes, notices)
     starts: list[int] = []

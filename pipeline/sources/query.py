@@ -1,4 +1,4 @@
-"""The rows of a query, streamed from a database in bounded memory."""
+"""Query source: rows of a query, streamed from a database in bounded memory."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ from pipeline.sources.validation import (
 )
 from pipeline.sources.values import carried
 
-#: Rows that the driver hands over at once: a thousand of the longest texts are too many already.
+#: Rows that the driver fetches at once: a thousand of the longest texts would already be too many.
 _FETCH_ROWS = 500
 _EXTRAS = {"duckdb": "duckdb", "snowflake": "snowflake", "bigquery": "bigquery"}
 _POSTGRES: dict[str, Any] = {
@@ -43,23 +43,23 @@ _POSTGRES: dict[str, Any] = {
     "keepalives_count": 3,
     "application_name": "vectormill-source",
 }
-#: Read only; and an interval is a key as Postgres writes it by default, whatever the server's style is.
+#: Read-only; an interval used as a key is written in Postgres' default style, whatever the server's setting.
 _READ_ONLY = "-c default_transaction_read_only=on -c intervalstyle=postgres"
-#: Of no statement more than so long, and of none more than its role may.
+#: Sets the statement timeout to the limit given, unless the role's own one is lower.
 _LIMIT_STATEMENTS = """
 select set_config('statement_timeout', least(nullif(setting::bigint, 0), %s)::text, false)
 from pg_settings where name = 'statement_timeout'
 """
-#: How long asking a server to stop may take, and its stopping, before the connection is cut.
+#: Timeout for sending a cancel request, and again for its effect, before the connection is cut.
 _CANCEL_SECONDS = 5.0
-#: Classes of Postgres' errors whose messages quote values of rows, or are a function's own words.
+#: Classes of Postgres errors whose messages quote values of rows, or are a function's own text.
 _QUOTING = ("22", "23", "P0")
-#: Postgres' word for a statement that was cancelled, by its time-out or by a person.
+#: Postgres' code for a statement that was cancelled, by its timeout or by a person.
 _CANCELED = "57014"
 
 
 class QueryCorpus:
-    """The rows of a query on Postgres, DuckDB, or any database that SQLAlchemy has a driver for."""
+    """Rows of a query on Postgres, DuckDB, or any database that SQLAlchemy has a driver for."""
 
     def __init__(
         self,
@@ -72,16 +72,16 @@ class QueryCorpus:
         movable: bool = False,
         seconds: float | None = None,
     ) -> None:
-        """Connect to nothing yet.
+        """Set up the engine; no connection is made yet.
 
         Args:
-            url: the database's, as SQLAlchemy writes it.
+            url: the database's URL, as SQLAlchemy writes it.
             query: one statement that returns rows.
             columns: the columns to read.
-            item_bytes: a longer text is rejected.
+            item_bytes: the longest text in bytes; a longer one is rejected.
             asked_by: the option or setting that gives the URL, for messages.
-            movable: the database is the same one wherever it is, and known by its name alone.
-            seconds: the most that it may take, from its beginning to its last row; of Postgres only.
+            movable: the database keeps its identity at another address, so the fingerprint holds its name alone.
+            seconds: time limit from the query's start to its last row; Postgres only.
 
         Raises:
             UserError: the URL isn't one, or its driver isn't installed.
@@ -94,7 +94,7 @@ class QueryCorpus:
         self._query = query.strip().rstrip(";")
         self._movable = movable
         self._seconds = seconds
-        #: Guards what follows, of which another thread may make use.
+        #: Guards `_reading` and `_stopped`, which `stop` uses from another thread.
         self._lock = threading.Lock()
         self._reading: tuple[psycopg.Connection, socket.socket] | None = None
         self._stopped: VectormillError | None = None
@@ -103,12 +103,12 @@ class QueryCorpus:
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Name of the source in messages."""
         return f"the query on {self._address}"
 
     @property
     def _address(self) -> str:
-        """The URL without what may be secret."""
+        """URL without the parts that may be secret."""
         return URL.create(
             self._url.drivername.partition("+")[0],
             host=self._url.host,
@@ -117,25 +117,25 @@ class QueryCorpus:
         ).render_as_string()
 
     def inputs(self) -> list[dict[str, Any]]:
-        """What the job writes down of it."""
+        """Return the one input that the job records."""
         etag = hashlib.sha256(self._query.encode()).hexdigest()
         return [{"uri": self._address, "etag": etag, "bytes": None}]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the database's address, or its name where it is movable, the query and the columns."""
+        """Return the SHA-256 over the database's address (its name if it is movable), the query and the columns."""
         database = self._url.database if self._movable else self._address
         return hashlib.sha256(json.dumps([database, self._query, self.columns.identity]).encode()).hexdigest()
 
     def read_fingerprint(self) -> str:
-        """The fingerprint."""
+        """Return the fingerprint, for which nothing needs to be read."""
         return self.fingerprint()
 
     def blocks(self) -> Iterator[Rows]:
-        """Run the query, and read every row once, in its order.
+        """Run the query, and yield every row once, in its order.
 
         Raises:
-            SourceError: the database refuses the query, or a column is missing or can't serve.
-            SourceStopped: it has taken too long, or was ended in the database.
+            SourceError: the database refuses the query, or a column is missing or can't be used.
+            SourceStopped: the query has run past its time limit, or was ended in the database.
             ServiceUnreachable: the database can't be reached, or was lost midway.
         """
         try:
@@ -147,7 +147,7 @@ class QueryCorpus:
             self._engine.dispose()
 
     def stop(self, why: VectormillError) -> None:
-        """Let whoever reads raise `why` instead of going on; for another thread, and of Postgres only."""
+        """Make the reading thread raise `why` instead of going on. Called from another thread; Postgres only."""
         with self._lock:
             self._stopped = self._stopped or why
             if self._reading is None:
@@ -157,7 +157,7 @@ class QueryCorpus:
                 driver.cancel_safe(timeout=_CANCEL_SECONDS)
         if self._ended.wait(_CANCEL_SECONDS):
             return
-        # The server doesn't listen, or what was cancelled was over, and more is fetched.
+        # The server doesn't respond, or the cancelled statement was over already and more rows are being fetched.
         with self._lock, suppress(OSError):
             if self._reading is not None:
                 connected.shutdown(socket.SHUT_RDWR)
@@ -168,7 +168,7 @@ class QueryCorpus:
         if not isinstance(driver, psycopg.Connection):
             yield
             return
-        # Of its own: the driver's number may be another connection's by the time that it is used.
+        # A duplicate: the driver's descriptor may be another connection's by the time it is used.
         with socket.socket(fileno=os.dup(driver.fileno())) as connected:
             with self._lock:
                 if self._stopped:
@@ -193,14 +193,14 @@ class QueryCorpus:
         timer.daemon = True
         timer.start()
         try:
-            # For a server that goes on when its client has gone. A query may undo this, but not the timer.
+            # Stops a server that goes on after its client has gone. A query can undo this, but not the timer.
             connection.exec_driver_sql(_LIMIT_STATEMENTS, (int(self._seconds * 1000),))
             yield
         finally:
             timer.cancel()
 
     def _read(self, connection: Connection) -> Iterator[Rows]:
-        # As it was written: a colon or a percent sign is no parameter.
+        # Sent as it was written: a colon or a percent sign is no parameter.
         streaming = connection.execution_options(stream_results=True, no_parameters=True)
         with streaming.exec_driver_sql(self._query) as found:
             yield from self._blocks(found)
@@ -261,7 +261,7 @@ class QueryCorpus:
             ) from None
 
     def _as_ours(self, error: DBAPIError) -> Exception:
-        """Say what the database objects to, without data and without its password."""
+        """Convert a database error to ours, without data and without the password."""
         diagnosis = getattr(error.orig, "diag", None)
         primary = getattr(diagnosis, "message_primary", None)
         state = getattr(error.orig, "sqlstate", None)
@@ -294,7 +294,7 @@ def _engine(url: URL, asked_by: str) -> Engine:
     arguments: dict[str, Any] = {"duckdb": {"read_only": True}}.get(backend, {})
     if backend == "postgresql":
         own = url.query.get("options", ())
-        # Ours last, so that it counts.
+        # Ours come last, so that they win.
         options = " ".join([own] if isinstance(own, str) else own)
         arguments = _POSTGRES | {"options": f"{options} {_READ_ONLY}".strip()}
     try:
@@ -306,11 +306,11 @@ def _engine(url: URL, asked_by: str) -> Engine:
 
 
 def _plain(value: Any) -> Any:
-    """A text's value, for the judge: what JSON hasn't becomes a number, so that it is rejected as no string."""
+    """Return a text's value for `judge`: a type that JSON lacks becomes a number, to be rejected as not a string."""
     return value if value is None or isinstance(value, str | int | float | bool | list | dict) else 0
 
 
 def _read_exactly(driver: psycopg.Connection) -> None:
-    """Have what Python's types hold but roughly read as Postgres writes it."""
+    """Make the driver keep values that Python's types hold only roughly as Postgres writes them."""
     driver.adapters.register_loader("interval", TextLoader)
     set_json_loads(exact_json.loads, driver)

@@ -1,4 +1,4 @@
-"""A file of a corpus, and what its name says of it: how it holds its rows, and how it is packed."""
+"""Source file of a corpus, with the format and compression that its name tells."""
 
 import enum
 from collections.abc import Callable, Iterator
@@ -17,34 +17,34 @@ STDIN = "standard input"
 
 
 class Compression(enum.StrEnum):
-    """How a file is packed."""
+    """Compression of a file."""
 
     NONE = "none"
     GZIP = "gzip"
     ZSTD = "zstd"
 
 
-#: A file, or its unpacked blocks where it has no name, columns, the longest text in bytes, what to note → its rows.
+#: File, or its uncompressed blocks if it has no name, columns, the longest text in bytes, notices → its rows.
 Read = Callable[["SourceFile", Iterator[bytes] | None, Columns, int, "Notices"], Iterator["Parsed"]]
-#: The same → where its rows begin, in order; columns are checked on the way.
+#: File, columns, the longest text in bytes, notices → the places of its rows, in order; checks the columns too.
 Locate = Callable[["SourceFile", Columns, int, "Notices"], Iterator["Places"]]
-#: A file, a chunk's extent in it, how many rows that has, columns, the longest text in bytes → its rows.
+#: File, a chunk's extent in it, its number of rows, columns, the longest text in bytes → its rows.
 ReadExtent = Callable[["SourceFile", Extent, int, Columns, int], Iterator["Parsed"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """How files of a kind hold their rows."""
+    """File format: its names, its traits and its readers."""
 
-    #: Part of what uploads are known by.
+    #: Part of the fingerprint of uploads.
     name: str
-    #: Of a file's name, the first one best known.
+    #: File extensions, the best known one first.
     endings: tuple[str, ...]
-    #: What a row's number counts, in messages.
+    #: Unit that a row's number counts, in messages.
     unit: str = "line"
-    #: Whether such a file is also read packed as a whole.
+    #: True if such a file may also be compressed as a whole.
     packable: bool = True
-    #: Whether it has a delimiter and a quote.
+    #: True if the format has a delimiter and a quote.
     divided: bool = False
     read: Read
     locate: Locate
@@ -53,24 +53,24 @@ class Format:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
-    """One file of a corpus, as it was when the corpus was listed; or the standard input."""
+    """File of a corpus, as it was when the corpus was listed, or the standard input."""
 
-    #: As the user wrote it; messages use it.
+    #: Name as the user wrote it, for messages.
     name: str
     #: Absolute path, or URI of an object; `None` for the standard input.
     uri: str | None
     format: Format
     compression: Compression
-    #: Size where it is kept; `None` for the standard input.
+    #: Size as stored, possibly compressed; `None` for the standard input.
     bytes: int | None
     #: Changes when the file does; `None` for the standard input.
     etag: str | None
 
     def open(self) -> BinaryIO:
-        """The file as it was listed.
+        """Open the file as it was listed.
 
         Raises, also at a later read:
-            SourceChanged: it isn't that file any more.
+            SourceChanged: the file has changed since then.
             StorageRefused, StorageUnreachable
         """
         assert self.uri is not None
@@ -84,7 +84,7 @@ class SourceFile:
 
 
 def reason(error: OSError) -> str:
-    """Why the operating system refused, for the middle of a sentence."""
+    """Return the operating system's reason for a refusal, for the middle of a sentence."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return (error.strerror or "can't be read").lower()

@@ -1,4 +1,4 @@
-"""Files that came through the api."""
+"""Files uploaded through the API, as a corpus."""
 
 import hashlib
 import json
@@ -14,20 +14,20 @@ from pipeline.sources import Corpus
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One of them, as it is kept until its rows are read."""
+    """Uploaded file, as it is kept until its rows are read."""
 
-    #: As its sender calls it.
+    #: Name that the sender gave it.
     name: str
     path: Path
     sha256: str
 
 
 class UploadedCorpus(Corpus):
-    """The rows of uploads. They are known by their content: where they are kept is nobody's business, and the same
-    file sent again is the same corpus."""
+    """Rows of uploaded files, which are identified by their content: the place where they are kept stays internal, and
+    the same file sent again is the same corpus."""
 
     def __init__(self, uploads: Sequence[Upload], columns: Columns, item_bytes: int) -> None:
-        """List them; raises as `Corpus`."""
+        """List the files. Raises as `Corpus`, with the senders' names in place of paths."""
         try:
             super().__init__([str(upload.path) for upload in uploads], columns, item_bytes)
         except SourceError as error:
@@ -39,12 +39,12 @@ class UploadedCorpus(Corpus):
         self.files = [replace(file, name=one.name) for file, one in zip(self.files, uploads, strict=True)]
 
     def inputs(self) -> list[dict[str, Any]]:
-        """What the job writes down of each file."""
+        """Return the inputs that the job records, one per file."""
         kept = zip(self.files, self._uploads, strict=True)
         return [{"uri": f"upload:{one.name}", "etag": one.sha256, "bytes": file.bytes} for file, one in kept]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the bytes of each file, how they are read, and the columns."""
+        """Return the SHA-256 over each file's hash, format and compression, and the columns."""
         files = [
             (one.sha256, file.format.name, file.compression)
             for file, one in zip(self.files, self._uploads, strict=True)

@@ -1,4 +1,4 @@
-"""Validation of rows, the same for every format: a block of rows, and the one judge of a row."""
+"""Validation of rows, the same for every format: blocks of rows, and the one function that judges them."""
 
 import re
 from collections import Counter
@@ -17,32 +17,32 @@ from pipeline.sources.values import KEY_BYTES, BadKeyError, as_key, kind_of
 
 #: The most rows in a block.
 BLOCK_ROWS: Final = 5_000
-#: About the most text in a block: one item may pass it.
+#: Approximate limit on the text in a block; one item may exceed it.
 BLOCK_BYTES: Final = 8 * 1024 * 1024
 
 _SHOWN_COLUMNS = 20
 _SHOWN_LETTERS = 40
 _ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-#: Postgres keeps numbers of 131,072 digits; nobody writes such, and each would have to be held.
+#: Postgres accepts numbers of 131,072 digits; nobody writes such, and each would have to be held in memory.
 _MOST_DIGITS, _MOST_EXPONENT_DIGITS = 1_000, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Consecutive rows of the corpus: at most 5,000, and about 8 MiB."""
+    """Block of consecutive validated rows of the corpus: at most 5,000, and about 8 MiB."""
 
     keys: list[str | None]
     #: UTF-8; `None` where the row is rejected.
     texts: list[bytes | None]
-    #: Position in this block, code and message of each rejected row, in order. Never its text.
+    #: Position in this block, code and message of each rejected row, in order. Never includes its text.
     problems: list[tuple[int, RejectCode, str]]
-    #: A JSON object per row; only where the job carries columns.
+    #: JSON object per row; `None` unless the job carries columns.
     carried: list[bytes] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """Rows as a format reads them, not judged yet. Invalid UTF-8 stands as surrogates."""
+    """Rows as a format parses them, before validation. Invalid UTF-8 is held as surrogates."""
 
     #: Line or row numbers in the file, from 1.
     numbers: Sequence[int]
@@ -52,7 +52,7 @@ class Parsed:
 
 
 class Notices:
-    """Things to know of a corpus though nothing is refused: the first lines of each kind, and a count."""
+    """Notices about a corpus, though nothing is refused: the first lines of each kind, and a count of the others."""
 
     _MOST = 3
 
@@ -61,7 +61,7 @@ class Notices:
         self._more: Counter[str] = Counter()
 
     def add(self, kind: str, line: str) -> None:
-        """Note a line, without a text's words."""
+        """Add a line, which must not quote a text."""
         lines = self._found.setdefault(kind, [])
         if len(lines) < self._MOST:
             lines.append(line)
@@ -72,7 +72,7 @@ class Notices:
         return kind in self._found
 
     def lines(self) -> list[str]:
-        """All that was noted, in order."""
+        """Return all notices, in order."""
         found: list[str] = []
         for kind, lines in self._found.items():
             found += lines
@@ -82,48 +82,48 @@ class Notices:
 
 
 class Missing:
-    """Stands for the text of a row that has no such column."""
+    """Placeholder for the text of a row that has no such column."""
 
 
 class LongLine(NamedTuple):
-    """Stands for a line that was skipped, since it is longer than is ever read."""
+    """Placeholder for a line that was skipped because it is longer than the limit."""
 
     number: int
     size_bytes: int
     bound_bytes: int
-    #: How many quotes it has, and whether it is white space alone.
+    #: Number of its quotes, and True if it is only white space.
     quotes: int
     blank: bool
 
 
 class BadRow(NamedTuple):
-    """Stands for the text of a row that can't be read."""
+    """Placeholder for the text of a row that can't be read."""
 
     fault: str
     code: RejectCode = RejectCode.BAD_ROW
 
 
 def skipped(line: LongLine, columns: Columns) -> Parsed:
-    """The row of a line that was skipped."""
+    """Return the row that stands for a skipped line."""
     return Parsed([line.number], [line], [None], [{}] if columns.carry else None)
 
 
 class _OverlongNumberError(Exception):
-    """A number is longer than Postgres is asked to keep."""
+    """A number is longer than we let Postgres keep."""
 
 
 def judge(parsed: Parsed, item_bytes: int, place: str) -> Rows:
-    """Sort good rows from bad ones.
+    """Validate rows: separate the good ones from the bad ones.
 
     Args:
         parsed: the rows.
-        item_bytes: a longer text is rejected.
-        place: what stands before a row's number in messages, such as `line `.
+        item_bytes: the longest text in bytes; a longer one is rejected.
+        place: the prefix of a row's number in messages, such as `line `.
     """
     keys: list[str | None] = []
     texts: list[bytes | None] = []
     problems: list[tuple[int, RejectCode, str]] = []
-    # Every row of every corpus passes here: good rows take no call but the built-in ones.
+    # Every row of every corpus passes here, so good rows take only calls of built-ins.
     for text, key in zip(parsed.texts, parsed.keys, strict=True):
         try:
             if type(key) is int:
@@ -151,7 +151,7 @@ def judge(parsed: Parsed, item_bytes: int, place: str) -> Rows:
 
 
 def _problem(text: object, key: object, item_bytes: int) -> tuple[str | None, tuple[RejectCode, str]]:
-    """The key to keep of a row that failed the fast test, and what is wrong; the text's fault comes first."""
+    """Return the key to keep of a row that failed the fast test, and the row's fault; the text's fault comes first."""
     try:
         kept, fault = as_key(key), None
     except BadKeyError as error:
@@ -194,7 +194,7 @@ def _string_problem(text: str, item_bytes: int) -> tuple[RejectCode, str] | None
 def _carry(
     parsed: Parsed, texts: list[bytes | None], problems: list[tuple[int, RejectCode, str]], place: str
 ) -> list[bytes]:
-    """The carried columns as JSON; a row whose columns Postgres couldn't hold becomes a reject."""
+    """Return the carried columns as JSON; a row whose columns Postgres couldn't hold becomes a reject."""
     assert parsed.carried is not None
     carried: list[bytes] = []
     for at, row in enumerate(parsed.carried):
@@ -216,7 +216,7 @@ def _carry(
 
 
 def _to_json(row: dict[str, object]) -> bytes:
-    """Raise `TypeError` where a string holds surrogates, or, caused by `_OverlongNumberError`, a number is too long."""
+    """Serialise a row; raise `TypeError` for surrogates, or, caused by `_OverlongNumberError`, an overlong number."""
     return orjson.dumps(row, default=_bounded)
 
 
@@ -229,14 +229,14 @@ def _bounded(value: Any) -> orjson.Fragment:
 
 
 def missing_column(place: str, field: str, column: str, names: Iterable[str], candidates: Sequence[str]) -> SourceError:
-    """The error for a column that isn't there: it lists those that are, and names the mend.
+    """Return the error for a missing column: it lists the existing ones, and suggests a fix.
 
     Args:
         place: the file, and the line where there is one.
         field: the option that names the column.
         column: the column that is missing.
-        names: the columns that there are.
-        candidates: those that could be meant; one alone is suggested.
+        names: the existing columns.
+        candidates: the columns that could be meant; a single one is suggested.
     """
     names = list(names)
     near = _differing_in_case(column, names)
@@ -246,7 +246,7 @@ def missing_column(place: str, field: str, column: str, names: Iterable[str], ca
 
 
 def without_key(place: str, column: str, names: Iterable[str]) -> str:
-    """The notice for a corpus that has no key column, which need not be: it lists the columns there are."""
+    """Return the notice for a corpus without the optional key column: it lists the existing columns."""
     names = list(names)
     near = _differing_in_case(column, names)
     told = f'{place}: no column "{shown(column)}", so these items have no key'
@@ -255,7 +255,7 @@ def without_key(place: str, column: str, names: Iterable[str]) -> str:
 
 
 def _differing_in_case(column: str, names: Sequence[str]) -> list[str]:
-    """The columns that a hurried person takes for this one."""
+    """Return the columns that differ from this one only in case or surrounding white space."""
     return [name for name in names if name.strip().casefold() == column.strip().casefold()]
 
 
@@ -267,6 +267,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def shown(name: str) -> str:
-    """A column's name as a message shows it: printable, and not too long."""
+    """Return a column's name as a message shows it: printable, and truncated if it is long."""
     printable = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
     return printable if len(printable) <= _SHOWN_LETTERS else printable[:_SHOWN_LETTERS] + "…"

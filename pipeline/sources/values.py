@@ -1,4 +1,4 @@
-"""One form of each value, whichever way it comes in: as a key, and as JSON carries it."""
+"""Normalisation of values from every format and database: as keys, and as carried JSON."""
 
 import math
 from datetime import UTC, date, datetime, time, timedelta
@@ -9,7 +9,7 @@ from uuid import UUID
 
 from pipeline.core.exact_json import Number
 
-#: A longer key rejects its row.
+#: Longest key in bytes; a longer one rejects its row.
 KEY_BYTES: Final = 1024
 
 _KINDS = {bool: "a boolean", int | float: "a number", list: "a list", dict: "an object"}
@@ -23,10 +23,10 @@ class BadKeyError(Exception):
 
 
 def as_key(value: object) -> str | None:
-    """A key as it is stored, the same for the same value by each way in.
+    """Return a key as it is stored, the same for the same value from every kind of source.
 
     Raises:
-        BadKeyError: it isn't a scalar, or can't be stored.
+        BadKeyError: the value isn't a scalar, or can't be stored.
     """
     if value is None:
         return None
@@ -62,7 +62,7 @@ def _scalar(value: object) -> str:
 
 
 def kind_of(value: object) -> str:
-    """A value's kind, for the middle of a sentence."""
+    """Return the name of a value's kind, for the middle of a sentence."""
     return next((called for kind, called in _KINDS.items() if isinstance(value, kind)), f"of type {_named(value)}")
 
 
@@ -71,7 +71,7 @@ def _named(value: object) -> str:
 
 
 def written(value: object) -> object:
-    """Write out as a string what JSON hasn't: a moment in UTC and all of its digits; other values as they are."""
+    """Return values of types that JSON lacks as strings, a moment in UTC with all of its digits; others unchanged."""
     if isinstance(value, Decimal):
         return format(value, "f")
     if isinstance(value, datetime) and value.tzinfo is not None:
@@ -84,7 +84,7 @@ def written(value: object) -> object:
 
 
 def interval(*, months: int = 0, days: int = 0, nanoseconds: int = 0) -> str:
-    """An interval as Postgres writes it; days and what is below them have one sign."""
+    """Return an interval as Postgres writes it; days and smaller units share one sign."""
     below = days * _DAY_NANOSECONDS + nanoseconds
     whole_days, rest = divmod(abs(below), _DAY_NANOSECONDS)
     sign = "-" if below < 0 else ""
@@ -99,10 +99,10 @@ def interval(*, months: int = 0, days: int = 0, nanoseconds: int = 0) -> str:
 
 
 def carried(value: object) -> object:
-    """A value as JSON carries it, the same by each way in.
+    """Return a value as carried JSON, the same from every kind of source.
 
     Raises:
-        TypeError: it can't be carried; the message is its type.
+        TypeError: the value can't be carried; the message is its type.
     """
     value = written(value)
     if value is None or isinstance(value, str | bool | Number):

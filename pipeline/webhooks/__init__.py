@@ -1,1 +1,1 @@
-"""Webhooks: whom they may tell (`allowlist`), of what (`events`), and how it is sent (`delivery`)."""
+"""Webhooks: allowed addresses (`allowlist`), events (`events`), and signed delivery (`delivery`)."""

@@ -1,4 +1,4 @@
-"""The addresses that webhooks may have, by `VECTORMILL_WEBHOOKS`."""
+"""Allowlist of webhook addresses, by `VECTORMILL_WEBHOOKS`."""
 
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from pipeline.core.errors import UserError
 
 _PORTS = {"http": 80, "https": 443}
-#: Dots, slashes and backslashes that a receiver may unpack into another path.
+#: Percent-encoded dots, slashes and backslashes, which a receiver may decode into another path.
 _PACKED = ("%2e", "%2f", "%5c")
 
 
@@ -14,7 +14,7 @@ def check(url: str, allowed: Sequence[str]) -> None:
     """Refuse an address that isn't below one of `allowed`.
 
     Raises:
-        UserError: it isn't. The message leaves out what may be secret of it.
+        UserError: it isn't. The message leaves out the path, which may be secret.
     """
     if not is_allowed(url, allowed):
         raise UserError(
@@ -24,8 +24,8 @@ def check(url: str, allowed: Sequence[str]) -> None:
 
 
 def is_allowed(url: str, allowed: Sequence[str]) -> bool:
-    """Whether an address has the scheme, host and port of an allowed one, and its path begins with that one's, segment
-    by segment."""
+    """Return True if an address has the scheme, host and port of an allowed one, and its path begins with that one's,
+    segment by segment."""
     asked = _parts(url)
     if asked is None:
         return False
@@ -34,7 +34,8 @@ def is_allowed(url: str, allowed: Sequence[str]) -> bool:
 
 
 def _parts(url: str) -> tuple[tuple[str, str, int], list[str]] | None:
-    """(scheme, host, port) and the path's segments; None where it is no address that means the same to everybody."""
+    """Return (scheme, host, port) and the path's segments; None if the address is invalid, or two parsers could read it
+    differently."""
     try:
         parts = urlsplit(url)
         port = _PORTS[parts.scheme] if parts.port is None else parts.port
@@ -50,6 +51,6 @@ def _parts(url: str) -> tuple[tuple[str, str, int], list[str]] | None:
 
 
 def shown(url: str) -> str:
-    """An address without its path, which may hold a token."""
+    """Return an address without its path, which may hold a token."""
     parts = _parts(url)
     return "it" if parts is None else f"{parts[0][0]}://{parts[0][1]}"

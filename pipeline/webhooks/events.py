@@ -1,4 +1,4 @@
-"""The events that webhooks tell of: a job's end, or that of a request that never was a job."""
+"""Webhook events: a job's end, or that of an SQL request that never became a job."""
 
 from typing import Any
 
@@ -19,7 +19,8 @@ def job_ended(
     reason: str | None,
     message: str | None,
 ) -> None:
-    """Tell of a job's end, in the transaction that ends it. A job that is retried ends again, and it is told again."""
+    """Add the event of a job's end, in the transaction that ends it. A job that is retried ends again, with another
+    event."""
     data = {
         "id": str(job.id),
         "name": job.name,
@@ -35,8 +36,8 @@ def job_ended(
 
 
 def request_ended(connection: Connection, request: RowMapping, state: JobState, reason: str, message: str) -> None:
-    """Tell that what was asked for in SQL has failed, or was cancelled, before it was a job."""
-    # That they are wrong may be why it has failed.
+    """Add the event of an SQL request that failed or was cancelled before it became a job."""
+    # Invalid options may be the reason for the failure.
     try:
         options: dict[str, Any] = orjson.loads(request["options"])
     except ValueError:

@@ -30,7 +30,7 @@ class Moment(StrEnum):
 
 
 @dataclass(eq=False)
-class WriteBack(Call):
+class CommitCall(Call):
     """A client's connection to Postgres."""
 
     #: The transaction at hand writes a part of a chunk.
@@ -66,13 +66,13 @@ class Wire(Line):
                     return call.port
         return None
 
-    def _call(self, near: socket.socket, far: socket.socket) -> WriteBack:
+    def _call(self, near: socket.socket, far: socket.socket) -> CommitCall:
         # A message goes out in parts; none waits for the answer to the one before.
         for end in (near, far):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return WriteBack(near, far)
+        return CommitCall(near, far)
 
-    def _from_client(self, call: WriteBack) -> Iterator[bytes]:
+    def _from_client(self, call: CommitCall) -> Iterator[bytes]:
         reader = _Reader(call.near)
         # Before the start-up message, which has no type, encryption may be asked for; Postgres says no in one byte.
         while head := reader.take(4):
@@ -93,7 +93,7 @@ class Wire(Line):
                 self._spring(Moment.BEFORE_COMMIT, call)
             yield message
 
-    def _from_server(self, call: WriteBack) -> Iterator[bytes]:
+    def _from_server(self, call: CommitCall) -> Iterator[bytes]:
         reader = _Reader(call.far)
         first = reader.take(1)
         while first == b"N":
@@ -113,7 +113,7 @@ class Wire(Line):
         with self._lock:
             return self._trap is not None and self._moment is moment
 
-    def _spring(self, moment: Moment, call: WriteBack) -> None:
+    def _spring(self, moment: Moment, call: CommitCall) -> None:
         with self._lock:
             trap = self._trap
             if trap is None or self._moment is not moment:
@@ -122,7 +122,7 @@ class Wire(Line):
         trap.spring(call)
 
 
-def _statement(call: WriteBack, kind: bytes, body: bytes) -> bytes:
+def _statement(call: CommitCall, kind: bytes, body: bytes) -> bytes:
     """The SQL that a message stands for: one that is asked, prepared, or was and is asked again."""
     if kind == b"Q":
         return body

@@ -14,11 +14,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.types import Message
 
 from pipeline.api.database import Database
+from pipeline.api.fair_semaphore import FairSemaphore
 from pipeline.api.gateway import cache as directory_module
 from pipeline.api.gateway import metering
 from pipeline.api.gateway.cache import Caller, GatewayCache
 from pipeline.api.gateway.metering import Meter
-from pipeline.api.places import Places
 from pipeline.api.transfers import DOWNLOADS_OF_ONE, Transfers
 from pipeline.catalog import keys
 from pipeline.catalog import models as catalog
@@ -267,7 +267,7 @@ def test_a_database_that_answers_nobody_is_blamed(engine: Engine) -> None:
 
 def test_places_are_left_for_others() -> None:
     async def body() -> None:
-        places = Places(4, 3)
+        places = FairSemaphore(4, 3)
         ours = [await places.take(1) for _ in range(3)]
         waiting = [asyncio.ensure_future(places.take(1)) for _ in range(50)]
         theirs = await asyncio.wait_for(places.take(2), 10)

@@ -227,7 +227,7 @@ def test_an_engine_beyond_this_machine_needs_a_secret(monkeypatch: pytest.Monkey
 
 def _waiting(batcher: Batcher) -> int:
     """Return how many texts wait."""
-    return sum(len(each.texts) for lane in batcher._lanes._lanes.values() for each in lane.waiting)
+    return sum(len(each.texts) for lane in batcher._queues._queues.values() for each in lane.waiting)
 
 
 def test_texts_go_through_the_encoder_that_has_read_them(

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, event, text
 
-from pipeline.chunk_io import commit as writeback
+from pipeline.chunk_io import commit as commit_module
 from pipeline.chunk_io import parquet_sink
 from pipeline.chunk_io.commit import Commit, Ending, write_chunk
 from pipeline.core.chunks import Claim, RejectCode
@@ -435,7 +435,7 @@ def test_an_error_of_the_copy_is_no_lost_connection(
     engine: Engine, claim: Claim, sqlstate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk, a deadlock, a row that is there already, a time-out: at once, and as the contract names it."""
-    monkeypatch.setattr(writeback, "_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(commit_module, "_PATIENCE_SECONDS", 0)
     raise_in_copy(engine, sqlstate)
     with pytest.raises(Exception, match="no luck") as caught:
         write_chunk(engine, claim, 0, part_of([0]), DONE)

@@ -362,7 +362,7 @@ def test_the_dispatcher_sees_to_it_whoever_else_does_not_answer(
         eventually(lambda: state(engine)[6:] == [("delivered", 1, "answers 204")] * 3, "the answers to be kept")
         assert sum(row[1] for row in state(engine)[:6]) == 1, "one try at a time"
     # It has been cut off.
-    eventually(lambda: standing(engine) == {"waiting": 6, "late": 1, "given_up": 0}, "the try that failed")
+    eventually(lambda: backlog(engine) == {"waiting": 6, "late": 1, "given_up": 0}, "the try that failed")
     done(engine, model, f"{receiver.url}/hooks")
     end()
     background.begin()
@@ -370,9 +370,9 @@ def test_the_dispatcher_sees_to_it_whoever_else_does_not_answer(
     assert sum(row[1] for row in state(engine)[:6]) == 1, "who doesn't answer rests"
 
 
-def standing(engine: Engine) -> dict[str, int]:
+def backlog(engine: Engine) -> dict[str, int]:
     with engine.begin() as connection:
-        return dict(events.standing(connection, 60))
+        return dict(events.backlog(connection, 60))
 
 
 def test_old_events_are_forgotten(engine: Engine, model: Model, receiver: Receiver, end: Callable[[], None]) -> None:

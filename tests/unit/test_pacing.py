@@ -10,7 +10,7 @@ import pytest
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from pipeline.api.pacing import Lines, Paced, take_turn
+from pipeline.api.pacing import LeakyBuckets, Paced, take_turn
 from pipeline.infra.http_server import TURN
 
 _BURST, _EACH, _LONGEST = 50, 1 / 200, 10.0
@@ -56,8 +56,8 @@ async def _app(scope: Scope, receive: Receive, send: Send) -> None:
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ask at one moment. Returns of each how long it waits, and the start of its answer."""
-    lines = Lines()
-    paced, app = Paced(_app, lines), SimpleNamespace(state=SimpleNamespace(lines=lines))
+    buckets = LeakyBuckets()
+    paced, app = Paced(_app, buckets), SimpleNamespace(state=SimpleNamespace(buckets=buckets))
 
     def ask(*asked: _Ask) -> list[tuple[float, Message | None]]:
         found: list[tuple[float, Message | None]] = []
@@ -169,7 +169,7 @@ def test_a_network_of_ipv6_has_one_line(ask: Any, one: str, other: str, is_same:
 
 
 def test_lines_in_which_nobody_waits_are_forgotten() -> None:
-    lines = Lines()
+    buckets = LeakyBuckets()
     for number in range(30_000):
-        lines.take(number)
-    assert len(lines._next) <= 10_000
+        buckets.take(number)
+    assert len(buckets._next) <= 10_000

@@ -14,96 +14,96 @@ from hypothesis import strategies as st
 
 from workers.encoders.batching import Tokenised
 from workers.engine.pace import Pace
-from workers.engine.queue import Lanes, Request, Text, Work, seconds_ahead
+from workers.engine.queue import DeviceQueue, Request, Text, Work, seconds_ahead
 
 #: Tokens of a turn on a CPU: two batches.
 TURN_TOKENS = 100
 
 
 class _Encoder:
-    """As much of one as a lane looks at."""
+    """As much of one as a queue looks at."""
 
     budget_tokens = TURN_TOKENS // 2
     device = torch.device("cpu")
 
 
-def waiting(lanes: Lanes, encoder: _Encoder, *lengths: int, caller: str = "") -> Request:
+def waiting(queues: DeviceQueue, encoder: _Encoder, *lengths: int, caller: str = "") -> Request:
     """A request whose texts have these lengths."""
     tokenised = Tokenised(list(lengths), np.array(lengths, np.int32), np.zeros(len(lengths), np.bool_))
     work = Work(caller, "m", sum(lengths), 0.0)
     nobody = cast("asyncio.Future[Any]", None)
     request = Request(cast(Any, None), nobody, tokenised, np.empty((0, 0), np.float32), 0, work)
-    lanes.add(cast(Any, encoder), request)
+    queues.add(cast(Any, encoder), request)
     return request
 
 
-def batches(lanes: Lanes) -> Iterable[list[Text]]:
+def batches(queues: DeviceQueue) -> Iterable[list[Text]]:
     """Turn by turn, until nobody waits."""
-    while batch := lanes.take():
+    while batch := queues.take():
         yield list(batch[1])
 
 
-def turns_until(lanes: Lanes, request: Request) -> int:
+def turns_until(queues: DeviceQueue, request: Request) -> int:
     """The turns before the one with a text of a request."""
-    return next(turn for turn, batch in enumerate(batches(lanes)) if any(text.request is request for text in batch))
+    return next(turn for turn, batch in enumerate(batches(queues)) if any(text.request is request for text in batch))
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 150), min_size=1, max_size=9)), max_size=20))
 def test_every_text_goes_once_with_its_own_encoder_within_a_turn(asked: list[tuple[int, list[int]]]) -> None:
-    lanes, encoders = Lanes(), [_Encoder() for _ in range(4)]
-    requests = [(encoders[lane], waiting(lanes, encoders[lane], *lengths)) for lane, lengths in asked]
+    queues, encoders = DeviceQueue(), [_Encoder() for _ in range(4)]
+    requests = [(encoders[queue], waiting(queues, encoders[queue], *lengths)) for queue, lengths in asked]
     taken = []
-    while batch := lanes.take():
+    while batch := queues.take():
         encoder, found = batch
         assert len(found) == 1 or sum(text.tokens for text in found) <= TURN_TOKENS
         taken += [(id(encoder), id(text.request), text.at) for text in found]
-    texts = [(id(lane), id(one), at) for lane, one in requests for at in range(len(one.tokenised.ids))]
+    texts = [(id(queue), id(one), at) for queue, one in requests for at in range(len(one.tokenised.ids))]
     assert sorted(taken) == sorted(texts)
 
 
 @given(crowd=st.lists(st.lists(st.integers(5, 100), min_size=40, max_size=60), max_size=15), turns=st.integers(0, 9))
 def test_a_text_alone_is_in_one_of_the_next_two_turns(crowd: list[list[int]], turns: int) -> None:
     """Whatever else its caller waits for, if it is no longer than all that."""
-    lanes, encoder = Lanes(), _Encoder()
+    queues, encoder = DeviceQueue(), _Encoder()
     for lengths in crowd:
-        waiting(lanes, encoder, *lengths)
+        waiting(queues, encoder, *lengths)
     for _ in range(turns):
-        lanes.take()
-    assert turns_until(lanes, waiting(lanes, encoder, 5)) <= 1
+        queues.take()
+    assert turns_until(queues, waiting(queues, encoder, 5)) <= 1
 
 
 @given(alone=st.integers(1, 16), texts=st.integers(40, 60), turns=st.integers(0, 9), apart=st.booleans())
 def test_texts_alone_are_in_the_next_two_turns(alone: int, texts: int, turns: int, apart: bool) -> None:
     """As long as those of the large requests; of the same caller, or of another one."""
-    lanes, encoder = Lanes(), _Encoder()
+    queues, encoder = DeviceQueue(), _Encoder()
     for _ in range(4):
-        waiting(lanes, encoder, *[5] * texts)
+        waiting(queues, encoder, *[5] * texts)
     for _ in range(turns):
-        lanes.take()
-    small = [waiting(lanes, encoder, 5, caller="other" if apart else "") for _ in range(alone)]
-    soon = [text.request for _, batch in zip(range(2), batches(lanes), strict=False) for text in batch]
+        queues.take()
+    small = [waiting(queues, encoder, 5, caller="other" if apart else "") for _ in range(alone)]
+    soon = [text.request for _, batch in zip(range(2), batches(queues), strict=False) for text in batch]
     assert all(request in soon for request in small)
 
 
 @given(models=st.integers(1, 5), turns=st.integers(0, 9))
 def test_models_take_turns(models: int, turns: int) -> None:
-    lanes, encoders = Lanes(), [_Encoder() for _ in range(models)]
+    queues, encoders = DeviceQueue(), [_Encoder() for _ in range(models)]
     for encoder in encoders:
-        waiting(lanes, encoder, *[50] * 40)
+        waiting(queues, encoder, *[50] * 40)
     for _ in range(turns):
-        lanes.take()
-    assert turns_until(lanes, waiting(lanes, encoders[0], 1)) < models
+        queues.take()
+    assert turns_until(queues, waiting(queues, encoders[0], 1)) < models
 
 
 @given(requests=st.lists(st.integers(1, 6), min_size=2, max_size=4), length=st.integers(1, 30))
 def test_callers_have_equal_shares_however_many_requests_they_have(requests: list[int], length: int) -> None:
-    lanes, encoder = Lanes(), _Encoder()
+    queues, encoder = DeviceQueue(), _Encoder()
     for caller, number in enumerate(requests):
         for _ in range(number):
-            waiting(lanes, encoder, *[length] * 1_500, caller=str(caller))
+            waiting(queues, encoder, *[length] * 1_500, caller=str(caller))
     given_to: Counter[str] = Counter()
     of_request: Counter[Request] = Counter()
-    for _, batch in zip(range(15), batches(lanes), strict=False):
+    for _, batch in zip(range(15), batches(queues), strict=False):
         for text in batch:
             given_to[text.request.work.caller] += length
             of_request[text.request] += length
@@ -117,17 +117,17 @@ def test_callers_have_equal_shares_however_many_requests_they_have(requests: lis
 @given(st.integers(2, 150), st.integers(1, 2), st.booleans())
 def test_short_texts_that_never_end_starve_nobody(long: int, flood: int, apart: bool) -> None:
     """More of them than the device can do."""
-    lanes, encoder = Lanes(), _Encoder()
+    queues, encoder = DeviceQueue(), _Encoder()
     callers = count()
 
     def come() -> None:
         for _ in range(flood * TURN_TOKENS):
-            waiting(lanes, encoder, 1, caller=str(next(callers)) if apart else "flood")
+            waiting(queues, encoder, 1, caller=str(next(callers)) if apart else "flood")
 
     come()
-    lanes.take()
-    patient, turn = waiting(lanes, encoder, long), 0
-    while batch := lanes.take():
+    queues.take()
+    patient, turn = waiting(queues, encoder, long), 0
+    while batch := queues.take():
         if any(text.request is patient for text in batch[1]):
             break
         come()
@@ -136,21 +136,21 @@ def test_short_texts_that_never_end_starve_nobody(long: int, flood: int, apart: 
 
 
 def test_a_batch_is_of_texts_about_as_long() -> None:
-    lanes, encoder = Lanes(), _Encoder()
+    queues, encoder = DeviceQueue(), _Encoder()
     for caller in "ab":
-        waiting(lanes, encoder, *[10, 50] * 40, caller=caller)
-    found = [{text.tokens for text in batch} for batch in batches(lanes)]
+        waiting(queues, encoder, *[10, 50] * 40, caller=caller)
+    found = [{text.tokens for text in batch} for batch in batches(queues)]
     assert sum(len(lengths) > 1 for lengths in found) <= 1
     assert len(found) <= 2 * 40 * 60 / TURN_TOKENS + 1
 
 
 @pytest.mark.parametrize("others", [0, 3])
 def test_what_nobody_waits_for_is_left_out(others: int) -> None:
-    lanes, encoder = Lanes(), _Encoder()
-    waiting(lanes, encoder, 50, 60).dropped = True
+    queues, encoder = DeviceQueue(), _Encoder()
+    waiting(queues, encoder, 50, 60).dropped = True
     for _ in range(others):
-        waiting(lanes, encoder, 5)
-    batch = lanes.take()
+        waiting(queues, encoder, 5)
+    batch = queues.take()
     assert (len(batch[1]) if batch else 0) == others
 
 

@@ -1,1 +1,1 @@
-"""Encoders: a model on this machine, read, proven, batched and kept."""
+"""Encoders of models on this machine: loading, proof, tokenisation, batching and a cache."""

@@ -1,4 +1,4 @@
-"""A model's folder as it describes itself: refused where sentence-transformers would guess. Loads no weights."""
+"""Check of a model's folder, which refuses whatever sentence-transformers would guess. Loads no weights."""
 
 import json
 import re
@@ -10,14 +10,14 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.core.errors import ModelError
 
-#: The modules of a dense text encoder whose vectors don't depend on what else is in a batch.
+#: Modules of a dense text encoder whose vectors don't depend on the rest of a batch.
 _KNOWN = frozenset(
     {
         *("Transformer", "StaticEmbedding", "Router", "Asym", "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout"),
         "WeightedLayerPooling",
     }
 )
-#: Others of sentence-transformers, by what they make of a model.
+#: Other modules of sentence-transformers, and why a model with one is refused.
 _OTHERS = {
     "CLIPModel": "it reads images too",
     **dict.fromkeys(("WordEmbeddings", "WordWeights", "BoW"), "it splits texts into words by rules of its own"),
@@ -34,7 +34,7 @@ _MODEL_TYPES = {
     "SparseEncoder": "its vectors are sparse",
     "MultiVectorEncoder": "it gives a vector for each token",
 }
-#: Files of which a tokeniser can be made. Without any, transformers invents a vocabulary of five tokens.
+#: Sets of files that make a tokeniser. Without any, transformers invents a vocabulary of five tokens.
 _TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"), ("*.model",))
 _POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 _DENSE_KEYS = frozenset(
@@ -53,14 +53,14 @@ _NUMBERED = re.compile(r"\d+_\w+")
 
 
 def check_layout(folder: Path, pooling: str | None) -> None:
-    """See that a folder says all that decides a vector, in ways that vectormill computes exactly.
+    """Check that a folder states all that decides a vector, in ways that vectormill computes exactly.
 
     Args:
-        folder: where the model is.
-        pooling: given where the folder has no modules.json: cls, mean or lasttoken.
+        folder: the model's folder.
+        pooling: cls, mean or lasttoken, for a folder without modules.json.
 
     Raises:
-        ModelError: it doesn't; the message names the file, and what to do.
+        ModelError: the check fails; the message names the file and the fix.
     """
     told = _json(folder / "config_sentence_transformers.json")
     kind = told.get("model_type") or "SentenceTransformer"
@@ -78,7 +78,7 @@ def check_layout(folder: Path, pooling: str | None) -> None:
 
 
 def _check_bare(folder: Path, pooling: str | None, *, has_settings: bool) -> None:
-    """Of a folder that transformers' own tools wrote."""
+    """Check a folder that transformers' own tools wrote."""
     heads = _json(folder / "config.json").get("architectures") or []
     if head := next((one for one in heads if re.search("For(Sequence|Token)Class|ForQuestion|ForMultiple", one)), None):
         raise ModelError(
@@ -116,7 +116,7 @@ def _check_modules(folder: Path) -> None:
 
 
 def _flat(folder: Path, says: Path, listed: list[tuple[str, Path]]) -> Iterator[tuple[str, Path]]:
-    """The kind and folder of each module, also of those within routers."""
+    """Yield the kind and folder of each module, including those within routers."""
     for kind, part in listed:
         name = kind.rsplit(".", 1)[-1]
         if not kind.startswith("sentence_transformers."):
@@ -217,10 +217,10 @@ def _check_layers_are_given(folder: Path, transformers: list[Path]) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object that a file holds; empty where there is no file.
+    """Return the JSON object that a file holds; empty if there is no file.
 
     Raises:
-        ModelError: it holds something else.
+        ModelError: the file holds something else.
     """
     try:
         told = json.loads(file.read_bytes())

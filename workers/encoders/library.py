@@ -1,4 +1,4 @@
-"""A model as sentence-transformers loads it."""
+"""Loading of models with sentence-transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_default_handler, disable_progress
 
 from pipeline.core.errors import ModelError
 
-#: How a transformer is read that doesn't say so: plain text, a vector for each token.
+#: Settings of a bare transformer, which states none: plain text in, a vector for each token out.
 _PLAIN: dict[str, Any] = {
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
     "module_output_name": "token_embeddings",
@@ -18,16 +18,16 @@ _PLAIN: dict[str, Any] = {
 
 
 def load(folder: Path, device: str, *, dtype: str = "float32", pooling: str | None = None) -> SentenceTransformer:
-    """Load a model from `folder`, or a bare transformer with a `pooling` of ours.
+    """Load a model from `folder`; with `pooling`, a bare transformer to which that pooling is added.
 
-    `dtype` (float32, bfloat16, float16) counts on CUDA only. Elsewhere, and in static models, half precision is
-    widened: there it is slower, or lets a text's vector change with its batch.
+    `dtype` (float32, bfloat16, float16) applies on CUDA only. Elsewhere, and in static models, half precision is
+    widened to float32: there it is slower, or lets a text's vector change with its batch.
 
     Raises:
-        ModelError: it can't be loaded.
+        ModelError: the model can't be loaded.
     """
     disable_progress_bar()
-    # What it warns of comes out as all logs do.
+    # Let its warnings go through our own logs.
     disable_default_handler()
     enable_propagation()
     on_cuda = torch.device(device).type == "cuda"
@@ -39,7 +39,7 @@ def load(folder: Path, device: str, *, dtype: str = "float32", pooling: str | No
             model = SentenceTransformer(
                 str(folder), device=device, local_files_only=True, trust_remote_code=False, model_kwargs=weights
             )
-    except Exception as error:  # whatever a broken model raises, it is the model that is broken
+    except Exception as error:  # a broken model may raise anything
         raise ModelError(f"{folder}: the model can't be loaded ({described(error)}).") from error
     if not on_cuda or isinstance(model[0], StaticEmbedding):
         model.float()
@@ -59,5 +59,5 @@ def _pooled(folder: Path, weights: dict[str, Any], pooling: str) -> list[torch.n
 
 
 def described(error: Exception) -> str:
-    """Tell in one line what a library raised."""
+    """Return a library's error as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

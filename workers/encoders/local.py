@@ -1,4 +1,4 @@
-"""A model on a device: texts become token ids once, token-budget batches become vectors."""
+"""Encoder of a model on a device: tokenises each text once, and embeds texts in token-budget batches."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from workers.encoders.reading import Way, ways_of
 
 log = structlog.get_logger()
 
-#: Padded tokens in one forward pass. A CPU is fastest while a batch fits its caches, a GPU while it has work.
+#: Padded tokens in one forward pass. A CPU is fastest while a batch fits its caches, a GPU while it is kept busy.
 _BUDGET_TOKENS = {"cpu": 1_024, "mps": 8_192, "cuda": 32_768}
 _MOST_ITEMS = 2_048
 #: Models without attention read a flat list of ids: no padding, so bigger batches.
@@ -30,7 +30,7 @@ _FLAT_BUDGET_TOKENS = 131_072
 
 
 def list_devices() -> list[tuple[str, int]]:
-    """The devices to embed on, each with its memory in bytes: every CUDA device, else Apple's GPU, else the CPU."""
+    """Return the devices and their memory in bytes: all CUDA devices, else Apple's GPU, else the CPU."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return [(f"cuda:{n}", torch.cuda.get_device_properties(n).total_memory) for n in range(count)]
@@ -40,11 +40,11 @@ def list_devices() -> list[tuple[str, int]]:
 
 
 class _Query(list[int]):
-    """Token ids of a query, where queries go another way through the model than documents."""
+    """Token ids of a query, if queries take another path through the model than documents."""
 
 
 class Encoder:
-    """A loaded model. One thread may read texts while another one runs batches; no more at once."""
+    """Loaded model. One thread may tokenise while another one runs batches; no more at once."""
 
     def __init__(
         self,
@@ -59,11 +59,11 @@ class Encoder:
     ) -> None:
         """Load weights from `folder`.
 
-        `pooling` belongs to a bare transformer; `dtype` (float32, bfloat16, float16) counts on CUDA only; `threads` on
-        the CPU only.
+        `pooling` is for a bare transformer. `dtype` (float32, bfloat16, float16) applies on CUDA only, `threads` on the
+        CPU only.
 
         Raises:
-            ModelError: they can't be loaded, or this model can't be batched by token ids.
+            ModelError: the weights can't be loaded, or the model can't be batched by token ids.
         """
         if threads:
             torch.set_num_threads(threads)
@@ -79,12 +79,12 @@ class Encoder:
         flat = self._documents.reader.flat and self._queries.reader.flat
         self.budget_tokens = _FLAT_BUDGET_TOKENS if flat else _BUDGET_TOKENS.get(self.device.type, 8_192)
         self.max_item_tokens = self._documents.reader.max_tokens
-        # Counted, since what a model says of its size may be of another part of it.
+        # Measured, since the size that a model states may be that of another part of it.
         self.dimensions = self._forward(self._documents.read([CANARY], None).ids).shape[1]
 
     @property
     def held_bytes(self) -> int:
-        """Memory of the device that this process holds; on a CPU, of the process."""
+        """Device memory that this process holds; on a CPU, the memory of the process."""
         if self.device.type == "cuda":
             return int(torch.cuda.memory_reserved(self.device))
         if self.device.type == "mps":
@@ -92,18 +92,17 @@ class Encoder:
         return int(psutil.Process().memory_info().rss)
 
     def tokenise(self, texts: Sequence[str], max_tokens: int | None = None, *, queries: bool = False) -> Tokenised:
-        """Read `texts` once, as documents or as queries: ids, lengths, and which were cut at `max_tokens` (default: the
-        model's own bound)."""
+        """Tokenise `texts` as documents or as queries, truncated at `max_tokens` (default: the model's own limit)."""
         read = (self._queries if queries else self._documents).read(list(texts), max_tokens)
         if queries and self._apart:
             return Tokenised([_Query(ids) for ids in read.ids], read.lengths, read.truncated)
         return read
 
     def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-        """Run every text through the model, in token-budget batches, longest first; no further one once `stop` says so.
+        """Embed every text in token-budget batches, longest first. No further one is begun once `stop` returns True.
 
-        Running out of memory halves the token budget for good. A batch that fails is halved down to the text that
-        does it, which comes back without a vector.
+        Running out of memory halves the token budget for good. A batch that fails is bisected down to the text at
+        fault, which comes back without a vector.
         """
         pending = [
             some[at]
@@ -116,7 +115,7 @@ class Encoder:
             start = perf_counter()
             try:
                 vectors = self._forward([tokenised.ids[n] for n in at])
-            except Exception as error:  # noqa: BLE001 - whatever one text does to the model, the others go on
+            except Exception as error:  # noqa: BLE001 - one text may break the model in any way; the others go on
                 if len(at) == 1:
                     why = _without_memory(error) or f"the model raised {type(error).__name__}"
                     failure = (RejectCode.ENCODE_FAILED, why)
@@ -136,7 +135,7 @@ class Encoder:
                     return
 
     def _alike(self, ids: Sequence[Any]) -> list[npt.NDArray[np.int64]]:
-        """Positions of the texts that may share batches."""
+        """Return the positions of texts in groups that may share batches."""
         if not self._apart:
             return [np.arange(len(ids))]
         are_queries = np.fromiter((isinstance(one, _Query) for one in ids), np.bool_, len(ids))
@@ -146,16 +145,16 @@ class Encoder:
         return self._queries if isinstance(ids, _Query) else self._documents
 
     def find_own_ids(self, ids: Mapping[int, list[int]]) -> int | None:
-        """The position of token ids that are this model's own, where a caller's are to be OpenAI's."""
+        """Return the position of token ids that are this model's own instead of OpenAI's, or None."""
         if self._own_ids is None:
             self._own_ids = OwnIds(self._documents.reader.tokenizer)
         return self._own_ids.find(ids)
 
     def encode(self, tokenised: Tokenised) -> npt.NDArray[np.float32]:
-        """Vectors of all texts in their order, as float32 of shape (texts, dimensions).
+        """Return the vectors of all texts in order, as float32 of shape (texts, dimensions).
 
         Raises:
-            ModelError: the model fails on one of them.
+            ModelError: the model fails on one of the texts.
         """
         vectors = np.empty((len(tokenised.ids), self.dimensions), dtype=np.float32)
         for batch in self.batches(tokenised):
@@ -182,16 +181,16 @@ class Encoder:
         return result
 
     def canary(self) -> npt.NDArray[np.float32]:
-        """The canary text's vector."""
+        """Return the canary text's vector."""
         return self.encode(self.tokenise([CANARY]))[0]
 
     def prove(self, expected: bytes) -> None:
         """Compare the canary's vector with the one in the catalogue, little-endian float32.
 
         Raises:
-            ModelError: they disagree: other weights, a broken driver or a broken device.
+            ModelError: they differ: other weights, a broken driver or a broken device.
         """
-        # Read once: later another thread may be reading.
+        # Tokenised once: later another thread may be tokenising.
         self._canary, self._expected = self.tokenise([CANARY]), expected
         self.prove_again()
 
@@ -199,7 +198,7 @@ class Encoder:
         """Repeat the last proof, to tell a bad text from a bad device.
 
         Raises:
-            ModelError: the canary comes out wrong now.
+            ModelError: the canary's vector is wrong by now.
         """
         if not is_canary(self.encode(self._canary)[0], self._expected):
             raise ModelError("the canary text's vector differs from the catalogue's: wrong weights or a broken device")

@@ -1,4 +1,4 @@
-"""The models that a child keeps loaded while memory lasts, least recently used out first."""
+"""LRU cache of the models that a process keeps loaded while memory lasts."""
 
 import gc
 from collections import OrderedDict
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class ModelCache:
-    """Loaded models. `load` makes an encoder of a catalogue entry; `memory_bytes` is what all may take together."""
+    """LRU cache of loaded models. `load` makes an encoder of a catalogue entry; `memory_bytes` limits all together."""
 
     def __init__(self, load: Callable[[Model], "Encoder"], memory_bytes: int) -> None:
         self._load = load
@@ -28,10 +28,10 @@ class ModelCache:
         self._loaded: OrderedDict[str, tuple[Model, Encoder]] = OrderedDict()
 
     def get(self, model: Model) -> "Encoder":
-        """The encoder of a model, loaded and proven by its canary on first use.
+        """Return the encoder of a model, loaded and checked by its canary on first use.
 
         Raises:
-            ModelError: it can't be loaded here, or isn't what the catalogue says.
+            ModelError: the model can't be loaded here, or isn't the catalogue's.
         """
         if held := self.held(model):
             return held
@@ -49,7 +49,7 @@ class ModelCache:
         return encoder
 
     def held(self, model: Model) -> "Encoder | None":
-        """The encoder of a model that is loaded. Callable from another thread than the one that loads."""
+        """Return the encoder of a model if it is loaded. Safe in another thread than the one that loads."""
         held = self._loaded.get(model.name)
         if held is None or held[0].weights_sha256 != model.weights_sha256:
             return None
@@ -58,11 +58,11 @@ class ModelCache:
         return held[1]
 
     def encoders(self) -> "list[Encoder]":
-        """All that are loaded."""
+        """Return the encoders that are loaded."""
         return [encoder for _, encoder in list(self._loaded.values())]
 
     def drop(self, name: str) -> None:
-        """Let a model go."""
+        """Remove a model from the cache."""
         self._loaded.pop(name, None)
         gc.collect()
 
@@ -77,7 +77,7 @@ class ModelCache:
 
 
 def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], "Encoder"]:
-    """Return the maker of a child's encoders on `device`: of the catalogue's weights, proven, with its prompts."""
+    """Return a function that makes encoders on `device`, from verified weights and with the catalogue's prompts."""
 
     def load(model: Model) -> "Encoder":
         from workers.encoders.local import Encoder

@@ -1,24 +1,24 @@
-"""A model's own token ids, told from OpenAI's."""
+"""Detection of token ids that are a model's own instead of OpenAI's."""
 
 from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
 
-#: So many different ids of OpenAI's are hardly ever what a WordPiece tokeniser makes of any text: of docstrings cut at
-#: 8 tokens, one in a thousand, of 8,600 cut at 10 to 32, none. Of a Unigram's or a BPE's they often are: at 16, every
-#: fifth.
+#: Number of different ids that is taken as proof. This many ids of OpenAI's are hardly ever ones that a WordPiece
+#: tokeniser makes of any text: of docstrings truncated at 8 tokens one in a thousand, of 8,600 truncated at 10 to 32
+#: none. With a Unigram or BPE tokeniser they often are: at 16, one in five.
 _TELLING = 16
-#: Where a client has cut a text, its last word may be read otherwise.
+#: Ids at the end that aren't compared: if a client has cut the text, its last word may be tokenised differently.
 _LAST_WORD = 8
-#: Of ids so many are looked at: all other texts wait meanwhile.
+#: Number of ids that are checked, since all other texts wait meanwhile.
 _LOOKED_AT = 128
 
 
 class OwnIds:
-    """Recognises ids that one model's tokeniser makes. For one thread at a time."""
+    """Detector of ids that one model's tokeniser makes. For one thread at a time."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # A copy, which nobody else sets bounds of.
+        # A copy, so that nobody else sets its truncation or padding.
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -27,10 +27,11 @@ class OwnIds:
         self._is_telling = type(self._tokenizer.model).__name__ == "WordPiece"
 
     def find(self, ids: Mapping[int, list[int]]) -> int | None:
-        """The position of ids, among those of one request, that are taken for the model's own.
+        """Return the position of ids, among those of one request, that are taken for the model's own, or None.
 
-        They are if they stand between the tokeniser's marks for beginning and end. Without these, a WordPiece's are if
-        they are many different ones, or if all of the request could be, and together are many.
+        Ids qualify only if the tokeniser makes them again from their text. They are taken if they also stand between
+        its marks for beginning and end. Without marks, only a WordPiece tokeniser's are taken: if they are many
+        different ones, or if all ids of the request qualify and together are many different ones.
         """
         own = {
             at: each
@@ -49,7 +50,7 @@ class OwnIds:
         return len(around) > 1 and len(ids) > 1 and (ids[0], ids[-1]) == (around[0], around[-1])
 
     def _could_be(self, ids: Sequence[int]) -> bool:
-        """Return whether the tokeniser, from the text that they are by its vocabulary, makes them again."""
+        """Return True if the tokeniser makes these ids again from the text that they decode to."""
         if max(ids) >= self._size or min(ids) < 0:
             return False
         text = self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,5 +1,8 @@
-"""The proof of a model before it is added: its weights are all there, and documents and queries, short ones and ones
-longer than it reads, come out as sentence-transformers makes them by itself, from a load of its own."""
+"""Proof of a model before it is added: its weights are complete, and its vectors are those of sentence-transformers.
+
+Documents and queries, short ones and ones longer than the model reads, are compared with those of a separate load by
+the library alone.
+"""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -26,11 +29,11 @@ from workers.encoders.reading import DOCUMENT, QUERY
 
 Vectors = npt.NDArray[np.float32]
 
-#: How far a vector may lie from the library's, as a part of its length: float32's rounding in deep models.
+#: Maximum distance of a vector from the library's, relative to its length: float32 rounding in deep models.
 _FURTHEST = 1e-4
-#: The longest text that goes through the model; beyond, only its token ids are compared.
+#: Length of the longest text that is embedded; of longer ones only the token ids are compared.
 _MOST_TOKENS = 8_192
-#: Of a model without a bound: some 2,000 tokens.
+#: Length of the long text for a model without a limit: some 2,000 tokens.
 _UNBOUND_WORDS = 500
 _SHORT = (
     CANARY,
@@ -45,25 +48,25 @@ _SHORT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """The findings of a model's proof."""
+    """Findings of a model's proof."""
 
-    #: The model, ready to be measured.
+    #: Encoder of the model, ready for a measurement of its rate.
     encoder: Encoder
     document_prompt: str
     query_prompt: str
-    #: Whether all its vectors have length 1.
+    #: True if all its vectors have length 1.
     normalised: bool
-    #: Sentences that who adds it should read.
+    #: Sentences for the person who adds the model.
     notes: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Oracle:
-    """Vectors by sentence-transformers itself, by task."""
+    """Results of sentence-transformers itself, by task."""
 
     texts: list[str]
     vectors: dict[str, Vectors]
-    #: Of a text longer than what goes through the model.
+    #: A text longer than those that are embedded, and its token ids; empty if there is none.
     far_text: str
     far_ids: dict[str, list[int]]
     prompts: dict[str, str]
@@ -72,18 +75,18 @@ class _Oracle:
 
 
 def prove(folder: Path, device: str, *, pooling: str | None, threads: int | None) -> Proof:
-    """Prove a model.
+    """Prove a model, and return its encoder with the findings.
 
     Args:
-        folder: where it is.
-        device: where it is tried.
-        pooling: given where the folder doesn't say how it pools.
-        threads: of the encoder that comes back.
+        folder: the model's folder.
+        device: device that it is tried on.
+        pooling: for a folder that doesn't state its pooling.
+        threads: CPU threads of the returned encoder.
 
     Raises:
-        ModelError: it isn't whole, isn't a dense text encoder, or isn't computed here as by the library.
+        ModelError: the model isn't complete, isn't a dense text encoder, or has other vectors here than by the library.
     """
-    # Should a gap in the weights have gone unnoticed, the two loads fill it differently.
+    # Different seeds: should a gap in the weights have gone unnoticed, the two loads fill it differently.
     torch.manual_seed(1)
     oracle = _ask_library(folder, device, pooling)
     gc.collect()
@@ -110,7 +113,7 @@ def prove(folder: Path, device: str, *, pooling: str | None, threads: int | None
 
 
 def _ask_library(folder: Path, device: str, pooling: str | None) -> _Oracle:
-    """Have sentence-transformers alone embed texts, and see that its weights were complete."""
+    """Embed texts with sentence-transformers alone, and check that its weights were complete."""
     with _loadings() as loadings:
         model = library.load(folder, device, pooling=pooling)
     _check_weights(folder, model, loadings)
@@ -134,7 +137,7 @@ def _ask_library(folder: Path, device: str, pooling: str | None) -> _Oracle:
 
 
 def _encoded(folder: Path, model: SentenceTransformer, task: str, texts: Sequence[str]) -> Vectors:
-    """The library's vectors of texts, each embedded alone."""
+    """Return the library's vectors of texts, each embedded alone, after checking that a batch doesn't change them."""
     alone = np.stack([_encode(folder, model, task, [text])[0] for text in texts])
     together = _encode(folder, model, task, list(_SHORT))
     if not np.isfinite(alone).all():
@@ -153,9 +156,9 @@ def _encode(folder: Path, model: SentenceTransformer, task: str, texts: list[str
     encode = model.encode_query if task == QUERY else model.encode_document
     try:
         return np.asarray(encode(texts, show_progress_bar=False), np.float32)
-    except Exception as error:  # whatever a broken model raises
+    except Exception as error:  # a broken model may raise anything
         which, what = "plain", ""
-        if texts[0] != CANARY:  # which comes first
+        if texts[0] != CANARY:  # the canary comes first
             which = "longer"
             what = "; lower max_seq_length, or the tokeniser's model_max_length, to the positions that the model has"
         raise ModelError(
@@ -164,7 +167,7 @@ def _encode(folder: Path, model: SentenceTransformer, task: str, texts: list[str
 
 
 def _compare(folder: Path, encoder: Encoder, oracle: _Oracle) -> None:
-    """See that documents and queries in the same batches come out as the library's, each alone."""
+    """Check that documents and queries in shared batches have the library's vectors of each text alone."""
     read = [encoder.tokenise(oracle.texts, queries=task == QUERY) for task in (DOCUMENT, QUERY)]
     for task, ids in oracle.far_ids.items():
         if list(encoder.tokenise([oracle.far_text], queries=task == QUERY).ids[0]) != ids:
@@ -186,13 +189,13 @@ def _compare(folder: Path, encoder: Encoder, oracle: _Oracle) -> None:
 
 
 def _distances(some: Vectors, others: Vectors) -> npt.NDArray[np.float64]:
-    """Return how far vectors lie from others, as a part of the others' length."""
+    """Return the distances of vectors from others, relative to the others' length."""
     lengths = np.linalg.norm(others.astype(np.float64), axis=1)
     return np.linalg.norm(some.astype(np.float64) - others, axis=1) / np.maximum(lengths, 1e-9)
 
 
 def _longest(model: SentenceTransformer) -> int:
-    """Tokens of the longest text that any way through a model reads; 0 without bound."""
+    """Return the tokens of the longest text that any path through a model reads; 0 without a limit."""
     bounds = [
         bound
         for module in model.modules()
@@ -203,17 +206,17 @@ def _longest(model: SentenceTransformer) -> int:
 
 
 def _long_texts(bound: int) -> list[str]:
-    """Texts longer than a model reads, or as long as is tried."""
+    """Return texts longer than a model reads, or as long as is tried."""
     if not bound:
         return [_words(_UNBOUND_WORDS)]
     if bound > _MOST_TOKENS:
         return [_words(_MOST_TOKENS // 6)]
-    # The second one is also longer than what is read of a text at first.
+    # The second text is also longer than the part of a text that is read at first.
     return [_words(2 * bound), _words(10 * bound)] if bound <= _MOST_TOKENS // 8 else [_words(2 * bound)]
 
 
 def _words(pairs: int) -> str:
-    """Text of two to five tokens for each pair."""
+    """Return a text of two to five tokens for each pair."""
     return " ".join(f"word {n}" for n in range(pairs))
 
 
@@ -223,14 +226,14 @@ def _features(model: SentenceTransformer, task: str, text: str) -> dict[str, Any
 
 
 def _ids(model: SentenceTransformer, task: str, text: str) -> list[int]:
-    """Token ids of a text as the library reads it."""
+    """Return the token ids of a text as the library tokenises it."""
     ids: list[int] = _features(model, task, text)["input_ids"].flatten().tolist()
     return ids
 
 
 @contextmanager
 def _loadings() -> Iterator[list[tuple[PreTrainedModel, dict[str, Any]]]]:
-    """Note what transformers tells of each model that is loaded meanwhile: which weights were missing or unexpected."""
+    """Collect transformers' report on each model loaded within the block: its missing and its unexpected weights."""
     noted: list[tuple[PreTrainedModel, dict[str, Any]]] = []
     original = PreTrainedModel.__dict__["from_pretrained"]
 
@@ -249,7 +252,7 @@ def _loadings() -> Iterator[list[tuple[PreTrainedModel, dict[str, Any]]]]:
 def _check_weights(
     folder: Path, model: SentenceTransformer, loadings: Sequence[tuple[PreTrainedModel, dict[str, Any]]]
 ) -> None:
-    """See that no weights were missing or left over, but for those of heads that the vectors don't go through."""
+    """Check that no weights were missing or left over, except those of heads that the vectors don't go through."""
     for part, told in loadings:
         unknown = sorted(key for key in told["unexpected_keys"] if _is_of_body(part, key))
         missing = {*told["missing_keys"], *(mismatch[0] for mismatch in told["mismatched_keys"])}
@@ -271,14 +274,14 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def _is_of_body(part: PreTrainedModel, key: str) -> bool:
-    """Return whether unexpected weights belong to a part that the vectors go through, not to another task's head."""
+    """Return True if unexpected weights belong to a part that the vectors go through, not to another task's head."""
     first, _, rest = key.removeprefix(f"{part.base_model_prefix}.").partition(".")
     is_buffer = rest.endswith(("position_ids", "inv_freq", "token_type_ids"))
     return first in dict(part.named_children()) and not is_buffer
 
 
 def _needed(model: SentenceTransformer, part: PreTrainedModel, missing: set[str]) -> set[str]:
-    """Those of the missing weights of `part` that vectors of documents or queries depend on."""
+    """Return the missing weights of `part` on which vectors of documents or queries depend."""
     parameters = {name: weight for name, weight in part.named_parameters() if name in missing}
     needed = missing - parameters.keys() & part.state_dict().keys()
     if not parameters:
@@ -292,7 +295,7 @@ def _needed(model: SentenceTransformer, part: PreTrainedModel, missing: set[str]
 
 
 def _check_vocabulary(folder: Path, model: SentenceTransformer) -> None:
-    """See that tokenisers and weights are of the same model, as far as their sizes tell."""
+    """Check that tokenisers and weights belong to the same model, as far as their sizes tell."""
     for module in model.modules():
         if isinstance(module, StaticEmbedding):
             rows, specials = module.num_embeddings, set[int]()

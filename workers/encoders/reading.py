@@ -1,4 +1,4 @@
-"""Texts to token ids, and ids to what a model's forward pass takes: as sentence-transformers does it, once per text."""
+"""Tokenisation of texts, and forward-pass inputs of token ids, as in sentence-transformers but once per text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,41 +15,41 @@ from pipeline.core.errors import ModelError
 from workers.encoders.batching import MOST_CHARACTERS_PER_TOKEN, Tokenised
 
 DOCUMENT, QUERY = "document", "query"
-#: A bound that is none: transformers' own for tokenisers that don't say any is far above.
+#: Limits from here on count as none: for tokenisers without one, transformers has a number far above.
 _NO_BOUND = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One of the two ways through a model: that of documents, or that of queries."""
+    """Path through a model, either of documents or of queries."""
 
-    #: What sentence-transformers calls it; a router takes its route by it.
+    #: Task name in sentence-transformers, by which a router takes its route.
     task: str
-    #: Read before each text.
+    #: Prompt before each text.
     prompt: str
     reader: "_PaddedReader | _FlatReader"
-    #: Tokens of the prompt, where pooling may leave them out.
+    #: Tokens of the prompt if pooling leaves them out, else `None`.
     prompt_tokens: int | None
 
     def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
-        """Token ids of `texts`, each cut at `max_tokens` or the model's own bound."""
+        """Return the token ids of `texts`, each truncated at `max_tokens` or the model's own limit."""
         return self.reader.read([self.prompt + text for text in texts] if self.prompt else texts, max_tokens)
 
     def features(self, ids: Sequence[list[int]]) -> dict[str, Any]:
-        """The arguments of the model's forward pass."""
+        """Return the arguments of the model's forward pass."""
         features = {**self.reader.features(ids), "task": self.task, "modality": "text"}
         return features if self.prompt_tokens is None else {**features, "prompt_length": self.prompt_tokens}
 
     def goes_with(self, other: "Way") -> bool:
-        """Return whether texts of both ways may be in one batch."""
+        """Return True if texts of both paths may be in one batch."""
         return self.reader is other.reader and self.prompt_tokens == other.prompt_tokens
 
 
 def ways_of(model: SentenceTransformer, document_prompt: str, query_prompt: str) -> tuple[Way, Way]:
-    """The ways of documents and of queries through a model.
+    """Return the paths of documents and of queries through a model.
 
     Raises:
-        ModelError: it can't be batched by token ids.
+        ModelError: the model can't be batched by token ids.
     """
     document = _way(model, DOCUMENT, document_prompt)
     query = _way(model, QUERY, query_prompt)
@@ -73,7 +73,7 @@ def _way(model: SentenceTransformer, task: str, prompt: str) -> Way:
 
 
 class _PaddedReader:
-    """Reads for transformers: sequences with special tokens, padded to the longest of their batch."""
+    """Tokeniser for transformers: sequences with special tokens, padded to the longest of their batch."""
 
     flat = False
 
@@ -91,22 +91,22 @@ class _PaddedReader:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokeniser, as `tokenizers` has it."""
+        """Tokeniser object of the `tokenizers` library."""
         return self._fast
 
     def same_as(self, other: "_PaddedReader | _FlatReader") -> bool:
-        """Return whether it reads as another one does."""
+        """Return True if it tokenises as the other one does."""
         return isinstance(other, _PaddedReader) and self._fast is other._fast and self.max_tokens == other.max_tokens
 
     def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
-        """Token ids with special tokens."""
-        self._fast.no_padding()  # the library turns it on whenever it reads for itself
+        """Return token ids with special tokens."""
+        self._fast.no_padding()  # the library turns padding on whenever it tokenises
         self._fast.encode_special_tokens = self._splits_specials
         bound = _bind(self._fast, max_tokens, self.max_tokens, direction="left" if self._cut_left else "right")
         return _read(texts, None if self._cut_left else bound, self._fast.encode_batch_fast)
 
     def features(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        """Padded ids and their mask."""
+        """Return padded ids and their attention mask."""
         longest = max(map(len, ids))
         shape = (len(ids), longest)
         input_ids = np.full(shape, self._pad_id, dtype=np.int64)
@@ -122,7 +122,7 @@ class _PaddedReader:
 
 
 class _FlatReader:
-    """Reads for static embeddings: one flat list of ids, and where each text starts in it."""
+    """Tokeniser for static embeddings: one flat list of ids, and the offset of each text."""
 
     flat = True
 
@@ -135,21 +135,21 @@ class _FlatReader:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokeniser, as `tokenizers` has it."""
+        """Tokeniser object of the `tokenizers` library."""
         return self._fast
 
     def same_as(self, other: "_PaddedReader | _FlatReader") -> bool:
-        """Return whether it reads as another one does."""
+        """Return True if it tokenises as the other one does."""
         return isinstance(other, _FlatReader) and self._fast is other._fast
 
     def read(self, texts: list[str], max_tokens: int | None) -> Tokenised:
-        """Token ids without special tokens."""
+        """Return token ids without special tokens."""
         bound = _bind(self._fast, max_tokens, self.max_tokens, **self._how)
         whole = self._how.get("direction") == "left"
         return _read(texts, None if whole else bound, partial(self._fast.encode_batch_fast, add_special_tokens=False))
 
     def features(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        """Flat ids and offsets."""
+        """Return flat ids and offsets."""
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         flat = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in ids])
         return {
@@ -163,7 +163,7 @@ def _finite(bound: float | None) -> int | None:
 
 
 def _bind(tokenizer: Any, *limits: int | None, **how: Any) -> int | None:
-    """Let a tokeniser cut texts at the least of `limits`, which is returned; None is none."""
+    """Set a tokeniser's truncation to the least of `limits`, and return it; None if there is no limit."""
     least = min((limit for limit in limits if limit), default=None)
     if least:
         tokenizer.enable_truncation(least, **how)
@@ -173,12 +173,14 @@ def _bind(tokenizer: Any, *limits: int | None, **how: Any) -> int | None:
 
 
 def _read(texts: list[str], bound: int | None, encode: Callable[[list[str]], list[Any]]) -> Tokenised:
-    """Token ids of texts that `encode` cuts, as it would give them for whole texts. `bound`: where, if at the end."""
+    """Tokenise texts with `encode`, which truncates them. The result is that of whole texts, though only the start of a
+    long one may be read. `bound` is the truncation in tokens if it is at the end, else `None`."""
     most = bound * MOST_CHARACTERS_PER_TOKEN if bound else None
     encodings = encode([text[:most] for text in texts])
     for at, text in enumerate(texts):
-        # Where a text was cut its last word may be read otherwise. That doesn't matter if more than a whole length of
-        # tokens lies between: what overflows comes in such lengths. White space and endless words have too few tokens.
+        # The last word of a text cut at `most` may be tokenised differently. It doesn't matter if more than a whole
+        # length of tokens lies between `bound` and that word: overflowing tokens come in such lengths. White space and
+        # endless words have too few tokens.
         if most and len(text) > most and len(encodings[at].overflowing) < 2:
             (encodings[at],) = encode([text])
     lengths = np.fromiter((len(e.ids) for e in encodings), dtype=np.int32, count=len(encodings))

@@ -1,4 +1,4 @@
-"""The weights of a model on this machine."""
+"""Weights of a model on this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,23 +7,23 @@ from pipeline.catalog.models import weights_sha256
 from pipeline.core.errors import ModelError
 from pipeline.core.models import Model
 
-#: What is fetched from the hub: weights that can't run code, and what says how to use them.
+#: Files that are fetched from the hub: weights in a format that can't run code, and the files on how to use them.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A folder, or a hub id pinned to a commit."""
+    """Source of weights: a folder, or a hub id pinned to a commit."""
 
     path: str | None = None
     hub_id: str | None = None
     revision: str | None = None
 
     def folder(self) -> Path:
-        """The folder that holds the weights; those of the hub are fetched once and kept in its cache.
+        """Return the folder that holds the weights. Weights of the hub are fetched once and kept in its cache.
 
         Raises:
-            ModelError: it isn't there, or can't be fetched.
+            ModelError: the folder doesn't exist, or can't be fetched.
         """
         if self.path is not None:
             folder = Path(self.path)
@@ -39,10 +39,10 @@ class Source:
 
 
 def verified_folder(model: Model) -> Path:
-    """The folder of a model's weights, which are those that were added to the catalogue.
+    """Return the folder of a model's weights, after comparing their checksum with the catalogue's.
 
     Raises:
-        ModelError: they aren't there, or others are.
+        ModelError: the folder doesn't exist, or holds other weights.
     """
     folder = Source(path=model.path, hub_id=model.hub_id, revision=model.revision).folder()
     if weights_sha256(folder, model.pooling) != model.weights_sha256:

@@ -1,1 +1,1 @@
-"""The engine, which embeds for the api: a queue that is fair, batches across requests, a parent that replaces it."""
+"""Inference engine for the api: a fair queue, batches across requests, and a parent that replaces a dead server."""

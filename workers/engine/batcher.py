@@ -1,5 +1,5 @@
-"""Dynamic batching for an engine: texts of many requests wait together, and go through their model in token-budget
-batches. One thread runs the device; the event loop only hands texts over."""
+"""Dynamic batching for an engine: texts of many requests are queued together, and embedded in token-budget batches. One
+thread runs the device; the event loop only hands texts over."""
 
 import asyncio
 import threading
@@ -20,52 +20,52 @@ from pipeline.infra import metrics
 from workers.encoders.batching import MOST_CHARACTERS_PER_TOKEN, Batch, Tokenised, passes
 from workers.encoders.model_cache import ModelCache
 from workers.engine.pace import Pace
-from workers.engine.queue import Lanes, Request, Text, Work, seconds_ahead
+from workers.engine.queue import DeviceQueue, Request, Text, Work, seconds_ahead
 
 if TYPE_CHECKING:
     from workers.encoders.local import Encoder
 
 log = structlog.get_logger()
 
-#: Bytes of a usual token, for work that hasn't been read yet.
+#: Characters of a usual token, for texts that aren't tokenised yet.
 _TOKEN_BYTES = 4
-#: Measured of the slower tokenisers.
+#: Measured rate of the slower tokenisers.
 _READ_CHARACTERS_PER_SECOND = 2_000_000
-#: Read at a time; then another request's turn comes.
+#: Characters that are tokenised at a time, before another request's turn.
 _SLICE_CHARACTERS = 65_536
-#: The share of a batch that may be spent on filling shorter texts up; then another pass costs less.
+#: Share of a batch that may be padding; beyond it, another pass costs less.
 _SPARE = 1 / 16
-#: How long a model that can't be used isn't tried again.
+#: Pause before an unusable model is tried again.
 _UNUSABLE_SECONDS = 60.0
 
 
 class Batcher:
-    """Models on one device, for an event loop.
+    """Dynamic batcher for the models on one device, used from an event loop.
 
     Args:
         model_cache: keeps the models.
-        queue_seconds: how long a request may wait for others, at the rates that the models have here.
+        queue_seconds: longest time that a request may wait for others, at the models' rates on this device.
     """
 
     def __init__(self, model_cache: ModelCache, queue_seconds: float) -> None:
         self._model_cache, self._queue_seconds = model_cache, queue_seconds
-        #: What has been let in and isn't answered.
+        #: Work that is admitted and not answered yet.
         self._work: set[Work] = set()
         self._paces: dict[str, Pace] = {}
         metrics.ENGINE_WAITING_SECONDS.set_function(lambda: sum(map(self._seconds, list(self._work))))
-        self._lanes = Lanes()
-        #: Of models by name and weights: until when, and why.
+        self._queues = DeviceQueue()
+        #: Unusable models by name and weights: end of the pause, and reason.
         self._unusable: dict[tuple[str, str], tuple[float, str]] = {}
         self._changed = threading.Condition()
         self._stopped = False
-        # Models are loaded, and texts read, beside the device.
+        # Models are loaded, and texts tokenised, while the device runs.
         self._loading = threading.Lock()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._device = threading.Thread(target=self._run, name="device", daemon=True)
         self._device.start()
 
     def stop(self) -> None:
-        """End the threads; what waits isn't answered."""
+        """End the threads. Waiting requests aren't answered."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -73,14 +73,14 @@ class Batcher:
         self._device.join()
 
     def show(self) -> None:
-        """Let the metrics say what is in memory."""
+        """Update the metrics of loaded models and device memory."""
         loaded = self._model_cache.encoders()
         metrics.ENGINE_MODELS_LOADED.set(len(loaded))
         for encoder in loaded:
             metrics.ENGINE_DEVICE_MEMORY_BYTES.labels(str(encoder.device)).set(encoder.held_bytes)
 
     def can_use(self, model: Model) -> bool:
-        """Whether nothing speaks against a model: lately it could be loaded, and its canary came out right."""
+        """Return True unless the model is marked unusable: it failed to load lately, or its canary came out wrong."""
         return self._why_unusable(model) is None
 
     def _why_unusable(self, model: Model) -> str | None:
@@ -93,23 +93,23 @@ class Batcher:
         return ModelUnusable(str(error))
 
     async def load(self, model: Model) -> "Encoder":
-        """Have a model at hand.
+        """Return a model's encoder, which is loaded if it isn't yet.
 
         Raises:
             ModelUnusable: it can't be loaded here, or its canary comes out wrong.
         """
-        # One that was given up isn't taken as it is held, even when its time is over.
+        # A model that was given up isn't taken from the cache, even when its pause is over: it is loaded again.
         if _identity(model) not in self._unusable and (held := self._model_cache.held(model)):
             return held
         return await asyncio.wrap_future(self._load_apart(model))
 
     def load_now(self, model: Model) -> None:
-        """As `load`, before there is an event loop."""
+        """Load a model as `load` does, before there is an event loop."""
         self._load_apart(model).result()
 
     def _load_apart(self, model: Model) -> "Future[Encoder]":
-        """In a thread that ends: one that has run a model keeps its OpenMP threads, beside which those of the device's
-        thread wait in a slower way (7 % of its rate)."""
+        """Load a model in a thread that then ends. A thread that has run a model keeps its OpenMP threads, and beside
+        them those of the device's thread wait in a slower way (7 % of its rate)."""
         loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         found = loader.submit(self._load, model)
         loader.shutdown(wait=False)
@@ -119,7 +119,7 @@ class Batcher:
         if why := self._why_unusable(model):
             raise ModelUnusable(why)
         with self._loading:
-            # Whoever waited for a load that failed is told so, too.
+            # A request that waited for a failed load gets the same error.
             if why := self._why_unusable(model):
                 raise ModelUnusable(why)
             if self._unusable.pop(_identity(model), None):
@@ -138,16 +138,17 @@ class Batcher:
         token_ids: Mapping[int, list[int]] | None = None,
         caller: str = "",
     ) -> Embedded:
-        """Vectors of texts, read as queries or as documents. `token_ids`: of those
-        that came as ids of OpenAI's tokens, by position. Callers have equal shares of the device. A cancelled call
-        gives its place in the queue up.
+        """Return the vectors of texts, embedded as queries or as documents.
+
+        `token_ids` holds, by position, the ids of texts that came as ids of OpenAI's tokens. Callers have equal shares
+        of the device. A cancelled call gives up its place in the queue.
 
         Raises:
-            UpstreamUnavailable: it would wait too long.
+            UpstreamUnavailable: the request would wait too long.
             ModelUnusable: the model can't be loaded here, or its canary comes out wrong.
-            ModelsOwnTokens: the ids aren't OpenAI's.
-            BadVector: the vector of one of them is zero or not finite.
-            ModelError: it fails on these texts.
+            ModelsOwnTokens: the ids are the model's own, not OpenAI's.
+            BadVector: a text's vector is zero or not finite.
+            ModelError: the model fails on these texts.
         """
         self._paces.setdefault(model.name, Pace(model.tokens_per_second))
         work = Work(caller, model.name, _estimated_tokens(texts, model), _reading_seconds(texts, model))
@@ -185,7 +186,7 @@ class Batcher:
         done = asyncio.get_running_loop().create_future()
         request = Request(model, done, tokenised, vectors, len(texts), work)
         with self._changed:
-            self._lanes.add(encoder, request)
+            self._queues.add(encoder, request)
             self._changed.notify()
         try:
             return await request.done
@@ -193,7 +194,7 @@ class Batcher:
             request.dropped = True
 
     async def _read(self, encoder: "Encoder", texts: Sequence[str], *, queries: bool) -> Tokenised:
-        """Token ids, in slices between which other requests have their turn."""
+        """Tokenise texts in slices, between which other requests have their turn."""
         loop = asyncio.get_running_loop()
         read = partial(encoder.tokenise, queries=queries)
         parts = [await loop.run_in_executor(self._reader, read, part) for part in _slices(texts)]
@@ -206,7 +207,7 @@ class Batcher:
         )
 
     def _run(self) -> None:
-        """One turn after the other, until stopped."""
+        """Run one turn after the other on the device, until stopped."""
         while turn := self._next():
             encoder, texts = turn
             try:
@@ -220,13 +221,13 @@ class Batcher:
     def _next(self) -> "tuple[Encoder, Sequence[Text]] | None":
         with self._changed:
             while not self._stopped:
-                if turn := self._lanes.take():
+                if turn := self._queues.take():
                     return turn
                 self._changed.wait()
         return None
 
     def _embed_turn(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
-        """Embed texts. Returns those that failed, and why."""
+        """Embed texts. Return those that failed, each with its error."""
         failed: list[tuple[Text, Exception]] = []
         lengths = np.array([text.tokens for text in texts], np.int32)
         for at in passes(lengths, int(encoder.budget_tokens * _SPARE)):
@@ -237,7 +238,7 @@ class Batcher:
         return failed
 
     def _forward(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
-        """Embed texts of about the same length. Returns those that failed, and why."""
+        """Embed texts of about the same length. Return those that failed, each with its error."""
         failed: list[tuple[Text, Exception]] = []
         done: list[Request] = []
         tokenised = Tokenised(
@@ -267,11 +268,11 @@ class Batcher:
         return failed
 
     def _tell_failure(self, encoder: "Encoder", failed: list[tuple[Text, Exception]]) -> None:
-        """Whether it is the texts or the model, the canary says."""
+        """Answer failed requests, after the canary has told if the texts or the model are at fault."""
         unusable = None
         try:
             encoder.prove_again()
-        except Exception as error:  # noqa: BLE001 - a broken device raises what it likes
+        except Exception as error:  # noqa: BLE001 - a broken device may raise anything
             unusable = self._give_up(failed[0][0].request.model, error)
         _answer([(text.request, unusable or why) for text, why in failed])
 
@@ -294,14 +295,14 @@ def _estimated_tokens(texts: Sequence[str], model: Model) -> float:
 
 
 def _reading_seconds(texts: Sequence[str], model: Model) -> float:
-    """About how long it takes to read texts. To know that one is too long, more of it is read than what counts."""
+    """Estimate the seconds to tokenise texts. More of a long text is read than counts, to detect its truncation."""
     longest = model.max_item_tokens
     characters = sum(min(len(text), (longest or len(text)) * MOST_CHARACTERS_PER_TOKEN) for text in texts)
     return characters / _READ_CHARACTERS_PER_SECOND
 
 
 def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Texts in their order, of so many characters together that one reads them at a time; a longer one alone."""
+    """Yield consecutive texts in slices of at most `_SLICE_CHARACTERS`; a longer text is a slice of its own."""
     start = size = 0
     for at, text in enumerate(texts):
         if at > start and size + len(text) > _SLICE_CHARACTERS:
@@ -312,8 +313,8 @@ def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _answer(answers: Sequence[tuple[Request, Exception | None]]) -> None:
-    """From the device's thread: requests are done, or have failed. The event loop hears of all at once and does the
-    rest, while the device goes on."""
+    """Resolve requests from the device's thread. The event loop gets all of them in one call and does the rest, while
+    the device goes on."""
     if not answers:
         return
     for request, _ in answers:

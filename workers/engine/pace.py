@@ -1,22 +1,22 @@
-"""The rate at which a model goes through a device, learnt from its batches. No I/O."""
+"""Throughput of a model on a device, learnt from its batches. No I/O."""
 
-#: After so many seconds of work what was learnt before counts half.
+#: Half-life of earlier batches in the mean, in seconds of work.
 _HALF_LIFE_SECONDS = 10.0
-#: How much work the rate stands for that is known beforehand.
+#: Weight of the initial rate, in seconds of work.
 _KNOWN_SECONDS = 1.0
 
 
 class Pace:
-    """A decaying mean of tokens a second, from a rate that is known beforehand."""
+    """Decaying mean of tokens per second, starting from a rate that is known beforehand."""
 
     def __init__(self, tokens_per_second: float) -> None:
         self._tokens, self._seconds = tokens_per_second * _KNOWN_SECONDS, _KNOWN_SECONDS
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """Note that so many tokens took so long."""
+        """Add a batch of `tokens` that took `seconds`."""
         kept = 0.5 ** (seconds / _HALF_LIFE_SECONDS)
         self._tokens, self._seconds = kept * self._tokens + tokens, kept * self._seconds + seconds
 
     def seconds(self, tokens: float) -> float:
-        """Return how long so many tokens would take."""
+        """Return the time that `tokens` would take."""
         return tokens * self._seconds / max(self._tokens, 1e-9)

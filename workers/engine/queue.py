@@ -1,4 +1,4 @@
-"""The queue of a device: texts of many requests, in one lane for each encoder, and whose turn is next. No I/O."""
+"""Fair queue of a device: texts of many requests, in one queue per encoder. No I/O."""
 
 import itertools
 from bisect import bisect_right
@@ -22,23 +22,24 @@ if TYPE_CHECKING:
     from workers.encoders.local import Encoder
 
 _MOST_ITEMS = 2_048
-#: Shares of a turn that a request takes at a time.
+#: Shares of a turn; a request takes one at a time.
 _SHARES = 16
-#: Batches of a model's size in a turn on a CPU, elsewhere one. There requests and answers are paid by what it embeds; a
-#: client of one text asks once in two turns. Turns of one batch cost 7 % of what long requests get alone.
+#: Batches per turn on a CPU; elsewhere one. On a CPU, handling requests and answers takes time from embedding, and a
+#: client with a single text asks once in two turns. In turns of one batch, such clients cost long requests 7 % of the
+#: rate that these get alone.
 _TURN_BATCHES = 2
 
 
 @dataclass(eq=False, slots=True)
 class Work:
-    """The rest of what a request asks of the device."""
+    """Remaining work of a request on the device."""
 
-    #: On whose behalf: callers have equal shares.
+    #: Caller that it is done for; callers have equal shares.
     caller: str
     model: str
-    #: Estimated until its texts have been read.
+    #: Tokens that are left; an estimate until the texts are tokenised.
     tokens: float
-    #: Until then.
+    #: Time to tokenise the texts; 0 afterwards.
     reading_seconds: float
 
 
@@ -57,41 +58,41 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One of a request's texts."""
+    """One text of a request."""
 
     request: Request
     at: int
 
     @property
     def tokens(self) -> int:
-        """How many the model reads of it."""
+        """Number of its tokens, after truncation."""
         return int(self.request.tokenised.lengths[self.at])
 
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    """A request with texts that wait."""
+    """Request with texts that wait."""
 
     request: Request
-    #: Its place in the line: it came, or was last given something, before those with greater ones.
+    #: Place in line, from when it came or last gave texts to a turn; lower places came earlier.
     place: int
-    #: The lane's clock when it came, moved on by what it was given since.
+    #: Virtual time: the queue's clock when it came, advanced by the cost of the texts it gave since.
     clock: float
-    #: (tokens, position) of each text, in this order.
+    #: (tokens, position) of each text, sorted.
     texts: list[tuple[int, int]]
 
     def due(self, requests: int) -> float:
-        """When its longest text should be done at the latest, of a caller with so many requests."""
+        """Return the virtual time at which its longest text is due, for a caller with this many requests."""
         return self.clock + self._cost(self.texts[-1][0], requests)
 
     def take(self, longest: int, requests: int) -> Text:
-        """Give its longest text of up to `longest` tokens; the shortest one if all are longer."""
+        """Remove and return its longest text of up to `longest` tokens; the shortest one if all are longer."""
         tokens, at = self.texts.pop(self._fitting(longest))
         self.clock += self._cost(tokens, requests)
         return Text(self.request, at)
 
     def would_take(self, longest: int) -> int:
-        """The tokens of the text that `take` would give."""
+        """Return the tokens of the text that `take` would return."""
         return self.texts[self._fitting(longest)][0]
 
     def _fitting(self, longest: int) -> int:
@@ -99,20 +100,20 @@ class _Waiting:
 
     @staticmethod
     def _cost(tokens: int, requests: int) -> float:
-        # A caller's share is divided by its requests.
+        # A caller's share is divided among its requests.
         return max(1, tokens) * requests
 
 
 @dataclass(eq=False, slots=True)
-class _Lane:
-    """What waits for one encoder."""
+class _EncoderQueue:
+    """Requests that wait for one encoder."""
 
     encoder: "Encoder"
     waiting: list[_Waiting] = field(default_factory=list)
-    #: Nothing that waits was due before.
+    #: Virtual time; no waiting text is due before it.
     clock: float = 0.0
     places: Iterator[int] = field(default_factory=itertools.count)
-    #: Whether the next turn begins with what is due first; else with who has waited longest.
+    #: True: the next turn begins with the text due first. False: with the request that has waited longest.
     by_due: bool = True
 
     def add(self, request: Request) -> None:
@@ -123,7 +124,7 @@ class _Lane:
         self.waiting = [each for each in self.waiting if each.texts and not each.request.dropped]
 
     def take(self) -> list[Text]:
-        """The texts of a turn. Of each request those texts go along that are about as long as the first one."""
+        """Return the texts of a turn. Each request adds texts that are about as long as the first one."""
         requests = Counter(each.request.work.caller for each in self.waiting)
         line = [(each.due(requests[each.request.work.caller]), each.place, each) for each in self.waiting]
         self.clock = min(line)[0]
@@ -134,7 +135,7 @@ class _Lane:
         return self._fill(line, requests)
 
     def _fill(self, line: list[tuple[float, int, _Waiting]], requests: Counter[str]) -> list[Text]:
-        """A turn of what stands in line: first come those with the least numbers."""
+        """Return a turn filled from the line, in order of due time."""
         heapify(line)
         batches = _TURN_BATCHES if self.encoder.device.type == "cpu" else 1
         longest, room = line[0][2].texts[-1][0], batches * self.encoder.budget_tokens
@@ -156,42 +157,42 @@ class _Lane:
         return turn
 
 
-class Lanes:
-    """Turns at the device: the lanes take turns, and within one there is fair queueing (Golestani 1994, self-clocked).
+class DeviceQueue:
+    """DeviceQueue of a device: they take turns, and each one uses fair queueing (Golestani 1994, self-clocked).
 
-    A text is due when its request would have it done if all callers had equal shares of the device, and all requests
-    of a caller equal shares of that. So a short text that comes is due before longer ones. Every other turn begins
-    with the request that has waited longest, so that none waits for ever for texts that are shorter.
+    A text is due at the time when it would be done if all callers had equal shares of the device, and all requests of a
+    caller equal shares of that. So a short text that arrives is due before longer ones. Every other turn begins with
+    the request that has waited longest, so that none is starved by shorter texts.
 
-    A lane belongs to an encoder, not to a model's name: ids mean nothing to another one that took its place.
+    A queue belongs to an encoder, not to a model's name: token ids mean nothing to an encoder that replaces it.
     """
 
     def __init__(self) -> None:
-        #: The one whose turn is next comes first.
-        self._lanes: dict[Encoder, _Lane] = {}
+        #: DeviceQueue in order of their turns, the next one first.
+        self._queues: dict[Encoder, _EncoderQueue] = {}
 
     def add(self, encoder: "Encoder", request: Request) -> None:
-        """Let a request's texts wait for an encoder that has read them."""
-        self._lanes.setdefault(encoder, _Lane(encoder)).add(request)
+        """Queue a request's texts for the encoder that has tokenised them."""
+        self._queues.setdefault(encoder, _EncoderQueue(encoder)).add(request)
 
     def take(self) -> "tuple[Encoder, Sequence[Text]] | None":
-        """The texts of the next turn and their encoder. None: nobody waits."""
-        for encoder, lane in list(self._lanes.items()):
-            del self._lanes[encoder]
-            lane.forget_dropped()
-            if lane.waiting:
-                self._lanes[encoder] = lane
-                return encoder, lane.take()
+        """Return the encoder and the texts of the next turn, or None if nothing waits."""
+        for encoder, queue in list(self._queues.items()):
+            del self._queues[encoder]
+            queue.forget_dropped()
+            if queue.waiting:
+                self._queues[encoder] = queue
+                return encoder, queue.take()
         return None
 
 
 def seconds_ahead(waiting: Iterable[tuple[str, float]], caller: str, seconds: float) -> float:
-    """Return how long a request of so many seconds waits for others, when callers and their requests have equal shares.
+    """Return the seconds that a request waits for others, if callers have equal shares, and so have their requests.
 
     Args:
-        waiting: the callers of requests that wait or are under way, and the seconds of work that are left of each.
-        caller: whose request it is.
-        seconds: of work.
+        waiting: caller and remaining seconds of work of each request that waits or is in progress.
+        caller: the request's caller.
+        seconds: the request's own work.
     """
     of_others: defaultdict[str, float] = defaultdict(float)
     own = seconds

@@ -1,5 +1,5 @@
-"""The encoder behind HTTP for the api: `python -m workers.engine`. Its wire is its own (see `pipeline.core.openai`);
-a secret that it shares with the api keeps others out."""
+"""HTTP server of the engine, which embeds for the api: `python -m workers.engine.server`. Its wire format is its own
+(see `pipeline.core.openai`). A secret shared with the api keeps other clients out."""
 
 import asyncio
 import os
@@ -42,16 +42,16 @@ from workers.engine.succession import hold_signals, serve_in_child
 log = structlog.get_logger()
 
 _CLOSE = {"connection": "close"}
-#: Texts that came as token ids are longer than those; and what stands around texts.
+#: Growth of a body when its token ids become texts, and the size of the JSON around texts.
 _GROWTH, _FRAME_BYTES = 4, 1024 * 1024
 _PERIOD_SECONDS = 2.0
-#: The catalogue isn't read again for unknown models so soon.
+#: Minimum time between two reads of the catalogue for unknown models.
 _LEAST_AGE_SECONDS = 0.5
 _GOODBYE_SECONDS = 5.0
 
 
 class Catalogue:
-    """The local models that this engine serves, as the catalogue says; and the engine, as it shows itself."""
+    """Catalogue of the local models that this engine serves, and the engine's own row in the database."""
 
     def __init__(
         self,
@@ -75,20 +75,20 @@ class Catalogue:
             with self._database.begin() as connection:
                 rows = [row for row in models.every(connection) if row["kind"] == "local"]
         finally:
-            # Those who wait for one look are told together, also that it failed.
+            # Requests that wait for one read share its result, even a failure.
             self._read_at = began
         if self._wanted:
             rows = [row for row in rows if {row["name"], *row["aliases"]} & set(self._wanted)]
         self.models = {row["name"]: as_model(row) for row in rows}
 
     def known(self, name: str, weights: str | None) -> Model | None:
-        """A model that this engine serves, if it has the weights with that SHA-256; `None`: whichever it has."""
+        """Return a served model by name, if its weights have this SHA-256; `None` accepts any weights."""
         model = self.models.get(name)
         return model if model and weights in (None, model.weights_sha256) else None
 
     def find(self, name: str, weights: str | None) -> Model | None:
-        """As `known`. One that it doesn't know may just have been added, so it reads again, though not too often: who
-        asks for such models together is told by one look."""
+        """Return a model as `known` does. An unknown one may just have been added, so read the catalogue again, though
+        not too often: concurrent requests for unknown models share one read."""
         asked = time.monotonic()
         with self._finding:
             if not self.known(name, weights) and self._read_at < asked:
@@ -98,15 +98,15 @@ class Catalogue:
         return self.known(name, weights)
 
     def show(self) -> None:
-        """Say what the engine serves: not what it can't use now."""
+        """Publish the models that the engine serves, without those that are unusable now."""
         usable = sorted(name for name, model in self.models.items() if self._can_use(model))
         with self._database.begin() as connection:
             engines.show(connection, self._id, url=self._url, models=usable, device=self._device)
 
     @contextmanager
     def followed(self, *, goodbye: bool) -> Iterator[None]:
-        """Read and show in a thread meanwhile, and then, if wanted, say goodbye. A database that is away leaves things
-        as they were; one that is frozen doesn't hold up the end."""
+        """Read the catalogue and publish the engine in a thread during the block; with `goodbye`, remove its row at the
+        end. A database that is away leaves things as they were; a frozen one doesn't hold up the end."""
         over = threading.Event()
         follower = threading.Thread(target=self._follow, args=(over, goodbye), name="catalogue", daemon=True)
         follower.start()
@@ -133,16 +133,16 @@ class Catalogue:
 def make_app(
     catalogue: Catalogue, batcher: Batcher, secret: SecretStr | None = None, most_bytes: int = 16 * 1024**2
 ) -> Starlette:
-    """The engine's HTTP: `POST /embed`, `GET /healthz`, `GET /metrics`.
+    """Return the engine's HTTP app: `POST /embed`, `GET /healthz`, `GET /metrics`.
 
     Args:
-        secret: the api's must be the same.
-        most_bytes: the largest body that the api takes, of which it makes its own.
+        secret: must be the same as the api's.
+        most_bytes: the largest body that the api takes, from which the engine's own limit is derived.
     """
     authorization = engine_authorization(secret)
 
     async def embed(request: Request) -> Response:
-        # Before anything of the body is read.
+        # Checked before any of the body is read.
         if secret and not compare_digest(request.headers.get("authorization", "").encode(), authorization.encode()):
             return Response(b"another VECTORMILL_ENGINE_SECRET", HTTPStatus.UNAUTHORIZED, _CLOSE)
         try:
@@ -193,20 +193,20 @@ def _refusal(model: Model, error: Exception) -> Response:
         case BadVector() | ModelsOwnTokens():
             return Response(str(error.index).encode(), error.status)
         case ModelUnusable():
-            # The api asks another engine.
+            # The api then asks another engine.
             return Response(str(error).encode(), HTTPStatus.FAILED_DEPENDENCY)
     log.error("model_failed", model=model.name, reason=str(error))
     return Response(str(error).encode(), 500)
 
 
 async def _show(batcher: Batcher, _: Request) -> Response:
-    """The route `/metrics`."""
+    """Serve the route `/metrics`."""
     batcher.show()
     return Response(metrics_server.page(metrics.ENGINE), media_type=metrics_server.CONTENT_TYPE)
 
 
 async def _read(request: Request, most_bytes: int) -> bytes | None:
-    """A body; None if it is larger, of which no more is read."""
+    """Return a request's body; None if it is larger than `most_bytes`, and then read no more of it."""
     told = request.headers.get("content-length", "0")
     if told.isdecimal() and int(told) > most_bytes:
         return None
@@ -225,7 +225,7 @@ async def _gone(request: Request) -> None:
 
 
 def main() -> None:
-    """Serve until SIGTERM; what is in flight is finished. The process that serves is a child, which is replaced when it
+    """Serve until SIGTERM, and finish the requests in flight. The server is a child process, which is replaced when it
     is killed."""
     settings = load_settings()
     configure_logs(settings.log_level)
@@ -243,9 +243,9 @@ def main() -> None:
     with _database(settings) as database:
         catalogue = Catalogue(database, settings, url, engine_id)
         catalogue.read()
-        # Requests may come now, and wait for the first child; but for models that are to be loaded before.
+        # Publish the engine already: requests can wait for the first child. Not if named models must be loaded first.
         with nullcontext() if settings.worker_models else catalogue.followed(goodbye=False):
-            import workers.encoders.local  # noqa: F401 - takes seconds, and children find it imported
+            import workers.encoders.local  # noqa: F401 - takes seconds, and children inherit it
     serve_in_child(partial(_serve, settings, url, engine_id, catalogue.models), listener)
 
 
@@ -263,7 +263,7 @@ def _serve(
     batcher = Batcher(ModelCache(load, int(memory_bytes * MODELS_SHARE)), settings.engine_queue_seconds)
     with _database(settings) as database:
         catalogue = Catalogue(database, settings, url, engine_id, batcher.can_use)
-        # A database may be away when a child is replaced.
+        # The database may be away when a child is replaced.
         catalogue.models = known
         with suppress(SQLAlchemyError):
             catalogue.read()
@@ -286,7 +286,7 @@ def _database(settings: Settings) -> Iterator[Database]:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address is of this machine only."""
+    """Return True if an address can be reached from this machine only."""
     try:
         return ip_address(host).is_loopback
     except ValueError:  # a name
@@ -294,7 +294,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_everywhere(host: str) -> bool:
-    """Whether it means every address of this machine, and so is none to be reached at."""
+    """Return True if an address means every address of this machine, and so can't be used to reach it."""
     try:
         return ip_address(host).is_unspecified
     except ValueError:  # a name
@@ -303,7 +303,7 @@ def _is_everywhere(host: str) -> bool:
 
 def _load_all(catalogue: Catalogue, batcher: Batcher) -> None:
     for model in list(catalogue.models.values()):
-        with suppress(ModelUnusable):  # which is logged; the others are served
+        with suppress(ModelUnusable):  # already logged; the other models are served
             batcher.load_now(model)
 
 

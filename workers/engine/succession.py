@@ -1,7 +1,7 @@
-"""A server that is replaced at once when something kills it: its parent has imported what takes long, and opens no
-device.
+"""Supervisor of a server: a parent process that replaces the server at once when something kills it.
 
-The parent holds the listening socket, so whoever connects meanwhile waits and isn't refused.
+The parent has imported the slow libraries, and opens no device. It holds the listening socket, so clients that connect
+meanwhile wait and aren't refused.
 """
 
 import gc
@@ -16,40 +16,40 @@ from collections.abc import Callable
 
 import structlog
 
-#: Calls with the listening socket, and how many children were killed before this one.
+#: Function that serves, given the listening socket and the number of children killed before.
 Serve = Callable[[socket.socket, int], None]
 
 log = structlog.get_logger()
 
 _ENDS = {signal.SIGTERM, signal.SIGINT}
-#: A child that dies at once doesn't keep the processor busy.
+#: Minimum time between two children, so that one that dies at once doesn't keep the processor busy.
 _LEAST_LIFE_SECONDS = 1.0
-#: When more have died in so long, whoever watches the parent must know.
+#: Limit of deaths within a window; beyond it the parent exits, so that its own supervisor notices.
 _MOST_DEATHS, _WITHIN_SECONDS = 3, 600.0
-#: A child that was asked to end is asked again so often.
+#: Interval at which a child that was asked to end is asked again.
 _ASK_SECONDS = 1.0
 
 
 def hold_signals() -> None:
-    """Let SIGTERM and SIGINT wait until there is a child: before the first thread, which would get them."""
+    """Block SIGTERM and SIGINT until there is a child. Call before the first thread starts, or it would get them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
 
 
 def serve_in_child(serve: Serve, listener: socket.socket) -> None:
-    """Run `serve` in a child, and in another one when a signal ends that: for want of memory, or a crash in a library.
+    """Run `serve` in a child, and in a new one when a signal kills it: out of memory, or a crash in a library.
 
-    Returns in a child that has served; the parent exits with what its last child ended with. SIGTERM and SIGINT ask the
-    child to end, and close the door to others. It dies with its parent. macOS has no such children: Metal can't be
-    opened after a fork.
+    Returns in a child that has served; the parent exits with its last child's exit code. SIGTERM and SIGINT close the
+    listening socket and ask the child to end. A child dies with its parent. On macOS there is no child, since Metal
+    can't be opened after a fork.
     """
     if sys.platform == "darwin":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
         serve(listener, 0)
         return
     reading, writing = os.pipe()
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # where it is ignored it can't be waited for
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # an ignored SIGCHLD can't be waited for
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_ENDS, signal.SIGCHLD})
-    # What is shared with children stays shared.
+    # Keep memory pages shared with children: collections would write to them.
     gc.collect()
     gc.freeze()
     deaths = 0
@@ -76,14 +76,14 @@ def serve_in_child(serve: Serve, listener: socket.socket) -> None:
 
 
 def _wait(child: int, listener: socket.socket) -> tuple[int, bool]:
-    """Return a child's exit code, and whether it was asked to end."""
+    """Wait for a child. Return its exit code, and True if it was asked to end."""
     is_asked = False
     while True:
         told = signal.sigtimedwait({*_ENDS, signal.SIGCHLD}, _ASK_SECONDS)
         if told and told.si_signo in _ENDS:
             is_asked = True
             listener.close()
-        if is_asked:  # again and again: a server that is just starting may miss one
+        if is_asked:  # repeatedly: a server that is just starting may miss a signal
             os.kill(child, signal.SIGTERM)
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
@@ -91,6 +91,6 @@ def _wait(child: int, listener: socket.socket) -> tuple[int, bool]:
 
 
 def _die_with_parent(pipe: int) -> None:
-    """Nothing is ever written: it ends when the parent does."""
+    """Kill this process when its parent ends. Nothing is ever written to the pipe, so reading returns only then."""
     os.read(pipe, 1)
     os.kill(os.getpid(), signal.SIGKILL)

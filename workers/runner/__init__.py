@@ -1,1 +1,1 @@
-"""The worker: Celery's app and tasks, and `run_chunk`, which claims, reads, encodes and commits."""
+"""Celery worker: app, task, message transport, heartbeat, and `run_chunk`, which reads, encodes and commits."""

@@ -1,4 +1,4 @@
-"""The Celery app of a worker, and the parent's signals. Entry point of `celery -A workers.runner.app`."""
+"""Celery app of a worker, and its signal handlers. Entry point of `celery -A workers.runner.app`."""
 
 import os
 from contextlib import suppress
@@ -24,7 +24,7 @@ def _make_app(settings: Settings) -> Celery:
     transport.watch()
     made = Celery("vectormill", include=["workers.runner.tasks"])
     made.conf.update(celery_settings(settings.redis_url.get_secret_value()))
-    # The last resort against a child that hangs; the child itself gives up long before.
+    # Last resort against a child that hangs; its own watchdog ends it long before.
     made.conf.task_time_limit = max(900.0, 60 * settings.chunk_seconds)
     return made
 
@@ -34,14 +34,14 @@ _heartbeat: Heartbeat | None = None
 
 
 def worker_id_of(hostname: str) -> UUID:
-    """The id under which a worker's parent and children write; `hostname` is Celery's, new at each start."""
+    """Return the id under which a worker's parent and children write. `hostname` is Celery's, new at each start."""
     return uuid5(NAMESPACE_URL, f"vectormill-worker:{hostname}")
 
 
 @signals.celeryd_init.connect
 @signals.setup_logging.connect
 def _on_logging(**_: Any) -> None:
-    """In parent and children, in place of Celery's own lines and the pool's; before it warns root."""
+    """Replace Celery's and the pool's logging in parent and children, before Celery warns about running as root."""
     configure_logs(load_settings().log_level)
     pool = get_logger()
     pool.propagate = True
@@ -50,13 +50,13 @@ def _on_logging(**_: Any) -> None:
 
 @signals.worker_before_create_process.connect
 def _before_child(**_: Any) -> None:
-    """A child that finds this logs in Celery's own form until it knows better."""
+    """Unset the variable that makes a new child log in Celery's own form until its logs are configured."""
     os.environ.pop("_MP_FORK_LOGLEVEL_", None)
 
 
 @signals.worker_process_init.connect
 def _on_child(**_: Any) -> None:
-    """In a child: have torch at hand for the first chunk. Without it the first chunk says what is wrong."""
+    """Import torch in a child, ready for the first chunk. If that fails, the first chunk reports the reason."""
     with suppress(ImportError):
         import workers.encoders.local  # noqa: F401
 
@@ -83,7 +83,7 @@ def _on_end(**_: Any) -> None:
 
 @signals.task_failure.connect
 def _on_failure(task_id: str, exception: BaseException, args: Any, **_: Any) -> None:
-    """In the parent: a child died under a task."""
+    """Count a child that died under a task, and have its claim freed. Runs in the parent."""
     if _heartbeat and isinstance(exception, WorkerLostError | TimeLimitExceeded):
         cause = "time_limit" if isinstance(exception, TimeLimitExceeded) else "child_died"
         metrics.WORKER_LEASES_LOST.labels(cause).inc()

@@ -1,5 +1,5 @@
-"""The heartbeat of a worker: the parent's thread that follows the catalogue, frees the chunks of dead children, and
-rests when too many die."""
+"""Heartbeat of a worker: a thread of the parent that follows the catalogue, frees the chunks of dead children, and
+rests the worker when too many die."""
 
 import queue
 import socket
@@ -21,13 +21,13 @@ from pipeline.infra.settings import Settings, read_key
 log = structlog.get_logger()
 
 _PERIOD_SECONDS = 5.0
-#: After so many different chunks lost without a commit in between, a worker is more likely broken than its texts.
+#: A worker that loses this many different chunks without a commit in between is more likely broken than its texts.
 _LOST_CHUNKS = 3
 _REST_SECONDS = 300.0
 
 
 class Heartbeat:
-    """The parent's side of a worker."""
+    """Heartbeat thread of a worker's parent process."""
 
     def __init__(self, app: Celery, settings: Settings, worker_id: UUID, hostname: str) -> None:
         url = settings.database_url
@@ -43,16 +43,16 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Show the worker and begin to serve the catalogue."""
+        """Start the thread, which registers the worker and listens to the queues of the catalogue's models."""
         self._thread.start()
 
     def stop(self) -> None:
-        """The worker takes nothing more; children finish what they hold."""
+        """Stop the thread, which removes the worker's row. Children finish the chunks that they hold."""
         self._stopped.set()
         self._lost.put(None)
 
     def child_lost(self, chunk_id: int, task_id: str, cause: str) -> None:
-        """A child died under this task. Callable from Celery's event loop: it doesn't wait for the database."""
+        """Note that a child died under this task. Safe in Celery's event loop: it doesn't wait for the database."""
         self._lost.put((chunk_id, task_id, cause))
 
     def _run(self) -> None:
@@ -73,7 +73,7 @@ class Heartbeat:
                 log.warning("database_unreachable")
                 if self._stopped.wait(1.0):
                     return
-            except Exception as error:  # noqa: BLE001 - this thread is the worker's only voice
+            except Exception as error:  # noqa: BLE001 - this thread is the worker's only sign of life
                 log.error("heartbeat_failed", error=type(error).__name__)
                 self._stopped.wait(1.0)
 
@@ -126,7 +126,7 @@ class Heartbeat:
         self._consume(set() if self._resting else set(served.values()))
 
     def _look_for_keys(self, connection: Connection, rows: Sequence[RowMapping]) -> None:
-        """Drop models of gateways whose key isn't here, and take them up again when it is."""
+        """Drop an upstream's models while its key isn't set here, and take them up again once it is."""
         for row in rows:
             name, variable = row["name"], row["key_env"]
             if variable is None or (read_key(variable) is None) == (name in self._keyless):
@@ -141,7 +141,7 @@ class Heartbeat:
                 log.error("model_dropped", model=name, reason=reason)
 
     def _consume(self, queues: set[str]) -> None:
-        """Listen to exactly these queues. What the event loop hasn't confirmed is asked for again next time."""
+        """Listen to exactly these queues. A change that the event loop hasn't confirmed is retried next time."""
         control = self._app.control
         for name in queues - self._consuming:
             if control.add_consumer(name, destination=[self._hostname], reply=True, timeout=2):

@@ -1,7 +1,9 @@
-"""Validation of messages: of a task's its id, the job and the chunk; of a command that is broadcast, that
-it asks to look, or to listen to a model's queue. Whoever may write to Redis may write anything there.
+"""Validation of messages from Redis, since anyone with access to Redis can write anything there.
 
-Pure: a message in, one made anew from what is believed out.
+A task's message may hold its id, the job and the chunk. A broadcast command may inspect the worker, or make it start or
+stop listening to a model's queue.
+
+Pure: takes a message, and returns a new one that is rebuilt from the validated parts.
 """
 
 import base64
@@ -13,7 +15,7 @@ from uuid import UUID, uuid4
 
 from pipeline.broker import QUEUE, RUN_CHUNK
 
-#: Ours have a tenth of it.
+#: Limit of a message's body; our own have a tenth of it.
 _MOST_BODY_BYTES = 4_096
 _HIGHEST_CHUNK = 2**63 - 1
 _QUEUE_OF_A_MODEL = re.compile(re.escape(QUEUE) + r"[a-z0-9.-]{1,200}")
@@ -22,8 +24,8 @@ _REPLIES = "reply.celery.pidbox"
 
 #: Commands by which a worker follows the catalogue.
 _LISTEN = frozenset({"add_consumer", "cancel_consumer"})
-#: Commands that change nothing: Flower's and `celery inspect`'s. What the others would stop, resize or revoke is
-#: the supervisor's, or a job's row.
+#: Commands that change nothing, from Flower and `celery inspect`. Stopping and resizing are left to the supervisor,
+#: and revoking to the job's row.
 _LOOK = frozenset(
     {
         *("ping", "clock", "stats", "conf", "report", "registered", "active_queues"),
@@ -33,11 +35,11 @@ _LOOK = frozenset(
 
 
 class Refused(ValueError):
-    """Why a message isn't believed. What the message holds isn't quoted."""
+    """Reason why a message is refused. The message's content isn't quoted."""
 
 
 def call(message: Any, queue: str) -> dict[str, Any]:
-    """A task's message of `queue`, made anew.
+    """Return a task's message of `queue`, rebuilt from its validated parts.
 
     Raises:
         Refused: it isn't a call of our task.
@@ -63,10 +65,10 @@ def call(message: Any, queue: str) -> dict[str, Any]:
 
 
 def command(message: Any, queue: str) -> dict[str, Any]:
-    """A command that came to the mailbox `queue`, made anew.
+    """Return a command from the mailbox `queue`, rebuilt from its validated parts.
 
     Raises:
-        Refused: it isn't a command, or none that a worker does.
+        Refused: it isn't a command, or not one that workers carry out.
     """
     asked = _content_of(message)
     if not isinstance(asked, dict) or not isinstance(method := asked.get("method"), str):
@@ -92,7 +94,7 @@ def _headers_of(message: Any) -> Mapping[str, Any]:
 
 
 def _content_of(message: Any) -> Any:
-    """What a message's body says."""
+    """Return the decoded JSON of a message's body."""
     headers = _headers_of(message)
     if message.get("content-type") != "application/json" or headers.get("compression"):
         raise Refused("its content isn't plain JSON")

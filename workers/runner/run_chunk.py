@@ -1,11 +1,11 @@
-"""The heart: claim → read → encode → commit.
+"""Core of a worker: claim → read → encode → commit.
 
     chunk   ┌─────────────────────────────────────────────┐   claimed under a lease, with a fence and a token
     block   ├──────────────────────┬──────────────────────┤   as much text as is read at once
-    slice   ├───────┬───────┬──────┼───────┬───────┬──────┤   what is encoded as one: a whole block; less, where the
+    slice   ├───────┬───────┬──────┼───────┬───────┬──────┤   encoded as one: a whole block, or less while the
             │       │       │      │       │       │      │   search for a text that kills its process narrows
-    batch   ├─┬─┬─┬─┤       │      │       │       │      │   what goes through the model together
-    commit  └───▲───┴───▲───┴──▲───┴───▲───┴───▲───┴──▲───┘   at the end of each slice, and now and then within one
+    batch   ├─┬─┬─┬─┤       │      │       │       │      │   one forward pass, or one request to an upstream
+    commit  └───▲───┴───▲───┴──▲───┴───▲───┴───▲───┴──▲───┘   at the end of each slice, and at intervals within one
 
 Each commit is one transaction that begins with the fenced update. The last one ends the chunk, or gives it back.
 """
@@ -19,7 +19,7 @@ import structlog
 from sqlalchemy import Engine
 
 from pipeline.chunk_io.commit import Commit, Ending, write_chunk
-from pipeline.chunk_io.reader import Intake, ItemBlock, read_chunk
+from pipeline.chunk_io.reader import ItemBlock, UnsettledItems, read_chunk
 from pipeline.core.chunks import ChunkState, Claim, RejectCode
 from pipeline.core.errors import GatewayBusy
 from pipeline.core.jobs import JobState
@@ -38,16 +38,16 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
     """Embed a claimed chunk and commit it, whole or piece by piece.
 
     Raises:
-        LeaseLost: another claim owns the chunk by now.
+        LeaseLost: the chunk is no longer this claim's.
         SourceError, StorageRefused, StorageUnreachable: a file can't be read or written.
-        ModelError: the model stopped working; nothing of what it made since the last commit is written.
-        GatewayBusy, GatewayRefused: the chunk is given back, and all that came back from the gateway is committed.
-        GatewayChanged: the gateway's model is another one; nothing of what it made since the last commit is written.
+        ModelError: the model stopped working; its vectors since the last commit aren't written.
+        GatewayBusy, GatewayRefused: the chunk is given back, after all that the upstream returned is committed.
+        GatewayChanged: the upstream's model is another one; its vectors since the last commit aren't written.
     """
     with Renewal(_renewal(engine, claim, watch, on_hang), claim.lease_seconds):
         with instrumentation.step(claim.model, "read"):
-            intake = read_chunk(engine, claim)
-        for number, (commit, ending) in enumerate(_commits(encoder, claim, intake, watch)):
+            unsettled = read_chunk(engine, claim)
+        for number, (commit, ending) in enumerate(_commits(encoder, claim, unsettled, watch)):
             with instrumentation.step(claim.model, "write"):
                 write_chunk(engine, claim, number, commit, ending)
             instrumentation.committed(claim.model, commit)
@@ -56,7 +56,7 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
 
 
 def _renewal(engine: Engine, claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> Callable[[], bool]:
-    """Renew the lease, as its thread does; it learns of a cancellation so, and looks whether a batch hangs."""
+    """Return the function that renews the lease, notes a cancellation, and checks for a batch that hangs."""
 
     def renew() -> bool:
         if watch.hung:
@@ -70,30 +70,32 @@ def _renewal(engine: Engine, claim: Claim, watch: Watch, on_hang: Callable[[], N
     return renew
 
 
-def _commits(encoder: Encoder, claim: Claim, intake: Intake, watch: Watch) -> Iterator[tuple[Commit, Ending]]:
-    """What to commit, one after the other; the last one ends the chunk or gives it back."""
-    level, left = claim.isolation, intake.left
-    for number, block in enumerate(instrumentation.while_read(claim.model, intake.blocks)):
-        if number == 0:  # a file that takes long to unpack must not take all the time again and again
+def _commits(
+    encoder: Encoder, claim: Claim, unsettled: UnsettledItems, watch: Watch
+) -> Iterator[tuple[Commit, Ending]]:
+    """Yield the chunk's commits in order; the last one ends the chunk or gives it back."""
+    level, left = claim.isolation, unsettled.left
+    for number, block in enumerate(instrumentation.while_read(claim.model, unsettled.blocks)):
+        if number == 0:  # unpacking a large file must not use up the time limit at every claim
             watch.began = monotonic()
         for step in _steps(encoder, claim, block, level, watch):
             left -= step.commit.settled
-            # Whatever the watch says, what is under way is still awaited.
+            # Within a slice the claim is kept even if the watch says stop: batches in flight are still awaited.
             state = ChunkState.RUNNING if step.goes_on and left else _state(left, watch)
             yield step.commit, _ending(state, step.next_level if left else 0, watch)
             if state is not ChunkState.RUNNING:
                 return
-        # What a later block holds wasn't under way when the last claim was lost.
+        # Items of a later block weren't in progress when the last claim was lost.
         level = min(level, 1)
 
 
 class _Step(NamedTuple):
-    """A commit of a block."""
+    """One commit of a block."""
 
     commit: Commit
-    #: The isolation level of what comes after it.
+    #: Isolation level of the items after it.
     next_level: int
-    #: More of the same slice is under way.
+    #: True if more of the same slice is still being encoded.
     goes_on: bool = False
 
 
@@ -104,7 +106,7 @@ def _steps(encoder: Encoder, claim: Claim, block: ItemBlock, level: int, watch: 
         log.warning("item_convicted", index=head.index)
         message = "its worker died twice while this text was embedded alone"
         rejects.append(reject(head, RejectCode.CRASHED_WORKER, message))
-    if rejects:  # on disk before the model sees an item that may kill its process
+    if rejects:  # committed before the model sees an item that may kill its process
         yield _Step(Commit(rows=NO_ROWS, rejects=rejects), level)
     slices = list(isolated_slices(len(items), level)) if level and items else [Slice(0, len(items), 0)]
     for this, following in zip_longest(slices, slices[1:]):
@@ -115,7 +117,7 @@ def _steps(encoder: Encoder, claim: Claim, block: ItemBlock, level: int, watch: 
 
 
 def _state(left: int, watch: Watch) -> ChunkState:
-    """Where a commit leaves the chunk, with so many items left in it."""
+    """Return the chunk's state after a commit that leaves `left` items in it."""
     if not left:
         return ChunkState.DONE
     return ChunkState.PENDING if watch.must_stop else ChunkState.RUNNING

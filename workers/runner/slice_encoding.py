@@ -1,4 +1,4 @@
-"""A slice on its way through the encoder, and the commits that come of it."""
+"""Encoding of a slice, and the commits that it yields."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from workers.watchdog import Watch
 
 
 class SliceEncoding:
-    """A slice on its way through the encoder: what has been made and isn't handed over yet."""
+    """Slice that is being encoded, with the results that aren't handed over yet."""
 
     def __init__(self, encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> None:
         self._encoder, self._claim, self._watch = encoder, claim, watch
@@ -38,11 +38,11 @@ class SliceEncoding:
         self._seconds = 0.0
 
     def commits(self) -> Iterator[Commit]:
-        """Embed until all is done or the watch says stop, and hand over what has been made now and then; the rest of
-        it is the last commit.
+        """Embed until all is done or the watch says stop, and yield the results so far at intervals. The rest is left
+        to `last_commit`.
 
         Raises:
-            GatewayChanged: nothing of what was made since the last commit may be written.
+            GatewayChanged: the results since the last commit must not be written.
         """
         due = monotonic() + self._watch.commit_seconds
         try:
@@ -51,7 +51,7 @@ class SliceEncoding:
                 self._add(batch)
                 if monotonic() > due:
                     commit, bad = self._taken()
-                    if _is_suspect(commit, bad):  # whose fault that is must be known first
+                    if _is_suspect(commit, bad):  # held back until it is known who is at fault
                         due = inf
                         continue
                     self._forget()
@@ -65,10 +65,10 @@ class SliceEncoding:
         self._watch.rest()
 
     def last_commit(self) -> Commit:
-        """What `commits` has left over.
+        """Return the results that `commits` has left over.
 
         Raises:
-            ModelError, GatewayChanged: something came out wrong, and the canary does so too: it isn't the items' fault.
+            ModelError, GatewayChanged: an item failed and the canary fails too, so the items aren't at fault.
         """
         commit, bad = self._taken()
         if _is_suspect(commit, bad):
@@ -76,7 +76,7 @@ class SliceEncoding:
                 self._encoder.prove_again()
             except GatewayChanged:
                 raise
-            except (GatewayBusy, GatewayRefused) as error:  # who is to blame can't be told now
+            except (GatewayBusy, GatewayRefused) as error:  # it can't be told now who is at fault
                 self._watch.interruption, bad = error, []
         return replace(commit, rejects=[*commit.rejects, *bad])
 
@@ -90,7 +90,7 @@ class SliceEncoding:
             self._tokens[batch.at], self._truncated[list(batch.truncated)] = batch.tokens, True
 
     def _taken(self) -> tuple[Commit, list[Reject]]:
-        """What has been made, and items whose vectors must not be written."""
+        """Return the results so far as a commit, and rejects for items whose vectors must not be written."""
         made, items = self._made, [item for item, done in zip(self._items, self._made, strict=True) if done]
         vectors = self._vectors[made]
         if vectors.shape[1] != self._claim.dimensions:
@@ -107,13 +107,13 @@ class SliceEncoding:
         return Commit(rows=rows, rejects=self._rejects, device_seconds=self._seconds), bad
 
     def _forget(self) -> None:
-        """What has been taken is handed over."""
+        """Drop the results that have been handed over."""
         self._made[:] = False
         self._rejects, self._seconds = [], 0.0
 
 
 def _is_suspect(commit: Commit, bad: Sequence[Reject]) -> bool:
-    """Whether something came out wrong, by the fault of an item or of the model."""
+    """Return True if an item failed, by its own fault or the model's."""
     return bool(bad) or any(each.code is RejectCode.ENCODE_FAILED for each in commit.rejects)
 
 

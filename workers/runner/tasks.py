@@ -1,4 +1,4 @@
-"""The one task: find the model, claim, run. A claim that fails is given back, or its process dies of it."""
+"""Celery task of a worker: find the model, claim, run. A claim that fails is given back, or its process exits."""
 
 import os
 from dataclasses import dataclass
@@ -49,35 +49,35 @@ from workers.watchdog import Watch
 
 log = structlog.get_logger()
 
-#: A chunk that failed for a reason outside of it waits so long for its next claim.
+#: Backoff of a chunk that failed for a reason outside of it.
 _BACK_OFF_SECONDS = 10.0
 _LEAST_HANG_SECONDS = 60.0
 _HANG_FACTOR = 20
-#: What a gateway is paid for is committed so often.
+#: Commit interval of an upstream's vectors, since they are paid for.
 _COMMIT_SECONDS = 10.0
-#: Vectors made here go to Postgres in about so many commits a chunk.
+#: Approximate number of commits per chunk for vectors that are computed here and go to Postgres.
 _COMMITS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a child keeps of a gateway's model."""
+    """Connection of a child to an upstream's model, with its rate limiter and state."""
 
     model: Model
     client: UpstreamClient
-    #: The account of its limits.
+    #: Account of its limits, shared by the fleet.
     limiter: RateLimiter
     state: UpstreamState
 
 
 class Child:
-    """What a child process keeps from one chunk to the next."""
+    """Resources that a child process keeps from one chunk to the next."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         url = settings.database_url
         assert url is not None
-        # One connection claims and commits, the other renews.
+        # One connection claims and commits, another renews.
         self.engine: Engine = make_engine(url.get_secret_value(), application="vectormill-worker", pool_size=3)
         devices = settings.worker_devices
         device = devices[current_process().index % len(devices)]
@@ -93,7 +93,7 @@ class Child:
         self._links: dict[str, Link] = {}
 
     def link(self, model: Model) -> Link:
-        """The way to a gateway's model, and what is known of it."""
+        """Return the link to an upstream's model: the one that is kept, unless its catalogue entry has changed."""
         upstream, kept = model.upstream, self._links.get(model.name)
         assert upstream
         if kept is None or (kept.model.upstream, kept.model.weights_sha256) != (upstream, model.weights_sha256):
@@ -106,21 +106,21 @@ class Child:
         return kept
 
     def is_held(self, model: Model) -> bool:
-        """Whether a gateway lets nothing through for longer than a chunk is held for it."""
+        """Return True if an upstream lets nothing through for longer than a chunk would wait for it."""
         assert model.upstream
         limiter = self.link(model).limiter
         limiter.key = read_key(model.upstream.key_env) if model.upstream.key_env else None
         return limiter.held_seconds() > PATIENCE_SECONDS
 
     def prepare(self, model: Model, claim: Claim) -> tuple[Encoder, Watch]:
-        """What embeds a claimed chunk, and what watches over it.
+        """Return the encoder of a claimed chunk, and the watch over it.
 
         Raises:
-            GatewayRefused: the gateway's key isn't here.
+            GatewayRefused: the upstream's key isn't set here.
         """
         most_seconds = most_chunk_seconds(self.settings)
         if model.upstream:
-            # It stops by itself when the chunk has taken its time, after what is under way.
+            # The encoder stops by itself at the chunk's time limit, after the requests in flight.
             hung_after = most_seconds + 2 * self.settings.gateway_seconds
             watch = Watch(hung_after, most_seconds, commit_seconds=_COMMIT_SECONDS)
             link, attempts = self.link(model), Attempts(self.engine, claim, model.name, watch)
@@ -132,7 +132,7 @@ class Child:
         # A single long text may exceed the budget.
         expected_seconds = max(resident.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
         hung_after = max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds)
-        # A commit costs little beside what a crash then doesn't. A part file would be one more file.
+        # A commit costs little beside the work that it saves from a crash. With an output it would add a part file.
         commit_seconds = inf if claim.options.output else self.settings.chunk_seconds / _COMMITS
         return resident, Watch(hung_after, most_seconds, commit_seconds=commit_seconds)
 
@@ -144,7 +144,7 @@ def _child() -> Child:
 
 @app.task(name=RUN_CHUNK, bind=True)
 def run_chunk_task(task: Task, job: str, chunk_id: int) -> None:
-    """Embed one chunk of a job, if it is to be had."""
+    """Embed one chunk of a job, if it can be claimed."""
     child, worker_id, job_id = _child(), worker_id_of(task.request.hostname), UUID(job)
     with structlog.contextvars.bound_contextvars(job=job, chunk=chunk_id, fence=None):
         try:
@@ -162,7 +162,7 @@ def run_chunk_task(task: Task, job: str, chunk_id: int) -> None:
             log.warning("lease_lost")
         except DBAPIError as error:
             if not is_connection_lost(error):
-                # Celery logs it, and Flower shows it: not with the rows that Postgres quotes.
+                # Celery logs this error and Flower shows it, so it must not hold the rows that Postgres quotes.
                 raise VectormillError(plain_reason(error)) from None
             log.warning("database_unreachable")
 
@@ -175,10 +175,10 @@ def _model_of(engine: Engine, job_id: UUID) -> Model | None:
 
 def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUID, task_id: str) -> None:
     if not model.upstream:
-        child.model_cache.get(model)  # one that can't be loaded takes no chunk
+        child.model_cache.get(model)  # a model that can't be loaded takes no chunk
     elif child.is_held(model):
         instrumentation.let_go(model.name, "held")
-        return  # the dispatcher rings again
+        return  # the dispatcher publishes the chunk again
     with child.engine.begin() as connection:
         claim = chunks.claim(
             connection,
@@ -197,7 +197,7 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
 
 
 def _embed(child: Child, model: Model, claim: Claim) -> None:
-    """From the claim to its end, whatever that is."""
+    """Embed a claimed chunk, and settle the claim however it ends."""
     try:
         with instrumentation.claimed(model.name):
             encoder, watch = child.prepare(model, claim)
@@ -208,7 +208,7 @@ def _embed(child: Child, model: Model, claim: Claim) -> None:
         _give_back(child.engine, claim, error)
         _pause_jobs(child.engine, model, error)
     except ModelError as error:
-        # It came out right when it was loaded. A process that lost its device never finds it again, a new one may.
+        # The canary came out right at loading. A process that lost its device never gets it back; a new one may.
         log.error("model_stopped", model=model.name, reason=str(error))
         try:
             with child.engine.begin() as connection:
@@ -225,14 +225,14 @@ def _embed(child: Child, model: Model, claim: Claim) -> None:
         _give_back(child.engine, claim, error)
         _stop_job(child.engine, claim, error)
     except Exception as error:  # noqa: BLE001
-        # A text did this, or a fault of ours. Die: the parent frees the claim and counts the loss, so that
+        # A text or a bug of ours caused this. Exit: the parent frees the claim and counts the loss, so that
         # isolation finds the text, and a worker that loses chunk after chunk rests.
         log.error("chunk_crashed", error=type(error).__name__)
         os._exit(70)
 
 
 def _pause_jobs(engine: Engine, model: Model, error: GatewayRefused) -> None:
-    """Pause all jobs of a model whose gateway refuses, until a person has mended what it says."""
+    """Pause all jobs of a model whose upstream refuses, until a person has fixed what the error says."""
     log.error("gateway_refused", model=model.name, reason=str(error))
     with engine.begin() as connection:
         for job_id in jobs.running_of_model(connection, model.name):
@@ -240,8 +240,8 @@ def _pause_jobs(engine: Engine, model: Model, error: GatewayRefused) -> None:
 
 
 def _stop_job(engine: Engine, claim: Claim, error: Exception) -> None:
-    """End a job whose files aren't what they were, or whose table takes no vectors; pause one whose storage or database
-    refuses us. A storage that doesn't answer is tried again with the next claim."""
+    """Fail a job whose files have changed or are damaged, or whose table refuses the vectors. Pause one whose storage
+    or database refuses us. A storage that doesn't answer is retried with the next claim."""
     job_id, into = claim.job_id, claim.options.table
     with engine.begin() as connection:
         match error:
@@ -261,7 +261,7 @@ def _stop_job(engine: Engine, claim: Claim, error: Exception) -> None:
 
 
 def most_chunk_seconds(settings: Settings) -> float:
-    """A chunk that takes longer than this commits what it has and is given back."""
+    """Return the time limit of a claim; past it, the results are committed and the rest is given back."""
     return max(300.0, 20 * settings.chunk_seconds)
 
 
@@ -271,9 +271,10 @@ def _leave() -> None:
 
 
 def _give_back(engine: Engine, claim: Claim, error: Exception) -> None:
-    """Let another worker take the chunk, unless it is another's already or the database is away.
+    """Give back the chunk for other workers, unless another claim has it already or the database is away.
 
-    One that is still this claim's when its lease seemed lost isn't where the claim left it: a failover took commits.
+    A chunk may still be this claim's although its lease seemed lost: a failover took commits, so the row isn't as the
+    claim left it.
     """
     if isinstance(error, DBAPIError) and is_connection_lost(error):
         return

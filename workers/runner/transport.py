@@ -1,7 +1,8 @@
-"""The transport of messages from Redis, where others may write: what can't be read, or isn't believed, is refused with
-a line in the log, and never comes to Celery or to a child; what stands where Celery keeps something else is removed.
+"""Transport of messages from Redis, to which other programs may write. A message that is unreadable or invalid is
+refused with a line in the log before Celery or a child sees it. A key of the wrong type is deleted.
 
-A refused message is lost, as any may be: the dispatcher rings again for what is pending.
+A refused message is lost, as any message may be: the dispatcher publishes pending chunks again. Celery's public hooks
+come too late for this: see docs/explanation/decisions/0018.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ _EVENTS = "celeryev."
 
 
 class QoS(redis.QoS):
-    """What was taken and isn't acknowledged yet, noted in Redis."""
+    """Messages that were received and aren't acknowledged yet, kept in Redis."""
 
     def append(self, *arguments: Any) -> Any:
         """As Celery's."""
@@ -43,8 +44,8 @@ class QoS(redis.QoS):
         return self.channel.mending(super().restore_visible, *arguments, **options)
 
     def restore_unacked(self, *arguments: Any, **options: Any) -> Any:
-        """As Celery's, which closes a lost connection twice: the second time there is no way to Redis any more, and
-        asking for one would end the worker. What was taken stays noted there, and is given out again later."""
+        """As Celery's, which closes a lost connection twice: the second time the channel has no client any more, and
+        asking for one would end the worker. Received messages stay in Redis, and are delivered again later."""
         if self.channel.connection.client is None:
             self._delivered.clear()
             return None
@@ -52,12 +53,12 @@ class QoS(redis.QoS):
 
 
 class Channel(redis.Channel):
-    """Reads queues, and commands that are broadcast. What can't be read ends here: it would end Celery's worker."""
+    """Channel of queues and broadcast commands. Unreadable messages end here: they would end Celery's consumer."""
 
     QoS = QoS
 
     def mending(self, act: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Do something with keys of Celery's; once more if they were of another type, and have been made anew."""
+        """Call a method of Celery's; if a key has the wrong type, delete it and call once more."""
         try:
             return act(*arguments, **options)
         except ResponseError as error:
@@ -70,7 +71,7 @@ class Channel(redis.Channel):
         return self._read(super()._brpop_read, **options)
 
     def _receive_one(self, *arguments: Any) -> Any:
-        """One, as it is called for each that has come: a bad one mustn't keep those after it waiting."""
+        """Receive one broadcast; a bad one mustn't delay the ones behind it."""
         try:
             return self._read(super()._receive_one, *arguments)
         except Empty:
@@ -94,7 +95,7 @@ class Channel(redis.Channel):
             return True
 
     def _size(self, queue: str) -> Any:
-        """Of a queue that may not be an active one yet."""
+        """Return a queue's length; the queue may not be among the active ones yet."""
         try:
             return super()._size(queue)
         except ResponseError as error:
@@ -128,24 +129,24 @@ class Channel(redis.Channel):
 
 
 class Transport(redis.Transport):
-    """Celery's own, which hands on only what is believed."""
+    """Celery's transport, which delivers valid messages only."""
 
     Channel = Channel
-    #: Whether what is read has become a message: errors are Celery's from then on.
+    #: True once the bytes read have become a message: later errors are Celery's own.
     delivering = False
 
     def _deliver(self, message: Any, queue: str) -> None:
         self.delivering = True
         try:
-            message = _believed(message, queue)
+            message = _validated(message, queue)
         except message_validation.Refused as refused:
             log.warning("message_refused", queue=queue, reason=str(refused))
             return
         super()._deliver(message, queue)
 
 
-def _believed(message: Any, queue: str) -> Any:
-    """A message as it may be handed on. Replies and events are for who asked, and for Flower: they move nothing."""
+def _validated(message: Any, queue: str) -> Any:
+    """Return a validated copy of a message. Replies and events pass: they change nothing in a worker."""
     if queue.startswith(QUEUE):
         return message_validation.call(message, queue)
     if queue.endswith(_REPLIES) or queue.startswith(_EVENTS):
@@ -158,5 +159,5 @@ def _believed(message: Any, queue: str) -> Any:
 
 
 def watch() -> None:
-    """Let this process read all its messages by these classes."""
+    """Register these classes as the transport of this process."""
     TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), f"{__name__}:{Transport.__name__}"))

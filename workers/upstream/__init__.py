@@ -1,1 +1,1 @@
-"""The client of a gateway: its encoder, the limits that the fleet shares, what was attempted."""
+"""Client of an upstream: an encoder, with limits that the fleet shares and a record of each attempt."""

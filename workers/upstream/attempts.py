@@ -1,4 +1,4 @@
-"""Attempts: requests of a claim to a gateway, written down before they are made."""
+"""Attempts: requests of a claim to an upstream, recorded in Postgres before they are sent."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from workers.watchdog import Watch
 
 @dataclass(frozen=True, slots=True)
 class Attempts:
-    """Writes requests down, each on disk before it is sent. What has been paid for isn't let go because the database
-    is away for a while."""
+    """Recorder of a claim's requests, each committed before it is sent. Retries while the database is away, so that
+    results already paid for aren't lost."""
 
     engine: Engine
     claim: Claim
@@ -21,7 +21,7 @@ class Attempts:
     watch: Watch
 
     def begin(self, items: int, estimated_tokens: int) -> int:
-        """A request is about to be made. Returns the attempt's id."""
+        """Record a request that is about to be sent. Return the attempt's id."""
         attempt_id = attempts.new_id()
         with self.watch.resting():
             for again in while_database_is_away("attempt_retried"):
@@ -32,7 +32,7 @@ class Attempts:
         return attempt_id
 
     def end(self, attempt_id: int, status: str, billed_tokens: int | None) -> None:
-        """How it went. `billed_tokens`: as the gateway says; `None`: it doesn't."""
+        """Record an attempt's outcome. `billed_tokens` is the upstream's count, or `None` if it gives none."""
         with self.watch.resting():
             for again in while_database_is_away("attempt_retried"):
                 with again, self.engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""HTTP to a gateway: a body goes out, and whatever happens is an answer, within a time that holds for all of it."""
+"""HTTP client of an upstream, with one total deadline per request. Failures are returned as answers, not raised."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,44 +17,44 @@ from pipeline.core.openai import CONNECT_SECONDS, Reply, endpoint_of, make_reque
 from pipeline.infra.http import Deadlines
 from pipeline.infra.settings import read_key
 
-#: An error's page beyond this is left.
+#: Limit of an error's page; the rest isn't read.
 _MOST_ERROR_BYTES = 65_536
 _KEEP_ALIVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What came of a request."""
+    """Outcome of one HTTP request to an upstream."""
 
-    #: 0: none came.
+    #: HTTP status; 0 if no answer came.
     status: int
     seconds: float
-    #: Why there is no reply, for a person; never a text.
+    #: Reason for a missing reply, for a person; never quotes a text.
     trouble: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     reply: Reply | None = None
-    #: The gateway's own word for an error.
+    #: The upstream's own error code.
     code: str = ""
-    #: It says that the request is larger than it ever takes.
+    #: The upstream says that it never takes a request this large.
     too_large: bool = False
-    #: It may have been carried out, though no answer tells.
+    #: The request may have been carried out, although no usable answer came.
     unknown: bool = False
 
 
 class UpstreamClient:
-    """Kept-alive connections to a gateway's model; any number of threads may post."""
+    """Pool of kept-alive connections to an upstream's model. Any number of threads may post."""
 
     def __init__(self, upstream: Upstream, *, seconds: float, in_flight: int) -> None:
         self.upstream = upstream
         self._seconds = seconds
         self._deadlines = Deadlines()
-        # No proxy and no redirection: they would take the key elsewhere.
+        # No proxy and no redirects: they would send the key elsewhere.
         self._pool = httpcore.ConnectionPool(
             max_connections=in_flight, keepalive_expiry=_KEEP_ALIVE_SECONDS, network_backend=self._deadlines
         )
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._pool.close()
 
     def __enter__(self) -> Self:
@@ -64,7 +64,7 @@ class UpstreamClient:
         self.close()
 
     def post(self, key: str | None, texts: Sequence[str], dimensions: int | None) -> Answer:
-        """Ask for the vectors of texts. Whatever happens is an answer."""
+        """Request the vectors of texts. Failures are returned as answers."""
         begin = time.monotonic()
         self._deadlines.end_at(begin + self._seconds)
 
@@ -97,14 +97,14 @@ class UpstreamClient:
 
 
 class _Headers(dict[str, str]):
-    """A reply's headers, by their names in small letters."""
+    """Headers of a reply, by lower-case name."""
 
     def __init__(self, pairs: Iterable[tuple[bytes, bytes]]) -> None:
         super().__init__((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in pairs)
 
 
 def _headers(url: str, key: str | None) -> list[tuple[str, str]]:
-    # Vectors hardly shrink; and what is sent packed may unpack to anything.
+    # Vectors hardly compress, and a compressed reply may decompress to any size.
     headers = [("content-type", "application/json"), ("accept-encoding", "identity"), ("user-agent", "vectormill")]
     authorization = [("authorization", f"Bearer {key}")] if key else []
     return [("host", urlsplit(url).netloc), *headers, *authorization]
@@ -121,7 +121,7 @@ def _read(response: httpcore.Response, most_bytes: int) -> bytes:
 
 
 def _refusal(response: httpcore.Response) -> dict[str, Any]:
-    """What an answer without vectors says. Its status counts, however its page goes on."""
+    """Return the error fields of an answer without vectors. Its status counts even if its page breaks off."""
     page = bytearray()
     try:
         for piece in response.iter_stream():
@@ -137,7 +137,7 @@ def _refusal(response: httpcore.Response) -> dict[str, Any]:
 
 
 def _error_in(page: bytes) -> tuple[str, str]:
-    """An error's code and message in OpenAI's envelope. A message may quote texts: it is for looking only."""
+    """Return an error's code and message in OpenAI's envelope. The message may quote texts, so never show or log it."""
     try:
         error = orjson.loads(page)["error"]
         code, message = error.get("code") or error.get("type") or "", error.get("message")
@@ -148,10 +148,10 @@ def _error_in(page: bytes) -> tuple[str, str]:
 
 
 def key_of(upstream: Upstream) -> str | None:
-    """A gateway's key, if it asks for one.
+    """Return an upstream's key, or None if it asks for none.
 
     Raises:
-        GatewayRefused: it isn't here.
+        GatewayRefused: the key isn't set here.
     """
     if upstream.key_env is None:
         return None

@@ -1,12 +1,12 @@
-"""A client of gateways: texts of a chunk go out in requests, several at a time; vectors come back in their order.
+"""Encoder of a model behind an upstream: sends a chunk's texts in concurrent requests, and yields their vectors.
 
-The loop of `_run` is the one place that waits, writes attempts down and decides what an answer means; threads only
-post a body and read the reply. There is one layer of retries: a request that may succeed later goes back in line, at
-the pace of the limiter. What a person must mend, or what takes longer than a worker waits, ends the loop with an
-error, after all that was under way has been yielded.
+The loop of `_run` is the one place that waits, records attempts and decides what an answer means; threads only post a
+body and read the reply. There is one layer of retries: a request that may succeed later goes back to the queue, and is
+paced by the rate limiter. An error that a person must fix, or a wait longer than a worker's patience, ends the loop
+after the results of all requests in flight have been yielded.
 
-No text is blamed before the canary has come through after it failed, and nothing goes out before the canary's vector
-is the one that the catalogue has.
+No text is blamed until the canary has come through after the text's failure. No text is sent until the canary's vector
+has matched the catalogue's.
 """
 
 import random
@@ -40,11 +40,11 @@ from workers.upstream.state import UpstreamState
 
 log = structlog.get_logger()
 
-#: When nothing comes through for so long, or wouldn't, the chunk is given back.
+#: The chunk is given back when nothing comes through for this long, or when the wait would be longer.
 PATIENCE_SECONDS = 30.0
-#: So many failures of a request, and the canary is asked whether the gateway or the texts are to blame.
+#: Failures of a request before the canary is sent, to tell whether the upstream or the texts are to blame.
 _MOST_FAILURES = 3
-#: `stop` is asked so often.
+#: Polling interval of `stop`.
 _LOOK_SECONDS = 0.5
 _SPENT = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
 _TRY_AGAIN = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_EARLY})
@@ -52,7 +52,7 @@ _AWAY = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE})
 
 
 class UpstreamEncoder:
-    """A model behind a gateway, for one claim."""
+    """Encoder of a model behind an upstream, for one claim."""
 
     def __init__(
         self,
@@ -64,10 +64,10 @@ class UpstreamEncoder:
         *,
         in_flight: int,
     ) -> None:
-        """`client`, `limiter` and `state` are kept from claim to claim.
+        """Create an encoder. `client`, `limiter` and `state` are kept from claim to claim.
 
         Raises:
-            GatewayRefused: the key isn't here.
+            GatewayRefused: the key isn't set here.
         """
         assert model.upstream
         self.dimensions = model.dimensions
@@ -81,15 +81,15 @@ class UpstreamEncoder:
         self._next: Sent | None = None
         self._flying: dict[Future[Answer], Sent] = {}
         self._ends_with: GatewayBusy | GatewayRefused | None = None
-        #: When it last let something through.
+        #: Time when the upstream last let a request through.
         self._answered_at = 0.0
-        #: Since when the request that comes next waits for the limits; infinite: it doesn't.
+        #: Time since which the next request has been waiting for the limits; infinite if it isn't.
         self._waits_since = inf
-        #: Up to when this slot's time has been metered.
+        #: Time up to which this slot has been metered.
         self._metered_at = 0.0
 
     def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokenised:
-        """Estimate lengths; the gateway reads for itself, and says what it has read afterwards."""
+        """Estimate lengths. The upstream tokenises for itself, and reports its token count afterwards."""
         prompt = self._model.document_prompt
         whole = [prompt + text for text in texts] if prompt else list(texts)
         longest = max_tokens or self._model.max_item_tokens or 2**31 - 1
@@ -98,12 +98,12 @@ class UpstreamEncoder:
         return Tokenised(whole, np.array(lengths, np.int32), np.zeros(len(whole), np.bool_))
 
     def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-        """Send every text, and yield what comes back; what is under way when `stop` says so is still awaited.
+        """Send every text and yield the results. Requests in flight when `stop` returns True are still awaited.
 
         Raises:
-            GatewayBusy: it takes longer than a worker waits. All that came back was yielded before.
-            GatewayRefused: a person must mend something. All that came back was yielded before.
-            GatewayChanged: the canary's vector is another one by now.
+            GatewayBusy: the wait is longer than a worker's patience. All results have been yielded before.
+            GatewayRefused: a person must fix something. All results have been yielded before.
+            GatewayChanged: the canary's vector differs from the catalogue's.
         """
         self._texts, self._lengths = tokenised.ids, tokenised.lengths
         most_tokens = min(self._upstream.request_tokens, self._limiter.most_request_tokens)
@@ -111,7 +111,7 @@ class UpstreamEncoder:
         yield from self._run([Request(at) for at in cut], stop)
 
     def prove_again(self) -> None:
-        """Ask for the canary's vector. Raises as `batches`."""
+        """Check the canary's vector. Raises as `batches`."""
         self._state.doubt()
         for _ in self._run([canary_request()], lambda: False):
             pass
@@ -128,7 +128,7 @@ class UpstreamEncoder:
                     for answered in self._arrived(min(moment, time.monotonic() + _LOOK_SECONDS)):
                         for batch in self._settle(self._flying.pop(answered), answered.result()):
                             yield batch
-                            # A commit may have come in between.
+                            # The caller may have committed in between; that isn't metered.
                             self._metered_at = time.monotonic()
         finally:
             if self._next:
@@ -137,7 +137,7 @@ class UpstreamEncoder:
             raise self._ends_with
 
     def _arrived(self, moment: float) -> set[Future[Answer]]:
-        """Wait until a request has been answered, or until a moment."""
+        """Wait until a request is answered or until `moment`, and return the answered requests."""
         seconds = max(0.0, moment - time.monotonic())
         if self._flying:
             return wait(self._flying, timeout=seconds, return_when=FIRST_COMPLETED).done
@@ -145,7 +145,7 @@ class UpstreamEncoder:
         return set()
 
     def _send(self, threads: ThreadPoolExecutor, over: Callable[[], bool]) -> float:
-        """Send what may go now. Returns when to look again; infinite: with the next answer, or never."""
+        """Send the requests that may go now. Return when to check again; infinite: after the next answer, or never."""
         while not over() and len(self._flying) < self._in_flight:
             if self._next is None:
                 moment = self._reserve()
@@ -163,7 +163,7 @@ class UpstreamEncoder:
         return inf
 
     def _reserve(self) -> float | None:
-        """Ask leave for the request that comes next. Returns when to look again, if there is none."""
+        """Reserve a leave for the next request. Return when to check again, or None if the leave is granted."""
         request = self._pick()
         if request is None:
             return min((each.rests_until for each in self._pending if self._may_go(each)), default=inf)
@@ -182,7 +182,7 @@ class UpstreamEncoder:
         return now + leave.wait_seconds * random.uniform(1.0, 1.2) + 0.01  # noqa: S311  # nosec B311
 
     def _pick(self) -> Request | None:
-        """The request that comes next: the first one that may go, no larger than the gateway takes."""
+        """Return the first request that may go now, cut to the size that the upstream takes."""
         if not self._is_proven() and not any(each.canary for each in self._all()):
             self._pending.appendleft(canary_request())
         now = time.monotonic()
@@ -204,12 +204,13 @@ class UpstreamEncoder:
         return request.canary or self._is_proven()
 
     def _may_still_go(self, sent: Sent) -> bool:
-        """Meanwhile somebody may have been refused, or the breaker may have been open."""
+        """Return True if a request may go after its wait. Meanwhile the upstream may have refused another sender, or
+        the circuit breaker may have opened."""
         told = sent.leave.wait_seconds > 0 and self._limiter.held_seconds(told=True) > 0
         return not told and self._may_go(sent.request)
 
     def _fitting(self, request: Request) -> list[Request]:
-        """The request, in pieces where by now it is known to be larger than the gateway takes."""
+        """Return the request, in pieces if it is now known to be larger than the upstream takes."""
         most_inputs = self._state.most_inputs
         most_tokens = max(1.0, min(self._state.most_tokens, self._limiter.minute_tokens))
         size = len(request.at)
@@ -235,7 +236,7 @@ class UpstreamEncoder:
     def _settle(self, sent: Sent, answer: Answer) -> Iterator[Batch]:
         instrumentation.answered(self._model.name, answer.status, answer.seconds)
         if sent.request.canary and answer.reply and not sound(answer.reply.vectors).all():
-            # Broken, as any reply that can't be used: another model has other vectors, but it has some.
+            # An unusable reply, not a sign of another model: that would give other vectors, but valid ones.
             answer = replace(answer, reply=None, trouble="it holds a vector that is zero or not finite")
         if answer.reply:
             yield from self._take(sent, answer, answer.reply)
@@ -265,7 +266,7 @@ class UpstreamEncoder:
                 self._try_again(request, answer, told)
 
     def _tell_limiter(self, sent: Sent, answer: Answer, told: float | None) -> bool:
-        """Returns whether the request was larger than the limits ever let through."""
+        """Report an answer to the limiter. Return True if the request is larger than the limits ever let through."""
         tokens, status = self._tokens(sent.request), answer.status
         if status == HTTPStatus.TOO_MANY_REQUESTS and answer.code not in _SPENT:
             too_large = self._limiter.refused(sent.leave, answer.headers, tokens, told)
@@ -295,7 +296,7 @@ class UpstreamEncoder:
         good = sound(reply.vectors)
         if good.any():
             at, shares = request.at[good], share_out(tokens, self._lengths[request.at])
-            # Waits for the limits are the slot's time too: they make its rate.
+            # Waits for the limits count as the slot's time, since they decide its rate.
             seconds = time.monotonic() - self._metered_at
             truncated = np.intersect1d(request.at[list(reply.truncated)], at).tolist()
             yield Batch(at, shares[good], seconds, reply.vectors[good], truncated=truncated)
@@ -303,14 +304,14 @@ class UpstreamEncoder:
             self._doubt(request, np.flatnonzero(~good), answer)
 
     def _doubt(self, request: Request, bad: npt.NDArray[np.int64], answer: Answer) -> None:
-        """Texts whose vectors must not be written go out again, as if there had been no answer to them."""
+        """Queue texts again if their vectors must not be written, as if their request had failed."""
         request.at, request.halves = request.at[bad], None
         request.code, request.trouble = RejectCode.BAD_VECTOR, "gives a vector that is zero or not finite"
         log.info("gateway_request_failed", status=answer.status, trouble=request.trouble, inputs=len(request.at))
         self._try_again(request, answer, None)
 
     def _slow_down(self, request: Request, told: float | None) -> None:
-        """Back in line, however short the wait is that it was told."""
+        """Queue a rate-limited request again, with a backoff however short the wait is that the upstream asks for."""
         request.refusals += 1
         request.rest(request.refusals)
         self._pending.append(request)
@@ -318,7 +319,7 @@ class UpstreamEncoder:
             self._give_up(request.trouble, told)
 
     def _has_new_key(self, sent: Sent) -> bool:
-        """Whether there is another key by now than the one that was refused."""
+        """Return True if the key has changed since the refused request was sent."""
         try:
             self._key = self._limiter.key = key_of(self._upstream)
         except GatewayRefused:
@@ -326,10 +327,10 @@ class UpstreamEncoder:
         return self._key != sent.key
 
     def _try_again(self, request: Request, answer: Answer, told: float | None) -> None:
-        """Back in line; but when it fails again and again, is it the gateway or the texts?"""
+        """Queue a failed request again; after repeated failures, let the canary tell if the upstream is at fault."""
         is_gone = not (answer.status or answer.unknown)
         if is_gone:
-            self._state.doubt()  # and so the canary goes before the others
+            self._state.doubt()  # so that the canary goes first
         if is_gone and not request.canary:
             request.rest(1)
             self._pending.append(request)
@@ -339,7 +340,7 @@ class UpstreamEncoder:
         often = request.failures >= _MOST_FAILURES
         if request.canary:
             long = time.monotonic() - max(self._answered_at, request.since) > PATIENCE_SECONDS
-            if often and answer.status == HTTPStatus.OK:  # replies that can't be used, whatever is asked
+            if often and answer.status == HTTPStatus.OK:  # even the canary's reply can't be used
                 self._refuse(Reason.GATEWAY_REFUSED, answer)
             elif long or (often and not is_gone and answer.status not in _AWAY):
                 self._state.doubt()
@@ -352,7 +353,7 @@ class UpstreamEncoder:
             self._pending.append(request)
 
     def _blame_texts(self, request: Request, answer: Answer) -> None:
-        """Find the text for which a request is refused; but not if every text is."""
+        """Bisect a refused request to find the text at fault. If the canary is refused too, no text is blamed."""
         if request.canary:
             self._refuse(Reason.GATEWAY_REFUSED, answer)
         elif len(request.at) > 1:
@@ -362,7 +363,7 @@ class UpstreamEncoder:
             self._pending.appendleft(canary_request(judges=request))
 
     def _judge(self, request: Request, reply: Reply) -> Iterator[Batch]:
-        """The canary has come through: the gateway works."""
+        """Check the canary's vector. If it is right, the upstream works: bisect, retry or reject the judged request."""
         if not is_canary(reply.vectors[0], self._model.canary):
             self._state.doubt()
             message = "the gateway's vector of the canary text differs from the catalogue's: it is another model by now"
@@ -374,7 +375,7 @@ class UpstreamEncoder:
             return
         if len(judged.at) > 1:
             self._split(judged, refused=False)
-        elif judged.failures and not judged.judgements:  # what fails may be due to other things: once more
+        elif judged.failures and not judged.judgements:  # the failure may have another cause: retry once
             judged.failures, judged.seconds, judged.judgements = 0, 0.0, 1
             self._pending.append(judged)
         else:
@@ -387,7 +388,7 @@ class UpstreamEncoder:
         self._pending.extendleft(reversed(halves))
 
     def _learn_size(self, request: Request) -> None:
-        """Where both halves of a refused request come through, it was its size."""
+        """Learn a size limit if both halves of a refused request have come through."""
         if halves := request.halves:
             halves.passed += 1
             if halves.passed == 2:

@@ -1,4 +1,4 @@
-"""Probes of a gateway for doors: what the catalogue is to record of its model, and vectors of a few texts."""
+"""Probes of an upstream: a description of its model for the catalogue, and vectors of a few texts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,10 +17,11 @@ _USUAL_TEXTS = 32
 
 
 def describe(upstream: Upstream) -> dict[str, object]:
-    """What the catalogue records of a gateway's model, by two requests.
+    """Return an upstream's model as the catalogue records it, by two requests; three if it refuses base64.
 
     Raises:
-        ModelError: it can't be asked, or answers with something else than embeddings.
+        ModelError: the upstream can't be reached, or its answer isn't embeddings.
+        GatewayRefused: its key isn't set here.
     """
     answer = _ask(upstream, [CANARY])
     if answer.status in TEXTS_FAULT:
@@ -44,10 +45,11 @@ def describe(upstream: Upstream) -> dict[str, object]:
 
 
 def embed_now(upstream: Upstream, texts: Sequence[str]) -> list[list[float]]:
-    """Vectors of a few texts, by one request.
+    """Return the vectors of a few texts, by one request.
 
     Raises:
-        ModelError: it gives none.
+        ModelError: the upstream gives none.
+        GatewayRefused: its key isn't set here.
     """
     vectors: list[list[float]] = _reply_of(upstream, _ask(upstream, texts)).vectors.tolist()
     return vectors

@@ -1,11 +1,11 @@
-"""Rate limiter and circuit breaker of a gateway: one account in Redis, which all its senders keep together.
+"""Rate limiter and circuit breaker of an upstream: one account in Redis, shared by all its senders.
 
-Requests and tokens a minute are each paced by the generic cell rate algorithm: a sender reserves the next free moment
-and sleeps until then. Limits are learned: from `x-ratelimit-limit-*` as soon as a reply shows them, and from refusals
-(429) by additive increase and multiplicative decrease. What a refusal says to wait, all wait. A breaker lets a dead
-endpoint be: five failures without an answer in between, and only a probe now and then goes through.
+Requests and tokens per minute are each paced by the generic cell rate algorithm: a sender reserves the next free moment
+and sleeps until then. Limits are learnt from `x-ratelimit-limit-*` as soon as a reply has them, and from refusals (429)
+by additive increase and multiplicative decrease. If a refusal names a wait, all senders observe it. The circuit breaker
+spares a dead endpoint: after five failures without an answer in between, only an occasional probe goes through.
 
-While Redis is away, each sender paces itself at its share of what was last known.
+While Redis is away, each sender paces itself at its share of the rates that were last known.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ log = structlog.get_logger()
 Answer = TypeVar("Answer")
 
 _REDIS_SECONDS = 0.5
-#: How long Redis isn't asked again after it failed.
+#: Pause after Redis failed, before it is asked again.
 _REDIS_REST_SECONDS = 2.0
-#: A refusal that doesn't say how long to wait.
+#: Wait after a refusal that names none.
 _UNTOLD_SECONDS = 1.0
 
 
 def _scripts() -> dict[str, str]:
-    """The account's scripts in Lua, by what they do."""
+    """Return the account's Lua scripts by name, each one after the common beginning."""
     folder = files(__package__) / "lua"
     account = (folder / "account.lua").read_text("utf-8")
     names = ("reserve", "passed", "refused", "give_back", "held", "failed")
@@ -45,18 +45,18 @@ def _scripts() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """What a sender may do."""
+    """Answer to a reservation: a moment to send, or a wait before asking again."""
 
-    #: Whether it may send after `wait_seconds`; else it asks again after them.
+    #: True: the sender may send after `wait_seconds`. False: it may ask again after them.
     granted: bool
     wait_seconds: float
-    #: When it sends, by the clock of the account.
+    #: Time to send, by the account's clock.
     moment: float = 0.0
 
 
 @dataclass(slots=True)
 class _Share:
-    """What one sender may send while the account is out of reach: its part of the last known rates."""
+    """One sender's share of the last known rates, for the time that the account is out of reach."""
 
     rates: tuple[float, float] = (0.0, 0.0)
     senders: int = 1
@@ -64,7 +64,7 @@ class _Share:
     held: float = 0.0
 
     def reserve(self, tokens: int, patience: float) -> Leave:
-        """As `RateLimiter.reserve`."""
+        """Reserve as `RateLimiter.reserve` does."""
         now = time.monotonic()
         wait = max(0.0, self.free - now, self.held - now)
         if wait > patience or self.held > now:
@@ -74,21 +74,21 @@ class _Share:
         return Leave(granted=True, wait_seconds=wait)
 
     def hold(self, seconds: float) -> None:
-        """Send nothing for so long."""
+        """Let nothing be sent for this time."""
         self.held = max(self.held, time.monotonic() + seconds)
 
 
 @dataclass(slots=True)
 class RateLimiter:
-    """One sender's hand on the account of a gateway's model. One thread uses it."""
+    """One sender's access to the shared account of an upstream's model. For one thread."""
 
     client: "redis.Redis"
     upstream: Upstream
-    #: Limits are those of a key; another one has an account of its own.
+    #: Limits belong to a key; each key has its own account.
     key: str | None = None
-    #: How long a request may take.
+    #: Time limit of a request.
     request_seconds: float = 60.0
-    #: When the breaker last opened, by the clock of the account, as it was last seen; 0: never.
+    #: Last known time at which the breaker opened, by the account's clock; 0: never.
     opened: float = 0.0
     _sender: str = field(default_factory=lambda: uuid4().hex)
     _share: _Share = field(default_factory=_Share)
@@ -99,8 +99,8 @@ class RateLimiter:
         self._scripts = {name: self.client.register_script(source) for name, source in _scripts().items()}
 
     def reserve(self, tokens: int, patience_seconds: float) -> Leave:
-        """Ask to send a request of about so many tokens. Nothing is reserved where the wait is longer than patience,
-        or of unknown length."""
+        """Reserve the sending of a request of about this many tokens. Nothing is reserved if the wait is longer than
+        `patience_seconds`, or of unknown length."""
         found = self._ask("reserve", list, self._sender, tokens, patience_seconds, self.request_seconds)
         if found is None:
             return self._share.reserve(tokens, patience_seconds)
@@ -111,11 +111,11 @@ class RateLimiter:
         return Leave(granted=bool(granted), wait_seconds=float(wait), moment=float(moment))
 
     def give_back(self, leave: Leave) -> None:
-        """Nothing is sent on this leave: whatever waits for what comes of it needn't."""
+        """Give back an unused leave. If it was the breaker's probe, other senders stop waiting for its outcome."""
         self._ask("give_back", bool, leave.moment, self.request_seconds)
 
     def held_seconds(self, *, told: bool = False) -> float:
-        """For how long nobody may send, or, `told`, for how long the gateway itself said so."""
+        """Return for how long nobody may send; with `told`, only for as long as the upstream itself asked."""
         found = self._ask("held", lambda answer: [float(one) for one in answer])
         if found is None:
             return max(0.0, self._share.held - time.monotonic())
@@ -124,8 +124,8 @@ class RateLimiter:
 
     @property
     def most_request_tokens(self) -> float:
-        """Tokens of a request by which both limits are used up alike, a second's worth at least; infinite where the
-        tokens' limit isn't known."""
+        """Size of a request, in tokens, at which both limits are used up alike; a second's worth at least. Infinite if
+        the token limit isn't known."""
         requests, tokens = self._share.rates
         if not tokens:
             return float("inf")
@@ -133,15 +133,15 @@ class RateLimiter:
 
     @property
     def minute_tokens(self) -> float:
-        """The tokens of a minute: a request of more is never let through. Infinite where no limit is known."""
+        """Tokens per minute; a larger request is never let through. Infinite if no limit is known."""
         return 60 * self._share.rates[1] or float("inf")
 
     def passed(self, headers: Mapping[str, str], estimated_tokens: int, tokens: int) -> None:
-        """A request was answered; the headers may say what the limits are."""
+        """Record an answered request, and learn the limits if its headers have them."""
         self._ask("passed", bool, *self._limits(headers), estimated_tokens, tokens)
 
     def refused(self, leave: Leave, headers: Mapping[str, str], tokens: int, wait_seconds: float | None) -> bool:
-        """A request was one too many (429). Returns whether it was one too large: of more tokens than a minute's."""
+        """Record a refusal by limits (429). Return True if the request has more tokens than a minute's limit."""
         wait = _UNTOLD_SECONDS if wait_seconds is None else wait_seconds
         left = [_number(headers.get(f"x-ratelimit-remaining-{what}")) for what in ("requests", "tokens")]
         short = [have is not None and have < cost for have, cost in zip(left, (1, tokens), strict=True)]
@@ -153,22 +153,22 @@ class RateLimiter:
         return 0 < limits[1] < tokens
 
     def _limits(self, headers: Mapping[str, str]) -> tuple[float, float]:
-        """Requests and tokens a minute, as headers say; 0: they don't."""
+        """Return the limits of requests and tokens per minute that headers have; 0 for none."""
         requests, tokens = (_number(headers.get(f"x-ratelimit-limit-{what}")) or 0.0 for what in ("requests", "tokens"))
         if not any(self._share.rates):
             self._share.rates = (requests / 60, tokens / 60)
         return requests, tokens
 
     def failed(self, leave: Leave, wait_seconds: float | None) -> None:
-        """A request wasn't answered, or with an error of the gateway's."""
+        """Record a request that got no answer, or an error of the upstream's own."""
         if self._ask("failed", bool, leave.moment, wait_seconds or 0) is None:
             self._share.hold(wait_seconds or _UNTOLD_SECONDS)
 
     def _ask(self, script: str, read: Callable[[Any], Answer], *arguments: Any) -> Answer | None:
-        """What a script answers; None while Redis is away."""
+        """Run a script and return its answer; None while Redis is away."""
         if time.monotonic() < self._away_until:
             return None
-        # Its name is older than the module's: versions side by side share the account.
+        # The key keeps the module's former name, so that versions that run side by side share the account.
         key = f"vectormill:throttle:{account_of(self.upstream, self.key)}"
         run = partial(self._scripts[script], keys=[key, f"{key}:senders"], args=list(arguments), client=self.client)
         try:
@@ -187,13 +187,13 @@ class RateLimiter:
 
 
 def account_of(upstream: Upstream, key: str | None) -> str:
-    """Senders that share this share a gateway's limits. Of the key it is a digest only."""
+    """Return the account's name. Senders with the same name share limits; the key enters it only as a digest."""
     whole = "\n".join((upstream.url, upstream.model, key or ""))
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def connect(redis_url: str) -> "redis.Redis":
-    """A client that doesn't wait long."""
+    """Return a Redis client with short timeouts."""
     return redis.Redis.from_url(
         redis_url, socket_timeout=_REDIS_SECONDS, socket_connect_timeout=_REDIS_SECONDS, decode_responses=True
     )

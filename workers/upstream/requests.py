@@ -1,4 +1,4 @@
-"""Requests to a gateway on their way: which texts they hold, and what has become of them so far."""
+"""Requests to an upstream: their texts, and their state between retries."""
 
 import random
 import time
@@ -10,17 +10,17 @@ import numpy.typing as npt
 from pipeline.core.chunks import RejectCode
 from workers.upstream.rate_limiter import Leave
 
-#: Before a request goes out again; doubled with each failure.
+#: Backoff before a retry; doubled with each failure, up to the maximum.
 _REST_SECONDS = 0.5
 _MOST_REST_SECONDS = 8.0
 
 
 @dataclass(eq=False, slots=True)
 class Halves:
-    """What a refused request was split into."""
+    """Halves of a refused request, from which the upstream's size limit is learnt."""
 
     refused_inputs: int
-    #: Of the larger half.
+    #: Size of the larger half, in inputs and in tokens.
     inputs: int
     tokens: int
     passed: int = 0
@@ -28,36 +28,36 @@ class Halves:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """Texts that go out together."""
+    """Texts that are sent together."""
 
     #: Positions of the texts.
     at: npt.NDArray[np.int64]
-    #: The canary's request has no texts of the chunk. What comes of it settles `judges`, which has failed.
+    #: True for the canary's request, which has no texts of the chunk. Its outcome decides on `judges`, which failed.
     canary: bool = False
     judges: "Request | None" = None
-    #: Those that it is one of.
+    #: Both halves, if this is one of them.
     halves: Halves | None = None
     since: float = field(default_factory=time.monotonic)
-    #: Since it was last judged: answers without vectors, and how long they took.
+    #: Failed attempts since it was last judged, and the time that they took.
     failures: int = 0
     seconds: float = 0.0
-    #: By limits.
+    #: Refusals by rate limits.
     refusals: int = 0
-    #: How often the canary came through when this had failed.
+    #: Number of times that the canary came through after this failed.
     judgements: int = 0
-    #: Before which moment it isn't sent again, by the monotonic clock.
+    #: Earliest time of the next attempt, by the monotonic clock.
     rests_until: float = 0.0
     trouble: str = ""
-    #: With which a text that keeps failing is rejected.
+    #: Reject code of a text that keeps failing.
     code: RejectCode = RejectCode.GATEWAY_FAILED
 
     def rest(self, times: int) -> None:
-        """Not again at once, after so many times."""
+        """Set the backoff after `times` failures or refusals, with jitter."""
         seconds = min(_MOST_REST_SECONDS, _REST_SECONDS * 2**times)
         self.rests_until = time.monotonic() + seconds * random.uniform(0.5, 1.0)  # noqa: S311  # nosec B311
 
     def split(self, lengths: npt.NDArray[np.int32], *, refused: bool) -> "list[Request]":
-        """Both halves. `lengths`: tokens of all texts; `refused`: maybe for its size."""
+        """Return both halves. `lengths`: tokens of all texts; `refused`: True if its size may be the cause."""
         half = (len(self.at) + 1) // 2
         ends = [self.at[:half], self.at[half:]]
         halves = Halves(len(self.at), half, max(int(lengths[at].sum()) for at in ends)) if refused else None
@@ -66,7 +66,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A request that is under way, or has its leave to go out at a moment."""
+    """Request that is in flight, or has a leave to be sent at a moment."""
 
     request: Request
     leave: Leave
@@ -76,5 +76,5 @@ class Sent:
 
 
 def canary_request(judges: Request | None = None) -> Request:
-    """The canary's, to prove the gateway or to judge a request."""
+    """Return a canary request, to prove the upstream or to judge a failed request."""
     return Request(np.zeros(0, np.int64), canary=True, judges=judges)

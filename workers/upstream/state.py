@@ -1,4 +1,4 @@
-"""State of a gateway's model, as a child has learnt it, kept from claim to claim."""
+"""State of an upstream's model, as a child process has learnt it, kept from claim to claim."""
 
 import time
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from math import inf
 
 from pipeline.core.openai import CHARACTERS_PER_TOKEN
 
-#: A gateway may change what is behind it at any time; its vectors are held against the canary's so often at least.
+#: Maximum time between canary checks, since an upstream may change its model at any time.
 _PROOF_SECONDS = 600.0
-#: A chunk that is given back waits so long at least; doubled each time, while nothing comes through.
+#: Minimum backoff of a chunk that is given back; doubled each time while nothing comes through.
 _BACK_OFF_SECONDS = 4.0
 _MOST_BACK_OFF_SECONDS = 60.0
 
 
 @dataclass(slots=True)
 class UpstreamState:
-    """One thread uses it."""
+    """Learnt sizes, backoff and canary checks of an upstream's model. For one thread."""
 
-    #: By what replies meter.
+    #: Moving average, from the token counts of replies.
     characters_per_token: float = CHARACTERS_PER_TOKEN
-    #: Of the largest request that went through where a larger one had been refused.
+    #: Size of the largest request that came through after a larger one was refused.
     most_inputs: float = inf
     most_tokens: float = inf
     _given_back: int = 0
@@ -27,31 +27,32 @@ class UpstreamState:
     _proven_opened: float = 0.0
 
     def answered(self, characters: int, tokens: int | None) -> None:
-        """Texts of so many characters came through, and were so many tokens."""
+        """Record texts that came through, by their characters and the tokens that the reply counts."""
         self._given_back = 0
         if tokens and characters:
             self.characters_per_token = max(0.25, 0.8 * self.characters_per_token + 0.2 * characters / tokens)
 
     def back_off_seconds(self) -> float:
-        """A chunk is given back: for how long at least nobody takes it."""
+        """Count a chunk that is given back, and return its minimum backoff."""
         self._given_back += 1
         return min(_MOST_BACK_OFF_SECONDS, _BACK_OFF_SECONDS * 2.0 ** min(self._given_back - 1, 10))
 
     def prove(self, opened: float) -> None:
-        """The canary came out right. `opened`: when the breaker had last opened."""
+        """Record that the canary came out right. `opened`: time at which the breaker last opened."""
         self._proven_at, self._proven_opened = time.monotonic(), opened
 
     def doubt(self) -> None:
-        """Something else may be behind the gateway from now on."""
+        """Require a new canary check: another model may be behind the upstream from now on."""
         self._proven_at = -inf
 
     def proves(self, opened: float) -> bool:
-        """Whether the canary's last vector still tells: neither long ago, nor before the breaker was open."""
+        """Return True if the last canary check is still valid: recent, and the breaker hasn't opened since."""
         return time.monotonic() - self._proven_at < _PROOF_SECONDS and opened == self._proven_opened
 
     def learn_size(self, *, refused_inputs: int, inputs: int, tokens: int) -> None:
-        """A request of so many inputs was refused, and its halves, the larger one with `inputs` and `tokens`, both
-        went through. It had too many inputs; or, where it hadn't by what is known, too many tokens."""
+        """Learn a limit from a request of `refused_inputs` inputs that was refused, although both halves came through,
+        the larger one with `inputs` and `tokens`. It had too many inputs, or, if by the known limit it hadn't, too many
+        tokens."""
         if refused_inputs <= self.most_inputs < inf:
             self.most_tokens = tokens
         elif self.most_inputs == inf or inputs > self.most_inputs:

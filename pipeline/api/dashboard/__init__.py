@@ -1,14 +1,14 @@
-"""The dashboard at `/`: pages for people, rendered here, without a request to anywhere else.
+"""Dashboard at `/`: HTML pages for people, rendered on the server, without a request to anywhere else.
 
-session     who looks: an API key in a cookie
-log_in      where it is asked for
-answer      a page's way: viewer → one snapshot of the database → template; what an error looks like
-pages       jobs, workers, models, usage
-job         one job: where it stands, its chunks, its rejects
-actions     what a viewer may do to a job
-key_pages   keys, for admins
-drawing     bars, strips and curves as numbers
-words       numbers and times as people say them, and what to do about a code
+session     authentication of viewers: an API key in a cookie
+log_in      log-in page and log-out
+answer      rendering: viewer → one snapshot of the database → template; error pages
+pages       pages of jobs, workers, models, usage
+job         pages of one job: status, chunks, rejects
+actions     actions on a job
+key_pages   key management, for admins
+drawing     geometry of bars, strips and charts
+words       formatting of numbers and times, and advice on reject codes and reasons
 """
 
 from pathlib import Path
@@ -26,10 +26,10 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 class _Static(StaticFiles):
-    """Style and scripts; a browser asks each time whether its copy is still good, so that no page meets old ones."""
+    """Style sheets and scripts. Browsers revalidate their cached copies each time, so that no page meets old ones."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        """As Starlette calls it."""
+        """Return a file's response, with headers for caching and against MIME sniffing."""
         response = super().file_response(*args, **kwargs)
         response.headers.update({"cache-control": "no-cache", "x-content-type-options": "nosniff"})
         return response

@@ -1,4 +1,4 @@
-"""Actions on a job. Each form of a job's page ends here."""
+"""Actions on a job, sent by the forms of its page."""
 
 from functools import partial
 from typing import Literal

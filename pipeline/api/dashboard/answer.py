@@ -1,4 +1,4 @@
-"""A page's way: viewer → one snapshot of the database → template → ETag; and what an error looks like."""
+"""Rendering of a page: viewer → one snapshot of the database → template → ETag; and error pages."""
 
 import asyncio
 import shlex
@@ -25,11 +25,11 @@ from pipeline.db import dashboard
 
 log = structlog.get_logger()
 
-#: What a page needs of the database, as its template's variables.
+#: Query of a page's data, returned as its template's variables.
 Look = Callable[[Connection, Viewer], dict[str, Any]]
 
 _HEADERS = {
-    # Nothing from elsewhere, nothing inline, and no other site may frame a page or receive its forms.
+    # Nothing is loaded from elsewhere, nothing is inline, and no other site may frame a page or receive its forms.
     "content-security-policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'",
     "cache-control": "no-store",
@@ -50,10 +50,10 @@ _FORMS_ONLY = "This address only takes what a page's buttons send. Go to the job
 
 
 class PageRoute(APIRoute):
-    """A route that answers people: an error becomes a page, and who isn't logged in is sent to where they can."""
+    """Route for people: an error becomes a page, and a viewer who isn't logged in is redirected to the log-in page."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """As FastAPI calls it."""
+        """Return the route's handler, wrapped so that errors become pages."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
@@ -80,23 +80,23 @@ class PageRoute(APIRoute):
 
 
 def is_for_people(request: Request) -> bool:
-    """Whether a browser asks for a page, where programs have no addresses."""
+    """Return True if a browser asks for a page, outside the addresses for programs."""
     path = f"{request.url.path}/"
     return "text/html" in request.headers.get("accept", "") and not path.startswith(("/v1/", "/api/", "/static/"))
 
 
 def no_page(request: Request, status: int) -> Response:
-    """The page of an address that none of ours answers: 404, or 405 where only forms go."""
+    """Return the page for an address that no route answers: 404, or 405 where only forms go."""
     response = problem(request, status, _FORMS_ONLY if status == 405 else _NOTHING_HERE)
     response.headers.update(_HEADERS)
     return response
 
 
 async def show(request: Request, template: str, look: Look) -> Response:
-    """A page for whoever is logged in.
+    """Render a page for the viewer who is logged in.
 
     Raises:
-        Unauthorized, InvalidApiKey: nobody is.
+        Unauthorized, InvalidApiKey: nobody is logged in.
     """
     viewer = await session.viewer(request)
 
@@ -109,20 +109,20 @@ async def show(request: Request, template: str, look: Look) -> Response:
 
 
 async def act(request: Request, do: Callable[[Connection, Viewer, dict[str, str]], str]) -> Response:
-    """Do what a form asks for, in one transaction, and go to the page that `do` returns.
+    """Run a form's action in one transaction, and redirect to the page that `do` returns.
 
     Raises:
         Unauthorized, InvalidApiKey: nobody is logged in.
         Forbidden: the form wasn't sent by one of our pages.
     """
-    session.must_be_ours(request)  # another site's form comes without the cookie, and is told what it is
+    session.must_be_ours(request)  # first, since another site's form comes without the cookie
     viewer = await session.viewer(request)
-    fields = await session.form(request)  # which only a known caller may take time to send
+    fields = await session.form(request)  # last, since only a known caller may take time to send it
     return RedirectResponse(await ask(request, lambda connection: do(connection, viewer, fields)), 303)
 
 
 def render(request: Request, template: str, status: int = 200, **variables: Any) -> Response:
-    """A template as an answer. Who has it already, by its ETag, is told so."""
+    """Render a template as a response, or answer 304 if the browser's ETag matches."""
     given = {
         "viewer": None,
         "holder": None,
@@ -138,10 +138,10 @@ def render(request: Request, template: str, status: int = 200, **variables: Any)
 
 
 def problem(request: Request, status: int, message: str) -> Response:
-    """A page that says what went wrong. One that may mend itself is asked for again by the browser."""
+    """Render a page that says what went wrong. After a temporary failure, the browser asks for the page again."""
     title = _TITLES.get(status, "That didn't work")
     viewer = getattr(request.state, "viewer", None)
-    # What is missing may be back soon; a form isn't sent again by itself.
+    # The server that is away may be back soon. A form is never sent again automatically.
     live = 2 if status == 503 and request.method == "GET" else 0
     response = render(request, "problem.html", status, viewer=viewer, title=title, message=message, live=live)
     if status == 503:

@@ -1,4 +1,4 @@
-"""Bars, strips and curves as numbers that a template turns into SVG. Pure."""
+"""Geometry of bars, strips and charts, as numbers that a template turns into SVG. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pipeline.core import humanize
 from pipeline.core.job_status import ItemCounts
 from pipeline.db.dashboard import Cell
 
-#: Widths of a column of the throughput chart: with steps like these it is redrawn seldom while a job goes on.
+#: Column widths of the throughput chart: in steps like these it is seldom redrawn while a job goes on.
 _WIDTHS_SECONDS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1_800, 3_600, 7_200, 14_400, 43_200, 86_400, 604_800)
 _LEAST_COLUMNS, _MOST_COLUMNS = 12, 60
 MOST_CELLS = 120
@@ -19,7 +19,7 @@ MOST_CELLS = 120
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of a bar, in hundredths of the whole."""
+    """Segment of a bar, in hundredths of the whole."""
 
     kind: str
     begin: float
@@ -27,11 +27,11 @@ class Segment:
 
 
 def bar(items: ItemCounts) -> list[Segment]:
-    """A job's items by outcome; what is waiting is the rest."""
+    """Return a bar of a job's items by outcome; pending items are the rest of it."""
     segments, at = [], 0.0
     for kind in ("embedded", "reused", "rejected", "cancelled"):
         if items.total and (count := getattr(items, kind)):
-            # One reject among millions must be seen.
+            # A single reject among millions must be visible.
             width = max(0.6, 100 * count / items.total)
             segments.append(Segment(kind, round(min(at, 100 - width), 2), round(width, 2)))
             at += width
@@ -40,39 +40,39 @@ def bar(items: ItemCounts) -> list[Segment]:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a chart: `height` in hundredths of the highest scale line."""
+    """Column of a chart: `height` in hundredths of the highest scale line."""
 
     begin: float
     width: float
     height: float
     tip: str
-    #: Its time isn't over yet.
+    #: True while the column's time isn't over yet.
     open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Columns side by side."""
+    """Chart of columns side by side."""
 
     columns: Sequence[Column]
-    #: What the scale's highest line stands for.
+    #: Value of the scale's highest line.
     top: float
     begin: str
     end: str
 
 
 def width_of_columns(seconds: float) -> int:
-    """How many seconds a column of the throughput chart stands for, of a job that took `seconds`."""
+    """Return the seconds that one column of the throughput chart covers, for a job that took `seconds`."""
     return next((width for width in _WIDTHS_SECONDS if seconds / width <= _MOST_COLUMNS), _WIDTHS_SECONDS[-1])
 
 
 def throughput(
     spans: Sequence[tuple[int, int, int]], width_seconds: int, begin: datetime, end: datetime, *, going_on: bool
 ) -> Chart:
-    """Tokens a second over time. `spans` as `db.dashboard.throughput` gives them."""
+    """Return the chart of tokens a second over time. `spans` are those of `db.dashboard.throughput`."""
     first = int(begin.timestamp() // width_seconds) * width_seconds
     slots = max(1, int((end.timestamp() - first) // width_seconds) + 1)
-    # A job of a second is a column, not a wall.
+    # A job of one second is drawn as a column, not as the whole chart.
     room = max(slots, _LEAST_COLUMNS)
     top = _scale(max((tokens / width_seconds for _, _, tokens in spans), default=0.0))
     columns = []
@@ -95,13 +95,13 @@ def throughput(
 
 
 def _clock(moment: datetime, begin: datetime, end: datetime) -> str:
-    """A moment, with its day where the chart covers more than one."""
+    """Format a moment, with its day where the chart covers more than one."""
     pattern = "%H:%M:%S" if (end - begin).total_seconds() < 3_600 else "%H:%M"
     return f"{moment.astimezone(UTC):{pattern if begin.date() == end.date() else '%d %b %H:%M'}}"
 
 
 def _scale(highest: float) -> float:
-    """The next of 1, 1.5, 2, 3, 4, 5, 6, 8, 10, times a power of ten."""
+    """Round up to 1, 1.5, 2, 3, 4, 5, 6, 8 or 10, times a power of ten."""
     if highest <= 0:
         return 0.0
     power = 10.0 ** (len(str(int(highest))) - 1) if highest >= 1 else 1.0
@@ -109,7 +109,7 @@ def _scale(highest: float) -> float:
 
 
 def days(rows: Sequence[RowMapping], names: Sequence[str]) -> Chart:
-    """Tokens of each day of `names`, from usage by day."""
+    """Return the chart of tokens on each day of `names`, from usage by day."""
     by_day = {row["group"]: (row["total_tokens"], row["cost"]) for row in rows}
     top = _scale(max((float(tokens) for tokens, _ in by_day.values()), default=0.0))
     columns = []
@@ -129,16 +129,16 @@ def days(rows: Sequence[RowMapping], names: Sequence[str]) -> Chart:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A cell of the chunk strip."""
+    """Cell of the chunk strip, as it is drawn."""
 
     kind: str
     tip: str
-    #: Some of its chunks were claimed more than once.
+    #: True if some of its chunks were claimed more than once.
     again: bool
 
 
 def strip(cells: Sequence[Cell]) -> list[Drawn]:
-    """Cells by the worst that is true of their chunks."""
+    """Return the chunk strip, each cell in the worst state among its chunks."""
     return [Drawn(_kind(cell), _tip(cell), cell.claims > cell.chunks) for cell in cells]
 
 

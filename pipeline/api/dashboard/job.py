@@ -1,4 +1,4 @@
-"""One job: where it stands, its chunks, its rejects."""
+"""Pages of one job: its status, chunks and rejects."""
 
 from collections import defaultdict
 from datetime import UTC, datetime
@@ -28,10 +28,10 @@ _MOST_CHARACTERS = 4_000
 
 
 def visible_job(connection: Connection, viewer: Viewer, job_id: UUID) -> Job:
-    """A job.
+    """Return a job that the viewer may see.
 
     Raises:
-        UnknownJob: there is none that the viewer may see.
+        UnknownJob: there is none.
     """
     job = status.known_job(connection, job_id)
     if not viewer.sees(job.workspace_id):
@@ -41,20 +41,20 @@ def visible_job(connection: Connection, viewer: Viewer, job_id: UUID) -> Job:
 
 @router.get("/jobs/{job_id}")
 async def show_job(request: Request, job_id: UUID) -> Response:
-    """One job."""
+    """Show one job."""
     return await show(request, "job.html", partial(_job, job_id=job_id))
 
 
 def _job(connection: Connection, viewer: Viewer, *, job_id: UUID) -> dict[str, Any]:
     row = visible_job(connection, viewer, job_id)
-    standing = status.job_status(connection, job_id)
+    found = status.job_status(connection, job_id)
     state = row.state
     cost, device_seconds = dashboard.cost(connection, job_id)
     files, first_files = dashboard.inputs(connection, job_id, _FIRST_INPUTS)
-    total_chunks = standing.chunks.total
+    total_chunks = found.chunks.total
     model = models.by_name(connection, row.model)
     return {
-        "job": standing,
+        "job": found,
         "row": row,
         "workspace": dashboard.workspace_of(connection, job_id),
         "ahead": dashboard.queue_positions(connection, [job_id]).get(job_id),
@@ -65,7 +65,7 @@ def _job(connection: Connection, viewer: Viewer, *, job_id: UUID) -> dict[str, A
         "chart": _throughput(connection, job_id, row),
         "strip": drawing.strip(dashboard.strip(connection, job_id, total_chunks, drawing.MOST_CELLS)),
         "total_chunks": total_chunks,
-        "rejects": _rejects_by_code(connection, job_id) if standing.items.rejected else [],
+        "rejects": _rejects_by_code(connection, job_id) if found.items.rejected else [],
         "receipt": status.receipt(connection, job_id),
         "attempts": dashboard.attempts(connection, job_id),
         "options": _options(row.options) | ({"notes": " ".join(row.notices)} if row.notices else {}),
@@ -102,7 +102,7 @@ def _rejects_by_code(connection: Connection, job_id: UUID) -> list[dict[str, Any
 
 
 def _retry(connection: Connection, row: Job, state: JobState) -> RowMapping | None:
-    """What could be tried again of a job that has ended; None: nothing."""
+    """Return the numbers of rejects and chunks of an ended job that could be retried; None if there are none."""
     if state not in (JobState.COMPLETED, JobState.FAILED) or row.texts_removed_at:
         return None
     found = dashboard.reopenable(connection, row.id, sorted(RETRYABLE_REJECTS))
@@ -110,7 +110,7 @@ def _retry(connection: Connection, row: Job, state: JobState) -> RowMapping | No
 
 
 def _options(options: KeptOptions) -> dict[str, Any]:
-    """Those that are on, as the page calls them."""
+    """Return the options that are set, by their titles on the page."""
     titles = {name: field.title for name, field in JobOptions.model_fields.items() if field.title}
     shown = {title: getattr(options, name) for name, title in titles.items() if getattr(options, name)}
     columns = options.columns
@@ -130,7 +130,7 @@ async def show_rejects(
     after: Annotated[int, Query(ge=-1, lt=2**63)] = -1,
     text: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
 ) -> Response:
-    """A page of a job's rejects. The text of an item is shown only when it is asked for."""
+    """Show a page of a job's rejects. The text of an item is shown only when it is asked for."""
     return await show(request, "rejects.html", partial(_reject_page, job_id=job_id, code=code, after=after, index=text))
 
 
@@ -154,7 +154,7 @@ def _reject_page(
 
 
 def _text(connection: Connection, row: Job, index: int) -> dict[str, Any]:
-    """An item's text, or why it isn't there."""
+    """Return an item's text, or the reason that it isn't there."""
     if row.options.by_reference:
         return {"why": "The text is in the source file; Postgres keeps none of this job's."}
     if row.texts_removed_at and index < row.texts_kept_from:

@@ -1,4 +1,4 @@
-"""Keys of the viewer's workspace: an admin lists, makes, rotates and revokes them."""
+"""Key management for the viewer's workspace: an admin lists, creates, rotates and revokes keys."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -26,7 +26,7 @@ _MOST_DAYS = 3_650
 
 @router.get("/keys")
 async def show_keys(request: Request) -> Response:
-    """The keys of the viewer's workspace; to others than admins, their own."""
+    """Show the keys of the viewer's workspace; to viewers who aren't admins, only their own."""
     return await show(request, "keys.html", _keys)
 
 
@@ -37,7 +37,7 @@ def _keys(connection: Connection, viewer: Viewer) -> dict[str, Any]:
 
 @router.post("/keys")
 async def make_key(request: Request) -> Response:
-    """Make a key, and show it this once."""
+    """Create a key, and show it this once."""
     fields = await session.form(request)
     viewer = await _admin(request)
     name, lives = _name(fields.get("name", "")), _lives(fields.get("days", ""))
@@ -49,7 +49,7 @@ async def make_key(request: Request) -> Response:
 
 @router.post("/keys/{key_id}/rotate")
 async def rotate_key(request: Request, key_id: str) -> Response:
-    """Make a key in place of another one, which ends a day later."""
+    """Create a key that replaces another one, which ends a day later."""
     await session.form(request)
     viewer = await _admin(request)
     return await _made(request, viewer, lambda c: keys.rotate(c, viewer.caller.workspace_id, key_id, _OVERLAP))
@@ -57,7 +57,7 @@ async def rotate_key(request: Request, key_id: str) -> Response:
 
 @router.post("/keys/{key_id}/revoke")
 async def revoke_key(request: Request, key_id: str) -> Response:
-    """End a key now."""
+    """Revoke a key."""
 
     def do(connection: Connection, viewer: Viewer, _fields: dict[str, str]) -> str:
         viewer.caller.must_be_admin()
@@ -74,7 +74,7 @@ async def _admin(request: Request) -> Viewer:
 
 
 async def _made(request: Request, viewer: Viewer, make: Callable[[Connection], NewKey]) -> Response:
-    """Make a key and answer with the page that shows it: reloading or polling can't bring it back."""
+    """Create a key and answer with the page that shows it. Reloading or polling can't show it again."""
 
     def run(connection: Connection) -> tuple[NewKey, Any]:
         return make(connection), dashboard.key_holder(connection, viewer.caller.key_id)

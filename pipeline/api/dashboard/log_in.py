@@ -1,4 +1,4 @@
-"""Logging in with an API key, and out."""
+"""Log-in with an API key, and log-out."""
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import RedirectResponse
@@ -12,14 +12,17 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 @router.get("/login")
 async def log_in_page(request: Request, next: str = "/") -> Response:  # noqa: A002 - the field's name
-    """Where a key is asked for."""
+    """Show the log-in page, which asks for a key."""
     return render(request, "login.html", next=session.local(next), wrong="")
 
 
 @router.get("/login/known")
 async def known(request: Request) -> Response:
-    """Whether this browser is logged in. The log-in page asks: a visitor who came by a link on another site has the
-    cookie, but not yet sent it, since it is SameSite=Strict."""
+    """Answer 200 if this browser is logged in, else 204.
+
+    The log-in page asks for it: the browser of a visitor who came by a link on another site has the cookie, but
+    hasn't sent it yet, since it is SameSite=Strict.
+    """
     try:
         await session.viewer(request)
     except (Unauthorized, InvalidApiKey):
@@ -29,7 +32,7 @@ async def known(request: Request) -> Response:
 
 @router.post("/login")
 async def log_in(request: Request) -> Response:
-    """Keep a key in a cookie, if it is a live one."""
+    """Log in: set the cookie if the key is live."""
     fields = await session.form(request)
     goal = session.local(fields.get("next"))
     key = fields.get("key", "")
@@ -45,7 +48,7 @@ async def log_in(request: Request) -> Response:
 
 @router.post("/logout")
 async def log_out(request: Request) -> Response:
-    """Forget the key."""
+    """Log out: delete the cookie with the key."""
     session.must_be_ours(request)
     response = RedirectResponse("/login", 303)
     session.forget(request, response)

@@ -1,4 +1,4 @@
-"""Jobs, workers, models, usage."""
+"""Pages of jobs, workers and engines, models, and usage."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 _PAGE = 25
 _MOST_GROUPS = 100
-#: Silent workers are shown for a while: at night one asks where they went.
+#: Silence up to which a worker is still shown, so that its operator sees that it has gone.
 _WORKERS_SECONDS = 900.0
 _ENGINE_SECONDS = 60.0
 _ENGINE_SILENT_SECONDS = 10.0
@@ -32,7 +32,7 @@ Word = Annotated[str, Query(max_length=200, pattern="^[^\0]*$")]
 async def jobs(
     request: Request, state: JobState | None = None, model: Word = "", name: Word = "", before: UUID | None = None
 ) -> Response:
-    """Jobs, newest first."""
+    """Show jobs, newest first."""
     return await show(request, "jobs.html", partial(_jobs, state=state, model=model, name=name.strip(), before=before))
 
 
@@ -63,14 +63,14 @@ def _jobs(
         "total": sum(count for *_, count in counts),
         "asked": {"state": state.value if state else "", "model": model, "name": name},
         "before": before,
-        # Somebody may submit one at any moment.
+        # A job may be submitted at any moment.
         "live": 1,
     }
 
 
 @router.get("/workers")
 async def show_workers(request: Request) -> Response:
-    """Workers and engines."""
+    """Show workers and engines."""
     return await show(request, "workers.html", _workers)
 
 
@@ -111,13 +111,13 @@ def _visible(connection: Connection, viewer: Viewer) -> set[str]:
 
 
 def is_silent(row: RowMapping, now: datetime, seconds: float) -> bool:
-    """Whether a process hasn't shown itself for so long."""
+    """Return True if a process was last seen more than so many seconds ago."""
     return bool(row["seen_at"] < now - timedelta(seconds=seconds))
 
 
 @router.get("/models")
 async def show_models(request: Request) -> Response:
-    """The catalogue, as far as the viewer may use it."""
+    """Show the models of the catalogue that the viewer may use."""
     return await show(request, "models.html", _models)
 
 
@@ -130,7 +130,7 @@ def _models(connection: Connection, viewer: Viewer) -> dict[str, Any]:
                 **row,
                 "workers": sum(row["name"] in worker["models"] for worker in serving),
                 "dropped_by": sum(row["name"] in worker["dropped"] for worker in serving),
-                # An engine that names none serves every local one.
+                # An engine that names no model serves every local one.
                 "engines": sum(
                     row["name"] in engine["models"] or (not engine["models"] and row["kind"] == "local")
                     for engine in answering
@@ -148,7 +148,7 @@ async def show_usage(
     by: Literal["day", "model", "key", "job", "workspace"] = "day",
     days: Annotated[int, Query(ge=1, le=366)] = 30,
 ) -> Response:
-    """Tokens and cost by day, model, key, job or workspace."""
+    """Show tokens and cost by day, model, key, job or workspace."""
     return await show(request, "usage.html", partial(_usage, by=by, days=days))
 
 
@@ -169,7 +169,7 @@ def _usage(connection: Connection, viewer: Viewer, *, by: str, days: int) -> dic
         "tokens": sum(row["total_tokens"] for row in rows),
         "items": sum(row["items"] for row in rows),
         "requests": sum(row["requests"] for row in rows),
-        # None: no model that was used has a price.
+        # None if no model that was used has a price.
         "cost": sum(costs) if (costs := [row["cost"] for row in rows if row["cost"] is not None]) else None,
         "live": 10,
     }

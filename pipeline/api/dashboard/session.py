@@ -1,4 +1,4 @@
-"""A viewer's session: the cookie holds an API key itself, so there is no session to keep, and a revoked key ends it."""
+"""Sessions of viewers: the cookie holds the API key itself, so nothing is stored here, and revoking the key ends it."""
 
 import re
 from dataclasses import dataclass
@@ -12,51 +12,51 @@ from pipeline.core.errors import Forbidden, PayloadTooLarge
 
 _COOKIE = "vectormill_key"
 _MOST_FORM_BYTES = 16 * 1024
-#: A path of ours: not `//host` or `/\host`, which browsers take for another server's.
+#: Path on this server: not `//host` or `/\host`, which browsers take for another server's.
 _LOCAL = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Who looks at a page."""
+    """Viewer of the dashboard's pages."""
 
     caller: Caller
 
     @property
     def scope(self) -> int | None:
-        """The workspace whose jobs they see; None: all, for an admin's key."""
+        """Workspace whose jobs the viewer sees; None, for an admin's key: all."""
         return None if self.caller.admin else self.caller.workspace_id
 
     def sees(self, workspace_id: int) -> bool:
-        """Whether things of a workspace are there for them."""
+        """Return True if the viewer may see a workspace's jobs."""
         return self.scope in (None, workspace_id)
 
 
 async def viewer(request: Request) -> Viewer:
-    """Who sends a request.
+    """Return the viewer who sends a request.
 
     Raises:
-        Unauthorized, InvalidApiKey: they must log in.
+        Unauthorized, InvalidApiKey: the viewer must log in.
         UpstreamUnavailable: the database is away.
     """
     found = Viewer(await holder_of(request, request.cookies.get(_COOKIE, "")))
-    # For the page that tells what went wrong afterwards.
+    # The error page needs it, if something goes wrong afterwards.
     request.state.viewer = found
     return found
 
 
 async def holder_of(request: Request, key: str) -> Caller:
-    """Whose key this is; raises as `viewer` does."""
+    """Return the caller with this key; raises as `viewer` does."""
     return await identify(request, f"Bearer {key}")
 
 
 def remember(request: Request, response: Response, key: str) -> None:
-    """Keep a key in the browser until it is closed, out of scripts' reach."""
+    """Set the cookie with a key, until the browser is closed and out of scripts' reach."""
     response.set_cookie(_COOKIE, key, path="/", httponly=True, samesite="strict", secure=request.url.scheme == "https")
 
 
 def forget(request: Request, response: Response) -> None:
-    """Remove the key from the browser."""
+    """Delete the cookie with the key."""
     response.delete_cookie(_COOKIE, path="/", httponly=True, samesite="strict", secure=request.url.scheme == "https")
 
 
@@ -64,13 +64,13 @@ def must_be_ours(request: Request) -> None:
     """Check that a form was sent by one of our own pages.
 
     Raises:
-        Forbidden: it wasn't, or nobody says.
+        Forbidden: it wasn't, or no header says so.
     """
     site = request.headers.get("sec-fetch-site")
     if site is not None:
         ours = site == "same-origin"
     else:
-        # Browsers that reach us by plain http from elsewhere than loopback leave the header out.
+        # Browsers leave the header out on plain http, unless the server is on loopback.
         origin = urlsplit(request.headers.get("origin", "")).netloc
         ours = bool(origin) and origin == request.headers.get("host")
     if not ours:
@@ -78,7 +78,7 @@ def must_be_ours(request: Request) -> None:
 
 
 async def form(request: Request) -> dict[str, str]:
-    """The fields of a form, after `must_be_ours`.
+    """Return the fields of a form, after `must_be_ours`.
 
     Raises:
         Forbidden: it wasn't sent by a page of ours.
@@ -95,11 +95,11 @@ async def form(request: Request) -> dict[str, str]:
 
 
 def local(path: str | None) -> str:
-    """A path to go on to, if it is one of ours; else the first page."""
+    """Return the path to go on to if it is on this server, else that of the first page."""
     return path if path and _LOCAL.fullmatch(path) else "/"
 
 
 def log_in_path(request: Request) -> str:
-    """Where to log in, and come back from to what was asked for."""
+    """Return the path of the log-in page, which leads back to the page that was asked for."""
     here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     return "/login" if request.method != "GET" or here == "/" else f"/login?next={quote(here, safe='/')}"

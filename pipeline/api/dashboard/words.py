@@ -1,4 +1,4 @@
-"""Numbers and times as people say them, and what each code means for the one who reads it. Pure."""
+"""Formatting of numbers and times for people, and advice on reject codes and job reasons. Pure."""
 
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -15,12 +15,12 @@ _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
 
 
 def number(value: float) -> str:
-    """With thousands separators."""
+    """Format a whole number with thousands separators."""
     return f"{value:,.0f}"
 
 
 def money(value: Decimal | float | None) -> str:
-    """An amount in the operator's currency, with the digits that small ones need."""
+    """Format an amount in the operator's currency, with the digits that small ones need."""
     if value is None:
         return "–"
     if 0 < value < 0.0001:
@@ -30,7 +30,7 @@ def money(value: Decimal | float | None) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """A share; 100 % and 0 % only where it is all or nothing."""
+    """Format a share; 100 % and 0 % only where it is all or nothing."""
     if not whole:
         return "–"
     share = 100 * part / whole
@@ -38,7 +38,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def progress(status: JobStatus) -> str:
-    """How far a job has come; of one that ended early, how much has a vector."""
+    """Format a job's progress; for one that ended early, the share of items that have a vector."""
     items = status.items
     if status.state in (JobState.FAILED, JobState.CANCELLED):
         return percent(items.embedded + items.reused, items.total)
@@ -46,24 +46,24 @@ def progress(status: JobStatus) -> str:
 
 
 def count(value: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: `1 chunk`, `2 chunks`."""
+    """Format a number with its noun: `1 chunk`, `2 chunks`."""
     return f"{value:,} {noun if value == 1 else plural or noun + 's'}"
 
 
 def ordinal(value: int) -> str:
-    """1st, 2nd, 3rd …"""
+    """Format a number as 1st, 2nd, 3rd …"""
     ending = "th" if 10 <= value % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th")
     return f"{value:,}{ending}"
 
 
 def rough(seconds: float) -> str:
-    """An estimate without more digits than it deserves, so that it changes seldom."""
+    """Format an estimate without more digits than it deserves, so that it changes seldom."""
     step = 5 if seconds < 50 else 15 if seconds < 600 else _MINUTE if seconds < _HOUR else 5 * _MINUTE
     return duration(max(step, round(seconds / step) * step))
 
 
 def age(moment: datetime | None, now: datetime | None = None) -> str:
-    """How long ago something was, in one unit: it changes seldom."""
+    """Format the time since a moment in one unit, so that it changes seldom."""
     if moment is None:
         return "–"
     seconds = ((now or datetime.now(UTC)) - moment).total_seconds()
@@ -76,7 +76,7 @@ def age(moment: datetime | None, now: datetime | None = None) -> str:
 
 
 def until(moment: datetime) -> Markup:
-    """How far ahead something is, or how long ago it was, as an element with the exact time."""
+    """Format the time until a moment, or since it if it is past, as an element with the exact time."""
     seconds = (moment - datetime.now(UTC)).total_seconds()
     if seconds <= 0:
         return ago(moment)
@@ -85,20 +85,22 @@ def until(moment: datetime) -> Markup:
 
 
 def exact(moment: datetime) -> str:
-    """A moment to the second, UTC."""
+    """Format a moment to the second, UTC."""
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def ago(moment: datetime | None) -> Markup:
-    """`age` as an element that tells the exact time to whoever hovers."""
+    """Format `age` as an element that shows the exact time on hover."""
     if moment is None:
         return Markup("–")
     return Markup('<time datetime="{}" title="{}">{}</time>').format(moment.isoformat(), exact(moment), age(moment))
 
 
 def time_left(status: JobStatus, now: datetime | None = None) -> str | None:
-    """How long a job that runs still takes, from its last minute's pace and from its pace since it began: the two
-    differ by what isn't known. None: it isn't running, or nothing is committed to judge by."""
+    """Estimate the time left of a running job, from its last minute's pace and from its pace since it began.
+
+    The range between the two shows the uncertainty. None: the job isn't running, or nothing is committed to judge by.
+    """
     items, pace = status.items, status.rate.items_per_second
     if status.state is not JobState.RUNNING or not status.started_at or not pace or not items.over:
         return None
@@ -109,18 +111,18 @@ def time_left(status: JobStatus, now: datetime | None = None) -> str | None:
 
 
 def took(status: JobStatus) -> float | None:
-    """Seconds from a job's first claim to its end."""
+    """Return the seconds from a job's first claim to its end; None before the end."""
     if not status.started_at or not status.finished_at:
         return None
     return max(0.0, (status.finished_at - status.started_at).total_seconds())
 
 
 def page_name(uri: str) -> str:
-    """The last part of a path or URI."""
+    """Return the last part of a path or URI."""
     return urlsplit(uri).path.rstrip("/").rpartition("/")[2] or uri
 
 
-#: Of each reject code: what is wrong with the item, and what to do.
+#: Reject code → fault of the item, and advice.
 REJECTS: dict[RejectCode, tuple[str, str]] = {
     RejectCode.MISSING_TEXT: (
         "The row has no text.",
@@ -172,7 +174,7 @@ REJECTS: dict[RejectCode, tuple[str, str]] = {
     RejectCode.GATEWAY_FAILED: ("The gateway failed on this text and on no other.", "Retry later."),
 }
 
-#: Of each reason: what it is called, and what to do.
+#: Reason of a job's state → its name, and advice.
 REASONS: dict[Reason, tuple[str, str]] = {
     Reason.BY_USER: ("by a person", ""),
     Reason.WORKERS_FAILING: (
@@ -209,10 +211,10 @@ REASONS: dict[Reason, tuple[str, str]] = {
 
 
 def reason(code: str | None) -> tuple[str, str]:
-    """What a reason is called, and what to do."""
+    """Return the name of a reason, and advice."""
     return REASONS[Reason(code)] if code else ("", "")
 
 
 def advice(code: str) -> tuple[str, str]:
-    """What is wrong with items of a reject code, and what to do."""
+    """Return the fault of items with a reject code, and advice."""
     return REJECTS[RejectCode(code)]

@@ -1,1 +1,1 @@
-"""The way of a request for embeddings: cached keys and models, rate limits, engines or upstreams, metering."""
+"""Steps of a request for embeddings: cached keys and models, rate limits, engines or upstreams, metering."""

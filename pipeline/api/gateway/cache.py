@@ -1,4 +1,4 @@
-"""Keys, models and engines as Postgres has them, at most two seconds old; older while it is away or slow."""
+"""Cache of keys, models and engines from Postgres, at most two seconds old; older while Postgres is away or slow."""
 
 import asyncio
 import time
@@ -20,22 +20,22 @@ from pipeline.db import keys as stored_keys
 from pipeline.infra import metrics
 
 _FRESH_SECONDS = 2.0
-#: How long an answer is waited for when an old one is at hand, and when none is.
+#: Timeout of a query when a stale answer is cached, and when none is.
 _PATIENCE_SECONDS = 0.5
 _MOST_SECONDS = 5.0
-#: For how long old answers serve at once after the database failed.
+#: Time after a failure of the database in which stale answers are returned without a query.
 _REST_SECONDS = 1.5
-#: What a month has taken changes slowly, and its sum costs.
+#: Usage of a month changes slowly, and its sum is expensive.
 _MONTH_FRESH_SECONDS = 10.0
 _MONTH_PATIENCE_SECONDS = 0.0
-#: How long old knowledge serves while the database is away.
+#: Greatest age of an answer that is returned while the database is away.
 _STALE_SECONDS = 300.0
 _MOST_KEPT = 10_000
-#: Keys that are looked for in one question, and such questions at a time: one that hangs holds up half.
+#: Keys looked up in one query, and concurrent queries of this kind: a query that hangs holds up only half.
 _KEYS_AT_ONCE = 1_000
 _KEY_QUESTIONS = 2
 _ENGINE_SILENCE_SECONDS = 10.0
-#: After the database was away, engines need this long to show themselves again.
+#: Time that engines need to announce themselves again after the database was away.
 _ENGINE_GRACE_SECONDS = 10.0
 
 Found = TypeVar("Found")
@@ -43,7 +43,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asks, by a live key."""
+    """Caller known by a live key, with the limits of their workspace."""
 
     key_id: str
     workspace_id: int
@@ -54,16 +54,20 @@ class Caller:
     monthly_cost: Decimal | None
 
     def must_be_admin(self) -> None:
-        """Raises:
-        Forbidden: the key isn't an admin's.
+        """Check that the key is an admin's.
+
+        Raises:
+            Forbidden: it isn't.
         """
         if not self.admin:
             raise Forbidden("This needs an admin's key.")
 
 
 class _Kept(Generic[Found]):
-    """Answers of a query, each asked for again when it is too old. One asks, the others wait, those who know an old
-    answer not for long."""
+    """Cache of a query's answers, each refreshed when it is too old.
+
+    Concurrent callers share one query. They wait for it, but not for long if a stale answer is cached.
+    """
 
     def __init__(
         self,
@@ -75,16 +79,16 @@ class _Kept(Generic[Found]):
         self._database, self._ask = database, ask
         self._fresh_seconds, self._patience_seconds = fresh_seconds, patience_seconds
         self._known: OrderedDict[Hashable, tuple[float, Found]] = OrderedDict()
-        #: Questions whose answer is None. However many are made up, they take no room from what there is.
+        #: Questions whose answer is None. Kept apart, so that made-up ones can't evict real answers.
         self._unknown: OrderedDict[Hashable, tuple[float, Found]] = OrderedDict()
         self._under_way: dict[Hashable, asyncio.Task[Found]] = {}
 
     async def get(self, *question: Any) -> Found:
-        """The answer to a question.
+        """Return the answer to a question, from the cache or by a query.
 
         Raises:
-            Busy: it takes longer than one waits, while others are answered.
-            UpstreamUnavailable: the database is away, and the answer isn't known from before.
+            Busy: the timeout passed while other queries were answered.
+            UpstreamUnavailable: the database is away, and no answer recent enough is cached.
         """
         kept = self._known.get(question) or self._unknown.get(question)
         age = time.monotonic() - kept[0] if kept else float("inf")
@@ -132,7 +136,7 @@ Key = tuple[RowMapping, float]
 
 
 class _Keys:
-    """Look-ups of keys, many in one question: who invents keys, on however many connections, fills no line."""
+    """Batched look-ups of keys: invented keys, on any number of connections, can't fill the queue of queries."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -140,7 +144,7 @@ class _Keys:
         self._askers: set[asyncio.Task[None]] = set()
 
     async def find(self, key_id: str) -> Key | None:
-        """A live key, and when it ends on this process's clock."""
+        """Return a live key and its expiry on this process's clock; None if there is none."""
         answer = self._asked.get(key_id)
         if answer is None:
             answer = self._asked[key_id] = asyncio.get_running_loop().create_future()
@@ -164,7 +168,7 @@ class _Keys:
 
 
 class GatewayCache:
-    """What requests need to know."""
+    """Cache of everything that requests need from Postgres: keys, models, engines, usage of the month."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -178,17 +182,17 @@ class GatewayCache:
         )
 
     def _of_workspace(self, look: Callable[..., Found]) -> Callable[..., Awaitable[Found]]:
-        """A question that takes its workspace's places."""
+        """Return a query that runs in its workspace's places."""
         return lambda workspace_id, *more: self._database.ask(
             lambda connection: look(connection, workspace_id, *more), workspace_id
         )
 
     async def caller(self, authorization: str | None) -> Caller:
-        """Who sends this Authorization header.
+        """Return the caller of an Authorization header.
 
         Raises:
-            Unauthorized: no header, or another scheme than Bearer.
-            InvalidApiKey: no live key.
+            Unauthorized: there is no header, or its scheme isn't Bearer.
+            InvalidApiKey: it has no live key.
         """
         scheme, _, token = (authorization or "").strip().partition(" ")
         token = token.strip()
@@ -204,10 +208,10 @@ class GatewayCache:
         )
 
     async def model(self, workspace_id: int, name: str) -> RowMapping:
-        """A model by name or alias.
+        """Return a model by name or alias.
 
         Raises:
-            ModelNotFound: there is none, or not for this workspace.
+            ModelNotFound: there is none, or it isn't enabled for this workspace.
         """
         found = await self._models.get(workspace_id, name) if _can_be_a_name(name) else None
         if found is None:
@@ -215,11 +219,11 @@ class GatewayCache:
         return found
 
     async def models(self, workspace_id: int) -> Sequence[RowMapping]:
-        """The models that a workspace may use."""
+        """Return the models that a workspace may use."""
         return await self._all_models.get(workspace_id)
 
     async def engines(self) -> Sequence[RowMapping]:
-        """The engines that live: `url, models`."""
+        """Return the live engines: `url, models`. Soon after a failure of the database, add those known before it."""
         found = await self._engines.get()
         if self._database.seconds_since_failure < _ENGINE_GRACE_SECONDS:
             urls = {engine["url"] for engine in found}
@@ -228,12 +232,12 @@ class GatewayCache:
         return found
 
     async def month(self, workspace_id: int) -> tuple[int, Decimal]:
-        """Tokens and cost of a workspace in this month, UTC."""
+        """Return tokens and cost of a workspace in this month, UTC."""
         return await self._months.get(workspace_id)
 
 
 def _can_be_a_name(name: str) -> bool:
-    """Whether Postgres takes it as a text."""
+    """Return True if Postgres takes it as a text."""
     try:
         return b"\0" not in name.encode()
     except UnicodeEncodeError:
@@ -241,7 +245,7 @@ def _can_be_a_name(name: str) -> bool:
 
 
 def _find_keys(connection: Connection, key_ids: Sequence[str]) -> dict[str, Key]:
-    """Live keys by their ids, each with its end on this process's clock."""
+    """Return live keys by their ids, each with its expiry on this process's clock."""
     now = time.monotonic()
     return {
         row["id"]: (row, float("inf") if row["seconds_left"] is None else now + float(row["seconds_left"]))

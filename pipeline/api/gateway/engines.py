@@ -1,4 +1,4 @@
-"""The way to an engine: to the one with the least in flight, and on to the next one when it can't take the request."""
+"""Client of engines: sends a request to the one with the fewest in flight, and fails over to the next one."""
 
 import asyncio
 from collections import Counter, defaultdict, deque
@@ -27,23 +27,23 @@ from pipeline.infra.settings import engine_authorization
 log = structlog.get_logger()
 
 _CONNECT_SECONDS = 2.0
-#: OpenAI's clients wait as long by themselves.
+#: Total timeout of a request to an engine, which is also the default of OpenAI's clients.
 MOST_SECONDS = 600.0
-#: How often a request may be lost: one engine may have been about to end, two are ended by the request.
+#: Losses after which a request isn't retried. One engine may have been about to end; two were ended by the request.
 _MOST_LOST = 2
-#: In which time an engine that died is back: it starts, and loads its model.
+#: Time in which an engine that died starts again and loads its model.
 _BACK_SECONDS = 10.0
-#: How long a request that was lost waits for others to be asked again before it: they wait for the engine.
+#: Timeout of a lost request that waits for other retries to go before it, which wait for the engine.
 _ALONE_SECONDS = 2 * _BACK_SECONDS
-#: How often an engine that broke off is asked whether it answers again.
+#: Interval between health checks of an engine that broke off.
 _PERIOD_SECONDS = 1.0
 
 
 class _Outcome(Enum):
-    """Why an engine gave no vectors."""
+    """Reason that an engine gave no vectors."""
 
     UNREACHABLE = auto()
-    #: It knows another secret.
+    #: The engine has another secret.
     REFUSING = auto()
     LOST = auto()
     FULL = auto()
@@ -57,26 +57,28 @@ _OUTCOMES: dict[int, _Outcome] = {
     HTTPStatus.NOT_FOUND: _Outcome.UNKNOWN,
     HTTPStatus.FAILED_DEPENDENCY: _Outcome.CANT_LOAD,
 }
-#: What an engine refuses a text for, whose position is its answer.
+#: Status of an engine's refusal of a text → error. The reply's body is the text's position.
 _OF_TEXTS: dict[int, type[BadVector | ModelsOwnTokens]] = {each.status: each for each in (BadVector, ModelsOwnTokens)}
 
 
 class Engines:
-    """A client of engines, within a running event loop."""
+    """Client of engines, within a running event loop."""
 
     def __init__(self, secret: SecretStr | None = None) -> None:
         self._headers = {"authorization": engine_authorization(secret)}
         self._in_flight: Counter[str] = Counter()
-        #: Of those of a model that were lost one is asked again at a time: a text that ends its engine does so alone.
+        #: Model → lock of its lost requests: they are retried one by one, so that a text that ends its engine does so
+        #: alone.
         self._again: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        #: Engines that broke off, or can't be reached, until they answer: others come first, also while one loads.
+        #: Engines that broke off, or can't be reached, until they answer, also while they load: others are tried first.
         self._broken: dict[str, asyncio.Task[None]] = {}
         self._session = _session(aiohttp.TCPConnector(limit=0, keepalive_timeout=60))
-        #: For what was lost: a connection that was kept may be to the same process, and not be known as broken yet.
+        #: Session for retries, which keeps no connections: a kept one may lead to the same process, and not be known as
+        #: broken yet.
         self._anew = _session(aiohttp.TCPConnector(limit=0, force_close=True))
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Cancel the health checks and close the connections."""
         for task in self._broken.values():
             task.cancel()
         await self._session.close()
@@ -94,16 +96,20 @@ class Engines:
         caller: str,
         just_added: bool = False,
     ) -> Embedded:
-        """Vectors of texts by one of `engines`, read as queries or as documents.
-        `weights`: the SHA-256 of those that the model must have there.
-        `token_ids`: of those that came as ids of OpenAI's tokens, by position. Engines give callers equal shares,
-        whoever these are. A model that was just added is asked of engines that don't say yet that they serve it.
+        """Embed texts by one of `engines`, as queries or as documents.
+
+        Args:
+            weights: SHA-256 of the weights that the model must have there.
+            token_ids: OpenAI's token ids of the texts that came as such, by position.
+            caller: any name; engines give callers equal shares.
+            just_added: if no engine announces the model, ask them all, since they may not have done so yet.
 
         Raises:
-            UpstreamUnavailable: none serves the model, can be reached, or has room.
-            ModelsOwnTokens: the ids are the model's own.
-            BadVector: the vector of one of them is zero or not finite.
-            InternalError: one failed on these texts, or none can load the model.
+            UpstreamUnavailable: no engine serves the model, can be reached, or has room.
+            PayloadTooLarge: the texts are larger than the engine takes.
+            ModelsOwnTokens: the ids are of the model's own vocabulary.
+            BadVector: the vector of one text is zero or not finite.
+            InternalError: an engine failed on these texts, or none can load the model.
         """
         serving = [engine["url"] for engine in engines if model in engine["models"]]
         if just_added and not serving:
@@ -131,13 +137,13 @@ class Engines:
             if outcomes[_Outcome.LOST] == _MOST_LOST:
                 break
             if answer is _Outcome.LOST:
-                # Its process is replaced, and others may have gone.
+                # Retry it last: its process is being replaced, and the other engines may be gone too.
                 line.append(url)
         raise _refusal(model, outcomes, wait)
 
     @asynccontextmanager
     async def _alone(self, model: str) -> AsyncIterator[None]:
-        """Wait for others of the model that are asked again, but for so long only."""
+        """Hold the lock of the model's retries; after a timeout, go on without it."""
         lock = self._again[model]
         try:
             async with asyncio.timeout(_ALONE_SECONDS):
@@ -151,7 +157,7 @@ class Engines:
             lock.release()
 
     async def _answers_again(self, url: str) -> None:
-        """Wait until an engine that broke off answers, or has been gone for as long as anything is waited for."""
+        """Wait until an engine that broke off answers, at most as long as a request may take; then trust it again."""
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(MOST_SECONDS):
@@ -174,7 +180,7 @@ class Engines:
     async def _ask(
         self, session: aiohttp.ClientSession, url: str, body: bytes
     ) -> "tuple[Embedded | _Outcome, float | None]":
-        """Its answer, and how long it says to wait."""
+        """Return the engine's answer, and the wait in seconds that it asks for."""
         self._in_flight[url] += 1
         try:
             async with session.post(f"{url}/embed", data=body, headers=self._headers) as reply:
@@ -211,7 +217,7 @@ def _session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
 
 
 def _refusal(model: str, outcomes: "Counter[_Outcome]", wait: float) -> ApiError:
-    """What is true of the engines that were asked. The first that holds is what may pass soonest."""
+    """Return the error for the outcomes of the engines asked. The one that may pass soonest comes first."""
     if outcomes[_Outcome.FULL]:
         return UpstreamUnavailable(f'The model "{model}" has no room now.', retry_after_seconds=wait)
     if outcomes[_Outcome.LOST]:

@@ -1,4 +1,7 @@
-"""Usage rows of requests, written within a quarter of a second behind their replies: see ops/decisions/0006."""
+"""Metering of requests: usage rows are written within a quarter of a second after the reply.
+
+The reasons are in docs/explanation/decisions/0006.
+"""
 
 import asyncio
 from collections import deque
@@ -17,13 +20,13 @@ log = structlog.get_logger()
 
 _PERIOD_SECONDS = 0.25
 _BATCH = 1_000
-#: Rows that wait for a database that is away; then requests are refused, since nobody would pay for them.
+#: Rows that may wait while the database is away. Beyond it requests are refused, since nobody would pay for them.
 _MOST_WAITING = 100_000
 _LAST_SECONDS = 5.0
 
 
 class Meter:
-    """Writes usage rows, within a running event loop."""
+    """Writer of usage rows, within a running event loop."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -33,25 +36,27 @@ class Meter:
         self._writer = asyncio.ensure_future(self._run())
 
     def check(self) -> None:
-        """Raises:
-        UpstreamUnavailable: so many rows wait that another one might be lost.
+        """Check that there is room for another row.
+
+        Raises:
+            UpstreamUnavailable: so many rows wait that another one might be lost.
         """
         if len(self._rows) >= _MOST_WAITING:
             raise unreachable()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Note a request: the columns of `usage.add_requests`."""
+        """Queue the usage row of a request, with the columns of `usage.add_requests`."""
         self._rows.append(row)
 
     async def close(self) -> None:
-        """Write what waits; give up after five seconds without a database."""
+        """Write the waiting rows; give up after five seconds without a database."""
         self._closing.set()
         await asyncio.wait((self._writer,), timeout=_LAST_SECONDS)
         if self._rows:
             log.error("usage_lost", rows=len(self._rows))
 
     async def _run(self) -> None:
-        """The only one that writes: until all is written after `close`."""
+        """Write rows until `close` was called and all are written. Nothing else writes any."""
         while self._rows or not self._closing.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), _PERIOD_SECONDS)

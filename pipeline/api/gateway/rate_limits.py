@@ -1,6 +1,6 @@
 """Rate limits and caps of a workspace: requests and tokens a minute, in Redis; tokens and cost a month, by usage.
 
-While Redis is away each api process counts for itself.
+While Redis is away, each api process counts for itself.
 """
 
 import time
@@ -25,14 +25,14 @@ from pipeline.infra.redis_keys import is_spoiled
 log = structlog.get_logger()
 
 _REDIS_SECONDS = 0.5
-#: How long Redis isn't asked again after it failed.
+#: Pause after a failure of Redis before it is tried again.
 _REDIS_REST_SECONDS = 2.0
-#: Redis counts time in whole milliseconds.
+#: Margin on every wait, since Redis counts time in whole milliseconds.
 _MARGIN_SECONDS = 0.005
 
 
 class Limits:
-    """Counts what workspaces ask for. `minute_seconds` is shorter in tests."""
+    """Rate limiter of workspaces. `minute_seconds` is shorter in tests."""
 
     def __init__(self, redis_url: str, cache: GatewayCache, minute_seconds: int = 60) -> None:
         self._cache, self._minute_seconds = cache, minute_seconds
@@ -46,22 +46,25 @@ class Limits:
         self._shared = _Counter(storage)
         self._local = _Counter(MemoryStorage())
         self._local_until = 0.0
-        #: Tokens that a workspace was charged for and didn't take, or, below zero, took uncharged: within one limit.
+        #: Workspace → tokens charged but not used, or, below zero, used but not charged: at most one limit either way.
         self._credit: defaultdict[int, float] = defaultdict(float)
-        #: Of each model, learned from its replies.
+        #: Model → its characters per token, learned from its replies.
         self._characters_per_token: dict[str, float] = {}
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         await self._redis.aclose()
 
     def estimated_tokens(self, model: str, longest: int | None, texts: list[str]) -> int:
-        """About how many tokens a model reads of texts."""
+        """Estimate the tokens that a model reads of texts. `longest`: its limit for one text."""
         size = self._characters_per_token.get(model, CHARACTERS_PER_TOKEN)
         return sum(min(ceil(len(text) / size) + 1, longest or len(text) + 1) for text in texts)
 
     def learn(self, caller: Caller, model: str, texts: list[str], charged: int, tokens: int) -> None:
-        """Compare what was charged with what a request took; the next one pays the difference."""
+        """Compare the tokens charged with those that a request used: the next request pays the difference.
+
+        The model's characters per token are adjusted too.
+        """
         if limit := caller.tokens_per_minute:
             self._add_credit(caller, charged - tokens, limit)
         characters = sum(map(len, texts))
@@ -70,7 +73,7 @@ class Limits:
             self._characters_per_token[model] = max(0.5, 0.9 * before + 0.1 * characters / tokens)
 
     async def charge(self, caller: Caller, tokens: int) -> dict[str, str]:
-        """Count a request of so many tokens. Returns the headers that say what is left.
+        """Charge a request of so many tokens, and return the headers that say how many are left.
 
         Raises:
             RateLimited: a limit is reached; the error says how long to wait.
@@ -91,7 +94,7 @@ class Limits:
                 param="input",
             )
         due = min(limit, max(0, tokens - int(self._credit[caller.workspace_id])))
-        # At once, and back if it is refused: requests that come meanwhile mustn't pay with the same credit.
+        # Spend the credit now, and restore it on a refusal: concurrent requests mustn't pay with the same credit.
         self._add_credit(caller, due - tokens, limit)
         try:
             return await self._hit("tokens", caller, limit, due)
@@ -130,7 +133,7 @@ class Limits:
         try:
             return await self._shared.count(item, names, cost)
         except (StorageError, ValueError) as error:
-            # Of another kind than a count: somebody else has written there.
+            # The key holds something else than a count: another program has written there.
             if isinstance(error, StorageError) and not is_spoiled(error.storage_error):
                 raise
             log.warning("limits_begun_anew", limit=names[0], workspace=names[1])
@@ -153,58 +156,56 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """A sliding window as it is counted: what came since the present period began, and, of what came in the one
-    before, the share that has not slid out yet.
-    """
+    """Sliding window counter: the current period's count, and the previous one's, of which a share is still in it."""
 
     period_seconds: float
     previous: int
     current: int
-    #: Until the present period ends: then what is in it begins to slide out.
+    #: Time until the current period ends: then its count begins to slide out.
     left_seconds: float
 
     def remaining(self, limit: int) -> int:
-        """How much more is let through now."""
+        """Return the cost that still passes now."""
         return max(0, limit - self.current - int(self.previous * self.left_seconds / self.period_seconds))
 
     def wait_seconds(self, limit: int, cost: int) -> float:
-        """In how many seconds `cost` is let through if nothing else comes. For the whole limit: until all is free."""
+        """Return the seconds until `cost` passes if nothing else comes. For the whole limit: until all is free."""
         room = limit - cost
         if self.current <= room:
             wait = self.left_seconds - self._share(self.previous, room - self.current)
         else:
             wait = self.left_seconds + self.period_seconds - self._share(self.current, room)
-        # At the very moment when a share has slid out it isn't let through yet, but after it.
+        # A request passes only after the moment at which a share has slid out, not at it.
         return max(0.0, wait + _MARGIN_SECONDS)
 
     def _share(self, count: int, room: int) -> float:
-        """How long before it is all gone a count that slides out has come down to `room`, in whole numbers."""
+        """Return the seconds for which a sliding count, in whole numbers, is at most `room` before it is gone."""
         return self.period_seconds * (room + 1) / count if count else self.period_seconds
 
 
 class _Counter:
-    """A window of the library's in a storage."""
+    """Sliding window counters of the library `limits`, in one storage."""
 
     def __init__(self, storage: MemoryStorage | RedisStorage) -> None:
         self._storage = storage
         self._limiter = SlidingWindowCounterRateLimiter(storage)
 
     async def count(self, item: RateLimitItem, names: tuple[str, ...], cost: int) -> tuple[bool, Window]:
-        """Whether so much is let through, and the window after that."""
+        """Count `cost` if it passes. Return True if it did, and the window after that."""
         passed = await self._limiter.hit(item, *names, cost=cost) if cost else True
         period = item.get_expiry()
         previous, _, current, expires = await self._storage.get_sliding_window(item.key_for(*names), period)
-        # What is counted now is kept for one more period after its own.
+        # A count is kept for one more period after its own.
         left = max(0.0, expires - period)
         return passed, Window(period_seconds=period, previous=previous, current=current, left_seconds=left)
 
     async def forget(self, item: RateLimitItem, names: tuple[str, ...]) -> None:
-        """Begin a window anew."""
+        """Reset a window."""
         await self._limiter.clear(item, *names)
 
 
 def _span(seconds: float) -> str:
-    """As OpenAI writes it: `12ms`, `1.5s`, `1m3s`. What is left out is rounded up: whoever waits so long has waited."""
+    """Format a wait as OpenAI does: `12ms`, `1.5s`, `1m3s`. It is rounded up, so that waiting so long is enough."""
     if seconds < 1:
         return f"{ceil(seconds * 1_000)}ms"
     if seconds < 60:

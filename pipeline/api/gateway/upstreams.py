@@ -1,4 +1,4 @@
-"""The way to a model of kind gateway: on to the API that has it, with the operator's key."""
+"""Client of upstream gateways: forwards requests for a model of kind gateway, with the operator's key."""
 
 import asyncio
 import time
@@ -27,9 +27,9 @@ from pipeline.ingest.chunking import request_batches
 
 log = structlog.get_logger()
 
-#: Requests that are made of one caller's, at a time.
+#: Concurrent requests to an upstream for one request of a caller.
 _IN_FLIGHT = 4
-#: What passes by itself, as far as a caller can tell.
+#: Statuses of failures that are temporary, as far as a caller can tell.
 _UNAVAILABLE = frozenset(
     {
         HTTPStatus.REQUEST_TIMEOUT,
@@ -43,7 +43,7 @@ _UNAVAILABLE = frozenset(
 
 
 class Upstreams:
-    """A client of upstream gateways, within a running event loop."""
+    """Client of upstream gateways, within a running event loop."""
 
     def __init__(self, most_seconds: float) -> None:
         self._session = aiohttp.ClientSession(
@@ -52,16 +52,17 @@ class Upstreams:
         )
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         await self._session.close()
 
     async def embed(self, upstream: Upstream, dimensions: int, texts: Sequence[str]) -> Embedded:
-        """Vectors of texts, by as many requests as the upstream's limits make of them.
+        """Embed texts, in as many requests as the upstream's limits require.
 
         Raises:
-            UpstreamUnavailable: it can't be reached, or lets nothing through now.
+            UpstreamUnavailable: the upstream can't be reached, or lets nothing through now.
             InvalidPayload: it refuses the texts.
-            InternalError: it fails, refuses the operator's key, or answers something else than their embeddings.
+            InternalError: it fails, refuses the operator's key, or answers something else than their embeddings; or
+                the key isn't set.
         """
         lengths = np.array(estimated_tokens(texts), np.int32)
         starts = [int(at[0]) for at in request_batches(lengths, upstream.request_tokens, upstream.request_inputs)]
@@ -94,7 +95,7 @@ class Upstreams:
         if reply.status != HTTPStatus.OK:
             raise _refusal(upstream, reply)
         try:
-            # Off the loop: numbers as text take long.
+            # Off the event loop: parsing numbers from text takes long.
             return await asyncio.to_thread(_embedded, upstream, body, texts, dimensions, len(asked))
         except BadReply as error:
             log.error("upstream_reply_unusable", url=upstream.url, error=str(error))
@@ -110,7 +111,7 @@ def _embedded(upstream: Upstream, body: bytes, texts: Sequence[str], dimensions:
 
 
 def _joined(starts: Sequence[int], parts: Sequence[Embedded]) -> Embedded:
-    """The replies to consecutive texts as one; `starts`: the first text of each."""
+    """Join the replies to consecutive texts; `starts`: the position of each reply's first text."""
     return Embedded(
         vectors=np.concatenate([part.vectors for part in parts]),
         prompt_tokens=sum(part.prompt_tokens for part in parts),

@@ -1,1 +1,1 @@
-"""`/api`: jobs, submissions, the fleet, administration."""
+"""Status API at `/api`: jobs, submissions, the fleet, administration."""

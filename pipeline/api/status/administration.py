@@ -1,4 +1,4 @@
-"""`/api`: usage, and keys for those who may mint them."""
+"""Administration at `/api/usage` and `/api/keys`: usage, and key management for admins."""
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/api", responses=problems(400, 403, 404, 413), tags=[
 
 
 class UsageRow(BaseModel):
-    """What one group used."""
+    """Usage of one group."""
 
     group: str | None
     requests: int
@@ -32,7 +32,7 @@ class UsageRow(BaseModel):
 
 
 class UsageList(BaseModel):
-    """Usage of your workspace."""
+    """Usage of your workspace in a period, by group."""
 
     begin: datetime
     end: datetime
@@ -41,7 +41,7 @@ class UsageList(BaseModel):
 
 
 class KeyWish(BaseModel):
-    """A key to make."""
+    """Key to create."""
 
     name: str = Field(min_length=1, max_length=100)
     admin: bool = False
@@ -49,20 +49,20 @@ class KeyWish(BaseModel):
 
 
 class Rotation(BaseModel):
-    """How long the old key stays valid."""
+    """Rotation of a key: the time for which the old key stays valid."""
 
     overlap_hours: float = Field(default=24, ge=0, le=24 * 90)
 
 
 class MadeKey(BaseModel):
-    """A new key. Its token is shown this once."""
+    """New key. Its token is shown only this once."""
 
     id: str
     token: str
 
 
 class Key(BaseModel):
-    """A key of your workspace."""
+    """Key of your workspace."""
 
     id: str
     name: str
@@ -86,7 +86,7 @@ async def get_usage(
         str | None, Query(max_length=200, pattern="^[^\0]*$", description="Of an admin: another workspace's.")
     ] = None,
 ) -> UsageList:
-    """Tokens and cost of your workspace, by day, model, key, job or label."""
+    """Return tokens and cost of your workspace, by day, model, key, job or label."""
     caller = await caller_of(request)
     if by == "label" and label is None:
         raise InvalidPayload("label: by=label needs label=NAME.", param="label")
@@ -102,13 +102,13 @@ async def get_usage(
 
 
 def _utc(moment: datetime | None) -> datetime | None:
-    """A moment without a zone is UTC."""
+    """Return a moment with a zone: UTC if it has none."""
     return moment.replace(tzinfo=UTC) if moment and moment.tzinfo is None else moment
 
 
 @router.get("/keys", openapi_extra=SECURITY)
 async def list_keys(request: Request) -> list[Key]:
-    """The keys of your workspace, without their secrets. Needs an admin's key."""
+    """List the keys of your workspace, without their secrets. Needs an admin's key."""
     caller = await caller_of(request, admin=True)
     rows = await ask(request, lambda c: stored_keys.every(c, caller.workspace_id))
     return [Key(**row) for row in rows]
@@ -116,7 +116,7 @@ async def list_keys(request: Request) -> list[Key]:
 
 @router.post("/keys", status_code=201, openapi_extra=described(KeyWish))
 async def create_key(request: Request) -> MadeKey:
-    """Make a key. Needs an admin's key."""
+    """Create a key. Needs an admin's key."""
     caller = await caller_of(request, admin=True)
     wish = await read_body(request, KeyWish)
     lives = None if wish.expires_in_days is None else timedelta(days=wish.expires_in_days)
@@ -127,7 +127,7 @@ async def create_key(request: Request) -> MadeKey:
 
 @router.post("/keys/{key_id}/rotate", status_code=201, openapi_extra=described(Rotation))
 async def rotate_key(request: Request, key_id: str) -> MadeKey:
-    """Make a key in place of another one, that lives as long. Needs an admin's key."""
+    """Create a key that replaces another one and has the old key's lifetime. Needs an admin's key."""
     caller = await caller_of(request, admin=True)
     overlap = timedelta(hours=(await read_body(request, Rotation)).overlap_hours)
     try:
@@ -139,7 +139,7 @@ async def rotate_key(request: Request, key_id: str) -> MadeKey:
 
 @router.delete("/keys/{key_id}", status_code=204, openapi_extra=SECURITY)
 async def revoke_key(request: Request, key_id: str) -> None:
-    """Revoke a key; gateways learn it within two seconds. Needs an admin's key."""
+    """Revoke a key: gateways refuse it within two seconds. Needs an admin's key."""
     caller = await caller_of(request, admin=True)
     try:
         await ask(request, lambda c: keys.revoke(c, caller.workspace_id, _id(key_id)))

@@ -1,4 +1,4 @@
-"""`/api/workers`, `/api/models`: what embeds."""
+"""Fleet and catalogue at `/api/workers` and `/api/models`: workers, engines and models."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,12 +14,12 @@ from pipeline.db import engines, models, workers
 
 router = APIRouter(prefix="/api", responses=problems(400, 404), tags=["Fleet"])
 
-#: An engine that is silent for longer is gone.
+#: Silence after which an engine counts as gone.
 _ENGINE_SILENT_SECONDS = 30.0
 
 
 class Worker(BaseModel):
-    """A Celery worker."""
+    """Celery worker."""
 
     id: UUID
     host: str
@@ -33,7 +33,7 @@ class Worker(BaseModel):
 
 
 class ServingEngine(BaseModel):
-    """An engine: it serves local models to the api."""
+    """Engine, which serves local models to the api."""
 
     id: UUID
     device: str
@@ -43,14 +43,14 @@ class ServingEngine(BaseModel):
 
 
 class Fleet(BaseModel):
-    """What embeds, as it was seen within the last half minute."""
+    """Workers and engines that were seen within the last half minute."""
 
     workers: list[Worker]
     engines: list[ServingEngine]
 
 
 class CatalogueModel(BaseModel):
-    """A model of the catalogue that your workspace may use; of an admin's key, any."""
+    """Model of the catalogue that your workspace may use; with an admin's key, any model."""
 
     name: str
     kind: str = Field(description="local or gateway.")
@@ -71,7 +71,7 @@ class Catalogue(BaseModel):
 
 @router.get("/workers", openapi_extra=SECURITY)
 async def list_workers(request: Request) -> Fleet:
-    """Workers and engines that live. Those of models that your workspace may not use show none of these."""
+    """List live workers and engines. Models that your workspace may not use are left out of their lists of models."""
     caller = await caller_of(request)
 
     def act(connection: Connection) -> tuple[list[Any], list[Any], set[str]]:
@@ -96,7 +96,7 @@ def _only(row: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 @router.get("/models", openapi_extra=SECURITY)
 async def list_catalogue(request: Request, workspace: Workspace = None) -> Catalogue:
-    """The models that your workspace may use; an admin's key sees the whole catalogue."""
+    """List the models that your workspace may use; an admin's key sees the whole catalogue."""
     caller = await caller_of(request)
 
     def act(connection: Connection) -> list[Any]:

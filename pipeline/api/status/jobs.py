@@ -1,4 +1,4 @@
-"""`/api/jobs`: see and steer jobs, and take what came of them."""
+"""Jobs at `/api/jobs`: status, control, receipts, chunks, rejects and results."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ from pipeline.jobs.verification import verified_receipt
 
 router = APIRouter(prefix="/api/jobs", responses=problems(400, 404), tags=["Jobs"])
 
-#: A page of rejects, of which a stream reads one after the other.
+#: Rejects that a stream reads in one query.
 _PAGE = 1_000
 _TEXT = "^[^\0]*$"
 
@@ -51,7 +51,7 @@ async def list_jobs(
     after: Annotated[UUID | None, Query(description="The page before this one's `after`.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> JobPage:
-    """Your jobs, newest first; an admin's key sees everybody's."""
+    """List your jobs, newest first; an admin's key sees everybody's."""
     caller = await caller_of(request)
     labels = dict(_label(pair) for pair in label)
 
@@ -78,31 +78,31 @@ def _label(pair: str) -> tuple[str, str]:
 
 @router.get("/{job}", openapi_extra=SECURITY)
 async def get_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
-    """Where a job stands; found by its id, the beginning of it, or its name."""
+    """Return a job's status. The job is found by its id, the beginning of its id, or its name."""
     return await ask_of_job(request, job, status.job_status, workspace)
 
 
 @router.post("/{job}/cancel", responses=problems(409), openapi_extra=SECURITY)
 async def cancel_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
-    """Stop it. Vectors that are committed stay; the receipt counts the rest as cancelled."""
+    """Cancel a job. Vectors that are committed stay; the receipt counts the rest as cancelled."""
     return await ask_of_job(request, job, _then_status(control.cancel), workspace, changes_ended=False)
 
 
 @router.post("/{job}/pause", responses=problems(409), openapi_extra=SECURITY)
 async def pause_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
-    """Let no further chunk of it start."""
+    """Pause a job: no further chunk of it starts."""
     return await ask_of_job(request, job, _then_status(control.pause), workspace, changes_ended=False)
 
 
 @router.post("/{job}/resume", responses=problems(409), openapi_extra=SECURITY)
 async def resume_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
-    """Let it go on, when it was paused."""
+    """Resume a paused job."""
     return await ask_of_job(request, job, _then_status(control.resume), workspace, changes_ended=False)
 
 
 @router.post("/{job}/priority", responses=problems(409), openapi_extra=described(Priority))
 async def prioritise_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
-    """Put it before or behind others, from the next chunk on."""
+    """Change a job's priority, which puts it before or behind others from its next chunk on."""
     caller = await caller_of(request)
     priority = (await read_body(request, Priority)).priority
 
@@ -114,7 +114,7 @@ async def prioritise_job(request: Request, job: str, workspace: Workspace = None
 
 @router.post("/{job}/retry", responses=problems(409), openapi_extra=SECURITY)
 async def retry_job(request: Request, job: str, workspace: Workspace = None) -> Retried:
-    """Try again what may succeed: some rejects, and what a failed job left undone."""
+    """Retry a job's items that may succeed: rejects with a retryable code, and what a failed job left undone."""
 
     def act(connection: Connection, job_id: UUID) -> Retried:
         reopened = control.retry(connection, job_id)
@@ -138,7 +138,7 @@ async def get_receipt(
     verify: Annotated[bool, Query(description="Count the rows themselves, one by one; takes long.")] = False,
     workspace: Workspace = None,
 ) -> Receipt:
-    """Its account: items in = embedded + reused + rejected + cancelled."""
+    """Return a job's receipt: items in = embedded + reused + rejected + cancelled."""
 
     if not verify:
         return await ask_of_job(request, job, status.receipt, workspace)
@@ -161,7 +161,7 @@ async def list_chunks(
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     workspace: Workspace = None,
 ) -> ChunkPage:
-    """Its chunks in the order of their items."""
+    """List a job's chunks in the order of their items."""
 
     def act(connection: Connection, job_id: UUID) -> list[Any]:
         return chunks.page(connection, job_id, states=state, after=after, limit=limit + 1)
@@ -189,12 +189,12 @@ async def list_rejects(
     limit: Annotated[int, Query(ge=1, le=1_000, description="Of a page.")] = 100,
     workspace: Workspace = None,
 ) -> Any:
-    """Its items that could not be embedded, each with its code and why."""
+    """List a job's items that could not be embedded, each with its code and the reason."""
     if format == "json":
 
         def act(connection: Connection, job_id: UUID) -> tuple[list[dict[str, Any]], dict[str, int] | None]:
             page = rejects.page(connection, job_id, after, limit + 1, code)
-            # Once for all pages: it reads every reject.
+            # Counted for the first page only, since the query reads every reject.
             return page, rejects.count_by_code(connection, job_id) if after < 0 else None
 
         found, counts = await ask_of_job(request, job, act, workspace)
@@ -212,7 +212,7 @@ async def list_rejects(
 
 
 def _all_rejects(engine: Engine, job_id: UUID, after: int, code: str | None) -> Iterator[list[dict[str, Any]]]:
-    """Page by page, each in a transaction of its own."""
+    """Yield a job's rejects page by page, each read in a transaction of its own."""
     while True:
         with engine.begin() as connection:
             page = rejects.page(connection, job_id, after, _PAGE, code)
@@ -231,7 +231,7 @@ def _as_json_lines(pages: Iterator[list[dict[str, Any]]]) -> Iterator[bytes]:
 def _as_csv(pages: Iterator[list[dict[str, Any]]]) -> Iterator[bytes]:
     names = ("index", "key", "code", "message")
     head = _csv_rows([names])
-    for page in pages:  # the head with the first: what fails before that can be answered
+    for page in pages:  # the header goes with the first page, since an error before it can still be answered
         yield head + _csv_rows([[_harmless(row[name]) for name in names] for row in page])
         head = b""
     if head:
@@ -245,7 +245,7 @@ def _csv_rows(rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 def _harmless(value: Any) -> Any:
-    """A spreadsheet would take some texts for formulas."""
+    """Escape a text that a spreadsheet would take for a formula."""
     formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{value}" if formula else value
 
@@ -269,7 +269,7 @@ async def get_results(
     end: Annotated[int | None, Query(ge=0, lt=2**63, description="To before this index. Default: all.")] = None,
     workspace: Workspace = None,
 ) -> Response:
-    """Its vectors in index order, as a file that is made while it is sent."""
+    """Download a job's vectors in index order. The file is streamed: it is made while it is sent."""
     job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
     until = results.LAST_INDEX if end is None else end
     transfers: Transfers = request.app.state.transfers
@@ -288,6 +288,6 @@ _MEDIA_TYPES: Mapping[str, str] = {
 
 
 def _as_file(stem: str, kind: str) -> dict[str, Any]:
-    """The headers of an answer that is a file."""
+    """Return the media type and headers of an answer that is a file."""
     headers = {"content-disposition": f'attachment; filename="{stem}.{kind}"'}
     return {"media_type": _MEDIA_TYPES[kind], "headers": headers}

@@ -10,7 +10,7 @@ from pipeline.core.job_status import JobStatus
 
 
 class JobPage(BaseModel):
-    """Jobs, newest first."""
+    """Page of jobs, newest first."""
 
     data: list[JobStatus]
     has_more: bool
@@ -18,7 +18,7 @@ class JobPage(BaseModel):
 
 
 class Chunk(BaseModel):
-    """A contiguous range of a job's items."""
+    """Contiguous range of a job's items."""
 
     id: int
     ordinal: int
@@ -42,7 +42,7 @@ class Chunk(BaseModel):
 
 
 class ChunkPage(BaseModel):
-    """Chunks in the order of their items."""
+    """Page of chunks, in the order of their items."""
 
     data: list[Chunk]
     has_more: bool
@@ -50,7 +50,7 @@ class ChunkPage(BaseModel):
 
 
 class Rejected(BaseModel):
-    """An item that can't be embedded."""
+    """Item that can't be embedded."""
 
     index: int
     key: str | None
@@ -59,7 +59,7 @@ class Rejected(BaseModel):
 
 
 class RejectPage(BaseModel):
-    """Rejects in the order of their items."""
+    """Page of rejects, in the order of their items."""
 
     data: list[Rejected]
     counts: dict[str, int] | None = Field(
@@ -70,13 +70,13 @@ class RejectPage(BaseModel):
 
 
 class Retried(BaseModel):
-    """What a retry came to."""
+    """Result of a retry."""
 
     reopened_chunks: int
     job: JobStatus
 
 
 class Priority(BaseModel):
-    """A job's place among others."""
+    """Priority of a job among others."""
 
     priority: int = Field(ge=-100, le=100, description="Higher goes first; 0 is usual.")

@@ -1,4 +1,4 @@
-"""`POST /api/jobs`: a corpus that is uploaded, or one that the operator lets callers name, becomes a job."""
+"""Submission of jobs at `POST /api/jobs`: from uploaded files, or from sources that the operator allows."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ from pipeline.webhooks import allowlist
 
 router = APIRouter(prefix="/api/jobs", tags=["Jobs"])
 
-#: It looks through folders and files: about as much of the processor's time as so many other requests.
+#: Cost of a submission in turns: it looks through folders and files, with the processor time of so many other requests.
 _TURNS = 10
 _MOST_FILES = 100
 _MOST_FIELDS = 150
@@ -41,7 +41,10 @@ _LISTS = ("carry",)
 
 
 def _schema() -> dict[str, Any]:
-    """A job's request, without what isn't sent; enums stand in it, as a part of a document can't refer to its own."""
+    """Return the schema of a job's request, without the fields that aren't sent.
+
+    Enums are inlined, because a part of the OpenAPI document can't refer to definitions of its own.
+    """
     schema = JobRequest.model_json_schema()
     enums = schema.pop("$defs", {})
     for name, field in schema["properties"].items():
@@ -97,9 +100,12 @@ async def create_job(
         str | None, Query(max_length=200, pattern="^[^\0]*$", description="Of an admin: make it there.")
     ] = None,
 ) -> Any:
-    """Make a job of files that are uploaded as `multipart/form-data`, or, as JSON, of `sources` that the operator
-    allows (`VECTORMILL_API_SOURCES`). Answers when all items are in the database; while an earlier request with
-    the same idempotency key isn't that far, with its job in the state `staging`."""
+    """Create a job from files that are uploaded as `multipart/form-data`, or, as JSON, from `sources` that the operator
+    allows (`VECTORMILL_API_SOURCES`).
+
+    The answer comes when all items are in the database. While an earlier request with the same idempotency key hasn't
+    come so far, the answer is that request's job in the state `staging`.
+    """
     caller = await caller_of(request, turns=_TURNS)
     if unknown := set(request.query_params) - {"workspace"}:
         raise InvalidPayload(f"{min(unknown)}: send it in the body, not in the address.", param=min(unknown))
@@ -149,7 +155,11 @@ async def _from_sources(request: Request, owner: int, settings: Settings, key: s
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, unless a field of it is there twice."""
+    """Return the fields of a JSON object.
+
+    Raises:
+        InvalidPayload: a field is given twice.
+    """
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -182,7 +192,11 @@ async def _submit_form(
 
 
 def _fields(form: FormData) -> dict[str, Any]:
-    """A form's fields, as JSON would have them."""
+    """Return a form's fields, as JSON would have them.
+
+    Raises:
+        InvalidPayload: a field is given twice.
+    """
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
@@ -212,7 +226,7 @@ def _submit_upload(
 
 
 def _keep(file: UploadFile, folder: Path) -> Upload:
-    """Keep an upload under a name of ours; the endings of its own say what it is."""
+    """Save an upload under a name of ours, with its own name's endings, since they tell its format."""
     sent = (file.filename or "").encode(errors="replace").decode().replace("\\", "/").replace("\0", "")
     name = PurePosixPath(sent).name[-200:]
     endings = "".join(PurePosixPath(name).suffixes[-2:])
@@ -259,19 +273,27 @@ def _submit(
 
 
 def _must_be_allowed(field: str, place: str, allowed: Sequence[str], variable: str) -> None:
-    """A place that a caller names must lie below one that the operator allows."""
+    """Check that a place named by a caller lies below one that the operator allows.
+
+    Raises:
+        UserError: it doesn't, or it is a relative path.
+    """
     if place != "-" and not is_remote(place) and not Path(place).is_absolute():
-        # Relative to what? Each process has a folder of its own.
+        # Each process has a working folder of its own, so a relative path is ambiguous.
         raise UserError(f"{place} is relative; give a whole path, such as /data/docs, or a URI.", field=field)
-    # Dots after a link would lead out of the folder that it leads to; - is this process's own standard input.
+    # Dots after a link would lead out of the link's target. A dash is this process's own standard input.
     odd = place == "-" or {".", ".."} & set(place.split("/"))
     if odd or not any(_is_below(place, folder) for folder in allowed):
-        # The same words whatever is there.
+        # The message is the same whether or not the place exists, so that nobody can probe for files.
         raise UserError(f"{place} isn't below a place that this gateway's operator allows ({variable}).", field=field)
 
 
 def _must_stay_within(corpus: Corpus, allowed: Sequence[str]) -> None:
-    """Files that a folder or a pattern has named are judged by what they resolve to, as those named plainly are."""
+    """Check the files that a folder or a pattern has found by their resolved paths, like those named directly.
+
+    Raises:
+        UserError: a link leads out of the allowed places.
+    """
     if not all(file.uri and any(_is_below(file.uri, folder) for folder in allowed) for file in corpus.files):
         raise UserError(
             "a link in what they name leads out of the places that this gateway's operator allows "
@@ -283,5 +305,5 @@ def _must_stay_within(corpus: Corpus, allowed: Sequence[str]) -> None:
 def _is_below(place: str, folder: str) -> bool:
     if is_remote(place) or is_remote(folder):
         return place.startswith(folder.rstrip("/") + "/") or place == folder
-    # What a pattern matches is judged again, when it is known.
+    # Files that a pattern matches are checked again when they are known.
     return Path(place).resolve().is_relative_to(Path(folder).resolve())

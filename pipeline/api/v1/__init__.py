@@ -1,1 +1,1 @@
-"""`/v1`, as OpenAI's API is: embeddings, models, files, batches."""
+"""OpenAI-compatible API at `/v1`: embeddings, models, files, batches."""

@@ -1,4 +1,4 @@
-"""`/v1/batches`: batch requests in the wire shape of OpenAI's API."""
+"""Batch requests at `/v1/batches`, in the wire shape of OpenAI's API."""
 
 import re
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ _Value = Annotated[str, Field(max_length=512, pattern=_NO_NUL)]
 
 
 def _as_option(given: object) -> object:
-    """A limit as the command's option has it."""
+    """Return a limit as text, as the command line's option has it."""
     if given is None:
         return ""
     return str(given) if type(given) is int else given
@@ -47,7 +47,7 @@ _Limit = Annotated[
 
 
 class NewBatch(BaseModel):
-    """A batch request to make. Other fields are ignored."""
+    """Batch request to create. Other fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -62,7 +62,7 @@ class NewBatch(BaseModel):
 
 
 class BatchError(BaseModel):
-    """Why a batch request failed."""
+    """Reason for a batch request's failure."""
 
     code: str
     message: str
@@ -71,14 +71,14 @@ class BatchError(BaseModel):
 
 
 class BatchErrors(BaseModel):
-    """Why a batch request failed, and which lines are to blame; at most a hundred."""
+    """Reasons for a batch request's failure, with the lines at fault; at most a hundred."""
 
     object: Literal["list"] = "list"
     data: list[BatchError]
 
 
 class RequestCounts(BaseModel):
-    """How far it is, in lines."""
+    """Progress of a batch request, in lines."""
 
     total: int
     completed: int
@@ -86,19 +86,19 @@ class RequestCounts(BaseModel):
 
 
 class InputTokens(BaseModel):
-    """Of those read: of texts whose vectors were there."""
+    """Details of the input tokens: `cached_tokens` are of texts whose vectors existed already."""
 
     cached_tokens: int
 
 
 class OutputTokens(BaseModel):
-    """Of those written: none."""
+    """Details of the output tokens: embeddings have none."""
 
     reasoning_tokens: int = 0
 
 
 class BatchUsage(BaseModel):
-    """The tokens of the lines that have vectors."""
+    """Tokens of the lines that have vectors."""
 
     input_tokens: int
     input_tokens_details: InputTokens
@@ -108,7 +108,7 @@ class BatchUsage(BaseModel):
 
 
 class Batch(Listed):
-    """A batch request."""
+    """Batch request and its progress."""
 
     object: Literal["batch"] = "batch"
     endpoint: Literal["/v1/embeddings"] = "/v1/embeddings"
@@ -135,12 +135,12 @@ class Batch(Listed):
 
 
 class BatchList(Page[Batch]):
-    """Batch requests, newest first."""
+    """Page of batch requests, newest first."""
 
 
 @router.post("/batches", openapi_extra=described(NewBatch))
 async def create_batch(request: Request) -> Batch:
-    """Embed the lines of an uploaded file. The same content again attaches to the job that it made before."""
+    """Embed the lines of an uploaded file. Sending the same content again attaches to the job that it made before."""
     caller = await caller_of(request)
     wish = await read_body(request, NewBatch)
     window_seconds = _seconds_of(wish.completion_window)
@@ -182,7 +182,7 @@ async def list_batches(
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> BatchList:
-    """Your batch requests, newest first."""
+    """List your batch requests, newest first."""
     caller = await caller_of(request)
 
     def read(connection: Connection) -> BatchList:
@@ -196,13 +196,13 @@ async def list_batches(
 
 @router.get("/batches/{batch_id}", openapi_extra=SECURITY)
 async def retrieve_batch(request: Request, batch_id: str) -> Batch:
-    """Where a batch request stands."""
+    """Retrieve a batch request and its progress."""
     return await _with_batch(request, batch_id, _shown)
 
 
 @router.post("/batches/{batch_id}/cancel", openapi_extra=SECURITY)
 async def cancel_batch(request: Request, batch_id: str) -> Batch:
-    """Stop it. What is finished comes in its output file; one that has ended stays as it is."""
+    """Cancel a batch request. Finished lines are in its output file. A batch request that has ended stays as it is."""
 
     def cancel(connection: Connection, row: RowMapping) -> Batch:
         steps.let_go(connection, row["id"], BatchState.CANCELLED)
@@ -267,7 +267,7 @@ def _moment(when: datetime | None) -> int | None:
 def _counts_now(connection: Connection, row: RowMapping) -> dict[str, int]:
     try:
         items = status.job_status(connection, row["job_id"]).items if row["job_id"] else None
-    except UnknownJob:  # purged
+    except UnknownJob:  # it has been purged
         items = None
     if items is None:
         return {"total": 0, "completed": 0, "failed": 0}

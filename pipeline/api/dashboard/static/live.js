@@ -1,10 +1,10 @@
-// Keeps a page as the server has it: asks again each second or so, and changes only what has changed.
+// Live refresh by polling: asks the server every second or so, and changes only the parts that have changed.
 
 import { morph } from "./morph.js";
 
 const SLOWEST_MS = 30_000;
 const PATIENCE_MS = 15_000;
-// A page that takes the server long is asked for less often.
+// A page that takes the server long is polled less often.
 const REST_FACTOR = 4;
 
 const main = document.querySelector("main");
@@ -24,7 +24,7 @@ function plan(milliseconds) {
 }
 
 async function ask() {
-  // A page that isn't live may be what a form came back with, a new key say: it has no address to ask for it again.
+  // A page that isn't live may be a form's answer, such as a new key, which has no address to be polled at.
   if (asking || !seconds()) return;
   asking = true;
   const began = performance.now();
@@ -35,7 +35,7 @@ async function ask() {
       signal: AbortSignal.timeout(PATIENCE_MS),
     });
     if (reply.redirected) {
-      // The key is revoked or has ended.
+      // The key is revoked or has expired.
       location.assign(reply.url);
       return;
     }
@@ -55,7 +55,7 @@ async function ask() {
 
 function show(html) {
   const fresh = new DOMParser().parseFromString(html, "text/html");
-  // The frame too: a page that said that the database is away knew nobody.
+  // Header and footer too: the error page for a database that is away was rendered without the viewer.
   for (const part of ["header", "main", "footer"]) morph(document.querySelector(part), fresh.querySelector(part));
   if (document.title !== fresh.title) document.title = fresh.title;
   document.dispatchEvent(new Event("fresh"));
@@ -70,7 +70,7 @@ function lose(error) {
   failures += 1;
   const wait = Math.min(SLOWEST_MS, 1_000 * 2 ** (failures - 1));
   const what = error instanceof TypeError ? "The server can’t be reached" : "The server has no answer now";
-  // One slow answer isn't worth a word.
+  // A single slow answer isn't worth a message.
   if (failures > 1) {
     lost.textContent = `${what}. What you see may be old; trying again by itself.`;
     lost.hidden = false;

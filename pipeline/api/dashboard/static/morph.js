@@ -1,6 +1,6 @@
-// Makes an element like another one by as few changes as it takes: what stays keeps its focus, its hover and its state.
+// DOM patching: makes an element like another one by few changes, so that the rest keeps its focus, hover and state.
 
-// What a person does to the page is theirs.
+// Attributes that a person changes on the page; a refresh leaves them alone.
 const THEIRS = { DETAILS: ["open"], INPUT: ["value", "checked"] };
 
 export function morph(old, fresh) {
@@ -45,7 +45,7 @@ function alike(node, wanted) {
     && node.className?.baseVal === wanted.className?.baseVal && sameForm(node, wanted);
 }
 
-// A form that does something else is another one, whatever place it has.
+// A form with another action is another form, even in the same place.
 function sameForm(node, wanted) {
   return node.nodeName !== "FORM" || node.getAttribute("action") === wanted.getAttribute("action");
 }

@@ -1,4 +1,4 @@
-// Says what a column or a cell stands for: under the pointer, or with the arrow keys once its chart has the focus.
+// Tooltips of columns and cells: under the pointer, or with the arrow keys once the chart has the focus.
 
 const tip = document.createElement("div");
 tip.id = "tip";
@@ -32,7 +32,7 @@ function show(element) {
   say(element, element.dataset.tip.replaceAll("|", "\n"));
 }
 
-// Not pointerover: that comes also when the page scrolls beneath a pointer that rests.
+// Not pointerover, which is also sent when the page scrolls beneath a resting pointer.
 for (const kind of ["pointermove", "pointerdown"]) {
   document.addEventListener(kind, (event) => {
     const found = event.target.closest?.("[data-tip]") ?? null;
@@ -52,5 +52,5 @@ document.addEventListener("keydown", (event) => {
 
 document.addEventListener("focusout", (event) => event.target.closest?.("[data-tips]") && show(null));
 document.addEventListener("scroll", () => shown && place(shown), { passive: true });
-// The page was renewed: what is shown may mean something else by now, or be gone.
+// After a refresh, the element that is shown may mean something else, or be gone.
 document.addEventListener("fresh", () => shown && show(shown.isConnected ? shown : null));

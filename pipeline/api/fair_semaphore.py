@@ -1,20 +1,22 @@
-"""Places that workspaces share: whatever one of them does, it leaves some for others."""
+"""Concurrency limits shared by workspaces: none of them can take every place."""
 
 import asyncio
 from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 
-class Places:
-    """So many places in all, and fewer for one workspace."""
+class FairSemaphore:
+    """Semaphore with a limit for all workspaces together, and a lower one for each."""
 
     def __init__(self, in_all: int, of_one: int) -> None:
         self._all, self._of_one = asyncio.Semaphore(in_all), of_one
         self._workspaces: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
 
     async def take(self, workspace_id: int) -> Callable[[], None]:
-        """Wait for a place, in the order of asking; who waits for others of the same workspace isn't in the others'
-        line. Returns what gives it back."""
+        """Wait for a place, first come first served, and return the function that gives it back.
+
+        A caller that waits for others of its own workspace doesn't hold up other workspaces.
+        """
         own = self._workspaces.get(workspace_id)
         if own is None:
             own = self._workspaces[workspace_id] = asyncio.Semaphore(self._of_one)
