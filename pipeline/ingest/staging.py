@@ -22,7 +22,7 @@ from pipeline.ingest.chunking import Limits, Planner, Range, chunk_tokens, estim
 from pipeline.ingest.submission import Submission
 from pipeline.jobs import control
 from pipeline.sources import Corpus, Rows, Source, SourceFile
-from pipeline.sources.places import Places
+from pipeline.sources.source_file import Places
 
 log = structlog.get_logger()
 

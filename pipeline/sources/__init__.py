@@ -15,8 +15,7 @@ from typing import Any, BinaryIO, Protocol
 from pipeline.core.options import Columns
 from pipeline.sources.decode import read_blocks, without_mark
 from pipeline.sources.discovery import find_files
-from pipeline.sources.places import Places
-from pipeline.sources.source_file import STDIN, Compression, SourceFile
+from pipeline.sources.source_file import STDIN, Compression, Places, SourceFile
 from pipeline.sources.validation import Notices, Parsed, Rows, judge
 
 __all__ = ["Compression", "Corpus", "Rows", "Source", "SourceFile"]

@@ -7,7 +7,7 @@ are kept, for a moment.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from pipeline.sources.csv_ import Dialect, csv_rows, read_header
 from pipeline.sources.decode import BrokenStreamError, mark_bytes, open_blocks, unpacked_blocks
 from pipeline.sources.jsonl import check_columns
 from pipeline.sources.parquet import row_groups
-from pipeline.sources.source_file import Compression, SourceFile
+from pipeline.sources.source_file import Compression, Numbers, SourceFile
 from pipeline.sources.validation import Notices
 
 #: Compressed text can only be read from its beginning, which each of its chunks does: a longer one is refused.
@@ -27,19 +27,6 @@ MOST_UNPACKED_BYTES = 4 * 1024**3
 #: Rows whose places are yielded at once.
 _PLACES = 65_536
 _WHITE = np.isin(np.arange(256), np.frombuffer(b" \t\n\r\v\f", np.uint8))
-
-Numbers = npt.NDArray[np.int64]
-
-
-class Places(Protocol):
-    """Places of consecutive rows of a file, as columns of equal length."""
-
-    @property
-    def sizes(self) -> Numbers:
-        """Bytes of each row; for Parquet, the average size of the texts in its row group."""
-
-    def extent(self, file: SourceFile, at: int, last: Any, last_at: int) -> Extent:
-        """Return the extent from row `at` here to row `last_at` of `last`, these or later places of the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

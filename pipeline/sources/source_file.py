@@ -3,17 +3,19 @@
 import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.core.chunks import Extent
 from pipeline.core.options import Columns
 from pipeline.infra import storage
-
-if TYPE_CHECKING:
-    from pipeline.sources.places import Places
-    from pipeline.sources.validation import Notices, Parsed
+from pipeline.sources.validation import Notices, Parsed
 
 STDIN = "standard input"
+
+Numbers = npt.NDArray[np.int64]
 
 
 class Compression(enum.StrEnum):
@@ -25,11 +27,22 @@ class Compression(enum.StrEnum):
 
 
 #: File, or its uncompressed blocks if it has no name, columns, the longest text in bytes, notices → its rows.
-Read = Callable[["SourceFile", Iterator[bytes] | None, Columns, int, "Notices"], Iterator["Parsed"]]
+Read = Callable[["SourceFile", Iterator[bytes] | None, Columns, int, Notices], Iterator[Parsed]]
 #: File, columns, the longest text in bytes, notices → the places of its rows, in order; checks the columns too.
-Locate = Callable[["SourceFile", Columns, int, "Notices"], Iterator["Places"]]
+Locate = Callable[["SourceFile", Columns, int, Notices], Iterator["Places"]]
 #: File, a chunk's extent in it, its number of rows, columns, the longest text in bytes → its rows.
-ReadExtent = Callable[["SourceFile", Extent, int, Columns, int], Iterator["Parsed"]]
+ReadExtent = Callable[["SourceFile", Extent, int, Columns, int], Iterator[Parsed]]
+
+
+class Places(Protocol):
+    """Places of consecutive rows of a file, as columns of equal length."""
+
+    @property
+    def sizes(self) -> Numbers:
+        """Bytes of each row; for Parquet, the average size of the texts in its row group."""
+
+    def extent(self, file: "SourceFile", at: int, last: Any, last_at: int) -> Extent:
+        """Return the extent from row `at` here to row `last_at` of `last`, these or later places of the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
