@@ -80,7 +80,9 @@ def snapshot(dispatcher: Dispatcher) -> None:
             now = status.sum_up(connection, job.id)
             jobs.save_progress(connection, job.id, now.model_dump(mode="json"))
             rejected, limit = now.items.rejected, job.max_rejects
-            if limit is not None and rejected > limit and job.state is not JobState.CANCELLING:
+            # A job with nothing pending has nothing to stop: its end says what became of it, all rejected perhaps.
+            stoppable = now.items.pending and job.state is not JobState.CANCELLING
+            if stoppable and limit is not None and rejected > limit:
                 jobs.begin_cancelling(
                     connection,
                     job.id,
