@@ -1,1 +1,1 @@
-"""The schema's history, by Alembic."""
+"""History of the database schema, as Alembic migrations."""

@@ -1,4 +1,4 @@
-"""Runs migrations: one migrator at a time, never queueing behind a long lock for long."""
+"""Alembic environment: one migrator at a time, which never waits long for a lock."""
 
 from alembic import context
 from sqlalchemy import Connection, text
@@ -6,7 +6,7 @@ from sqlalchemy.schema import SchemaItem
 
 from pipeline.db.tables import PARTITIONED, SCHEMA, metadata
 
-# An arbitrary constant: whoever holds this advisory lock migrates.
+# Arbitrary constant: the holder of this advisory lock migrates.
 _LOCK = 0x766D696C6C
 
 
@@ -27,7 +27,7 @@ def run(connection: Connection) -> None:
     )
     connection.execute(text("set local statement_timeout = '15min'"))
     connection.execute(text("select pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-    # From here on only other people's transactions can be in the way: give up soon rather than block them.
+    # From here on only transactions of others can hold locks: give up soon, since a migration that waits blocks them.
     connection.execute(text("set local lock_timeout = '10s'"))
     connection.execute(text(f"create schema if not exists {SCHEMA}"))
     with context.begin_transaction():

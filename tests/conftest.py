@@ -1,4 +1,4 @@
-"""What many tests stand on: real servers, a fresh database for each test, and a small model made once per checkout."""
+"""Shared fixtures: real servers, a fresh database for each test, and a small model made once per checkout."""
 
 import os
 from collections.abc import Iterator
@@ -27,26 +27,26 @@ from tests.support.models import bundled_folder, described, static_folder
 
 _TEMPLATE = "vectormill_template"
 
-# Tests see no setting of the shell they are started from, and never the network.
+# Tests ignore settings of the shell that starts them, and never use the network.
 for _name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
     del os.environ[_name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# Whether a test passes is no question of time.
+# No deadline: the speed of the machine must not decide if a test passes.
 settings.register_profile("vectormill", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vectormill")
 
 
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Running]:
-    """Embedded Postgres, with a migrated template database, and Valkey."""
+    """Run embedded Postgres, with a migrated template database, and Valkey."""
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)
         home = Path(folder, "home")
         try:
             with ExitStack() as stack:
-                # A setting of the command line couldn't be changed later.
+                # A setting given on the command line couldn't be changed later.
                 settings = {name: value for name, value in postgres._SETTINGS.items() if name != "fsync"}
                 with patch.dict(postgres._SETTINGS, settings, clear=True):
                     started = stack.enter_context(running_servers(home, _make_template))
@@ -62,12 +62,12 @@ def _make_template(url: str) -> None:
     with engine.begin() as connection:
         upgrade(connection)
     engine.dispose()
-    # Each test has a database of its own, and a disk that is waited for takes most of its making.
+    # Each test has a database of its own, and waiting for the disk would take most of the time to create it.
     set_fsync(url, "off")
 
 
 def set_fsync(url: str, value: str) -> None:
-    """Let the server wait for its disk, `on`, or not, `off`."""
+    """Set the server's `fsync` to `on` or `off`."""
     _administer(url, sql.SQL("alter system set fsync = {}").format(sql.Identifier(value)))
     _administer(url, sql.SQL("select pg_reload_conf()").format())
 
@@ -83,20 +83,20 @@ def _administer(url: str, statement: sql.Composed) -> None:
 
 @pytest.fixture
 def empty_database(servers: Running) -> Iterator[str]:
-    """The URL of a database of the test's own, without a schema."""
+    """Yield the URL of the test's own database, without a schema."""
     with _new_database(servers.database_url, "template1") as url:
         yield url
 
 
 @pytest.fixture
 def database(servers: Running) -> Iterator[str]:
-    """The URL of a migrated database of the test's own."""
+    """Yield the URL of the test's own migrated database."""
     with new_database(servers.database_url) as url:
         yield url
 
 
 def new_database(server: str) -> "_new_database":
-    """A migrated database of its own for as long as the `with` block lasts; gives its URL."""
+    """Create a migrated database for the length of a `with` block, which gets its URL."""
     return _new_database(server, _TEMPLATE)
 
 
@@ -116,7 +116,7 @@ class _new_database:  # noqa: N801 - used as a function
 
 @pytest.fixture
 def engine(database: str) -> Iterator[Engine]:
-    """An engine on the test's database."""
+    """Yield a SQLAlchemy engine on the test's database."""
     made = make_engine(database, application="vectormill-tests", pool_size=8)
     yield made
     made.dispose()
@@ -124,7 +124,7 @@ def engine(database: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def redis_url(servers: Running) -> str:
-    """The URL of an empty Valkey database."""
+    """Return the URL of an empty Valkey database."""
     url = servers.redis_url.rsplit("/", 1)[0] + "/1"
     with redis.Redis.from_url(url) as client:
         client.flushdb()
@@ -133,29 +133,29 @@ def redis_url(servers: Running) -> str:
 
 @pytest.fixture(scope="session")
 def bundled_model() -> Path:
-    """The folder of all-MiniLM-L6-v2."""
+    """Return the folder of all-MiniLM-L6-v2."""
     return bundled_folder()
 
 
 @pytest.fixture(scope="session")
 def cl100k(tmp_path_factory: pytest.TempPathFactory) -> tiktoken.Encoding:
-    """The encoding by which OpenAI's clients make ids of a text."""
+    """Return the encoding with which OpenAI's clients turn a text into token ids."""
     return encoding(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="session")
 def static_model() -> Path:
-    """The folder of a model of static embeddings, 256 dimensions: loads and embeds in no time."""
+    """Return the folder of a model of static embeddings with 256 dimensions; it loads and embeds in no time."""
     return static_folder()
 
 
 @pytest.fixture(scope="session")
 def static_description(static_model: Path) -> dict[str, Any]:
-    """What the catalogue records of `static_model`."""
+    """Return the catalogue's description of `static_model`."""
     return described("static-256", static_model)
 
 
 @pytest.fixture(scope="session")
 def bundled_description(bundled_model: Path) -> dict[str, Any]:
-    """What the catalogue records of `bundled_model`."""
+    """Return the catalogue's description of `bundled_model`."""
     return described("all-MiniLM-L6-v2", bundled_model)

@@ -1,4 +1,4 @@
-"""The schema, whole."""
+"""Initial schema."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    # In `public`, so that every role finds its types: a user called like our schema would get it in there.
+    # In `public`, so that every role finds its types. By default a user named like our schema would create it in there.
     op.execute("create extension if not exists vector schema public")
     op.create_table(
         "attempts",

@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add what a chunk of a file needs, and the outputs."""
+    """Add a chunk's position in its file, and the table of outputs."""
     for name in ("input_offset", "input_bytes", "input_line"):
         op.add_column("chunks", sa.Column(name, sa.BigInteger(), nullable=True), schema="vectormill")
     op.create_table(

@@ -1,4 +1,4 @@
-"""Chunks are found by their first item."""
+"""Index of chunks by their first item."""
 
 from alembic import op
 
@@ -9,7 +9,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Let the unique index serve the lookup of an item's chunk; drop an index that no query uses."""
+    """Make the unique index serve the lookup of an item's chunk, and drop an index that no query uses."""
     op.drop_constraint(op.f("chunks_job_id_ordinal_key"), "chunks", schema="vectormill")
     op.create_unique_constraint(
         op.f("chunks_job_id_first_index_key"), "chunks", ["job_id", "first_index"], schema="vectormill"

@@ -1,4 +1,4 @@
-"""The gateway: engines, limits of workspaces, prices and sizes of models, what a request's usage says."""
+"""Gateway: engines, limits of workspaces, prices and dimensions of models, usage of requests."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -28,7 +28,7 @@ _NEW: dict[str, list[sa.Column[object]]] = {
 
 
 def upgrade() -> None:
-    """Add a table, an index and columns; nothing is rewritten."""
+    """Add a table, an index and columns. No table is rewritten."""
     for table, columns in _NEW.items():
         for column in columns:
             op.add_column(table, column, schema="vectormill")

@@ -1,4 +1,4 @@
-"""Models of kind gateway: how much a request may hold, and how the endpoint answers."""
+"""Models of kind gateway: limits of a request, and the format of the endpoint's replies."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -17,7 +17,7 @@ _NEW: tuple[sa.Column[object], ...] = (
 
 
 def upgrade() -> None:
-    """Add columns; nothing is rewritten."""
+    """Add columns. No table is rewritten."""
     for column in _NEW:
         op.add_column("models", column, schema="vectormill")
     op.create_check_constraint(

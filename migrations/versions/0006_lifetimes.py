@@ -1,4 +1,4 @@
-"""How long a key was made to live; a month's usage is summed from the index alone."""
+"""Lifetime of API keys, and an index that alone answers the sum of a month's usage."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add a column, filled from what is known, and make an index anew: requests' usage waits meanwhile."""
+    """Add a column, filled from existing rows, and rebuild an index. Writes of requests' usage wait meanwhile."""
     op.add_column("api_keys", sa.Column("lives", sa.Interval()), schema="vectormill")
     op.execute("update vectormill.api_keys set lives = expires_at - created_at")
     op.drop_index("usage_workspace_idx", table_name="usage", schema="vectormill")

@@ -18,7 +18,7 @@ def _moment(name: str, *, now: bool = False) -> sa.Column[object]:
 
 
 def upgrade() -> None:
-    """Add two tables; nothing that is there changes."""
+    """Add two tables. Existing ones don't change."""
     op.create_table(
         "files",
         sa.Column("id", sa.Text(), primary_key=True),

@@ -1,5 +1,4 @@
-"""Jobs that are asked for in SQL: requests, the function that makes them, and a view of how jobs stand; events for
-webhooks."""
+"""Jobs requested in SQL: the requests, the function that makes them, and a view of job status; events for webhooks."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,8 +9,8 @@ down_revision = "0007"
 branch_labels = None
 depends_on = None
 
-# The job's id is a UUIDv7, which Postgres makes itself from 18 on only: a random one whose first six bytes are the time
-# in milliseconds, and whose version is turned from 4 to 7.
+# The job's id is a UUIDv7, which Postgres generates from version 18 on only. Here it is a random UUID with the time in
+# milliseconds as its first six bytes, and its version changed from 4 to 7.
 SUBMIT = """
 create function vectormill.submit(
   query text,
@@ -115,7 +114,7 @@ end
 $$
 """
 
-# Of a job that ran, counts are its receipt's, or a progress's that is about a second old; nothing is summed.
+# Counts come from the job's receipt, or from a progress snapshot that is about a second old; nothing is summed.
 JOB_STATUS = """
 create view vectormill.job_status as
 select j.id, w.name as workspace, j.name,

@@ -1,5 +1,7 @@
-"""Requests in SQL are bounded, in what they may ask for, by whom, and in how long their queries are kept; they can be
-cancelled. Events are found by whom they are for."""
+"""Bounds on requests in SQL: their options, the roles that may make them, and the retention of their queries.
+
+Requests can be cancelled. Events are indexed by the host of their receiver.
+"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +12,7 @@ down_revision = "0008"
 branch_labels = None
 depends_on = None
 
-# As before, with bounds of numbers, the roles of a workspace, and a query that comes back when it is asked for again.
+# As before, plus bounds of numbers, the roles of a workspace, and a query that is restored when it is requested again.
 SUBMIT = """
 create or replace function vectormill.submit(
   query text,
@@ -135,7 +137,7 @@ end
 $$
 """
 
-# As before, and a staging whose request was cancelled is shown so at once.
+# As before, but a job in staging shows as cancelled as soon as its request is.
 JOB_STATUS = """
 create or replace view vectormill.job_status as
 select j.id, w.name as workspace, j.name,
@@ -169,7 +171,7 @@ where r.state <> 'submitted' and not exists (select from vectormill.jobs j where
 
 
 def upgrade() -> None:
-    """Add columns and indexes, and make the function and the view anew."""
+    """Add columns and indexes, and replace the function and the view."""
     op.add_column(
         "workspaces", sa.Column("sql_roles", ARRAY(sa.Text()), nullable=False, server_default="{}"), schema="vectormill"
     )

@@ -1,4 +1,4 @@
-"""Chunks whose claim was lost are found at once, however many wait."""
+"""Index of chunks whose claim was lost: the lookup is fast however many chunks are pending."""
 
 import sqlalchemy as sa
 from alembic import op

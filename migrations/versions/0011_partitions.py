@@ -1,4 +1,4 @@
-"""Partitions are made by a function: who needs one need not own the schema."""
+"""Function that makes partitions, so that its callers need not own the schema."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0010"
 branch_labels = None
 depends_on = None
 
-# Rows are copied into partitions by name, so that each has the rights of its table.
+# Rows are copied into partitions by name, so each partition gets the grants of its table.
 MAKE_PARTITIONS = """
 create function vectormill.make_partitions(month date) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -54,6 +54,6 @@ $$
 
 
 def upgrade() -> None:
-    """Add a function, which nobody but the schema's owner may use as yet."""
+    """Add the function. Only the schema's owner may execute it for now."""
     op.execute(MAKE_PARTITIONS)
     op.execute("revoke execute on function vectormill.make_partitions from public")

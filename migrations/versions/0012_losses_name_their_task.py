@@ -1,4 +1,4 @@
-"""A lost claim names the task that had it: a worker can tell whether a process that died had claimed anything."""
+"""Task of a lost claim, by which a worker can tell if a process that died had claimed anything."""
 
 import sqlalchemy as sa
 from alembic import op

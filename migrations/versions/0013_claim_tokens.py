@@ -1,5 +1,4 @@
-"""A claim, and a producer's hold of a staging, bear a random token: a server that has lost its last commits gives the
-same fence again."""
+"""Random tokens of claims and producers' staging leases: a server that lost its last commits gives a fence again."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add columns. Workers of the version before set no tokens, and check none."""
+    """Add columns. Workers of the previous version neither set nor check tokens."""
     for table in ("jobs", "chunks", "usage"):
         op.add_column(table, sa.Column("token", sa.Uuid()), schema="vectormill")
     parts = sa.Column("parts", sa.Integer(), server_default="0", nullable=False)

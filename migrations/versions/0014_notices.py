@@ -1,4 +1,4 @@
-"""A job keeps what its sender should know of its rows, which `job_status` shows; `receipts` counts truncated texts."""
+"""Notices to a job's sender about its rows, shown by `job_status`; truncated texts, counted by `receipts`."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -9,7 +9,7 @@ down_revision = "0013"
 branch_labels = None
 depends_on = None
 
-# As before, and `notices`.
+# As before, plus `notices`.
 JOB_STATUS = """
 create or replace view vectormill.job_status as
 select j.id, w.name as workspace, j.name,
@@ -42,7 +42,7 @@ join vectormill.workspaces w on w.id = r.workspace_id
 where r.state <> 'submitted' and not exists (select from vectormill.jobs j where j.id = r.job_id)
 """
 
-# As before, and `truncated`.
+# As before, plus `truncated`.
 RECEIPTS = """
 create or replace view vectormill.receipts as
 select j.id as job_id, j.name, j.state, j.items_total as items_in,
@@ -61,7 +61,7 @@ cross join lateral (
 
 
 def upgrade() -> None:
-    """Add a column, and make the views anew."""
+    """Add a column, and replace the views."""
     op.add_column("jobs", sa.Column("notices", JSONB(), nullable=False, server_default="[]"), schema="vectormill")
     op.execute(JOB_STATUS)
     op.execute(RECEIPTS)

@@ -1,4 +1,4 @@
-"""Models may have a pooling of their own: bare transformers, whose folder doesn't say how they pool."""
+"""Pooling of a model, for bare transformers whose folder doesn't say how they pool."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,5 +10,5 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add a column; nothing is rewritten."""
+    """Add a column. The table isn't rewritten."""
     op.add_column("models", sa.Column("pooling", sa.Text), schema="vectormill")

@@ -1,4 +1,4 @@
-"""Jobs are found by name: at each submission, and by each command that is given one."""
+"""Index of jobs by name, which each submission and each command that is given a name looks up."""
 
 from alembic import op
 from sqlalchemy import text

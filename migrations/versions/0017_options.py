@@ -1,4 +1,4 @@
-"""`vectormill.submit` leaves options to the dispatcher, which knows them from the one list that every door reads."""
+"""Options of `vectormill.submit`, left to the dispatcher, which knows them from the one list that every door reads."""
 
 from alembic import op
 
@@ -7,8 +7,8 @@ down_revision = "0016"
 branch_labels = None
 depends_on = None
 
-# As before, but for the options, of which it looks at the size only; and a request that came to nothing may be asked
-# for anew with another payload.
+# As before, except that of options it checks only the type, the size and `output`, and that a request that failed
+# without making a job may be repeated with another payload.
 SUBMIT = """
 create or replace function vectormill.submit(
   query text,
@@ -120,5 +120,5 @@ $$
 
 
 def upgrade() -> None:
-    """Make the function anew."""
+    """Replace the function."""
     op.execute(SUBMIT)

@@ -61,7 +61,7 @@ class Database:
             self.note_failure(TimeoutError())
             return unreachable()
         metrics.API_QUESTIONS_LATE.inc()
-        return Busy("The gateway has too many questions for its database; try again.", retry_after_seconds=2)
+        return Busy("The gateway has too many database queries under way; try again.", retry_after_seconds=2)
 
     async def ask(self, act: Callable[[Connection], Found], workspace_id: int | None = None) -> Found:
         """Run `act` in a transaction when it is the turn of the workspace; without one, of the api itself.

@@ -35,10 +35,10 @@ class Problem(BaseModel):
 
 
 _MEANINGS = {
-    400: "The request can't be carried out as it was made.",
-    401: "No live key.",
+    400: "The request is invalid.",
+    401: "The API key is missing, unknown, revoked or expired.",
     403: "An admin's key is needed.",
-    404: "There is none.",
+    404: "Not found.",
     408: "The rest of the body didn't come; try again.",
     409: "Its state doesn't allow this.",
     413: "The body is too large.",
@@ -55,7 +55,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 Workspace = Annotated[
     str | None,
-    Query(max_length=200, pattern="^[^\0]*$", description="Of an admin: only this workspace. Default: all."),
+    Query(max_length=200, pattern="^[^\0]*$", description="For admins: only this workspace. Default: all."),
 ]
 
 

@@ -94,8 +94,8 @@ def _refusal(coding: str, content_type: str) -> UnsupportedMediaType | None:
     kind, _, parameters = content_type.lower().partition(";")
     is_form = kind.strip() == "multipart/form-data"
     if coding not in ("", "identity") and (is_form or coding not in _CODINGS):
-        told = "A form can't be sent packed; its file may be." if is_form else f"It may be one of {_ACCEPTED}."
-        error = UnsupportedMediaType(f'The body is packed as "{coding[:40]}", which isn\'t read. {told}')
+        told = "A form can't be compressed; the file in it may be." if is_form else f"It may be one of {_ACCEPTED}."
+        error = UnsupportedMediaType(f'The content encoding "{coding[:40]}" isn\'t supported. {told}')
         error.headers["accept-encoding"] = "identity" if is_form else _ACCEPTED
         return error
     charset = next((each.partition("=")[2] for each in parameters.split(";") if each.strip().startswith("charset")), "")
@@ -110,5 +110,5 @@ def _unpack(coding: str, packed: bytes, most_bytes: int) -> bytes:
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise InvalidPayload(f"The body isn't the {coding} that its content-encoding says.") from error
     if len(body) > most_bytes:
-        raise PayloadTooLarge(f"Unpacked the body is larger than {most_bytes:,} bytes; send less in a request.")
+        raise PayloadTooLarge(f"The decompressed body is larger than {most_bytes:,} bytes; send less in a request.")
     return body

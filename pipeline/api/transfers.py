@@ -152,7 +152,7 @@ def _reporting_unreachable() -> Iterator[None]:
     try:
         yield
     except PoolTimeout as error:  # our own pool is full; the database isn't away
-        message = "The gateway has too many questions for its database; try again."
+        message = "The gateway has too many database queries under way; try again."
         raise Busy(message, retry_after_seconds=2) from error
     except DBAPIError as error:
         if is_connection_lost(error) or is_without_room(error):

@@ -49,7 +49,9 @@ def keep(
     try:
         there = storage.stat(uri)
         if there is None or there.bytes != size:
-            raise StorageUnreachable(f"{uri}: the file isn't there as it was written; try again.")
+            raise StorageUnreachable(
+                f"{uri}: the stored file is missing or has another size than was written; try again."
+            )
         row: dict[str, Any] = {
             "id": file_id,
             "workspace_id": workspace_id,

@@ -133,8 +133,8 @@ def _write(connection: Connection, batch: RowMapping, job: Job, output: BinaryIO
         if job.texts_removed_at:
             return None
         raise VectormillError(
-            f"job {job.id} came to {lines[0]:,} lines of output and {lines[1]:,} of errors, not to {wanted[0]:,} "
-            f"and {wanted[1]:,} as its receipt says; verify the receipt."
+            f"job {job.id} has {lines[0]:,} output lines and {lines[1]:,} error lines, but its receipt says "
+            f"{wanted[0]:,} and {wanted[1]:,}; verify the receipt."
         )
     counts = {
         "total": account.submitted,
@@ -150,11 +150,11 @@ def _why_failed(connection: Connection, job: Job, rejected: int) -> list[dict[st
     """Return the errors of a failed job: the reason, and the first rejected lines."""
     match job.reason:
         case Reason.TOO_MANY_REJECTS:
-            told = f"{rejected:,} lines are bad, max_rejects allows {job.max_rejects:,}; the error file has them"
+            told = f"{rejected:,} lines were rejected, max_rejects allows {job.max_rejects:,}; see the error file"
         case Reason.ALL_REJECTED:
-            told = "every line is bad; the error file has them"
+            told = "every line was rejected; see the error file"
         case Reason.MODEL_CANNOT_LOAD:  # the job's message may hold paths of the model's files
-            told = "no worker can use its model; the operator sees why"
+            told = "no worker can load its model; ask the operator for the reason"
         case reason:
             told = job.message or (reason or "it failed").replace("_", " ")
     first = rejects.page_with_carried(connection, job.id, -1, _MOST_FAULTS - 1)

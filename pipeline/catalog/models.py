@@ -44,7 +44,7 @@ def find_row(connection: Connection, workspace: int, name: str) -> RowMapping:
     if row is None:
         known = ", ".join(model["name"] for model in models.of_workspace(connection, workspace))
         raise UnknownModel(
-            f'no model "{name}"; ' + (f"there is {known}." if known else "add one with vectormill models add.")
+            f'no model "{name}"; ' + (f"available: {known}." if known else "add one with vectormill models add.")
         )
     return row
 
@@ -221,7 +221,7 @@ def _add(connection: Connection, name: str, values: Mapping[str, Any], aliases: 
     check_names(connection, name, aliases)
     columns = {"name": name, "slug": slug_of(name), "aliases": list(aliases), **values}
     if not models.add(connection, {**columns, "canary": bytes.fromhex(values["canary"])}):
-        raise UserError(f'there is a model "{name}" (or one whose queue is called the same); remove it first.')
+        raise UserError(f'model "{name}", or one with the same queue name, exists already; remove it first.')
     workers.take_up_model(connection, name)  # workers may have dropped another one of this name
     models.enable(connection, workspace_id(connection), name)
 
@@ -237,7 +237,9 @@ def vector_space_of(
     sizes = sorted({*model.matryoshka, model.dimensions})
     if dimensions is not None and dimensions not in sizes:
         raise UserError(
-            f"{model.name} gives {' or '.join(map(str, sizes))}.", field="dimensions", given=str(dimensions)
+            f"{model.name} supports {' or '.join(map(str, sizes))} dimensions.",
+            field="dimensions",
+            given=str(dimensions),
         )
     if max_item_tokens is not None and model.max_item_tokens is not None and max_item_tokens > model.max_item_tokens:
         raise UserError(

@@ -24,9 +24,9 @@ def doctor(
     as_json: Json = False,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Send the canary text through this model; may be repeated. Default: local ones served."),
+        typer.Option(help="Send the canary text through this model; may be repeated. Default: all local ones served."),
     ] = None,
-    canary: Annotated[bool, typer.Option("--canary/--no-canary", help="Whether to send one at all.")] = True,
+    canary: Annotated[bool, typer.Option("--canary/--no-canary", help="Send the canary text through workers.")] = True,
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long the canary may take.")] = 60.0,
 ) -> None:
     """Check a deployment from end to end and say what to fix: versions, servers, rights, disk space, clocks, processes,
@@ -102,8 +102,9 @@ def _as_json(finding: Finding) -> dict[str, str]:
 
 def _summary(found: list[tuple[str, Finding]]) -> str:
     counts = {state: sum(finding.state is state for _, finding in found) for state in State}
-    parts = [f"{counts[state]} {word}" for state, word in _WORDS.items() if counts[state]]
+    words = {**_WORDS, State.WARN: "warning" if counts[State.WARN] == 1 else "warnings"}
+    parts = [f"{counts[state]} {word}" for state, word in words.items() if counts[state]]
     return ", ".join(parts) + "."
 
 
-_WORDS = {State.OK: "ok", State.WARN: "to look after", State.FAIL: "failed", State.SKIPPED: "not looked at"}
+_WORDS = {State.OK: "ok", State.WARN: "warnings", State.FAIL: "failed", State.SKIPPED: "skipped"}

@@ -20,9 +20,9 @@ from pipeline.core.job_status import JobStatus
 from pipeline.core.jobs import JobState, Reason
 from pipeline.jobs.status import several
 
-Job = Annotated[str, typer.Argument(metavar="JOB", help="Its id, the beginning of it, or its name.")]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="Its id, a unique prefix of it, or its name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Stop waiting after so long; exit 7.")]
+Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Stop waiting after this time; exit 7.")]
 Workspace = Annotated[str, typer.Option(help="The workspace.")]
 
 _EXIT_CODES = {JobState.COMPLETED: 0, JobState.FAILED: 3, JobState.CANCELLED: 4, JobState.PAUSED: 5}
@@ -219,7 +219,7 @@ def _plain_lines() -> Callable[[JobStatus | None], None]:
 
 def rejects(
     job: Job,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The most rejects to list.")] = None,
     as_json: Json = False,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
@@ -326,4 +326,4 @@ def retry(job: Job, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
     if reopened:
         output.stderr.print(f"Job {found} is queued again: {reopened:,} chunks to do.")
     else:
-        output.stderr.print(f"Job {found} has nothing that can be tried again; vectormill rejects {found} says why.")
+        output.stderr.print(f"Job {found} has nothing to retry; see: vectormill rejects {found}")

@@ -27,10 +27,10 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Option(help="What it is for.")] = "cli",
+    name: Annotated[str, typer.Option(help="Name that tells its purpose.")] = "cli",
     workspace: Workspace = DEFAULT_WORKSPACE,
-    expires: Annotated[str | None, typer.Option(metavar="SPAN", help="Its life: 12h, 90d. Default: for ever.")] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="It may also make and revoke keys.")] = False,
+    expires: Annotated[str | None, typer.Option(metavar="SPAN", help="Lifetime: 12h, 90d. Default: unlimited.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="Make it an admin's: it may create and revoke keys.")] = False,
 ) -> None:
     """Create a key. It is printed only once; only its hash is stored.
 

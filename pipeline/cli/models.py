@@ -22,12 +22,12 @@ from pipeline.core.errors import ModelError, UnknownModel, UserError
 from pipeline.core.models import MOST_INPUTS, Upstream
 from pipeline.db import models
 
-app = App(help="What embeds: the catalogue of models.", no_args_is_help=True)
+app = App(help="The catalogue of embedding models.", no_args_is_help=True)
 
 Aliases = Annotated[list[str] | None, typer.Option(help="Another name for it; may be repeated.")]
 Sizes = Annotated[
     str | None,
-    typer.Option(metavar="SIZES", help="Sizes to which its vectors may be cut, if it was trained so: 64,128,256."),
+    typer.Option(metavar="SIZES", help="Sizes to which its vectors may be shortened, if trained for that: 64,128,256."),
 ]
 Price = Annotated[float | None, typer.Option(min=0, help="Price of a million tokens, for the cost of usage.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -64,7 +64,7 @@ _SHOWN = (
 @app.command("list")
 def list_models(
     workspace: Annotated[
-        str | None, typer.Option(help="Only what this workspace may use. Default: the whole catalogue.")
+        str | None, typer.Option(help="Only models that this workspace may use. Default: the whole catalogue.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -99,29 +99,29 @@ def _plain(value: Any) -> Any:
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="What jobs call it.")],
+    name: Annotated[str, typer.Argument(help="Name that jobs use for it.")],
     path: Annotated[
         Path | None, typer.Option(help="Folder of a sentence-transformers model with safetensors weights.")
     ] = None,
     hub: Annotated[
-        str | None, typer.Option(metavar="ID", help="A model on the Hugging Face hub, in its place.")
+        str | None, typer.Option(metavar="ID", help="A model on the Hugging Face hub, instead of a folder.")
     ] = None,
     revision: Annotated[str | None, typer.Option(metavar="SHA", help="The commit of --hub: 40 digits.")] = None,
     pooling: Annotated[
         Pooling | None,
-        typer.Option(help="How a folder pools that has no modules.json and so doesn't say it: see the model's page."),
+        typer.Option(help="Pooling of a folder without modules.json, which would tell it: see the model's page."),
     ] = None,
     gateway: Annotated[
-        str | None, typer.Option(metavar="URL", help="An OpenAI-compatible API that has it, up to its /v1.")
+        str | None, typer.Option(metavar="URL", help="An OpenAI-compatible API that serves it, up to its /v1.")
     ] = None,
     upstream_model: Annotated[
-        str | None, typer.Option(metavar="ID", help="What that API calls it.  [default: NAME]", show_default=False)
+        str | None, typer.Option(metavar="ID", help="Its name at that API.  [default: NAME]", show_default=False)
     ] = None,
     key_env: Annotated[
         str | None,
         typer.Option(
             metavar="VAR",
-            help="The variable of workers and api that holds the API's key, or with _FILE after it a file's path.",
+            help="Variable of workers and api with the API's key; VAR_FILE may name a file that holds it.",
         ),
     ] = None,
     request_inputs: Annotated[
@@ -168,7 +168,7 @@ def add(
     with working() as place:
         with place.engine.begin() as connection:
             if models.by_name(connection, name):
-                raise UserError(f'there is a model "{name}" already; vectormill models remove {name} makes room.')
+                raise UserError(f'model "{name}" exists already; remove it first: vectormill models remove {name}')
         stderr.print(f"Asking {upstream.url} …" if upstream else f"Loading and proving {path or hub} …")
         try:
             if upstream:
@@ -197,7 +197,7 @@ def change(
     alias: Aliases = None,
     matryoshka: Sizes = None,
     price: Price = None,
-    clear: Annotated[list[Clearable] | None, typer.Option(help="Take all of these from it; may be repeated.")] = None,
+    clear: Annotated[list[Clearable] | None, typer.Option(help="Setting to clear; may be repeated.")] = None,
 ) -> None:
     """Change a model's aliases, sizes or price. The named aliases replace all earlier ones.
 

@@ -143,8 +143,8 @@ def ledger(receipt: Receipt, codes: Mapping[str, int]) -> RenderableType:
 def _truncated(count: int) -> str:
     texts = "1 text was" if count == 1 else f"{count:,} texts were"
     return (
-        f"{texts} cut, longer than what is read: --on-long reject rejects such, a model that reads more or a greater "
-        "--max-item-tokens takes more of them; results tell which (truncated)"
+        f"{texts} truncated at the token limit: --on-long reject rejects such texts, a greater --max-item-tokens or a "
+        "model with a higher limit reads more of them; results mark them (truncated)"
     )
 
 

@@ -220,7 +220,7 @@ def _choose_devices(wish: str) -> list[tuple[str, int]]:
     names = [part if part.startswith(("cuda:", "mps")) else f"cuda:{part}" for part in wish.split(",")]
     missing = [name for name in names if name not in known]
     if missing:
-        raise UserError(f"--devices {wish}: no {missing[0]} here; there is {', '.join(known)}.")
+        raise UserError(f"--devices {wish}: no {missing[0]} here; available: {', '.join(known)}.")
     return [(name, known[name]) for name in names]
 
 

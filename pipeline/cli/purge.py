@@ -17,11 +17,13 @@ from pipeline.jobs.status import find_job_to_change, sum_up
 
 
 def purge(
-    job: Annotated[str | None, typer.Argument(metavar="JOB", help="Its id, the beginning of it, or its name.")] = None,
-    before: Annotated[
-        str | None, typer.Option(metavar="YYYY-MM", help="All jobs of the months before, of every workspace.")
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="Its id, a unique prefix of it, or its name.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
+    before: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM", help="All jobs of earlier months, in every workspace.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     as_json: Json = False,
     workspace: Workspace = DEFAULT_WORKSPACE,
@@ -37,7 +39,7 @@ def purge(
         vectormill purge --before 2026-09 --dry-run
     """
     if (job is None) == (before is None):
-        raise UserError("say what to purge: a job, or --before YYYY-MM.")
+        raise UserError("give what to purge: a job, or --before YYYY-MM.")
     with working(workspace) as place:
         if job is not None:
             gone = _purge_job(place, job, dry_run=dry_run, yes=yes)
@@ -53,11 +55,11 @@ def _purge_job(place: Place, job: str, *, dry_run: bool, yes: bool) -> dict[str,
         check_ended(connection, found)
         now = sum_up(connection, found)
     what = f"job {found} ({now.name}, {now.items.total:,} items)"
-    if not _agreed(f"Forget {what}?", dry_run=dry_run, yes=yes):
-        stderr.print(f"Would go: {what}.", markup=False)
+    if not _agreed(f"Delete {what}?", dry_run=dry_run, yes=yes):
+        stderr.print(f"Would delete: {what}.", markup=False)
         return {"jobs": 1, **_rows_of(now)}
     gone = purge_job(place.engine, found)
-    stderr.print(f"Forgotten: {what}. Its usage rows stay.", markup=False)
+    stderr.print(f"Deleted: {what}. Its usage rows stay.", markup=False)
     return {"jobs": 1, **gone}
 
 
@@ -81,12 +83,12 @@ def _purge_months(engine: Engine, before: str, *, dry_run: bool, yes: bool) -> d
     skipped = {each.name: each.why_it_stays for each in months if each.why_it_stays}
     going = [each for each in months if each.name not in skipped]
     what = f"{sum(each.jobs for each in going):,} jobs of {', '.join(each.name for each in going)}"
-    if going and _agreed(f"Forget {what}?", dry_run=dry_run, yes=yes):
+    if going and _agreed(f"Delete {what}?", dry_run=dry_run, yes=yes):
         skipped |= {each.name: why for each in going if (why := purge_month(engine, each.first))}
         going = [each for each in going if each.name not in skipped]
-        stderr.print(f"Forgotten: {sum(each.jobs for each in going):,} jobs of {len(going)} months; usage rows stay.")
+        stderr.print(f"Deleted: {sum(each.jobs for each in going):,} jobs of {len(going)} months; usage rows stay.")
     else:
-        stderr.print(f"Would go: {what}." if going else "Nothing to purge.")
+        stderr.print(f"Would delete: {what}." if going else "Nothing to purge.")
     for name, why in skipped.items():
         stderr.print(f"{name} stays: {why}.")
     gone = {"jobs": sum(each.jobs for each in going), "months": [each.name for each in going]}
@@ -98,5 +100,5 @@ def _agreed(question: str, *, dry_run: bool, yes: bool) -> bool:
     if dry_run or yes:
         return not dry_run
     if not sys.stdin.isatty():
-        raise UserError(f"{question} Nobody is there to ask; say --yes.")
+        raise UserError(f"{question} There is no terminal to ask; confirm it with --yes.")
     return typer.confirm(question, abort=True, err=True)

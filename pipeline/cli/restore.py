@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def restore_check(
-    mend: Annotated[bool, typer.Option("--mend", help="Do what can be done here, and tell it.")] = False,
+    mend: Annotated[bool, typer.Option("--mend", help="Repair what can be repaired here, and report it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check a database that was restored, or failed over to a standby without its last commits: sequences, stale

@@ -80,7 +80,7 @@ def down(delete: Delete = False, yes: Yes = False) -> None:
     console = _console()
     home = load_settings().home
     if yes and not delete:
-        raise UserError("--yes answers the question of --delete, which isn't given.")
+        raise UserError("--yes has no effect without --delete; leave it out, or give both.")
     if delete and not yes:
         _confirm_deletion(console, home)
     running = find_running(home)
@@ -104,7 +104,7 @@ def _confirm_deletion(console: Console, home: Path) -> None:
     if not folders:
         return
     if not sys.stdin.isatty():
-        raise UserError("nobody can be asked here whether to delete the data; say it with --yes.")
+        raise UserError("there is no terminal to confirm the deletion of the data; confirm it with --yes.")
     runs = " It runs, and is stopped first." if find_running(home) else ""
     console.print(f"All data of {home}, {size(size_bytes(folders))}: databases, files, logs in", markup=False)
     for folder in folders:
@@ -117,7 +117,7 @@ def _delete(console: Console, home: Path) -> None:
 
     folders = data_folders(home)
     if not folders:
-        console.print(f"There are no data of {home}.", markup=False)
+        console.print(f"{home} has no data.", markup=False)
         return
     freed = size(size_bytes(folders))
     _, own = forget_own_servers(load_settings())

@@ -55,11 +55,11 @@ def submit(
     key_column: Annotated[str | None, typer.Option(help="The column that holds your keys.  [default: id]")] = None,
     delimiter: Annotated[
         str | None,
-        typer.Option(metavar="SIGN", help="What divides fields of .csv and .tsv, or tab.  [default: a comma, a tab]"),
+        typer.Option(metavar="SIGN", help="Delimiter of .csv and .tsv fields, or tab.  [default: comma, tab]"),
     ] = None,
     quote: Annotated[
         str | None,
-        typer.Option(metavar="SIGN", help='What quotes fields of .csv and .tsv, or none.  [default: ", none]'),
+        typer.Option(metavar="SIGN", help='Quote character of .csv and .tsv, or none.  [default: ", none]'),
     ] = None,
     carry: Annotated[list[str] | None, typer.Option(help="A column to carry into results; may be repeated.")] = None,
     name: Annotated[str | None, typer.Option(help="The job's name.  [default: the first source's]")] = None,
@@ -71,16 +71,19 @@ def submit(
     dimensions: Annotated[
         int | None, typer.Option(min=1, help="Size of the vectors, if the model has several.")
     ] = None,
-    dtype: Annotated[VectorType, typer.Option(help="How vectors are kept.")] = VectorType.FLOAT32,
+    dtype: Annotated[VectorType, typer.Option(help="Element type of the stored vectors.")] = VectorType.FLOAT32,
     max_item_tokens: Annotated[
-        int | None, typer.Option(min=1, max=1_000_000, help="Read at most so many tokens of a text.")
+        int | None, typer.Option(min=1, max=1_000_000, help="The most tokens of a text to read.")
     ] = None,
-    on_long: Annotated[OnLong, typer.Option(help="What becomes of a longer text.")] = OnLong.TRUNCATE,
+    on_long: Annotated[OnLong, typer.Option(help="Treatment of a longer text: truncate or reject.")] = OnLong.TRUNCATE,
     max_rejects: Annotated[
-        str, typer.Option(metavar="N|P%", help="Fail the job beyond this.  [default: 10% from 100 items on]")
+        str,
+        typer.Option(
+            metavar="N|P%", help="Fail if more items than this are rejected.  [default: 10% from 100 items on]"
+        ),
     ] = "",
     unique_keys: Annotated[
-        bool, typer.Option("--unique-keys", help="Refuse a corpus with a key twice, or none.")
+        bool, typer.Option("--unique-keys", help="Refuse a corpus with a duplicate or missing key.")
     ] = False,
     by_reference: Annotated[
         bool | None,
@@ -99,10 +102,10 @@ def submit(
     hnsw: Annotated[bool, typer.Option("--hnsw", help="Index that table's vectors at the end.")] = False,
     webhook: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Tell this address of the job's end; VECTORMILL_WEBHOOKS says which may be."),
+        typer.Option(metavar="URL", help="URL to notify when the job ends; VECTORMILL_WEBHOOKS must allow it."),
     ] = None,
     allow_empty: Annotated[
-        bool, typer.Option("--allow-empty", help="No rows are no mistake: make no job, and exit with 0.")
+        bool, typer.Option("--allow-empty", help="If there are no rows, make no job and exit with 0.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate tokens, time and size from a sample; submit nothing.")

@@ -16,10 +16,10 @@ from pipeline.core.errors import UnknownModel, UserError
 from pipeline.db import models, workspaces
 from pipeline.webhooks import allowlist
 
-app = App(help="Who shares the workers, and by which weight.", no_args_is_help=True)
+app = App(help="Workspaces sharing the workers, with weights and limits.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="Its name.")]
-Weight = Annotated[float, typer.Option(help="Its share: 2 gets twice the tokens in flight of 1.")]
+Weight = Annotated[float, typer.Option(help="Its share of the workers: weight 2 gets twice the tokens in flight of 1.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help="A model it may use; may be repeated.")]
 RequestsPerMinute = Annotated[int | None, typer.Option(min=0, help="Requests to the api a minute; 0: no limit.")]
 TokensPerMinute = Annotated[int | None, typer.Option(min=0, help="Tokens through the api a minute; 0: no limit.")]
@@ -27,21 +27,21 @@ MonthlyTokens = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Tokens a calendar month, past which the api refuses; those of jobs count, but no job stops. 0: no cap.",
+        help="Monthly cap on tokens. Jobs' tokens count, but only /v1 requests are refused. 0: no cap.",
     ),
 ]
-MonthlyCost = Annotated[float | None, typer.Option(min=0, help="The same of the cost, by models' prices. 0: no cap.")]
+MonthlyCost = Annotated[float | None, typer.Option(min=0, help="Monthly cap on cost, by models' prices. 0: no cap.")]
 Webhook = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="Tell this address how its jobs end; VECTORMILL_WEBHOOKS says which may be."),
+    typer.Option(metavar="URL", help="URL to notify when its jobs end; VECTORMILL_WEBHOOKS must allow it."),
 ]
 SqlRoles = Annotated[
     list[str] | None,
     typer.Option(
         "--sql-role",
         metavar="ROLE",
-        help="A role of Postgres that may ask for its jobs by vectormill.submit; may be repeated. Without any: in the "
-        "workspace default whoever may execute the function, elsewhere nobody.",
+        help="Postgres role that may request its jobs by vectormill.submit; may be repeated. Without any: in the "
+        "workspace default every role that may execute the function, elsewhere none.",
     ),
 ]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -77,7 +77,7 @@ def create(
     with working() as place, place.engine.begin() as connection:
         made = workspaces.create(connection, name, weight)
         if made is None:
-            raise UserError(f'workspace "{name}": there is one of this name.')
+            raise UserError(f'workspace "{name}": this name is taken.')
         _enable(connection, made, model or [])
         if limits:
             workspaces.set_limits(connection, made, limits)
@@ -102,7 +102,7 @@ def change(
     monthly_cost: MonthlyCost = None,
     webhook: Webhook = None,
     sql_role: SqlRoles = None,
-    clear: Annotated[list[Clearable] | None, typer.Option(help="Take it away; may be repeated.")] = None,
+    clear: Annotated[list[Clearable] | None, typer.Option(help="Setting to clear; may be repeated.")] = None,
 ) -> None:
     """Change a workspace's weight, limits, webhook, models or SQL roles.
 

@@ -57,14 +57,14 @@ class JobStatus(BaseModel):
 
     id: UUID
     name: str
-    workspace: str | None = Field(default=None, description="In lists.")
+    workspace: str | None = Field(default=None, description="Workspace of the job; set in lists only.")
     state: JobState
     reason: str | None = Field(description="Why it is paused or has failed.")
     message: str | None
     model: str
     labels: dict[str, str]
-    output: str | None = Field(description="Where its vectors are as Parquet; null: in Postgres.")
-    notices: list[str] = Field(description="What its sender should know of its rows, though nothing was refused.")
+    output: str | None = Field(description="Place of its Parquet files; null: its vectors are in Postgres.")
+    notices: list[str] = Field(description="Notices about the rows, none of which is an error.")
     items: ItemCounts
     tokens: TokenCounts
     rate: Rate
@@ -93,10 +93,14 @@ class AccountedItems(BaseModel):
 class AccountedTokens(BaseModel):
     """Tokens metered, and tokens billed by gateways."""
 
-    prompt: int = Field(description="By those who embedded the items.")
-    billed: int = Field(default=0, description="By gateways' replies, those to lost claims too.")
+    prompt: int = Field(description="Tokens counted by the encoders that embedded the items.")
+    billed: int = Field(
+        default=0,
+        description="Tokens billed according to gateways' replies, including replies to lost claims.",
+    )
     unanswered: int = Field(
-        default=0, description="About, in requests of which no reply tells whether they are billed."
+        default=0,
+        description="Estimated tokens of requests for which no reply reported billed tokens.",
     )
     reused: int
 
@@ -116,7 +120,7 @@ class Receipt(BaseModel):
     state: JobState
     items: AccountedItems
     tokens: AccountedTokens
-    truncated: int = Field(description="Embedded texts of which only the beginning was read.")
+    truncated: int = Field(description="Embedded texts that were truncated.")
     balanced: bool
     verified: bool | None = Field(default=None, description="With verify=true.")
     missing: int | None = None

@@ -113,14 +113,14 @@ class EmbeddingOptions(BaseModel):
         default="float", description="float, or base64 of little-endian float32."
     )
     dimensions: Annotated[int | None, BeforeValidator(_dimensions)] = Field(
-        default=None, ge=1, description="Where the model can be shortened."
+        default=None, ge=1, description="Size of the vectors, if the model supports several."
     )
     user: Annotated[str | None, BeforeValidator(_user)] = Field(
-        default=None, max_length=_MOST_USER, description="Whom you act for; kept with the usage."
+        default=None, max_length=_MOST_USER, description="Your end user; stored with the usage."
     )
     input_type: Annotated[str | None, BeforeValidator(_input_type)] = Field(
         default="document",
-        description="query: the texts go the model's way for queries, with its query_prompt; else that for documents.",
+        description="query: embed with the model's query prompt; otherwise with its document prompt.",
     )
 
     @property
@@ -334,7 +334,7 @@ def parse_reply(body: bytes, inputs: int, dimensions: int | None = None, *, aske
         for one in data:
             index, vector = one["index"], _vector(one["embedding"])
             if type(index) is not int or not 0 <= index < inputs or not missing[index]:
-                raise BadReply("an index is none of the inputs', or comes twice")
+                raise BadReply("an index is out of range or appears twice")
             if len(vector) != vectors.shape[1]:
                 raise BadReply(f"a vector has {len(vector)} elements instead of {vectors.shape[1]}")
             vectors[index], missing[index] = vector, False
@@ -368,7 +368,7 @@ def _vector(given: Any) -> Vectors:
     # No conversion to float32 yet: it would take true for 1 and "2" for 2.
     vector = np.array(given)
     if vector.dtype.kind not in "fi" or vector.ndim != 1:
-        raise BadReply("an embedding holds something else than numbers")
+        raise BadReply("an embedding contains a value that isn't a number")
     with np.errstate(over="ignore"):
         return vector.astype(np.float32)
 

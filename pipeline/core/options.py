@@ -118,31 +118,36 @@ class JobOptions(BaseModel):
     key_column: Word | None = Field(default=None, description="The column that holds your keys. Default: id.")
     carry: list[Word] = Field(default=[], max_length=MOST_COLUMNS, description="Columns to carry into results.")
     quote: str | None = Field(
-        default=None, description='Around fields of .csv and .tsv: a character, or `none`. Default: ", and none.'
+        default=None, description='Quote character of .csv and .tsv, or `none`. Default: ", and none.'
     )
     delimiter: str | None = Field(
-        default=None, description="Between fields of .csv and .tsv: a character, or `tab`. Default: comma, and tab."
+        default=None, description="Delimiter of .csv and .tsv fields, or `tab`. Default: comma, and tab."
     )
     dimensions: int | None = Field(
         default=None, ge=1, le=16_000, title="dimensions", description="Size of the vectors."
     )
-    dtype: VectorType = Field(default=VectorType.FLOAT32, title="kept as", description="How vectors are kept.")
+    dtype: VectorType = Field(
+        default=VectorType.FLOAT32, title="kept as", description="Element type of the stored vectors."
+    )
     max_item_tokens: int | None = Field(
         default=None,
         ge=1,
         le=1_000_000,
         title="longest text, tokens",
-        description="Read at most so many tokens of a text.",
+        description="The most tokens of a text to read.",
     )
-    on_long: OnLong = Field(default=OnLong.TRUNCATE, title="longer texts", description="What becomes of a longer text.")
+    on_long: OnLong = Field(
+        default=OnLong.TRUNCATE, title="longer texts", description="Treatment of a longer text: truncate or reject."
+    )
     max_rejects: str = Field(
         default="",
         max_length=30,
         title="rejects allowed",
-        description="Fail beyond so many rejects, `50` or `2.5%`. Default: 10 % from 100 items on.",
+        description="Fail if more items than this are rejected, such as `50` or `2.5%`. "
+        "Default: 10 % from 100 items on.",
     )
     unique_keys: bool = Field(
-        default=False, title="unique keys", description="Refuse a corpus with a key twice, or an item without."
+        default=False, title="unique keys", description="Refuse a corpus with a duplicate or missing key."
     )
     by_reference: bool = Field(
         default=False, title="read by workers from the source", description="Workers read the sources themselves."
@@ -150,12 +155,14 @@ class JobOptions(BaseModel):
     output: Address | None = Field(
         default=None,
         title="vectors go to",
-        description="An empty folder or URI for Parquet files, which the operator allows.",
+        description="An empty folder or URI for Parquet files; the operator must allow it.",
     )
     webhook: Address | None = Field(
-        default=None, description="Where the job's end is told, an address that the operator allows."
+        default=None, description="URL to notify when the job ends; the operator must allow it."
     )
-    into: str | None = Field(default=None, description="A table of yours that gets each vector too, by key.")
+    into: str | None = Field(
+        default=None, description="Your own table into which each vector is also upserted, by key."
+    )
     hnsw: bool = Field(default=False, title="index on the table", description="Index that table's vectors at the end.")
 
     @field_validator("delimiter", "quote")
@@ -163,17 +170,17 @@ class JobOptions(BaseModel):
     def _read_sign(cls, given: str | None) -> str | None:
         sign = _SIGNS.get(given or "", given)
         if sign and (len(sign) > 1 or not sign.isascii() or sign.isalnum() or sign in "\0\r\n"):
-            raise ValueError("give one sign of ASCII, tab, or, to quote, none")
+            raise ValueError("give one ASCII character, or tab; as quote also none")
         return sign
 
     @field_validator("delimiter")
     @classmethod
     def _check_delimiter(cls, delimiter: str | None, info: ValidationInfo) -> str | None:
         if delimiter == "":
-            raise ValueError("give one sign of ASCII, or tab")
+            raise ValueError("give one ASCII character, or tab")
         quote = info.data.get("quote")  # validated already, since it is declared earlier
         if delimiter is not None and delimiter == ('"' if quote is None else quote):
-            raise ValueError("it can't be the quote too")
+            raise ValueError("it can't be the quote character as well")
         return delimiter
 
     @field_validator("carry")

@@ -147,7 +147,7 @@ def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> 
         text("""
             update vectormill.chunks c
             set state = 'running', lease_until = clock_timestamp() + make_interval(secs => :lease),
-                -- What the sweep took for a crash was none.
+                -- Undo the crash that the sweep counted.
                 crashes = greatest(0, c.crashes - (c.state = 'pending')::int),
                 isolation = greatest(0, c.isolation - (c.state = 'pending')::int),
                 backend_pid = case when :committing then pg_backend_pid() else c.backend_pid end

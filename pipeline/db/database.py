@@ -23,7 +23,7 @@ _CONNECT_ARGS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
 }
-_NO_URL = "the database's URL isn't one; write postgresql://user:password@host/name."
+_NO_URL = "the database URL is invalid; write it as postgresql://user:password@host/name."
 # No transaction here stays open across work: one that idles this long belongs to a frozen process.
 _SESSION = "set idle_in_transaction_session_timeout = '60s'"
 
@@ -165,12 +165,14 @@ def reporting_unreachable(what: str = "the database") -> Iterator[None]:
             raise UserError(f"{what} has no schema for vectormill, or an old one; run: vectormill migrate") from error
         if is_without_room(error):
             cause = type(getattr(error, "orig", error)).__name__
-            raise ServiceUnreachable(f"{what} has no room ({cause}); make some, then do the same again") from error
+            raise ServiceUnreachable(
+                f"{what} is out of disk, memory or connections ({cause}); free some, then retry"
+            ) from error
         if not is_connection_lost(error):
             raise
         if _LOGIN_REFUSED.search(connection_reason(error)):
             raise LoginRefused(
-                f"{what} refuses the login of its URL ({connection_reason(error)}); mend VECTORMILL_DATABASE_URL."
+                f"{what} refuses the login in its URL ({connection_reason(error)}); correct VECTORMILL_DATABASE_URL."
             ) from error
         raise ServiceUnreachable(
             f"can't reach {what}; check VECTORMILL_DATABASE_URL, or unset it and start one with: vectormill up --detach"

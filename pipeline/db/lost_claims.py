@@ -180,7 +180,7 @@ def of_worker(connection: Connection, worker_id: UUID) -> int:
             where lost_at > coalesce(
               (select max(u.created_at) from vectormill.usage u
                join vectormill.chunks c on c.id = u.chunk_id and c.worker_id = :worker
-               -- By model, as the index is.
+               -- Per model, to use the index.
                where u.model in (select model from lost) and u.created_at > now() - interval '1 hour'), '-infinity')
         """),
         {"worker": worker_id},

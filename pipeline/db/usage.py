@@ -84,12 +84,12 @@ def measured_rates(connection: Connection, window_seconds: float, least_device_s
     Recent work weighs most."""
     rows = connection.execute(
         text("""
-            -- Model by model, as the index is.
+            -- Per model, to use the index.
             select m.name, of.tokens / of.weighted_seconds from vectormill.models m cross join lateral (
               select sum(prompt_tokens * weight) as tokens, sum(device_seconds * weight) as weighted_seconds,
                      sum(device_seconds) as seconds
               from vectormill.usage
-              -- What is five minutes old counts about a third of what is new.
+              -- Weight falls to about a third after five minutes.
               cross join lateral (
                 select exp(-cast(extract(epoch from now() - created_at) as double precision) / 300) as weight
               ) age

@@ -45,7 +45,7 @@ def check(connection: Connection, name: str, *, key_column: str, dimensions: int
         raise _refused(name, f'"{key_column}" isn\'t unique; make it the primary key, or give it a unique index.')
     vectors = [column for column in columns.values() if column["type"] in _VECTORS]
     if len(vectors) != 1:
-        raise _refused(name, f"{len(vectors)} columns of type vector or halfvec; it must have one.")
+        raise _refused(name, f"it has {len(vectors)} columns of type vector or halfvec; it must have exactly one.")
     (vector,) = vectors
     _check_dimensions(name, vector, dimensions, hnsw)
     for column in columns.values():
@@ -81,9 +81,9 @@ def _table(connection: Connection, name: str) -> RowMapping:
     if row is None:
         raise _refused(name, "no such table in vectormill's database; write it as schema.table.")
     if not row["is_table"]:
-        raise _refused(name, "it is no table; vectors can't be inserted there.")
+        raise _refused(name, "it isn't a table, so vectors can't be inserted into it.")
     if not row["may_write"]:
-        raise _refused(name, "vectormill's role may not select, insert and update there; grant it that.")
+        raise _refused(name, "vectormill's role lacks select, insert or update on it; grant all three.")
     return row
 
 
@@ -112,7 +112,7 @@ def _check_dimensions(name: str, vector: RowMapping, dimensions: int, hnsw: bool
         raise _refused(
             name,
             f'"{vector["name"]}" has {declared:,} dimensions, the job\'s vectors {dimensions:,}; '
-            "change the column, or ask for as many dimensions.",
+            "change the column, or submit with that many dimensions.",
         )
     if hnsw and declared <= 0:
         raise _refused(name, f'for an index, declare "{vector["name"]}" as {vector["type"]}({dimensions}).')

@@ -17,7 +17,7 @@ _LATELY_SECONDS = 86_400.0
 def queries(context: Context) -> Iterator[Finding]:
     """Check that the login for requests in SQL works, and has no more rights than it should."""
     if context.settings.sql_url is None:
-        yield skipped("VECTORMILL_SQL_URL isn't set; requests in SQL are refused, but by what up runs")
+        yield skipped("VECTORMILL_SQL_URL isn't set; requests in SQL are refused, except by vectormill up's dispatcher")
         return
     engine = make_engine(context.settings.sql_url.get_secret_value(), application="vectormill-doctor", pool_size=1)
     try:
@@ -25,7 +25,7 @@ def queries(context: Context) -> Iterator[Finding]:
             found = health.query_login(connection)
     except DBAPIError as error:
         yield fail(
-            f"the login of VECTORMILL_SQL_URL doesn't get in ({plain_reason(error)})",
+            f"the login of VECTORMILL_SQL_URL can't connect ({plain_reason(error)})",
             "make the role, and let it connect: ops/docker/postgres-init.sh.",
         )
         return
@@ -43,8 +43,8 @@ def _judge(found: sqlalchemy.RowMapping) -> Iterator[Finding]:
     too_much = [told for name, told in much.items() if found[name]]
     if too_much:
         yield fail(
-            f"{found['name']} {too_much[0]}, and so may everybody's query",
-            "let VECTORMILL_SQL_URL name a role that may read what requests select from, and nothing else.",
+            f"{found['name']} {too_much[0]}, and every query of a request runs with its rights",
+            "set VECTORMILL_SQL_URL to a role that may read what requests select from, and nothing else.",
         )
     else:
         yield ok(f"{found['name']} runs the queries of requests in SQL")
@@ -54,16 +54,20 @@ def webhooks(context: Context) -> Iterator[Finding]:
     """Check that webhooks can be signed, and that recent events were delivered."""
     settings = context.settings
     if not settings.webhooks:
-        yield skipped("VECTORMILL_WEBHOOKS is empty; none is allowed")
+        yield skipped("VECTORMILL_WEBHOOKS is empty; no webhook is allowed")
         return
     wrong = [url for url in settings.webhooks if not is_allowed(url, [url])]
     if wrong:
-        yield fail(f"VECTORMILL_WEBHOOKS: {wrong[0]} is no address", "write https://host/path, without a password.")
+        yield fail(
+            f"VECTORMILL_WEBHOOKS: {wrong[0]} isn't a valid address", "write https://host/path, without a password."
+        )
     if settings.webhook_secret is None:
         yield fail("VECTORMILL_WEBHOOK_SECRET isn't set, and nothing is sent unsigned", "set it, also for dispatchers.")
     found = context.ask(events.backlog, _LATELY_SECONDS)
     for name, told in (("given_up", "given up since yesterday"), ("late", "waiting, after tries that failed")):
         if found[name]:
-            yield warn(f"{found[name]:,} events {told}", "vectormill.events says in answer what came of the last try.")
+            yield warn(
+                f"{found[name]:,} events {told}", "see the last try's outcome: column answer of vectormill.events."
+            )
     if not wrong and settings.webhook_secret and not found["given_up"] and not found["late"]:
-        yield ok(f"{len(settings.webhooks)} addresses allowed, none behind")
+        yield ok(f"{len(settings.webhooks)} addresses allowed, no event is late")

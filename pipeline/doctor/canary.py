@@ -31,7 +31,7 @@ _PRIORITY = 100
 def canary(context: Context) -> Iterator[Finding]:
     """Check that each model still gives the canary text the vector that it gave when it was added."""
     if context.ask(health.missing_rights):
-        yield skipped("only the schema's owner may send one, and purge it after")
+        yield skipped("only the schema's owner may send a canary, and purge its job")
         return
     chosen = _chosen(context)
     for model in chosen:
@@ -89,7 +89,7 @@ def _judge(context: Context, row: RowMapping, job_id: UUID, seconds: float) -> F
     if job.state is not JobState.COMPLETED:
         return fail(
             f"{row['name']}: its job {job.state}, {job.reason}: {job.message}",
-            "mend that, then start the worker again.",
+            "fix that, then start the worker again.",
         )
     with context.engine.begin() as connection:
         rows = [row for block in embeddings.stream(connection, job_id) for row in block]

@@ -62,7 +62,7 @@ def examine(context: Context, checks: Sequence[Check] = CHECKS) -> Iterator[tupl
     failed: set[str] = set()
     for check in checks:
         before = [name for name in check.after if name in failed]
-        findings = iter([skipped(f"not looked at, for {before[0]} failed")]) if before else _look(check, context)
+        findings = iter([skipped(f"not checked, because {before[0]} failed")]) if before else _look(check, context)
         for finding in findings:
             if finding.state is State.FAIL:
                 failed.add(check.name)
@@ -77,10 +77,10 @@ def _look(check: Check, context: Context) -> Iterator[Finding]:
         yield from check.look(context)
     except DBAPIError as error:
         if isinstance(error.orig, InsufficientPrivilege):
-            yield skipped(f"this login may not look ({plain_reason(error)})")
+            yield skipped(f"this login lacks the rights for it ({plain_reason(error)})")
             return
-        yield fail(f"can't be looked at: {plain_reason(error)}", "see Postgres' log.")
+        yield fail(f"can't be checked: {plain_reason(error)}", "see Postgres' log.")
     except redis.RedisError as error:
-        yield fail(f"can't be looked at: {type(error).__name__}", "see Redis' log.")
+        yield fail(f"can't be checked: {type(error).__name__}", "see Redis' log.")
     except VectormillError as error:
         yield fail(str(error), "")

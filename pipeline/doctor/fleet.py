@@ -18,9 +18,12 @@ def dispatcher(context: Context) -> Iterator[Finding]:
     """Check that a dispatcher is the leader."""
     left = context.ask(health.lease_seconds_left, ROLE)
     if left is None:
-        yield fail("none leads: nothing is rung for, swept or ended", "start one, better two: vectormill dispatcher")
+        yield fail(
+            "no leader: no chunk is queued, no lease swept, no job finished",
+            "start one, better two: vectormill dispatcher",
+        )
     elif left < 0:
-        yield fail(f"none leads since {-left:.0f} s", "see its log, and start one: vectormill dispatcher")
+        yield fail(f"no leader since {-left:.0f} s", "see its log, and start one: vectormill dispatcher")
     else:
         yield ok("one leads")
 
@@ -51,7 +54,7 @@ def dropped_models(context: Context) -> Iterator[Finding]:
     dropped = [(worker["host"], *each) for worker in live for each in worker["dropped"].items()]
     for host, name, reason in dropped:
         found = f"{name} was given up at {host}: {reason}"
-        mend = f"mend that, then start the worker at {host} again."
+        mend = f"fix that, then start the worker at {host} again."
         yield warn(found, mend) if name in served else fail(found, mend)
     if not dropped:
         yield ok("none was given up")
@@ -73,7 +76,7 @@ def api(context: Context) -> Iterator[Finding]:
     """Check that the api answers, and reaches its database."""
     url = context.api_url
     if url is None:
-        yield skipped("not known where it is; VECTORMILL_API_URL says")
+        yield skipped("its address isn't known; set VECTORMILL_API_URL")
         return
     status = answer(url, "/readyz")
     if status is None:
@@ -108,14 +111,14 @@ def flower(context: Context) -> Iterator[Finding]:
     """Check that Flower answers, and refuses requests without its password."""
     url = context.flower_url
     if url is None:
-        yield skipped("not known where it is; VECTORMILL_FLOWER_URL says")
+        yield skipped("its address isn't known; set VECTORMILL_FLOWER_URL")
         return
     status = answer(url, "/api/workers")
     if status is None:
         yield fail(f"no answer from {url}", "start it: vectormill flower")
     elif status != HTTPStatus.UNAUTHORIZED:
         yield fail(
-            f"{url} answers {status} to who has no password", "start it by vectormill flower, which sets a password."
+            f"{url} answers {status} without a password", "start it with vectormill flower, which sets a password."
         )
     else:
         yield ok(f"at {url}, behind its password")

@@ -87,12 +87,14 @@ def addresses(context: Context) -> Iterator[Finding]:
         "flower": (settings.flower_host, "its password would cross it unencrypted: put a proxy with TLS before it"),
     }
     findings = [
-        warn(f"{name} listens at {host}, on a network", f"{reason}, or leave VECTORMILL_{name.upper()}_HOST away.")
+        warn(f"{name} listens at {host}, on a network", f"{reason}, or unset VECTORMILL_{name.upper()}_HOST.")
         for name, (host, reason) in why.items()
         if not is_loopback(host)
     ]
     if _redis_is_open(context.redis_url):
-        findings.append(fail("Redis lets in who has no password", "give it one: requirepass, or an ACL file."))
+        findings.append(
+            fail("Redis accepts connections without a password", "give it one: requirepass, or an ACL file.")
+        )
     yield from findings or [ok("nothing here listens beyond this machine; Redis asks for a password")]
 
 
@@ -117,7 +119,7 @@ def flower_password(context: Context) -> Iterator[Finding]:
         )
     elif len(password) < _PASSWORD_CHARACTERS:
         yield warn(
-            f"Flower's password has {len(password)} characters", f"take {_PASSWORD_CHARACTERS} or more, by chance."
+            f"Flower's password has {len(password)} characters", f"use {_PASSWORD_CHARACTERS} or more random ones."
         )
     else:
         yield ok("set")

@@ -27,12 +27,15 @@ _SKEW_SECONDS = 2.0
 _GREAT_SKEW_SECONDS = 60.0
 #: Messages of a server that refuses the connection, and the advice for each.
 _REFUSALS = (
-    ('database ".*" does not exist', "create it, or let VECTORMILL_DATABASE_URL name another."),
+    ('database ".*" does not exist', "create it, or set VECTORMILL_DATABASE_URL to another."),
     (
         "authentication failed|no password supplied|role .* does not exist|not permitted to log in",
-        "set the user and password in VECTORMILL_DATABASE_URL right, here and for all processes.",
+        "correct the user and password in VECTORMILL_DATABASE_URL, here and for all processes.",
     ),
-    ("no pg_hba.conf entry|SSL", "let its pg_hba.conf let this machine in, or give the URL the sslmode that it wants."),
+    (
+        "no pg_hba.conf entry|SSL",
+        "allow this machine in its pg_hba.conf, or give the URL the sslmode that it requires.",
+    ),
     ("permission denied for database", "grant connect on it to the role."),
 )
 #: Connections of a worker's child, of its parent, and of two dispatchers, two apis, an engine and background tasks.
@@ -51,7 +54,7 @@ def postgres(context: Context) -> Iterator[Finding]:
         yield fail(f"{server['version']} at {where}", f"use PostgreSQL {_LEAST_POSTGRES} or newer.")
     elif server["in_recovery"] or server["read_only"]:
         what = "a standby" if server["in_recovery"] else "set to default_transaction_read_only"
-        yield fail(f"{where} is {what}: it takes no writes", "let VECTORMILL_DATABASE_URL name one that does.")
+        yield fail(f"{where} is {what}: it takes no writes", "set VECTORMILL_DATABASE_URL to one that does.")
     else:
         yield ok(f"{server['version']} at {where}")
 
@@ -105,12 +108,12 @@ def role(context: Context) -> Iterator[Finding]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         yield fail(
             f"it may not {', '.join(missing[:3])}{more}",
-            "let it be the role that made the schema, or a process's login: ops/postgres/roles.sql.",
+            "use the role that made the schema, or a process's login: ops/postgres/roles.sql.",
         )
     elif server["superuser"] and not _is_here(context.database_url):
         yield warn(
             "it is a superuser",
-            "a plain one that owns the database is enough, or one a process: ops/postgres/roles.sql.",
+            "a plain role that owns the database is enough, or one for each process: ops/postgres/roles.sql.",
         )
     else:
         yield ok("may read, write and make partitions")
@@ -166,7 +169,7 @@ def _replication(context: Context) -> list[Finding]:
     if found["standbys"] and not found["synchronous_standby_names"]:
         findings.append(
             warn(
-                f"{found['standbys']} standbys, and no commit waits for one: a failover loses the last of them",
+                f"{found['standbys']} standbys, and no commit waits for one: a failover loses the last commits",
                 "set synchronous_standby_names; see ops/runbooks/Failover.md.",
             )
         )
@@ -198,7 +201,7 @@ def redis_server(context: Context) -> Iterator[Finding]:
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
         yield fail(
             f"{where} refuses us: {str(error).rstrip('.')}",
-            "set the user and password in VECTORMILL_REDIS_URL right, and let its ACL allow info.",
+            "correct the user and password in VECTORMILL_REDIS_URL, and allow info in its ACL.",
         )
         return
     except redis.RedisError as error:
@@ -231,7 +234,7 @@ def _mend_of_write(problem: str) -> str:
     if "MISCONF" in problem:
         return "its disk is full or not writable: make room, or switch its snapshots off."
     if "READONLY" in problem or "read only" in problem:
-        return "let VECTORMILL_REDIS_URL name the primary."
+        return "set VECTORMILL_REDIS_URL to the primary."
     return "see its log and its ACL; vectormill needs keys, channels and scripts."
 
 
@@ -307,9 +310,10 @@ def encryption(database_url: str, redis_url: str) -> Iterator[Finding]:
                 warn(f"Redis at {redis_.hostname} isn't encrypted", "write rediss:// in VECTORMILL_REDIS_URL.")
             )
         elif not _verifies(said):
-            found = f"Redis at {redis_.hostname} isn't verified, by the ssl_… in its URL"
-            findings.append(warn(found, "leave them away; VECTORMILL_REDIS_CA names the file of a private authority."))
-    yield from findings or [ok("what is beyond this machine proves who it is")]
+            found = f"Redis at {redis_.hostname} isn't verified, because of the ssl_… in its URL"
+            mend = "remove those parameters; set VECTORMILL_REDIS_CA to the file of a private certificate authority."
+            findings.append(warn(found, mend))
+    yield from findings or [ok("servers beyond this machine prove their identity")]
 
 
 def _verifies(said: dict[str, str]) -> bool:

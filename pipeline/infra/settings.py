@@ -141,11 +141,11 @@ class Settings(BaseSettings):
         if value is None:
             return None
         if not value.is_absolute():  # some processes change their working folder
-            raise ValueError("name a file by its whole path")
+            raise ValueError("give an absolute path")
         try:
             ssl.create_default_context(cafile=value)
         except OSError as error:  # also raised for a file that isn't a certificate
-            raise ValueError("name a file of certificates in PEM that can be read") from error
+            raise ValueError("give a readable file of PEM certificates") from error
         return value
 
     @field_validator("sql_url", mode="after")
@@ -249,5 +249,5 @@ def _secrets_in_files() -> dict[str, Any]:
             # Some processes change their working folder.
             found[name] = read_secret(variable) if Path(path).is_absolute() else None
             if found[name] is None:
-                raise UserError(f"{variable}_FILE: name a file by its whole path; it must be readable and not empty.")
+                raise UserError(f"{variable}_FILE: give an absolute path; the file must be readable and not empty.")
     return found

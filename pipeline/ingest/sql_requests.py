@@ -149,7 +149,7 @@ def _wish(row: RowMapping) -> JobRequest:
         raise UserError("they hold a number that is too large, or too many brackets.", field="options") from None
     if unknown := sorted(options.keys() - set(_OPTIONS)):
         raise UserError(
-            f"there is none of this name; there are {', '.join(_OPTIONS)}.",
+            f"no such option; the options are {', '.join(_OPTIONS)}.",
             field="options",
             given=f'"{unknown[0][:100]}"',
         )

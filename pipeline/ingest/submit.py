@@ -100,7 +100,7 @@ def _check_ways(options: JobOptions, corpus: Source) -> None:
     control.reject_limit(options.max_rejects, 0)
     if options.by_reference:
         if not isinstance(corpus, Corpus):
-            raise UserError("a query can't be read so; leave it out.", field="by_reference")
+            raise UserError("a query can't be read by reference; leave the option out.", field="by_reference")
         if options.unique_keys:
             raise UserError(
                 "it needs all keys in Postgres, so this job can't be read by reference; leave one of the two out.",
@@ -133,13 +133,13 @@ def _check_lengths(options: JobOptions, model: Model) -> None:
         return
     if options.max_item_tokens not in (None, model.max_item_tokens):
         raise UserError(
-            f"{model.name} is read by its gateway, which isn't told; leave it out.",
+            f"{model.name} runs behind a gateway, which takes no token limit; leave it out.",
             field="max_item_tokens",
             given=f"{options.max_item_tokens:,}",
         )
     if options.on_long is OnLong.REJECT:
         raise UserError(
-            f"{model.name} is read by its gateway, which alone knows what is long; leave it out.",
+            f"{model.name} runs behind a gateway, and only the gateway knows which texts are too long; leave it out.",
             field="on_long",
             given="reject",
         )
@@ -189,7 +189,7 @@ def _resume(engine: Engine, submission: Submission, job_id: UUID) -> Submitted:
             submission.on_queue(connection, job_id)
     if reopened is None:  # another submission was faster
         return _attach(engine, submission)
-    how = f"resumed with {reopened:,} chunks" if reopened else "and nothing in it can be tried again; use another key"
+    how = f"resumed with {reopened:,} chunks" if reopened else "and nothing in it can be retried; use another key"
     return Submitted(job_id, f"{made}; it had failed, {how}")
 
 

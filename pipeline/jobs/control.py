@@ -167,7 +167,7 @@ def outcome(job: Job, account: Account) -> tuple[JobState, str | None, str | Non
         how = "missing" if lost > 0 else "too many"
         return JobState.FAILED, Reason.ITEMS_UNACCOUNTED, _UNACCOUNTED.format(abs(lost), how)
     if counts.submitted and counts.rejected == counts.submitted:
-        return JobState.FAILED, Reason.ALL_REJECTED, "every item was rejected; vectormill rejects says why"
+        return JobState.FAILED, Reason.ALL_REJECTED, "every item was rejected; see: vectormill rejects JOB"
     if job.max_rejects is not None and counts.rejected > job.max_rejects:
         return JobState.FAILED, Reason.TOO_MANY_REJECTS, too_many(counts.rejected, job.max_rejects)
     return JobState.COMPLETED, None, None
@@ -175,4 +175,4 @@ def outcome(job: Job, account: Account) -> tuple[JobState, str | None, str | Non
 
 def too_many(rejected: int, limit: int) -> str:
     """Return the message of a job that has too many rejects."""
-    return f"{rejected:,} items rejected, {limit:,} allowed by max_rejects; vectormill rejects says why"
+    return f"{rejected:,} items rejected, {limit:,} allowed by max_rejects; see: vectormill rejects JOB"

@@ -122,7 +122,7 @@ def purge_month(engine: Engine, first: datetime) -> str | None:
     for table in reversed(PARTITIONED):
         with engine.begin() as connection:
             if not partitions.drop(connection, table, first, _LOCK_SECONDS):
-                return f"others use {table} now; purge it again"
+                return f"{table} is in use by other sessions; purge the month again later"
     return None
 
 

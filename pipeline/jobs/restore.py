@@ -47,7 +47,7 @@ def _sequences(engine: Engine) -> Iterator[Matter]:
     with engine.begin() as connection:
         behind = restored.sequences_behind(connection)
     if not behind:
-        yield Matter("sequences", "none would give an id twice")
+        yield Matter("sequences", "no sequence is behind the ids in use")
         return
 
     def mend() -> str:
@@ -64,7 +64,7 @@ def _claims(engine: Engine) -> Iterator[Matter]:
     with engine.begin() as connection:
         stale = restored.stale_claims(connection)
     if not stale:
-        yield Matter("claims", "no chunk is held by a claim of before")
+        yield Matter("claims", "no chunk is held by a stale claim")
         return
 
     def mend() -> str:
@@ -86,7 +86,7 @@ def _parts(engine: Engine) -> Iterator[Matter]:
         except (StorageRefused, StorageUnreachable) as error:
             whole = False
             yield Matter(
-                "parts", f"{job['folder']} can't be looked at: {error}", "look at it from where it can be read."
+                "parts", f"{job['folder']} can't be read: {error}", "run this check on a machine that can read it."
             )
             continue
         if missing := sorted(recorded - seen):
@@ -121,7 +121,9 @@ def _files(engine: Engine) -> Iterator[Matter]:
     try:
         missing = [file_id for file_id, uri in kept if storage.stat(uri) is None]
     except (StorageRefused, StorageUnreachable) as error:
-        yield Matter("files", f"the uploaded files can't be looked at: {error}", "look from where they can be read.")
+        yield Matter(
+            "files", f"the uploaded files can't be read: {error}", "run this check on a machine that can read them."
+        )
         return
     if missing:
         shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
@@ -135,7 +137,7 @@ def _jobs(engine: Engine) -> Iterator[Matter]:
     with engine.begin() as connection:
         found = restored.open_jobs(connection)
     if not found:
-        yield Matter("jobs", "none goes on")
+        yield Matter("jobs", "no job is open")
     for job in found:
         advice = "cancel it if it had ended since the backup: vectormill cancel " + str(job["id"])
         yield Matter("jobs", f'{job["id"]} ("{job["name"]}") is {job["state"]} and goes on', advice)

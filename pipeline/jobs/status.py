@@ -29,7 +29,7 @@ RATE_WINDOW_SECONDS = 60.0
 #: Maximum age of stored progress; if it is older, its dispatcher may be gone.
 FRESH_SECONDS = 5.0
 _MOST_NAMESAKES, _SHOWN_NAMESAKES = 1_000, 5
-_WAITS = "asked for in SQL; the dispatcher makes a job of it"
+_WAITS = "requested in SQL; the dispatcher will turn it into a job"
 
 
 def find_job(connection: Connection, workspace_id: int | None, name_or_id: str) -> UUID:
@@ -55,7 +55,7 @@ def find_job(connection: Connection, workspace_id: int | None, name_or_id: str) 
         raise UnknownJob(f'no job "{name_or_id}"; vectormill jobs lists them.')
     if len(found) > 1:
         shown = ", ".join(map(str, found[:_SHOWN_NAMESAKES])) + (" …" if len(found) > _SHOWN_NAMESAKES else "")
-        raise UserError(f'"{name_or_id}" is the beginning of several jobs\' ids: {shown}; give more of it.')
+        raise UserError(f'"{name_or_id}" is a prefix of several job ids: {shown}; give a longer one.')
     return found[0]
 
 
@@ -117,7 +117,7 @@ def known_job(connection: Connection, job_id: UUID) -> Job:
     job = jobs.by_id(connection, job_id)
     if job is None:
         if asked := sql_requests.status(connection, job_id):
-            raise UnknownJob(f"{job_id} is no job: it was asked for in SQL, and is {asked['state']}.")
+            raise UnknownJob(f"{job_id} isn't a job: it is a request made in SQL, and its state is {asked['state']}.")
         raise UnknownJob(f"no job {job_id}; vectormill jobs lists them.")
     return job
 

@@ -13,7 +13,9 @@ from pipeline.sources.validation import Rows, judge
 def check_referable(file: SourceFile) -> None:
     """Raise `SourceError` if workers can't read this source themselves."""
     if file.uri is None:
-        raise SourceError("the standard input can't be read so; leave it out, or give files.", field="by_reference")
+        raise SourceError(
+            "the standard input can't be read by reference; leave the option out, or give files.", field="by_reference"
+        )
 
 
 def read_extent(extent: Extent, rows: int, columns: Columns, item_bytes: int) -> Iterator[Rows]:

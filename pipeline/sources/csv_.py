@@ -389,7 +389,10 @@ def _check_kind(header: list[str], place: str, dialect: Dialect) -> None:
     if header[0].lstrip().startswith("{"):
         raise SourceError(f"{place}: a JSON object, not a header; name JSON lines with .jsonl at the end.")
     if not dialect.quote and any(map(_is_quoted, header)):
-        raise SourceError(f"{place}: the names stand in quotes, which aren't read; set it to '\"'.", field="quote")
+        raise SourceError(
+            f"{place}: the column names are quoted, but quoting is off for this file; set the option to '\"'.",
+            field="quote",
+        )
     divider = next((called for sign, called in _DIVIDERS.items() if sign in header[0]), None)
     if len(header) == 1 and divider:
         habit = ".csv is read with commas, and .tsv with tabs"

@@ -72,7 +72,7 @@ def deliver(engine: Engine, settings: Settings, host: str) -> None:
         if event is None:
             return
         if not _try(engine, settings, event):
-            raise Waiting(f"{host} gave no answer; its other events wait.")
+            raise Waiting(f"{host} did not respond; its other events stay queued.")
 
 
 def _try(engine: Engine, settings: Settings, event: RowMapping) -> bool:
@@ -95,7 +95,7 @@ def _send(event: RowMapping, settings: Settings) -> tuple[int | None, str]:
     """Send an event. Return the response's status, if one came, and the outcome in words, for a person."""
     # Checked again, since the allowlist may have changed after the job was made.
     if not is_allowed(event["url"], settings.webhooks):
-        return None, "not below an address in VECTORMILL_WEBHOOKS of the dispatcher"
+        return None, "not allowed by the dispatcher's VECTORMILL_WEBHOOKS"
     if settings.webhook_secret is None:
         return None, "no VECTORMILL_WEBHOOK_SECRET to sign with"
     now, body = int(time.time()), event["body"]

@@ -1,4 +1,4 @@
-"""A fleet of real processes on a database of its own, with both models in its catalogue."""
+"""Fixtures of the acceptance tests: a fleet of real processes on a database of its own, with both models."""
 
 import json
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def fleet(
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """5,200 short texts, beginnings of docstrings, each different."""
+    """Return 5,200 short, distinct texts: the beginnings of docstrings."""
     found: dict[str, None] = {}
     for _, text in docstrings():
         sentence = " ".join(text.split())[:40]
@@ -59,7 +59,7 @@ def texts() -> list[str]:
 
 
 def write_corpus(path: Path, texts: list[str]) -> Path:
-    """JSON lines with ids."""
+    """Write texts as JSON lines with ids; return the path."""
     lines = (json.dumps({"id": f"doc-{n}", "text": text}) for n, text in enumerate(texts))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

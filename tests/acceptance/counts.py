@@ -1,25 +1,25 @@
-"""What workers counted, read from their files, dead children's too."""
+"""Counters of workers, read from their metrics files, those of dead children included."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict
 
-#: Where a worker's children write their counts, below its TMPDIR.
+#: Counter files of a worker's children, below the worker's TMPDIR.
 COUNTERS = "vectormill-metrics-*/counter_*.db"
-#: And all else that they measure.
+#: All metrics files of the children, counters included.
 METRICS = "vectormill-metrics-*/*.db"
 
 
 def counts_below(folder: Path) -> str:
-    """A folder for `PROMETHEUS_MULTIPROC_DIR` of a worker that isn't started by `vectormill worker`."""
+    """Make a `PROMETHEUS_MULTIPROC_DIR` for a worker that `vectormill worker` doesn't start; return its path."""
     made = folder / "vectormill-metrics-made"
     made.mkdir(parents=True)
     return str(made)
 
 
 def tokens_embedded(files: Iterable[Path]) -> float:
-    """Tokens of all batches that came back from a model, whatever became of them."""
+    """Return the tokens of all batches that a model has embedded, committed or not."""
     return sum(
         value
         for file in files

@@ -25,7 +25,7 @@ _PATIENCE_SECONDS = 600.0
 
 
 def eventually(look: Callable[[], T | None], what: str, seconds: float = _PATIENCE_SECONDS) -> T:
-    """Look until there is something to see; the test's only clock is this bound."""
+    """Poll `look` until it returns something truthy, and return that. Fail after `seconds`, a test's only clock."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if seen := look():
@@ -36,7 +36,7 @@ def eventually(look: Callable[[], T | None], what: str, seconds: float = _PATIEN
 
 @dataclass
 class Fleet:
-    """Processes that work on one database. All are ended with the test."""
+    """Processes that work on one database. All end with the test."""
 
     engine: Engine
     environment: dict[str, str]
@@ -57,7 +57,7 @@ class Fleet:
         return process
 
     def start_dispatcher(self, module: str = "pipeline.cli") -> None:
-        """Start a dispatcher, from another `module` for a mutant, and wait until it leads."""
+        """Start a dispatcher, from another `module` for a mutant, and wait until it is the leader."""
         self.start("dispatcher", module, "dispatcher")
         query = "select exists (select from vectormill.leases where lease_until > now())"
         eventually(lambda: self.scalar(query), "a dispatcher that leads")
@@ -65,7 +65,7 @@ class Fleet:
     def start_worker(
         self, replicas: int = 2, app: str = "workers.runner.app", name: str = "worker", **environment: str
     ) -> None:
-        """Start a worker, with `app` in place of the usual one for a mutant, and wait until it serves."""
+        """Start a worker, with another `app` for a mutant, and wait until it has registered in the database."""
         before = self.scalar("select count(*) from vectormill.workers")
         self.start(
             name,
@@ -79,30 +79,30 @@ class Fleet:
         eventually(lambda: self.scalar(count) > before, "a worker that shows itself")
 
     def kill(self, name: str) -> None:
-        """SIGKILL a process that `start` started."""
+        """Kill a process that `start` started, by SIGKILL."""
         process = self.processes.pop(name)
         process.kill()
         process.wait()
 
     def kill_tree(self, name: str) -> None:
-        """SIGKILL a process that `start` started and all below it, as when a machine dies."""
+        """Kill a process that `start` started and all its descendants, by SIGKILL, as when a machine dies."""
         children = psutil.Process(self.processes[name].pid).children(recursive=True)
         for child in children:
-            child.suspend()  # or a parent would tell of its child's death
+            child.suspend()  # otherwise a parent could report its child's death
         self.kill(name)
         for child in children:
             with _gone_already():
                 child.kill()
 
     def ended_alone(self) -> list[str]:
-        """Tell what has ended though nobody asked it to, and forget it."""
+        """Return a line for each process that has ended unasked, and forget those processes."""
         ended = {name: code for name, process in self.processes.items() if (code := process.poll()) is not None}
         for name in ended:
             del self.processes[name]
         return [f"{name} has ended by itself, with {code}" for name, code in ended.items()]
 
     def close(self) -> None:
-        """End everything, workers' children too."""
+        """Kill all processes, workers' children included."""
         trees = [psutil.Process(p.pid) for p in self.processes.values() if p.poll() is None]
         everyone = [child for tree in trees for child in tree.children(recursive=True)] + trees
         for process in everyone:
@@ -114,12 +114,12 @@ class Fleet:
             popen.wait()
 
     def scalar(self, query: str, **values: Any) -> Any:
-        """One value from the database."""
+        """Return the first value of the query's first row."""
         with self.engine.begin() as connection:
             return connection.execute(text(query), values).scalar()
 
     def submit(self, *arguments: str) -> UUID:
-        """`vectormill submit`, to its end. Returns the job's id."""
+        """Run `vectormill submit` to its end; return the job's id."""
         return UUID(self.cli("submit", *arguments).stdout.strip())
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -130,7 +130,7 @@ class Fleet:
         return done
 
     def cli_process(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of vectormill in a process of its own, beside others."""
+        """Run a command of vectormill in a process of its own, which several threads can do at once."""
         return subprocess.run(
             [sys.executable, "-m", "pipeline.cli", *arguments],
             env={**os.environ, **self.environment},
@@ -141,24 +141,24 @@ class Fleet:
         )
 
     def status(self, job: UUID) -> dict[str, Any]:
-        """Where a job stands."""
+        """Return a job's status."""
         with self.engine.begin() as connection:
             return status.job_status(connection, job).model_dump(mode="json")
 
     def await_end(self, job: UUID, seconds: float = _PATIENCE_SECONDS) -> dict[str, Any]:
-        """Wait for a job's end. Returns its status."""
+        """Wait for a job's end; return its status."""
         ended = ("completed", "failed", "cancelled")
         eventually(lambda: self.status(job)["state"] in ended, f"the end of job {job}", seconds)
         return self.status(job)
 
     def objections(self, job: UUID, corpus: Path, losses: int | None = None) -> list[str]:
-        """What the oracle says of a job that has ended."""
+        """Return the oracle's objections to a job that has ended."""
         with self.engine.begin() as connection:
             return objections(connection, job, corpus, losses=losses)
 
     def child_at_work(self, job: UUID, chunk: int | None = None, after: int = 0) -> tuple[psutil.Process, int, int]:
-        """Wait for a chunk of `job` that is being run, or for this chunk under a later fence than `after`, and find
-        the child that runs it: (process, chunk, fence)."""
+        """Wait until a chunk of `job` runs, or this `chunk` under a later fence than `after`, and return the child that
+        runs it: (process, chunk, fence)."""
         query = text("""
             select c.id, c.fence, a.client_port from vectormill.chunks c
             join pg_stat_activity a on a.pid = c.backend_pid
@@ -175,7 +175,7 @@ class Fleet:
         return eventually(look, "a child at work")
 
     def child_on_port(self, port: int) -> psutil.Process | None:
-        """The child of one of our processes that speaks from a port of loopback."""
+        """Return the child of one of our processes that has a connection from this loopback port."""
         for process in self.processes.values():
             with _gone_already():
                 for child in psutil.Process(process.pid).children(recursive=True):

@@ -1,8 +1,8 @@
-"""Processes with one thing changed: workers by `celery -A tests.acceptance.mutants`, dispatchers by
+"""Mutants: processes with one behaviour changed. Workers start by `celery -A tests.acceptance.mutants`, dispatchers by
 `python -m tests.acceptance.mutants dispatcher`.
 
-The module is in the app's `include`, so that spawned children are changed as well; which change they get is said by
-the environment, since a child imports the module afresh.
+The module is in the app's `include`, so that spawned children are changed as well. The environment variable `MUTANT`
+selects the change, since a child imports the module afresh.
 """
 
 import os
@@ -19,24 +19,24 @@ app.conf.include = [*app.conf.include, __name__]
 
 
 def _without_fence() -> None:
-    """Whoever commits is believed."""
+    """Accept commits under any fence."""
     chunks.OURS = "cast(:fence as bigint) is not null"
 
 
 def _without_renewal() -> None:
-    """Nobody renews a lease."""
+    """Never renew a lease."""
     from pipeline.infra.leases import Renewal
 
     Renewal._run = lambda self: None  # type: ignore[method-assign]
 
 
 def _without_sweep() -> None:
-    """Leases that run out are left as they are."""
+    """Never expire a lease."""
     lost_claims.expire_leases = lambda *_: []
 
 
 def _without_one_transaction() -> None:
-    """The chunk is committed before its vectors are."""
+    """Commit the chunk's row before its vectors."""
     record = chunks.record
 
     def record_at_once(connection: Any, *arguments: Any, **named: Any) -> bool:
@@ -49,7 +49,7 @@ def _without_one_transaction() -> None:
 
 
 def _poisonable() -> None:
-    """Some texts do harm when the model meets them. A hang is found soon."""
+    """Let some texts do harm when the model reads them, and detect a hang early."""
     from workers.encoders.local import Encoder
     from workers.runner import tasks
 
@@ -87,19 +87,19 @@ def _poisonable() -> None:
 
 
 def _words(encoder: Any, ids: list[int]) -> list[int]:
-    """Ids without the marks around a text, which a model with attention has."""
+    """Return the ids without the special tokens around a text, which a model with attention has."""
     return ids if encoder._documents.reader.flat else ids[1:-1]
 
 
 def _dying_at_load() -> None:
-    """The driver kills each process that runs anything on the device."""
+    """Kill each process as soon as it runs anything on the device, as a broken driver does."""
     from workers.encoders.local import Encoder
 
     Encoder.prove = lambda self, expected: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
 
 
 def _losing_the_device() -> None:
-    """After some batches a process can do nothing any more on its device; another one can."""
+    """Make the device fail for a process after six batches; a new process can use it again."""
     from workers.encoders.local import Encoder
 
     forward, left = Encoder._forward, [6]
@@ -114,7 +114,7 @@ def _losing_the_device() -> None:
 
 
 def _dying_in_parts() -> None:
-    """Children die between writing a part and recording it, until `DEATHS` files are there."""
+    """Kill children between writing a part and recording it, until all files named in `DEATHS` exist."""
     from pipeline.chunk_io import parquet_sink
 
     write = parquet_sink.write
@@ -131,7 +131,7 @@ def _dying_in_parts() -> None:
 
 
 def _talkative() -> None:
-    """Library code logs while a chunk is read, and while its lease is renewed before it goes on."""
+    """Log from library code while a chunk is read, and hold the reading until library code has logged in a renewal."""
     import logging
 
     from workers.encoders.local import Encoder
@@ -140,7 +140,7 @@ def _talkative() -> None:
     read, renew = Encoder.tokenise, chunks.renew
 
     def tokenise(self, texts, *arguments, **named):  # type: ignore[no-untyped-def]
-        if len(texts) > 3:  # the model's own proofs are of fewer
+        if len(texts) > 3:  # the canary check tokenises one text
             said.warning("tokenising")
             renewed.wait()
         return read(self, texts, *arguments, **named)

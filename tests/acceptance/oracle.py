@@ -1,4 +1,4 @@
-"""The oracle: joins what went in with what came out, and trusts no counter. An empty list means it has no objection."""
+"""Oracle of a finished job: joins input with output, and trusts no counter. An empty list means no objection."""
 
 import io
 import json
@@ -21,15 +21,15 @@ from tests.acceptance import witness
 from tests.support.object_store import content_of
 
 _LEAST_COSINE = 0.99999
-#: Of a vector's length, which float16 keeps so well.
+#: Bound on the relative change of a vector's length, which float16 keeps.
 _MOST_STRETCH = 1e-3
 
 
 def objections(
     connection: Connection, job: UUID, corpus: Path, calm: UUID | None = None, losses: int | None = None
 ) -> list[str]:
-    """What is wrong with a job that should have ended, given the JSON lines it was made of, a calm run of the same, and
-    how many lost claims have a cause."""
+    """Return all that is wrong with a job that should have ended, given the JSON lines it was made of, an undisturbed
+    job on the same lines (`calm`), and the number of lost claims that a fault explains (`losses`)."""
     return [
         *_inputs(connection, job, corpus),
         *_counts(connection, job),
@@ -41,7 +41,7 @@ def objections(
 
 
 def _inputs(connection: Connection, job: UUID, corpus: Path) -> Iterator[str]:
-    """Every line of the corpus has exactly one outcome, under its own key."""
+    """Check that every line of the corpus has exactly one outcome, under its own key."""
     keys = [str(json.loads(line)["id"]) for line in corpus.read_text(encoding="utf-8").splitlines()]
     state = connection.execute(text("select state from vectormill.jobs where id = :job"), {"job": job}).scalar_one()
     outcomes: dict[int, list[str]] = {}
@@ -57,7 +57,7 @@ def _inputs(connection: Connection, job: UUID, corpus: Path) -> Iterator[str]:
 
 
 def _embedded(connection: Connection, job: UUID) -> Iterator[tuple[int, str]]:
-    """(index, key) of every vector that a reader of the job's output sees."""
+    """Yield (index, key) of every vector that a reader of the job's output sees."""
     if folder := _output(connection, job):
         for table in _parts(folder):
             yield from zip(table["index"].to_pylist(), table["key"].to_pylist(), strict=True)
@@ -80,14 +80,14 @@ def _output(connection: Connection, job: UUID) -> str | None:
 
 
 def _parts(folder: str) -> Iterator[pa.Table]:
-    """The files that a data set's manifest lists; a data set without one isn't there."""
+    """Yield the tables of the files that a data set's manifest lists; none without a manifest."""
     manifest = content_of(f"{folder}/_manifest.json")
     for file in json.loads(manifest)["files"] if manifest else ():
         yield pq.read_table(io.BytesIO(content_of(f"{folder}/{file['name']}") or b""))
 
 
 def _counts(connection: Connection, job: UUID) -> Iterator[str]:
-    """The receipt, the usage and the rows say the same."""
+    """Check that the receipt, the usage and the rows agree, and that no chunk is left open."""
     receipt = verified_receipt(connection, job)
     if not receipt.verified:
         yield f"the receipt doesn't verify: {receipt}"
@@ -106,7 +106,7 @@ def _counts(connection: Connection, job: UUID) -> Iterator[str]:
 
 
 def _fences(connection: Connection, job: UUID) -> Iterator[str]:
-    """Commits of a chunk came under growing fences, the last one under the chunk's own."""
+    """Check that a chunk's commits came under growing fences, and the last one under the chunk's own."""
     stale = """
         select count(*) from (
           select u.fence, max(u.fence) over (partition by u.chunk_id order by u.id) as newest
@@ -127,8 +127,8 @@ def _fences(connection: Connection, job: UUID) -> Iterator[str]:
 
 
 def _files(connection: Connection, job: UUID) -> Iterator[str]:
-    """A data set's folder holds what the manifest lists, and beside it at most what lost claims wrote late: see
-    docs/explanation/decisions/0005."""
+    """Check that a data set's folder holds the files of its manifest, and beside them at most late files of lost
+    claims: see docs/explanation/decisions/0005."""
     folder = _output(connection, job)
     manifest = folder and content_of(f"{folder}/{parquet_sink.MANIFEST}")
     if not folder or not manifest:
@@ -146,7 +146,7 @@ def _files(connection: Connection, job: UUID) -> Iterator[str]:
 
 
 def _losses(connection: Connection, job: UUID, explained: int) -> Iterator[str]:
-    """What is lost is embedded again: only a fault may cost that."""
+    """Check that faults explain all lost claims, since the work of a lost claim is done again."""
     lost = _sum(connection, "select count(*) from vectormill.claim_losses where job_id = :job", job)
     if lost > explained:
         yield f"{lost} claims were lost, {explained} of them for a cause"
@@ -157,8 +157,8 @@ def _sum(connection: Connection, query: str, job: UUID) -> int:
 
 
 def _written(connection: Connection, job: UUID) -> tuple[int, int] | None:
-    """Vectors, and the tokens that stand beside them; `None` for a data set that isn't there, since its job didn't
-    complete."""
+    """Return the number of vectors, and of the tokens stored beside them; `None` for a data set that isn't there, since
+    its job didn't complete."""
     folder = _output(connection, job)
     if folder is None:
         query = "select tokens from vectormill.embeddings where job_id = :job"
@@ -175,7 +175,7 @@ def _vectors(connection: Connection, job: UUID, calm: UUID) -> Iterator[str]:
 
 
 def _agree(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> bool:
-    """Whether two vectors have one direction and one length; one that is zero or not finite agrees with none."""
+    """Return True if two vectors have the same direction and length. A zero or non-finite vector agrees with none."""
     if ours.shape != theirs.shape or not all(np.isfinite(each).all() and each.any() for each in (ours, theirs)):
         return False
     stretch = abs(np.linalg.norm(ours) / np.linalg.norm(theirs) - 1)
@@ -183,7 +183,7 @@ def _agree(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> bo
 
 
 def vectors(connection: Connection, job: UUID) -> dict[int, npt.NDArray[np.float32]]:
-    """A job's vectors by index."""
+    """Return a job's vectors by index."""
     if folder := _output(connection, job):
         return {
             index: np.asarray(vector, np.float32)
@@ -196,5 +196,5 @@ def vectors(connection: Connection, job: UUID) -> dict[int, npt.NDArray[np.float
 
 
 def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
-    """Cosine of the angle between two vectors."""
+    """Return the cosine of the angle between two vectors."""
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))

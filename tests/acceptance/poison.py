@@ -1,10 +1,10 @@
-"""Texts that do harm to a brittle model, each as a bug in a native library would, and what must become of them."""
+"""Texts that harm a brittle model, each as a bug in a native library would, and the reject codes they must get."""
 
 from enum import StrEnum
 
 
 class Poison(StrEnum):
-    """How such a text begins."""
+    """Beginning of a harmful text."""
 
     KILLS = "kill the process that reads this"
     HANGS = "stand still over this for ever"
@@ -14,7 +14,7 @@ class Poison(StrEnum):
 
     @property
     def code(self) -> str:
-        """With which it must be rejected."""
+        """Reject code that the text must get."""
         match self:
             case Poison.RAISES:
                 return "encode_failed"

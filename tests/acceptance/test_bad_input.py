@@ -1,5 +1,5 @@
 """Bad input through the command itself: a broken file is refused in one sentence, a bad row costs only itself, and no
-amount of either costs memory."""
+amount of either takes more memory."""
 
 import gzip
 import io
@@ -19,10 +19,10 @@ import zstandard
 from tests.acceptance.fleet import Fleet
 
 MIB = 1024 * 1024
-#: That many empty rows are copied to Postgres; ten million take a few minutes. Workers that read them get ten million.
+#: Empty rows copied to Postgres, where ten million would take a few minutes. Workers read ten million by reference.
 BY_VALUE_ROWS = int(os.environ.get("EMPTY_ROWS", 1_000_000))
 BY_REFERENCE_ROWS = 10_000_000
-#: The command holds 150 MB when it has done nothing, and a value of 50 MB in Parquet several times.
+#: Memory limit of the command, which takes 150 MB when idle, and several copies of a 50 MB value in Parquet.
 MOST_BYTES = 640 * MIB
 
 LINE = b'{"id": "good", "text": "a good text"}\n'
@@ -41,7 +41,7 @@ def _parquet_bomb() -> bytes:
 
 
 def _broken() -> dict[str, tuple[bytes, str]]:
-    """Files by name, each with what is said of it."""
+    """Return broken files by name, each with its error message."""
     parquet = _parquet({"text": ["a good text"] * 100})
     footer = ": the Parquet footer can't be read; the file is truncated or damaged."
     bomb = LINE + b" " * 300 * MIB
@@ -81,7 +81,7 @@ def _broken() -> dict[str, tuple[bytes, str]]:
     }
 
 
-#: Which option the file doesn't fit, if one.
+#: Option that the file doesn't fit, at the start of its error message.
 _OPTIONS = {"semicolons.csv": "--delimiter: ", "list.parquet": "--text-column: "}
 
 
@@ -90,7 +90,7 @@ def test_a_broken_file_is_refused_in_one_sentence(fleet: Fleet, tmp_path: Path) 
     for name, (data, _) in broken.items():
         assert len(data) < MIB
         (tmp_path / name).write_bytes(data)
-    # Either way looks at all of a packed file, and at the metadata of Parquet.
+    # By value and by reference, all of a compressed file is read, and the metadata of Parquet.
     tried = [
         *((name, "--by-value") for name in broken),
         *((name, "--by-reference") for name in broken if name.startswith("bomb")),
@@ -106,14 +106,14 @@ def test_a_broken_file_is_refused_in_one_sentence(fleet: Fleet, tmp_path: Path) 
 
 
 def _submit(fleet: Fleet, *arguments: str) -> int:
-    """`vectormill submit`, which has nothing to say but that there are no keys. Returns the most bytes that it held."""
+    """Run `vectormill submit`, which may warn only that there are no keys. Return its peak memory in bytes."""
     said, peak = _measured(fleet, "pipeline.cli", "submit", "--model", "static", *arguments)
     assert [line for line in said.splitlines() if 'no column "id"' not in line] == []
     return peak
 
 
 def _measured(fleet: Fleet, *command: str) -> tuple[str, int]:
-    """Run a module, which must end well: what it says on standard error, and the most bytes that it held."""
+    """Run a module, which must succeed. Return its standard error and its peak memory in bytes."""
     ended = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.peak", sys.executable, "-m", *command],
         env={**os.environ, **fleet.environment},
@@ -125,7 +125,7 @@ def _measured(fleet: Fleet, *command: str) -> tuple[str, int]:
 
 
 def _bad_rows(folder: Path) -> list[tuple[str | None, str]]:
-    """Files of good and bad rows. Returns key and code of each reject, in order of the files' names and rows."""
+    """Write files of good and bad rows. Return key and code of each reject, in order of the files' names and rows."""
     folder.mkdir()
     good, long = LINE, b"x" * 50 * MIB
     (folder / "a-long.csv").write_bytes(b"id,text\n1,good\n2," + long + b"\n3,good\n")
@@ -224,7 +224,7 @@ def test_ten_million_empty_rows_by_reference_fail_their_job_early(fleet: Fleet, 
     fleet.start_worker(replicas=2)
     assert _submit(fleet, str(path), "--by-reference", "--name", "empty") < MOST_BYTES
     ended = fleet.await_end(_job(fleet, "empty"))
-    # A tenth may be rejected, and what is left when it is passed is never read.
+    # The job fails once more than a tenth is rejected, and never reads the rest.
     assert (ended["state"], ended["reason"]) == ("failed", "too_many_rejects")
     items = ended["items"]
     assert BY_REFERENCE_ROWS // 10 < items["rejected"] < BY_REFERENCE_ROWS // 2

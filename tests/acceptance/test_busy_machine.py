@@ -1,4 +1,4 @@
-"""`vectormill up` on a machine that has other things to do, and in a folder with modules of a stranger."""
+"""`vectormill up` on a busy machine, in a folder with Python modules that must not be imported."""
 
 import os
 import subprocess
@@ -13,12 +13,12 @@ import pytest
 from tests.support.machines import remove_what_root_keeps
 
 _BUSY_LOOPS = 4
-#: Ours, Celery's and Python's own: each is imported by every process of an `up`.
+#: Names of modules of ours, Celery's and Python's own, each imported by every process of an `up`.
 _STRANGERS = ("pipeline", "workers", "celery", "typing")
 
 
 class User:
-    """Somebody with a shell in a folder of their own."""
+    """User with a shell in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.home = folder / "home"
@@ -28,7 +28,7 @@ class User:
             (self._folder / f"{name}.py").write_text("raise SystemExit('a stranger was run')\n")
 
     def types(self, line: str) -> str:
-        """Do what the line says, in bash. Returns what it prints on standard error."""
+        """Run a line in bash; return what it prints on standard error."""
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -46,7 +46,7 @@ class User:
 
 @pytest.fixture
 def user() -> Iterator[User]:
-    """Has no data yet, and leaves none."""
+    """Yield a user who has no data yet, and delete the data at the end."""
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)
         made = User(Path(folder))
@@ -60,7 +60,7 @@ def user() -> Iterator[User]:
 
 @contextmanager
 def busy_loops(count: int) -> Iterator[None]:
-    """Processes that compute as long as the block lasts."""
+    """Run processes that compute for as long as the block lasts."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -74,14 +74,14 @@ def busy_loops(count: int) -> Iterator[None]:
 @pytest.mark.timeout(1800)
 @pytest.mark.alone
 def test_up_succeeds_beside_four_busy_loops(user: User) -> None:
-    """The first start of a home, with its database to make and its model to describe; then a job.
+    """First start of a home, with its database to create and its model to describe; then a job.
 
-    On two cores it takes one and a half to four minutes, two thirds of which the four loops have. It asserts nothing
-    about time: the bound of half an hour is for a test that hangs.
+    On two cores this takes one and a half to four minutes, two thirds of which go to the four loops. Time isn't
+    asserted: the limit of half an hour is for a test that hangs.
     """
     with busy_loops(_BUSY_LOOPS):
         assert "Ready after" in user.types("vectormill up --detach")
         user.types("""printf '{"text": "%s"}\n' a b | vectormill submit - --model all-MiniLM-L6-v2 --wait""")
-    # The shell keeps the URLs of servers that have gone by then.
+    # By then the shell's URLs are those of servers that are gone.
     said = user.types('eval "$(vectormill env)"; vectormill down; vectormill up --detach; vectormill jobs')
     assert "VECTORMILL_DATABASE_URL and VECTORMILL_REDIS_URL: this home's own" in said

@@ -1,4 +1,5 @@
-"""Two ways in, two ways out, two kinds of files: the same vectors by key, each way proven by its receipt."""
+"""Eight ways through the pipeline: JSON lines or Parquet, by value or by reference, to Postgres or to files. All give
+the same vectors by key, and each way's receipt verifies."""
 
 import itertools
 import json
@@ -24,7 +25,7 @@ _ROW_GROUP = 3_000
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same rows as JSON lines and as Parquet, in two files each; among them rows that are no documents."""
+    """Write the same rows as JSON lines and as Parquet, in two files each, with three rows that have no text."""
     folder = tmp_path_factory.mktemp("corpora")
     rows: list[dict[str, object]] = [
         {"id": f"d{n}", "text": f"document {n} tells of {n % 97} mills and {n % 89} rivers", "at": n}
@@ -45,7 +46,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Written:
-    """What a job wrote, in index order."""
+    """Output of a job, in index order."""
 
     keys: list[str]
     indexes: list[int]
@@ -92,7 +93,7 @@ def _from_postgres(fleet: Fleet, job: UUID) -> Written:
 
 
 def _from_files(folder: Path) -> Written:
-    """As a reader of the folder sees them."""
+    """Read a data set's folder as its readers do."""
     assert (folder / "_SUCCESS").exists()
     assert not (folder / "_staging").exists()
     manifest = json.loads((folder / "_manifest.json").read_bytes())

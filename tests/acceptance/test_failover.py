@@ -1,5 +1,5 @@
-"""A real streaming standby that misses the primary's last second, and is promoted while a worker lives: two claims get
-the same fence. Without tokens the oracle objects."""
+"""Failover to a real streaming standby that misses the primary's last second, while a worker lives: two claims get the
+same fence. Without claim tokens the oracle objects."""
 
 import json
 from collections.abc import Iterator
@@ -117,7 +117,7 @@ def test_a_fence_that_is_given_twice(
 
 
 def _claims_over_a_failover(server: Running, home: Path, engine: Engine, job: UUID) -> tuple[Claim, Claim]:
-    """A claim that only the lost primary knew of, and the next one of the same chunk."""
+    """Return a claim that only the lost primary knew of, and the next claim of the same chunk."""
     eventually(lambda: _answers(engine), "a server that answers")
     successor = Successor(_postgres(home), server.database_url)
     with successor.standing_by() as line:
@@ -136,7 +136,7 @@ def _claims_over_a_failover(server: Running, home: Path, engine: Engine, job: UU
 
 
 def _warnings(server: Running) -> str:
-    """Ask the doctor of the settings."""
+    """Return the doctor's warnings about Postgres' settings."""
     context = Context(
         settings=Settings(),
         database_url=server.database_url,
@@ -160,7 +160,7 @@ def _answers(engine: Engine) -> bool:
 
 
 def _commits(engine: Engine, claim: Claim, number: int, indexes: range, *, done: bool) -> bool:
-    """Write a part; whether it was the claim's to write."""
+    """Write a part; return True if the claim still held."""
     try:
         write_chunk(engine, claim, number, part_of(indexes), DONE if done else RUNNING)
     except LeaseLost:

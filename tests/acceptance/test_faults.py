@@ -1,4 +1,4 @@
-"""Single faults, each with a job of its own. The oracle judges. Many faults at once are in faults/."""
+"""Single faults, each with a job of its own that the oracle judges. Drills with many faults are in tests/chaos."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.acceptance.fleet import Fleet, eventually
 def test_a_worker_frozen_past_its_lease(
     fleet: Fleet, texts: list[str], tmp_path: Path, fenced: bool, meanwhile: str
 ) -> None:
-    """With the fence it discards what it made; without, the oracle must object: so the oracle can."""
+    """With the fence the worker discards its work. Without it the oracle must object: this proves that it can."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:500])
     fleet.start_dispatcher()
     fleet.environment["MUTANT"] = "without_fence"
@@ -26,7 +26,7 @@ def test_a_worker_frozen_past_its_lease(
         fleet.cli("cancel", str(job))
         assert fleet.await_end(job)["state"] == "cancelled"
     else:
-        # The second worker has claimed the chunk and is still at it when the first one wakes.
+        # The second worker has claimed the chunk and is still running it when the first one wakes.
         fleet.start_worker(1, name="second")
         second, _, _ = fleet.child_at_work(job, chunk, after=fence)
         second.suspend()

@@ -1,4 +1,4 @@
-"""What happens to jobs on files when the files, or the storage, don't stay as they were."""
+"""Jobs on files: sources that change, storage and tables that refuse, and data sets after a retry or a cancellation."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Jobs through a gateway, which is our own api: whatever happens to it, vectors come out as the local model's."""
+"""Jobs through a gateway, mostly our own api: whatever happens to it, the vectors are those of the local model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ from tests.acceptance.oracle import objections
 from tests.support.ports import free_port
 from tests.support.scripted_gateway import good, scripted_gateway
 
-#: Requests that the gateway lets through.
+#: Requests per minute that the gateway allows.
 _A_MINUTE = 900
 
 
 @dataclass
 class Far:
-    """The model `far`, which is `static` behind our own api, in a workspace with limits."""
+    """Model `far`, which is `static` behind our own api, in a workspace with limits."""
 
     fleet: Fleet
     url: str
@@ -41,14 +41,14 @@ class Far:
             return False
 
     def new_key(self) -> str:
-        """Make a key of the limited workspace, and give it to the workers. Returns its id."""
+        """Create a key of the limited workspace, and give it to the workers. Return its id."""
         with self.fleet.engine.begin() as connection:
             made = keys.create(connection, models.workspace_id(connection, "limited"), "worker")
         self.key_file.write_text(made.token + "\n")
         return made.id
 
     def embedded(self, job: UUID) -> int:
-        """How many items are in."""
+        """Return the number of the job's embedded items."""
         with self.fleet.engine.begin() as connection:
             return status.sum_up(connection, job).items.embedded
 

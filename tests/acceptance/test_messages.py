@@ -1,4 +1,4 @@
-"""Whoever may write to Redis may write anything there: a worker refuses it, says so, and goes on."""
+"""Foreign messages in Redis, where a client may write anything: a worker refuses them, logs that, and goes on."""
 
 import json
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from tests.acceptance.fleet import Fleet, eventually
 from tests.support.messages_made import MARK, QUEUE, command, head, message, no_calls, no_commands
 
 _BROADCAST = "/1.celery.pidbox"
-#: What can't even be read.
+#: Payloads that can't even be parsed.
 _UNREADABLE: dict[str, str | bytes] = {"no JSON": MARK, "no text": b"\xff\xfe\x00", "nested": "[" * 100_000}
-#: Celery does as these say, where it is asked; here nobody is.
+#: Headers that have no effect on our workers, though Celery can obey them.
 _UNHEEDED = {
     "time limits": head(timelimit=[0.001, 0.001]),
     "later": head(eta="2999-01-01T00:00:00"),
@@ -35,7 +35,7 @@ def store(redis_url: str) -> Iterator["redis.Redis"]:
 
 @pytest.fixture
 def celery(redis_url: str) -> Iterator[Celery]:
-    """An operator's, or Flower's."""
+    """Yield a Celery app like that of an operator or of Flower."""
     with Celery("vectormill", set_as_current=False) as made:
         made.conf.update(celery_settings(redis_url))
         yield made
@@ -46,7 +46,7 @@ def _lines(log: Path, event: str) -> list[str]:
 
 
 def _told(log: Path, reasons: dict[str, tuple[Any, str]], more: int) -> None:
-    """Wait until each of these messages, and so many more, have a line of their own."""
+    """Wait until each of these messages, and `more` others, has a log line of its own."""
     eventually(lambda: len(_lines(log, "message_refused")) >= len(reasons) + more, "a line for each", 20)
     told = "\n".join(_lines(log, "message_refused"))
     assert [name for name, (_, reason) in reasons.items() if reason not in told] == []

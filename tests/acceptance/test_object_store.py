@@ -1,4 +1,4 @@
-"""A corpus in a bucket becomes Parquet in a bucket, while workers die in the middle of their parts."""
+"""Job from a corpus in a bucket to Parquet in a bucket, while workers die in the middle of their parts."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def test_one_data_set_though_workers_die_in_their_parts(
 ) -> None:
     _put_corpus(bucket, texts)
     fleet.start_dispatcher()
-    # Two of its children die after a part is written and before it is recorded.
+    # Two of the worker's children die after a part is written and before it is recorded.
     deaths = [tmp_path / "first", tmp_path / "second"]
     fleet.environment |= {"MUTANT": "dying_in_parts", "DEATHS": ",".join(map(str, deaths))}
     fleet.start_worker(app="tests.acceptance.mutants")

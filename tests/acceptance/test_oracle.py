@@ -1,4 +1,5 @@
-"""The oracle can object: to vectors that are spoiled, and to a commit under a stale fence that no count shows."""
+"""Tests of the oracle: it objects to spoiled vectors, to stray files, and to a commit under a stale fence that no count
+shows."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def _data_set(engine: Engine, model: Model, folder: Path, vectors: Vectors) -> UUID:
-    """A job whose data set holds such vectors."""
+    """Make a job whose data set holds these vectors; return its id."""
     folder.mkdir()
     job = make_job(engine, model, _ITEMS, per_chunk=_ITEMS, options={"output": str(folder)})
     keys = [f"k{at}" for at in range(_ITEMS)]
@@ -123,7 +124,7 @@ def _lost(engine: Engine, job: UUID) -> Claim:
 def test_a_part_that_is_committed_by_a_lost_claim(
     engine: Engine, model: Model, corpus: Path, monkeypatch: pytest.MonkeyPatch, fenced: bool
 ) -> None:
-    """The first claim writes half of the chunk while the second one has it, and the third the rest: all adds up."""
+    """The first claim commits half of the chunk after the second claim, and the third the rest: all counts add up."""
     job = make_job(engine, model, _ITEMS, per_chunk=_ITEMS)
     first, _ = _lost(engine, job), _lost(engine, job)
     if fenced:

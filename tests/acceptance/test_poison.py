@@ -1,4 +1,4 @@
-"""Texts that do harm: each is rejected with its code, and nothing else is. Workers that are broken: no text is
+"""Harmful texts, each of which is rejected with its code, and nothing else is; and broken workers, for which no text is
 blamed."""
 
 import shutil
@@ -15,7 +15,7 @@ from tests.acceptance.fleet import Fleet, eventually
 from tests.acceptance.poison import Poison
 from tests.support.models import bundled_folder
 
-#: Each process that is lost takes its libraries and its model to load again.
+#: Limit of a job: each lost process' successor has to load its libraries and its model again.
 _SECONDS = 900.0
 pytestmark = pytest.mark.timeout(1_200)
 
@@ -33,7 +33,7 @@ def _rejects(fleet: Fleet, job: UUID) -> dict[int, str]:
 
 
 def test_each_poison_is_rejected_and_nothing_else(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
-    """Alone, and several in one chunk, beside each other and apart."""
+    """The poisons stand alone in a chunk, and several to a chunk, adjacent and apart."""
     chosen = texts[:1_500]
     poisons = {
         **dict(enumerate(Poison, 300)),
@@ -52,7 +52,7 @@ def test_each_poison_is_rejected_and_nothing_else(fleet: Fleet, texts: list[str]
 
 
 def test_one_poison_in_ten_thousand_costs_little(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
-    """At the default size of chunks, no more than 2 % is embedded in vain."""
+    """At the default size of chunks, no more than 2 % of the tokens are embedded in vain."""
     chosen = [f"{texts[n % len(texts)]} {n}" for n in range(10_000)]
     chosen[4_321] = f"{Poison.KILLS} {chosen[4_321]}"
     corpus = write_corpus(tmp_path / "corpus.jsonl", chosen)

@@ -1,4 +1,4 @@
-"""Whole jobs by processes of which each has a login of its own: none lacks a right that it needs."""
+"""Whole jobs by processes that each log in with a role of their own: none lacks a right that it needs."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ _SECRET = "whsec_" + base64.b64encode(b"a secret of thirty-two bytes....").decod
 
 
 class Installation:
-    """Processes with logins of their own, and a client of the api."""
+    """Installation whose processes have logins of their own, and a client of its api."""
 
     def __init__(self, fleet: Fleet, urls: dict[str, str], folder: Path) -> None:
         self.fleet, self.urls, self.folder = fleet, urls, folder
@@ -34,7 +34,7 @@ class Installation:
         self.client = httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {token}"}, timeout=60)
 
     def start(self) -> None:
-        """Start one of each, and wait until all serve."""
+        """Start one process of each kind, and wait until all serve."""
         urls, start = {each: {"VECTORMILL_DATABASE_URL": url} for each, url in self.urls.items()}, self.fleet.start
         port = self.url.rpartition(":")[2]
         start("dispatcher", "pipeline.cli", "dispatcher", VECTORMILL_SQL_URL=self.urls["reader"], **urls["dispatcher"])
@@ -53,32 +53,32 @@ class Installation:
             return False
 
     def stop(self) -> None:
-        """Ask all to end, and wait."""
+        """Ask all processes to end, and wait for that."""
         for process in self.fleet.processes.values():
             process.send_signal(signal.SIGTERM)
         for process in self.fleet.processes.values():
             process.wait(60)
 
     def post(self, path: str, **what: Any) -> Any:
-        """An answer of the api, which must be a good one."""
+        """Send a POST request, which must succeed; return the answer's JSON."""
         answer = self.client.post(path, **what)
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 
     def get(self, path: str) -> Any:
-        """As `post`."""
+        """Send a GET request, which must succeed; return the answer's JSON or text."""
         answer = self.client.get(path)
         assert answer.is_success, answer.text
         return answer.json() if "json" in answer.headers["content-type"] else answer.text
 
     def submit(self, corpus: Path, model: str = "static", **fields: Any) -> UUID:
-        """Upload a corpus."""
+        """Submit a job by uploading its corpus; return the job's id."""
         upload = {"file": (corpus.name, corpus.read_bytes())}
         made = self.post("/api/jobs", data={"model": model, **fields}, files=upload)
         return UUID(made["id"])
 
     def read(self, *arguments: str) -> Any:
-        """What a command of a reader's prints."""
+        """Run a command with the reader's login; return its JSON output."""
         kept = self.fleet.environment["VECTORMILL_DATABASE_URL"]
         self.fleet.environment["VECTORMILL_DATABASE_URL"] = self.urls["reader"]
         try:
@@ -89,7 +89,7 @@ class Installation:
 
 @pytest.fixture
 def installation(fleet: Fleet, database: str, servers: Running, tmp_path: Path) -> Iterator[Installation]:
-    """Nothing in it may have been refused by Postgres, whoever heard of it."""
+    """Yield an installation. Afterwards, check in the logs of Postgres and all processes that no right was missing."""
     log = servers.home / "logs" / "postgres.log"
     since = log.stat().st_size
     (tmp_path / "data").mkdir()
@@ -184,7 +184,7 @@ def _sql(it: Installation) -> None:
     job = it.fleet.scalar(f"select vectormill.submit('{query}', 'static')")
     eventually(lambda: it.fleet.scalar("select state = 'submitted' from vectormill.requests"), "a job of the request")
     _ended(it, job)
-    # One that can't be a job while it waits for its text column.
+    # This request can't become a job, since its query has no such text column.
     refused = it.fleet.scalar(f"select vectormill.submit('{query}', 'static', name => 'refused', text_column => 'no')")
     eventually(lambda: it.get(f"/api/jobs/{refused}")["state"] == "failed", "a refused request")
 
@@ -213,7 +213,7 @@ def _keys_and_usage(it: Installation) -> None:
 
 
 def _lost_claims(it: Installation, corpus: Path) -> None:
-    """A child that dies, a child that freezes and is swept, and a job that is cancelled."""
+    """Kill a child, freeze another until its lease is swept, and cancel the job."""
     job = it.submit(corpus, "minilm", name="struck")
     it.fleet.child_at_work(job)[0].kill()
     eventually(lambda: it.fleet.scalar("select count(*) from vectormill.claim_losses") == 1, "a freed claim")
@@ -238,7 +238,7 @@ def _a_reader_looks(it: Installation) -> None:
 def test_a_right_that_a_worker_lacks_pauses_the_job(
     fleet: Fleet, database: str, texts: list[str], tmp_path: Path
 ) -> None:
-    """As after an upgrade without roles.sql."""
+    """A right is missing, as after an upgrade without roles.sql."""
     urls = logins(database)
     with fleet.engine.begin() as connection:
         connection.exec_driver_sql("revoke insert on vectormill.usage from vectormill_worker")

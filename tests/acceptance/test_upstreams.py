@@ -1,5 +1,5 @@
-"""What a scheduler meets at night, with real processes: jobs asked for in SQL, upstreams that are empty or broken, and
-webhooks that tell of it."""
+"""Nightly jobs of a scheduler, with real processes: jobs requested in SQL, upstream tables that are empty or broken,
+and the webhooks about them."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from tests.support.receiver import Receiver, receiving
 
 _SECRET = "whsec_YWFhYWFhYWFhYWFhYWFhYWFhYWFhYWFh"
 _TEXTS = "select n::text as id, 'sack ' || n || ' of flour' as text from generate_series(1, 1000) n"
-#: 20 % of its rows have no text.
+#: Query in which 20 % of the rows have no text.
 _BROKEN = _TEXTS.replace("'sack '", "nullif(n % 5, 0) || 'sack '")
 
 
@@ -27,7 +27,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture
 def night(fleet: Fleet, receiver: Receiver, database: str) -> Fleet:
-    """A fleet that tells the receiver how jobs of the default workspace end."""
+    """Start a fleet that sends the receiver webhooks about the ends of the default workspace's jobs."""
     fleet.environment |= {
         "VECTORMILL_WEBHOOKS": receiver.url,
         "VECTORMILL_WEBHOOK_SECRET": _SECRET,
@@ -40,13 +40,13 @@ def night(fleet: Fleet, receiver: Receiver, database: str) -> Fleet:
 
 
 def ask(fleet: Fleet, query: str) -> str:
-    """`select vectormill.submit(…)`, as each night."""
+    """Request a job by `select vectormill.submit(…)`, as each night; return its id."""
     statement = "select vectormill.submit(query => :asked, model => 'static', idempotency_key => 'nightly')::text"
     return str(fleet.scalar(statement, asked=query))
 
 
 def told(receiver: Receiver, number: int) -> dict[str, Any]:
-    """What the receiver was told, once its signature is verified."""
+    """Wait for the receiver's event of this number, verify its signature, and return it."""
     receiver.wait_for(number)
     _, headers, body = receiver.got[number - 1]
     OpenAI(api_key="none", webhook_secret=_SECRET).webhooks.verify_signature(body, headers)

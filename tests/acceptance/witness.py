@@ -1,11 +1,12 @@
-"""A witness inside the database. It notes each commit under another fence than its chunk has at that moment, which no
-count shows afterwards if it was a commit of a part; and each claim with its moment, where the chunk has its first's."""
+"""Witness inside the database, by triggers. It records each commit under another fence than its chunk has at that
+moment, which no count shows afterwards if only a part was committed; and the time of each claim, where the chunk
+keeps only the first one's."""
 
 from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-# It runs by the rights of whoever installs it: no process has any in this schema.
+# The functions run with the rights of their owner, since no process has any in this schema.
 _INSTALL = """
 create schema if not exists witness;
 create table if not exists witness.stale_commits (
@@ -38,11 +39,11 @@ for each row when (new.fence > old.fence) execute function witness.look_at_claim
 
 
 def install(connection: Connection) -> None:
-    """Let it look at all commits and claims from now on."""
+    """Install the triggers, which see all commits and claims from now on."""
     connection.exec_driver_sql(_INSTALL)
 
 
 def stale_commits(connection: Connection, job: UUID) -> int:
-    """How many commits of a job it has noted."""
+    """Return the number of a job's commits that were recorded as stale."""
     query = text("select count(*) from witness.stale_commits where job_id = :job")
     return int(connection.execute(query, {"job": job}).scalar_one())

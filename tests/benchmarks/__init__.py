@@ -1,10 +1,10 @@
-"""How fast vectormill is, as ratios of two things measured in turn on the same machine: `make bench`.
+"""Benchmarks of vectormill, as ratios of two things measured in turn on the same machine: `make bench`.
 
 job_vs_engine                     a whole job against the bare encoder
 engine_vs_sentence_transformers   the encoder against the library's own `encode`
 write_back_vs_executemany         a chunk's commit against `executemany`
 submit_vs_copy                    a submission against a raw COPY
-submit_memory_1m_vs_4m            what a submission's peak memory owes to its size
+submit_memory_1m_vs_4m            a submission's peak memory with few rows against many
 
 harness, machine, corpus          rounds and results; temporary homes; texts
 """

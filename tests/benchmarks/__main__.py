@@ -1,4 +1,4 @@
-"""Run the benchmarks, print a table, and write `bench-results.json` here. See `--help`."""
+"""Runner of the benchmarks: prints a table, and writes `bench-results.json` here. See `--help`."""
 
 import argparse
 import os
@@ -33,13 +33,13 @@ _BENCHMARKS = {
     )
 }
 _LEAST_ROUNDS = 5
-#: No download, and no bars in between the results.
+#: No downloads, and no progress bars in between the results.
 _CALM = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 _RESULTS = Path("bench-results.json")
 
 
 def main() -> int:
-    """Exit code 0, or with `--check` 1 if a target was missed."""
+    """Run the benchmarks. Return exit code 0, or with `--check` 1 if a target was missed."""
     arguments = _arguments()
     _use_default_settings()
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -62,7 +62,7 @@ def _run(benchmark: Benchmark, rounds: int, progress: Console) -> Result:
 
 
 def _use_default_settings() -> None:
-    """Measure what comes without any setting, on servers of our own."""
+    """Remove all settings from the environment, to measure the defaults on servers of our own."""
     for name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
         del os.environ[name]
     os.environ |= _CALM

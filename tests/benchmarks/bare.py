@@ -1,4 +1,4 @@
-"""The bare encoder as a process that does its work when told."""
+"""Bare encoder in a process that works on request."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from tests.benchmarks.machine import model_folder
 
 @contextmanager
 def bare_engine(path: Path, texts: list[str], at_a_time: int | None = None) -> Iterator["subprocess.Popen[str]"]:
-    """The encoder in a process of its own, loaded and warm, with as many threads as there are cores. It gets so many
-    texts at a time, or all at once."""
+    """Run the encoder in a process of its own, loaded and warm, with as many threads as there are cores. It gets
+    `at_a_time` texts at a time, or all at once."""
     path.write_text(json.dumps(texts), encoding="utf-8")
     command = [sys.executable, "-m", "tests.benchmarks.bare_engine", str(path), str(model_folder())]
     with subprocess.Popen(
@@ -32,7 +32,7 @@ def bare_engine(path: Path, texts: list[str], at_a_time: int | None = None) -> I
 
 
 def turn(engine: "subprocess.Popen[str]") -> float:
-    """Let the bare encoder do all texts once; the seconds that it took."""
+    """Let the bare encoder embed all texts once; return the seconds that it took."""
     assert engine.stdin
     assert engine.stdout
     engine.stdin.write("\n")

@@ -1,4 +1,4 @@
-"""The encoder against `SentenceTransformer.encode` of the same model, in one process with the same threads."""
+"""Encoder against `SentenceTransformer.encode` of the same model, in one process with the same threads."""
 
 import os
 import random
@@ -21,12 +21,12 @@ Vectors = npt.NDArray[np.float32]
 
 
 def measure(rounds: Rounds) -> Values:
-    """Texts a second of both, on another random sample each round.
+    """Return texts per second of both, on another random sample each round.
 
     Raises:
         AssertionError: their vectors differ.
     """
-    # Here and not above: the other benchmarks need no torch.
+    # Imported here since the other benchmarks need no torch.
     import torch
     from sentence_transformers import SentenceTransformer
 

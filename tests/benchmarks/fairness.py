@@ -1,4 +1,5 @@
-"""A gateway shared by clients of one text and clients of 512: what the former wait, and what the latter lose."""
+"""Fairness of a gateway shared by clients of one text and clients of 512: latency of the former, lost throughput of the
+latter."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from tests.benchmarks.machine import whole_machine
 _LARGE_CLIENTS, _SMALL_CLIENTS = 4, 16
 _TEXTS = 512
 _SECONDS = 30.0
-#: Texts of one length: 18 tokens.
+#: Texts of equal length, 18 tokens.
 _TEXT = "A mill grinds grain, and the stream that turns its wheel never rests, number {}."
 
 
@@ -25,15 +26,15 @@ _TEXT = "A mill grinds grain, and the stream that turns its wheel never rests, n
 class _Seen:
     """Answers and refusals that the clients of a round saw."""
 
-    #: How long each request for one text took.
+    #: Duration of each answered request for one text.
     seconds: list[float] = field(default_factory=list)
-    #: Texts whose vectors came, by both kinds of clients.
+    #: Number of texts embedded, for both kinds of clients.
     texts: int = 0
     refused: int = 0
 
 
 def measure(rounds: Rounds) -> Values:
-    """Texts a second of both kinds of clients together, against the large ones alone."""
+    """Return texts per second of both kinds of clients together, against the large ones alone."""
     console = Console(stderr=True, highlight=False)
     with whole_machine() as running:
         asyncio.run(_round(running, large=1, small=1, seconds=5))
@@ -58,8 +59,8 @@ def measure(rounds: Rounds) -> Values:
 
 
 async def _round(running: Running, *, large: int, small: int, seconds: float) -> _Seen:
-    """Ask for so many seconds, each client for the next vectors when it has the last ones; then await what is under
-    way, so that all that was asked is counted."""
+    """Send requests for so many seconds, one at a time per client; then await the last ones, so that every request is
+    counted."""
     seen, until = _Seen(), perf_counter() + seconds
     headers = {"authorization": f"Bearer {running.api_key}", "content-type": "application/json"}
     async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(600)) as session:

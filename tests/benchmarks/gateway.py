@@ -1,5 +1,5 @@
-"""The gateway, api and engine as `up` runs them, against the bare encoder with as many texts in its hands; and what a
-reply costs to make."""
+"""Gateway, with api and engine as `up` runs them, against the bare encoder with as many texts at a time; and the cost
+of making a reply."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ _REPLIES = 200
 
 
 def measure_requests(texts_each: int, rounds: Rounds) -> Values:
-    """Texts a second, in requests of so many texts by 16 clients, each of which has one under way."""
+    """Return texts per second, in requests of `texts_each` texts by 16 clients with one request each under way."""
     texts = distinct_docstrings(_TEXTS[texts_each])
     with whole_machine() as running, TemporaryDirectory() as folder:
         batch = _CLIENTS * texts_each
@@ -42,7 +42,7 @@ def measure_requests(texts_each: int, rounds: Rounds) -> Values:
 
 
 async def _post_all(running: Running, texts: list[str], texts_each: int) -> float:
-    """Seconds until the last answer."""
+    """Return the seconds until the last answer."""
     bodies = [
         orjson.dumps({"model": BUNDLED_MODEL, "input": texts[at : at + texts_each], "encoding_format": "base64"})
         for at in range(0, len(texts), texts_each)
@@ -64,7 +64,7 @@ async def _post_all(running: Running, texts: list[str], texts_each: int) -> floa
 
 
 def measure_reply(rounds: Rounds) -> Values:
-    """Replies a second of one embedding of 1,024 elements."""
+    """Return replies per second, each of one embedding with 1,024 elements."""
     vectors = np.random.default_rng(0).normal(size=(1, _DIMENSIONS)).astype(np.float32)
     asked = Asked(model="m", texts=["x"], base64=True, dimensions=None, user=None)
     embedded = Embedded(vectors=vectors, prompt_tokens=1)

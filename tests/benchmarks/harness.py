@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, ratios of medians, the table and the file of results."""
+"""Common parts of the benchmarks: interleaved rounds, ratios of medians, the table and the file of results."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,21 +10,21 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-#: Measures one side once; gets the round's number, from 0.
+#: Measures one side once, given the round's number from 0.
 Side = Callable[[int], float]
-#: What each side measured, round by round.
+#: Measurements of each side, round by round.
 Values = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
-    """How often both sides are measured, and who hears of it."""
+    """Number of rounds, and the callback for each measurement."""
 
     count: int
     on_value: Callable[[int, str, float], None]
 
     def interleave(self, sides: Mapping[str, Side]) -> Values:
-        """Measure A B A B …: what disturbs the machine for a while disturbs all sides."""
+        """Measure the sides in turn, A B A B …, so that a disturbance of the machine affects all of them."""
         values: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(self.count):
             for name, measure in sides.items():
@@ -35,11 +35,11 @@ class Rounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """Two things to compare. `measure` gives ours first, then what it is compared with; any further side is shown
-    for information."""
+    """Comparison of two things. `measure` returns ours first, then the one it is compared with; any further side is
+    shown for information."""
 
     name: str
-    #: The least ratio of the first side's median to the second's.
+    #: Lowest accepted ratio of the first side's median to the second's.
     target: float
     unit: str
     measure: Callable[[Rounds], Values]
@@ -47,40 +47,40 @@ class Benchmark:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A benchmark's outcome."""
+    """Outcome of a benchmark."""
 
     benchmark: Benchmark
     values: Values
 
     @property
     def medians(self) -> dict[str, float]:
-        """Each side's median over the rounds."""
+        """Median of each side over the rounds."""
         return {name: median(series) for name, series in self.values.items()}
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The first side's median divided by that of each other side."""
+        """First side's median divided by the median of each other side."""
         (_, ours), *others = self.medians.items()
         return {name: ours / other for name, other in others}
 
     @property
     def ratio(self) -> float:
-        """The ratio that the target is about."""
+        """Ratio that the target applies to."""
         return next(iter(self.ratios.values()))
 
     @property
     def by_round(self) -> list[float]:
-        """That ratio in each round, to see how much it scatters."""
+        """The same ratio in each round, to see how much it scatters."""
         ours, theirs, *_ = self.values.values()
         return [a / b for a, b in zip(ours, theirs, strict=True)]
 
     @property
     def missed(self) -> bool:
-        """Whether the ratio is below its target."""
+        """True if the ratio is below its target."""
         return self.ratio < self.benchmark.target
 
     def record(self) -> dict[str, Any]:
-        """The result as it stands in the file."""
+        """Return the result as it stands in the file."""
         return {
             "name": self.benchmark.name,
             "ratio": round(self.ratio, 4),
@@ -99,7 +99,7 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
 
 
 def result_table(results: Iterable[Result]) -> Table:
-    """All results; what missed its target says so."""
+    """Return the table of all results, with missed targets marked."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("benchmark")
     table.add_column("medians")

@@ -1,4 +1,4 @@
-"""A whole job, from queued to completed, against the bare encoder on the same texts."""
+"""Whole job, from queued to completed, against the bare encoder on the same texts."""
 
 import time
 from dataclasses import replace
@@ -23,7 +23,7 @@ _WARM_UPS = 5
 _JOB_SECONDS = 600.0
 _POLL_SECONDS = 0.5
 
-#: Whether two chunks of a job ran at once.
+#: True if two chunks of a job ran at once.
 _OVERLAP = """
     select exists (select from vectormill.chunks a join vectormill.chunks b on a.job_id = b.job_id and a.id < b.id
                    where a.job_id = :job and a.started_at < b.finished_at and b.started_at < a.finished_at)
@@ -36,7 +36,7 @@ _ACCOUNT = """
 
 
 def measure(rounds: Rounds) -> Values:
-    """Items a second of both. While one works, the other waits for its turn."""
+    """Return items per second of both. While one works, the other waits for its turn."""
     texts = distinct_docstrings(_DOCSTRINGS)
     with (
         TemporaryDirectory() as folder,
@@ -56,7 +56,7 @@ def measure(rounds: Rounds) -> Values:
 
 
 def _warm_up(place: Place, corpus: Path) -> None:
-    """Run small jobs until two chunks ran at once: then both replicas have the model."""
+    """Run small jobs until two chunks have run at once, which shows that both replicas have loaded the model."""
     for _ in range(_WARM_UPS):
         job = submit_file(place, corpus, lambda usual: replace(usual, chunk_items=_WARM_UP_CHUNK_ITEMS))
         _wait_until_completed(place, job)
@@ -67,7 +67,7 @@ def _warm_up(place: Place, corpus: Path) -> None:
 
 
 def _job_seconds(place: Place, corpus: Path) -> float:
-    """From queued to completed, by the database's clock."""
+    """Return a job's seconds from queued to completed, by the database's clock."""
     job = submit_file(place, corpus)
     _wait_until_completed(place, job)
     with place.engine.begin() as connection:
@@ -77,7 +77,7 @@ def _job_seconds(place: Place, corpus: Path) -> float:
 
 
 def _wait_until_completed(place: Place, job: UUID) -> None:
-    """Look now and then: a job's end sends no event."""
+    """Poll until a job is completed, since its end sends no event."""
     deadline = time.monotonic() + _JOB_SECONDS
     while time.monotonic() < deadline:
         with place.engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""Real servers in a temporary home, and what benchmarks do with them."""
+"""Real servers in a temporary home, and the benchmarks' operations on them."""
 
 import os
 import queue
@@ -29,7 +29,7 @@ from tests.support.machines import remove_what_root_keeps
 
 
 def model_folder() -> Path:
-    """Where all-MiniLM-L6-v2 is installed."""
+    """Return the folder in which all-MiniLM-L6-v2 is installed."""
     folder = bundled_model_folder()
     assert folder, "the extra `embedded` is not installed"
     return folder
@@ -37,14 +37,14 @@ def model_folder() -> Path:
 
 @contextmanager
 def servers() -> Iterator[Running]:
-    """Postgres and Valkey alone, with the schema and the bundled model."""
+    """Run Postgres and Valkey alone, with the schema and the bundled model."""
     with TemporaryDirectory(prefix="vectormill-bench-") as folder, _machine(Path(folder), lambda _: ()) as running:
         yield running
 
 
 @contextmanager
 def whole_machine() -> Iterator[Running]:
-    """Everything as `vectormill up` runs it, with one worker."""
+    """Run everything as `vectormill up` does, with one worker."""
     with (
         TemporaryDirectory(prefix="vectormill-bench-") as folder,
         _machine(Path(folder), lambda running: app_stages(running, 1)) as running,
@@ -76,7 +76,7 @@ def _machine(folder: Path, stages: Stages) -> Iterator[Running]:
 
 @contextmanager
 def connected(running: Running) -> Iterator[Place]:
-    """Work in the default workspace of a machine, as a command would."""
+    """Connect to the default workspace of a machine, as a command would."""
     engine = make_engine(running.database_url, application="vectormill-cli")
     try:
         with engine.begin() as connection:
@@ -87,13 +87,13 @@ def connected(running: Running) -> Iterator[Place]:
 
 
 def bundled_model(where: Place) -> Model:
-    """The catalogue's entry of all-MiniLM-L6-v2, with the rate that is measured by now."""
+    """Return the catalogue's entry of all-MiniLM-L6-v2, with the rate measured so far."""
     with where.engine.begin() as connection:
         return find_model(connection, where.workspace_id, BUNDLED_MODEL)
 
 
 def submit_file(where: Place, path: Path, cut: Callable[[Planning], Planning] = lambda usual: usual) -> UUID:
-    """Submit a file of JSON lines with usual settings; `cut` may change how its chunks are cut."""
+    """Submit a file of JSON lines with usual settings; `cut` may change the planning. Return the job's id."""
     return submit(
         where.engine,
         Submission(
@@ -107,7 +107,7 @@ def submit_file(where: Place, path: Path, cut: Callable[[Planning], Planning] = 
 
 
 def forget_jobs(where: Place) -> None:
-    """Empty every table that a job fills, and settle what is still to be written to disk."""
+    """Empty every table that a job fills, and write all pending pages to disk."""
     with where.engine.begin() as connection:
         connection.execute(text("truncate vectormill.items, vectormill.embeddings, vectormill.rejects"))
         connection.execute(text("truncate vectormill.usage"))

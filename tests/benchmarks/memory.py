@@ -1,4 +1,4 @@
-"""The most memory that producer, dispatcher and worker hold with 200,000 rows, against that with ten times as many.
+"""Peak memory of producer, dispatcher and worker with 200,000 rows, against ten times as many.
 
 Both ways: rows through Postgres, and by reference from one Parquet file into Parquet parts.
 """
@@ -35,7 +35,7 @@ _SAMPLE_SECONDS = 0.1
 
 
 def _measure(process: str, rounds: Rounds) -> Values:
-    """MB of one of the processes. The whole is run once, however many rounds are asked for: it takes minutes."""
+    """Return the peak MB of a process. All is run once, however many rounds are asked for: it takes minutes."""
     return Rounds(1, rounds.on_value).interleave(
         {
             "200k rows": lambda _: _peaks(_FEW)[process],
@@ -46,7 +46,7 @@ def _measure(process: str, rounds: Rounds) -> Values:
 
 @cache
 def _peaks(rows: int) -> dict[str, float]:
-    """The most megabytes that each of the processes held at any time, over both ways."""
+    """Return the peak megabytes of each of the processes, over both ways."""
     peaks: dict[str, float] = defaultdict(float)
     with TemporaryDirectory(prefix="vectormill-bench-") as folder, whole_machine() as running:
         static = Path(folder, "static")
@@ -90,7 +90,7 @@ def _command(running: Running, *arguments: str) -> Iterator["subprocess.Popen[st
 
 
 def _job(running: Running, rows: int, peaks: dict[str, float], *arguments: str) -> None:
-    """Submit and await a job, looking all the while at what the processes hold."""
+    """Submit and await a job, and sample the memory of the processes meanwhile."""
     look = partial(_look, peaks)
     with _command(running, "submit", *arguments, "--model", "static") as producer:
         while producer.poll() is None:
@@ -117,14 +117,14 @@ def _job(running: Running, rows: int, peaks: dict[str, float], *arguments: str) 
 
 
 def _look(peaks: dict[str, float], name: str, find: Callable[[], list[psutil.Process]]) -> None:
-    """Note the largest of some processes, if it holds more than was seen before."""
+    """Record the memory of the largest of some processes, if it exceeds the peak so far."""
     for process in find():
         with suppress(psutil.NoSuchProcess):
             peaks[name] = max(peaks[name], process.memory_info().rss / 1e6)
 
 
 def _processes(name: str) -> list[psutil.Process]:
-    """The processes of this machine's dispatcher, or of its worker with its children."""
+    """Return the processes of this machine's dispatcher, or of its worker with its children."""
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             command: list[Any] = child.cmdline()

@@ -1,9 +1,9 @@
-"""Run a command and print the most memory that it held, in bytes.
+"""Meter of a command's peak memory, which it prints in bytes.
 
     python -m tests.benchmarks.peak COMMAND…
 
-In a process of its own, which imports next to nothing: what the kernel reports of a child begins with the size of the
-process that started it.
+A process of its own, which imports next to nothing: the peak that the kernel reports of a child begins with the size
+of the process that started it.
 """
 
 import os
@@ -13,7 +13,7 @@ _UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 def main(command: list[str]) -> int:
-    """The command's exit code; its standard output is dropped."""
+    """Run a command without its standard output, print its peak memory, and return its exit code."""
     silence = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
     pid = os.posix_spawn(command[0], command, os.environ, file_actions=[silence])
     _, status, usage = os.wait4(pid, 0)

@@ -1,4 +1,4 @@
-"""Jobs of very many chunks: the dispatcher's tick, a status, and what a person asks of a job, against their limits."""
+"""Jobs of very many chunks: the dispatcher's tick, a status, and a person's commands, against their limits."""
 
 import time
 from collections.abc import Callable
@@ -23,14 +23,14 @@ _STATUS_CHUNKS = 250_000
 _CONTROL_CHUNKS = 100_000
 _ITEMS = 4
 _SMALL_JOBS = 5
-#: The dispatcher looks round so often.
+#: Period of the dispatcher's loop.
 _TURN_SECONDS = 0.05
 
 Act = Callable[[Dispatcher, UUID], None]
 
 
 def _measure(count: int, before: Act, act: Act, limit_ms: float, rounds: Rounds) -> Values:
-    """Milliseconds of one act on a job of so many chunks, a fresh job each round."""
+    """Return the milliseconds of one act on a job of `count` chunks, with a fresh job each round."""
     with servers() as running, connected(running) as place:
         publisher = Publisher(running.redis_url)
         dispatcher = Dispatcher(engine=place.engine, publisher=publisher, lease_seconds=30, text_retention_days=7)
@@ -52,7 +52,7 @@ def _measure(count: int, before: Act, act: Act, limit_ms: float, rounds: Rounds)
 
 
 def _job(engine: Engine, model: Model, count: int) -> UUID:
-    """A job of so many pending chunks, among a few small ones."""
+    """Make a job of `count` pending chunks, among a few small jobs; return its id."""
     for _ in range(_SMALL_JOBS):
         make_job(engine, model, 8)
     job = make_job(engine, model, _ITEMS, per_chunk=_ITEMS)
@@ -79,7 +79,7 @@ def _half_done(dispatcher: Dispatcher, job: UUID) -> None:
 
 
 def _first_half_done(dispatcher: Dispatcher, job: UUID) -> None:
-    """As workers leave it, before the next vacuum or analyze."""
+    """End the first half of the chunks, as workers leave it before the next vacuum or analyze."""
     statement = """
         update vectormill.chunks set state = 'done', embedded = items, prompt_tokens = 40, finished_at = now()
         where job_id = :job and ordinal < :half
@@ -89,7 +89,7 @@ def _first_half_done(dispatcher: Dispatcher, job: UUID) -> None:
 
 
 def _tick(dispatcher: Dispatcher, _: UUID) -> None:
-    """What the dispatcher does four times a second."""
+    """Do what the dispatcher does four times a second."""
     for duty in (dispatch.publish, maintenance.drain, dispatch.finish):
         duty(dispatcher)
 
@@ -100,7 +100,7 @@ def _find(dispatcher: Dispatcher, job: UUID) -> None:
 
 
 def _claim(dispatcher: Dispatcher, job: UUID) -> None:
-    """Of the chunk that is met first from the start, past all that have ended."""
+    """Claim the first pending chunk, searched from the start past all that have ended."""
     with dispatcher.engine.begin() as connection:
         ((chunk, _),) = chunks.pending_after(connection, job, 0, 1)
         assert chunks.claim(connection, job, chunk, worker_id=WORKER, task_id="benchmark", lease_seconds=30)
@@ -112,7 +112,7 @@ def _status(dispatcher: Dispatcher, job: UUID) -> None:
 
 
 def _cancel(dispatcher: Dispatcher, job: UUID) -> None:
-    """Until the job is cancelled."""
+    """Cancel the job, and tick until it is cancelled."""
     _ask(dispatcher, lambda connection: control.cancel(connection, job))
     while job_row(dispatcher.engine, job)["state"] != JobState.CANCELLED:
         _tick(dispatcher, job)
@@ -120,7 +120,7 @@ def _cancel(dispatcher: Dispatcher, job: UUID) -> None:
 
 
 def _all_rejected(dispatcher: Dispatcher, job: UUID) -> None:
-    """One reject in each chunk."""
+    """Complete the job, with one reject in each chunk."""
     engine = dispatcher.engine
     run_sql(
         engine,

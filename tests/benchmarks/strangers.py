@@ -1,4 +1,4 @@
-"""A workspace's requests beside somebody who tries to block the door for all, against a calm time."""
+"""Requests of a workspace while a stranger attacks the api or the engine, against a calm time."""
 
 import asyncio
 import multiprocessing
@@ -27,15 +27,16 @@ _SECONDS = 4.0
 _UPLOADS, _SUBMITTERS, _HEADS, _CONNECTIONS = 6, 8, 1_500, 600
 _ENGINE_BODY_BYTES = 600 * 1024**2
 _PIECE_SECONDS = 1.0
-#: Without any, it would be the sender that takes the processor.
+#: Pause of the sender, which otherwise would itself take up the processor.
 _PAUSE_SECONDS = 0.05
 
-#: Does harm to (url of the api, url of the engine, key, folder) until it is ended, and says when it has begun.
+#: Attack on (URL of the api, URL of the engine, key, folder), which runs until it is killed. It sets the event when it
+#: has begun.
 Attack = Callable[[str, str, str, Path, Event], None]
 
 
 def slow_uploads(api: str, _: str, key: str, __: Path, begun: Event) -> None:
-    """Uploads of one key, a byte at a time."""
+    """Send uploads with one key, a byte at a time."""
     head = (
         f"POST /api/jobs HTTP/1.1\r\nhost: here\r\nauthorization: Bearer {key}\r\n"
         "content-type: multipart/form-data; boundary=x\r\ncontent-length: 1000\r\n\r\n"
@@ -44,12 +45,12 @@ def slow_uploads(api: str, _: str, key: str, __: Path, begun: Event) -> None:
 
 
 def half_heads(api: str, _: str, __: str, ___: Path, begun: Event) -> None:
-    """Heads that aren't ended, for as long as the server lets them be."""
+    """Send heads of requests without an end, for as long as the server allows."""
     _drip(api, _HEADS, b"POST /v1/embeddings HTTP/1.1\r\nhost: here\r\n", b"x: y\r\n", begun)
 
 
 def many_stars(api: str, _: str, key: str, folder: Path, begun: Event) -> None:
-    """Patterns that a regular expression would try for half a minute, of several clients."""
+    """Send patterns that a regular expression would try for half a minute, from several clients."""
     below = folder.joinpath(*"a" * 40)
     below.mkdir(parents=True, exist_ok=True)
     (below / "x.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
@@ -64,7 +65,7 @@ def many_stars(api: str, _: str, key: str, folder: Path, begun: Event) -> None:
 
 
 def invented_keys(api: str, _: str, __: str, ___: Path, begun: Event) -> None:
-    """Connections that ask again and again, each time with another key that nobody made."""
+    """Send requests on many connections, each with another key that nobody made."""
     numbers = iter(range(10**9))
 
     async def ask(session: aiohttp.ClientSession) -> None:
@@ -77,7 +78,7 @@ def invented_keys(api: str, _: str, __: str, ___: Path, begun: Event) -> None:
 
 
 def one_key(api: str, _: str, key: str, __: Path, begun: Event) -> None:
-    """As many that ask again and again with one key."""
+    """Send requests on as many connections with one key."""
 
     async def ask(session: aiohttp.ClientSession) -> None:
         while True:
@@ -88,7 +89,7 @@ def one_key(api: str, _: str, key: str, __: Path, begun: Event) -> None:
 
 
 def open_pages(api: str, _: str, __: str, ___: Path, begun: Event) -> None:
-    """As many that ask for what is open to anybody."""
+    """Request a page that is open to anybody, on as many connections."""
 
     async def ask(session: aiohttp.ClientSession) -> None:
         while True:
@@ -99,7 +100,7 @@ def open_pages(api: str, _: str, __: str, ___: Path, begun: Event) -> None:
 
 
 def large_engine_bodies(_: str, engine: str, __: str, ___: Path, begun: Event) -> None:
-    """Bodies of 600 MB for the engine, from somebody who doesn't know its secret."""
+    """Send bodies of 600 MB to the engine, without knowing its secret."""
     head = f"POST /embed HTTP/1.1\r\nhost: here\r\ncontent-length: {_ENGINE_BODY_BYTES}\r\n\r\n".encode()
     piece = bytes(1024**2)
     begun.set()
@@ -139,7 +140,7 @@ def _connected(url: str, count: int, head: bytes) -> Iterator[list[socket.socket
 
 
 def _send(line: socket.socket, data: bytes) -> bool:
-    """Send to a server that may have closed the connection. Returns whether it hadn't."""
+    """Send to a server that may have closed the connection. Return False if it had."""
     try:
         line.sendall(data)
     except OSError:
@@ -148,7 +149,7 @@ def _send(line: socket.socket, data: bytes) -> bool:
 
 
 def measure(attack: Attack, rounds: Rounds) -> Values:
-    """Requests a second that one client gets answered, one after the other: vectors of one text, and an upload."""
+    """Return the requests per second that one client gets answered: a vector of one text and an upload, in turn."""
     with (
         TemporaryDirectory() as folder,
         patch.dict(os.environ, VECTORMILL_API_SOURCES=folder),

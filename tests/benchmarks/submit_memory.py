@@ -1,4 +1,4 @@
-"""The peak memory of `vectormill submit` with a million rows against that with four million."""
+"""Peak memory of `vectormill submit` with a million rows, against four million."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ _MILLION = 1_000_000
 
 
 def measure(rounds: Rounds) -> Values:
-    """MB of each."""
+    """Return the peak MB of each."""
     with TemporaryDirectory() as folder, servers() as running, connected(running) as place:
         one = write_tiny_rows(Path(folder, "one.jsonl"), _MILLION)
         four = write_tiny_rows(Path(folder, "four.jsonl"), 4 * _MILLION)

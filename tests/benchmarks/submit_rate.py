@@ -1,4 +1,4 @@
-"""A submission, from a file of JSON lines to a queued job, against a raw COPY of the same rows."""
+"""Submission, from a file of JSON lines to a queued job, against a raw COPY of the same rows."""
 
 import gc
 from pathlib import Path
@@ -22,12 +22,12 @@ Row = tuple[UUID, int, str, str]
 
 
 def measure(rounds: Rounds) -> Values:
-    """Rows a second of each, into empty tables."""
+    """Return rows per second of each, into empty tables."""
     pairs = short_rows(_ROWS)
     job_id = uuid7()
     rows = [(job_id, index, key, body) for index, (key, body) in enumerate(pairs)]
     buffer = "".join(f"{job_id}\t{index}\t{key}\t{body}\n" for _, index, key, body in rows).encode()
-    gc.freeze()  # so many objects would slow every collection, and with it whoever allocates
+    gc.freeze()  # so many objects would slow every collection, and so all allocations
     with (
         TemporaryDirectory() as folder,
         servers() as running,

@@ -1,4 +1,4 @@
-"""A chunk's whole commit against `executemany` of the same rows into the same table."""
+"""Commit of a whole chunk against `executemany` of the same rows into the same table."""
 
 from time import perf_counter
 from uuid import UUID, uuid4
@@ -18,7 +18,7 @@ from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import bundled_model, connected, forget_jobs, servers
 
 _ROWS = 10_000
-#: One alone takes a tenth of a second, in which a machine's other work shows.
+#: Chunks per measurement: one alone takes a tenth of a second, too short to even out the machine's other work.
 _CHUNKS = 5
 _DIMENSIONS = 384
 _VECTOR_SPACE = 1
@@ -30,7 +30,7 @@ _INSERT = """
 
 
 def measure(rounds: Rounds) -> Values:
-    """Rows a second of both, each into tables that were empty before."""
+    """Return rows per second of both, each into tables that were empty before."""
     rows = _rows()
     with (
         servers() as running,
@@ -68,7 +68,7 @@ def _write_back_seconds(place: Place, rows: Rows) -> float:
 
 
 def _claim(place: Place) -> Claim:
-    """The claimed chunk of a job of one chunk."""
+    """Make a job of one chunk, and claim the chunk."""
     job_id = uuid7()
     producer = _insert_job(place, job_id)
     with place.engine.begin() as connection:

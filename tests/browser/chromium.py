@@ -1,4 +1,4 @@
-"""Chromium without a window, and what a page asked for while it was open."""
+"""Headless Chromium, and a record of the requests and errors of its pages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ Scheme = Literal["light", "dark"]
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A browser with an empty profile, for the length of the block."""
+    """Run a browser with an empty profile, for the length of the block."""
     program = which("chromium") or which("chromium-browser")
     assert program, "Chromium is missing: apt-get install chromium"
     with sync_playwright() as playwright:
@@ -38,7 +38,7 @@ def chromium() -> Iterator[Browser]:
 
 @dataclass
 class Visit:
-    """A person at a browser."""
+    """Visit of a person with a browser."""
 
     url: str
     page: Page
@@ -57,7 +57,7 @@ class Visit:
         self.page.wait_for_url(lambda url: "/login" not in url)
 
     def hosts(self) -> set[str | None]:
-        """Where requests went."""
+        """Return the hosts that requests went to."""
         return {urlsplit(request.url).hostname for request in self.requests}
 
 
@@ -65,7 +65,7 @@ class Visit:
 def visiting(
     browser: Browser, url: str, *, scheme: Scheme = "light", width: int = 1_280, height: int = 800
 ) -> Iterator[Visit]:
-    """A person without cookies. What they ask for and what scripts complain of is noted."""
+    """Open a visit without cookies. Its requests and the errors of scripts are recorded."""
     context: BrowserContext = browser.new_context(
         color_scheme=scheme, viewport={"width": width, "height": height}, reduced_motion="reduce"
     )

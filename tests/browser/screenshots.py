@@ -1,4 +1,4 @@
-"""`make screenshots`: each page in light and dark, of a night with jobs in every state, to docs/screenshots/."""
+"""Screenshots of each page in light and dark, with jobs in every state: `make screenshots` writes docs/screenshots/."""
 
 import sys
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from tests.support.ports import free_port
 
 _FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "screenshots"
 _COLOURS = 256
-#: A long table looks further down as it does on top.
+#: Limit in pixels: a long table looks the same further down.
 _MOST_HEIGHT = 2_000
 
 
 def main() -> None:
-    """Take them all."""
+    """Take all screenshots."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as temporary:
@@ -54,7 +54,7 @@ def _migrate(url: str) -> None:
 
 @contextmanager
 def _api(servers: Running, logs: Path) -> Iterator[tuple[Gateway, dict[str, str]]]:
-    """An api on a night's state, and the paths of its pages by the names of their pictures."""
+    """Run an api on the demo state. Yield its gateway, and the paths of its pages by the names of their pictures."""
     engine = make_engine(servers.database_url, application="vectormill-tests")
     environment = {
         "VECTORMILL_DATABASE_URL": servers.database_url,
@@ -107,7 +107,7 @@ def _take(browser: Browser, gateway: Gateway, paths: dict[str, str], folder: Pat
 
 
 def _save(page: Page, path: Path) -> None:
-    """Write a page's picture, with as few colours as it can do with: flat areas and text lose nothing by it."""
+    """Write a page's picture with few colours, by which flat areas and text lose nothing."""
     # Debian's system-ui is DejaVu; Inter, where it is installed, is nearer to what other systems have.
     page.evaluate("document.documentElement.style.setProperty('--sans', 'Inter, system-ui')")
     height = page.evaluate("document.documentElement.scrollHeight")

@@ -1,4 +1,4 @@
-"""The dashboard in a real Chromium, on real jobs."""
+"""Dashboard in a real Chromium, on real jobs."""
 
 import re
 from typing import Any
@@ -18,7 +18,7 @@ from tests.support.jobs_made import job_row, make_job, make_model, run_sql
 
 
 def submit(site: Site, name: str, count: int, *, bad: int = 0, paused: bool = False) -> UUID:
-    """A real job; paused: of a model that nobody serves, so that no chunk of it has started."""
+    """Submit a real job. A `paused` one has a model that nobody serves, so that none of its chunks has started."""
     fleet, model = site.gateway.fleet, "unserved" if paused else "static"
     job = fleet.submit(site.corpus(name, count, bad=bad), "--model", model, "--name", name, "--max-rejects", "100%")
     if paused:
@@ -36,7 +36,7 @@ def test_log_in_with_a_wrong_key_and_a_right_one(site: Site) -> None:
     key.fill("vm_0123456789abcdef_" + "x" * 43)
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("unknown, revoked or expired")
-    # The browser itself notes the 401.
+    # The browser itself logs the 401.
     assert all("401" in error for error in visit.errors)
     visit.errors.clear()
     key.fill(site.gateway.key)
@@ -52,7 +52,7 @@ def test_log_in_with_a_wrong_key_and_a_right_one(site: Site) -> None:
 
 def test_a_visitor_by_a_link_elsewhere_need_not_log_in_again(site: Site) -> None:
     page = site.visit(site.gateway.key).page
-    # What such a link does: the first request comes without the cookie, and ends at the log-in page.
+    # The first request by a link elsewhere comes without the cookie, and ends at the log-in page.
     page.goto(site.gateway.url + "/login?next=/models")
     expect(page).to_have_url(site.gateway.url + "/models")
 
@@ -185,7 +185,7 @@ def test_by_keyboard_alone(site: Site) -> None:
     assert {"name", "by-keyboard"} <= reached
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", name="by-keyboard")).to_be_visible()
-    # Scripts come after the page.
+    # Scripts load after the page.
     expect(page.locator("#tip")).to_be_attached()
     strip = page.locator(".strip")
     strip.focus()
@@ -234,7 +234,7 @@ def test_a_lost_connection_is_told_and_recovers(site: Site) -> None:
 def test_a_page_found_while_the_database_is_away_comes_back_whole(site: Site) -> None:
     visit = site.visit()
     page, url = visit.page, site.gateway.engine.url
-    # The api doesn't know this key yet.
+    # The api hasn't looked this key up yet, so it must ask the database.
     page.context.add_cookies([{"name": "vectormill_key", "value": site.gateway.new_key(), "url": site.gateway.url}])
     elsewhere = create_engine(url.set(database="template1"), isolation_level="AUTOCOMMIT")
     with elsewhere.connect() as connection:
@@ -261,7 +261,7 @@ def test_a_new_key_stays_until_it_is_left(site: Site) -> None:
     page.get_by_role("button", name="Make it and show it once").click()
     expect(page.get_by_role("heading", name="Keep this key now")).to_be_visible()
     expect(page.locator("#tip")).to_be_attached()
-    # As it is when a person comes back from where they pasted it.
+    # The page gets these events when a person comes back from where they pasted the key.
     asked = page.evaluate("""() => {
         let count = 0;
         const fetch = window.fetch;
@@ -275,7 +275,7 @@ def test_a_new_key_stays_until_it_is_left(site: Site) -> None:
 
 
 def long_names(site: Site) -> list[str]:
-    """Pages of names without a place to break them."""
+    """Return pages with names that have no place to break them."""
     engine, long = site.gateway.engine, "W" * 200
     found = run_sql(engine, "select id from vectormill.jobs where name = :name", name=long)
     if found:
@@ -319,7 +319,7 @@ def test_long_names_break(site: Site, width: int) -> None:
 
 
 def every_page(site: Site) -> list[str]:
-    """One of each, with something on it."""
+    """Return one of each page, with something on it."""
     name = "on-every-page"
     found = run_sql(site.gateway.engine, "select id from vectormill.jobs where name = :name", name=name)
     job = found[0][0] if found else submit(site, name, 450, bad=4)
@@ -353,7 +353,7 @@ def test_nothing_scrolls_sideways(site: Site, width: int) -> None:
 
 
 def overflow(page: Page) -> int:
-    """By how many pixels a page is wider than its window."""
+    """Return by how many pixels a page is wider than its window."""
     wider: int = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     return wider
 
@@ -381,7 +381,7 @@ def test_axe_would_find_a_fault(site: Site, axe: str) -> None:
 
 
 def serious(page: Page, axe: str) -> list[Any]:
-    """Serious and critical violations, each with where."""
+    """Return the serious and critical violations, each with its first places."""
     page.evaluate(axe)
     found = page.evaluate("axe.run()")
     return [

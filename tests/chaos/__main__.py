@@ -1,6 +1,6 @@
-"""`python -m tests.chaos --seed 1 --minutes 60`: a long drill, whose leases and chunks are short, so that
-much happens; with `--defaults` one at default settings, which measures what is promised there. Ends with 1 if there is
-any objection.
+"""Long drill: `python -m tests.chaos --seed 1 --minutes 60`. Its leases and chunks are short, so that much happens;
+with `--defaults` it runs at default settings, and measures what is promised there. Exits with 1 if there is any
+objection.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tests.chaos.site import Site, site
 
 _LEASE_SECONDS, _CHUNK_ITEMS, _ITEMS = 5.0, 200, 6_000
 _DEFAULT_LEASE_SECONDS, _MANY_ITEMS = 30.0, 20_000
-#: So that there is always more than is under way.
+#: Two lanes, so that pending chunks never run out.
 _LANES_AT_DEFAULTS = ((Way("minilm", "jsonl"),), (Way("minilm", "jsonl"),))
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         load, report = Load(made, items, lanes, Random(asked.seed)), Report(asked.seed)
         try:
             drill(made, load, report, kinds, goes_on=goes_on, tell=lambda line: print(line, flush=True))
-        except BaseException as error:  # an impatient person's, too
+        except BaseException as error:  # including KeyboardInterrupt
             report.said.append(f"broken off: {type(error).__name__}")
             raise
         finally:

@@ -1,4 +1,4 @@
-"""Fixtures of single faults, which are those of whole jobs."""
+"""Fixtures of single faults, taken from the acceptance tests."""
 
 from tests.acceptance.conftest import fleet, texts
 

@@ -1,4 +1,4 @@
-"""A disk that can be filled: a file system in memory, of a size. Only root can have one."""
+"""Disk of a fixed size that can be filled: a file system in memory, which only root can mount."""
 
 import os
 import subprocess
@@ -11,20 +11,20 @@ from pwd import struct_passwd
 
 @dataclass(frozen=True)
 class Disk:
-    """Where it is mounted, and the folder in it that is used."""
+    """Small disk, mounted at `root`."""
 
     root: Path
 
     @property
     def folder(self) -> Path:
-        """What is used of it."""
+        """Folder on the disk for the data that it holds."""
         return self.root / "used"
 
     def fill(self) -> None:
-        """Leave no byte."""
+        """Fill the disk completely."""
         with (self.root / "ballast").open("wb") as file:
             size, step = 0, 1 << 30
-            while step >= 4096:  # others take of it meanwhile
+            while step >= 4096:  # other processes take space meanwhile
                 try:
                     os.posix_fallocate(file.fileno(), size, step)
                 except OSError:
@@ -33,13 +33,13 @@ class Disk:
                     size += step
 
     def clear(self) -> None:
-        """As it was before."""
+        """Free the space that `fill` took."""
         (self.root / "ballast").unlink(missing_ok=True)
 
 
 @contextmanager
 def small_disk(root: Path, size_bytes: int, owner: struct_passwd | None) -> Iterator[Disk]:
-    """A disk for as long as the block lasts, which belongs to `owner`."""
+    """Mount a disk for as long as the block lasts, with a folder that belongs to `owner`."""
     root.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=0711", "tmpfs", str(root)], check=True)
     try:

@@ -1,4 +1,4 @@
-"""A drill: a schedule from a seed, done on a site under load, and the table of what came of it."""
+"""Drill: a schedule of faults from a seed, done to a site under load, and the table of its results."""
 
 import time
 from collections import Counter
@@ -20,20 +20,21 @@ from tests.chaos.on_servers import ROLE_SECONDS
 from tests.chaos.secrets import leaks
 from tests.chaos.site import BRITTLE, START_SECONDS, Site
 
-#: What isn't back by then won't be.
+#: Time after which a recovery is given up.
 _RECOVERY_SECONDS = 600.0
 _POLL_SECONDS = 0.05
 _PAUSE_SECONDS = (0.0, 1.0)
-#: So late a lease may run out by a fault that is over: after a gap in the database the sweep waits for one.
+#: Number of leases for which a fault that is over may still let a lease run out: after a gap in the database the
+#: sweep waits for one.
 _LEASES_LATER = 3
 
 
 @dataclass
 class Report:
-    """What a drill has seen."""
+    """Observations of a drill."""
 
     seed: int
-    #: Seconds to recovery of each fault, by its kind.
+    #: Seconds to recovery of each fault, by kind.
     recoveries: dict[str, list[float]] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     items: int = 0
@@ -41,18 +42,18 @@ class Report:
     tokens_embedded: float = 0
     tokens_committed: float = 0
     chunks: int = 0
-    #: Texts that did harm, by kind, and were rejected for it.
+    #: Numbers of harmful texts that were rejected for it, by kind.
     poisons: Counter[Poison] = field(default_factory=Counter)
-    #: When the first fault was to come, by the monotonic clock: what was made ready before isn't counted.
+    #: Start of the faults, by the monotonic clock: the preparation before it isn't counted.
     begun: float = 0.0
-    #: Faults that were begun.
+    #: Number of faults begun.
     tried: int = 0
-    #: When there was a fault by which leases may run out, by the database's clock.
+    #: Start and end of each fault that may let leases run out, by the database's clock.
     windows: list[tuple[datetime, datetime]] = field(default_factory=list)
 
     @contextmanager
     def objecting(self, what: str) -> Iterator[None]:
-        """An exception is an objection; what comes after this is done all the same."""
+        """Turn an exception into an objection, so that the steps after the block are still done."""
         try:
             yield
         except Exception as error:  # noqa: BLE001
@@ -60,22 +61,22 @@ class Report:
 
     @property
     def faults(self) -> int:
-        """How many were done."""
+        """Number of faults done."""
         return sum(map(len, self.recoveries.values()))
 
     @property
     def wasted(self) -> float:
-        """The share of tokens that were embedded in vain."""
+        """Share of tokens that were embedded in vain."""
         return 1 - self.tokens_committed / self.tokens_embedded if self.tokens_embedded else 0.0
 
     @property
     def wasted_chunks(self) -> float:
-        """The same as chunks of average size, by fault."""
+        """Waste per fault, in chunks of average size."""
         wasted = self.tokens_embedded - self.tokens_committed
         return wasted / (self.tokens_committed / self.chunks) / self.faults if self.chunks and self.faults else 0.0
 
     def table(self) -> str:
-        """As Markdown."""
+        """Return the report as Markdown."""
         lines = ["| fault | times | recovery p50 | p99 |", "|---|---:|---:|---:|"]
         for name, seconds in sorted(self.recoveries.items()):
             lines.append(f"| {name} | {len(seconds)} | {median(seconds):.1f} s | {_p99(seconds):.1f} s |")
@@ -99,7 +100,8 @@ def _p99(seconds: list[float]) -> float:
 
 
 def schedule(seed: int, kinds: tuple[Kind, ...]) -> Iterator[tuple[Kind, Random]]:
-    """Faults without end, each with dice of its own: the bag of all kinds is emptied before it is filled again."""
+    """Yield faults without end, each with a random generator of its own. Each round has all kinds, as often as their
+    weights say, in random order."""
     random = Random(seed)
     while True:
         bag = [kind for kind in kinds for _ in range(kind.weight)]
@@ -117,8 +119,8 @@ def drill(
     goes_on: Callable[[Report], bool],
     tell: Callable[[str], None] = print,
 ) -> None:
-    """Do faults one after the other as long as `goes_on` says, then let the work end and look at what is left. All that
-    is seen is on the report, whatever ends the drill."""
+    """Do faults one after the other as long as `goes_on` returns True, then let the work end and check what is left.
+    All observations are on the report, whatever ends the drill."""
     try:
         with report.objecting("the start"):
             site.start_all()
@@ -206,7 +208,8 @@ def _await_recovery(back: Back) -> float:
 
 
 def _unexplained(site: Site, windows: list[tuple[datetime, datetime]]) -> list[str]:
-    """Leases that ran out while no fault was near that could do it. The brittle model's texts do it any time."""
+    """Return an objection for each lease that ran out with no fault near that could cause it. The brittle model is left
+    out: its texts can cause that at any time."""
     grace = timedelta(seconds=_LEASES_LATER * site.lease_seconds + ROLE_SECONDS)
     query = """
         select chunk_id, fence, lost_at from vectormill.claim_losses

@@ -1,4 +1,4 @@
-"""What a fault is, and when what it struck is back."""
+"""Model of a fault, and of the recovery from it."""
 
 import time
 from collections.abc import Callable
@@ -8,16 +8,17 @@ from typing import Any
 
 from tests.chaos.site import BRITTLE, Site
 
-#: Chunks `c`, with their jobs `j`, that a fault to all concerns. The brittle model's worker goes around what is struck.
+#: SQL condition on chunks `c` and their jobs `j` that a fault of the whole installation concerns. The brittle model's
+#: worker bypasses the places that are struck.
 ALL = f"j.model_name <> '{BRITTLE}'"
 _CHUNKS = "vectormill.chunks c join vectormill.jobs j on j.id = c.job_id"
-#: When each was claimed under the fence that it has.
+#: Join with the time at which each chunk was claimed under its current fence.
 _CLAIMS = "join witness.claims w on w.chunk_id = c.id and w.fence = c.fence"
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """A chunk under a claim."""
+    """Chunk under a claim."""
 
     chunk: int
     fence: int
@@ -25,25 +26,25 @@ class Claimed:
 
 @dataclass(frozen=True)
 class Done:
-    """What a fault has done."""
+    """Effect of a fault."""
 
-    #: From when on recovery is counted, by the monotonic clock.
+    #: Start of the recovery, by the monotonic clock.
     since: float
-    #: The claim that was struck; `None`: the whole installation was.
+    #: Claim that was struck; `None` if it was the whole installation.
     claim: Claimed | None = None
-    #: What is wrong already.
+    #: Objections so far.
     said: tuple[str, ...] = ()
 
 
 Do = Callable[[Site, Random], Done]
-#: Since when all is as before, by the monotonic clock; `None`: it isn't yet.
+#: Time of recovery, by the monotonic clock; `None` before it.
 Back = Callable[[], float | None]
 
 
 @dataclass
 class Recovered:
-    """The struck claim's chunk runs again; or, after a fault to all, a chunk that it concerns was claimed since
-    `moment` of the database's clock, and has ended."""
+    """Recovery once the struck claim's chunk runs again. After a fault of the whole installation: once a chunk that it
+    concerns was claimed after `moment`, by the database's clock, and has ended."""
 
     site: Site
     done: Done
@@ -51,7 +52,7 @@ class Recovered:
     of: str
 
     def __call__(self) -> float | None:
-        """Ask again and again."""
+        """Return the time of recovery, or `None` before it."""
         return time.monotonic() if self._is_back() else None
 
     def _is_back(self) -> bool:
@@ -63,8 +64,8 @@ class Recovered:
 
 @dataclass
 class FullSpeed:
-    """Every slot runs a chunk that was claimed since `moment`: a message came through to each. It is back since all
-    were at work without a pause worth the name."""
+    """Recovery once every slot runs a chunk claimed after `moment`, so that a message has come through to each. It
+    dates from when all slots were busy without a noticeable pause."""
 
     site: Site
     done: Done
@@ -72,12 +73,12 @@ class FullSpeed:
     of: str
     _since: float = 0.0
     _seen: float = 0.0
-    #: Between a chunk's end and the next claim a slot is idle for less than that.
+    #: Bound on a slot's idle time between a chunk's end and the next claim.
     _pause_seconds = 1.0
     _steady_seconds = 3.0
 
     def __call__(self) -> float | None:
-        """Ask again and again."""
+        """Return the time of recovery, or `None` before it."""
         query = f"""
             select count(*) as busy, count(*) filter (where w.at > :moment) as anew
             from vectormill.chunks c {_CLAIMS} where c.state = 'running'
@@ -93,27 +94,27 @@ class FullSpeed:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault."""
+    """Kind of fault."""
 
     name: str
     do: Do
-    #: How often it comes, beside others.
+    #: Frequency, relative to other kinds.
     weight: int = 1
-    #: Which chunks it concerns, in SQL: one of them runs when it begins.
+    #: Chunks that it concerns, as an SQL condition: one of them runs when the fault begins.
     of: str = ALL
-    #: Reasons for which jobs may pause by it.
+    #: Reasons for which it may pause jobs.
     pauses: tuple[str, ...] = ()
-    #: Leases may run out by it.
+    #: True if it may let leases run out.
     expires: bool = False
     possible: Callable[[Site], bool] = lambda _: True
-    #: What tells when all is as before, given the database's time when the fault was over.
+    #: Makes the test of recovery, given the database's time when the fault was over.
     back: Callable[[Site, Done, Any, str], Back] = Recovered
-    #: Within which it must be.
+    #: Limit of the recovery time.
     most_seconds: float = 120.0
 
 
 def concerns(site: Site, of: str) -> bool:
-    """Whether one of these chunks runs."""
+    """Return True if one of these chunks runs."""
     return bool(site.scalar(_exists(f"c.state = 'running' and {of}")))
 
 
@@ -122,6 +123,6 @@ def _exists(condition: str, chunks: str = _CHUNKS) -> str:
 
 
 def is_back(site: Site, claim: Claimed) -> bool:
-    """Whether a chunk has been claimed again, or has ended; a job that is purged has."""
+    """Return True if a chunk has been claimed again or has ended. Chunks of a purged job have ended."""
     query = "select fence > :fence or state in ('done', 'cancelled') from vectormill.chunks where id = :chunk"
     return site.scalar(query, chunk=claim.chunk, fence=claim.fence) is not False

@@ -1,4 +1,4 @@
-"""All kinds of faults, and how often each comes."""
+"""All kinds of faults, and their frequencies."""
 
 from glob import glob
 
@@ -105,7 +105,7 @@ KINDS = (
     Kind("gateway: no answer", on_servers.answering(on_servers.no_answer, share=0.7), 3, of=_OF_GATEWAY),
 )
 
-#: At default settings, with what is promised there.
+#: Kinds for default settings, with the recovery times that are promised there.
 AT_DEFAULTS = (
     Kind("machine of a worker dead", on_workers.kill_machine, 2, most_seconds=45, expires=True),
     Kind("worker child killed while it embeds", on_workers.kill_child, 2, most_seconds=45, expires=True),

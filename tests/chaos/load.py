@@ -1,4 +1,4 @@
-"""Jobs of all kinds, one after the other in lanes, as long as a drill lasts; the oracle judges each at its end."""
+"""Load of a drill: jobs of all kinds, one after the other in lanes. The oracle judges each at its end."""
 
 import json
 import threading
@@ -23,29 +23,29 @@ from tests.acceptance.poison import Poison
 from tests.chaos.secrets import CANARY, leaks_of_job
 from tests.chaos.site import BUCKET, Site
 
-#: `submit` says with this code that the same may be tried again.
+#: Exit code of `submit` when the same submission may be tried again.
 _UNREACHABLE = 6
-#: So it says that the disk of `--output` is full.
+#: Part of its message when the disk of `--output` is full.
 _NO_ROOM = "no space left on device"
 _POLL_SECONDS = 0.2
-#: A lane whose jobs are done at once rests for a while, or it would do nothing but submit.
+#: Shortest time per job in a lane: one whose jobs are done at once would do nothing but submit.
 _LEAST_SECONDS = 10.0
-#: Poisoned jobs rest longer: each starts a dozen processes anew, and the other lanes need a core too.
+#: Shortest time per poisoned job: each restarts a dozen processes, and the other lanes need a core too.
 _LEAST_POISONED_SECONDS = 240.0
-#: A fault explains a pause for so long after it is over.
+#: Time after a fault in which it still explains a pause.
 _EXPLAINS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Way:
-    """A kind of job: by which model, from what, to where."""
+    """Kind of job: model, source and output."""
 
     model: str
-    #: `jsonl`, whose rows go to Postgres, or `parquet`, which workers read themselves.
+    #: `jsonl`, whose rows are copied to Postgres, or `parquet`, which workers read themselves.
     corpus: str
-    #: None: Postgres.
+    #: `disk` or `store`; `None` for Postgres.
     output: str | None = None
-    #: Some of the texts do harm to the model.
+    #: True if some of the texts harm the model.
     poisoned: bool = False
 
     def __str__(self) -> str:
@@ -60,44 +60,44 @@ LANES = (
         Way("minilm", "parquet", "store"),
     ),
     (Way("static", "parquet", "disk"), Way("static", "jsonl")),
-    # There is always something to strike on the way to the store, and to the gateway.
+    # Lanes of their own, so that there is always something to strike on the way to the store, and to the gateway.
     (Way("static", "parquet", "store"),),
     (Way("far", "jsonl"),),
     (Way("far", "parquet", "disk"),),
 )
-#: Of a site with a brittle model.
+#: Lane for a site with a brittle model.
 POISONED = (Way("brittle", "jsonl", poisoned=True), Way("brittle", "parquet", "disk", poisoned=True))
 
 
 @dataclass(frozen=True)
 class _Corpus:
-    """What a job is made of."""
+    """Source of a job."""
 
     #: JSON lines. The same rows are beside it as Parquet.
     file: Path
-    #: Texts that do harm, by index.
+    #: Harmful texts, by index.
     poisons: dict[int, Poison] = field(default_factory=dict)
 
 
 @dataclass
 class Load:
-    """What works while faults are done, and what the oracle has said of it."""
+    """Jobs that run during the faults, and the objections to them."""
 
     site: Site
-    #: Of each job.
+    #: Number per job.
     items: int
     lanes: tuple[tuple[Way, ...], ...] = LANES
-    #: Decides where poison is.
+    #: Decides the places of harmful texts.
     random: Random = field(default_factory=lambda: Random(0))
-    #: A job that takes longer is stuck. Most of it is a poisoned job's: each text that ends its process costs some
-    #: starts beside a fleet that keeps all cores busy.
+    #: Time after which a job is stuck. Poisoned jobs need most of it: each text that kills its process costs some
+    #: restarts beside a fleet that keeps all cores busy.
     stuck_seconds: float = 1_800.0
     said: list[str] = field(default_factory=list)
-    #: Jobs that have ended, and their items, by way.
+    #: Number of items of each job that has ended, by way.
     ended: dict[Way, list[int]] = field(default_factory=dict)
-    #: Until when which pause is explained, by the monotonic clock.
+    #: Time until which a pause is explained, by its reason; monotonic clock.
     explained: dict[str, float] = field(default_factory=dict)
-    #: Texts that did harm and were rejected for it, alone.
+    #: Numbers of harmful texts that were rejected for it, alone.
     poisons: Counter[Poison] = field(default_factory=Counter)
     _calm: dict[str, UUID] = field(default_factory=dict)
     _purged: list[UUID] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Load:
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def begin(self) -> None:
-        """Do a calm run of each model, then set the lanes going."""
+        """Run an undisturbed job of each model, then start the lanes."""
         healthy = self._write("corpus", {})
         for model in {lane[0].model for lane in self.lanes}:
             way = Way(model, "jsonl")
@@ -120,20 +120,20 @@ class Load:
             self._threads.append(thread)
 
     def finish(self) -> None:
-        """Let the jobs at hand end, and no others begin."""
+        """Let the current jobs end, and start no others."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
         self._bury()
 
     def explain(self, reasons: tuple[str, ...], seconds: float = _EXPLAINS_SECONDS) -> None:
-        """For so long jobs may pause for these reasons; they are resumed, as a person would."""
+        """Let jobs pause for these reasons for so long. They are resumed, as a person would do."""
         for reason in reasons:
             self.explained[reason] = time.monotonic() + seconds
 
     @property
     def items_ended(self) -> int:
-        """Items of the jobs that have ended."""
+        """Number of items of all jobs that have ended."""
         return sum(sum(counts) for counts in self.ended.values())
 
     def _write(self, name: str, poisons: dict[int, Poison]) -> _Corpus:
@@ -149,7 +149,7 @@ class Load:
         return _Corpus(file, poisons)
 
     def _poisoned(self, name: str) -> _Corpus:
-        """A corpus with all poisons close together, and a killer and harmless ones anywhere."""
+        """Write a corpus with all poisons close together, and a killer and milder ones anywhere."""
         first = self.random.randrange(self.items - len(Poison))
         kinds = self.random.sample(list(Poison), len(Poison))
         elsewhere = dict.fromkeys(self.random.sample(range(self.items), 3), Poison.MAKES_NAN)
@@ -179,21 +179,21 @@ class Load:
             said = self._judge(way, job, corpus)
             if not said or rewinds == self.site.rewinds:
                 break
-            # The database has forgotten the job, or its end: whoever submitted it does so again, to an empty folder.
+            # Postgres went back and forgot the job, or its end: submit it again, to an empty folder if the job is gone.
             lost += not self.site.rows("select from vectormill.jobs where id = :job", job=job)
         self.said += [f"{way}: job {job}: {each}" for each in said]
         if said:
             return
         self.poisons.update(corpus.poisons.values())
         self.ended.setdefault(way, []).append(self.items)
-        if folder:  # or a long drill would fill its disk
+        if folder:  # otherwise a long drill fills its disk
             for name in list(storage.names_below(folder)):
                 storage.delete(storage.join(folder, name))
         self.site.insist(lambda: purge_job(self.site.fleet.engine, job))
         self._purged.append(job)
 
     def _judge(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
-        """Say what is wrong with a job at its end."""
+        """Wait for a job's end; return what is wrong with it."""
         rewinds = self.site.rewinds
         try:
             state = self._await_end(way, job)
@@ -207,7 +207,7 @@ class Load:
             return [f"{type(error).__name__}: {error}"]
 
     def _bury(self) -> None:
-        """Jobs that were purged, and are there again since Postgres forgot that: nobody waits for them."""
+        """Cancel purged jobs that are there again since Postgres forgot the purge: nobody waits for them."""
         for job in self._purged:
             if self.site.rows("select from vectormill.jobs where id = :job", job=job):
                 self.site.insist(lambda job=job: self._cancel(job))  # type: ignore[misc]
@@ -255,7 +255,7 @@ class Load:
             if not rows:
                 return "gone"
             row = rows[0]
-            # It was submitted: one that is still staged has lost the end of that with the end of its timeline.
+            # `submit` has returned, so a job in staging has lost the end of its submission with the end of a timeline.
             if row["state"] in ("completed", "failed", "cancelled", "staging"):
                 return str(row["state"])
             if row["state"] == "paused":

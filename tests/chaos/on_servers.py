@@ -1,4 +1,4 @@
-"""Faults of all that workers stand on: dispatchers, Redis, Postgres, disks, the object store, gateways."""
+"""Faults of the services that workers depend on: dispatchers, Redis, Postgres, disks, the object store, gateways."""
 
 import base64
 import signal
@@ -20,12 +20,12 @@ from tests.chaos.store_line import StoreLine
 from tests.support.lines import Line
 from tests.support.scripted_gateway import DIMENSIONS, Answering, good
 
-#: The dispatcher's role passes on after ten seconds.
+#: Limit for a change of leader: the lease of a lost one runs out after ten seconds.
 ROLE_SECONDS = 15.0
 
 
 def kill_dispatcher(site: Site, random: Random) -> Done:
-    """A dispatcher dies, and is started again."""
+    """Kill a dispatcher, and start it again."""
     name = random.choice(DISPATCHERS)
     site.fleet.kill(name)
     since = time.monotonic()
@@ -34,7 +34,7 @@ def kill_dispatcher(site: Site, random: Random) -> Done:
 
 
 def freeze_dispatcher(site: Site, random: Random) -> Done:
-    """The dispatcher that leads stands still until the other one leads, and goes on: two at once."""
+    """Freeze the leading dispatcher until the other one leads, then let it go on: two leaders at once."""
     site.await_dispatchers()
     query = "select holder from vectormill.leases where name = 'dispatcher' and lease_until > now()"
     leads = eventually(lambda: site.scalar(query), "a dispatcher that leads")
@@ -43,7 +43,7 @@ def freeze_dispatcher(site: Site, random: Random) -> Done:
         process.suspend()
         try:
             eventually(lambda: site.scalar(query) not in (None, leads), "another dispatcher that leads", ROLE_SECONDS)
-        except AssertionError:  # it stood by
+        except AssertionError:  # this one was the standby
             continue
         finally:
             process.resume()
@@ -52,7 +52,7 @@ def freeze_dispatcher(site: Site, random: Random) -> Done:
 
 
 def kill_redis(site: Site, _: Random) -> Done:
-    """Redis dies with all it holds, and is started again."""
+    """Kill Redis with all it holds; its supervisor starts it again."""
     process = site.server("valkey")
     process.kill()
     since = time.monotonic()
@@ -62,7 +62,7 @@ def kill_redis(site: Site, _: Random) -> Done:
 
 
 def freeze_redis(site: Site, random: Random) -> Done:
-    """Redis stands still."""
+    """Freeze Redis for one to eight seconds."""
     process = site.server("valkey")
     process.suspend()
     time.sleep(random.uniform(1, 8))
@@ -73,7 +73,7 @@ def freeze_redis(site: Site, random: Random) -> Done:
 
 
 def flush_redis(site: Site, _: Random) -> Done:
-    """Redis forgets all."""
+    """Delete everything in Redis."""
     with redis.Redis.from_url(site.redis_url) as client:
         client.flushall()
     return Done(time.monotonic())
@@ -89,7 +89,7 @@ def _await_redis(site: Site) -> None:
 
 
 def at_full_speed(do: Do) -> Do:
-    """The same, once all workers have started and every slot is at work."""
+    """Delay a fault until all workers have started and every slot is at work."""
     query = "select count(*) from vectormill.chunks where state = 'running'"
 
     def begin(site: Site, random: Random) -> Done:
@@ -101,7 +101,7 @@ def at_full_speed(do: Do) -> Do:
 
 
 def restart_postgres(site: Site, _: Random) -> Done:
-    """Postgres stops at once, without a checkpoint, and recovers from its log."""
+    """Stop Postgres at once, without a checkpoint, so that it recovers from its log."""
     process = site.server("postgres")
     process.send_signal(signal.SIGQUIT)
     process.wait(timeout=60)
@@ -110,7 +110,7 @@ def restart_postgres(site: Site, _: Random) -> Done:
 
 
 def terminate_backends(site: Site, random: Random) -> Done:
-    """An administrator ends sessions of workers and dispatchers."""
+    """Terminate sessions of workers and dispatchers, as an administrator would."""
     query = """
         select pg_terminate_backend(pid) from pg_stat_activity
         where application_name ~ '^vectormill-(worker|heartbeat|dispatcher|background)( |$)' and random() < :share
@@ -120,7 +120,7 @@ def terminate_backends(site: Site, random: Random) -> Done:
 
 
 def half_open(site: Site, random: Random) -> Done:
-    """The network swallows all between workers and Postgres, longer than a lease; then the connections are gone."""
+    """Let nothing through between workers and Postgres for longer than a lease, then close the connections."""
     site.wire.freeze()
     time.sleep(random.uniform(1.1, 1.6) * site.lease_seconds)
     site.wire.cut()
@@ -129,17 +129,17 @@ def half_open(site: Site, random: Random) -> Done:
 
 
 def cut_off(line: Callable[[Site], Line]) -> Do:
-    """Connections end, and for a while there are no new ones."""
+    """Close a line's connections, and for a while new ones too."""
     return _for_a_while(lambda site: line(site).cut(), lambda site: line(site).mend())
 
 
 def frozen(line: Callable[[Site], Line]) -> Do:
-    """For a while nothing comes through."""
+    """Let nothing through a line for a while."""
     return _for_a_while(lambda site: line(site).freeze(), lambda site: line(site).mend())
 
 
 def refused(line: Callable[[Site], StoreLine]) -> Do:
-    """For a while each request is answered with 503."""
+    """Answer each request with 503 for a while."""
     return _for_a_while(lambda site: line(site).refuse(), lambda site: line(site).mend())
 
 
@@ -154,7 +154,7 @@ def _for_a_while(begin: Callable[[Site], None], end: Callable[[Site], None]) -> 
 
 
 def full(disk: Callable[[Site], Disk | None], felt: str) -> Do:
-    """A disk is full until that is felt, by a query that is true then, and a little longer."""
+    """Fill a disk until that is noticed, shown by the query `felt` turning true, and a little longer."""
 
     def do(site: Site, random: Random) -> Done:
         filled = disk(site)
@@ -172,7 +172,7 @@ def full(disk: Callable[[Site], Disk | None], felt: str) -> Do:
 
 
 def answering(answer: Answering, *, share: float = 1.0) -> Do:
-    """The gateway answers so for a while, or some of its requests."""
+    """Let the gateway give this answer for a while, to all requests or to a share of them."""
 
     def do(site: Site, random: Random) -> Done:
         dice = Random(random.random())
@@ -185,18 +185,18 @@ def answering(answer: Answering, *, share: float = 1.0) -> Do:
 
 
 def broken_json(asked: dict[str, Any]) -> Any:
-    """It breaks off."""
+    """Break off in the middle of the JSON."""
     return 200, {}, b'{"object": "list", "data": [{"embedding": [0.1, '
 
 
 def too_few(asked: dict[str, Any]) -> Any:
-    """A vector is missing."""
+    """Leave out a vector."""
     status, headers, body = good(asked)
     return status, headers, {**body, "data": body["data"][:-1]}
 
 
 def not_finite(asked: dict[str, Any]) -> Any:
-    """Each vector is of NaNs, packed: JSON has none."""
+    """Answer with vectors of NaNs, in base64, since JSON has none."""
     status, headers, body = good(asked)
     assert asked["encoding_format"] == "base64"
     nans = base64.b64encode(np.full(DIMENSIONS, np.nan, "<f4").tobytes()).decode()
@@ -204,7 +204,7 @@ def not_finite(asked: dict[str, Any]) -> Any:
 
 
 def slowly(asked: dict[str, Any]) -> Iterator[bytes]:
-    """A byte now and then, for seconds, and then nothing."""
+    """Send a byte every 0.1 seconds, for five seconds, and then nothing."""
     yield b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n"
     for _ in range(50):
         time.sleep(0.1)
@@ -212,5 +212,5 @@ def slowly(asked: dict[str, Any]) -> Iterator[bytes]:
 
 
 def no_answer(_: dict[str, Any]) -> None:
-    """The connection is cut."""
+    """Close the connection without an answer."""
     return

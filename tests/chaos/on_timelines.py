@@ -1,5 +1,5 @@
-"""Faults after which Postgres goes on from an earlier state: what was committed last is forgotten, and workers that
-live hold claims of which the database knows nothing."""
+"""Faults after which Postgres goes on from an earlier state: the last commits are forgotten, and living workers hold
+claims of which the database knows nothing."""
 
 import time
 from random import Random
@@ -12,7 +12,7 @@ _MISSING_SECONDS = 60.0
 
 
 def fail_over(site: Site, random: Random) -> Done:
-    """The primary is lost for good while its standby has had nothing for a second, and the standby is promoted."""
+    """Lose the primary for good while its standby is about a second behind, and promote the standby."""
     successor = Successor(site.server("postgres"), site.owner_url)
     with successor.standing_by() as line:
         line.freeze()
@@ -27,7 +27,7 @@ def fail_over(site: Site, random: Random) -> Done:
 
 
 def restore(site: Site, _: Random) -> Done:
-    """A base backup is restored, without the log of the minute since, and an operator runs the check."""
+    """Restore a base backup without the log of the minute since, and run `restore-check --mend` like an operator."""
     successor = Successor(site.server("postgres"), site.owner_url)
     successor.back_up(site.owner_port)
     time.sleep(_MISSING_SECONDS)

@@ -1,4 +1,4 @@
-"""Faults of workers: killed, frozen, cut off, ended, with a wrong clock."""
+"""Faults of workers: kill, freeze, disconnection, restart, wrong clock."""
 
 import os
 import time
@@ -17,16 +17,16 @@ from tests.chaos.site import START_SECONDS, WORKERS, Site
 from tests.chaos.wire import Moment
 from tests.support.lines import Call
 
-#: Where Debian has the library by which a process sees another time.
+#: Debian's path of libfaketime, the library that shows a process another time.
 FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
-#: What Python needs beside it.
+#: Folder of the `sitecustomize` module that Python needs with it.
 _AHEAD = Path(__file__).parent / "ahead"
-#: By so much a renewal may be late on a busy machine.
+#: Longest delay of a renewal on a busy machine.
 _LATE_SECONDS = 1.5
 
 
 def _at_work(site: Site, random: Random) -> tuple[psutil.Process, Claimed]:
-    """A child that runs a chunk right now, and the claim."""
+    """Wait for a child that runs a chunk; return it and its claim."""
     query = """
         select c.id, c.fence, a.client_port from vectormill.chunks c
         join pg_stat_activity a on a.pid = c.backend_pid where c.state = 'running' order by c.id
@@ -45,8 +45,8 @@ def _at_work(site: Site, random: Random) -> tuple[psutil.Process, Claimed]:
 
 
 def _suspended(site: Site, random: Random) -> tuple[psutil.Process, Claimed]:
-    """A child that stands still in the middle of its chunk, and the claim. One that had ended by then would be no
-    strike."""
+    """Suspend a child in the middle of its chunk; return it and its claim. A chunk that had ended by then would be no
+    target."""
     query = "select state = 'running' and fence = :fence from vectormill.chunks where id = :chunk"
 
     def look() -> tuple[psutil.Process, Claimed] | None:
@@ -63,19 +63,19 @@ def _suspended(site: Site, random: Random) -> tuple[psutil.Process, Claimed]:
 
 
 def kill_child(site: Site, random: Random) -> Done:
-    """A child dies in the middle of its chunk."""
+    """Kill a child in the middle of its chunk."""
     child, claim = _suspended(site, random)
     child.kill()
     return Done(time.monotonic(), claim)
 
 
 def kill_worker(site: Site, random: Random) -> Done:
-    """A worker's parent dies, and is started again."""
+    """Kill a worker's parent process, and start the worker again."""
     return _kill_and_start(site, random, site.fleet.kill)
 
 
 def kill_machine(site: Site, random: Random) -> Done:
-    """A worker dies with all its children at once: nobody is left to tell. Another one takes its place."""
+    """Kill a worker with all its children at once, so that nobody can report it, and start another in its place."""
     return _kill_and_start(site, random, site.fleet.kill_tree)
 
 
@@ -92,7 +92,7 @@ def _kill_and_start(site: Site, random: Random, kill: Callable[[str], None]) -> 
 
 
 def freeze_child(site: Site, random: Random) -> Done:
-    """A child stands still for longer than its lease, and then goes on as if nothing had been."""
+    """Freeze a child for longer than its lease, then let it go on as if nothing had happened."""
     return _frozen_until_lost(site, *_suspended(site, random))
 
 
@@ -106,13 +106,13 @@ def _frozen_until_lost(site: Site, child: psutil.Process, claim: Claimed) -> Don
 
 
 def freeze_shortly(site: Site, random: Random) -> Done:
-    """A child stands still for less than its lease less the renewal interval: its claim holds."""
+    """Freeze a child for less than its lease minus the renewal interval, so that its claim holds."""
     child, claim = _suspended(site, random)
     time.sleep(random.uniform(0.2, 1) * (site.lease_seconds * 2 / 3 - _LATE_SECONDS))
     moment = site.scalar("select clock_timestamp()")
     child.resume()
     since = time.monotonic()
-    # By then the sweep can't find it any more.
+    # Once this is true, the sweep can't find the claim any more.
     settled = """
         select not exists (select from vectormill.chunks
                            where id = :chunk and fence = :fence and state = 'running'
@@ -128,7 +128,7 @@ def freeze_shortly(site: Site, random: Random) -> Done:
 
 
 def rolling_restart(site: Site, random: Random) -> Done:
-    """A worker is asked to end, does what it has at hand, and another one takes its place."""
+    """Ask a worker to end, which first finishes its current work, and start another in its place."""
     site.await_workers()
     name = random.choice(WORKERS)
     said = site.end_worker(name)
@@ -137,7 +137,7 @@ def rolling_restart(site: Site, random: Random) -> Done:
 
 
 def strike(moment: Moment, act: Callable[[Site, psutil.Process, Call, Claimed], Done]) -> Do:
-    """Strike a write-back at a moment of it."""
+    """Make a fault that strikes a write-back at this moment."""
 
     def do(site: Site, _: Random) -> Done:
         done: list[Done] = []
@@ -148,7 +148,7 @@ def strike(moment: Moment, act: Callable[[Site, psutil.Process, Call, Claimed], 
             if claim and child:
                 done.append(act(site, child, call, claim))
 
-        # One that a reader's connection springs, or whose claim is lost already, is no strike.
+        # It is no strike if a reader's connection sprang the trap, or if the claim was lost already.
         while site.wire.strike(moment, spring, START_SECONDS):
             if done:
                 return done[0]
@@ -158,7 +158,7 @@ def strike(moment: Moment, act: Callable[[Site, psutil.Process, Call, Claimed], 
 
 
 def _claim_of(site: Site, ports: list[int]) -> Claimed | None:
-    """The claim, which may just have ended, of the child whose connections Postgres knows by these ports."""
+    """Return the claim, which may just have ended, of the child whose connections Postgres sees from these ports."""
     query = """
         select c.id, c.fence from vectormill.chunks c join pg_stat_activity a on a.pid = c.backend_pid
         where a.client_port = any(:ports) and c.state in ('running', 'done')
@@ -169,7 +169,7 @@ def _claim_of(site: Site, ports: list[int]) -> Claimed | None:
 
 
 def kill_in_upload(site: Site, _: Random) -> Done:
-    """A child dies while a part of a data set goes up to the object store: half of it may be there."""
+    """Kill a child while it uploads a part to the object store, so that half of the part may be there."""
     done: list[Done] = []
 
     def spring(call: Call) -> None:
@@ -201,7 +201,7 @@ def cut(_: Site, __: psutil.Process, call: Call, claim: Claimed) -> Done:
 
 
 def freeze_in_copy(site: Site, random: Random) -> Done:
-    """A child stands still while it writes, its backend holding locks."""
+    """Freeze a child during COPY, while its backend holds locks."""
     struck: list[psutil.Process] = []
 
     def freeze(_: Site, child: psutil.Process, __: Call, claim: Claimed) -> Done:
@@ -215,7 +215,7 @@ def freeze_in_copy(site: Site, random: Random) -> Done:
 
 
 def clock_ahead(site: Site, random: Random) -> Done:
-    """A worker's clock is hours ahead from now on: until this worker is replaced, whatever else happens to it."""
+    """Restart a worker with a clock that is hours ahead, until this worker is replaced, whatever else happens to it."""
     site.await_workers()
     name = random.choice(WORKERS)
     said = site.end_worker(name)

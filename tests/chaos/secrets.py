@@ -1,4 +1,4 @@
-"""What may be found nowhere outside of the database's tables: texts of documents, and keys."""
+"""Search for leaks: texts of documents, and keys, may be found nowhere outside of the database's tables."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ from tests.chaos.site import FLOWER_PASSWORD, GATEWAY_KEY, Site
 
 #: Words of every document.
 CANARY = "nineteen vermilion herons"
-#: What is told of a job beside its rows.
+#: Queries of the messages about a job, by the place's name.
 _TOLD = {
     "a job's message": "select message as told from vectormill.jobs where id = :job",
     "a chunk's error": "select last_error as told from vectormill.chunks where job_id = :job",
@@ -28,13 +28,13 @@ _TOLD = {
 _OF_WORKERS = "select dropped::text || coalesce(resting, '') as told from vectormill.workers"
 _PAGES = ("/", "/tasks", "/workers", "/broker", "/api/workers", "/api/tasks?limit=10000", "/metrics")
 _MOST_TASKS = 50
-#: Characters of a text that is quoted in part.
+#: Number of characters that show a text to be quoted in part.
 _QUOTED = 20
 _BODY = re.compile(r'"body": "([A-Za-z0-9+/=]+)"')
 
 
 def leaks(site: Site) -> list[str]:
-    """Where a document's text or a key is found, while the processes still run."""
+    """Return the places where a document's text or a key is found, while the processes still run."""
     _provoke(site)
     planted = _plant(site)
     found = _found(site, _places(site))
@@ -43,7 +43,7 @@ def leaks(site: Site) -> list[str]:
 
 
 def leaks_of_job(site: Site, job: UUID) -> list[str]:
-    """Where they are found in what is told of a job, and in Redis meanwhile."""
+    """Return such places among the messages about a job, and in Redis meanwhile."""
     told = ((table, str(row["told"])) for table, query in _TOLD.items() for row in site.rows(query, job=job))
     return sorted(_found(site, chain(told, _redis(site))))
 
@@ -54,13 +54,13 @@ def _found(site: Site, places: Iterable[tuple[str, str]]) -> set[str]:
 
 
 def _forms(secret: str) -> tuple[str, ...]:
-    """As it is, and as it stands in addresses."""
+    """Return a secret as it is, and as it is escaped in URLs."""
     return secret, quote(secret, safe=""), quote(secret), quote_plus(secret)
 
 
 def _secrets(site: Site) -> Iterator[tuple[str, str]]:
     yield "a document's text", CANARY
-    for poison in Poison:  # which comes before the canary, and may be all that is quoted
+    for poison in Poison:  # a poison comes before the canary, and may be all that is quoted
         yield "a document's text", poison[:_QUOTED]
     yield "the gateway's key", GATEWAY_KEY
     yield "the api's key", site.api_key.split("_", 2)[2]
@@ -72,7 +72,7 @@ def _secrets(site: Site) -> Iterator[tuple[str, str]]:
 
 
 def _plant(site: Site) -> set[str]:
-    """Put a text, a key and a password where the search must find them. Returns what it must say."""
+    """Put a text, a key and passwords where the search must find them. Return its expected findings."""
     (site.folder / "logs" / "planted.log").write_text(f"{CANARY} {GATEWAY_KEY} {site.logins['worker']}")
     with redis.Redis.from_url(site.redis_url) as client:
         client.rpush("planted", json.dumps({"body": base64.b64encode(CANARY.encode()).decode()}))
@@ -85,7 +85,7 @@ def _plant(site: Site) -> set[str]:
 
 
 def _provoke(site: Site) -> None:
-    """Ask the api in ways that fail, each of which holds a text or a key."""
+    """Send the api requests that fail, each with a text or a key in it."""
     with httpx.Client(base_url=site.api_url, timeout=30) as client:
         for key in (site.api_key, f"{site.api_key}x", CANARY):
             client.headers["authorization"] = f"Bearer {key}"
@@ -100,13 +100,13 @@ def _provoke(site: Site) -> None:
             client.post("/v1/files", files={"file": (f"{CANARY}.jsonl", CANARY)}, data={"purpose": "batch"})
             for source in _sources(site):
                 reply = client.post("/api/jobs", json={"model": "minilm", "sources": [source]})
-                # It must have come to the storage.
+                # The request must have reached the storage.
                 assert key != site.api_key or source.rpartition("/")[2] in reply.json()["detail"], reply.text
             client.get(f"/api/jobs/{CANARY}")
 
 
 def _sources(site: Site) -> Iterator[str]:
-    """Files that aren't there, and one that is broken, all of them where the api may read."""
+    """Yield files that don't exist, and a broken one, all of them where the api may read."""
     broken = site.folder / "parquet" / "broken.jsonl"
     broken.parent.mkdir(exist_ok=True)
     broken.write_text(f'{{"text": "{CANARY}')
@@ -126,7 +126,7 @@ def _places(site: Site) -> Iterator[tuple[str, str]]:
 
 
 def _redis(site: Site) -> Iterator[tuple[str, str]]:
-    """All that Redis holds, with the bodies of messages unpacked."""
+    """Yield all that Redis holds, with the bodies of messages decoded."""
     with suppress(redis.RedisError), redis.Redis.from_url(site.redis_url, decode_responses=True) as client:
         readers = {
             "list": lambda key: client.lrange(key, 0, -1),
@@ -137,7 +137,7 @@ def _redis(site: Site) -> Iterator[tuple[str, str]]:
         }
         for key in client.scan_iter(count=1_000):
             kind = client.type(key)
-            if kind == "none":  # taken meanwhile
+            if kind == "none":  # removed since the scan
                 continue
             content = str(readers[kind](key))
             bodies = (base64.b64decode(body).decode() for body in _BODY.findall(content))
@@ -158,7 +158,7 @@ def _pages(site: Site) -> Iterator[tuple[str, str]]:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             yield f"the metrics of {name}", _body(client, "/metrics")
     for file in (*site.kept.values(), *site.folder.glob(f"tmp/{METRICS}")):
-        with suppress(FileNotFoundError):  # its process has just ended
+        with suppress(FileNotFoundError):  # the file's process has just ended
             yield "the workers' metrics", file.read_bytes().decode("utf-8", "replace")
 
 

@@ -1,4 +1,4 @@
-"""What is drilled: servers of its own, and on them the processes as operators run them."""
+"""Site of a drill: servers of its own, and on them the processes as operators run them."""
 
 import os
 import shutil
@@ -49,48 +49,48 @@ BUCKET = "vectors"
 #: Dispatchers and workers. A worker has two children.
 DISPATCHERS = ("dispatcher-1", "dispatcher-2")
 WORKERS = ("worker-1", "worker-2")
-#: A model to which some texts do harm, and its only worker, to which nothing else does.
+#: Model that some texts harm, and its only worker, which no other fault strikes.
 BRITTLE = "brittle"
 FLOWER_PASSWORD = "sesame-of-the-drill"
 GATEWAY_KEY = "sk-key-of-the-drill"
 _REPLICAS = 2
 _DISK_BYTES = 2 * 1024**3
 _PATIENCE_SECONDS = 120.0
-#: A worker that starts beside a fleet which keeps every core busy takes a minute or two.
+#: Limit for a worker's start, which takes a minute or two beside a fleet that keeps every core busy.
 START_SECONDS = 300.0
 
 
 @dataclass
 class Site:
-    """The installation under drill, and the places where it can be struck."""
+    """Installation under drill, and the places where it can be struck."""
 
     fleet: Fleet
     folder: Path
     home: Path
-    #: How workers reach Postgres, Redis and the object store.
+    #: Lines through which workers reach Postgres, Redis and the object store.
     wire: Wire
     redis_line: Line
     store_line: StoreLine
     redis_url: str
     gateway: ScriptedGateway
     lease_seconds: float
-    #: URLs by process: each has a login with the rights that it needs. Commands have the owner's.
+    #: Database URLs by process: each logs in with just the rights that it needs. Commands use the owner's URL.
     logins: dict[str, str]
     models: tuple[str, ...]
     api_url: str
     flower_url: str
-    #: Of dispatchers.
+    #: Ports of the dispatchers, by name.
     metrics_ports: dict[str, int]
-    #: Of an administrator.
+    #: Key of an administrator.
     api_key: str = ""
-    #: Where Postgres keeps tables, and where Parquet goes, if disks can be had here.
+    #: Disks of Postgres' tables and of Parquet output, where disks can be mounted.
     tables: Disk | None = None
     parquet: Disk | None = None
-    #: Workers that were killed, and could clear nothing away.
+    #: Number of workers that were killed, and so couldn't clean up.
     killed: int = 0
-    #: Grows when Postgres is about to go on from an earlier state, and again when it does.
+    #: Counter that grows when Postgres is about to go on from an earlier state, and again when it does.
     rewinds: int = 0
-    #: Counts of processes that are gone, by hard links to their files.
+    #: Counter files of workers' children, as hard links that outlive them.
     kept: dict[str, Path] = field(default_factory=dict)
 
     def start(self, name: str) -> None:
@@ -112,7 +112,7 @@ class Site:
 
     @property
     def worker_environment(self) -> dict[str, str]:
-        """By which a worker goes through what can be struck."""
+        """Environment that leads a worker's connections through the lines that can be struck."""
         return {
             "VECTORMILL_DATABASE_URL": at_port(self.logins["worker"], self.wire.port),
             "VECTORMILL_REDIS_URL": at_port(self.fleet.environment["VECTORMILL_REDIS_URL"], self.redis_line.port),
@@ -122,16 +122,16 @@ class Site:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Where the api may read files."""
+        """Places where the api may read files."""
         return str(self.folder / "parquet"), f"s3://{BUCKET}"
 
     @property
     def slots(self) -> int:
-        """Chunks that run at a time."""
+        """Number of chunks that run at a time."""
         return _REPLICAS * len(WORKERS)
 
     def start_all(self) -> None:
-        """Start all, and wait until all serve."""
+        """Start all processes, and wait until all serve."""
         self._start_doors()
         self.start_missing()
         self.await_workers()
@@ -146,13 +146,13 @@ class Site:
             )
 
     def start_missing(self) -> None:
-        """Start the dispatchers and workers that there aren't, as an operator's service manager would."""
+        """Start the dispatchers and workers that are missing, as an operator's service manager would."""
         for name in (*DISPATCHERS, *WORKERS):
             if name not in self.fleet.processes:
                 self.start(name)
 
     def await_workers(self) -> None:
-        """Wait until each worker has shown itself since its start."""
+        """Wait until each worker has registered since its start."""
         for name in WORKERS:
             eventually(partial(self._is_shown, name), f"{name}, which has started", START_SECONDS)
 
@@ -163,7 +163,7 @@ class Site:
             eventually(partial(_answers, url), f"an answer from {url}", START_SECONDS)
 
     def worker_id(self, name: str) -> UUID | None:
-        """The id of a worker, as soon as it is Celery's: it comes of the name that it has there, new at each start."""
+        """Return a worker's id as soon as Celery runs: it derives from the Celery hostname, new at each start."""
         command = psutil.Process(self.fleet.processes[name].pid).cmdline()
         if "--hostname" not in command:
             return None
@@ -175,7 +175,7 @@ class Site:
         return worker is not None and bool(self.scalar(query, id=worker))
 
     def end_worker(self, name: str) -> tuple[str, ...]:
-        """Ask a worker to end, and forget it. Returns what is wrong with its end."""
+        """Ask a worker to end, and forget it. Return what is wrong with its end."""
         self.keep_counts()
         process = self.fleet.processes[name]
         process.terminate()
@@ -203,23 +203,23 @@ class Site:
 
     @property
     def owner_url(self) -> str:
-        """Postgres as its owner reaches it."""
+        """URL of Postgres for its owner."""
         return self.fleet.environment["VECTORMILL_DATABASE_URL"]
 
     @property
     def owner_port(self) -> int:
-        """Its port."""
+        """Port of Postgres for its owner."""
         return urlsplit(self.owner_url).port or 0
 
     @contextmanager
     def rewinding(self) -> Iterator[None]:
-        """Within the block, Postgres goes back to an earlier state."""
+        """Count a rewind: within the block, Postgres goes back to an earlier state."""
         self.rewinds += 1
         yield
         self.rewinds += 1
 
     def server(self, name: str) -> psutil.Process:
-        """The process of `postgres` or `valkey`, as it runs now."""
+        """Return the process of `postgres` or `valkey` that runs now."""
 
         def look() -> psutil.Process | None:
             running = read_running(self.home)
@@ -232,7 +232,7 @@ class Site:
         return eventually(look, f"a {name} that runs")
 
     def rows(self, query: str, **values: Any) -> list[RowMapping]:
-        """Rows from the database, asked for again while it is away."""
+        """Return a query's rows; retry while the database is away."""
 
         def ask() -> list[RowMapping]:
             with self.fleet.engine.begin() as connection:
@@ -241,12 +241,12 @@ class Site:
         return self.insist(ask)
 
     def scalar(self, query: str, **values: Any) -> Any:
-        """One value from the database, asked for again while it is away."""
+        """Return the first value of a query's first row; retry while the database is away."""
         rows = self.rows(query, **values)
         return next(iter(rows[0].values())) if rows else None
 
     def insist(self, do: Callable[[], T]) -> T:
-        """Do what may meet a database that is away or has no room, until it doesn't."""
+        """Call `do`, and retry while the database is away or has no room."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
@@ -258,7 +258,7 @@ class Site:
                 time.sleep(0.05)
 
     def keep_counts(self) -> None:
-        """Hold on to the counts of workers' children: a link outlives the worker's folder."""
+        """Link the counter files of workers' children, so that they outlive the worker's folder."""
         for file in (self.folder / "tmp").glob(COUNTERS):
             kept = self.folder / "counts" / f"{file.parent.name}-{file.name}"
             if kept.name not in self.kept:
@@ -267,12 +267,12 @@ class Site:
                     self.kept[kept.name] = kept
 
     def tokens_embedded(self) -> float:
-        """Tokens of all batches that came back from a model, whatever became of them."""
+        """Return the tokens of all batches that a model has embedded, committed or not."""
         self.keep_counts()
         return tokens_embedded(self.kept.values())
 
     def end_all(self) -> list[str]:
-        """Ask all to end, as a deployment does. Returns what doesn't, and what is left behind."""
+        """Ask all processes to end, as a deployment does. Return what doesn't end, and what is left behind."""
         said = self._too_many_connections()
         for process in self.fleet.processes.values():
             process.terminate()
@@ -290,14 +290,14 @@ class Site:
             eventually(lambda: self.scalar(query) == 0, "no connection", 10)
         if count := self.scalar(query):
             said.append(f"{count} connections are left")
-        # torch makes a folder for its compiler, and leaves it; a worker that was killed leaves an empty one.
+        # torch leaves its compiler's folder behind, and a worker that was killed an empty one.
         files = sorted(path.name for path in (self.folder / "tmp").iterdir() if "torchinductor" not in path.name)
         if len(files) > self.killed or not all(name.startswith("pymp-") for name in files):
             said.append(f"files are left: {files[:5]}")
         return said
 
     def _too_many_connections(self) -> list[str]:
-        """What is held beyond the processes' pools."""
+        """Return the applications that hold more connections than their pools allow."""
         query = "select application_name, count(*) from pg_stat_activity group by 1"
         held = {row["application_name"]: row["count"] for row in self.rows(query)}
         workers = len(WORKERS) + (BRITTLE in self.models)
@@ -312,7 +312,7 @@ class Site:
         return [f"{name} holds {count} connections, not {bound} at most" for name, (count, bound) in over.items()]
 
     def _processes(self) -> list[list[str]]:
-        """The commands of ours, whoever's children they are by now."""
+        """Return the commands of our processes, whatever their parents are by now."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -332,8 +332,8 @@ def _answers(url: str) -> bool:
 def site(
     *, lease_seconds: float, chunk_items: int | None = None, disks: bool = True, brittle: bool = False
 ) -> Iterator[Site]:
-    """Make an installation with three models (`minilm`, `static` and the gateway `far`) and one that is `brittle`,
-    nothing started yet. All that it started ends with the block."""
+    """Make an installation with three models (`minilm`, `static` and the gateway `far`), and `brittle` if asked for.
+    Nothing is started yet. All that it starts ends with the block."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="drill-")))
         folder.chmod(0o711)
@@ -408,7 +408,7 @@ def _prepare(url: str, tables: Disk | None) -> None:
 
 
 def _add_models(made: Site) -> None:
-    # In a fresh checkout they are made first, which takes longer than a transaction may idle.
+    # In a fresh checkout the models are made first, which takes longer than a transaction may idle.
     minilm, static = described("all-MiniLM-L6-v2", bundled_folder()), described("static-256", static_folder())
     with made.fleet.engine.begin() as connection:
         add_model(connection, "minilm", minilm)

@@ -1,4 +1,4 @@
-"""A line to an object store that knows enough HTTP to answer in its stead, and to strike an upload in its middle."""
+"""Line to an object store that knows enough HTTP to answer in its place, and to strike in the middle of an upload."""
 
 import re
 import socket
@@ -17,24 +17,24 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 
 @dataclass
 class StoreLine(Line):
-    """A port of loopback through which the store is reached."""
+    """Loopback port through which the store is reached."""
 
     _refusing: bool = False
     _trap: Trap | None = None
 
     def refuse(self) -> None:
-        """Every request is answered with 503."""
+        """Close all connections, and answer every request with 503."""
         self._refusing = True
         for call in self.calls():
             call.cut()
 
     def mend(self) -> None:
-        """All is as before."""
+        """End all faults of the line."""
         self._refusing = False
         super().mend()
 
     def strike(self, do: Callable[[Call], None], seconds: float) -> bool:
-        """Wait for an upload, and call `do` when half of it, or a little, is through. False: none came."""
+        """Wait for an upload, and call `do` when half of it, or less, is through. Return False if none came."""
         self._trap = trap = Trap(do)
         try:
             return trap.sprung(seconds)

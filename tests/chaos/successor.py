@@ -1,5 +1,5 @@
-"""Another Postgres that takes the first one's place without its last commits: a standby that is promoted, or a base
-backup that is restored.
+"""Successor of a Postgres server, which takes its place without its last commits: a promoted standby or a restored
+base backup.
 
 The server's own programs do it: `pg_basebackup`, `pg_ctl promote`. The successor serves at the same address, as one
 behind a name or a pooler does. Sources: PostgreSQL's documentation, "Log-Shipping Standby Servers" and "Continuous
@@ -29,11 +29,11 @@ _START_SECONDS = 120.0
 
 @dataclass
 class Successor:
-    """A copy of a running server's data, made ready to take its place."""
+    """Copy of a running server's data, made ready to take its place."""
 
-    #: The server that runs, under a supervisor that starts it again when it dies.
+    #: Process of the running server, under a supervisor that starts it again when it dies.
     primary: psutil.Process
-    #: By which its owner reaches it.
+    #: URL of the server for its owner.
     url: str
     folder: Path = field(init=False)
     _process: "subprocess.Popen[bytes] | None" = None
@@ -49,7 +49,7 @@ class Successor:
             self._as = {}
 
     def back_up(self, port: int) -> None:
-        """Copy the data, as they are by the end of it, by way of a port."""
+        """Take a base backup through a port, with the data as they are at its end."""
         login = urlsplit(self.url)
         where = ("-h", "127.0.0.1", "-p", str(port), "-U", str(login.username), "-D", str(self.folder))
         moved = [f"--tablespace-mapping={old}={self._own(self._next_to(old))}" for old in self._tablespaces()]
@@ -58,7 +58,7 @@ class Successor:
 
     @contextmanager
     def standing_by(self) -> Iterator[Line]:
-        """Let it follow the primary as a streaming standby, by way of a line."""
+        """Run the copy as a streaming standby that follows the primary through a line."""
         primary_port = urlsplit(self.url).port
         assert primary_port
         with line_to("127.0.0.1", primary_port, Line) as line:
@@ -78,7 +78,7 @@ class Successor:
                     self._end(self.folder)
 
     def _follows(self, url: str) -> bool:
-        """Return whether the standby has all that the primary had a moment ago."""
+        """Return True if the standby has all that the primary had a moment ago."""
         with psycopg.connect(self.url, autocommit=True) as connection:
             (now,) = connection.execute("select pg_current_wal_lsn()").fetchone() or (None,)
         try:
@@ -90,25 +90,25 @@ class Successor:
         return bool(follows)
 
     def lose_primary(self) -> None:
-        """The primary and all its backends die at once, with its data: its supervisor finds nothing to start from."""
+        """Kill the primary and all its backends, and take away its data, so that its supervisor can't restart it."""
         self._data.rename(self._lost)
         self._own(self._data)
         self.primary.kill()
         self._end(self._lost)
 
     def promote(self) -> None:
-        """Let the standby take writes, on a new timeline."""
+        """Promote the standby, so that it takes writes on a new timeline."""
         self._run("pg_ctl", "promote", "-w", "-D", str(self.folder), "-t", str(int(_START_SECONDS)))
 
     def take_place(self) -> None:
-        """Let it serve where the primary did."""
+        """Move the copy to the primary's place, where the supervisor starts it."""
         if self._process:
             self._run("pg_ctl", "stop", "-w", "-m", "fast", "-D", str(self.folder), "-t", str(int(_START_SECONDS)))
             self._process.wait()
             self._process = None
-        for name in ("standby.signal", "standby.log"):  # of a backup that never stood by
+        for name in ("standby.signal", "standby.log"):  # left over from a backup that wasn't promoted
             (self.folder / name).unlink(missing_ok=True)
-        # Onto the empty folder: at no moment is there none for the supervisor to start in.
+        # Renamed onto the empty folder, so that at no moment the supervisor lacks a folder to start in.
         self.folder.rename(self._data)
         for place in (self._lost, *(Path(old) for old in self._old_tablespaces)):
             shutil.rmtree(place, ignore_errors=True)
@@ -125,12 +125,12 @@ class Successor:
 
     @staticmethod
     def _next_to(old: str) -> Path:
-        """Name the place of a tablespace: `used`, `used-1`, `used-2` and so on."""
+        """Return the next place of a tablespace: `used`, `used-1`, `used-2` and so on."""
         name, _, number = Path(old).name.partition("-")
         return Path(old).with_name(f"{name}-{int(number or 0) + 1}")
 
     def _own(self, folder: Path) -> Path:
-        """An empty folder of the server's account."""
+        """Make an empty folder that belongs to the server's account; return its path."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
         if self._as:
@@ -138,7 +138,7 @@ class Successor:
         return folder
 
     def _end(self, data: Path) -> None:
-        """End all that works on these data, without a word."""
+        """Kill all processes that work on this data, and wait for their end."""
 
         def ended() -> bool:
             left = processes_in(data, "postgres")

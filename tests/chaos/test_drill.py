@@ -1,4 +1,4 @@
-"""A short drill: of each part of the installation some fault, in an order that the seed decides."""
+"""Short drill: some fault of each part of the installation, in an order that the seed decides."""
 
 import os
 from dataclasses import replace
@@ -10,7 +10,7 @@ from tests.chaos.kinds import KINDS
 from tests.chaos.load import Load
 from tests.chaos.site import site
 
-#: `make test` takes another seed by this, to do a drill over that has failed.
+#: Seed of the drill; `make test SEED=…` repeats a drill that has failed.
 _SEED = int(os.environ.get("SEED", "1"))
 _KINDS = (
     "worker child killed inside COPY",
@@ -26,8 +26,8 @@ _KINDS = (
 )
 
 
-#: Long before pytest ends the test, a job or a fault that is stuck is told as an objection. How fast a fault is over
-#: on a quiet machine, the long drills say.
+#: Long before pytest ends the test, a stuck job or fault becomes an objection. The long drills measure how fast a
+#: fault is over on a quiet machine.
 _STUCK_SECONDS, _TIMEOUT_SECONDS = 600, 1_800
 
 

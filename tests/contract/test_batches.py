@@ -1,4 +1,4 @@
-"""Batch requests as openai-python makes them: files, states, results, errors, cancel, expiry."""
+"""Batch requests as openai-python makes them: files, states, results, errors, cancellation, expiry."""
 
 import base64
 import codecs
@@ -31,7 +31,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture(scope="module")
 def running(gateway: Gateway, receiver: Receiver) -> Gateway:
-    """The gateway with a dispatcher and a worker."""
+    """Start a dispatcher and a worker beside the gateway."""
     gateway.fleet.environment |= {
         "VECTORMILL_CHUNK_ITEMS": "2000",
         "VECTORMILL_WEBHOOKS": receiver.url,
@@ -58,7 +58,7 @@ def packed(lines: list[Any]) -> bytes:
 
 
 def request(client: OpenAI, lines: list[Any], name: str = "nightly.jsonl", **how: Any) -> Any:
-    """A batch request of these lines."""
+    """Upload these lines, and create a batch request of them."""
     file = client.files.create(file=(name, packed(lines)), purpose="batch")
     how = {"completion_window": "24h", **how}
     return client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", **how)
@@ -189,7 +189,7 @@ REFUSED: Mapping[str, tuple[list[Any], str, int | None, str]] = {
     "no good line": ([b"{}\n", b"no\n"], "bad_request", 1, "custom_id is missing"),
     "packed": ([gzip.compress(packed([line("a", "x")]))], "invalid_request", None, "send it unpacked"),
     "UTF-16": ([json.dumps(line("a", "x")).encode("utf-16")], "invalid_request", None, "save it as UTF-8"),
-    "only empty texts": ([line("a", ""), line("b", " ")], "all_rejected", None, "every line is bad"),
+    "only empty texts": ([line("a", ""), line("b", " ")], "all_rejected", None, "every line was rejected"),
 }
 
 
@@ -211,7 +211,7 @@ def test_too_many_bad_lines_fail_it_and_no_half_result_is_seen(client: OpenAI) -
     batch = ended(client, request(client, lines))
     assert (batch.status, batch.output_file_id) == ("failed", None)
     assert batch.errors.data[0].code == "too_many_rejects"
-    assert batch.errors.data[0].message == "40 lines are bad, max_rejects allows 20; the error file has them."
+    assert batch.errors.data[0].message == "40 lines were rejected, max_rejects allows 20; see the error file."
     assert (batch.errors.data[1].code, batch.errors.data[1].line) == ("empty_text", 1)
     assert len(read(client, batch.error_file_id)) == 40
     for limit, state in ((None, "failed"), (39, "failed"), (40, "completed"), ("25%", "completed")):
@@ -220,7 +220,7 @@ def test_too_many_bad_lines_fail_it_and_no_half_result_is_seen(client: OpenAI) -
 
 
 def test_lines_as_windows_writes_them(client: OpenAI, by_library: Any) -> None:
-    """A byte-order mark, ends of two characters, an empty line, no end of the last; and a line that isn't UTF-8."""
+    """Lines end in CRLF, with a byte-order mark, an empty line, no end of the last one, and one that isn't UTF-8."""
     good = [json.dumps(line(f"line-{n}", f"text {n}")).encode() for n in range(3)]
     bad = json.dumps(line("bad", "a?b")).encode().replace(b"?", b"\xff")
     data = codecs.BOM_UTF8 + b"\r\n".join([good[0], b"", bad, good[1], good[2]])
@@ -248,7 +248,7 @@ def test_more_lines_than_allowed(running: Gateway, client: OpenAI) -> None:
 
 @pytest.fixture
 def without_worker(running: Gateway) -> Iterator[Gateway]:
-    """Nothing is embedded until `start_worker`; it is again after the test."""
+    """Stop the worker, so that nothing is embedded until `start_worker`, and start one again after the test."""
     process = running.fleet.processes.pop("worker")
     process.terminate()
     process.wait(60)
@@ -266,7 +266,7 @@ def in_progress(client: OpenAI, batch: Any) -> Any:
 
 
 def test_cancel_keeps_what_is_finished(without_worker: Gateway, client: OpenAI) -> None:
-    # Two chunks, of which one is embedded before the worker goes away for good.
+    # Two chunks: one is embedded before the cancellation, the other is held back for an hour.
     lines = [line(f"cancelled-{n}", f"text {n}") for n in range(4_000)]
     batch = in_progress(client, request(client, lines))
     fleet = without_worker.fleet
@@ -294,7 +294,7 @@ def test_cancel_keeps_what_is_finished(without_worker: Gateway, client: OpenAI) 
         (f"cancelled-{n}", "batch_cancelled") for n in range(done, 4_000)
     ]
     assert left[0]["error"]["line"] == done + 1
-    # Cancelling again changes nothing; the same content asked for again is another job.
+    # Cancelling again changes nothing; the same content submitted again makes another job.
     assert client.batches.cancel(batch.id).status == "cancelled"
     again = ended(client, request(client, lines))
     assert (again.status, counts(again)) == ("completed", (4_000, 4_000, 0))
@@ -313,7 +313,7 @@ def test_one_that_shares_a_job_goes_without_it(without_worker: Gateway, client: 
 
 
 def test_cancelled_before_it_is_a_job(without_worker: Gateway, client: OpenAI) -> None:
-    """Whatever the moment, nobody pays for a batch request that was cancelled at once."""
+    """A batch request cancelled at once leaves nothing to pay for, whichever stage it had reached."""
     batches = [
         request(client, [line(f"at-once-{n}", f"number {n}") for n in range(2_000 * n, 2_000 * n + 2_000)])
         for n in range(5)
@@ -347,7 +347,7 @@ def test_a_dispatcher_that_dies_while_it_stages(without_worker: Gateway, client:
     lines = [line(f"staged-{n}", f"text {n}") for n in range(2_000)]
     staging = "select count(*) from vectormill.jobs where state = 'staging'"
     with without_worker.engine.begin() as holding:
-        # While their table is locked no items can be copied.
+        # No items can be copied while their table is locked.
         holding.execute(text("lock table vectormill.items in share mode"))
         batch = request(client, lines)
         eventually(lambda: fleet.scalar(staging), "a job that is being staged")
@@ -361,7 +361,7 @@ def test_a_dispatcher_that_dies_while_it_stages(without_worker: Gateway, client:
 
 
 def test_pages_of_files_and_batches(client: OpenAI) -> None:
-    # Of the same content each would wait until the one before is staged.
+    # Each has content of its own: with the same content, each would wait until the one before is staged.
     made = [
         client.files.create(file=(f"{n}.jsonl", packed([line("a", f"page {n}")])), purpose="batch") for n in range(3)
     ]
@@ -382,7 +382,7 @@ def test_pages_of_files_and_batches(client: OpenAI) -> None:
 
 
 def test_a_page_after_what_isnt_there(running: Gateway, client: OpenAI) -> None:
-    """Its place in the list isn't known: the other things could be before or after it."""
+    """The cursor's place in the list isn't known: other entries could come before or after it."""
     file = client.files.create(file=("a.jsonl", b"{}"), purpose="batch")
     client.files.delete(file.id)
     for after in ("file-none", file.id, "", "batch_none"):
@@ -458,7 +458,7 @@ def test_what_is_asked_wrongly(client: OpenAI) -> None:
 
 
 def test_a_storage_that_is_away(running: Gateway, client: OpenAI) -> None:
-    """It says so, without where it is, and nothing is lost."""
+    """The error says that storage is away, but not where it is, and nothing is lost."""
     file = client.files.create(file=("a.jsonl", packed([line("a", "kept away")])), purpose="batch")
     folder = Path(running.fleet.environment["VECTORMILL_FILES"])
     away = folder.rename(folder.with_name("files-away"))

@@ -1,4 +1,4 @@
-"""The dashboard without a browser: who gets in, what a page may hold, whose jobs it shows, what forms do."""
+"""Dashboard without a browser: login, permitted content of pages, visibility of jobs, forms."""
 
 import re
 from collections.abc import Iterator
@@ -29,14 +29,14 @@ def model(gateway: Gateway) -> Model:
 
 @pytest.fixture
 def browser(gateway: Gateway) -> Iterator[httpx.Client]:
-    """What an admin who is logged in sends."""
+    """Yield an HTTP client with the cookie and headers of an admin who is logged in."""
     with visitor(gateway, gateway.key) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def other(gateway: Gateway, model: Model) -> str:
-    """A key of another workspace."""
+    """Return a key of another workspace."""
     return gateway.workspace(f"other-{uuid4().hex[:6]}")
 
 
@@ -84,7 +84,7 @@ def test_a_wrong_key_is_told_so_and_not_repeated(gateway: Gateway) -> None:
 
 
 def keys_like(key: str) -> str:
-    """A key with another secret."""
+    """Return the key with another secret."""
     return key[:-1] + ("A" if key[-1] != "A" else "B")
 
 

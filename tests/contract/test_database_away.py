@@ -1,4 +1,4 @@
-"""The gateway while its database is frozen, or gone."""
+"""Gateway while its database is frozen or unreachable."""
 
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from tests.support.lines import Line, line_to
 
 @pytest.fixture(scope="module")
 def line(gateway: Gateway) -> Iterator[Line]:
-    """The api's way to its database, its own; the engine has another one."""
+    """Put a line between the api and its database. The engine keeps a connection of its own."""
     url = gateway.fleet.environment["VECTORMILL_DATABASE_URL"]
     parts = urlsplit(url)
     assert parts.hostname
@@ -40,7 +40,7 @@ def client(gateway: Gateway, line: Line) -> Iterator[httpx.Client]:
 
 def test_a_frozen_database_stalls_nobody_who_is_known(client: httpx.Client, line: Line, gateway: Gateway) -> None:
     line.freeze()
-    time.sleep(2.1)  # what is known has become old
+    time.sleep(2.1)  # cached entries have become stale
     began, waited, failures = time.monotonic(), 0, counted(gateway)["database_failures"]
     for _ in range(100):
         assert embed(client).status_code == 200
@@ -78,7 +78,7 @@ def test_what_isnt_known_is_unavailable(client: httpx.Client, line: Line, gatewa
 def test_engines_are_known_until_they_had_time_to_show_themselves(
     client: httpx.Client, line: Line, gateway: Gateway
 ) -> None:
-    """After an outage, an engine that couldn't show itself looks as if it were gone."""
+    """After an outage, an engine that couldn't send heartbeats looks as if it were gone."""
     line.cut()
     assert embed(client).status_code == 200
     time.sleep(2.1)
@@ -86,7 +86,7 @@ def test_engines_are_known_until_they_had_time_to_show_themselves(
     with gateway.engine.connect() as held:
 
         def silent() -> bool:
-            """The engine can't show itself now, and hasn't for a while."""
+            """Return True if the engine can't send a heartbeat now, and hasn't for a while."""
             run_sql(gateway.engine, "update vectormill.engines set seen_at = now() - interval '30 s' returning 1")
             held.rollback()
             held.execute(text("lock table vectormill.engines in share mode"))

@@ -1,4 +1,4 @@
-"""The api's client of engines, against servers that answer as engines may."""
+"""Client of engines in the api, against servers that answer as engines may."""
 
 import asyncio
 import threading
@@ -34,7 +34,7 @@ def servers() -> Iterator[list[ScriptedGateway]]:
 
 
 def ask(servers: list[ScriptedGateway], *answers: Any) -> tuple[Embedded | ApiError, int]:
-    """What comes of a request to engines that answer so, in this order; and how many of them had it."""
+    """Return the outcome of a request to engines that give these answers, and the number of requests they received."""
     urls = []
     for server, answer in zip(servers, answers, strict=False):
         server.answer = lambda _, answer=answer: answer  # type: ignore[misc]
@@ -66,7 +66,7 @@ def test_a_model_that_was_just_added_is_asked_of_engines_that_dont_say_so_yet(se
             await engines.close()
 
     assert asyncio.run(body(just_added=True)).prompt_tokens == 3
-    with pytest.raises(UpstreamUnavailable, match="served by no engine") as refused:
+    with pytest.raises(UpstreamUnavailable, match="No engine serves the model") as refused:
         asyncio.run(body(just_added=False))
     assert refused.value.retry_after_seconds == 10, "an engine takes about so long to start"
 
@@ -113,7 +113,7 @@ def test_while_an_engine_comes_back_another_one_is_asked_first(servers: list[Scr
 def test_those_that_were_lost_are_asked_again_one_at_a_time_but_not_for_ever(
     servers: list[ScriptedGateway], monkeypatch: pytest.MonkeyPatch, is_patient: bool
 ) -> None:
-    """The first one hangs. Another model's doesn't wait for it, and its own model's until their patience ends."""
+    """The first retry hangs. Another model's request doesn't wait for it; its own model's do until patience ends."""
     monkeypatch.setattr(engines_module, "_ALONE_SECONDS", 3_600.0 if is_patient else 0.1)
     both_lost, is_over = threading.Barrier(2), threading.Event()
 
@@ -168,14 +168,14 @@ def test_another_engine_is_asked(servers: list[ScriptedGateway], before: Any) ->
 @pytest.mark.parametrize(
     ("answers", "kind", "said", "asked"),
     [
-        ((), UpstreamUnavailable, "served by no engine", 0),
-        ((UNKNOWN, UNKNOWN), UpstreamUnavailable, "served by no engine", 2),
+        ((), UpstreamUnavailable, "No engine serves the model", 0),
+        ((UNKNOWN, UNKNOWN), UpstreamUnavailable, "No engine serves the model", 2),
         ((NOBODY, NOBODY), UpstreamUnavailable, "can be reached", 0),
-        ((FULL, NOBODY), UpstreamUnavailable, "no room", 1),
-        ((CANT_LOAD, FULL), UpstreamUnavailable, "no room", 2),
+        ((FULL, NOBODY), UpstreamUnavailable, "at capacity", 1),
+        ((CANT_LOAD, FULL), UpstreamUnavailable, "at capacity", 2),
         ((CANT_LOAD, CANT_LOAD, CANT_LOAD), InternalError, "can't be loaded", 3),
         ((FAILED, GOOD), InternalError, "The model failed", 1),
-        ((LOST, LOST, GOOD), UpstreamUnavailable, "broke off", 2),
+        ((LOST, LOST, GOOD), UpstreamUnavailable, "was lost", 2),
         ((BAD, GOOD), BadVector, "input[3]: the model makes a vector of it that is zero or not finite", 1),
         ((OWN, GOOD), ModelsOwnTokens, "input[3] holds ids of the model's own vocabulary", 1),
     ],
@@ -192,7 +192,7 @@ def test_what_is_told_is_true(
 
 
 def test_what_was_lost_is_asked_anew_and_not_on_a_connection_to_the_same_dead_process() -> None:
-    """Of a process that is killed its peers learn one connection at a time."""
+    """Peers of a killed process notice its death one connection at a time."""
     serving: list[Any] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -200,11 +200,11 @@ def test_what_was_lost_is_asked_anew_and_not_on_a_connection_to_the_same_dead_pr
         with suppress(asyncio.IncompleteReadError), closing(writer):
             for answers in (True, False):
                 head = await reader.readuntil(b"\r\n\r\n")
-                _, _, size = head.lower().partition(b"content-length:")  # a look at its health has none
+                _, _, size = head.lower().partition(b"content-length:")  # a health check has none
                 await reader.readexactly(int(size.partition(b"\r\n")[0] or 0))
                 if answers:
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(GOOD[2]), GOOD[2]))
-                    await asyncio.sleep(0.1)  # so that those at the same time have a connection each
+                    await asyncio.sleep(0.1)  # so that simultaneous requests have a connection each
 
     async def run() -> list[Embedded]:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)

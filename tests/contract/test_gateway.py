@@ -1,4 +1,4 @@
-"""The gateway's own promises, beyond the shape of its replies."""
+"""Gateway guarantees beyond the shape of its replies."""
 
 import asyncio
 import gzip
@@ -90,7 +90,7 @@ def test_a_slash_too_many(client: httpx.Client, gateway: Gateway, path: str) -> 
 
 
 def test_scripts_of_an_origin_that_may(client: httpx.Client) -> None:
-    """A browser asks first, without a key; and may read what an error says."""
+    """A browser sends a preflight request without a key, and may read the text of errors."""
     wish = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, x-stainless-os"}
     for origin, allowed in ((ORIGIN, ORIGIN), ("https://example.org", None)):
         asked = httpx.options(client.base_url.join("/v1/embeddings"), headers={"origin": origin, **wish})
@@ -151,7 +151,7 @@ def test_a_body_that_doesnt_tell_its_length_is_cut_off(client: httpx.Client) -> 
     try:
         reply = client.post("/v1/embeddings", content=pieces())
     except httpx.TransportError:
-        pass  # the server had closed the line while we were still sending
+        pass  # the server had closed the connection while we were still sending
     else:
         assert code(reply) == (413, "invalid_payload")
     assert sent < 2**27
@@ -168,7 +168,7 @@ def test_a_body_that_doesnt_tell_its_length_is_cut_off(client: httpx.Client) -> 
     ],
 )
 def test_a_body_is_read_for_those_who_may_send_it(gateway: Gateway, key: str, path: str, status: int) -> None:
-    """And only up to the limit, which every route has."""
+    """A permitted body is read only up to a limit, which every route has."""
     token = {"admin's": gateway.key, "plain": gateway.new_key(), "nobody's": "x"}[key]
     host, port = gateway.url.removeprefix("http://").split(":")
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -234,7 +234,7 @@ def test_a_packed_body_is_bounded_and_nobodys_is_unpacked(gateway: Gateway, clie
 
 
 def test_bodies_over_a_plain_line(gateway: Gateway) -> None:
-    """In pieces, after `100 Continue`; and by HTTP/1.0."""
+    """Bodies may come in pieces after `100 Continue`, and by HTTP/1.0."""
     host, port = gateway.url.removeprefix("http://").split(":")
     head = f"Host: x\r\nAuthorization: bearer {gateway.key}\r\n"
     with socket.create_connection((host, int(port)), timeout=20) as line:
@@ -273,7 +273,7 @@ def test_a_key_lives_until_it_is_revoked(gateway: Gateway) -> None:
 
 
 def test_large_bodies_that_hardly_come_hold_up_no_other_workspace(gateway: Gateway) -> None:
-    """As many of one key as it may send are asked for; the next one waits, and another workspace's goes through."""
+    """A key's bodies are asked for up to its limit; the next one waits, and another workspace's goes through."""
     head = (
         "POST /v1/embeddings HTTP/1.1\r\nhost: here\r\nexpect: 100-continue\r\ncontent-type: application/json\r\n"
         f"authorization: Bearer {gateway.workspace('hardly')}\r\ncontent-length: 1000000\r\n\r\n"
@@ -299,8 +299,8 @@ def test_large_bodies_that_hardly_come_hold_up_no_other_workspace(gateway: Gatew
 
 
 def test_a_crowd_with_invented_keys_holds_up_nobody(gateway: Gateway) -> None:
-    """Six hundred connections ask again and again. A key that nobody knows yet is found meanwhile, and the database
-    isn't said to have failed."""
+    """Six hundred connections send invented keys again and again. A valid key that isn't cached yet is found meanwhile,
+    and no failure of the database is counted."""
     before = counted(gateway)
     key = gateway.new_key()
 
@@ -333,7 +333,7 @@ def test_a_crowd_with_invented_keys_holds_up_nobody(gateway: Gateway) -> None:
 
 
 def counted(gateway: Gateway) -> dict[str, float]:
-    """What the api has counted of callers without a key and of a database that fails."""
+    """Return the api's counters of unknown keys and of database failures."""
     lines = httpx.get(f"{gateway.url}/metrics").text.splitlines()
     return {
         name: float(line.rpartition(" ")[2])
@@ -448,14 +448,14 @@ def _if_refused(reply: httpx.Response) -> httpx.Response | None:
 
 
 def _long_request(gateway: Gateway) -> dict[str, Any]:
-    """More than an engine's queue may hold of large requests: a minute's work and more."""
+    """Return a request with over a minute's work, more than an engine's queue may hold of large requests."""
     with gateway.engine.begin() as connection:
         rate = models.find_model(connection, models.workspace_id(connection), "minilm").tokens_per_second
     return {"model": "minilm", "input": ["word " * 250] * min(2_048, int(60 * rate / 250) + 1)}
 
 
 def test_short_texts_pass_long_ones_and_a_full_queue_answers_at_once(gateway: Gateway) -> None:
-    """And a client that goes away makes room for others."""
+    """A client that disconnects makes room for others."""
     long = _long_request(gateway)
     with gateway.client() as client:
         embed(client, "load it", model="minilm")
@@ -471,7 +471,7 @@ def test_short_texts_pass_long_ones_and_a_full_queue_answers_at_once(gateway: Ga
 
 @contextmanager
 def _sent(gateway: Gateway, body: dict[str, Any]) -> Iterator[socket.socket]:
-    """A request that is under way until the block ends; then its client goes away."""
+    """Send a request that stays in flight until the block ends, when its client disconnects."""
     host, port = gateway.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.key}\r\n"
@@ -500,7 +500,7 @@ def test_an_engine_that_dies_and_one_that_comes(gateway: Gateway, by_library: An
 
 
 def test_an_engine_whose_process_is_killed_is_replaced(gateway: Gateway, by_library: Any) -> None:
-    """Nobody is refused: what it had, and what comes meanwhile, waits for the next one."""
+    """No request is refused: those in flight, and those that arrive meanwhile, wait for the next process."""
     parent = psutil.Process(gateway.fleet.processes["engine"].pid)
     with gateway.client() as client:
         for text in ("the first", "the second"):

@@ -1,4 +1,4 @@
-"""`/api/jobs` with real processes behind it: from an upload to vectors, every control, and who sees what."""
+"""Endpoints below `/api/jobs` with real processes: from an upload to vectors, every control, and visibility."""
 
 import csv
 import gzip
@@ -47,7 +47,7 @@ def _lines(rows: list[dict[str, Any]]) -> bytes:
 
 @pytest.fixture(scope="module")
 def working(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Gateway:
-    """The gateway with a dispatcher and a worker, and a folder that callers may name."""
+    """Start a dispatcher, a worker, and an api with a folder that callers may name."""
     gateway.fleet.environment["VECTORMILL_CHUNK_ITEMS"] = "50"
     gateway.fleet.environment["TMPDIR"] = str(tmp_path_factory.mktemp("uploads"))
     allowed = tmp_path_factory.mktemp("allowed")
@@ -90,7 +90,7 @@ def _ended(line: httpx.Client, job: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def done(line: httpx.Client) -> dict[str, Any]:
-    """A job made by an upload, completed."""
+    """Upload a job, and return its status once it has completed."""
     reply = _upload(line, _ROWS, carry="lang", labels='{"team": "search"}', priority="3", webhook=_WEBHOOK)
     assert reply.status_code == 201, reply.text
     made = reply.json()
@@ -108,7 +108,7 @@ def test_what_was_asked_for_in_sql_and_is_no_job_has_a_status(working: Gateway, 
         assert watch_job(backend, UUID(job), 10) == 3
     replies = [line.post(f"/api/jobs/asked/{verb}") for verb in ("cancel", "pause", "resume", "retry")]
     replies += [line.get(f"/api/jobs/asked/{part}") for part in ("results", "receipt")]
-    told = f"{job} is no job: it was asked for in SQL, and is failed."
+    told = f"{job} isn't a job: it is a request made in SQL, and its state is failed."
     assert {(reply.status_code, reply.json()["detail"]) for reply in replies} == {(404, told)}
 
 
@@ -157,7 +157,7 @@ def test_rejects(done: dict[str, Any], line: httpx.Client) -> None:
     assert [(row["index"], row["key"]) for row in lines] == [(7, "k7"), (9, '=cmd,"9"')]
     reply = line.get(path, params={"format": "csv"})
     assert reply.headers["content-type"].startswith("text/csv")
-    # What a spreadsheet would take for a formula is told apart.
+    # A key that a spreadsheet would take for a formula is escaped.
     assert [row["key"] for row in csv.DictReader(io.StringIO(reply.text))] == ["k7", '\'=cmd,"9"']
 
 
@@ -224,7 +224,7 @@ def test_an_idempotency_key_attaches(line: httpx.Client) -> None:
 
 
 def test_an_idempotency_key_attaches_to_what_is_under_way(working: Gateway, line: httpx.Client) -> None:
-    """The first request can't copy its items while their table is locked; the second is told of the same job."""
+    """The first request can't copy its items while their table is locked; the second attaches to the same job."""
     with working.engine.begin() as holding, ThreadPoolExecutor(1) as threads:
         holding.execute(text("lock table vectormill.items in share mode"))
         first = threads.submit(_upload, line, _ROWS[:20], key="slow-1")
@@ -262,8 +262,8 @@ def test_a_name_that_no_path_can_hold(line: httpx.Client, working: Gateway, name
 
 
 def test_uploads_that_hardly_come_hold_up_no_other_workspace(working: Gateway, line: httpx.Client) -> None:
-    """Six of one key send a byte each: three have a place, whose bodies are asked for, and three wait. One of another
-    workspace goes through meanwhile, and so does what isn't an upload."""
+    """Six slow uploads of one key: three have a place and their bodies are asked for, three wait. An upload of another
+    workspace goes through meanwhile, and so do requests that aren't uploads."""
     head = (
         "POST /api/jobs HTTP/1.1\r\nhost: here\r\nexpect: 100-continue\r\n"
         f"authorization: Bearer {working.key}\r\n"
@@ -302,7 +302,7 @@ def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
     file = [("file", ("a.jsonl", _lines(_ROWS[:2])))]
     assert "model" in refused(data={}, files=file)
     assert "no model" in refused(data={"model": "missing"}, files=file)
-    assert "the form has none" in refused(files=[("model", (None, b"static"))])
+    assert "the form has no file" in refused(files=[("model", (None, b"static"))])
     unknown = refused(data={"model": "static"}, files=[("file", ("a.exe", b"x"))])
     assert unknown.startswith("a.exe: unknown kind of file")
     long = [("file", ("文" * 100 + ".jsonl", _lines(_ROWS[:2])))]
@@ -312,7 +312,7 @@ def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
     charset = "multipart/form-data; boundary=x; charset=undefined"
     assert refused(content=b"--x--", headers={"content-type": charset})
     wrong = refused(data={"model": "static"}, files=[("file", ("../../b.jsonl", b'{"body": "x"}\n'))])
-    # Named as its sender calls it, not as it is kept.
+    # The error has the file's name as its sender gave it, not as it is stored.
     assert wrong.startswith('text_column: b.jsonl line 1: no column "text"')
     assert "priority" in refused(data={"model": "static", "priority": "many"}, files=file)
     assert refused(data={"model": "static", "surprise": "1"}, files=file) == "surprise: there is no such field."
@@ -391,7 +391,7 @@ def test_a_carried_number_beyond_64_bits(line: httpx.Client) -> None:
 
 
 def test_many_uploads_at_once(line: httpx.Client) -> None:
-    """More than there are connections: each waits for its turn, and statuses don't wait for them."""
+    """There are more uploads than connections: each waits for its turn, and status requests don't wait for them."""
     with ThreadPoolExecutor(16) as threads:
         made = list(threads.map(lambda n: _upload(line, _ROWS[:50], name=f"crowd-{n}.jsonl"), range(16)))
     assert {reply.status_code for reply in made} == {201}
@@ -443,7 +443,7 @@ def test_sources_that_the_operator_allows(line: httpx.Client, allowed: Path, tmp
 
 @pytest.fixture(scope="module")
 def theirs(done: dict[str, Any], line: httpx.Client) -> Theirs:
-    """One of each that can be named, of the workspace default."""
+    """Return one of each thing that can be named, of the workspace `default`."""
     key = line.get("/api/keys").json()[0]["id"]
     file = line.post("/v1/files", data={"purpose": "batch"}, files={"file": ("ours.jsonl", b"{}\n")}).json()["id"]
     batch = line.post("/v1/batches", json=_batch_of(file)).json()["id"]
@@ -484,7 +484,7 @@ def test_what_a_pattern_finds_is_judged_by_where_it_is(
 
 
 def test_a_pattern_holds_nobody_up(line: httpx.Client, working: Gateway, allowed: Path) -> None:
-    """One that a regular expression would try for half a minute, beside another workspace's requests."""
+    """A pattern that a regular expression would try for half a minute doesn't delay another workspace's requests."""
     folder = allowed / "deep" / "/".join("a" * 40)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "x.jsonl").write_bytes(_lines(_ROWS[:1]))
@@ -497,7 +497,7 @@ def test_a_pattern_holds_nobody_up(line: httpx.Client, working: Gateway, allowed
 
 @pytest.mark.parametrize("admin", [False, True])
 def test_a_workspace_sees_nothing_of_another(working: Gateway, line: httpx.Client, theirs: Theirs, admin: bool) -> None:
-    """Walks the whole description; an admin's key sees jobs and models of all, and no more."""
+    """Walk the whole description. An admin's key sees jobs, usage, workers and models of all, and no more."""
     name = f"walkers-{admin}"
     working.workspace(name)
     description = line.get("/openapi.json").json()
@@ -518,7 +518,7 @@ def test_a_workspace_sees_nothing_of_another(working: Gateway, line: httpx.Clien
 
 
 def test_the_walk_sees_what_leaks(theirs: Theirs) -> None:
-    """Operations that were added carelessly: each is found."""
+    """The walk finds each operation that was added carelessly."""
     app = FastAPI(openapi_url="/openapi.json")
 
     @app.get("/api/jobs/{job}/owner")
@@ -567,11 +567,11 @@ def test_workspaces_are_told_apart(working: Gateway, done: dict[str, Any], line:
         )
         assert elsewhere.status_code == 404
     assert line.get("/api/usage", params={"workspace": "strangers"}).status_code == 200
-    # An admin's key sees all workspaces, and may narrow.
+    # An admin's key sees all workspaces, and may filter by one.
     everything = line.get("/api/jobs", params={"name": "theirs"}).json()["data"]
     assert [(row["id"], row["workspace"]) for row in everything] == [(mine["id"], "strangers")]
     assert line.get("/api/jobs", params={"name": "theirs", "workspace": "default"}).json()["data"] == []
-    # A job is made where an admin says; and of two jobs with a name, an admin's own comes first.
+    # A job is made in the workspace that an admin names. If two jobs share a name, that of the admin's own comes first.
     file = [("file", ("docs.jsonl", _lines(_ROWS[:3])))]
     there = line.post("/api/jobs", data={"model": "static"}, files=file, params={"workspace": "strangers"}).json()
     assert line.get(f"/api/jobs/{there['id']}", params={"workspace": "strangers"}).status_code == 200
@@ -581,14 +581,14 @@ def test_workspaces_are_told_apart(working: Gateway, done: dict[str, Any], line:
 
 
 def _plain(value: Any) -> Any:
-    """Moments are written in several ways."""
+    """Return the fields with timestamps parsed, since these are written in several ways."""
     return {
         name: datetime.fromisoformat(held) if name.endswith("_at") and held else held for name, held in value.items()
     }
 
 
 def test_what_reads_a_job_reads_the_same_over_the_api(working: Gateway, done: dict[str, Any], far: Fleet) -> None:
-    """The fields that other programs rely on, by the command at the database, over the api, and by HTTP."""
+    """Fields that other programs rely on are the same by the command at the database and by the one over the api."""
 
     def read(*command: str) -> Any:
         here, there = (json.loads(fleet.cli(*command, "--json").stdout) for fleet in (working.fleet, far))
@@ -605,7 +605,7 @@ def test_what_reads_a_job_reads_the_same_over_the_api(working: Gateway, done: di
     assert here["tokens"].keys() == {"prompt"}
     assert here["rate"].keys() == {"items_per_second", "tokens_per_second"}
     assert here["chunks"].keys() == {"pending", "running", "done", "cancelled"}
-    # Rates are of the last minute, which goes on.
+    # Rates cover the last minute, so they change between two reads.
     assert {**there, "rate": here["rate"]} == {**here, "workspace": None}
     assert there["rate"].keys() == here["rate"].keys()
 
@@ -651,7 +651,7 @@ def test_keys_over_the_api(working: Gateway, far: Fleet) -> None:
 
 @pytest.fixture
 def far(working: Gateway, tmp_path: Path) -> Fleet:
-    """Commands without a database in their environment."""
+    """Return a fleet whose commands have no database in their environment."""
     environment = {**working.fleet.environment, "VECTORMILL_API_URL": working.url, "VECTORMILL_API_KEY": working.key}
     del environment["VECTORMILL_DATABASE_URL"], environment["VECTORMILL_REDIS_URL"]
     return Fleet(engine=working.engine, environment=environment, logs=tmp_path)
@@ -664,7 +664,7 @@ def test_without_a_key(working: Gateway, line: httpx.Client) -> None:
 
 
 def test_the_command_line_over_the_api(far: Fleet, tmp_path: Path) -> None:
-    """Every command on jobs, without a database in its environment."""
+    """Every command on jobs works without a database in its environment."""
     fleet, environment = far, far.environment
     corpus = tmp_path / "far.jsonl"
     corpus.write_bytes(_lines(_ROWS))
@@ -673,7 +673,7 @@ def test_the_command_line_over_the_api(far: Fleet, tmp_path: Path) -> None:
     assert sent.returncode == 0, sent.stderr
     job = sent.stdout.strip()
     assert "balanced" in sent.stderr
-    assert "298 texts were cut, longer than what is read: --on-long reject rejects such" in sent.stderr
+    assert "298 texts were truncated at the token limit: --on-long reject rejects such texts" in sent.stderr
     assert json.loads(fleet.cli("receipt", job, "--json").stdout)["truncated"] == 298
     status = json.loads(fleet.cli("status", "far", "--json").stdout)
     assert (status["id"], status["state"], status["labels"]) == (job, "completed", {"a": "b"})
@@ -682,7 +682,7 @@ def test_the_command_line_over_the_api(far: Fleet, tmp_path: Path) -> None:
     assert json.loads(fleet.cli("receipt", job, "--verify", "--json").stdout)["verified"]
     fleet.cli("results", job, "--to", str(tmp_path / "far.parquet"))
     assert pq.read_metadata(tmp_path / "far.parquet").num_rows == 298
-    assert "nothing that can be tried again" in fleet.cli("retry", job).stderr
+    assert "has nothing to retry" in fleet.cli("retry", job).stderr
     assert fleet.cli("watch", job).returncode == 0
     assert "static" in [row["name"] for row in json.loads(fleet.cli("models", "list", "--json").stdout)]
     failed = fleet.cli("pause", job, check=False)

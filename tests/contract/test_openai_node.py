@@ -1,4 +1,4 @@
-"""What openai-node makes of the gateway. Its default asks for base64 and would misread floats."""
+"""Gateway through openai-node, which by default asks for base64 and would misread floats."""
 
 import json
 import os

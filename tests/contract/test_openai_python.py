@@ -1,4 +1,4 @@
-"""What openai-python makes of the gateway."""
+"""Gateway through openai-python."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ def client(gateway: Gateway) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def failing(gateway: Gateway) -> Iterator[None]:
-    """A model `failing`, whose upstream answers nothing but 500 once it has been added."""
+    """Add a model `failing`, whose upstream answers nothing but 500 afterwards."""
     with scripted_gateway() as upstream:
         where = ("--gateway", upstream.url, "--upstream-model", "embed-1", "--key-env", "FAR_KEY")
         gateway.fleet.cli("models", "add", "failing", *where)
@@ -73,7 +73,7 @@ def test_as_many_as_openai_takes(client: OpenAI, by_library: Any) -> None:
 
 
 def test_many_at_once(gateway: Gateway, by_library: Any) -> None:
-    """Long and short requests, of two models, mixed in the same batches: each gets its own vectors."""
+    """Each request gets its own vectors: long and short ones, of two models, are mixed in the same batches."""
     texts = [f"request {number} " + "says much " * (number % 7 * 20) for number in range(64)]
 
     async def ask() -> list[Any]:
@@ -94,15 +94,15 @@ def test_dimensions(client: OpenAI, by_library: Any) -> None:
         cut = by_library(TEXTS)[:, :size]
         np.testing.assert_allclose(found, cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=1e-6)
     assert vectors(client.embeddings.create(model="static", input="x", dimensions=256)).shape == (1, 256)
-    with pytest.raises(openai.BadRequestError, match="static gives 64, 128, 256 dimensions, not 100"):
+    with pytest.raises(openai.BadRequestError, match="static supports 64, 128, 256 dimensions, not 100"):
         client.embeddings.create(model="static", input="x", dimensions=100)
-    with pytest.raises(openai.BadRequestError, match="minilm gives 384 dimensions, not 64"):
+    with pytest.raises(openai.BadRequestError, match="minilm supports 384 dimensions, not 64"):
         client.embeddings.create(model="minilm", input="x", dimensions=64)
 
 
 @pytest.fixture(scope="module")
 def asymmetric(gateway: Gateway, static_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model that brings prompts, added as `asymmetric`; as the library has it."""
+    """Add a model that brings prompts as `asymmetric`, and return it as the library loads it."""
     from sentence_transformers import SentenceTransformer
 
     folder = tmp_path_factory.mktemp("models") / "asymmetric"
@@ -133,7 +133,10 @@ def test_queries_and_documents(client: OpenAI, asymmetric: Any, by_library: Any)
 
 
 def test_langchains_ids(client: OpenAI, by_library: Any, cl100k: tiktoken.Encoding, bundled_model: Path) -> None:
-    """Are OpenAI's, cut within characters, and read as such; the model's own are refused, marked or many."""
+    """LangChain sends OpenAI's ids, cut within characters, which are read as such.
+
+    A model's own ids are refused if they are marked by special tokens, or many.
+    """
     ids = [cl100k.encode_ordinary(text) for text in TEXTS]
     for given in (ids, [ids[0], TEXTS[1], ids[2]]):
         raw = client.embeddings.with_raw_response.create(model="static", input=given)  # type: ignore[arg-type]
@@ -202,7 +205,7 @@ def test_errors_are_the_sdks_own(client: OpenAI, ask: Ask, kind: Any, status: in
 
 
 def test_a_model_of_another_workspace_is_not_found(gateway: Gateway) -> None:
-    """Whether it exists isn't told."""
+    """The error doesn't reveal if it exists."""
     key = gateway.workspace("outsiders")
     with OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as client:
         client.embeddings.create(model="static", input="x")

@@ -1,4 +1,4 @@
-"""Whatever is sent to what the OpenAPI description describes: no 500, and answers as described."""
+"""Fuzzing of all operations in the OpenAPI description: no 500, and answers as described."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The description's examples: all that is sent or answered as JSON has one, and each is as its schema says."""
+"""Examples in the OpenAPI description: each JSON request and response has one, which is valid by its schema."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""/readyz, by which a balancer knows whom to ask."""
+"""Readiness probe `/readyz`, by which a load balancer chooses among replicas."""
 
 import httpx2 as httpx
 from sqlalchemy import text

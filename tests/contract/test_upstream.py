@@ -1,4 +1,4 @@
-"""Models that the api has from another gateway."""
+"""Models that the api serves from an upstream."""
 
 import base64
 from collections.abc import Iterator

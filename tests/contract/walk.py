@@ -1,4 +1,4 @@
-"""A walk over all operations of an OpenAPI description, with a key that must see nothing of another workspace."""
+"""Walk over all operations of an OpenAPI description, with a key that must see nothing of another workspace."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx2 as httpx
 
-#: What takes a body and names nothing in its path makes something of one's own. What these may name besides is tried by
-#: tests of their own.
+#: Operations that take a body, name nothing in their path, and create something of the caller's own. Tests of their own
+#: cover the names that their bodies may hold.
 MAKING = {
     ("post", "/v1/embeddings"),
     ("post", "/v1/files"),
@@ -20,24 +20,24 @@ MAKING = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Theirs:
-    """What belongs to another workspace."""
+    """Names and secrets of another workspace."""
 
-    #: A path's parameter → names of theirs that it can hold.
+    #: Path parameter → names of theirs that it can hold.
     named: Mapping[str, Sequence[str]]
     workspace: str
-    #: Words that stand in no answer unless they were sent.
+    #: Words that no answer may hold unless they were sent.
     secrets: Sequence[str]
 
 
 def operations(description: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """`(method, path, operation)` of each."""
+    """Yield `(method, path, operation)` for each operation."""
     for path, found in description["paths"].items():
         for method, operation in found.items():
             yield method, path, operation
 
 
 def leaks(description: Mapping[str, Any], line: httpx.Client, theirs: Theirs) -> tuple[list[str], int]:
-    """What `line` sees of theirs, one sentence each, and how many operations were walked: all of them."""
+    """Return the leaks to `line`, one sentence each, and the number of operations walked, which is all of them."""
     found: list[str] = []
     walked = 0
     for method, path, operation in operations(description):
@@ -55,7 +55,11 @@ def leaks(description: Mapping[str, Any], line: httpx.Client, theirs: Theirs) ->
 
 
 def _named(line: httpx.Client, method: str, path: str, hole: str, theirs: Theirs) -> Iterator[str]:
-    """A name of theirs is a 404, or a 403 where only an admin's key may ask, in the very words of what never was."""
+    """Yield leaks of an operation that takes a name.
+
+    A name of theirs must give a 404, or a 403 where only an admin's key may ask, in the same words as a name that never
+    existed.
+    """
     for name in theirs.named[hole]:
         reply, unknown = (
             line.request(method, path.replace(f"{{{hole}}}", asked), json={"priority": 1}) for asked in (name, "never")

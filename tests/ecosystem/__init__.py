@@ -1,1 +1,1 @@
-"""Other people's clients and schedulers, in a virtual environment of their own, against real processes of ours."""
+"""Third-party clients and schedulers, in a virtual environment of their own, against real processes of ours."""

@@ -1,5 +1,5 @@
-"""The gateway of the contract tests with a dispatcher and a worker, and the programs that come to it; all tests share
-one, each with names of its own."""
+"""Fixtures of the ecosystem tests: the gateway of the contract tests with a dispatcher and a worker, and third-party
+programs that use it. All tests share one gateway, each with names of its own."""
 
 import json
 import os
@@ -22,22 +22,22 @@ __all__ = ["by_library"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCHEDULERS = CHECKOUT / "ops" / "schedulers"
-#: Made by `make test-ecosystem`.
+#: Virtual environment made by `make test-ecosystem`.
 _PROGRAMS = CHECKOUT / ".venv-ecosystem" / "bin"
 _SECONDS = 300
 
 
 @dataclass
 class Site:
-    """Somebody else's machine: their programs, a folder for their files, and our gateway with a worker behind it."""
+    """Somebody else's machine with their programs and a folder for their files, and our gateway with a worker."""
 
     gateway: Gateway
     folder: Path
-    #: The role by which the queries of `vectormill.submit` are read.
+    #: Role that runs the queries of `vectormill.submit`.
     reader: str
 
     def run(self, program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run one of their programs, to whatever end."""
+        """Run one of their programs to its end, whatever its exit code."""
         return subprocess.run(
             [str(_PROGRAMS / program), *arguments],
             cwd=self.folder,
@@ -49,24 +49,24 @@ class Site:
         )
 
     def write(self, name: str, rows: list[dict[str, Any]]) -> Path:
-        """A file of JSON lines in the folder."""
+        """Write a file of JSON lines in the folder; return its path."""
         file = self.folder / name
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return file
 
     def embedded(self) -> int:
-        """How many texts have been embedded for jobs, and are on the bill."""
+        """Return the number of texts that were embedded for jobs and metered."""
         query = "select coalesce(sum(items), 0) from vectormill.usage where job_id is not null"
         return int(self.gateway.fleet.scalar(query))
 
     def jobs(self, name: str) -> list[str]:
-        """The states of the jobs of this name."""
+        """Return the states of the jobs of this name."""
         query = "select coalesce(json_agg(state order by id), '[]') from vectormill.jobs where name = :name"
         return list(self.gateway.fleet.scalar(query, name=name))
 
 
 def batch_lines(about: str, count: int) -> list[dict[str, Any]]:
-    """Lines of a batch request that no other test makes."""
+    """Return lines of a batch request that no other test makes."""
     return [
         {
             "custom_id": f"{about}-{n}",
@@ -99,11 +99,11 @@ def site(
 
 
 def new_role(gateway: Gateway) -> tuple[str, str]:
-    """Make a role that may log in and do nothing else. Returns its name and the database's URL for it."""
+    """Make a role that may log in and do nothing else. Return its name, and the database's URL for it."""
     name, password = f"role_{uuid4().hex}", uuid4().hex
     url = gateway.fleet.environment["VECTORMILL_DATABASE_URL"]
     with psycopg.connect(url) as connection:
-        # It goes with the servers of the tests.
+        # The role isn't dropped, since it goes with the servers of the tests.
         make = sql.SQL("create role {} login password {}")
         connection.execute(make.format(sql.Identifier(name), sql.Literal(password)))
     address = urlsplit(url)
@@ -112,7 +112,7 @@ def new_role(gateway: Gateway) -> tuple[str, str]:
 
 @dataclass
 class Airflow:
-    """An Airflow of its own on SQLite, with connections to the gateway."""
+    """Airflow of its own on SQLite, with connections to the gateway."""
 
     site: Site
     environment: dict[str, str]
@@ -129,7 +129,7 @@ class Airflow:
 
 
 def by_http(url: str, key: str) -> str:
-    """A connection of Airflow to an api."""
+    """Return an Airflow connection to an api, as JSON."""
     address = urlsplit(url)
     return json.dumps(
         {

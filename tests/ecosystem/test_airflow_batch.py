@@ -1,5 +1,5 @@
-"""Batch requests by the stock operators of Airflow's OpenAI provider: in ops/schedulers/airflow/batch_request.py, run
-by Airflow, and on their own."""
+"""Batch requests by the stock operators of Airflow's OpenAI provider: in ops/schedulers/airflow/batch_request.py as
+Airflow runs it, and on their own."""
 
 import json
 import subprocess
@@ -15,7 +15,8 @@ from tests.acceptance.fleet import eventually
 from tests.ecosystem.conftest import Airflow, Site, batch_lines
 
 _TEXTS = [{"id": f"a{n}", "text": f"in December the mill grinds {n} sacks"} for n in range(120)]
-#: Uploads a file, triggers a batch request over it and waits, as often as told. Prints ids, or what was raised.
+#: Program that uploads a file, triggers a batch request over it and waits, `TIMES` times. It prints ids, or the name
+#: of the error that was raised.
 _PROGRAM = """
 import json, os
 from airflow.providers.openai.hooks.openai import OpenAIHook

@@ -1,4 +1,4 @@
-"""ops/schedulers/airflow/http_job.py, run by Airflow."""
+"""Airflow's run of ops/schedulers/airflow/http_job.py."""
 
 import threading
 from collections import Counter
@@ -40,7 +40,7 @@ def test_a_missing_file_fails_the_run(airflow: Airflow) -> None:
 
 
 def test_a_lost_answer_is_asked_for_again_with_the_same_key(airflow: Airflow) -> None:
-    """The job is there when the answer to its submission is lost; then a balancer finds no api."""
+    """The job exists when the answer to its submission is lost; then a load balancer finds no api."""
     site = airflow.site
     site.write("2026-11-27.jsonl", _TEXTS)
     before = site.embedded()
@@ -54,8 +54,8 @@ def test_a_lost_answer_is_asked_for_again_with_the_same_key(airflow: Airflow) ->
 
 @contextmanager
 def _behind_a_bad_line(api: str) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
-    """An address by which an api is reached, but the first answer of each method is lost or a 503; and the methods and
-    idempotency keys of what was sent there."""
+    """Run a proxy of an api that loses its first answer to a POST, and gives a 503 to the first GET. Yield its URL, and
+    a list of the methods and idempotency keys of the requests."""
     sent: list[tuple[str, str | None]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -79,7 +79,7 @@ def _behind_a_bad_line(api: str) -> Iterator[tuple[str, list[tuple[str, str | No
             self.do_POST()
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)

@@ -1,4 +1,4 @@
-"""ops/schedulers/cron/crontab: its line run by `sh`, as cron does it."""
+"""Line of ops/schedulers/cron/crontab, run by `sh` as cron does."""
 
 import os
 import re
@@ -15,7 +15,7 @@ _TEXTS = [{"id": f"d{n}", "text": f"in September the mill grinds {n} sacks"} for
 
 
 class _Crontab:
-    """The crontab on a machine where it is the night that a test says."""
+    """Crontab on a machine whose date a test sets."""
 
     def __init__(self, site: Site) -> None:
         lines = (SCHEDULERS / "cron" / "crontab").read_text().splitlines()
@@ -38,7 +38,7 @@ class _Crontab:
         assert {line.split("=")[0] for line in told if re.match(r"\w+=", line)} == self._variables.keys()
 
     def run(self, day: str) -> subprocess.CompletedProcess[str]:
-        """Run the line in that night. It asks for the day once: another one may have begun by the second time."""
+        """Run the line on that day. It must ask for the day only once: by a second time another may have begun."""
         date, asked = self._bin / "date", self._bin / "asked"
         asked.write_text("")
         date.write_text(f'#!/bin/sh\ntest "$1" = +%F && echo {day} | tee -a {asked}\n')

@@ -1,4 +1,4 @@
-"""ops/schedulers/dbt: a model whose post-hook asks for a job, run by dbt with a role of its own."""
+"""dbt project ops/schedulers/dbt: a model whose post-hook requests a job, run by dbt with a role of its own."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ _ROWS = 80
 
 @dataclass
 class _Dbt:
-    """dbt on a database where somebody has loaded raw articles."""
+    """dbt on a database into which somebody has loaded raw articles."""
 
     site: Site
     environment: dict[str, str]
@@ -37,11 +37,11 @@ class _Dbt:
         )
 
     def wait(self, **variables: Any) -> subprocess.CompletedProcess[str]:
-        """Wait as a script would."""
+        """Wait for the job of `articles`, as a script would."""
         return self.run("run-operation", "wait_for_vectormill", "--args", "{table: articles}", **variables)
 
     def do(self, statement: str) -> None:
-        """What happens upstream."""
+        """Run a statement as the database's owner, for a change upstream."""
         with psycopg.connect(self.site.gateway.fleet.environment["VECTORMILL_DATABASE_URL"]) as connection:
             connection.execute(statement.encode())
 
@@ -92,7 +92,7 @@ def test_a_model_is_embedded_and_a_second_run_attaches(dbt: _Dbt) -> None:
 
 
 def test_another_job_of_the_same_name_isnt_waited_for(dbt: _Dbt) -> None:
-    """Of another workspace, and made later."""
+    """The other job belongs to another workspace, and is made later."""
     built = dbt.run("run", day="2026-10-23")
     assert built.returncode == 0, built.stdout
     dbt.site.gateway.workspace("namesakes")

@@ -1,4 +1,4 @@
-"""A batch request through LiteLLM's client."""
+"""Batch request through LiteLLM's client."""
 
 import json
 from typing import Any
@@ -35,7 +35,7 @@ def test_a_batch_request(site: Site, by_library: Any) -> None:
         FILE=str(file),
         BASE=f"{site.gateway.url}/v1",
         KEY=site.gateway.key,
-        # It would fetch a list of prices.
+        # Without this, LiteLLM would fetch a list of prices.
         LITELLM_LOCAL_MODEL_COST_MAP="True",
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What tests on real servers share."""
+"""Shared fixtures of tests on real servers."""
 
 from collections.abc import Iterator
 
@@ -13,13 +13,13 @@ from tests.support.jobs_made import make_model
 
 @pytest.fixture
 def model(engine: Engine) -> Model:
-    """A model of the catalogue that nobody can load."""
+    """Make a model of the catalogue that nobody can load."""
     return make_model(engine)
 
 
 @pytest.fixture
 def dispatcher(engine: Engine, redis_url: str) -> Iterator[Dispatcher]:
-    """A dispatcher that does a duty when it is told to."""
+    """Yield a dispatcher that does a duty only when told to."""
     with_publisher = make_dispatcher(engine, redis_url)
     yield with_publisher
     with_publisher.publisher.close()

@@ -1,4 +1,4 @@
-"""What tests of the dispatcher's duties share."""
+"""Shared helpers of tests of the dispatcher's duties."""
 
 from uuid import UUID, uuid4
 
@@ -11,12 +11,12 @@ from tests.support.jobs_made import taken
 
 
 def make_dispatcher(engine: Engine, redis_url: str) -> Dispatcher:
-    """A dispatcher that isn't running; its publisher is the caller's to close."""
+    """Make a dispatcher that isn't running. The caller closes its publisher."""
     return Dispatcher(engine=engine, publisher=Publisher(redis_url), lease_seconds=30, text_retention_days=7)
 
 
 def show_worker(engine: Engine, model: str, slots: int) -> UUID:
-    """A worker that serves a model, as the dispatcher sees it."""
+    """Register a worker that serves a model, as the dispatcher sees it."""
     worker = uuid4()
     with engine.begin() as connection:
         workers.show(connection, worker, host="here", device="cpu", models=[model], slots=slots)
@@ -24,14 +24,14 @@ def show_worker(engine: Engine, model: str, slots: int) -> UUID:
 
 
 def lose(engine: Engine, job_id: UUID, ordinal: int) -> None:
-    """A worker claims a chunk and is never heard of again."""
+    """Claim a chunk and let its lease expire, as for a worker that is never heard of again."""
     taken(engine, job_id, ordinal, lease_seconds=-1)
     with engine.begin() as connection:
         assert lost_claims.expire_leases(connection, 10)
 
 
 def die(engine: Engine, job_id: UUID, ordinal: int) -> None:
-    """A worker's child claims a chunk and dies over it."""
+    """Claim a chunk and free the claim, as for a worker whose child process died over it."""
     claim = taken(engine, job_id, ordinal, task=f"of {ordinal}")
     with engine.begin() as connection:
         assert lost_claims.free_lost_claim(connection, claim.chunk_id, claim.worker_id, f"of {ordinal}", "killed")

@@ -1,4 +1,4 @@
-"""What the api knows from Postgres and writes to it, when Postgres is slow or fails."""
+"""Reads and writes of the API when Postgres is slow or fails."""
 
 import asyncio
 import threading
@@ -32,8 +32,8 @@ from tests.support.jobs_made import run_sql
 
 @pytest.fixture(autouse=True)
 def _questions_end(engine: Engine) -> Iterator[None]:
-    """Before their engine does, which is asked for so that this ends first: a connection that comes back later is
-    closed by nobody."""
+    """Wait for the database threads before the engine is disposed of: nobody closes a connection that comes back
+    later. This asks for `engine` so that it is torn down first."""
     yield
     for thread in threading.enumerate():
         if thread.name == "database":
@@ -143,7 +143,7 @@ def test_a_months_sum_that_takes_long_holds_up_nobody(engine: Engine, monkeypatc
                 assert (await asyncio.wait_for(known.month(1), 60))[0] == 10
         while (await known.month(1))[0] != 15:
             await asyncio.sleep(0.01)
-        # The last question's thread is done with the engine.
+        # The last query's thread must be done with the engine.
         while known._months._under_way:
             await asyncio.sleep(0.01)
 
@@ -188,7 +188,7 @@ def test_a_defect_isnt_taken_for_an_outage(engine: Engine, monkeypatch: pytest.M
 
 
 def test_invented_keys_are_asked_for_together_and_kept_apart(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many they are: few questions, no failure of the database, and no known key forgotten."""
+    """Thousands of invented keys cost few queries, no database failure and no known key."""
     monkeypatch.setattr(directory_module, "_MOST_KEPT", 100)
     with engine.begin() as connection:
         token = keys.create(connection, catalog.workspace_id(connection), "test").token
@@ -213,13 +213,14 @@ def test_invented_keys_are_asked_for_together_and_kept_apart(engine: Engine, mon
         assert (len(known._keys._known), len(known._keys._unknown)) == (1, 100)
 
     asyncio.run(body())
-    # The first two began at once, and the rest waited together.
+    # The first two queries began at once, and the rest waited to be asked together.
     assert len(asked) <= 10, asked
     assert sum(asked) <= 3_002
 
 
 def test_a_workspaces_long_questions_hold_up_no_other(engine: Engine) -> None:
-    """They have their places, and what waits behind them is late without the database being blamed."""
+    """A workspace's queries have places of their own. One that waits behind them is late, and the database isn't
+    blamed."""
     released = threading.Event()
 
     def long(connection: Connection) -> int:
@@ -302,9 +303,9 @@ def test_a_reply_in_pieces_begins_when_its_first_is_there(database: str) -> None
     async def body() -> None:
         transfers = Transfers(few, patience_seconds=0.2)
         with few.connect():
-            # None of them keeps its place.
+            # No refused download keeps its place.
             for _ in range(DOWNLOADS_OF_ONE + 1):
-                with pytest.raises(Busy, match="too many questions"):
+                with pytest.raises(Busy, match="too many database queries"):
                     await transfers.answer(1, pieces)
         assert await _sent(await transfers.answer(1, pieces)) == b"01"
         assert await _sent(await transfers.answer(1, lambda: iter(()))) == b""
@@ -320,7 +321,7 @@ def test_a_reply_in_pieces_begins_when_its_first_is_there(database: str) -> None
 
 
 async def _sent(answer: StreamingResponse) -> bytes:
-    """Collect what an answer sends."""
+    """Return the body that an answer sends."""
     body = b""
 
     async def send(message: Message) -> None:
@@ -332,5 +333,5 @@ async def _sent(answer: StreamingResponse) -> bytes:
 
 
 async def anything() -> Message:
-    """A client that has nothing more to say."""
+    """Wait for ever, as for a client that has nothing more to say."""
     return await asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""What becomes of batch requests when jobs are purged, retried or cancelled, and storages go away, at a bad moment."""
+"""Batch requests whose jobs are purged, retried or cancelled, or whose storage goes away, at a bad moment."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def end_jobs(engine: Engine, redis_url: str) -> Iterator[Callable[[], None]]:
-    """End the jobs that are over."""
+    """Yield a function that ends the jobs that are over."""
     publisher = Publisher(redis_url)
     dispatcher = Dispatcher(engine=engine, publisher=publisher, lease_seconds=30, text_retention_days=7)
 
@@ -55,7 +55,7 @@ def end_jobs(engine: Engine, redis_url: str) -> Iterator[Callable[[], None]]:
 
 
 def lines(*texts: str, model: str = "small") -> bytes:
-    """A line for each text; their custom_ids are those of `tests.support.jobs_made`."""
+    """Return a JSONL line for each text, with the custom_ids of `tests.support.jobs_made`."""
     made = [
         {"custom_id": f"k{n}", "method": "POST", "url": "/v1/embeddings", "body": {"model": model, "input": text}}
         for n, text in enumerate(texts)
@@ -63,12 +63,12 @@ def lines(*texts: str, model: str = "small") -> bytes:
     return b"".join(json.dumps(one).encode() + b"\n" for one in made)
 
 
-#: The fifth is bad.
+#: Eight lines, of which the fifth is bad.
 EIGHT = lines("a", "b", "c", "d", "", "f", "g", "h")
 
 
 def ask(engine: Engine, settings: Settings, data: bytes = EIGHT) -> str:
-    """A batch request that isn't staged yet."""
+    """Make a batch request that isn't staged yet, and return its id."""
     with engine.begin() as connection:
         workspace = workspace_id(connection)
     file = files.keep(engine, settings, workspace, purpose="batch", name="nightly.jsonl", source=BytesIO(data))
@@ -84,7 +84,7 @@ def ask(engine: Engine, settings: Settings, data: bytes = EIGHT) -> str:
 
 
 def staged(engine: Engine, settings: Settings, data: bytes = EIGHT) -> tuple[str, UUID]:
-    """A batch request and its job."""
+    """Make and stage a batch request, and return its id and its job's."""
     batch = ask(engine, settings, data)
     batches.stage(engine, settings, batch)
     return batch, row_of(engine, batch)["job_id"]
@@ -98,7 +98,7 @@ def row_of(engine: Engine, batch: str) -> RowMapping:
 
 
 def embed(engine: Engine, job: UUID, start: int = 0, stop: int = 8, bad: Sequence[int] = ()) -> None:
-    """Embed the items from `start` to before `stop`, but for bad ones, which may be tried again."""
+    """Embed the items from `start` to before `stop`. Reject the bad ones for a reason that allows a retry."""
     for chunk in chunk_rows(engine, job):
         if chunk["state"] == "pending" and start <= chunk["first_index"] < stop:
             claim = taken(engine, job, chunk["ordinal"])
@@ -108,7 +108,7 @@ def embed(engine: Engine, job: UUID, start: int = 0, stop: int = 8, bad: Sequenc
 
 
 def failed(engine: Engine, job: UUID, end_jobs: Callable[[], None]) -> None:
-    """Let a job fail for a reason that isn't its texts."""
+    """Fail a job for a reason other than its texts."""
     with engine.begin() as connection:
         control.fail(connection, job, Reason.MODEL_CANNOT_LOAD, "no folder /models/small on this machine")
     end_jobs()
@@ -121,13 +121,13 @@ def cancel(engine: Engine, batch: str) -> None:
 
 
 def kept(engine: Engine) -> int:
-    """How many output and error files can be seen."""
+    """Return the number of output and error files that have not expired."""
     seen = "select count(*) from vectormill.files where purpose = 'batch_output' and expires_at > now()"
     return int(run_sql(engine, seen)[0][0])
 
 
 def read(engine: Engine, batch: RowMapping, kind: str) -> list[str]:
-    """The custom_ids of a file."""
+    """Return the custom_ids of a file's lines."""
     with engine.begin() as connection:
         file = file_rows.find(connection, batch["workspace_id"], batch[f"{kind}_file_id"])
     assert file
@@ -144,7 +144,7 @@ def due(engine: Engine) -> list[str]:
 
 
 def purge_part(engine: Engine, job: UUID, table: str) -> None:
-    """A purge that is cut off."""
+    """Purge a part of a job, as if the purge were cut off."""
     with engine.begin() as connection:
         jobs.give_up(connection, job)
         assert items.delete_range(connection, table, job, 0, 8)
@@ -179,7 +179,7 @@ def test_results_that_arent_what_the_receipt_says_are_nobodys(
     embed(engine, job)
     end_jobs()
     run_sql(engine, "delete from vectormill.embeddings where index = 2")
-    with pytest.raises(VectormillError, match="6 lines of output and 1 of errors, not to 7 and 1 as its receipt says"):
+    with pytest.raises(VectormillError, match="6 output lines and 1 error lines, but its receipt says 7 and 1"):
         finish(engine, settings, batch)
     assert (row_of(engine, batch)["state"], due(engine), kept(engine)) == ("finalizing", [batch], 0)
 
@@ -187,7 +187,7 @@ def test_results_that_arent_what_the_receipt_says_are_nobodys(
 def test_both_files_are_of_one_moment(
     engine: Engine, model: Model, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is cancelled while another goes on with the job, whose next chunk ends between the two files."""
+    """One request is cancelled while another goes on with the job, whose next chunk ends between the two files."""
     (batch, job), (other, same) = (staged(engine, settings) for _ in range(2))
     assert job == same
     embed(engine, job, 0, 4)
@@ -300,7 +300,7 @@ def test_why_a_model_cant_be_loaded_is_the_operators_business(
     finish(engine, settings, batch)
     told = [(error["code"], error["message"]) for error in row_of(engine, batch)["errors"]]
     assert told == [
-        ("model_cannot_load", "no worker can use its model; the operator sees why."),
+        ("model_cannot_load", "no worker can load its model; ask the operator for the reason."),
         ("empty_text", "line 5: text is empty"),
     ]
 
@@ -358,7 +358,7 @@ def test_two_at_once_after_a_failure_attach_to_one(
     )
     with ThreadPoolExecutor() as threads:
         with engine.begin() as holding:
-            # Both have read that it failed when they come to try it again.
+            # Both requests have read that the job failed when they come to retry it.
             jobs.lock(holding, job)
             staging = [threads.submit(batches.stage, engine, settings, batch) for batch in asked]
             eventually(lambda: run_sql(engine, waiting)[0][0], "two that wait for the job")
@@ -387,7 +387,7 @@ def test_one_that_is_cancelled_while_it_is_staged_is_no_job(engine: Engine, mode
     batch, other = ask(engine, settings), ask(engine, settings)
     with ThreadPoolExecutor() as threads:
         with engine.begin() as holding:
-            # While their table is locked no items can be copied.
+            # No items can be copied while their table is locked.
             holding.exec_driver_sql("lock table vectormill.items in share mode")
             staging = threads.submit(batches.stage, engine, settings, batch)
             eventually(lambda: count(engine, "jobs"), "a job that is being staged")

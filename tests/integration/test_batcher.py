@@ -1,4 +1,4 @@
-"""An engine's models on one device: what happens when one can't be used, is replaced, or has much to read."""
+"""Batcher of an engine: models on one device that can't be used, are replaced, or have much to read."""
 
 import asyncio
 import threading
@@ -47,7 +47,7 @@ def batcher_with(load: Callable[[Model], Encoder]) -> Iterator[Batcher]:
 
 
 class Loads:
-    """Loads models, unless it is told to fail; counts how often it was asked."""
+    """Loader of models that counts its calls, and fails when told to."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -147,7 +147,7 @@ def test_who_waited_for_a_load_that_fails_does_not_try_it_again(batcher: Batcher
 def test_an_engine_shows_what_it_can_use(
     engine: Engine, batcher: Batcher, loads: Loads, model: Model, static_description: dict[str, Any]
 ) -> None:
-    """And says of the others that another engine may be asked."""
+    """A request for a model that this engine can't use may go to another engine."""
     with engine.begin() as connection:
         models.add_model(connection, "other", static_description)
     catalogue = Catalogue(engine, Settings(), "http://here", uuid4(), batcher.can_use)
@@ -178,7 +178,7 @@ def test_an_engine_shows_what_it_can_use(
 
 
 class _Unread(httpx.AsyncByteStream):
-    """A body of which nothing may be asked for."""
+    """Request body that must not be read."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         raise AssertionError("the body was read")
@@ -217,7 +217,7 @@ def test_an_engine_reads_no_strangers_body_and_none_without_end(
 def test_an_engine_beyond_this_machine_needs_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x"), ("ENGINE_HOST", "0.0.0.0")):
         monkeypatch.setenv(f"VECTORMILL_{name}", value)
-    monkeypatch.setattr(workers.engine.server, "configure_logs", lambda _: None)  # which outlasts a test
+    monkeypatch.setattr(workers.engine.server, "configure_logs", lambda _: None)  # its effect would outlast the test
     with pytest.raises(UserError, match=r"at 0\.0\.0\.0, beyond this machine, needs VECTORMILL_ENGINE_SECRET"):
         main()
 
@@ -226,14 +226,14 @@ def test_an_engine_beyond_this_machine_needs_a_secret(monkeypatch: pytest.Monkey
 
 
 def _waiting(batcher: Batcher) -> int:
-    """Return how many texts wait."""
+    """Return the number of texts that wait."""
     return sum(len(each.texts) for lane in batcher._queues._queues.values() for each in lane.waiting)
 
 
 def test_texts_go_through_the_encoder_that_has_read_them(
     batcher: Batcher, loads: Loads, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though the model was removed and added with other weights meanwhile."""
+    """The model may have been removed, and added with other weights, meanwhile."""
     embed(batcher, model)
     (old,) = loads.encoders
     held, going = threading.Event(), threading.Event()
@@ -271,7 +271,7 @@ def test_texts_go_through_the_encoder_that_has_read_them(
         new = asyncio.ensure_future(batcher.embed(replaced, ["for the new one"]))
         while len(loads.encoders) < 2 or _waiting(batcher) < 2:
             await asyncio.sleep(0.001)
-        seen.clear()  # the canary
+        seen.clear()  # of the canary
         going.set()
         return [await one for one in (first, queued, new)]
 
@@ -286,8 +286,8 @@ def test_texts_go_through_the_encoder_that_has_read_them(
 def test_a_text_alone_is_in_the_next_two_batches(
     batcher: Batcher, loads: Loads, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though four requests of as many texts as one may have wait, each text as long as it is. Its wait is told in
-    batches, not in seconds."""
+    """Four requests with the most texts allowed may wait meanwhile, each text as long as the single one. The wait is
+    counted in batches, not in seconds."""
     embed(batcher, model)
     (encoder,) = loads.encoders
     monkeypatch.setattr(encoder, "budget_tokens", 100)
@@ -322,8 +322,8 @@ def test_a_text_alone_is_in_the_next_two_batches(
 
 
 def test_what_is_refused_is_what_would_wait_too_long(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the rate that the model has here, not by that from when it was added: this one was added on a machine that did
-    a thousandth."""
+    """The rate is the model's rate on this machine, not the one measured when the model was added. This model was
+    added on a machine a thousand times slower."""
     slow = replace(model, tokens_per_second=1.0)
     with batcher_with(loader("cpu", None, "float32")) as batcher:
         for _ in range(2):
@@ -377,7 +377,7 @@ def test_a_small_request_isnt_read_after_a_large_one(
 
 
 def test_reading_counts_as_work(model: Model) -> None:
-    """A model that reads 256 tokens has to look at more of a text of a million characters."""
+    """Even a model that reads only 256 tokens has to look at more than that of a text of a million characters."""
     bounded = replace(model, max_item_tokens=256)
     assert serving_module._reading_seconds(["word " * 200_000] * 100, bounded) > 0.5
     endless = replace(model, max_item_tokens=None)

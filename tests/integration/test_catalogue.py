@@ -1,4 +1,4 @@
-"""Names and aliases of models: one name, one model."""
+"""Names and aliases in the catalogue: each stands for one model."""
 
 import json
 import threading
@@ -56,7 +56,7 @@ def test_of_two_that_share_an_alias_from_before_it_is_always_the_same(
     engine: Engine, described: dict[str, Any], order: tuple[str, ...]
 ) -> None:
     with engine.begin() as connection:
-        # As the rows lie, not as an index has them.
+        # Read the rows in the table's order, not in an index's.
         for way in ("indexscan", "bitmapscan", "nestloop"):
             connection.execute(text(f"set local enable_{way} = off"))
         connection.execute(text("delete from vectormill.workspace_models"))
@@ -69,7 +69,7 @@ def test_of_two_that_share_an_alias_from_before_it_is_always_the_same(
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str, *words: str) -> tuple[int, str]:
-    """Run a command; its exit code and what it says."""
+    """Run a command and return its exit code and its output."""
     monkeypatch.setenv("VECTORMILL_DATABASE_URL", url)
     monkeypatch.setenv("VECTORMILL_REDIS_URL", "redis://127.0.0.1:1/0")
     monkeypatch.setattr("sys.argv", ["vectormill", *words])

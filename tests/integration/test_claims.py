@@ -268,7 +268,7 @@ def test_what_a_retry_reopened_is_not_the_old_claims_any_more(engine: Engine, mo
 
 @contextmanager
 def plans(engine: Engine) -> Iterator[list[str]]:
-    """The plans of the statements on chunks that run in the block, which is rolled back."""
+    """Yield a list that holds, after the block, the plan of each statement that ran in it."""
     seen: list[tuple[str, Any]] = []
     found: list[str] = []
 
@@ -288,7 +288,7 @@ def plans(engine: Engine) -> Iterator[list[str]]:
 
 @pytest.fixture
 def crowded(engine: Engine, model: Model) -> tuple[UUID, int]:
-    """Thousands of chunks of several jobs, most of them done, some running. Returns a job and a pending chunk."""
+    """Make thousands of chunks of several jobs, most of them done, some running. Return a job and a pending chunk."""
     ids = [make_job(engine, model, 2_000, per_chunk=1) for _ in range(4)]
     run_sql(engine, "update vectormill.chunks set state = 'done' where job_id <> :job or ordinal < 1500", job=ids[-1])
     run_sql(engine, "update vectormill.chunks set state = 'running', lease_until = now() where ordinal % 400 = 1")

@@ -1,4 +1,4 @@
-"""The command line, as programs use it."""
+"""Command line as programs use it."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def environment(database: str, redis_url: str, tmp_path: Path) -> dict[str, str]
 
 @pytest.fixture
 def run(environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in a folder of its own."""
+    """Return a function that runs a command in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, stdin: str = "", **more: str) -> "subprocess.CompletedProcess[str]":
@@ -52,7 +52,7 @@ def run(environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def start(environment: dict[str, str], tmp_path: Path) -> Run:
-    """Run a command as a process of its own."""
+    """Return a function that runs a command as a process of its own."""
 
     def run(*arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "pipeline.cli", *arguments]
@@ -71,7 +71,7 @@ def printed(run: Run, *arguments: str, code: int = 0) -> Any:
 
 @pytest.fixture
 def job_id(engine: Engine, model: Model) -> UUID:
-    """A job of two chunks: one is done with a reject, the other waits."""
+    """Make a job of two chunks: one is done with a reject, the other is pending."""
     job_id = make_job(engine, model, name="docs", labels={"team": "search"})
     write_chunk(engine, taken(engine, job_id), 0, part_of([0, 1, 2], [reject(3, RejectCode.TOO_LONG)]), DONE)
     return job_id
@@ -153,7 +153,7 @@ def test_control(engine: Engine, job_id: UUID, run: Run) -> None:
 
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("status", "nothing"), 'no job "nothing"; vectormill jobs lists them.'),
-    (("submit", "-", "--model", "large"), 'no model "large"; there is small.'),
+    (("submit", "-", "--model", "large"), 'no model "large"; available: small.'),
     (("submit", "none.jsonl", "--model", "small"), "none.jsonl: no such file."),
     (
         ("submit", "-", "--model", "small", "--text-column", "body"),
@@ -178,7 +178,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ("submit", "-", "--model", "small", "--quote", "none"),
         "--quote: standard input has no .csv or .tsv file, so it has",
     ),
-    (("submit", "-", "--model", "small", "--delimiter", "ab"), "--delimiter: give one sign of ASCII, tab"),
+    (("submit", "-", "--model", "small", "--delimiter", "ab"), "--delimiter: give one ASCII character, or tab"),
     (("submit", "-", "--model", "small", "--max-item-tokens", "999999"), "--max-item-tokens 999,999: small reads"),
     (
         ("submit", "-", "--model", "small", "--unique-keys"),

@@ -1,4 +1,4 @@
-"""The transaction that brings a part of a chunk to Postgres, exactly once, whatever happens to the connection."""
+"""Commit of a part of a chunk: a transaction that arrives exactly once, whatever happens to the connection."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -40,13 +40,13 @@ from tests.support.jobs_made import (
 
 @pytest.fixture
 def job_id(engine: Engine, model: Model) -> UUID:
-    """A job of eight items in two chunks."""
+    """Make a job of eight items in two chunks."""
     return make_job(engine, model)
 
 
 @pytest.fixture
 def claim(engine: Engine, job_id: UUID) -> Claim:
-    """A claim of its first chunk."""
+    """Claim the job's first chunk."""
     return taken(engine, job_id)
 
 
@@ -154,11 +154,11 @@ def test_what_is_given_back_while_its_job_is_cancelled_is_cancelled(engine: Engi
     assert chunk_rows(engine, job_id)[0]["cancelled"] == 2
 
 
-# A server that has lost its last commits: the fence is given twice
+# A server that has lost its last commits gives the same fence twice
 
 
 def given_again(engine: Engine, job_id: UUID) -> Claim:
-    """A claim with the fence of the one before, of which the database knows nothing any more."""
+    """Claim the chunk again with the same fence, as from a database that has lost the first claim."""
     forget = "update vectormill.chunks set state = 'pending', fence = fence - 1, token = null, worker_id = null"
     run_sql(engine, f"{forget} where state = 'running'")
     return taken(engine, job_id)
@@ -179,7 +179,7 @@ def test_the_same_fence_on_another_timeline_is_another_claim(engine: Engine, job
 
 
 def test_a_part_metered_for_another_claim_is_not_mine(engine: Engine, job_id: UUID, claim: Claim) -> None:
-    """A commit whose connection was lost looks for its own earlier try only."""
+    """A commit whose connection was lost looks only for its own earlier try."""
     again = given_again(engine, job_id)
     write_chunk(engine, again, 0, part_of([0, 1]), RUNNING)
     with engine.begin() as connection:
@@ -188,7 +188,7 @@ def test_a_part_metered_for_another_claim_is_not_mine(engine: Engine, job_id: UU
 
 
 def test_a_claim_whose_commits_are_lost_does_not_go_on(engine: Engine, job_id: UUID, claim: Claim) -> None:
-    """Its chunk would be done without what was in them."""
+    """The chunk would be done without the rows of the lost commits."""
     write_chunk(engine, claim, 0, part_of([0, 1]), RUNNING)
     run_sql(engine, "delete from vectormill.embeddings; delete from vectormill.usage")
     run_sql(engine, "update vectormill.chunks set embedded = 0, prompt_tokens = 0, parts = 0 where state = 'running'")
@@ -198,7 +198,7 @@ def test_a_claim_whose_commits_are_lost_does_not_go_on(engine: Engine, job_id: U
 
 
 def test_a_cancellation_that_the_database_lost_cancels_nothing(engine: Engine, job_id: UUID, claim: Claim) -> None:
-    """Its worker had learned of it before, and stops."""
+    """The worker had learned of the cancellation before, and stops."""
     write_chunk(engine, claim, 0, part_of([0]), PENDING)
     assert counts(engine, job_id) == ("pending", 1, 0, 3)
     assert chunk_rows(engine, job_id)[0]["cancelled"] == 0
@@ -210,7 +210,7 @@ def test_parts_of_two_claims_with_one_fence_are_two_files(engine: Engine, job_id
 
 
 def test_only_the_backend_that_writes_for_a_claim_is_ended_for_it(engine: Engine, job_id: UUID) -> None:
-    """The number of a backend means another one after a failover."""
+    """After a failover, the same pid belongs to another backend."""
     with engine.connect() as writing:
         pid = backend_of(writing)
         writing.rollback()
@@ -235,7 +235,7 @@ def test_only_the_backend_that_writes_for_a_claim_is_ended_for_it(engine: Engine
 
 
 def called(claim: Claim) -> str:
-    """The name of a backend that writes for a claim."""
+    """Return the application name of a backend that writes for a claim."""
     return f"vectormill-worker {claim.token.hex}"
 
 
@@ -256,7 +256,7 @@ def test_vectors_of_another_size_write_nothing(engine: Engine, claim: Claim) -> 
     assert nothing_is_written(engine)
 
 
-# Connections that are lost on the way
+# Connections that are lost during a commit
 
 
 def backend_of(connection: Connection) -> int:
@@ -267,7 +267,7 @@ def backend_of(connection: Connection) -> int:
 
 @pytest.fixture
 def kill(database: str) -> Iterator[Callable[[int], None]]:
-    """Ends a backend, and returns when it is gone."""
+    """Yield a function that ends a backend, and returns when it is gone."""
     with psycopg.connect(database, autocommit=True) as connection:
         yield lambda pid: _kill(connection, pid)
 
@@ -285,7 +285,7 @@ def check_written_once(engine: Engine, job_id: UUID) -> None:
 
 @pytest.fixture
 def part() -> Commit:
-    """A part that ends a chunk of four."""
+    """Make a part that ends a chunk of four items."""
     return part_of([0, 1, 2], [reject(3)])
 
 
@@ -351,7 +351,7 @@ def test_a_backend_killed_while_it_waits_for_a_lock(
 
 
 def _blocked_by(database: str, pid: int) -> int:
-    """The backend that waits for `pid`, which is about to."""
+    """Return the pid of the backend that is blocked by `pid`, once there is one."""
     with psycopg.connect(database, autocommit=True) as connection:
         while True:
             found = connection.execute(
@@ -380,7 +380,7 @@ def test_an_answer_that_is_lost_of_a_chunk_that_goes_on(
 
 
 def lose_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next commit that meters usage arrives, but its answer doesn't: the connection breaks first."""
+    """Break the connection after the next commit that meters usage has arrived, and before it is answered."""
     state = {"usage": False, "lost": False}
 
     def before(_connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
@@ -415,7 +415,7 @@ def test_another_claim_meanwhile_ends_the_repetition(
         write_chunk(engine, claim, 0, part, DONE)
 
 
-# Errors that are not the connection's
+# Errors that are no lost connection
 
 
 def raise_in_copy(engine: Engine, sqlstate: str) -> None:
@@ -434,7 +434,7 @@ def raise_in_copy(engine: Engine, sqlstate: str) -> None:
 def test_an_error_of_the_copy_is_no_lost_connection(
     engine: Engine, claim: Claim, sqlstate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk, a deadlock, a row that is there already, a time-out: at once, and as the contract names it."""
+    """A full disk, a deadlock, a duplicate row and a timeout are raised at once, as SQLAlchemy's errors."""
     monkeypatch.setattr(commit_module, "_PATIENCE_SECONDS", 0)
     raise_in_copy(engine, sqlstate)
     with pytest.raises(Exception, match="no luck") as caught:

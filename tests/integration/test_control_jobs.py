@@ -1,4 +1,4 @@
-"""What people ask of jobs, how jobs end, and what the receipt says."""
+"""Control of jobs: transitions, ends, verification by the receipt, retry and the sweep."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The programs that root's homes share, and the deletion of a home's data."""
+"""Programs shared by root's homes, and deletion of a home's data."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root's homes share 
 
 @pytest.fixture
 def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in place of that which root keeps all in."""
+    """Replace the folder in which root keeps all data."""
     folder = tmp_path / "roots"
     monkeypatch.setattr(programs, "ROOTS_FOLDER", folder)
     monkeypatch.setattr(place, "ROOTS_FOLDER", folder)
@@ -32,7 +32,7 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def wheel(tmp_path: Path) -> Path:
-    """A package with a program that runs as long as it may."""
+    """Make a package with a program that runs until it is stopped."""
     folder = tmp_path / "site-packages" / "server"
     (folder / "bin").mkdir(parents=True)
     shutil.copy(shutil.which("sleep") or "", folder / "bin" / "sleep")
@@ -42,7 +42,7 @@ def wheel(tmp_path: Path) -> Path:
 
 @contextmanager
 def running_from(folder: Path) -> Iterator[psutil.Process]:
-    """Run the program in a folder, as the account that Postgres would."""
+    """Run the program of a folder for the length of the block."""
     with subprocess.Popen([folder / "bin" / "sleep", "600"]) as process:
         try:
             yield psutil.Process(process.pid)
@@ -104,7 +104,7 @@ def test_the_last_home_takes_the_programs_away_that_nothing_runs_from(roots: Pat
 
 @pytest.fixture
 def home(tmp_path: Path, roots: Path) -> Path:
-    """A home with data, and with what somebody else put there."""
+    """Make a home with data, and with a file that somebody else put there."""
     folder = tmp_path / "home"
     for name in ("run/api.key", "logs/up.log", "valkey/password", "files/a", "mine/notes.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def test_a_homes_own_data_go_and_nothing_else(home: Path, roots: Path, tmp_path:
     assert (home / "mine" / "notes.txt").exists()
     assert other.exists()
     assert data_folders(home) == []
-    with hold_home(home):  # a start waits for nothing that has gone with the data
+    with hold_home(home):  # a start must not wait for anything that was deleted
         pass
 
 
@@ -158,7 +158,7 @@ def test_nobody_who_could_be_asked_means_that_nothing_is_deleted(home: Path) -> 
     done = run_command("down", "--delete", environment=environment)
     assert (done.returncode, done.stderr) == (
         2,
-        "error nobody can be asked here whether to delete the data; say it with --yes.\n",
+        "error there is no terminal to confirm the deletion of the data; confirm it with --yes.\n",
     )
     assert sorted(home.rglob("*")) == before
     done = run_command("down", "--delete", "--yes", environment=environment)

@@ -1,4 +1,4 @@
-"""The dispatcher's duties, on a real Postgres and a real Valkey."""
+"""Dispatcher's duties on a real Postgres and a real Valkey."""
 
 import itertools
 import json
@@ -46,13 +46,13 @@ def valkey(redis_url: str) -> Iterator["redis.Redis"]:
 
 
 def waiting(valkey: "redis.Redis", slug: str = "small") -> list[int]:
-    """Chunk ids in a model's queue, the next one first."""
+    """Return the chunk ids in a model's queue, the next one first."""
     found = [json.loads(message) for message in valkey.lrange(queue_of(slug), 0, -1)]
     return [int(message["headers"]["argsrepr"].split("chunk=")[1].rstrip(")")) for message in reversed(found)]
 
 
 def drop(valkey: "redis.Redis", messages: int, slug: str = "small") -> None:
-    """A worker takes messages, and does nothing about them."""
+    """Take messages off a queue as a worker does, and drop them."""
     for _ in range(messages):
         assert valkey.rpop(queue_of(slug))
 
@@ -156,7 +156,7 @@ def test_a_queue_that_nobody_serves_stays_short(
 def test_a_chunk_lost_again(
     engine: Engine, model: Model, valkey: "redis.Redis", dispatcher: Dispatcher, patient: bool
 ) -> None:
-    """One whose process died again waits its turn; one that has waited for a lease again doesn't."""
+    """A chunk lost again to a dead process waits its turn. One lost to an expired lease has waited, and goes first."""
     job_id = make_job(engine, model, 40)
     ids = chunk_ids(engine, job_id)
     for loss in (die, lose) if patient else (lose, die):
@@ -255,7 +255,7 @@ def test_another_priority_counts_from_the_next_message(
 
 @pytest.fixture
 def drains_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks a transaction, and one transaction a turn."""
+    """Limit drains to two chunks per transaction and one transaction per turn."""
     monkeypatch.setattr(maintenance, "_DRAIN_LIMIT", 2)
     ticks = itertools.count()
     monkeypatch.setattr(maintenance, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
@@ -272,7 +272,7 @@ def test_a_drain_goes_on_in_the_next_turn(engine: Engine, model: Model, dispatch
     for turn in range(4):
         drain(dispatcher)
         drained.append([row["state"] for row in chunk_rows(engine, job_id)].count("cancelled"))
-        if turn == 1:  # it comes back behind what has been drained
+        if turn == 1:  # the lost chunk comes back behind those already drained
             with engine.begin() as connection:
                 assert lost_claims.expire_leases(connection, 1)
         finish(dispatcher)

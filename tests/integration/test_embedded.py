@@ -1,4 +1,4 @@
-"""The embedded servers and their supervisor, as they really run."""
+"""Embedded servers and their supervisor, run for real."""
 
 import os
 import pwd
@@ -35,8 +35,8 @@ from pipeline.embedded.wheels import wheel_folder
 from pipeline.infra.settings import Settings
 from tests.support.machines import remove_what_root_keeps, running_servers
 
-#: Runs a machine with the servers alone: prints `ready`, ends on SIGTERM. It becomes another user only after its
-#: imports, since the interpreter may be closed to that one.
+#: Program that runs a machine with the servers alone, prints `ready`, and ends on SIGTERM. It becomes another user only
+#: after its imports, since that user may have no access to the interpreter.
 _MACHINE_PROGRAM = """
 import encodings.idna, os, signal, sys
 from pathlib import Path
@@ -55,7 +55,8 @@ _WAIT_SECONDS = 240.0
 
 @pytest.fixture
 def homes() -> Iterator[Callable[[str], Path]]:
-    """Make homes in a folder that any account may pass through; what root keeps elsewhere goes with them."""
+    """Yield a function that names homes in a folder that any account may enter. Afterwards, stop their servers and
+    remove the data that root keeps elsewhere."""
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)
         made: list[Path] = []
@@ -87,7 +88,7 @@ def running(home: Path, stages: Stages = lambda _: ()) -> Iterator[Running]:
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
-    """Wait for what sends no event, or fail."""
+    """Wait for a condition that sends no event; fail at a deadline."""
     deadline = time.monotonic() + _WAIT_SECONDS
     while not happened():
         assert time.monotonic() < deadline, "it didn't happen in time"
@@ -140,7 +141,7 @@ def test_restart_keeps_data_urls_and_leaves_no_process(home: Path) -> None:
 
 
 def test_urls_that_env_printed_name_the_homes_own_servers_afterwards_too(homes: Callable[[str], Path]) -> None:
-    """So that `eval "$(vectormill env)"; vectormill down; vectormill up` starts them."""
+    """Then `eval "$(vectormill env)"; vectormill down; vectormill up` starts the home's servers."""
     home = homes("home")
     with running(home) as up:
         pass
@@ -160,8 +161,8 @@ def test_a_wrong_password_is_one_true_sentence(homes: Callable[[str], Path]) -> 
         right: dict[str, Any] = {"database_url": SecretStr(up.database_url), "redis_url": SecretStr(up.redis_url)}
         wrong = {name: SecretStr(_with_wrong_password(url.get_secret_value())) for name, url in right.items()}
         sentences = {
-            "database_url": "the database refuses the login of its URL (password authentication failed for user "
-            '"vectormill"); mend VECTORMILL_DATABASE_URL.',
+            "database_url": "the database refuses the login in its URL (password authentication failed for user "
+            '"vectormill"); correct VECTORMILL_DATABASE_URL.',
             "redis_url": "Redis refuses the login of VECTORMILL_REDIS_URL: invalid username-password pair or user is "
             "disabled.",
         }
@@ -228,7 +229,7 @@ def test_killed_server_comes_back(home: Path, name: str) -> None:
 
 @contextmanager
 def running_elsewhere(home: Path, user: int | None = None) -> Iterator["subprocess.Popen[str]"]:
-    """Run a machine in a process of its own; at the block's end it is killed if it still lives."""
+    """Run a machine in a process of its own, and kill it at the block's end if it still lives."""
     command = [sys.executable, "-c", _MACHINE_PROGRAM, str(home), *([str(user)] if user else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -258,7 +259,7 @@ def test_postmaster_that_no_record_names_is_found(home: Path) -> None:
     with running(home) as up:
         assert find_process(child(left, "postgres")) is None
         assert accepts(up.database_url)
-    # Nothing told the new machine of the old Valkey.
+    # No record named the old Valkey to the new machine, so it still runs.
     valkey = find_process(child(left, "valkey"))
     assert valkey
     valkey.kill()
@@ -279,7 +280,7 @@ def test_lock_file_that_names_a_stranger_is_let_go(home: Path) -> None:
 def test_copied_home_leaves_the_original_alone(homes: Callable[[str], Path]) -> None:
     original, copy = homes("original"), homes("copy")
     with running(original) as up:
-        # Data copied under a server's feet are no data.
+        # A copy of a running server's data is unusable.
         shutil.copytree(original, copy, ignore=shutil.ignore_patterns("postgres"))
         assert read_running(copy) is None
         with running(copy) as other:
@@ -319,7 +320,7 @@ def test_stages_follow_the_servers_at_once_and_stop_in_reverse_order(home: Path)
     def stages(up: Running) -> Iterator[tuple[Child, ...]]:
         assert accepts(up.database_url)
         assert answers(up.redis_url)
-        # Ready only when the other stage has begun.
+        # The first child is ready only when the next stage has begun, so stages must not wait for each other.
         third = home / "third.begun"
         yield (_looping("first", home, ready=third.exists), _looping("second", home))
         yield (_looping("third", home),)
@@ -405,7 +406,7 @@ def test_second_request_hastens_the_stop(tmp_path: Path) -> None:
     assert supervisor.wait_until_ready()
     supervisor.request_stop()
     threading.Timer(0.2, supervisor.request_stop).start()
-    supervisor.stop()  # else it takes the grace, and the test doesn't end
+    supervisor.stop()  # without the second request it takes the whole grace, and the test doesn't end
 
 
 def test_request_while_starting_ends_the_start(tmp_path: Path) -> None:
@@ -509,7 +510,7 @@ def _child(
 
 
 def _looping(name: str, home: Path, *, ready: Callable[[], bool] | None = None) -> Child:
-    """A child that says when it begins and, asked to stop, when it ends."""
+    """Make a child that marks its beginning and, when asked to stop, the time of its end."""
     program = (
         "import pathlib, signal, time\n"
         "def end(*_):\n"

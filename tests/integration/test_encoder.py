@@ -1,4 +1,4 @@
-"""The encoder against sentence-transformers itself, and what it does when a device or a model fails."""
+"""Encoder compared with sentence-transformers, and on devices and models that fail."""
 
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def test_of_a_long_text_no_more_is_read_than_decides(
 
 
 class _Noting:
-    """A tokeniser that notes how much it reads."""
+    """Tokeniser that records the length of each text it reads."""
 
     def __init__(self, fast: Any) -> None:
         self._fast = fast

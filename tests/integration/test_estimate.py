@@ -1,4 +1,4 @@
-"""What a job would take, held against what it takes, with the real tokeniser."""
+"""Job estimates compared with the real cost, by the real tokeniser."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _DOCUMENTS = 20_000
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fifth of its texts are doubles, one in a thousand is empty, and lengths differ widely."""
+    """Write a corpus: a fifth of its texts are duplicates, one in a thousand is empty, and lengths differ widely."""
     path = tmp_path_factory.mktemp("corpus") / "docs.jsonl"
     with path.open("w") as file:
         for n in range(_DOCUMENTS):
@@ -103,7 +103,7 @@ def test_what_is_not_refused_is_said(model: Model, tmp_path: Path) -> None:
 
 
 def test_the_rate_follows_what_workers_did_last(engine: Engine) -> None:
-    """Up and down: what was done an hour ago counts next to nothing."""
+    """The rate follows up and down: work of an hour ago counts next to nothing."""
     name = make_model(engine, tokens_per_second=400.0).name
 
     def work(tokens: int, minutes_ago: int) -> float | None:

@@ -1,4 +1,4 @@
-"""Shares of the workers: a small job behind a huge one ends in about the time of its share.
+"""Fair share of the workers: a small job behind a huge one ends in about the time of its share.
 
 The dispatcher and the broker are real. Slots take messages off the queue and commit; time is counted in commits.
 """
@@ -33,7 +33,7 @@ def dispatcher(engine: Engine, redis_url: str) -> Iterator[Dispatcher]:
 
 
 class Slots:
-    """Workers that take four chunks at a time, whatever comes."""
+    """Worker slots that take four chunks at a time, in the queue's order."""
 
     def __init__(self, engine: Engine, redis_url: str, model: Model) -> None:
         self._engine, self._queue = engine, queue_of(model.slug)
@@ -41,7 +41,7 @@ class Slots:
         self._running: list[Claim] = []
 
     def turn(self) -> UUID | None:
-        """The chunk that runs longest ends, and the next message is taken. Returns whose chunk has ended."""
+        """End the chunk that runs longest and take the next message. Return the job whose chunk ended."""
         ended = self._running.pop(0) if len(self._running) == _SLOTS else None
         if ended:
             write_chunk(self._engine, ended, 0, part_of([ended.first_index]), DONE)
@@ -60,7 +60,7 @@ class Slots:
 
 
 def commits_until_done(dispatcher: Dispatcher, slots: Slots, small: UUID) -> int:
-    """How many chunks of all jobs end before the small job has."""
+    """Return the number of chunks of all jobs that end until the small job is done."""
     own = everybody = 0
     for _ in range(5_000):
         publish(dispatcher)
@@ -87,7 +87,7 @@ def test_a_small_job_ends_in_the_time_of_its_workspaces_share(
     small = make_job(engine, model, _SMALL, per_chunk=1, workspace=other)
     taken = commits_until_done(dispatcher, slots, small)
     slots.close()
-    # What waits in the queue and in the slots comes first.
+    # The chunks that are already in the queue and in the slots come first.
     assert _SMALL <= taken <= _SMALL / share * 1.3 + 2 * _SLOTS
     assert sum(row["state"] == "done" for row in chunk_rows(engine, huge)) < _HUGE / 2
 

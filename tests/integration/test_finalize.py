@@ -1,4 +1,4 @@
-"""What a job needs before it is completed."""
+"""Finalisation of a job before it is completed."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def test_parts_that_a_retry_brought_belong_to_the_data_set_too(
     def make_and_be_late(*arguments: Any) -> None:
         make_data_set(*arguments)
         monkeypatch.undo()
-        # Another dispatcher has completed the job, and its retry brings a part, while this one's thread was slow.
+        # While this thread was slow, another dispatcher completed the job, and a retry wrote another part.
         again = "update vectormill.chunks set state = 'pending', embedded = 0 where id = :id"
         run_sql(engine, again, id=other.chunk_id)
         write_chunk(engine, taken(engine, job_id, 1), 0, part_of([4, 5, 6, 7]), DONE)

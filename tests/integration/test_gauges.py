@@ -1,4 +1,4 @@
-"""What the dispatcher's metrics say of models that come and go."""
+"""Dispatcher's gauges of models that are added and removed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +17,7 @@ def _waiting(slugs: Sequence[str]) -> Mapping[str, int]:
 
 
 def _shown(engine: Engine) -> set[str]:
-    """The values of the labels of what is shown of models."""
+    """Return the values of the model and queue labels that the gauges show."""
     with engine.begin() as connection:
         gauges.show(connection, _waiting, queue_of)
     samples = [sample for gauge in _OF_MODELS for found in gauge.collect() for sample in found.samples]

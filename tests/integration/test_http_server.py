@@ -1,4 +1,4 @@
-"""A server whose clients are slow on purpose, or too many: others are served meanwhile."""
+"""HTTP server whose clients are slow on purpose, or too many: others are served meanwhile."""
 
 import socket
 import threading
@@ -15,13 +15,13 @@ from starlette.types import Receive, Scope, Send
 from pipeline.infra.http_server import HEAD_BYTES, TURN, bounded
 from tests.acceptance.fleet import eventually
 
-#: More than the kernel's buffers take.
+#: Answer larger than the kernel's buffers.
 _ANSWER = b"x" * 64 * 1024 * 1024
 _HALF = b"GET / HTTP/1.1\r\nhost: here\r\nx-slow: "
 
 
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-    """Read the body, then say something short, or at /long something very long; at /paced in ten minutes."""
+    """Read the body, then send a short answer; at /long a very long one, at /paced one in ten minutes."""
     if scope["type"] != "http":
         return
     while (await receive()).get("more_body"):
@@ -35,7 +35,7 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Server:
-    """One that runs in a thread."""
+    """Server that runs in a thread."""
 
     def __init__(self, closed: Counter, **bounds: float) -> None:
         self._closed = closed
@@ -47,15 +47,15 @@ class Server:
         self.address = self.listener.getsockname()
 
     def closed(self, reason: str) -> int:
-        """Count the connections that it has closed for a reason."""
+        """Return the number of connections that the server has closed for a reason."""
         return int(self._closed.labels(reason)._value.get())
 
     def connect(self, host: str = "127.0.0.1") -> socket.socket:
-        """A connection from an address of this machine."""
+        """Connect from an address of this machine."""
         return socket.create_connection(self.address, timeout=60, source_address=(host, 0))
 
     def get(self) -> int:
-        """The status of somebody else's request, on a connection of its own."""
+        """Send another client's request, on a connection of its own, and return its status."""
         return httpx.get(f"http://127.0.0.1:{self.address[1]}/", timeout=60).status_code
 
 
@@ -80,7 +80,7 @@ def _running(**bounds: float) -> Iterator[Server]:
 
 @pytest.mark.parametrize("begin", [b"", b"G", _HALF, b"GET / HTTP/1.1\r\nhost: here\r\n\r\nGET / HT"])
 def test_a_head_that_is_never_ended(serve: Callable[..., Server], begin: bytes) -> None:
-    """However it begins, on a new connection or on one that was good for a request."""
+    """The head may stall anywhere, on a new connection or on one that has served a request."""
     server = serve(head_seconds=3)
     with server.connect() as slow:
         slow.sendall(begin)
@@ -119,7 +119,7 @@ def test_a_body_may_take_longer_than_a_head(serve: Callable[..., Server]) -> Non
     [
         _HALF,
         b"GET /" + b"a" * 10,
-        # What comes after a body in pieces.
+        # Trailers after a chunked body.
         b"POST / HTTP/1.1\r\nhost: here\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-after: ",
         b"POST / HTTP/1.1\r\nhost: here\r\ntransfer-encoding: chunked\r\n\r\n1;extension=",
     ],
@@ -148,7 +148,7 @@ def test_an_answer_that_is_read_slowly_but_surely(serve: Callable[..., Server]) 
         for connection in (reading, other):
             connection.sendall(b"GET /long HTTP/1.1\r\nhost: here\r\n\r\n")
         size = 0
-        # Until the one that reads nothing is given up, and then on.
+        # Keep reading after the other client, which reads nothing, has been cut off.
         while piece := reading.recv(65_536 if server.closed("slow_reader") else 262_144):
             size += len(piece)
             if size > len(_ANSWER):
@@ -158,8 +158,8 @@ def test_an_answer_that_is_read_slowly_but_surely(serve: Callable[..., Server]) 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
 def test_a_crowd_takes_no_one_elses_place(serve: Callable[..., Server], host: str) -> None:
-    """From an address of its own, or from that of everybody, as behind a proxy: who is at work isn't disturbed, and
-    who comes is let in."""
+    """The crowd has an address of its own, or shares everybody's, as behind a proxy. Active clients aren't disturbed,
+    and new ones are let in."""
     server = serve(most=20)
     with ExitStack() as opened:
         at_work = opened.enter_context(server.connect())
@@ -189,7 +189,7 @@ def test_a_crowd_of_bodies_that_dont_come(serve: Callable[..., Server]) -> None:
 
 @pytest.mark.parametrize("requests", [1, 3])
 def test_a_crowd_that_waits_for_its_turn(serve: Callable[..., Server], requests: int) -> None:
-    """With one request each, or several at once."""
+    """Each client has one request, or several at once."""
     server = serve(most=20)
     with ExitStack() as opened:
         for _ in range(40):

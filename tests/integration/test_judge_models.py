@@ -1,4 +1,4 @@
-"""Models that don't work: whose jobs pause, whose fail, and whose are let be."""
+"""Judgement of models that don't work: their jobs are paused, failed or left alone."""
 
 from typing import Any
 from uuid import UUID

@@ -1,4 +1,4 @@
-"""One value has one key, and is carried as one value, by whichever way it comes in."""
+"""Keys and carried values: one value gives the same key by each way of input."""
 
 import csv
 import hashlib
@@ -28,16 +28,16 @@ ITEM_BYTES = 1_000
 
 
 class Value(NamedTuple):
-    """A value as those write it who have its type."""
+    """Value as each input that has its type writes it."""
 
     key: str
-    #: As JSON carries it.
+    #: The carried value, as JSON.
     carried: str
     postgres: str
     duckdb: str | None
-    #: What Arrow's column is made of.
+    #: Value and type of Arrow's column.
     arrow: tuple[Any, pa.DataType] | None
-    #: As JSON writes it.
+    #: The value in a JSON source.
     json: str
 
 
@@ -117,7 +117,7 @@ def uploaded(path: Path) -> Iterator[Rows]:
 
 
 def files_of(value: Value, folder: Path) -> dict[str, Path]:
-    """The value in a file of each format that has its type, or as the text that stands for it."""
+    """Write the value to a file of each format, with its type where the format has it, else as its text."""
     files = {name: folder / f"a.{name}" for name in ("jsonl", "csv", "tsv")}
     files["jsonl"].write_text(f'{{"id": {value.json}, "kept": {value.json}, "text": "x"}}')
     for name, delimiter in (("csv", ","), ("tsv", "\t")):
@@ -127,7 +127,7 @@ def files_of(value: Value, folder: Path) -> dict[str, Path]:
         files["parquet"] = folder / "a.parquet"
         column = pa.array([value.arrow[0]], value.arrow[1])
         pq.write_table(pa.table({"id": column, "kept": column, "text": ["x"]}), files["parquet"])
-    if value.duckdb and "hugeint" not in value.duckdb:  # which DuckDB writes as a float
+    if value.duckdb and "hugeint" not in value.duckdb:  # DuckDB writes a hugeint as a float
         files["duckdb.parquet"] = folder / "b.parquet"
         select = f"select {value.duckdb} as id, {value.duckdb} as kept, 'x' as text"
         duckdb.sql(f"copy ({select}) to '{files['duckdb.parquet']}' (format parquet)")
@@ -163,7 +163,7 @@ STRAY = [("1", "plain"), ("2", '"one stray quote'), ("3", "three"), ("4", 'five 
 
 
 def test_a_stray_quote_swallows_no_row_by_any_way(database: str, tmp_path: Path) -> None:
-    """`csv` and others who quote write such rows of CSV; in TSV they stand as they are."""
+    """Writers that quote, such as `csv`, quote these rows in CSV; TSV holds them unquoted."""
     made = {kind: tmp_path / f"stray.{kind}" for kind in ("tsv", "csv", "jsonl", "parquet")}
     made["tsv"].write_text("".join(f"{key}\t{text}\n" for key, text in [("id", "text"), *STRAY]))
     with made["csv"].open("w", newline="") as file:

@@ -1,6 +1,6 @@
-"""Requests and tokens a minute: what a refusal tells is true.
+"""Rate limits of requests and tokens per minute: a refusal tells the true wait.
 
-A minute is an hour here, and passes when the test says so: nothing depends on how busy the machine is.
+A minute lasts an hour here and passes when the test says so, so nothing depends on how busy the machine is.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ def caller(**limits: int) -> Caller:
 
 
 class Counts:
-    """A new process's limits, in Valkey or, while it is away, in memory; and the time that passes for them."""
+    """Limits of a new process, in Valkey or, while it is away, in memory, with a clock that the test moves."""
 
     def __init__(self, url: str, store: "redis.Redis | None") -> None:
         self._url, self._store = url, store
@@ -39,7 +39,7 @@ class Counts:
 
     @asynccontextmanager
     async def made(self, minute_seconds: int) -> AsyncIterator[Limits]:
-        """Limits of a process of their own."""
+        """Yield the limits of a new process."""
         limits = Limits(self._url, cast(GatewayCache, None), minute_seconds)
         try:
             yield limits
@@ -57,7 +57,7 @@ class Counts:
 
 @pytest.fixture(params=["valkey", "memory"])
 def counts(request: pytest.FixtureRequest, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
-    # However busy the machine is, the store answers.
+    # The store must answer in time, however busy the machine is.
     monkeypatch.setattr(limits_module, "_REDIS_SECONDS", 60)
     with redis.Redis.from_url(redis_url) as store:
         in_valkey = request.param == "valkey"
@@ -77,7 +77,7 @@ def run(
 
 
 async def refusal(limits: Limits, who: Caller, tokens: int = 1) -> RateLimited:
-    """Use up what is left, until a request is refused."""
+    """Use up the limit until a request is refused, and return the refusal."""
     for _ in range(1_000):
         try:
             await limits.charge(who, tokens)
@@ -137,7 +137,7 @@ def test_all_is_free_when_the_reset_is_over(counts: Counts) -> None:
         who = caller(requests_per_minute=5)
         headers = await made.charge(who, 1)
         assert headers["x-ratelimit-remaining-requests"] == "4"
-        # Up to two minutes, or less than one near the end of the period.
+        # The reset is up to two minutes away, or less than one near the end of the period.
         counts.wait(_read_span(headers["x-ratelimit-reset-requests"]))
         for left in range(4, -1, -1):
             assert (await made.charge(who, 1))["x-ratelimit-remaining-requests"] == str(left)
@@ -162,7 +162,7 @@ def test_a_span_is_told_in_full(seconds: float, told: str) -> None:
     cost=st.integers(1, 1_000),
 )
 def test_a_wait_is_long_enough_and_no_longer(limit: int, previous: int, current: int, left: float, cost: int) -> None:
-    """By the library's own rule, at any time of a period."""
+    """The wait holds by the library's own rule, at any time of a period."""
     previous, current, cost = min(previous, limit), min(current, limit), min(cost, limit)
 
     def passes(after: float) -> bool:
@@ -178,7 +178,7 @@ def test_a_wait_is_long_enough_and_no_longer(limit: int, previous: int, current:
 
 
 def test_a_wait_is_long_enough_in_each_millisecond() -> None:
-    """Valkey knows no shorter ones: in the last of a share, which it still counts, zero isn't told."""
+    """Valkey counts in milliseconds. The last one of a share still counts, so its wait isn't zero."""
     for left_ms in range(1, 2_000):
         current = 600 - 600 * left_ms // 2_000
         expires = (2_000 + left_ms) / 1_000
@@ -187,16 +187,16 @@ def test_a_wait_is_long_enough_in_each_millisecond() -> None:
         assert 600 * then_ms // 2_000 + current + 1 <= 600, left_ms
 
 
-# Tokens charged and tokens taken
+# Tokens charged and tokens used
 
 
 def test_credit_is_spent_once(counts: Counts) -> None:
-    """However many requests ask at the same time."""
+    """Concurrent requests can't spend the same credit."""
 
     async def body(made: Limits) -> None:
         who = caller(tokens_per_minute=1_000)
         await made.charge(who, 900)
-        made.learn(who, "m", ["x"], 900, 400)  # 500 of them weren't taken
+        made.learn(who, "m", ["x"], 900, 400)  # 500 of them weren't used
         outcomes = await asyncio.gather(*(made.charge(who, 100) for _ in range(20)), return_exceptions=True)
         assert sum(not isinstance(outcome, RateLimited) for outcome in outcomes) == 6
 
@@ -207,12 +207,12 @@ def test_a_refused_request_costs_nothing_and_what_was_taken_is_paid(counts: Coun
     async def body(made: Limits) -> None:
         who = caller(tokens_per_minute=1_000)
         await made.charge(who, 950)
-        made.learn(who, "m", ["x"], 950, 900)  # 50 are to the good
+        made.learn(who, "m", ["x"], 950, 900)  # leaves a credit of 50
         for _ in range(3):
             with pytest.raises(RateLimited):
                 await made.charge(who, 500)
         await made.charge(who, 100)
-        made.learn(who, "m", ["x"], 100, 1_000_000)  # at most one limit is owed
+        made.learn(who, "m", ["x"], 100, 1_000_000)  # the debt is at most one limit
         assert made._credit[7] == -1_000
         counts.wait((await refusal(made, who)).retry_after_seconds or 0)
         await made.charge(who, 1)
@@ -237,7 +237,7 @@ def test_a_count_that_others_spoil_begins_anew(redis_url: str, put: str) -> None
             assert (await made.charge(who, 1))["x-ratelimit-remaining-requests"] == "0"
             with pytest.raises(RateLimited):
                 await made.charge(who, 1)
-            # Counted by all: another process knows it.
+            # The count is shared: another process sees it.
             other = Limits(redis_url, cast(GatewayCache, None), 60)
             with pytest.raises(RateLimited):
                 await other.charge(who, 1)

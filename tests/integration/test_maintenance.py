@@ -1,4 +1,4 @@
-"""The sweep, and what is forgotten: stagings, workers, texts."""
+"""Maintenance: the sweep, and the removal of old stagings, workers and texts."""
 
 import time
 from uuid import UUID
@@ -38,7 +38,7 @@ def test_after_a_gap_in_the_database_the_sweep_waits_for_one_lease(
 
 
 def stage(engine: Engine, job_id: UUID, dead_for_seconds: float) -> UUID:
-    """A submission whose producer died after it had written two items."""
+    """Make a submission whose producer died after it had written two items."""
     made = make_job(
         engine, make_model(engine, f"model-{job_id}"), 2, job_id=job_id, rejected={1: RejectCode.EMPTY_TEXT}
     )

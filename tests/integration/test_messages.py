@@ -1,4 +1,4 @@
-"""How a worker reads Redis; whole workers that are sent junk are in tests/acceptance/test_messages.py."""
+"""Worker's transport over Redis. Whole workers that are sent junk are in tests/acceptance/test_messages.py."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def test_a_bad_broadcast_keeps_no_good_one_waiting(connection: Connection, store
     heard = []
     mailbox = Queue("me.celery.pidbox", Exchange("celery.pidbox", type="fanout"))
     with consumer(connection, mailbox, lambda body, _: heard.append(body["method"]), no_ack=True):
-        connection.drain_events(timeout=120)  # that it has subscribed
+        connection.drain_events(timeout=120)  # the confirmation of its subscription
         for count, junk in enumerate(("[" * 100_000, "no JSON", "{}"), start=1):
             with store.pipeline(transaction=True) as at_once:
                 at_once.publish(_BROADCAST, junk)
@@ -83,7 +83,7 @@ def test_no_message_is_lost_where_others_spoil_what_celery_notes(
 
 
 def test_a_lost_connection_is_closed_as_often_as_celery_likes(redis_url: str, store: "redis.Redis") -> None:
-    """Celery closes it twice, the second time when the channel has no way to Redis any more."""
+    """Celery closes the connection twice, the second time when the channel can't reach Redis any more."""
     heard: list[Any] = []
     mailbox = Queue("me.celery.pidbox", Exchange("celery.pidbox", type="fanout"), auto_delete=True)
     store.lpush(QUEUE, json.dumps(message()))
@@ -94,7 +94,7 @@ def test_a_lost_connection_is_closed_as_often_as_celery_likes(redis_url: str, st
         while not heard:
             connection.drain_events(timeout=120)
         with suppress(TimeoutError):
-            connection.drain_events(timeout=0.1)  # asks for the next one
+            connection.drain_events(timeout=0.1)  # makes it ask for the next message
         line.cut()
         connection.collect(socket_timeout=1)
         connection.close()

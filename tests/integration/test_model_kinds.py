@@ -1,5 +1,5 @@
-"""Models of every kind: each either equal to sentence-transformers alone, as documents and as queries, or refused in
-one line. The table of them stands in docs/explanation/decisions."""
+"""Models of every kind: each gives the same documents and queries as sentence-transformers alone, or is refused in
+one line. The table of them is in docs/explanation/decisions."""
 
 import re
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ TEXTS = [
 
 
 def oracle(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Documents and queries by the library alone, in float32."""
+    """Return the vectors of documents and queries by the library alone, in float32."""
     if pooling:
         transformer = Transformer(str(folder))
         modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
@@ -51,7 +51,8 @@ def oracle(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDA
 
 
 def ours(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Documents and queries, in the same batches, of the model as it is added and as a worker loads it."""
+    """Return the vectors of documents and queries, encoded in the same batches, of the model as it is added and as a
+    worker loads it."""
     described = oneshot.describe(Source(path=str(folder)), pooling)
     del described["notes"]
     model = from_portable({**described, "name": "tiny", "slug": "tiny", "upstream": None})
@@ -69,7 +70,7 @@ def ours(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDArr
 
 
 def outcome(kind: Kind, folder: Path) -> str:
-    """A kind's row of the table."""
+    """Return a kind's outcome for the table."""
     try:
         documents, queries = ours(folder, kind.pooling)
     except ModelError as error:
@@ -77,7 +78,7 @@ def outcome(kind: Kind, folder: Path) -> str:
         assert "\n" not in said
         assert re.search(kind.refused or "$.", said), said
         said = said.replace(f"{folder}: ", "").replace(str(folder), "…")
-        return "refused: " + re.sub(r"\d+\.\d+%|\d+(?= rows)", "…", said)  # which rounding and training decide
+        return "refused: " + re.sub(r"\d+\.\d+%|\d+(?= rows)", "…", said)  # rounding and training decide these numbers
     assert not kind.refused
     for mine, theirs in zip((documents, queries), oracle(folder, kind.pooling), strict=True):
         assert mine.dtype == theirs.dtype == np.float32
@@ -86,13 +87,13 @@ def outcome(kind: Kind, folder: Path) -> str:
 
 
 def table(outcomes: dict[str, str]) -> str:
-    """The outcomes as they stand in the document."""
+    """Return the outcomes as rows of the document's table."""
     return "\n".join(f"| {name} | {said} |" for name, said in outcomes.items())
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> Iterator[dict[str, str]]:
-    """The outcome of each kind; the document must say the same when all are through."""
+    """Yield a dict for each kind's outcome. Once all kinds have run, the document must hold the same table."""
     found: dict[str, str] = {}
     yield found
     if found.keys() == {kind.name for kind in KINDS}:
@@ -103,7 +104,7 @@ def outcomes() -> Iterator[dict[str, str]]:
 def test_a_model_is_equal_to_the_librarys_or_refused(
     kind: Kind, outcomes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(oneshot, "_rate", lambda _: 1.0)  # how fast it is doesn't matter here
+    monkeypatch.setattr(oneshot, "_rate", lambda _: 1.0)  # its speed doesn't matter here
     torch.manual_seed(7)
     folder = tmp_path / "model"
     kind.make(folder)

@@ -1,4 +1,4 @@
-"""Forgetting jobs and months: what goes, what stays, and who is refused."""
+"""Purge of jobs and months: rows deleted, rows kept, and requests refused."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ from pipeline.jobs import control, purge
 from tests.support.jobs_made import DONE, count, job_row, make_job, part_of, reject, run_sql, taken
 
 OLD, OLDER = datetime(2025, 3, 1, tzinfo=UTC), datetime(2025, 2, 1, tzinfo=UTC)
-#: What a job fills. Usage isn't among it.
+#: Tables whose rows go with a job. Usage stays.
 TABLES = ("jobs", "chunks", "inputs", "outputs", "items", "embeddings", "rejects")
 
 Run = Callable[..., tuple[int, str, str]]
@@ -37,7 +37,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Run:
-    """Run a command; its exit code and what it printed."""
+    """Return a function that runs a command and returns its exit code, output and error output."""
     for name, value in (("DATABASE_URL", database), ("REDIS_URL", redis_url), ("HOME", str(tmp_path))):
         monkeypatch.setenv(f"VECTORMILL_{name}", value)
 
@@ -53,13 +53,13 @@ def run(
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every loop goes round more than once."""
+    """Make every loop go round more than once."""
     monkeypatch.setattr(purge, "_ROWS", 2)
     monkeypatch.setattr(purge, "_JOBS", 2)
 
 
 def made(engine: Engine, model: Model, state: str = "completed", **how: Any) -> UUID:
-    """A job of two chunks with a reject, an input and two parts written, that is in `state`."""
+    """Make a job in `state` with an input and two chunks, each with a reject and an output part."""
     job_id = make_job(engine, model, **how)
     for ordinal in (0, 1):
         claim = taken(engine, job_id, ordinal)
@@ -75,7 +75,7 @@ def made(engine: Engine, model: Model, state: str = "completed", **how: Any) -> 
 
 
 def made_in(engine: Engine, model: Model, month: datetime, number: int, state: str = "completed", **how: Any) -> UUID:
-    """Such a job of an earlier month, whose partitions exist."""
+    """Make such a job in an earlier month, with the partitions of that month."""
     job_id = UUID(int=partitions.lowest_id(month).int + number)
     with engine.begin() as connection:
         partitions.make_month(connection, month)
@@ -119,7 +119,7 @@ def test_a_job_that_hasnt_ended_is_refused(engine: Engine, model: Model) -> None
 
 
 class Cut(Exception):
-    """The process ends here."""
+    """Simulated end of the process."""
 
 
 def test_what_was_cut_off_isnt_retried_and_is_purged_again(
@@ -185,7 +185,7 @@ def test_a_month_in_use_stays_and_goes_later(engine: Engine, model: Model, monke
     with engine.begin() as connection:
         rejects.page(connection, UUID(int=partitions.lowest_id(OLD).int + 1), -1, 10)
         why = purge.purge_month(engine, OLD)
-    assert why == "others use rejects now; purge it again"
+    assert why == "rejects is in use by other sessions; purge the month again later"
     assert OLD in months(engine)
     assert purge.purge_month(engine, OLD) is None
     assert OLD not in months(engine)
@@ -223,16 +223,16 @@ def test_the_command_for_a_job(engine: Engine, model: Model, run: Run) -> None:
     assert (code, json.loads(out), err) == (
         0,
         {"dry_run": True, **wanted},
-        f"Would go: job {job_id} (docs, 8 items).\n",
+        f"Would delete: job {job_id} (docs, 8 items).\n",
     )
     assert left(engine) == before
     code, out, err = run("purge", "docs")
     assert (code, out) == (2, "")
-    assert err == f"error Forget job {job_id} (docs, 8 items)? Nobody is there to ask; say --yes.\n"
+    assert err == f"error Delete job {job_id} (docs, 8 items)? There is no terminal to ask; confirm it with --yes.\n"
     assert left(engine) == before
     code, out, err = run("purge", "docs", "--yes", "--json")
     assert (code, json.loads(out)) == (0, {"dry_run": False, **wanted})
-    assert err == f"Forgotten: job {job_id} (docs, 8 items). Its usage rows stay.\n"
+    assert err == f"Deleted: job {job_id} (docs, 8 items). Its usage rows stay.\n"
     assert run("purge", "docs", "--yes")[0] == 2
 
 
@@ -250,7 +250,7 @@ def test_the_command_for_months(engine: Engine, model: Model, run: Run) -> None:
     stays = {"2025-02": "1 of its jobs haven't ended"}
     code, out, err = run("purge", "--before", "2025-04", "--dry-run", "--json")
     assert (code, json.loads(out)) == (0, {"dry_run": True, "jobs": 2, "months": ["2025-03"], "skipped": stays})
-    assert err == "Would go: 2 jobs of 2025-03.\n2025-02 stays: 1 of its jobs haven't ended.\n"
+    assert err == "Would delete: 2 jobs of 2025-03.\n2025-02 stays: 1 of its jobs haven't ended.\n"
     assert run("purge", "--before", "2025-04")[0] == 2
     assert OLD in months(engine)
     code, out, err = run("purge", "--before", "2999-01", "--yes", "--json")

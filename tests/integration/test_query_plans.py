@@ -1,4 +1,4 @@
-"""The queries that run all the time find their rows by an index, however many chunks there are."""
+"""Query plans of frequent queries: they find their rows by an index, however many chunks there are."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _JOBS = 3
 
 @pytest.fixture(scope="module")
 def big(_big_database: Engine) -> tuple[Engine, list[UUID]]:
-    """Three jobs that share 250,000 chunks: half of them done, some running, the rest pending."""
+    """Make three jobs that share 250,000 chunks: half of them done, some running, the rest pending."""
     engine = _big_database
     model = make_model(engine)
     made = [make_job(engine, model, 4) for _ in range(_JOBS)]
@@ -100,7 +100,7 @@ def _big_database(servers: Running) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def outdated(servers: Running) -> Iterator[tuple[Engine, UUID, UUID]]:
-    """A job of 250,000 chunks whose first half has ended since the last analyze, and a small one."""
+    """Make a job of 250,000 chunks whose first half has ended since the last analyze, and a small job."""
     with new_database(servers.database_url) as url:
         engine = make_engine(url, application="vectormill-tests")
         run_sql(engine, "alter table vectormill.chunks set (autovacuum_enabled = false)")
@@ -124,7 +124,7 @@ def outdated(servers: Running) -> Iterator[tuple[Engine, UUID, UUID]]:
 
 @pytest.fixture(scope="module")
 def unknown(servers: Running) -> Iterator[tuple[Engine, UUID]]:
-    """A job that statistics don't know: they were taken when only another one had rows."""
+    """Make a job that the statistics don't know: they were taken when only another job had rows."""
     with new_database(servers.database_url) as url:
         engine = make_engine(url, application="vectormill-tests")
         model = make_model(engine)
@@ -160,7 +160,7 @@ def _fill(engine: Engine, job: UUID) -> None:
 
 
 def plan(connection: Connection, act: Any) -> str:
-    """The plans of all statements that `act` runs; what they do is rolled back."""
+    """Return the plans of all statements that `act` runs. Their changes are rolled back."""
     statements: list[tuple[str, Any]] = []
 
     def note(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -286,6 +286,6 @@ def test_a_job_that_statistics_do_not_know_is_read_by_index(unknown: tuple[Engin
     }
     with engine.connect() as connection:
         found = plan(connection, acts[name])
-    assert "Join Filter" not in found, found  # a scan of all the job's rows for each of them
+    assert "Join Filter" not in found, found  # it would scan all the job's rows for each of them
     assert "SubPlan" in found, found
     assert "Seq Scan" not in found, found

@@ -1,4 +1,4 @@
-"""The rows of a query, from a real Postgres and a real DuckDB."""
+"""Rows of a query, from a real Postgres and a real DuckDB."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""The account that all senders to a gateway keep in Redis. Times are those that it answers, not those that pass."""
+"""Rate limiter and circuit breaker of an upstream, shared by all senders through Redis. Times are the waits that it
+returns, not time that passes."""
 
 import time
 from collections.abc import Iterator
@@ -25,13 +26,13 @@ _UPSTREAM = Upstream(
     request_tokens=1_000,
 )
 _PATIENCE = 30.0
-#: To so many seconds waits are reckoned here.
+#: Tolerance of waits, in seconds.
 _A_MOMENT = 0.25
 
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The senders' clock, which stands still, and that of Redis: a call takes a microsecond, however busy we are."""
+    """Stop the senders' clock, and let each call to Redis take a microsecond, however busy the machine is."""
     made = SimpleNamespace(now=time.time())
     shown = f"{{{int(made.now)}, redis.call('INCR', 'calls')}}"
     register = redis.Redis.register_script
@@ -57,13 +58,13 @@ def sender(store: "redis.Redis") -> RateLimiter:
 
 
 def limits(requests: int = 0, tokens: int = 0) -> dict[str, str]:
-    """Headers that say so many a minute."""
+    """Return headers with limits per minute."""
     said = {"requests": requests, "tokens": tokens}
     return {f"x-ratelimit-limit-{what}": str(limit) for what, limit in said.items() if limit}
 
 
 def passed(sender: RateLimiter, headers: dict[str, str], tokens: int = 10) -> Leave:
-    """A request that goes through."""
+    """Reserve a request and record it as passed."""
     leave = sender.reserve(tokens, _PATIENCE)
     assert leave.granted
     sender.passed(headers, tokens, tokens)
@@ -71,7 +72,7 @@ def passed(sender: RateLimiter, headers: dict[str, str], tokens: int = 10) -> Le
 
 
 def waits(sender: RateLimiter, count: int, tokens: int = 10) -> list[float]:
-    """How long each of so many requests is to wait that are asked for at once."""
+    """Reserve `count` requests at once and return the wait of each."""
     leaves = [sender.reserve(tokens, _PATIENCE) for _ in range(count)]
     assert all(leave.granted for leave in leaves)
     return [leave.wait_seconds for leave in leaves]
@@ -86,7 +87,7 @@ def test_a_limit_that_a_reply_shows_paces_all_senders(sender: RateLimiter, store
     other = RateLimiter(store, _UPSTREAM)
     passed(sender, limits(requests=60))
     found = [each for _ in range(10) for each in (*waits(sender, 1), *waits(other, 1))]
-    # 58.2 a minute, together, after a second's worth at once.
+    # Both senders together get 58.2 a minute, after one second's worth at once.
     assert found[-1] == pytest.approx(19 * 60 / 58.2, abs=2)
     assert all(later > earlier for earlier, later in pairwise(found[2:]))
     elsewhere = RateLimiter(store, replace(_UPSTREAM, model="embed-2"))
@@ -103,7 +104,7 @@ def test_tokens_are_paced_and_corrected(sender: RateLimiter) -> None:
     passed(sender, limits(tokens=6_000), tokens=100)  # 97 a second
     assert sender.reserve(970, _PATIENCE).wait_seconds == pytest.approx(1, abs=_A_MOMENT)
     assert sender.reserve(100, _PATIENCE).wait_seconds == pytest.approx(11, abs=_A_MOMENT)
-    sender.passed(limits(tokens=6_000), 970, 97)  # it was a tenth of the estimate
+    sender.passed(limits(tokens=6_000), 970, 97)  # a tenth of the estimate
     assert sender.reserve(100, _PATIENCE).wait_seconds == pytest.approx(3, abs=_A_MOMENT)
 
 
@@ -136,7 +137,7 @@ def test_all_wait_for_as_long_as_one_is_told(sender: RateLimiter, store: "redis.
 
 
 def _rate(store: "redis.Redis", sender: RateLimiter) -> float:
-    """Requests a second, as the account has it now."""
+    """Return the account's current rate, in requests per second."""
     store.hset(_key(), "told", 0)
     sender.reserve(0, 0.0)
     return sender._share.rates[0]
@@ -160,7 +161,7 @@ def test_refusals_slow_down_and_time_speeds_up_again(sender: RateLimiter, store:
 
 
 def _age(store: "redis.Redis", seconds: float) -> None:
-    """Let the last refusal be so long ago."""
+    """Move the last refusals this many seconds into the past."""
     for what in ("requests", "tokens"):
         if cut := store.hget(_key(), f"{what}_cut_at"):
             store.hset(_key(), f"{what}_cut_at", float(str(cut)) - seconds)
@@ -173,7 +174,7 @@ def test_a_refusal_before_anything_came_through_only_waits(sender: RateLimiter, 
 
 
 def let_through_ten_a_second(sender: RateLimiter, store: "redis.Redis", clock: SimpleNamespace) -> None:
-    """As it would have gone for a minute."""
+    """Pass 600 requests, as if over the last minute."""
     passed(sender, {}, 1_000)
     for _ in range(599):
         sender.passed({}, 1_000, 1_000)
@@ -295,7 +296,7 @@ def test_only_the_limit_that_was_hit_slows_down(sender: RateLimiter, store: "red
 
 
 def test_limits_are_found_where_no_header_tells_them(sender: RateLimiter, store: "redis.Redis") -> None:
-    """A gateway lets 600 through in a minute and says nothing of it: 600 at once, then wait for the minute's end."""
+    """The upstream lets 600 pass per minute and sends no limits: 600 at once, then a wait for the minute's end."""
     leaves = [sender.reserve(10, _PATIENCE) for _ in range(600)]
     for _ in leaves:
         sender.passed({}, 10, 10)
@@ -339,7 +340,7 @@ def test_the_others_wait_as_long_as_a_probe_may_take(sender: RateLimiter, store:
     assert not other.granted
     assert other.wait_seconds == pytest.approx(20, abs=_A_MOMENT)
     assert sender.opened == pytest.approx(time.time(), abs=60)
-    sender.refused(other, {}, 10, 0)  # it answers
+    sender.refused(other, {}, 10, 0)  # any answer closes the breaker
     assert sender.held_seconds() == 0
 
 
@@ -375,7 +376,7 @@ def test_each_takes_its_share_while_redis_is_away(redis_url: str) -> None:
             each.reserve(10, _PATIENCE)
         senders[3].reserve(10, _PATIENCE)
         senders[3].client = nobody
-        # 9.7 a second for four.
+        # Four senders share 9.7 a second.
         found = waits(senders[3], 12)
         assert found[-1] - found[-2] == pytest.approx(4 / 9.7, rel=0.1)
         senders[3].refused(Leave(granted=True, wait_seconds=0), {}, 10, 5.0)

@@ -1,4 +1,4 @@
-"""Redis over TLS, as each of our clients speaks it: only a server that has proven who it is gets a password."""
+"""Redis over TLS, with each of our clients: only a server that has proven its identity gets a password."""
 
 import asyncio
 import socket
@@ -33,7 +33,7 @@ from workers.upstream.rate_limiter import connect
 
 @dataclass
 class Impostor:
-    """TLS before a real Redis, with a certificate that nobody has signed; it notes what it is told."""
+    """TLS proxy of a real Redis, with a self-signed certificate. It records what clients send."""
 
     url: str
     certificate: Path
@@ -89,7 +89,7 @@ def _pump(source: socket.socket, target: socket.socket, heard: bytearray | None)
 
 
 def _certificate(folder: Path, name: str) -> Path:
-    """A key and a certificate of it that it has signed itself, in one file."""
+    """Write a key and its self-signed certificate to one file."""
     key = ec.generate_private_key(ec.SECP256R1())
     who = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
     now = datetime.now(UTC)
@@ -127,7 +127,7 @@ def _count(url: str) -> None:
 
 
 def _listen(url: str) -> None:
-    """As a worker does, by Celery's own connection."""
+    """Connect as a worker does, by Celery's own connection."""
     app = Celery("tests", set_as_current=False)
     app.conf.update(celery_settings(url))
     with app.connection_for_read() as connection:
@@ -136,7 +136,7 @@ def _listen(url: str) -> None:
 
 
 def _look(url: str) -> None:
-    """As Flower does."""
+    """Look at a queue as Flower does."""
     settings = celery_settings(url)
     broker = Broker(settings["broker_url"], broker_options={}, broker_use_ssl=settings["broker_use_ssl"])
     asyncio.run(broker.queues(["embed.tls"]))
@@ -180,7 +180,7 @@ def test_a_file_that_holds_no_authority(tmp_path: Path, monkeypatch: pytest.Monk
     if content:
         file.write_text(content)
     monkeypatch.setenv("VECTORMILL_REDIS_CA", str(file))
-    with pytest.raises(UserError, match=r"VECTORMILL_REDIS_CA: .*certificates in pem that can be read"):
+    with pytest.raises(UserError, match=r"VECTORMILL_REDIS_CA: .*readable file of pem certificates"):
         load_settings()
 
 

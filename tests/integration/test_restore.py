@@ -1,4 +1,4 @@
-"""The needs of a restored database: told, and met when asked."""
+"""Check of a restored database, and repairs on request."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def matters(engine: Engine, name: str) -> list[Matter]:
 
 
 def mended(engine: Engine, name: str) -> str:
-    """Do the one mend of this name, after which nothing is left to do. Returns what it tells."""
+    """Run the only repair of this name and return its message. Nothing must be left to repair."""
     (mend,) = [matter.mend for matter in matters(engine, name) if matter.mend]
     did = mend()
     assert not any(matter.mend for matter in check(engine))
@@ -31,7 +31,7 @@ def test_a_database_that_needs_nothing(engine: Engine, model: Model) -> None:
 
 
 def test_sequences_that_would_give_an_id_twice(engine: Engine, model: Model) -> None:
-    """As after a restore of tables without them."""
+    """A restore of tables without their sequences leaves the database like this."""
     job = make_job(engine, model)
     run_sql(engine, "select setval(pg_get_serial_sequence('vectormill.chunks', 'id'), 1)")
     assert "chunks.id" in matters(engine, "sequences")[0].found
@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def with_output(engine: Engine, model: Model, folder: Path) -> None:
-    """A job with a Parquet output: a chunk with two parts, and one that waits."""
+    """Make a job with a Parquet output: one chunk with two parts, and one that is pending."""
     options = {"output": str(folder), "columns": {"carry": []}, "dtype": "float32"}
     job = make_job(engine, model, options=options)
     claim = taken(engine, job)
@@ -81,7 +81,7 @@ def test_chunks_whose_parts_are_gone_are_embedded_again(engine: Engine, model: M
 
 
 def test_a_folder_that_is_not_seen_from_here_costs_nothing(engine: Engine, model: Model, folder: Path) -> None:
-    """As where the check runs on another machine than the workers."""
+    """The check may run on another machine than the workers."""
     with_output(engine, model, folder)
     folder.rename(folder.with_name("elsewhere"))
     (matter,) = matters(engine, "parts")
@@ -107,11 +107,11 @@ def test_jobs_that_go_on_are_named(engine: Engine, model: Model) -> None:
     with engine.begin() as connection:
         control.cancel(connection, job)
     run_sql(engine, "update vectormill.jobs set state = 'cancelled'")
-    assert matters(engine, "jobs")[0].found == "none goes on"
+    assert matters(engine, "jobs")[0].found == "no job is open"
 
 
 def test_a_url_may_name_several_hosts(database: str) -> None:
-    """One that isn't there, and the one that takes writes."""
+    """One host isn't there; the other takes writes."""
     login, _, place = database.partition("@")
     several = f"{login}@127.0.0.1:1,{place}?target_session_attrs=read-write"
     made = make_engine(several, application="vectormill-tests")

@@ -1,4 +1,4 @@
-"""A job's vectors as a file."""
+"""Results: a job's vectors as a file."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def write(engine: Engine, job_id: UUID, target: Path) -> int:
 
 @pytest.fixture
 def job_id(engine: Engine, model: Model) -> UUID:
-    """A job of three blocks: its second half was written first, one item is a reject, others carry a column."""
+    """Make a job of three blocks: its second half was written first, one item is a reject, and items carry columns."""
     job_id = make_job(engine, model, ITEMS, per_chunk=ITEMS // 2, options={"columns": {"carry": ["lang", "key", "n"]}})
     write_chunk(engine, taken(engine, job_id, 1), 0, part_of(range(ITEMS // 2, ITEMS)), DONE)
     good = [index for index in range(ITEMS // 2) if index != 7]

@@ -1,4 +1,5 @@
-"""What a process's login may not do; and what it can, that whole jobs (tests/acceptance/test_roles.py) rarely meet."""
+"""Rights of each process's login: statements it is refused, and allowed ones that whole jobs
+(tests/acceptance/test_roles.py) rarely meet."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from tests.conftest import set_fsync
 from tests.support.jobs_made import WORKER, make_job, run_sql, taken
 from tests.support.roles import PROCESSES, SCRIPT, logins
 
-#: Refused to all of them.
+#: Statements that every process is refused.
 _EVERYBODY = """
 drop table vectormill.jobs
 create table vectormill.mine (id int)
@@ -52,7 +53,7 @@ delete from vectormill.attempts
 delete from vectormill.claim_losses
 update vectormill.jobs set workspace_id = 1, options = '{}'
 """
-#: The dispatcher sets jobs' columns as it likes.
+#: Refused to all but the dispatcher, which may set any column of a job.
 _BUT_THE_DISPATCHER = _EVERYBODY.splitlines()[-1]
 _REFUSED = {
     "dispatcher": """
@@ -140,7 +141,7 @@ def urls(database: str) -> dict[str, str]:
 
 
 def refused(url: str, statement: str) -> bool:
-    """Whether Postgres refuses a login a statement for want of rights. It is rolled back."""
+    """Return True if Postgres refuses a login the statement for lack of rights. The statement is rolled back."""
     with psycopg.connect(url) as connection:
         try:
             connection.execute(statement.encode())
@@ -240,7 +241,7 @@ def test_the_api_cancels_what_was_asked_for_in_sql(urls: dict[str, str], engine:
 
 @pytest.fixture
 def waits_for_disk(servers: Running, engine: Engine) -> Iterator[None]:
-    """The server as an operator's, of which the doctor wants that no crash damages it."""
+    """Turn fsync on, as on an operator's server: the doctor objects to a server that a crash may damage."""
     set_fsync(servers.database_url, "on")
     eventually(lambda: run_sql(engine, "show fsync") == [("on",)], "a server that waits for its disk")
     yield

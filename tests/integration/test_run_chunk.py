@@ -1,4 +1,4 @@
-"""The heart on real Postgres, with a real model."""
+"""Run of a chunk on a real Postgres, with a real model."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def run(engine: Engine, encoder: Encoder, claim: Claim, how: Watch | None = None
 
 
 def isolated(engine: Engine, model: Model, items: int, level: int) -> Claim:
-    """A claim of a chunk whose workers have died before."""
+    """Claim a chunk whose workers have died before."""
     job = make_job(engine, model, items, per_chunk=items)
     run_sql(engine, "update vectormill.chunks set isolation = :level, crashes = 1", level=level)
     return taken(engine, job)
@@ -70,7 +70,7 @@ def test_a_cancelled_chunk_keeps_what_is_finished(engine: Engine, encoder: Encod
 def test_a_renewal_without_a_row_is_a_lost_lease_and_no_cancellation(
     engine: Engine, encoder: Encoder, model: Model
 ) -> None:
-    """Another claim has the same fence, after a failover; nothing of it is touched."""
+    """After a failover, another claim has the same fence. Nothing of that claim is touched."""
     claim = isolated(engine, model, 200, 2)
     run_sql(engine, "update vectormill.chunks set token = gen_random_uuid()")
     before = chunk_rows(engine, claim.job_id)
@@ -88,7 +88,7 @@ def test_a_chunk_past_its_time_is_given_back_without_a_crash(engine: Engine, enc
 
 def test_a_chunk_that_was_read_slowly_has_all_its_time_yet(engine: Engine, encoder: Encoder, model: Model) -> None:
     how = watch(most_seconds=60)
-    how.began -= 61  # spent on unpacking, before the first serving
+    how.began -= 61  # spent on unpacking, before the first block
     assert run(engine, encoder, isolated(engine, model, 200, 2), how)["state"] == "done"
 
 
@@ -121,7 +121,7 @@ def test_long_texts_can_be_rejected(engine: Engine, encoder: Encoder, model: Mod
 
 
 def test_a_text_without_a_vector_is_rejected(engine: Engine, encoder: Encoder, model: Model) -> None:
-    """A static model has no token for nothing, and makes a zero of it."""
+    """A static model has no token for a blank text, and makes a zero vector of it."""
     job = make_job(engine, model, 4)
     run_sql(engine, "update vectormill.items set text = '   ' where index = 2")
     found = run(engine, encoder, taken(engine, job))
@@ -132,7 +132,7 @@ def test_a_text_without_a_vector_is_rejected(engine: Engine, encoder: Encoder, m
 def test_a_model_that_broke_writes_nothing(
     engine: Engine, encoder: Encoder, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bad vectors with a bad canary are the device's fault: no item is rejected for it."""
+    """Bad vectors with a bad canary are the device's fault, so no item is rejected."""
     forward = encoder._forward
     monkeypatch.setattr(encoder, "_forward", lambda ids: forward(ids) * float("nan"))
     claim = taken(engine, make_job(engine, model, 4))
@@ -145,7 +145,7 @@ def test_a_model_that_broke_writes_nothing(
 def test_what_fails_within_a_chunk_is_not_committed_before_the_canary_is_asked(
     engine: Engine, encoder: Encoder, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A device that is lost makes each text fail by itself, and parts of the chunk are committed meanwhile."""
+    """A lost device makes each text fail alone, while parts of the chunk are committed."""
     forward, ran = encoder._forward, []
 
     def lost_after_one(ids: list[list[int]]) -> Any:

@@ -1,4 +1,4 @@
-"""Folders of models that would run code where they are loaded: refused in a sentence, and nothing is run."""
+"""Model folders that would run code when loaded: they are refused in one sentence, and no code runs."""
 
 import json
 import pickle
@@ -19,12 +19,12 @@ from workers.oneshot import describe
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """What code that runs leaves behind."""
+    """Return the path that the code would create."""
     return tmp_path / "it-ran"
 
 
 class Evil:
-    """Leaves a mark where it is unpickled."""
+    """Object that leaves a mark when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -34,13 +34,13 @@ class Evil:
 
 
 def code(mark: Path) -> str:
-    """A module that leaves a mark where it is imported."""
+    """Return the source of a module that leaves a mark when it is imported."""
     return f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Custom:\n    pass\n"
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[Path], Path]:
-    """A model of one's own to change."""
+    """Return a function that copies a model, so that a test can change it."""
 
     def made(model: Path) -> Path:
         return Path(shutil.copytree(model, tmp_path / "model"))

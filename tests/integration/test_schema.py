@@ -1,4 +1,4 @@
-"""The schema: migrations and partitions."""
+"""Database schema: migrations and partitions."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from pipeline.db.database import make_engine
 from pipeline.db.migrate import alembic_config, upgrade
 from pipeline.db.tables import PARTITIONED
 
-#: Alembic knows one migration a process.
+#: Program that migrates: Alembic can run one migration per process.
 _UPGRADE = """
 import sys
 from pipeline.cli.bootstrap import migrate_database
@@ -46,7 +46,7 @@ def tables(engine: Engine) -> set[str]:
 
 
 def test_the_migrations_make_what_the_code_expects(database: str) -> None:
-    # Alembic takes a schema of the user's own name, which the search path would hold, for the default one.
+    # Alembic takes the first schema of the search path for the default one; that may be one of the user's own name.
     with engine_on(f"{database}?options=-csearch_path%3Dpublic") as engine, engine.begin() as connection:
         command.check(alembic_config(connection))
 
@@ -97,7 +97,7 @@ def test_four_at_once_may_make_a_month(engine: Engine) -> None:
 def test_nobody_waits_for_ever_to_make_a_month(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partitions, "_LOCK_SECONDS", 0.1)
     with engine.connect() as other, engine.connect() as connection:
-        # What was once waited for, and any login may hold.
+        # Any login may hold this lock, which was once waited for.
         other.execute(text("select pg_advisory_lock(1987932257)"))
         partitions.make_month(connection, month(2022, 1))
         assert connection.execute(text("show lock_timeout")).scalar_one() == "0"

@@ -1,4 +1,4 @@
-"""Jobs asked for in SQL: the function, the task that makes jobs of requests, and the view of how they stand."""
+"""Jobs requested in SQL: the function, the task that makes jobs of requests, and the status view."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
 
 @pytest.fixture
 def role(servers: Running) -> Iterator[str]:
-    """A login of its own, which may do nothing."""
+    """Yield the name of a new login without rights."""
     name = f"etl_{uuid4().hex[:12]}"
     with psycopg.connect(servers.database_url, autocommit=True) as connection:
         connection.execute(f"create role {name} login password 'secret'".encode())
@@ -53,7 +53,7 @@ def role(servers: Running) -> Iterator[str]:
 
 @pytest.fixture
 def reader(engine: Engine, database: str, role: str) -> Iterator[str]:
-    """The URL of a login that may read `public.docs`, and nothing else."""
+    """Yield the URL of a login that may read `public.docs`, and nothing else."""
     run_sql(engine, "create table public.docs (id text, text text)")
     run_sql(engine, "insert into public.docs select 'k' || n, 'text ' || n from generate_series(1, 10) n")
     run_sql(engine, f"grant select on public.docs to {role}")
@@ -64,7 +64,7 @@ def reader(engine: Engine, database: str, role: str) -> Iterator[str]:
 
 @pytest.fixture
 def stage(engine: Engine, reader: str) -> Callable[..., None]:
-    """Do the dispatcher's background task for all that is due."""
+    """Return a function that runs the dispatcher's background task for all requests that are due."""
 
     def stage(url: str | None = reader, **more: Any) -> None:
         settings = Settings(sql_url=SecretStr(url) if url else None, **more)
@@ -77,7 +77,7 @@ def stage(engine: Engine, reader: str) -> Callable[..., None]:
 
 
 def ask(engine: Engine, query: str = "select id, text from public.docs order by id", **more: Any) -> UUID:
-    """`select vectormill.submit(…)`."""
+    """Request a job by `select vectormill.submit(…)`, and return its id."""
     given = {"query": query, "model": "small", **more}
     named = ", ".join(f"{name} => cast(:{name} as {'jsonb' if name == 'options' else 'text'})" for name in given)
     values = {name: json.dumps(value) if name == "options" else value for name, value in given.items()}
@@ -85,7 +85,7 @@ def ask(engine: Engine, query: str = "select id, text from public.docs order by 
 
 
 def refused(engine: Engine, **more: Any) -> str:
-    """What the function objects to."""
+    """Return the message with which the function refuses a request."""
     with pytest.raises(Exception) as caught:
         ask(engine, **more)
     assert isinstance(caught.value.__cause__, psycopg.Error)
@@ -93,7 +93,7 @@ def refused(engine: Engine, **more: Any) -> str:
 
 
 def shown(engine: Engine, job_id: UUID, columns: str = "state, reason, message") -> tuple[Any, ...]:
-    """The job's one row of the view."""
+    """Return the job's only row of the view."""
     (row,) = run_sql(engine, f"select {columns} from vectormill.job_status where id = :id", id=job_id)
     return row
 
@@ -224,7 +224,7 @@ def test_a_mistake_may_be_mended_under_the_same_key(engine: Engine, model: Model
                 "select 'a' as text",
                 {"options": {name: "/tmp/x"}},
                 "request_refused",
-                f'options "{name}": there is none of',
+                f'options "{name}": no such option; the options are',
             )
             for name in (
                 "into",
@@ -287,7 +287,7 @@ def test_no_query_becomes_the_owner(
 def test_as_the_owner_a_query_would_read_all(
     engine: Engine, model: Model, stage: Callable[..., None], database: str
 ) -> None:
-    """So that the tests beside this one have something to find."""
+    """This proves that the tests beside this one have something to find."""
     job_id = ask(engine, "select name as id, name as text from vectormill.workspaces")
     stage(database)
     assert shown(engine, job_id)[0] == "queued"
@@ -376,7 +376,7 @@ def test_options_that_nobody_reads_fail_the_request(engine: Engine, model: Model
     "query",
     [
         "select pg_sleep(1000)::text as text",
-        # Each piece that is fetched is quick, and no statement has a limit from the first row on.
+        # Each fetch is quick, and the first row turns the statement timeout off.
         "select set_config('statement_timeout', '0', false), pg_sleep(0.001)::text as text, generate_series(1, 100000)",
     ],
 )
@@ -397,7 +397,7 @@ def assert_nothing_runs(engine: Engine) -> None:
 
 @pytest.fixture
 def gate(database: str) -> Iterator[psycopg.Connection]:
-    """Who holds up the queries that ask for it, until it is closed."""
+    """Yield a connection that holds up gated queries until it is closed."""
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("select pg_advisory_lock(7)")
         yield connection
@@ -457,8 +457,8 @@ def test_what_is_no_job_yet_has_a_status(engine: Engine, model: Model, stage: Ca
     first = ask(engine, "select id, text from public.docs where false", name="docs", idempotency_key="k")
     row = status_of(engine, "docs")
     assert (row.id, row.state, row.model) == (first, "staging", "small")
-    assert row.message == "asked for in SQL; the dispatcher makes a job of it"
-    with engine.begin() as connection, pytest.raises(UnknownJob, match=f"{first} is no job: it was asked for in SQL"):
+    assert row.message == "requested in SQL; the dispatcher will turn it into a job"
+    with engine.begin() as connection, pytest.raises(UnknownJob, match=f"{first} isn't a job: it is a request"):
         control.pause(connection, first)
     stage()
     row = status_of(engine, str(first)[:20])
@@ -473,7 +473,7 @@ def test_what_is_no_job_yet_has_a_status(engine: Engine, model: Model, stage: Ca
 
 
 def status_of(engine: Engine, name: str) -> JobStatus:
-    """What the api answers."""
+    """Return the status that the API answers."""
     with engine.begin() as connection:
         return status.job_status(connection, status.find_job(connection, 1, name))
 
@@ -549,7 +549,7 @@ def test_a_dispatcher_that_died_while_it_staged_is_taken_over(
     assert run_sql(engine, "select state from vectormill.requests") == [("requested",)], "another one is at it"
     assert shown(engine, job_id)[0] == "staging"
     run_sql(engine, "update vectormill.jobs set lease_until = now() - interval '1 second'")
-    stage(reader.replace("127.0.0.1", "localhost"))  # it may have moved meanwhile
+    stage(reader.replace("127.0.0.1", "localhost"))  # the database may have moved meanwhile
     assert shown(engine, job_id)[0] == "queued"
     assert count(engine, "items") == 10
 
@@ -564,7 +564,7 @@ def test_many_rejects_fail_a_job_before_a_chunk_can_run(
     at_work = dispatcher(engine, redis_url)
     drain(at_work)
     finish(at_work)
-    told = "20 items rejected, 10 allowed by max_rejects; vectormill rejects says why"
+    told = "20 items rejected, 10 allowed by max_rejects; see: vectormill rejects JOB"
     assert shown(engine, job_id) == ("failed", "too_many_rejects", told)
     assert shown(engine, job_id, "items_total, embedded, rejected, cancelled, pending") == (100, 0, 20, 80, 0)
     assert ask(engine, query, idempotency_key="nightly") == job_id
@@ -604,7 +604,7 @@ def test_who_may_ask_and_who_may_read(engine: Engine, model: Model, database: st
         run_sql(engine, "update vectormill.workspaces set sql_roles = '{gone}' where id = 1")
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match='in the workspace "default"'):
             connection.execute(statement)
-        ask(engine)  # as the owner, who may
+        ask(engine)  # the owner has the right
 
 
 def test_psql(engine: Engine, model: Model, reader: str, role: str, database: str) -> None:

@@ -1,4 +1,4 @@
-"""What a command imports before it does anything: modules are counted, since seconds depend on the machine."""
+"""Imports of a command before it does anything. Modules are counted, since seconds depend on the machine."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.cli import _Root
 
-#: Each costs a tenth of a second or more, and `--help` needs none, nor do commands that only read jobs.
+#: Modules that each cost a tenth of a second or more. Neither `--help` nor commands that only read jobs need them.
 _SLOW = {"numpy", "pyarrow", "httpx2", "redis", "celery", "kombu", "fastapi", "torch"}
 _RUN = """
 import sys

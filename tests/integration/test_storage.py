@@ -1,4 +1,4 @@
-"""Files where they are: local ones, and objects on a real S3 server."""
+"""Storage of files: local ones, and objects on a real S3 server."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def server() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(params=["local", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path, server: dict[str, str]) -> Iterator[str]:
-    """A folder that is empty."""
+    """Yield an empty folder."""
     if request.param == "local":
         yield str(tmp_path)
         return
@@ -161,7 +161,7 @@ def test_a_page_is_refused_before_memory_is_made_ready_for_it(folder: str) -> No
     table = pa.table({"text": [f"some text, number {n}" for n in range(1_000)]})
     pq.write_table(table, written, compression="zstd", use_dictionary=False)
     data = bytearray(written.getvalue())
-    # A header of the first page that claims 1 GB unpacked of 50 bytes packed, over the one that is there.
+    # Overwrite the first page's header with one that claims 50 bytes packed and 1 GB unpacked.
     claimed = b"\x15\x00\x15\x80\xa8\xd6\xb9\x07\x15\x64\x2c\x15\xd0\x0f\x15\x00\x15\x06\x15\x06\x00\x00"
     data[4 : 4 + len(claimed)] = claimed
     put(folder, "a.parquet", bytes(data))
@@ -206,7 +206,7 @@ def test_what_a_storage_refuses(server: dict[str, str]) -> None:
     ],
 )
 def test_a_storage_that_isnt_there(environment: dict[str, str], said: str) -> None:
-    """In a process of its own, without what this one's environment may say."""
+    """The program runs in a process of its own, without the AWS variables of this one."""
     program = """
 from pipeline.core import errors
 from pipeline.infra import storage
@@ -216,7 +216,7 @@ except errors.VectormillError as error:
     print(type(error).__name__, error)
 """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    # No machine of a cloud answers here.
+    # No cloud's metadata service answers here.
     environment = {**kept, **environment, "AWS_REGION": "us-east-1", "AWS_METADATA_ENDPOINT": "http://127.0.0.1:1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert said in done.stdout, done.stdout

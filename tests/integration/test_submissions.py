@@ -1,4 +1,4 @@
-"""Moments of an upload that real processes meet by chance only."""
+"""Timing of an upload that real processes meet only by chance."""
 
 import asyncio
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def test_what_it_attached_to_is_undone_just_then(
 
 
 def test_a_body_may_wait_for_its_answer() -> None:
-    """Once it is whole, what comes may take its time."""
+    """Once the body is whole, the next message may take its time."""
     pieces = [_piece(b"a"), _piece(b"b", more=False), {"type": "http.disconnect"}]
     waits = [0.0, 0.0, 0.5]
     assert len(_read(pieces, waits, patience_seconds=0.1)) == 3
@@ -57,7 +57,7 @@ def test_a_body_may_wait_for_its_answer() -> None:
         ([b"a"], {"patience_seconds": 0.05}),
         # A byte now and then.
         ([b"a"] * 1_000, {"patience_seconds": 0.2}),
-        # Fast enough, and too long.
+        # Fast enough, but too long in all.
         ([b"a" * 65_536] * 1_000, {"most_seconds": 0.2}),
     ],
 )
@@ -68,7 +68,7 @@ def test_a_body_that_comes_too_slowly(pieces: list[bytes], bounds: dict[str, flo
 
 
 def test_a_slow_reader_of_ours_isnt_the_clients_fault() -> None:
-    """Such as an upload that waits for its place."""
+    """The reader may be slow, as an upload that waits for its place."""
     pieces = [_piece(b"a") for _ in range(20)] + [_piece(b"b", more=False)]
     assert len(_read(pieces, [0.0] * len(pieces), between=0.02, patience_seconds=0.2)) == len(pieces)
 
@@ -78,7 +78,8 @@ def _piece(body: bytes, *, more: bool = True) -> Message:
 
 
 def _read(pieces: list[Message], waits: list[float], between: float = 0.0, **bounds: float) -> list[Message]:
-    """Send a route a body whose pieces come after so many seconds each; after the last, nothing comes."""
+    """Send a route a body whose pieces come after these waits in seconds, and nothing after the last. Return the
+    messages that it read."""
     got: list[Message] = []
 
     async def receive() -> Message:

@@ -1,4 +1,4 @@
-"""A corpus becomes a job, or nothing at all."""
+"""Submission of a corpus: it becomes a whole job, or nothing."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def run(engine: Engine, model: Model) -> Callable[..., Submitted]:
-    """Submit a source, with options."""
+    """Return a function that submits a source with options."""
 
     def run(source: str, *, stdin: Any = None, columns: Columns | None = None, **options: Any) -> Submitted:
         return submit(engine, submission(model, source, stdin=stdin, columns=columns, **options))
@@ -92,7 +92,7 @@ def check_job(engine: Engine, job_id: UUID, codes: list[str]) -> None:
 
 
 def check_chunks(engine: Engine, job_id: UUID, total: int, bad: set[int]) -> None:
-    """Chunks cover every item once, in order, within the limit, and count their rejects."""
+    """Check that chunks cover every item once, in order, within the limit, and count their rejects."""
     at = 0
     for row in chunk_rows(engine, job_id):
         assert row["first_index"] == at
@@ -157,7 +157,7 @@ def test_options_and_carried_columns_are_kept(engine: Engine, run: Callable[...,
     assert carried == [({"lang": "de"},), ({"lang": None},)]
 
 
-# Nothing is left of what fails
+# Failed submissions leave nothing behind
 
 
 def test_a_broken_file_leaves_nothing(
@@ -319,11 +319,11 @@ def _none() -> Publisher:
 
 
 class Interrupted(Exception):
-    """Whatever ends a producer in the middle."""
+    """Interruption of a producer in the middle."""
 
 
 def staged(engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch, lease: float) -> "staging.Staging":
-    """A producer that stopped after its items, before the job was queued, and undid nothing."""
+    """Stop a producer after its items, before the job is queued, with nothing undone, and return its staging."""
     stopped: list[staging.Staging] = []
 
     def stop(self: staging.Staging) -> None:
@@ -353,7 +353,7 @@ def test_a_dead_staging_is_taken_over(engine: Engine, model: Model, monkeypatch:
     second = submit(engine, submission(model, "a.jsonl", idempotency_key="k"))
     assert (second.job_id, second.attached) == (producer._job_id, "")
     check_job(engine, second.job_id, ["empty_text", "missing_text"])
-    # What the old producer does then changes nothing.
+    # Nothing that the old producer does afterwards has an effect.
     for step in (producer._queue, producer._stage):
         with pytest.raises(LeaseLost):
             step()
@@ -378,7 +378,7 @@ def test_an_old_producer_is_fenced_off_while_the_new_one_stages(
 def test_a_staging_of_which_the_database_lost_a_part_is_refused(
     engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a failover: the job would be queued without those items."""
+    """After a failover, the job would be queued without the lost items."""
     jsonl()
     producer = staged(engine, model, monkeypatch, lease=30)
     run_sql(engine, "update vectormill.jobs set items_total = 4")
@@ -390,7 +390,7 @@ def test_a_staging_of_which_the_database_lost_a_part_is_refused(
 def test_two_producers_with_one_fence_are_told_apart(
     engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The database has forgotten that the first one took the staging over, and the next one does it again."""
+    """The database has lost the first producer's takeover of the staging, and the next producer repeats it."""
     jsonl()
     first = staged(engine, model, monkeypatch, lease=-1)
     run_sql(engine, "update vectormill.jobs set token = gen_random_uuid()")
@@ -400,11 +400,11 @@ def test_two_producers_with_one_fence_are_told_apart(
     assert job_row(engine, first._job_id)["state"] == "staging"
 
 
-# A stream that comes slowly
+# Slow streams
 
 
 class Watched(io.RawIOBase):
-    """A stream that looks, at each read, whether a transaction waits for it."""
+    """Stream that counts, at each read, the open transactions that wait for it."""
 
     def __init__(self, engine: Engine, lines: list[bytes]) -> None:
         self._engine, self._lines = engine, iter(lines)

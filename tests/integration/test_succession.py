@@ -1,4 +1,4 @@
-"""A server in a child, which is replaced when it is killed."""
+"""Server in a child process, which is replaced when it is killed."""
 
 import signal
 import socket
@@ -12,7 +12,7 @@ import pytest
 
 from tests.acceptance.fleet import eventually
 
-#: Tells each client its pid and how many were killed before it; ends by itself when a client asks for it.
+#: Server that tells each client its pid and how many were killed before it, and ends by itself when a client asks.
 _SERVER = """
 import os, socket, sys
 from workers.engine.succession import hold_signals, serve_in_child
@@ -47,7 +47,7 @@ def _serving() -> Iterator[tuple[subprocess.Popen[bytes], tuple[str, int]]]:
 
 
 def _ask(address: tuple[str, int], what: bytes = b".") -> tuple[int, int]:
-    """The pid of who serves, and how many were killed before it. Whoever connects is never refused."""
+    """Return the serving child's pid, and how many were killed before it. No client is ever refused."""
     with socket.create_connection(address, timeout=60) as line:
         pid, deaths = map(int, line.recv(100).split())
         line.sendall(what)
@@ -56,7 +56,7 @@ def _ask(address: tuple[str, int], what: bytes = b".") -> tuple[int, int]:
 
 
 def _end(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """End a process by a signal. One that is ending may still take a connection."""
+    """End a process by a signal, and wait: a process that is ending may still take a connection."""
     process = psutil.Process(pid)
     process.send_signal(number)
     eventually(lambda: _has_ended(process), "its end")

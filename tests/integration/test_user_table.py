@@ -111,7 +111,7 @@ def test_items_whose_keys_dont_fit_are_rejected_when_they_are_read(engine: Engin
     ("table", "said"),
     [
         ("create table public.other (x int)", "no such table in vectormill's database; write it as schema.table"),
-        ("create view public.docs as select 1 as id", "it is no table"),
+        ("create view public.docs as select 1 as id", "it isn't a table"),
         (
             "create table public.docs (key text primary key, e vector)",
             'no column "id"; name the key column as it is called there',
@@ -119,7 +119,10 @@ def test_items_whose_keys_dont_fit_are_rejected_when_they_are_read(engine: Engin
         ("create table public.docs (id text, e vector)", '"id" isn\'t unique'),
         ("create table public.docs (id text, b int, e vector, unique (id, b))", '"id" isn\'t unique'),
         ("create table public.docs (id date primary key, e vector)", 'the key "id" is date'),
-        ("create table public.docs (id text primary key)", "0 columns of type vector or halfvec; it must have one"),
+        (
+            "create table public.docs (id text primary key)",
+            "it has 0 columns of type vector or halfvec; it must have exactly one",
+        ),
         ("create table public.docs (id text primary key, a vector, b halfvec)", "2 columns of type vector"),
         ("create table public.docs (id text primary key, e vector(5))", '"e" has 5 dimensions, the job\'s vectors 4'),
         (

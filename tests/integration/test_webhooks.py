@@ -1,4 +1,4 @@
-"""Jobs' ends told to a real receiver."""
+"""Webhooks of jobs' ends, sent to a real receiver."""
 
 import json
 import socket
@@ -48,7 +48,7 @@ def settings(receiver: Receiver) -> Settings:
 
 @pytest.fixture
 def deliver(engine: Engine, settings: Settings) -> Callable[[], None]:
-    """Do the dispatcher's background task for all that is due."""
+    """Return a function that runs the dispatcher's background task for all events that are due."""
 
     def deliver() -> None:
         with engine.begin() as connection:
@@ -61,7 +61,7 @@ def deliver(engine: Engine, settings: Settings) -> Callable[[], None]:
 
 @pytest.fixture
 def end(engine: Engine, redis_url: str) -> Callable[[], None]:
-    """End the jobs that are over, as the dispatcher does."""
+    """Return a function that ends the jobs that are over, as the dispatcher does."""
 
     def end() -> None:
         publisher = Publisher(redis_url)
@@ -248,7 +248,7 @@ def test_it_is_given_up(
     run_sql(engine, "update vectormill.events set tries = :tries", tries=tries)
     deliver()
     assert state(engine) == [("given_up", tries + 1, f"answers {status}")]
-    logged = "".join(capsys.readouterr())  # a command that ran before may have sent lines to standard error
+    logged = "".join(capsys.readouterr())  # an earlier command may have sent logs to standard error
     assert "webhook_given_up" in logged
     assert "token" not in logged
     make_due(engine)
@@ -269,7 +269,7 @@ def test_nothing_is_sent_where_the_operator_does_not_allow_it_or_unsigned(
     assert receiver.got == []
     assert {row[0] for row in state(engine)} == {"waiting"}, "an operator may still mend it"
     assert {row[2] for row in state(engine)} == {
-        "not below an address in VECTORMILL_WEBHOOKS of the dispatcher",
+        "not allowed by the dispatcher's VECTORMILL_WEBHOOKS",
         "no VECTORMILL_WEBHOOK_SECRET to sign with",
     }
 
@@ -302,7 +302,7 @@ def test_who_takes_long_or_is_away_holds_nothing(
         dripping = threading.Thread(target=_drip, args=(silent, lambda: held.append(engine.pool.checkedout())))  # type: ignore[attr-defined]
         dripping.start()
         for host in due:
-            with pytest.raises(Waiting, match=f"{host} gave no answer"):
+            with pytest.raises(Waiting, match=f"{host} did not respond"):
                 delivery.deliver(engine, allowed, host)
     dripping.join()
     resolved.set()
@@ -315,7 +315,7 @@ def test_who_takes_long_or_is_away_holds_nothing(
 
 
 def _drip(server: socket.socket, look: Callable[[], None]) -> None:
-    """Answer with a byte now and then, for ever."""
+    """Answer with a byte now and then, without end."""
     connection, _ = server.accept()
     with connection:
         look()
@@ -361,7 +361,7 @@ def test_the_dispatcher_sees_to_it_whoever_else_does_not_answer(
         receiver.wait_for(3)
         eventually(lambda: state(engine)[6:] == [("delivered", 1, "answers 204")] * 3, "the answers to be kept")
         assert sum(row[1] for row in state(engine)[:6]) == 1, "one try at a time"
-    # It has been cut off.
+    # The silent server is closed, which cuts its try off.
     eventually(lambda: backlog(engine) == {"waiting": 6, "late": 1, "given_up": 0}, "the try that failed")
     done(engine, model, f"{receiver.url}/hooks")
     end()

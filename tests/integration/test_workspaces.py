@@ -1,4 +1,4 @@
-"""Workspaces, by their commands."""
+"""Commands for workspaces."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Run:
-    """Run `vectormill workspaces`; its exit code and what it printed."""
+    """Return a function that runs `vectormill workspaces` and returns its exit code, output and error output."""
     for name, value in (("DATABASE_URL", database), ("REDIS_URL", redis_url), ("HOME", str(tmp_path))):
         monkeypatch.setenv(f"VECTORMILL_{name}", value)
 
@@ -104,7 +104,7 @@ def test_set_changes_what_is_named_and_nothing_else(engine: Engine, model: Model
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("create", "default"), 'workspace "default": there is one of this name.'),
+        (("create", "default"), 'workspace "default": this name is taken.'),
         (("create", "My Team"), 'workspace "My Team": use lower-case letters, digits, - and _.'),
         (("create", "search", "--weight", "0"), "--weight 0: give a number above 0."),
         (("create", "search", "--weight", "-1"), "--weight -1: give a number above 0."),

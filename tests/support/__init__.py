@@ -1,1 +1,1 @@
-"""What tests of several kinds are made with: models, jobs, messages, lines that break, servers that misbehave."""
+"""Helpers of several kinds of tests: models, jobs, messages, lines that break, servers that misbehave."""

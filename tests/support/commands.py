@@ -1,9 +1,10 @@
-"""Commands of vectormill in the process of the tests: where the test is of what a command does, not of its start, which
-takes longer than most commands. Or many in one process of their own:
+"""Commands of vectormill run in the tests' own process, since starting a process takes longer than most commands.
+
+Many can also run in one process of their own:
 
     python -m tests.support.commands '[["jobs"], ["status", "docs"]]'
 
-prints, on standard error, the exit code of each and what it said there.
+prints the exit code and the standard error of each, as JSON on its own standard error.
 """
 
 import io
@@ -24,7 +25,7 @@ from pipeline.cli import main
 def run_command(
     *arguments: str, environment: Mapping[str, str], stdin: bytes = b""
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end. What it alters is the whole process's: the tests' own thread may, and no other one."""
+    """Run a command to its end. It alters state of the whole process, so only the main thread may call this."""
     assert threading.current_thread() is threading.main_thread()
     out, err = _pipe(), _pipe()
     logging_as_before = structlog.get_config()

@@ -1,4 +1,4 @@
-"""Makes models, jobs and claims through the store's own functions, and reads back what became of them."""
+"""Factories of models, jobs and claims, through the store's own functions, and readers of the outcome."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,14 +17,14 @@ from pipeline.core.options import KeptOptions
 from pipeline.db import chunks, items, staging, tables
 from pipeline.db.embeddings import Rows
 
-#: Elements of the vectors that jobs here are made of.
+#: Dimensions of the vectors of jobs made here.
 DIMENSIONS = 4
 WORKER = uuid4()
 DONE, RUNNING, PENDING = (Ending(state=state) for state in (ChunkState.DONE, ChunkState.RUNNING, ChunkState.PENDING))
 
 
 def make_model(engine: Engine, name: str = "small", *, tokens_per_second: float = 1000.0) -> Model:
-    """Add a model that nobody can load; enough for all that happens in Postgres."""
+    """Add a model that can't be loaded, which is enough for all that happens in Postgres."""
     description = {
         "path": f"/models/{name}",
         "weights_sha256": name,
@@ -52,7 +52,7 @@ def make_job(
     job_id: UUID | None = None,
     **columns: Any,
 ) -> UUID:
-    """Queue a job of `count` items, `text 0` with key `k0` and so on; those in `rejected` were when they were read."""
+    """Queue a job of `count` items, `text 0` with key `k0` and so on. Items in `rejected` were rejected at reading."""
     job_id = job_id or uuid7()
     with engine.begin() as connection:
         space = vector_space_of(connection, model, dimensions=None, max_item_tokens=None)
@@ -87,7 +87,7 @@ def make_job(
 
 
 def reject(index: int, code: RejectCode = RejectCode.BAD_VECTOR) -> Reject:
-    """A reject of an item of `make_job`."""
+    """Return a reject of an item of `make_job`."""
     return Reject(index=index, key=f"k{index}", code=code, message="for a test")
 
 
@@ -100,33 +100,33 @@ def take(
     worker: UUID = WORKER,
     task: str = "task",
 ) -> Claim | None:
-    """Claim a chunk. A lease below zero has run out at once."""
+    """Claim a chunk. A negative lease has expired at once."""
     chunk_id = chunk_ids(engine, job_id)[ordinal]
     with engine.begin() as connection:
         return chunks.claim(connection, job_id, chunk_id, worker_id=worker, task_id=task, lease_seconds=lease_seconds)
 
 
 def taken(engine: Engine, job_id: UUID, ordinal: int = 0, **how: Any) -> Claim:
-    """A claim that must succeed."""
+    """Claim a chunk, which must succeed."""
     claim = take(engine, job_id, ordinal, **how)
     assert claim
     return claim
 
 
 def unfinished(engine: Engine, claim: Claim) -> list[Item]:
-    """What the claim is to embed."""
+    """Return the items that the claim is to embed."""
     return [item for block in read_chunk(engine, claim).blocks for item in block.items]
 
 
 def vectors_of(indexes: Sequence[int], dimensions: int = DIMENSIONS) -> "np.ndarray[Any, np.dtype[np.float32]]":
-    """A vector for each index, always the same one; its first element is the index."""
+    """Return a vector for each index, always the same one. Its first element is the index."""
     made = np.random.default_rng(7).random((max(indexes, default=0) + 1, dimensions)).astype(np.float32)
     made[:, 0] = np.arange(len(made))
     return made[np.array(indexes, dtype=np.int64)]
 
 
 def part_of(indexes: Sequence[int], rejects: Sequence[Reject] = ()) -> Commit:
-    """A part with vectors for `indexes`, three tokens each."""
+    """Return a commit with vectors for `indexes`, three tokens each."""
     rows = Rows(
         indexes=np.array(indexes, dtype=np.int64),
         keys=[f"k{index}" for index in indexes],
@@ -138,19 +138,19 @@ def part_of(indexes: Sequence[int], rejects: Sequence[Reject] = ()) -> Commit:
 
 
 def chunk_ids(engine: Engine, job_id: UUID) -> list[int]:
-    """Ids of a job's chunks, in order."""
+    """Return the ids of a job's chunks, in order."""
     return [row["id"] for row in chunk_rows(engine, job_id)]
 
 
 def chunk_rows(engine: Engine, job_id: UUID) -> list[RowMapping]:
-    """A job's chunks, in order."""
+    """Return a job's chunks, in order."""
     statement = tables.chunks.select().where(tables.chunks.c.job_id == job_id).order_by(tables.chunks.c.ordinal)
     with engine.begin() as connection:
         return list(connection.execute(statement).mappings())
 
 
 def job_row(engine: Engine, job_id: UUID) -> RowMapping:
-    """A job's row."""
+    """Return a job's row."""
     with engine.begin() as connection:
         return connection.execute(tables.jobs.select().where(tables.jobs.c.id == job_id)).mappings().one()
 
@@ -163,5 +163,5 @@ def run_sql(engine: Engine, statement: str, **values: Any) -> list[tuple[Any, ..
 
 
 def count(engine: Engine, table: str) -> int:
-    """Rows of a table."""
+    """Return the number of rows in a table."""
     return int(run_sql(engine, f"select count(*) from vectormill.{table}")[0][0])

@@ -1,4 +1,4 @@
-"""A line to a server that a test can freeze or cut, as networks and machines do."""
+"""TCP proxy to a server, called a line, which a test can freeze or cut as networks and machines do."""
 
 import socket
 import threading
@@ -11,23 +11,23 @@ from urllib.parse import urlsplit
 
 @dataclass(eq=False)
 class Call:
-    """A client's connection to the server by way of a line."""
+    """Connection of a client to the server through a line."""
 
     near: socket.socket
     far: socket.socket
 
     @property
     def port(self) -> int:
-        """The client's port, by which its process is found."""
+        """The client's port, by which its process can be found."""
         return int(self.near.getpeername()[1])
 
     @property
     def server_port(self) -> int:
-        """The port by which the server knows it."""
+        """The client's port as the server sees it."""
         return int(self.far.getsockname()[1])
 
     def cut(self) -> None:
-        """End it on both sides."""
+        """Shut the connection down on both sides."""
         for end in (self.near, self.far):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -35,39 +35,39 @@ class Call:
 
 @dataclass
 class Line:
-    """A port of loopback through which a server is reached."""
+    """Proxy on a loopback port through which a server is reached."""
 
     port: int
     target: tuple[str, int]
     _flowing: threading.Event = field(default_factory=threading.Event)
     _cut: bool = False
-    #: Guards the calls.
+    #: Guards `_calls`.
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _calls: list[Call] = field(default_factory=list)
 
     def freeze(self) -> None:
-        """Nothing comes through any more; nobody is told."""
+        """Let nothing through, without an error at either end."""
         self._flowing.clear()
 
     def cut(self) -> None:
-        """Connections end, and new ones too."""
+        """Shut down all connections, and new ones as they come."""
         self._cut = True
         for call in self.calls():
             call.cut()
         self._flowing.set()
 
     def mend(self) -> None:
-        """All is as before."""
+        """Undo `freeze` and `cut`."""
         self._cut = False
         self._flowing.set()
 
     def calls(self) -> list[Call]:
-        """The connections that there are."""
+        """Return the open connections."""
         with self._lock:
             return list(self._calls)
 
     def serve(self, listener: socket.socket) -> None:
-        """Pass on what comes, until the listener is closed."""
+        """Accept and forward connections until the listener is closed."""
         with suppress(OSError):
             while True:
                 near, _ = listener.accept()
@@ -99,7 +99,7 @@ class Line:
                 sink.sendall(piece)
         call.cut()
 
-    # What lines that know a protocol do otherwise.
+    # Hooks for lines that know a protocol.
 
     def _call(self, near: socket.socket, far: socket.socket) -> Any:
         return Call(near, far)
@@ -121,7 +121,7 @@ L = TypeVar("L", bound=Line)
 
 @contextmanager
 def line_to(host: str, port: int, kind: type[L]) -> Iterator[L]:
-    """A line of this kind to a server, which ends with the block."""
+    """Open a line of this kind to a server for the length of the block."""
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         line = kind(listener.getsockname()[1], (host, port))
         line.mend()
@@ -134,7 +134,7 @@ def line_to(host: str, port: int, kind: type[L]) -> Iterator[L]:
 
 
 def at_port(url: str, port: int) -> str:
-    """The same server by way of another port."""
+    """Return the URL of the same server through another port on loopback."""
     parts = urlsplit(url)
     login = parts.netloc.rpartition("@")[0]
     return parts._replace(netloc=f"{login}@127.0.0.1:{port}").geturl()

@@ -1,4 +1,4 @@
-"""A machine's servers in a thread of the tests."""
+"""Embedded servers of a machine, in a thread of the tests."""
 
 import queue
 import shutil
@@ -15,7 +15,7 @@ from pipeline.infra.settings import Settings
 
 @contextmanager
 def running_servers(home: Path, prepare: Callable[[str], None], stages: Stages = lambda _: ()) -> Iterator[Running]:
-    """Run a machine for the length of the block; what goes wrong in its thread is raised here."""
+    """Run a machine for the length of the block. Errors while it starts in its thread are raised here."""
     machine = Machine(Settings(home=home, database_url=None, redis_url=None), prepare=prepare, stages=stages)
     ready: queue.SimpleQueue[Running | BaseException] = queue.SimpleQueue()
 
@@ -38,7 +38,7 @@ def running_servers(home: Path, prepare: Callable[[str], None], stages: Stages =
 
 
 def remove_what_root_keeps(home: Path) -> None:
-    """Remove the programs and data that a home of root's has elsewhere, half-made ones too."""
+    """Remove the programs and data that root's home keeps elsewhere, incomplete ones too."""
     folder = Place.of_home(home).folder
     for each in (folder, *folder.parent.glob(f"{folder.name}.new-*")):
         shutil.rmtree(each, ignore_errors=True)

@@ -14,7 +14,7 @@ _MORE: dict[str, Any] = {"callbacks": None, "errbacks": None, "chain": None, "ch
 
 
 def message(body: Any = None, **fields: Any) -> dict[str, Any]:
-    """A call of our task, for a chunk that there isn't; with other parts, or without (`...`), where that is asked."""
+    """Return a call of our task for a chunk that doesn't exist. Fields replace its parts, or leave them out (`...`)."""
     body = [[str(uuid4()), 1], {}, _MORE] if body is None else body
     whole = {
         "body": body if isinstance(body, str) else base64.b64encode(json.dumps(body).encode()).decode(),
@@ -33,17 +33,17 @@ def message(body: Any = None, **fields: Any) -> dict[str, Any]:
 
 
 def head(**fields: Any) -> dict[str, Any]:
-    """Headers of a call of our task."""
+    """Return the headers of a call of our task."""
     return {"lang": "py", "task": _TASK, "id": str(uuid4()), **fields}
 
 
 def command(method: Any, arguments: Any = None, **fields: Any) -> dict[str, Any]:
-    """A command that is broadcast."""
+    """Return a broadcast command."""
     return message({"method": method, "arguments": arguments or {}, **fields}, headers={"clock": 1, "expires": 0})
 
 
 class Evil:
-    """Would leave a file behind where it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -53,7 +53,7 @@ class Evil:
 
 
 def no_calls(place: Path) -> dict[str, tuple[Any, str]]:
-    """What isn't a call of our task, and what is said of each."""
+    """Return messages that aren't a call of our task, each with the reason that its refusal must give."""
     pickled = base64.b64encode(pickle.dumps([[Evil(place), 1], {}, _MORE])).decode()
     nested = base64.b64encode(("[" * 2_000).encode()).decode()
     job = str(uuid4())
@@ -90,7 +90,7 @@ def no_calls(place: Path) -> dict[str, tuple[Any, str]]:
 
 
 def no_commands() -> dict[str, tuple[Any, str]]:
-    """What isn't a command that workers do, and what is said of each."""
+    """Return messages that aren't a command that workers do, each with the reason that its refusal must give."""
     not_done, no_model = "that workers don't do", "its queue isn't a model's"
     refused = "shutdown pool_grow pool_shrink pool_restart autoscale time_limit rate_limit revoke terminate hello"
     return {
@@ -106,6 +106,6 @@ def no_commands() -> dict[str, tuple[Any, str]]:
         "a destination of a strange type": (command("ping", destination="me"), "its destination"),
         "a pattern": (command("ping", pattern="(a+)+$", matcher="pcre"), "its destination is a pattern"),
         "a ticket of a strange type": (command("ping", ticket=[1]), "its ticket"),
-        "a reply to nowhere": (command("ping", reply_to=[MARK]), "where replies go"),
-        "a reply to elsewhere": (command("ping", reply_to={"exchange": "a", "routing_key": "b"}), "where replies go"),
+        "a reply to nowhere": (command("ping", reply_to=[MARK]), "its reply address"),
+        "a reply to elsewhere": (command("ping", reply_to={"exchange": "a", "routing_key": "b"}), "its reply address"),
     }

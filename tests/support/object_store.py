@@ -1,4 +1,4 @@
-"""An S3 server on loopback, for tests: moto's, in a process of its own."""
+"""S3 server on loopback: moto's, in a process of its own."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ import boto3
 
 @contextmanager
 def s3_server(*buckets: str) -> Iterator[dict[str, str]]:
-    """Serve empty `buckets`; yields the environment by which clients find them."""
+    """Serve empty `buckets`, and yield the environment variables by which clients find them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -49,7 +49,7 @@ def _client(endpoint: str) -> Any:
 
 
 def content_of(uri: str) -> bytes | None:
-    """Return a file's bytes, read by other code than the project's own; None if there is none."""
+    """Return a file's bytes, read by other code than the project's own, or None if there is no file."""
     if not uri.startswith("s3://"):
         path = Path(uri)
         return path.read_bytes() if path.exists() else None
@@ -77,7 +77,7 @@ def _await(port: int, process: "subprocess.Popen[bytes]") -> None:
 
 @contextmanager
 def environment_of(server: dict[str, str]) -> Iterator[None]:
-    """Let this process be a client of the server."""
+    """Make this process a client of the server for the length of the block."""
     before = {name: os.environ.get(name) for name in server}
     os.environ.update(server)
     try:

@@ -1,4 +1,4 @@
-"""A webhook's receiver, as somebody's program would be one."""
+"""Webhook receiver, as a user's program would be one."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,24 +9,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Receiver:
-    """What came, and what is answered."""
+    """Webhook requests received, and the answers to them."""
 
     url: str = ""
-    #: (path, headers in small letters, body) of each request, in order.
+    #: Path, headers by lower-case name, and body of each request, in order.
     got: list[tuple[str, dict[str, str], str]] = field(default_factory=list)
-    #: Gives the answer to the request of this number, from 0: its status.
+    #: Returns the response status for the request of this number, from 0.
     answer: Callable[[int], int] = lambda _: 204
     came: threading.Condition = field(default_factory=threading.Condition)
 
     def wait_for(self, requests: int, seconds: float = 240) -> None:
-        """Wait until so many have come."""
+        """Wait until this many requests have arrived."""
         with self.came:
             assert self.came.wait_for(lambda: len(self.got) >= requests, seconds), self.got
 
 
 @contextmanager
 def receiving() -> Iterator[Receiver]:
-    """A receiver on a port of loopback."""
+    """Run a receiver on a loopback port for the length of the block."""
     receiver = Receiver()
 
     class Handler(BaseHTTPRequestHandler):
@@ -42,7 +42,7 @@ def receiving() -> Iterator[Receiver]:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         receiver.url = f"http://127.0.0.1:{server.server_port}"

@@ -1,4 +1,4 @@
-"""A login of its own for each kind of process, with the rights of ops/postgres/roles.sql."""
+"""Postgres logins, one for each kind of process, with the rights of ops/postgres/roles.sql."""
 
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -11,8 +11,10 @@ PROCESSES = ("dispatcher", "worker", "engine", "api", "reader")
 
 
 def logins(url: str) -> dict[str, str]:
-    """Apply the script to the database that a superuser's `url` names, and make the logins, which all databases of its
-    server share. Returns the URL of each process's."""
+    """Apply the script to the database that a superuser's `url` names, and create the logins.
+
+    All databases of the server share the logins. Returns the URL of each process.
+    """
     address = urlsplit(url)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(SCRIPT.read_bytes())
@@ -30,5 +32,5 @@ def _login(process: str) -> str:
 
 
 def _password(process: str) -> str:
-    """One that stands nowhere by chance, and looks otherwise in a URL."""
+    """Return a password that appears nowhere by chance, and is spelled differently in a URL."""
     return f"open/sesame-{process}"

@@ -1,4 +1,4 @@
-"""A gateway as others run them, good or bad: a real HTTP server whose answers a test decides."""
+"""Upstream gateway, good or bad: a real HTTP server whose answers a test decides."""
 
 import base64
 import hashlib
@@ -15,21 +15,21 @@ import numpy as np
 
 DIMENSIONS = 8
 
-#: A request's body → status, headers, body (an object to be written as JSON, or bytes), or None to cut the connection,
-#: or the bytes as they go over the wire, one piece after the other.
+#: Request body → status, headers and body (an object to write as JSON, or bytes); or None to cut the connection; or the
+#: raw bytes of the response, piece by piece.
 Answer = tuple[int, Mapping[str, str], Any]
 Answering = Callable[[dict[str, Any]], Answer | Iterator[bytes] | None]
 
 
 def vector_of(text: str) -> list[float]:
-    """A text's own vector, of length one."""
+    """Return the text's own vector, of length one."""
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     vector = np.random.default_rng(seed).normal(size=DIMENSIONS).astype(np.float32)
     return [float(one) for one in vector / np.linalg.norm(vector)]
 
 
 def good(asked: dict[str, Any], **headers: str) -> Answer:
-    """What a gateway of good health answers; a token is a word."""
+    """Return the answer of a healthy gateway, which counts a word as a token."""
     packed = asked.get("encoding_format") == "base64"
     vectors = [vector_of(text) for text in asked["input"]]
     rows = [base64.b64encode(np.array(one, "<f4").tobytes()).decode() if packed else one for one in vectors]
@@ -44,13 +44,13 @@ def good(asked: dict[str, Any], **headers: str) -> Answer:
 
 
 def error(status: int, code: str = "", **headers: str) -> Answer:
-    """An error in OpenAI's envelope."""
+    """Return an error in OpenAI's envelope."""
     fields = {"message": "it quotes the text", "type": "some_error", "param": None, "code": code or None}
     return status, {name.replace("_", "-"): value for name, value in headers.items()}, {"error": fields}
 
 
 def trickling(begin: bytes) -> Iterator[bytes]:
-    """What never ends, a byte at a time."""
+    """Yield an answer that never ends, a byte at a time."""
     yield begin
     while True:
         time.sleep(0.02)
@@ -58,15 +58,17 @@ def trickling(begin: bytes) -> Iterator[bytes]:
 
 
 def hanging() -> Iterator[bytes]:
-    """Nothing, until the client has gone long since."""
+    """Yield nothing for 20 seconds, by when the client has long given up."""
     time.sleep(20)
     yield b""
 
 
 @dataclass
 class ScriptedGateway:
-    """The server. `answer` may be replaced at any time; `requests` are the bodies that came. Until it is `healthy` it
-    doesn't say so."""
+    """Running server. `answer` may be replaced at any time; `requests` holds the bodies received.
+
+    A health check gets no response before `healthy` is set, or for 60 seconds.
+    """
 
     url: str
     answer: Answering = good
@@ -78,7 +80,7 @@ class ScriptedGateway:
 
 @contextmanager
 def scripted_gateway() -> Iterator[ScriptedGateway]:
-    """A gateway on a port of its own."""
+    """Run a gateway on a port of its own for the length of the block."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -120,7 +122,7 @@ def scripted_gateway() -> Iterator[ScriptedGateway]:
         daemon_threads = True
 
         def handle_error(self, *_: Any) -> None:
-            """Clients may go away in the middle."""
+            """Ignore errors, since clients may disconnect in the middle."""
 
     server = Server(("127.0.0.1", 0), Handler)
     made = ScriptedGateway(f"http://127.0.0.1:{server.server_address[1]}/v1")

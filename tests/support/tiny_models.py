@@ -29,13 +29,13 @@ _TEXTS = [
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of model."""
+    """Kind of model, and the maker of an example."""
 
     name: str
     make: Callable[[Path], None]
-    #: What a refusal must name; empty: it is taken, and equal to the library's.
+    #: Pattern of the refusal's message. Empty if the model is accepted, with vectors equal to the library's.
     refused: str = ""
-    #: What is given to `models add`.
+    #: Pooling given to `models add`.
     pooling: str | None = None
 
 
@@ -92,7 +92,7 @@ def _sizes(tokenizer: Any, **more: Any) -> dict[str, Any]:
 
 def _body(folder: Path, model: Any, tokenizer: Any) -> Path:
     with torch.no_grad():
-        for weight in model.parameters():  # initialised weights are so small that texts hardly differ
+        for weight in model.parameters():  # freshly initialised weights are so small that texts hardly differ
             weight += 0.1 * torch.randn_like(weight)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -120,7 +120,7 @@ def _plain(folder: Path, *then: Any, **how: Any) -> None:
 
 
 def _change(file: Path, **values: Any) -> None:
-    """Change values of a JSON file; None takes one away."""
+    """Change values of a JSON file. None removes one."""
     told = {**(json.loads(file.read_bytes()) if file.exists() else {}), **values}
     file.write_text(json.dumps({name: value for name, value in told.items() if value is not None}))
 
@@ -130,7 +130,7 @@ def _reweigh(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, t
 
 
 def _changed(change: Callable[[Path], None], *then: Any, **how: Any) -> Callable[[Path], None]:
-    """A plain model of whose folder something is changed."""
+    """Return a maker of a plain model whose folder is changed afterwards."""
 
     def make(folder: Path) -> None:
         _plain(folder, *then, **how)
@@ -341,7 +341,7 @@ def _settings(**values: Any) -> Callable[[Path], None]:
 
 
 _PROMPTS = {"query": "query: ", "document": "passage: "}
-#: In the order of the table.
+#: In the order of the table in docs/explanation/decisions/0014-a-model-is-proven-both-ways-or-refused.md.
 KINDS = (
     Kind("BERT, mean", _plain),
     Kind(

@@ -1,4 +1,4 @@
-"""Whatever stands in a batch request's file, each of its lines is read or rejected with a code."""
+"""Lines of a batch request's file: each is read or rejected with a code, whatever the file holds."""
 
 import io
 import json

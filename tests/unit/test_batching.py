@@ -1,4 +1,4 @@
-"""Batches by token budget, and the search for an item that kills its process."""
+"""Batching by token budget, and the isolation search for an item that kills its process."""
 
 from itertools import zip_longest
 
@@ -54,7 +54,7 @@ def test_slices_narrow_eightfold(level: int, sizes: list[int]) -> None:
 
 
 def search(items: int, poisons: set[int], stops: set[int]) -> tuple[list[int], int]:
-    """A chunk's whole life with items that kill their process: who is convicted, and after how many crashes.
+    """Run a chunk to its end with items that kill their process; return the convicted ones and the number of crashes.
 
     A claim works as `workers.runner.run_chunk` does; it also ends without a crash after the commits numbered in
     `stops`.
@@ -89,7 +89,7 @@ def test_exactly_the_poisons_are_convicted(items: int, poisons: set[int], stops:
 
 
 def most_crashes(poisons: int) -> int:
-    """The first poison costs a crash of the whole chunk and four more, each further one four."""
+    """Return the bound on crashes: one of the whole chunk, and four for each poison."""
     return 4 * poisons + 1 if poisons else 0
 
 

@@ -1,4 +1,4 @@
-"""What the catalogue takes for a gateway's address, and the environment for its key."""
+"""Gateway addresses that the catalogue accepts, and gateway keys read from the environment."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Planning: every item in one chunk, in order, within limits."""
+"""Chunk planning: every item in one chunk, in order, within limits."""
 
 from itertools import pairwise
 
@@ -120,6 +120,6 @@ def test_requests_hold_what_a_gateway_takes(lengths: list[int], most_tokens: int
     for batch in found:
         assert 1 <= len(batch) <= most_items
         assert len(batch) == 1 or sum(lengths[at] for at in batch) <= most_tokens
-    for batch, following in pairwise(found):  # none could have taken the next one's first
+    for batch, following in pairwise(found):  # no batch had room for the next one's first item
         full = len(batch) == most_items
         assert full or sum(lengths[at] for at in batch) + lengths[following[0]] > most_tokens

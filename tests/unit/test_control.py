@@ -1,4 +1,4 @@
-"""How many rejects a job may have, and what becomes of it at its end."""
+"""Reject limit of a job, and its final state."""
 
 from decimal import Decimal
 from types import SimpleNamespace

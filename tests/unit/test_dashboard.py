@@ -1,4 +1,4 @@
-"""What the dashboard says and draws, as tables."""
+"""Words and drawings of the dashboard, as tables of cases."""
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal

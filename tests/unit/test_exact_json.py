@@ -1,4 +1,4 @@
-"""JSON's numbers come back as they were written."""
+"""JSON round trip of numbers, which come back as they were written."""
 
 import json
 
@@ -15,7 +15,7 @@ numbers = st.from_regex(r"-?(0|[1-9][0-9]{0,40})(\.[0-9]{1,40})?([eE][+-]?[0-9]{
 @given(st.lists(numbers, max_size=5), numbers)
 def test_numbers_come_back(some: list[str], one: str) -> None:
     written = f'{{"some":[{",".join(some)}],"one":{one}}}'
-    if "-0" not in (*some, one):  # an integer to the fast parser
+    if "-0" not in (*some, one):  # the fast parser reads -0 as an integer
         assert exact_json.dumps(exact_json.loads(written)).decode() == written
     assert exact_json.dumps(exact_json.decode(written)).decode() == written
 

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Numbers and durations formatted for people."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The state machines."""
+"""State machines of jobs and chunks."""
 
 from typing import TypeVar
 

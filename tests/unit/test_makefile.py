@@ -1,4 +1,4 @@
-"""The words of `make` before it has installed anything."""
+"""Messages of `make` before it has installed anything."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("made_before", [False, True], ids=["none yet", "an environment of an older one"])
 def test_an_old_python_gets_one_true_sentence(made_before: bool, tmp_path: Path) -> None:
-    """It stands in for Python 3.9, of which it answers what `make` asks."""
+    """A script stands in for Python 3.9, and gives the answer that `make` asks for."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(_CHECKOUT / name, tmp_path)
     old = tmp_path / (".venv/bin/python" if made_before else "python3.9")

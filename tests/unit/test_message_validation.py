@@ -1,4 +1,4 @@
-"""What is believed of a message that came by Redis."""
+"""Validation of messages that arrive through Redis."""
 
 import base64
 import json

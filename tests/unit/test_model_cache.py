@@ -1,4 +1,4 @@
-"""Models that can't be loaded, whatever the reason."""
+"""Models that can't be loaded, for any reason."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Rules, runbooks and the Grafana dashboard fit together, and ask for metrics of the list by labels that they have."""
+"""Consistency of rules, runbooks and the Grafana dashboard, whose queries use listed metrics and their labels."""
 
 import json
 import re

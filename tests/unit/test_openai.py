@@ -1,4 +1,4 @@
-"""OpenAI's wire shape, without a wire."""
+"""OpenAI's wire format, without a network."""
 
 import base64
 import json

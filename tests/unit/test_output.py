@@ -1,4 +1,4 @@
-"""Numbers and times as people read them."""
+"""Receipts as the command line prints them."""
 
 from io import StringIO
 from uuid import UUID
@@ -37,6 +37,4 @@ def test_a_receipt_says_how_many_texts_were_cut_and_what_to_do() -> None:
     assert isinstance(out.file, StringIO)
     lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
     assert "truncated 1,200" in lines
-    assert lines[-1].startswith(
-        "1,200 texts were cut, longer than what is read: --on-long reject rejects such, a model"
-    )
+    assert lines[-1].startswith("1,200 texts were truncated at the token limit: --on-long reject rejects such texts, a")

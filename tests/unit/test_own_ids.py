@@ -1,4 +1,4 @@
-"""A model's own token ids, told from OpenAI's."""
+"""Detection of a model's own token ids, as opposed to OpenAI's."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ TEXTS = [LONG, "naïve café — “quoted” 12345678 🙂 数学", "def f(x): 
 
 @pytest.fixture(scope="module")
 def tokenizer(bundled_model: Path) -> Tokenizer:
-    """Of a BERT."""
+    """Return the tokeniser of a BERT model."""
     return Tokenizer.from_file(str(bundled_model / "tokenizer.json"))
 
 
@@ -27,7 +27,7 @@ def own(tokenizer: Tokenizer) -> OwnIds:
 
 def ids_of(tokenizer: Tokenizer, text: str, **how: Any) -> list[int]:
     found: list[int] = tokenizer.encode(text, **how).ids
-    return [each for each in found if each]  # it pads with zeros
+    return [each for each in found if each]  # the tokeniser pads with zeros
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -71,7 +71,7 @@ def test_any_numbers_are_looked_at(own: OwnIds, ids: list[int]) -> None:
 
 
 def test_of_a_byte_level_bpe_only_marks_tell() -> None:
-    """Tokens of other texts, one after the other, are often what it would make too."""
+    """Ids of another vocabulary, read one after the other, often are ids that a byte-level BPE would make too."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 2, **{letter: 3 + n for n, letter in enumerate(alphabet)}}
     bpe = Tokenizer(models.BPE(vocabulary, []))

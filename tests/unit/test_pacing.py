@@ -1,4 +1,4 @@
-"""Turns of those who ask, on a clock that only waiting moves."""
+"""Rate limits by delay, on a clock that stands still."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ _BURST, _EACH, _LONGEST = 50, 1 / 200, 10.0
 
 @dataclass(frozen=True)
 class _Ask:
-    """One request: of a workspace, or of nobody that is known at an address."""
+    """One request: of a workspace, or of an unknown caller at an address."""
 
     status: int = 200
     workspace: int | None = None
@@ -30,7 +30,7 @@ class _Ask:
 
 
 class _Turn:
-    """A connection's, which notes how long it is asked to wait."""
+    """Turn of a connection, which records the wait that is asked of it."""
 
     def __init__(self, stays: bool) -> None:
         self.stays, self.seconds = stays, 0.0
@@ -55,7 +55,7 @@ async def _app(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Ask at one moment. Returns of each how long it waits, and the start of its answer."""
+    """Return a function that makes requests at one moment, and returns the wait and the start of the answer of each."""
     buckets = LeakyBuckets()
     paced, app = Paced(_app, buckets), SimpleNamespace(state=SimpleNamespace(buckets=buckets))
 
@@ -135,7 +135,7 @@ def test_nobody_waits_for_longer_than_may_be(ask: Any, one: _Ask) -> None:
 
 
 def test_good_vectors_wait_behind_refusals_and_make_no_line(ask: Any) -> None:
-    """So a workspace that asks for more than the line's rate is served so again when its refusals are over."""
+    """A workspace that asks for more than the line's rate gets its own rate again once its refusals are over."""
     ask(*[_Ask(503, workspace=7, vectors=True)] * (_BURST + 100))
     good = [waited for waited, _ in ask(*[_Ask(200, workspace=7, vectors=True)] * 1_000)]
     assert good == pytest.approx([100 * _EACH] * 1_000)

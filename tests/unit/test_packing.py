@@ -1,4 +1,4 @@
-"""Packed bodies, without a wire."""
+"""Compressed bodies, without a network."""
 
 import gzip
 import zlib
@@ -15,13 +15,13 @@ MOST = len(BODY)
 
 
 def bare(body: bytes) -> bytes:
-    """Deflate without its header, as some clients send it."""
+    """Return raw deflate, without a zlib header, as some clients send it."""
     packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     return packer.compress(body) + packer.flush()
 
 
 def gzipped(body: bytes) -> bytes:
-    """Without the time of day, which would give each process that collects the tests its own parameters."""
+    """Return gzip data without a timestamp, so that all processes that collect the tests get the same parameters."""
     return gzip.compress(body, mtime=0)
 
 
@@ -43,7 +43,7 @@ def test_up_to_the_bound_and_no_further(coding: str, packed: bytes) -> None:
 def broken() -> Iterable[tuple[str, bytes]]:
     for coding, (packed, *_) in PACKED.items():
         yield from ((coding, wrong) for wrong in (b"", b"x", BODY, b"\xff" * 99))
-        if coding != "zstd":  # of which a part is read; JSON tells
+        if coding != "zstd":  # truncated zstd is read in part; the JSON parser notices
             yield coding, packed[:-5]
     yield "zstd", PACKED["gzip"][0]
 

@@ -1,4 +1,4 @@
-"""Whose turn at the device is next: of several requests, callers and models."""
+"""Queue of the device: fair turns among requests, callers and models."""
 
 import asyncio
 from collections import Counter
@@ -16,19 +16,19 @@ from workers.encoders.batching import Tokenised
 from workers.engine.pace import Pace
 from workers.engine.queue import DeviceQueue, Request, Text, Work, seconds_ahead
 
-#: Tokens of a turn on a CPU: two batches.
+#: Tokens of one turn on a CPU: two batches.
 TURN_TOKENS = 100
 
 
 class _Encoder:
-    """As much of one as a queue looks at."""
+    """Encoder with only the attributes that a queue reads."""
 
     budget_tokens = TURN_TOKENS // 2
     device = torch.device("cpu")
 
 
 def waiting(queues: DeviceQueue, encoder: _Encoder, *lengths: int, caller: str = "") -> Request:
-    """A request whose texts have these lengths."""
+    """Queue a request whose texts have these lengths."""
     tokenised = Tokenised(list(lengths), np.array(lengths, np.int32), np.zeros(len(lengths), np.bool_))
     work = Work(caller, "m", sum(lengths), 0.0)
     nobody = cast("asyncio.Future[Any]", None)
@@ -38,13 +38,13 @@ def waiting(queues: DeviceQueue, encoder: _Encoder, *lengths: int, caller: str =
 
 
 def batches(queues: DeviceQueue) -> Iterable[list[Text]]:
-    """Turn by turn, until nobody waits."""
+    """Yield batches, turn by turn, until no request waits."""
     while batch := queues.take():
         yield list(batch[1])
 
 
 def turns_until(queues: DeviceQueue, request: Request) -> int:
-    """The turns before the one with a text of a request."""
+    """Return the number of turns before the one with a text of the request."""
     return next(turn for turn, batch in enumerate(batches(queues)) if any(text.request is request for text in batch))
 
 
@@ -63,7 +63,7 @@ def test_every_text_goes_once_with_its_own_encoder_within_a_turn(asked: list[tup
 
 @given(crowd=st.lists(st.lists(st.integers(5, 100), min_size=40, max_size=60), max_size=15), turns=st.integers(0, 9))
 def test_a_text_alone_is_in_one_of_the_next_two_turns(crowd: list[list[int]], turns: int) -> None:
-    """Whatever else its caller waits for, if it is no longer than all that."""
+    """The text may be no longer than its caller's other texts, of which any number may wait."""
     queues, encoder = DeviceQueue(), _Encoder()
     for lengths in crowd:
         waiting(queues, encoder, *lengths)
@@ -74,7 +74,7 @@ def test_a_text_alone_is_in_one_of_the_next_two_turns(crowd: list[list[int]], tu
 
 @given(alone=st.integers(1, 16), texts=st.integers(40, 60), turns=st.integers(0, 9), apart=st.booleans())
 def test_texts_alone_are_in_the_next_two_turns(alone: int, texts: int, turns: int, apart: bool) -> None:
-    """As long as those of the large requests; of the same caller, or of another one."""
+    """The texts are as long as those of the large requests, of the same caller or of another one."""
     queues, encoder = DeviceQueue(), _Encoder()
     for _ in range(4):
         waiting(queues, encoder, *[5] * texts)
@@ -116,7 +116,7 @@ def test_callers_have_equal_shares_however_many_requests_they_have(requests: lis
 
 @given(st.integers(2, 150), st.integers(1, 2), st.booleans())
 def test_short_texts_that_never_end_starve_nobody(long: int, flood: int, apart: bool) -> None:
-    """More of them than the device can do."""
+    """The short texts come faster than the device can embed them."""
     queues, encoder = DeviceQueue(), _Encoder()
     callers = count()
 
@@ -159,7 +159,7 @@ def test_what_nobody_waits_for_is_left_out(others: int) -> None:
     [
         ([], 1_000, 0),
         ([("a", 12), ("a", 12), ("a", 12)], 12, 36),
-        ([("a", 60)] * 4, 0.5, 2),  # each does as much as it does
+        ([("a", 60)] * 4, 0.5, 2),  # each other request gets as much as this one
         ([("a", 3), ("a", 60)], 10, 13),
         ([("b", 60)] * 4, 10, 10),  # another caller has half of the device
         ([("b", 4)], 10, 4),
@@ -172,7 +172,7 @@ def test_what_is_ahead_of_a_request(queue: list[tuple[str, float]], seconds: flo
 
 @given(before=st.floats(1, 1e6), after=st.floats(1_000, 1e6), batch=st.floats(0.5, 5))
 def test_a_pace_follows_what_is_done(before: float, after: float, batch: float) -> None:
-    """Up and down, within two minutes' work."""
+    """The pace follows up and down within two minutes of work."""
     pace = Pace(before)
     for _ in range(int(120 / batch) + 1):
         pace.learn(round(after * batch), batch)

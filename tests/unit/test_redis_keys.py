@@ -1,4 +1,4 @@
-"""What Redis' errors tell: of its own troubles nothing is mended."""
+"""Redis errors caused by spoiled keys, as opposed to faults of Redis itself, after which no key is repaired."""
 
 import pytest
 import redis

@@ -1,4 +1,4 @@
-"""What a door is asked for: names, and fields that are none."""
+"""Requests for jobs: default names, and fields that are refused."""
 
 import json
 from pathlib import Path
@@ -43,11 +43,11 @@ def test_the_description_refers_to_nothing_beyond_itself() -> None:
         ({"name": ".."}, "name: \"..\" can't be a job's name: no path can hold it."),
         ({"surprise": 1}, "surprise: there is no such field."),
         ({"query": "select 1"}, "query: only vectormill submit takes it, with VECTORMILL_DATABASE_URL set."),
-        ({"delimiter": "ab"}, "delimiter: give one sign of ASCII, tab, or, to quote, none."),
-        ({"delimiter": "none"}, "delimiter: give one sign of ASCII, or tab."),
-        ({"delimiter": '"'}, "delimiter: it can't be the quote too."),
-        ({"delimiter": "|", "quote": "|"}, "delimiter: it can't be the quote too."),
-        ({"quote": "é"}, "quote: give one sign of ASCII, tab, or, to quote, none."),
+        ({"delimiter": "ab"}, "delimiter: give one ASCII character, or tab; as quote also none."),
+        ({"delimiter": "none"}, "delimiter: give one ASCII character, or tab."),
+        ({"delimiter": '"'}, "delimiter: it can't be the quote character as well."),
+        ({"delimiter": "|", "quote": "|"}, "delimiter: it can't be the quote character as well."),
+        ({"quote": "é"}, "quote: give one ASCII character, or tab; as quote also none."),
         ({"carry": ["a", "b", "a"]}, 'carry: "a" is given twice.'),
         ({"by_value": True}, "by_value: it is what happens without by_reference; leave it out."),
         ({"idempotency_key": "a"}, "idempotency_key: send it as the header Idempotency-Key."),

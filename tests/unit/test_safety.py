@@ -1,4 +1,4 @@
-"""What no line of ours does, looked up in the code itself: SQL made of values, and ways to run what was read."""
+"""Static checks that no code makes SQL of values, or executes data that it has read."""
 
 import ast
 import re
@@ -13,9 +13,9 @@ _SQL = re.compile(
     r"\s*(select|insert into|update|delete from|with \w|create|drop|alter|copy|grant|revoke|lock|truncate|set local)\s",
     re.IGNORECASE,
 )
-#: Of SQLAlchemy, psycopg and Alembic: what takes a text for SQL as it stands.
+#: Functions of SQLAlchemy, psycopg and Alembic that take a text as SQL unchanged.
 _TAKERS = {"text", "SQL", "execute", "exec_driver_sql"}
-#: Calls by which what was read would run.
+#: Calls that would execute data.
 _NEVER = {
     "eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen",
     "subprocess.getoutput", "subprocess.getstatusoutput",
@@ -24,13 +24,13 @@ _NEVER_IMPORTED = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib
 
 
 def trees() -> Iterator[tuple[str, ast.AST]]:
-    """Every file, with the place that messages name."""
+    """Yield every file's path, as messages name it, and its syntax tree."""
     for path in _FILES:
         yield path.relative_to(_ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
 
 
 def is_constant(part: ast.expr) -> bool:
-    """Whether a part of a text is written in the code: a literal, a constant of a module, or made of these alone."""
+    """Return True if a part of a text stands in the code: a literal, a module's constant, or made of these alone."""
     match part:
         case ast.Constant():
             return True
@@ -48,7 +48,7 @@ def is_constant(part: ast.expr) -> bool:
 
 
 def is_made(part: ast.expr) -> bool:
-    """Whether an expression puts a text together."""
+    """Return True if an expression puts a text together."""
     match part:
         case ast.JoinedStr():
             return True
@@ -60,7 +60,7 @@ def is_made(part: ast.expr) -> bool:
 
 
 def first_words(part: ast.expr) -> str:
-    """The literal that an expression begins with."""
+    """Return the literal that an expression begins with."""
     match part:
         case ast.Constant(value=str(words)):
             return words
@@ -74,7 +74,7 @@ def first_words(part: ast.expr) -> str:
 
 
 def sql_of_values(tree: ast.AST) -> Iterator[int]:
-    """Lines where SQL is made of more than constants."""
+    """Yield the numbers of lines where SQL is made of more than constants."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and node.args and name_of(node.func).rpartition(".")[2] in _TAKERS:
             given = node.args[0]
@@ -85,7 +85,7 @@ def sql_of_values(tree: ast.AST) -> Iterator[int]:
 
 
 def name_of(function: ast.expr) -> str:
-    """A called function as it is written: `torch.load`."""
+    """Return the name of a called function as it is written: `torch.load`."""
     match function:
         case ast.Name(id=name):
             return name
@@ -95,7 +95,7 @@ def name_of(function: ast.expr) -> str:
 
 
 def ways_to_run(tree: ast.AST) -> Iterator[int]:
-    """Lines that might run what was read."""
+    """Yield the numbers of lines that might execute data."""
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=function, keywords=named):

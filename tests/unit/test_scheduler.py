@@ -1,4 +1,4 @@
-"""Whose chunk is rung for next."""
+"""Scheduler's choice of the job whose chunk is published next."""
 
 from collections import Counter
 from uuid import UUID
@@ -32,7 +32,7 @@ def job(number: int, *, workspace: int = 1, weight: float = 1.0, priority: int =
 
 
 def chosen(jobs: list[ActiveJob], room: int, sizes: list[int], in_flight: dict[int, int] | None = None) -> list[int]:
-    """The jobs' numbers in the order they are rung for; `in_flight` are tokens of jobs, by their numbers."""
+    """Return the jobs' numbers in the order of publishing. `in_flight` holds tokens in flight by a job's number."""
     spaces = {each.id.int: each.workspace_id for each in jobs}
     running = (in_flight or {}).items()
     tokens = Tokens([InFlight(UUID(int=number), "model", spaces[number], count) for number, count in running])

@@ -1,4 +1,4 @@
-"""Settings that stand in files."""
+"""Settings read from files."""
 
 from base64 import b64encode
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_a_secret_whose_file_says_nothing_is_a_mistake(
     if content is not None:
         file.write_text(content)
     monkeypatch.setenv("VECTORMILL_REDIS_URL_FILE", str(file))
-    with pytest.raises(UserError, match="VECTORMILL_REDIS_URL_FILE: name a file"):
+    with pytest.raises(UserError, match="VECTORMILL_REDIS_URL_FILE: give an absolute path"):
         load_settings()
 
 

@@ -1,4 +1,4 @@
-"""The children of `up`."""
+"""Child processes of `up`."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_each_shows_its_metrics_at_a_port_of_its_own(monkeypatch: pytest.MonkeyP
 
 
 def test_requests_are_finished_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The api stops before the engine that it needs, and both have the time of the longest request."""
+    """The api stops before the engine that it needs, and both may take as long as the longest request."""
     monkeypatch.setattr(stages, "_database_time", lambda _: datetime.now(UTC))
     running = _running()
     found = [{child.name: child for child in stage} for stage in stages.app_stages(running, 1)]

@@ -1,4 +1,4 @@
-"""OpenAI's token ids as text; tiktoken itself makes them."""
+"""Decoding of OpenAI's token ids to text, on ids that tiktoken itself makes."""
 
 import pytest
 import tiktoken

@@ -1,4 +1,4 @@
-"""What a database's error means to a person at the command line."""
+"""Database errors as the command line reports them."""
 
 import psycopg
 import pytest
@@ -11,7 +11,11 @@ from pipeline.db.database import reporting_unreachable
 @pytest.mark.parametrize(
     ("cause", "kind", "sentence"),
     [
-        (psycopg.errors.DiskFull("in /data/base/1"), ServiceUnreachable, "the database has no room (DiskFull)"),
+        (
+            psycopg.errors.DiskFull("in /data/base/1"),
+            ServiceUnreachable,
+            "the database is out of disk, memory or connections (DiskFull)",
+        ),
         (psycopg.errors.AdminShutdown("bye"), ServiceUnreachable, "can't reach the database"),
         (psycopg.errors.UndefinedTable("jobs"), UserError, "run: vectormill migrate"),
     ],

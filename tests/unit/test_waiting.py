@@ -1,4 +1,4 @@
-"""The words of a start that waits, and a slow child told from one that stands still."""
+"""Progress line of a start or stop, and the detection of a child that stands still."""
 
 import os
 import time
@@ -61,7 +61,7 @@ def test_a_process_that_computes_or_writes_to_its_log_does_not_stand_still(tmp_p
 
 def test_a_process_that_does_neither_stands_still(tmp_path: Path) -> None:
     now = 0.0
-    # Of a process that isn't, nothing changes.
+    # No process has this id, so nothing changes.
     standstill = Standstill(2**22 + 1, tmp_path / "a.log", clock=lambda: now)
     now = 90.0
     assert standstill.seconds() == 90.0

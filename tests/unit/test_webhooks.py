@@ -1,4 +1,4 @@
-"""Which addresses webhooks may be, how what they are told is signed, and when it is tried again."""
+"""Webhooks: allowed addresses, signatures, and retries."""
 
 import json
 import time
@@ -40,7 +40,7 @@ OTHER = "whsec_YWFhYWFhYWFhYWFhYWFhYWFhYWFhYWFh"
         ("ftp://10.0.0.5:8080/x", False),
         ("nonsense", False),
         ("", False),
-        # What some read in another way.
+        # Addresses that some parsers read in another way.
         ("https://etl.example.com/hooks/vectormill/../../admin", False),
         ("https://etl.example.com/hooks/vectormill/./x", False),
         ("https://etl.example.com/hooks/vectormill/%2e%2e/admin", False),
@@ -71,7 +71,7 @@ def test_what_is_refused_is_named_without_its_path() -> None:
 
 
 def test_the_example_of_the_specification() -> None:
-    """Of the Standard Webhooks' own libraries."""
+    """The example comes from the Standard Webhooks' own libraries."""
     event_id, timestamp, body = "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, '{"test": 2432232314}'
     assert signatures(SECRET, event_id, timestamp, body) == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 

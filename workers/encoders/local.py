@@ -206,4 +206,4 @@ class Encoder:
 
 def _without_memory(error: Exception) -> str | None:
     lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-    return "the device's memory doesn't hold this text" if lacking else None
+    return "the device ran out of memory on this text" if lacking else None

@@ -171,7 +171,7 @@ def _compare(folder: Path, encoder: Encoder, oracle: _Oracle) -> None:
     read = [encoder.tokenise(oracle.texts, queries=task == QUERY) for task in (DOCUMENT, QUERY)]
     for task, ids in oracle.far_ids.items():
         if list(encoder.tokenise([oracle.far_text], queries=task == QUERY).ids[0]) != ids:
-            raise ModelError(f"{folder}: a long {task} text is cut otherwise than by sentence-transformers.")
+            raise ModelError(f"{folder}: a long {task} text is truncated differently from sentence-transformers.")
     both = Tokenised(
         [ids for some in read for ids in some.ids],
         np.concatenate([some.lengths for some in read]),
@@ -183,7 +183,7 @@ def _compare(folder: Path, encoder: Encoder, oracle: _Oracle) -> None:
         if (furthest := float(distances.max())) > _FURTHEST:
             which = "long" if int(distances.argmax()) >= len(_SHORT) else "short"
             raise ModelError(
-                f"{folder}: a {which} {task} text comes out otherwise than by sentence-transformers (off by "
+                f"{folder}: a {which} {task} text has another vector than in sentence-transformers (off by "
                 f"{furthest:.1%} of its length): the model reads texts in a way that token ids alone don't give."
             )
 
@@ -260,7 +260,7 @@ def _check_weights(
             beside = f" (it has {unknown[0]} and {len(unknown)} such, which no part takes)" if unknown else ""
             raise ModelError(
                 f"{folder}: the weights lack {_some(lacking)}{beside}; sentence-transformers would fill them at "
-                "random. Save the model anew from where it was trained."
+                "random. Save the model again where it was trained."
             )
         if unknown:
             raise ModelError(

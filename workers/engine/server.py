@@ -144,7 +144,7 @@ def make_app(
     async def embed(request: Request) -> Response:
         # Checked before any of the body is read.
         if secret and not compare_digest(request.headers.get("authorization", "").encode(), authorization.encode()):
-            return Response(b"another VECTORMILL_ENGINE_SECRET", HTTPStatus.UNAUTHORIZED, _CLOSE)
+            return Response(b"VECTORMILL_ENGINE_SECRET doesn't match", HTTPStatus.UNAUTHORIZED, _CLOSE)
         try:
             body = await _read(request, _GROWTH * most_bytes + _FRAME_BYTES)
         except ClientDisconnect:

@@ -121,7 +121,7 @@ class Heartbeat:
                 models=sorted(served),
                 slots=len(self._settings.worker_devices) * self._settings.worker_replicas,
             )
-            rest = f"lost {_LOST_CHUNKS} chunks running; tries again later" if self._resting else None
+            rest = f"lost {_LOST_CHUNKS} chunks in a row; paused, retries later" if self._resting else None
             workers.rest(connection, self._worker_id, rest)
         self._consume(set() if self._resting else set(served.values()))
 

@@ -139,7 +139,7 @@ def _reply_to(given: Any) -> dict[str, str] | None:
         return None
     asker = given.get("routing_key") if isinstance(given, dict) else None
     if not isinstance(asker, str) or given.get("exchange") != _REPLIES:
-        raise Refused("its reply isn't to go where replies go")
+        raise Refused("its reply address isn't Celery's reply exchange")
     return {"exchange": _REPLIES, "routing_key": asker}
 
 

@@ -177,7 +177,7 @@ class UpstreamEncoder:
             self._next = Sent(request, leave, now + leave.wait_seconds)
             return None
         if leave.wait_seconds > left and not self._flying:
-            self._give_up(request.trouble or "lets no more through for now", leave.wait_seconds)
+            self._give_up(request.trouble or "is rate limited at the moment", leave.wait_seconds)
             return inf
         return now + leave.wait_seconds * random.uniform(1.0, 1.2) + 0.01  # noqa: S311  # nosec B311
 
@@ -366,7 +366,7 @@ class UpstreamEncoder:
         """Check the canary's vector. If it is right, the upstream works: bisect, retry or reject the judged request."""
         if not is_canary(reply.vectors[0], self._model.canary):
             self._state.doubt()
-            message = "the gateway's vector of the canary text differs from the catalogue's: it is another model by now"
+            message = "the canary text's vector differs from the catalogue's: the gateway now serves another model"
             self._ends_with = GatewayChanged(f"{self._upstream.url}: {message}", Reason.GATEWAY_REFUSED)
             return
         self._state.prove(self._limiter.opened)
@@ -403,5 +403,5 @@ class UpstreamEncoder:
         if answer.status == HTTPStatus.OK:
             message = f"{self._upstream.url} gives replies that can't be used: {answer.trouble}"
         elif reason is Reason.KEY_REFUSED:
-            message += f"; mend the key in {self._upstream.key_env or 'the variable that holds it'}, and resume"
+            message += f"; fix the key in {self._upstream.key_env or 'the variable that holds it'}, then resume the job"
         self._ends_with = self._ends_with or GatewayRefused(message, reason)

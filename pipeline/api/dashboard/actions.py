@@ -35,5 +35,5 @@ def _act(connection: Connection, viewer: Viewer, _fields: dict[str, str], *, job
             control.resume(connection, job_id)
         case "retry":
             if not control.retry(connection, job_id):
-                raise IllegalTransition("Nothing of this job can be tried again; its rejects say why.")
+                raise IllegalTransition("Nothing in this job can be retried; its rejects say why.")
     return f"/jobs/{job_id}"

@@ -45,7 +45,7 @@ _TITLES = {
     413: "Too large",
     503: "The database can't be reached",
 }
-_NOTHING_HERE = "There is nothing here that this key may see. Is the address whole?"
+_NOTHING_HERE = "Nothing here is visible to this key. Check that the address is complete."
 _FORMS_ONLY = "This address only takes what a page's buttons send. Go to the jobs, and use the buttons there."
 
 
@@ -72,7 +72,7 @@ class PageRoute(APIRoute):
                 raise
             except Exception as error:
                 log.exception("page_failed", path=request.url.path, error=type(error).__name__)
-                response = problem(request, 500, "The page failed; its reason stands in the api's log. Try again.")
+                response = problem(request, 500, "The page failed; the api's log has the reason. Try again.")
             response.headers.update(_HEADERS)
             return response
 

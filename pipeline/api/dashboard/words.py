@@ -148,9 +148,9 @@ REJECTS: dict[RejectCode, tuple[str, str]] = {
     RejectCode.BAD_KEY: ("The key can't be used.", "Give the row a short, printable key, and submit it again."),
     RejectCode.BAD_REQUEST: (
         "The line isn't a request for an embedding.",
-        "Mend the line that the message names, and upload the file again.",
+        "Fix the line that the message names, and upload the file again.",
     ),
-    RejectCode.BAD_ROW: ("The row can't be parsed.", "Mend the row that the message names, and submit it again."),
+    RejectCode.BAD_ROW: ("The row can't be parsed.", "Fix the row that the message names, and submit it again."),
     RejectCode.TOO_LONG: (
         "The text has more tokens than the model reads, and the job was told to reject such texts.",
         "Split it into passages, or submit with --on-long truncate.",
@@ -161,7 +161,7 @@ REJECTS: dict[RejectCode, tuple[str, str]] = {
     ),
     RejectCode.ENCODE_FAILED: (
         "The model failed on this text alone.",
-        "Read the message, then retry once the worker is mended.",
+        "Read the message, then retry once the worker is fixed.",
     ),
     RejectCode.CRASHED_WORKER: (
         "Twice a worker's process died while it embedded this text.",
@@ -179,19 +179,19 @@ REASONS: dict[Reason, tuple[str, str]] = {
     Reason.BY_USER: ("by a person", ""),
     Reason.WORKERS_FAILING: (
         "workers keep failing",
-        "Look at Workers for the reason that each gives, mend it, then resume.",
+        "Look at Workers for the reason that each gives, fix it, then resume.",
     ),
     Reason.MODEL_CANNOT_LOAD: (
         "no worker can load the model",
-        "Look at Workers for the reason; mend the model's files or its key, then start again.",
+        "Look at Workers for the reason; fix the model's files or its key, then start again.",
     ),
-    Reason.SOURCE_CHANGED: ("a source file has changed", "Put back the file as it was and retry, or submit it anew."),
-    Reason.SOURCE_DAMAGED: ("a source file can't be read", "Mend the file, then submit it anew."),
+    Reason.SOURCE_CHANGED: ("a source file has changed", "Restore the file as it was and retry, or submit it again."),
+    Reason.SOURCE_DAMAGED: ("a source file can't be read", "Fix the file, then submit it again."),
     Reason.STORAGE_REFUSED: (
         "the storage refuses access, or is full",
         "Give workers the credentials, or the disk the room, that the message names, then resume.",
     ),
-    Reason.TABLE_REFUSED: ("the target table refuses the vectors", "Mend the table as the message says."),
+    Reason.TABLE_REFUSED: ("the target table refuses the vectors", "Fix the table as the message says."),
     Reason.KEY_REFUSED: ("the gateway refuses the key", "Give workers a live key, then resume."),
     Reason.BUDGET_SPENT: ("the gateway's budget is spent", "Top it up or raise its limit, then resume."),
     Reason.GATEWAY_REFUSED: (

@@ -219,13 +219,15 @@ def _session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
 def _refusal(model: str, outcomes: "Counter[_Outcome]", wait: float) -> ApiError:
     """Return the error for the outcomes of the engines asked. The one that may pass soonest comes first."""
     if outcomes[_Outcome.FULL]:
-        return UpstreamUnavailable(f'The model "{model}" has no room now.', retry_after_seconds=wait)
+        return UpstreamUnavailable(f'The model "{model}" is at capacity.', retry_after_seconds=wait)
     if outcomes[_Outcome.LOST]:
-        return UpstreamUnavailable(f'The engine of the model "{model}" broke off.', retry_after_seconds=wait)
+        return UpstreamUnavailable(
+            f'The connection to the engine of the model "{model}" was lost.', retry_after_seconds=wait
+        )
     if outcomes[_Outcome.REFUSING]:
         return UpstreamUnavailable("The gateway and its engines don't share a secret.", retry_after_seconds=wait)
     if outcomes[_Outcome.UNREACHABLE]:
         return UpstreamUnavailable(f'No engine of the model "{model}" can be reached now.', retry_after_seconds=wait)
     if outcomes[_Outcome.CANT_LOAD]:
         return InternalError(f'The model "{model}" can\'t be loaded.')
-    return UpstreamUnavailable(f'The model "{model}" is served by no engine now.', retry_after_seconds=wait)
+    return UpstreamUnavailable(f'No engine serves the model "{model}" now.', retry_after_seconds=wait)

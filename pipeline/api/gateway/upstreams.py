@@ -141,7 +141,7 @@ def _refusal(upstream: Upstream, reply: aiohttp.ClientResponse) -> Exception:
     log.warning("upstream_refuses", url=upstream.url, status=reply.status)
     if reply.status in _UNAVAILABLE:
         told = told_wait_seconds(reply.headers, time.time())
-        return UpstreamUnavailable("The model has no room now.", retry_after_seconds=1 if told is None else told)
+        return UpstreamUnavailable("The model is at capacity.", retry_after_seconds=1 if told is None else told)
     if reply.status in TEXTS_FAULT:
         return InvalidPayload("The model refuses this input; it may be too long.", param="input")
     return InternalError("The model failed.")

@@ -78,12 +78,12 @@ async def get_usage(
     request: Request,
     by: Annotated[Literal["day", "model", "key", "job", "label"], Query()] = "day",
     label: Annotated[
-        str | None, Query(max_length=100, pattern="^[^\0]*$", description="For by=label: its name.")
+        str | None, Query(max_length=100, pattern="^[^\0]*$", description="With by=label: the label's name.")
     ] = None,
     begin: Annotated[datetime | None, Query(description="Default: 30 days ago.")] = None,
     end: Annotated[datetime | None, Query(description="Default: now.")] = None,
     workspace: Annotated[
-        str | None, Query(max_length=200, pattern="^[^\0]*$", description="Of an admin: another workspace's.")
+        str | None, Query(max_length=200, pattern="^[^\0]*$", description="For admins: another workspace's.")
     ] = None,
 ) -> UsageList:
     """Return tokens and cost of your workspace, by day, model, key, job or label."""

@@ -25,9 +25,9 @@ class Worker(BaseModel):
     host: str
     device: str
     models: list[str]
-    dropped: dict[str, str] = Field(description="Models that it gave up, each with its reason.")
+    dropped: dict[str, str] = Field(description="Models that it dropped, each with the reason.")
     slots: int
-    resting: str | None = Field(description="Why it takes no chunks for now.")
+    resting: str | None = Field(description="Reason why it takes no chunks at the moment.")
     started_at: datetime
     seen_at: datetime
 

@@ -45,10 +45,10 @@ async def list_jobs(
     request: Request,
     state: Annotated[list[JobState], Query(description="May be repeated.")] = [],  # noqa: B006 - FastAPI copies it
     model: Annotated[str | None, Query(max_length=200, pattern=_TEXT)] = None,
-    name: Annotated[str | None, Query(max_length=200, pattern=_TEXT, description="A part of it.")] = None,
+    name: Annotated[str | None, Query(max_length=200, pattern=_TEXT, description="A part of the name.")] = None,
     label: Annotated[list[str], Query(max_length=20, description="K=V; may be repeated.")] = [],  # noqa: B006
     workspace: Workspace = None,
-    after: Annotated[UUID | None, Query(description="The page before this one's `after`.")] = None,
+    after: Annotated[UUID | None, Query(description="`after` of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> JobPage:
     """List your jobs, newest first; an admin's key sees everybody's."""
@@ -78,7 +78,7 @@ def _label(pair: str) -> tuple[str, str]:
 
 @router.get("/{job}", openapi_extra=SECURITY)
 async def get_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
-    """Return a job's status. The job is found by its id, the beginning of its id, or its name."""
+    """Return a job's status. The job is found by its id, a unique prefix of it, or its name."""
     return await ask_of_job(request, job, status.job_status, workspace)
 
 
@@ -90,7 +90,7 @@ async def cancel_job(request: Request, job: str, workspace: Workspace = None) ->
 
 @router.post("/{job}/pause", responses=problems(409), openapi_extra=SECURITY)
 async def pause_job(request: Request, job: str, workspace: Workspace = None) -> JobStatus:
-    """Pause a job: no further chunk of it starts."""
+    """Pause a job: running chunks finish, no others start."""
     return await ask_of_job(request, job, _then_status(control.pause), workspace, changes_ended=False)
 
 
@@ -135,7 +135,7 @@ def _then_status(act: Callable[[Connection, UUID], Any]) -> Callable[[Connection
 async def get_receipt(
     request: Request,
     job: str,
-    verify: Annotated[bool, Query(description="Count the rows themselves, one by one; takes long.")] = False,
+    verify: Annotated[bool, Query(description="Count the rows themselves, one by one; slow.")] = False,
     workspace: Workspace = None,
 ) -> Receipt:
     """Return a job's receipt: items in = embedded + reused + rejected + cancelled."""
@@ -157,7 +157,7 @@ async def list_chunks(
     request: Request,
     job: str,
     state: Annotated[list[ChunkState], Query(description="May be repeated.")] = [],  # noqa: B006
-    after: Annotated[int, Query(ge=-1, lt=2**63, description="The page before this one's `after`.")] = -1,
+    after: Annotated[int, Query(ge=-1, lt=2**63, description="`after` of the previous page.")] = -1,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     workspace: Workspace = None,
 ) -> ChunkPage:
@@ -181,12 +181,12 @@ async def list_chunks(
 async def list_rejects(
     request: Request,
     job: str,
-    code: Annotated[RejectCode | None, Query(description="Only of this code.")] = None,
+    code: Annotated[RejectCode | None, Query(description="Only with this code.")] = None,
     format: Annotated[  # noqa: A002 - what callers write
         Literal["json", "jsonl", "csv"], Query(description="jsonl and csv stream all of them.")
     ] = "json",
-    after: Annotated[int, Query(ge=-1, lt=2**63, description="The page before this one's `after`.")] = -1,
-    limit: Annotated[int, Query(ge=1, le=1_000, description="Of a page.")] = 100,
+    after: Annotated[int, Query(ge=-1, lt=2**63, description="`after` of the previous page.")] = -1,
+    limit: Annotated[int, Query(ge=1, le=1_000, description="Size of a page.")] = 100,
     workspace: Workspace = None,
 ) -> Any:
     """List a job's items that could not be embedded, each with its code and the reason."""
@@ -266,10 +266,10 @@ async def get_results(
     job: str,
     format: Annotated[Literal["parquet", "jsonl"], Query()] = "parquet",  # noqa: A002 - what callers write
     first: Annotated[int, Query(ge=0, lt=2**63, description="From this index on.")] = 0,
-    end: Annotated[int | None, Query(ge=0, lt=2**63, description="To before this index. Default: all.")] = None,
+    end: Annotated[int | None, Query(ge=0, lt=2**63, description="Up to this index, exclusive. Default: all.")] = None,
     workspace: Workspace = None,
 ) -> Response:
-    """Download a job's vectors in index order. The file is streamed: it is made while it is sent."""
+    """Download a job's vectors in index order. The file is streamed while it is made."""
     job_id = await ask_of_job(request, job, lambda _, found: found, workspace)
     until = results.LAST_INDEX if end is None else end
     transfers: Transfers = request.app.state.transfers

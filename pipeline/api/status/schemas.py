@@ -25,7 +25,7 @@ class Chunk(BaseModel):
     first_index: int
     items: int
     state: ChunkState
-    fence: int = Field(description="How often it was claimed, and reopened.")
+    fence: int = Field(description="Number of times that it was claimed or reopened.")
     crashes: int
     last_error: str | None
     embedded: int
@@ -63,7 +63,7 @@ class RejectPage(BaseModel):
 
     data: list[Rejected]
     counts: dict[str, int] | None = Field(
-        description="All of the job's rejects by code, with the first page; null: this is another."
+        description="All of the job's rejects by code, on the first page only; null on later pages."
     )
     has_more: bool
     after: int | None = Field(description="Send it as `after` for the next page.")

@@ -97,7 +97,7 @@ async def create_job(
         Header(min_length=1, max_length=200, description="Sending the same again attaches to the job made first."),
     ] = None,
     workspace: Annotated[
-        str | None, Query(max_length=200, pattern="^[^\0]*$", description="Of an admin: make it there.")
+        str | None, Query(max_length=200, pattern="^[^\0]*$", description="For admins: workspace to make it in.")
     ] = None,
 ) -> Any:
     """Create a job from files that are uploaded as `multipart/form-data`, or, as JSON, from `sources` that the operator
@@ -123,7 +123,7 @@ async def create_job(
         job = await ask(request, lambda connection: status.job_status(connection, made.job_id))
     except UnknownJob as error:
         raise SubmissionUndone(
-            "An earlier request with this idempotency key has just come to nothing; send this one again.",
+            "An earlier request with this idempotency key has just failed; send this one again.",
             retry_after_seconds=1,
         ) from error
     if made.attached:
@@ -184,7 +184,9 @@ async def _submit_form(
     try:
         wish = read_sent(_fields(form))
         if wish.by_reference or wish.sources:
-            raise InvalidPayload("sources: they and by_reference are for a job without an upload.", param="sources")
+            raise InvalidPayload(
+                "sources: an upload takes neither sources nor by_reference; leave them out.", param="sources"
+            )
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
         return await transfers.run(owner, lambda engine: _submit_upload(engine, owner, settings, wish, files, key))
     finally:
@@ -218,7 +220,7 @@ def _submit_upload(
     engine: Engine, owner: int, settings: Settings, wish: JobRequest, files: Sequence[UploadFile], key: str | None
 ) -> Submitted:
     if not files:
-        raise InvalidPayload("file: the form has none.", param="file")
+        raise InvalidPayload("file: the form has no file.", param="file")
     with TemporaryDirectory(prefix="vectormill-upload-") as kept:
         uploads = [_keep(file, Path(kept, str(number))) for number, file in enumerate(files)]
         corpus = UploadedCorpus(uploads, wish.columns, settings.item_bytes)
@@ -280,7 +282,7 @@ def _must_be_allowed(field: str, place: str, allowed: Sequence[str], variable: s
     """
     if place != "-" and not is_remote(place) and not Path(place).is_absolute():
         # Each process has a working folder of its own, so a relative path is ambiguous.
-        raise UserError(f"{place} is relative; give a whole path, such as /data/docs, or a URI.", field=field)
+        raise UserError(f"{place} is relative; give an absolute path, such as /data/docs, or a URI.", field=field)
     # Dots after a link would lead out of the link's target. A dash is this process's own standard input.
     odd = place == "-" or {".", ".."} & set(place.split("/"))
     if odd or not any(_is_below(place, folder) for folder in allowed):
@@ -296,8 +298,7 @@ def _must_stay_within(corpus: Corpus, allowed: Sequence[str]) -> None:
     """
     if not all(file.uri and any(_is_below(file.uri, folder) for folder in allowed) for file in corpus.files):
         raise UserError(
-            "a link in what they name leads out of the places that this gateway's operator allows "
-            "(VECTORMILL_API_SOURCES).",
+            "a link in them leads out of the places that this gateway's operator allows (VECTORMILL_API_SOURCES).",
             field="sources",
         )
 

@@ -54,10 +54,11 @@ class NewBatch(BaseModel):
     input_file_id: str = Field(max_length=100, pattern=_NO_NUL, description="A file uploaded for the purpose batch.")
     endpoint: Literal["/v1/embeddings"]
     completion_window: str = Field(max_length=10, description="24h, or another number of h or d, up to 30d.")
-    metadata: dict[_Key, _Value] | None = Field(default=None, max_length=16, description="Kept with batch and job.")
-    output_expires_after: ExpiresAfter | None = Field(default=None, description="Of the output and the error file.")
+    metadata: dict[_Key, _Value] | None = Field(default=None, max_length=16, description="Stored with batch and job.")
+    output_expires_after: ExpiresAfter | None = Field(default=None, description="Expiry of output and error file.")
     max_rejects: _Limit = Field(
-        default="", description="Fail beyond so many bad lines, 50 or `2.5%`. Default: 10 % from 100 lines on."
+        default="",
+        description="Fail if more lines than this are rejected, such as 50 or `2.5%`. Default: 10 % from 100 lines on.",
     )
 
 
@@ -129,9 +130,9 @@ class Batch(Listed):
     cancelling_at: int | None
     cancelled_at: int | None
     request_counts: RequestCounts
-    usage: BatchUsage | None = Field(description="Once it has ended.")
+    usage: BatchUsage | None = Field(description="Null until it has ended.")
     metadata: dict[str, str] | None
-    job_id: str | None = Field(description="The job that it is, for the status API.")
+    job_id: str | None = Field(description="Id of the batch request's job in the status API.")
 
 
 class BatchList(Page[Batch]):

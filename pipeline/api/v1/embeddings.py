@@ -49,7 +49,7 @@ class Embedding(BaseModel):
     object: str = "embedding"
     index: int
     embedding: list[float] | str
-    truncated: bool | None = Field(default=None, description="True: the text was cut at the model's longest.")
+    truncated: bool | None = Field(default=None, description="True: the text was truncated at the model's token limit.")
 
 
 class Usage(BaseModel):
@@ -114,7 +114,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "unauthorized, invalid_api_key",
         404: "model_not_found",
         413: "invalid_payload: the body is too large",
-        415: "unsupported_media_type: the body is packed in a way that isn't read",
+        415: "unsupported_media_type: the body's content encoding or charset isn't supported",
         422: "bad_vector: the model's vector of a text is zero or not finite",
         429: "rate_limited",
         500: "internal_error",
@@ -188,7 +188,7 @@ def _dimensions(model: RowMapping, wanted: int | None) -> int:
         return native
     if wanted not in sizes:
         known = ", ".join(map(str, sizes))
-        raise InvalidPayload(f"{model['name']} gives {known} dimensions, not {wanted}.", param="dimensions")
+        raise InvalidPayload(f"{model['name']} supports {known} dimensions, not {wanted}.", param="dimensions")
     return wanted
 
 

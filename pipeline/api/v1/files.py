@@ -131,7 +131,7 @@ async def _keep(request: Request, caller: Caller, settings: Settings, transfers:
 def _read_form(form: FormData) -> tuple[UploadFile, float | None]:
     purpose, file = form.get("purpose"), form.get("file")
     if not isinstance(file, UploadFile):
-        raise InvalidPayload("file: the form has none.", param="file")
+        raise InvalidPayload("file: the form has no file.", param="file")
     if purpose != "batch":
         raise InvalidPayload('purpose must be "batch".', param="purpose")
     seconds = form.get("expires_after[seconds]")

@@ -8,7 +8,9 @@ from pydantic import BaseModel
 
 from pipeline.core.errors import InvalidPayload
 
-After = Annotated[str | None, Query(max_length=100, pattern="^[^\0]*$", description="The last id of the page before.")]
+After = Annotated[
+    str | None, Query(max_length=100, pattern="^[^\0]*$", description="The last id of the previous page.")
+]
 
 
 class Listed(BaseModel):
@@ -19,7 +21,7 @@ class Listed(BaseModel):
 
 def unknown_cursor(kind: str, after: str) -> InvalidPayload:
     """Return the error for a cursor that names no entry: the page's first entry can't be determined."""
-    return InvalidPayload(f'after: no such {kind} "{after}"; send the last id of the page before.', param="after")
+    return InvalidPayload(f'after: no such {kind} "{after}"; send the last id of the previous page.', param="after")
 
 
 Shown = TypeVar("Shown", bound=Listed)

@@ -1,5 +1,5 @@
-"""What a Python process whose clock is ahead begins with: the library that shows it another time makes its sleep fail
-(libfaketime 0.9.10: `clock_nanosleep` until a monotonic moment ends with EINVAL)."""
+"""Start-up code of a Python process whose clock is ahead. It replaces `time.sleep`, which fails under libfaketime
+0.9.10: `clock_nanosleep` until a monotonic moment ends with EINVAL."""
 
 import select
 import time

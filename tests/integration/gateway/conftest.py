@@ -1,4 +1,4 @@
-"""What tests of the gateway's client share."""
+"""Shared fixtures of tests of the upstream client."""
 
 from collections.abc import Iterator
 

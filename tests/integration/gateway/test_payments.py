@@ -1,4 +1,4 @@
-"""What was paid for is committed, and each attempt is written down once, before it is made."""
+"""Paid work of an upstream: its vectors are committed, and each attempt is recorded once, before it is made."""
 
 import json
 import threading
@@ -37,7 +37,7 @@ def test_what_was_paid_for_is_committed_while_more_is_under_way(world: World, fa
 
 
 def _cancelled(world: World) -> Claim:
-    """A claim on a chunk whose job is being cancelled since."""
+    """Claim a chunk, then set its job to cancelling."""
     claim = taken(world.engine, world.job)
     run_sql(world.engine, "update vectormill.jobs set state = 'cancelling' where id = :job", job=world.job)
     return claim
@@ -54,7 +54,7 @@ def test_a_cancelled_chunk_awaits_what_is_under_way_between_commits(world: World
         yield b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
 
     def answer(asked: dict[str, Any]) -> Answer | Iterator[bytes]:
-        if len(far.requests) == 4:  # the canary's, and three more
+        if len(far.requests) == 4:  # the canary's request and three more
             watch.cancelled = True
             all_are_out.set()
         return good(asked) if asked["input"] == [CANARY] else held(asked)
@@ -73,7 +73,7 @@ def test_an_attempt_whose_commit_was_not_heard_of_is_written_once(world: World) 
 
 
 def test_a_database_that_is_away_is_no_hang(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = Watch(hung_after_seconds=-1, most_seconds=60)  # hung at once, unless it rests
+    watch = Watch(hung_after_seconds=-1, most_seconds=60)  # hung at once, unless the watch rests
     hung: list[bool] = []
     begin = store_attempts.begin
 

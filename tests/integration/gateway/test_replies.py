@@ -1,4 +1,4 @@
-"""What a gateway answers is looked at before anything is written: vectors of the right texts, by the right model."""
+"""Checks of an upstream's replies before anything is written: vectors of the right texts, by the right model."""
 
 import base64
 import random
@@ -32,7 +32,7 @@ def test_texts_go_out_packed_and_come_back_in_their_order(world: World, far: Scr
     assert all(request["encoding_format"] == "base64" for request in far.requests)
     assert set(far.keys) == {"Bearer sk-one"}
     assert len(far.connections) <= 3, "connections are kept alive"
-    # The gateway's own counts: two words a text, eleven the canary.
+    # The upstream's own counts: two words per text, eleven for the canary.
     assert run_sql(world.engine, "select prompt_tokens from vectormill.usage") == [(2 * ITEMS,)]
     assert run_sql(world.engine, "select sum(billed_tokens) from vectormill.attempts") == [(2 * ITEMS + 11,)]
     assert world.statuses() == {"ok"}
@@ -72,7 +72,7 @@ def _set(**fields: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def test_a_broken_reply_is_never_written(world: World, far: ScriptedGateway) -> None:
-    # All but the canary's are broken: then it's the texts that the gateway can't answer.
+    # The canary's reply alone is good, so the texts are to blame.
     far.answer = _with(_set(embedding=[0.5] * (DIMENSIONS - 1)))
     assert world.model.upstream
     world.run(model=replace(world.model, upstream=replace(world.model.upstream, request_inputs=4)))
@@ -82,7 +82,7 @@ def test_a_broken_reply_is_never_written(world: World, far: ScriptedGateway) -> 
 
 
 def test_no_reply_brings_vectors_of_the_wrong_texts(world: World, far: ScriptedGateway) -> None:
-    far.answer = _with(_set(index=0))  # right for single texts only, and so they go out in the end
+    far.answer = _with(_set(index=0))  # right for single texts only, so in the end each goes out alone
     world.run()
     world.must_be_done()
 

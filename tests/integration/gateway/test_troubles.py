@@ -1,4 +1,4 @@
-"""What passes is waited for, and no longer than it may last; what a person must mend pauses the jobs."""
+"""Upstream failures: transient ones are retried until a deadline, those that need a person pause the jobs."""
 
 import os
 import random
@@ -68,7 +68,7 @@ def test_a_claim_that_finds_the_breaker_open_sends_the_canary(world: World, far:
         other = RateLimiter(redis, world.model.upstream, key="sk-one")
         for leave in [other.reserve(10, 1.0) for _ in range(5)]:
             other.failed(leave, None)
-        redis.hset(f"vectormill:throttle:{account_of(world.model.upstream, 'sk-one')}", "open", 0)  # a second later
+        redis.hset(f"vectormill:throttle:{account_of(world.model.upstream, 'sk-one')}", "open", 0)  # the wait is over
     far.requests.clear()
     world.run(taken(world.engine, make_job(world.engine, world.model, 1)))
     assert [request["input"] for request in far.requests] == [[CANARY], ["text 0"]]
@@ -88,7 +88,7 @@ def test_a_claim_that_finds_the_breaker_open_sends_the_canary(world: World, far:
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else None,
 )
 def test_what_a_person_must_mend(world: World, far: ScriptedGateway, answer: Answer, reason: str, word: str) -> None:
-    world.run()  # the canary is known by now, so that the chunk's own requests meet it
+    world.run()  # so that the canary is known, and the chunk's own requests meet the failure
     run_sql(world.engine, "delete from vectormill.embeddings")
     run_sql(world.engine, "update vectormill.chunks set state = 'pending', embedded = 0, prompt_tokens = 0")
     passing = iter([True])
@@ -140,7 +140,7 @@ def test_a_slow_pace_is_no_reason_to_give_up(
     far.answer = lambda asked: good(asked, x_ratelimit_limit_requests="60")
     world.run()
     world.must_be_done()
-    # Six requests, a second apart.
+    # Six requests, one second apart.
     ((seconds,),) = run_sql(world.engine, "select sum(device_seconds) from vectormill.usage")
     ((taken_seconds,),) = run_sql(
         world.engine, "select extract(epoch from max(finished_at) - min(started_at)) from vectormill.attempts"

@@ -1,4 +1,4 @@
-"""A text is rejected when it alone fails, and the canary doesn't; a request is split when it is too large."""
+"""Rejects by an upstream: a text that fails alone while the canary passes. Requests that are too large are split."""
 
 import base64
 from typing import Any
@@ -51,7 +51,7 @@ def test_texts_whose_vectors_are_always_bad_are_rejected(world: World, far: Scri
 
 
 def test_vectors_that_are_bad_for_a_while_convict_nobody(world: World, far: ScriptedGateway) -> None:
-    """The canary comes through, and whole requests don't."""
+    """The canary passes while whole requests fail."""
     times: list[int] = []
 
     def answer(asked: dict[str, Any]) -> Answer:
@@ -86,7 +86,7 @@ def test_a_text_for_which_the_gateway_goes_away_is_rejected_alone(
             return good(asked)
         return error(status) if status else None
 
-    world.run()  # the canary is known
+    world.run()  # so that the canary is known
     far.answer = answer
     world.run(taken(world.engine, make_job(world.engine, world.model, 1)))
     assert world.rejects() == [(0, "gateway_failed")], "though nothing else came through"

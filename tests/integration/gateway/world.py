@@ -1,4 +1,4 @@
-"""A job whose model is behind a scripted gateway."""
+"""Job whose model is behind a scripted upstream."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ ITEMS = 40
 
 
 def upstream_of(far: ScriptedGateway) -> Upstream:
-    """How it is asked for, before anything is known of it."""
+    """Return the upstream's settings before anything is known of its replies."""
     return Upstream(
         url=far.url,
         model="embed-1",
@@ -36,7 +36,7 @@ def upstream_of(far: ScriptedGateway) -> Upstream:
 
 
 class World:
-    """A job of `ITEMS` items in one chunk, whose model is behind a gateway."""
+    """Job of `ITEMS` items in one chunk, whose model is behind an upstream."""
 
     def __init__(self, engine: Engine, redis_url: str, far: ScriptedGateway) -> None:
         self.engine, self.redis_url = engine, redis_url
@@ -72,12 +72,12 @@ class World:
 
     @property
     def chunk(self) -> dict[str, Any]:
-        """Where the chunk stands."""
+        """The chunk's row."""
         (row,) = chunk_rows(self.engine, self.job)
         return dict(row)
 
     def must_be_done(self, embedded: int = ITEMS) -> None:
-        """All items are settled, and those embedded have their own vector."""
+        """Check that the chunk is done, and that each embedded item has its own vector."""
         chunk = self.chunk
         assert (chunk["state"], chunk["embedded"], chunk["crashes"]) == ("done", embedded, 0)
         rows = run_sql(self.engine, "select index, vector::real[], tokens from vectormill.embeddings order by index")
@@ -86,9 +86,9 @@ class World:
             np.testing.assert_allclose(vector, vector_of(f"text {index}"), atol=1e-6)
 
     def rejects(self) -> list[tuple[int, str]]:
-        """What was rejected."""
+        """Return the index and code of each reject."""
         return [(row[0], row[1]) for row in run_sql(self.engine, "select index, code from vectormill.rejects")]
 
     def statuses(self) -> set[str]:
-        """How the attempts went."""
+        """Return the distinct statuses of the attempts."""
         return {row[0] for row in run_sql(self.engine, "select distinct status from vectormill.attempts")}

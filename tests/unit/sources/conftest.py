@@ -1,4 +1,4 @@
-"""What tests of sources share."""
+"""Fixture of the tests of sources: a working directory for each test."""
 
 from pathlib import Path
 

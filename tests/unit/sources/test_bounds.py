@@ -1,4 +1,4 @@
-"""Nothing that is read is held whole: lines, blocks and dictionaries are bounded."""
+"""Memory bounds of readers: lines, blocks and dictionaries are never held whole."""
 
 import tracemalloc
 

@@ -1,4 +1,4 @@
-"""Each broken file, and each column that isn't there, is told in one sentence."""
+"""Errors about broken files and missing columns, one sentence each."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which files a corpus is, and whether they are still the same."""
+"""Files of a corpus: discovery, fingerprint, and detection of changes."""
 
 import os
 

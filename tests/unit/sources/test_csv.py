@@ -1,4 +1,4 @@
-"""CSV and TSV: what divides fields, what quotes them, and what is said of quotes that may not be meant."""
+"""CSV and TSV: delimiters, quoting, and notices about quotes that may not be meant."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ STRAY = 'id\ttext\n1\tplain\n2\t"one stray quote\n3\tthree\n4\tfive inches: 5"\n
 
 
 def notices(*sources: str, columns: Columns = DEFAULT) -> list[str]:
-    """Return what is said of a corpus, the same by value and by reference."""
+    """Return the notices about a corpus, which are the same by value and by reference."""
     by_value, by_reference = (Corpus(sources, columns, ITEM_BYTES) for _ in range(2))
     assert list(by_value.blocks())
     for file in by_reference.files:
@@ -45,7 +45,7 @@ def test_quotes_that_tsv_keeps_are_said() -> None:
     assert notices("a.tsv", columns=Columns(quote="")) == []
     assert read("a.tsv", columns=Columns(quote='"')).texts == [b"plain", b'a "b"', b"c"]
     assert refusal(put("b.tsv", '"id"\t"text"\n"1"\t"x"\n')) == (
-        "quote: b.tsv line 1: the names stand in quotes, which aren't read; set it to '\"'."
+        "quote: b.tsv line 1: the column names are quoted, but quoting is off for this file; set the option to '\"'."
     )
     assert refusal(put("c.tsv", 'id\ttext\n1\t"two\nlines"\n')) == (
         "c.tsv line 3: 1 field where the header has 2; if its quotes quote, set quote to '\"'."

@@ -1,4 +1,4 @@
-"""Whatever happens to a file's bytes, it is read or refused in one sentence, alike by value and by reference."""
+"""Damaged files: each is read, or refused in one sentence, alike by value and by reference."""
 
 import csv
 import gzip
@@ -28,7 +28,7 @@ ITEM_BYTES = 60
 COLUMNS = Columns(carry=("n",), quote='"')
 TEXTS = ["plain", "é数🙂", "", "two\nlines", "a\0b", ' "quoted", ', "x" * 70, "\u2028\x85", " \t", "tail"] * 2
 
-#: Key, text, what is wrong with it and on which line, what is carried.
+#: Key, text, problem after the number of its line, carried columns.
 Row = tuple[str | None, bytes | None, str, bytes]
 
 
@@ -59,7 +59,7 @@ def _parquet(**options: object) -> bytes:
     return file.getvalue()
 
 
-#: The lines of text formats, so that it is known where each row ends.
+#: Lines of the text formats, kept apart so that the end of each row is known.
 LINES = {"jsonl": _json_lines(), "csv": _csv_lines(","), "tsv": _csv_lines("\t")}
 PACKINGS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -70,7 +70,7 @@ FILES = {
     **{f"a.{kind}{end}": pack(b"".join(lines)) for kind, lines in LINES.items() for end, pack in PACKINGS.items()},
     "a.parquet": _parquet(),
 }
-#: More ways to write Parquet; no name of their own.
+#: More ways to write Parquet, without file names of their own.
 PARQUETS = [
     FILES["a.parquet"],
     _parquet(use_dictionary=False, compression="none"),
@@ -81,20 +81,20 @@ PARQUETS = [
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Some bytes are gone, and others stand in their place."""
+    """Replacement of some bytes by others."""
 
-    #: Of the first byte; beyond the end it begins anew.
+    #: Offset of the first byte, which wraps around at the file's end.
     at: int
-    #: How many are gone; `None`: all that follow.
+    #: Number of bytes removed. None removes all that follow.
     gone: int | None
     put: bytes
 
     def start(self, data: bytes) -> int:
-        """Where the damage begins."""
+        """Return the offset at which the damage begins."""
         return self.at % (len(data) + 1)
 
     def of(self, data: bytes) -> bytes:
-        """The damaged file."""
+        """Return the damaged file."""
         start = self.start(data)
         rest = b"" if self.gone is None else data[start + self.gone :]
         return data[:start] + self.put + rest
@@ -124,12 +124,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_value(path: Path) -> list[Row] | str:
-    """Its rows, or why it is refused."""
+    """Return the file's rows, or the reason of its refusal."""
     return _outcome(path, lambda: _rows(Corpus([str(path)], COLUMNS, ITEM_BYTES).blocks()))
 
 
 def by_reference(path: Path) -> list[Row] | str:
-    """The same as planning and workers see it."""
+    """Return the same as `by_value`, as planning and workers see it."""
 
     def read() -> Iterator[Row]:
         planned = list(extents(Corpus([str(path)], COLUMNS, ITEM_BYTES), 3))
@@ -163,20 +163,20 @@ def _rows(blocks: Iterator[Rows]) -> Iterator[Row]:
 
 
 def check(path: Path, data: bytes) -> list[Row] | str:
-    """Read a file by both ways, and return what the first one says."""
+    """Read a file both by value and by reference, compare, and return the outcome by value."""
     path.write_bytes(data)
     value, reference = by_value(path), by_reference(path)
     if isinstance(value, list):
         assert reference == value
     elif isinstance(reference, list):
-        # A line that is no JSON object is met by the worker alone.
+        # Only the worker finds a line that is no JSON object.
         assert ".jsonl" in path.name
         assert any("not valid JSON" in fault or "not a JSON object" in fault for _, _, fault, _ in reference)
     return value
 
 
 def damaged(data: bytes, damages: list[Damage]) -> bytes:
-    """A file's bytes after one damage and the next."""
+    """Return a file's bytes after one damage and the next."""
     for damage in damages:
         data = damage.of(data)
     return data
@@ -237,7 +237,7 @@ def test_damaged_statistics_of_parquet_do_not_end_the_process(folder: Path) -> N
 
 def test_rows_that_a_damaged_parquet_file_lacks_are_missed(folder: Path) -> None:
     data = _parquet(write_statistics=False)
-    # Of the first column in the first row group: seven values become -44, as varints in zigzag.
+    # The first column of the first row group claims -44 values instead of seven, as zigzag varints.
     at = data.index(b"\x02id\x15\x02\x16\x0e") + len(b"\x02id\x15\x02\x16")
     found = check(folder / "a.parquet", Damage(at, 1, b"\x57").of(data))
     assert found == f"{folder}/a.parquet row 1: 7 rows that the footer names aren't there; make the file again."
@@ -257,14 +257,14 @@ def test_parquet_of_any_encoding_is_read(encoding: str, folder: Path) -> None:
 
 def test_a_page_that_claims_more_bytes_than_there_are_is_refused(folder: Path) -> None:
     data = PARQUETS[1]
-    # The first page's header begins the file: its kind, and its size unpacked and packed, 62 bytes in zigzag.
+    # The first page's header begins the file: its type, and its size uncompressed and compressed, 62 bytes in zigzag.
     assert data[4:10] == b"\x15\x00\x15\x7c\x15\x7c"
     for at in (7, 9):
         found = check(folder / "a.parquet", Damage(at, 1, b"\xf8\xff\xff\xff\x07").of(data))
         assert found == f"{folder}/a.parquet: the data is damaged; make the file again."
 
 
-#: A string of statistics that is said to be longer than a place in a file can be told.
+#: String of statistics whose declared length is beyond any offset in a file.
 ENDLESS = b"\x18" + b"\xff" * 9 + b"\x01"
 
 
@@ -275,11 +275,11 @@ ENDLESS = b"\x18" + b"\xff" * 9 + b"\x01"
         ENDLESS[:-1] + b"\x7f",
         b"\x18" + b"\xff" * 8 + b"\x7f",
         b"\x19\x1c",  # a list
-        b"\x1c" * 10,  # structs in structs
-        b"\x15\x00" * 20,  # numbers without end
-        b"\x15\x00\x15\x7c\x15\x7c\x00",  # without the header of its kind
+        b"\x1c" * 10,  # nested structs
+        b"\x15\x00" * 20,  # integers without end
+        b"\x15\x00\x15\x7c\x15\x7c\x00",  # no header of its own page type
         b"\x15\x00\x15\x7c\x15\x7c\x2c\x15\x01\x00\x00",  # -1 values
-        # A page of 62 bytes by fields that Arrow doesn't heed.
+        # The page's size of 62 bytes stands in fields that Arrow ignores.
         b"\x15\x00\x15\x7d\x15\x7c\x06\x04\x7c\x2c\x15\x02\x00\x00",
         b"\x15\x00\x15\x7d\x15\x7c\x05\x84\x80\x10\x7c\x2c\x15\x02\x00\x00",
     ],
@@ -290,7 +290,7 @@ def test_a_page_whose_header_cannot_be_read_is_refused(header: bytes, folder: Pa
 
 
 class CountedReads(io.BytesIO):
-    """Bytes, and how many times they have been read."""
+    """Bytes that count how many times they are read."""
 
     reads = 0
 
@@ -328,7 +328,7 @@ def test_a_header_is_not_read_without_end() -> None:
 
 
 def test_a_column_that_repeats_without_being_a_list_is_read(folder: Path) -> None:
-    # As protobuf's writers do: each row has several values, and no path has a dot. Its pages are those of a list.
+    # Protobuf's writers make such columns: rows have several values, and no path has a dot. Pages are those of a list.
     kind = pa.schema(
         [
             pa.field("text", pa.string(), nullable=False),
@@ -343,7 +343,7 @@ def test_a_column_that_repeats_without_being_a_list_is_read(folder: Path) -> Non
     schema = data[footer:-8]
     nested = schema[schema.index(b"\x35\x00\x18\x01n") : schema.index(b"\x07element\x00") + len(b"\x07element\x00")]
     for listed, plain in (
-        (b"\x19\x5c", b"\x19\x3c"),  # of five elements three stay
+        (b"\x19\x5c", b"\x19\x3c"),  # three of five elements stay
         (nested, b"\x15\x02\x25\x04\x18\x01n\x00"),
         (b"\x19\x38\x01n\x04list\x07element", b"\x19\x18\x01n"),
     ):

@@ -1,4 +1,4 @@
-"""What people give as sources by mistake: each is refused in a sentence, or read to its last row."""
+"""Sources given by mistake: each is refused in a sentence, or read to its last row."""
 
 import os
 from pathlib import Path

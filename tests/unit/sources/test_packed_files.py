@@ -1,4 +1,4 @@
-"""Packed files and streams: read whole, and refused where they are truncated or bombs."""
+"""Compressed files and streams: read whole, and refused if they are truncated or bombs."""
 
 import gzip
 import hashlib
@@ -54,7 +54,7 @@ def test_a_bomb_is_refused(packing: str, planned: bool) -> None:
     put(name, zstandard.compress(bomb) if packing == "zstd" else gzip.compress(bomb))
     with pytest.raises(SourceError) as refused:
         _planned(name) if planned else read(name)
-    # The best that gzip does is 1,032-fold.
+    # The limit is 1,000-fold, since gzip can't do better than 1,032-fold.
     assert str(refused.value).endswith(
         f"{name}: the {packing} data grows over 1,000-fold after line 1; unpack it first if that is right."
     )

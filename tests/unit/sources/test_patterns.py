@@ -1,4 +1,4 @@
-"""Globs, held against Python's own where they mean the same."""
+"""Globs, compared with Python's own where both mean the same."""
 
 import fnmatch
 import glob
@@ -18,7 +18,7 @@ _SEGMENTS = st.sampled_from(["**", "*", "a*", "*b", "?", "[ab]", "[!a]*", "a", "
 
 @given(pattern=st.lists(_SEGMENTS, min_size=1, max_size=5), path=st.lists(_NAMES, min_size=1, max_size=5))
 def test_a_path_matches_as_in_python(pattern: list[str], path: list[str]) -> None:
-    """By the library's own slow way: every split of the path over the segments."""
+    """Compare with a slow matcher on `fnmatch`, which tries every split of the path over the segments."""
     written = [*pattern, "*"] if pattern[-1] == "**" else pattern
 
     def fits(segments: list[str], names: list[str]) -> bool:
@@ -58,7 +58,7 @@ def test_files_match_as_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ["**/" * 63 + "z", "**/a/" * 31 + "b", "*a" * 500 + "b", "?*" * 500, "[ab]*" * 200 + "c"],
 )
 def test_no_pattern_goes_back(pattern: str) -> None:
-    """Matched by trying again, each of these would take longer than anybody lives."""
+    """With backtracking, each of these would take longer than a lifetime."""
     Pattern(pattern).matches("a/" * 400 + "a" * 200)
     Pattern(pattern).matches("a" * 1_000)
 
@@ -76,7 +76,7 @@ def test_two_stars_stand_alone(pattern: str) -> None:
 
 
 def test_links(tmp_path: Path) -> None:
-    """One that is named leads on; ** follows none, and says so: it might lead round."""
+    """A link that the pattern names is followed. `**` follows none and says so, since a link might form a loop."""
     folder = tmp_path / "docs" / "old"
     folder.mkdir(parents=True)
     (folder / "a.jsonl").write_text("{}")

@@ -1,4 +1,4 @@
-"""Reading a file chunk by chunk, as workers do, gives what reading it whole gives."""
+"""Reading by reference: a file read chunk by chunk, as workers do, gives the same rows as read whole."""
 
 import gzip
 import json
@@ -24,13 +24,13 @@ ITEM_BYTES = 200
 COLUMNS = Columns(carry=("n",))
 Row = tuple[str | None, str | None, str]
 
-#: Texts that try the readers: quotes, line ends of all kinds, letters of several bytes, nothing at all.
+#: Texts that are hard for the readers: quotes, line ends of all kinds, letters of several bytes, empty ones.
 TEXTS = st.text(st.sampled_from("ab\"',;\n\r é数🙂\u2028\x85"), max_size=12) | st.just("x" * 300)
 
 
 @pytest.fixture(autouse=True, params=[7, 64, 1 << 20])
 def _small_reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that every line is cut somewhere."""
+    """Read in blocks of several sizes, the smallest of which cut every line somewhere."""
     monkeypatch.setattr("pipeline.sources.decode.READ_BYTES", request.param)
 
 

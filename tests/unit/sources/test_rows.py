@@ -1,4 +1,4 @@
-"""A corpus comes back as it was written, and each bad row is classified."""
+"""Round trip of a corpus: rows come back as they were written, and each bad one is classified."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from tests.unit.sources.written import ITEM_BYTES, put, put_parquet, read, verdi
 
 
 def expected(text: object, key: object) -> tuple[str | None, RejectCode | None]:
-    """The contract in other words than the code's: the key to keep, and the verdict."""
+    """Return the key to keep and the verdict, by the contract in other words than the code's."""
     verdict = None
     if text is None:
         verdict = RejectCode.MISSING_TEXT

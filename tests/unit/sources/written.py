@@ -1,4 +1,4 @@
-"""Corpora that tests write, and how they read them."""
+"""Helpers to write corpora and to read them."""
 
 import io
 from pathlib import Path
@@ -27,7 +27,7 @@ def read(
     item_bytes: int = ITEM_BYTES,
     stdin: bytes = b"",
 ) -> Rows:
-    """The whole corpus as one block."""
+    """Return the whole corpus as one block."""
     corpus = Corpus(sources, columns, item_bytes, io.BytesIO(stdin))
     keys: list[str | None] = []
     texts: list[bytes | None] = []
@@ -44,26 +44,26 @@ def read(
 
 
 def refusal(*sources: str, columns: Columns = DEFAULT, item_bytes: int = ITEM_BYTES) -> str:
-    """What is said of a corpus that is refused."""
+    """Return the error message of a corpus that must be refused."""
     with pytest.raises(SourceError) as caught:
         read(*sources, columns=columns, item_bytes=item_bytes)
     return str(caught.value)
 
 
 def put(name: str, data: bytes | str) -> str:
-    """Write a file. Returns its name."""
+    """Write a file, and return its name."""
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_bytes(data if isinstance(data, bytes) else data.encode())
     return name
 
 
 def put_parquet(name: str, columns: dict[str, Any], **options: Any) -> str:
-    """Write a Parquet file. Returns its name."""
+    """Write a Parquet file, and return its name."""
     pq.write_table(pa.table(columns), name, **options)
     return name
 
 
 def verdicts(rows: Rows) -> list[RejectCode | None]:
-    """The code of each row, None where it is good."""
+    """Return the reject code of each row, None where the row is good."""
     found = {at: code for at, code, _ in rows.problems}
     return [found.get(at) for at in range(len(rows.keys))]
