@@ -1,6 +1,6 @@
 """The pipeline, from the submission of a job to its receipt. Its packages, in the order in which data passes them:
 
-    core/               pure code: jobs, chunks, models, options, errors, OpenAI's shapes
+    core/               pure code: jobs, chunks, models, options, errors, OpenAI's wire format
     infra/              settings, logs, metrics, HTTP, storage, leases
     db/                 the schema, the migration runner, every SQL statement as a named function
     catalog/            models and vector spaces; API keys

@@ -112,8 +112,8 @@ class Publisher:
             raise answer
         return int(answer)
 
-    def ring(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
-        """Tell the model's workers of a pending chunk. With `first`, ahead of all messages that still wait.
+    def publish(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
+        """Publish a message for a pending chunk to its model's queue. With `first`, it goes ahead of all others there.
 
         Raises:
             ServiceUnreachable: Redis doesn't answer.

@@ -24,10 +24,10 @@ from pipeline.core.errors import VectormillError
 from pipeline.core.models import Model, Upstream
 from workers.encoders.layout import check_layout
 from workers.encoders.model_cache import loader
-from workers.encoders.weights import Source
+from workers.encoders.weights import WeightsSource
 
 
-def describe(source: Source, pooling: str | None = None) -> dict[str, Any]:
+def describe(source: WeightsSource, pooling: str | None = None) -> dict[str, Any]:
     """Prove a model, and return its record for the catalogue: fingerprint, sizes, prompts, canary, rate on this
     machine, and `notes`, sentences for the person who adds it.
 
@@ -62,12 +62,12 @@ def describe(source: Source, pooling: str | None = None) -> dict[str, Any]:
     }
 
 
-def _source(words: list[str]) -> Source:
+def _source(words: list[str]) -> WeightsSource:
     match words:
         case [folder]:
-            return Source(path=folder)
+            return WeightsSource(path=folder)
         case [hub_id, revision]:
-            return Source(hub_id=hub_id, revision=revision)
+            return WeightsSource(hub_id=hub_id, revision=revision)
     raise SystemExit(__doc__)
 
 

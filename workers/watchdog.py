@@ -15,7 +15,7 @@ class Watch:
 
     #: Time limit of a batch; one that takes longer has hung.
     hung_after_seconds: float
-    #: Time limit of the claim; past it, the rest of the chunk is given back.
+    #: Time limit of the claim from its first block on; past it, the rest of the chunk is given back.
     most_seconds: float
     #: Interval between commits within a slice. The end of a slice always commits.
     commit_seconds: float = inf

@@ -86,7 +86,7 @@ def open_kept(file: RowMapping) -> BinaryIO:
         raise
 
 
-def forget(engine: Engine, file_id: str) -> bool:
+def delete_file(engine: Engine, file_id: str) -> bool:
     """Delete a file: its bytes first, so that none are left without a row. Return False if there was no such file."""
     with engine.begin() as connection:
         uri = files.uri_of(connection, file_id)

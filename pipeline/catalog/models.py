@@ -252,7 +252,7 @@ def vector_space_of(
         "dimensions": dimensions or model.dimensions,
         "document_prompt": model.document_prompt,
         "max_item_tokens": max_item_tokens or model.max_item_tokens,
-        # Truncated vectors are normalised to length one again.
+        # Vectors shortened to fewer dimensions are normalised to length one again.
         "normalised": model.normalised or dimensions not in (None, model.dimensions),
     }
     fingerprint = hashlib.sha256(json.dumps(space, sort_keys=True).encode()).hexdigest()

@@ -27,7 +27,7 @@ _PATIENCE_SECONDS = 600
 class Commit:
     """Data of one commit of a chunk, complete before the transaction opens."""
 
-    rows: embeddings.Rows
+    rows: embeddings.EmbeddedRows
     rejects: Sequence[Reject] = ()
     #: Wall time of the forward passes.
     device_seconds: float = 0.0
@@ -50,8 +50,8 @@ class Ending:
 
 
 def split_bad_vectors(
-    rows: embeddings.Rows, dimensions: int, kept_as: VectorType
-) -> tuple[embeddings.Rows, list[Reject]]:
+    rows: embeddings.EmbeddedRows, dimensions: int, kept_as: VectorType
+) -> tuple[embeddings.EmbeddedRows, list[Reject]]:
     """Separate vectors that must never be written, as rejects: those that are not finite (as stored) or zero.
 
     Raises:
@@ -76,8 +76,8 @@ def split_bad_vectors(
     return _select(rows, good), rejects
 
 
-def _select(rows: embeddings.Rows, mask: npt.NDArray[np.bool_]) -> embeddings.Rows:
-    return embeddings.Rows(
+def _select(rows: embeddings.EmbeddedRows, mask: npt.NDArray[np.bool_]) -> embeddings.EmbeddedRows:
+    return embeddings.EmbeddedRows(
         indexes=rows.indexes[mask],
         keys=[key for key, keep in zip(rows.keys, mask, strict=True) if keep],
         vectors=rows.vectors[mask],

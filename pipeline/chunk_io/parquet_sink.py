@@ -28,7 +28,7 @@ from pipeline.core.jobs import Job
 from pipeline.core.options import OUR_COLUMNS, VectorType
 from pipeline.core.vectors import restored, stored
 from pipeline.db import items, jobs, outputs
-from pipeline.db.embeddings import Rows
+from pipeline.db.embeddings import EmbeddedRows
 from pipeline.db.outputs import Output, Staged
 from pipeline.infra import storage
 
@@ -75,14 +75,14 @@ class ParquetSink:
             written = outputs.of_job(connection, claim.job_id, claim.chunk_id)
         return set(indexes(self._folder, claim.job_id, written).tolist())
 
-    def stage(self, claim: Claim, number: int, rows: Rows) -> Staged | None:
+    def stage(self, claim: Claim, number: int, rows: EmbeddedRows) -> Staged | None:
         """Write a part file; `None`: there are no rows."""
         if not len(rows.indexes):
             return None
         output = write(self._folder, claim, number, rows)
         return Staged(output, storage.join(self._folder, output.name))
 
-    def write(self, connection: Connection, claim: Claim, rows: Rows, staged: Staged | None) -> None:  # noqa: ARG002
+    def write(self, connection: Connection, claim: Claim, rows: EmbeddedRows, staged: Staged | None) -> None:  # noqa: ARG002
         """Record the part, which makes it count."""
         if staged:
             outputs.record(connection, claim, staged.output)
@@ -94,7 +94,7 @@ class ParquetSink:
             before = outputs.digest(connection, job.id)
 
         def check() -> None:
-            """Raise `Waiting` if the parts have changed.
+            """Raise `Waiting` if the job is gone or has ended, or its parts have changed.
 
             While this dispatcher was slow, another one may have completed the job, and a retry may have added parts.
             """
@@ -180,7 +180,7 @@ def name_of(claim: Claim, number: int) -> str:
     return f"part-{claim.chunk_id}-{claim.fence}-{claim.token.hex}{f'-{number}' if number else ''}.parquet"
 
 
-def write(folder: str, claim: Claim, number: int, rows: Rows) -> Output:
+def write(folder: str, claim: Claim, number: int, rows: EmbeddedRows) -> Output:
     """Write a part atomically, and return its description. The part counts once a commit has recorded that.
 
     Raises:

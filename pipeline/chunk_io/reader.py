@@ -11,7 +11,7 @@ from pipeline.db import items
 from pipeline.sources.by_reference import read_extent
 
 #: Text that is held in memory at once, whatever size the planner expected of a file's rows.
-_SERVING_BYTES = 16 * 1024 * 1024
+_BLOCK_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _from_file(claim: Claim, settled: set[int]) -> Iterator[ItemBlock]:
                 good.append(Item(index=at, key=key, text=text.decode(), carried=more))
                 size += len(text)
         index += len(rows.keys)
-        if size >= _SERVING_BYTES:
+        if size >= _BLOCK_BYTES:
             yield ItemBlock(good, bad)
             good, bad, size = [], [], 0
     yield ItemBlock(good, bad)

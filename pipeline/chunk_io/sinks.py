@@ -12,7 +12,7 @@ from pipeline.core.chunks import Claim, Item
 from pipeline.core.jobs import Job
 from pipeline.core.options import KeptOptions, UserTable
 from pipeline.db import embeddings, items, user_table
-from pipeline.db.embeddings import Rows
+from pipeline.db.embeddings import EmbeddedRows
 from pipeline.db.outputs import Staged
 
 #: Rows of a job in index order: (index, key, vector as float32, tokens, truncated, carried).
@@ -48,13 +48,13 @@ class Sink(Protocol):
         No transaction is open while files are read.
         """
 
-    def stage(self, claim: Claim, number: int, rows: Rows) -> Staged | None:
+    def stage(self, claim: Claim, number: int, rows: EmbeddedRows) -> Staged | None:
         """Write the rows of commit `number` of a claim to files, before its transaction begins.
 
         They don't count until `write` has recorded them. `None`: nothing is written in advance.
         """
 
-    def write(self, connection: Connection, claim: Claim, rows: Rows, staged: Staged | None) -> None:
+    def write(self, connection: Connection, claim: Claim, rows: EmbeddedRows, staged: Staged | None) -> None:
         """Write rows, or record the staged file, within the transaction of the fenced update."""
 
     def finalize(self, engine: Engine, job: Job) -> None:
@@ -93,10 +93,10 @@ class RowsSink:
         """Return an empty set: Postgres knows all of them."""
         return set()
 
-    def stage(self, claim: Claim, number: int, rows: Rows) -> None:
+    def stage(self, claim: Claim, number: int, rows: EmbeddedRows) -> None:
         """Do nothing: rows are written in the transaction."""
 
-    def write(self, connection: Connection, claim: Claim, rows: Rows, staged: Staged | None) -> None:  # noqa: ARG002
+    def write(self, connection: Connection, claim: Claim, rows: EmbeddedRows, staged: Staged | None) -> None:  # noqa: ARG002
         """Insert rows, and the carried columns of items that are read from files."""
         embeddings.copy_rows(connection, claim.job_id, claim.vector_space_id, rows, claim.options.dtype)
         if claim.extent and rows.carried:
@@ -135,7 +135,7 @@ class TableSink(RowsSink):
         """Return the reason why an item's key doesn't fit the table's column; `None`: it fits."""
         return self._table.key_fault(item.key)
 
-    def write(self, connection: Connection, claim: Claim, rows: Rows, staged: Staged | None) -> None:
+    def write(self, connection: Connection, claim: Claim, rows: EmbeddedRows, staged: Staged | None) -> None:
         """Insert rows, and upsert their vectors into the table."""
         super().write(connection, claim, rows, staged)
         user_table.upsert(connection, self._table, claim.job_id, rows.indexes.tolist())

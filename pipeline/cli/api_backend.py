@@ -77,16 +77,16 @@ class ApiBackend:
         return Receipt.model_validate(self._get(_path(job, "receipt"), verify=verify))
 
     def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
-        """Apply `cancel`, `pause` or `resume` to a job. Returns its id and state."""
+        """Apply `cancel`, `pause` or `resume` to a job. Return its id and state."""
         found = JobStatus.model_validate(self._post(_path(job, verb)))
         return found.id, found.state
 
     def prioritise(self, job: str, priority: int) -> UUID:
-        """Change a job's priority. Returns its id."""
+        """Change a job's priority. Return its id."""
         return UUID(self._post(_path(job, "priority"), json={"priority": priority})["id"])
 
     def retry(self, job: str) -> tuple[UUID, int]:
-        """Reopen an ended job's chunks that can be retried. Returns its id, and the number of chunks."""
+        """Reopen an ended job's chunks that can be retried. Return its id, and the number of chunks."""
         found = self._post(_path(job, "retry"))
         return UUID(found["job"]["id"]), found["reopened_chunks"]
 

@@ -48,16 +48,16 @@ class Backend(Protocol):
         """Return a job's receipt, checked against its rows if `verify` is set."""
 
     def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
-        """Apply `cancel`, `pause` or `resume` to a job. Returns its id and state."""
+        """Apply `cancel`, `pause` or `resume` to a job. Return its id and state."""
 
     def prioritise(self, job: str, priority: int) -> UUID:
-        """Change a job's priority. Returns its id."""
+        """Change a job's priority. Return its id."""
 
     def retry(self, job: str) -> tuple[UUID, int]:
-        """Reopen an ended job's chunks that can be retried. Returns its id, and the number of chunks."""
+        """Reopen an ended job's chunks that can be retried. Return its id, and the number of chunks."""
 
     def results(self, job: str, to: Path) -> str:
-        """Write a job's vectors to a .parquet or .jsonl file. Returns a sentence for the user on what was written."""
+        """Write a job's vectors to a .parquet or .jsonl file. Return a sentence for the user on what was written."""
 
     def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
         """Return the catalogue's models, or only those that the workspace may use."""

@@ -29,7 +29,7 @@ def migrate_database(url: str) -> None:
 
 
 def prepare_database(url: str, home: Path) -> str:
-    """Migrate the schema of an `up`. Returns a key for its api.
+    """Migrate the schema of an `up`. Return a key for its api.
 
     It is an admin's key of the default workspace: the one kept in the home, or a new one if that isn't valid any more.
     """

@@ -14,7 +14,7 @@ from pipeline.infra.settings import Settings, load_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class CommandContext:
     """Settings, database engine and workspace of a command."""
 
     settings: Settings
@@ -51,13 +51,13 @@ def database_url(settings: Settings) -> str:
 
 
 @contextmanager
-def working(workspace: str = DEFAULT_WORKSPACE) -> Iterator[Place]:
+def working(workspace: str = DEFAULT_WORKSPACE) -> Iterator[CommandContext]:
     """Yield the context of a command in a workspace; dispose of its database engine afterwards."""
     settings = load_settings()
     engine = make_engine(database_url(settings), application="vectormill-cli")
     try:
         with engine.begin() as connection:
             found = workspace_id(connection, workspace)
-        yield Place(settings=settings, engine=engine, workspace_id=found)
+        yield CommandContext(settings=settings, engine=engine, workspace_id=found)
     finally:
         engine.dispose()

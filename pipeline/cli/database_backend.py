@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline.catalog import keys
 from pipeline.catalog.keys import NewKey
-from pipeline.cli.context import Place
+from pipeline.cli.context import CommandContext
 from pipeline.core.errors import ServiceUnreachable
 from pipeline.core.job_status import JobStatus, Receipt
 from pipeline.core.jobs import JobState
@@ -33,7 +33,7 @@ _MOMENTS = ("created_at", "expires_at", "revoked_at")
 class DatabaseBackend:
     """Backend that works in one workspace of a database."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: CommandContext) -> None:
         self.place = place
 
     @contextmanager
@@ -93,24 +93,24 @@ class DatabaseBackend:
             return verified_receipt(connection, found)
 
     def steer(self, job: str, verb: str) -> tuple[UUID, JobState]:
-        """Apply `cancel`, `pause` or `resume` to a job. Returns its id and state."""
+        """Apply `cancel`, `pause` or `resume` to a job. Return its id and state."""
         act = {"cancel": control.cancel, "pause": control.pause, "resume": control.resume}[verb]
         with self._changing(job, ended=False) as (connection, found):
             return found, act(connection, found)
 
     def prioritise(self, job: str, priority: int) -> UUID:
-        """Change a job's priority. Returns its id."""
+        """Change a job's priority. Return its id."""
         with self._changing(job, ended=False) as (connection, found):
             control.prioritise(connection, found, priority)
             return found
 
     def retry(self, job: str) -> tuple[UUID, int]:
-        """Reopen an ended job's chunks that can be retried. Returns its id, and the number of chunks."""
+        """Reopen an ended job's chunks that can be retried. Return its id, and the number of chunks."""
         with self._changing(job, ended=True) as (connection, found):
             return found, control.retry(connection, found)
 
     def results(self, job: str, to: Path) -> str:
-        """Write a job's vectors to a file. Returns a sentence for the user on what was written."""
+        """Write a job's vectors to a file. Return a sentence for the user on what was written."""
         from pipeline.jobs.results import export
 
         with self._of(job) as (_, found):

@@ -12,7 +12,7 @@ import typer
 from pipeline.catalog.models import find_model, workspace_id
 from pipeline.cli import output
 from pipeline.cli.bootstrap import BUNDLED_MODEL, bundled_model_folder
-from pipeline.cli.context import Place
+from pipeline.cli.context import CommandContext
 from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import watch_job
 from pipeline.cli.results import hit_table, search_many
@@ -47,7 +47,7 @@ def demo(
         output.stderr.print(f"Flower shows every chunk at {running.flower_url} while this runs.\n")
         engine = make_engine(running.database_url, application="vectormill-cli")
         with engine.begin() as connection:
-            place = Place(settings=settings, engine=engine, workspace_id=workspace_id(connection))
+            place = CommandContext(settings=settings, engine=engine, workspace_id=workspace_id(connection))
         code = _run(place, settings, corpus)
         engine.dispose()
     output.stderr.print(
@@ -62,7 +62,7 @@ def demo(
     raise typer.Exit(code)
 
 
-def _run(place: Place, settings: Settings, corpus: Path) -> int:
+def _run(place: CommandContext, settings: Settings, corpus: Path) -> int:
     with place.engine.begin() as connection:
         model = find_model(connection, place.workspace_id, BUNDLED_MODEL)
     job = submit(

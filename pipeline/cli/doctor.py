@@ -42,14 +42,14 @@ def doctor(
 
         vectormill doctor --model openai-small --timeout 120
     """
-    from pipeline.doctor.checks import CHECKS, examine
+    from pipeline.doctor.checks import CHECKS, run_checks
 
-    context = _patient(model or [], timeout)
+    context = _context(model or [], timeout)
     checks = [check for check in CHECKS if canary or check.name != "canary"]
     width = max(len(check.name) for check in checks)
     found: list[tuple[str, Finding]] = []
     try:
-        for name, finding in examine(context, checks):
+        for name, finding in run_checks(context, checks):
             found.append((name, finding))
             if not as_json:
                 stdout.print(_line(name, finding, width))
@@ -65,7 +65,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _patient(canary_models: list[str], timeout: float) -> "Context":
+def _context(canary_models: list[str], timeout: float) -> "Context":
     from pipeline.doctor.context import Context
 
     settings = load_settings()

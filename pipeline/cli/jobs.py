@@ -137,7 +137,7 @@ def watch(job: Job, timeout: Timeout = None, workspace: Workspace = DEFAULT_WORK
 
 
 def watch_job(backend: Backend, job_id: UUID, timeout_seconds: float | None, *, verify: bool = False) -> int:
-    """Follow a job until it ends or the system pauses it, and print its receipt. Returns the exit code, which is 1
+    """Follow a job until it ends or the system pauses it, and print its receipt. Return the exit code, which is 1
     if the job completed but its verification fails.
 
     Raises:

@@ -132,7 +132,7 @@ def add(
     matryoshka: Sizes = None,
     price: Price = None,
 ) -> None:
-    """Add a model: a dense text encoder in a folder or on the Hugging Face hub, or one behind a gateway. Workers pick
+    """Add a model: a dense text encoder in a folder or on the Hugging Face hub, or one of an upstream. Workers pick
     it up while they run.
 
     A model in a folder or on the hub is checked first: all its weights must be there, and its vectors must match those
@@ -162,7 +162,7 @@ def add(
     else:
         asked = _source(path, hub, revision, others=bool(gateway or upstream_model or key_env))
     if upstream and pooling:
-        raise UserError("--pooling goes with --path or --hub; a gateway pools by itself.")
+        raise UserError("--pooling goes with --path or --hub; an upstream pools by itself.")
     catalog.slug_of(name)
     sizes = _sizes(matryoshka)
     with working() as place:

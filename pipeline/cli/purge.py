@@ -7,7 +7,7 @@ import typer
 from sqlalchemy import Engine
 
 from pipeline.catalog.models import DEFAULT_WORKSPACE
-from pipeline.cli.context import Place, working
+from pipeline.cli.context import CommandContext, working
 from pipeline.cli.jobs import Json, Workspace
 from pipeline.cli.output import print_json, stderr
 from pipeline.core.errors import UserError
@@ -49,7 +49,7 @@ def purge(
         print_json({"dry_run": dry_run, **gone})
 
 
-def _purge_job(place: Place, job: str, *, dry_run: bool, yes: bool) -> dict[str, Any]:
+def _purge_job(place: CommandContext, job: str, *, dry_run: bool, yes: bool) -> dict[str, Any]:
     with place.engine.begin() as connection:
         found = find_job_to_change(connection, place.workspace_id, job, ended=True)
         check_ended(connection, found)

@@ -20,7 +20,7 @@ def restore_check(
     """Check a database that was restored, or failed over to a standby without its last commits: sequences, stale
     claims, missing Parquet parts and uploaded files, jobs that go on, and keys that may be live again.
 
-    Exit code: 0 if nothing is left that --mend can do, else 1. Safe to run at any time, and to repeat.
+    Exit code: 0 if nothing is left that --mend can repair, else 1. Safe to run at any time, and to repeat.
 
     Examples:
 

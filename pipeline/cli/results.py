@@ -10,7 +10,7 @@ from rich.text import Text
 from pipeline.catalog.models import DEFAULT_WORKSPACE, as_model, portable
 from pipeline.cli import output
 from pipeline.cli.backends import open_backend
-from pipeline.cli.context import Place, working
+from pipeline.cli.context import CommandContext, working
 from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import Job, Json, Workspace, tell_namesakes
 from pipeline.cli.oneshot import oneshot
@@ -56,7 +56,7 @@ def search(
         output.stdout.print(hit_table(hits))
 
 
-def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[list[dict[str, Any]]]:
+def search_many(place: CommandContext, job: str, queries: list[str], limit: int) -> list[list[dict[str, Any]]]:
     """Return the items nearest to each query: `{index, key, similarity, text}`.
 
     Raises:
@@ -76,7 +76,8 @@ def search_many(place: Place, job: str, queries: list[str], limit: int) -> list[
         )
     vectors = oneshot(["queries"], {"model": portable(as_model(model)), "texts": queries})
     with place.engine.begin() as connection:
-        # A job's vectors may be shortened. The cut query isn't normalised again, since cosine ignores its length.
+        # A job's vectors may be shortened to fewer dimensions. The shortened query isn't normalised again, since
+        # cosine ignores its length.
         hits = [embeddings.nearest(connection, found, vector[:dimensions], limit) for vector in vectors]
     return [
         [{"index": index, "key": key, "similarity": round(near, 4), "text": text} for index, key, near, text in some]

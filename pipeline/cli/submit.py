@@ -17,7 +17,7 @@ from rich.text import Text
 from pipeline.catalog.models import DEFAULT_WORKSPACE, as_model, find_model, find_row, portable
 from pipeline.cli.api_backend import ApiBackend
 from pipeline.cli.backends import open_backend
-from pipeline.cli.context import Place
+from pipeline.cli.context import CommandContext
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
 from pipeline.cli.oneshot import oneshot
 from pipeline.cli.output import print_json, stderr, stdout, tell
@@ -228,7 +228,7 @@ def _files_of(sources: list[str], folder: Path) -> list[Path]:
     return paths
 
 
-def _corpus(sources: list[str], url: str | None, query: str | None, columns: Columns, place: Place) -> Source:
+def _corpus(sources: list[str], url: str | None, query: str | None, columns: Columns, place: CommandContext) -> Source:
     item_bytes = place.settings.item_bytes
     if (url is None) != (query is None):
         raise UserError("--from and --query go together: a database's URL, and what to select from it.")
@@ -254,7 +254,7 @@ def _absolute(folder: str) -> str:
     return folder if is_remote(folder) else str(Path(folder).absolute())
 
 
-def _submit(place: Place, wish: JobRequest, corpus: Source, idempotency_key: str | None) -> UUID:
+def _submit(place: CommandContext, wish: JobRequest, corpus: Source, idempotency_key: str | None) -> UUID:
     with place.engine.begin() as connection:
         found = find_model(connection, place.workspace_id, wish.model)
     with _Counter(stderr) as counter:
@@ -279,7 +279,7 @@ def _submit(place: Place, wish: JobRequest, corpus: Source, idempotency_key: str
     return done.job_id
 
 
-def _estimate(place: Place, wish: JobRequest, corpus: Source, *, as_json: bool) -> None:
+def _estimate(place: CommandContext, wish: JobRequest, corpus: Source, *, as_json: bool) -> None:
     with place.engine.begin() as connection:
         row = find_row(connection, place.workspace_id, wish.model)
         slots = sum(worker["slots"] for worker in workers.live(connection) if row["name"] in worker["models"])
@@ -287,7 +287,7 @@ def _estimate(place: Place, wish: JobRequest, corpus: Source, *, as_json: bool) 
 
     def tokenise(texts: Sequence[str], max_tokens: int | None) -> tuple[Sequence[int], Sequence[bool]]:
         if row["kind"] == "gateway":  # only the upstream has its tokeniser
-            stderr.print("Tokens are estimated: a gateway counts them itself, and four characters are about one.")
+            stderr.print("Tokens are estimated: an upstream counts them itself, and four characters are about one.")
             return [len(text) // 4 + 1 for text in texts], [False] * len(texts)
         asked = {"model": portable(as_model(row)), "texts": list(texts), "max_tokens": max_tokens}
         lengths, cut = oneshot(["tokens"], asked)

@@ -122,13 +122,13 @@ class ModelUnusable(ModelError):
 
 
 class BadReply(VectormillError):
-    """A gateway's reply can't be used: its content doesn't match the request."""
+    """An upstream's reply can't be used: its content doesn't match the request."""
 
     retryable = True
 
 
 class GatewayBusy(VectormillError):
-    """The gateway, or the rate limits of its key, admitted no request for longer than a worker waits."""
+    """The upstream, or the rate limits of its key, admitted no request for longer than a worker waits."""
 
     retryable = True
 
@@ -138,7 +138,7 @@ class GatewayBusy(VectormillError):
 
 
 class GatewayRefused(VectormillError):
-    """The gateway refuses every text until a person has fixed what the message says."""
+    """The upstream refuses every text until a person has fixed what the message says."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -147,11 +147,12 @@ class GatewayRefused(VectormillError):
 
 
 class GatewayChanged(GatewayRefused):
-    """The gateway now returns another model's vectors; its latest ones aren't written."""
+    """The upstream now returns another model's vectors; its latest ones aren't written."""
 
 
 class LeaseLost(VectormillError):
-    """The lease is lost: another process has taken over, or the database has lost commits. Results are discarded."""
+    """The claim can't go on: another process has taken over, it was cancelled, or the database has lost some of its
+    commits. Results since the last commit are discarded."""
 
 
 class ServerFailed(VectormillError):

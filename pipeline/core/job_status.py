@@ -91,12 +91,12 @@ class AccountedItems(BaseModel):
 
 
 class AccountedTokens(BaseModel):
-    """Tokens metered, and tokens billed by gateways."""
+    """Tokens metered, and tokens billed by upstreams."""
 
     prompt: int = Field(description="Tokens counted by the encoders that embedded the items.")
     billed: int = Field(
         default=0,
-        description="Tokens billed according to gateways' replies, including replies to lost claims.",
+        description="Tokens billed according to upstreams' replies, including replies to lost claims.",
     )
     unanswered: int = Field(
         default=0,

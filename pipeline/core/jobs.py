@@ -88,7 +88,7 @@ class Job:
     token: UUID | None
     items_total: int
     max_rejects: int | None
-    #: Notices to the sender about the rows, one line each.
+    #: Notices to the submitter about the rows, one line each.
     notices: Sequence[str]
     #: Account of the job, frozen when it ended.
     receipt: Mapping[str, Any] | None

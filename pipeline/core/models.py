@@ -1,4 +1,4 @@
-"""Models: catalogue entries, and the upstreams of models behind a gateway."""
+"""Models: catalogue entries, and the upstreams of gateway models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ MOST_INPUTS = 2_048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upstream:
-    """Address, names and limits of a model of kind gateway."""
+    """Upstream of a model of kind gateway: its address, names and limits."""
 
     #: Base URL of the API, to which `/embeddings` is added.
     url: str
@@ -54,5 +54,5 @@ class Model:
     tokens_per_second: float
     #: Sizes to which its vectors may be shortened.
     matryoshka: Sequence[int] = ()
-    #: Upstream of a gateway model; `None`: local weights.
+    #: Upstream of a model of kind gateway; `None`: local weights.
     upstream: Upstream | None = None

@@ -20,13 +20,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from pipeline.core.errors import BadReply, InvalidPayload
 from pipeline.core.models import MOST_INPUTS, Upstream
 
-#: Status codes by which a gateway refuses the texts, and not the caller.
+#: Status codes by which an upstream refuses the texts, and not the caller.
 TEXTS_FAULT = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
-#: Timeout for connecting to a gateway.
+#: Timeout for connecting to an upstream.
 CONNECT_SECONDS = 5.0
 #: First guess, until a model's replies give a better one.
 CHARACTERS_PER_TOKEN = 4.0
-#: Longest wait that a gateway can ask for; after this it is asked again.
+#: Longest wait that an upstream can ask for; after this it is asked again.
 _MOST_WAIT_SECONDS = 3_600.0
 _MOST_USER = 512
 _MOST_MODEL = 256
@@ -251,7 +251,7 @@ def _decoded(tokens: list[int], at: int, decode: Decode | None) -> str:
 
 
 def shortened(vectors: Vectors, dimensions: int) -> Vectors:
-    """Return the first `dimensions` elements of each vector, normalised to length one again."""
+    """Return vectors shortened to `dimensions`, their first ones, and normalised to length one again."""
     cut = vectors[:, :dimensions]
     return np.ascontiguousarray(cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
@@ -301,15 +301,15 @@ def most_reply_bytes(inputs: int, dimensions: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """Parsed reply of a gateway."""
+    """Parsed reply of an upstream."""
 
     #: float32 of shape (inputs, dimensions), in the order of the inputs.
     vectors: Vectors
-    #: Tokens by the gateway's count; `None`: it doesn't say.
+    #: Tokens by the upstream's count; `None`: it doesn't say.
     prompt_tokens: int | None
-    #: Name that the gateway gives the model.
+    #: Name that the upstream gives the model.
     model: str | None
-    #: Positions of the inputs that the gateway reports as truncated. Only vectormill's gateway does.
+    #: Positions of the inputs that the upstream reports as truncated. Only another vectormill does.
     truncated: Sequence[int]
 
 
@@ -342,7 +342,7 @@ def parse_reply(body: bytes, inputs: int, dimensions: int | None = None, *, aske
         tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise BadReply("it isn't a list of embeddings") from error
-    # No tokeniser makes more than one token of a byte; some gateways prepend an instruction to each text.
+    # No tokeniser makes more than one token of a byte; some upstreams prepend an instruction to each text.
     if type(tokens) is not int or not 0 <= tokens <= 4 * asked_bytes + 16 * inputs:
         tokens = None
     return Reply(

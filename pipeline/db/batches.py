@@ -62,7 +62,7 @@ def to_stage(connection: Connection, limit: int) -> list[str]:
 def to_end(connection: Connection, limit: int) -> list[str]:
     """Return the ids of batch requests that are due to end: their job has ended or is gone, or they were cancelled or
     expired before it began, or while another batch request goes on with it. This includes requests whose job was
-    retried while they were finalizing."""
+    retried while they were `finalizing`."""
     rows = connection.execute(
         text("""
             select b.id from vectormill.batches b left join vectormill.jobs j on j.id = b.job_id
@@ -138,7 +138,7 @@ def goes_on_for_others(connection: Connection, job_id: UUID) -> bool:
 
 
 def begin_finalizing(connection: Connection, batch_id: str) -> None:
-    """Mark a batch request as finalizing, while its files are written."""
+    """Mark a batch request as `finalizing`, while its files are written."""
     connection.execute(
         text("""
             update vectormill.batches set finalizing_at = coalesce(finalizing_at, now()),

@@ -221,10 +221,10 @@ def record(connection: Connection, claim: Claim, progress: Progress, *, number: 
     """Apply the fenced update at the head of every commit. Return False if the chunk no longer belongs to this claim,
     or isn't where the claim left it.
 
-    `number`: the commits of this claim that the chunk must have seen. A failover may have lost some of them, and their
-    items must be embedded again. A chunk that ends `cancelled` counts its remaining items as cancelled. A chunk that is
-    given back forgets its worker, so that a late renewal can't take it again. Until the transaction ends, the backend's
-    application name says for which claim it writes.
+    `number`: the number of this claim's commits that the chunk must have seen. A failover may have lost some of them,
+    and their items must be embedded again. A chunk that ends `cancelled` counts its remaining items as cancelled. A
+    chunk that is given back forgets its worker, so that a late renewal can't take it again. Until the transaction ends,
+    the backend's application name says for which claim it writes.
     """
     return (
         connection.execute(

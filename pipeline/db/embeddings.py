@@ -24,7 +24,7 @@ _BLOCK = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class EmbeddedRows:
     """Embedded items, as columns of equal length."""
 
     indexes: npt.NDArray[np.int64]
@@ -38,7 +38,7 @@ class Rows:
     carried: Sequence[bytes] = ()
 
 
-NO_ROWS = Rows(
+NO_ROWS = EmbeddedRows(
     indexes=np.zeros(0, np.int64),
     keys=(),
     vectors=np.zeros((0, 0), np.float32),
@@ -74,7 +74,9 @@ def _row_layout(dimensions: int, kept_as: VectorType) -> np.dtype[np.void]:
     )
 
 
-def copy_rows(connection: Connection, job_id: UUID, vector_space_id: int, rows: Rows, kept_as: VectorType) -> None:
+def copy_rows(
+    connection: Connection, job_id: UUID, vector_space_id: int, rows: EmbeddedRows, kept_as: VectorType
+) -> None:
     """Append vectors to the column of their type, by COPY."""
     if len(rows.indexes) == 0:
         return

@@ -18,7 +18,7 @@ def show(connection: Connection, engine_id: UUID, *, url: str, models: Sequence[
     )
 
 
-def forget(connection: Connection, engine_id: UUID) -> None:
+def delete(connection: Connection, engine_id: UUID) -> None:
     """Delete an engine that has stopped."""
     connection.execute(text("delete from vectormill.engines where id = :id"), {"id": engine_id})
 

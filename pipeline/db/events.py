@@ -57,7 +57,7 @@ def due(connection: Connection, limit: int) -> Sequence[str]:
 
 def take(connection: Connection, host: str, lease_seconds: float) -> RowMapping | None:
     """Begin a try of a host's longest due event: `id, type, url, body, tries`, this one counted. For `lease_seconds`
-    nobody else begins one. Return None if none is due."""
+    nobody else begins a try of this event. Return None if none is due."""
     return (
         connection.execute(
             text("""

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, RowMapping, and_, delete, text
 from pipeline.core.chunks import Item, Reject
 from pipeline.db import copy_format
 from pipeline.db.database import copying
-from pipeline.db.embeddings import Rows
+from pipeline.db.embeddings import EmbeddedRows
 from pipeline.db.partitions import leaf
 from pipeline.db.tables import SCHEMA, metadata
 
@@ -75,7 +75,7 @@ def copy_rejects(connection: Connection, job_id: UUID, rejects: Sequence[Reject]
         copy.write(copy_format.TRAILER)
 
 
-def copy_carried(connection: Connection, job_id: UUID, rows: Rows) -> None:
+def copy_carried(connection: Connection, job_id: UUID, rows: EmbeddedRows) -> None:
     """Append the carried columns of embedded items that have no row yet, since they were read from a file."""
     names = ("job_id", "index", "key", "carried")
     with copying(connection, leaf("items", job_id), names) as copy:

@@ -183,7 +183,8 @@ def queue(
 
 
 def cancel(connection: Connection, job_id: UUID) -> None:
-    """Cancel a staging: its producer's next step fails, nobody takes it over, and it is soon deleted."""
+    """Cancel a staging: its producer's next step fails, and it is soon deleted, unless a
+    submission with its key and payload takes it over."""
     connection.execute(
         text("""
             update vectormill.jobs set fence = fence + 1, lease_until = now() - interval '1 year'

@@ -133,7 +133,7 @@ models = Table(
     Column("normalised", Boolean, nullable=False),
     Column("canary", LargeBinary, nullable=False),
     Column("tokens_per_second", Double, nullable=False),
-    # Dimensions to which its vectors may be truncated, as it was trained for.
+    # Dimensions to which its vectors may be shortened, as it was trained for.
     Column("matryoshka", ARRAY(Integer), nullable=False, server_default="{}"),
     # Price in the operator's currency; NULL: no price.
     Column("price_per_million", Numeric),
@@ -204,7 +204,7 @@ jobs = Table(
     _moment("texts_removed_at"),
     # Notices about its rows for the submitter, a line each.
     Column("notices", JSONB, nullable=False, server_default="[]"),
-    # Texts of items below this index are removed.
+    # Texts of items below this index aren't kept: removed, or never stored (by reference).
     _count("texts_kept_from"),
     _state(JobState),
     CheckConstraint("ends_as in ('cancelled', 'failed')", name="ends_as"),

@@ -59,7 +59,7 @@ def dropped_by(connection: Connection, worker_id: UUID) -> dict[str, str]:
     return dict(found or {})
 
 
-def forget(connection: Connection, worker_id: UUID) -> None:
+def delete(connection: Connection, worker_id: UUID) -> None:
     """Delete a worker that has stopped."""
     connection.execute(text("delete from vectormill.workers where id = :id"), {"id": worker_id})
 

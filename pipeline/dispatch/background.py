@@ -88,7 +88,7 @@ TASKS: tuple[BackgroundTask, ...] = (
         _forget_staging,
         at_once=1,
     ),
-    BackgroundTask("forget_file", db.files.expired, lambda by, file: files.forget(by.engine, file), at_once=1),
+    BackgroundTask("forget_file", db.files.expired, lambda by, file: files.delete_file(by.engine, file), at_once=1),
     BackgroundTask("finalize_job", finalize.due, lambda by, job: finalize.finalize(by.engine, job), at_once=8),
     BackgroundTask("build_index", partial(finalize.due, long=True), lambda by, job: finalize.finalize(by.engine, job)),
     BackgroundTask(

@@ -26,7 +26,7 @@ def would_complete(connection: Connection, job: Job) -> bool:
 def end(engine: Engine, job_id: UUID, *, finalized: str | None = None) -> None:
     """End a job if it has no open chunk.
 
-    A job whose sink finalizes only ends as completed once that is done: `finalized` is the digest of the parts at that
+    A job whose sink finalises only ends as completed once that is done: `finalized` is the digest of the parts at that
     time, since a retry may have added more.
     """
     with engine.begin() as connection:

@@ -82,7 +82,7 @@ def run(dispatcher: Dispatcher, stop: threading.Event) -> None:
             check_role = time.monotonic() + CHECK_SECONDS
             metrics.DISPATCHER_LEADS.set(active)
             if not active:
-                gauges.forget()
+                gauges.clear()
         for duty in DUTIES if active else ():
             if time.monotonic() >= due[duty.name]:
                 due[duty.name] = time.monotonic() + duty.every_seconds

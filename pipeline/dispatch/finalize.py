@@ -20,7 +20,7 @@ from pipeline.jobs import control
 
 
 def due(connection: Connection, limit: int, *, long: bool = False) -> Sequence[UUID]:
-    """Return the ids of jobs without open chunks whose sink finalizes, except paused ones.
+    """Return the ids of jobs without open chunks whose sink finalises, except paused ones.
 
     `long` selects the sinks whose finalisation may take hours, otherwise the others.
     """

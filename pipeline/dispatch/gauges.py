@@ -48,7 +48,7 @@ def _forget_others(gauge: Gauge, label: str, kept: Collection[str]) -> None:
         gauge.remove_by_labels({label: value})
 
 
-def forget() -> None:
+def clear() -> None:
     """Clear the gauges when another dispatcher leads, as their values are out of date."""
     for gauge in _SHOWN:
         gauge.clear()

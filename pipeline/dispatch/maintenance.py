@@ -98,9 +98,9 @@ def snapshot(dispatcher: Dispatcher) -> None:
 def judge_models(dispatcher: Dispatcher) -> None:
     """Pause or fail the jobs of models that don't work.
 
-    The running jobs of a model whose claims are mostly lost are paused. If no live worker can load a local model, its
-    jobs that have begun are paused, and the others fail; a gateway's jobs are all paused. Jobs whose model is no longer
-    in the catalogue as it was fail.
+    The queued and running jobs of a model whose claims are mostly lost are paused. If no live worker can load a local
+    model, its jobs that have begun are paused, and the others fail; a gateway model's jobs are all paused. Queued and
+    running jobs whose model is no longer in the catalogue as it was fail.
     """
     with dispatcher.engine.begin() as connection:
         for job in jobs.active(connection):

@@ -17,7 +17,7 @@ from pipeline.infra import metrics
 _LEAST_WINDOW = 4
 #: The most lost chunks that a round considers, and the time before another message is sent for the same one.
 _LOST_LIMIT = 1_000
-_RING_AGAIN_SECONDS = 5.0
+_PUBLISH_AGAIN_SECONDS = 5.0
 
 
 class Scheduler:
@@ -28,14 +28,15 @@ class Scheduler:
         #: Last chunk id for which a message was sent, by job; a lap ends when it passes the last pending one.
         self.cursors: dict[UUID, int] = {}
         #: Time of the last message for each chunk whose claim was lost, by the monotonic clock.
-        self.rung: dict[int, float] = {}
+        self.published: dict[int, float] = {}
 
     def do(self, connection: Connection) -> None:
         """Send messages for pending chunks until each model's queue holds one per live slot, and at least four.
 
         Chunks whose claim was lost come on top, and to the front of the queue, as they have waited already. A chunk
-        whose process died more than once goes to the end: otherwise a text that kills processes would take all of
-        them. With lost chunks a queue holds at most twice as many messages, however long no worker takes any.
+        whose last claim ended with its process's death, after an earlier loss of any kind, goes to the end: otherwise
+        a text that kills processes would take all of them. With lost chunks a queue holds at most twice as many
+        messages, however long no worker takes any.
 
         Raises:
             ServiceUnreachable: Redis doesn't answer.
@@ -56,11 +57,11 @@ class Scheduler:
         for name, of_model in by_model.items():
             window = max(_LEAST_WINDOW, slots[name])
             room = window - waiting[slugs[name]]
-            self._ring_lost(slugs[name], of_model, lost, max(0, min(window, window + room)))
+            self._publish_lost(slugs[name], of_model, lost, max(0, min(window, window + room)))
             tokens = Tokens([each for each in in_flight if each.model == name])
             feeds = {job.id: _Feed(connection, self.cursors, job.id, room) for job in of_model}
             for job_id, chunk_id in choose(of_model, feeds, tokens, room):
-                self._ring(slugs[name], job_id, chunk_id)
+                self._publish(slugs[name], job_id, chunk_id)
         self.cursors = {job.id: self.cursors.get(job.id, 0) for job in runnable}
 
     def _lost(self, connection: Connection) -> Sequence[tuple[UUID, int, bool]]:
@@ -71,10 +72,14 @@ class Scheduler:
         """
         now = time.monotonic()
         pending = lost_claims.pending(connection, _LOST_LIMIT)
-        self.rung = {chunk: self.rung[chunk] for _, chunk, _ in pending if chunk in self.rung}
-        return [each for each in pending if now - self.rung.get(each[1], -_RING_AGAIN_SECONDS) >= _RING_AGAIN_SECONDS]
+        self.published = {chunk: self.published[chunk] for _, chunk, _ in pending if chunk in self.published}
+        return [
+            each
+            for each in pending
+            if now - self.published.get(each[1], -_PUBLISH_AGAIN_SECONDS) >= _PUBLISH_AGAIN_SECONDS
+        ]
 
-    def _ring_lost(
+    def _publish_lost(
         self, slug: str, of_model: Sequence[ActiveJob], lost: Sequence[tuple[UUID, int, bool]], most: int
     ) -> None:
         """Send messages for up to `most` lost chunks, even if the queue is full.
@@ -84,11 +89,11 @@ class Scheduler:
         ids = {job.id for job in of_model}
         oldest = [each for each in lost if each[0] in ids][:most]
         for job_id, chunk_id, suspect in reversed(oldest):
-            self.rung[chunk_id] = time.monotonic()
-            self._ring(slug, job_id, chunk_id, first=not suspect)
+            self.published[chunk_id] = time.monotonic()
+            self._publish(slug, job_id, chunk_id, first=not suspect)
 
-    def _ring(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
-        self._publisher.ring(slug, job_id, chunk_id, first=first)
+    def _publish(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
+        self._publisher.publish(slug, job_id, chunk_id, first=first)
         metrics.DISPATCHER_MESSAGES_PUBLISHED.labels(queue_of(slug)).inc()
 
 

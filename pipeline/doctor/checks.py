@@ -54,7 +54,7 @@ CHECKS = (
 )
 
 
-def examine(context: Context, checks: Sequence[Check] = CHECKS) -> Iterator[tuple[str, Finding]]:
+def run_checks(context: Context, checks: Sequence[Check] = CHECKS) -> Iterator[tuple[str, Finding]]:
     """Run the checks and yield each finding as it is made, at least one for each check.
 
     A check is skipped if one that it comes `after` failed or was skipped for that.

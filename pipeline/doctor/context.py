@@ -20,7 +20,7 @@ _ANSWER_SECONDS = 5.0
 
 @dataclass(kw_only=True)
 class Context:
-    """Deployment under examination. Unknown addresses are None."""
+    """Deployment to check. Unknown addresses are None."""
 
     settings: Settings
     database_url: str

@@ -53,11 +53,11 @@ def dropped_models(context: Context) -> Iterator[Finding]:
     served = {name for worker in live for name in worker["models"]}
     dropped = [(worker["host"], *each) for worker in live for each in worker["dropped"].items()]
     for host, name, reason in dropped:
-        found = f"{name} was given up at {host}: {reason}"
+        found = f"{name} was dropped at {host}: {reason}"
         mend = f"fix that, then start the worker at {host} again."
         yield warn(found, mend) if name in served else fail(found, mend)
     if not dropped:
-        yield ok("none was given up")
+        yield ok("none was dropped")
 
 
 def overdue(context: Context) -> Iterator[Finding]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from http import HTTPStatus
 
 from pipeline.core.errors import VectormillError
-from pipeline.infra.http import status_of
 from pipeline.infra.settings import Settings, load_settings
 
 #: Longer than the period of each process's heartbeat.
@@ -55,7 +54,7 @@ def _ask(settings: Settings, question: Callable[..., bool], *parameters: object)
     from pipeline.db.database import make_engine, reporting_unreachable
 
     assert settings.database_url
-    database = make_engine(settings.database_url.get_secret_value(), application="vectormill-ready", pool_size=1)
+    database = make_engine(settings.database_url.get_secret_value(), application="vectormill-healthcheck", pool_size=1)
     try:
         with reporting_unreachable(), database.begin() as connection:
             return question(connection, *parameters)
@@ -64,6 +63,8 @@ def _ask(settings: Settings, question: Callable[..., bool], *parameters: object)
 
 
 def _answers(port: int, path: str) -> bool:
+    from pipeline.infra.http import status_of
+
     return status_of(f"http://127.0.0.1:{port}{path}", seconds=_ANSWER_SECONDS) == HTTPStatus.OK
 
 

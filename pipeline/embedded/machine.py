@@ -17,7 +17,7 @@ from pipeline.embedded.supervisor import Child, Supervisor
 from pipeline.embedded.valkey import Valkey, check_redis
 from pipeline.infra.settings import Settings
 
-#: Returns the stages of children that follow the servers. All stages start at once and stop in reverse order.
+#: Function for the stages of children that follow the servers. All stages start at once and stop in reverse order.
 Stages = Callable[[Running], Iterable[tuple[Child, ...]]]
 
 _PREPARING = ("the database's schema",)

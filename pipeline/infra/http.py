@@ -1,6 +1,7 @@
 """HTTP transport with one total deadline per request, so that a server trickling bytes cannot hold a worker.
 
-It follows no redirection and reads no proxy from the environment: either would take a key elsewhere.
+It follows no redirection and reads no proxy from the environment: either would take a key elsewhere, or a signed event
+past the operator's allowlist.
 """
 
 import socket
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpcore2 as httpcore
 
@@ -28,7 +30,9 @@ def answered_status(
     """
     deadlines = Deadlines()
     deadlines.end_at(time.monotonic() + seconds)
-    sent = [("user-agent", "vectormill"), *headers]
+    # The library writes an IPv6 address without its brackets.
+    host = urlsplit(url).netloc.rpartition("@")[2]
+    sent = [("host", host), ("user-agent", "vectormill"), *headers]
     with (
         httpcore.ConnectionPool(network_backend=deadlines) as pool,
         pool.stream(method, url, headers=sent, content=content) as response,
@@ -37,7 +41,7 @@ def answered_status(
 
 
 def status_of(url: str, *, seconds: float, headers: Headers = ()) -> int | None:
-    """Return the status that a server answers a GET with, or None if no answer comes in time."""
+    """Return the status that a server answers a GET with, or None if none comes, for whatever reason."""
     try:
         return answered_status("GET", url, seconds=seconds, headers=headers)
     except Exception:  # noqa: BLE001 - no name server, no certificate, no HTTP: none of them is an answer
@@ -67,11 +71,14 @@ class Deadlines(httpcore.NetworkBackend):
         return left if most_seconds is None else min(left, most_seconds)
 
     def connect_tcp(self, host: str, port: int, timeout: float | None = None, *how: Any, **more: Any) -> "_Stream":
-        """Connect to the first address that accepts, counting the name's look-up towards the deadline."""
+        """Connect to the first address that accepts. The look-up counts; each address gets a share of the time left."""
         failed: Exception = httpcore.ConnectError(f"{host} has no address")
-        for address in self._look_up(host, port):
+        addresses = self._look_up(host, port)
+        for others, address in zip(reversed(range(len(addresses))), addresses, strict=True):
             try:
-                return _Stream(self._inner.connect_tcp(address, port, self.left(timeout), *how, **more), self)
+                seconds = self.left(None) / (others + 1)
+                seconds = seconds if timeout is None else min(seconds, timeout)
+                return _Stream(self._inner.connect_tcp(address, port, seconds, *how, **more), self)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failed = error
         raise failed

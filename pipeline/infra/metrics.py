@@ -101,8 +101,8 @@ WORKER = Process("worker")
 WORKER_CLAIMS = WORKER.counter(
     "claims",
     "claims",
-    "Messages taken, by outcome. done: the worker did all that it could. missed: the chunk wasn't pending. held: the "
-    "upstream let nothing through, so the chunk wasn't claimed. busy: it let nothing more through after the claim. "
+    "Messages taken, by outcome. done: the worker did all that it could. missed: the chunk couldn't be claimed. held: "
+    "the upstream let nothing through, so the chunk wasn't claimed. busy: it let nothing more through after the claim. "
     "refused: the upstream needs a person. lost: another claim has the chunk. unusable: the model can't be used here. "
     "given_back: given back for another reason. away: the database was unreachable. crashed: the child ended itself",
     model=MODEL,
@@ -198,7 +198,7 @@ DISPATCHER_FAILURES = DISPATCHER.counter(
 DISPATCHER_WEBHOOK_TRIES = DISPATCHER.counter(
     "webhook_tries",
     "tries",
-    "Attempts to deliver an event to a webhook, by outcome. failed: it will be retried",
+    "Tries to deliver an event to a webhook, by outcome. failed: there will be another try",
     outcome=("delivered", "failed", "given_up"),
 )
 
@@ -235,13 +235,13 @@ API_REFUSALS = API.counter(
 )
 API_USAGE_ROWS_WAITING = API.gauge("usage_rows_waiting", "rows", "Rows of usage that aren't written yet")
 API_DATABASE_FAILURES = API.counter(
-    "database_failures", "questions", "Database queries that failed, or timed out while none was answered"
+    "database_failures", "queries", "Database queries that failed, or timed out while none was answered"
 )
 
 API_UNKNOWN_KEYS = API.counter("unknown_keys", "requests", "Requests with an unknown, revoked or expired API key")
 API_QUESTIONS_LATE = API.counter(
     "questions_late",
-    "questions",
+    "queries",
     "Database queries that timed out, in the queue or running, while others were answered",
 )
 API_CONNECTIONS_CLOSED = API.counter("connections_closed", "connections", _CLOSED_MEANING, reason=CLOSED_REASONS)

@@ -15,7 +15,7 @@ from pipeline.core.errors import UserError
 
 #: The share of a device's memory that loaded models may take.
 MODELS_SHARE = 0.8
-#: A loaded model takes about its weights' size again for the widest batch.
+#: A loaded model takes its weights, and roughly as much again for the widest batch.
 ROOM_FACTOR = 2
 
 _CHECKOUT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""Chunking of a corpus, and batching of texts into requests to a gateway. Pure: lengths in, ranges out."""
+"""Chunking of a corpus, and batching of texts into requests to an upstream. Pure: lengths in, ranges out."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _SPECIAL_TOKENS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class ChunkLimits:
     """Size limits of a chunk; a single item may exceed them."""
 
     tokens: int
@@ -48,8 +48,8 @@ def estimate_tokens(sizes: npt.NDArray[np.int64], max_item_tokens: int | None) -
 def request_batches(
     lengths: npt.NDArray[np.int32], most_tokens: float, most_items: float
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the positions of the texts of each request to a gateway, in order. A request has at most `most_items` texts
-    and `most_tokens` tokens, unless one text alone has more."""
+    """Yield the positions of the texts of each request to an upstream, in order. A request has at most `most_items`
+    texts and `most_tokens` tokens, unless one text alone has more."""
     start = tokens = 0
     for at, length in enumerate(lengths.tolist()):
         if at > start and (tokens + length > most_tokens or at - start == most_items):
@@ -83,7 +83,7 @@ class Planner:
     `break_off`.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ChunkLimits) -> None:
         self._limits = _Load(limits.tokens, limits.bytes, limits.items)
         self._grain = _Load(*(max(1, limit // _GRAINS) for limit in self._limits))
         self._open = _Load(0, 0, 0)

@@ -18,7 +18,7 @@ from pipeline.db import chunks, items, jobs, staging
 from pipeline.db.database import flush_later, is_connection_lost
 from pipeline.db.staging import Producer
 from pipeline.infra.leases import Renewal
-from pipeline.ingest.chunking import Limits, Planner, Range, chunk_tokens, estimate_tokens
+from pipeline.ingest.chunking import ChunkLimits, Planner, Range, chunk_tokens, estimate_tokens
 from pipeline.ingest.submission import Submission
 from pipeline.jobs import control
 from pipeline.sources import Corpus, Rows, Source, SourceFile
@@ -44,7 +44,7 @@ class Staging:
         bounds = (options.max_item_tokens, model.max_item_tokens)
         self._max_item_tokens = min((bound for bound in bounds if bound), default=None)
         tokens = chunk_tokens(planning.chunk_seconds, model.tokens_per_second)
-        self._planner = Planner(Limits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes))
+        self._planner = Planner(ChunkLimits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes))
         self._lease_seconds = planning.lease_seconds
         self._items = self._chunks = self._rejects = self._keyless = 0
         #: Items recorded by the last commit.
@@ -62,7 +62,7 @@ class Staging:
         return found
 
     def run(self) -> list[str]:
-        """Stage and queue the job, or undo it. Return notices for the sender, none of which is an error."""
+        """Stage and queue the job, or undo it. Return notices for the submitter, none of which is an error."""
         try:
             with Renewal(self._renew, self._lease_seconds, self._submission.on_lost):
                 self._stage()

@@ -54,7 +54,7 @@ class Submission:
     on_items: Callable[[int], None] = lambda _: None
     #: Called in the transaction that makes the job runnable, also after a failure; an exception rolls that back.
     on_queue: Callable[[Connection, UUID], None] = lambda _, __: None
-    #: Called when another producer has taken over the job; the corpus may still be being read then.
+    #: Called when the job was taken over or cancelled; the corpus may still be being read then.
     on_lost: Callable[[], None] = lambda: None
 
     def payload(self) -> str:

@@ -133,13 +133,13 @@ def _check_lengths(options: JobOptions, model: Model) -> None:
         return
     if options.max_item_tokens not in (None, model.max_item_tokens):
         raise UserError(
-            f"{model.name} runs behind a gateway, which takes no token limit; leave it out.",
+            f"{model.name} is served by an upstream, which takes no token limit; leave it out.",
             field="max_item_tokens",
             given=f"{options.max_item_tokens:,}",
         )
     if options.on_long is OnLong.REJECT:
         raise UserError(
-            f"{model.name} runs behind a gateway, and only the gateway knows which texts are too long; leave it out.",
+            f"{model.name} is served by an upstream, and only that knows which texts are too long; leave it out.",
             field="on_long",
             given="reject",
         )

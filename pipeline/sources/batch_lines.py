@@ -95,7 +95,7 @@ class BatchLines:
         """Keep the parameters; nothing is read yet.
 
         Args:
-            name: the file's name, as its sender calls it.
+            name: the file's name, as its submitter calls it.
             uri: the URI that the job records for it.
             sha256: the SHA-256 of its bytes.
             size_bytes: the number of its bytes.

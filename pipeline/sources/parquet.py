@@ -5,8 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any, BinaryIO, Self
-from uuid import UUID
+from typing import BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +16,10 @@ from pipeline.core.errors import SourceError
 from pipeline.core.options import Columns
 from pipeline.sources.decode import READ_BYTES, is_bomb
 from pipeline.sources.parquet_guard import GROWS, Stored, check_pages
+from pipeline.sources.parquet_values import schema_of, values_of
 from pipeline.sources.source_file import SourceFile, reason
 from pipeline.sources.validation import BLOCK_BYTES, Notices, Parsed, missing_column, shown, without_key
-from pipeline.sources.values import carried, interval
+from pipeline.sources.values import carried
 
 #: Upper bound of rows per read: neighbouring texts may be far longer than the average.
 _BATCH_ROWS = 1_000
@@ -29,8 +29,6 @@ _BATCH_BYTES = 64 * 1024 * 1024
 _PREFIX_BYTES = 1024 * 1024
 _PREFIXED = {"DELTA_BYTE_ARRAY"}
 _FOLDED = {"PLAIN_DICTIONARY", "RLE_DICTIONARY"}
-#: Parquet's own interval: months, days and milliseconds.
-_INTERVAL = np.dtype([("months", "<u4"), ("days", "<u4"), ("milliseconds", "<u4")])
 _BAD_FOOTER = "the Parquet footer can't be read; the file is truncated or damaged."
 
 
@@ -101,7 +99,7 @@ class _Table:
         try:
             self.metadata = _metadata(self._raw, file.name)
             self._unread = _piece_by_piece(_MetadataOnly(file.bytes or 0), self.metadata, [])
-            schema = _schema(self.metadata)
+            schema = schema_of(self.metadata)
             self._wanted = _checked(schema, file.name, columns)
             paths = [self.metadata.schema.column(at).path for at in range(self.metadata.num_columns)]
         except UnicodeDecodeError:
@@ -150,7 +148,7 @@ class _Table:
         self, parquet: pq.ParquetFile, folded: pq.ParquetFile, group: int, skip: int, count: int
     ) -> Iterator[pa.RecordBatch]:
         """Yield up to `count` rows of a group past the first `skip`, in small batches."""
-        self._check_pages(group)
+        self._check_pages(group, skip + count)
         longest = self._longest_bytes(folded, group)
         rows = min(_BATCH_ROWS, BLOCK_BYTES // self.average_bytes(group), _BATCH_BYTES // longest)
         for batch in parquet.iter_batches(max(1, rows), [group], self._wanted, use_threads=False):
@@ -178,7 +176,7 @@ class _Table:
         )
 
     def _values(self, part: pa.RecordBatch, column: str) -> list[object]:
-        return _values(part.column(column), self._types[column])
+        return values_of(part.column(column), self._types[column])
 
     def _longest_bytes(self, folded: pq.ParquetFile, group: int) -> int:
         """Return the longest string that the group's texts may hold more often than their sizes show; at least 1.
@@ -207,22 +205,30 @@ class _Table:
             raise SourceError(f"{self._name}: {GROWS}")
         return max(1, unpacked // max(1, found.num_rows))
 
-    def _check_pages(self, group: int) -> None:
-        """Raise `SourceError` where a page's header would have Arrow allocate more than the file can hold."""
-        self._check_chunks(group)
-        check_pages(self._file, tuple(self._stored_in(group, at) for at in self._stored))
+    def _check_pages(self, group: int, end: int) -> None:
+        """Check the pages of a group's rows before `end`.
 
-    def _stored_in(self, group: int, at: int) -> Stored:
+        Raises:
+            SourceError: a page's header would have Arrow allocate more than the file can hold.
+        """
+        self._check_chunks(group)
+        # Arrow reads whole batches, and may look at the page that follows.
+        read = end + _BATCH_ROWS + 1
+        check_pages(self._file, tuple(self._stored_in(group, at, read) for at in self._stored))
+
+    def _stored_in(self, group: int, at: int, read: int) -> Stored:
         found = self.metadata.row_group(group)
         column = found.column(at)
         # As Arrow finds it: some writers name a dictionary at 0 where there is none.
         starts = (column.data_page_offset, column.dictionary_page_offset or 0)
+        repeated = self.metadata.schema.column(at).max_repetition_level > 0
         return Stored(
             start=min((start for start in starts if start > 0), default=0),
             bytes=column.total_compressed_size,
-            values=column.num_values,
+            # A row of lists has any number of values.
+            values=column.num_values if repeated else min(column.num_values, read),
             rows=found.num_rows,
-            repeated=self.metadata.schema.column(at).max_repetition_level > 0,
+            repeated=repeated,
         )
 
     def _check_chunks(self, group: int) -> None:
@@ -349,70 +355,3 @@ def _unfolded(column: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary.take(column.indices)
     return column.cast(pa.large_string())
-
-
-def _schema(metadata: pq.FileMetaData) -> pa.Schema:
-    """Return the Arrow schema, with UUIDs and intervals typed: Arrow reads both as plain bytes."""
-    schema = metadata.schema.to_arrow_schema()
-    for stored in map(metadata.schema.column, range(metadata.num_columns)):
-        kind = {"UUID": pa.uuid(), "INTERVAL": pa.month_day_nano_interval()}.get(stored.logical_type.type)
-        if stored.converted_type == "INTERVAL":
-            kind = pa.month_day_nano_interval()
-        at = schema.get_field_index(stored.path)
-        if kind is not None and at >= 0:
-            schema = schema.set(at, schema.field(at).with_type(kind))
-    return schema
-
-
-def _values(column: pa.Array, kind: pa.DataType) -> list[object]:
-    """Return a column's Python values, `kind` being its type in the schema; invalid UTF-8 becomes surrogates."""
-    if pa.types.is_large_string(column.type):
-        data = column.cast(pa.large_binary()).to_numpy(zero_copy_only=False)
-        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in data]
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    if kind == pa.uuid():
-        return [value and UUID(bytes=value) for value in column.to_pylist()]
-    if pa.types.is_interval(kind):
-        return [value and _interval(value) for value in column.to_pylist()]
-    if pa.types.is_duration(kind):
-        return [None if value is None else _duration(value, kind.unit) for value in column.cast(pa.int64()).to_pylist()]
-    if pa.types.is_temporal(kind):
-        return _moments(column)
-    values: list[Any] = column.to_pylist()
-    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
-        # As few digits as tell it from its neighbours: 0.1 is 0.10000000149011612 as a float64.
-        return [None if value is None else float(str(np.dtype(kind.to_pandas_dtype()).type(value))) for value in values]
-    return values
-
-
-def _moments(column: pa.Array) -> list[object]:
-    """Return dates, times and timestamps in ISO 8601, in UTC, as `datetime` has them; nanoseconds stay."""
-    kind = column.type
-    zone = "+00:00" if pa.types.is_timestamp(kind) and kind.tz else ""
-    if pa.types.is_time(kind):
-        column = column.cast(pa.int32() if pa.types.is_time32(kind) else pa.int64()).cast(pa.int64())
-    if zone or pa.types.is_time(kind):
-        column = column.cast(pa.timestamp(kind.unit))
-    written = [str(each) for each in np.datetime_as_string(column.to_numpy(zero_copy_only=False))]
-    if pa.types.is_time(kind):
-        written = [each.rpartition("T")[2] for each in written]
-    return [None if each in ("", "NaT") else _shortest(each) + zone for each in written]
-
-
-def _shortest(moment: str) -> str:
-    """Return a timestamp with no fraction of a second, or with six digits of it, or nine."""
-    whole, _, fraction = moment.partition(".")
-    digits = fraction.ljust(9, "0")
-    if not int(digits):
-        return whole
-    return f"{whole}.{digits if int(digits[6:]) else digits[:6]}"
-
-
-def _interval(stored: bytes) -> str:
-    months, days, milliseconds = np.frombuffer(stored, _INTERVAL)[0].tolist()
-    return interval(months=months, days=days, nanoseconds=milliseconds * 10**6)
-
-
-def _duration(count: int, unit: str) -> str:
-    return interval(nanoseconds=count * {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}[unit])

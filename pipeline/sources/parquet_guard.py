@@ -31,6 +31,8 @@ _MOST_VARINT_BITS = 63
 _MOST_SKIPPED_BYTES = 2**31
 #: Upper bound of one header without the strings of its statistics; usual ones have about fifty bytes.
 _MOST_HEADER_BYTES = 1024
+#: Read at once: headers are far apart, or several come in one read.
+_READ_BYTES = 64 * 1024
 #: Row groups remembered as checked.
 _KEPT = 4096
 
@@ -43,7 +45,7 @@ class Stored:
 
     start: int
     bytes: int
-    #: Arrow reads no page beyond this many values.
+    #: Values that are read: Arrow reads no page beyond them.
     values: int
     rows: int
     #: True if a row may have several values.
@@ -67,14 +69,14 @@ _UNREADABLE = Page(0, 0, 0, is_dictionary=False, sound=False)
 
 @lru_cache(maxsize=_KEPT)
 def check_pages(file: SourceFile, columns: tuple[Stored, ...]) -> None:
-    """Check each page of a row group, once in a process however many chunks are cut from it.
+    """Check the pages of a row group, up to the last value that is read; once in a process for the same values.
 
-    Of an object this takes about one more read of these columns: a request for each page would take longer.
+    It costs a read, or an object's request, for each page and each 64 KiB of small pages.
 
     Raises:
         SourceError: a page's header would have Arrow allocate more than the file can hold.
     """
-    with file.open() as headers:
+    with file.open(_READ_BYTES) as headers:
         for column in columns:
             for page in pages(headers, column):
                 if not page.sound or page.values > _most_values(page, column):

@@ -39,7 +39,7 @@ class Places(Protocol):
 
     @property
     def sizes(self) -> Numbers:
-        """Bytes of each row; for Parquet, the average size of the texts in its row group."""
+        """Bytes of each row; for Parquet, the average of the columns that are read, in its row group."""
 
     def extent(self, file: "SourceFile", at: int, last: Any, last_at: int) -> Extent:
         """Return the extent from row `at` here to row `last_at` of `last`, these or later places of the file."""
@@ -79,7 +79,7 @@ class SourceFile:
     #: Changes when the file does; `None` for the standard input.
     etag: str | None
 
-    def open(self) -> BinaryIO:
+    def open(self, read_bytes: int | None = None) -> BinaryIO:
         """Open the file as it was listed.
 
         Raises, also at a later read:
@@ -88,7 +88,7 @@ class SourceFile:
         """
         assert self.uri is not None
         assert self.etag is not None
-        return storage.open_file(self.uri, self.etag)
+        return storage.open_file(self.uri, self.etag, read_bytes)
 
     def check_unchanged(self) -> None:
         """Raise `SourceChanged` if the file is no longer the one that was listed."""

@@ -16,7 +16,7 @@ from pipeline.sources import Corpus
 class Upload:
     """Uploaded file, as it is kept until its rows are read."""
 
-    #: Name that the sender gave it.
+    #: Name that the submitter gave it.
     name: str
     path: Path
     sha256: str
@@ -27,7 +27,7 @@ class UploadedCorpus(Corpus):
     the same file sent again is the same corpus."""
 
     def __init__(self, uploads: Sequence[Upload], columns: Columns, item_bytes: int) -> None:
-        """List the files. Raises as `Corpus`, with the senders' names in place of paths."""
+        """List the files. Raises as `Corpus`, with the submitter's names in place of paths."""
         try:
             super().__init__([str(upload.path) for upload in uploads], columns, item_bytes)
         except SourceError as error:

@@ -50,15 +50,15 @@ def _without_one_transaction() -> None:
 
 def _poisonable() -> None:
     """Let some texts do harm when the model reads them, and detect a hang early."""
-    from workers.encoders.local import Encoder
+    from workers.encoders.local import LocalEncoder
     from workers.runner import tasks
 
     tasks._LEAST_HANG_SECONDS, tasks._HANG_FACTOR = 5.0, 3
-    forward = Encoder._forward
+    forward = LocalEncoder._forward
     heads: dict[Poison, list[int]] = {}
     broken: list[int] = []
 
-    def met(self: Encoder, ids: list[list[int]]) -> dict[Poison, list[int]]:
+    def met(self: LocalEncoder, ids: list[list[int]]) -> dict[Poison, list[int]]:
         if not heads:
             tokenised = self._documents.reader.read([poison.value for poison in Poison], None)
             heads.update(zip(Poison, (_words(self, one) for one in tokenised.ids), strict=True))
@@ -68,7 +68,7 @@ def _poisonable() -> None:
             if (at := [n for n, one in enumerate(ids) if _words(self, one)[: len(head)] == head])
         }
 
-    def run(self: Encoder, ids: list[list[int]]) -> Any:
+    def run(self: LocalEncoder, ids: list[list[int]]) -> Any:
         found = met(self, ids)
         broken.extend(found.get(Poison.BREAKS, []))
         if broken:
@@ -83,7 +83,7 @@ def _poisonable() -> None:
         vectors[found.get(Poison.MAKES_NAN, [])] = float("nan")
         return vectors
 
-    Encoder._forward = run  # type: ignore[method-assign]
+    LocalEncoder._forward = run  # type: ignore[method-assign]
 
 
 def _words(encoder: Any, ids: list[int]) -> list[int]:
@@ -93,24 +93,24 @@ def _words(encoder: Any, ids: list[int]) -> list[int]:
 
 def _dying_at_load() -> None:
     """Kill each process as soon as it runs anything on the device, as a broken driver does."""
-    from workers.encoders.local import Encoder
+    from workers.encoders.local import LocalEncoder
 
-    Encoder.prove = lambda self, expected: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    LocalEncoder.prove = lambda self, expected: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
 
 
 def _losing_the_device() -> None:
     """Make the device fail for a process after six batches; a new process can use it again."""
-    from workers.encoders.local import Encoder
+    from workers.encoders.local import LocalEncoder
 
-    forward, left = Encoder._forward, [6]
+    forward, left = LocalEncoder._forward, [6]
 
-    def run(self: Encoder, ids: list[list[int]]) -> Any:
+    def run(self: LocalEncoder, ids: list[list[int]]) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise RuntimeError("the device is lost")
         return forward(self, ids)
 
-    Encoder._forward = run  # type: ignore[method-assign]
+    LocalEncoder._forward = run  # type: ignore[method-assign]
 
 
 def _dying_in_parts() -> None:
@@ -134,10 +134,10 @@ def _talkative() -> None:
     """Log from library code while a chunk is read, and hold the reading until library code has logged in a renewal."""
     import logging
 
-    from workers.encoders.local import Encoder
+    from workers.encoders.local import LocalEncoder
 
     said, renewed = logging.getLogger("some.library"), threading.Event()
-    read, renew = Encoder.tokenise, chunks.renew
+    read, renew = LocalEncoder.tokenise, chunks.renew
 
     def tokenise(self, texts, *arguments, **named):  # type: ignore[no-untyped-def]
         if len(texts) > 3:  # the canary check tokenises one text
@@ -151,7 +151,7 @@ def _talkative() -> None:
             renewed.set()
         return renew(*arguments, **named)
 
-    Encoder.tokenise, chunks.renew = tokenise, renew_aloud  # type: ignore[method-assign]
+    LocalEncoder.tokenise, chunks.renew = tokenise, renew_aloud  # type: ignore[method-assign]
 
 
 _MUTANTS = {

@@ -1,4 +1,4 @@
-"""Jobs through a gateway, mostly our own api: whatever happens to it, the vectors are those of the local model."""
+"""Jobs through an upstream, mostly our own api: whatever happens to it, the vectors are those of the local model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.acceptance.oracle import objections
 from tests.support.ports import free_port
 from tests.support.scripted_gateway import good, scripted_gateway
 
-#: Requests per minute that the gateway allows.
+#: Requests per minute that the upstream allows.
 _A_MINUTE = 900
 
 
@@ -83,7 +83,7 @@ def test_a_server_that_dies_and_a_key_that_is_revoked(far: Far, texts: list[str]
     assert fleet.await_end(calm)["state"] == "completed"
 
     job = fleet.submit(str(corpus), "--model", "far")
-    eventually(lambda: far.embedded(job), "a commit through the gateway")
+    eventually(lambda: far.embedded(job), "a commit through the upstream")
     fleet.kill("api")
     failures = "select count(*) from vectormill.attempts where status = 'no answer'"
     eventually(lambda: fleet.scalar(failures) >= 5, "requests that fail")

@@ -1,15 +1,12 @@
 """Encoder with nothing around it. For each line on standard input it tokenises and encodes all texts, AT_A_TIME at a
-time, and prints the seconds that this took.
-
-    python -m tests.benchmarks.bare_engine TEXTS.json MODEL_FOLDER THREADS AT_A_TIME
-"""
+time, and prints the seconds that this took."""
 
 import json
 import sys
 from pathlib import Path
 from time import perf_counter
 
-from workers.encoders.local import Encoder
+from workers.encoders.local import LocalEncoder
 
 _WARM_UP_TEXTS = 160
 
@@ -17,7 +14,7 @@ _WARM_UP_TEXTS = 160
 def main(path: str, folder: str, threads: str, at_a_time: str) -> None:
     """Load the encoder, warm it up and print `ready`; then embed all texts for each line of input."""
     texts = json.loads(Path(path).read_text(encoding="utf-8"))
-    encoder = Encoder(Path(folder), "cpu", threads=int(threads))
+    encoder = LocalEncoder(Path(folder), "cpu", threads=int(threads))
     encoder.encode(encoder.tokenise(texts[:_WARM_UP_TEXTS]))
     print("ready", flush=True)
     for _ in sys.stdin:

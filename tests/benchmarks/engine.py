@@ -30,11 +30,11 @@ def measure(rounds: Rounds) -> Values:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    from workers.encoders.local import Encoder
+    from workers.encoders.local import LocalEncoder
 
     texts = distinct_docstrings(_POOL)
     samples = [random.Random(number).sample(texts, _SAMPLE) for number in range(rounds.count)]
-    ours = Encoder(model_folder(), "cpu", threads=os.cpu_count())
+    ours = LocalEncoder(model_folder(), "cpu", threads=os.cpu_count())
     theirs = SentenceTransformer(
         str(model_folder()), device="cpu", model_kwargs={"use_safetensors": True, "torch_dtype": torch.float32}
     )

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from pipeline.cli.context import Place
+from pipeline.cli.context import CommandContext
 from pipeline.core.jobs import JobState
 from pipeline.db import jobs
 from tests.benchmarks.bare import bare_engine, turn
@@ -55,7 +55,7 @@ def measure(rounds: Rounds) -> Values:
         )
 
 
-def _warm_up(place: Place, corpus: Path) -> None:
+def _warm_up(place: CommandContext, corpus: Path) -> None:
     """Run small jobs until two chunks have run at once, which shows that both replicas have loaded the model."""
     for _ in range(_WARM_UPS):
         job = submit_file(place, corpus, lambda usual: replace(usual, chunk_items=_WARM_UP_CHUNK_ITEMS))
@@ -66,7 +66,7 @@ def _warm_up(place: Place, corpus: Path) -> None:
     raise RuntimeError("the worker's replicas never ran at once")
 
 
-def _job_seconds(place: Place, corpus: Path) -> float:
+def _job_seconds(place: CommandContext, corpus: Path) -> float:
     """Return a job's seconds from queued to completed, by the database's clock."""
     job = submit_file(place, corpus)
     _wait_until_completed(place, job)
@@ -76,7 +76,7 @@ def _job_seconds(place: Place, corpus: Path) -> float:
     return float(seconds)
 
 
-def _wait_until_completed(place: Place, job: UUID) -> None:
+def _wait_until_completed(place: CommandContext, job: UUID) -> None:
     """Poll until a job is completed, since its end sends no event."""
     deadline = time.monotonic() + _JOB_SECONDS
     while time.monotonic() < deadline:

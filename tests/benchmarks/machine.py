@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from pipeline.catalog.models import find_model, workspace_id
 from pipeline.cli.bootstrap import BUNDLED_MODEL, BundledModel, bundled_model_folder, prepare_database
-from pipeline.cli.context import Place
+from pipeline.cli.context import CommandContext
 from pipeline.core.models import Model
 from pipeline.core.options import Columns
 from pipeline.db.database import make_engine
@@ -75,24 +75,24 @@ def _machine(folder: Path, stages: Stages) -> Iterator[Running]:
 
 
 @contextmanager
-def connected(running: Running) -> Iterator[Place]:
+def connected(running: Running) -> Iterator[CommandContext]:
     """Connect to the default workspace of a machine, as a command would."""
     engine = make_engine(running.database_url, application="vectormill-cli")
     try:
         with engine.begin() as connection:
             workspace = workspace_id(connection)
-        yield Place(settings=Settings(home=running.home), engine=engine, workspace_id=workspace)
+        yield CommandContext(settings=Settings(home=running.home), engine=engine, workspace_id=workspace)
     finally:
         engine.dispose()
 
 
-def bundled_model(where: Place) -> Model:
+def bundled_model(where: CommandContext) -> Model:
     """Return the catalogue's entry of all-MiniLM-L6-v2, with the rate measured so far."""
     with where.engine.begin() as connection:
         return find_model(connection, where.workspace_id, BUNDLED_MODEL)
 
 
-def submit_file(where: Place, path: Path, cut: Callable[[Planning], Planning] = lambda usual: usual) -> UUID:
+def submit_file(where: CommandContext, path: Path, cut: Callable[[Planning], Planning] = lambda usual: usual) -> UUID:
     """Submit a file of JSON lines with usual settings; `cut` may change the planning. Return the job's id."""
     return submit(
         where.engine,
@@ -106,7 +106,7 @@ def submit_file(where: Place, path: Path, cut: Callable[[Planning], Planning] = 
     ).job_id
 
 
-def forget_jobs(where: Place) -> None:
+def forget_jobs(where: CommandContext) -> None:
     """Empty every table that a job fills, and write all pending pages to disk."""
     with where.engine.begin() as connection:
         connection.execute(text("truncate vectormill.items, vectormill.embeddings, vectormill.rejects"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipeline.cli.bootstrap import BUNDLED_MODEL
-from pipeline.cli.context import Place
+from pipeline.cli.context import CommandContext
 from tests.benchmarks.corpus import write_tiny_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, forget_jobs, servers
@@ -34,7 +34,7 @@ def measure(rounds: Rounds) -> Values:
             forget_jobs(place)
 
 
-def _peak_megabytes(place: Place, corpus: Path, environment: Mapping[str, str]) -> float:
+def _peak_megabytes(place: CommandContext, corpus: Path, environment: Mapping[str, str]) -> float:
     forget_jobs(place)
     submit = ["-m", "pipeline.cli", "submit", str(corpus), "--model", BUNDLED_MODEL]
     command = [sys.executable, "-m", "tests.benchmarks.peak", sys.executable, *submit]

@@ -10,7 +10,7 @@ import psycopg
 from sqlalchemy import text
 from uuid_utils.compat import uuid7
 
-from pipeline.cli.context import Place
+from pipeline.cli.context import CommandContext
 from tests.benchmarks.corpus import short_rows, write_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import connected, forget_jobs, servers, submit_file
@@ -48,7 +48,7 @@ def measure(rounds: Rounds) -> Values:
             gc.unfreeze()
 
 
-def _submit_seconds(place: Place, corpus: Path) -> float:
+def _submit_seconds(place: CommandContext, corpus: Path) -> float:
     forget_jobs(place)
     start = perf_counter()
     submit_file(place, corpus)
@@ -57,7 +57,7 @@ def _submit_seconds(place: Place, corpus: Path) -> float:
     return seconds
 
 
-def _copy_rows_seconds(place: Place, plain: psycopg.Connection, rows: list[Row]) -> float:
+def _copy_rows_seconds(place: CommandContext, plain: psycopg.Connection, rows: list[Row]) -> float:
     forget_jobs(place)
     start = perf_counter()
     with plain.transaction(), plain.cursor() as cursor, cursor.copy(f"{_COPY} (format binary)".encode()) as copy:
@@ -69,7 +69,7 @@ def _copy_rows_seconds(place: Place, plain: psycopg.Connection, rows: list[Row])
     return seconds
 
 
-def _copy_buffer_seconds(place: Place, plain: psycopg.Connection, buffer: bytes) -> float:
+def _copy_buffer_seconds(place: CommandContext, plain: psycopg.Connection, buffer: bytes) -> float:
     forget_jobs(place)
     start = perf_counter()
     with plain.transaction(), plain.cursor() as cursor, cursor.copy(_COPY.encode()) as copy:
@@ -79,7 +79,7 @@ def _copy_buffer_seconds(place: Place, plain: psycopg.Connection, buffer: bytes)
     return seconds
 
 
-def _check_count(place: Place) -> None:
+def _check_count(place: CommandContext) -> None:
     with place.engine.begin() as connection:
         assert connection.execute(text("select count(*) from vectormill.items")).scalar_one() == _ROWS
 

@@ -10,10 +10,10 @@ from uuid_utils.compat import uuid7
 
 from pipeline.catalog.models import vector_space_of
 from pipeline.chunk_io.commit import Commit, Ending, write_chunk
-from pipeline.cli.context import Place
+from pipeline.cli.context import CommandContext
 from pipeline.core.chunks import ChunkState, Claim
 from pipeline.db import chunks, partitions, staging
-from pipeline.db.embeddings import Rows
+from pipeline.db.embeddings import EmbeddedRows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import bundled_model, connected, forget_jobs, servers
 
@@ -47,9 +47,9 @@ def measure(rounds: Rounds) -> Values:
         )
 
 
-def _rows() -> Rows:
+def _rows() -> EmbeddedRows:
     vectors = np.random.default_rng(0).standard_normal((_ROWS, _DIMENSIONS), dtype=np.float32)
-    return Rows(
+    return EmbeddedRows(
         indexes=np.arange(_ROWS, dtype=np.int64),
         keys=[f"row-{n}" for n in range(_ROWS)],
         vectors=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
@@ -58,7 +58,7 @@ def _rows() -> Rows:
     )
 
 
-def _write_back_seconds(place: Place, rows: Rows) -> float:
+def _write_back_seconds(place: CommandContext, rows: EmbeddedRows) -> float:
     forget_jobs(place)
     claims = [_claim(place) for _ in range(_CHUNKS)]
     start = perf_counter()
@@ -67,7 +67,7 @@ def _write_back_seconds(place: Place, rows: Rows) -> float:
     return perf_counter() - start
 
 
-def _claim(place: Place) -> Claim:
+def _claim(place: CommandContext) -> Claim:
     """Make a job of one chunk, and claim the chunk."""
     job_id = uuid7()
     producer = _insert_job(place, job_id)
@@ -84,7 +84,7 @@ def _claim(place: Place) -> Claim:
     return claim
 
 
-def _insert_job(place: Place, job_id: UUID) -> staging.Producer:
+def _insert_job(place: CommandContext, job_id: UUID) -> staging.Producer:
     model = bundled_model(place)
     with place.engine.begin() as connection:
         partitions.make_month(connection, partitions.month_of(job_id))
@@ -103,7 +103,7 @@ def _insert_job(place: Place, job_id: UUID) -> staging.Producer:
     return producer
 
 
-def _executemany_seconds(place: Place, plain: psycopg.Connection, rows: Rows) -> float:
+def _executemany_seconds(place: CommandContext, plain: psycopg.Connection, rows: EmbeddedRows) -> float:
     forget_jobs(place)
     made = [_values(rows, uuid7()) for _ in range(_CHUNKS)]
     start = perf_counter()
@@ -113,7 +113,7 @@ def _executemany_seconds(place: Place, plain: psycopg.Connection, rows: Rows) ->
     return perf_counter() - start
 
 
-def _values(rows: Rows, job_id: UUID) -> list[tuple[object, ...]]:
+def _values(rows: EmbeddedRows, job_id: UUID) -> list[tuple[object, ...]]:
     columns = (rows.indexes.tolist(), rows.keys, rows.tokens.tolist(), rows.truncated.tolist(), rows.vectors)
     return [
         (job_id, index, key, _VECTOR_SPACE, tokens, truncated, vector)

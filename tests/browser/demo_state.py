@@ -325,7 +325,7 @@ class Night:
             took_minutes=20,
             reason="key_refused",
             workspace=other,
-            message="the gateway refuses the key in OPENAI_API_KEY (401)",
+            message="the upstream refuses the key in OPENAI_API_KEY (401)",
         )
         self.job(
             "docs-nightly",

@@ -78,31 +78,31 @@ KINDS = (
     Kind("object store: 503", on_servers.refused(lambda site: site.store_line), 3, of=_TO_STORE),
     Kind("worker child killed inside an upload", on_workers.kill_in_upload, expires=True),
     Kind("object store frozen", on_servers.frozen(lambda site: site.store_line), of=_TO_STORE),
-    Kind("gateway: 429 storm", on_servers.answering(lambda _: error(429, retry_after="1")), of=_OF_GATEWAY),
-    Kind("gateway: 503", on_servers.answering(lambda _: error(503)), 3, of=_OF_GATEWAY),
-    Kind("gateway: slow bodies", on_servers.answering(on_servers.slowly, share=0.2), 3, of=_OF_GATEWAY),
+    Kind("upstream: 429 storm", on_servers.answering(lambda _: error(429, retry_after="1")), of=_OF_GATEWAY),
+    Kind("upstream: 503", on_servers.answering(lambda _: error(503)), 3, of=_OF_GATEWAY),
+    Kind("upstream: slow bodies", on_servers.answering(on_servers.slowly, share=0.2), 3, of=_OF_GATEWAY),
     Kind(
-        "gateway: broken JSON",
+        "upstream: broken JSON",
         on_servers.answering(on_servers.broken_json, share=0.5),
         2,
         pauses=_REFUSED,
         of=_OF_GATEWAY,
     ),
     Kind(
-        "gateway: too few vectors",
+        "upstream: too few vectors",
         on_servers.answering(on_servers.too_few, share=0.5),
         2,
         pauses=_REFUSED,
         of=_OF_GATEWAY,
     ),
     Kind(
-        "gateway: not a number",
+        "upstream: not a number",
         on_servers.answering(on_servers.not_finite, share=0.5),
         2,
         pauses=_REFUSED,
         of=_OF_GATEWAY,
     ),
-    Kind("gateway: no answer", on_servers.answering(on_servers.no_answer, share=0.7), 3, of=_OF_GATEWAY),
+    Kind("upstream: no answer", on_servers.answering(on_servers.no_answer, share=0.7), 3, of=_OF_GATEWAY),
 )
 
 #: Kinds for default settings, with the recovery times that are promised there.

@@ -60,7 +60,7 @@ LANES = (
         Way("minilm", "parquet", "store"),
     ),
     (Way("static", "parquet", "disk"), Way("static", "jsonl")),
-    # Lanes of their own, so that there is always something to strike on the way to the store, and to the gateway.
+    # Lanes of their own, so that there is always something to strike on the way to the store, and to the upstream.
     (Way("static", "parquet", "store"),),
     (Way("far", "jsonl"),),
     (Way("far", "parquet", "disk"),),

@@ -1,4 +1,4 @@
-"""Faults of the services that workers depend on: dispatchers, Redis, Postgres, disks, the object store, gateways."""
+"""Faults of the services that workers depend on: dispatchers, Redis, Postgres, disks, the object store, upstreams."""
 
 import base64
 import signal
@@ -172,7 +172,7 @@ def full(disk: Callable[[Site], Disk | None], felt: str) -> Do:
 
 
 def answering(answer: Answering, *, share: float = 1.0) -> Do:
-    """Let the gateway give this answer for a while, to all requests or to a share of them."""
+    """Let the upstream give this answer for a while, to all requests or to a share of them."""
 
     def do(site: Site, random: Random) -> Done:
         dice = Random(random.random())

@@ -62,7 +62,7 @@ def _secrets(site: Site) -> Iterator[tuple[str, str]]:
     yield "a document's text", CANARY
     for poison in Poison:  # a poison comes before the canary, and may be all that is quoted
         yield "a document's text", poison[:_QUOTED]
-    yield "the gateway's key", GATEWAY_KEY
+    yield "the upstream's key", GATEWAY_KEY
     yield "the api's key", site.api_key.split("_", 2)[2]
     yield "Flower's password", FLOWER_PASSWORD
     urls = {name: site.fleet.environment[f"VECTORMILL_{name}_URL"] for name in ("DATABASE", "REDIS")} | site.logins
@@ -78,7 +78,7 @@ def _plant(site: Site) -> set[str]:
         client.rpush("planted", json.dumps({"body": base64.b64encode(CANARY.encode()).decode()}))
     return {
         "a document's text is in the log planted.log",
-        "the gateway's key is in the log planted.log",
+        "the upstream's key is in the log planted.log",
         "the password of worker is in the log planted.log",
         "a document's text is in Redis' planted",
     }

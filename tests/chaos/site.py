@@ -332,7 +332,7 @@ def _answers(url: str) -> bool:
 def site(
     *, lease_seconds: float, chunk_items: int | None = None, disks: bool = True, brittle: bool = False
 ) -> Iterator[Site]:
-    """Make an installation with three models (`minilm`, `static` and the gateway `far`), and `brittle` if asked for.
+    """Make an installation with three models (`minilm`, `static` and the upstream's `far`), and `brittle` if asked for.
     Nothing is started yet. All that it starts ends with the block."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="drill-")))

@@ -22,7 +22,7 @@ _KINDS = (
     "Redis killed",
     "Postgres restarted at once",
     "object store cut off",
-    "gateway: 503",
+    "upstream: 503",
 )
 
 

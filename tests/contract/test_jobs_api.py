@@ -312,7 +312,7 @@ def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
     charset = "multipart/form-data; boundary=x; charset=undefined"
     assert refused(content=b"--x--", headers={"content-type": charset})
     wrong = refused(data={"model": "static"}, files=[("file", ("../../b.jsonl", b'{"body": "x"}\n'))])
-    # The error has the file's name as its sender gave it, not as it is stored.
+    # The error has the file's name as its submitter gave it, not as it is stored.
     assert wrong.startswith('text_column: b.jsonl line 1: no column "text"')
     assert "priority" in refused(data={"model": "static", "priority": "many"}, files=file)
     assert refused(data={"model": "static", "surprise": "1"}, files=file) == "surprise: there is no such field."

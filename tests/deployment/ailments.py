@@ -84,10 +84,10 @@ def no_worker(deployment: Deployment) -> Iterator[Context]:
 
 @contextmanager
 def dropped_model(deployment: Deployment) -> Iterator[Context]:
-    """Add a gateway's model whose key the doctor has and the worker hasn't."""
+    """Add an upstream's model whose key the doctor has and the worker hasn't."""
     add_gateway(deployment.engine, "far", "FAR_KEY")
     dropped = "select count(*) from vectormill.workers where dropped ? 'far'"
-    eventually(lambda: deployment.fleet.scalar(dropped), "a worker that gives it up")
+    eventually(lambda: deployment.fleet.scalar(dropped), "a worker that drops it")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAR_KEY", "sk-far")
         yield deployment.context()

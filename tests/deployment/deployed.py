@@ -24,7 +24,7 @@ QUERIES = "doctors_queries"
 
 @dataclass(frozen=True)
 class Deployment:
-    """Dispatcher, worker, engine and api, with the models `static` and `near`; `near` is behind a gateway."""
+    """Dispatcher, worker, engine and api, with the models `static` and `near`; `near` is an upstream's."""
 
     fleet: Fleet
     engine: Engine

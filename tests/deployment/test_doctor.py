@@ -10,7 +10,7 @@ import pytest
 from pipeline.catalog import models
 from pipeline.db.database import make_engine
 from pipeline.doctor import host
-from pipeline.doctor.checks import CHECKS, examine
+from pipeline.doctor.checks import CHECKS, run_checks
 from pipeline.doctor.context import Context
 from pipeline.doctor.report import State
 from pipeline.embedded.runtime import Running
@@ -66,7 +66,7 @@ def states(context: Context) -> dict[str, State]:
     order = [State.OK, State.SKIPPED, State.WARN, State.FAIL]
     found: dict[str, State] = {}
     try:
-        for name, finding in examine(context):
+        for name, finding in run_checks(context):
             print(finding.state, name, finding.found, finding.mend)
             found[name] = max(found.get(name, State.OK), finding.state, key=order.index)
     finally:
@@ -76,7 +76,7 @@ def states(context: Context) -> dict[str, State]:
 
 
 def bad(context: Context) -> dict[str, State]:
-    """Return the checks that find something to mend, with their states."""
+    """Return the checks that find something to fix, with their states."""
     return {name: state for name, state in states(context).items() if state in (State.WARN, State.FAIL)}
 
 
@@ -127,7 +127,7 @@ def test_who_is_refused_is_told_why(
     deployment: Deployment, check: str, plant: Callable[[Deployment], Context], found: str, mend: str
 ) -> None:
     context = plant(deployment)
-    ((_, finding),) = examine(context, [each for each in CHECKS if each.name == check])
+    ((_, finding),) = run_checks(context, [each for each in CHECKS if each.name == check])
     context.close()
     assert (finding.state, finding.unreachable) == (State.FAIL, False), "to repeat it is of no use"
     assert found in finding.found
@@ -141,7 +141,7 @@ def test_who_finds_nobody_may_repeat_it(deployment: Deployment) -> None:
         ("postgresql://vectormill@nowhere.invalid/vectormill", "failed to resolve host 'nowhere.invalid'"),
     ):
         context = replace_urls(deployment, database=url)
-        ((_, finding),) = examine(context, [check for check in CHECKS if check.name == "postgres"])
+        ((_, finding),) = run_checks(context, [check for check in CHECKS if check.name == "postgres"])
         context.close()
         assert finding.unreachable
         assert reason in finding.found

@@ -15,7 +15,7 @@ from starlette.types import Message
 
 from pipeline.api.database import Database
 from pipeline.api.fair_semaphore import FairSemaphore
-from pipeline.api.gateway import cache as directory_module
+from pipeline.api.gateway import cache as cache_module
 from pipeline.api.gateway import metering
 from pipeline.api.gateway.cache import Caller, GatewayCache
 from pipeline.api.gateway.metering import Meter
@@ -129,7 +129,7 @@ def test_closing_gives_a_frozen_database_up(engine: Engine, monkeypatch: pytest.
 
 
 def test_a_months_sum_that_takes_long_holds_up_nobody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory_module, "_MONTH_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(cache_module, "_MONTH_FRESH_SECONDS", 0.0)
     with engine.begin() as connection:
         usage.add_requests(connection, [row(1, tokens=10)])
 
@@ -189,7 +189,7 @@ def test_a_defect_isnt_taken_for_an_outage(engine: Engine, monkeypatch: pytest.M
 
 def test_invented_keys_are_asked_for_together_and_kept_apart(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of invented keys cost few queries, no database failure and no known key."""
-    monkeypatch.setattr(directory_module, "_MOST_KEPT", 100)
+    monkeypatch.setattr(cache_module, "_MOST_KEPT", 100)
     with engine.begin() as connection:
         token = keys.create(connection, catalog.workspace_id(connection), "test").token
     asked: list[int] = []

@@ -272,7 +272,7 @@ def test_a_storage_that_goes_away_leaves_no_file_that_nobody_knows_of(
         past = file_rows.expired(connection, 10)
     assert len(past) == after
     for file_id in past:
-        assert files.forget(engine, file_id)
+        assert files.delete_file(engine, file_id)
     assert sum(one.is_file() for one in folder.rglob("*")) == 3, "input, output and errors"
 
 

@@ -22,12 +22,12 @@ from pipeline.core.errors import BadVector, ModelError, ModelUnusable, UpstreamU
 from pipeline.core.models import Model
 from pipeline.db import engines
 from pipeline.infra.settings import Settings, engine_authorization
-from workers.encoders.local import Encoder
+from workers.encoders.local import LocalEncoder
 from workers.encoders.model_cache import ModelCache, loader
 from workers.engine import batcher as serving_module
 from workers.engine.batcher import Batcher
 from workers.engine.queue import Work
-from workers.engine.server import Catalogue, main, make_app
+from workers.engine.server import ServedModels, main, make_app
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def model(engine: Engine, static_description: dict[str, Any]) -> Model:
 
 
 @contextmanager
-def batcher_with(load: Callable[[Model], Encoder]) -> Iterator[Batcher]:
+def batcher_with(load: Callable[[Model], LocalEncoder]) -> Iterator[Batcher]:
     made = Batcher(ModelCache(load, 2**32), queue_seconds=30)
     try:
         yield made
@@ -52,9 +52,9 @@ class Loads:
     def __init__(self) -> None:
         self.asked = 0
         self.error: Exception | None = None
-        self.encoders: list[Encoder] = []
+        self.encoders: list[LocalEncoder] = []
 
-    def __call__(self, model: Model) -> Encoder:
+    def __call__(self, model: Model) -> LocalEncoder:
         self.asked += 1
         if self.error:
             raise self.error
@@ -150,7 +150,7 @@ def test_an_engine_shows_what_it_can_use(
     """A request for a model that this engine can't use may go to another engine."""
     with engine.begin() as connection:
         models.add_model(connection, "other", static_description)
-    catalogue = Catalogue(engine, Settings(), "http://here", uuid4(), batcher.can_use)
+    catalogue = ServedModels(engine, Settings(), "http://here", uuid4(), batcher.can_use)
 
     def shown() -> Any:
         catalogue.read()
@@ -203,7 +203,7 @@ class _Endless(httpx.AsyncByteStream):
 def test_an_engine_reads_no_strangers_body_and_none_without_end(
     engine: Engine, batcher: Batcher, headers: dict[str, str], body: httpx.AsyncByteStream, status: int
 ) -> None:
-    catalogue = Catalogue(engine, Settings(), "http://here", uuid4(), batcher.can_use)
+    catalogue = ServedModels(engine, Settings(), "http://here", uuid4(), batcher.can_use)
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(make_app(catalogue, batcher, SecretStr("a secret of both"), 1024))
@@ -227,7 +227,7 @@ def test_an_engine_beyond_this_machine_needs_a_secret(monkeypatch: pytest.Monkey
 
 def _waiting(batcher: Batcher) -> int:
     """Return the number of texts that wait."""
-    return sum(len(each.texts) for lane in batcher._queues._queues.values() for each in lane.waiting)
+    return sum(len(each.texts) for queue in batcher._queues._queues.values() for each in queue.waiting)
 
 
 def test_texts_go_through_the_encoder_that_has_read_them(
@@ -248,8 +248,8 @@ def test_texts_go_through_the_encoder_that_has_read_them(
     seen: list[Any] = []
     replaced = replace(model, weights_sha256="others")
 
-    def load_other(_: Model) -> Encoder:
-        loads.encoders.append(Encoder(Path(str(model.path)), "cpu"))
+    def load_other(_: Model) -> LocalEncoder:
+        loads.encoders.append(LocalEncoder(Path(str(model.path)), "cpu"))
         other = loads.encoders[-1]
         other_batches = other.batches
 

@@ -133,9 +133,9 @@ def test_a_lost_chunk_waits_for_no_lap(
     assert waiting(valkey) == [ids[0], *ids[:4]], "the queue is full, and it comes before all that is in it"
     drop(valkey, 5)
     publish(dispatcher)
-    assert waiting(valkey) == ids[4:8], "its message may be on its way, and it isn't rung for at once again"
+    assert waiting(valkey) == ids[4:8], "its message may be on its way, and no other is published at once"
     drop(valkey, 4)
-    dispatcher.scheduler.rung[ids[0]] -= 10
+    dispatcher.scheduler.published[ids[0]] -= 10
     publish(dispatcher)
     assert waiting(valkey)[0] == ids[0], "but again in a while"
 
@@ -148,7 +148,7 @@ def test_a_queue_that_nobody_serves_stays_short(
         lose(engine, job_id, ordinal)
     for _ in range(5):
         publish(dispatcher)
-        dispatcher.scheduler.rung.clear()
+        dispatcher.scheduler.published.clear()
     assert len(waiting(valkey)) == 8
 
 
@@ -164,7 +164,7 @@ def test_a_chunk_lost_again(
     publish(dispatcher)
     assert waiting(valkey) == [ids[0], *ids[:4]], "nothing else waited yet"
     drop(valkey, 2)
-    dispatcher.scheduler.rung[ids[0]] -= 10
+    dispatcher.scheduler.published[ids[0]] -= 10
     publish(dispatcher)
     assert waiting(valkey) == (ids[:5] if patient else [*ids[1:4], ids[0], ids[4]])
 

@@ -10,15 +10,15 @@ from sentence_transformers import SentenceTransformer
 
 from pipeline.core.errors import ModelError
 from tests.acceptance.oracle import cosine
-from workers.encoders.local import Encoder
+from workers.encoders.local import LocalEncoder
 
 LONG = " ".join(f"word {n}" for n in range(1_000))
 TEXTS = ["short", LONG, "naïve café 数学 🙂", "  spaces  ", "x", *(f"number {n}" for n in range(50))]
 
 
 @pytest.fixture(scope="module")
-def encoder(bundled_model: Path) -> Encoder:
-    return Encoder(bundled_model, "cpu")
+def encoder(bundled_model: Path) -> LocalEncoder:
+    return LocalEncoder(bundled_model, "cpu")
 
 
 @pytest.fixture(params=["bundled_model", "static_model"])
@@ -28,7 +28,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 def test_vectors_equal_the_librarys(folder: Path) -> None:
-    ours = Encoder(folder, "cpu")
+    ours = LocalEncoder(folder, "cpu")
     theirs = SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
     vectors = ours.encode(ours.tokenise(TEXTS))
     assert vectors.dtype == np.float32
@@ -36,13 +36,13 @@ def test_vectors_equal_the_librarys(folder: Path) -> None:
 
 
 def test_a_document_prompt_is_read_before_each_text(bundled_model: Path) -> None:
-    ours = Encoder(bundled_model, "cpu", document_prompt="passage: ")
+    ours = LocalEncoder(bundled_model, "cpu", document_prompt="passage: ")
     theirs = SentenceTransformer(str(bundled_model), device="cpu").encode(TEXTS, prompt="passage: ")
     vectors = ours.encode(ours.tokenise(TEXTS))
     assert min(cosine(mine, other) for mine, other in zip(vectors, theirs, strict=True)) >= 0.99999
 
 
-def test_texts_are_read_once_and_truncation_is_told(encoder: Encoder) -> None:
+def test_texts_are_read_once_and_truncation_is_told(encoder: LocalEncoder) -> None:
     tokenised = encoder.tokenise(TEXTS)
     assert tokenised.lengths[0] == 3, "a word and two special tokens"
     assert tokenised.lengths[1] == encoder.max_item_tokens == 256
@@ -53,7 +53,7 @@ def test_texts_are_read_once_and_truncation_is_told(encoder: Encoder) -> None:
 
 
 def test_out_of_memory_halves_the_budget_and_remembers(bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = Encoder(bundled_model, "cpu")
+    encoder = LocalEncoder(bundled_model, "cpu")
     texts = ["a text of some ten or eleven tokens, all in all"] * 640
     expected = encoder.encode(encoder.tokenise(texts))
     forward, before = encoder._forward, encoder.budget_tokens
@@ -69,7 +69,7 @@ def test_out_of_memory_halves_the_budget_and_remembers(bundled_model: Path, monk
     assert 50 <= encoder.budget_tokens <= 512 < before, "halved for the batch that failed, not for each after it"
 
 
-def test_one_text_that_fails_comes_back_alone(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_text_that_fails_comes_back_alone(encoder: LocalEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = encoder._forward
     tokenised = encoder.tokenise(TEXTS)
     bad = tokenised.ids[7]
@@ -88,7 +88,7 @@ def test_one_text_that_fails_comes_back_alone(encoder: Encoder, monkeypatch: pyt
 
 
 def test_the_canary_tells_another_model(bundled_model: Path, bundled_description: dict[str, Any]) -> None:
-    encoder = Encoder(bundled_model, "cpu")
+    encoder = LocalEncoder(bundled_model, "cpu")
     expected = bytes.fromhex(bundled_description["canary"])
     encoder.prove(expected)
     with pytest.raises(ModelError, match="canary"):
@@ -97,7 +97,7 @@ def test_the_canary_tells_another_model(bundled_model: Path, bundled_description
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="can't be loaded"):
-        Encoder(tmp_path, "cpu")
+        LocalEncoder(tmp_path, "cpu")
 
 
 _DOCUMENT = " ".join(f"In chapter {n} the miller's naïve daughter grinds rye, at last!" for n in range(4_000))
@@ -127,7 +127,7 @@ _DOCUMENT = " ".join(f"In chapter {n} the miller's naïve daughter grinds rye, a
     ],
 )
 def test_of_a_long_text_no_more_is_read_than_decides(
-    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, text: str, whole: bool
+    encoder: LocalEncoder, monkeypatch: pytest.MonkeyPatch, text: str, whole: bool
 ) -> None:
     monkeypatch.setattr("workers.encoders.reading.MOST_CHARACTERS_PER_TOKEN", 1_000_000)
     expected = encoder.tokenise([text, "short"])

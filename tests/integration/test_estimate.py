@@ -15,7 +15,7 @@ from pipeline.db import usage
 from pipeline.ingest.estimate import estimate
 from pipeline.sources import Corpus
 from tests.support.jobs_made import make_model
-from workers.encoders.local import Encoder
+from workers.encoders.local import LocalEncoder
 
 _DOCUMENTS = 20_000
 
@@ -38,12 +38,12 @@ def model(engine: Engine) -> Model:
 
 
 @pytest.fixture(scope="module")
-def encoder(static_model: Path) -> Encoder:
-    return Encoder(static_model, "cpu")
+def encoder(static_model: Path) -> LocalEncoder:
+    return LocalEncoder(static_model, "cpu")
 
 
 @pytest.mark.parametrize("by_reference", [False, True])
-def test_the_truth_lies_in_the_interval(corpus: Path, model: Model, encoder: Encoder, by_reference: bool) -> None:
+def test_the_truth_lies_in_the_interval(corpus: Path, model: Model, encoder: LocalEncoder, by_reference: bool) -> None:
     def tokenise(texts: Sequence[str], most: int | None) -> tuple[Sequence[int], Sequence[bool]]:
         read = encoder.tokenise(list(texts), most)
         return read.lengths.tolist(), read.truncated.tolist()

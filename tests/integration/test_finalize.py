@@ -43,7 +43,7 @@ def test_parts_that_a_retry_brought_belong_to_the_data_set_too(
     run_sql(engine, "update vectormill.chunks set state = 'done', embedded = items where id = :id", id=other.chunk_id)
     monkeypatch.setattr(parquet_sink, "make_data_set", make_and_be_late)
     finalize(engine, job_id)
-    assert job_row(engine, job_id)["state"] == "running", "what was finalized isn't all that is there by now"
+    assert job_row(engine, job_id)["state"] == "running", "what was finalised isn't all that is there by now"
     with engine.begin() as connection:
         assert due(connection, 10) == [job_id]
     finalize(engine, job_id)

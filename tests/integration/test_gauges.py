@@ -25,10 +25,10 @@ def _shown(engine: Engine) -> set[str]:
 
 
 def test_a_model_that_is_removed_is_shown_no_longer(engine: Engine) -> None:
-    gauges.forget()
+    gauges.clear()
     for name in ("stays", "goes"):
         make_model(engine, name)
     assert _shown(engine) == {"stays", "goes", "embed.stays", "embed.goes"}
     run_sql(engine, "delete from vectormill.models where name = 'goes'")
     assert _shown(engine) == {"stays", "embed.stays"}
-    gauges.forget()
+    gauges.clear()

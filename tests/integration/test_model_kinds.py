@@ -19,7 +19,7 @@ from tests.support.tiny_models import KINDS, Kind
 from workers import oneshot
 from workers.encoders.batching import Tokenised
 from workers.encoders.model_cache import loader
-from workers.encoders.weights import Source
+from workers.encoders.weights import WeightsSource
 
 TABLE = (
     Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def oracle(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDA
 def ours(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return the vectors of documents and queries, encoded in the same batches, of the model as it is added and as a
     worker loads it."""
-    described = oneshot.describe(Source(path=str(folder)), pooling)
+    described = oneshot.describe(WeightsSource(path=str(folder)), pooling)
     del described["notes"]
     model = from_portable({**described, "name": "tiny", "slug": "tiny", "upstream": None})
     encoder = loader("cpu", None, "float32")(model)

@@ -110,10 +110,10 @@ def _certificate(folder: Path, name: str) -> Path:
     return file
 
 
-def _ring(url: str) -> None:
+def _publish(url: str) -> None:
     publisher = Publisher(url)
     try:
-        publisher.ring("tls", uuid7(), 1)
+        publisher.publish("tls", uuid7(), 1)
     finally:
         publisher.close()
 
@@ -148,7 +148,7 @@ def _limiter(url: str) -> None:
 
 
 _REFUSED = (ServiceUnreachable, OperationalError, redis.RedisError, OSError)
-_CLIENTS: list[Callable[[str], Any]] = [_ring, _count, _listen, _look, _limiter]
+_CLIENTS: list[Callable[[str], Any]] = [_publish, _count, _listen, _look, _limiter]
 
 
 @pytest.mark.parametrize("use", _CLIENTS)

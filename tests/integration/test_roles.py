@@ -15,7 +15,7 @@ from pipeline.db import chunks, lost_claims, partitions
 from pipeline.db.database import make_engine
 from pipeline.db.migrate import known_revisions
 from pipeline.doctor import servers as checks
-from pipeline.doctor.checks import CHECKS, examine
+from pipeline.doctor.checks import CHECKS, run_checks
 from pipeline.doctor.context import Context
 from pipeline.doctor.report import State
 from pipeline.embedded.runtime import Running
@@ -263,7 +263,7 @@ def test_the_doctor_takes_no_processs_login_for_broken(
     )
     asked = [check for check in CHECKS if check.name not in ("dispatcher", "workers", "engines", "flower")]
     try:
-        found = [(name, finding) for name, finding in examine(context, asked)]
+        found = [(name, finding) for name, finding in run_checks(context, asked)]
         (role,) = checks.role(context)
     finally:
         context.close()

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from pipeline.catalog.models import weights_sha256
 from pipeline.core.errors import ModelError
 from tests.acceptance.fleet import Fleet
-from workers.encoders.weights import Source
+from workers.encoders.weights import WeightsSource
 from workers.oneshot import describe
 
 
@@ -72,7 +72,7 @@ def test_no_part_of_a_model_is_a_pickle(static_model: Path, copy: Any, mark: Pat
     (folder / "1_Dense" / "config.json").write_text('{"activation_function": "torch.nn.modules.linear.Identity"}')
     (folder / "1_Dense" / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(mark)))
     with pytest.raises(ModelError, match=r"1_Dense/pytorch_model.bin isn't .safetensors"):
-        describe(Source(path=str(folder)))
+        describe(WeightsSource(path=str(folder)))
     assert not mark.exists()
 
 
@@ -90,7 +90,7 @@ def test_a_part_of_the_models_own_code_is_refused(static_model: Path, copy: Any,
     parts = json.loads((folder / "modules.json").read_bytes())
     (folder / "modules.json").write_text(json.dumps([{**parts[0], "type": "custom.Custom"}]))
     with pytest.raises(ModelError, match=r"custom\.Custom"):
-        describe(Source(path=str(folder)))
+        describe(WeightsSource(path=str(folder)))
     assert not mark.exists()
 
 
@@ -102,7 +102,7 @@ def test_code_that_a_configuration_names_is_not_run(bundled_model: Path, copy: A
         told = json.loads((folder / file).read_bytes())
         (folder / file).write_text(json.dumps({**told, "auto_map": classes}))
     with pytest.raises(ModelError, match="auto_map"):
-        describe(Source(path=str(folder)))
+        describe(WeightsSource(path=str(folder)))
     assert not mark.exists()
 
 
@@ -113,8 +113,8 @@ def test_a_model_of_an_unknown_kind_is_not_run(bundled_model: Path, copy: Any, m
     auto_map = {"AutoConfig": "custom.Custom", "AutoModel": "custom.Custom"}
     (folder / "config.json").write_text(json.dumps({**told, "model_type": "custom", "auto_map": auto_map}))
     with pytest.raises(ModelError, match="auto_map"):
-        describe(Source(path=str(folder)))
+        describe(WeightsSource(path=str(folder)))
     (folder / "config.json").write_text(json.dumps({**told, "model_type": "custom"}))
     with pytest.raises(ModelError, match="can't be loaded"):
-        describe(Source(path=str(folder)))
+        describe(WeightsSource(path=str(folder)))
     assert not mark.exists()

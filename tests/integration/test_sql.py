@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from sqlalchemy import Engine
 
 from pipeline.broker import Publisher
-from pipeline.cli.context import Place
+from pipeline.cli.context import CommandContext
 from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import watch_job
 from pipeline.core.errors import ServiceUnreachable, UnknownJob
@@ -464,7 +464,9 @@ def test_what_is_no_job_yet_has_a_status(engine: Engine, model: Model, stage: Ca
     row = status_of(engine, str(first)[:20])
     assert (row.state, row.reason) == ("failed", "empty_source")
     assert "no rows; there is nothing to embed." in (row.message or "")
-    assert watch_job(DatabaseBackend(Place(settings=Settings(), engine=engine, workspace_id=1)), first, 10) == 3
+    assert (
+        watch_job(DatabaseBackend(CommandContext(settings=Settings(), engine=engine, workspace_id=1)), first, 10) == 3
+    )
     second = ask(engine, name="docs")
     stage()
     assert (status_of(engine, "docs").id, status_of(engine, "docs").state) == (second, "queued")

@@ -63,7 +63,7 @@ def test_a_full_disk_is_for_a_person_to_mend(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20, None) as disk:
         disk.fill()
         for name in ("file", "folder/file"):
-            with pytest.raises(StorageRefused, match=r"no space left on device; make room, or mend the disk\.$"):
+            with pytest.raises(StorageRefused, match=r"no space left on device; make room, or fix the disk\.$"):
                 storage.write(str(disk.folder / name), bytes(10_000))
         disk.clear()
         assert list(storage.names_below(str(disk.folder))) == []

@@ -267,7 +267,7 @@ def test_nothing_is_sent_where_the_operator_does_not_allow_it_or_unsigned(
         with pytest.raises(Waiting):
             delivery.deliver(engine, unsigned, urlsplit(receiver.url).netloc)
     assert receiver.got == []
-    assert {row[0] for row in state(engine)} == {"waiting"}, "an operator may still mend it"
+    assert {row[0] for row in state(engine)} == {"waiting"}, "an operator may still fix it"
     assert {row[2] for row in state(engine)} == {
         "not allowed by the dispatcher's VECTORMILL_WEBHOOKS",
         "no VECTORMILL_WEBHOOK_SECRET to sign with",

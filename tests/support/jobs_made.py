@@ -15,7 +15,7 @@ from pipeline.core.chunks import ChunkState, Claim, Item, Reject, RejectCode
 from pipeline.core.models import Model
 from pipeline.core.options import KeptOptions
 from pipeline.db import chunks, items, staging, tables
-from pipeline.db.embeddings import Rows
+from pipeline.db.embeddings import EmbeddedRows
 
 #: Dimensions of the vectors of jobs made here.
 DIMENSIONS = 4
@@ -127,7 +127,7 @@ def vectors_of(indexes: Sequence[int], dimensions: int = DIMENSIONS) -> "np.ndar
 
 def part_of(indexes: Sequence[int], rejects: Sequence[Reject] = ()) -> Commit:
     """Return a commit with vectors for `indexes`, three tokens each."""
-    rows = Rows(
+    rows = EmbeddedRows(
         indexes=np.array(indexes, dtype=np.int64),
         keys=[f"k{index}" for index in indexes],
         vectors=vectors_of(indexes),

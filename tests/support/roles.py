@@ -13,7 +13,7 @@ PROCESSES = ("dispatcher", "worker", "engine", "api", "reader")
 def logins(url: str) -> dict[str, str]:
     """Apply the script to the database that a superuser's `url` names, and create the logins.
 
-    All databases of the server share the logins. Returns the URL of each process.
+    All databases of the server share the logins. Return the URL of each process.
     """
     address = urlsplit(url)
     with psycopg.connect(url, autocommit=True) as connection:

@@ -1,4 +1,4 @@
-"""Upstream gateway, good or bad: a real HTTP server whose answers a test decides."""
+"""Scripted upstream, good or bad: a real HTTP server whose answers a test decides."""
 
 import base64
 import hashlib
@@ -80,7 +80,7 @@ class ScriptedGateway:
 
 @contextmanager
 def scripted_gateway() -> Iterator[ScriptedGateway]:
-    """Run a gateway on a port of its own for the length of the block."""
+    """Run a scripted upstream on a port of its own for the length of the block."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):

@@ -413,7 +413,7 @@ KINDS = (
     Kind("static", lambda at: _save(at, _static())),
     Kind("static in float16, Normalize", lambda at: _save(at, _static(dtype=torch.float16), st.Normalize())),
     Kind(
-        "static, cut at 12 tokens from the left",
+        "static, truncated at 12 tokens from the left",
         lambda at: _save(at, _static(cut={"max_length": 12, "direction": "left"}), prompts=_PROMPTS),
     ),
     Kind("transformer alone, pooling cls", _without_modules, pooling="cls"),

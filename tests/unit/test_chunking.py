@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.ingest.chunking import Limits, Planner, Range, chunk_tokens, estimate_tokens, request_batches
+from pipeline.ingest.chunking import ChunkLimits, Planner, Range, chunk_tokens, estimate_tokens, request_batches
 
 Item = tuple[int, int]
 ITEMS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 120)), max_size=60)
-LIMITS = st.builds(Limits, tokens=st.integers(1, 60), items=st.integers(1, 8), bytes=st.integers(1, 300))
+LIMITS = st.builds(ChunkLimits, tokens=st.integers(1, 60), items=st.integers(1, 8), bytes=st.integers(1, 300))
 
 
-def plan(blocks: list[list[Item]], limits: Limits) -> list[Range]:
+def plan(blocks: list[list[Item]], limits: ChunkLimits) -> list[Range]:
     planner = Planner(limits)
     found: list[Range] = []
     for block in blocks:
@@ -23,13 +23,13 @@ def plan(blocks: list[list[Item]], limits: Limits) -> list[Range]:
     return found + list(planner.finish())
 
 
-def fits(items: list[Item], limits: Limits) -> bool:
+def fits(items: list[Item], limits: ChunkLimits) -> bool:
     tokens, sizes = (sum(column) for column in zip(*items, strict=True))
     return tokens <= limits.tokens and sizes <= limits.bytes and len(items) <= limits.items
 
 
 @given(ITEMS, LIMITS)
-def test_every_item_once_and_in_order(items: list[Item], limits: Limits) -> None:
+def test_every_item_once_and_in_order(items: list[Item], limits: ChunkLimits) -> None:
     at = 0
     for chunk in plan([items], limits):
         assert chunk.first_index == at
@@ -39,7 +39,7 @@ def test_every_item_once_and_in_order(items: list[Item], limits: Limits) -> None
 
 
 @given(ITEMS, LIMITS)
-def test_chunks_keep_their_limits(items: list[Item], limits: Limits) -> None:
+def test_chunks_keep_their_limits(items: list[Item], limits: ChunkLimits) -> None:
     for chunk in plan([items], limits):
         start, end = chunk.first_index, chunk.first_index + chunk.items
         assert chunk.items == 1 or fits(items[start:end], limits)
@@ -48,7 +48,7 @@ def test_chunks_keep_their_limits(items: list[Item], limits: Limits) -> None:
 
 @given(st.integers(1, 3_000), st.integers(8, 200))
 def test_full_chunks_first_and_a_falling_tail(count: int, limit: int) -> None:
-    chunks = [chunk.tokens for chunk in plan([[(1, 1)] * count], Limits(tokens=limit, items=10_000, bytes=10_000))]
+    chunks = [chunk.tokens for chunk in plan([[(1, 1)] * count], ChunkLimits(tokens=limit, items=10_000, bytes=10_000))]
     assert chunks[:-1] == sorted(chunks[:-1], reverse=True)
     assert chunks[-1] <= limit // 8
     full = limit // 8 * 8
@@ -56,14 +56,14 @@ def test_full_chunks_first_and_a_falling_tail(count: int, limit: int) -> None:
 
 
 @given(ITEMS, LIMITS, st.lists(st.integers(0, 60), max_size=5))
-def test_block_boundaries_dont_matter(items: list[Item], limits: Limits, cuts: list[int]) -> None:
+def test_block_boundaries_dont_matter(items: list[Item], limits: ChunkLimits, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(items)) for cut in cuts), len(items)]
     blocks = [items[start:end] for start, end in pairwise(edges)]
     assert plan(blocks, limits) == plan([items], limits)
 
 
 def test_an_item_over_a_limit_is_a_chunk_of_its_own() -> None:
-    limits = Limits(tokens=10, items=100, bytes=100)
+    limits = ChunkLimits(tokens=10, items=100, bytes=100)
     assert plan([[(4, 1), (50, 1), (4, 1), (1, 500), (1, 1)]], limits) == [
         Range(0, 1, 4),
         Range(1, 1, 50),
@@ -85,7 +85,7 @@ def test_chunks_are_sized_by_work(seconds: float, rate: float, tokens: int) -> N
 
 
 @given(st.lists(ITEMS, max_size=8), LIMITS)
-def test_no_chunk_goes_across_a_break(files: list[list[Item]], limits: Limits) -> None:
+def test_no_chunk_goes_across_a_break(files: list[list[Item]], limits: ChunkLimits) -> None:
     planner = Planner(limits)
     found: list[Range] = []
     ends = {0}
@@ -102,7 +102,7 @@ def test_no_chunk_goes_across_a_break(files: list[list[Item]], limits: Limits) -
 
 
 def test_many_small_files_hold_little_back() -> None:
-    planner = Planner(Limits(tokens=800, items=100, bytes=10_000))
+    planner = Planner(ChunkLimits(tokens=800, items=100, bytes=10_000))
     out = 0
     for _ in range(1_000):
         out += len([*planner.add(np.array([1]), np.array([4])), *planner.break_off()])

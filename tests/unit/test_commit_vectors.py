@@ -6,13 +6,13 @@ import pytest
 from pipeline.chunk_io.commit import split_bad_vectors
 from pipeline.core.chunks import RejectCode
 from pipeline.core.options import VectorType
-from pipeline.db.embeddings import NO_ROWS, Rows
+from pipeline.db.embeddings import NO_ROWS, EmbeddedRows
 
 GOOD = [1.0, 2.0, 3.0]
 
 
-def rows(*vectors: list[float]) -> Rows:
-    return Rows(
+def rows(*vectors: list[float]) -> EmbeddedRows:
+    return EmbeddedRows(
         indexes=np.arange(10, 10 + len(vectors)),
         keys=[f"k{at}" for at in range(len(vectors))],
         vectors=np.array(vectors, dtype=np.float32),

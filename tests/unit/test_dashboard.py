@@ -167,7 +167,7 @@ def test_a_cell_is_as_its_worst_chunk(counts: dict[str, Any], kind: str) -> None
 def test_a_cell_tells_its_attempts() -> None:
     (drawn,) = drawing.strip([cell(running=1, claims=5, lost=1, last_error="lease expired")])
     assert drawn.again
-    assert drawn.tip == "chunks 4 to 5: 1 done, 1 running|500 items, 5 attempts|1 attempt lost: lease expired"
+    assert drawn.tip == "chunks 4 to 5: 1 done, 1 running|500 items, 5 claims|1 claim lost: lease expired"
 
 
 def test_whoever_leaves_a_page_while_it_waits_makes_no_failure_of_it() -> None:

@@ -134,7 +134,7 @@ def test_nobody_waits_for_longer_than_may_be(ask: Any, one: _Ask) -> None:
     assert max(seconds) == pytest.approx(_LONGEST, abs=_EACH)
 
 
-def test_good_vectors_wait_behind_refusals_and_make_no_line(ask: Any) -> None:
+def test_good_vectors_wait_behind_refusals_and_fill_no_bucket(ask: Any) -> None:
     """A workspace that asks for more than the line's rate gets its own rate again once its refusals are over."""
     ask(*[_Ask(503, workspace=7, vectors=True)] * (_BURST + 100))
     good = [waited for waited, _ in ask(*[_Ask(200, workspace=7, vectors=True)] * 1_000)]
@@ -146,7 +146,7 @@ def test_who_goes_away_before_it_is_answered_gives_the_turn_back(ask: Any) -> No
     assert max(waited for waited, _ in ask(*[_Ask(200, workspace=7, stays=False)] * 300)) == pytest.approx(_EACH)
 
 
-def test_strangers_who_go_away_when_the_work_is_done_keep_their_line(ask: Any) -> None:
+def test_strangers_who_go_away_when_the_work_is_done_keep_their_bucket(ask: Any) -> None:
     ask(*[_Ask(401, stays=False)] * (_BURST + 300))
     ((waited, _),) = ask(_Ask(401))
     assert waited == pytest.approx(299 * _EACH + _EACH)
@@ -162,13 +162,13 @@ def test_strangers_who_go_away_when_the_work_is_done_keep_their_line(ask: Any) -
         ("a socket", "another", False),
     ],
 )
-def test_a_network_of_ipv6_has_one_line(ask: Any, one: str, other: str, is_same: bool) -> None:
+def test_a_network_of_ipv6_has_one_bucket(ask: Any, one: str, other: str, is_same: bool) -> None:
     ask(*[_Ask(401, host=one)] * (_BURST + 100))
     ((waited, _),) = ask(_Ask(401, host=other))
     assert bool(waited) is is_same
 
 
-def test_lines_in_which_nobody_waits_are_forgotten() -> None:
+def test_buckets_in_which_nobody_waits_are_forgotten() -> None:
     buckets = LeakyBuckets()
     for number in range(30_000):
         buckets.take(number)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from workers.encoders.batching import Tokenised
 from workers.engine.pace import Pace
-from workers.engine.queue import DeviceQueue, Request, Text, Work, seconds_ahead
+from workers.engine.queue import DeviceQueue, QueuedRequest, Text, Work, seconds_ahead
 
 #: Tokens of one turn on a CPU: two batches.
 TURN_TOKENS = 100
@@ -27,12 +27,12 @@ class _Encoder:
     device = torch.device("cpu")
 
 
-def waiting(queues: DeviceQueue, encoder: _Encoder, *lengths: int, caller: str = "") -> Request:
+def waiting(queues: DeviceQueue, encoder: _Encoder, *lengths: int, caller: str = "") -> QueuedRequest:
     """Queue a request whose texts have these lengths."""
     tokenised = Tokenised(list(lengths), np.array(lengths, np.int32), np.zeros(len(lengths), np.bool_))
     work = Work(caller, "m", sum(lengths), 0.0)
     nobody = cast("asyncio.Future[Any]", None)
-    request = Request(cast(Any, None), nobody, tokenised, np.empty((0, 0), np.float32), 0, work)
+    request = QueuedRequest(cast(Any, None), nobody, tokenised, np.empty((0, 0), np.float32), 0, work)
     queues.add(cast(Any, encoder), request)
     return request
 
@@ -43,7 +43,7 @@ def batches(queues: DeviceQueue) -> Iterable[list[Text]]:
         yield list(batch[1])
 
 
-def turns_until(queues: DeviceQueue, request: Request) -> int:
+def turns_until(queues: DeviceQueue, request: QueuedRequest) -> int:
     """Return the number of turns before the one with a text of the request."""
     return next(turn for turn, batch in enumerate(batches(queues)) if any(text.request is request for text in batch))
 
@@ -102,7 +102,7 @@ def test_callers_have_equal_shares_however_many_requests_they_have(requests: lis
         for _ in range(number):
             waiting(queues, encoder, *[length] * 1_500, caller=str(caller))
     given_to: Counter[str] = Counter()
-    of_request: Counter[Request] = Counter()
+    of_request: Counter[QueuedRequest] = Counter()
     for _, batch in zip(range(15), batches(queues), strict=False):
         for text in batch:
             given_to[text.request.work.caller] += length

@@ -1,4 +1,4 @@
-"""Encoder of a model on a device: tokenises each text once, and embeds texts in token-budget batches."""
+"""Encoder of a local model on a device: tokenises each text once, and embeds texts in token-budget batches."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ class _Query(list[int]):
     """Token ids of a query, if queries take another path through the model than documents."""
 
 
-class Encoder:
+class LocalEncoder:
     """Loaded model. One thread may tokenise while another one runs batches; no more at once."""
 
     def __init__(

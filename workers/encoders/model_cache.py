@@ -14,7 +14,7 @@ from pipeline.infra.settings import ROOM_FACTOR
 from workers.encoders.weights import verified_folder
 
 if TYPE_CHECKING:  # the parent and Flower import this module, and need no torch
-    from workers.encoders.local import Encoder
+    from workers.encoders.local import LocalEncoder
 
 log = structlog.get_logger()
 
@@ -22,12 +22,12 @@ log = structlog.get_logger()
 class ModelCache:
     """LRU cache of loaded models. `load` makes an encoder of a catalogue entry; `memory_bytes` limits all together."""
 
-    def __init__(self, load: Callable[[Model], "Encoder"], memory_bytes: int) -> None:
+    def __init__(self, load: Callable[[Model], "LocalEncoder"], memory_bytes: int) -> None:
         self._load = load
         self._memory_bytes = memory_bytes
-        self._loaded: OrderedDict[str, tuple[Model, Encoder]] = OrderedDict()
+        self._loaded: OrderedDict[str, tuple[Model, LocalEncoder]] = OrderedDict()
 
-    def get(self, model: Model) -> "Encoder":
+    def get(self, model: Model) -> "LocalEncoder":
         """Return the encoder of a model, loaded and checked by its canary on first use.
 
         Raises:
@@ -48,7 +48,7 @@ class ModelCache:
         log.info("model_loaded", model=model.name, device=str(encoder.device))
         return encoder
 
-    def held(self, model: Model) -> "Encoder | None":
+    def held(self, model: Model) -> "LocalEncoder | None":
         """Return the encoder of a model if it is loaded. Safe in another thread than the one that loads."""
         held = self._loaded.get(model.name)
         if held is None or held[0].weights_sha256 != model.weights_sha256:
@@ -57,7 +57,7 @@ class ModelCache:
             self._loaded.move_to_end(model.name)
         return held[1]
 
-    def encoders(self) -> "list[Encoder]":
+    def encoders(self) -> "list[LocalEncoder]":
         """Return the encoders that are loaded."""
         return [encoder for _, encoder in list(self._loaded.values())]
 
@@ -76,14 +76,14 @@ class ModelCache:
         gc.collect()
 
 
-def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], "Encoder"]:
+def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], "LocalEncoder"]:
     """Return a function that makes encoders on `device`, from verified weights and with the catalogue's prompts."""
 
-    def load(model: Model) -> "Encoder":
-        from workers.encoders.local import Encoder
+    def load(model: Model) -> "LocalEncoder":
+        from workers.encoders.local import LocalEncoder
 
         folder = verified_folder(model)
-        return Encoder(
+        return LocalEncoder(
             folder,
             device,
             document_prompt=model.document_prompt,

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 #: tokeniser makes of any text: of docstrings truncated at 8 tokens one in a thousand, of 8,600 truncated at 10 to 32
 #: none. With a Unigram or BPE tokeniser they often are: at 16, one in five.
 _TELLING = 16
-#: Ids at the end that aren't compared: if a client has cut the text, its last word may be tokenised differently.
+#: Ids at the end that aren't compared: if a client has truncated the text, its last word may be tokenised differently.
 _LAST_WORD = 8
 #: Number of ids that are checked, since all other texts wait meanwhile.
 _LOOKED_AT = 128

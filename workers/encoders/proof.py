@@ -24,7 +24,7 @@ from pipeline.core.errors import ModelError
 from workers.encoders import library
 from workers.encoders.batching import Tokenised
 from workers.encoders.library import described
-from workers.encoders.local import Encoder
+from workers.encoders.local import LocalEncoder
 from workers.encoders.reading import DOCUMENT, QUERY
 
 Vectors = npt.NDArray[np.float32]
@@ -51,7 +51,7 @@ class Proof:
     """Findings of a model's proof."""
 
     #: Encoder of the model, ready for a measurement of its rate.
-    encoder: Encoder
+    encoder: LocalEncoder
     document_prompt: str
     query_prompt: str
     #: True if all its vectors have length 1.
@@ -92,7 +92,7 @@ def prove(folder: Path, device: str, *, pooling: str | None, threads: int | None
     gc.collect()
     torch.manual_seed(2)
     prompts = oracle.prompts
-    encoder = Encoder(
+    encoder = LocalEncoder(
         folder,
         device,
         document_prompt=prompts[DOCUMENT],
@@ -166,7 +166,7 @@ def _encode(folder: Path, model: SentenceTransformer, task: str, texts: list[str
         ) from error
 
 
-def _compare(folder: Path, encoder: Encoder, oracle: _Oracle) -> None:
+def _compare(folder: Path, encoder: LocalEncoder, oracle: _Oracle) -> None:
     """Check that documents and queries in shared batches have the library's vectors of each text alone."""
     read = [encoder.tokenise(oracle.texts, queries=task == QUERY) for task in (DOCUMENT, QUERY)]
     for task, ids in oracle.far_ids.items():

@@ -178,9 +178,9 @@ def _read(texts: list[str], bound: int | None, encode: Callable[[list[str]], lis
     most = bound * MOST_CHARACTERS_PER_TOKEN if bound else None
     encodings = encode([text[:most] for text in texts])
     for at, text in enumerate(texts):
-        # The last word of a text cut at `most` may be tokenised differently. It doesn't matter if more than a whole
-        # length of tokens lies between `bound` and that word: overflowing tokens come in such lengths. White space and
-        # endless words have too few tokens.
+        # The last word of a text truncated at `most` may be tokenised differently. It doesn't matter if more than a
+        # whole length of tokens lies between `bound` and that word: overflowing tokens come in such lengths. White
+        # space and endless words have too few tokens.
         if most and len(text) > most and len(encodings[at].overflowing) < 2:
             (encodings[at],) = encode([text])
     lengths = np.fromiter((len(e.ids) for e in encodings), dtype=np.int32, count=len(encodings))

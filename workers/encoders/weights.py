@@ -12,7 +12,7 @@ _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class WeightsSource:
     """Source of weights: a folder, or a hub id pinned to a commit."""
 
     path: str | None = None
@@ -44,7 +44,7 @@ def verified_folder(model: Model) -> Path:
     Raises:
         ModelError: the folder doesn't exist, or holds other weights.
     """
-    folder = Source(path=model.path, hub_id=model.hub_id, revision=model.revision).folder()
+    folder = WeightsSource(path=model.path, hub_id=model.hub_id, revision=model.revision).folder()
     if weights_sha256(folder, model.pooling) != model.weights_sha256:
         raise ModelError(f"{model.name}: the files in {folder} are not those that were added to the catalogue")
     return folder

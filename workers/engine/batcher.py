@@ -20,15 +20,15 @@ from pipeline.infra import metrics
 from workers.encoders.batching import MOST_CHARACTERS_PER_TOKEN, Batch, Tokenised, passes
 from workers.encoders.model_cache import ModelCache
 from workers.engine.pace import Pace
-from workers.engine.queue import DeviceQueue, Request, Text, Work, seconds_ahead
+from workers.engine.queue import DeviceQueue, QueuedRequest, Text, Work, seconds_ahead
 
 if TYPE_CHECKING:
-    from workers.encoders.local import Encoder
+    from workers.encoders.local import LocalEncoder
 
 log = structlog.get_logger()
 
 #: Characters of a usual token, for texts that aren't tokenised yet.
-_TOKEN_BYTES = 4
+_TOKEN_CHARACTERS = 4
 #: Measured rate of the slower tokenisers.
 _READ_CHARACTERS_PER_SECOND = 2_000_000
 #: Characters that are tokenised at a time, before another request's turn.
@@ -92,13 +92,13 @@ class Batcher:
         self._unusable[_identity(model)] = (time.monotonic() + _UNUSABLE_SECONDS, str(error))
         return ModelUnusable(str(error))
 
-    async def load(self, model: Model) -> "Encoder":
+    async def load(self, model: Model) -> "LocalEncoder":
         """Return a model's encoder, which is loaded if it isn't yet.
 
         Raises:
             ModelUnusable: it can't be loaded here, or its canary comes out wrong.
         """
-        # A model that was given up isn't taken from the cache, even when its pause is over: it is loaded again.
+        # A model that was dropped isn't taken from the cache, even when its pause is over: it is loaded again.
         if _identity(model) not in self._unusable and (held := self._model_cache.held(model)):
             return held
         return await asyncio.wrap_future(self._load_apart(model))
@@ -107,7 +107,7 @@ class Batcher:
         """Load a model as `load` does, before there is an event loop."""
         self._load_apart(model).result()
 
-    def _load_apart(self, model: Model) -> "Future[Encoder]":
+    def _load_apart(self, model: Model) -> "Future[LocalEncoder]":
         """Load a model in a thread that then ends. A thread that has run a model keeps its OpenMP threads, and beside
         them those of the device's thread wait in a slower way (7 % of its rate)."""
         loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -115,7 +115,7 @@ class Batcher:
         loader.shutdown(wait=False)
         return found
 
-    def _load(self, model: Model) -> "Encoder":
+    def _load(self, model: Model) -> "LocalEncoder":
         if why := self._why_unusable(model):
             raise ModelUnusable(why)
         with self._loading:
@@ -184,7 +184,7 @@ class Batcher:
         work.tokens, work.reading_seconds = float(tokenised.lengths.sum()), 0.0
         vectors = np.empty((len(texts), encoder.dimensions), np.float32)
         done = asyncio.get_running_loop().create_future()
-        request = Request(model, done, tokenised, vectors, len(texts), work)
+        request = QueuedRequest(model, done, tokenised, vectors, len(texts), work)
         with self._changed:
             self._queues.add(encoder, request)
             self._changed.notify()
@@ -193,7 +193,7 @@ class Batcher:
         finally:
             request.dropped = True
 
-    async def _read(self, encoder: "Encoder", texts: Sequence[str], *, queries: bool) -> Tokenised:
+    async def _read(self, encoder: "LocalEncoder", texts: Sequence[str], *, queries: bool) -> Tokenised:
         """Tokenise texts in slices, between which other requests have their turn."""
         loop = asyncio.get_running_loop()
         read = partial(encoder.tokenise, queries=queries)
@@ -218,7 +218,7 @@ class Batcher:
             if failed:
                 self._tell_failure(encoder, failed)
 
-    def _next(self) -> "tuple[Encoder, Sequence[Text]] | None":
+    def _next(self) -> "tuple[LocalEncoder, Sequence[Text]] | None":
         with self._changed:
             while not self._stopped:
                 if turn := self._queues.take():
@@ -226,7 +226,7 @@ class Batcher:
                 self._changed.wait()
         return None
 
-    def _embed_turn(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
+    def _embed_turn(self, encoder: "LocalEncoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
         """Embed texts. Return those that failed, each with its error."""
         failed: list[tuple[Text, Exception]] = []
         lengths = np.array([text.tokens for text in texts], np.int32)
@@ -237,10 +237,10 @@ class Batcher:
             self._paces[texts[0].request.model.name].learn(tokens, time.perf_counter() - began)
         return failed
 
-    def _forward(self, encoder: "Encoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
+    def _forward(self, encoder: "LocalEncoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
         """Embed texts of about the same length. Return those that failed, each with its error."""
         failed: list[tuple[Text, Exception]] = []
-        done: list[Request] = []
+        done: list[QueuedRequest] = []
         tokenised = Tokenised(
             [text.request.tokenised.ids[text.at] for text in texts],
             np.array([text.tokens for text in texts], np.int32),
@@ -267,7 +267,7 @@ class Batcher:
             _answer([(request, None) for request in done])
         return failed
 
-    def _tell_failure(self, encoder: "Encoder", failed: list[tuple[Text, Exception]]) -> None:
+    def _tell_failure(self, encoder: "LocalEncoder", failed: list[tuple[Text, Exception]]) -> None:
         """Answer failed requests, after the canary has told if the texts or the model are at fault."""
         unusable = None
         try:
@@ -291,7 +291,7 @@ def _identity(model: Model) -> tuple[str, str]:
 
 def _estimated_tokens(texts: Sequence[str], model: Model) -> float:
     longest = model.max_item_tokens
-    return sum(min(len(text) // _TOKEN_BYTES + 1, longest or len(text) + 1) for text in texts)
+    return sum(min(len(text) // _TOKEN_CHARACTERS + 1, longest or len(text) + 1) for text in texts)
 
 
 def _reading_seconds(texts: Sequence[str], model: Model) -> float:
@@ -312,7 +312,7 @@ def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     yield texts[start:]
 
 
-def _answer(answers: Sequence[tuple[Request, Exception | None]]) -> None:
+def _answer(answers: Sequence[tuple[QueuedRequest, Exception | None]]) -> None:
     """Resolve requests from the device's thread. The event loop gets all of them in one call and does the rest, while
     the device goes on."""
     if not answers:
@@ -335,7 +335,7 @@ def _answer(answers: Sequence[tuple[Request, Exception | None]]) -> None:
         log.debug("nobody_waits")
 
 
-def _embedded(request: Request) -> Embedded:
+def _embedded(request: QueuedRequest) -> Embedded:
     lengths, truncated = request.tokenised.lengths, request.tokenised.truncated
     return Embedded(
         vectors=request.vectors, prompt_tokens=int(lengths.sum()), truncated=np.flatnonzero(truncated).tolist()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from asyncio import Future
 
     from pipeline.core.openai import Embedded
-    from workers.encoders.local import Encoder
+    from workers.encoders.local import LocalEncoder
 
 _MOST_ITEMS = 2_048
 #: Shares of a turn; a request takes one at a time.
@@ -44,7 +44,7 @@ class Work:
 
 
 @dataclass(eq=False, slots=True)
-class Request:
+class QueuedRequest:
     """Texts that are answered together."""
 
     model: Model
@@ -60,7 +60,7 @@ class Request:
 class Text:
     """One text of a request."""
 
-    request: Request
+    request: QueuedRequest
     at: int
 
     @property
@@ -73,7 +73,7 @@ class Text:
 class _Waiting:
     """Request with texts that wait."""
 
-    request: Request
+    request: QueuedRequest
     #: Place in line, from when it came or last gave texts to a turn; lower places came earlier.
     place: int
     #: Virtual time: the queue's clock when it came, advanced by the cost of the texts it gave since.
@@ -108,7 +108,7 @@ class _Waiting:
 class _EncoderQueue:
     """Requests that wait for one encoder."""
 
-    encoder: "Encoder"
+    encoder: "LocalEncoder"
     waiting: list[_Waiting] = field(default_factory=list)
     #: Virtual time; no waiting text is due before it.
     clock: float = 0.0
@@ -116,7 +116,7 @@ class _EncoderQueue:
     #: True: the next turn begins with the text due first. False: with the request that has waited longest.
     by_due: bool = True
 
-    def add(self, request: Request) -> None:
+    def add(self, request: QueuedRequest) -> None:
         texts = sorted(zip(request.tokenised.lengths.tolist(), range(len(request.tokenised.ids)), strict=True))
         self.waiting.append(_Waiting(request, next(self.places), self.clock, texts))
 
@@ -158,24 +158,24 @@ class _EncoderQueue:
 
 
 class DeviceQueue:
-    """DeviceQueue of a device: they take turns, and each one uses fair queueing (Golestani 1994, self-clocked).
+    """Queues of a device, one per encoder: they take turns, and within each there is fair queueing (Golestani 1994).
 
-    A text is due at the time when it would be done if all callers had equal shares of the device, and all requests of a
-    caller equal shares of that. So a short text that arrives is due before longer ones. Every other turn begins with
-    the request that has waited longest, so that none is starved by shorter texts.
+    The clock is the queue's own (self-clocked). A text is due when it would be done if all callers had equal shares of
+    the device, and all requests of a caller equal shares of that. So a short text that arrives is due before longer
+    ones. Every other turn begins with the request that has waited longest, so that none is starved by shorter texts.
 
     A queue belongs to an encoder, not to a model's name: token ids mean nothing to an encoder that replaces it.
     """
 
     def __init__(self) -> None:
-        #: DeviceQueue in order of their turns, the next one first.
-        self._queues: dict[Encoder, _EncoderQueue] = {}
+        #: Queues by encoder, the one whose turn is next first.
+        self._queues: dict[LocalEncoder, _EncoderQueue] = {}
 
-    def add(self, encoder: "Encoder", request: Request) -> None:
+    def add(self, encoder: "LocalEncoder", request: QueuedRequest) -> None:
         """Queue a request's texts for the encoder that has tokenised them."""
         self._queues.setdefault(encoder, _EncoderQueue(encoder)).add(request)
 
-    def take(self) -> "tuple[Encoder, Sequence[Text]] | None":
+    def take(self) -> "tuple[LocalEncoder, Sequence[Text]] | None":
         """Return the encoder and the texts of the next turn, or None if nothing waits."""
         for encoder, queue in list(self._queues.items()):
             del self._queues[encoder]

@@ -50,7 +50,7 @@ _LEAST_AGE_SECONDS = 0.5
 _GOODBYE_SECONDS = 5.0
 
 
-class Catalogue:
+class ServedModels:
     """Catalogue of the local models that this engine serves, and the engine's own row in the database."""
 
     def __init__(
@@ -127,11 +127,11 @@ class Catalogue:
                 break
         if goodbye:
             with suppress(SQLAlchemyError), self._database.begin() as connection:
-                engines.forget(connection, self._id)
+                engines.delete(connection, self._id)
 
 
 def make_app(
-    catalogue: Catalogue, batcher: Batcher, secret: SecretStr | None = None, most_bytes: int = 16 * 1024**2
+    catalogue: ServedModels, batcher: Batcher, secret: SecretStr | None = None, most_bytes: int = 16 * 1024**2
 ) -> Starlette:
     """Return the engine's HTTP app: `POST /embed`, `GET /healthz`, `GET /metrics`.
 
@@ -241,7 +241,7 @@ def main() -> None:
     host = socket.gethostname() if _is_everywhere(settings.engine_host) else settings.engine_host
     url, engine_id = f"http://{host}:{listener.getsockname()[1]}", uuid4()
     with _database(settings) as database:
-        catalogue = Catalogue(database, settings, url, engine_id)
+        catalogue = ServedModels(database, settings, url, engine_id)
         catalogue.read()
         # Publish the engine already: requests can wait for the first child. Not if named models must be loaded first.
         with nullcontext() if settings.worker_models else catalogue.followed(goodbye=False):
@@ -262,7 +262,7 @@ def _serve(
     load = loader(device, os.cpu_count() if device == "cpu" else None, settings.worker_dtype)
     batcher = Batcher(ModelCache(load, int(memory_bytes * MODELS_SHARE)), settings.engine_queue_seconds)
     with _database(settings) as database:
-        catalogue = Catalogue(database, settings, url, engine_id, batcher.can_use)
+        catalogue = ServedModels(database, settings, url, engine_id, batcher.can_use)
         # The database may be away when a child is replaced.
         catalogue.models = known
         with suppress(SQLAlchemyError):
@@ -301,7 +301,7 @@ def _is_everywhere(host: str) -> bool:
         return False
 
 
-def _load_all(catalogue: Catalogue, batcher: Batcher) -> None:
+def _load_all(catalogue: ServedModels, batcher: Batcher) -> None:
     for model in list(catalogue.models.values()):
         with suppress(ModelUnusable):  # already logged; the other models are served
             batcher.load_now(model)

@@ -38,7 +38,7 @@ def hold_signals() -> None:
 def serve_in_child(serve: Serve, listener: socket.socket) -> None:
     """Run `serve` in a child, and in a new one when a signal kills it: out of memory, or a crash in a library.
 
-    Returns in a child that has served; the parent exits with its last child's exit code. SIGTERM and SIGINT close the
+    Return in a child that has served; the parent exits with its last child's exit code. SIGTERM and SIGINT close the
     listening socket and ask the child to end. A child dies with its parent. On macOS there is no child, since Metal
     can't be opened after a fork.
     """

@@ -24,7 +24,7 @@ def _make_app(settings: Settings) -> Celery:
     transport.watch()
     made = Celery("vectormill", include=["workers.runner.tasks"])
     made.conf.update(celery_settings(settings.redis_url.get_secret_value()))
-    # Last resort against a child that hangs; its own watchdog ends it long before.
+    # Last resort against a child that hangs: its watchdog ends a hung batch long before, and only this bounds reading.
     made.conf.task_time_limit = max(900.0, 60 * settings.chunk_seconds)
     return made
 

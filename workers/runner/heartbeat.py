@@ -154,4 +154,4 @@ class Heartbeat:
 
     def _leave(self) -> None:
         with self._engine.begin() as connection:
-            workers.forget(connection, self._worker_id)
+            workers.delete(connection, self._worker_id)

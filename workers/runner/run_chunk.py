@@ -106,7 +106,7 @@ def _steps(encoder: Encoder, claim: Claim, block: ItemBlock, level: int, watch: 
         log.warning("item_convicted", index=head.index)
         message = "its worker died twice while this text was embedded alone"
         rejects.append(reject(head, RejectCode.CRASHED_WORKER, message))
-    if rejects:  # committed before the model sees an item that may kill its process
+    if rejects:  # on disk before the model sees an item that may kill its process
         yield _Step(Commit(rows=NO_ROWS, rejects=rejects), level)
     slices = list(isolated_slices(len(items), level)) if level and items else [Slice(0, len(items), 0)]
     for this, following in zip_longest(slices, slices[1:]):

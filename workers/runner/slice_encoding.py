@@ -12,7 +12,7 @@ from pipeline.core.chunks import Claim, Item, Reject, RejectCode
 from pipeline.core.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.core.openai import shortened
 from pipeline.core.options import OnLong
-from pipeline.db.embeddings import Rows
+from pipeline.db.embeddings import EmbeddedRows
 from workers import instrumentation
 from workers.encoders.batching import Batch, Encoder
 from workers.watchdog import Watch
@@ -95,7 +95,7 @@ class SliceEncoding:
         vectors = self._vectors[made]
         if vectors.shape[1] != self._claim.dimensions:
             vectors = shortened(vectors, self._claim.dimensions)
-        rows = Rows(
+        rows = EmbeddedRows(
             indexes=np.array([item.index for item in items], dtype=np.int64),
             keys=[item.key for item in items],
             vectors=vectors,

@@ -127,14 +127,14 @@ class Child:
             in_flight = self.settings.gateway_in_flight
             encoder = UpstreamEncoder(model, link.client, link.limiter, attempts, link.state, in_flight=in_flight)
             return encoder, watch
-        resident = self.model_cache.get(model)
-        metrics.WORKER_DEVICE_MEMORY_BYTES.labels(str(resident.device)).set(resident.held_bytes)
+        local = self.model_cache.get(model)
+        metrics.WORKER_DEVICE_MEMORY_BYTES.labels(str(local.device)).set(local.held_bytes)
         # A single long text may exceed the budget.
-        expected_seconds = max(resident.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
+        expected_seconds = max(local.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
         hung_after = max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds)
         # A commit costs little beside the work that it saves from a crash. With an output it would add a part file.
         commit_seconds = inf if claim.options.output else self.settings.chunk_seconds / _COMMITS
-        return resident, Watch(hung_after, most_seconds, commit_seconds=commit_seconds)
+        return local, Watch(hung_after, most_seconds, commit_seconds=commit_seconds)
 
 
 @cache
@@ -261,7 +261,7 @@ def _stop_job(engine: Engine, claim: Claim, error: Exception) -> None:
 
 
 def most_chunk_seconds(settings: Settings) -> float:
-    """Return the time limit of a claim; past it, the results are committed and the rest is given back."""
+    """Return the time limit of a claim from its first block on; past it, results are committed, the rest given back."""
     return max(300.0, 20 * settings.chunk_seconds)
 
 

@@ -12,8 +12,10 @@ from workers.watchdog import Watch
 
 @dataclass(frozen=True, slots=True)
 class Attempts:
-    """Recorder of a claim's requests, each committed before it is sent. Retries while the database is away, so that
-    results already paid for aren't lost."""
+    """Recorder of a claim's requests, each on disk (a synchronous commit) before it is sent.
+
+    It retries while the database is away, so that results already paid for aren't lost.
+    """
 
     engine: Engine
     claim: Claim

@@ -35,7 +35,7 @@ from workers.encoders.batching import Batch, Tokenised, share_out
 from workers.upstream.attempts import Attempts
 from workers.upstream.client import Answer, UpstreamClient, key_of
 from workers.upstream.rate_limiter import RateLimiter
-from workers.upstream.requests import Request, Sent, canary_request
+from workers.upstream.requests import Sent, UpstreamRequest, canary_request
 from workers.upstream.state import UpstreamState
 
 log = structlog.get_logger()
@@ -77,7 +77,7 @@ class UpstreamEncoder:
         self._key = limiter.key = key_of(model.upstream)
         self._texts: Sequence[str] = ()
         self._lengths = np.zeros(0, np.int32)
-        self._pending: deque[Request] = deque()
+        self._pending: deque[UpstreamRequest] = deque()
         self._next: Sent | None = None
         self._flying: dict[Future[Answer], Sent] = {}
         self._ends_with: GatewayBusy | GatewayRefused | None = None
@@ -108,7 +108,7 @@ class UpstreamEncoder:
         self._texts, self._lengths = tokenised.ids, tokenised.lengths
         most_tokens = min(self._upstream.request_tokens, self._limiter.most_request_tokens)
         cut = request_batches(self._lengths, max(1, int(most_tokens)), self._upstream.request_inputs)
-        yield from self._run([Request(at) for at in cut], stop)
+        yield from self._run([UpstreamRequest(at) for at in cut], stop)
 
     def prove_again(self) -> None:
         """Check the canary's vector. Raises as `batches`."""
@@ -116,7 +116,7 @@ class UpstreamEncoder:
         for _ in self._run([canary_request()], lambda: False):
             pass
 
-    def _run(self, requests: Sequence[Request], stop: Callable[[], bool]) -> Iterator[Batch]:
+    def _run(self, requests: Sequence[UpstreamRequest], stop: Callable[[], bool]) -> Iterator[Batch]:
         self._pending, self._next, self._ends_with = deque(requests), None, None
         self._answered_at = self._metered_at = time.monotonic()
         try:
@@ -181,7 +181,7 @@ class UpstreamEncoder:
             return inf
         return now + leave.wait_seconds * random.uniform(1.0, 1.2) + 0.01  # noqa: S311  # nosec B311
 
-    def _pick(self) -> Request | None:
+    def _pick(self) -> UpstreamRequest | None:
         """Return the first request that may go now, cut to the size that the upstream takes."""
         if not self._is_proven() and not any(each.canary for each in self._all()):
             self._pending.appendleft(canary_request())
@@ -193,14 +193,14 @@ class UpstreamEncoder:
         self._pending.extendleft(reversed(pieces))
         return pieces[0]
 
-    def _all(self) -> Iterator[Request]:
+    def _all(self) -> Iterator[UpstreamRequest]:
         yield from self._pending
         yield from (sent.request for sent in self._flying.values())
 
     def _is_proven(self) -> bool:
         return self._state.proves(self._limiter.opened)
 
-    def _may_go(self, request: Request) -> bool:
+    def _may_go(self, request: UpstreamRequest) -> bool:
         return request.canary or self._is_proven()
 
     def _may_still_go(self, sent: Sent) -> bool:
@@ -209,7 +209,7 @@ class UpstreamEncoder:
         told = sent.leave.wait_seconds > 0 and self._limiter.held_seconds(told=True) > 0
         return not told and self._may_go(sent.request)
 
-    def _fitting(self, request: Request) -> list[Request]:
+    def _fitting(self, request: UpstreamRequest) -> list[UpstreamRequest]:
         """Return the request, in pieces if it is now known to be larger than the upstream takes."""
         most_inputs = self._state.most_inputs
         most_tokens = max(1.0, min(self._state.most_tokens, self._limiter.minute_tokens))
@@ -217,7 +217,7 @@ class UpstreamEncoder:
         if size <= 1 or (size <= most_inputs and self._tokens(request) <= most_tokens):
             return [request]
         cut = request_batches(self._lengths[request.at], most_tokens, most_inputs)
-        return [Request(request.at[piece]) for piece in cut]
+        return [UpstreamRequest(request.at[piece]) for piece in cut]
 
     def _post(self, threads: ThreadPoolExecutor, sent: Sent) -> None:
         request = sent.request
@@ -227,10 +227,10 @@ class UpstreamEncoder:
         posted = threads.submit(self._client.post, self._key, self._texts_of(request), self.dimensions)
         self._flying[posted] = Sent(request, sent.leave, attempt=attempt, key=self._key)
 
-    def _texts_of(self, request: Request) -> list[str]:
+    def _texts_of(self, request: UpstreamRequest) -> list[str]:
         return [CANARY] if request.canary else [self._texts[at] for at in request.at.tolist()]
 
-    def _tokens(self, request: Request) -> int:
+    def _tokens(self, request: UpstreamRequest) -> int:
         return len(CANARY) if request.canary else int(self._lengths[request.at].sum())
 
     def _settle(self, sent: Sent, answer: Answer) -> Iterator[Batch]:
@@ -303,14 +303,14 @@ class UpstreamEncoder:
         if not good.all():
             self._doubt(request, np.flatnonzero(~good), answer)
 
-    def _doubt(self, request: Request, bad: npt.NDArray[np.int64], answer: Answer) -> None:
+    def _doubt(self, request: UpstreamRequest, bad: npt.NDArray[np.int64], answer: Answer) -> None:
         """Queue texts again if their vectors must not be written, as if their request had failed."""
         request.at, request.halves = request.at[bad], None
         request.code, request.trouble = RejectCode.BAD_VECTOR, "gives a vector that is zero or not finite"
         log.info("gateway_request_failed", status=answer.status, trouble=request.trouble, inputs=len(request.at))
         self._try_again(request, answer, None)
 
-    def _slow_down(self, request: Request, told: float | None) -> None:
+    def _slow_down(self, request: UpstreamRequest, told: float | None) -> None:
         """Queue a rate-limited request again, with a backoff however short the wait is that the upstream asks for."""
         request.refusals += 1
         request.rest(request.refusals)
@@ -326,7 +326,7 @@ class UpstreamEncoder:
             return False
         return self._key != sent.key
 
-    def _try_again(self, request: Request, answer: Answer, told: float | None) -> None:
+    def _try_again(self, request: UpstreamRequest, answer: Answer, told: float | None) -> None:
         """Queue a failed request again; after repeated failures, let the canary tell if the upstream is at fault."""
         is_gone = not (answer.status or answer.unknown)
         if is_gone:
@@ -352,7 +352,7 @@ class UpstreamEncoder:
         else:
             self._pending.append(request)
 
-    def _blame_texts(self, request: Request, answer: Answer) -> None:
+    def _blame_texts(self, request: UpstreamRequest, answer: Answer) -> None:
         """Bisect a refused request to find the text at fault. If the canary is refused too, no text is blamed."""
         if request.canary:
             self._refuse(Reason.GATEWAY_REFUSED, answer)
@@ -362,11 +362,11 @@ class UpstreamEncoder:
             request.failures = 0
             self._pending.appendleft(canary_request(judges=request))
 
-    def _judge(self, request: Request, reply: Reply) -> Iterator[Batch]:
+    def _judge(self, request: UpstreamRequest, reply: Reply) -> Iterator[Batch]:
         """Check the canary's vector. If it is right, the upstream works: bisect, retry or reject the judged request."""
         if not is_canary(reply.vectors[0], self._model.canary):
             self._state.doubt()
-            message = "the canary text's vector differs from the catalogue's: the gateway now serves another model"
+            message = "the canary text's vector differs from the catalogue's: the upstream now serves another model"
             self._ends_with = GatewayChanged(f"{self._upstream.url}: {message}", Reason.GATEWAY_REFUSED)
             return
         self._state.prove(self._limiter.opened)
@@ -380,14 +380,14 @@ class UpstreamEncoder:
             self._pending.append(judged)
         else:
             code = judged.code if judged.failures else RejectCode.GATEWAY_REFUSED
-            failure = (code, f"the gateway {judged.trouble}")
+            failure = (code, f"the upstream {judged.trouble}")
             yield Batch(judged.at, self._lengths[judged.at], 0.0, failure=failure)
 
-    def _split(self, request: Request, *, refused: bool) -> None:
+    def _split(self, request: UpstreamRequest, *, refused: bool) -> None:
         halves = request.split(self._lengths, refused=refused)
         self._pending.extendleft(reversed(halves))
 
-    def _learn_size(self, request: Request) -> None:
+    def _learn_size(self, request: UpstreamRequest) -> None:
         """Learn a size limit if both halves of a refused request have come through."""
         if halves := request.halves:
             halves.passed += 1
@@ -396,7 +396,7 @@ class UpstreamEncoder:
 
     def _give_up(self, trouble: str, wait_seconds: float | None) -> None:
         wait = max(wait_seconds or 0.0, self._state.back_off_seconds())
-        self._ends_with = self._ends_with or GatewayBusy(f"the gateway {trouble}", wait)
+        self._ends_with = self._ends_with or GatewayBusy(f"the upstream {trouble}", wait)
 
     def _refuse(self, reason: Reason, answer: Answer) -> None:
         message = f"{self._upstream.url} {answer.trouble}"

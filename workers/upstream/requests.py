@@ -27,18 +27,18 @@ class Halves:
 
 
 @dataclass(eq=False, slots=True)
-class Request:
+class UpstreamRequest:
     """Texts that are sent together."""
 
     #: Positions of the texts.
     at: npt.NDArray[np.int64]
     #: True for the canary's request, which has no texts of the chunk. Its outcome decides on `judges`, which failed.
     canary: bool = False
-    judges: "Request | None" = None
+    judges: "UpstreamRequest | None" = None
     #: Both halves, if this is one of them.
     halves: Halves | None = None
     since: float = field(default_factory=time.monotonic)
-    #: Failed attempts since it was last judged, and the time that they took.
+    #: Number of failures since it was last judged, and the time that they took.
     failures: int = 0
     seconds: float = 0.0
     #: Refusals by rate limits.
@@ -56,25 +56,25 @@ class Request:
         seconds = min(_MOST_REST_SECONDS, _REST_SECONDS * 2**times)
         self.rests_until = time.monotonic() + seconds * random.uniform(0.5, 1.0)  # noqa: S311  # nosec B311
 
-    def split(self, lengths: npt.NDArray[np.int32], *, refused: bool) -> "list[Request]":
+    def split(self, lengths: npt.NDArray[np.int32], *, refused: bool) -> "list[UpstreamRequest]":
         """Return both halves. `lengths`: tokens of all texts; `refused`: True if its size may be the cause."""
         half = (len(self.at) + 1) // 2
         ends = [self.at[:half], self.at[half:]]
         halves = Halves(len(self.at), half, max(int(lengths[at].sum()) for at in ends)) if refused else None
-        return [Request(at, halves=halves) for at in ends]
+        return [UpstreamRequest(at, halves=halves) for at in ends]
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
     """Request that is in flight, or has a leave to be sent at a moment."""
 
-    request: Request
+    request: UpstreamRequest
     leave: Leave
     moment: float = 0.0
     attempt: int = 0
     key: str | None = None
 
 
-def canary_request(judges: Request | None = None) -> Request:
+def canary_request(judges: UpstreamRequest | None = None) -> UpstreamRequest:
     """Return a canary request, to prove the upstream or to judge a failed request."""
-    return Request(np.zeros(0, np.int64), canary=True, judges=judges)
+    return UpstreamRequest(np.zeros(0, np.int64), canary=True, judges=judges)

@@ -61,7 +61,7 @@ class PageRoute(APIRoute):
                 response = await handle(request)
             except (Unauthorized, InvalidApiKey):
                 response = RedirectResponse(session.log_in_path(request), 303)
-                session.forget(request, response)
+                session.delete_cookie(request, response)
             except ApiError as error:
                 response = problem(request, error.status, str(error))
             except (UnknownJob, RequestValidationError):

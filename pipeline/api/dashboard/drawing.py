@@ -161,9 +161,9 @@ def _tip(cell: Cell) -> str:
     done = cell.chunks - cell.pending - cell.running - cell.cancelled
     states = {"done": done, "running": cell.running, "waiting": cell.pending, "cancelled": cell.cancelled}
     told = ", ".join(f"{number:,} {state}" if cell.chunks > 1 else state for state, number in states.items() if number)
-    lines = [f"{name}: {told}", f"{words.count(cell.items, 'item')}, {words.count(cell.claims, 'attempt')}"]
+    lines = [f"{name}: {told}", f"{words.count(cell.items, 'item')}, {words.count(cell.claims, 'claim')}"]
     if cell.rejected_items:
         lines.append(words.count(cell.rejected_items, "reject"))
     if cell.lost:
-        lines.append(f"{words.count(cell.lost, 'attempt')} lost: {cell.last_error or 'no reason known'}")
+        lines.append(f"{words.count(cell.lost, 'claim')} lost: {cell.last_error or 'no reason known'}")
     return "|".join(lines)

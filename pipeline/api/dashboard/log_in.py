@@ -51,5 +51,5 @@ async def log_out(request: Request) -> Response:
     """Log out: delete the cookie with the key."""
     session.must_be_ours(request)
     response = RedirectResponse("/login", 303)
-    session.forget(request, response)
+    session.delete_cookie(request, response)
     return response

@@ -55,7 +55,7 @@ def remember(request: Request, response: Response, key: str) -> None:
     response.set_cookie(_COOKIE, key, path="/", httponly=True, samesite="strict", secure=request.url.scheme == "https")
 
 
-def forget(request: Request, response: Response) -> None:
+def delete_cookie(request: Request, response: Response) -> None:
     """Delete the cookie with the key."""
     response.delete_cookie(_COOKIE, path="/", httponly=True, samesite="strict", secure=request.url.scheme == "https")
 

@@ -168,10 +168,10 @@ REJECTS: dict[RejectCode, tuple[str, str]] = {
         "Look at the worker's log and memory, then retry.",
     ),
     RejectCode.GATEWAY_REFUSED: (
-        "The gateway refused this text.",
+        "The upstream refused this text.",
         "Read the message: often the text is too long for it, or against its rules. Retry after a change there.",
     ),
-    RejectCode.GATEWAY_FAILED: ("The gateway failed on this text and on no other.", "Retry later."),
+    RejectCode.GATEWAY_FAILED: ("The upstream failed on this text and on no other.", "Retry later."),
 }
 
 #: Reason of a job's state → its name, and advice.
@@ -192,10 +192,10 @@ REASONS: dict[Reason, tuple[str, str]] = {
         "Give workers the credentials, or the disk the room, that the message names, then resume.",
     ),
     Reason.TABLE_REFUSED: ("the target table refuses the vectors", "Fix the table as the message says."),
-    Reason.KEY_REFUSED: ("the gateway refuses the key", "Give workers a live key, then resume."),
-    Reason.BUDGET_SPENT: ("the gateway's budget is spent", "Top it up or raise its limit, then resume."),
+    Reason.KEY_REFUSED: ("the upstream refuses the key", "Give workers a live key, then resume."),
+    Reason.BUDGET_SPENT: ("the upstream's budget is spent", "Top it up or raise its limit, then resume."),
     Reason.GATEWAY_REFUSED: (
-        "the gateway refuses the requests",
+        "the upstream refuses the requests",
         "Check the model's address and its name there, then resume.",
     ),
     Reason.ALL_REJECTED: ("every item was rejected", "See why below: usually it is the wrong text column."),

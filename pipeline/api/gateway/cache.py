@@ -79,12 +79,12 @@ class _Kept(Generic[Found]):
         self._database, self._ask = database, ask
         self._fresh_seconds, self._patience_seconds = fresh_seconds, patience_seconds
         self._known: OrderedDict[Hashable, tuple[float, Found]] = OrderedDict()
-        #: Questions whose answer is None. Kept apart, so that made-up ones can't evict real answers.
+        #: Queries whose answer is None. Kept apart, so that made-up ones can't evict real answers.
         self._unknown: OrderedDict[Hashable, tuple[float, Found]] = OrderedDict()
         self._under_way: dict[Hashable, asyncio.Task[Found]] = {}
 
     async def get(self, *question: Any) -> Found:
-        """Return the answer to a question, from the cache or by a query.
+        """Return the answer to a query, from the cache or from the database.
 
         Raises:
             Busy: the timeout passed while other queries were answered.

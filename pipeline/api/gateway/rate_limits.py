@@ -73,7 +73,7 @@ class Limits:
             self._characters_per_token[model] = max(0.5, 0.9 * before + 0.1 * characters / tokens)
 
     async def charge(self, caller: Caller, tokens: int) -> dict[str, str]:
-        """Charge a request of so many tokens, and return the headers that say how many are left.
+        """Charge a request of so many tokens, and return the headers that say what is left of requests and tokens.
 
         Raises:
             RateLimited: a limit is reached; the error says how long to wait.
@@ -137,7 +137,7 @@ class Limits:
             if isinstance(error, StorageError) and not is_spoiled(error.storage_error):
                 raise
             log.warning("limits_begun_anew", limit=names[0], workspace=names[1])
-            await self._shared.forget(item, names)
+            await self._shared.reset_window(item, names)
             return await self._shared.count(item, names, cost)
 
     async def _check_month(self, caller: Caller) -> None:
@@ -199,7 +199,7 @@ class _Counter:
         left = max(0.0, expires - period)
         return passed, Window(period_seconds=period, previous=previous, current=current, left_seconds=left)
 
-    async def forget(self, item: RateLimitItem, names: tuple[str, ...]) -> None:
+    async def reset_window(self, item: RateLimitItem, names: tuple[str, ...]) -> None:
         """Reset a window."""
         await self._limiter.clear(item, *names)
 

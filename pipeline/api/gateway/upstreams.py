@@ -1,4 +1,4 @@
-"""Client of upstream gateways: forwards requests for a model of kind gateway, with the operator's key."""
+"""Client of upstreams: forwards requests for a model of kind gateway, with the operator's key."""
 
 import asyncio
 import time
@@ -43,7 +43,7 @@ _UNAVAILABLE = frozenset(
 
 
 class Upstreams:
-    """Client of upstream gateways, within a running event loop."""
+    """Client of upstreams, within a running event loop."""
 
     def __init__(self, most_seconds: float) -> None:
         self._session = aiohttp.ClientSession(

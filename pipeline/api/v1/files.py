@@ -179,7 +179,7 @@ async def delete_file(request: Request, file_id: str) -> FileDeleted:
     await find_file(request, caller, file_id)
     transfers: Transfers = request.app.state.transfers
     with _storage():
-        await transfers.run(caller.workspace_id, lambda engine: keeping.forget(engine, file_id))
+        await transfers.run(caller.workspace_id, lambda engine: keeping.delete_file(engine, file_id))
     return FileDeleted(id=file_id)
 
 

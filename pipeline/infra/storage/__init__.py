@@ -35,7 +35,7 @@ class _Store(Protocol):
     def stat(self, uri: str, /) -> Stat: ...
     def below(self, uri: str, /) -> Iterator[tuple[str, Stat]]: ...
     def names_below(self, uri: str, /) -> Iterator[str]: ...
-    def open_file(self, uri: str, etag: str, /) -> BinaryIO: ...
+    def open_file(self, uri: str, etag: str, read_bytes: int | None, /) -> BinaryIO: ...
     def write(self, uri: str, data: bytes | memoryview | BinaryIO, /) -> None: ...
     def move(self, source: str, target: str, /) -> None: ...
     def delete(self, uri: str, /) -> None: ...
@@ -95,14 +95,17 @@ def names_below(uri: str) -> Iterator[str]:
         yield from _store_of(uri).names_below(uri)
 
 
-def open_file(uri: str, etag: str) -> BinaryIO:
+def open_file(uri: str, etag: str, read_bytes: int | None = None) -> BinaryIO:
     """Open a file for reading, seekable, as long as its version is `etag`.
+
+    Args:
+        read_bytes: bytes read at once, from disk or in one request; by default what suits a reader of the whole file.
 
     Raises, also at a later read:
         SourceChanged: it is gone, or another version by now.
         StorageRefused, StorageUnreachable
     """
-    return _store_of(uri).open_file(uri, etag)
+    return _store_of(uri).open_file(uri, etag, read_bytes)
 
 
 def write(uri: str, data: bytes | memoryview) -> None:

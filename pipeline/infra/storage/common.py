@@ -9,7 +9,7 @@ from obstore import exceptions as refusals
 
 from pipeline.core.errors import SourceChanged, StorageRefused, StorageUnreachable
 
-#: A person must mend that first: to write again would only cost embedding again.
+#: A person must fix that first: to write again would only cost embedding again.
 _DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -61,7 +61,7 @@ def reported(uri: str) -> Iterator[None]:
     except OSError as error:
         reason = (error.strerror or "input or output failed").lower()
         if error.errno in _DISK_TROUBLE:
-            raise StorageRefused(f"{uri}: {reason}; make room, or mend the disk.") from error
+            raise StorageRefused(f"{uri}: {reason}; make room, or fix the disk.") from error
         raise StorageUnreachable(f"{uri}: {reason}.") from error
 
 

@@ -1,7 +1,7 @@
 """Local files.
 
 Not obstore's local store: it doesn't flush to disk before it renames, which a commit relies on, and its versions
-change when a file is copied back from a backup. See ops/decisions/0018.
+change when a file is copied back from a backup. See docs/explanation/decisions/0018.
 """
 
 import io
@@ -53,9 +53,9 @@ def names_below(folder: str) -> Iterator[str]:
             yield os.path.relpath(os.path.join(parent, name), folder)
 
 
-def open_file(path: str, etag: str) -> BinaryIO:
+def open_file(path: str, etag: str, read_bytes: int | None) -> BinaryIO:
     """Open a file whose version is checked at each read."""
-    return io.BufferedReader(_LocalFile(path, etag), _READ_BYTES)
+    return io.BufferedReader(_LocalFile(path, etag), read_bytes or _READ_BYTES)
 
 
 class _LocalFile(io.RawIOBase):

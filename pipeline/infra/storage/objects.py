@@ -52,9 +52,9 @@ def names_below(uri: str) -> Iterator[str]:
             yield str(found["path"]).removeprefix(prefix).lstrip("/")
 
 
-def open_file(uri: str, etag: str) -> BinaryIO:
+def open_file(uri: str, etag: str, read_bytes: int | None) -> BinaryIO:
     """Open an object, each read of which asks for the version `etag`."""
-    return io.BufferedReader(_Object(uri, etag), _READ_BYTES)
+    return io.BufferedReader(_Object(uri, etag), read_bytes or _READ_BYTES)
 
 
 class _Object(io.RawIOBase):

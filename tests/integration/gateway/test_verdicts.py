@@ -21,7 +21,7 @@ def test_one_text_that_is_refused_is_rejected_alone(world: World, far: ScriptedG
     world.must_be_done(ITEMS - 1)
     assert world.rejects() == [(13, "gateway_refused")]
     (message,) = run_sql(world.engine, "select message from vectormill.rejects")
-    assert message == ("the gateway answers 400 some_error",), "nothing of what it quotes"
+    assert message == ("the upstream answers 400 some_error",), "nothing of what it quotes"
 
 
 def test_one_text_that_breaks_the_gateway_is_rejected_alone(world: World, far: ScriptedGateway) -> None:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -266,6 +267,26 @@ def test_a_page_that_claims_more_bytes_than_there_are_is_refused(folder: Path) -
 
 #: String of statistics whose declared length is beyond any offset in a file.
 ENDLESS = b"\x18" + b"\xff" * 9 + b"\x01"
+
+
+def test_rows_before_a_damaged_page_are_read(folder: Path) -> None:
+    """A chunk is judged by the pages that are read for it, so that a large row group isn't read whole."""
+    path, count = folder / "pages.parquet", 20_000
+    table = pa.table({"text": [f"text {n}" for n in range(count)]})
+    pq.write_table(table, path, compression="none", use_dictionary=False, data_page_size=1, write_batch_size=1_000)
+    data, column = path.read_bytes(), pq.read_metadata(path).row_group(0).column(0)
+    stored = Stored(column.data_page_offset, column.total_compressed_size, count, rows=count, repeated=False)
+    sizes = [page.packed_bytes for page in pages(io.BytesIO(data), stored)]
+    assert len(sizes) == count // 1_000
+    planned = list(extents(Corpus([str(path)], Columns(), ITEM_BYTES), 2_000))
+    first_text = data.rindex(f"text {count - 1_000}".encode())
+    before = path.stat()
+    path.write_bytes(Damage(first_text - 20, 16, (ENDLESS * 2)[:16]).of(data))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for extent, rows in planned[:-2]:
+        assert sum(len(block.keys) for block in read_extent(extent, rows, Columns(), ITEM_BYTES)) == rows
+    with pytest.raises(SourceError, match=r"the data is damaged; make the file again\.$"):
+        list(read_extent(*planned[-1], Columns(), ITEM_BYTES))
 
 
 @pytest.mark.parametrize(

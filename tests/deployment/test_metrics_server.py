@@ -1,4 +1,4 @@
-"""Exposition of metrics: the ports that show them, and the clean-up of the folders in which workers keep them."""
+"""Metrics servers: the ports that show metrics, and the clean-up of the folders in which workers keep them."""
 
 import fcntl
 import json
