@@ -5,7 +5,7 @@
                         files, batches, pagination; token_ids decodes OpenAI's token ids to text
     gateway/            steps of such a request: cache (keys, models and engines from Postgres, at most two seconds
                         old), rate_limits, engines, upstreams, metering (usage rows, written after the reply)
-    status/             `/api`: jobs and submissions, schemas, fleet, administration (usage and keys)
+    status/             `/api`: jobs and submissions with their schemas, workers, models, usage, keys
     dashboard/          the same for people, in a browser
     dependencies        authentication of `/api`'s callers, and the scope of the jobs they see
     database            Postgres queries off the event loop

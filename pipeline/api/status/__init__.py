@@ -1,1 +1,1 @@
-"""Status API at `/api`: jobs, submissions, the fleet, administration."""
+"""Status API at `/api`: jobs, submissions, workers, models, usage and keys."""

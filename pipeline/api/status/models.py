@@ -1,0 +1,45 @@
+"""Catalogue of models at `/api/models`."""
+
+from datetime import datetime
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+from sqlalchemy import Connection
+
+from pipeline.api.dependencies import SECURITY, Workspace, ask, caller_of, problems, scope_of
+from pipeline.db import models
+
+router = APIRouter(prefix="/api", responses=problems(400, 404), tags=["Fleet"])
+
+
+class CatalogueModel(BaseModel):
+    """Model of the catalogue that your workspace may use; with an admin's key, any model."""
+
+    name: str
+    kind: str = Field(description="local or gateway.")
+    aliases: list[str]
+    dimensions: int
+    matryoshka: list[int] = Field(description="Sizes to which its vectors may be shortened.")
+    max_item_tokens: int | None
+    tokens_per_second: float = Field(description="Measured on one slot.")
+    price_per_million: float | None
+    added_at: datetime
+
+
+class Catalogue(BaseModel):
+    """Models by name."""
+
+    data: list[CatalogueModel]
+
+
+@router.get("/models", openapi_extra=SECURITY)
+async def list_catalogue(request: Request, workspace: Workspace = None) -> Catalogue:
+    """List the models that your workspace may use; an admin's key sees the whole catalogue."""
+    caller = await caller_of(request)
+
+    def act(connection: Connection) -> list[Any]:
+        scope = scope_of(connection, caller, workspace)
+        return models.every(connection) if scope is None else models.of_workspace(connection, scope)
+
+    return Catalogue(data=[CatalogueModel(**row) for row in await ask(request, act)])
