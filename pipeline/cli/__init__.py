@@ -40,9 +40,9 @@ class _Root(LazyGroup):
         "flower": Entry("Processes", "processes:flower", "Show Celery's tasks and workers in a browser."),
         "doctor": Entry("Processes", "doctor:doctor", "Check a deployment, and say what to fix."),
         "restore-check": Entry("Processes", "restore:restore_check", "Check a restored database; --mend repairs it."),
-        "models": Entry("Catalogue", "models:app", "The catalogue of embedding models."),
-        "keys": Entry("Catalogue", "keys:app", "API keys of a workspace."),
-        "workspaces": Entry("Catalogue", "workspaces:app", "Workspaces sharing the workers, with weights and limits."),
+        "models": Entry("Catalogue", "models:app", "Manage the catalogue of models."),
+        "keys": Entry("Catalogue", "keys:app", "Manage API keys."),
+        "workspaces": Entry("Catalogue", "workspaces:app", "Manage workspaces, their weights and limits."),
     }
 
     def invoke(self, ctx: Any) -> Any:

@@ -34,7 +34,10 @@ _PATIENCE_SECONDS = 60.0
 
 
 def jobs(
-    state: Annotated[list[JobState] | None, typer.Option(help="Only jobs in this state; may be repeated.")] = None,
+    state: Annotated[
+        list[JobState] | None,
+        typer.Option(metavar="STATE", help=f"Only jobs in this state: {', '.join(JobState)}; may be repeated."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20,
     as_json: Json = False,
     workspace: Workspace = DEFAULT_WORKSPACE,

@@ -16,7 +16,7 @@ from pipeline.cli.once import App
 from pipeline.cli.output import age, print_json, stderr, stdout
 from pipeline.core.errors import UserError
 
-app = App(help="API keys of a workspace.", no_args_is_help=True)
+app = App(help="Manage API keys.", no_args_is_help=True)
 
 Workspace = Annotated[str, typer.Option(help="The workspace.")]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as list shows it.")]
@@ -91,7 +91,7 @@ def rotate(
 
 @app.command()
 def revoke(key: KeyId, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
-    """Revoke a key. Gateways refuse it within two seconds.
+    """Revoke a key. It stops working within two seconds.
 
     Example: vectormill keys revoke 3f0c9a7be1d2c4a8
     """

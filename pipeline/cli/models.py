@@ -22,7 +22,7 @@ from pipeline.core.errors import ModelError, UnknownModel, UserError
 from pipeline.core.models import MOST_INPUTS, Upstream
 from pipeline.db import models
 
-app = App(help="The catalogue of embedding models.", no_args_is_help=True)
+app = App(help="Manage the catalogue of models.", no_args_is_help=True)
 
 Aliases = Annotated[list[str] | None, typer.Option(help="Another name for it; may be repeated.")]
 Sizes = Annotated[
@@ -99,23 +99,25 @@ def _plain(value: Any) -> Any:
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="Name that jobs use for it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name that jobs use for it.")],
     path: Annotated[
         Path | None, typer.Option(help="Folder of a sentence-transformers model with safetensors weights.")
     ] = None,
     hub: Annotated[
         str | None, typer.Option(metavar="ID", help="A model on the Hugging Face hub, instead of a folder.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(metavar="SHA", help="The commit of --hub: 40 digits.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="SHA", help="The commit of --hub: its full hash, 40 hex digits.")
+    ] = None,
     pooling: Annotated[
         Pooling | None,
-        typer.Option(help="Pooling of a folder without modules.json, which would tell it: see the model's page."),
+        typer.Option(help="Pooling, if the folder has no modules.json; see the model's page."),
     ] = None,
     gateway: Annotated[
         str | None, typer.Option(metavar="URL", help="An OpenAI-compatible API that serves it, up to its /v1.")
     ] = None,
     upstream_model: Annotated[
-        str | None, typer.Option(metavar="ID", help="Its name at that API.  [default: NAME]", show_default=False)
+        str | None, typer.Option(metavar="ID", help="Its name at that API. Default: NAME.", show_default=False)
     ] = None,
     key_env: Annotated[
         str | None,
@@ -145,7 +147,7 @@ def add(
 
         vectormill models add bge --hub BAAI/bge-small-en-v1.5 --revision 5c38ec7c405ec4b44b94cc5a9bb96e735b38267a
 
-        vectormill models add openai-small --gateway https://api.openai.com/v1
+        vectormill models add openai-small --gateway https://api.openai.com/v1 \\
             --upstream-model text-embedding-3-small --key-env OPENAI_API_KEY
     """
     upstream, asked = None, list[str]()
@@ -193,11 +195,14 @@ def add(
 
 @app.command("set")
 def change(
-    name: Annotated[str, typer.Argument(help="The model.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
     alias: Aliases = None,
     matryoshka: Sizes = None,
     price: Price = None,
-    clear: Annotated[list[Clearable] | None, typer.Option(help="Setting to clear; may be repeated.")] = None,
+    clear: Annotated[
+        list[Clearable] | None,
+        typer.Option(metavar="SETTING", help="Clear this: alias, matryoshka or price; may be repeated."),
+    ] = None,
 ) -> None:
     """Change a model's aliases, sizes or price. The named aliases replace all earlier ones.
 
@@ -261,7 +266,7 @@ def _source(path: Path | None, hub: str | None, revision: str | None, *, others:
 
 
 @app.command()
-def remove(name: Annotated[str, typer.Argument(help="The model.")]) -> None:
+def remove(name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")]) -> None:
     """Remove a model from the catalogue. Its jobs and vectors stay.
 
     Example: vectormill models remove bge-small

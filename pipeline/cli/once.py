@@ -1,6 +1,8 @@
 """Commands that refuse a repeated option, since one of its two values would be dropped silently."""
 
 from collections.abc import Callable
+from inspect import cleandoc
+from textwrap import dedent
 from typing import Any
 
 import typer
@@ -27,6 +29,17 @@ class App(typer.Typer):
     def __init__(self, **how: Any) -> None:
         super().__init__(add_completion=False, **how)
 
-    def command(self, *args: Any, **how: Any) -> Callable[[Any], Any]:
-        """Add a command, an `OnceCommand` unless `cls` is given."""
-        return super().command(*args, **{"cls": OnceCommand, **how})
+    def command(self, name: str | None = None, **how: Any) -> Callable[[Any], Any]:
+        """Add a command, an `OnceCommand` unless `cls` is given. Its docstring is its help."""
+
+        def add(callback: Any) -> Any:
+            shown = {"cls": OnceCommand, "help": help_of(callback.__doc__ or ""), **how}
+            return super(App, self).command(name, **shown)(callback)
+
+        return add
+
+
+def help_of(docstring: str) -> str:
+    """Return a docstring as help for a terminal of any width: paragraphs in one line each, and examples flush left."""
+    paragraphs = cleandoc(docstring).split("\n\n")
+    return "\n\n".join(dedent(part) if part.startswith(" ") else part.replace("\n", " ") for part in paragraphs)

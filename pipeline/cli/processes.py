@@ -119,12 +119,12 @@ def engine(
     model: Annotated[
         list[str] | None, typer.Option(help="Serve this model, loaded at the start; may be repeated. Default: all.")
     ] = None,
-    device: Annotated[str, typer.Option(help="all for the first one, cpu, or a CUDA device by number.")] = "all",
+    device: Annotated[str, typer.Option(help="cpu, a CUDA device by number, or all: the first one found.")] = "all",
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; on CUDA only, a CPU always uses float32.")
     ] = "float32",
     host: Annotated[
-        str | None, typer.Option(help="Address to listen at. Beyond this machine: with VECTORMILL_ENGINE_SECRET.")
+        str | None, typer.Option(help="Address to listen on; one beyond this machine needs VECTORMILL_ENGINE_SECRET.")
     ] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = None,
 ) -> None:
@@ -154,7 +154,7 @@ def engine(
 
 
 def api(
-    host: Annotated[str | None, typer.Option(help="Address to listen at. Default: 127.0.0.1.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port. Default: 8000.")] = None,
 ) -> None:
     """Serve the dashboard, /api for jobs, and /v1, the OpenAI-compatible gateway. It loads no model: for

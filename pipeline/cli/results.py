@@ -37,7 +37,7 @@ def results(
 
 
 def search(
-    query: Annotated[str, typer.Argument(help="What to look for.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What to look for.")],
     job: Annotated[str, typer.Option(help="The job to search in: id, unique prefix of it, or name.")],
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many results.")] = 5,
     as_json: Json = False,

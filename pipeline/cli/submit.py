@@ -42,7 +42,7 @@ def submit(
         list[str] | None,
         typer.Argument(
             metavar="SOURCE...",
-            help=".jsonl, .csv, .parquet (.gz, .zst): files, folders, globs, s3://, gs://, az:// URIs, or -",
+            help=".jsonl, .csv, .tsv, .parquet (.gz, .zst): files, folders, globs, s3://, gs://, az:// URIs, or -",
         ),
     ] = None,
     *,
@@ -52,17 +52,17 @@ def submit(
     ] = None,
     query: Annotated[str | None, typer.Option(help="The query whose rows are the corpus.")] = None,
     text_column: Annotated[str, typer.Option(help="The column or field that holds the texts.")] = "text",
-    key_column: Annotated[str | None, typer.Option(help="The column that holds your keys.  [default: id]")] = None,
+    key_column: Annotated[str | None, typer.Option(help="The column that holds your keys. Default: id.")] = None,
     delimiter: Annotated[
         str | None,
-        typer.Option(metavar="SIGN", help="Delimiter of .csv and .tsv fields, or tab.  [default: comma, tab]"),
+        typer.Option(metavar="SIGN", help="Delimiter of .csv and .tsv fields, or tab. Default: comma, tab."),
     ] = None,
     quote: Annotated[
         str | None,
-        typer.Option(metavar="SIGN", help='Quote character of .csv and .tsv, or none.  [default: ", none]'),
+        typer.Option(metavar="SIGN", help='Quote character of .csv and .tsv, or none. Default: ", none.'),
     ] = None,
     carry: Annotated[list[str] | None, typer.Option(help="A column to carry into results; may be repeated.")] = None,
-    name: Annotated[str | None, typer.Option(help="The job's name.  [default: the first source's]")] = None,
+    name: Annotated[str | None, typer.Option(help="The job's name. Default: the first source's.")] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A label; may be repeated.")] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="Submitting again with this key attaches to the same job.")
@@ -78,9 +78,7 @@ def submit(
     on_long: Annotated[OnLong, typer.Option(help="Treatment of a longer text: truncate or reject.")] = OnLong.TRUNCATE,
     max_rejects: Annotated[
         str,
-        typer.Option(
-            metavar="N|P%", help="Fail if more items than this are rejected.  [default: 10% from 100 items on]"
-        ),
+        typer.Option(metavar="N|P%", help="Fail if more items than this are rejected. Default: 10% from 100 items on."),
     ] = "",
     unique_keys: Annotated[
         bool, typer.Option("--unique-keys", help="Refuse a corpus with a duplicate or missing key.")
@@ -89,7 +87,7 @@ def submit(
         bool | None,
         typer.Option(
             "--by-reference/--by-value",
-            help="Workers read the files themselves, or their texts are copied to Postgres.  [default: by size]",
+            help="Workers read the files themselves, or their texts are copied to Postgres. Default: by size.",
             show_default=False,
         ),
     ] = None,
@@ -102,7 +100,7 @@ def submit(
     hnsw: Annotated[bool, typer.Option("--hnsw", help="Index that table's vectors at the end.")] = False,
     webhook: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="URL to notify when the job ends; VECTORMILL_WEBHOOKS must allow it."),
+        typer.Option(metavar="URL", help="URL to notify when the job ends; the operator must allow it."),
     ] = None,
     allow_empty: Annotated[
         bool, typer.Option("--allow-empty", help="If there are no rows, make no job and exit with 0.")

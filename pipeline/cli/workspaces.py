@@ -16,10 +16,11 @@ from pipeline.core.errors import UnknownModel, UserError
 from pipeline.db import models, workspaces
 from pipeline.webhooks import allowlist
 
-app = App(help="Workspaces sharing the workers, with weights and limits.", no_args_is_help=True)
+app = App(help="Manage workspaces, their weights and limits.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="Its name.")]
-Weight = Annotated[float, typer.Option(help="Its share of the workers: weight 2 gets twice the tokens in flight of 1.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
+_WEIGHT = "Its share of the workers: weight 2 gets twice the tokens in flight of 1."
+Weight = Annotated[float, typer.Option(help=_WEIGHT)]
 Models = Annotated[list[str] | None, typer.Option("--model", help="A model it may use; may be repeated.")]
 RequestsPerMinute = Annotated[int | None, typer.Option(min=0, help="Requests to the api a minute; 0: no limit.")]
 TokensPerMinute = Annotated[int | None, typer.Option(min=0, help="Tokens through the api a minute; 0: no limit.")]
@@ -33,7 +34,7 @@ MonthlyTokens = Annotated[
 MonthlyCost = Annotated[float | None, typer.Option(min=0, help="Monthly cap on cost, by models' prices. 0: no cap.")]
 Webhook = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="URL to notify when its jobs end; VECTORMILL_WEBHOOKS must allow it."),
+    typer.Option(metavar="URL", help="URL to notify when its jobs end; the operator must allow it."),
 ]
 SqlRoles = Annotated[
     list[str] | None,
@@ -94,7 +95,7 @@ def create(
 @app.command("set")
 def change(
     name: Name,
-    weight: Annotated[float | None, typer.Option(help="Its share.")] = None,
+    weight: Annotated[float | None, typer.Option(help=_WEIGHT)] = None,
     model: Models = None,
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
@@ -102,7 +103,10 @@ def change(
     monthly_cost: MonthlyCost = None,
     webhook: Webhook = None,
     sql_role: SqlRoles = None,
-    clear: Annotated[list[Clearable] | None, typer.Option(help="Setting to clear; may be repeated.")] = None,
+    clear: Annotated[
+        list[Clearable] | None,
+        typer.Option(metavar="SETTING", help="Clear this: webhook or sql-roles; may be repeated."),
+    ] = None,
 ) -> None:
     """Change a workspace's weight, limits, webhook, models or SQL roles.
 

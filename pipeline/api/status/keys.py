@@ -79,7 +79,7 @@ async def rotate_key(request: Request, key_id: str) -> MadeKey:
 
 @router.delete("/keys/{key_id}", status_code=204, openapi_extra=SECURITY)
 async def revoke_key(request: Request, key_id: str) -> None:
-    """Revoke a key: gateways refuse it within two seconds. Needs an admin's key."""
+    """Revoke a key. It stops working within two seconds. Needs an admin's key."""
     caller = await caller_of(request, admin=True)
     try:
         await ask(request, lambda c: keys.revoke(c, caller.workspace_id, _id(key_id)))

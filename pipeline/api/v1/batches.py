@@ -54,7 +54,9 @@ class NewBatch(BaseModel):
     input_file_id: str = Field(max_length=100, pattern=_NO_NUL, description="A file uploaded for the purpose batch.")
     endpoint: Literal["/v1/embeddings"]
     completion_window: str = Field(max_length=10, description="24h, or another number of h or d, up to 30d.")
-    metadata: dict[_Key, _Value] | None = Field(default=None, max_length=16, description="Stored with batch and job.")
+    metadata: dict[_Key, _Value] | None = Field(
+        default=None, max_length=16, description="Stored with the batch request and the job."
+    )
     output_expires_after: ExpiresAfter | None = Field(default=None, description="Expiry of output and error file.")
     max_rejects: _Limit = Field(
         default="",
