@@ -19,7 +19,7 @@ class ChunkState(enum.StrEnum):
 
 #: Legal transitions of a chunk. `retry` reopens an ended one.
 CHUNK_TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
-    ChunkState.PENDING: frozenset({ChunkState.RUNNING, ChunkState.DONE, ChunkState.CANCELLED}),
+    ChunkState.PENDING: frozenset({ChunkState.RUNNING, ChunkState.CANCELLED}),
     ChunkState.RUNNING: frozenset({ChunkState.PENDING, ChunkState.DONE, ChunkState.CANCELLED}),
     ChunkState.DONE: frozenset({ChunkState.PENDING}),
     ChunkState.CANCELLED: frozenset({ChunkState.PENDING}),

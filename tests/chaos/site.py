@@ -132,7 +132,7 @@ class Site:
 
     def start_all(self) -> None:
         """Start all processes, and wait until all serve."""
-        self._start_doors()
+        self._start_apis()
         self.start_missing()
         self.await_workers()
         if BRITTLE in self.models:
@@ -188,7 +188,7 @@ class Site:
         del self.fleet.processes[name]
         return (f"{name} ended with {code}",) if code else ()
 
-    def _start_doors(self) -> None:
+    def _start_apis(self) -> None:
         self.api_key = self.fleet.cli("keys", "create", "--name", "drill", "--admin").stdout.strip()
         api, flower = (str(urlsplit(url).port) for url in (self.api_url, self.flower_url))
         environment = {

@@ -1,5 +1,5 @@
-"""Mutants of the guarantees: the oracle objects with one switched off, and doesn't with all of them on. The fence's
-mutant is in test_faults.py."""
+"""Mutants of the guarantees: the oracle objects with one switched off, and doesn't with all of them on. Those of
+fence and token are in tests/acceptance/test_faults.py and test_failover.py."""
 
 from collections.abc import Iterator
 from pathlib import Path

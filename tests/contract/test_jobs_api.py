@@ -141,7 +141,10 @@ def test_shortened(line: httpx.Client, working: Gateway, by_library: Any) -> Non
     hits = json.loads(working.fleet.cli("search", "2 sacks", "--job", "short", "--json").stdout)
     assert (hits[0]["key"], len(hits)) == ("k2", 5)
     refused = _upload(line, _ROWS[:5], dimensions="65")
-    assert (refused.status_code, refused.json()["detail"]) == (400, "dimensions 65: static gives 64 or 128 or 256.")
+    assert (refused.status_code, refused.json()["detail"]) == (
+        400,
+        "dimensions 65: static supports 64 or 128 or 256 dimensions.",
+    )
 
 
 def test_rejects(done: dict[str, Any], line: httpx.Client) -> None:

@@ -205,7 +205,12 @@ def test_a_mistake_may_be_mended_under_the_same_key(engine: Engine, model: Model
         ("delete from public.docs returning id, text", {}, "query_refused", "syntax error at or near"),
         ("with gone as (delete from public.docs returning *) select * from gone", {}, "query_refused", "DECLARE CURS"),
         ("select id, text, text::int from public.docs", {}, "query_refused", ": InvalidTextRepresentation."),
-        ("select 'a' as text", {"options": {"dimensions": 3}}, "request_refused", "dimensions 3: small gives 4."),
+        (
+            "select 'a' as text",
+            {"options": {"dimensions": 3}},
+            "request_refused",
+            "dimensions 3: small supports 4 dimensions.",
+        ),
         (
             "select 'a' as text",
             {"options": {"dimensions": 1.5}},
