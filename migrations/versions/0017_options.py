@@ -1,4 +1,4 @@
-"""Options of `vectormill.submit`, left to the dispatcher, which knows them from the one list that every door reads."""
+"""Options of `vectormill.submit`, left to the dispatcher, which knows them from the list that commands and apis use."""
 
 from alembic import op
 

@@ -94,7 +94,7 @@ def run(dispatcher: Dispatcher, stop: threading.Event) -> None:
 
 def _do(duty: Duty, dispatcher: Dispatcher) -> None:
     duty.do(dispatcher)
-    dispatcher.note_contact()  # a round takes long when there are many jobs, but that is no gap in the database
+    dispatcher.note_contact()  # a pass takes long when there are many jobs, but that is no gap in the database
 
 
 def _lead(dispatcher: Dispatcher, leadership: Leadership) -> bool:

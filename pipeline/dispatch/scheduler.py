@@ -15,13 +15,13 @@ from pipeline.infra import metrics
 
 #: The least target length of a model's queue, as messages may be lost on their way.
 _LEAST_WINDOW = 4
-#: The most lost chunks that a round considers, and the time before another message is sent for the same one.
+#: The most lost chunks that a pass considers, and the time before another message is sent for the same one.
 _LOST_LIMIT = 1_000
 _PUBLISH_AGAIN_SECONDS = 5.0
 
 
 class Scheduler:
-    """Scheduler of one dispatcher, with the state that it keeps between rounds."""
+    """Scheduler of one dispatcher, with the state that it keeps between passes."""
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
@@ -106,7 +106,7 @@ def _slots(live: Sequence[Any]) -> dict[str, int]:
 
 
 class _Feed:
-    """A job's pending chunks from the cursor on, with wrap-around to the start; each at most once a round."""
+    """A job's pending chunks from the cursor on, with wrap-around to the start; each at most once a pass."""
 
     def __init__(self, connection: Connection, cursors: dict[UUID, int], job_id: UUID, limit: int) -> None:
         self._next = self._read(connection, cursors, job_id, limit)
