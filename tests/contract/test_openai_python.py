@@ -190,8 +190,8 @@ def _embed(**how: Any) -> Ask:
          "unknown, revoked or expired"),
         (_embed(model="gpt-4"), openai.NotFoundError, 404, "model_not_found", "gpt-4"),
         (_embed(model="failing"), openai.InternalServerError, 500, "internal_error", "The model failed"),
-        (_embed(model="broken"), openai.InternalServerError, 503, "upstream_unavailable", "no engine"),
-        (_embed(model="alone"), openai.InternalServerError, 503, "upstream_unavailable", "no engine"),
+        (_embed(model="broken"), openai.InternalServerError, 503, "upstream_unavailable", "No engine"),
+        (_embed(model="alone"), openai.InternalServerError, 503, "upstream_unavailable", "No engine"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("failing")
