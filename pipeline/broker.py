@@ -49,8 +49,7 @@ def celery_settings(redis_url: str) -> dict[str, Any]:
         "task_default_queue": IDLE_QUEUE,
         "task_send_sent_event": True,
         "worker_send_task_events": True,
-        # A new child must not be killed because its model loads slowly or the machine is busy.
-        "worker_pool_start_method": "spawn",
+        # A new child must not be killed because the machine is busy.
         "worker_proc_alive_timeout": 1_800,
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,

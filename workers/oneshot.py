@@ -22,6 +22,7 @@ from typing import Any
 from pipeline.catalog.models import from_portable, weights_bytes, weights_sha256
 from pipeline.core.errors import VectormillError
 from pipeline.core.models import Model, Upstream
+from workers.encoders.devices import list_devices
 from workers.encoders.layout import check_layout
 from workers.encoders.model_cache import loader
 from workers.encoders.weights import WeightsSource
@@ -37,7 +38,6 @@ def describe(source: WeightsSource, pooling: str | None = None) -> dict[str, Any
     folder = source.folder()
     check_layout(folder, pooling)
     fingerprint = weights_sha256(folder, pooling)
-    from workers.encoders.local import list_devices
     from workers.encoders.proof import prove
 
     device, _ = list_devices()[0]
@@ -92,7 +92,6 @@ def queries(model: Model, texts: list[str]) -> list[list[float]]:
         from workers.upstream import probe
 
         return probe.embed_now(model.upstream, [model.query_prompt + text for text in texts])
-    from workers.encoders.local import list_devices
 
     encoder = loader(list_devices()[0][0], None, "float32")(model)
     encoder.prove(model.canary)
@@ -114,8 +113,6 @@ def main(arguments: list[str]) -> Any:
     """Run the command that the arguments name, and return its result."""
     match arguments:
         case ["devices"]:
-            from workers.encoders.local import list_devices
-
             return list_devices()
         case ["gateway"]:
             from workers.upstream import probe

@@ -1,8 +1,8 @@
 """Mutants: processes with one behaviour changed. Workers start by `celery -A tests.acceptance.mutants`, dispatchers by
 `python -m tests.acceptance.mutants dispatcher`.
 
-The module is in the app's `include`, so that spawned children are changed as well. The environment variable `MUTANT`
-selects the change, since a child imports the module afresh.
+The module is in the app's `include`, so that children are changed as well. The environment variable `MUTANT` selects
+the change, since a child imports the module itself.
 """
 
 import os

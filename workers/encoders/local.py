@@ -1,6 +1,5 @@
 """Encoder of a local model on a device: tokenises each text once, and embeds texts in token-budget batches."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -27,16 +26,6 @@ _BUDGET_TOKENS = {"cpu": 1_024, "mps": 8_192, "cuda": 32_768}
 _MOST_ITEMS = 2_048
 #: Models without attention read a flat list of ids: no padding, so bigger batches.
 _FLAT_BUDGET_TOKENS = 131_072
-
-
-def list_devices() -> list[tuple[str, int]]:
-    """Return the devices and their memory in bytes: all CUDA devices, else Apple's GPU, else the CPU."""
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        return [(f"cuda:{n}", torch.cuda.get_device_properties(n).total_memory) for n in range(count)]
-    if torch.backends.mps.is_available():
-        return [("mps", int(torch.mps.recommended_max_memory()))]
-    return [("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
 
 
 class _Query(list[int]):

@@ -1,7 +1,6 @@
 """Celery app of a worker, and its signal handlers. Entry point of `celery -A workers.runner.app`."""
 
 import os
-from contextlib import suppress
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
@@ -14,7 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.infra import metrics, metrics_server
 from pipeline.infra.logs import configure_logs
 from pipeline.infra.settings import Settings, load_settings
-from workers.runner import transport
+from workers.runner import fork_server, transport
 from workers.runner.heartbeat import Heartbeat
 
 
@@ -48,17 +47,17 @@ def _on_logging(**_: Any) -> None:
     pool.setLevel("WARNING")
 
 
+@signals.worker_init.connect
+def _on_start(**_: Any) -> None:
+    fork_server.start()
+
+
 @signals.worker_before_create_process.connect
 def _before_child(**_: Any) -> None:
-    """Unset the variable that makes a new child log in Celery's own form until its logs are configured."""
+    """Unset the variable that makes a new child log in Celery's own form until its logs are configured, and see that
+    there is a process to fork it."""
     os.environ.pop("_MP_FORK_LOGLEVEL_", None)
-
-
-@signals.worker_process_init.connect
-def _on_child(**_: Any) -> None:
-    """Import torch in a child, ready for the first chunk. If that fails, the first chunk reports the reason."""
-    with suppress(ImportError):
-        import workers.encoders.local  # noqa: F401
+    fork_server.restart_if_dead()
 
 
 @signals.worker_ready.connect

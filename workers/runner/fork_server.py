@@ -1,0 +1,50 @@
+"""Fork server of a worker: a process that imports torch once and opens nothing, and forks the worker's children.
+
+Importing sentence-transformers takes ten seconds of CPU and 400 MB. A forked child has it at once, and shares the
+memory. The worker itself can't be forked: it has threads and connections.
+"""
+
+import os
+import select
+import sys
+from contextlib import suppress
+from typing import Any
+
+import billiard
+from billiard import forkserver
+from celery.concurrency import asynpool
+
+
+class _PoolWorker(asynpool.Worker):
+    """Child of the pool that tells the parent which pipe it is ready to read from by the parent's number of it. A
+    forked child's own number is another one, and the parent would never send it a second task."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (*super().__reduce__(), {"inqW_fd": self.inqW_fd})
+
+
+def start() -> None:
+    """Let children be forked by a server, and start it. On macOS children are new processes, since Metal can't be
+    opened after a fork."""
+    os.environ["FORKED_BY_MULTIPROCESSING"] = "1"  # Celery then binds tasks to the app that a child receives
+    if sys.platform == "darwin":
+        billiard.set_start_method("spawn", force=True)
+        return
+    asynpool.AsynPool.Worker = _PoolWorker
+    billiard.set_start_method("forkserver", force=True)
+    forkserver.set_forkserver_preload(["workers.runner.preloaded"])
+    forkserver.ensure_running()
+
+
+def restart_if_dead() -> None:
+    """Start the server anew if something killed it, which has killed all children with it."""
+    server = forkserver._forkserver
+    if (pipe := server._forkserver_alive_fd) is None:
+        return
+    poll = select.poll()
+    poll.register(pipe, 0)  # POLLERR is always told: the server's end of the pipe is closed
+    if poll.poll(0):
+        server._forkserver_alive_fd = None
+        with suppress(OSError):
+            os.close(pipe)
+        server.ensure_running()
