@@ -10,6 +10,8 @@ from sentence_transformers import SentenceTransformer
 
 from pipeline.core.errors import ModelError
 from tests.acceptance.oracle import cosine
+from tests.support.tiny_models import KINDS
+from workers.encoders.batching import Tokenised
 from workers.encoders.local import LocalEncoder
 
 LONG = " ".join(f"word {n}" for n in range(1_000))
@@ -52,8 +54,12 @@ def test_texts_are_read_once_and_truncation_is_told(encoder: LocalEncoder) -> No
     assert shorter.ids[1][-1] == tokenised.ids[1][-1], "the closing token stays"
 
 
-def test_out_of_memory_halves_the_budget_and_remembers(bundled_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most_running", [1, 2])
+def test_out_of_memory_halves_the_budget_and_remembers(
+    bundled_model: Path, monkeypatch: pytest.MonkeyPatch, most_running: int
+) -> None:
     encoder = LocalEncoder(bundled_model, "cpu")
+    monkeypatch.setattr(encoder, "_most_running", most_running)
     texts = ["a text of some ten or eleven tokens, all in all"] * 640
     expected = encoder.encode(encoder.tokenise(texts))
     forward, before = encoder._forward, encoder.budget_tokens
@@ -69,7 +75,11 @@ def test_out_of_memory_halves_the_budget_and_remembers(bundled_model: Path, monk
     assert 50 <= encoder.budget_tokens <= 512 < before, "halved for the batch that failed, not for each after it"
 
 
-def test_one_text_that_fails_comes_back_alone(encoder: LocalEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most_running", [1, 2])
+def test_one_text_that_fails_comes_back_alone(
+    encoder: LocalEncoder, monkeypatch: pytest.MonkeyPatch, most_running: int
+) -> None:
+    monkeypatch.setattr(encoder, "_most_running", most_running)
     forward = encoder._forward
     tokenised = encoder.tokenise(TEXTS)
     bad = tokenised.ids[7]
@@ -85,6 +95,44 @@ def test_one_text_that_fails_comes_back_alone(encoder: LocalEncoder, monkeypatch
     assert [batch.at.tolist() for batch in failed] == [[7]]
     assert failed[0].failure == ("encode_failed", "the model raised IndexError"), "no word of the text"
     assert sorted(at for batch in batches for at in batch.at.tolist()) == list(range(len(TEXTS)))
+
+
+def test_a_text_without_tokens_fails_alone(encoder: LocalEncoder) -> None:
+    tokenised = encoder.tokenise(TEXTS[:3])
+    expected = encoder.encode(tokenised)
+    lengths = np.append(tokenised.lengths, 0).astype(np.int32)
+    with_empty = Tokenised([*tokenised.ids, []], lengths, np.append(tokenised.truncated, False))
+    found: dict[int, Any] = {}
+    for batch in encoder.batches(with_empty):
+        vectors = [None] if batch.vectors is None else batch.vectors
+        found.update(zip(batch.at.tolist(), vectors, strict=True))
+    assert found.pop(3) is None
+    assert np.abs(np.stack([found[at] for at in range(3)]) - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("most_running", [1, 2])
+def test_no_batch_is_begun_after_stop_and_those_in_flight_come(
+    encoder: LocalEncoder, monkeypatch: pytest.MonkeyPatch, most_running: int
+) -> None:
+    monkeypatch.setattr(encoder, "_most_running", most_running)
+    monkeypatch.setattr(encoder, "budget_tokens", 50)
+    tokenised = encoder.tokenise(TEXTS)
+    expected = encoder.encode(tokenised)
+    batches = list(encoder.batches(tokenised, lambda: True))
+    assert len(batches) == most_running
+    for batch in batches:
+        assert batch.vectors is not None
+        assert np.array_equal(batch.vectors, expected[batch.at])
+
+
+def test_padding_is_counted_where_there_is_any(encoder: LocalEncoder, tmp_path: Path) -> None:
+    (kind,) = (each for each in KINDS if each.name.startswith("MPNet"))
+    kind.make(tmp_path / "model")
+    for each, has_padding in ((encoder, False), (LocalEncoder(tmp_path / "model", "cpu"), True)):
+        tokenised = each.tokenise(TEXTS)
+        padded = sum(batch.padded_tokens for batch in each.batches(tokenised))
+        assert bool(padded > tokenised.lengths.sum()) is has_padding
+        assert has_padding or padded == tokenised.lengths.sum()
 
 
 def test_the_canary_tells_another_model(bundled_model: Path, bundled_description: dict[str, Any]) -> None:

@@ -154,10 +154,10 @@ def _save(folder: Path, *modules: Any, **how: Any) -> None:
     SentenceTransformer(modules=list(modules), device="cpu", **how).save(str(folder))
 
 
-def _roberta(folder: Path) -> None:
+def _roberta(folder: Path, kind: Any = tf.RobertaModel) -> None:
     tokenizer = _byte_tokenizer("<s> $A </s>", model_max_length=62)
-    config = tf.RobertaConfig(**_sizes(tokenizer, pad_token_id=1, bos_token_id=0, eos_token_id=2))
-    _pooled(folder, _body(_beside(folder), tf.RobertaModel(config), tokenizer))
+    config = kind.config_class(**_sizes(tokenizer, pad_token_id=1, bos_token_id=0, eos_token_id=2))
+    _pooled(folder, _body(_beside(folder), kind(config), tokenizer))
 
 
 def _roberta_beyond(folder: Path) -> None:
@@ -181,10 +181,10 @@ def _t5(folder: Path) -> None:
     _pooled(folder, body, dense, st.Normalize())
 
 
-def _qwen(folder: Path) -> None:
+def _qwen(folder: Path, kind: Any = tf.Qwen2ForCausalLM, **config: Any) -> None:
     tokenizer = _byte_tokenizer("$A </s>", padding_side="left", model_max_length=128)
-    config = tf.Qwen2Config(**_sizes(tokenizer, num_key_value_heads=1, max_position_embeddings=128))
-    body = _body(_beside(folder), tf.Qwen2ForCausalLM(config), tokenizer)
+    sizes = _sizes(tokenizer, num_key_value_heads=1, max_position_embeddings=128, **config)
+    body = _body(_beside(folder), kind(kind.config_class(**sizes)), tokenizer)
     prompts = {"query": "Represent this sentence for retrieval: ", "document": ""}
     _pooled(folder, body, st.Normalize(), pooling="lasttoken", prompts=prompts)
 
@@ -406,9 +406,11 @@ KINDS = (
     Kind("DistilBERT, of a masked language model", _distilbert),
     Kind("ModernBERT: rotary and local attention", _modernbert),
     Kind("RoBERTa: positions from 2", _roberta),
+    Kind("XLM-RoBERTa", lambda at: _roberta(at, tf.XLMRobertaModel)),
     Kind("MPNet: relative positions", _mpnet),
     Kind("T5: the encoder of an encoder-decoder, Dense", _t5),
     Kind("Qwen2: causal, padded at the left, last token, prompts", _qwen),
+    Kind("Qwen3: heads of another size than their share", lambda at: _qwen(at, tf.Qwen3Model, head_dim=24)),
     Kind("BERT in float16, Dense", _half),
     Kind("static", lambda at: _save(at, _static())),
     Kind("static in float16, Normalize", lambda at: _save(at, _static(dtype=torch.float16), st.Normalize())),

@@ -1,9 +1,10 @@
 """Encoder of a local model on a device: tokenises each text once, and embeds texts in token-budget batches."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import torch
 from pipeline.core.canary import CANARY, is_canary
 from pipeline.core.chunks import RejectCode
 from pipeline.core.errors import ModelError
-from workers.encoders import library
+from workers.encoders import library, packed, unpadded
 from workers.encoders.batching import Batch, Tokenised, token_batches
 from workers.encoders.own_ids import OwnIds
 from workers.encoders.reading import Way, ways_of
@@ -24,12 +25,32 @@ log = structlog.get_logger()
 #: Padded tokens in one forward pass. A CPU is fastest while a batch fits its caches, a GPU while it is kept busy.
 _BUDGET_TOKENS = {"cpu": 1_024, "mps": 8_192, "cuda": 32_768}
 _MOST_ITEMS = 2_048
+#: Forward passes in flight: a GPU runs one while the next one is made ready.
+_MOST_RUNNING = {"cuda": 2}
 #: Models without attention read a flat list of ids: no padding, so bigger batches.
 _FLAT_BUDGET_TOKENS = 131_072
 
 
 class _Query(list[int]):
     """Token ids of a query, if queries take another path through the model than documents."""
+
+
+class _Pass(NamedTuple):
+    """Forward pass in flight."""
+
+    #: Positions of its texts.
+    at: npt.NDArray[np.int64]
+    since: float
+    host: torch.Tensor
+    #: Event after which `host` is filled; `None` if it is already.
+    ready: torch.cuda.Event | None
+
+    def vectors(self) -> npt.NDArray[np.float32]:
+        """Wait for its vectors, and return them: float32 of shape (texts, dimensions)."""
+        if self.ready:
+            self.ready.synchronize()
+        made: npt.NDArray[np.float32] = self.host.numpy()
+        return made
 
 
 class LocalEncoder:
@@ -59,13 +80,17 @@ class LocalEncoder:
         self.device = torch.device(device)
         self._model = library.load(folder, device, dtype=dtype, pooling=pooling)
         try:
-            self._documents, self._queries = ways_of(self._model, document_prompt, query_prompt)
+            unpads = unpadded.unpad(self._model)
+            if unpads and self.device.type == "cpu":
+                packed.pack(self._model)
+            self._documents, self._queries = ways_of(self._model, document_prompt, query_prompt, unpads=unpads)
         except ModelError as error:
             raise ModelError(f"{folder}: {error}") from error
         self._apart = not self._documents.goes_with(self._queries)
         self._expected = b""
         self._own_ids: OwnIds | None = None
         flat = self._documents.reader.flat and self._queries.reader.flat
+        self._most_running = _MOST_RUNNING.get(self.device.type, 1)
         self.budget_tokens = _FLAT_BUDGET_TOKENS if flat else _BUDGET_TOKENS.get(self.device.type, 8_192)
         self.max_item_tokens = self._documents.reader.max_tokens
         # Measured, since the size that a model states may be that of another part of it.
@@ -99,29 +124,34 @@ class LocalEncoder:
             for at in token_batches(tokenised.lengths[some], self.budget_tokens, _MOST_ITEMS)
         ]
         pending.reverse()
-        while pending:
-            at = pending.pop()
-            start = perf_counter()
+        running: deque[_Pass] = deque()
+        ended = perf_counter()
+        while pending or running:
             try:
-                vectors = self._forward([tokenised.ids[n] for n in at])
+                if pending and len(running) < self._most_running:
+                    at = pending.pop()
+                    running.append(self._begin(at, [tokenised.ids[n] for n in at]))
+                    continue
+                begun = running.popleft()
+                at = begun.at
+                vectors = begun.vectors()
             except Exception as error:  # noqa: BLE001 - one text may break the model in any way; the others go on
                 if len(at) == 1:
                     why = _without_memory(error) or f"the model raised {type(error).__name__}"
-                    failure = (RejectCode.ENCODE_FAILED, why)
-                    yield Batch(at, tokenised.lengths[at], perf_counter() - start, failure=failure)
+                    yield Batch(at, tokenised.lengths[at], 0.0, failure=(RejectCode.ENCODE_FAILED, why))
                     continue
                 if _without_memory(error):
                     self._shrink(int(tokenised.lengths[at].max()) * len(at))
                 half = len(at) // 2
                 pending += [at[half:], at[:half]]
-            else:
-                lengths = tokenised.lengths[at]
-                padded = int(
-                    lengths.sum() if self._way_of(tokenised.ids[at[0]]).reader.flat else lengths.max() * len(at)
-                )
-                yield Batch(at, lengths, perf_counter() - start, vectors, padded_tokens=padded)
-                if stop():
-                    return
+                continue
+            lengths = tokenised.lengths[at]
+            pads = self._way_of(tokenised.ids[at[0]]).reader.pads
+            seconds, ended = perf_counter() - max(begun.since, ended), perf_counter()
+            padded = int(lengths.max() * len(at) if pads else lengths.sum())
+            yield Batch(at, lengths, seconds, vectors, padded_tokens=padded)
+            if stop():
+                pending.clear()
 
     def _alike(self, ids: Sequence[Any]) -> list[npt.NDArray[np.int64]]:
         """Return the positions of texts in groups that may share batches."""
@@ -158,16 +188,27 @@ class LocalEncoder:
         self.budget_tokens = max(1, min(self.budget_tokens, failed_tokens // 2))
         log.warning("out_of_memory", device=str(self.device), budget_tokens=self.budget_tokens)
 
+    def _begin(self, at: npt.NDArray[np.int64], ids: Sequence[list[int]]) -> _Pass:
+        """Begin a forward pass. On CUDA it runs on while the caller goes on."""
+        since, vectors = perf_counter(), self._forward(ids)
+        if not vectors.is_cuda:
+            return _Pass(at, since, vectors.cpu(), None)
+        host = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
+        host.copy_(vectors, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return _Pass(at, since, host, ready)
+
     @torch.inference_mode()
-    def _forward(self, ids: Sequence[list[int]]) -> npt.NDArray[np.float32]:
-        way = self._way_of(ids[0])
+    def _forward(self, ids: Sequence[list[int]]) -> torch.Tensor:
+        way, on_cuda = self._way_of(ids[0]), self.device.type == "cuda"
         features = way.features(ids)
         for name, value in features.items():
             if isinstance(value, torch.Tensor):
-                features[name] = value.to(self.device)
-        vectors = self._model(features, task=way.task)["sentence_embedding"][:, : self._model.truncate_dim]
-        result: npt.NDArray[np.float32] = vectors.float().cpu().numpy()
-        return result
+                # From pinned memory the copy doesn't wait for the passes before it.
+                features[name] = (value.pin_memory() if on_cuda else value).to(self.device, non_blocking=on_cuda)
+        vectors: torch.Tensor = self._model(features, task=way.task)["sentence_embedding"]
+        return vectors[:, : self._model.truncate_dim].float()
 
     def canary(self) -> npt.NDArray[np.float32]:
         """Return the canary text's vector."""

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router, StaticEmbedding, Transformer
 
 from pipeline.core.errors import ModelError
+from workers.encoders import unpadded
 from workers.encoders.batching import MOST_CHARACTERS_PER_TOKEN, Tokenised
 
 DOCUMENT, QUERY = "document", "query"
@@ -45,20 +46,20 @@ class Way:
         return self.reader is other.reader and self.prompt_tokens == other.prompt_tokens
 
 
-def ways_of(model: SentenceTransformer, document_prompt: str, query_prompt: str) -> tuple[Way, Way]:
-    """Return the paths of documents and of queries through a model.
+def ways_of(model: SentenceTransformer, document_prompt: str, query_prompt: str, *, unpads: bool) -> tuple[Way, Way]:
+    """Return the paths of documents and of queries through a model. With `unpads`, it takes unpadded features.
 
     Raises:
         ModelError: the model can't be batched by token ids.
     """
-    document = _way(model, DOCUMENT, document_prompt)
-    query = _way(model, QUERY, query_prompt)
+    document = _way(model, DOCUMENT, document_prompt, unpads=unpads)
+    query = _way(model, QUERY, query_prompt, unpads=unpads)
     if document.reader.same_as(query.reader) and not any(isinstance(module, Router) for module in model):
         query = Way(task=QUERY, prompt=query_prompt, reader=document.reader, prompt_tokens=query.prompt_tokens)
     return document, query
 
 
-def _way(model: SentenceTransformer, task: str, prompt: str) -> Way:
+def _way(model: SentenceTransformer, task: str, prompt: str, *, unpads: bool) -> Way:
     first = model[0]
     if isinstance(first, Router):
         first = first.sub_modules[first._resolve_route(task=task, modality="text")][0]
@@ -69,13 +70,15 @@ def _way(model: SentenceTransformer, task: str, prompt: str) -> Way:
     prompt_tokens = first.preprocess(["x"], prompt=prompt, task=task).get("prompt_length") if prompt else None
     pools_all = all(getattr(module, "include_prompt", True) for module in model.modules())
     prompt_tokens = None if pools_all else prompt_tokens
-    return Way(task=task, prompt=prompt, reader=_PaddedReader(first, task), prompt_tokens=prompt_tokens)
+    reader = _UnpaddedReader(first, task) if unpads else _PaddedReader(first, task)
+    return Way(task=task, prompt=prompt, reader=reader, prompt_tokens=prompt_tokens)
 
 
 class _PaddedReader:
     """Tokeniser for transformers: sequences with special tokens, padded to the longest of their batch."""
 
     flat = False
+    pads = True
 
     def __init__(self, transformer: Transformer, task: str) -> None:
         tokenizer = transformer.tokenizer
@@ -121,10 +124,25 @@ class _PaddedReader:
         return features
 
 
+class _UnpaddedReader(_PaddedReader):
+    """Tokeniser for transformers that take one sequence of all texts."""
+
+    pads = False
+
+    def __init__(self, transformer: Transformer, task: str) -> None:
+        super().__init__(transformer, task)
+        self._padding = unpadded.padding_of(transformer)
+
+    def features(self, ids: Sequence[list[int]]) -> dict[str, Any]:
+        """Return ids behind each other, their positions, and where each text begins."""
+        return unpadded.features(ids, self._padding)
+
+
 class _FlatReader:
     """Tokeniser for static embeddings: one flat list of ids, and the offset of each text."""
 
     flat = True
+    pads = False
 
     def __init__(self, static: StaticEmbedding) -> None:
         self._fast = static.tokenizer

@@ -12,7 +12,11 @@ from typing import Any
 
 import billiard
 from billiard import forkserver
+from billiard.connection import arbitrary_address
 from celery.concurrency import asynpool
+
+#: Limit of a socket's path, less its closing NUL.
+_MOST_PATH_BYTES = 107
 
 
 class _PoolWorker(asynpool.Worker):
@@ -24,10 +28,13 @@ class _PoolWorker(asynpool.Worker):
 
 
 def start() -> None:
-    """Let children be forked by a server, and start it. On macOS children are new processes, since Metal can't be
-    opened after a fork."""
+    """Let children be forked by a server, and start it.
+
+    Children are new processes, which import for themselves, on macOS, since Metal can't be opened after a fork, and
+    where the path of temporary files is too long for a socket.
+    """
     os.environ["FORKED_BY_MULTIPROCESSING"] = "1"  # Celery then binds tasks to the app that a child receives
-    if sys.platform == "darwin":
+    if sys.platform == "darwin" or len(arbitrary_address("AF_UNIX")) > _MOST_PATH_BYTES:
         billiard.set_start_method("spawn", force=True)
         return
     asynpool.AsynPool.Worker = _PoolWorker
