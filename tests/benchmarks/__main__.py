@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.benchmarks import (
+    children,
     engine,
     fairness,
     gateway,
@@ -27,6 +28,7 @@ _BENCHMARKS = {
     for benchmark in (
         *(module.BENCHMARK for module in (job, engine, write_back, submit_rate, submit_memory, fairness)),
         *gateway.BENCHMARKS,
+        *children.BENCHMARKS,
         *scale.BENCHMARKS,
         *strangers.BENCHMARKS,
         *memory.BENCHMARKS,

@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import IllegalTransition
+from pipeline.core.errors import IllegalTransition, VectormillError
 from pipeline.infra import storage
 from pipeline.jobs import control
 from pipeline.jobs.purge import purge_job
@@ -189,8 +189,13 @@ class Load:
         if folder:  # otherwise a long drill fills its disk
             for name in list(storage.names_below(folder)):
                 storage.delete(storage.join(folder, name))
-        self.site.insist(lambda: purge_job(self.site.fleet.engine, job))
         self._purged.append(job)
+        try:
+            self.site.insist(lambda: purge_job(self.site.fleet.engine, job))
+        except VectormillError:
+            if rewinds == self.site.rewinds:
+                raise
+            # Postgres went back since the job was judged: it is running again, or gone.
 
     def _judge(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
         """Wait for a job's end; return what is wrong with it."""
