@@ -21,9 +21,9 @@ class Disk:
         return self.root / "used"
 
     def fill(self) -> None:
-        """Fill the disk completely."""
-        with (self.root / "ballast").open("wb") as file:
-            size, step = 0, 1 << 30
+        """Fill the disk completely, or again if something has been deleted since."""
+        with (self.root / "ballast").open("ab") as file:
+            size, step = file.tell(), 1 << 30
             while step >= 4096:  # other processes take space meanwhile
                 try:
                     os.posix_fallocate(file.fileno(), size, step)

@@ -159,10 +159,14 @@ def full(disk: Callable[[Site], Disk | None], felt: str) -> Do:
     def do(site: Site, random: Random) -> Done:
         filled = disk(site)
         assert filled
+
+        def is_felt() -> bool:
+            filled.fill()  # again and again, since others delete
+            return bool(site.scalar(felt))
+
         eventually(lambda: not site.scalar(felt), "the end of what an earlier fault did", START_SECONDS)
-        filled.fill()
         try:
-            eventually(lambda: site.scalar(felt), "somebody who finds no room")
+            eventually(is_felt, "somebody who finds no room")
             time.sleep(random.uniform(0, 2))
         finally:
             filled.clear()
