@@ -189,13 +189,13 @@ class Load:
         if folder:  # otherwise a long drill fills its disk
             for name in list(storage.names_below(folder)):
                 storage.delete(storage.join(folder, name))
-        self._purged.append(job)
         try:
             self.site.insist(lambda: purge_job(self.site.fleet.engine, job))
         except VectormillError:
+            # Postgres may have gone back since the job was judged: it is running again, or gone.
             if rewinds == self.site.rewinds:
                 raise
-            # Postgres went back since the job was judged: it is running again, or gone.
+        self._purged.append(job)
 
     def _judge(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
         """Wait for a job's end; return what is wrong with it."""
