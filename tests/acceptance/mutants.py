@@ -79,7 +79,7 @@ def _poisonable() -> None:
             threading.Event().wait()
         if Poison.RAISES in found:
             raise RuntimeError("an operator that isn't there")
-        vectors = forward(self, ids).copy()
+        vectors = forward(self, ids).clone()
         vectors[found.get(Poison.MAKES_NAN, [])] = float("nan")
         return vectors
 
