@@ -127,6 +127,7 @@ class LocalEncoder:
         running: deque[_Pass] = deque()
         ended = perf_counter()
         while pending or running:
+            tried = perf_counter()
             try:
                 if pending and len(running) < self._most_running:
                     at = pending.pop()
@@ -138,7 +139,8 @@ class LocalEncoder:
             except Exception as error:  # noqa: BLE001 - one text may break the model in any way; the others go on
                 if len(at) == 1:
                     why = _without_memory(error) or f"the model raised {type(error).__name__}"
-                    yield Batch(at, tokenised.lengths[at], 0.0, failure=(RejectCode.ENCODE_FAILED, why))
+                    failure = (RejectCode.ENCODE_FAILED, why)
+                    yield Batch(at, tokenised.lengths[at], perf_counter() - tried, failure=failure)
                     continue
                 if _without_memory(error):
                     self._shrink(int(tokenised.lengths[at].max()) * len(at))
