@@ -12,10 +12,10 @@ from workers.encoders.batching import CONVICTED, Slice, isolated_slices, passes,
 LENGTHS = st.lists(st.integers(0, 300), max_size=80)
 
 
-@given(LENGTHS, st.integers(1, 1000), st.integers(1, 20))
-def test_batches_hold_every_item_once_longest_first(lengths: list[int], budget: int, most: int) -> None:
+@given(LENGTHS, st.integers(1, 1000), st.integers(1, 20), st.booleans())
+def test_batches_hold_every_item_once_longest_first(lengths: list[int], budget: int, most: int, pads: bool) -> None:
     array = np.array(lengths, dtype=np.int32)
-    batches = [batch.tolist() for batch in token_batches(array, budget, most)]
+    batches = [batch.tolist() for batch in token_batches(array, budget, most, pads=pads)]
     assert sorted(at for batch in batches for at in batch) == list(range(len(lengths)))
     ordered = [lengths[at] for batch in batches for at in batch]
     assert ordered == sorted(lengths, reverse=True)
@@ -29,6 +29,16 @@ def test_batches_keep_the_budget_and_use_it(lengths: list[int], budget: int, mos
         assert len(batch) == 1 or batch[0] * len(batch) <= budget
         full = len(batch) == most or max(1, batch[0]) * (len(batch) + 1) > budget
         assert full or following is None
+
+
+@given(LENGTHS, st.integers(1, 1000), st.integers(1, 20))
+def test_batches_without_padding_are_as_full_as_their_sum(lengths: list[int], budget: int, most: int) -> None:
+    array = np.array(lengths, np.int32)
+    batches = [[max(1, lengths[at]) for at in batch] for batch in token_batches(array, budget, most, pads=False)]
+    for batch, following in zip_longest(batches, batches[1:]):
+        assert len(batch) <= most
+        assert len(batch) == 1 or sum(batch) <= budget
+        assert following is None or len(batch) == most or sum(batch) + following[0] > budget
 
 
 @given(st.integers(0, 700), st.integers(1, CONVICTED - 1))

@@ -71,17 +71,24 @@ class Encoder(Protocol):
 
 
 def token_batches(
-    lengths: npt.NDArray[np.int32], budget_tokens: int, most_items: int
+    lengths: npt.NDArray[np.int32], budget_tokens: int, most_items: int, *, pads: bool = True
 ) -> Iterator[npt.NDArray[np.int64]]:
     """Yield the item positions of each forward pass, longest items first, so that running out of memory shows at once.
 
-    A batch's padded size, its longest length × its items, stays within `budget_tokens`; a single item may exceed it.
+    A batch's size stays within `budget_tokens`: its longest length × its items if the model pads, else the sum of its
+    lengths. A single item may exceed it.
     """
     order = np.argsort(-lengths, kind="stable")
+    in_order = np.maximum(lengths[order], 1)
+    ends = np.cumsum(in_order, dtype=np.int64)
     start = 0
     while start < len(order):
-        longest = max(1, int(lengths[order[start]]))
-        size = min(most_items, max(1, budget_tokens // longest))
+        if pads:
+            fitting = budget_tokens // int(in_order[start])
+        else:
+            before = int(ends[start - 1]) if start else 0
+            fitting = int(np.searchsorted(ends, before + budget_tokens, side="right")) - start
+        size = min(most_items, max(1, fitting))
         yield order[start : start + size]
         start += size
 

@@ -90,6 +90,8 @@ class LocalEncoder:
         self._expected = b""
         self._own_ids: OwnIds | None = None
         flat = self._documents.reader.flat and self._queries.reader.flat
+        #: True if shorter texts of a batch are padded to its longest.
+        self.pads = self._documents.reader.pads or self._queries.reader.pads
         self._most_running = _MOST_RUNNING.get(self.device.type, 1)
         self.budget_tokens = _FLAT_BUDGET_TOKENS if flat else _BUDGET_TOKENS.get(self.device.type, 8_192)
         self.max_item_tokens = self._documents.reader.max_tokens
@@ -121,7 +123,7 @@ class LocalEncoder:
         pending = [
             some[at]
             for some in self._alike(tokenised.ids)
-            for at in token_batches(tokenised.lengths[some], self.budget_tokens, _MOST_ITEMS)
+            for at in token_batches(tokenised.lengths[some], self.budget_tokens, _MOST_ITEMS, pads=self.pads)
         ]
         pending.reverse()
         running: deque[_Pass] = deque()
@@ -143,17 +145,19 @@ class LocalEncoder:
                     yield Batch(at, tokenised.lengths[at], perf_counter() - tried, failure=failure)
                     continue
                 if _without_memory(error):
-                    self._shrink(int(tokenised.lengths[at].max()) * len(at))
+                    self._shrink(self._size(tokenised.lengths[at]))
                 half = len(at) // 2
                 pending += [at[half:], at[:half]]
                 continue
             lengths = tokenised.lengths[at]
-            pads = self._way_of(tokenised.ids[at[0]]).reader.pads
             seconds, ended = perf_counter() - max(begun.since, ended), perf_counter()
-            padded = int(lengths.max() * len(at) if pads else lengths.sum())
-            yield Batch(at, lengths, seconds, vectors, padded_tokens=padded)
+            yield Batch(at, lengths, seconds, vectors, padded_tokens=self._size(lengths))
             if stop():
                 pending.clear()
+
+    def _size(self, lengths: npt.NDArray[np.int32]) -> int:
+        """Return a batch's tokens, with padding if the model pads."""
+        return int(lengths.max()) * len(lengths) if self.pads else int(lengths.sum())
 
     def _alike(self, ids: Sequence[Any]) -> list[npt.NDArray[np.int64]]:
         """Return the positions of texts in groups that may share batches."""

@@ -33,7 +33,7 @@ _TOKEN_CHARACTERS = 4
 _READ_CHARACTERS_PER_SECOND = 2_000_000
 #: Characters that are tokenised at a time, before another request's turn.
 _SLICE_CHARACTERS = 65_536
-#: Share of a batch that may be padding; beyond it, another pass costs less.
+#: Share of a padded batch that may be padding; beyond it, another pass costs less.
 _SPARE = 1 / 16
 #: Pause before an unusable model is tried again.
 _UNUSABLE_SECONDS = 60.0
@@ -230,7 +230,8 @@ class Batcher:
         """Embed texts. Return those that failed, each with its error."""
         failed: list[tuple[Text, Exception]] = []
         lengths = np.array([text.tokens for text in texts], np.int32)
-        for at in passes(lengths, int(encoder.budget_tokens * _SPARE)):
+        spare_tokens = int(encoder.budget_tokens * _SPARE)
+        for at in passes(lengths, spare_tokens) if encoder.pads else [np.arange(len(texts))]:
             began = time.perf_counter()
             failed += self._forward(encoder, [texts[n] for n in at.tolist()])
             tokens = int(lengths[at].sum())
@@ -238,7 +239,7 @@ class Batcher:
         return failed
 
     def _forward(self, encoder: "LocalEncoder", texts: Sequence[Text]) -> list[tuple[Text, Exception]]:
-        """Embed texts of about the same length. Return those that failed, each with its error."""
+        """Embed texts, if padded then of about the same length. Return those that failed, each with its error."""
         failed: list[tuple[Text, Exception]] = []
         done: list[QueuedRequest] = []
         tokenised = Tokenised(
