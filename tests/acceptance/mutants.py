@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.db import chunks, lost_claims
 from tests.acceptance.poison import Poison
+from workers.encoders.reading import Ids
 from workers.runner.app import app
 
 app.conf.include = [*app.conf.include, __name__]
@@ -58,7 +59,7 @@ def _poisonable() -> None:
     heads: dict[Poison, list[int]] = {}
     broken: list[int] = []
 
-    def met(self: LocalEncoder, ids: list[list[int]]) -> dict[Poison, list[int]]:
+    def met(self: LocalEncoder, ids: list[Ids]) -> dict[Poison, list[int]]:
         if not heads:
             tokenised = self._documents.reader.read([poison.value for poison in Poison], None)
             heads.update(zip(Poison, (_words(self, one) for one in tokenised.ids), strict=True))
@@ -68,7 +69,7 @@ def _poisonable() -> None:
             if (at := [n for n, one in enumerate(ids) if _words(self, one)[: len(head)] == head])
         }
 
-    def run(self: LocalEncoder, ids: list[list[int]]) -> Any:
+    def run(self: LocalEncoder, ids: list[Ids]) -> Any:
         found = met(self, ids)
         broken.extend(found.get(Poison.BREAKS, []))
         if broken:
@@ -86,9 +87,9 @@ def _poisonable() -> None:
     LocalEncoder._forward = run  # type: ignore[method-assign]
 
 
-def _words(encoder: Any, ids: list[int]) -> list[int]:
+def _words(encoder: Any, ids: Any) -> list[int]:
     """Return the ids without the special tokens around a text, which a model with attention has."""
-    return ids if encoder._documents.reader.flat else ids[1:-1]
+    return list(ids) if encoder._documents.reader.flat else list(ids)[1:-1]
 
 
 def _dying_at_load() -> None:
@@ -104,7 +105,7 @@ def _losing_the_device() -> None:
 
     forward, left = LocalEncoder._forward, [6]
 
-    def run(self: LocalEncoder, ids: list[list[int]]) -> Any:
+    def run(self: LocalEncoder, ids: list[Ids]) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise RuntimeError("the device is lost")

@@ -24,6 +24,7 @@ from pipeline.db import engines
 from pipeline.infra.settings import Settings, engine_authorization
 from workers.encoders.local import LocalEncoder
 from workers.encoders.model_cache import ModelCache, loader
+from workers.encoders.reading import Ids
 from workers.engine import batcher as serving_module
 from workers.engine.batcher import Batcher
 from workers.engine.queue import Work
@@ -107,10 +108,10 @@ def test_a_canary_tells_a_bad_device_from_a_bad_text(
     embed(batcher, model)
     (encoder,) = loads.encoders
     forward = encoder._forward
-    poison = encoder.tokenise(["poison"]).ids[0]
+    poison = encoder.tokenise(["poison"]).ids[0].tolist()
 
-    def chokes(ids: list[list[int]]) -> Any:
-        if poison in ids:
+    def chokes(ids: list[Ids]) -> Any:
+        if poison in [each.tolist() for each in ids]:
             raise IndexError("out of range")
         return forward(ids)
 
@@ -122,7 +123,7 @@ def test_a_canary_tells_a_bad_device_from_a_bad_text(
         embed(batcher, model, ["fine", "\u200b"])
     assert embed(batcher, model).vectors.shape == (1, 256)
 
-    def broken(_: list[list[int]]) -> Any:
+    def broken(_: list[Ids]) -> Any:
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(encoder, "_forward", broken)
@@ -254,7 +255,7 @@ def test_texts_go_through_the_encoder_that_has_read_them(
         other_batches = other.batches
 
         def noting(tokenised: Any, *what: Any) -> Any:
-            seen.append(list(tokenised.ids))
+            seen.append([each.tolist() for each in tokenised.ids])
             return other_batches(tokenised, *what)
 
         monkeypatch.setattr(other, "batches", noting)
@@ -277,7 +278,7 @@ def test_texts_go_through_the_encoder_that_has_read_them(
 
     replies = asyncio.run(asyncio.wait_for(ask(), 240))
     assert [reply.vectors.shape for reply in replies] == [(1, 256)] * 3
-    assert seen == [loads.encoders[1].tokenise(["for the new one"]).ids]
+    assert seen == [[each.tolist() for each in loads.encoders[1].tokenise(["for the new one"]).ids]]
 
 
 # Fairness
@@ -292,12 +293,12 @@ def test_a_text_alone_is_in_the_next_two_batches(
     (encoder,) = loads.encoders
     monkeypatch.setattr(encoder, "budget_tokens", 100)
     forward, under_way, going = encoder._forward, threading.Event(), threading.Event()
-    alone, seen = encoder.tokenise(["the one alone"]).ids[0], list[bool]()
+    alone, seen = encoder.tokenise(["the one alone"]).ids[0].tolist(), list[bool]()
 
-    def noting(ids: list[list[int]]) -> Any:
+    def noting(ids: list[Ids]) -> Any:
         under_way.set()
         going.wait(20)
-        seen.append(alone in ids)
+        seen.append(alone in [each.tolist() for each in ids])
         return forward(ids)
 
     async def ask() -> None:

@@ -24,7 +24,7 @@ MOST_CHARACTERS_PER_TOKEN = 64
 class Tokenised:
     """Texts as the model reads them."""
 
-    #: Token ids; for an upstream's model, which tokenises for itself, the texts.
+    #: Token ids of each text, as int32; for an upstream's model, which tokenises for itself, the texts.
     ids: Sequence[Any]
     #: Tokens of each text after truncation, special tokens included.
     lengths: npt.NDArray[np.int32]

@@ -18,7 +18,7 @@ from pipeline.core.errors import ModelError
 from workers.encoders import library, packed, unpadded
 from workers.encoders.batching import Batch, Tokenised, token_batches
 from workers.encoders.own_ids import OwnIds
-from workers.encoders.reading import Way, ways_of
+from workers.encoders.reading import Ids, Way, ways_of
 
 log = structlog.get_logger()
 
@@ -31,7 +31,7 @@ _MOST_RUNNING = {"cuda": 2}
 _FLAT_BUDGET_TOKENS = 131_072
 
 
-class _Query(list[int]):
+class _Query(np.ndarray[tuple[int], np.dtype[np.int32]]):
     """Token ids of a query, if queries take another path through the model than documents."""
 
 
@@ -111,7 +111,7 @@ class LocalEncoder:
         """Tokenise `texts` as documents or as queries, truncated at `max_tokens` (default: the model's own limit)."""
         read = (self._queries if queries else self._documents).read(list(texts), max_tokens)
         if queries and self._apart:
-            return Tokenised([_Query(ids) for ids in read.ids], read.lengths, read.truncated)
+            return Tokenised([ids.view(_Query) for ids in read.ids], read.lengths, read.truncated)
         return read
 
     def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
@@ -166,7 +166,7 @@ class LocalEncoder:
         are_queries = np.fromiter((isinstance(one, _Query) for one in ids), np.bool_, len(ids))
         return [np.flatnonzero(~are_queries), np.flatnonzero(are_queries)]
 
-    def _way_of(self, ids: list[int]) -> Way:
+    def _way_of(self, ids: Ids) -> Way:
         return self._queries if isinstance(ids, _Query) else self._documents
 
     def find_own_ids(self, ids: Mapping[int, list[int]]) -> int | None:
@@ -194,7 +194,7 @@ class LocalEncoder:
         self.budget_tokens = max(1, min(self.budget_tokens, failed_tokens // 2))
         log.warning("out_of_memory", device=str(self.device), budget_tokens=self.budget_tokens)
 
-    def _begin(self, at: npt.NDArray[np.int64], ids: Sequence[list[int]]) -> _Pass:
+    def _begin(self, at: npt.NDArray[np.int64], ids: Sequence[Ids]) -> _Pass:
         """Begin a forward pass. On CUDA it runs on while the caller goes on."""
         since, vectors = perf_counter(), self._forward(ids)
         if not vectors.is_cuda:
@@ -206,7 +206,7 @@ class LocalEncoder:
         return _Pass(at, since, host, ready)
 
     @torch.inference_mode()
-    def _forward(self, ids: Sequence[list[int]]) -> torch.Tensor:
+    def _forward(self, ids: Sequence[Ids]) -> torch.Tensor:
         way, on_cuda = self._way_of(ids[0]), self.device.type == "cuda"
         features = way.features(ids)
         for name, value in features.items():

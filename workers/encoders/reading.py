@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, pairwise
 from math import inf
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router, StaticEmbedding, Transformer
@@ -14,6 +16,9 @@ from sentence_transformers.sentence_transformer.modules import Router, StaticEmb
 from pipeline.core.errors import ModelError
 from workers.encoders import unpadded
 from workers.encoders.batching import MOST_CHARACTERS_PER_TOKEN, Tokenised
+
+#: Token ids of a text, int32.
+Ids = npt.NDArray[np.int32]
 
 DOCUMENT, QUERY = "document", "query"
 #: Limits from here on count as none: for tokenisers without one, transformers has a number far above.
@@ -36,7 +41,7 @@ class Way:
         """Return the token ids of `texts`, each truncated at `max_tokens` or the model's own limit."""
         return self.reader.read([self.prompt + text for text in texts] if self.prompt else texts, max_tokens)
 
-    def features(self, ids: Sequence[list[int]]) -> dict[str, Any]:
+    def features(self, ids: Sequence[Ids]) -> dict[str, Any]:
         """Return the arguments of the model's forward pass."""
         features = {**self.reader.features(ids), "task": self.task, "modality": "text"}
         return features if self.prompt_tokens is None else {**features, "prompt_length": self.prompt_tokens}
@@ -108,7 +113,7 @@ class _PaddedReader:
         bound = _bind(self._fast, max_tokens, self.max_tokens, direction="left" if self._cut_left else "right")
         return _read(texts, None if self._cut_left else bound, self._fast.encode_batch_fast)
 
-    def features(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+    def features(self, ids: Sequence[Ids]) -> dict[str, torch.Tensor]:
         """Return padded ids and their attention mask."""
         longest = max(map(len, ids))
         shape = (len(ids), longest)
@@ -133,7 +138,7 @@ class _UnpaddedReader(_PaddedReader):
         super().__init__(transformer, task)
         self._padding = unpadded.padding_of(transformer)
 
-    def features(self, ids: Sequence[list[int]]) -> dict[str, Any]:
+    def features(self, ids: Sequence[Ids]) -> dict[str, Any]:
         """Return ids behind each other, their positions, and where each text begins."""
         return unpadded.features(ids, self._padding)
 
@@ -166,10 +171,10 @@ class _FlatReader:
         whole = self._how.get("direction") == "left"
         return _read(texts, None if whole else bound, partial(self._fast.encode_batch_fast, add_special_tokens=False))
 
-    def features(self, ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+    def features(self, ids: Sequence[Ids]) -> dict[str, torch.Tensor]:
         """Return flat ids and offsets."""
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-        flat = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in ids])
+        flat = np.concatenate(ids, dtype=np.int64)
         return {
             "input_ids": torch.from_numpy(flat),
             "offsets": torch.from_numpy(np.cumsum(lengths) - lengths),
@@ -201,6 +206,8 @@ def _read(texts: list[str], bound: int | None, encode: Callable[[list[str]], lis
         # space and endless words have too few tokens.
         if most and len(text) > most and len(encodings[at].overflowing) < 2:
             (encodings[at],) = encode([text])
-    lengths = np.fromiter((len(e.ids) for e in encodings), dtype=np.int32, count=len(encodings))
+    lengths = np.fromiter(map(len, encodings), dtype=np.int32, count=len(encodings))
     truncated = np.fromiter((bool(e.overflowing) for e in encodings), dtype=np.bool_, count=len(encodings))
-    return Tokenised([e.ids for e in encodings], lengths, truncated)
+    flat = np.fromiter(chain.from_iterable(e.ids for e in encodings), dtype=np.int32, count=int(lengths.sum()))
+    ends = np.cumsum(lengths).tolist()
+    return Tokenised([flat[start:end] for start, end in pairwise([0, *ends])], lengths, truncated)

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
@@ -58,7 +59,7 @@ def padding_of(transformer: Transformer) -> int | None:
     return None
 
 
-def features(ids: Sequence[Sequence[int]], padding: int | None) -> dict[str, Any]:
+def features(ids: Sequence[npt.NDArray[np.int32]], padding: int | None) -> dict[str, Any]:
     """Return the arguments of a forward pass over texts' token ids. `padding` is what `padding_of` returns.
 
     Raises:
@@ -67,7 +68,7 @@ def features(ids: Sequence[Sequence[int]], padding: int | None) -> dict[str, Any
     lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     if not lengths.all():
         raise ValueError("a text has no tokens")
-    flat = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in ids])
+    flat = np.concatenate(ids, dtype=np.int64)
     starts = np.append(0, np.cumsum(lengths))
     if padding is None:
         positions = np.arange(len(flat)) - np.repeat(starts[:-1], lengths)
