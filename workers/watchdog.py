@@ -1,9 +1,10 @@
-"""Watchdog of a chunk: the state shared by its batches and the thread that renews its lease."""
+"""Watchdog of a chunk: the state shared by its threads, which embed, tokenise ahead, commit and renew the lease."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
+from threading import get_ident
 from time import monotonic
 
 from pipeline.core.errors import GatewayBusy, GatewayRefused
@@ -11,7 +12,7 @@ from pipeline.core.errors import GatewayBusy, GatewayRefused
 
 @dataclass(slots=True)
 class Watch:
-    """State that the lease renewal thread and the batches share while a chunk runs."""
+    """State that a chunk's threads share while it runs."""
 
     #: Time limit of a batch; one that takes longer has hung.
     hung_after_seconds: float
@@ -20,40 +21,46 @@ class Watch:
     #: Interval between commits within a slice. The end of a slice always commits.
     commit_seconds: float = inf
     began: float = field(default_factory=monotonic)
-    #: Start of the current batch; infinite while none is running.
-    last_batch: float = inf
+    #: Start of the current batch of each thread that runs one.
+    batches: dict[int, float] = field(default_factory=dict)
     #: The job is being cancelled.
     cancelled: bool = False
     #: A renewal found that the chunk is no longer this claim's.
     lost: bool = False
+    #: A commit failed.
+    failed: bool = False
     #: Error that ends the claim early: the upstream is busy or refuses.
     interruption: GatewayBusy | GatewayRefused | None = None
 
     def beat(self) -> None:
-        """Restart the batch clock: a batch begins, the first one or the one after a batch that has just ended."""
-        self.last_batch = monotonic()
+        """Restart this thread's batch clock: a batch begins, the first one or the one after a batch that has ended."""
+        self.batches[get_ident()] = monotonic()
 
     def rest(self) -> None:
-        """Stop the batch clock. Waiting for a database that is away is not a hang."""
-        self.last_batch = inf
+        """Stop this thread's batch clock. Waiting for a database that is away is not a hang."""
+        self.batches.pop(get_ident(), None)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Stop the batch clock within the block, and restart it afterwards if it was running."""
-        at_work = self.last_batch < inf
+        """Stop this thread's batch clock within the block, and restart it afterwards if it was running."""
+        at_work = get_ident() in self.batches
         self.rest()
         yield
         if at_work:
             self.beat()
 
+    def fail(self) -> None:
+        """Note that a commit failed."""
+        self.failed = True
+
     @property
     def hung(self) -> bool:
         """True if a batch has run past its limit."""
-        return monotonic() - self.last_batch > self.hung_after_seconds
+        began = min(list(self.batches.values()), default=inf)
+        return monotonic() - began > self.hung_after_seconds
 
     @property
     def must_stop(self) -> bool:
         """True if the claim must commit what is done and give up the rest."""
-        return (
-            self.cancelled or self.lost or self.interruption is not None or monotonic() - self.began > self.most_seconds
-        )
+        stopped = self.cancelled or self.lost or self.failed or self.interruption is not None
+        return stopped or monotonic() - self.began > self.most_seconds

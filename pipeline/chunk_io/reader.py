@@ -10,7 +10,7 @@ from pipeline.core.chunks import Claim, Item, Reject, RejectCode
 from pipeline.db import items
 from pipeline.sources.by_reference import read_extent
 
-#: Text that is held in memory at once, whatever size the planner expected of a file's rows.
+#: Text that is embedded as one block, whatever size the planner expected of a file's rows.
 _BLOCK_BYTES = 16 * 1024 * 1024
 
 
@@ -51,7 +51,7 @@ def read_chunk(engine: Engine, claim: Claim) -> UnsettledItems:
     if claim.extent:
         return UnsettledItems(claim.items - len(settled), _with_a_place(sink, _from_file(claim, settled)))
     unfinished = [item for item in rows if item.index not in settled]
-    return UnsettledItems(len(unfinished), _with_a_place(sink, iter([ItemBlock(unfinished)])))
+    return UnsettledItems(len(unfinished), _with_a_place(sink, _from_memory(unfinished)))
 
 
 def _with_a_place(sink: Sink, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock]:
@@ -67,6 +67,16 @@ def _with_a_place(sink: Sink, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock
             if item.index in faults
         ]
         yield ItemBlock([item for item in block.items if item.index not in faults], [*block.rejects, *bad])
+
+
+def _from_memory(items: Sequence[Item]) -> Iterator[ItemBlock]:
+    start = size = 0
+    for at, item in enumerate(items, 1):
+        size += len(item.text)
+        if size >= _BLOCK_BYTES:
+            yield ItemBlock(items[start:at])
+            start, size = at, 0
+    yield ItemBlock(items[start:])
 
 
 def _from_file(claim: Claim, settled: set[int]) -> Iterator[ItemBlock]:

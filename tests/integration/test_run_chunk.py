@@ -1,5 +1,8 @@
 """Run of a chunk on a real Postgres, with a real model."""
 
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +10,18 @@ import pytest
 from sqlalchemy import Engine
 
 from pipeline.catalog.models import add_model, find_model, workspace_id
+from pipeline.chunk_io import reader
+from pipeline.chunk_io.commit import write_chunk
 from pipeline.core.chunks import Claim
 from pipeline.core.errors import LeaseLost, ModelError
 from pipeline.core.models import Model
 from pipeline.jobs import control
+from tests.acceptance.fleet import eventually
 from tests.support.jobs_made import chunk_rows, make_job, run_sql, taken
-from workers.encoders.batching import CONVICTED
+from workers.encoders.batching import CONVICTED, Batch, Encoder, Tokenised
 from workers.encoders.local import LocalEncoder
+from workers.encoders.reading import Ids
+from workers.runner import run_chunk as run_chunk_module
 from workers.runner.run_chunk import run_chunk
 from workers.watchdog import Watch
 
@@ -36,7 +44,7 @@ def watch(most_seconds: float = 60) -> Watch:
     return Watch(hung_after_seconds=60, most_seconds=most_seconds)
 
 
-def run(engine: Engine, encoder: LocalEncoder, claim: Claim, how: Watch | None = None) -> dict[str, Any]:
+def run(engine: Engine, encoder: Encoder, claim: Claim, how: Watch | None = None) -> dict[str, Any]:
     run_chunk(engine, encoder, claim, how or watch(), on_hang=lambda: None)
     names = ("state", "embedded", "rejected", "cancelled", "isolation", "crashes")
     (row,) = [row for row in chunk_rows(engine, claim.job_id) if row["id"] == claim.chunk_id]
@@ -150,7 +158,7 @@ def test_what_fails_within_a_chunk_is_not_committed_before_the_canary_is_asked(
     """A lost device makes each text fail alone, while parts of the chunk are committed."""
     forward, ran = encoder._forward, []
 
-    def lost_after_one(ids: list[list[int]]) -> Any:
+    def lost_after_one(ids: list[Ids]) -> Any:
         ran.append(len(ids))
         if len(ran) > 1:
             raise RuntimeError("the device is lost")
@@ -165,3 +173,106 @@ def test_what_fails_within_a_chunk_is_not_committed_before_the_canary_is_asked(
         run(engine, encoder, claim, how)
     assert run_sql(engine, "select count(*) from vectormill.rejects") == [(0,)]
     assert run_sql(engine, "select count(*) from vectormill.embeddings") == [(ran[0],)]
+
+
+# Overlap
+
+
+class Noting:
+    """Encoder that notes its steps, and lets a test hold them up."""
+
+    def __init__(self, encoder: LocalEncoder, steps: list[str]) -> None:
+        self._encoder, self._steps, self.dimensions = encoder, steps, encoder.dimensions
+        self.before: dict[str, Callable[[], object]] = {}
+
+    def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokenised:
+        self._note("tokenise")
+        return self._encoder.tokenise(texts, max_tokens)
+
+    def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+        self._note("embed")
+        yield from self._encoder.batches(tokenised, stop)
+
+    def prove_again(self) -> None:
+        self._encoder.prove_again()
+
+    def _note(self, step: str) -> None:
+        name = f"{step} {sum(each.startswith(step) for each in self._steps)}"
+        self._steps.append(name)
+        self.before.get(name, lambda: None)()
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Steps of a chunk whose blocks are single texts."""
+    monkeypatch.setattr(reader, "_BLOCK_BYTES", 1)
+    return []
+
+
+def noting_writes(monkeypatch: pytest.MonkeyPatch, steps: list[str], before: Callable[[int], object]) -> None:
+    def write(engine: Engine, claim: Claim, number: int, *rest: Any) -> None:
+        before(number)
+        write_chunk(engine, claim, number, *rest)
+        steps.append(f"written {number}")
+
+    monkeypatch.setattr(run_chunk_module, "write_chunk", write)
+
+
+def test_a_block_is_tokenised_and_another_written_while_one_is_embedded(
+    engine: Engine, encoder: LocalEncoder, model: Model, steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenised, embedding = threading.Event(), threading.Event()
+    noting = Noting(encoder, steps)
+    noting.before = {
+        "tokenise 1": tokenised.set,
+        "embed 0": lambda: assert_set(tokenised),
+        "embed 1": embedding.set,
+    }
+    noting_writes(monkeypatch, steps, lambda number: assert_set(embedding) if number == 0 else None)
+    claim = taken(engine, make_job(engine, model, 4, per_chunk=4))
+    found = run(engine, noting, claim)
+    assert (found["state"], found["embedded"]) == ("done", 4)
+    assert [step for step in steps if step.startswith("written")] == [f"written {number}" for number in range(4)]
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(60), "the other step hasn't begun"
+
+
+def test_in_a_search_each_step_waits_for_the_one_before(
+    engine: Engine, encoder: LocalEncoder, model: Model, steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noting_writes(monkeypatch, steps, lambda number: None)
+    found = run(engine, Noting(encoder, steps), isolated(engine, model, 3, 1))
+    assert (found["state"], found["embedded"]) == ("done", 3)
+    assert steps == [f"{step} {number}" for number in range(3) for step in ("tokenise", "embed", "written")]
+
+
+def test_a_commit_that_fails_ends_the_claim(
+    engine: Engine, encoder: LocalEncoder, model: Model, steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = watch()
+
+    def overtake(number: int) -> None:
+        if number == 1:
+            run_sql(engine, "update vectormill.chunks set token = gen_random_uuid()")
+
+    noting = Noting(encoder, steps)
+    noting.before = {"embed 2": lambda: eventually(lambda: how.failed or None, "the failure")}
+    noting_writes(monkeypatch, steps, overtake)
+    claim = taken(engine, make_job(engine, model, 20, per_chunk=20))
+    with pytest.raises(LeaseLost):
+        run(engine, noting, claim, how)
+    assert run_sql(engine, "select items from vectormill.usage") == [(1,)]
+    assert "embed 3" not in steps
+
+
+def test_each_thread_has_its_own_batch_clock() -> None:
+    how = Watch(hung_after_seconds=-1, most_seconds=60)  # hung at once, unless all rest
+    with ThreadPoolExecutor(1) as other:
+        other.submit(how.beat).result()
+        how.beat()
+        how.rest()
+        assert how.hung
+        other.submit(how.rest).result()
+    assert not how.hung

@@ -8,9 +8,13 @@
     commit  └───▲───┴───▲───┴──▲───┴───▲───┴───▲───┴──▲───┘   at the end of each slice, and at intervals within one
 
 Each commit is one transaction that begins with the fenced update. The last one ends the chunk, or gives it back.
+
+While a block is embedded, the next one is read and tokenised, and the commit before is written, in two threads. Not so
+in a search: there a commit is on disk before the model sees the next slice.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import zip_longest
 from time import monotonic
 from typing import NamedTuple
@@ -28,6 +32,7 @@ from pipeline.db.embeddings import NO_ROWS
 from pipeline.infra.leases import Renewal
 from workers import instrumentation
 from workers.encoders.batching import CONVICTED, Encoder, Slice, isolated_slices
+from workers.runner.overlap import InOrder, ahead
 from workers.runner.slice_encoding import SliceEncoding, reject
 from workers.watchdog import Watch
 
@@ -44,15 +49,22 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
         GatewayBusy, GatewayRefused: the chunk is given back, after all that the upstream returned is committed.
         GatewayChanged: the upstream's model is another one; its vectors since the last commit aren't written.
     """
-    with Renewal(_renewal(engine, claim, watch, on_hang), claim.lease_seconds):
+    with Renewal(_renewal(engine, claim, watch, on_hang), claim.lease_seconds), InOrder(watch.fail) as commits:
         with instrumentation.step(claim.model, "read"):
             unsettled = read_chunk(engine, claim)
         for number, (commit, ending) in enumerate(_commits(encoder, claim, unsettled, watch)):
-            with instrumentation.step(claim.model, "write"):
-                write_chunk(engine, claim, number, commit, ending)
-            instrumentation.committed(claim.model, commit)
+            commits.begin(partial(_write, engine, claim, number, commit, ending))
+            if claim.isolation:
+                commits.wait()
+        commits.wait()
     if watch.interruption:
         raise watch.interruption
+
+
+def _write(engine: Engine, claim: Claim, number: int, commit: Commit, ending: Ending) -> None:
+    with instrumentation.step(claim.model, "write"):
+        write_chunk(engine, claim, number, commit, ending)
+    instrumentation.committed(claim.model, commit)
 
 
 def _renewal(engine: Engine, claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> Callable[[], bool]:
@@ -75,10 +87,11 @@ def _commits(
 ) -> Iterator[tuple[Commit, Ending]]:
     """Yield the chunk's commits in order; the last one ends the chunk or gives it back."""
     level, left = claim.isolation, unsettled.left
-    for number, block in enumerate(instrumentation.while_read(claim.model, unsettled.blocks)):
+    parts = _tokenised(encoder, claim, instrumentation.while_read(claim.model, unsettled.blocks), watch)
+    for number, (block, whole) in enumerate(parts if claim.isolation else ahead(parts)):
         if number == 0:  # unpacking a large file must not use up the time limit at every claim
             watch.began = monotonic()
-        for step in _steps(encoder, claim, block, level, watch):
+        for step in _steps(encoder, claim, block, whole, level, watch):
             left -= step.commit.settled
             # Within a slice the claim is kept even if the watch says stop: batches in flight are still awaited.
             state = ChunkState.RUNNING if step.goes_on and left else _state(left, watch)
@@ -87,6 +100,14 @@ def _commits(
                 return
         # Items of a later block weren't in progress when the last claim was lost.
         level = min(level, 1)
+
+
+def _tokenised(
+    encoder: Encoder, claim: Claim, blocks: Iterator[ItemBlock], watch: Watch
+) -> Iterator[tuple[ItemBlock, SliceEncoding | None]]:
+    """Yield blocks, each with its encoding if it is encoded whole, as outside of a search."""
+    for block in blocks:
+        yield block, None if claim.isolation else SliceEncoding(encoder, claim, block.items, watch)
 
 
 class _Step(NamedTuple):
@@ -99,7 +120,9 @@ class _Step(NamedTuple):
     goes_on: bool = False
 
 
-def _steps(encoder: Encoder, claim: Claim, block: ItemBlock, level: int, watch: Watch) -> Iterator[_Step]:
+def _steps(
+    encoder: Encoder, claim: Claim, block: ItemBlock, whole: SliceEncoding | None, level: int, watch: Watch
+) -> Iterator[_Step]:
     items, rejects = block.items, list(block.rejects)
     if level >= CONVICTED and items:
         head, items, level = items[0], items[1:], 1
@@ -110,7 +133,7 @@ def _steps(encoder: Encoder, claim: Claim, block: ItemBlock, level: int, watch: 
         yield _Step(Commit(rows=NO_ROWS, rejects=rejects), level)
     slices = list(isolated_slices(len(items), level)) if level and items else [Slice(0, len(items), 0)]
     for this, following in zip_longest(slices, slices[1:]):
-        encoding = SliceEncoding(encoder, claim, items[this.start : this.stop], watch)
+        encoding = whole or SliceEncoding(encoder, claim, items[this.start : this.stop], watch)
         for commit in encoding.commits():
             yield _Step(commit, this.level, goes_on=True)
         yield _Step(encoding.last_commit(), following.level if following else min(level, 1))

@@ -26,6 +26,7 @@ class SliceEncoding:
         watch.beat()
         with instrumentation.step(claim.model, "tokenise"):
             tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
+        watch.rest()
         self._rejects: list[Reject] = []
         if claim.options.on_long is OnLong.REJECT:
             self._rejects = [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]
@@ -45,6 +46,7 @@ class SliceEncoding:
             GatewayChanged: the results since the last commit must not be written.
         """
         due = monotonic() + self._watch.commit_seconds
+        self._watch.beat()
         try:
             for batch in self._encoder.batches(self._tokenised, lambda: self._watch.must_stop):
                 self._watch.beat()

@@ -1,0 +1,64 @@
+"""Overlap of a chunk's steps: the next block is read and tokenised, and the last commit written, while a block is
+embedded."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from contextvars import copy_context
+from types import TracebackType
+from typing import Self, TypeVar
+
+T = TypeVar("T")
+
+
+def ahead(values: Iterator[T]) -> Iterator[T]:
+    """Yield values; each is made in a thread, while the caller works on the one before."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+
+        def begin() -> "Future[T | object]":
+            return thread.submit(copy_context().run, next, values, end)  # type: ignore[arg-type]
+
+        following = begin()
+        while (value := following.result()) is not end:
+            following = begin()
+            yield value  # type: ignore[misc]
+
+
+class InOrder(AbstractContextManager["InOrder"]):
+    """Calls in a thread, one after the other, each begun when the one before has succeeded. At most one is under way.
+
+    A call's error is raised by the next `begin` or `wait`. Leaving the `with` block waits for the call under way.
+    """
+
+    def __init__(self, on_error: Callable[[], None]) -> None:
+        """Create the thread. It calls `on_error` when a call fails."""
+        self._on_error = on_error
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+
+    def begin(self, call: Callable[[], None]) -> None:
+        """Wait for the call before this one, and begin this one."""
+        self.wait()
+        self._under_way = self._thread.submit(copy_context().run, self._run, call)
+
+    def wait(self) -> None:
+        """Wait for the call under way, and raise its error."""
+        if under_way := self._under_way:
+            self._under_way = None
+            under_way.result()
+
+    def _run(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except BaseException:
+            self._on_error()
+            raise
