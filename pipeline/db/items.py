@@ -10,7 +10,7 @@ from sqlalchemy import Connection, RowMapping, and_, delete, text
 
 from pipeline.core.chunks import Item, Reject
 from pipeline.db import copy_format
-from pipeline.db.database import copying
+from pipeline.db.database import copying, psycopg_connection
 from pipeline.db.embeddings import EmbeddedRows
 from pipeline.db.partitions import leaf
 from pipeline.db.tables import SCHEMA, metadata
@@ -85,16 +85,20 @@ def copy_carried(connection: Connection, job_id: UUID, rows: EmbeddedRows) -> No
         copy.write(copy_format.TRAILER)
 
 
+_READ = """
+    select index, key, text, case when %s then carried::text end from vectormill.items
+    where job_id = %s and index >= %s and index < %s and text is not null order by index
+"""
+
+
 def read(connection: Connection, job_id: UUID, first_index: int, count: int, *, carried: bool) -> list[Item]:
     """Return the items of a range that have a text, in index order; with their carried columns, if asked."""
-    rows = connection.execute(
-        text("""
-            select index, key, text, case when :carried then carried::text end from vectormill.items
-            where job_id = :job and index >= :first and index < :end and text is not null order by index
-        """),
-        {"job": job_id, "first": first_index, "end": first_index + count, "carried": carried},
-    )
-    return [Item(index=index, key=key, text=body, carried=(more or "").encode()) for index, key, body, more in rows]
+    # By psycopg alone: there may be many rows, and SQLAlchemy would wrap each.
+    with psycopg_connection(connection).cursor(binary=True) as cursor:
+        cursor.execute(_READ, (carried, job_id, first_index, first_index + count))
+        return [
+            Item(index=index, key=key, text=body, carried=(more or "").encode()) for index, key, body, more in cursor
+        ]
 
 
 def settled(connection: Connection, job_id: UUID, first_index: int, count: int) -> set[int]:

@@ -16,6 +16,7 @@ from tests.benchmarks import (
     job,
     memory,
     scale,
+    static_job,
     strangers,
     submit_memory,
     submit_rate,
@@ -26,7 +27,7 @@ from tests.benchmarks.harness import Benchmark, Result, Rounds, result_table, wr
 _BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        *(module.BENCHMARK for module in (job, engine, write_back, submit_rate, submit_memory, fairness)),
+        *(module.BENCHMARK for module in (job, static_job, engine, write_back, submit_rate, submit_memory, fairness)),
         *gateway.BENCHMARKS,
         *children.BENCHMARKS,
         *scale.BENCHMARKS,

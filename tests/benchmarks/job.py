@@ -59,7 +59,7 @@ def _warm_up(place: CommandContext, corpus: Path) -> None:
     """Run small jobs until two chunks have run at once, which shows that both replicas have loaded the model."""
     for _ in range(_WARM_UPS):
         job = submit_file(place, corpus, lambda usual: replace(usual, chunk_items=_WARM_UP_CHUNK_ITEMS))
-        _wait_until_completed(place, job)
+        wait_until_completed(place, job)
         with place.engine.begin() as connection:
             if connection.execute(text(_OVERLAP), {"job": job}).scalar_one():
                 return
@@ -69,14 +69,14 @@ def _warm_up(place: CommandContext, corpus: Path) -> None:
 def _job_seconds(place: CommandContext, corpus: Path) -> float:
     """Return a job's seconds from queued to completed, by the database's clock."""
     job = submit_file(place, corpus)
-    _wait_until_completed(place, job)
+    wait_until_completed(place, job)
     with place.engine.begin() as connection:
         seconds, embedded = connection.execute(text(_ACCOUNT), {"job": job}).one()
     assert embedded == _DOCSTRINGS
     return float(seconds)
 
 
-def _wait_until_completed(place: CommandContext, job: UUID) -> None:
+def wait_until_completed(place: CommandContext, job: UUID, poll_seconds: float = _POLL_SECONDS) -> None:
     """Poll until a job is completed, since its end sends no event."""
     deadline = time.monotonic() + _JOB_SECONDS
     while time.monotonic() < deadline:
@@ -87,7 +87,7 @@ def _wait_until_completed(place: CommandContext, job: UUID) -> None:
             return
         if now.state.ended or now.state is JobState.PAUSED:
             raise RuntimeError(f"the job is {now.state}: {now.reason} {now.message}")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(poll_seconds)
     raise TimeoutError(f"the job wasn't completed within {_JOB_SECONDS:g} s")
 
 

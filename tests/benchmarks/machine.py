@@ -86,19 +86,25 @@ def connected(running: Running) -> Iterator[CommandContext]:
         engine.dispose()
 
 
-def bundled_model(where: CommandContext) -> Model:
-    """Return the catalogue's entry of all-MiniLM-L6-v2, with the rate measured so far."""
+def model_of(where: CommandContext, name: str = BUNDLED_MODEL) -> Model:
+    """Return the catalogue's entry of a model, usually all-MiniLM-L6-v2, with the rate measured so far."""
     with where.engine.begin() as connection:
-        return find_model(connection, where.workspace_id, BUNDLED_MODEL)
+        return find_model(connection, where.workspace_id, name)
 
 
-def submit_file(where: CommandContext, path: Path, cut: Callable[[Planning], Planning] = lambda usual: usual) -> UUID:
-    """Submit a file of JSON lines with usual settings; `cut` may change the planning. Return the job's id."""
+def submit_file(
+    where: CommandContext,
+    path: Path,
+    cut: Callable[[Planning], Planning] = lambda usual: usual,
+    *,
+    name: str = BUNDLED_MODEL,
+) -> UUID:
+    """Submit JSON lines to a model with usual settings, which `cut` may change. Return the job's id."""
     return submit(
         where.engine,
         Submission(
             workspace_id=where.workspace_id,
-            model=bundled_model(where),
+            model=model_of(where, name),
             corpus=Corpus([str(path)], Columns(), where.settings.item_bytes),
             planning=cut(planning(where.settings)),
             name=path.stem,
