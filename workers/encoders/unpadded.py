@@ -117,9 +117,10 @@ def _attend_by_kernel(
 
     q, k, v = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))
     window = (-1, 0 if causal else -1)
-    grouped = q.shape[1] != k.shape[1]
+    # Not always given, since torch 2.11 has no such argument.
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     made: torch.Tensor = varlen_attn(
-        q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped
+        q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window, **grouped
     )
     return made.unsqueeze(0)
 
