@@ -6,5 +6,8 @@ write_back_vs_executemany         a chunk's commit against `executemany`
 submit_vs_copy                    a submission against a raw COPY
 submit_memory_1m_vs_4m            a submission's peak memory with few rows against many
 
+gpu                               the encoder and jobs on a GPU: `make bench-gpu`
+roofline                          the rate that a device's matrix products allow an encoder
+
 harness, machine, corpus          rounds and results; temporary homes; texts
 """

@@ -21,7 +21,7 @@ _WARM_UP_DOCSTRINGS = 160
 _WARM_UP_CHUNK_ITEMS = 16
 _WARM_UPS = 5
 _JOB_SECONDS = 600.0
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.1
 
 #: True if two chunks of a job ran at once.
 _OVERLAP = """
@@ -76,9 +76,14 @@ def _job_seconds(place: CommandContext, corpus: Path) -> float:
     return float(seconds)
 
 
-def wait_until_completed(place: CommandContext, job: UUID, poll_seconds: float = _POLL_SECONDS) -> None:
-    """Poll until a job is completed, since its end sends no event."""
-    deadline = time.monotonic() + _JOB_SECONDS
+def wait_until_completed(place: CommandContext, job: UUID, seconds: float = _JOB_SECONDS) -> None:
+    """Poll until a job is completed, since its end sends no event.
+
+    Raises:
+        RuntimeError: it ended otherwise.
+        TimeoutError: it wasn't completed in time.
+    """
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with place.engine.begin() as connection:
             now = jobs.by_id(connection, job)
@@ -87,8 +92,8 @@ def wait_until_completed(place: CommandContext, job: UUID, poll_seconds: float =
             return
         if now.state.ended or now.state is JobState.PAUSED:
             raise RuntimeError(f"the job is {now.state}: {now.reason} {now.message}")
-        time.sleep(poll_seconds)
-    raise TimeoutError(f"the job wasn't completed within {_JOB_SECONDS:g} s")
+        time.sleep(_POLL_SECONDS)
+    raise TimeoutError(f"the job wasn't completed within {seconds:.0f} s")
 
 
 BENCHMARK = Benchmark(name="job_vs_engine", target=0.95, unit="items/s", measure=measure)

@@ -4,7 +4,7 @@ import os
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from pipeline.catalog.models import find_model, workspace_id
 from pipeline.cli.bootstrap import BUNDLED_MODEL, BundledModel, bundled_model_folder, prepare_database
 from pipeline.cli.context import CommandContext
 from pipeline.core.models import Model
-from pipeline.core.options import Columns
+from pipeline.core.options import Columns, JobOptions
 from pipeline.db.database import make_engine
 from pipeline.embedded.machine import Machine, Stages
 from pipeline.embedded.runtime import Running
@@ -35,39 +35,45 @@ def model_folder() -> Path:
     return folder
 
 
-@contextmanager
-def servers() -> Iterator[Running]:
+def servers() -> AbstractContextManager[Running]:
     """Run Postgres and Valkey alone, with the schema and the bundled model."""
-    with TemporaryDirectory(prefix="vectormill-bench-") as folder, _machine(Path(folder), lambda _: ()) as running:
-        yield running
+    return _usual_machine(lambda _: ())
 
 
-@contextmanager
-def whole_machine() -> Iterator[Running]:
+def whole_machine() -> AbstractContextManager[Running]:
     """Run everything as `vectormill up` does, with one worker."""
-    with (
-        TemporaryDirectory(prefix="vectormill-bench-") as folder,
-        _machine(Path(folder), lambda running: app_stages(running, 1)) as running,
-    ):
-        yield running
+    return _usual_machine(partial(app_stages, workers=1))
 
 
 @contextmanager
-def _machine(folder: Path, stages: Stages) -> Iterator[Running]:
-    settings = Settings(home=folder / "home", database_url=None, redis_url=None)
-    prepare = partial(prepare_database, home=settings.home)
-    machine = Machine(settings, prepare=prepare, stages=stages, complete=BundledModel().add)
+def _usual_machine(stages: Stages) -> Iterator[Running]:
+    with TemporaryDirectory(prefix="vectormill-bench-") as folder:
+        settings = Settings(home=Path(folder, "home"), database_url=None, redis_url=None)
+        prepare = partial(prepare_database, home=settings.home)
+        with machine(settings, prepare, stages, BundledModel().add) as running:
+            yield running
+
+
+@contextmanager
+def machine(
+    settings: Settings,
+    prepare: Callable[[str], str | None],
+    stages: Stages,
+    complete: Callable[[str], None] = lambda _: None,
+) -> Iterator[Running]:
+    """Run servers and processes for the length of the block, as `Machine` describes them."""
+    made = Machine(settings, prepare=prepare, stages=stages, complete=complete)
     ready: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="machine") as pool:
-            ended = pool.submit(machine.run, ready.put)
+            ended = pool.submit(made.run, ready.put)
             ended.add_done_callback(lambda _: ready.put(None))
             try:
                 running = ready.get()
                 if running is not None:
                     yield running
             finally:
-                machine.request_stop()
+                made.request_stop()
         ended.result()
     finally:
         if os.geteuid() == 0:
@@ -86,8 +92,8 @@ def connected(running: Running) -> Iterator[CommandContext]:
         engine.dispose()
 
 
-def model_of(where: CommandContext, name: str = BUNDLED_MODEL) -> Model:
-    """Return the catalogue's entry of a model, usually all-MiniLM-L6-v2, with the rate measured so far."""
+def model_named(where: CommandContext, name: str = BUNDLED_MODEL) -> Model:
+    """Return the catalogue's entry of a model, with the rate measured so far."""
     with where.engine.begin() as connection:
         return find_model(connection, where.workspace_id, name)
 
@@ -96,18 +102,19 @@ def submit_file(
     where: CommandContext,
     path: Path,
     cut: Callable[[Planning], Planning] = lambda usual: usual,
-    *,
-    name: str = BUNDLED_MODEL,
+    model: str = BUNDLED_MODEL,
+    options: JobOptions = JobOptions(),
 ) -> UUID:
-    """Submit JSON lines to a model with usual settings, which `cut` may change. Return the job's id."""
+    """Submit a file of JSON lines with usual settings; `cut` may change the planning. Return the job's id."""
     return submit(
         where.engine,
         Submission(
             workspace_id=where.workspace_id,
-            model=model_of(where, name),
+            model=model_named(where, model),
             corpus=Corpus([str(path)], Columns(), where.settings.item_bytes),
             planning=cut(planning(where.settings)),
             name=path.stem,
+            options=options,
         ),
     ).job_id
 

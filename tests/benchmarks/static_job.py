@@ -19,7 +19,6 @@ from tests.support.models import described, static_folder
 _MODEL = "static-256"
 _ROWS = 1_000_000
 _WARM_UP_ROWS = 50_000
-_POLL_SECONDS = 0.1
 _COPY_OF = """
     insert into public.vectors (job_id, index, vector_space_id, tokens, truncated, vector, half, key)
     select job_id, index, vector_space_id, tokens, truncated, vector, half, key from vectormill.embeddings
@@ -45,8 +44,8 @@ def measure(rounds: Rounds) -> Values:
 
 
 def _job(place: CommandContext, corpus: Path) -> UUID:
-    job = submit_file(place, corpus, name=_MODEL)
-    wait_until_completed(place, job, poll_seconds=_POLL_SECONDS)
+    job = submit_file(place, corpus, model=_MODEL)
+    wait_until_completed(place, job)
     return job
 
 

@@ -15,7 +15,7 @@ from pipeline.core.chunks import ChunkState, Claim
 from pipeline.db import chunks, partitions, staging
 from pipeline.db.embeddings import EmbeddedRows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
-from tests.benchmarks.machine import connected, forget_jobs, model_of, servers
+from tests.benchmarks.machine import connected, forget_jobs, model_named, servers
 
 _ROWS = 10_000
 #: Chunks per measurement: one alone takes a tenth of a second, too short to even out the machine's other work.
@@ -85,7 +85,7 @@ def _claim(place: CommandContext) -> Claim:
 
 
 def _insert_job(place: CommandContext, job_id: UUID) -> staging.Producer:
-    model = model_of(place)
+    model = model_named(place)
     with place.engine.begin() as connection:
         partitions.make_month(connection, partitions.month_of(job_id))
         producer = staging.begin(
