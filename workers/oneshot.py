@@ -1,6 +1,6 @@
 """Model in a separate process, for callers that never import torch. Reads and writes JSON.
 
-    python -m workers.oneshot devices              [[name, memory in bytes], …]
+    python -m workers.oneshot devices              [[name, memory in bytes, kind], …]
     python -m workers.oneshot describe SOURCE      the model's record for the catalogue; a bare model needs
                                                    --pooling P before SOURCE
     python -m workers.oneshot gateway              an upstream's fields on standard input → its record
@@ -40,7 +40,7 @@ def describe(source: WeightsSource, pooling: str | None = None) -> dict[str, Any
     fingerprint = weights_sha256(folder, pooling)
     from workers.encoders.proof import prove
 
-    device, _ = list_devices()[0]
+    device = list_devices()[0].name
     # Half of the cores, so that the rate is that of a slot: one of two replicas that share a CPU.
     proof = prove(folder, device, pooling=pooling, threads=max(1, (os.cpu_count() or 1) // 2))
     encoder = proof.encoder
@@ -93,7 +93,7 @@ def queries(model: Model, texts: list[str]) -> list[list[float]]:
 
         return probe.embed_now(model.upstream, [model.query_prompt + text for text in texts])
 
-    encoder = loader(list_devices()[0][0], None, "float32")(model)
+    encoder = loader(list_devices()[0].name, None, "float32")(model)
     encoder.prove(model.canary)
     vectors: list[list[float]] = encoder.encode(encoder.tokenise(texts, queries=True)).tolist()
     return vectors

@@ -5,8 +5,9 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from secrets import token_hex
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -19,8 +20,25 @@ from pipeline.infra import metrics, metrics_server
 from pipeline.infra.logs import configure_logs
 from pipeline.infra.settings import MODELS_SHARE, ROOM_FACTOR, load_settings
 
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16. auto: bfloat16 on GPUs that have it, else float32. A CPU always uses "
+        "float32. Default: VECTORMILL_WORKER_DTYPE, or auto.",
+        show_default=False,
+    ),
+]
+
 _CELERY = ("celery", "--quiet", "-A", "workers.runner.app")
 _LIBRARIES_BYTES = 700 * 1024 * 1024
+
+
+class _Device(NamedTuple):
+    """Device of this machine, as `workers.oneshot devices` lists it."""
+
+    name: str
+    memory_bytes: int
+    kind: str
 
 
 def migrate() -> None:
@@ -79,9 +97,7 @@ def worker(
     replicas: Annotated[
         int | None, typer.Option(min=1, max=64, help="Children per device. Default: 2 where two copies fit.")
     ] = None,
-    precision: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; on CUDA only, a CPU always uses float32.")
-    ] = "float32",
+    precision: Precision = None,
 ) -> None:
     """Claim chunks and embed them, on every GPU of this machine or on its CPU.
 
@@ -89,21 +105,21 @@ def worker(
 
         vectormill worker
 
-        vectormill worker --model all-MiniLM-L6-v2 --devices 0,1 --replicas 2 --precision bfloat16
+        vectormill worker --model all-MiniLM-L6-v2 --devices 0,1 --replicas 2 --precision float32
     """
     settings = load_settings()
     database, redis = server_urls(settings)
     chosen = _choose_devices(devices)
-    memory_bytes = min(memory for _, memory in chosen)
+    memory_bytes = min(device.memory_bytes for device in chosen)
     each = replicas or _default_replicas(database, memory_bytes, model or [])
     environment = {
         "VECTORMILL_DATABASE_URL": database,
         "VECTORMILL_REDIS_URL": redis,
         "VECTORMILL_WORKER_MODELS": ",".join(model or []),
-        "VECTORMILL_WORKER_DEVICES": ",".join(name for name, _ in chosen),
+        "VECTORMILL_WORKER_DEVICES": ",".join(device.name for device in chosen),
         "VECTORMILL_WORKER_REPLICAS": str(each),
         "VECTORMILL_WORKER_MEMORY_BYTES": str(memory_bytes),
-        "VECTORMILL_WORKER_DTYPE": _checked(precision),
+        "VECTORMILL_WORKER_DTYPE": _precision(precision or settings.worker_dtype, chosen),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -120,9 +136,7 @@ def engine(
         list[str] | None, typer.Option(help="Serve this model, loaded at the start; may be repeated. Default: all.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, a CUDA device by number, or all: the first one found.")] = "all",
-    precision: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; on CUDA only, a CPU always uses float32.")
-    ] = "float32",
+    precision: Precision = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on; one beyond this machine needs VECTORMILL_ENGINE_SECRET.")
     ] = None,
@@ -136,16 +150,16 @@ def engine(
 
         vectormill engine
 
-        vectormill engine --model all-MiniLM-L6-v2 --device 0 --precision bfloat16
+        vectormill engine --model all-MiniLM-L6-v2 --device 0 --precision float32
     """
     settings = load_settings()
-    name, memory_bytes = _choose_devices(device)[0]
+    one = _choose_devices(device)[0]
     chosen = {
         "VECTORMILL_DATABASE_URL": database_url(settings),
         "VECTORMILL_WORKER_MODELS": ",".join(model or []),
-        "VECTORMILL_WORKER_DEVICES": name,
-        "VECTORMILL_WORKER_MEMORY_BYTES": str(memory_bytes),
-        "VECTORMILL_WORKER_DTYPE": _checked(precision),
+        "VECTORMILL_WORKER_DEVICES": one.name,
+        "VECTORMILL_WORKER_MEMORY_BYTES": str(one.memory_bytes),
+        "VECTORMILL_WORKER_DTYPE": _precision(precision or settings.worker_dtype, [one]),
         "VECTORMILL_ENGINE_HOST": host,
         "VECTORMILL_ENGINE_PORT": None if port is None else str(port),
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -196,10 +210,14 @@ def flower() -> None:
     _become([*_CELERY, "flower", f"--conf={settings.flower_config}"], environment)
 
 
-def _checked(precision: str) -> str:
-    if precision not in ("float32", "bfloat16", "float16"):
-        raise UserError(f'--precision "{precision}": choose float32, bfloat16 or float16.')
-    return precision
+def _precision(wish: str, devices: Sequence[_Device]) -> str:
+    """Return a valid precision, after a note if a device doesn't compute in the one that is named."""
+    if wish not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f'--precision "{wish}": choose auto, float32, bfloat16 or float16.')
+    others = [device.name for device in devices if not device.name.startswith("cuda:")]
+    if others and wish not in ("auto", "float32"):
+        stderr.print(f"{wish} is for CUDA devices; {others[0]} computes in float32.", markup=False)
+    return wish
 
 
 def _become(module: list[str], more: dict[str, str]) -> None:
@@ -209,19 +227,19 @@ def _become(module: list[str], more: dict[str, str]) -> None:
     os.execve(sys.executable, our_module(*module), environment)  # noqa: S606 - no shell is what we want  # nosec B606
 
 
-def _choose_devices(wish: str) -> list[tuple[str, int]]:
-    """Return the devices that `--devices` names, each with its memory in bytes."""
-    found = [(str(name), int(memory)) for name, memory in oneshot(["devices"])]
+def _choose_devices(wish: str) -> list[_Device]:
+    """Return the devices that `--devices` names."""
+    found = [_Device(*each) for each in oneshot(["devices"])]
     if wish == "all":
         return found
     if wish == "cpu":
-        return [("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    known = dict(found)
+        return [_Device("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "cpu")]
+    known = {device.name: device for device in found}
     names = [part if part.startswith(("cuda:", "mps")) else f"cuda:{part}" for part in wish.split(",")]
     missing = [name for name in names if name not in known]
     if missing:
         raise UserError(f"--devices {wish}: no {missing[0]} here; available: {', '.join(known)}.")
-    return [(name, known[name]) for name in names]
+    return [known[name] for name in names]
 
 
 def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:

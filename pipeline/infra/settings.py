@@ -118,8 +118,9 @@ class Settings(BaseSettings):
     worker_replicas: int = Field(default=1, ge=1, le=64)
     #: Memory of one of those devices; 0: unknown. Set by `vectormill worker`.
     worker_memory_bytes: int = Field(default=0, ge=0)
-    #: Precision on CUDA; a CPU always embeds in float32. Set by `vectormill worker --precision`.
-    worker_dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
+    #: Precision on CUDA, for workers and engines; `auto`: bfloat16 where the device has it. A CPU always embeds in
+    #: float32. `--precision` overrides it.
+    worker_dtype: str = Field(default="auto", pattern="^(auto|float32|bfloat16|float16)$")
 
     @field_validator(
         "worker_models", "worker_devices", "api_sources", "api_outputs", "api_origins", "webhooks", mode="before"

@@ -1,11 +1,12 @@
 """Loading of models with sentence-transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers.utils.logging import disable_default_handler, disable_progress_bar, enable_propagation
 
 from pipeline.core.errors import ModelError
@@ -17,11 +18,25 @@ _PLAIN: dict[str, Any] = {
 }
 
 
-def load(folder: Path, device: str, *, dtype: str = "float32", pooling: str | None = None) -> SentenceTransformer:
+def dtype_on(device: torch.device, precision: str) -> torch.dtype:
+    """Return the type in which a transformer computes on a device, asked for auto, float32, bfloat16 or float16.
+
+    `auto` is bfloat16 where a CUDA device computes in it (from compute capability 8.0 on), else float32. Other types
+    than float32 apply on CUDA only: elsewhere they are slower.
+    """
+    if device.type != "cuda":
+        return torch.float32
+    if precision == "auto":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    asked: torch.dtype = getattr(torch, precision)
+    return asked
+
+
+def load(folder: Path, device: str, *, precision: str = "float32", pooling: str | None = None) -> SentenceTransformer:
     """Load a model from `folder`; with `pooling`, a bare transformer to which that pooling is added.
 
-    `dtype` (float32, bfloat16, float16) applies on CUDA only. Elsewhere, and in static models, half precision is
-    widened to float32: there it is slower, or lets a text's vector change with its batch.
+    `precision` is as in `dtype_on`. Static models and routers are always in float32: in half precision a text's static
+    vector would change with its batch, and a router's parts would differ in type.
 
     Raises:
         ModelError: the model can't be loaded.
@@ -30,9 +45,9 @@ def load(folder: Path, device: str, *, dtype: str = "float32", pooling: str | No
     # Let its warnings go through our own logs.
     disable_default_handler()
     enable_propagation()
-    on_cuda = torch.device(device).type == "cuda"
-    weights = {"use_safetensors": True, "torch_dtype": getattr(torch, dtype) if on_cuda else torch.float32}
     try:
+        dtype = dtype_on(torch.device(device), precision) if _begins_with_transformer(folder) else torch.float32
+        weights = {"use_safetensors": True, "torch_dtype": dtype}
         if pooling:
             model = SentenceTransformer(modules=_pooled(folder, weights, pooling), device=device, local_files_only=True)
         else:
@@ -41,9 +56,18 @@ def load(folder: Path, device: str, *, dtype: str = "float32", pooling: str | No
             )
     except Exception as error:  # a broken model may raise anything
         raise ModelError(f"{folder}: the model can't be loaded ({described(error)}).") from error
-    if not on_cuda or isinstance(model[0], StaticEmbedding):
+    if dtype == torch.float32:
         model.float()
     return model.eval()
+
+
+def _begins_with_transformer(folder: Path) -> bool:
+    """Return True if a model's first module is a transformer, as it is in a folder without modules."""
+    try:
+        first = json.loads((folder / "modules.json").read_bytes())[0]
+    except FileNotFoundError:
+        return True
+    return bool(first["type"].rsplit(".", 1)[-1] == "Transformer")
 
 
 def _pooled(folder: Path, weights: dict[str, Any], pooling: str) -> list[torch.nn.Module]:

@@ -17,6 +17,7 @@ from pipeline.core.chunks import RejectCode
 from pipeline.core.errors import ModelError
 from workers.encoders import library, packed, unpadded
 from workers.encoders.batching import Batch, Tokenised, token_batches
+from workers.encoders.devices import kind_of
 from workers.encoders.own_ids import OwnIds
 from workers.encoders.reading import Ids, Way, ways_of
 
@@ -64,13 +65,13 @@ class LocalEncoder:
         document_prompt: str = "",
         query_prompt: str = "",
         pooling: str | None = None,
-        dtype: str = "float32",
+        precision: str = "float32",
         threads: int | None = None,
     ) -> None:
         """Load weights from `folder`.
 
-        `pooling` is for a bare transformer. `dtype` (float32, bfloat16, float16) applies on CUDA only, `threads` on the
-        CPU only.
+        `pooling` is for a bare transformer; `precision` is auto, float32, bfloat16 or float16, of which others than
+        float32 apply on CUDA only; `threads` applies on the CPU only.
 
         Raises:
             ModelError: the weights can't be loaded, or the model can't be batched by token ids.
@@ -78,7 +79,10 @@ class LocalEncoder:
         if threads:
             torch.set_num_threads(threads)
         self.device = torch.device(device)
-        self._model = library.load(folder, device, dtype=dtype, pooling=pooling)
+        self.device_kind = kind_of(device)
+        self._model = library.load(folder, device, precision=precision, pooling=pooling)
+        #: Precision in which it computes, whatever was asked for.
+        self.precision = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         try:
             unpads = unpadded.unpad(self._model)
             if unpads and self.device.type == "cpu":

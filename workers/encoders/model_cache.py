@@ -45,7 +45,7 @@ class ModelCache:
         except Exception as error:  # a library that is missing, a folder that can't be read: no text is to blame
             raise ModelError(f"it can't be loaded here ({type(error).__name__}: {str(error)[:300]})") from error
         self._loaded[model.name] = (model, encoder)
-        log.info("model_loaded", model=model.name, device=str(encoder.device))
+        log.info("model_loaded", model=model.name, device=str(encoder.device), precision=encoder.precision)
         return encoder
 
     def held(self, model: Model) -> "LocalEncoder | None":
@@ -76,21 +76,30 @@ class ModelCache:
         gc.collect()
 
 
-def loader(device: str, threads: int | None, dtype: str) -> Callable[[Model], "LocalEncoder"]:
-    """Return a function that makes encoders on `device`, from verified weights and with the catalogue's prompts."""
+def loader(device: str, threads: int | None, precision: str) -> Callable[[Model], "LocalEncoder"]:
+    """Return a function that makes encoders on `device`, from verified weights and with the catalogue's prompts.
+
+    `precision` is auto, float32, bfloat16 or float16. If a model or the device doesn't take one that is named, the log
+    says so.
+    """
 
     def load(model: Model) -> "LocalEncoder":
         from workers.encoders.local import LocalEncoder
 
         folder = verified_folder(model)
-        return LocalEncoder(
+        encoder = LocalEncoder(
             folder,
             device,
             document_prompt=model.document_prompt,
             query_prompt=model.query_prompt,
             pooling=model.pooling,
-            dtype=dtype,
+            precision=precision,
             threads=threads,
         )
+        if precision not in ("auto", encoder.precision):
+            log.warning(
+                "precision_not_applied", model=model.name, device=device, asked=precision, used=encoder.precision
+            )
+        return encoder
 
     return load
