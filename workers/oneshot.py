@@ -24,7 +24,7 @@ from pipeline.core.errors import VectormillError
 from pipeline.core.models import Model, Upstream
 from workers.encoders.devices import list_devices
 from workers.encoders.layout import check_layout
-from workers.encoders.model_cache import loader
+from workers.encoders.model_cache import Loader
 from workers.encoders.weights import WeightsSource
 
 
@@ -93,7 +93,7 @@ def queries(model: Model, texts: list[str]) -> list[list[float]]:
 
         return probe.embed_now(model.upstream, [model.query_prompt + text for text in texts])
 
-    encoder = loader(list_devices()[0].name, None, "float32")(model)
+    encoder = Loader(list_devices()[0].name, None, "float32").load(model)
     encoder.prove(model.canary)
     vectors: list[list[float]] = encoder.encode(encoder.tokenise(texts, queries=True)).tolist()
     return vectors
@@ -105,7 +105,7 @@ def tokens(model: Model, texts: list[str], max_tokens: int | None) -> tuple[list
     Raises:
         ModelError: the model isn't the one that was added to the catalogue.
     """
-    read = loader("cpu", None, "float32")(model).tokenise(texts, max_tokens)
+    read = Loader("cpu", None, "float32").load(model).tokenise(texts, max_tokens)
     return read.lengths.tolist(), read.truncated.tolist()
 
 

@@ -23,7 +23,7 @@ from pipeline.cli.oneshot import oneshot
 from pipeline.cli.output import print_json, stderr, stdout, tell
 from pipeline.core import humanize
 from pipeline.core.errors import EmptySource, UserError
-from pipeline.core.options import Columns, JobOptions, OnLong, VectorType
+from pipeline.core.options import Columns, JobOptions, OnLong, Precision, VectorType
 from pipeline.db import workers
 from pipeline.infra.storage import is_remote
 from pipeline.ingest.estimate import estimate
@@ -72,6 +72,9 @@ def submit(
         int | None, typer.Option(min=1, help="Size of the vectors, if the model has several.")
     ] = None,
     dtype: Annotated[VectorType, typer.Option(help="Element type of the stored vectors.")] = VectorType.FLOAT32,
+    precision: Annotated[
+        Precision, typer.Option(help="Precision of the model: auto, as the workers are set up, or float32.")
+    ] = Precision.AUTO,
     max_item_tokens: Annotated[
         int | None, typer.Option(min=1, max=1_000_000, help="The most tokens of a text to read.")
     ] = None,
@@ -148,6 +151,7 @@ def submit(
             "priority": priority,
             "dimensions": dimensions,
             "dtype": dtype,
+            "precision": precision,
             "max_item_tokens": max_item_tokens,
             "on_long": on_long,
             "max_rejects": max_rejects,

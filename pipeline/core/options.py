@@ -43,6 +43,14 @@ class VectorType(enum.StrEnum):
         return {VectorType.FLOAT32: "vector", VectorType.FLOAT16: "half"}[self]
 
 
+class Precision(enum.StrEnum):
+    """Precision in which local models embed a job's texts."""
+
+    #: As each worker is set up.
+    AUTO = "auto"
+    FLOAT32 = "float32"
+
+
 class OnLong(enum.StrEnum):
     """Treatment of a text that is longer than the limit."""
 
@@ -129,6 +137,11 @@ class JobOptions(BaseModel):
     dtype: VectorType = Field(
         default=VectorType.FLOAT32, title="kept as", description="Element type of the stored vectors."
     )
+    precision: Precision = Field(
+        default=Precision.AUTO,
+        title="computed in",
+        description="Precision of the model: auto, in which GPUs may compute in bfloat16, or float32 on all devices.",
+    )
     max_item_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -207,6 +220,8 @@ class JobOptions(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """Return the options that determine the result, except the columns, which the corpus's fingerprint covers."""
         names = {"dimensions", "dtype", "max_item_tokens", "on_long", "max_rejects", "unique_keys", "by_reference"}
+        # A job that was made before there was this option has the same payload as one that leaves it out.
+        names |= set() if self.precision is Precision.AUTO else {"precision"}
         return self.model_dump(mode="json", include=names | {"output", "into", "hnsw"})
 
 
@@ -219,6 +234,7 @@ class KeptOptions:
     item_bytes: int = 0
     dimensions: int | None = None
     dtype: VectorType = VectorType.FLOAT32
+    precision: Precision = Precision.AUTO
     max_item_tokens: int | None = None
     on_long: OnLong = OnLong.TRUNCATE
     max_rejects: str = ""
@@ -255,7 +271,7 @@ class KeptOptions:
             found["columns"] = _known(Columns, {"quote": '"', **columns, "carry": tuple(columns.get("carry", ()))})
         if table := kept.get("into"):
             found["table"] = _known(UserTable, table)
-        for name, kind in (("dtype", VectorType), ("on_long", OnLong)):
+        for name, kind in (("dtype", VectorType), ("precision", Precision), ("on_long", OnLong)):
             if name in found:
                 found[name] = kind(found[name])
         return cls(**found)

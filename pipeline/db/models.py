@@ -80,11 +80,13 @@ def by_name(connection: Connection, name: str) -> RowMapping | None:
 
 
 def of_job(connection: Connection, job_id: UUID) -> RowMapping | None:
-    """Return the model that a job was submitted for; None if it was removed, or makes another vector space now."""
+    """Return the model that a job was submitted for, with the job's option `precision`; None if the model was removed,
+    or makes another vector space now."""
     return (
         connection.execute(
             text("""
-            select m.* from vectormill.jobs j
+            select m.*, coalesce(j.options ->> 'precision', 'auto') as precision
+            from vectormill.jobs j
             join vectormill.vector_spaces s on s.id = j.vector_space_id
             join vectormill.models m on m.name = j.model_name and m.weights_sha256 = s.weights
               and s.dimensions = any(m.dimensions || m.matryoshka) and m.document_prompt = s.document_prompt

@@ -9,7 +9,7 @@ from pipeline.catalog.models import vector_space_of
 from pipeline.core.errors import IdempotencyConflict, NotRetriable, UserError
 from pipeline.core.jobs import Job, JobState
 from pipeline.core.models import Model
-from pipeline.core.options import JobOptions, OnLong, UserTable
+from pipeline.core.options import JobOptions, OnLong, Precision, UserTable
 from pipeline.db import jobs, partitions, staging, user_table
 from pipeline.db.staging import Producer
 from pipeline.ingest.staging import Staging, delete_items
@@ -69,6 +69,12 @@ def check(options: JobOptions, corpus: Source, model: Model) -> None:
     _check_ways(options, corpus)
     _check_dialect(corpus)
     _check_lengths(options, model)
+    if model.upstream and options.precision is not Precision.AUTO:
+        raise UserError(
+            f"{model.name} is served by an upstream, which decides that itself; leave it out.",
+            field="precision",
+            given=options.precision,
+        )
 
 
 def _check_dialect(corpus: Source) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +20,11 @@ import workers.engine.server
 from pipeline.catalog import models
 from pipeline.core.errors import BadVector, ModelError, ModelUnusable, UpstreamUnavailable, UserError
 from pipeline.core.models import Model
+from pipeline.core.options import Precision
 from pipeline.db import engines
 from pipeline.infra.settings import Settings, engine_authorization
 from workers.encoders.local import LocalEncoder
-from workers.encoders.model_cache import ModelCache, loader
+from workers.encoders.model_cache import Loader, ModelCache
 from workers.encoders.reading import Ids
 from workers.engine import batcher as serving_module
 from workers.engine.batcher import Batcher
@@ -39,27 +40,28 @@ def model(engine: Engine, static_description: dict[str, Any]) -> Model:
 
 
 @contextmanager
-def batcher_with(load: Callable[[Model], LocalEncoder]) -> Iterator[Batcher]:
-    made = Batcher(ModelCache(load, 2**32), queue_seconds=30)
+def batcher_with(loader: Loader) -> Iterator[Batcher]:
+    made = Batcher(ModelCache(loader, 2**32), queue_seconds=30)
     try:
         yield made
     finally:
         made.stop()
 
 
-class Loads:
+class Loads(Loader):
     """Loader of models that counts its calls, and fails when told to."""
 
     def __init__(self) -> None:
+        super().__init__("cpu", None, "float32")
         self.asked = 0
         self.error: Exception | None = None
         self.encoders: list[LocalEncoder] = []
 
-    def __call__(self, model: Model) -> LocalEncoder:
+    def load(self, model: Model, precision: Precision = Precision.AUTO) -> LocalEncoder:
         self.asked += 1
         if self.error:
             raise self.error
-        self.encoders.append(loader("cpu", None, "float32")(model))
+        self.encoders.append(super().load(model, precision))
         return self.encoders[-1]
 
 
@@ -249,7 +251,7 @@ def test_texts_go_through_the_encoder_that_has_read_them(
     seen: list[Any] = []
     replaced = replace(model, weights_sha256="others")
 
-    def load_other(_: Model) -> LocalEncoder:
+    def load_other(*_: Any) -> LocalEncoder:
         loads.encoders.append(LocalEncoder(Path(str(model.path)), "cpu"))
         other = loads.encoders[-1]
         other_batches = other.batches
@@ -261,7 +263,7 @@ def test_texts_go_through_the_encoder_that_has_read_them(
         monkeypatch.setattr(other, "batches", noting)
         return other
 
-    monkeypatch.setattr(batcher._model_cache, "_load", load_other)
+    monkeypatch.setattr(loads, "load", load_other)
 
     async def ask() -> list[Any]:
         first = asyncio.ensure_future(batcher.embed(model, ["under way"]))
@@ -326,7 +328,7 @@ def test_what_is_refused_is_what_would_wait_too_long(model: Model, monkeypatch: 
     """The rate is the model's rate on this machine, not the one measured when the model was added. This model was
     added on a machine a thousand times slower."""
     slow = replace(model, tokens_per_second=1.0)
-    with batcher_with(loader("cpu", None, "float32")) as batcher:
+    with batcher_with(Loader("cpu", None, "float32")) as batcher:
         for _ in range(2):
             embed(batcher, slow, ["word " * 100] * 500)
         monkeypatch.setattr(batcher, "_queue_seconds", 3)

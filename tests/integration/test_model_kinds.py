@@ -18,7 +18,7 @@ from pipeline.core.errors import ModelError
 from tests.support.tiny_models import KINDS, Kind
 from workers import oneshot
 from workers.encoders.batching import Tokenised
-from workers.encoders.model_cache import loader
+from workers.encoders.model_cache import Loader
 from workers.encoders.weights import WeightsSource
 
 TABLE = (
@@ -56,7 +56,7 @@ def ours(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDArr
     described = oneshot.describe(WeightsSource(path=str(folder)), pooling)
     del described["notes"]
     model = from_portable({**described, "name": "tiny", "slug": "tiny", "upstream": None})
-    encoder = loader("cpu", None, "float32")(model)
+    encoder = Loader("cpu", None, "float32").load(model)
     encoder.prove(model.canary)
     documents, queries = encoder.tokenise(TEXTS), encoder.tokenise(TEXTS, queries=True)
     both = Tokenised(

@@ -9,14 +9,25 @@ from structlog.testing import capture_logs
 
 from pipeline.catalog.models import from_portable
 from pipeline.core.canary import cosine
+from pipeline.core.models import Model
+from pipeline.core.options import Precision
 from pipeline.infra.settings import load_settings
 from tests.support.tiny_models import KINDS, Kind
 from workers.encoders import devices, library
 from workers.encoders.local import LocalEncoder
-from workers.encoders.model_cache import loader
+from workers.encoders.model_cache import Loader, ModelCache
 
 #: Kinds whose vectors would change with their batch, or whose parts would differ in type.
 _WIDENED = ("static", "Router: ")
+
+
+def make_gpu_of_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU compute in bfloat16 unless another precision is named."""
+
+    def dtype_on(_: torch.device, precision: str) -> torch.dtype:
+        return torch.bfloat16 if precision == "auto" else getattr(torch, precision)
+
+    monkeypatch.setattr(library, "dtype_on", dtype_on)
 
 
 def compute_in(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
@@ -95,7 +106,47 @@ def test_a_precision_that_is_not_applied_is_said(
     columns = {name: value for name, value in static_description.items() if name not in ("notes", "device")}
     model = from_portable({**columns, "name": "static", "slug": "static", "upstream": None})
     with capture_logs() as logs:
-        encoder = loader("cpu", None, asked)(model)
+        encoder = Loader("cpu", None, asked).load(model)
     said = [each for each in logs if each["event"] == "precision_not_applied"]
     assert [each["asked"] for each in said] == told
     assert encoder.precision == "float32"
+
+
+def cached_model(bundled_description: dict[str, Any]) -> Model:
+    columns = {name: value for name, value in bundled_description.items() if name not in ("notes", "device")}
+    return from_portable({**columns, "name": "minilm", "slug": "minilm", "upstream": None})
+
+
+def test_a_model_is_kept_in_each_precision_that_jobs_demand(
+    bundled_description: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_gpu_of_cpu(monkeypatch)
+    model = cached_model(bundled_description)
+    cache = ModelCache(Loader("cpu", None, "auto"), 2**40)
+    usual = cache.get(model)
+    assert cache.held(model, Precision.FLOAT32) is None, "a demand isn't met by half precision"
+    demanded = cache.get(model, Precision.FLOAT32)
+    assert (usual.precision, demanded.precision) == ("bfloat16", "float32")
+    assert [cache.get(model), cache.get(model, Precision.FLOAT32)] == [usual, demanded]
+    cache.drop(model.name)
+    assert cache.encoders() == []
+
+
+@pytest.mark.parametrize("first", Precision)
+def test_one_copy_serves_all_jobs_where_there_is_one_precision(
+    bundled_description: dict[str, Any], first: Precision
+) -> None:
+    model = cached_model(bundled_description)
+    cache = ModelCache(Loader("cpu", None, "auto"), 2**40)
+    loaded = cache.get(model, first)
+    assert [cache.get(model, each) for each in Precision] == [loaded, loaded]
+
+
+def test_on_a_gpu_that_computes_in_float32_a_demand_is_met_by_the_usual_copy(
+    bundled_description: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = cached_model(bundled_description)
+    cache = ModelCache(Loader("cpu", None, "float32"), 2**40)
+    usual = cache.get(model)
+    monkeypatch.setattr(usual, "device", torch.device("cuda"))
+    assert cache.held(model, Precision.FLOAT32) is usual

@@ -102,7 +102,7 @@ def test_a_request_becomes_a_job_with_its_id(
     engine: Engine, model: Model, stage: Callable[..., None], role: str
 ) -> None:
     before = time.time()
-    job_id = ask(engine, name="docs", options={"priority": 3, "labels": {"team": "search"}, "dtype": "float16"})
+    job_id = ask(engine, name="docs", options={"priority": 3, "labels": {"team": "search"}, "precision": "float32"})
     assert job_id.version == 7
     assert job_id.variant == "specified in RFC 4122"
     assert before - 60 < (job_id.int >> 80) / 1000 < time.time() + 60
@@ -110,7 +110,7 @@ def test_a_request_becomes_a_job_with_its_id(
     stage()
     row = job_row(engine, job_id)
     assert (row["state"], row["name"], row["items_total"], row["priority"]) == ("queued", "docs", 10, 3)
-    assert (row["labels"], row["options"]["dtype"]) == ({"team": "search"}, "float16")
+    assert (row["labels"], row["options"]["precision"]) == ({"team": "search"}, "float32")
     assert shown(engine, job_id, "state, workspace, model, items_total, pending, requested_by") == (
         *("queued", "default", "small", 10, 10),
         run_sql(engine, "select session_user")[0][0],

@@ -18,7 +18,7 @@ from pipeline.core.errors import IdempotencyConflict, LeaseLost, ServiceUnreacha
 from pipeline.core.jobs import JobState, Reason
 from pipeline.core.models import Model, Upstream
 from pipeline.core.options import Columns, JobOptions
-from pipeline.db import jobs
+from pipeline.db import jobs, models
 from pipeline.dispatch.dispatcher import finish
 from pipeline.dispatch.state import Dispatcher
 from pipeline.ingest import staging
@@ -151,10 +151,31 @@ def test_options_and_carried_columns_are_kept(engine: Engine, run: Callable[...,
         jsonl(rows), columns=Columns(carry=("lang",)), labels={"a": "b"}, priority=3, dtype="float16", max_rejects="7"
     )
     row = job_row(engine, done.job_id)
+    assert precision_of(engine, done.job_id) == row["options"]["precision"] == "auto"
     assert (row["labels"], row["priority"], row["max_rejects"]) == ({"a": "b"}, 3, 7)
     assert row["options"]["dtype"] == "float16"
     carried = run_sql(engine, "select carried from vectormill.items order by index")
     assert carried == [({"lang": "de"},), ({"lang": None},)]
+
+
+def precision_of(engine: Engine, job_id: UUID) -> str:
+    """Return the precision that workers learn of a job together with its model."""
+    with engine.begin() as connection:
+        row = models.of_job(connection, job_id)
+    assert row
+    return str(row["precision"])
+
+
+def test_a_demanded_precision_reaches_workers_and_decides_the_payload(
+    engine: Engine, run: Callable[..., Submitted]
+) -> None:
+    first = run(jsonl(), precision="float32", idempotency_key="k")
+    assert precision_of(engine, first.job_id) == "float32"
+    assert taken(engine, first.job_id).options.precision == "float32"
+    with pytest.raises(IdempotencyConflict):
+        run("a.jsonl", idempotency_key="k")
+    run_sql(engine, "update vectormill.jobs set options = options - 'precision'")
+    assert precision_of(engine, first.job_id) == "auto", "a job of a version before"
 
 
 # Failed submissions leave nothing behind
@@ -239,7 +260,11 @@ def test_wrong_options_are_refused(engine: Engine, run: Callable[..., Submitted]
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"max_item_tokens": 128}, "max_item_tokens 128"), ({"on_long": "reject"}, "on_long reject")],
+    [
+        ({"max_item_tokens": 128}, "max_item_tokens 128"),
+        ({"on_long": "reject"}, "on_long reject"),
+        ({"precision": "float32"}, "precision float32: small is served by an upstream"),
+    ],
 )
 def test_a_gateways_texts_are_not_measured_here(
     engine: Engine, model: Model, options: dict[str, Any], said: str

@@ -4,7 +4,9 @@ import pytest
 
 from pipeline.core.errors import ModelError
 from pipeline.core.models import Model
-from workers.encoders.model_cache import ModelCache
+from pipeline.core.options import Precision
+from workers.encoders.local import LocalEncoder
+from workers.encoders.model_cache import Loader, ModelCache
 
 MODEL = Model(
     name="small",
@@ -26,8 +28,9 @@ MODEL = Model(
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ImportError("no libcudnn"), MemoryError()])
 def test_what_loading_raises_is_told_as_the_models(error: Exception) -> None:
-    def load(_: Model) -> None:
-        raise error
+    class Broken(Loader):
+        def load(self, model: Model, precision: Precision = Precision.AUTO) -> LocalEncoder:
+            raise error
 
     with pytest.raises(ModelError, match=f"can't be loaded here .{type(error).__name__}"):
-        ModelCache(load, 2**30).get(MODEL)  # type: ignore[arg-type]
+        ModelCache(Broken("cpu", None, "auto"), 2**30).get(MODEL)

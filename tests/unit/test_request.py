@@ -33,6 +33,7 @@ def test_default_names(source: str, name: str, tmp_path: Path, monkeypatch: pyte
 def test_the_description_refers_to_nothing_beyond_itself() -> None:
     properties = submissions._SCHEMA["properties"]
     assert properties["dtype"]["enum"] == ["float32", "float16"]
+    assert properties["precision"]["enum"] == ["auto", "float32"]
     assert "$ref" not in json.dumps(submissions._SCHEMA)
     assert not properties.keys() & {"into", "hnsw"}
 

@@ -2,7 +2,6 @@
 
 import gc
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import structlog
 
 from pipeline.core.errors import ModelError
 from pipeline.core.models import Model
+from pipeline.core.options import Precision
 from pipeline.infra.settings import ROOM_FACTOR
 from workers.encoders.weights import verified_folder
 
@@ -19,43 +19,84 @@ if TYPE_CHECKING:  # the parent and Flower import this module, and need no torch
 log = structlog.get_logger()
 
 
+class Loader:
+    """Loader of models on one device, from verified weights and with the catalogue's prompts.
+
+    Args:
+        device: cpu, mps, cuda:0 and so on.
+        threads: on a CPU, the threads that it computes with.
+        precision: auto, float32, bfloat16 or float16, where a job demands none. If the device or a model isn't computed
+            in one that is named, the log says so.
+    """
+
+    def __init__(self, device: str, threads: int | None, precision: str) -> None:
+        self._device, self._threads, self._precision = device, threads, precision
+
+    def load(self, model: Model, precision: Precision = Precision.AUTO) -> "LocalEncoder":
+        """Return an encoder of a catalogue entry, in the precision that a job demands.
+
+        Raises:
+            ModelError: the model can't be loaded here, or isn't the catalogue's.
+        """
+        from workers.encoders.local import LocalEncoder
+
+        asked = self._precision if precision is Precision.AUTO else precision.value
+        encoder = LocalEncoder(
+            verified_folder(model),
+            self._device,
+            document_prompt=model.document_prompt,
+            query_prompt=model.query_prompt,
+            pooling=model.pooling,
+            precision=asked,
+            threads=self._threads,
+        )
+        if asked not in ("auto", encoder.precision):
+            log.warning(
+                "precision_not_applied", model=model.name, device=self._device, asked=asked, used=encoder.precision
+            )
+        return encoder
+
+
 class ModelCache:
-    """LRU cache of loaded models. `load` makes an encoder of a catalogue entry; `memory_bytes` limits all together."""
+    """LRU cache of loaded models, by name and demanded precision. `memory_bytes` limits all together."""
 
-    def __init__(self, load: Callable[[Model], "LocalEncoder"], memory_bytes: int) -> None:
-        self._load = load
+    def __init__(self, loader: Loader, memory_bytes: int) -> None:
+        self._loader = loader
         self._memory_bytes = memory_bytes
-        self._loaded: OrderedDict[str, tuple[Model, LocalEncoder]] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, Precision], tuple[Model, LocalEncoder]] = OrderedDict()
 
-    def get(self, model: Model) -> "LocalEncoder":
+    def get(self, model: Model, precision: Precision = Precision.AUTO) -> "LocalEncoder":
         """Return the encoder of a model, loaded and checked by its canary on first use.
 
         Raises:
             ModelError: the model can't be loaded here, or isn't the catalogue's.
         """
-        if held := self.held(model):
+        if held := self.held(model, precision):
             return held
-        self._loaded.pop(model.name, None)
+        self._loaded.pop((model.name, precision), None)
         self._make_room(model.weights_bytes)
         try:
-            encoder = self._load(model)
+            encoder = self._loader.load(model, precision)
             encoder.prove(model.canary)
         except ModelError:
             raise
         except Exception as error:  # a library that is missing, a folder that can't be read: no text is to blame
             raise ModelError(f"it can't be loaded here ({type(error).__name__}: {str(error)[:300]})") from error
-        self._loaded[model.name] = (model, encoder)
+        self._loaded[model.name, precision] = (model, encoder)
         log.info("model_loaded", model=model.name, device=str(encoder.device), precision=encoder.precision)
         return encoder
 
-    def held(self, model: Model) -> "LocalEncoder | None":
+    def held(self, model: Model, precision: Precision = Precision.AUTO) -> "LocalEncoder | None":
         """Return the encoder of a model if it is loaded. Safe in another thread than the one that loads."""
-        held = self._loaded.get(model.name)
-        if held is None or held[0].weights_sha256 != model.weights_sha256:
-            return None
-        with suppress(KeyError):  # evicted just now
-            self._loaded.move_to_end(model.name)
-        return held[1]
+        for loaded_for in Precision:
+            held = self._loaded.get((model.name, loaded_for))
+            if held is None or held[0].weights_sha256 != model.weights_sha256:
+                continue
+            if loaded_for is precision or _serves_both(held[1], precision):
+                with suppress(KeyError):  # evicted just now
+                    self._loaded.move_to_end((model.name, loaded_for))
+                return held[1]
+        return None
 
     def encoders(self) -> "list[LocalEncoder]":
         """Return the encoders that are loaded."""
@@ -63,7 +104,8 @@ class ModelCache:
 
     def drop(self, name: str) -> None:
         """Remove a model from the cache."""
-        self._loaded.pop(name, None)
+        for precision in Precision:
+            self._loaded.pop((name, precision), None)
         gc.collect()
 
     def _make_room(self, weights_bytes: int) -> None:
@@ -71,35 +113,13 @@ class ModelCache:
             return sum(model.weights_bytes for model, _ in list(self._loaded.values())) * ROOM_FACTOR
 
         while self._loaded and taken() + weights_bytes * ROOM_FACTOR > self._memory_bytes:
-            name, _ = self._loaded.popitem(last=False)
+            (name, _), _ = self._loaded.popitem(last=False)
             log.info("model_evicted", model=name)
         gc.collect()
 
 
-def loader(device: str, threads: int | None, precision: str) -> Callable[[Model], "LocalEncoder"]:
-    """Return a function that makes encoders on `device`, from verified weights and with the catalogue's prompts.
-
-    `precision` is auto, float32, bfloat16 or float16. If a model or the device doesn't take one that is named, the log
-    says so.
-    """
-
-    def load(model: Model) -> "LocalEncoder":
-        from workers.encoders.local import LocalEncoder
-
-        folder = verified_folder(model)
-        encoder = LocalEncoder(
-            folder,
-            device,
-            document_prompt=model.document_prompt,
-            query_prompt=model.query_prompt,
-            pooling=model.pooling,
-            precision=precision,
-            threads=threads,
-        )
-        if precision not in ("auto", encoder.precision):
-            log.warning(
-                "precision_not_applied", model=model.name, device=device, asked=precision, used=encoder.precision
-            )
-        return encoder
-
-    return load
+def _serves_both(encoder: "LocalEncoder", precision: Precision) -> bool:
+    """Return True if an encoder that was loaded for the other precision serves this one, too: a demand for float32 if
+    it is in that, and any if its device knows no other."""
+    is_whole = encoder.precision == Precision.FLOAT32
+    return is_whole and (precision is Precision.FLOAT32 or encoder.device.type != "cuda")

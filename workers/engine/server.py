@@ -35,7 +35,7 @@ from pipeline.db.database import make_engine
 from pipeline.infra import http_server, metrics, metrics_server
 from pipeline.infra.logs import configure_logs
 from pipeline.infra.settings import MODELS_SHARE, Settings, engine_authorization, load_settings
-from workers.encoders.model_cache import ModelCache, loader
+from workers.encoders.model_cache import Loader, ModelCache
 from workers.engine.batcher import Batcher
 from workers.engine.succession import hold_signals, serve_in_child
 
@@ -259,8 +259,8 @@ def _serve(
 ) -> None:
     device = settings.worker_devices[0]
     memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
-    load = loader(device, os.cpu_count() if device == "cpu" else None, settings.worker_dtype)
-    batcher = Batcher(ModelCache(load, int(memory_bytes * MODELS_SHARE)), settings.engine_queue_seconds)
+    loader = Loader(device, os.cpu_count() if device == "cpu" else None, settings.worker_dtype)
+    batcher = Batcher(ModelCache(loader, int(memory_bytes * MODELS_SHARE)), settings.engine_queue_seconds)
     with _database(settings) as database:
         catalogue = ServedModels(database, settings, url, engine_id, batcher.can_use)
         # The database may be away when a child is replaced.

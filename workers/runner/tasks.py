@@ -30,6 +30,7 @@ from pipeline.core.errors import (
 )
 from pipeline.core.jobs import Reason
 from pipeline.core.models import Model
+from pipeline.core.options import Precision
 from pipeline.db import chunks, jobs, lost_claims, models, workers
 from pipeline.db.database import is_connection_lost, make_engine, plain_reason
 from pipeline.infra import metrics
@@ -37,7 +38,7 @@ from pipeline.infra.settings import MODELS_SHARE, Settings, load_settings, read_
 from pipeline.jobs import control
 from workers import instrumentation
 from workers.encoders.batching import Encoder
-from workers.encoders.model_cache import ModelCache, loader
+from workers.encoders.model_cache import Loader, ModelCache
 from workers.runner.app import app, worker_id_of
 from workers.runner.run_chunk import run_chunk
 from workers.upstream.attempts import Attempts
@@ -85,7 +86,7 @@ class Child:
         threads = max(1, (os.cpu_count() or 1) // settings.worker_replicas) if on_cpu else None
         memory_bytes = settings.worker_memory_bytes or psutil.virtual_memory().total
         self.model_cache = ModelCache(
-            loader(device, threads, settings.worker_dtype),
+            Loader(device, threads, settings.worker_dtype),
             int(memory_bytes * MODELS_SHARE) // settings.worker_replicas,
         )
         assert settings.redis_url is not None
@@ -127,7 +128,7 @@ class Child:
             in_flight = self.settings.gateway_in_flight
             encoder = UpstreamEncoder(model, link.client, link.limiter, attempts, link.state, in_flight=in_flight)
             return encoder, watch
-        local = self.model_cache.get(model)
+        local = self.model_cache.get(model, claim.options.precision)
         metrics.WORKER_DEVICE_MEMORY_BYTES.labels(str(local.device)).set(local.held_bytes)
         # A single long text may exceed the budget.
         expected_seconds = max(local.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
@@ -148,10 +149,13 @@ def run_chunk_task(task: Task, job: str, chunk_id: int) -> None:
     child, worker_id, job_id = _child(), worker_id_of(task.request.hostname), UUID(job)
     with structlog.contextvars.bound_contextvars(job=job, chunk=chunk_id, fence=None):
         try:
-            model = _model_of(child.engine, job_id)
-            if model is None:
+            wanted = _model_of(child.engine, job_id)
+            if wanted is None:
                 return
+            model, precision = wanted
             try:
+                if not model.upstream:
+                    child.model_cache.get(model, precision)  # a model that can't be loaded takes no chunk
                 _run(child, model, job_id, chunk_id, worker_id, task.request.id)
             except ModelError as error:
                 log.error("model_dropped", model=model.name, reason=str(error))
@@ -167,16 +171,14 @@ def run_chunk_task(task: Task, job: str, chunk_id: int) -> None:
             log.warning("database_unreachable")
 
 
-def _model_of(engine: Engine, job_id: UUID) -> Model | None:
+def _model_of(engine: Engine, job_id: UUID) -> tuple[Model, Precision] | None:
     with engine.begin() as connection:
         row = models.of_job(connection, job_id)
-    return as_model(row) if row else None
+    return (as_model(row), Precision(row["precision"])) if row else None
 
 
 def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUID, task_id: str) -> None:
-    if not model.upstream:
-        child.model_cache.get(model)  # a model that can't be loaded takes no chunk
-    elif child.is_held(model):
+    if model.upstream and child.is_held(model):
         instrumentation.let_go(model.name, "held")
         return  # the dispatcher publishes the chunk again
     with child.engine.begin() as connection:
