@@ -121,7 +121,7 @@ def worker(
         "VECTORMILL_WORKER_MEMORY_BYTES": str(memory_bytes),
         "VECTORMILL_WORKER_DTYPE": _precision(precision or settings.worker_dtype, chosen),
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+        **_tokenizer_threads(chosen, each),
     }
     if settings.metrics_port is not None:
         environment[metrics_server.FOLDER_VARIABLE] = str(metrics_server.make_folder())
@@ -218,6 +218,14 @@ def _precision(wish: str, devices: Sequence[_Device]) -> str:
     if others and wish not in ("auto", "float32"):
         stderr.print(f"{wish} is for CUDA devices; {others[0]} computes in float32.", markup=False)
     return wish
+
+
+def _tokenizer_threads(devices: Sequence[_Device], replicas: int) -> dict[str, str]:
+    """Return the environment of the tokenisers: beside a GPU they share the cores, which a model on a CPU needs."""
+    if devices[0].kind == "cpu":
+        return {"TOKENIZERS_PARALLELISM": "false"}
+    threads = (os.cpu_count() or 1) // (len(devices) * replicas)
+    return {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(max(1, threads))}
 
 
 def _become(module: list[str], more: dict[str, str]) -> None:

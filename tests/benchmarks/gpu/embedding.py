@@ -51,7 +51,7 @@ class Contenders:
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder = folder
-        self._ours = {dtype: LocalEncoder(folder, device, dtype=dtype) for dtype in ("float32", "bfloat16")}
+        self._ours = {dtype: LocalEncoder(folder, device, precision=dtype) for dtype in ("float32", "bfloat16")}
         self._theirs = {
             dtype: SentenceTransformer(
                 str(folder),
