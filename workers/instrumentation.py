@@ -108,6 +108,8 @@ def ran(model: str, batch: Batch) -> None:
     metrics.WORKER_TOKENS.labels(model).inc(int(batch.tokens.sum()))
     if batch.padded_tokens:
         metrics.WORKER_PADDED_TOKENS.labels(model).inc(batch.padded_tokens)
+    if batch.roofline_seconds:
+        metrics.WORKER_ROOFLINE_SECONDS.labels(model).inc(batch.roofline_seconds)
 
 
 def committed(model: str, part: Commit) -> None:

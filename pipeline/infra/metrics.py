@@ -123,6 +123,13 @@ WORKER_PADDED_TOKENS = WORKER.counter(
     "Tokens of the texts in batches, with the padding of shorter texts. Batches of an upstream aren't included",
     model=MODEL,
 )
+WORKER_ROOFLINE_SECONDS = WORKER.counter(
+    "roofline_seconds",
+    "seconds",
+    "Time that the tokens in batches would take at the device's rate of matrix products. Static models and upstreams "
+    "have none",
+    model=MODEL,
+)
 WORKER_STEP_SECONDS = WORKER.seconds(
     "step", "Time that slots spent, by step of a chunk", model=MODEL, step=("read", "tokenise", "embed", "write")
 )

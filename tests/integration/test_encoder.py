@@ -14,6 +14,7 @@ from tests.support.tiny_models import KINDS
 from workers.encoders.batching import Tokenised
 from workers.encoders.local import LocalEncoder
 from workers.encoders.reading import Ids
+from workers.encoders.roofline import flop_per_second
 
 LONG = " ".join(f"word {n}" for n in range(1_000))
 TEXTS = ["short", LONG, "naïve café 数学 🙂", "  spaces  ", "x", *(f"number {n}" for n in range(50))]
@@ -204,3 +205,13 @@ class _Noting:
     def encode_batch_fast(self, texts: list[str], **how: Any) -> Any:
         self.characters += map(len, texts)
         return self._fast.encode_batch_fast(texts, **how)
+
+
+def test_a_batch_tells_its_time_at_the_roofline(encoder: LocalEncoder, static_model: Path) -> None:
+    (batch,) = encoder.batches(encoder.tokenise(TEXTS[:3]))
+    width, inner, layers = 384, 1_536, 6
+    products = 2 * layers * (4 * width**2 + 2 * width * inner)
+    flop = batch.roofline_seconds / batch.tokens.sum() * flop_per_second(torch.device("cpu"), torch.float32)
+    assert flop == pytest.approx(products, rel=0.03), "biases and norms count, though hardly"
+    static = LocalEncoder(static_model, "cpu")
+    assert [batch.roofline_seconds for batch in static.batches(static.tokenise(TEXTS[:3]))] == [0]

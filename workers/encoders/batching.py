@@ -53,6 +53,8 @@ class Batch:
     truncated: Sequence[int] = ()
     #: Tokens with padding; 0 if it isn't known, as with an upstream.
     padded_tokens: int = 0
+    #: Time that it would take at the device's rate of matrix products; 0 if the model multiplies nothing, or elsewhere.
+    roofline_seconds: float = 0.0
 
 
 class Encoder(Protocol):

@@ -15,7 +15,7 @@ import torch
 from pipeline.core.canary import CANARY, is_canary
 from pipeline.core.chunks import RejectCode
 from pipeline.core.errors import ModelError
-from workers.encoders import library, packed, unpadded
+from workers.encoders import library, packed, roofline, unpadded
 from workers.encoders.batching import Batch, Tokenised, token_batches
 from workers.encoders.devices import kind_of
 from workers.encoders.own_ids import OwnIds
@@ -84,12 +84,15 @@ class LocalEncoder:
         #: Precision in which it computes, whatever was asked for.
         self.precision = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         try:
+            flop = roofline.flop_per_token(self._model)
             unpads = unpadded.unpad(self._model)
             if unpads and self.device.type == "cpu":
                 packed.pack(self._model)
             self._documents, self._queries = ways_of(self._model, document_prompt, query_prompt, unpads=unpads)
         except ModelError as error:
             raise ModelError(f"{folder}: {error}") from error
+        #: Tokens per second at the device's rate of matrix products; 0 if the model multiplies nothing.
+        self.roofline = self._roofline(flop)
         self._apart = not self._documents.goes_with(self._queries)
         self._expected = b""
         self._own_ids: OwnIds | None = None
@@ -155,9 +158,17 @@ class LocalEncoder:
                 continue
             lengths = tokenised.lengths[at]
             seconds, ended = perf_counter() - max(begun.since, ended), perf_counter()
-            yield Batch(at, lengths, seconds, vectors, padded_tokens=self._size(lengths))
+            roofline_seconds = int(lengths.sum()) / self.roofline if self.roofline else 0.0
+            yield Batch(
+                at, lengths, seconds, vectors, padded_tokens=self._size(lengths), roofline_seconds=roofline_seconds
+            )
             if stop():
                 pending.clear()
+
+    def _roofline(self, flop: int) -> float:
+        if not flop:
+            return 0.0
+        return roofline.flop_per_second(self.device, getattr(torch, self.precision)) / flop
 
     def _size(self, lengths: npt.NDArray[np.int32]) -> int:
         """Return a batch's tokens, with padding if the model pads."""
