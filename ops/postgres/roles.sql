@@ -43,6 +43,7 @@ grant select
 grant insert on vectormill.vector_spaces, vectormill.claim_losses to vectormill_dispatcher;
 grant delete on vectormill.workers to vectormill_dispatcher;
 grant update (tokens_per_second) on vectormill.models to vectormill_dispatcher;
+grant select, insert, update (tokens_per_second, measured_at) on vectormill.model_rates to vectormill_dispatcher;
 grant execute on function vectormill.make_partitions to vectormill_dispatcher;
 -- To see which worker's backend froze while it held a chunk, and to end it.
 grant pg_read_all_stats, pg_signal_backend to vectormill_dispatcher;
@@ -50,8 +51,8 @@ grant pg_read_all_stats, pg_signal_backend to vectormill_dispatcher;
 -- A worker: claims chunks of jobs that others made, and adds what comes of them.
 grant select
   on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.embeddings,
-     vectormill.rejects, vectormill.outputs, vectormill.models, vectormill.vector_spaces, vectormill.claim_losses,
-     vectormill.alembic_version
+     vectormill.rejects, vectormill.outputs, vectormill.models, vectormill.model_rates, vectormill.vector_spaces,
+     vectormill.claim_losses, vectormill.alembic_version
   to vectormill_worker;
 grant select (chunk_id, fence, token, part, model, created_at) on vectormill.usage to vectormill_worker;
 grant select (id) on vectormill.attempts to vectormill_worker;
@@ -72,11 +73,11 @@ grant select, insert, update, delete on vectormill.engines to vectormill_engine;
 
 -- The api: stages jobs, tells of them, and keeps keys, files and batch requests.
 grant select
-  on vectormill.workspaces, vectormill.workspace_models, vectormill.models, vectormill.vector_spaces,
-     vectormill.api_keys, vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items,
-     vectormill.embeddings, vectormill.rejects, vectormill.outputs, vectormill.usage, vectormill.attempts,
-     vectormill.workers, vectormill.engines, vectormill.files, vectormill.batches, vectormill.job_status,
-     vectormill.alembic_version
+  on vectormill.workspaces, vectormill.workspace_models, vectormill.models, vectormill.model_rates,
+     vectormill.vector_spaces, vectormill.api_keys, vectormill.jobs, vectormill.inputs, vectormill.chunks,
+     vectormill.items, vectormill.embeddings, vectormill.rejects, vectormill.outputs, vectormill.usage,
+     vectormill.attempts, vectormill.workers, vectormill.engines, vectormill.files, vectormill.batches,
+     vectormill.job_status, vectormill.alembic_version
   to vectormill_api;
 grant select (job_id, workspace_id, model, name, options, state) on vectormill.requests to vectormill_api;
 grant insert
@@ -101,8 +102,8 @@ grant execute on function vectormill.make_partitions to vectormill_api;
 grant select
   on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.embeddings,
      vectormill.rejects, vectormill.outputs, vectormill.usage, vectormill.attempts, vectormill.claim_losses,
-     vectormill.models, vectormill.workspace_models, vectormill.vector_spaces, vectormill.workers, vectormill.engines,
-     vectormill.leases, vectormill.files, vectormill.batches, vectormill.receipts, vectormill.job_status,
+     vectormill.models, vectormill.model_rates, vectormill.workspace_models, vectormill.vector_spaces,
+     vectormill.workers, vectormill.engines, vectormill.leases, vectormill.files, vectormill.batches, vectormill.receipts, vectormill.job_status,
      vectormill.alembic_version
   to vectormill_reader;
 grant select (id, name, weight, requests_per_minute, tokens_per_minute, monthly_tokens, monthly_cost, created_at)
@@ -116,6 +117,6 @@ from pg_class
 where relnamespace = 'vectormill'::regnamespace and relispartition and relkind = 'r' and relname ~ '^items_';
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0017';
+comment on schema vectormill is 'roles.sql of 0018';
 
 commit;

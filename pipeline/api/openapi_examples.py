@@ -186,6 +186,7 @@ EXAMPLES: dict[str, Any] = {
         "items": {"in": 50_000, "embedded": 49_958, "reused": 0, "rejected": 42, "cancelled": 0},
         "tokens": {"prompt": 4_120_880, "billed": 4_120_880, "unanswered": 0, "reused": 0},
         "truncated": 372,
+        "embedded_on": [{"device": "NVIDIA H200", "precision": "bfloat16", "items": 49_958, "tokens": 4_120_880}],
         "balanced": True,
         "verified": True,
         "missing": 0,

@@ -31,6 +31,9 @@ class Commit:
     rejects: Sequence[Reject] = ()
     #: Wall time of the forward passes.
     device_seconds: float = 0.0
+    #: Kind of the device, and its precision; `None`: an upstream made the vectors, or there are none.
+    device: str | None = None
+    precision: str | None = None
 
     @property
     def settled(self) -> int:
@@ -187,5 +190,7 @@ def _commit(
         prompt_tokens=tokens,
         truncated=int(part.rows.truncated.sum()),
         device_seconds=part.device_seconds,
+        device=part.device,
+        precision=part.precision,
     )
     return True

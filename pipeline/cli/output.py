@@ -124,6 +124,9 @@ def ledger(receipt: Receipt, codes: Mapping[str, int]) -> RenderableType:
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_row("in", f"{items.submitted:,}", "")
     table.add_row("embedded", f"{items.embedded:,}", f"{tokens.prompt:,}")
+    for part in receipt.embedded_on:
+        where = f"  on {part.device}, {part.precision}"
+        table.add_row(where, f"{part.items:,}", f"{part.tokens:,}", style="bright_black")
     if receipt.truncated:
         table.add_row("truncated", f"{receipt.truncated:,}", "")
     table.add_row("reused", f"{items.reused:,}", f"{tokens.reused:,} saved" if tokens.reused else "")

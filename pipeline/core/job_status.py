@@ -113,6 +113,15 @@ class Account(BaseModel):
     balanced: bool
 
 
+class EmbeddedOn(BaseModel):
+    """Part of a job's items that one kind of device embedded in one precision."""
+
+    device: str = Field(description="Kind of the device: cpu, mps, or a GPU's name.")
+    precision: str = Field(description="float32, bfloat16 or float16.")
+    items: int
+    tokens: int
+
+
 class Receipt(BaseModel):
     """Receipt of a job: its account, and the result of checking it against the rows themselves."""
 
@@ -121,6 +130,10 @@ class Receipt(BaseModel):
     items: AccountedItems
     tokens: AccountedTokens
     truncated: int = Field(description="Embedded texts that were truncated.")
+    embedded_on: list[EmbeddedOn] = Field(
+        default=[],
+        description="Devices that embedded the items, as usage rows say. Items that an upstream embedded are left out.",
+    )
     balanced: bool
     verified: bool | None = Field(default=None, description="With verify=true.")
     missing: int | None = None

@@ -197,14 +197,15 @@ def busy_slots(connection: Connection) -> Mapping[UUID, int]:
 def usage(
     connection: Connection, workspace_id: int | None, by: str, begin: datetime, limit: int
 ) -> tuple[list[RowMapping], int]:
-    """Return usage since `begin`, grouped by day, model, key, job or workspace, largest groups first: `group, name,
-    requests, items, total_tokens, cost`; and the number of groups. `name` is a key's or a job's."""
+    """Return usage since `begin`, grouped by day, model, key, job, device or workspace, largest groups first: `group,
+    name, requests, items, total_tokens, cost`; and the number of groups. `name` is a key's or a job's."""
     rows = connection.execute(
         text("""
             with used as (
               select case cast(:by as text)
                        when 'day' then to_char(created_at at time zone 'UTC', 'YYYY-MM-DD')
                        when 'model' then model when 'key' then key_id when 'job' then cast(job_id as text)
+                       when 'device' then device
                        else (select w.name from vectormill.workspaces w where w.id = workspace_id) end as "group",
                      count(request_id) as requests, sum(items)::bigint as items,
                      sum(total_tokens)::bigint as total_tokens, sum(cost) as cost

@@ -147,6 +147,19 @@ models = Table(
     CheckConstraint("dimensions > 0 and tokens_per_second > 0", name="positive"),
 )
 
+#: Tokens per second of a model on one slot, by kind of device and precision, as measured last.
+model_rates = Table(
+    "model_rates",
+    metadata,
+    Column("model", ForeignKey("models.name", ondelete="CASCADE"), nullable=False),
+    Column("device", Text, nullable=False),
+    Column("precision", Text, nullable=False),
+    Column("tokens_per_second", Double, nullable=False),
+    _moment("measured_at", now=True),
+    CheckConstraint("tokens_per_second > 0", name="positive"),
+    PrimaryKeyConstraint("model", "device", "precision"),
+)
+
 workspace_models = Table(
     "workspace_models",
     metadata,
@@ -388,6 +401,9 @@ usage = Table(
     _count("reused_tokens"),
     _count("truncated"),
     Column("device_seconds", Double, nullable=False, server_default="0"),
+    # Kind of the device that embedded, and its precision; NULL for requests and for models of upstreams.
+    Column("device", Text),
+    Column("precision", Text),
     Column("cost", Numeric),
     # End user that a request's caller named.
     Column("end_user", Text),
@@ -444,6 +460,8 @@ workers = Table(
     # Models that this worker has dropped, each with its reason.
     Column("dropped", JSONB, nullable=False, server_default="{}"),
     Column("slots", Integer, nullable=False),
+    # Kind of each of its devices: cpu, mps, or a GPU's name.
+    Column("device_kinds", ARRAY(Text), nullable=False, server_default="{}"),
     # Reason for taking no chunks for now; NULL: it takes them.
     Column("resting", Text),
     _moment("started_at", now=True),

@@ -20,6 +20,8 @@ def add_chunk_part(
     prompt_tokens: int,
     truncated: int,
     device_seconds: float,
+    device: str | None,
+    precision: str | None,
 ) -> None:
     """Meter one commit of a chunk. (chunk, fence, part) is unique, and a row with the claim's token proves that the
     commit happened."""
@@ -27,9 +29,9 @@ def add_chunk_part(
         text("""
             insert into vectormill.usage
               (workspace_id, job_id, chunk_id, fence, token, part, model, items, prompt_tokens, total_tokens, truncated,
-               device_seconds, cost, labels)
+               device_seconds, device, precision, cost, labels)
             select j.workspace_id, j.id, :chunk, :fence, :token, :part, j.model_name, :items, :tokens, :tokens,
-                   :truncated, :seconds, m.price_per_million * :tokens / 1000000, j.labels
+                   :truncated, :seconds, :device, :precision, m.price_per_million * :tokens / 1000000, j.labels
             from vectormill.jobs j left join vectormill.models m on m.name = j.model_name where j.id = :job
         """),
         {
@@ -42,6 +44,8 @@ def add_chunk_part(
             "tokens": prompt_tokens,
             "truncated": truncated,
             "seconds": device_seconds,
+            "device": device,
+            "precision": precision,
         },
     )
 
@@ -55,6 +59,19 @@ def has_chunk_part(connection: Connection, claim: Claim, part: int) -> bool:
         """),
         {"chunk": claim.chunk_id, "fence": claim.fence, "part": part, "token": claim.token},
     ).scalar_one()
+
+
+def devices_of_job(connection: Connection, job_id: UUID) -> list[RowMapping]:
+    """Return the kinds of devices that embedded a job's items, most items first: `device, precision, items, tokens`."""
+    rows = connection.execute(
+        text("""
+            select device, precision, cast(sum(items) as bigint) as items, cast(sum(prompt_tokens) as bigint) as tokens
+            from vectormill.usage where job_id = :job and device is not null
+            group by device, precision having sum(items) > 0 order by items desc, device, precision
+        """),
+        {"job": job_id},
+    )
+    return list(rows.mappings())
 
 
 def recent_rates(connection: Connection, job_id: UUID, window_seconds: float) -> Mapping[str, float]:
@@ -132,12 +149,14 @@ def this_month(connection: Connection, workspace_id: int) -> tuple[int, Decimal]
 def grouped(
     connection: Connection, workspace_id: int, by: str, *, label: str | None, begin: datetime, end: datetime
 ) -> list[RowMapping]:
-    """Return a workspace's usage from `begin` to before `end`, grouped by day (UTC), model, key, job, or a label's
-    value: `group, requests, items, prompt_tokens, total_tokens, reused_tokens, truncated, cost`."""
+    """Return a workspace's usage from `begin` to before `end`, grouped by day (UTC), model, key, job, device,
+    precision, or a label's value: `group, requests, items, prompt_tokens, total_tokens, reused_tokens, truncated,
+    cost`."""
     rows = connection.execute(
         text("""
             select case :by when 'day' then to_char(created_at at time zone 'UTC', 'YYYY-MM-DD')
                             when 'model' then model when 'key' then key_id when 'job' then cast(job_id as text)
+                            when 'device' then device when 'precision' then precision
                             else labels ->> cast(:label as text) end as "group",
                    count(request_id) as requests, sum(items) as items, sum(prompt_tokens) as prompt_tokens,
                    sum(total_tokens) as total_tokens, sum(reused_tokens) as reused_tokens,

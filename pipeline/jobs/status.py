@@ -14,6 +14,7 @@ from pipeline.core.job_status import (
     AccountedItems,
     AccountedTokens,
     ChunkCounts,
+    EmbeddedOn,
     ItemCounts,
     JobStatus,
     Rate,
@@ -226,9 +227,10 @@ def current_account(connection: Connection, job_id: UUID) -> Account:
 def receipt(connection: Connection, job_id: UUID) -> Receipt:
     """Return a job's receipt, which is frozen when the job ends.
 
-    `truncated` counts embedded texts of which the model read only the beginning.
+    `truncated` counts embedded texts of which the model read only the beginning. That and the devices are read anew.
     """
     job = known_job(connection, job_id)
     account = Account.model_validate(job.receipt) if job.receipt else current_account(connection, job_id)
     truncated = chunks.sums(connection, job_id)["truncated"]
-    return Receipt(id=job_id, state=job.state, truncated=truncated, **dict(account))
+    devices = [EmbeddedOn(**row) for row in usage.devices_of_job(connection, job_id)]
+    return Receipt(id=job_id, state=job.state, truncated=truncated, embedded_on=devices, **dict(account))

@@ -372,7 +372,7 @@ def test_usage_counts_what_was_metered(gateway: Gateway, browser: httpx.Client) 
         client.post("/v1/embeddings", json={"model": "static", "input": ["A mill grinds grain."]}).raise_for_status()
     day = "/usage?by=day"
     eventually(lambda: 'id="group-' in browser.get(day).text, "usage by day")
-    for by in ("model", "key", "workspace"):
+    for by in ("model", "key", "device", "workspace"):
         assert 'id="group-' in browser.get(f"/usage?by={by}").text
     assert "workspace" not in re.findall(r"by=(\w+)", visit_usage(gateway))
     assert browser.get("/usage?by=nonsense").status_code == 404

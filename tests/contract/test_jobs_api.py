@@ -168,6 +168,11 @@ def test_receipt_and_chunks(done: dict[str, Any], line: httpx.Client) -> None:
     account = line.get(f"/api/jobs/{done['id']}/receipt", params={"verify": True}).json()
     assert account["items"] == {"in": 300, "embedded": 298, "reused": 0, "rejected": 2, "cancelled": 0}
     assert (account["verified"], account["missing"], account["double"]) == (True, 0, 0)
+    tokens = account["tokens"]["prompt"]
+    assert account["embedded_on"] == [{"device": "cpu", "precision": "float32", "items": 298, "tokens": tokens}]
+    for by, group in (("device", "cpu"), ("precision", "float32")):
+        usage = line.get("/api/usage", params={"by": by}).json()["data"]
+        assert group in [row["group"] for row in usage]
     assert "verified" not in line.get(f"/api/jobs/{done['id']}/receipt").json()
     path, seen, after = f"/api/jobs/{done['id']}/chunks", [], -1
     while True:

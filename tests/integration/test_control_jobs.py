@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 from uuid import UUID
@@ -176,6 +177,21 @@ def test_a_job_completes(engine: Engine, model: Model, dispatcher: Dispatcher) -
     assert found["items"] == {"in": 8, "embedded": 8, "reused": 0, "rejected": 0, "cancelled": 0}
     assert found["tokens"]["prompt"] == found["tokens"]["billed"] == 24
     assert (found["verified"], found["missing"], found["double"]) == (True, 0, 0)
+
+
+def test_a_receipt_lists_what_embedded_the_items(engine: Engine, model: Model) -> None:
+    job_id = make_job(engine, model, 14, per_chunk=4)
+    for ordinal, by in enumerate([("cpu", "float32"), ("NVIDIA H200", "bfloat16"), ("NVIDIA H200", "bfloat16"), ()]):
+        claim = taken(engine, job_id, ordinal)
+        indexes = [item.index for item in unfinished(engine, claim)]
+        device, precision = by or (None, None)  # as a worker of a version before commits
+        write_chunk(engine, claim, 0, replace(part_of(indexes), device=device, precision=precision), DONE)
+    found = account(engine, job_id)
+    assert found["embedded_on"] == [
+        {"device": "NVIDIA H200", "precision": "bfloat16", "items": 8, "tokens": 24},
+        {"device": "cpu", "precision": "float32", "items": 4, "tokens": 12},
+    ]
+    assert (found["items"]["embedded"], found["verified"]) == (14, True)
 
 
 def test_a_receipt_is_frozen_at_the_end(engine: Engine, model: Model, dispatcher: Dispatcher) -> None:

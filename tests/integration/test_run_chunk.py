@@ -63,6 +63,8 @@ def test_a_chunk_is_embedded_and_done(engine: Engine, encoder: LocalEncoder, mod
     assert (found["state"], found["embedded"]) == ("done", 4)
     tokens = run_sql(engine, "select sum(tokens), min(vector_dims(vector)) from vectormill.embeddings")
     assert tokens == run_sql(engine, "select sum(prompt_tokens), 256 from vectormill.usage")
+    devices = run_sql(engine, "select distinct device, precision from vectormill.usage")
+    assert devices == [(encoder.device_kind, encoder.precision)] == [("cpu", "float32")]
 
 
 def test_a_cancelled_chunk_keeps_what_is_finished(engine: Engine, encoder: LocalEncoder, model: Model) -> None:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.cli.output import ledger
-from pipeline.core.job_status import Receipt
+from pipeline.core.job_status import EmbeddedOn, Receipt
 
 
 def receipt(items: dict[str, int], tokens: dict[str, int], truncated: int) -> Receipt:
@@ -27,6 +27,20 @@ def test_a_receipt_shows_the_bill_where_it_differs(billed: int, unanswered: int,
     assert isinstance(out.file, StringIO)
     lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
     assert [line for line in lines if line.startswith(("billed", "unanswered"))] == rows
+
+
+def test_a_receipt_says_what_embedded_the_items() -> None:
+    made = receipt(
+        {"in": 9, "embedded": 9, "reused": 0, "rejected": 0, "cancelled": 0},
+        {"prompt": 90, "billed": 90, "unanswered": 0, "reused": 0},
+        0,
+    )
+    on = EmbeddedOn(device="NVIDIA H200", precision="bfloat16", items=9, tokens=90)
+    out = Console(file=StringIO(), width=80)
+    out.print(ledger(made.model_copy(update={"embedded_on": [on]}), {}))
+    assert isinstance(out.file, StringIO)
+    lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
+    assert lines[3:5] == ["embedded 9 90", "on NVIDIA H200, bfloat16 9 90"]
 
 
 def test_a_receipt_says_how_many_texts_were_cut_and_what_to_do() -> None:

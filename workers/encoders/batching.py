@@ -62,6 +62,14 @@ class Encoder(Protocol):
 
     dimensions: int
 
+    @property
+    def device_kind(self) -> str | None:
+        """Kind of its device; None for an upstream."""
+
+    @property
+    def precision(self) -> str | None:
+        """Precision in which it computes; None for an upstream."""
+
     def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokenised:
         """Tokenise texts, truncated at `max_tokens`."""
 

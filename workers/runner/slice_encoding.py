@@ -106,7 +106,14 @@ class SliceEncoding:
             carried=[item.carried for item in items] if self._claim.carries else (),
         )
         rows, bad = split_bad_vectors(rows, self._claim.dimensions, self._claim.options.dtype)
-        return Commit(rows=rows, rejects=self._rejects, device_seconds=self._seconds), bad
+        commit = Commit(
+            rows=rows,
+            rejects=self._rejects,
+            device_seconds=self._seconds,
+            device=self._encoder.device_kind,
+            precision=self._encoder.precision,
+        )
+        return commit, bad
 
     def _forget(self) -> None:
         """Drop the results that have been handed over."""

@@ -71,6 +71,7 @@ class UpstreamEncoder:
         """
         assert model.upstream
         self.dimensions = model.dimensions
+        self.device_kind = self.precision = None
         self._model, self._upstream = model, model.upstream
         self._client, self._limiter, self._attempts, self._state = client, limiter, attempts, state
         self._in_flight = in_flight

@@ -145,10 +145,10 @@ def _models(connection: Connection, viewer: Viewer) -> dict[str, Any]:
 @router.get("/usage")
 async def show_usage(
     request: Request,
-    by: Literal["day", "model", "key", "job", "workspace"] = "day",
+    by: Literal["day", "model", "key", "job", "device", "workspace"] = "day",
     days: Annotated[int, Query(ge=1, le=366)] = 30,
 ) -> Response:
-    """Show tokens and cost by day, model, key, job or workspace."""
+    """Show tokens and cost by day, model, key, job, kind of device or workspace."""
     return await show(request, "usage.html", partial(_usage, by=by, days=days))
 
 

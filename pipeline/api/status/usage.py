@@ -5,7 +5,7 @@ from decimal import Decimal
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import Connection, RowMapping
 
 from pipeline.api.dependencies import SECURITY, ask, caller_of, problems, scope_of
@@ -18,7 +18,9 @@ router = APIRouter(prefix="/api", responses=problems(400, 403, 404, 413), tags=[
 class UsageRow(BaseModel):
     """Usage of one group."""
 
-    group: str | None
+    group: str | None = Field(
+        description="Null: what has no such value, as a job has no key, and a request neither device nor precision."
+    )
     requests: int
     items: int
     prompt_tokens: int
@@ -40,7 +42,7 @@ class UsageList(BaseModel):
 @router.get("/usage", openapi_extra=SECURITY)
 async def get_usage(
     request: Request,
-    by: Annotated[Literal["day", "model", "key", "job", "label"], Query()] = "day",
+    by: Annotated[Literal["day", "model", "key", "job", "device", "precision", "label"], Query()] = "day",
     label: Annotated[
         str | None, Query(max_length=100, pattern="^[^\0]*$", description="With by=label: the label's name.")
     ] = None,
@@ -50,7 +52,7 @@ async def get_usage(
         str | None, Query(max_length=200, pattern="^[^\0]*$", description="For admins: another workspace's.")
     ] = None,
 ) -> UsageList:
-    """Return tokens and cost of your workspace, by day, model, key, job or label."""
+    """Return tokens and cost of your workspace, by day, model, key, job, device, precision or label."""
     caller = await caller_of(request)
     if by == "label" and label is None:
         raise InvalidPayload("label: by=label needs label=NAME.", param="label")

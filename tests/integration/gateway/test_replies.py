@@ -33,7 +33,8 @@ def test_texts_go_out_packed_and_come_back_in_their_order(world: World, far: Scr
     assert set(far.keys) == {"Bearer sk-one"}
     assert len(far.connections) <= 3, "connections are kept alive"
     # The upstream's own counts: two words per text, eleven for the canary.
-    assert run_sql(world.engine, "select prompt_tokens from vectormill.usage") == [(2 * ITEMS,)]
+    usage = run_sql(world.engine, "select prompt_tokens, device, precision from vectormill.usage")
+    assert usage == [(2 * ITEMS, None, None)]
     assert run_sql(world.engine, "select sum(billed_tokens) from vectormill.attempts") == [(2 * ITEMS + 11,)]
     assert world.statuses() == {"ok"}
 
