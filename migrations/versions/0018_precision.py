@@ -1,4 +1,4 @@
-"""Device and precision of what was embedded; rates by them; kinds of devices that workers have."""
+"""Device, precision and roofline of what was embedded; rates by them; kinds of devices that workers have."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,6 +13,7 @@ def upgrade() -> None:
     """Add columns and a table. Workers of the previous version leave the columns empty."""
     for column in ("device", "precision"):
         op.add_column("usage", sa.Column(column, sa.Text()), schema="vectormill")
+    op.add_column("usage", sa.Column("roofline_seconds", sa.Double()), schema="vectormill")
     op.add_column(
         "workers",
         sa.Column("device_kinds", sa.ARRAY(sa.Text()), server_default="{}", nullable=False),

@@ -26,7 +26,7 @@ _JOB: dict[str, Any] = {
         "truncated": 310,
     },
     "tokens": {"prompt": 2_882_714},
-    "rate": {"items_per_second": 52.1, "tokens_per_second": 4_380.5},
+    "rate": {"items_per_second": 52.1, "tokens_per_second": 4_380.5, "roofline": 0.81},
     "eta_seconds": 300.1,
     "chunks": {"pending": 60, "running": 2, "done": 138, "cancelled": 0},
     "created_at": "2026-11-24T01:00:02Z",

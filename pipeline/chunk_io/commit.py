@@ -34,6 +34,8 @@ class Commit:
     #: Kind of the device, and its precision; `None`: an upstream made the vectors, or there are none.
     device: str | None = None
     precision: str | None = None
+    #: Time that the forward passes would take at the device's rate of matrix products; 0 if there is none.
+    roofline_seconds: float = 0.0
 
     @property
     def settled(self) -> int:
@@ -192,5 +194,6 @@ def _commit(
         device_seconds=part.device_seconds,
         device=part.device,
         precision=part.precision,
+        roofline_seconds=part.roofline_seconds,
     )
     return True

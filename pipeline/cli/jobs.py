@@ -114,9 +114,9 @@ def _print_status(row: JobStatus) -> None:
     table.add_row("items", f"{counts.over:,} / {counts.total:,}   " + ", ".join(outcomes))
     table.add_row("tokens", f"{row.tokens.prompt:,}   {counts.truncated:,} texts truncated")
     table.add_row("chunks", ", ".join(f"{count:,} {name}" for name, count in row.chunks if count))
-    table.add_row(
-        "rate", f"{humanize.short(rate.items_per_second)} items/s   {humanize.short(rate.tokens_per_second)} tok/s"
-    )
+    roofline = "" if rate.roofline is None else f"   {rate.roofline:.0%} of the roofline".replace("%", " %")
+    speed = f"{humanize.short(rate.items_per_second)} items/s   {humanize.short(rate.tokens_per_second)} tok/s"
+    table.add_row("rate", speed + roofline)
     if row.eta_seconds is not None:
         table.add_row("time left", f"about {humanize.duration(row.eta_seconds)}")
     table.add_row("made", output.age(row.created_at))

@@ -36,6 +36,11 @@ class Rate(BaseModel):
 
     items_per_second: float = 0.0
     tokens_per_second: float = 0.0
+    roofline: float | None = Field(
+        default=None,
+        description="Share of the devices' rate of matrix products that embedding reached. "
+        "Null: nothing was committed, or by a static model or an upstream.",
+    )
 
 
 class ChunkCounts(BaseModel):

@@ -404,6 +404,8 @@ usage = Table(
     # Kind of the device that embedded, and its precision; NULL for requests and for models of upstreams.
     Column("device", Text),
     Column("precision", Text),
+    # Time of the same tokens at the device's rate of matrix products; NULL also for models that multiply nothing.
+    Column("roofline_seconds", Double),
     Column("cost", Numeric),
     # End user that a request's caller named.
     Column("end_user", Text),

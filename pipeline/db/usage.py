@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, text
@@ -22,6 +22,7 @@ def add_chunk_part(
     device_seconds: float,
     device: str | None,
     precision: str | None,
+    roofline_seconds: float,
 ) -> None:
     """Meter one commit of a chunk. (chunk, fence, part) is unique, and a row with the claim's token proves that the
     commit happened."""
@@ -29,9 +30,10 @@ def add_chunk_part(
         text("""
             insert into vectormill.usage
               (workspace_id, job_id, chunk_id, fence, token, part, model, items, prompt_tokens, total_tokens, truncated,
-               device_seconds, device, precision, cost, labels)
+               device_seconds, device, precision, roofline_seconds, cost, labels)
             select j.workspace_id, j.id, :chunk, :fence, :token, :part, j.model_name, :items, :tokens, :tokens,
-                   :truncated, :seconds, :device, :precision, m.price_per_million * :tokens / 1000000, j.labels
+                   :truncated, :seconds, :device, :precision, nullif(:roofline, 0),
+                   m.price_per_million * :tokens / 1000000, j.labels
             from vectormill.jobs j left join vectormill.models m on m.name = j.model_name where j.id = :job
         """),
         {
@@ -46,6 +48,7 @@ def add_chunk_part(
             "seconds": device_seconds,
             "device": device,
             "precision": precision,
+            "roofline": roofline_seconds,
         },
     )
 
@@ -74,12 +77,23 @@ def devices_of_job(connection: Connection, job_id: UUID) -> list[RowMapping]:
     return list(rows.mappings())
 
 
-def recent_rates(connection: Connection, job_id: UUID, window_seconds: float) -> Mapping[str, float]:
+class RecentRates(NamedTuple):
+    """Rates of a job."""
+
+    items_per_second: float
+    tokens_per_second: float
+    #: Share of the devices' rate of matrix products; `None`: there is none.
+    roofline: float | None
+
+
+def recent_rates(connection: Connection, job_id: UUID, window_seconds: float) -> RecentRates:
     """Return the items and tokens per second that a job committed within the last `window_seconds`, or since its start
-    if that is later. For a job that has ended, the window ends with it."""
+    if that is later, and their share of the roofline. For a job that has ended, the window ends with it."""
     row = connection.execute(
         text("""
             select coalesce(sum(u.items), 0) as items, coalesce(sum(u.prompt_tokens), 0) as tokens,
+                   sum(u.roofline_seconds)
+                     / nullif(sum(u.device_seconds) filter (where u.roofline_seconds is not null), 0) as roofline,
                    extract(epoch from coalesce(j.finished_at, now())
                      - greatest(j.started_at, coalesce(j.finished_at, now()) - make_interval(secs => :window))
                    ) as seconds
@@ -91,9 +105,9 @@ def recent_rates(connection: Connection, job_id: UUID, window_seconds: float) ->
         {"job": job_id, "window": window_seconds},
     ).one_or_none()
     if row is None or not row.seconds or row.seconds <= 0:
-        return {"items_per_second": 0.0, "tokens_per_second": 0.0}
+        return RecentRates(0.0, 0.0, None)
     seconds = float(row.seconds)
-    return {"items_per_second": float(row.items) / seconds, "tokens_per_second": float(row.tokens) / seconds}
+    return RecentRates(float(row.items) / seconds, float(row.tokens) / seconds, row.roofline)
 
 
 def measured_rates(connection: Connection, window_seconds: float, least_device_seconds: float) -> dict[str, float]:

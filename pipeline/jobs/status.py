@@ -186,13 +186,17 @@ def sum_up(connection: Connection, job_id: UUID) -> JobStatus:
     total = job.items_total or sums["items"]
     over = sums["embedded"] + sums["reused"] + sums["rejected"] + sums["cancelled"]
     pending = max(0, total - over)
-    pace = rates["items_per_second"]
+    pace = rates.items_per_second
     counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled", "truncated")}
     return JobStatus(
         **_of_job(job),
         items=ItemCounts(total=total, pending=pending, **counted),
         tokens=TokenCounts(prompt=sums["prompt_tokens"]),
-        rate=Rate(**{name: round(rate, 1) for name, rate in rates.items()}),
+        rate=Rate(
+            items_per_second=round(rates.items_per_second, 1),
+            tokens_per_second=round(rates.tokens_per_second, 1),
+            roofline=None if rates.roofline is None else round(rates.roofline, 3),
+        ),
         eta_seconds=None if job.state.ended or not pace else round(pending / pace, 1),
         chunks=ChunkCounts(**{state: sums[f"{state}_chunks"] for state in ChunkState}),
     )

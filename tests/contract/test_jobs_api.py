@@ -611,7 +611,7 @@ def test_what_reads_a_job_reads_the_same_over_the_api(working: Gateway, done: di
         *("total", "embedded", "reused", "rejected", "cancelled", "pending", "truncated"),
     }
     assert here["tokens"].keys() == {"prompt"}
-    assert here["rate"].keys() == {"items_per_second", "tokens_per_second"}
+    assert here["rate"].keys() == {"items_per_second", "tokens_per_second", "roofline"}
     assert here["chunks"].keys() == {"pending", "running", "done", "cancelled"}
     # Rates cover the last minute, so they change between two reads.
     assert {**there, "rate": here["rate"]} == {**here, "workspace": None}

@@ -185,6 +185,7 @@ class Noting:
 
     def __init__(self, encoder: LocalEncoder, steps: list[str]) -> None:
         self._encoder, self._steps, self.dimensions = encoder, steps, encoder.dimensions
+        self.device_kind, self.precision = encoder.device_kind, encoder.precision
         self.before: dict[str, Callable[[], object]] = {}
 
     def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokenised:

@@ -36,7 +36,7 @@ class SliceEncoding:
         self._vectors = np.zeros((len(items), encoder.dimensions), dtype=np.float32)
         self._made = np.zeros(len(items), dtype=np.bool_)
         self._tokens, self._truncated = tokenised.lengths.copy(), tokenised.truncated.copy()
-        self._seconds = 0.0
+        self._seconds = self._roofline_seconds = 0.0
 
     def commits(self) -> Iterator[Commit]:
         """Embed until all is done or the watch says stop, and yield the results so far at intervals. The rest is left
@@ -85,6 +85,7 @@ class SliceEncoding:
     def _add(self, batch: Batch) -> None:
         instrumentation.ran(self._claim.model, batch)
         self._seconds += batch.seconds
+        self._roofline_seconds += batch.roofline_seconds
         if batch.failure:
             self._rejects += [reject(self._items[at], *batch.failure) for at in batch.at.tolist()]
         else:
@@ -110,6 +111,7 @@ class SliceEncoding:
             rows=rows,
             rejects=self._rejects,
             device_seconds=self._seconds,
+            roofline_seconds=self._roofline_seconds,
             device=self._encoder.device_kind,
             precision=self._encoder.precision,
         )
@@ -118,7 +120,7 @@ class SliceEncoding:
     def _forget(self) -> None:
         """Drop the results that have been handed over."""
         self._made[:] = False
-        self._rejects, self._seconds = [], 0.0
+        self._rejects, self._seconds, self._roofline_seconds = [], 0.0, 0.0
 
 
 def _is_suspect(commit: Commit, bad: Sequence[Reject]) -> bool:
