@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
 ECOSYSTEM := .venv-ecosystem/.installed
 
-.PHONY: demo test test-contract test-acceptance test-browser test-ops test-ecosystem drill screenshots lint bench bench-gpu clean
+.PHONY: demo test test-contract test-acceptance test-browser test-ops test-ecosystem drill screenshots lint bench bench-gpu bench-peers clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
@@ -103,6 +103,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks
+
+# Other ways to embed on this CPU, beside ours.
+bench-peers: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.peers
 
 # On one NVIDIA GPU, in eight minutes. Beside a torch of one's own: python -m tests.benchmarks.gpu --help
 bench-gpu: $(INSTALLED)
