@@ -27,7 +27,9 @@ from tests.benchmarks.harness import Benchmark, Result, Rounds, result_table, wr
 _BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        *(module.BENCHMARK for module in (job, static_job, engine, write_back, submit_rate, submit_memory, fairness)),
+        job.BENCHMARK,
+        *engine.BENCHMARKS,
+        *(module.BENCHMARK for module in (static_job, write_back, submit_rate, submit_memory, fairness)),
         *gateway.BENCHMARKS,
         *children.BENCHMARKS,
         *scale.BENCHMARKS,
