@@ -30,7 +30,7 @@ from workers.encoders.weights import WeightsSource
 
 def describe(source: WeightsSource, pooling: str | None = None) -> dict[str, Any]:
     """Prove a model, and return its record for the catalogue: fingerprint, sizes, prompts, canary, rate on this
-    machine, and `notes`, sentences for the person who adds it.
+    machine and the kind of its device, and `notes`, sentences for the person who adds it.
 
     Raises:
         ModelError: it can't be loaded, isn't a dense text encoder, or has other vectors here than by its library.
@@ -58,6 +58,7 @@ def describe(source: WeightsSource, pooling: str | None = None) -> dict[str, Any
         "normalised": proof.normalised,
         "canary": encoder.canary().astype("<f4").tobytes().hex(),
         "tokens_per_second": _rate(encoder),
+        "device": encoder.device_kind,
         "notes": proof.notes,
     }
 

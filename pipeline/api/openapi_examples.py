@@ -200,6 +200,7 @@ EXAMPLES: dict[str, Any] = {
                 "id": "7d0f6c1e-58a4-4a0e-9c6c-0c6b8f0f4a11",
                 "host": "gpu-1",
                 "device": "cuda:0",
+                "device_kinds": ["NVIDIA H200"],
                 "models": [_MODEL],
                 "dropped": {},
                 "slots": 2,
@@ -221,6 +222,14 @@ EXAMPLES: dict[str, Any] = {
                 "matryoshka": [],
                 "max_item_tokens": 256,
                 "tokens_per_second": 4_400.0,
+                "rates": [
+                    {
+                        "device": "NVIDIA H200",
+                        "precision": "bfloat16",
+                        "tokens_per_second": 890_000.0,
+                        "measured_at": "2026-11-24T01:04:00Z",
+                    }
+                ],
                 "price_per_million": 0.02,
                 "added_at": "2026-11-01T09:00:00Z",
             }

@@ -179,8 +179,10 @@ def add_model(connection: Connection, name: str, description: Mapping[str, Any],
     Raises:
         UserError: the name or an alias is taken.
     """
-    columns = {column: value for column, value in description.items() if column != "notes"}
+    columns = {column: value for column, value in description.items() if column not in ("notes", "device")}
     _add(connection, name, {"kind": "local", **columns}, aliases)
+    if device := description.get("device"):  # on which it was measured, in float32
+        models.record_rate(connection, name, device, "float32", description["tokens_per_second"])
 
 
 def add_gateway(

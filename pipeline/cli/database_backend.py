@@ -120,7 +120,7 @@ class DatabaseBackend:
     def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
         """Return the catalogue's models, or only those that the workspace may use."""
         with self.place.engine.begin() as connection:
-            rows = models.every(connection) if everything else models.of_workspace(connection, self.place.workspace_id)
+            rows = models.listed(connection, None if everything else self.place.workspace_id)
             return [dict(row) for row in rows]
 
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:

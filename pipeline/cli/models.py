@@ -1,6 +1,7 @@
 """Commands `vectormill models`: the catalogue of models."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from decimal import Decimal
 from enum import StrEnum
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.catalog import models as catalog
 from pipeline.catalog.models import DEFAULT_WORKSPACE
@@ -56,8 +58,8 @@ _NOTHING: dict[Clearable, tuple[str, Any]] = {
     Clearable.PRICE: ("price_per_million", None),
 }
 _SHOWN = (
-    *("name", "kind", "dimensions", "matryoshka", "max_item_tokens", "tokens_per_second", "price_per_million"),
-    *("aliases", "path", "pooling", "gateway_url", "upstream_model", "key_env", "weights_sha256"),
+    *("name", "kind", "dimensions", "matryoshka", "max_item_tokens", "tokens_per_second", "rates"),
+    *("price_per_million", "aliases", "path", "pooling", "gateway_url", "upstream_model", "key_env", "weights_sha256"),
 )
 
 
@@ -88,9 +90,18 @@ def list_models(
     for name in ("name", "dimensions", "max tokens", "rate on one slot"):
         table.add_column(name, justify="left" if name == "name" else "right")
     for row in rows:
-        rate = f"{humanize.short(row['tokens_per_second'])} tok/s"
-        table.add_row(row["name"], str(row["dimensions"]), f"{row['max_item_tokens'] or '–'}", rate)
+        table.add_row(row["name"], str(row["dimensions"]), f"{row['max_item_tokens'] or '–'}", Text(_rates(row)))
     stdout.print(table)
+
+
+def _rates(row: Mapping[str, Any]) -> str:
+    """Return a model's rates, a line for each kind of device and precision."""
+    if not row["rates"]:
+        return f"{humanize.short(row['tokens_per_second'])} tok/s"
+    return "\n".join(
+        f"{each['device']}, {each['precision']}: {humanize.short(each['tokens_per_second'])} tok/s"
+        for each in row["rates"]
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -117,6 +117,7 @@ def worker(
         "VECTORMILL_REDIS_URL": redis,
         "VECTORMILL_WORKER_MODELS": ",".join(model or []),
         "VECTORMILL_WORKER_DEVICES": ",".join(device.name for device in chosen),
+        "VECTORMILL_WORKER_DEVICE_KINDS": ",".join(device.kind for device in chosen),
         "VECTORMILL_WORKER_REPLICAS": str(each),
         "VECTORMILL_WORKER_MEMORY_BYTES": str(memory_bytes),
         "VECTORMILL_WORKER_DTYPE": _precision(precision or settings.worker_dtype, chosen),

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.catalog.models import DEFAULT_WORKSPACE, as_model, find_model, find_row, portable
+from pipeline.catalog.rates import slot_rates
 from pipeline.cli.api_backend import ApiBackend
 from pipeline.cli.backends import open_backend
 from pipeline.cli.context import CommandContext
@@ -284,7 +286,8 @@ def _submit(place: CommandContext, wish: JobRequest, corpus: Source, idempotency
 def _estimate(place: CommandContext, wish: JobRequest, corpus: Source, *, as_json: bool) -> None:
     with place.engine.begin() as connection:
         row = find_row(connection, place.workspace_id, wish.model)
-        slots = sum(worker["slots"] for worker in workers.live(connection) if row["name"] in worker["models"])
+        slots = workers.slots_by_kind(connection, row["name"])
+        rates = slot_rates(connection, as_model(row), wish.precision)
         tell_namesake(connection, place.workspace_id, str(wish.name), corpus)
 
     def tokenise(texts: Sequence[str], max_tokens: int | None) -> tuple[Sequence[int], Sequence[bool]]:
@@ -295,7 +298,9 @@ def _estimate(place: CommandContext, wish: JobRequest, corpus: Source, *, as_jso
         lengths, cut = oneshot(["tokens"], asked)
         return lengths, cut
 
-    found = estimate(corpus, as_model(row), wish, slots, tokenise)
+    number = sum(slots.values())
+    mean = sum(rates[kind] * slots[kind] for kind in slots) / number if number else min(rates.values())
+    found = estimate(corpus, replace(as_model(row), tokens_per_second=mean), wish, number, tokenise)
     tell(found["notices"])
     if as_json:
         print_json(found)

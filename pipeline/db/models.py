@@ -1,13 +1,14 @@
 """Rows of the catalogue: models, the workspaces that may use them, and vector spaces."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, RowMapping, text
+from sqlalchemy import Connection, RowMapping, func, text
 from sqlalchemy.dialects.postgresql import insert
 
-from pipeline.db.tables import models, vector_spaces, workspace_models
+from pipeline.db.tables import model_rates, models, vector_spaces, workspace_models
 
 
 def add(connection: Connection, values: Mapping[str, Any]) -> bool:
@@ -116,12 +117,66 @@ def of_workspace(connection: Connection, workspace_id: int) -> list[RowMapping]:
     )
 
 
+def listed(connection: Connection, workspace_id: int | None) -> list[RowMapping]:
+    """Return the models that a workspace may use, or all, by name, each with its `rates`: a list of `device,
+    precision, tokens_per_second, measured_at`, the fastest first."""
+    rows = connection.execute(
+        text("""
+            select m.*, coalesce((
+                select jsonb_agg(to_jsonb(r) - 'model' order by r.tokens_per_second desc, r.device, r.precision)
+                from vectormill.model_rates r where r.model = m.name
+              ), '[]') as rates
+            from vectormill.models m
+            where cast(:workspace as bigint) is null or exists (
+              select from vectormill.workspace_models w where w.model_name = m.name and w.workspace_id = :workspace
+            )
+            order by m.name
+        """),
+        {"workspace": workspace_id},
+    )
+    return list(rows.mappings())
+
+
+def rates(connection: Connection, name: str, precision: str = "auto") -> dict[str, float]:
+    """Return a local model's measured tokens per second of one slot by kind of device, the one measured last first.
+
+    A kind's rate is the one in `precision`, if there is one; else its highest, which is that of half precision.
+    """
+    rows = connection.execute(
+        text("""
+            select device,
+                   coalesce(max(tokens_per_second) filter (where precision = :precision), max(tokens_per_second))
+            from vectormill.model_rates where model = :name group by device order by max(measured_at) desc, device
+        """),
+        {"name": name, "precision": precision},
+    )
+    return {device: float(rate) for device, rate in rows}
+
+
+def record_rate(
+    connection: Connection,
+    name: str,
+    device: str,
+    precision: str,
+    tokens_per_second: float,
+    measured_at: datetime | None = None,
+) -> None:
+    """Record a local model's tokens per second of one slot on a kind of device, measured now or at that time."""
+    found = {"tokens_per_second": tokens_per_second, "measured_at": measured_at or func.now()}
+    connection.execute(
+        insert(model_rates)
+        .values(model=name, device=device, precision=precision, **found)
+        .on_conflict_do_update(index_elements=["model", "device", "precision"], set_=found)
+    )
+
+
 def set_rate(connection: Connection, name: str, tokens_per_second: float) -> None:
-    """Record a model's measured tokens per second on one slot, unless it changed by less than a tenth."""
+    """Record the measured tokens per second of an upstream's model on one slot, unless it changed by less than a
+    tenth. That of a local model stays as it was when the model was added."""
     connection.execute(
         text("""
             update vectormill.models set tokens_per_second = :rate
-            where name = :name and abs(tokens_per_second - :rate) > tokens_per_second * 0.1
+            where name = :name and kind = 'gateway' and abs(tokens_per_second - :rate) > tokens_per_second * 0.1
         """),
         {"name": name, "rate": tokens_per_second},
     )

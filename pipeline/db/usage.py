@@ -110,27 +110,30 @@ def recent_rates(connection: Connection, job_id: UUID, window_seconds: float) ->
     return RecentRates(float(row.items) / seconds, float(row.tokens) / seconds, row.roofline)
 
 
-def measured_rates(connection: Connection, window_seconds: float, least_device_seconds: float) -> dict[str, float]:
-    """Return the tokens per device second of each model that worked at least `least_device_seconds` in the window.
-    Recent work weighs most."""
+def measured_rates(connection: Connection, window_seconds: float, least_device_seconds: float) -> list[RowMapping]:
+    """Return the tokens per device second of each model on each kind of device and in each precision that worked at
+    least `least_device_seconds` in the window: `model, device, precision, rate, last_at`. Recent work weighs most."""
     rows = connection.execute(
         text("""
             -- Per model, to use the index.
-            select m.name, of.tokens / of.weighted_seconds from vectormill.models m cross join lateral (
-              select sum(prompt_tokens * weight) as tokens, sum(device_seconds * weight) as weighted_seconds,
-                     sum(device_seconds) as seconds
+            select m.name as model, of.device, of.precision, of.tokens / of.weighted_seconds as rate, of.last_at
+            from vectormill.models m cross join lateral (
+              select device, precision, sum(prompt_tokens * weight) as tokens,
+                     sum(device_seconds * weight) as weighted_seconds,
+                     sum(device_seconds) as seconds, max(created_at) as last_at
               from vectormill.usage
               -- Weight falls to about a third after five minutes.
               cross join lateral (
                 select exp(-cast(extract(epoch from now() - created_at) as double precision) / 300) as weight
               ) age
               where model = m.name and created_at > now() - make_interval(secs => :window) and job_id is not null
+              group by device, precision
             ) of
             where of.seconds >= :least and of.tokens > 0
         """),
         {"window": window_seconds, "least": least_device_seconds},
     )
-    return {model: float(rate) for model, rate in rows}
+    return list(rows.mappings())
 
 
 def add_requests(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """Heartbeats of workers, their dropped models, and the lease for leader election among dispatchers."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -10,15 +11,31 @@ from sqlalchemy import Connection, RowMapping, text
 SEEN_SECONDS = 30
 
 
-def show(connection: Connection, worker_id: UUID, *, host: str, device: str, models: Sequence[str], slots: int) -> None:
-    """Record a worker's heartbeat, and the models it serves."""
+def show(
+    connection: Connection,
+    worker_id: UUID,
+    *,
+    host: str,
+    device: str,
+    device_kinds: Sequence[str],
+    models: Sequence[str],
+    slots: int,
+) -> None:
+    """Record a worker's heartbeat, and the models it serves. `device_kinds` has an entry for each device."""
     connection.execute(
         text("""
-            insert into vectormill.workers (id, host, device, models, slots)
-            values (:id, :host, :device, :models, :slots)
+            insert into vectormill.workers (id, host, device, device_kinds, models, slots)
+            values (:id, :host, :device, :kinds, :models, :slots)
             on conflict (id) do update set models = excluded.models, seen_at = now()
         """),
-        {"id": worker_id, "host": host, "device": device, "models": list(models), "slots": slots},
+        {
+            "id": worker_id,
+            "host": host,
+            "device": device,
+            "kinds": list(device_kinds),
+            "models": list(models),
+            "slots": slots,
+        },
     )
 
 
@@ -77,12 +94,24 @@ def live(connection: Connection, seen_within_seconds: float = SEEN_SECONDS) -> l
     return list(
         connection.execute(
             text("""
-            select id, host, device, models, dropped, slots, resting, started_at, seen_at from vectormill.workers
+            select id, host, device, device_kinds, models, dropped, slots, resting, started_at, seen_at
+            from vectormill.workers
             where seen_at > now() - make_interval(secs => :age) order by started_at
         """),
             {"age": seen_within_seconds},
         ).mappings()
     )
+
+
+def slots_by_kind(connection: Connection, model: str) -> dict[str, int]:
+    """Return the number of slots of live workers that serve a model, by kind of device."""
+    slots: Counter[str] = Counter()
+    for worker in live(connection):
+        # A worker of a version before tells its devices' names only.
+        kinds = worker["device_kinds"] or worker["device"].split(",")
+        for kind in kinds if model in worker["models"] else ():
+            slots[kind] += worker["slots"] // len(kinds)
+    return slots
 
 
 def hold_lease(connection: Connection, name: str, holder: str, seconds: float) -> bool:

@@ -134,10 +134,14 @@ def _judge_dropped(connection: Connection) -> None:
 
 
 def measure_rates(dispatcher: Dispatcher) -> None:
-    """Store each model's measured rate, from which the size of chunks is planned."""
+    """Store each model's measured rates by kind of device, from which the size of chunks is planned."""
     with dispatcher.engine.begin() as connection:
-        for name, rate in usage.measured_rates(connection, 3600, least_device_seconds=5).items():
-            models.set_rate(connection, name, rate)
+        for row in usage.measured_rates(connection, 3600, least_device_seconds=5):
+            if row["device"] is None:
+                models.set_rate(connection, row["model"], row["rate"])
+            else:
+                by = (row["device"], row["precision"])
+                models.record_rate(connection, row["model"], *by, row["rate"], row["last_at"])
 
 
 def maintain(dispatcher: Dispatcher) -> None:

@@ -114,6 +114,8 @@ class Settings(BaseSettings):
     worker_models: Annotated[tuple[str, ...], NoDecode] = ()
     #: The devices of a worker, comma-separated (`cpu`, `cuda:0`, `mps`). Set by `vectormill worker --devices`.
     worker_devices: Annotated[tuple[str, ...], NoDecode] = ("cpu",)
+    #: Kind of each of those devices, comma-separated: `cpu`, `mps`, or a GPU's name. Set by `vectormill worker`.
+    worker_device_kinds: Annotated[tuple[str, ...], NoDecode] = ("cpu",)
     #: Children per device. Set by `vectormill worker --replicas`.
     worker_replicas: int = Field(default=1, ge=1, le=64)
     #: Memory of one of those devices; 0: unknown. Set by `vectormill worker`.
@@ -123,7 +125,9 @@ class Settings(BaseSettings):
     worker_dtype: str = Field(default="auto", pattern="^(auto|float32|bfloat16|float16)$")
 
     @field_validator(
-        "worker_models", "worker_devices", "api_sources", "api_outputs", "api_origins", "webhooks", mode="before"
+        *("worker_models", "worker_devices", "worker_device_kinds"),
+        *("api_sources", "api_outputs", "api_origins", "webhooks"),
+        mode="before",
     )
     @classmethod
     def _split_commas(cls, value: object) -> object:

@@ -10,6 +10,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from pipeline.catalog.rates import slot_rates
 from pipeline.chunk_io.sinks import sink_of
 from pipeline.core.chunks import Extent, Reject
 from pipeline.core.errors import EmptySource, LeaseLost, ServiceUnreachable, UserError, VectormillError
@@ -19,7 +20,7 @@ from pipeline.db.database import flush_later, is_connection_lost
 from pipeline.db.staging import Producer
 from pipeline.infra.leases import Renewal
 from pipeline.ingest.chunking import ChunkLimits, Planner, Range, chunk_tokens, estimate_tokens
-from pipeline.ingest.submission import Submission
+from pipeline.ingest.submission import Planning, Submission
 from pipeline.jobs import control
 from pipeline.sources import Corpus, Rows, Source, SourceFile
 from pipeline.sources.source_file import Places
@@ -40,12 +41,9 @@ class Staging:
     def __init__(self, engine: Engine, submission: Submission, producer: Producer) -> None:
         self._engine, self._submission, self._producer = engine, submission, producer
         self._job_id = producer.job_id
-        model, options, planning = submission.model, submission.options, submission.planning
-        bounds = (options.max_item_tokens, model.max_item_tokens)
+        bounds = (submission.options.max_item_tokens, submission.model.max_item_tokens)
         self._max_item_tokens = min((bound for bound in bounds if bound), default=None)
-        tokens = chunk_tokens(planning.chunk_seconds, model.tokens_per_second)
-        self._planner = Planner(ChunkLimits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes))
-        self._lease_seconds = planning.lease_seconds
+        self._lease_seconds = submission.planning.lease_seconds
         self._items = self._chunks = self._rejects = self._keyless = 0
         #: Items recorded by the last commit.
         self._committed = 0
@@ -88,6 +86,9 @@ class Staging:
         with self._engine.begin() as connection:
             self._hold(connection)
             staging.insert_inputs(connection, self._job_id, corpus.inputs())
+            rates = slot_rates(connection, self._submission.model, options.precision)
+        # A chunk for the slowest of them is soon done by the others.
+        self._planner = Planner(_limits(self._submission.planning, min(rates.values())))
         if options.by_reference:
             assert isinstance(corpus, Corpus)
             self._plan_files(corpus)
@@ -228,6 +229,11 @@ class Staging:
             )
         if keyless is not None:
             raise UserError(f"item {keyless:,} has no key (counted from 0).", field="unique_keys")
+
+
+def _limits(planning: Planning, tokens_per_second: float) -> ChunkLimits:
+    tokens = chunk_tokens(planning.chunk_seconds, tokens_per_second)
+    return ChunkLimits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes)
 
 
 class _Spots:

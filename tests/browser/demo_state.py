@@ -74,13 +74,15 @@ class Night:
         """Write two busy workers, one that rests, one that is silent, and two engines, one of which has no model."""
         self._workers = [uuid4() for _ in range(4)]
         shown = [
-            ("gpu-01", "cuda:0", [LOCAL, SMALL, FAR], 2, 3),
-            ("gpu-01", "cuda:1", [LOCAL, SMALL, FAR], 2, 4),
-            ("batch-07", "cpu", [SMALL], 1, 9),
-            ("batch-09", "cpu", [SMALL, FAR], 1, 412),
+            ("gpu-01", "cuda:0", "NVIDIA H200", [LOCAL, SMALL, FAR], 2, 3),
+            ("gpu-01", "cuda:1", "NVIDIA H200", [LOCAL, SMALL, FAR], 2, 4),
+            ("batch-07", "cpu", "cpu", [SMALL], 1, 9),
+            ("batch-09", "cpu", "cpu", [SMALL, FAR], 1, 412),
         ]
-        for worker, (host, device, served, slots, silence) in zip(self._workers, shown, strict=True):
-            workers.show(self._connection, worker, host=host, device=device, models=served, slots=slots)
+        for worker, (host, device, kind, served, slots, silence) in zip(self._workers, shown, strict=True):
+            workers.show(
+                self._connection, worker, host=host, device=device, device_kinds=[kind], models=served, slots=slots
+            )
             self._run(
                 "update vectormill.workers set started_at = now() - interval '9 hours', "
                 "seen_at = now() - make_interval(secs => :silence) where id = :worker",

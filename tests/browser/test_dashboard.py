@@ -298,7 +298,9 @@ def long_names(site: Site) -> list[str]:
         )
         with engine.begin() as connection:
             worker = uuid4()
-            workers.show(connection, worker, host="H" * 200, device="cpu", models=[model.name], slots=1)
+            workers.show(
+                connection, worker, host="H" * 200, device="cpu", device_kinds=["cpu"], models=[model.name], slots=1
+            )
             workers.drop_model(connection, worker, model.name, "E" * 300)
             metered = {"workspace_id": models.workspace_id(connection), "model": model.name, "job_id": job}
             usage = tables.usage.insert().values(items=1, prompt_tokens=10**12, total_tokens=10**12, **metered)

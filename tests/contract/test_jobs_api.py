@@ -565,7 +565,9 @@ def test_workspaces_are_told_apart(working: Gateway, done: dict[str, Any], line:
     with working.client(working.workspace("strangers")) as other:
         assert other.get("/api/jobs").json()["data"] == []
         assert other.get("/api/usage").json()["data"] == []
-        assert {row["name"] for row in other.get("/api/models").json()["data"]} == {"static"}
+        (model,) = other.get("/api/models").json()["data"]
+        assert (model["name"], {rate["device"] for rate in model["rates"]}) == ("static", {"cpu"})
+        assert {kind for row in other.get("/api/workers").json()["workers"] for kind in row["device_kinds"]} == {"cpu"}
         mine = _upload(other, _ROWS[:3], name="theirs.jsonl").json()
         elsewhere = other.post(
             "/api/jobs",

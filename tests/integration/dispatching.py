@@ -1,5 +1,6 @@
 """Shared helpers of tests of the dispatcher's duties."""
 
+from collections.abc import Sequence
 from uuid import UUID, uuid4
 
 from sqlalchemy import Engine
@@ -15,11 +16,11 @@ def make_dispatcher(engine: Engine, redis_url: str) -> Dispatcher:
     return Dispatcher(engine=engine, publisher=Publisher(redis_url), lease_seconds=30, text_retention_days=7)
 
 
-def show_worker(engine: Engine, model: str, slots: int) -> UUID:
-    """Register a worker that serves a model, as the dispatcher sees it."""
+def show_worker(engine: Engine, model: str, slots: int, kinds: Sequence[str] = ("cpu",)) -> UUID:
+    """Register a worker that serves a model on devices of these kinds, as the dispatcher sees it."""
     worker = uuid4()
     with engine.begin() as connection:
-        workers.show(connection, worker, host="here", device="cpu", models=[model], slots=slots)
+        workers.show(connection, worker, host="here", device="cpu", device_kinds=kinds, models=[model], slots=slots)
     return worker
 
 

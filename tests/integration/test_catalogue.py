@@ -115,3 +115,11 @@ def test_models_are_changed_and_listed(
         workspaces.enable_models(connection, catalog.workspace_id(connection), [])
     assert listed() == ["first", "second"], "the whole catalogue"
     assert run("list", "--workspace", "none")[0] == 2
+    with engine.begin() as connection:
+        models.record_rate(connection, "second", "NVIDIA H200", "bfloat16", 890_000.0)
+        models.record_rate(connection, "second", "cpu", "float32", 4_400.0)
+    rows = {row["name"]: row["rates"] for row in json.loads(run("list", "--json")[1])}
+    assert [each["device"] for each in rows["second"]] == ["NVIDIA H200", "cpu"], "the fastest first"
+    table = run("list")[1]
+    assert "NVIDIA H200, bfloat16: 890k tok/s" in table
+    assert "cpu, float32: 4.4k tok/s" in table

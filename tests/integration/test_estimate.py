@@ -111,12 +111,14 @@ def test_the_rate_follows_what_workers_did_last(engine: Engine) -> None:
             connection.execute(
                 text("""
                     insert into vectormill.usage
-                      (workspace_id, job_id, model, prompt_tokens, device_seconds, created_at)
-                    values (1, gen_random_uuid(), :model, :tokens, 10, now() - make_interval(mins => :age))
+                      (workspace_id, job_id, model, prompt_tokens, device_seconds, created_at, device, precision)
+                    values (1, gen_random_uuid(), :model, :tokens, 10, now() - make_interval(mins => :age), 'cpu',
+                            'float32')
                 """),
                 {"model": name, "tokens": tokens, "age": minutes_ago},
             )
-            return usage.measured_rates(connection, 3_600, 5).get(name)
+            measured = usage.measured_rates(connection, 3_600, 5)
+            return next((float(row["rate"]) for row in measured if row["model"] == name), None)
 
     assert work(1_000, 70) is None
     assert work(4_000, 55) == pytest.approx(400)

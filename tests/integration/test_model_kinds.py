@@ -54,7 +54,7 @@ def ours(folder: Path, pooling: str | None) -> tuple[npt.NDArray[Any], npt.NDArr
     """Return the vectors of documents and queries, encoded in the same batches, of the model as it is added and as a
     worker loads it."""
     described = oneshot.describe(WeightsSource(path=str(folder)), pooling)
-    del described["notes"]
+    del described["notes"], described["device"]
     model = from_portable({**described, "name": "tiny", "slug": "tiny", "upstream": None})
     encoder = Loader("cpu", None, "float32").load(model)
     encoder.prove(model.canary)

@@ -74,7 +74,7 @@ def described(name: str, folder: Path) -> dict[str, Any]:
     file = _MODELS / f"{name}.json"
     with _making() as within:
         kept: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {"path": None}
-        if kept["path"] == str(folder) and folder.stat().st_mtime < file.stat().st_mtime:
+        if kept["path"] == str(folder) and "device" in kept and folder.stat().st_mtime < file.stat().st_mtime:
             return kept
         command = [sys.executable, "-m", "workers.oneshot", "describe", str(folder)]
         done = subprocess.run(command, capture_output=True, check=False, cwd=_CHECKOUT, env=dict(os.environ))

@@ -118,6 +118,7 @@ class Heartbeat:
                 self._worker_id,
                 host=socket.gethostname(),
                 device=",".join(self._settings.worker_devices),
+                device_kinds=self._settings.worker_device_kinds,
                 models=sorted(served),
                 slots=len(self._settings.worker_devices) * self._settings.worker_replicas,
             )

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingErr
 
 from pipeline.broker import RUN_CHUNK
 from pipeline.catalog.models import as_model
+from pipeline.catalog.rates import least_rate
 from pipeline.core.chunks import ChunkState, Claim
 from pipeline.core.errors import (
     GatewayBusy,
@@ -130,8 +131,10 @@ class Child:
             return encoder, watch
         local = self.model_cache.get(model, claim.options.precision)
         metrics.WORKER_DEVICE_MEMORY_BYTES.labels(str(local.device)).set(local.held_bytes)
+        with self.engine.begin() as connection:
+            rate = least_rate(connection, model, claim.options.precision, local.device_kind)
         # A single long text may exceed the budget.
-        expected_seconds = max(local.budget_tokens, claim.max_item_tokens or 0) / model.tokens_per_second
+        expected_seconds = max(local.budget_tokens, claim.max_item_tokens or 0) / rate
         hung_after = max(_LEAST_HANG_SECONDS, _HANG_FACTOR * expected_seconds)
         # A commit costs little beside the work that it saves from a crash. With an output it would add a part file.
         commit_seconds = inf if claim.options.output else self.settings.chunk_seconds / _COMMITS

@@ -103,7 +103,7 @@ def _workers(connection: Connection, viewer: Viewer) -> dict[str, Any]:
 
 
 def _catalogue(connection: Connection, viewer: Viewer) -> Sequence[RowMapping]:
-    return models.every(connection) if viewer.scope is None else models.of_workspace(connection, viewer.scope)
+    return models.listed(connection, viewer.scope)
 
 
 def _visible(connection: Connection, viewer: Viewer) -> set[str]:

@@ -13,6 +13,15 @@ from pipeline.db import models
 router = APIRouter(prefix="/api", responses=problems(400, 404), tags=["Fleet"])
 
 
+class ModelRate(BaseModel):
+    """Measured rate of a model on one slot."""
+
+    device: str = Field(description="Kind of the device: cpu, mps, or a GPU's name.")
+    precision: str
+    tokens_per_second: float
+    measured_at: datetime
+
+
 class CatalogueModel(BaseModel):
     """Model of the catalogue that your workspace may use; with an admin's key, any model."""
 
@@ -22,7 +31,8 @@ class CatalogueModel(BaseModel):
     dimensions: int
     matryoshka: list[int] = Field(description="Sizes to which its vectors may be shortened.")
     max_item_tokens: int | None
-    tokens_per_second: float = Field(description="Measured on one slot.")
+    tokens_per_second: float = Field(description="Of one slot, as measured when it was added; an upstream's, lately.")
+    rates: list[ModelRate] = Field(description="Rates of a local model, measured while it worked; the fastest first.")
     price_per_million: float | None
     added_at: datetime
 
@@ -40,6 +50,6 @@ async def list_catalogue(request: Request, workspace: Workspace = None) -> Catal
 
     def act(connection: Connection) -> list[Any]:
         scope = scope_of(connection, caller, workspace)
-        return models.every(connection) if scope is None else models.of_workspace(connection, scope)
+        return models.listed(connection, scope)
 
     return Catalogue(data=[CatalogueModel(**row) for row in await ask(request, act)])

@@ -24,6 +24,7 @@ class Worker(BaseModel):
     id: UUID
     host: str
     device: str
+    device_kinds: list[str] = Field(description="Kind of each of its devices: cpu, mps, or a GPU's name.")
     models: list[str]
     dropped: dict[str, str] = Field(description="Models that it dropped, each with the reason.")
     slots: int
