@@ -103,6 +103,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.dry_run
 
 # Other ways to embed on this CPU, beside ours.
 bench-peers: $(INSTALLED)

@@ -6,7 +6,9 @@
     python -m workers.oneshot gateway              an upstream's fields on standard input → its record
     python -m workers.oneshot queries              {"model", "texts"} on standard input → vectors
     python -m workers.oneshot tokens               {"model", "texts", "max_tokens"} on standard input
-                                                   → [lengths, flags of truncation]
+                                                   → [lengths, flags of truncation, seconds]
+    python -m workers.oneshot measure              {"model", "rows", "slots", …} on standard input → what
+                                                   `workers.measuring` finds
 
 SOURCE is a folder, or a hub id and its revision. `model` is a catalogue entry, see `pipeline.catalog.models.portable`.
 
@@ -100,14 +102,16 @@ def queries(model: Model, texts: list[str]) -> list[list[float]]:
     return vectors
 
 
-def tokens(model: Model, texts: list[str], max_tokens: int | None) -> tuple[list[int], list[bool]]:
-    """Return each document's number of tokens after truncation, and whether it was truncated.
+def tokens(model: Model, texts: list[str], max_tokens: int | None) -> tuple[list[int], list[bool], float]:
+    """Return each document's number of tokens after truncation, and whether it was truncated; and the seconds that
+    this took on one core.
 
     Raises:
         ModelError: the model isn't the one that was added to the catalogue.
     """
-    read = Loader("cpu", None, "float32").load(model).tokenise(texts, max_tokens)
-    return read.lengths.tolist(), read.truncated.tolist()
+    encoder, began = Loader("cpu", None, "float32").load(model), perf_counter()
+    read = encoder.tokenise(texts, max_tokens)
+    return read.lengths.tolist(), read.truncated.tolist(), perf_counter() - began
 
 
 def main(arguments: list[str]) -> Any:
@@ -129,6 +133,11 @@ def main(arguments: list[str]) -> Any:
         case ["tokens"]:
             asked = json.load(sys.stdin)
             return tokens(from_portable(asked["model"]), asked["texts"], asked["max_tokens"])
+        case ["measure"]:
+            from workers.measuring import measure
+
+            asked = json.load(sys.stdin)
+            return measure(asked, from_portable(asked["model"]))
     raise SystemExit(__doc__)
 
 

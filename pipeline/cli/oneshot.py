@@ -7,6 +7,13 @@ from typing import Any
 from pipeline.core.errors import ModelError
 from pipeline.embedded.processes import our_environment, our_module
 
+#: Nothing but errors on standard error, and a thread for each tokeniser, as in workers.
+_CALM = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 
 def oneshot(arguments: list[str], payload: Any = None) -> Any:
     """Run workers/oneshot.py, a process that may import torch, and return its answer. Payload and answer are JSON.
@@ -19,7 +26,7 @@ def oneshot(arguments: list[str], payload: Any = None) -> Any:
         input=json.dumps(payload),
         capture_output=True,
         text=True,
-        env=our_environment({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}),
+        env=our_environment(_CALM),
         check=False,
     )
     if done.returncode:

@@ -2,8 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -12,27 +11,21 @@ from uuid import UUID
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from pipeline.catalog.models import DEFAULT_WORKSPACE, as_model, find_model, find_row, portable
-from pipeline.catalog.rates import slot_rates
+from pipeline.catalog.models import DEFAULT_WORKSPACE, find_model
 from pipeline.cli.api_backend import ApiBackend
 from pipeline.cli.backends import open_backend
 from pipeline.cli.context import CommandContext
+from pipeline.cli.dry_run import estimate_job, print_estimate, read_count
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
-from pipeline.cli.oneshot import oneshot
-from pipeline.cli.output import print_json, stderr, stdout, tell
-from pipeline.core import humanize
+from pipeline.cli.output import stderr, tell
 from pipeline.core.errors import EmptySource, UserError
 from pipeline.core.options import Columns, JobOptions, OnLong, Precision, VectorType
-from pipeline.db import workers
 from pipeline.infra.storage import is_remote
-from pipeline.ingest.estimate import estimate
 from pipeline.ingest.request import JobRequest, default_name, read_request
 from pipeline.ingest.submission import Submission, planning
 from pipeline.ingest.submit import submit as submit_corpus
-from pipeline.ingest.submit import tell_namesake
 from pipeline.sources import Compression, Corpus, Source
 from pipeline.sources.discovery import find_files
 from pipeline.sources.query import QueryCorpus
@@ -111,8 +104,12 @@ def submit(
         bool, typer.Option("--allow-empty", help="If there are no rows, make no job and exit with 0.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate tokens, time and size from a sample; submit nothing.")
+        bool,
+        typer.Option("--dry-run", help="Estimate tokens, time, size and cost from a sample; submit nothing."),
     ] = False,
+    at: Annotated[
+        str | None, typer.Option(metavar="N", help="Estimate as if the corpus had N items, such as 1e9.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what --dry-run finds as JSON.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the job ends; the exit code says how.")] = False,
     timeout: Timeout = None,
@@ -133,10 +130,14 @@ def submit(
         vectormill submit "s3://corpus/*.parquet" --model all-MiniLM-L6-v2 --by-reference --output s3://vectors/corpus
 
         vectormill submit --from duckdb:///shop.db --query "select id, text from items" --model all-MiniLM-L6-v2
+
+        vectormill submit sample.jsonl --model all-MiniLM-L6-v2 --dry-run --at 1e9
     """
     if max_rejects != max_rejects.strip():
         raise UserError("--max-rejects: give a count such as 50, or a share such as 2.5%.")
+    items = read_count(at)
     _needs("--json", as_json, "--dry-run", dry_run)
+    _needs("--at", at is not None, "--dry-run", dry_run)
     _needs("--timeout", timeout is not None, "--wait", wait)
     if wait and dry_run:
         raise UserError("--wait has no effect with --dry-run, which submits nothing; leave one of them out.")
@@ -178,7 +179,7 @@ def submit(
             if by_reference is None:
                 wish = wish.model_copy(update={"by_reference": _by_reference(corpus, wish)})
             if dry_run:
-                _estimate(backend.place, wish, corpus, as_json=as_json)
+                print_estimate(estimate_job(backend.place, wish, corpus, items), as_json=as_json)
                 return
             try:
                 job_id = _submit(backend.place, wish, corpus, idempotency_key)
@@ -281,52 +282,6 @@ def _submit(place: CommandContext, wish: JobRequest, corpus: Source, idempotency
         stderr.print(f"{done.attached}.")
     tell(done.notices)
     return done.job_id
-
-
-def _estimate(place: CommandContext, wish: JobRequest, corpus: Source, *, as_json: bool) -> None:
-    with place.engine.begin() as connection:
-        row = find_row(connection, place.workspace_id, wish.model)
-        slots = workers.slots_by_kind(connection, row["name"])
-        rates = slot_rates(connection, as_model(row), wish.precision)
-        tell_namesake(connection, place.workspace_id, str(wish.name), corpus)
-
-    def tokenise(texts: Sequence[str], max_tokens: int | None) -> tuple[Sequence[int], Sequence[bool]]:
-        if row["kind"] == "gateway":  # only the upstream has its tokeniser
-            stderr.print("Tokens are estimated: an upstream counts them itself, and four characters are about one.")
-            return [len(text) // 4 + 1 for text in texts], [False] * len(texts)
-        asked = {"model": portable(as_model(row)), "texts": list(texts), "max_tokens": max_tokens}
-        lengths, cut = oneshot(["tokens"], asked)
-        return lengths, cut
-
-    number = sum(slots.values())
-    mean = sum(rates[kind] * slots[kind] for kind in slots) / number if number else min(rates.values())
-    found = estimate(corpus, replace(as_model(row), tokens_per_second=mean), wish, number, tokenise)
-    tell(found["notices"])
-    if as_json:
-        print_json(found)
-    else:
-        stdout.print(_estimate_table(found))
-
-
-def _estimate_table(found: Mapping[str, Any]) -> Table:
-    items, tokens, time = found["items"], found["tokens"], found["time"]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bright_black")
-    table.add_row("items", f"{items['total']:,}   about {items['rejected']:,} would be rejected")
-    table.add_row("tokens", f"about {tokens['total']:,}   95 %: {tokens['low']:,} to {tokens['high']:,}")
-    table.add_row("", f"{tokens['mean']:g} a text, measured on {tokens['sampled_items']:,} of them")
-    duplicates = found["duplicates"]
-    table.add_row("duplicates", f"{duplicates['share']:.1%} of {duplicates['compared_items']:,} texts compared")
-    table.add_row("truncated", f"{found['truncated']['share']:.1%}")
-    slots = f"{time['slots']} slots" if time["slots"] else "one slot; no worker serves this model now"
-    table.add_row(
-        "time",
-        f"about {humanize.duration(time['seconds'])} at {humanize.short(time['tokens_per_second'])} tok/s on {slots}",
-    )
-    for where, name in (("postgres", "Postgres"), ("parquet", "Parquet")):
-        if found["bytes"][where]:
-            table.add_row("size", f"about {humanize.size(found['bytes'][where])} in {name}")
-    return table
 
 
 #: Files of more bytes together are read by the workers themselves, unless --by-value is given.

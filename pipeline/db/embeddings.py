@@ -7,6 +7,7 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
+from psycopg import sql
 from psycopg.types.json import set_json_loads
 from sqlalchemy import Connection, text
 
@@ -75,9 +76,15 @@ def _row_layout(dimensions: int, kept_as: VectorType) -> np.dtype[np.void]:
 
 
 def copy_rows(
-    connection: Connection, job_id: UUID, vector_space_id: int, rows: EmbeddedRows, kept_as: VectorType
+    connection: Connection,
+    job_id: UUID,
+    vector_space_id: int,
+    rows: EmbeddedRows,
+    kept_as: VectorType,
+    *,
+    table: sql.Identifier | None = None,
 ) -> None:
-    """Append vectors to the column of their type, by COPY."""
+    """Append vectors to the column of their type, by COPY. `table`: another one than the job's partition."""
     if len(rows.indexes) == 0:
         return
     dimensions = rows.vectors.shape[1]
@@ -87,7 +94,7 @@ def copy_rows(
     fixed["tokens_size"], fixed["truncated_size"] = 4, 1
     fixed["vector_size"] = 4 + dimensions * kept_as.element_bytes
     fixed["dimensions"], fixed["zero"] = dimensions, 0
-    with copying(connection, leaf("embeddings", job_id), (*_FIXED, kept_as.column, "key")) as copy:
+    with copying(connection, table or leaf("embeddings", job_id), (*_FIXED, kept_as.column, "key")) as copy:
         copy.write(copy_format.SIGNATURE)
         for start in range(0, len(rows.indexes), _BLOCK):
             part = slice(start, start + _BLOCK)

@@ -6,6 +6,7 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
+from psycopg import sql
 from sqlalchemy import Connection, RowMapping, and_, delete, text
 
 from pipeline.core.chunks import Item, Reject
@@ -45,11 +46,18 @@ class Block:
     carried: Sequence[bytes] | None
 
 
-def copy_items(connection: Connection, job_id: UUID, first_index: int, blocks: Sequence[Block]) -> None:
-    """Append consecutive items from `first_index` on, by COPY."""
+def copy_items(
+    connection: Connection,
+    job_id: UUID,
+    first_index: int,
+    blocks: Sequence[Block],
+    *,
+    table: sql.Identifier | None = None,
+) -> None:
+    """Append consecutive items from `first_index` on, by COPY. `table`: another one than the job's partition."""
     carries = blocks[0].carried is not None
     names = ("job_id", "index", "key", "text", *(("carried",) if carries else ()))
-    with copying(connection, leaf("items", job_id), names) as copy:
+    with copying(connection, table or leaf("items", job_id), names) as copy:
         copy.write(copy_format.SIGNATURE)
         for block in blocks:
             heads = _heads(job_id, range(first_index, first_index + len(block.keys)), len(names))

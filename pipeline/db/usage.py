@@ -1,6 +1,7 @@
 """Usage: tokens metered per gateway request and per commit of a chunk."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -134,6 +135,49 @@ def measured_rates(connection: Connection, window_seconds: float, least_device_s
         {"window": window_seconds, "least": least_device_seconds},
     )
     return list(rows.mappings())
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkWork:
+    """Work of slots on some chunks of a model, weighted by age: a chunk that ended five minutes before the newest one
+    counts for a third."""
+
+    chunks: float
+    items: float
+    tokens: float
+    device_seconds: float
+    #: From claim to last commit.
+    slot_seconds: float
+
+
+def recent_chunks(connection: Connection, model: str, *, parquet: bool, window_seconds: float) -> ChunkWork:
+    """Return the work on a model's newest chunks within the window that were claimed once and are done, of jobs whose
+    vectors go to Parquet or of those whose vectors go to Postgres."""
+    row = connection.execute(
+        text("""
+            with newest as (
+              select chunk_id from vectormill.usage
+              where model = :model and created_at > now() - make_interval(secs => :window) and chunk_id is not null
+              order by created_at desc limit 2000
+            )
+            select sum(weight), sum(items * weight), sum(tokens * weight), sum(device_seconds * weight),
+                   sum(slot_seconds * weight)
+            from (
+              select u.*, extract(epoch from c.finished_at - c.started_at)::float8 as slot_seconds,
+                     exp(extract(epoch from c.finished_at - max(c.finished_at) over ())::float8 / 300) as weight
+              from vectormill.chunks c
+              join vectormill.jobs j on j.id = c.job_id and (j.options ->> 'output' is not null) = :parquet
+              cross join lateral (
+                select sum(items)::float8 as items, sum(prompt_tokens)::float8 as tokens,
+                       sum(device_seconds) as device_seconds
+                from vectormill.usage where chunk_id = c.id and fence = 1
+              ) u
+              where c.id in (select chunk_id from newest) and c.fence = 1 and c.state = 'done'
+            ) chunks
+        """),
+        {"model": model, "parquet": parquet, "window": window_seconds},
+    ).one()
+    return ChunkWork(*(value or 0.0 for value in row))
 
 
 def add_requests(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:

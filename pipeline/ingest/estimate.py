@@ -1,19 +1,26 @@
-"""Cost estimate of a job, from a sample of its texts. Nothing is written."""
+"""Estimate of a job by a dry run: items and tokens from a sample of its texts; time, size and cost from measured rates.
+Nothing stays."""
 
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from math import ceil, sqrt
-from typing import Any, Generic, TypeVar
+from dataclasses import asdict, dataclass, field
+from math import sqrt
+from time import perf_counter
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from pipeline.core.chunks import Extent
 from pipeline.core.models import Model
 from pipeline.core.options import JobOptions
+from pipeline.infra.storage import is_remote
+from pipeline.ingest.chunking import chunk_tokens
+from pipeline.ingest.prediction import Load, Measured, Pieces, Rates, RowCost, predict
+from pipeline.ingest.row_costs import SampleRow
+from pipeline.ingest.submission import Planning
 from pipeline.ingest.submit import check
-from pipeline.sources import Corpus, Source
+from pipeline.sources import Corpus, Rows, Source
 from pipeline.sources.by_reference import read_extent
 
 T = TypeVar("T")
@@ -26,12 +33,37 @@ _RUN = 50
 _COMPARED = 5_000_000
 #: 95 % of a normal distribution lie within this many standard deviations.
 _DEVIATIONS = 1.96
-_PAGE_BYTES = 8_192
-#: Longest row stored inline by Postgres, in bytes, and the size of the out-of-line (TOAST) pieces of a longer one.
-_INLINE_BYTES, _PIECE_BYTES = 2_032, 1_996
 
-#: Token counter: texts and the most tokens of a text → (tokens of each, True where it was truncated).
-Tokenise = Callable[[Sequence[str], int | None], tuple[Sequence[int], Sequence[bool]]]
+
+class Tokens(NamedTuple):
+    """Tokens of each sampled text as the model reads it, and True where it was truncated."""
+
+    lengths: Sequence[int]
+    truncated: Sequence[bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Measurement of a corpus's sample."""
+
+    tokens: Tokens
+    rates: Rates
+    #: Cost of staging an item, and of writing a vector.
+    item: RowCost
+    vector: RowCost
+
+
+#: Measures sampled rows, for a job of about so many items.
+Measure = Callable[[Sequence[SampleRow], int], Measurement]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """Slots and devices of the live workers that serve a model, and the limits of chunks."""
+
+    slots: int
+    devices: int
+    planning: Planning
 
 
 @dataclass(slots=True)
@@ -55,46 +87,69 @@ class _Reservoir(Generic[T]):
 
 @dataclass(slots=True)
 class _Sample:
-    """Counts and sampled texts of a corpus."""
+    """Counts and sampled rows of a corpus."""
 
     items: int = 0
     #: Rejects among all items, or, by reference, among those read.
     rejected: int = 0
     read: int = 0
-    texts: list[bytes] = field(default_factory=list)
-    key_bytes: int = 0
+    rows: list[SampleRow] = field(default_factory=list)
     #: Rows compared, and the number of different texts among them.
     compared: int = 0
     different: int = 0
+    #: Time to read all rows, or, by reference, to locate them.
+    seconds: float = 0.0
 
 
-def estimate(corpus: Source, model: Model, options: JobOptions, slots: int, tokenise: Tokenise) -> dict[str, Any]:
-    """Estimate a job without submitting it: items, tokens (95 % interval), duplicates, truncation, time and size.
+def estimate(
+    corpus: Source,
+    model: Model,
+    options: JobOptions,
+    fleet: Fleet,
+    measure: Measure,
+    *,
+    price_per_million: float | None = None,
+    at: int | None = None,
+) -> dict[str, Any]:
+    """Estimate a job without submitting it: items, tokens (95 % interval), duplicates, truncation, time, size and cost.
 
     Args:
         corpus: the texts to embed; read whole, or, by reference, only located, with a few rows read.
         model: the model that would embed them.
         options: the job's options.
-        slots: the number of slots that would work on it; 0 counts as one.
-        tokenise: counts tokens as the model reads them.
+        fleet: the workers; without any, one slot is assumed.
+        measure: measures a sample of the rows.
+        price_per_million: price of a million tokens.
+        at: the number of items to scale the corpus to.
 
     Raises: the errors that submitting would raise.
     """
     check(options, corpus, model)
     by_reference = options.by_reference and isinstance(corpus, Corpus)
     sample = _sample_files(corpus) if by_reference and isinstance(corpus, Corpus) else _sample_rows(corpus)
-    good = round(sample.items * (1 - sample.rejected / max(1, sample.read)))
-    bounds = [bound for bound in (options.max_item_tokens, model.max_item_tokens) if bound]
-    lengths, cut = tokenise([text.decode() for text in sample.texts], min(bounds, default=None))
-    counts = np.asarray(lengths, dtype=np.float64)
+    items = at if at is not None and sample.items else sample.items
+    good = round(items * (1 - sample.rejected / max(1, sample.read)))
+    measured = measure(sample.rows, good)
+    counts = np.asarray(measured.tokens.lengths, dtype=np.float64)
     mean = float(counts.mean()) if len(counts) else 0.0
     margin = _DEVIATIONS * float(counts.std(ddof=1)) / sqrt(len(counts)) if 1 < len(counts) < good else 0.0
-    tokens = mean * good
-    rate = model.tokens_per_second * max(1, slots)
+    load = Load(
+        items=items,
+        good=good,
+        tokens=mean * good,
+        reading_seconds=sample.seconds * items / max(1, sample.items),
+        slots=max(1, fleet.slots),
+        devices=max(1, fleet.devices),
+        chunk_items=fleet.planning.chunk_items,
+        chunk_tokens=chunk_tokens(fleet.planning.chunk_seconds, model.tokens_per_second),
+        price_per_million=price_per_million,
+    )
+    pieces = predict(load, measured.rates, measured.item, measured.vector)
     return {
-        "items": {"total": sample.items, "rejected": sample.items - good},
+        "at": at,
+        "items": {"total": items, "rejected": items - good},
         "tokens": {
-            "total": round(tokens),
+            "total": round(mean * good),
             "low": round(max(0.0, mean - margin) * good),
             "high": round((mean + margin) * good),
             "mean": round(mean, 1),
@@ -104,51 +159,98 @@ def estimate(corpus: Source, model: Model, options: JobOptions, slots: int, toke
             "share": round(1 - sample.different / sample.compared, 4) if sample.compared else 0.0,
             "compared_items": sample.compared,
         },
-        "truncated": {"share": round(float(np.mean(cut)), 4) if len(counts) else 0.0},
-        "time": {"seconds": round(tokens / rate, 1), "slots": slots, "tokens_per_second": round(rate, 1)},
-        "bytes": _bytes(sample, good, options, options.dimensions or model.dimensions, by_reference=by_reference),
+        "truncated": {"share": round(float(np.mean(measured.tokens.truncated)), 4) if len(counts) else 0.0},
+        "time": {"seconds": round(pieces.seconds, 1), "slots": fleet.slots, **_rates(measured.rates, load, pieces)},
+        "bytes": {
+            "postgres": round(pieces.disk_bytes - good * measured.vector.parquet_bytes),
+            "parquet": round(good * measured.vector.parquet_bytes),
+        },
+        "pieces": _pieces(pieces),
         "by_reference": by_reference,
-        "notices": corpus.notices.lines(),
+        "notices": [*corpus.notices.lines(), *_not_predicted(options, measured.rates)],
     }
 
 
+def _not_predicted(options: JobOptions, rates: Rates) -> Iterator[str]:
+    if options.into:
+        index = " and its index" if options.hnsw else ""
+        yield f"the vectors in {options.into}{index} are neither in this estimate's time nor in its size."
+    if options.output and is_remote(options.output) and rates.measured is not Measured.WORKERS:
+        yield f"the way to {options.output} isn't in this estimate's time: files were written here."
+
+
+def _rates(rates: Rates, load: Load, pieces: Pieces) -> dict[str, Any]:
+    working = pieces.embed_seconds + pieces.write_seconds
+    return {
+        "tokens_per_second": round(load.tokens / working, 1) if working else 0.0,
+        "measured": rates.measured.value,
+        "measured_seconds": round(rates.seconds, 1),
+        "device": rates.device or None,
+    }
+
+
+def _pieces(pieces: Pieces) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in asdict(pieces).items():
+        if value is None:
+            found[name] = None
+        elif name.endswith("_bytes"):
+            found[name] = round(value)
+        else:
+            found[name] = round(value, 6 if name == "cost" else 3)
+    return found
+
+
 def _sample_rows(corpus: Source) -> _Sample:
-    """Read every row, count all, and keep a few texts."""
+    """Read every row, count all, and keep a few."""
     sample = _Sample()
-    chosen: _Reservoir[bytes] = _Reservoir(_SAMPLE)
+    chosen: _Reservoir[SampleRow] = _Reservoir(_SAMPLE)
     hashes: set[int] = set()
-    for rows in corpus.blocks():
+    for rows in _timed(corpus.blocks(), sample):
         sample.items += len(rows.keys)
         sample.rejected += len(rows.problems)
-        for key, text in zip(rows.keys, rows.texts, strict=True):
-            if text is None:
-                continue
-            chosen.offer(text)
-            sample.key_bytes += len(key or "")
+        for row in _sound(rows):
+            chosen.offer(row)
             if sample.compared < _COMPARED:
-                hashes.add(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+                hashes.add(int.from_bytes(hashlib.blake2b(row.text, digest_size=8).digest(), "little"))
                 sample.compared += 1
-    sample.read, sample.texts, sample.different = sample.items, chosen.kept, len(hashes)
-    sample.key_bytes //= max(1, chosen.seen)
+    sample.read, sample.rows, sample.different = sample.items, chosen.kept, len(hashes)
     return sample
+
+
+def _timed(steps: Iterator[T], sample: _Sample) -> Iterator[T]:
+    """Yield steps, and add the time that each takes to the sample's."""
+    while True:
+        began = perf_counter()
+        step = next(steps, None)
+        sample.seconds += perf_counter() - began
+        if step is None:
+            return
+        yield step
 
 
 def _sample_files(corpus: Corpus) -> _Sample:
     """Count rows by their places in the files, and read a few runs of them."""
     sample = _Sample()
     chosen: _Reservoir[tuple[Extent, int]] = _Reservoir(_SAMPLE // _RUN)
-    for extent, count in _runs(corpus):
+    for extent, count in _timed(_runs(corpus), sample):
         sample.items += count
         chosen.offer((extent, count))
     for extent, count in chosen.kept:
         for rows in read_extent(extent, count, corpus.columns, corpus.item_bytes):
             sample.read += len(rows.keys)
             sample.rejected += len(rows.problems)
-            sample.texts += [text for text in rows.texts if text is not None]
-            sample.key_bytes += sum(len(key or "") for key in rows.keys)
-    sample.compared, sample.different = len(sample.texts), len(set(sample.texts))
-    sample.key_bytes //= max(1, sample.read)
+            sample.rows += _sound(rows)
+    sample.compared, sample.different = len(sample.rows), len({row.text for row in sample.rows})
+    random.Random(0).shuffle(sample.rows)  # noqa: S311  # nosec B311
     return sample
+
+
+def _sound(rows: Rows) -> Iterator[SampleRow]:
+    carried: Sequence[bytes | None] = rows.carried or [None] * len(rows.keys)
+    for key, text, more in zip(rows.keys, rows.texts, carried, strict=True):
+        if text is not None:
+            yield SampleRow(key, text, more)
 
 
 def _runs(corpus: Corpus) -> Iterator[tuple[Extent, int]]:
@@ -157,23 +259,3 @@ def _runs(corpus: Corpus) -> Iterator[tuple[Extent, int]]:
             for start in range(0, len(places.sizes), _RUN):
                 end = min(start + _RUN, len(places.sizes))
                 yield places.extent(file, start, places, end - 1), end - start
-
-
-def _bytes(sample: _Sample, good: int, options: JobOptions, dimensions: int, *, by_reference: bool) -> dict[str, int]:
-    """Return the bytes that the job would take in Postgres and in Parquet."""
-    vector = dimensions * options.dtype.element_bytes
-    text = sum(map(len, sample.texts)) // max(1, len(sample.texts))
-    postgres = 0 if by_reference else sample.items * (text + sample.key_bytes + 90)
-    if options.output:
-        return {"postgres": postgres, "parquet": good * (vector + sample.key_bytes + 8)}
-    return {"postgres": postgres + good * _row_bytes(vector, sample.key_bytes), "parquet": 0}
-
-
-def _row_bytes(vector: int, key: int) -> int:
-    """Return the bytes of an embedding's row, with its share of the index and of unfilled pages."""
-    index = 45
-    row = 24 + 45 + key + vector + 8
-    if row <= _INLINE_BYTES:
-        return ceil(_PAGE_BYTES / max(1, _PAGE_BYTES // row)) + index
-    pieces = ceil(vector / _PIECE_BYTES)
-    return ceil(pieces * _PAGE_BYTES / 4) + pieces * 30 + 100 + key + index

@@ -38,7 +38,7 @@ class JobRequest(JobOptions):
 _AT_THE_DATABASE = "only vectormill submit takes it, with VECTORMILL_DATABASE_URL set"
 #: Options of `vectormill submit` that aren't fields of a request over HTTP → advice on the alternative.
 ELSEWHERE = {
-    **dict.fromkeys(("from", "query", "into", "hnsw", "allow_empty", "dry_run"), _AT_THE_DATABASE),
+    **dict.fromkeys(("from", "query", "into", "hnsw", "allow_empty", "dry_run", "at"), _AT_THE_DATABASE),
     "by_value": "it is what happens without by_reference; leave it out",
     "idempotency_key": "send it as the header Idempotency-Key",
     "label": "write labels, an object",

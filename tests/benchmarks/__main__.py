@@ -1,7 +1,6 @@
 """Runner of the benchmarks: prints a table, and writes `bench-results.json` here. See `--help`."""
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from tests.benchmarks import (
     submit_rate,
     write_back,
 )
-from tests.benchmarks.harness import Benchmark, Result, Rounds, result_table, write_results
+from tests.benchmarks.harness import Benchmark, Result, Rounds, result_table, use_default_settings, write_results
 
 _BENCHMARKS = {
     benchmark.name: benchmark
@@ -38,15 +37,13 @@ _BENCHMARKS = {
     )
 }
 _LEAST_ROUNDS = 5
-#: No downloads, and no progress bars in between the results.
-_CALM = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 _RESULTS = Path("bench-results.json")
 
 
 def main() -> int:
     """Run the benchmarks. Return exit code 0, or with `--check` 1 if a target was missed."""
     arguments = _arguments()
-    _use_default_settings()
+    use_default_settings()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: sys.exit(128 + received))
     progress, results = Console(stderr=True, highlight=False), []
@@ -64,13 +61,6 @@ def _run(benchmark: Benchmark, rounds: int, progress: Console) -> Result:
         progress.print(f"  round {number + 1}  {side} {value:,.1f} {benchmark.unit}", style="dim")
 
     return Result(benchmark, benchmark.measure(Rounds(rounds, show)))
-
-
-def _use_default_settings() -> None:
-    """Remove all settings from the environment, to measure the defaults on servers of our own."""
-    for name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
-        del os.environ[name]
-    os.environ |= _CALM
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Texts to measure with, the same at every run on the same installation."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import distributions
 from itertools import cycle, islice
 from pathlib import Path
@@ -65,7 +65,18 @@ def short_rows(count: int) -> list[tuple[str, str]]:
     return [(f"row-{n}", f"{n} {' '.join(_WORDS[(n * step) % 23] for step in range(1, 10))}") for n in range(count)]
 
 
-def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
+def numbered_words(count: int) -> Iterator[tuple[str, str]]:
+    """Yield rows of a key and a text of a few tokens, all distinct."""
+    return ((f"row-{n}", f"{_WORDS[n % 23]} {n}") for n in range(count))
+
+
+def numbered_docstrings(count: int) -> Iterator[tuple[str, str]]:
+    """Yield rows of a key and a docstring, made distinct by a number."""
+    texts = distinct_docstrings(3_000)
+    return ((f"row-{n}", f"{n}: {texts[n % len(texts)]}") for n in range(count))
+
+
+def write_rows(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
     """Write rows as JSON lines with `id` and `text`; return the path."""
     with path.open("wb") as file:
         file.writelines(orjson.dumps({"id": key, "text": text}) + b"\n" for key, text in rows)

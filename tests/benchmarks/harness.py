@@ -1,6 +1,7 @@
 """Common parts of the benchmarks: interleaved rounds, ratios of medians, the table and the file of results."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,17 @@ class Result:
             "ratio_to": {name: round(value, 4) for name, value in self.ratios.items()},
             "ratio_by_round": [round(value, 4) for value in self.by_round],
         }
+
+
+#: No downloads, and no progress bars in between the results.
+_CALM = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def use_default_settings() -> None:
+    """Remove all settings from the environment, to measure the defaults on servers of our own."""
+    for name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
+        del os.environ[name]
+    os.environ |= _CALM
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:

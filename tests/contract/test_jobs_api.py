@@ -324,7 +324,7 @@ def test_what_an_upload_must_be(line: httpx.Client, working: Gateway) -> None:
     assert wrong.startswith('text_column: b.jsonl line 1: no column "text"')
     assert "priority" in refused(data={"model": "static", "priority": "many"}, files=file)
     assert refused(data={"model": "static", "surprise": "1"}, files=file) == "surprise: there is no such field."
-    for option in ("query", "from", "into", "hnsw", "dry_run"):
+    for option in ("query", "from", "into", "hnsw", "dry_run", "at"):
         told = refused(data={"model": "static", option: "1"}, files=file)
         assert told == f"{option}: only vectormill submit takes it, with VECTORMILL_DATABASE_URL set."
         assert told == refused(json={"model": "static", "sources": ["/x"], option: "1"})

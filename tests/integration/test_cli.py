@@ -172,6 +172,11 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ("submit", "-", "--model", "small", "--json"),
         "--json has no effect without --dry-run; leave it out, or give both.",
     ),
+    (("submit", "-", "--model", "small", "--at", "1e9"), "--at has no effect without --dry-run; leave it out"),
+    (
+        ("submit", "-", "--model", "small", "--dry-run", "--at", "1.5"),
+        "--at 1.5: give a positive whole number of items, such as 1e9 or 1_000_000.",
+    ),
     (("submit", "-", "--model", "small", "--wait", "--dry-run"), "--wait has no effect with --dry-run"),
     (("submit", "-", "--model", "small", "--timeout", "5"), "--timeout has no effect without --wait; leave it out"),
     (

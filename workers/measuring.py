@@ -1,0 +1,179 @@
+"""Measurement of a model on a sample of a corpus: as many processes as this machine has slots read, embed and write it
+at once, as workers would, since they share its cores with each other and perhaps with Postgres."""
+
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from multiprocessing import get_context
+from threading import Barrier
+from time import perf_counter
+from typing import Any
+
+from pipeline.chunk_io.rehearsal import Rehearsal, rehearsing
+from pipeline.core.models import Model
+from pipeline.core.options import KeptOptions
+from pipeline.db import items
+from pipeline.db.database import make_engine
+from pipeline.infra.settings import MODELS_SHARE, ROOM_FACTOR
+from workers.encoders.batching import Encoder
+from workers.encoders.devices import list_devices
+from workers.encoders.model_cache import Loader
+from workers.runner.slice_encoding import SliceEncoding
+from workers.watchdog import Watch
+
+#: Time for which a slice of the sample is embedded, at the catalogue's rate; each slot embeds several.
+_SLICE_SECONDS = 2.0
+_BYTES_PER_TOKEN = 4
+#: A smaller sample is repeated, since a few texts are embedded less efficiently than many.
+_LEAST_ROWS = 2_000
+
+#: Fields of a plan that the caller gives.
+_AS_ASKED = ("replicas", "seconds", "database_url", "dimensions", "max_item_tokens", "rows")
+
+#: Key, text, and carried columns as JSON.
+Row = tuple[str | None, str, str | None]
+
+_barrier: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to measure, and on how many slots."""
+
+    model: Model
+    device: str
+    #: Slots that work at once, and those of one worker, which have a share of the cores each.
+    slots: int
+    replicas: int
+    seconds: float
+    database_url: str
+    options: KeptOptions
+    dimensions: int
+    max_item_tokens: int | None
+    rows: Sequence[Row]
+
+
+@dataclass(slots=True)
+class _Done:
+    """Work of one slot, in seconds of it."""
+
+    load_seconds: float = 0.0
+    items: int = 0
+    tokens: int = 0
+    embed_seconds: float = 0.0
+    write_seconds: float = 0.0
+
+
+def measure(asked: dict[str, Any], model: Model) -> dict[str, Any]:
+    """Measure a model for about `seconds`. Return each text's tokens, and a slot's seconds for a token and an item.
+
+    Raises:
+        ModelError: the model isn't the one that was added to the catalogue.
+    """
+    device, memory_bytes, _ = list_devices()[0]
+    fitting = int(memory_bytes * MODELS_SHARE) // max(1, model.weights_bytes * ROOM_FACTOR)
+    plan = Plan(
+        model=model,
+        device=device,
+        options=KeptOptions.from_json(asked["options"]),
+        slots=max(1, min(asked["slots"], fitting)),
+        **{name: asked[name] for name in _AS_ASKED},
+    )
+    # Forked from a process that has imported torch and opened no device, as a worker's children are.
+    context = get_context("spawn" if sys.platform == "darwin" else "forkserver")
+    if sys.platform != "darwin":
+        context.set_forkserver_preload(["workers.encoders.local", "workers.measuring"])
+    barrier = context.Barrier(plan.slots)
+    with ProcessPoolExecutor(plan.slots, context, initializer=_keep, initargs=(barrier,)) as pool:
+        running = [pool.submit(_run, plan, number) for number in range(plan.slots)]
+        done, lengths, truncated = zip(*(each.result() for each in running), strict=True)
+    tokens, count = sum(each.tokens for each in done), sum(each.items for each in done)
+    return {
+        "lengths": lengths[0],
+        "truncated": truncated[0],
+        "device": device,
+        "token_seconds": sum(each.embed_seconds for each in done) / max(1, tokens),
+        "item_seconds": sum(each.write_seconds for each in done) / max(1, count),
+        "load_seconds": max(each.load_seconds for each in done),
+        "seconds": max(each.embed_seconds + each.write_seconds for each in done),
+    }
+
+
+def _keep(barrier: Barrier) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def _run(plan: Plan, number: int) -> tuple[_Done, list[int], list[bool]]:
+    """Measure in slot `number`; return its work, and the tokens of each text and the flags of truncation."""
+    try:
+        return _measured(plan, number)
+    except BaseException:
+        _barrier.abort()  # nobody waits for this one
+        raise
+
+
+def _measured(plan: Plan, number: int) -> tuple[_Done, list[int], list[bool]]:
+    done, began = _Done(), perf_counter()
+    threads = max(1, (os.cpu_count() or 1) // plan.replicas) if plan.device == "cpu" else None
+    encoder = Loader(plan.device, threads, "auto").load(plan.model, plan.options.precision)
+    encoder.prove(plan.model.canary)
+    done.load_seconds = perf_counter() - began
+    read = encoder.tokenise([body for _, body, _ in plan.rows], plan.max_item_tokens)
+    rows = list(islice(cycle(plan.rows), max(_LEAST_ROWS, len(plan.rows))))
+    engine = make_engine(plan.database_url, application="vectormill-cli", pool_size=1)
+    with rehearsing(
+        engine,
+        plan.options,
+        model=plan.model.name,
+        dimensions=plan.dimensions,
+        max_item_tokens=plan.max_item_tokens,
+    ) as rehearsal:
+        _stage(rehearsal, rows)
+        size = _slice_items(plan)
+        first = number * len(rows) // plan.slots
+        _embed(encoder, rehearsal, _Done(), first, min(size, 32), 0)  # the first pass allocates
+        _barrier.wait()
+        until, index = perf_counter() + plan.seconds, len(rows)
+        while perf_counter() < until:
+            first %= len(rows)
+            count = min(size, len(rows) - first)
+            _embed(encoder, rehearsal, done, first, count, index)
+            first, index = first + count, index + count
+    engine.dispose()
+    return done, read.lengths.tolist(), read.truncated.tolist()
+
+
+def _stage(rehearsal: Rehearsal, rows: Sequence[Row]) -> None:
+    carries = rehearsal.claim.options.columns.carry
+    carried = [(more or "{}").encode() for _, _, more in rows] if carries else None
+    rehearsal.stage(0, [items.Block([key for key, _, _ in rows], [body.encode() for _, body, _ in rows], carried)])
+
+
+def _slice_items(plan: Plan) -> int:
+    tokens = sum(len(body.encode()) for _, body, _ in plan.rows) / _BYTES_PER_TOKEN / len(plan.rows) + 2
+    if plan.max_item_tokens:
+        tokens = min(tokens, plan.max_item_tokens)
+    return max(1, min(_LEAST_ROWS, int(_SLICE_SECONDS * plan.model.tokens_per_second / tokens)))
+
+
+def _embed(encoder: Encoder, rehearsal: Rehearsal, done: _Done, first: int, count: int, index: int) -> None:
+    """Read, embed and write a slice of the sample, and add its counts and times to `done`. Its vectors get indexes from
+    `index` on."""
+    watch = Watch(float("inf"), float("inf"))
+    began = perf_counter()
+    texts = rehearsal.read(first, count)
+    was_read = perf_counter()
+    encoding = SliceEncoding(encoder, rehearsal.claim, texts, watch)
+    for _ in encoding.commits():
+        pass  # the watch sets no interval
+    rows = encoding.last_commit().rows
+    embedded = perf_counter()
+    rehearsal.write(replace(rows, indexes=rows.indexes + (index - first)))
+    done.embed_seconds += embedded - was_read
+    done.write_seconds += (was_read - began) + (perf_counter() - embedded)
+    done.items += len(rows.indexes)
+    done.tokens += int(rows.tokens.sum())
