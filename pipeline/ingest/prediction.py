@@ -10,7 +10,7 @@ _DISPATCH_SECONDS = 0.3
 #: Time of a slot between two chunks, for their messages. What is measured here has it already: on a CPU that the slots
 #: share, the others are faster meanwhile.
 _MESSAGE_SECONDS = 0.07
-#: Least work of workers from which rates are told, and that of one that is as large as the job.
+#: Least work of workers from which rates are told, and that of work half as large as the job; older work counts for less.
 _LEAST_SECONDS, _LEAST_OF_A_JOB_SECONDS = 30.0, 3.0
 #: The planner's last chunks are an eighth of a full one.
 _SHARE_OF_LAST_CHUNK = 1 / 8
@@ -46,7 +46,7 @@ class Rates:
 
 def is_enough(work: ChunkWork, items: int) -> bool:
     """Return True if workers' work tells the rates of a job of so many items."""
-    least = _LEAST_OF_A_JOB_SECONDS if work.items >= items else _LEAST_SECONDS
+    least = _LEAST_OF_A_JOB_SECONDS if work.items >= items / 2 else _LEAST_SECONDS
     return work.tokens > 0 and work.slot_seconds >= least
 
 

@@ -107,7 +107,7 @@ def test_status(job_id: UUID, run: Run) -> None:
         "truncated": 0,
     }
     assert row["tokens"] == {"prompt": 9}
-    assert row["rate"].keys() == {"items_per_second", "tokens_per_second"}
+    assert row["rate"].keys() == {"items_per_second", "tokens_per_second", "roofline"}
     assert row["chunks"] == {"pending": 1, "running": 0, "done": 1, "cancelled": 0}
     assert row["created_at"] < row["started_at"]
     assert row["finished_at"] is None
