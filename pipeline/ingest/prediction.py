@@ -10,7 +10,7 @@ _DISPATCH_SECONDS = 0.3
 #: Time of a slot between two chunks, for their messages. What is measured here has it already: on a CPU that the slots
 #: share, the others are faster meanwhile.
 _MESSAGE_SECONDS = 0.07
-#: Least work of workers from which rates are told, and that of work half as large as the job; older work counts for less.
+#: Least work of workers from which rates are told, and that of work half as large as the job.
 _LEAST_SECONDS, _LEAST_OF_A_JOB_SECONDS = 30.0, 3.0
 #: The planner's last chunks are an eighth of a full one.
 _SHARE_OF_LAST_CHUNK = 1 / 8

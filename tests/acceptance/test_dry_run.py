@@ -15,7 +15,6 @@ _DISK = """
       union all select relid from pg_partition_tree('vectormill.embeddings') where isleaf) leaves
 """
 _WAL = "select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::float8"
-_SECONDS = "select extract(epoch from finished_at - created_at)::float8 from vectormill.jobs where id = :job"
 _SLOT_SECONDS = """
     select sum(extract(epoch from finished_at - started_at))::float8 from vectormill.chunks where job_id = :job
 """
@@ -23,8 +22,8 @@ _SLOT_SECONDS = """
 
 @pytest.mark.alone
 def test_a_dry_run_tells_what_the_job_then_takes(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
-    """Size is predicted within a fifth. Time depends on what else the machine does: within a factor of two here,
-    `tests.benchmarks.dry_run` holds it to a fifth."""
+    """Size is predicted within a fifth. Time depends on what else the machine does, so `tests.benchmarks.dry_run` holds
+    it to a fifth."""
     fleet.start_dispatcher()
     fleet.start_worker(VECTORMILL_CHUNK_ITEMS="10000")
     many = [f"{number}: {text}" for number in range(8) for text in texts]
@@ -43,19 +42,18 @@ def test_a_dry_run_tells_what_the_job_then_takes(fleet: Fleet, texts: list[str],
     disk, wal = fleet.scalar(_DISK), fleet.scalar(_WAL)
     done = fleet.submit(str(corpus), *job)
     assert fleet.await_end(done)["state"] == "completed"
-    seconds = fleet.scalar(_SECONDS, job=done)
     assert before["time"]["measured"] == "here"
     assert before["items"] == {"total": len(many), "rejected": 0}
     assert before["pieces"]["disk_bytes"] == pytest.approx(fleet.scalar(_DISK) - disk, rel=0.2)
     assert before["pieces"]["wal_bytes"] == pytest.approx(fleet.scalar(_WAL) - wal, rel=0.2)
-    assert seconds / 2 < before["time"]["seconds"] < seconds * 2
 
     # The job's own work tells the next one's rates, if it took long enough.
     assert fleet.scalar(_SLOT_SECONDS, job=done) > 3
     after = predict()
     assert after["time"]["measured"] == "workers"
-    assert seconds / 2 < after["time"]["seconds"] < seconds * 2
-    scaled = predict("--at", "1e9")["pieces"]
+    once, scaled = after["pieces"], predict("--at", "1e9")["pieces"]
     share = 1e9 / len(many)
     assert scaled["wal_bytes"] == pytest.approx(before["pieces"]["wal_bytes"] * share, rel=0.1)
-    assert scaled["embed_seconds"] + scaled["write_seconds"] > seconds / 4 * share
+    assert (
+        scaled["embed_seconds"] + scaled["write_seconds"] > (once["embed_seconds"] + once["write_seconds"]) * share / 4
+    )

@@ -29,6 +29,9 @@ MODEL = Model(
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ImportError("no libcudnn"), MemoryError()])
 def test_what_loading_raises_is_told_as_the_models(error: Exception) -> None:
     class Broken(Loader):
+        def weights_bytes(self, model: Model, precision: Precision = Precision.AUTO) -> int:
+            return 0
+
         def load(self, model: Model, precision: Precision = Precision.AUTO) -> LocalEncoder:
             raise error
 

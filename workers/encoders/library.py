@@ -32,11 +32,16 @@ def dtype_on(device: torch.device, precision: str) -> torch.dtype:
     return asked
 
 
+def dtype_of(folder: Path, device: str, precision: str) -> torch.dtype:
+    """Return the type in which a model is loaded. Static models and routers are always in float32: in half precision a
+    text's static vector would change with its batch, and a router's parts would differ in type."""
+    return dtype_on(torch.device(device), precision) if _begins_with_transformer(folder) else torch.float32
+
+
 def load(folder: Path, device: str, *, precision: str = "float32", pooling: str | None = None) -> SentenceTransformer:
     """Load a model from `folder`; with `pooling`, a bare transformer to which that pooling is added.
 
-    `precision` is as in `dtype_on`. Static models and routers are always in float32: in half precision a text's static
-    vector would change with its batch, and a router's parts would differ in type.
+    `precision` is auto, float32, bfloat16 or float16; see `dtype_of`.
 
     Raises:
         ModelError: the model can't be loaded.
@@ -46,7 +51,7 @@ def load(folder: Path, device: str, *, precision: str = "float32", pooling: str 
     disable_default_handler()
     enable_propagation()
     try:
-        dtype = dtype_on(torch.device(device), precision) if _begins_with_transformer(folder) else torch.float32
+        dtype = dtype_of(folder, device, precision)
         weights = {"use_safetensors": True, "torch_dtype": dtype}
         if pooling:
             model = SentenceTransformer(modules=_pooled(folder, weights, pooling), device=device, local_files_only=True)

@@ -15,7 +15,7 @@ import torch
 from pipeline.core.canary import CANARY, is_canary
 from pipeline.core.chunks import RejectCode
 from pipeline.core.errors import ModelError
-from workers.encoders import library, packed, roofline, unpadded
+from workers.encoders import budget, library, packed, roofline, unpadded
 from workers.encoders.batching import Batch, Tokenised, token_batches
 from workers.encoders.devices import kind_of
 from workers.encoders.own_ids import OwnIds
@@ -23,13 +23,12 @@ from workers.encoders.reading import Ids, Way, ways_of
 
 log = structlog.get_logger()
 
-#: Padded tokens in one forward pass. A CPU is fastest while a batch fits its caches, a GPU while it is kept busy.
-_BUDGET_TOKENS = {"cpu": 1_024, "mps": 8_192, "cuda": 32_768}
 _MOST_ITEMS = 2_048
+#: Batches that must succeed at a shrunk token budget before it is doubled. If the device is too small for good, no more
+#: than one pass in so many fails.
+_PROVEN_BATCHES = 64
 #: Forward passes in flight: a GPU runs one while the next one is made ready.
 _MOST_RUNNING = {"cuda": 2}
-#: Models without attention read a flat list of ids: no padding, so bigger batches.
-_FLAT_BUDGET_TOKENS = 131_072
 
 
 class _Query(np.ndarray[tuple[int], np.dtype[np.int32]]):
@@ -83,6 +82,9 @@ class LocalEncoder:
         self._model = library.load(folder, device, precision=precision, pooling=pooling)
         #: Precision in which it computes, whatever was asked for.
         self.precision = str(next(self._model.parameters()).dtype).removeprefix("torch.")
+        weights = (*self._model.parameters(), *self._model.buffers())
+        #: Memory that the weights take.
+        self.weights_bytes = sum(each.numel() * each.element_size() for each in weights)
         try:
             flop = roofline.flop_per_token(self._model)
             unpads = unpadded.unpad(self._model)
@@ -100,7 +102,9 @@ class LocalEncoder:
         #: True if shorter texts of a batch are padded to its longest.
         self.pads = self._documents.reader.pads or self._queries.reader.pads
         self._most_running = _MOST_RUNNING.get(self.device.type, 1)
-        self.budget_tokens = _FLAT_BUDGET_TOKENS if flat else _BUDGET_TOKENS.get(self.device.type, 8_192)
+        self.budget_tokens = self._whole_budget_tokens = budget.starting_tokens(self._model, self.device, flat=flat)
+        #: Batches until a shrunk budget is doubled; 0: it isn't shrunk.
+        self._until_growth = 0
         self.max_item_tokens = self._documents.reader.max_tokens
         # Measured, since the size that a model states may be that of another part of it.
         self.dimensions = self._forward(self._documents.read([CANARY], None).ids).shape[1]
@@ -124,15 +128,11 @@ class LocalEncoder:
     def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Embed every text in token-budget batches, longest first. No further one is begun once `stop` returns True.
 
-        Running out of memory halves the token budget for good. A batch that fails is bisected down to the text at
-        fault, which comes back without a vector.
+        Running out of memory halves the token budget, which grows again as batches succeed. A batch that fails is
+        bisected down to the text at fault, which comes back without a vector.
         """
-        pending = [
-            some[at]
-            for some in self._alike(tokenised.ids)
-            for at in token_batches(tokenised.lengths[some], self.budget_tokens, _MOST_ITEMS, pads=self.pads)
-        ]
-        pending.reverse()
+        lengths = tokenised.lengths
+        pending = [at for some in self._alike(tokenised.ids) for at in self._cut(some, lengths)][::-1]
         running: deque[_Pass] = deque()
         ended = perf_counter()
         while pending or running:
@@ -140,6 +140,9 @@ class LocalEncoder:
             try:
                 if pending and len(running) < self._most_running:
                     at = pending.pop()
+                    if len(at) > 1 and self._size(lengths[at]) > self.budget_tokens:  # shrunk since it was cut
+                        pending += self._cut(at, lengths)[::-1]
+                        continue
                     running.append(self._begin(at, [tokenised.ids[n] for n in at]))
                     continue
                 begun = running.popleft()
@@ -149,21 +152,24 @@ class LocalEncoder:
                 if len(at) == 1:
                     why = _without_memory(error) or f"the model raised {type(error).__name__}"
                     failure = (RejectCode.ENCODE_FAILED, why)
-                    yield Batch(at, tokenised.lengths[at], perf_counter() - tried, failure=failure)
+                    yield Batch(at, lengths[at], perf_counter() - tried, failure=failure)
                     continue
                 if _without_memory(error):
-                    self._shrink(self._size(tokenised.lengths[at]))
+                    self._shrink(self._size(lengths[at]))
                 half = len(at) // 2
                 pending += [at[half:], at[:half]]
                 continue
-            lengths = tokenised.lengths[at]
+            size = self._size(lengths[at])
+            self._grow(size)
             seconds, ended = perf_counter() - max(begun.since, ended), perf_counter()
-            roofline_seconds = int(lengths.sum()) / self.roofline if self.roofline else 0.0
-            yield Batch(
-                at, lengths, seconds, vectors, padded_tokens=self._size(lengths), roofline_seconds=roofline_seconds
-            )
+            roofline_seconds = int(lengths[at].sum()) / self.roofline if self.roofline else 0.0
+            yield Batch(at, lengths[at], seconds, vectors, padded_tokens=size, roofline_seconds=roofline_seconds)
             if stop():
                 pending.clear()
+
+    def _cut(self, at: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
+        """Return the batches of the texts at these positions, longest texts first."""
+        return [at[part] for part in token_batches(lengths[at], self.budget_tokens, _MOST_ITEMS, pads=self.pads)]
 
     def _roofline(self, flop: int) -> float:
         if not flop:
@@ -207,7 +213,20 @@ class LocalEncoder:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.budget_tokens = max(1, min(self.budget_tokens, failed_tokens // 2))
+        self._until_growth = _PROVEN_BATCHES
         log.warning("out_of_memory", device=str(self.device), budget_tokens=self.budget_tokens)
+
+    def _grow(self, done_tokens: int) -> None:
+        """Double a shrunk budget once enough batches that fill half of it have succeeded, up to the whole one."""
+        if not self._until_growth or 2 * done_tokens < self.budget_tokens:
+            return
+        self._until_growth -= 1
+        if self._until_growth:
+            return
+        self.budget_tokens = min(2 * self.budget_tokens, self._whole_budget_tokens)
+        if self.budget_tokens < self._whole_budget_tokens:
+            self._until_growth = _PROVEN_BATCHES
+        log.info("token_budget_grown", device=str(self.device), budget_tokens=self.budget_tokens)
 
     def _begin(self, at: npt.NDArray[np.int64], ids: Sequence[Ids]) -> _Pass:
         """Begin a forward pass. On CUDA it runs on while the caller goes on."""

@@ -11,7 +11,7 @@ from pipeline.core.errors import ModelError
 from pipeline.core.models import Model
 from pipeline.core.options import Precision
 from pipeline.infra.settings import ROOM_FACTOR
-from workers.encoders.weights import verified_folder
+from workers.encoders.weights import folder_of, verified_folder, weights_elements
 
 if TYPE_CHECKING:  # the parent and Flower import this module, and need no torch
     from workers.encoders.local import LocalEncoder
@@ -32,6 +32,20 @@ class Loader:
     def __init__(self, device: str, threads: int | None, precision: str) -> None:
         self._device, self._threads, self._precision = device, threads, precision
 
+    def weights_bytes(self, model: Model, precision: Precision = Precision.AUTO) -> int:
+        """Return the memory that a model's weights will take, in the type that it is loaded in.
+
+        Raises:
+            ModelError: its folder isn't here, or damaged.
+        """
+        from workers.encoders.library import dtype_of
+
+        folder = folder_of(model)
+        return weights_elements(folder) * dtype_of(folder, self._device, self._asked(precision)).itemsize
+
+    def _asked(self, precision: Precision) -> str:
+        return self._precision if precision is Precision.AUTO else precision.value
+
     def load(self, model: Model, precision: Precision = Precision.AUTO) -> "LocalEncoder":
         """Return an encoder of a catalogue entry, in the precision that a job demands.
 
@@ -40,7 +54,7 @@ class Loader:
         """
         from workers.encoders.local import LocalEncoder
 
-        asked = self._precision if precision is Precision.AUTO else precision.value
+        asked = self._asked(precision)
         encoder = LocalEncoder(
             verified_folder(model),
             self._device,
@@ -74,8 +88,8 @@ class ModelCache:
         if held := self.held(model, precision):
             return held
         self._loaded.pop((model.name, precision), None)
-        self._make_room(model.weights_bytes)
         try:
+            self._make_room(self._loader.weights_bytes(model, precision))
             encoder = self._loader.load(model, precision)
             encoder.prove(model.canary)
         except ModelError:
@@ -109,10 +123,10 @@ class ModelCache:
         gc.collect()
 
     def _make_room(self, weights_bytes: int) -> None:
-        def taken() -> int:
-            return sum(model.weights_bytes for model, _ in list(self._loaded.values())) * ROOM_FACTOR
-
-        while self._loaded and taken() + weights_bytes * ROOM_FACTOR > self._memory_bytes:
+        while self._loaded:
+            taken = sum(encoder.weights_bytes for encoder in self.encoders())
+            if (taken + weights_bytes) * ROOM_FACTOR <= self._memory_bytes:
+                break
             (name, _), _ = self._loaded.popitem(last=False)
             log.info("model_evicted", model=name)
         gc.collect()
