@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from multiprocessing import get_context
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 from time import perf_counter
 from typing import Any
 
@@ -24,9 +24,10 @@ from workers.encoders.model_cache import Loader
 from workers.runner.slice_encoding import SliceEncoding
 from workers.watchdog import Watch
 
-#: Time for which a slice of the sample is embedded, at the catalogue's rate; each slot embeds several.
+#: Time for which a slice of the sample is embedded; each slot embeds several.
 _SLICE_SECONDS = 2.0
-_BYTES_PER_TOKEN = 4
+#: Rows by which the size of a slice is found.
+_FEW_ROWS = 8
 #: A smaller sample is repeated, since a few texts are embedded less efficiently than many.
 _LEAST_ROWS = 2_000
 
@@ -89,6 +90,9 @@ def measure(asked: dict[str, Any], model: Model) -> dict[str, Any]:
     barrier = context.Barrier(plan.slots)
     with ProcessPoolExecutor(plan.slots, context, initializer=_keep, initargs=(barrier,)) as pool:
         running = [pool.submit(_run, plan, number) for number in range(plan.slots)]
+        failures = [error for each in running if (error := each.exception())]
+        if failures:  # those that waited for the one that failed tell nothing
+            raise next((each for each in failures if not isinstance(each, BrokenBarrierError)), failures[0])
         done, lengths, truncated = zip(*(each.result() for each in running), strict=True)
     tokens, count = sum(each.tokens for each in done), sum(each.items for each in done)
     return {
@@ -122,7 +126,8 @@ def _measured(plan: Plan, number: int) -> tuple[_Done, list[int], list[bool]]:
     encoder = Loader(plan.device, threads, "auto").load(plan.model, plan.options.precision)
     encoder.prove(plan.model.canary)
     done.load_seconds = perf_counter() - began
-    read = encoder.tokenise([body for _, body, _ in plan.rows], plan.max_item_tokens)
+    counted = [body for _, body, _ in plan.rows] if number == 0 else []
+    read = encoder.tokenise(counted, plan.max_item_tokens)
     rows = list(islice(cycle(plan.rows), max(_LEAST_ROWS, len(plan.rows))))
     engine = make_engine(plan.database_url, application="vectormill-cli", pool_size=1)
     with rehearsing(
@@ -133,9 +138,11 @@ def _measured(plan: Plan, number: int) -> tuple[_Done, list[int], list[bool]]:
         max_item_tokens=plan.max_item_tokens,
     ) as rehearsal:
         _stage(rehearsal, rows)
-        size = _slice_items(plan)
         first = number * len(rows) // plan.slots
-        _embed(encoder, rehearsal, _Done(), first, min(size, 32), 0)  # the first pass allocates
+        _embed(encoder, rehearsal, _Done(), first, _FEW_ROWS, 0)  # the first pass allocates
+        few = _Done()
+        _embed(encoder, rehearsal, few, first, _FEW_ROWS, _FEW_ROWS)
+        size = max(1, min(_LEAST_ROWS, int(_SLICE_SECONDS * few.items / (few.embed_seconds + few.write_seconds))))
         _barrier.wait()
         until, index = perf_counter() + plan.seconds, len(rows)
         while perf_counter() < until:
@@ -151,13 +158,6 @@ def _stage(rehearsal: Rehearsal, rows: Sequence[Row]) -> None:
     carries = rehearsal.claim.options.columns.carry
     carried = [(more or "{}").encode() for _, _, more in rows] if carries else None
     rehearsal.stage(0, [items.Block([key for key, _, _ in rows], [body.encode() for _, body, _ in rows], carried)])
-
-
-def _slice_items(plan: Plan) -> int:
-    tokens = sum(len(body.encode()) for _, body, _ in plan.rows) / _BYTES_PER_TOKEN / len(plan.rows) + 2
-    if plan.max_item_tokens:
-        tokens = min(tokens, plan.max_item_tokens)
-    return max(1, min(_LEAST_ROWS, int(_SLICE_SECONDS * plan.model.tokens_per_second / tokens)))
 
 
 def _embed(encoder: Encoder, rehearsal: Rehearsal, done: _Done, first: int, count: int, index: int) -> None:

@@ -20,7 +20,7 @@ def slot_rates(connection: Connection, model: Model, precision: Precision) -> di
     These are the kinds of the live workers that offer the model; without one, the kind on which it was measured last.
     An upstream has one rate, whatever its workers run on.
     """
-    kinds = list(workers.slots_by_kind(connection, model.name))
+    kinds = workers.kinds_serving(connection, model.name)
     if model.upstream:
         return dict.fromkeys(kinds or ["upstream"], model.tokens_per_second)
     measured = models.rates(connection, model.name, precision)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
+from itertools import accumulate
 from typing import Any
 
 from rich.table import Table
@@ -34,6 +35,8 @@ _MEASURE_SECONDS = 12.0
 #: Slots of a machine by default.
 _USUAL_SLOTS = 2
 _MOST_ITEMS = 10**15
+#: Texts and carried columns that are measured.
+_SAMPLE_BYTES = 16 * 1024 * 1024
 
 
 def read_count(given: str | None) -> int | None:
@@ -93,6 +96,12 @@ def _devices(worker: Mapping[str, Any]) -> int:
     return len(worker["device"].split(","))
 
 
+def _bounded(rows: Sequence[SampleRow]) -> Sequence[SampleRow]:
+    """Return as many of the rows as their bytes allow, at least one."""
+    ends = accumulate(len(row.text) + len(row.carried or b"") for row in rows)
+    return rows[: max(1, sum(1 for end in ends if end <= _SAMPLE_BYTES))]
+
+
 @dataclass(frozen=True, slots=True)
 class _Measuring:
     """Measurement of a sample for one dry run."""
@@ -106,7 +115,8 @@ class _Measuring:
     replicas: int
 
     def measure(self, rows: Sequence[SampleRow], items: int) -> Measurement:
-        """Measure sampled rows, for a job of about `items` items."""
+        """Measure sampled rows, for a job of about `items` items. Of very long ones a part is enough."""
+        rows = _bounded(rows)
         options = KeptOptions.of(self.wish, self.corpus.columns, self.corpus.item_bytes, None)
         item, vector = measure_rows(self.place.engine, rows, options, self._dimensions)
         with self.place.engine.begin() as connection:

@@ -96,7 +96,7 @@ def list_models(
 
 def _rates(row: Mapping[str, Any]) -> str:
     """Return a model's rates, a line for each kind of device and precision."""
-    if not row["rates"]:
+    if not row.get("rates"):
         return f"{humanize.short(row['tokens_per_second'])} tok/s"
     return "\n".join(
         f"{each['device']}, {each['precision']}: {humanize.short(each['tokens_per_second'])} tok/s"

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, RowMapping, and_, delete, text
 
 from pipeline.core.chunks import Item, Reject
 from pipeline.db import copy_format
-from pipeline.db.database import copying, psycopg_connection
+from pipeline.db.database import copying, errors_as_sqlalchemys, psycopg_connection
 from pipeline.db.embeddings import EmbeddedRows
 from pipeline.db.partitions import leaf
 from pipeline.db.tables import SCHEMA, metadata
@@ -102,7 +102,7 @@ _READ = """
 def read(connection: Connection, job_id: UUID, first_index: int, count: int, *, carried: bool) -> list[Item]:
     """Return the items of a range that have a text, in index order; with their carried columns, if asked."""
     # By psycopg alone: there may be many rows, and SQLAlchemy would wrap each.
-    with psycopg_connection(connection).cursor(binary=True) as cursor:
+    with errors_as_sqlalchemys(), psycopg_connection(connection).cursor(binary=True) as cursor:
         cursor.execute(_READ, (carried, job_id, first_index, first_index + count))
         return [
             Item(index=index, key=key, text=body, carried=(more or "").encode()) for index, key, body, more in cursor

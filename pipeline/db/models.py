@@ -140,13 +140,17 @@ def listed(connection: Connection, workspace_id: int | None) -> list[RowMapping]
 def rates(connection: Connection, name: str, precision: str = "auto") -> dict[str, float]:
     """Return a local model's measured tokens per second of one slot by kind of device, the one measured last first.
 
-    A kind's rate is the one in `precision`, if there is one; else its highest, which is that of half precision.
+    A kind's rate is the one in `precision`, if there is one; else the highest of those that were measured within an
+    hour of the last: that of half precision, unless the fleet has been set to another one since.
     """
     rows = connection.execute(
         text("""
             select device,
-                   coalesce(max(tokens_per_second) filter (where precision = :precision), max(tokens_per_second))
-            from vectormill.model_rates where model = :name group by device order by max(measured_at) desc, device
+                   coalesce(max(tokens_per_second) filter (where precision = :precision),
+                            max(tokens_per_second) filter (where measured_at >= newest - interval '1 hour'))
+            from (select *, max(measured_at) over (partition by device) as newest
+                  from vectormill.model_rates where model = :name) r
+            group by device order by max(measured_at) desc, device
         """),
         {"name": name, "precision": precision},
     )

@@ -1,6 +1,7 @@
 """Scratch copies of the tables of items and embeddings, on which a dry run measures what rows cost.
 
-They live in a transaction that is rolled back, so nobody else sees them, and nothing stays behind whatever dies.
+They live in a transaction that is rolled back, so nobody else sees them, and nothing stays behind whatever dies. While
+it lasts, up to half a minute, partitions of both tables can't be added or dropped: who tries waits, or tries again.
 """
 
 from collections.abc import Iterator

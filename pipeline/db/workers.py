@@ -1,7 +1,6 @@
 """Heartbeats of workers, their dropped models, and the lease for leader election among dispatchers."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -103,15 +102,12 @@ def live(connection: Connection, seen_within_seconds: float = SEEN_SECONDS) -> l
     )
 
 
-def slots_by_kind(connection: Connection, model: str) -> dict[str, int]:
-    """Return the number of slots of live workers that serve a model, by kind of device."""
-    slots: Counter[str] = Counter()
-    for worker in live(connection):
-        # A worker of a version before tells its devices' names only.
-        kinds = worker["device_kinds"] or worker["device"].split(",")
-        for kind in kinds if model in worker["models"] else ():
-            slots[kind] += worker["slots"] // len(kinds)
-    return slots
+def kinds_serving(connection: Connection, model: str) -> list[str]:
+    """Return the kinds of devices of the live workers that serve a model, each once."""
+    serving = [worker for worker in live(connection) if model in worker["models"]]
+    # A worker of a version before tells its devices' names only.
+    kinds = (kind for worker in serving for kind in worker["device_kinds"] or worker["device"].split(","))
+    return list(dict.fromkeys(kinds))
 
 
 def hold_lease(connection: Connection, name: str, holder: str, seconds: float) -> bool:

@@ -1,7 +1,6 @@
 """Rates of a model by kind of device: measured by the dispatcher, read by whatever plans."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from pipeline.ingest.submission import Planning, Submission
 from pipeline.ingest.submit import submit
 from pipeline.sources import Corpus
 from tests.integration.dispatching import show_worker
-from tests.support.commands import run_command
 from tests.support.jobs_made import chunk_rows, make_model, run_sql
 
 H200, L4 = "NVIDIA H200", "NVIDIA L4"
@@ -132,6 +130,12 @@ def test_what_would_work_on_a_job_decides(engine: Engine, model: Model, record: 
     assert planned(engine, model) == planned(engine, model, FLOAT32) == {H200: 90_000.0}
     record(H200, 30_000.0)
     assert (planned(engine, model), planned(engine, model, FLOAT32)) == ({H200: 90_000.0}, {H200: 30_000.0})
+    run_sql(
+        engine,
+        "update vectormill.model_rates set measured_at = now() - interval '2 hours' where precision = 'bfloat16'",
+    )
+    assert planned(engine, model) == {H200: 30_000.0}, "workers have been set to float32 since"
+    record(H200, 90_000.0, "bfloat16")
     show_worker(engine, "small", 1)
     assert planned(engine, model) == {H200: 90_000.0, "cpu": 400.0}
     run_sql(engine, "update vectormill.workers set seen_at = now() - interval '1 minute'")
@@ -201,26 +205,6 @@ def test_chunks_are_cut_for_the_slowest_kind_of_device(
         ),
     )
     assert chunk_rows(engine, done.job_id)[0]["items"] == rate / 10
-
-
-def test_a_dry_run_reckons_with_each_slots_rate(
-    engine: Engine, database: str, redis_url: str, static_description: dict[str, Any], tmp_path: Path
-) -> None:
-    with engine.begin() as connection:
-        add_model(connection, "static", static_description)
-        models.record_rate(connection, "static", "cpu", "float32", 1_000.0)
-        models.record_rate(connection, "static", H200, "float32", 9_000.0)
-    show_worker(engine, "static", 1)
-    show_worker(engine, "static", 4, [H200, H200])
-    file = tmp_path / "docs.jsonl"
-    file.write_text(json.dumps({"id": 1, "text": "a mill"}) + "\n")
-    servers = {"VECTORMILL_DATABASE_URL": database, "VECTORMILL_REDIS_URL": redis_url}
-    done = run_command(
-        *("submit", str(file), "--model", "static", "--dry-run", "--json"), environment={**os.environ, **servers}
-    )
-    assert done.returncode == 0, done.stderr
-    time = json.loads(done.stdout)["time"]
-    assert (time["slots"], time["tokens_per_second"]) == (5, 37_000.0)
 
 
 def test_work_without_tokens_measures_nothing(engine: Engine, dispatcher: Dispatcher) -> None:

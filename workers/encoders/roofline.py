@@ -7,7 +7,7 @@ import torch
 
 _PRODUCTS = 10
 #: Edge of the matrices that are multiplied, by kind of device: as large as a device needs for its full rate.
-_EDGES = {"cuda": 8_192}
+_EDGES = {"cuda": 4_096, "mps": 2_048}
 _EDGE = 512
 
 
@@ -29,10 +29,16 @@ def flop_per_token(model: torch.nn.Module) -> int:
 @cache
 def flop_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Return a device's rate of matrix products, the best of a few: other processes may be at work. On a CPU it is the
-    rate of this process's threads."""
+    rate of this process's threads. 0: it has no memory left for the matrices."""
     edge = _EDGES.get(device.type, _EDGE)
-    left, right = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
-    return max(2 * edge**3 / _seconds(left, right) for _ in range(_PRODUCTS))
+    try:
+        left, right = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
+        return max(2 * edge**3 / _seconds(left, right) for _ in range(_PRODUCTS))
+    except RuntimeError:  # torch's error of memory is one; a rate for people must not cost the model
+        return 0.0
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -46,3 +52,5 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -24,9 +24,11 @@ class SliceEncoding:
     def __init__(self, encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> None:
         self._encoder, self._claim, self._watch = encoder, claim, watch
         watch.beat()
-        with instrumentation.step(claim.model, "tokenise"):
-            tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
-        watch.rest()
+        try:
+            with instrumentation.step(claim.model, "tokenise"):
+                tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
+        finally:
+            watch.rest()
         self._rejects: list[Reject] = []
         if claim.options.on_long is OnLong.REJECT:
             self._rejects = [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]

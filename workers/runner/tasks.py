@@ -79,7 +79,7 @@ class Child:
         self.settings = settings
         url = settings.database_url
         assert url is not None
-        # One connection claims and commits, another renews.
+        # One connection claims and commits, another renews the lease, a third records an upstream's requests.
         self.engine: Engine = make_engine(url.get_secret_value(), application="vectormill-worker", pool_size=3)
         devices = settings.worker_devices
         device = devices[current_process().index % len(devices)]
