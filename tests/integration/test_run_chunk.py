@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
 
 from pipeline.catalog.models import add_model, find_model, workspace_id
 from pipeline.chunk_io import reader
@@ -175,6 +176,14 @@ def test_what_fails_within_a_chunk_is_not_committed_before_the_canary_is_asked(
         run(engine, encoder, claim, how)
     assert run_sql(engine, "select count(*) from vectormill.rejects") == [(0,)]
     assert run_sql(engine, "select count(*) from vectormill.embeddings") == [(ran[0],)]
+
+
+def test_a_refusal_while_items_are_read_is_the_databases(engine: Engine, encoder: LocalEncoder, model: Model) -> None:
+    """Then the chunk is given back. Any other error would end the process, and be taken for a text's fault."""
+    claim = taken(engine, make_job(engine, model, 4))
+    run_sql(engine, "alter table vectormill.items rename column text to body")
+    with pytest.raises(DBAPIError):
+        run(engine, encoder, claim)
 
 
 # Overlap
