@@ -225,7 +225,7 @@ def _measured(time: Mapping[str, Any]) -> str:
         case Measured.HERE:
             seconds = humanize.duration(time["measured_seconds"])
             return f"measured here, in {seconds}, on {time['device']}; the workers may differ"
-    return "by the catalogue's rate; nothing was measured"
+    return "by the catalogue's rate; writing was measured here"
 
 
 def _count(number: int, what: str) -> str:
