@@ -253,6 +253,7 @@ def _instead(folder: Path, ports: dict[str, int]) -> dict[str, str]:
         "http://flower:5555": f"http://127.0.0.1:{ports['flower']}",
         "http://127.0.0.1:${FLOWER_PORT:-5555}": f"http://127.0.0.1:{ports['flower']}",
         "${WEBHOOKS:-}": "https://etl.example.com/hooks",
+        "${PRECISION:-auto}": "auto",
         "0.0.0.0": "127.0.0.1",
         "8000": str(ports["api"]),
         "9000": str(ports["engine"]),
