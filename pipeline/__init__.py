@@ -3,7 +3,7 @@
     core/               pure code: jobs, chunks, models, options, errors, OpenAI's wire format
     infra/              settings, logs, metrics, HTTP, storage, leases
     db/                 the schema, the migration runner, every SQL statement as a named function
-    catalog/            models and vector spaces; API keys
+    catalog/            models, their rates by kind of device, and vector spaces; API keys
     sources/            readers and validation of files, tables and queries
     ingest/             submission of a job: options, staging, chunking; requests made in SQL; the estimate
     dispatch/           leader election, scheduler (fair share), maintenance, completion, background tasks
