@@ -18,7 +18,7 @@ from pipeline.core.options import KeptOptions
 from pipeline.db import items
 from pipeline.db.database import make_engine
 from pipeline.infra.settings import MODELS_SHARE, ROOM_FACTOR
-from workers.encoders.batching import Encoder
+from workers.encoders.batching import Encoder, entitled, split_rule
 from workers.encoders.devices import list_devices
 from workers.encoders.model_cache import Loader
 from workers.runner.slice_encoding import SliceEncoding
@@ -34,8 +34,8 @@ _LEAST_ROWS = 2_000
 #: Fields of a plan that the caller gives.
 _AS_ASKED = ("replicas", "seconds", "database_url", "dimensions", "max_item_tokens", "rows")
 
-#: Key, text, and carried columns as JSON.
-Row = tuple[str | None, str, str | None]
+#: Key, text, carried columns as JSON, and title.
+Row = tuple[str | None, str, str | None, str]
 
 _barrier: Any = None
 
@@ -62,7 +62,7 @@ class _Done:
     """Work of one slot, in seconds of it."""
 
     load_seconds: float = 0.0
-    items: int = 0
+    vectors: int = 0
     tokens: int = 0
     embed_seconds: float = 0.0
     write_seconds: float = 0.0
@@ -93,17 +93,31 @@ def measure(asked: dict[str, Any], model: Model) -> dict[str, Any]:
         failures = [error for each in running if (error := each.exception())]
         if failures:  # those that waited for the one that failed tell nothing
             raise next((each for each in failures if not isinstance(each, BrokenBarrierError)), failures[0])
-        done, lengths, truncated = zip(*(each.result() for each in running), strict=True)
-    tokens, count = sum(each.tokens for each in done), sum(each.items for each in done)
+        done, counted = zip(*(each.result() for each in running), strict=True)
+    tokens, vectors = sum(each.tokens for each in done), sum(each.vectors for each in done)
     return {
-        "lengths": lengths[0],
-        "truncated": truncated[0],
+        "tokens": counted[0],
         "device": device,
         "token_seconds": sum(each.embed_seconds for each in done) / max(1, tokens),
-        "item_seconds": sum(each.write_seconds for each in done) / max(1, count),
+        "item_seconds": sum(each.write_seconds for each in done) / max(1, vectors),
         "load_seconds": max(each.load_seconds for each in done),
         "seconds": max(each.embed_seconds + each.write_seconds for each in done),
     }
+
+
+def count(
+    encoder: Encoder, texts: Sequence[str], titles: Sequence[str], options: KeptOptions, max_item_tokens: int | None
+) -> dict[str, Any]:
+    """Return the tokens of each text, or passage, as the model reads it, whether it was truncated, the tokens that this
+    lost, and where texts are split the spans of each one's passages."""
+    spans = None
+    if options.splits:
+        spans = encoder.split(texts, titles, split_rule(options, max_item_tokens))
+        of_each = zip(texts, titles, spans, strict=True)
+        texts = [entitled(title, text[start:stop]) for text, title, parts in of_each for start, stop in parts]
+    read = encoder.tokenise(texts, max_item_tokens)
+    lost = [0] * len(texts) if read.lost is None else read.lost.tolist()
+    return {"lengths": read.lengths.tolist(), "truncated": read.truncated.tolist(), "lost": lost, "spans": spans}
 
 
 def _keep(barrier: Barrier) -> None:
@@ -111,8 +125,8 @@ def _keep(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def _run(plan: Plan, number: int) -> tuple[_Done, list[int], list[bool]]:
-    """Measure in slot `number`; return its work, and the tokens of each text and the flags of truncation."""
+def _run(plan: Plan, number: int) -> tuple[_Done, dict[str, Any]]:
+    """Measure in slot `number`; return its work, and of the first one what `count` returns of the sample."""
     try:
         return _measured(plan, number)
     except BaseException:
@@ -120,14 +134,16 @@ def _run(plan: Plan, number: int) -> tuple[_Done, list[int], list[bool]]:
         raise
 
 
-def _measured(plan: Plan, number: int) -> tuple[_Done, list[int], list[bool]]:
+def _measured(plan: Plan, number: int) -> tuple[_Done, dict[str, Any]]:
     done, began = _Done(), perf_counter()
     threads = max(1, (os.cpu_count() or 1) // plan.replicas) if plan.device == "cpu" else None
     encoder = Loader(plan.device, threads, "auto").load(plan.model, plan.options.precision)
     encoder.prove(plan.model.canary)
     done.load_seconds = perf_counter() - began
-    counted = [body for _, body, _ in plan.rows] if number == 0 else []
-    read = encoder.tokenise(counted, plan.max_item_tokens)
+    counted = {}
+    if number == 0:
+        texts, titles = [text for _, text, _, _ in plan.rows], [title for *_, title in plan.rows]
+        counted = count(encoder, texts, titles, plan.options, plan.max_item_tokens)
     rows = list(islice(cycle(plan.rows), max(_LEAST_ROWS, len(plan.rows))))
     engine = make_engine(plan.database_url, application="vectormill-cli", pool_size=1)
     with rehearsing(
@@ -142,22 +158,24 @@ def _measured(plan: Plan, number: int) -> tuple[_Done, list[int], list[bool]]:
         _embed(encoder, rehearsal, _Done(), first, _FEW_ROWS, 0)  # the first pass allocates
         few = _Done()
         _embed(encoder, rehearsal, few, first, _FEW_ROWS, _FEW_ROWS)
-        size = max(1, min(_LEAST_ROWS, int(_SLICE_SECONDS * few.items / (few.embed_seconds + few.write_seconds))))
+        size = max(1, min(_LEAST_ROWS, int(_SLICE_SECONDS * _FEW_ROWS / (few.embed_seconds + few.write_seconds))))
         _barrier.wait()
         until, index = perf_counter() + plan.seconds, len(rows)
         while perf_counter() < until:
             first %= len(rows)
-            count = min(size, len(rows) - first)
-            _embed(encoder, rehearsal, done, first, count, index)
-            first, index = first + count, index + count
+            some = min(size, len(rows) - first)
+            _embed(encoder, rehearsal, done, first, some, index)
+            first, index = first + some, index + some
     engine.dispose()
-    return done, read.lengths.tolist(), read.truncated.tolist()
+    return done, counted
 
 
 def _stage(rehearsal: Rehearsal, rows: Sequence[Row]) -> None:
     carries = rehearsal.claim.options.columns.carry
-    carried = [(more or "{}").encode() for _, _, more in rows] if carries else None
-    rehearsal.stage(0, [items.Block([key for key, _, _ in rows], [body.encode() for _, body, _ in rows], carried)])
+    keys, bodies, more, titles = zip(*rows, strict=True)
+    carried = [(each or "{}").encode() for each in more] if carries else None
+    titled = [title.encode() for title in titles] if rehearsal.claim.options.columns.title else None
+    rehearsal.stage(0, [items.Block(keys, [body.encode() for body in bodies], carried, titled)])
 
 
 def _embed(encoder: Encoder, rehearsal: Rehearsal, done: _Done, first: int, count: int, index: int) -> None:
@@ -175,5 +193,5 @@ def _embed(encoder: Encoder, rehearsal: Rehearsal, done: _Done, first: int, coun
     rehearsal.write(replace(rows, indexes=rows.indexes + (index - first)))
     done.embed_seconds += embedded - was_read
     done.write_seconds += (was_read - began) + (perf_counter() - embedded)
-    done.items += len(rows.indexes)
+    done.vectors += len(rows.indexes)
     done.tokens += int(rows.tokens.sum())

@@ -5,7 +5,7 @@
                                                    --pooling P before SOURCE
     python -m workers.oneshot gateway              an upstream's fields on standard input → its record
     python -m workers.oneshot queries              {"model", "texts"} on standard input → vectors
-    python -m workers.oneshot tokens               {"model", "texts", "max_tokens"} on standard input
+    python -m workers.oneshot tokens               {"model", "texts", "titles", "options", "max_item_tokens"}
                                                    → [lengths, flags of truncation, seconds]
     python -m workers.oneshot measure              {"model", "rows", "slots", …} on standard input → what
                                                    `workers.measuring` finds
@@ -24,6 +24,7 @@ from typing import Any
 from pipeline.catalog.models import from_portable, weights_bytes, weights_sha256
 from pipeline.core.errors import VectormillError
 from pipeline.core.models import Model, Upstream
+from pipeline.core.options import KeptOptions
 from workers.encoders.devices import list_devices
 from workers.encoders.layout import check_layout
 from workers.encoders.model_cache import Loader
@@ -102,16 +103,18 @@ def queries(model: Model, texts: list[str]) -> list[list[float]]:
     return vectors
 
 
-def tokens(model: Model, texts: list[str], max_tokens: int | None) -> tuple[list[int], list[bool], float]:
-    """Return each document's number of tokens after truncation, and whether it was truncated; and the seconds that
-    this took on one core.
+def tokens(model: Model, asked: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Return the tokens of texts, as `workers.measuring.count` does, and the seconds that this took on one core.
 
     Raises:
         ModelError: the model isn't the one that was added to the catalogue.
     """
+    from workers.measuring import count
+
     encoder, began = Loader("cpu", None, "float32").load(model), perf_counter()
-    read = encoder.tokenise(texts, max_tokens)
-    return read.lengths.tolist(), read.truncated.tolist(), perf_counter() - began
+    options = KeptOptions.from_json(asked["options"])
+    counted = count(encoder, asked["texts"], asked["titles"], options, asked["max_item_tokens"])
+    return counted, perf_counter() - began
 
 
 def main(arguments: list[str]) -> Any:
@@ -132,7 +135,7 @@ def main(arguments: list[str]) -> Any:
             return queries(from_portable(asked["model"]), asked["texts"])
         case ["tokens"]:
             asked = json.load(sys.stdin)
-            return tokens(from_portable(asked["model"]), asked["texts"], asked["max_tokens"])
+            return tokens(from_portable(asked["model"]), asked)
         case ["measure"]:
             from workers.measuring import measure
 

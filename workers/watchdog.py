@@ -23,6 +23,8 @@ class Watch:
     began: float = field(default_factory=monotonic)
     #: Start of the current batch of each thread that runs one.
     batches: dict[int, float] = field(default_factory=dict)
+    #: False if the time limit waits until an item is settled, so that one with very many passages is done in one claim.
+    progressed: bool = True
     #: The job is being cancelled.
     cancelled: bool = False
     #: A renewal found that the chunk is no longer this claim's.
@@ -63,4 +65,4 @@ class Watch:
     def must_stop(self) -> bool:
         """True if the claim must commit what is done and give up the rest."""
         stopped = self.cancelled or self.lost or self.failed or self.interruption is not None
-        return stopped or monotonic() - self.began > self.most_seconds
+        return stopped or (self.progressed and monotonic() - self.began > self.most_seconds)

@@ -37,7 +37,8 @@ grant select, insert, delete on vectormill.rejects to vectormill_dispatcher;
 grant select, update on vectormill.batches, vectormill.requests to vectormill_dispatcher;
 grant select
   on vectormill.workspaces, vectormill.workspace_models, vectormill.models, vectormill.vector_spaces,
-     vectormill.embeddings, vectormill.outputs, vectormill.usage, vectormill.attempts, vectormill.claim_losses,
+     vectormill.embeddings, vectormill.passages, vectormill.outputs, vectormill.usage, vectormill.attempts,
+     vectormill.claim_losses,
      vectormill.workers, vectormill.engines, vectormill.job_status, vectormill.alembic_version
   to vectormill_dispatcher;
 grant insert on vectormill.vector_spaces, vectormill.claim_losses to vectormill_dispatcher;
@@ -50,20 +51,21 @@ grant pg_read_all_stats, pg_signal_backend to vectormill_dispatcher;
 
 -- A worker: claims chunks of jobs that others made, and adds what comes of them.
 grant select
-  on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.embeddings,
+  on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.embeddings, vectormill.passages,
      vectormill.rejects, vectormill.outputs, vectormill.models, vectormill.model_rates, vectormill.vector_spaces,
      vectormill.claim_losses, vectormill.alembic_version
   to vectormill_worker;
 grant select (chunk_id, fence, token, part, model, created_at) on vectormill.usage to vectormill_worker;
 grant select (id) on vectormill.attempts to vectormill_worker;
 grant insert
-  on vectormill.items, vectormill.embeddings, vectormill.rejects, vectormill.outputs, vectormill.usage,
+  on vectormill.items, vectormill.embeddings, vectormill.passages, vectormill.rejects, vectormill.outputs, vectormill.usage,
      vectormill.attempts, vectormill.claim_losses
   to vectormill_worker;
 grant select, insert, update, delete on vectormill.workers to vectormill_worker;
 grant update (state, reason, message, ends_as, started_at) on vectormill.jobs to vectormill_worker;
 grant update (state, fence, token, parts, lease_until, not_before, backend_pid, worker_id, task_id, crashes, isolation,
-              last_error, embedded, rejected, cancelled, truncated, prompt_tokens, output_uri, started_at, finished_at)
+              last_error, embedded, rejected, cancelled, truncated, prompt_tokens, passages, lost_tokens, most_truncated,
+              output_uri, started_at, finished_at)
   on vectormill.chunks to vectormill_worker;
 grant update (status, billed_tokens, finished_at) on vectormill.attempts to vectormill_worker;
 
@@ -75,7 +77,7 @@ grant select, insert, update, delete on vectormill.engines to vectormill_engine;
 grant select
   on vectormill.workspaces, vectormill.workspace_models, vectormill.models, vectormill.model_rates,
      vectormill.vector_spaces, vectormill.api_keys, vectormill.jobs, vectormill.inputs, vectormill.chunks,
-     vectormill.items, vectormill.embeddings, vectormill.rejects, vectormill.outputs, vectormill.usage,
+     vectormill.items, vectormill.embeddings, vectormill.passages, vectormill.rejects, vectormill.outputs, vectormill.usage,
      vectormill.attempts, vectormill.workers, vectormill.engines, vectormill.files, vectormill.batches,
      vectormill.job_status, vectormill.alembic_version
   to vectormill_api;
@@ -100,7 +102,7 @@ grant execute on function vectormill.make_partitions to vectormill_api;
 
 -- A reader: all that people look things up in. No keys, no queries, no webhooks' addresses but those of jobs' options.
 grant select
-  on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.embeddings,
+  on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.embeddings, vectormill.passages,
      vectormill.rejects, vectormill.outputs, vectormill.usage, vectormill.attempts, vectormill.claim_losses,
      vectormill.models, vectormill.model_rates, vectormill.workspace_models, vectormill.vector_spaces,
      vectormill.workers, vectormill.engines, vectormill.leases, vectormill.files, vectormill.batches, vectormill.receipts, vectormill.job_status,
@@ -117,6 +119,6 @@ from pg_class
 where relnamespace = 'vectormill'::regnamespace and relispartition and relkind = 'r' and relname ~ '^items_';
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0018';
+comment on schema vectormill is 'roles.sql of 0019';
 
 commit;

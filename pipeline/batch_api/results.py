@@ -174,16 +174,16 @@ def _write_lines(file: BinaryIO, lines: Iterable[Mapping[str, Any]]) -> int:
 def _output(connection: Connection, batch: RowMapping, job_id: UUID) -> Iterator[Mapping[str, Any]]:
     """Yield an output line for each vector, in the order of the input."""
     for block in embeddings.stream(connection, job_id, _PAGE):
-        for index, key, vector, tokens, truncated, carried in block:
-            one: dict[str, Any] = {"object": "embedding", "index": 0, "embedding": _written(vector, carried)}
+        for row in block:
+            one: dict[str, Any] = {"object": "embedding", "index": 0, "embedding": _written(row.vector, row.carried)}
             body = {
                 "object": "list",
-                "data": [{**one, "truncated": True} if truncated else one],
+                "data": [{**one, "truncated": True} if row.truncated else one],
                 "model": batch["model"],
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+                "usage": {"prompt_tokens": row.tokens, "total_tokens": row.tokens},
             }
-            response = {"status_code": 200, "request_id": f"req_{job_id.hex}_{index}", "body": body}
-            yield {**_head(job_id, index, key), "response": response, "error": None}
+            response = {"status_code": 200, "request_id": f"req_{job_id.hex}_{row.index}", "body": body}
+            yield {**_head(job_id, row.index, row.key), "response": response, "error": None}
 
 
 def _written(vector: Any, carried: Mapping[str, Any] | None) -> Any:

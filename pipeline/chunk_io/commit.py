@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import structlog
 import tenacity
 from sqlalchemy import Connection, Engine
 
 from pipeline.chunk_io.sinks import Sink, sink_of
-from pipeline.core.chunks import ChunkState, Claim, Reject, RejectCode
+from pipeline.core.chunks import MOST_TRUNCATED, ChunkState, Claim, Reject, RejectCode, Truncated
 from pipeline.core.errors import LeaseLost
 from pipeline.core.options import VectorType
 from pipeline.core.vectors import restored, sound, stored
@@ -39,8 +38,17 @@ class Commit:
 
     @property
     def settled(self) -> int:
-        """Number of items that get their vector or reject in this part."""
-        return len(self.rows.indexes) + len(self.rejects)
+        """Number of items that get their vectors or reject in this part."""
+        return self.rows.items + len(self.rejects)
+
+    @property
+    def most_truncated(self) -> list[Truncated]:
+        """Items that lost the most tokens to truncation."""
+        lost = self.rows.lost_tokens
+        most = np.argsort(-lost, kind="stable")[:MOST_TRUNCATED]
+        return [
+            Truncated(int(self.rows.indexes[at]), self.rows.keys[at], int(lost[at])) for at in most.tolist() if lost[at]
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +65,8 @@ class Ending:
 def split_bad_vectors(
     rows: embeddings.EmbeddedRows, dimensions: int, kept_as: VectorType
 ) -> tuple[embeddings.EmbeddedRows, list[Reject]]:
-    """Separate vectors that must never be written, as rejects: those that are not finite (as stored) or zero.
+    """Separate vectors that must never be written, as rejects: those that are not finite (as stored) or zero. An item
+    with such a passage is rejected as a whole.
 
     Raises:
         ValueError: the vectors don't have `dimensions` elements each, which is an error of ours.
@@ -69,27 +78,17 @@ def split_bad_vectors(
     good = sound(restored(stored(rows.vectors, kept_as)))
     if good.all():
         return rows, []
-    rejects = [
-        Reject(
+    message = "the model made a vector that is zero or not finite"
+    rejects = {
+        int(rows.indexes[at]): Reject(
             index=int(rows.indexes[at]),
             key=rows.keys[at],
             code=RejectCode.BAD_VECTOR,
-            message="the model made a vector that is zero or not finite",
+            message=f"{rows.passage_named(at)}{message}",
         )
-        for at in np.flatnonzero(~good).tolist()
-    ]
-    return _select(rows, good), rejects
-
-
-def _select(rows: embeddings.EmbeddedRows, mask: npt.NDArray[np.bool_]) -> embeddings.EmbeddedRows:
-    return embeddings.EmbeddedRows(
-        indexes=rows.indexes[mask],
-        keys=[key for key, keep in zip(rows.keys, mask, strict=True) if keep],
-        vectors=rows.vectors[mask],
-        tokens=rows.tokens[mask],
-        truncated=rows.truncated[mask],
-        carried=[row for row, keep in zip(rows.carried, mask, strict=True) if keep] if rows.carried else (),
-    )
+        for at in np.flatnonzero(~good)[::-1].tolist()  # of an item's bad passages the first one is named
+    }
+    return rows.select(~np.isin(rows.indexes, list(rejects))), [rejects[index] for index in sorted(rejects)]
 
 
 def write_chunk(engine: Engine, claim: Claim, number: int, part: Commit, ending: Ending) -> None:
@@ -165,10 +164,13 @@ def _commit(
         claim,
         chunks.Progress(
             state=ending.state,
-            embedded=len(part.rows.indexes),
+            embedded=part.rows.items,
             rejected=len(part.rejects),
             truncated=int(part.rows.truncated.sum()),
             prompt_tokens=tokens,
+            passages=0 if part.rows.passages is None else len(part.rows.indexes),
+            lost_tokens=int(part.rows.lost_tokens.sum()),
+            most_truncated=part.most_truncated,
             isolation=ending.isolation,
             not_before_seconds=ending.not_before_seconds,
             output_uri=staged.uri if staged else None,
@@ -188,7 +190,7 @@ def _commit(
         connection,
         claim,
         number,
-        items=len(part.rows.indexes),
+        items=part.rows.items,
         prompt_tokens=tokens,
         truncated=int(part.rows.truncated.sum()),
         device_seconds=part.device_seconds,

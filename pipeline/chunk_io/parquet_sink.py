@@ -25,10 +25,10 @@ from pipeline.core import exact_json
 from pipeline.core.chunks import Claim, Item
 from pipeline.core.errors import SourceChanged, UserError, Waiting
 from pipeline.core.jobs import Job
-from pipeline.core.options import OUR_COLUMNS, VectorType
+from pipeline.core.options import OUR_COLUMNS, PASSAGE_COLUMNS, VectorType
 from pipeline.core.vectors import restored, stored
 from pipeline.db import items, jobs, outputs
-from pipeline.db.embeddings import EmbeddedRows
+from pipeline.db.embeddings import EmbeddedRows, Vector
 from pipeline.db.outputs import Output, Staged
 from pipeline.infra import storage
 
@@ -49,8 +49,8 @@ class ParquetSink:
 
     finalizes, finalizes_long = True, False
 
-    def __init__(self, folder: str, kept_as: VectorType, carried: Sequence[str]) -> None:
-        self._folder, self._kept_as, self._carried = folder, kept_as, carried
+    def __init__(self, folder: str, kept_as: VectorType, carried: Sequence[str], *, passages: bool) -> None:
+        self._folder, self._kept_as, self._carried, self._passages = folder, kept_as, carried, passages
 
     def prepare(self, job_id: UUID) -> None:
         """Occupy the folder, which must be empty.
@@ -111,13 +111,15 @@ class ParquetSink:
             "dimensions": space["dimensions"],
             "dtype": self._kept_as,
             "carried": self._carried,
+            **({"passages": True} if self._passages else {}),
         }
         make_data_set(self._folder, job.id, written, about, check)
 
     def read(
         self, connect: Callable[[], AbstractContextManager[Connection]], job_id: UUID, first_index: int, end_index: int
-    ) -> Iterator[Sequence[tuple[Any, ...]]]:
+    ) -> Iterator[Sequence[Vector]]:
         """Yield the rows of each chunk from its parts."""
+        passage_columns = PASSAGE_COLUMNS if self._passages else ()
         with connect() as connection:
             chunks = [
                 chunk.outputs
@@ -128,39 +130,48 @@ class ParquetSink:
             table = read(self._folder, job_id, parts).combine_chunks()
             kept = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False))
             vectors = restored(kept)
-            carried = table.drop_columns(list(OUR_COLUMNS)).to_pylist()
-            found, keys, tokens, truncated = (
-                table[name].to_pylist() for name in ("index", "key", "tokens", "truncated")
+            carried = table.drop_columns([*OUR_COLUMNS, *passage_columns]).to_pylist()
+            found, keys, tokens, truncated, *numbers = (
+                table[name].to_pylist() for name in ("index", "key", "tokens", "truncated", *passage_columns)
             )
-            rows = zip(found, keys, vectors, tokens, truncated, carried, strict=True)
-            yield [row for row in rows if first_index <= row[0] < end_index]
+            rows = zip(found, keys, vectors, tokens, truncated, carried, *numbers, strict=True)
+            yield [Vector(*row) for row in rows if first_index <= row[0] < end_index]
 
     def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
         """Count by the indexes in the files. A file that readers see and no commit has recorded counts as double."""
         recorded = {output.name for output in outputs.of_job(connection, job.id)}
         missing, double = 0, sum(name not in recorded for name in visible_names(self._folder))
         for chunk in outputs.by_chunk(connection, job.id):
-            found = self._indexes_there(job.id, chunk.outputs)
+            found = self._rows_there(job.id, chunk.outputs)
             rejected = items.settled(connection, job.id, chunk.first_index, chunk.items)
-            vectors = set(found.tolist())
+            rows = set(found)
+            vectors = {index for index, _ in rows}
             own = range(chunk.first_index, chunk.first_index + chunk.items)
             strangers = sum(index not in own for index in vectors)
             good = len(vectors) - strangers
             missing += max(0, chunk.embedded - good) + max(0, chunk.rejected - len(rejected)) + chunk.unaccounted
-            double += len(found) - len(vectors) + strangers + len(vectors & rejected)
+            double += len(found) - len(rows) + strangers + len(vectors & rejected)
             double += max(0, good - chunk.embedded) + max(0, len(rejected) - chunk.rejected)
+            if self._passages:
+                # Each item has its passages from 0 on.
+                missing += max(
+                    chunk.passages - len(rows), sum(n > 0 and (index, n - 1) not in rows for index, n in rows)
+                )
+                double += max(0, len(rows) - chunk.passages)
         return missing, double
 
-    def _indexes_there(self, job_id: UUID, parts: Sequence[Output]) -> npt.NDArray[np.int64]:
-        """Return the indexes in the parts, without parts that are gone."""
-        found = [np.zeros(0, np.int64)]
+    def _rows_there(self, job_id: UUID, parts: Sequence[Output]) -> list[tuple[int, int]]:
+        """Return the index and the passage of each row in the parts, without parts that are gone."""
+        found: list[tuple[int, int]] = []
         for part in parts:
-            with suppress(SourceChanged):
-                found.append(indexes(self._folder, job_id, [part]))
-        return np.concatenate(found)
+            with suppress(SourceChanged), open_part(self._folder, job_id, part) as file:
+                table = file.read(columns=["index", "passage"] if self._passages else ["index"])
+                numbers = table["passage"].to_pylist() if self._passages else [0] * len(table)
+                found += zip(table["index"].to_pylist(), numbers, strict=True)
+        return found
 
 
-def schema(dimensions: int, kept_as: VectorType, carried: Sequence[str]) -> Any:
+def schema(dimensions: int, kept_as: VectorType, carried: Sequence[str], *, passages: bool) -> Any:
     """Return the schema of a file of vectors. Carried JSON values are kept as text, as a column may mix types."""
     element = pa.field("item", pa.from_numpy_dtype(kept_as.value), nullable=False)
     return pa.schema(
@@ -170,6 +181,7 @@ def schema(dimensions: int, kept_as: VectorType, carried: Sequence[str]) -> Any:
             pa.field("embedding", pa.list_(element, dimensions), nullable=False),
             pa.field("tokens", pa.int32(), nullable=False),
             pa.field("truncated", pa.bool_(), nullable=False),
+            *(pa.field(name, pa.int32(), nullable=False) for name in (PASSAGE_COLUMNS if passages else ())),
             *(pa.field(name, pa.string()) for name in carried),
         ]
     )
@@ -188,7 +200,7 @@ def write(folder: str, claim: Claim, number: int, rows: EmbeddedRows) -> Output:
     """
     carried, kept_as = claim.options.columns.carry, claim.options.dtype
     values = [exact_json.loads(row) if row else {} for row in rows.carried] if carried else []
-    kind = schema(rows.vectors.shape[1], kept_as, carried)
+    kind = schema(rows.vectors.shape[1], kept_as, carried, passages=rows.passages is not None)
     flat = pa.array(stored(rows.vectors, kept_as).ravel())
     batch = pa.record_batch(
         [
@@ -197,6 +209,7 @@ def write(folder: str, claim: Claim, number: int, rows: EmbeddedRows) -> Output:
             pa.FixedSizeListArray.from_arrays(flat, type=kind.field("embedding").type),
             pa.array(rows.tokens),
             pa.array(rows.truncated),
+            *map(pa.array, rows.passages or ()),
             *(pa.array([as_text(value.get(name)) for value in values], pa.string()) for name in carried),
         ],
         schema=kind,
@@ -340,4 +353,6 @@ def read(folder: str, job_id: UUID, parts: Sequence[Output]) -> pa.Table:
     for output in parts:
         with open_part(folder, job_id, output) as part:
             tables.append(part.read())
-    return pa.concat_tables(tables).sort_by("index")
+    table = pa.concat_tables(tables)
+    keys = [name for name in ("index", "passage") if name in table.column_names]
+    return table.sort_by([(name, "ascending") for name in keys])

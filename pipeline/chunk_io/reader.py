@@ -12,6 +12,8 @@ from pipeline.sources.by_reference import read_extent
 
 #: Text that is embedded as one block, whatever size the planner expected of a file's rows.
 _BLOCK_BYTES = 16 * 1024 * 1024
+#: The same of texts that are split: an item is committed once all its passages are embedded, and a block mixes them.
+_SPLIT_BLOCK_BYTES = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,11 @@ def read_chunk(engine: Engine, claim: Claim) -> UnsettledItems:
     if claim.extent:
         return UnsettledItems(claim.items - len(settled), _with_a_place(sink, _from_file(claim, settled)))
     unfinished = [item for item in rows if item.index not in settled]
-    return UnsettledItems(len(unfinished), _with_a_place(sink, _from_memory(unfinished)))
+    return UnsettledItems(len(unfinished), _with_a_place(sink, _from_memory(claim, unfinished)))
+
+
+def _block_bytes(claim: Claim) -> int:
+    return _SPLIT_BLOCK_BYTES if claim.options.splits else _BLOCK_BYTES
 
 
 def _with_a_place(sink: Sink, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock]:
@@ -69,11 +75,12 @@ def _with_a_place(sink: Sink, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock
         yield ItemBlock([item for item in block.items if item.index not in faults], [*block.rejects, *bad])
 
 
-def _from_memory(items: Sequence[Item]) -> Iterator[ItemBlock]:
+def _from_memory(claim: Claim, items: Sequence[Item]) -> Iterator[ItemBlock]:
     start = size = 0
+    most = _block_bytes(claim)
     for at, item in enumerate(items, 1):
         size += len(item.text)
-        if size >= _BLOCK_BYTES:
+        if size >= most:
             yield ItemBlock(items[start:at])
             start, size = at, 0
     yield ItemBlock(items[start:])
@@ -84,20 +91,21 @@ def _from_file(claim: Claim, settled: set[int]) -> Iterator[ItemBlock]:
     index = claim.first_index
     good: list[Item] = []
     bad: list[Reject] = []
-    size = 0
+    size, most = 0, _block_bytes(claim)
     for rows in read_extent(claim.extent, claim.items, claim.options.columns, claim.options.item_bytes):
         bad += [
             Reject(index=index + at, key=rows.keys[at], code=code, message=message)
             for at, code, message in rows.problems
             if index + at not in settled
         ]
-        carried = rows.carried or [b""] * len(rows.keys)
-        for at, (key, text, more) in enumerate(zip(rows.keys, rows.texts, carried, strict=True), index):
+        carried, titles = (given or [b""] * len(rows.keys) for given in (rows.carried, rows.titles))
+        for at, row in enumerate(zip(rows.keys, rows.texts, carried, titles, strict=True), index):
+            key, text, more, title = row
             if text is not None and at not in settled:
-                good.append(Item(index=at, key=key, text=text.decode(), carried=more))
+                good.append(Item(index=at, key=key, text=text.decode(), carried=more, title=title.decode()))
                 size += len(text)
+            if size >= most:
+                yield ItemBlock(good, [each for each in bad if each.index <= at])
+                good, bad, size = [], [each for each in bad if each.index > at], 0
         index += len(rows.keys)
-        if size >= _BLOCK_BYTES:
-            yield ItemBlock(good, bad)
-            good, bad, size = [], [], 0
     yield ItemBlock(good, bad)

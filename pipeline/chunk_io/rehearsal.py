@@ -10,7 +10,7 @@ from uuid import uuid4
 from sqlalchemy import Engine
 
 from pipeline.chunk_io.commit import split_bad_vectors
-from pipeline.chunk_io.parquet_sink import ParquetSink
+from pipeline.chunk_io.sinks import sink_of
 from pipeline.core.chunks import Claim, Item
 from pipeline.core.options import KeptOptions
 from pipeline.db import embeddings, items, scratch
@@ -38,7 +38,7 @@ class Rehearsal:
         claim = self.claim
         split_bad_vectors(rows, claim.dimensions, claim.options.dtype)
         if claim.options.output:
-            sink = ParquetSink(claim.options.output, claim.options.dtype, claim.options.columns.carry)
+            sink = sink_of(claim.options)
             staged = sink.stage(replace(claim, token=uuid4()), 0, rows)
             return staged.output.bytes if staged else 0
         embeddings.copy_rows(
@@ -57,7 +57,10 @@ def rehearsing(
     engine: Engine, options: KeptOptions, *, model: str, dimensions: int, max_item_tokens: int | None
 ) -> Iterator[Rehearsal]:
     """Open a rehearsal; `options.output` says only that vectors go to Parquet. All of it is gone at the end."""
-    with TemporaryDirectory(prefix="vectormill-dry-run-") as folder, scratch.scratch_tables(engine) as tables:
+    with (
+        TemporaryDirectory(prefix="vectormill-dry-run-") as folder,
+        scratch.scratch_tables(engine, passages=options.splits) as tables,
+    ):
         claim = Claim(
             job_id=scratch.JOB_ID,
             chunk_id=0,

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 from uuid import UUID
 
+import numpy as np
 from sqlalchemy import Connection, Engine
 
 from pipeline.chunk_io.parquet_sink import ParquetSink
@@ -12,11 +13,11 @@ from pipeline.core.chunks import Claim, Item
 from pipeline.core.jobs import Job
 from pipeline.core.options import KeptOptions, UserTable
 from pipeline.db import embeddings, items, user_table
-from pipeline.db.embeddings import EmbeddedRows
+from pipeline.db.embeddings import EmbeddedRows, Vector
 from pipeline.db.outputs import Staged
 
-#: Rows of a job in index order: (index, key, vector as float32, tokens, truncated, carried).
-Block = Sequence[tuple[Any, ...]]
+#: Vectors of a job in the order of index and passage.
+Block = Sequence[Vector]
 #: Opens a transaction, or lends the current one.
 Connect = Callable[[], AbstractContextManager[Connection]]
 #: Page size of reads, in vectors.
@@ -75,9 +76,12 @@ class Sink(Protocol):
 
 
 class RowsSink:
-    """Sink that writes rows of the table `embeddings`."""
+    """Sink that writes rows of the table `embeddings`, or of `passages` for a job that splits."""
 
     finalizes = finalizes_long = False
+
+    def __init__(self, *, passages: bool) -> None:
+        self._passages = passages
 
     def prepare(self, job_id: UUID) -> None:
         """Do nothing: the partitions exist already."""
@@ -107,27 +111,29 @@ class RowsSink:
 
     def read(self, connect: Connect, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
         """Yield rows page by page."""
+        after = embeddings.before(first_index)
         while True:
             with connect() as connection:
-                page = embeddings.page(connection, job_id, first_index, end_index, _PAGE)
+                page = embeddings.page(connection, job_id, after, end_index, _PAGE, passages=self._passages)
             if page:
                 yield page
             if len(page) < _PAGE:
                 return
-            first_index = page[-1][0] + 1
+            after = (page[-1].index, page[-1].passage)
 
     def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
         """Count by joins; for items that are in files, by the ranges of their chunks."""
         if job.options.by_reference:
-            return embeddings.verify_without_items(connection, job.id, job.items_total)
-        return embeddings.verify(connection, job.id)
+            return embeddings.verify_without_items(connection, job.id, job.items_total, passages=self._passages)
+        return embeddings.verify(connection, job.id, passages=self._passages)
 
 
 class TableSink(RowsSink):
     """Sink that writes the same rows, and also each vector by key to a table of the user, in the same transaction."""
 
-    def __init__(self, table: UserTable, *, hnsw: bool) -> None:
+    def __init__(self, table: UserTable, *, hnsw: bool, passages: bool) -> None:
         """Create the sink of a user's table. `hnsw`: build an index on it at the job's end."""
+        super().__init__(passages=passages)
         self._table = table
         self.finalizes = self.finalizes_long = hnsw
 
@@ -138,7 +144,7 @@ class TableSink(RowsSink):
     def write(self, connection: Connection, claim: Claim, rows: EmbeddedRows, staged: Staged | None) -> None:
         """Insert rows, and upsert their vectors into the table."""
         super().write(connection, claim, rows, staged)
-        user_table.upsert(connection, self._table, claim.job_id, rows.indexes.tolist())
+        user_table.upsert(connection, self._table, claim.job_id, np.unique(rows.indexes).tolist())
 
     def finalize(self, engine: Engine, job: Job) -> None:  # noqa: ARG002 - the table is the same for all
         """Build the HNSW index if it was asked for."""
@@ -150,7 +156,7 @@ class TableSink(RowsSink):
 def sink_of(options: KeptOptions) -> Sink:
     """Return the sink of a job with these options."""
     if options.output:
-        return ParquetSink(options.output, options.dtype, options.columns.carry)
+        return ParquetSink(options.output, options.dtype, options.columns.carry, passages=options.splits)
     if options.table:
-        return TableSink(options.table, hnsw=options.hnsw)
-    return RowsSink()
+        return TableSink(options.table, hnsw=options.hnsw, passages=options.splits)
+    return RowsSink(passages=options.splits)

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy import RowMapping
 
 from pipeline.catalog.models import as_model, find_row, portable
@@ -123,13 +124,13 @@ class _Measuring:
             work = usage.recent_chunks(
                 connection, self.row["name"], parquet=options.output is not None, window_seconds=_WINDOW_SECONDS
             )
-        if is_enough(work, items):
-            tokens, tokenise_seconds = self._tokens(rows)
-            rates = workers_rates(work, tokenise_seconds)
+        if rows and is_enough(work, items):
+            tokens, tokenise_seconds = self._tokens(rows, options)
+            rates = workers_rates(work, tokenise_seconds, vector.seconds)
         elif rows and self.row["kind"] == "local":
             tokens, rates = self._measured_here(rows, options)
         else:
-            tokens, _ = self._tokens(rows)
+            tokens, _ = self._tokens(rows, options)
             rates = catalogue_rates(self.row["tokens_per_second"], vector.seconds)
         return Measurement(tokens=tokens, rates=rates, item=item, vector=vector)
 
@@ -142,15 +143,21 @@ class _Measuring:
         bounds = (self.wish.max_item_tokens, self.row["max_item_tokens"])
         return min((bound for bound in bounds if bound), default=None)
 
-    def _tokens(self, rows: Sequence[SampleRow]) -> tuple[Tokens, float]:
+    def _tokens(self, rows: Sequence[SampleRow], options: KeptOptions) -> tuple[Tokens, float]:
         """Return the tokens of sampled rows, and the seconds in which one is read."""
         texts = [row.text.decode() for row in rows]
         if self.row["kind"] == "gateway":  # only the upstream has its tokeniser
             stderr.print("Tokens are estimated: an upstream counts them itself, and four characters are about one.")
-            return Tokens([len(text) // 4 + 1 for text in texts], [False] * len(texts)), 0.0
-        asked = {"model": portable(as_model(self.row)), "texts": texts, "max_tokens": self._max_item_tokens}
-        lengths, truncated, seconds = oneshot(["tokens"], asked)
-        return Tokens(lengths, truncated), seconds / max(1, sum(lengths))
+            return Tokens([len(text) // 4 + 1 for text in texts], [False] * len(texts), [0] * len(texts)), 0.0
+        asked = {
+            "model": portable(as_model(self.row)),
+            "texts": texts,
+            "titles": [row.title.decode() for row in rows],
+            "options": options.to_json(),
+            "max_item_tokens": self._max_item_tokens,
+        }
+        counted, seconds = oneshot(["tokens"], asked)
+        return Tokens(**counted), seconds / max(1, sum(counted["lengths"]))
 
     def _measured_here(self, rows: Sequence[SampleRow], options: KeptOptions) -> tuple[Tokens, Rates]:
         stderr.print(
@@ -160,7 +167,10 @@ class _Measuring:
             ["measure"],
             {
                 "model": portable(as_model(self.row)),
-                "rows": [(row.key, row.text.decode(), row.carried and row.carried.decode()) for row in rows],
+                "rows": [
+                    (row.key, row.text.decode(), row.carried and row.carried.decode(), row.title.decode())
+                    for row in rows
+                ],
                 "options": options.to_json(),
                 "dimensions": self._dimensions,
                 "max_item_tokens": self._max_item_tokens,
@@ -170,8 +180,7 @@ class _Measuring:
                 "database_url": database_url(self.place.settings),
             },
         )
-        tokens = Tokens(found.pop("lengths"), found.pop("truncated"))
-        return tokens, Rates(measured=Measured.HERE, **found)
+        return Tokens(**found.pop("tokens")), Rates(measured=Measured.HERE, **found)
 
 
 def print_estimate(found: Mapping[str, Any], *, as_json: bool) -> None:
@@ -181,6 +190,8 @@ def print_estimate(found: Mapping[str, Any], *, as_json: bool) -> None:
         print_json(found)
     else:
         stdout.print(_table(found))
+        for passage in (found["passages"] or {"sample": []})["sample"]:
+            stdout.print(_passage(passage))
 
 
 def _table(found: Mapping[str, Any]) -> Table:
@@ -195,7 +206,11 @@ def _table(found: Mapping[str, Any]) -> Table:
     table.add_row("", f"{tokens['mean']:g} a text, measured on {tokens['sampled_items']:,} of them")
     duplicates = found["duplicates"]
     table.add_row("duplicates", f"{duplicates['share']:.1%} of {duplicates['compared_items']:,} texts compared")
-    table.add_row("truncated", f"{found['truncated']['share']:.1%}")
+    if passages := found["passages"]:
+        table.add_row("passages", f"about {passages['total']:,}   {passages['mean']:g} a text")
+    lost = found["truncated"]["lost_tokens"]
+    loss = f"   about {lost:,} tokens wouldn't be read; --on-long split makes passages" if lost else ""
+    table.add_row("truncated", f"{found['truncated']['share']:.1%}{loss}")
     slots = _count(time["slots"], "slot") if time["slots"] else "one slot; no worker serves this model now"
     table.add_row("time", f"about {humanize.duration(time['seconds'])} on {slots}")
     table.add_row("  submit", f"{humanize.duration(pieces['submit_seconds'])}   {_SUBMITTING[found['by_reference']]}")
@@ -215,6 +230,16 @@ def _table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def _passage(passage: Mapping[str, Any]) -> Text:
+    """Return a passage of the sample, cut to a few lines."""
+    name = f"{passage['key'] or 'a text'}, passage {passage['passage']:,}"
+    place = f"characters {passage['start']:,} to {passage['stop']:,}, {passage['tokens']:,} tokens"
+    shown = " ".join(passage["text"].split())
+    shown = shown if len(shown) <= _SHOWN_CHARACTERS else shown[:_SHOWN_CHARACTERS] + " …"
+    return Text.assemble("\n", (f"{name}   {place}\n", "bright_black"), shown)
+
+
+_SHOWN_CHARACTERS = 300
 _SUBMITTING = {False: "reading and staging the texts", True: "locating the texts"}
 
 

@@ -112,7 +112,11 @@ def _print_status(row: JobStatus) -> None:
     table.add_row("", ProgressBar(total=max(1, counts.total), completed=counts.over, width=40, complete_style="blue"))
     outcomes = [f"{getattr(counts, name):,} {name}" for name in _OUTCOMES if getattr(counts, name)]
     table.add_row("items", f"{counts.over:,} / {counts.total:,}   " + ", ".join(outcomes))
-    table.add_row("tokens", f"{row.tokens.prompt:,}   {counts.truncated:,} texts truncated")
+    if row.passages is not None:
+        table.add_row("passages", f"{row.passages:,}")
+    table.add_row("tokens", f"{row.tokens.prompt:,}")
+    if counts.truncated:
+        table.add_row("truncated", output.truncation(counts.truncated, row.tokens.lost, row.most_truncated))
     table.add_row("chunks", ", ".join(f"{count:,} {name}" for name, count in row.chunks if count))
     roofline = "" if rate.roofline is None else f"   {rate.roofline:.0%} of the roofline".replace("%", " %")
     speed = f"{humanize.short(rate.items_per_second)} items/s   {humanize.short(rate.tokens_per_second)} tok/s"

@@ -5,7 +5,7 @@ Data goes to standard output, everything else to standard error.
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from pipeline.core import humanize
 from pipeline.core.errors import UserError, VectormillError
-from pipeline.core.job_status import JobStatus, Receipt
+from pipeline.core.job_status import JobStatus, Receipt, TruncatedItem
 
 #: Width in columns where the output isn't a terminal.
 _PIPE_WIDTH = 140
@@ -127,8 +127,11 @@ def ledger(receipt: Receipt, codes: Mapping[str, int]) -> RenderableType:
     for part in receipt.embedded_on:
         where = f"  on {part.device}, {part.precision}"
         table.add_row(where, f"{part.items:,}", f"{part.tokens:,}", style="bright_black")
+    if receipt.passages is not None:
+        table.add_row("passages", f"{receipt.passages:,}", "")
     if receipt.truncated:
-        table.add_row("truncated", f"{receipt.truncated:,}", "")
+        lost = f"about {receipt.lost_tokens:,} lost" if receipt.lost_tokens else ""
+        table.add_row("truncated", f"{receipt.truncated:,}", lost)
     table.add_row("reused", f"{items.reused:,}", f"{tokens.reused:,} saved" if tokens.reused else "")
     table.add_row("rejected", f"{items.rejected:,}", "")
     table.add_row("cancelled", f"{items.cancelled:,}", "")
@@ -139,16 +142,23 @@ def ledger(receipt: Receipt, codes: Mapping[str, int]) -> RenderableType:
     why = ", ".join(f"{count:,} {code}" for code, count in codes.items())
     hint = [Text(f"{why}: vectormill rejects {short(receipt.id)}", style="yellow")] if why else []
     if receipt.truncated:
-        hint.append(Text(_truncated(receipt.truncated), style="yellow"))
+        told = truncation(receipt.truncated, receipt.lost_tokens, receipt.most_truncated)
+        hint.append(Text(f"{told}. {_AGAINST_TRUNCATION}", style="yellow"))
     return Group(Text.assemble(("receipt  ", "bright_black"), str(receipt.id)), table, *hint)
 
 
-def _truncated(count: int) -> str:
-    texts = "1 text was" if count == 1 else f"{count:,} texts were"
-    return (
-        f"{texts} truncated at the token limit: --on-long reject rejects such texts, a greater --max-item-tokens or a "
-        "model with a higher limit reads more of them; results mark them (truncated)"
-    )
+_AGAINST_TRUNCATION = (
+    "--on-long split makes passages of such texts, --on-long reject rejects them; results mark them (truncated)."
+)
+
+
+def truncation(texts: int, lost_tokens: int, most: Sequence[TruncatedItem]) -> str:
+    """Return how many texts were truncated, and which lost the most tokens."""
+    told = ("1 text was" if texts == 1 else f"{texts:,} texts were") + " truncated at the token limit"
+    if lost_tokens:
+        keys = ", ".join(f"{each.key or f'#{each.index}'} ({each.lost_tokens:,})" for each in most)
+        told += f"; about {lost_tokens:,} tokens weren't read, most of {keys}"
+    return told
 
 
 def short(job_id: UUID) -> str:

@@ -65,10 +65,11 @@ def _purge_job(place: CommandContext, job: str, *, dry_run: bool, yes: bool) -> 
 
 def _rows_of(status: JobStatus) -> dict[str, int]:
     """Return the number of a job's rows by table, from its chunks' counts."""
-    counts = status.items
+    counts, vectors = status.items, status.items.embedded + status.items.reused
     return {
         "items": counts.total,
-        "embeddings": counts.embedded + counts.reused,
+        "embeddings": vectors if status.passages is None else 0,
+        "passages": status.passages or 0,
         "rejects": counts.rejected,
         "chunks": status.chunks.total,
     }

@@ -15,7 +15,9 @@ from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import Job, Json, Workspace, tell_namesakes
 from pipeline.cli.oneshot import oneshot
 from pipeline.core.errors import UnknownModel, UserError
+from pipeline.core.options import PASSAGE_COLUMNS
 from pipeline.db import embeddings, jobs, models
+from pipeline.db.embeddings import Found
 from pipeline.jobs import status as reading
 
 _KEY_WIDTH = 40
@@ -26,7 +28,8 @@ def results(
     to: Annotated[Path, typer.Option(metavar="FILE", help="A .parquet or .jsonl file.")],
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
-    """Write a job's vectors to a file, in index order: index, key, embedding, tokens, truncated and carried columns.
+    """Write a job's vectors to a file, in index order: index, key, embedding, tokens, truncated, of passages also
+    passage, start and stop, and carried columns.
 
     Example: vectormill results docs --to vectors.parquet
     """
@@ -57,7 +60,8 @@ def search(
 
 
 def search_many(place: CommandContext, job: str, queries: list[str], limit: int) -> list[list[dict[str, Any]]]:
-    """Return the items nearest to each query: `{index, key, similarity, text}`.
+    """Return the items or passages nearest to each query: `{index, key, similarity, text}`, and of passages also
+    `{passage, start, stop}`.
 
     Raises:
         UnknownModel: the job's model is no longer in the catalogue as it was.
@@ -66,10 +70,12 @@ def search_many(place: CommandContext, job: str, queries: list[str], limit: int)
     with place.engine.begin() as connection:
         found = reading.find_job(connection, place.workspace_id, job)
         model = models.of_job(connection, found)
-        folder = reading.known_job(connection, found).options.output
+        options = reading.known_job(connection, found).options
         dimensions = jobs.vector_space(connection, found)["dimensions"]
-    if folder:
-        raise UserError(f"the vectors of job {found} are Parquet files at {folder}; query them there, with DuckDB say.")
+    if options.output:
+        raise UserError(
+            f"the vectors of job {found} are Parquet files at {options.output}; query them there, with DuckDB say."
+        )
     if model is None:
         raise UnknownModel(
             f"the model of job {found} is no longer in the catalogue as it was; a query can't be embedded."
@@ -78,11 +84,19 @@ def search_many(place: CommandContext, job: str, queries: list[str], limit: int)
     with place.engine.begin() as connection:
         # A job's vectors may be shortened to fewer dimensions. The shortened query isn't normalised again, since
         # cosine ignores its length.
-        hits = [embeddings.nearest(connection, found, vector[:dimensions], limit) for vector in vectors]
-    return [
-        [{"index": index, "key": key, "similarity": round(near, 4), "text": text} for index, key, near, text in some]
-        for some in hits
-    ]
+        hits = [
+            embeddings.nearest(connection, found, vector[:dimensions], limit, passages=options.splits)
+            for vector in vectors
+        ]
+    return [[_shown(hit) for hit in some] for some in hits]
+
+
+def _shown(hit: Found) -> dict[str, Any]:
+    shown = hit._asdict() | {"similarity": round(hit.similarity, 4)}
+    if hit.start is None:
+        for name in PASSAGE_COLUMNS:
+            del shown[name]
+    return shown
 
 
 def hit_table(hits: list[dict[str, Any]]) -> Table:

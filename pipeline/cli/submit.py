@@ -21,7 +21,7 @@ from pipeline.cli.dry_run import estimate_job, print_estimate, read_count
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
 from pipeline.cli.output import stderr, tell
 from pipeline.core.errors import EmptySource, UserError
-from pipeline.core.options import Columns, JobOptions, OnLong, Precision, VectorType
+from pipeline.core.options import Columns, JobOptions, OnLong, Precision, SplitBy, VectorType
 from pipeline.infra.storage import is_remote
 from pipeline.ingest.request import JobRequest, default_name, read_request
 from pipeline.ingest.submission import Submission, planning
@@ -47,6 +47,10 @@ def submit(
     ] = None,
     query: Annotated[str | None, typer.Option(help="The query whose rows are the corpus.")] = None,
     text_column: Annotated[str, typer.Option(help="The column or field that holds the texts.")] = "text",
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="TEMPLATE", help='Texts of several columns instead, such as "{subject}\\n\\n{body}".'),
+    ] = None,
     key_column: Annotated[str | None, typer.Option(help="The column that holds your keys. Default: id.")] = None,
     delimiter: Annotated[
         str | None,
@@ -73,7 +77,23 @@ def submit(
     max_item_tokens: Annotated[
         int | None, typer.Option(min=1, max=1_000_000, help="The most tokens of a text to read.")
     ] = None,
-    on_long: Annotated[OnLong, typer.Option(help="Treatment of a longer text: truncate or reject.")] = OnLong.TRUNCATE,
+    on_long: Annotated[
+        OnLong, typer.Option(help="Treatment of a longer text: truncate, reject, or split into passages.")
+    ] = OnLong.TRUNCATE,
+    split: Annotated[
+        int | None,
+        typer.Option(min=16, metavar="TOKENS", help="Split texts into passages, each with a vector of its own."),
+    ] = None,
+    overlap: Annotated[
+        int, typer.Option(min=0, metavar="TOKENS", help="Most tokens of a passage that repeat the one before.")
+    ] = 0,
+    split_by: Annotated[
+        SplitBy, typer.Option(help="The largest unit that stays whole where it fits.")
+    ] = SplitBy.PARAGRAPH,
+    title: Annotated[
+        str | None,
+        typer.Option(metavar="TEMPLATE", help='A title read before each passage, such as "{subject}".'),
+    ] = None,
     max_rejects: Annotated[
         str,
         typer.Option(metavar="N|P%", help="Fail if more items than this are rejected. Default: 10% from 100 items on."),
@@ -123,6 +143,8 @@ def submit(
 
         vectormill submit exports/ --model all-MiniLM-L6-v2 --text-column body --key-column doc_id --label team=search
 
+        vectormill submit tickets.csv --model all-MiniLM-L6-v2 --text "{subject}\\n\\n{body}" --split 256
+
         zcat dump.jsonl.gz | vectormill submit - --model all-MiniLM-L6-v2 --idempotency-key nightly-2026-11-23
 
         vectormill submit export.csv --model all-MiniLM-L6-v2 --delimiter ";" --key-column sku
@@ -146,6 +168,7 @@ def submit(
             "model": model,
             "name": name,
             "text_column": text_column,
+            "text": text,
             "key_column": key_column,
             "delimiter": delimiter,
             "quote": quote,
@@ -157,6 +180,10 @@ def submit(
             "precision": precision,
             "max_item_tokens": max_item_tokens,
             "on_long": on_long,
+            "split": split,
+            "overlap": overlap,
+            "split_by": split_by,
+            "title": title,
             "max_rejects": max_rejects,
             "unique_keys": unique_keys,
             "by_reference": bool(by_reference),

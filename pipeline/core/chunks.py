@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 from pipeline.core.options import KeptOptions
@@ -81,6 +82,8 @@ class Chunk:
     cancelled: int
     truncated: int
     prompt_tokens: int
+    passages: int
+    lost_tokens: int
     output_uri: str | None
     lease_until: datetime | None
     not_before: datetime | None
@@ -99,6 +102,8 @@ class Item:
     text: str
     #: JSON object of the columns that go into the output; empty if there are none, or if they are in Postgres already.
     carried: bytes = b""
+    #: Title that the model reads before each passage.
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +115,19 @@ class Reject:
     code: RejectCode
     #: Explanation for a person; never the item's text.
     message: str
+
+
+class Truncated(NamedTuple):
+    """Item of which the model read only the beginning."""
+
+    index: int  # type: ignore[assignment] # nobody needs the method of tuples
+    key: str | None
+    #: Tokens that it didn't read; of a very long text about so many.
+    lost_tokens: int
+
+
+#: Truncated items that are kept of a chunk, and shown of a job.
+MOST_TRUNCATED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

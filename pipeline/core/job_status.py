@@ -29,6 +29,17 @@ class TokenCounts(BaseModel):
     """Counts of a job's tokens."""
 
     prompt: int = 0
+    lost: int = Field(
+        default=0, description="Tokens of truncated texts that the model didn't read; of very long texts about so many."
+    )
+
+
+class TruncatedItem(BaseModel):
+    """Item of which the model read only the beginning."""
+
+    index: int
+    key: str | None
+    lost_tokens: int
 
 
 class Rate(BaseModel):
@@ -71,6 +82,8 @@ class JobStatus(BaseModel):
     output: str | None = Field(description="Place of its Parquet files; null: its vectors are in Postgres.")
     notices: list[str] = Field(description="Notices about the rows, none of which is an error.")
     items: ItemCounts
+    passages: int | None = Field(default=None, description="Passages embedded; null: each text has one vector.")
+    most_truncated: list[TruncatedItem] = Field(default=[], description="The items that lost the most tokens.")
     tokens: TokenCounts
     rate: Rate
     eta_seconds: float | None
@@ -134,7 +147,10 @@ class Receipt(BaseModel):
     state: JobState
     items: AccountedItems
     tokens: AccountedTokens
+    passages: int | None = Field(default=None, description="Passages embedded; null: each text has one vector.")
     truncated: int = Field(description="Embedded texts that were truncated.")
+    lost_tokens: int = Field(default=0, description="Tokens of them that the model didn't read.")
+    most_truncated: list[TruncatedItem] = Field(default=[], description="The items that lost the most tokens.")
     embedded_on: list[EmbeddedOn] = Field(
         default=[],
         description="Devices that embedded the items, as usage rows say. Items that an upstream embedded are left out.",

@@ -8,11 +8,16 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
+from pipeline.core import template
+
 #: Type of names, columns and labels. Postgres accepts no NUL in a text.
 Word = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern="^[^\0]*$")]
 Address = Annotated[str, StringConstraints(min_length=1, max_length=2_000, pattern="^[^\0]*$")]
+Template = Annotated[str, StringConstraints(min_length=1, max_length=10_000, pattern="^[^\0]*$")]
 #: Columns of every file with vectors; carried columns come after them.
 OUR_COLUMNS = ("index", "key", "embedding", "tokens", "truncated")
+#: Columns of a file with the vectors of passages, besides.
+PASSAGE_COLUMNS = ("passage", "start", "stop")
 MOST_COLUMNS = 100
 #: Typeable words for the tab, and for no sign at all.
 _SIGNS = {"tab": "\t", "\\t": "\t", "none": ""}
@@ -56,6 +61,15 @@ class OnLong(enum.StrEnum):
 
     TRUNCATE = "truncate"
     REJECT = "reject"
+    SPLIT = "split"
+
+
+class SplitBy(enum.StrEnum):
+    """Largest unit of a text that passages keep whole where it fits; a larger one is split by the next."""
+
+    PARAGRAPH = "paragraph"
+    SENTENCE = "sentence"
+    TOKEN = "token"  # noqa: S105  # nosec B105 - a unit of text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +77,9 @@ class Columns:
     """Columns that a job reads."""
 
     text: str = "text"
+    #: Templates of the text, instead of one column, and of the title before each passage.
+    template: str | None = None
+    title: str | None = None
     key: str = "id"
     #: True if a corpus without the key column is refused: the user named it, or another option needs keys.
     key_required: bool = False
@@ -76,14 +93,33 @@ class Columns:
     @property
     def identity(self) -> tuple[Any, ...]:
         """Values that determine the rows of a corpus, for its fingerprint."""
-        dialect = (self.delimiter, self.quote)
-        return (self.text, self.key, self.carry, *(() if dialect == (None, None) else dialect))
+        dialect, composed = (self.delimiter, self.quote), (self.template, self.title)
+        rest = dialect if composed == (None, None) else (*dialect, *composed)
+        return (self.text, self.key, self.carry, *(() if set(rest) == {None} else rest))
+
+    @property
+    def texts(self) -> tuple[tuple[str, str], ...]:
+        """Columns of which texts and titles are made, each as (option that names it, column)."""
+        texts = template.parse(self.template).columns if self.template else ()
+        titles = template.parse(self.title).columns if self.title else ()
+        named = [("text", column) for column in texts] if self.template else [("text_column", self.text)]
+        return (*named, *(("title", column) for column in titles if column not in texts))
+
+    @property
+    def composed(self) -> tuple[str, ...]:
+        """Columns of which templates make texts and titles."""
+        return tuple(column for option, column in self.texts if option != "text_column")
 
     @property
     def required(self) -> tuple[tuple[str, str], ...]:
         """Columns that must exist, each as (option that names it, column)."""
         key = (("key_column", self.key),) if self.key_required else ()
-        return (("text_column", self.text), *key, *(("carry", column) for column in self.carry))
+        return (*self.texts, *key, *(("carry", column) for column in self.carry))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Columns that are read where they exist, each once."""
+        return tuple(dict.fromkeys((*(column for _, column in self.texts), self.key, *self.carry)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +134,8 @@ class UserTable:
     vector_column: str
     #: `vector` or `halfvec`.
     vector_type: str
+    #: Its columns for the passage and its characters, where items have several vectors; the first is `passage`.
+    passage_columns: tuple[str, ...] = ()
 
     def key_fault(self, key: str | None) -> str | None:
         """Return the reason why a key can't go into the table, as a reject's message; `None` if it can."""
@@ -123,6 +161,10 @@ class JobOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     text_column: Word = Field(default="text", description="The column or field that holds the texts.")
+    text: Template | None = Field(
+        default=None,
+        description="A template that makes the texts of several columns, such as `{subject}\\n\\n{body}`.",
+    )
     key_column: Word | None = Field(default=None, description="The column that holds your keys. Default: id.")
     carry: list[Word] = Field(default=[], max_length=MOST_COLUMNS, description="Columns to carry into results.")
     quote: str | None = Field(
@@ -150,7 +192,31 @@ class JobOptions(BaseModel):
         description="The most tokens of a text to read.",
     )
     on_long: OnLong = Field(
-        default=OnLong.TRUNCATE, title="longer texts", description="Treatment of a longer text: truncate or reject."
+        default=OnLong.TRUNCATE,
+        title="longer texts",
+        description="Treatment of a longer text: truncate, reject, or split into passages.",
+    )
+    split: int | None = Field(
+        default=None,
+        ge=16,
+        le=1_000_000,
+        title="passages of, tokens",
+        description="Split texts into passages of at most so many tokens, each with a vector of its own.",
+    )
+    overlap: int = Field(
+        default=0,
+        ge=0,
+        title="overlap, tokens",
+        description="Most tokens of a passage that repeat the one before.",
+    )
+    split_by: SplitBy = Field(
+        default=SplitBy.PARAGRAPH,
+        title="split by",
+        description="The largest unit that stays whole where it fits: paragraph, sentence or token.",
+    )
+    title: Template | None = Field(
+        default=None,
+        description="A template of a title that the model reads before each passage; its tokens count.",
     )
     max_rejects: str = Field(
         default="",
@@ -205,11 +271,54 @@ class JobOptions(BaseModel):
             raise ValueError(f'results have a column "{taken[0]}" already')
         return carry
 
+    # Of two options that exclude each other, the one that is declared later is validated with the other at hand.
+    @field_validator("text", "title")
+    @classmethod
+    def _check_template(cls, written: str | None) -> str | None:
+        if written is not None and len(template.parse(written).fields) > MOST_COLUMNS:
+            raise ValueError(f"it has more than {MOST_COLUMNS} columns")
+        return written
+
+    @field_validator("text")
+    @classmethod
+    def _check_one_text(cls, written: str | None, info: ValidationInfo) -> str | None:
+        if written is not None and info.data.get("text_column") != "text":
+            raise ValueError("texts come of a template or from text_column; leave one of them out")
+        return written
+
+    @field_validator("on_long", "split")
+    @classmethod
+    def _check_split(cls, given: OnLong | int | None, info: ValidationInfo) -> OnLong | int | None:
+        if given in (None, OnLong.TRUNCATE, OnLong.REJECT):
+            return given
+        if info.data.get("on_long") is OnLong.REJECT:
+            raise ValueError("a text that is split is never too long, to be rejected by on_long; leave one of them out")
+        if taken := sorted(set(info.data.get("carry", ())) & set(PASSAGE_COLUMNS)):
+            raise ValueError(f'passages have a column "{taken[0]}" already, so it can\'t be carried; rename it')
+        return given
+
+    @field_validator("overlap", "split_by", "title")
+    @classmethod
+    def _check_passages(cls, given: int | SplitBy | str | None, info: ValidationInfo) -> int | SplitBy | str | None:
+        split = info.data.get("split")
+        if given not in (None, 0, SplitBy.PARAGRAPH) and not split and info.data.get("on_long") is not OnLong.SPLIT:
+            raise ValueError("it is for passages; set split too, or leave it out")
+        if isinstance(given, int) and split and given > split // 2:
+            raise ValueError(f"give at most half of a passage, {split // 2:,} tokens")
+        return given
+
+    @property
+    def splits(self) -> bool:
+        """True if texts are split into passages."""
+        return self.split is not None or self.on_long is OnLong.SPLIT
+
     @property
     def columns(self) -> Columns:
         """Columns to read of each row."""
         return Columns(
             text=self.text_column,
+            template=self.text,
+            title=self.title,
             key=self.key_column or "id",
             key_required=self.key_column is not None or self.unique_keys or self.into is not None,
             carry=tuple(self.carry),
@@ -222,6 +331,7 @@ class JobOptions(BaseModel):
         names = {"dimensions", "dtype", "max_item_tokens", "on_long", "max_rejects", "unique_keys", "by_reference"}
         # A job that was made before there was this option has the same payload as one that leaves it out.
         names |= set() if self.precision is Precision.AUTO else {"precision"}
+        names |= {"split", "overlap", "split_by"} if self.splits else set()
         return self.model_dump(mode="json", include=names | {"output", "into", "hnsw"})
 
 
@@ -237,6 +347,10 @@ class KeptOptions:
     precision: Precision = Precision.AUTO
     max_item_tokens: int | None = None
     on_long: OnLong = OnLong.TRUNCATE
+    #: Most tokens of a passage; `None`: as the model reads.
+    split: int | None = None
+    overlap: int = 0
+    split_by: SplitBy = SplitBy.PARAGRAPH
     max_rejects: str = ""
     unique_keys: bool = False
     #: Workers read the files themselves; Postgres gets no texts.
@@ -248,6 +362,11 @@ class KeptOptions:
     table: UserTable | None = None
     #: True if that table gets an HNSW index at the job's end.
     hnsw: bool = False
+
+    @property
+    def splits(self) -> bool:
+        """True if texts are split into passages."""
+        return self.split is not None or self.on_long is OnLong.SPLIT
 
     @classmethod
     def of(cls, chosen: JobOptions, columns: Columns, item_bytes: int, table: UserTable | None) -> Self:
@@ -270,8 +389,13 @@ class KeptOptions:
             # Rows older than this option have no quote: TSV was read with quotes then.
             found["columns"] = _known(Columns, {"quote": '"', **columns, "carry": tuple(columns.get("carry", ()))})
         if table := kept.get("into"):
-            found["table"] = _known(UserTable, table)
-        for name, kind in (("dtype", VectorType), ("precision", Precision), ("on_long", OnLong)):
+            found["table"] = _known(UserTable, {**table, "passage_columns": tuple(table.get("passage_columns", ()))})
+        for name, kind in (
+            ("dtype", VectorType),
+            ("precision", Precision),
+            ("on_long", OnLong),
+            ("split_by", SplitBy),
+        ):
             if name in found:
                 found[name] = kind(found[name])
         return cls(**found)

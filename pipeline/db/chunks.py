@@ -8,9 +8,19 @@ from dataclasses import dataclass, fields
 from typing import Any
 from uuid import UUID, uuid4
 
+import orjson
 from sqlalchemy import Connection, RowMapping, insert, select, text
 
-from pipeline.core.chunks import Chunk, ChunkState, Claim, Extent, ParquetExtent, TextExtent
+from pipeline.core.chunks import (
+    MOST_TRUNCATED,
+    Chunk,
+    ChunkState,
+    Claim,
+    Extent,
+    ParquetExtent,
+    TextExtent,
+    Truncated,
+)
 from pipeline.core.jobs import JobState
 from pipeline.core.options import KeptOptions
 from pipeline.db.tables import chunks
@@ -169,6 +179,19 @@ def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> 
     return JobState(state) if state else None
 
 
+def most_truncated(connection: Connection, job_id: UUID) -> list[Truncated]:
+    """Return a job's truncated items that lost the most tokens."""
+    rows = connection.execute(
+        text("""
+            select (one->>'index')::bigint as index, one->>'key' as key, (one->>'lost_tokens')::bigint as lost_tokens
+            from vectormill.chunks, jsonb_array_elements(most_truncated) one
+            where job_id = :job and lost_tokens > 0 order by lost_tokens desc, index limit :shown
+        """),
+        {"job": job_id, "shown": MOST_TRUNCATED},
+    )
+    return [Truncated(*row) for row in rows]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Counts that one commit adds to a chunk, and the chunk's state after it."""
@@ -179,6 +202,11 @@ class Progress:
     rejected: int = 0
     truncated: int = 0
     prompt_tokens: int = 0
+    #: Vectors, where items have several.
+    passages: int = 0
+    lost_tokens: int = 0
+    #: Truncated items that lost the most tokens.
+    most_truncated: Sequence[Truncated] = ()
     #: Isolation level from here on; `None` keeps the level that the last commit recorded.
     isolation: int | None = 0
     #: Seconds from now before which a chunk given back can't be claimed.
@@ -199,6 +227,11 @@ _RECORD = """
       state = after, parts = parts + 1,
       embedded = embedded + :embedded, rejected = rejected + :rejected,
       truncated = truncated + :truncated, prompt_tokens = prompt_tokens + :tokens,
+      passages = passages + :passages, lost_tokens = lost_tokens + :lost,
+      most_truncated = case when cast(:most_truncated as jsonb) = '[]' then most_truncated else (
+        select jsonb_agg(one) from (
+          select one from jsonb_array_elements(most_truncated || cast(:most_truncated as jsonb)) one
+          order by (one->>'lost_tokens')::bigint desc, (one->>'index')::bigint limit :shown) most) end,
       cancelled = case when after = 'cancelled'
                   then items - embedded - :embedded - reused - rejected - :rejected else cancelled end,
       crashes = case when :embedded + :rejected > 0 then 0 else crashes end,
@@ -240,6 +273,10 @@ def record(connection: Connection, claim: Claim, progress: Progress, *, number: 
                 "rejected": progress.rejected,
                 "truncated": progress.truncated,
                 "tokens": progress.prompt_tokens,
+                "passages": progress.passages,
+                "lost": progress.lost_tokens,
+                "most_truncated": orjson.dumps([each._asdict() for each in progress.most_truncated]).decode(),
+                "shown": MOST_TRUNCATED,
                 "isolation": progress.isolation,
                 "lease": claim.lease_seconds,
                 "not_before": progress.not_before_seconds,
@@ -337,6 +374,8 @@ def sums(connection: Connection, job_id: UUID) -> RowMapping:
                    coalesce(sum(truncated), 0)::bigint as truncated,
                    coalesce(sum(prompt_tokens), 0)::bigint as prompt_tokens,
                    coalesce(sum(reused_tokens), 0)::bigint as reused_tokens,
+                   coalesce(sum(passages), 0)::bigint as passages,
+                   coalesce(sum(lost_tokens), 0)::bigint as lost_tokens,
                    count(*) filter (where state = 'pending') as pending_chunks,
                    count(*) filter (where state = 'running') as running_chunks,
                    count(*) filter (where state = 'done') as done_chunks,

@@ -1,8 +1,8 @@
 """Embeddings: vectors written by binary COPY, read by index, searched, and verified against items and chunks."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import numpy as np
@@ -12,21 +12,44 @@ from psycopg.types.json import set_json_loads
 from sqlalchemy import Connection, text
 
 from pipeline.core import exact_json
-from pipeline.core.options import VectorType
+from pipeline.core.options import PASSAGE_COLUMNS, VectorType
 from pipeline.core.vectors import restored, stored
 from pipeline.db import copy_format
 from pipeline.db.database import copying, psycopg_connection
 from pipeline.db.partitions import leaf
 
+#: Rows of each kind of job, by whether it splits.
+_ROWS = {
+    False: """(select job_id, index, key, tokens, truncated, vector, half, 0 as passage, null::int as start,
+                      null::int as stop from vectormill.embeddings)""",
+    True: "vectormill.passages",
+}
+#: A number past any passage's.
+_LAST_PASSAGE = 2**31 - 1
 #: Columns before vector and key. The key comes last: all before it has a fixed size, so that numpy can lay out rows.
 _FIXED = ("job_id", "index", "vector_space_id", "tokens", "truncated")
 #: Rows per write: while Postgres takes them, the next ones are laid out.
 _BLOCK = 1_000
 
 
+class Passages(NamedTuple):
+    """Passages that rows are of, as int32 columns."""
+
+    #: Zero-based number within the item.
+    number: npt.NDArray[np.int32]
+    #: Characters of the item's text: `text[start:stop]`.
+    start: npt.NDArray[np.int32]
+    stop: npt.NDArray[np.int32]
+
+
+def passage_named(number: int, start: int, stop: int) -> str:
+    """Return a passage's name for the beginning of a message."""
+    return f"passage {number:,} (characters {start:,} to {stop:,}): "
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedRows:
-    """Embedded items, as columns of equal length."""
+    """Embedded items or passages, as columns of equal length. An item's passages are all there, in order."""
 
     indexes: npt.NDArray[np.int64]
     keys: Sequence[str | None]
@@ -37,6 +60,34 @@ class EmbeddedRows:
     truncated: npt.NDArray[np.bool_]
     #: One JSON object per item; empty where Postgres has the carried columns already, or there are none.
     carried: Sequence[bytes] = ()
+    #: `None`: each row is of a whole item.
+    passages: Passages | None = None
+    #: Tokens that truncation left out of each row; empty: of none.
+    lost_tokens: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def items(self) -> int:
+        """Number of items."""
+        return len(self.indexes) if self.passages is None else int(np.count_nonzero(self.passages.number == 0))
+
+    def passage_named(self, at: int) -> str:
+        """Return a row's passage for the beginning of a message; empty if the row is of a whole item."""
+        if self.passages is None:
+            return ""
+        return passage_named(*(int(column[at]) for column in self.passages))
+
+    def select(self, mask: npt.NDArray[np.bool_]) -> "EmbeddedRows":
+        """Return the rows where `mask` is true."""
+        return EmbeddedRows(
+            indexes=self.indexes[mask],
+            keys=[key for key, keep in zip(self.keys, mask, strict=True) if keep],
+            vectors=self.vectors[mask],
+            tokens=self.tokens[mask],
+            truncated=self.truncated[mask],
+            carried=[row for row, keep in zip(self.carried, mask, strict=True) if keep] if self.carried else (),
+            passages=self.passages and Passages(*(column[mask] for column in self.passages)),
+            lost_tokens=self.lost_tokens[mask] if len(self.lost_tokens) else self.lost_tokens,
+        )
 
 
 NO_ROWS = EmbeddedRows(
@@ -52,8 +103,9 @@ def _on_the_wire(kept_as: VectorType) -> "np.dtype[np.floating]":
     return np.dtype(kept_as.value).newbyteorder(">")
 
 
-def _row_layout(dimensions: int, kept_as: VectorType) -> np.dtype[np.void]:
+def _row_layout(dimensions: int, kept_as: VectorType, *, passages: bool) -> np.dtype[np.void]:
     # pgvector's binary form: int16 dimensions, int16 zero, then the elements, all big-endian.
+    numbers = [(f"{name}{size}", kind) for name in PASSAGE_COLUMNS for size, kind in (("_size", ">i4"), ("", ">i4"))]
     return np.dtype(
         [
             ("fields", ">i2"),
@@ -67,6 +119,7 @@ def _row_layout(dimensions: int, kept_as: VectorType) -> np.dtype[np.void]:
             ("tokens", ">i4"),
             ("truncated_size", ">i4"),
             ("truncated", "?"),
+            *(numbers if passages else ()),
             ("vector_size", ">i4"),
             ("dimensions", ">i2"),
             ("zero", ">i2"),
@@ -84,23 +137,32 @@ def copy_rows(
     *,
     table: sql.Identifier | None = None,
 ) -> None:
-    """Append vectors to the column of their type, by COPY. `table`: another one than the job's partition."""
+    """Append vectors to the column of their type, by COPY: to `passages` if they are of passages, else to `embeddings`.
+    `table`: another one than the job's partition.
+    """
     if len(rows.indexes) == 0:
         return
-    dimensions = rows.vectors.shape[1]
-    fixed = np.empty(min(_BLOCK, len(rows.indexes)), dtype=_row_layout(dimensions, kept_as))
-    fixed["fields"], fixed["uuid_size"], fixed["job_id"] = 7, 16, np.void(job_id.bytes)
+    dimensions, passages = rows.vectors.shape[1], rows.passages
+    numbers = PASSAGE_COLUMNS if passages else ()
+    layout = _row_layout(dimensions, kept_as, passages=bool(passages))
+    fixed = np.empty(min(_BLOCK, len(rows.indexes)), dtype=layout)
+    fixed["fields"], fixed["uuid_size"], fixed["job_id"] = 7 + len(numbers), 16, np.void(job_id.bytes)
+    for name in numbers:
+        fixed[f"{name}_size"] = 4
     fixed["index_size"], fixed["space_size"], fixed["space"] = 8, 8, vector_space_id
     fixed["tokens_size"], fixed["truncated_size"] = 4, 1
     fixed["vector_size"] = 4 + dimensions * kept_as.element_bytes
     fixed["dimensions"], fixed["zero"] = dimensions, 0
-    with copying(connection, table or leaf("embeddings", job_id), (*_FIXED, kept_as.column, "key")) as copy:
+    columns = (*_FIXED, *numbers, kept_as.column, "key")
+    with copying(connection, table or leaf("passages" if passages else "embeddings", job_id), columns) as copy:
         copy.write(copy_format.SIGNATURE)
         for start in range(0, len(rows.indexes), _BLOCK):
             part = slice(start, start + _BLOCK)
             block = fixed[: len(rows.indexes[part])]
             block["index"], block["tokens"] = rows.indexes[part], rows.tokens[part]
             block["truncated"], block["vector"] = rows.truncated[part], stored(rows.vectors[part], kept_as)
+            for name, values in zip(numbers, passages or (), strict=True):
+                block[name] = values[part]
             keys = [None if key is None else key.encode() for key in rows.keys[part]]
             copy.write(copy_format.frame(block, keys))
         copy.write(copy_format.TRAILER)
@@ -115,107 +177,170 @@ def _decode(wire: bytes, kept_as: VectorType) -> npt.NDArray[np.float32]:
 _READ = """
     select e.index, e.key, coalesce(vector_send(e.vector), halfvec_send(e.half)),
            case when e.half is null then 'float32' else 'float16' end,
-           e.tokens, e.truncated, (select carried from vectormill.items where job_id = %s and index = e.index)
-    from vectormill.embeddings e
-    where e.job_id = %s and e.index >= %s and e.index < %s order by e.index
+           e.tokens, e.truncated, (select carried from vectormill.items where job_id = %s and index = e.index),
+           e.passage, e.start, e.stop
+    from {rows} e
+    where e.job_id = %s and (e.index, e.passage) > (%s, %s) and e.index < %s order by e.index, e.passage
 """
-_ALL = (0, 2**63 - 1)
+#: Before the first row, and after the last one, of any job.
+_ALL = (-1, _LAST_PASSAGE, 2**63 - 1)
 
 
-def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator[list[tuple[Any, ...]]]:
-    """Yield a job's vectors in index order, in blocks of (index, key, vector as float32 array, tokens, truncated,
-    carried). A server-side cursor bounds memory."""
+class Vector(NamedTuple):
+    """Vector of an item or a passage, as it is read."""
+
+    index: int  # type: ignore[assignment] # nobody needs the method of tuples
+    key: str | None
+    #: float32 of shape (dimensions,).
+    vector: npt.NDArray[np.float32]
+    tokens: int
+    truncated: bool
+    carried: dict[str, Any] | None
+    passage: int = 0
+    #: Characters of the item's text; `None`: the whole text.
+    start: int | None = None
+    stop: int | None = None
+
+
+def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator[list[Vector]]:
+    """Yield the vectors of a job that doesn't split in index order, in blocks. A server-side cursor bounds memory."""
     with psycopg_connection(connection).cursor(name="results", binary=True) as cursor:
         set_json_loads(exact_json.loads, cursor)
         cursor.itersize = block
-        cursor.execute(_READ, (job_id, job_id, *_ALL))
+        cursor.execute(_READ.format(rows=_ROWS[False]).encode(), (job_id, job_id, *_ALL))
         while rows := cursor.fetchmany(block):
             yield _as_read(rows)
 
 
-def page(connection: Connection, job_id: UUID, first_index: int, end_index: int, limit: int) -> list[tuple[Any, ...]]:
-    """Return at most `limit` of a job's vectors with indexes from `first_index` to before `end_index`, as `stream`
-    gives them."""
+def before(index: int) -> tuple[int, int]:
+    """Return the place before an index, after which `page` reads on."""
+    return index - 1, _LAST_PASSAGE
+
+
+def page(
+    connection: Connection, job_id: UUID, after: tuple[int, int], end_index: int, limit: int, *, passages: bool
+) -> list[Vector]:
+    """Return at most `limit` of a job's vectors past the index and passage `after`, with indexes before `end_index`, in
+    order. `passages`: the job splits."""
+    statement = f"{_READ.format(rows=_ROWS[passages])} limit %s"
     with psycopg_connection(connection).cursor(binary=True) as cursor:
         set_json_loads(exact_json.loads, cursor)
-        cursor.execute(_READ + " limit %s", (job_id, job_id, first_index, end_index, limit))
+        cursor.execute(statement.encode(), (job_id, job_id, *after, end_index, limit))
         return _as_read(cursor.fetchall())
 
 
-def _as_read(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+def _as_read(rows: Iterable[tuple[Any, ...]]) -> list[Vector]:
     return [
-        (index, key, _decode(wire, VectorType(kept_as)), tokens, truncated, carried)
-        for index, key, wire, kept_as, tokens, truncated, carried in rows
+        Vector(index, key, _decode(wire, VectorType(kept_as)), tokens, truncated, carried, *passage)
+        for index, key, wire, kept_as, tokens, truncated, carried, *passage in rows
     ]
 
 
+class Found(NamedTuple):
+    """Item or passage found by a search."""
+
+    index: int  # type: ignore[assignment] # nobody needs the method of tuples
+    key: str | None
+    similarity: float
+    #: `None`: it isn't kept any more.
+    text: str | None
+    passage: int = 0
+    start: int | None = None
+    stop: int | None = None
+
+
+_NEAREST = """
+    select e.index, e.key, 1 - (coalesce(e.vector, e.half::vector) <=> cast(:query as vector)) as similarity,
+           (select case when e.start is null then text else substr(text, e.start + 1, e.stop - e.start) end
+            from vectormill.items where job_id = :job and index = e.index),
+           e.passage, e.start, e.stop
+    from {rows} e where e.job_id = :job
+    order by coalesce(e.vector, e.half::vector) <=> cast(:query as vector), e.index, e.passage limit :limit
+"""
+
+
 def nearest(
-    connection: Connection, job_id: UUID, query: Sequence[float], limit: int
-) -> list[tuple[int, str | None, float, str | None]]:
-    """Return the items of a job nearest to `query` by cosine: (index, key, similarity, text if still kept)."""
+    connection: Connection, job_id: UUID, query: Sequence[float], limit: int, *, passages: bool = False
+) -> list[Found]:
+    """Return the items of a job that are nearest to `query` by cosine; of one that splits, its passages."""
     rows = connection.execute(
-        text("""
-            select e.index, e.key, 1 - (coalesce(e.vector, e.half::vector) <=> cast(:query as vector)) as similarity,
-                   (select text from vectormill.items where job_id = :job and index = e.index)
-            from vectormill.embeddings e where e.job_id = :job
-            order by coalesce(e.vector, e.half::vector) <=> cast(:query as vector), e.index limit :limit
-        """),
+        text(_NEAREST.format(rows=_ROWS[passages])),
         {"job": job_id, "query": "[" + ",".join(repr(float(x)) for x in query) + "]", "limit": limit},
     )
-    return [(row[0], row[1], float(row[2]), row[3]) for row in rows]
+    return [Found(*row) for row in rows]
 
 
-def _count_by_chunk(connection: Connection, job_id: UUID) -> tuple[int, int]:
+_COUNT_BY_CHUNK = """
+    select coalesce(sum(greatest(0, c.embedded + c.reused - v.items) + greatest(0, c.rejected - r.n)
+                        + greatest(0, c.passages - v.passages, v.gaps)), 0)::bigint,
+           coalesce(sum(greatest(0, v.items - c.embedded - c.reused) + greatest(0, r.n - c.rejected)
+                        + greatest(0, v.passages - c.passages)), 0)::bigint
+    from vectormill.chunks c
+    -- Each item has its passages from 0 on; `start` is null where it has no passages.
+    cross join lateral (select count(*) filter (where passage = 0) as items, count(start) as passages,
+                          count(*) filter (where passage > 0 and not exists (
+                            select from {rows} b
+                            where b.job_id = :job and b.index = e.index and b.passage = e.passage - 1)) as gaps
+                        from {rows} e where job_id = :job
+                        and index >= c.first_index and index < c.first_index + c.items) v
+    cross join lateral (select count(*) as n from vectormill.rejects where job_id = :job
+                        and index >= c.first_index and index < c.first_index + c.items) r
+    where c.job_id = :job
+"""
+
+
+def _count_by_chunk(connection: Connection, job_id: UUID, rows: str) -> tuple[int, int]:
     """Return the number of vectors and rejects that chunks count but that don't exist, and of those that exist beyond
     the chunks' counts."""
     missing, double = connection.execute(
-        text("""
-            select coalesce(sum(greatest(0, c.embedded + c.reused - v.n) + greatest(0, c.rejected - r.n)), 0)::bigint,
-                   coalesce(sum(greatest(0, v.n - c.embedded - c.reused) + greatest(0, r.n - c.rejected)), 0)::bigint
-            from vectormill.chunks c
-            cross join lateral (select count(*) as n from vectormill.embeddings where job_id = :job
-                                and index >= c.first_index and index < c.first_index + c.items) v
-            cross join lateral (select count(*) as n from vectormill.rejects where job_id = :job
-                                and index >= c.first_index and index < c.first_index + c.items) r
-            where c.job_id = :job
-        """),
+        text(_COUNT_BY_CHUNK.format(rows=rows)),
         {"job": job_id},
     ).one()
     return missing, double
 
 
-def verify(connection: Connection, job_id: UUID) -> tuple[int, int]:
-    """Return (missing, double) of a job whose items are in Postgres, as `pipeline.jobs.verification` defines them."""
-    missing, double = _count_by_chunk(connection, job_id)
+_VERIFY = """
+    select count(*) filter (where i.index is not null and e.index is null and r.index is null)
+           - (select coalesce(sum(case when state in ('pending', 'running')
+                                       then items - embedded - reused - rejected else cancelled end), 0)
+              from vectormill.chunks where job_id = :job),
+           count(*) filter (where i.index is null or (e.index is not null and r.index is not null))
+    from (select index from vectormill.items where job_id = :job) i
+    full join (select index from {rows} e where job_id = :job and passage = 0) e
+           on e.index = i.index
+    full join (select index from vectormill.rejects where job_id = :job) r
+           on r.index = coalesce(i.index, e.index)
+"""
+
+
+def verify(connection: Connection, job_id: UUID, *, passages: bool) -> tuple[int, int]:
+    """Return (missing, double) of a job whose items are in Postgres, as `pipeline.jobs.verification` defines them.
+    `passages`: the job splits."""
+    missing, double = _count_by_chunk(connection, job_id, _ROWS[passages])
     without, strays = connection.execute(
-        text("""
-            select count(*) filter (where i.index is not null and e.index is null and r.index is null)
-                   - (select coalesce(sum(case when state in ('pending', 'running')
-                                               then items - embedded - reused - rejected else cancelled end), 0)
-                      from vectormill.chunks where job_id = :job),
-                   count(*) filter (where i.index is null or (e.index is not null and r.index is not null))
-            from (select index from vectormill.items where job_id = :job) i
-            full join (select index from vectormill.embeddings where job_id = :job) e on e.index = i.index
-            full join (select index from vectormill.rejects where job_id = :job) r
-                   on r.index = coalesce(i.index, e.index)
-        """),
+        text(_VERIFY.format(rows=_ROWS[passages])),
         {"job": job_id},
     ).one()
     return max(missing, int(without)), max(double, strays)
 
 
-def verify_without_items(connection: Connection, job_id: UUID, items_total: int) -> tuple[int, int]:
-    """Return (missing, double) of a job whose items are in files, by its chunks' ranges instead of the items."""
-    missing, double = _count_by_chunk(connection, job_id)
+_VERIFY_WITHOUT_ITEMS = """
+    select (select coalesce(sum(greatest(0, items - embedded - reused - rejected - cancelled)), 0)::bigint
+            from vectormill.chunks where job_id = :job and state in ('done', 'cancelled')),
+           (select count(*)
+            from (select index from {rows} e where job_id = :job and passage = 0) e
+            full join (select index from vectormill.rejects where job_id = :job) r on r.index = e.index
+            where (e.index is not null and r.index is not null)
+               or coalesce(e.index, r.index) not between 0 and cast(:items as bigint) - 1)
+"""
+
+
+def verify_without_items(connection: Connection, job_id: UUID, items_total: int, *, passages: bool) -> tuple[int, int]:
+    """Return (missing, double) of a job whose items are in files, by its chunks' ranges instead of the items.
+    `passages`: the job splits."""
+    missing, double = _count_by_chunk(connection, job_id, _ROWS[passages])
     unaccounted, strays = connection.execute(
-        text("""
-            select (select coalesce(sum(greatest(0, items - embedded - reused - rejected - cancelled)), 0)::bigint
-                    from vectormill.chunks where job_id = :job and state in ('done', 'cancelled')),
-                   (select count(*) from (select index from vectormill.embeddings where job_id = :job) e
-                    full join (select index from vectormill.rejects where job_id = :job) r on r.index = e.index
-                    where (e.index is not null and r.index is not null)
-                       or coalesce(e.index, r.index) not between 0 and cast(:items as bigint) - 1)
-        """),
+        text(_VERIFY_WITHOUT_ITEMS.format(rows=_ROWS[passages])),
         {"job": job_id, "items": items_total},
     ).one()
     return missing + unaccounted, max(double, strays)

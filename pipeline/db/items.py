@@ -44,6 +44,8 @@ class Block:
     texts: Sequence[bytes | None]
     #: One JSON object per item, where the job carries columns.
     carried: Sequence[bytes] | None
+    #: UTF-8, where passages get titles.
+    titles: Sequence[bytes] | None = None
 
 
 def copy_items(
@@ -55,14 +57,19 @@ def copy_items(
     table: sql.Identifier | None = None,
 ) -> None:
     """Append consecutive items from `first_index` on, by COPY. `table`: another one than the job's partition."""
-    carries = blocks[0].carried is not None
-    names = ("job_id", "index", "key", "text", *(("carried",) if carries else ()))
+    carried = ("carried",) if blocks[0].carried is not None else ()
+    title = ("title",) if blocks[0].titles is not None else ()
+    names = ("job_id", "index", "key", "text", *carried, *title)
     with copying(connection, table or leaf("items", job_id), names) as copy:
         copy.write(copy_format.SIGNATURE)
         for block in blocks:
             heads = _heads(job_id, range(first_index, first_index + len(block.keys)), len(names))
-            carried = [[_JSONB + row for row in block.carried]] if block.carried is not None else []
-            copy.write(copy_format.frame(heads, _encoded(block.keys), block.texts, *carried))
+            rest: list[Sequence[bytes]] = []
+            if block.carried is not None:
+                rest.append([_JSONB + row for row in block.carried])
+            if block.titles is not None:
+                rest.append(block.titles)
+            copy.write(copy_format.frame(heads, _encoded(block.keys), block.texts, *rest))
             first_index += len(block.keys)
         copy.write(copy_format.TRAILER)
 
@@ -85,6 +92,8 @@ def copy_rejects(connection: Connection, job_id: UUID, rejects: Sequence[Reject]
 
 def copy_carried(connection: Connection, job_id: UUID, rows: EmbeddedRows) -> None:
     """Append the carried columns of embedded items that have no row yet, since they were read from a file."""
+    if rows.passages is not None:
+        rows = rows.select(rows.passages.number == 0)
     names = ("job_id", "index", "key", "carried")
     with copying(connection, leaf("items", job_id), names) as copy:
         copy.write(copy_format.SIGNATURE)
@@ -94,7 +103,7 @@ def copy_carried(connection: Connection, job_id: UUID, rows: EmbeddedRows) -> No
 
 
 _READ = """
-    select index, key, text, case when %s then carried::text end from vectormill.items
+    select index, key, text, case when %s then carried::text end, title from vectormill.items
     where job_id = %s and index >= %s and index < %s and text is not null order by index
 """
 
@@ -105,7 +114,8 @@ def read(connection: Connection, job_id: UUID, first_index: int, count: int, *, 
     with errors_as_sqlalchemys(), psycopg_connection(connection).cursor(binary=True) as cursor:
         cursor.execute(_READ, (carried, job_id, first_index, first_index + count))
         return [
-            Item(index=index, key=key, text=body, carried=(more or "").encode()) for index, key, body, more in cursor
+            Item(index=index, key=key, text=body, carried=(more or "").encode(), title=title or "")
+            for index, key, body, more, title in cursor
         ]
 
 
@@ -114,6 +124,9 @@ def settled(connection: Connection, job_id: UUID, first_index: int, count: int) 
     rows = connection.execute(
         text("""
             select index from vectormill.embeddings where job_id = :job and index >= :first and index < :end
+            union all
+            select index from vectormill.passages
+            where job_id = :job and index >= :first and index < :end and passage = 0
             union all
             select index from vectormill.rejects where job_id = :job and index >= :first and index < :end
         """),
@@ -181,7 +194,7 @@ def delete_some(connection: Connection, job_id: UUID, limit: int) -> int:
 
 
 def delete_range(connection: Connection, table: str, job_id: UUID, first_index: int, count: int) -> int:
-    """Delete a job's rows in a range of indexes from `items`, `embeddings` or `rejects`. Return their number."""
+    """Delete a job's rows in a range of indexes from a table that has partitions. Return their number."""
     rows = metadata.tables[f"{SCHEMA}.{table}"]
     of_range = and_(rows.c.index >= first_index, rows.c.index < first_index + count)
     return connection.execute(delete(rows).where(rows.c.job_id == job_id, of_range)).rowcount
@@ -191,7 +204,7 @@ def remove_texts(connection: Connection, job_id: UUID, first_index: int, count: 
     """Remove the texts of a range of items; keys and indexes stay."""
     connection.execute(
         text("""
-            update vectormill.items set text = null
+            update vectormill.items set text = null, title = null
             where job_id = :job and index >= :first and index < :end and text is not null
         """),
         {"job": job_id, "first": first_index, "end": first_index + count},

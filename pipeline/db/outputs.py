@@ -80,6 +80,7 @@ class WrittenChunk:
     first_index: int
     items: int
     embedded: int
+    passages: int
     rejected: int
     #: Items of an ended chunk that are in none of its counts.
     unaccounted: int
@@ -90,7 +91,7 @@ def by_chunk(connection: Connection, job_id: UUID) -> Iterator[WrittenChunk]:
     """Yield a job's chunks in order, with their parts."""
     rows = connection.execution_options(yield_per=1_000).execute(
         text("""
-            select c.first_index, c.items, c.embedded, c.rejected,
+            select c.first_index, c.items, c.embedded, c.passages, c.rejected,
                    case when c.state in ('done', 'cancelled')
                         then greatest(0, c.items - c.embedded - c.reused - c.rejected - c.cancelled) else 0 end
                      as unaccounted,
@@ -102,6 +103,6 @@ def by_chunk(connection: Connection, job_id: UUID) -> Iterator[WrittenChunk]:
         {"job": job_id},
     )
     for *counts, written in rows:
-        names = ("first_index", "items", "embedded", "rejected", "unaccounted")
+        names = ("first_index", "items", "embedded", "passages", "rejected", "unaccounted")
         outputs = [Output(**output) for output in written or ()]
         yield WrittenChunk(**dict(zip(names, counts, strict=True)), outputs=outputs)

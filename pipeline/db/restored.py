@@ -107,7 +107,8 @@ def forget_parts(connection: Connection, job_id: UUID, names: Sequence[str]) -> 
               delete from vectormill.outputs where job_id = :job and name = any(:names)
               returning chunk_id, fence, part, rows
             ), lost as (
-              select g.chunk_id, sum(g.rows) as rows, coalesce(sum(u.prompt_tokens), 0) as tokens,
+              select g.chunk_id, sum(coalesce(u.items, g.rows)) as items, sum(g.rows) as rows,
+                     coalesce(sum(u.prompt_tokens), 0) as tokens,
                      coalesce(sum(u.truncated), 0) as truncated
               from gone g left join vectormill.usage u
                 on u.chunk_id = g.chunk_id and u.fence = g.fence and u.part = g.part
@@ -115,7 +116,8 @@ def forget_parts(connection: Connection, job_id: UUID, names: Sequence[str]) -> 
             )
             update vectormill.chunks c
             set state = 'pending', fence = c.fence + 1, worker_id = null, lease_until = null, not_before = null,
-                finished_at = null, embedded = c.embedded - l.rows, prompt_tokens = c.prompt_tokens - l.tokens,
+                finished_at = null, embedded = c.embedded - l.items, prompt_tokens = c.prompt_tokens - l.tokens,
+                passages = greatest(0, c.passages - l.rows),
                 truncated = c.truncated - l.truncated
             from lost l where c.id = l.chunk_id
         """),

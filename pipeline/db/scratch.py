@@ -35,8 +35,9 @@ class Scratch:
 
 
 @contextmanager
-def scratch_tables(engine: Engine) -> Iterator[Scratch]:
-    """Create empty copies of both tables, with their columns, indexes and storage, and drop them at the end.
+def scratch_tables(engine: Engine, *, passages: bool = False) -> Iterator[Scratch]:
+    """Create empty copies of the tables of items and of vectors, or with `passages` of passages, with their columns,
+    indexes and storage, and drop them at the end.
 
     A login that may create no tables in the schema gets temporary ones.
 
@@ -45,19 +46,19 @@ def scratch_tables(engine: Engine) -> Iterator[Scratch]:
     """
     with engine.connect() as connection, connection.begin() as transaction:
         try:
-            yield _created(connection)
+            yield _created(connection, "passages" if passages else "embeddings")
         finally:
             transaction.rollback()
 
 
-def _created(connection: Connection) -> Scratch:
+def _created(connection: Connection, vectors: str) -> Scratch:
     try:
         with connection.begin_nested():
-            return _create(connection, logged=True)
+            return _create(connection, vectors, logged=True)
     except InsufficientPrivilege:
         pass
     try:
-        return _create(connection, logged=False)
+        return _create(connection, vectors, logged=False)
     except InsufficientPrivilege as error:
         raise UserError(
             "the database's login may make no temporary tables, on which a dry run measures; grant it temporary on the "
@@ -65,25 +66,28 @@ def _created(connection: Connection) -> Scratch:
         ) from error
 
 
-def _create(connection: Connection, *, logged: bool) -> Scratch:
+def _create(connection: Connection, vectors: str, *, logged: bool) -> Scratch:
     def copy_of(table: str) -> sql.Identifier:
         name = sql.Identifier(SCHEMA if logged else "pg_temp", f"dry_run_{table}_{uuid4().hex}")
         statement = sql.SQL("create table {} (like {} including all)").format(name, sql.Identifier(SCHEMA, table))
         psycopg_connection(connection).execute(statement)
         return name
 
-    return Scratch(connection, items=copy_of("items"), embeddings=copy_of("embeddings"), logged=logged)
+    return Scratch(connection, items=copy_of("items"), embeddings=copy_of(vectors), logged=logged)
 
 
 def read(scratch: Scratch, first_index: int, count: int, *, carried: bool) -> list[Item]:
     """Return the items of a range that have a text, as `items.read` does."""
     statement = sql.SQL("""
-        select index, key, text, case when %(carried)s then carried::text end from {}
+        select index, key, text, case when %(carried)s then carried::text end, title from {}
         where job_id = %(job)s and index >= %(first)s and index < %(end)s and text is not null order by index
     """).format(scratch.items)
     values = {"carried": carried, "job": JOB_ID, "first": first_index, "end": first_index + count}
     rows = psycopg_connection(scratch.connection).execute(statement, values)
-    return [Item(index=index, key=key, text=body, carried=(more or "").encode()) for index, key, body, more in rows]
+    return [
+        Item(index=index, key=key, text=body, carried=(more or "").encode(), title=title or "")
+        for index, key, body, more, title in rows
+    ]
 
 
 def disk_bytes(scratch: Scratch, table: sql.Identifier) -> int:

@@ -1,7 +1,7 @@
 """Tables of the Postgres schema `vectormill`. Column names are a contract for readers of the database.
 
-`items`, `embeddings` and `rejects` are range-partitioned by job id, a UUIDv7, one partition a month. They have no
-foreign keys, so that dropping their partitions is enough to delete a month.
+`items`, `embeddings`, `passages` and `rejects` are range-partitioned by job id, a UUIDv7, one partition a month. They
+have no foreign keys, so that dropping their partitions is enough to delete a month.
 """
 
 from enum import StrEnum
@@ -52,7 +52,7 @@ metadata = MetaData(
 )
 
 #: Tables with monthly partitions, made by `pipeline.db.partitions`.
-PARTITIONED = ("items", "embeddings", "rejects")
+PARTITIONED = ("items", "embeddings", "passages", "rejects")
 _BY_JOB = "RANGE (job_id)"
 
 
@@ -316,6 +316,11 @@ chunks = Table(
     _count("prompt_tokens"),
     _count("reused_tokens"),
     Column("output_uri", Text),
+    # Vectors, where items have several; 0 where each has one.
+    _count("passages"),
+    # Tokens that truncation left out, and the items that lost the most: index, key and lost tokens of each.
+    _count("lost_tokens"),
+    Column("most_truncated", JSONB, nullable=False, server_default="[]"),
     _moment("started_at"),
     _moment("finished_at"),
     _state(ChunkState),
@@ -350,6 +355,8 @@ items = Table(
     # NULL: rejected when it was read, removed after the retention time, or kept in a file that workers read.
     Column("text", Text),
     Column("carried", JSONB),
+    # Title that the model reads before each passage.
+    Column("title", Text),
     PrimaryKeyConstraint("job_id", "index"),
     postgresql_partition_by=_BY_JOB,
 )
@@ -366,6 +373,28 @@ embeddings = Table(
     Column("vector", VECTOR()),
     Column("half", HALFVEC()),
     PrimaryKeyConstraint("job_id", "index"),
+    CheckConstraint("(vector is null) <> (half is null)", name="one_vector"),
+    postgresql_partition_by=_BY_JOB,
+)
+
+#: Vectors of jobs that split. Apart, so that other jobs' rows stay as small: at 384 dimensions five fit on a page, and
+#: with these columns four would.
+passages = Table(
+    "passages",
+    metadata,
+    Column("job_id", Uuid, nullable=False),
+    Column("index", BigInteger, nullable=False),
+    # Zero-based number of the passage in its item, and the characters of the item's text that it is.
+    Column("passage", Integer, nullable=False),
+    Column("start", Integer, nullable=False),
+    Column("stop", Integer, nullable=False),
+    Column("key", Text),
+    Column("vector_space_id", BigInteger, nullable=False),
+    Column("tokens", Integer, nullable=False),
+    Column("truncated", Boolean, nullable=False),
+    Column("vector", VECTOR()),
+    Column("half", HALFVEC()),
+    PrimaryKeyConstraint("job_id", "index", "passage"),
     CheckConstraint("(vector is null) <> (half is null)", name="one_vector"),
     postgresql_partition_by=_BY_JOB,
 )

@@ -1,6 +1,6 @@
 """Upserts of vectors by key into the user's own table, in the same Postgres."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from uuid import UUID
 
 from psycopg import sql
@@ -8,7 +8,7 @@ from sqlalchemy import Connection, RowMapping, text
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.core.errors import UserError
-from pipeline.core.options import INTEGER_BITS, UserTable
+from pipeline.core.options import INTEGER_BITS, PASSAGE_COLUMNS, UserTable
 from pipeline.db.database import errors_as_sqlalchemys, plain_reason, psycopg_connection
 
 _TEXTS = ("text", "character varying")
@@ -22,17 +22,26 @@ def _named(into: UserTable) -> sql.Identifier:
     return sql.Identifier(into.schema, into.table)
 
 
-def check(connection: Connection, name: str, *, key_column: str, dimensions: int, hnsw: bool) -> UserTable:
+def check(
+    connection: Connection, name: str, *, key_column: str, dimensions: int, hnsw: bool, passages: bool = False
+) -> UserTable:
     """Check the table `name` before a job starts that writes into it, and return its description.
 
     It needs a unique key column of a string, integer or uuid type, and exactly one vector or halfvec column that takes
     `dimensions` elements. With `hnsw`, that column must declare its dimensions. Any other column must be nullable,
     generated or have a default.
 
+    With `passages`, the key column and an integer column `passage` are unique together instead, and integer columns
+    `start` and `stop` are filled where there are any.
+
     Raises:
         UserError: there is no such table, or it can't take the vectors; the message says how to fix it.
     """
     row = _table(connection, name)
+    if passages and not row["may_delete"]:
+        raise _refused(
+            name, "vectormill's role lacks delete on it, to remove passages that a key has no more; grant it."
+        )
     if hnsw and not row["may_index"]:
         raise _refused(name, "an index needs a plain table that vectormill's role owns; leave hnsw out.")
     columns = {column["name"]: column for column in _columns(connection, row["oid"])}
@@ -41,15 +50,18 @@ def check(connection: Connection, name: str, *, key_column: str, dimensions: int
         raise _refused(name, f'no column "{key_column}"; name the key column as it is called there.')
     if key["type"] not in (*_TEXTS, *INTEGER_BITS, "uuid"):
         raise _refused(name, f'the key "{key_column}" is {key["type"]}; it must be text, an integer or uuid.')
-    if not key["is_unique"]:
+    if passages:
+        _check_passages(name, columns, key)
+    elif not key["is_unique"]:
         raise _refused(name, f'"{key_column}" isn\'t unique; make it the primary key, or give it a unique index.')
+    numbers = tuple(column for column in PASSAGE_COLUMNS if passages and column in columns)
     vectors = [column for column in columns.values() if column["type"] in _VECTORS]
     if len(vectors) != 1:
         raise _refused(name, f"it has {len(vectors)} columns of type vector or halfvec; it must have exactly one.")
     (vector,) = vectors
     _check_dimensions(name, vector, dimensions, hnsw)
     for column in columns.values():
-        if column["is_needed"] and column["name"] not in (key_column, vector["name"]):
+        if column["is_needed"] and column["name"] not in (key_column, vector["name"], *numbers):
             raise _refused(name, f'"{column["name"]}" is not null without a default; new rows can\'t be inserted.')
     return UserTable(
         schema=row["schema"],
@@ -58,7 +70,23 @@ def check(connection: Connection, name: str, *, key_column: str, dimensions: int
         key_type=key["type"],
         vector_column=vector["name"],
         vector_type=vector["type"],
+        passage_columns=numbers,
     )
+
+
+def _check_passages(name: str, columns: Mapping[str, RowMapping], key: RowMapping) -> None:
+    """Refuse a table that can't hold several vectors of a key."""
+    for column in PASSAGE_COLUMNS:
+        if column in columns and columns[column]["type"] not in INTEGER_BITS:
+            raise _refused(name, f'"{column}" is {columns[column]["type"]}; for passages it must be an integer.')
+    if "passage" not in columns:
+        raise _refused(name, 'no column "passage"; an integer of that name tells the passages of a key apart.')
+    if columns["passage"]["number"] not in key["unique_with"]:
+        raise _refused(
+            name,
+            f'"{key["name"]}" and "passage" aren\'t unique together; make them the primary key, or give them a unique '
+            "index.",
+        )
 
 
 def _refused(table: str, message: str) -> UserError:
@@ -71,6 +99,7 @@ def _table(connection: Connection, name: str) -> RowMapping:
         select c.oid, n.nspname as schema, c.relname as table, c.relkind in ('r', 'p') as is_table,
                has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
                  and has_table_privilege(c.oid, 'update') as may_write,
+               has_table_privilege(c.oid, 'delete') as may_delete,
                c.relkind = 'r' and pg_has_role(c.relowner, 'usage') as may_index
         from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = to_regclass(:name)
     """)
@@ -93,10 +122,15 @@ def _columns(connection: Connection, oid: int) -> Sequence[RowMapping]:
     return (
         connection.execute(
             text("""
-            select a.attname as name, format_type(a.atttypid, null) as type, a.atttypmod as dimensions,
+            select a.attname as name, a.attnum as number, format_type(a.atttypid, null) as type,
+                   a.atttypmod as dimensions,
                    a.attnotnull and not a.atthasdef and a.attidentity = '' and a.attgenerated = '' as is_needed,
                    exists (select from pg_index i where i.indrelid = a.attrelid and i.indisunique and i.indisvalid
-                           and i.indpred is null and i.indnkeyatts = 1 and i.indkey[0] = a.attnum) as is_unique
+                           and i.indpred is null and i.indnkeyatts = 1 and i.indkey[0] = a.attnum) as is_unique,
+                   array(select case when i.indkey[0] = a.attnum then i.indkey[1] else i.indkey[0] end
+                         from pg_index i where i.indrelid = a.attrelid and i.indisunique and i.indisvalid
+                         and i.indpred is null and i.indnkeyatts = 2 and a.attnum in (i.indkey[0], i.indkey[1]))
+                     as unique_with
             from pg_attribute a where a.attrelid = :table and a.attnum > 0 and not a.attisdropped
         """),
             {"table": oid},
@@ -123,7 +157,10 @@ def _check_dimensions(name: str, vector: RowMapping, dimensions: int, hnsw: bool
 
 def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int]) -> None:
     """Upsert the vectors that this transaction wrote for `indexes` into the user's table. If a key occurs twice, the
-    higher index wins; across chunks, the last commit wins."""
+    higher index wins; across chunks, the last commit wins. Passages that a key had and has no more are deleted."""
+    if into.passage_columns:
+        _upsert_passages(connection, into, job_id, indexes)
+        return
     key = sql.Identifier(into.key_column)
     vector = sql.Identifier(into.vector_column)
     statement = sql.SQL("""
@@ -140,6 +177,37 @@ def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Seque
     )
     with errors_as_sqlalchemys():
         psycopg_connection(connection).execute(statement, (job_id, list(indexes)))
+
+
+def _upsert_passages(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int]) -> None:
+    key, vector = sql.Identifier(into.key_column), sql.Identifier(into.vector_column)
+    numbers = [sql.Identifier(column) for column in into.passage_columns]
+    passage = numbers[0]
+    statement = sql.SQL("""
+        with latest as (
+          select key, max(index) as index from vectormill.passages
+          where job_id = %(job)s and index = any(%(indexes)s) group by key
+        ), made as (
+          select e.* from vectormill.passages e join latest l on l.index = e.index where e.job_id = %(job)s
+        ), gone as (
+          delete from {table} t using (select key, max(passage) as last from made group by key) m
+          where t.{key} = cast(m.key as {key_type}) and t.{passage} > m.last
+        )
+        insert into {table} ({key}, {numbers}, {vector})
+        select cast(key as {key_type}), {numbers}, coalesce(vector::{vector_type}, half::{vector_type}) from made
+        on conflict ({key}, {passage}) do update set {changes}
+    """).format(
+        table=_named(into),
+        key=key,
+        passage=passage,
+        numbers=sql.SQL(", ").join(numbers),
+        vector=vector,
+        changes=sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(column) for column in (*numbers[1:], vector)),
+        key_type=sql.SQL(into.key_type),
+        vector_type=sql.SQL(into.vector_type),
+    )
+    with errors_as_sqlalchemys():
+        psycopg_connection(connection).execute(statement, {"job": job_id, "indexes": list(indexes)})
 
 
 def build_hnsw(connection: Connection, into: UserTable) -> None:

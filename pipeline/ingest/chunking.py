@@ -45,6 +45,13 @@ def estimate_tokens(sizes: npt.NDArray[np.int64], max_item_tokens: int | None) -
     return np.where(sizes == 0, 0, estimate)
 
 
+def estimate_split_tokens(sizes: npt.NDArray[np.int64], tokens: int, overlap: int) -> npt.NDArray[np.int64]:
+    """Estimate the tokens of all passages of texts from their sizes in bytes, given a passage's tokens and overlap."""
+    estimate = sizes // _BYTES_PER_TOKEN
+    passages = estimate // max(1, tokens - _SPECIAL_TOKENS - overlap) + 1
+    return np.where(sizes == 0, 0, estimate + passages * _SPECIAL_TOKENS + (passages - 1) * overlap)
+
+
 def request_batches(
     lengths: npt.NDArray[np.int32], most_tokens: float, most_items: float
 ) -> Iterator[npt.NDArray[np.int64]]:

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.core.chunks import Extent
 from pipeline.core.models import Model
@@ -31,15 +32,25 @@ _SAMPLE = 2_000
 _RUN = 50
 #: Most rows whose texts are compared to find duplicates.
 _COMPARED = 5_000_000
+_SHOWN_PASSAGES = 3
 #: 95 % of a normal distribution lie within this many standard deviations.
 _DEVIATIONS = 1.96
 
 
 class Tokens(NamedTuple):
-    """Tokens of each sampled text as the model reads it, and True where it was truncated."""
+    """Tokens of each sampled text, or passage, as the model reads it."""
 
     lengths: Sequence[int]
+    #: True where it was truncated, and the tokens that this lost.
     truncated: Sequence[bool]
+    lost: Sequence[int]
+    #: Passages of each text, `text[start:stop]`; `None`: texts aren't split.
+    spans: Sequence[Sequence[tuple[int, int]]] | None = None
+
+    @property
+    def rows(self) -> float:
+        """Vectors of a text, on average."""
+        return 1.0 if self.spans is None else sum(map(len, self.spans)) / max(1, len(self.spans))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,12 +141,13 @@ def estimate(
     items = at if at is not None and sample.items else sample.items
     good = round(items * (1 - sample.rejected / max(1, sample.read)))
     measured = measure(sample.rows, good)
-    counts = np.asarray(measured.tokens.lengths, dtype=np.float64)
+    counts = _of_texts(measured.tokens)
     mean = float(counts.mean()) if len(counts) else 0.0
     margin = _DEVIATIONS * float(counts.std(ddof=1)) / sqrt(len(counts)) if 1 < len(counts) < good else 0.0
+    vectors = round(good * measured.tokens.rows)
     load = Load(
         items=items,
-        good=good,
+        vectors=vectors,
         tokens=mean * good,
         reading_seconds=sample.seconds * items / max(1, sample.items),
         slots=max(1, fleet.slots),
@@ -159,16 +171,57 @@ def estimate(
             "share": round(1 - sample.different / sample.compared, 4) if sample.compared else 0.0,
             "compared_items": sample.compared,
         },
-        "truncated": {"share": round(float(np.mean(measured.tokens.truncated)), 4) if len(counts) else 0.0},
+        "truncated": _truncated(measured.tokens, good),
+        "passages": _passages(measured.tokens, sample.rows, vectors),
         "time": {"seconds": round(pieces.seconds, 1), "slots": fleet.slots, **_rates(measured.rates, load, pieces)},
         "bytes": {
-            "postgres": round(pieces.disk_bytes - good * measured.vector.parquet_bytes),
-            "parquet": round(good * measured.vector.parquet_bytes),
+            "postgres": round(pieces.disk_bytes - vectors * measured.vector.parquet_bytes),
+            "parquet": round(vectors * measured.vector.parquet_bytes),
         },
         "pieces": _pieces(pieces),
         "by_reference": by_reference,
         "notices": [*corpus.notices.lines(), *_not_predicted(options, measured.rates)],
     }
+
+
+def _of_texts(tokens: Tokens) -> npt.NDArray[np.float64]:
+    """Return the tokens of each sampled text, those of all its passages together."""
+    counts = np.asarray(tokens.lengths, dtype=np.float64)
+    if tokens.spans is None or not len(tokens.spans):
+        return counts
+    owner = np.repeat(np.arange(len(tokens.spans)), [len(spans) for spans in tokens.spans])
+    return np.bincount(owner, weights=counts, minlength=len(tokens.spans)).astype(np.float64)
+
+
+def _truncated(tokens: Tokens, good: int) -> dict[str, Any]:
+    """Return the share of texts that would be truncated, and the tokens that the job would lose."""
+    share = float(np.mean(tokens.truncated)) if len(tokens.truncated) else 0.0
+    lost = float(np.mean(tokens.lost)) if len(tokens.lost) else 0.0
+    return {"share": round(share, 4), "lost_tokens": round(lost * good)}
+
+
+def _passages(tokens: Tokens, rows: Sequence[SampleRow], vectors: int) -> dict[str, Any] | None:
+    """Return the number of passages, and a few of them; `None` if texts aren't split."""
+    if tokens.spans is None:
+        return None
+    shown: list[dict[str, Any]] = []
+    before = 0
+    for row, spans in zip(rows, tokens.spans, strict=False):
+        if spans and len(shown) < _SHOWN_PASSAGES:
+            at = len(spans) // 2
+            start, stop = spans[at]
+            shown.append(
+                {
+                    "key": row.key,
+                    "passage": at,
+                    "start": start,
+                    "stop": stop,
+                    "tokens": tokens.lengths[before + at],
+                    "text": row.text.decode()[start:stop],
+                }
+            )
+        before += len(spans)
+    return {"total": vectors, "mean": round(tokens.rows, 2), "sample": shown}
 
 
 def _not_predicted(options: JobOptions, rates: Rates) -> Iterator[str]:
@@ -248,9 +301,10 @@ def _sample_files(corpus: Corpus) -> _Sample:
 
 def _sound(rows: Rows) -> Iterator[SampleRow]:
     carried: Sequence[bytes | None] = rows.carried or [None] * len(rows.keys)
-    for key, text, more in zip(rows.keys, rows.texts, carried, strict=True):
+    titles = rows.titles or [b""] * len(rows.keys)
+    for key, text, more, title in zip(rows.keys, rows.texts, carried, titles, strict=True):
         if text is not None:
-            yield SampleRow(key, text, more)
+            yield SampleRow(key, text, more, title)
 
 
 def _runs(corpus: Corpus) -> Iterator[tuple[Extent, int]]:

@@ -50,15 +50,19 @@ def is_enough(work: ChunkWork, items: int) -> bool:
     return work.tokens > 0 and work.slot_seconds >= least
 
 
-def workers_rates(work: ChunkWork, tokenise_seconds: float) -> Rates:
-    """Return the rates at which workers did this work. A token takes `tokenise_seconds` to be read, which their device
-    seconds don't include; a corpus of longer texts has more of them."""
-    tokenising = min(tokenise_seconds * work.tokens, max(0.0, work.slot_seconds - work.device_seconds))
-    embedding = work.device_seconds + tokenising
-    rest = max(0.0, work.slot_seconds - embedding) + work.chunks * _MESSAGE_SECONDS
+def workers_rates(work: ChunkWork, tokenise_seconds: float, vector_seconds: float) -> Rates:
+    """Return the rates at which workers did this work.
+
+    Their device seconds don't include tokenising. The time beside them is divided as reading a token and writing a
+    vector are related where nothing disturbs them, in `tokenise_seconds` and `vector_seconds`.
+    """
+    # Requests to an upstream overlap.
+    device = min(work.device_seconds, work.slot_seconds)
+    tokenising, writing = tokenise_seconds * work.tokens, vector_seconds * work.items
+    embedding = device + (work.slot_seconds - device) * tokenising / (tokenising + writing)
     return Rates(
         token_seconds=embedding / work.tokens,
-        item_seconds=rest / work.items,
+        item_seconds=(work.slot_seconds - embedding + work.chunks * _MESSAGE_SECONDS) / work.items,
         measured=Measured.WORKERS,
         seconds=work.slot_seconds,
     )
@@ -88,8 +92,8 @@ class Load:
     """Counts of a job, and where it would run."""
 
     items: int
-    #: Items that would be embedded.
-    good: int
+    #: Vectors that would be written.
+    vectors: int
     tokens: float
     #: Time to read the corpus once, or by reference to locate its rows.
     reading_seconds: float
@@ -128,7 +132,7 @@ class Pieces:
 def predict(load: Load, rates: Rates, item: RowCost, vector: RowCost) -> Pieces:
     """Predict a job: `item` is the cost of staging one item, `vector` that of writing one vector."""
     embed = load.tokens * rates.token_seconds
-    write = load.good * rates.item_seconds
+    write = load.vectors * rates.item_seconds
     working = _elapsed(load, embed + write)
     share = embed / (embed + write) if embed + write else 0.0
     return Pieces(
@@ -136,8 +140,8 @@ def predict(load: Load, rates: Rates, item: RowCost, vector: RowCost) -> Pieces:
         start_seconds=_DISPATCH_SECONDS + rates.load_seconds,
         embed_seconds=working * share,
         write_seconds=working * (1 - share),
-        wal_bytes=load.items * item.wal_bytes + load.good * vector.wal_bytes,
-        disk_bytes=load.items * item.disk_bytes + load.good * (vector.disk_bytes + vector.parquet_bytes),
+        wal_bytes=load.items * item.wal_bytes + load.vectors * vector.wal_bytes,
+        disk_bytes=load.items * item.disk_bytes + load.vectors * (vector.disk_bytes + vector.parquet_bytes),
         cost=None if load.price_per_million is None else load.price_per_million * load.tokens / 1_000_000,
         device_hours=working * load.devices / 3_600,
     )

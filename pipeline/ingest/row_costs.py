@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from pipeline.chunk_io.rehearsal import Rehearsal, rehearsing
 from pipeline.core.options import KeptOptions
 from pipeline.db import items, scratch
-from pipeline.db.embeddings import EmbeddedRows
+from pipeline.db.embeddings import EmbeddedRows, Passages
 from pipeline.ingest.prediction import NO_ROW, RowCost
 from pipeline.sources.validation import BLOCK_ROWS
 
@@ -31,6 +31,7 @@ class SampleRow(NamedTuple):
     key: str | None
     text: bytes
     carried: bytes | None
+    title: bytes = b""
 
 
 def measure_rows(
@@ -57,7 +58,8 @@ def _staged(rehearsal: Rehearsal, rows: Sequence[SampleRow], row_bytes: float) -
 
     def block(part: Sequence[SampleRow]) -> items.Block:
         carried = [each.carried or b"{}" for each in part] if carries else None
-        return items.Block([each.key for each in part], [each.text for each in part], carried)
+        titles = [each.title for each in part] if rehearsal.claim.options.columns.title else None
+        return items.Block([each.key for each in part], [each.text for each in part], carried, titles)
 
     # Postgres takes one block while the next is laid out.
     blocks = [block(rows[start : start + BLOCK_ROWS]) for start in range(0, len(rows), BLOCK_ROWS)]
@@ -73,6 +75,8 @@ def _written(rehearsal: Rehearsal, rows: Sequence[SampleRow], vector_bytes: int)
     dimensions = rehearsal.claim.dimensions
     vectors = np.random.default_rng(0).standard_normal((len(rows), dimensions), dtype=np.float32) / dimensions**0.5
 
+    numbers = np.zeros(len(rows), dtype=np.int32)
+
     def write(copy: int) -> int:
         return rehearsal.write(
             EmbeddedRows(
@@ -82,6 +86,7 @@ def _written(rehearsal: Rehearsal, rows: Sequence[SampleRow], vector_bytes: int)
                 tokens=np.full(len(rows), 100, dtype=np.int32),
                 truncated=np.zeros(len(rows), dtype=np.bool_),
                 carried=[each.carried or b"" for each in rows] if rehearsal.claim.carries else (),
+                passages=Passages(numbers, numbers, numbers) if rehearsal.claim.options.splits else None,
             )
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 
 import numpy as np
+import numpy.typing as npt
 import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
@@ -19,7 +20,7 @@ from pipeline.db import chunks, items, jobs, staging
 from pipeline.db.database import flush_later, is_connection_lost
 from pipeline.db.staging import Producer
 from pipeline.infra.leases import Renewal
-from pipeline.ingest.chunking import ChunkLimits, Planner, Range, chunk_tokens, estimate_tokens
+from pipeline.ingest.chunking import ChunkLimits, Planner, Range, chunk_tokens, estimate_split_tokens, estimate_tokens
 from pipeline.ingest.submission import Planning, Submission
 from pipeline.jobs import control
 from pipeline.sources import Corpus, Rows, Source, SourceFile
@@ -43,6 +44,7 @@ class Staging:
         self._job_id = producer.job_id
         bounds = (submission.options.max_item_tokens, submission.model.max_item_tokens)
         self._max_item_tokens = min((bound for bound in bounds if bound), default=None)
+        self._split_tokens = submission.options.split or self._max_item_tokens if submission.options.splits else None
         self._lease_seconds = submission.planning.lease_seconds
         self._items = self._chunks = self._rejects = self._keyless = 0
         #: Items recorded by the last commit.
@@ -117,7 +119,7 @@ class Staging:
                 self._spots.add(self._items, ordinal, file, places)
                 self._items += len(places.sizes)
                 rows[ordinal] += len(places.sizes)
-                tokens = estimate_tokens(places.sizes, self._max_item_tokens)
+                tokens = self._estimate(places.sizes)
                 planned += map(self._new_chunk, self._planner.add(tokens, places.sizes))
                 if len(planned) >= _COMMIT_CHUNKS or monotonic() - since > _COMMIT_SECONDS:
                     self._commit_planned(planned, rows)
@@ -154,7 +156,7 @@ class Staging:
             connection,
             self._job_id,
             self._items,
-            [items.Block(block.keys, block.texts, block.carried) for block in blocks],
+            [items.Block(block.keys, block.texts, block.carried, block.titles) for block in blocks],
         )
         rejects: list[Reject] = []
         planned: list[Range] = []
@@ -168,11 +170,17 @@ class Staging:
                 key is None and text is not None for key, text in zip(block.keys, block.texts, strict=True)
             )
             sizes = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
-            planned += self._planner.add(estimate_tokens(sizes, self._max_item_tokens), sizes)
+            planned += self._planner.add(self._estimate(sizes), sizes)
         items.copy_rejects(connection, self._job_id, rejects)
         self._rejects += len(rejects)
         self._rejected_at += [reject.index for reject in rejects]
         chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, planned)))
+
+    def _estimate(self, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Estimate the tokens of texts of these sizes in bytes."""
+        if self._split_tokens:
+            return estimate_split_tokens(sizes, self._split_tokens, self._submission.options.overlap)
+        return estimate_tokens(sizes, self._max_item_tokens)
 
     def _new_chunk(self, chunk: Range) -> chunks.NewChunk:
         """Return the next chunk, with its number of rejects or the extent of its rows, and drop both from memory."""

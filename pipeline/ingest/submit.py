@@ -122,6 +122,8 @@ def _check_ways(options: JobOptions, corpus: Source) -> None:
 
 def _check_lengths(options: JobOptions, model: Model) -> None:
     """Refuse text lengths that the model can't honour; a gateway model's limits can't be changed."""
+    if options.splits:
+        _check_passages(options, model)
     if model.upstream is None:
         if options.max_item_tokens and model.max_item_tokens and options.max_item_tokens > model.max_item_tokens:
             raise UserError(
@@ -151,13 +153,40 @@ def _check_lengths(options: JobOptions, model: Model) -> None:
         )
 
 
+def _check_passages(options: JobOptions, model: Model) -> None:
+    """Refuse passages that the model can't read whole, or whose tokens nobody here can count."""
+    option = "split" if options.split else "on_long"
+    if model.upstream:
+        raise UserError(
+            f"{model.name} is served by an upstream, and only that can count its tokens; split the texts before, or "
+            "use a local model.",
+            field=option,
+        )
+    most = min((bound for bound in (options.max_item_tokens, model.max_item_tokens) if bound), default=None)
+    if options.split and most and options.split > most:
+        raise UserError(
+            f"{model.name} reads {most:,} tokens of a text at most here; ask for no more.",
+            field="split",
+            given=f"{options.split:,}",
+        )
+    if not options.split and not most:
+        raise UserError(
+            f"{model.name} reads texts of any length, so none is too long; set split to the tokens of a passage.",
+            field="on_long",
+        )
+    if not options.split and most and options.overlap > most // 2:
+        raise UserError(f"give at most half of a passage, {most // 2:,} tokens.", field="overlap")
+
+
 def _table(connection: Connection, submission: Submission) -> UserTable | None:
     options = submission.options
     if not options.into:
         return None
     dimensions = options.dimensions or submission.model.dimensions
     key = submission.corpus.columns.key
-    return user_table.check(connection, options.into, key_column=key, dimensions=dimensions, hnsw=options.hnsw)
+    return user_table.check(
+        connection, options.into, key_column=key, dimensions=dimensions, hnsw=options.hnsw, passages=options.splits
+    )
 
 
 def _attach(engine: Engine, submission: Submission) -> Submitted:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -21,6 +22,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.options import OUR_COLUMNS, VectorType
 from pipeline.db import jobs
 from pipeline.db.database import snapshot
+from pipeline.db.embeddings import Vector
 from pipeline.jobs.status import known_job
 
 #: An index past the last one of any job.
@@ -30,8 +32,8 @@ LAST_INDEX = 2**63 - 1
 def export(engine: Engine, job_id: UUID, target: Path) -> int:
     """Write a job's vectors to `target` (.parquet or .jsonl) and return the number of rows.
 
-    The columns are index, key, embedding, tokens, truncated and carried ones. The file appears only when it is
-    complete.
+    The columns are index, key, embedding, tokens, truncated, of passages also passage, start and stop, and carried
+    ones. The file appears only when it is complete.
 
     Raises:
         UserError: `target` has another suffix, or its folder can't be written.
@@ -52,8 +54,8 @@ def export(engine: Engine, job_id: UUID, target: Path) -> int:
     try:
         # One snapshot for all reads, so that a concurrent purge leaves no gap in the file.
         with partial.open("wb") as file, snapshot(engine) as connection:
-            blocks, dimensions, carried = _of_job(lambda: nullcontext(connection), job_id, 0, LAST_INDEX)
-            for piece in encode(counted(blocks), kind, dimensions, carried):
+            blocks, layout = _of_job(lambda: nullcontext(connection), job_id, 0, LAST_INDEX)
+            for piece in encode(counted(blocks), kind, layout):
                 file.write(piece)
         os.replace(partial, target)
     except OSError as error:
@@ -68,40 +70,56 @@ def stream(engine: Engine, job_id: UUID, kind: str, first_index: int, end_index:
 
     No transaction lasts longer than reading one page takes, however slow the consumer is.
     """
-    blocks, dimensions, carried = _of_job(engine.begin, job_id, first_index, end_index)
-    return encode((block for block in blocks if block), kind, dimensions, carried)
+    blocks, layout = _of_job(engine.begin, job_id, first_index, end_index)
+    return encode((block for block in blocks if block), kind, layout)
 
 
-def _of_job(connect: Connect, job_id: UUID, first_index: int, end_index: int) -> tuple[Iterator[Block], int, list[str]]:
-    """Return a job's vectors, their dimensions, and the names of their carried columns."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Columns of a file of vectors."""
+
+    dimensions: int
+    #: Names of the carried columns. A Parquet file has all of them, even if no row has them.
+    carried: Sequence[str] = ()
+    #: True if rows are of passages.
+    passages: bool = False
+
+
+def _of_job(connect: Connect, job_id: UUID, first_index: int, end_index: int) -> tuple[Iterator[Block], Layout]:
+    """Return a job's vectors, and the columns of a file of them."""
     with connect() as connection:
         options = known_job(connection, job_id).options
         dimensions = jobs.vector_space(connection, job_id)["dimensions"]
+    # Older versions let columns be carried that hide ours.
     carried = [name for name in dict.fromkeys(options.columns.carry) if name not in OUR_COLUMNS]
-    return sink_of(options).read(connect, job_id, first_index, end_index), dimensions, carried
+    blocks = sink_of(options).read(connect, job_id, first_index, end_index)
+    return blocks, Layout(dimensions, carried, options.splits)
 
 
-def encode(blocks: Iterator[Block], kind: str, dimensions: int, carried: Sequence[str]) -> Iterator[bytes]:
-    """Encode rows as one file of a kind, `parquet` or `jsonl`, and yield its bytes piece by piece.
-
-    A Parquet file has all columns of `carried`, even if no row has them.
-    """
-    return _ENCODERS[kind](blocks, dimensions, carried)
+def encode(blocks: Iterator[Block], kind: str, layout: Layout) -> Iterator[bytes]:
+    """Encode rows as one file of a kind, `parquet` or `jsonl`, and yield its bytes piece by piece."""
+    return _ENCODERS[kind](blocks, layout)
 
 
-def _json_lines(blocks: Iterator[Block], _dimensions: int, _carried: Sequence[str]) -> Iterator[bytes]:
+def _json_lines(blocks: Iterator[Block], layout: Layout) -> Iterator[bytes]:
     for block in blocks:
-        yield b"".join(_json_line(*row) for row in block)
+        yield b"".join(_json_line(row, passages=layout.passages) for row in block)
 
 
-def _json_line(index: int, key: str | None, vector: Any, tokens: int, truncated: bool, carried: Any) -> bytes:
-    row = {"index": index, "key": key, "embedding": vector, "tokens": tokens, "truncated": truncated}
-    return exact_json.dumps(row | _without_clash(carried), orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-
-
-def _without_clash(carried: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the carried columns without those that would hide one of ours."""
-    return {name: value for name, value in (carried or {}).items() if name not in OUR_COLUMNS}
+def _json_line(row: Vector, *, passages: bool) -> bytes:
+    values: dict[str, Any] = {
+        "index": row.index,
+        "key": row.key,
+        "embedding": row.vector,
+        "tokens": row.tokens,
+        "truncated": row.truncated,
+    }
+    if passages:
+        values |= {"passage": row.passage, "start": row.start, "stop": row.stop}
+    # Not `|`: a carried column never hides one of ours.
+    for name, value in (row.carried or {}).items():
+        values.setdefault(name, value)
+    return exact_json.dumps(values, orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
 class _Buffer:
@@ -131,24 +149,24 @@ class _Buffer:
         return taken
 
 
-def _parquet(blocks: Iterator[Block], dimensions: int, carried: Sequence[str]) -> Iterator[bytes]:
-    schema = parquet_schema(dimensions, VectorType.FLOAT32, carried)
+def _parquet(blocks: Iterator[Block], layout: Layout) -> Iterator[bytes]:
+    schema = parquet_schema(layout.dimensions, VectorType.FLOAT32, layout.carried, passages=layout.passages)
     buffer = _Buffer()
     with pq.ParquetWriter(buffer, schema, **WRITING) as writer:
         for block in blocks:
-            writer.write_batch(_batch(block, schema, carried))
+            writer.write_batch(_batch(block, schema, layout))
             yield buffer.take()
     yield buffer.take()
 
 
-_ENCODERS: dict[str, Callable[[Iterator[Block], int, Sequence[str]], Iterator[bytes]]] = {
+_ENCODERS: dict[str, Callable[[Iterator[Block], Layout], Iterator[bytes]]] = {
     "parquet": _parquet,
     "jsonl": _json_lines,
 }
 
 
-def _batch(block: Block, schema: Any, carried: Sequence[str]) -> Any:
-    indexes, keys, vectors, tokens, truncated, extra = zip(*block, strict=True)
+def _batch(block: Block, schema: Any, layout: Layout) -> Any:
+    indexes, keys, vectors, tokens, truncated, extra, *numbers = zip(*block, strict=True)
     flat = pa.array(np.concatenate(vectors).astype(np.float32, copy=False))
     columns = [
         pa.array(indexes, pa.int64()),
@@ -156,6 +174,7 @@ def _batch(block: Block, schema: Any, carried: Sequence[str]) -> Any:
         pa.FixedSizeListArray.from_arrays(flat, type=schema.field("embedding").type),
         pa.array(tokens, pa.int32()),
         pa.array(truncated, pa.bool_()),
-        *(pa.array([as_text((row or {}).get(name)) for row in extra], pa.string()) for name in carried),
+        *(pa.array(column, pa.int32()) for column in numbers if layout.passages),
+        *(pa.array([as_text((row or {}).get(name)) for row in extra], pa.string()) for name in layout.carried),
     ]
     return pa.record_batch(columns, schema=schema)

@@ -20,6 +20,7 @@ from pipeline.core.job_status import (
     Rate,
     Receipt,
     TokenCounts,
+    TruncatedItem,
 )
 from pipeline.core.jobs import Job, JobState
 from pipeline.core.requests import RequestState
@@ -191,7 +192,9 @@ def sum_up(connection: Connection, job_id: UUID) -> JobStatus:
     return JobStatus(
         **_of_job(job),
         items=ItemCounts(total=total, pending=pending, **counted),
-        tokens=TokenCounts(prompt=sums["prompt_tokens"]),
+        passages=sums["passages"] if job.options.splits else None,
+        most_truncated=_most_truncated(connection, job_id, sums),
+        tokens=TokenCounts(prompt=sums["prompt_tokens"], lost=sums["lost_tokens"]),
         rate=Rate(
             items_per_second=round(rates.items_per_second, 1),
             tokens_per_second=round(rates.tokens_per_second, 1),
@@ -200,6 +203,11 @@ def sum_up(connection: Connection, job_id: UUID) -> JobStatus:
         eta_seconds=None if job.state.ended or not pace else round(pending / pace, 1),
         chunks=ChunkCounts(**{state: sums[f"{state}_chunks"] for state in ChunkState}),
     )
+
+
+def _most_truncated(connection: Connection, job_id: UUID, sums: RowMapping) -> list[TruncatedItem]:
+    most = chunks.most_truncated(connection, job_id) if sums["lost_tokens"] else []
+    return [TruncatedItem(**each._asdict()) for each in most]
 
 
 def _of_job(job: Job) -> dict[str, Any]:
@@ -235,6 +243,15 @@ def receipt(connection: Connection, job_id: UUID) -> Receipt:
     """
     job = known_job(connection, job_id)
     account = Account.model_validate(job.receipt) if job.receipt else current_account(connection, job_id)
-    truncated = chunks.sums(connection, job_id)["truncated"]
+    sums = chunks.sums(connection, job_id)
     devices = [EmbeddedOn(**row) for row in usage.devices_of_job(connection, job_id)]
-    return Receipt(id=job_id, state=job.state, truncated=truncated, embedded_on=devices, **dict(account))
+    return Receipt(
+        id=job_id,
+        state=job.state,
+        passages=sums["passages"] if job.options.splits else None,
+        truncated=sums["truncated"],
+        lost_tokens=sums["lost_tokens"],
+        most_truncated=_most_truncated(connection, job_id, sums),
+        embedded_on=devices,
+        **dict(account),
+    )

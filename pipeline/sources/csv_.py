@@ -20,6 +20,8 @@ from pipeline.sources.validation import (
     missing_column,
     shown,
     skipped,
+    text_of,
+    title_of,
     without_key,
 )
 
@@ -350,18 +352,29 @@ class Header:
             notices.add("no key", without_key(place, columns.key, header))
         self.dialect = dialect
         self.width = len(header)
-        self._text = header.index(columns.text)
+        self._columns = columns
+        self._texts = {column: header.index(column) for _, column in columns.texts}
         self._key = header.index(columns.key) if columns.key in header else None
         self._carry = {column: header.index(column) for column in columns.carry}
 
     def parsed(self, numbers: list[int], rows: list[list[str]]) -> Parsed:
         """Return the wanted columns of the rows."""
-        text, key, carry = self._text, self._key, self._carry
+        columns, key, carry = self._columns, self._key, self._carry
+        texts: list[object]
+        titles = None
+        if columns.composed:
+            named = [{column: row[at] for column, at in self._texts.items()} for row in rows]
+            texts = [text_of(columns, row) for row in named]
+            titles = [title_of(columns, row) for row in named] if columns.title else None
+        else:
+            text = self._texts[columns.text]
+            texts = [row[text] for row in rows]
         return Parsed(
             numbers,
-            [row[text] for row in rows],
+            texts,
             [None] * len(rows) if key is None else [row[key] or None for row in rows],
             [{column: row[at] for column, at in carry.items()} for row in rows] if carry else None,
+            titles,
         )
 
     def hides_rows(self, row: list[str] | None, lines: list[str]) -> bool:

@@ -14,11 +14,12 @@ from pipeline.sources.validation import (
     BLOCK_ROWS,
     BadRow,
     LongLine,
-    Missing,
     Notices,
     Parsed,
     missing_column,
     skipped,
+    text_of,
+    title_of,
     without_key,
 )
 
@@ -97,28 +98,32 @@ def _parse(lines: list[bytes], first: int, name: str, columns: Columns, *, bad_r
     texts: list[object] = []
     keys: list[object] = []
     carried: list[dict[str, object]] = []
+    titles: list[object] = []
     loads, text_column, key_column, carry = orjson.loads, columns.text, columns.key, columns.carry
+    plain, entitled, exact = columns.template is None, columns.title is not None, (*carry, *columns.composed)
     # The hot loop of most corpora: names are bound locally, and unusual rows leave by an exception.
     for number, line in enumerate(lines, first):
         try:
             row = loads(line)
-            text = row[text_column]
+            text = row[text_column] if plain else text_of(columns, row)
             key = row.get(key_column)
-            if type(key) is float or key == 0 or (carry and any(may_be_inexact(row.get(column)) for column in carry)):
+            if type(key) is float or key == 0 or (exact and any(may_be_inexact(row.get(column)) for column in exact)):
                 raise ValueError("to be read exactly")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             found = object_or_fault(line, name, number) if bad_rows else _object(line, name, number)
             if found is None:
                 continue
             row = {} if isinstance(found, BadRow) else found
-            text = found if isinstance(found, BadRow) else row.get(text_column, Missing)
+            text = found if isinstance(found, BadRow) else text_of(columns, row)
             key = row.get(key_column)
         numbers.append(number)
         texts.append(text)
         keys.append(key)
         if carry:
             carried.append({column: row.get(column) for column in carry})
-    return Parsed(numbers, texts, keys, carried if carry else None)
+        if entitled:
+            titles.append(title_of(columns, row))
+    return Parsed(numbers, texts, keys, carried if carry else None, titles if entitled else None)
 
 
 def _object(line: bytes, name: str, number: int) -> dict[str, object] | None:

@@ -18,7 +18,16 @@ from pipeline.sources.decode import READ_BYTES, is_bomb
 from pipeline.sources.parquet_guard import GROWS, Stored, check_pages
 from pipeline.sources.parquet_values import schema_of, values_of
 from pipeline.sources.source_file import SourceFile, reason
-from pipeline.sources.validation import BLOCK_BYTES, Notices, Parsed, missing_column, shown, without_key
+from pipeline.sources.validation import (
+    BLOCK_BYTES,
+    Notices,
+    Parsed,
+    missing_column,
+    shown,
+    text_of,
+    title_of,
+    without_key,
+)
 from pipeline.sources.values import carried
 
 #: Upper bound of rows per read: neighbouring texts may be far longer than the average.
@@ -167,13 +176,25 @@ class _Table:
         if columns.carry:
             values = zip(*(map(carried, self._values(part, column)) for column in columns.carry), strict=True)
             more = [dict(zip(columns.carry, row, strict=True)) for row in values]
+        texts, titles = self._texts_of(part)
         keyed = columns.key in self._types
         return Parsed(
             range(first, first + len(part)),
-            self._values(part, columns.text),
+            texts,
             self._values(part, columns.key) if keyed else [None] * len(part),
             more,
+            titles,
         )
+
+    def _texts_of(self, part: pa.RecordBatch) -> tuple[list[object], list[object] | None]:
+        columns = self._columns
+        if not columns.composed:
+            return self._values(part, columns.text), None
+        names = [column for _, column in columns.texts]
+        values = zip(*(self._values(part, column) for column in names), strict=True)
+        rows = [dict(zip(names, row, strict=True)) for row in values]
+        titles = [title_of(columns, row) for row in rows] if columns.title else None
+        return [text_of(columns, row) for row in rows], titles
 
     def _values(self, part: pa.RecordBatch, column: str) -> list[object]:
         return values_of(part.column(column), self._types[column])
@@ -274,7 +295,7 @@ def _checked(schema: pa.Schema, name: str, columns: Columns) -> list[str]:
             texts = [field.name for field in schema if _is_text(field.type) and field.name != columns.key]
             raise missing_column(name, field, column, schema.names, texts)
     key = (columns.key,) if columns.key in schema.names else ()
-    wanted = list(dict.fromkeys((columns.text, *key, *columns.carry)))
+    wanted = [column for column in columns.names if column in schema.names]
     for column in wanted:
         if schema.names.count(column) > 1:
             raise SourceError(f'{name}: the column "{shown(column)}" stands twice in the schema; rename one.')
@@ -283,12 +304,19 @@ def _checked(schema: pa.Schema, name: str, columns: Columns) -> list[str]:
 
 
 def _check_types(schema: pa.Schema, name: str, columns: Columns, key: tuple[str, ...]) -> None:
-    kind = schema.field(columns.text).type
-    if not _is_text(kind):
-        raise SourceError(
-            f'{name}: column "{shown(columns.text)}" is {shown(str(kind))}, not a string; name a string column.',
-            field="text_column",
-        )
+    for field, column in columns.texts:
+        kind = schema.field(column).type
+        if not _is_text(kind) and field == "text_column":
+            raise SourceError(
+                f'{name}: column "{shown(column)}" is {shown(str(kind))}, not a string; name a string column.',
+                field=field,
+            )
+        if not (_is_plain(kind) or _is_written_out(kind)):
+            raise SourceError(
+                f'{name}: column "{shown(column)}" is {shown(str(kind))}; a template takes strings, numbers and '
+                "booleans. Name another.",
+                field=field,
+            )
     for column in key:
         kind = schema.field(column).type
         if not (_is_plain(kind) or _is_written_out(kind)):

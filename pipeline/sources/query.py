@@ -23,12 +23,15 @@ from pipeline.core.options import Columns
 from pipeline.sources.validation import (
     BLOCK_BYTES,
     BLOCK_ROWS,
+    BadRow,
     Notices,
     Parsed,
     Rows,
     judge,
     missing_column,
     shown,
+    text_of,
+    title_of,
     without_key,
 )
 from pipeline.sources.values import carried
@@ -210,17 +213,14 @@ class QueryCorpus:
             raise SourceError(f"{self.name}: it returns no rows; write one select.")
         names = list(found.keys())
         self._check(names)
-        at = {
-            name: names.index(name)
-            for name in (self.columns.text, self.columns.key, *self.columns.carry)
-            if name in names
-        }
+        at = {name: names.index(name) for name in self.columns.names if name in names}
+        texts_at = [at[column] for _, column in self.columns.texts]
         first = 1
         rows: list[Sequence[Any]] = []
         size = 0
         for fetched in found.partitions(_FETCH_ROWS):
             rows += fetched
-            texts = (row[at[self.columns.text]] for row in fetched)
+            texts = (row[column] for row in fetched for column in texts_at)
             size += sum(len(text) for text in texts if isinstance(text, str))
             if len(rows) >= BLOCK_ROWS or size >= BLOCK_BYTES:
                 yield self._judged(rows, at, first)
@@ -240,17 +240,27 @@ class QueryCorpus:
 
     def _judged(self, rows: list[Sequence[Any]], at: dict[str, int], first: int) -> Rows:
         key = at.get(self.columns.key)
-        text = at[self.columns.text]
+        texts, titles = self._texts(rows, at)
         more = None
         if self.columns.carry:
             more = [{name: self._carried(name, row[at[name]]) for name in self.columns.carry} for row in rows]
         parsed = Parsed(
             range(first, first + len(rows)),
-            [_plain(row[text]) for row in rows],
+            texts,
             [None if key is None else row[key] for row in rows],
             more,
+            titles,
         )
         return judge(parsed, self.item_bytes, "row ")
+
+    def _texts(self, rows: list[Sequence[Any]], at: dict[str, int]) -> tuple[list[object], list[object] | None]:
+        columns = self.columns
+        if not columns.composed:
+            text = at[columns.text]
+            return [_plain(row[text]) for row in rows], None
+        named = [{column: row[at[column]] for _, column in columns.texts} for row in rows]
+        titles = [title_of(columns, row) for row in named] if columns.title else None
+        return [_plain(text_of(columns, row)) for row in named], titles
 
     def _carried(self, name: str, value: Any) -> Any:
         try:
@@ -307,7 +317,7 @@ def _engine(url: URL, asked_by: str) -> Engine:
 
 def _plain(value: Any) -> Any:
     """Return a text's value for `judge`: a type that JSON lacks becomes a number, to be rejected as not a string."""
-    return value if value is None or isinstance(value, str | int | float | bool | list | dict) else 0
+    return value if value is None or isinstance(value, str | int | float | bool | list | dict | BadRow) else 0
 
 
 def _read_exactly(driver: psycopg.Connection) -> None:

@@ -2,24 +2,27 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 import orjson
 
-from pipeline.core import exact_json
+from pipeline.core import exact_json, template
 from pipeline.core.chunks import RejectCode
 from pipeline.core.errors import SourceError
 from pipeline.core.options import Columns
-from pipeline.sources.values import KEY_BYTES, BadKeyError, as_key, kind_of
+from pipeline.core.template import Template
+from pipeline.sources.values import KEY_BYTES, BadKeyError, NotScalarError, as_key, kind_of, scalar
 
 #: The most rows in a block.
 BLOCK_ROWS: Final = 5_000
 #: Approximate limit on the text in a block; one item may exceed it.
 BLOCK_BYTES: Final = 8 * 1024 * 1024
 
+#: A longer text isn't made of several columns, since no limit of texts would let it pass.
+_MOST_CHARACTERS: Final = 64 * 1024 * 1024
 _SHOWN_COLUMNS = 20
 _SHOWN_LETTERS = 40
 _ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
@@ -38,6 +41,8 @@ class Rows:
     problems: list[tuple[int, RejectCode, str]]
     #: JSON object per row; `None` unless the job carries columns.
     carried: list[bytes] | None
+    #: UTF-8, empty where the row is rejected; `None` unless passages get titles.
+    titles: list[bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class Parsed:
     texts: Sequence[object]
     keys: Sequence[object]
     carried: Sequence[dict[str, object]] | None
+    titles: Sequence[object] | None = None
 
 
 class Notices:
@@ -105,7 +111,35 @@ class BadRow(NamedTuple):
 
 def skipped(line: LongLine, columns: Columns) -> Parsed:
     """Return the row that stands for a skipped line."""
-    return Parsed([line.number], [line], [None], [{}] if columns.carry else None)
+    return Parsed([line.number], [line], [None], [{}] if columns.carry else None, [""] if columns.title else None)
+
+
+def text_of(columns: Columns, row: Mapping[str, object]) -> object:
+    """Return the text of a row, or what stands for it until `judge` rejects it."""
+    if columns.template is None:
+        return row.get(columns.text, Missing)
+    return _composed(template.parse(columns.template), row)
+
+
+def title_of(columns: Columns, row: Mapping[str, object]) -> object:
+    """Return the title of a row, or what stands for it until `judge` rejects the row."""
+    title = _composed(template.parse(columns.title), row) if columns.title else None
+    return title or ""  # a row whose title is null has none
+
+
+def _composed(made: Template, row: Mapping[str, object]) -> object:
+    """Fill a template with a row's values, null as empty; return `None` if all are null, a `BadRow` if one can't be
+    written as text."""
+    values = []
+    for column in made.fields:
+        value = row.get(column)
+        try:
+            values.append(value if type(value) is str else "" if value is None else scalar(value))
+        except NotScalarError as error:
+            return BadRow(f'column "{shown(column)}" is {error}', RejectCode.NOT_A_STRING)
+    if (size := sum(map(len, values))) > _MOST_CHARACTERS:
+        return BadRow(f"text has {size:,} characters; at most {_MOST_CHARACTERS:,} are composed", RejectCode.TOO_LARGE)
+    return made.fill(values) if any(row.get(column) is not None for column in made.columns) else None
 
 
 class _OverlongNumberError(Exception):
@@ -144,10 +178,12 @@ def judge(parsed: Parsed, item_bytes: int, place: str) -> Rows:
         problems.append((at, code, f"{place}{parsed.numbers[at]:,}: {message}"))
         keys.append(kept)
         texts.append(None)
-    carried = None
+    carried = titles = None
+    if parsed.titles is not None:
+        titles = _titles(parsed, texts, problems, item_bytes, place)
     if parsed.carried is not None:
         carried = _carry(parsed, texts, problems, place)
-    return Rows(keys, texts, problems, carried)
+    return Rows(keys, texts, problems, carried, titles)
 
 
 def _problem(text: object, key: object, item_bytes: int) -> tuple[str | None, tuple[RejectCode, str]]:
@@ -189,6 +225,27 @@ def _string_problem(text: str, item_bytes: int) -> tuple[RejectCode, str] | None
     if text.isspace():
         return RejectCode.EMPTY_TEXT, "text is only white space"
     return None
+
+
+def _titles(
+    parsed: Parsed,
+    texts: list[bytes | None],
+    problems: list[tuple[int, RejectCode, str]],
+    item_bytes: int,
+    place: str,
+) -> list[bytes]:
+    """Return the titles; a row with a bad one becomes a reject."""
+    assert parsed.titles is not None
+    titles: list[bytes] = []
+    for at, title in enumerate(parsed.titles):
+        found = (_text_problem(title, item_bytes) if title else None) if texts[at] is not None else None
+        if found and found[0] is not RejectCode.EMPTY_TEXT:
+            texts[at] = None
+            told = found[1] if isinstance(title, BadRow) else found[1].replace("text", "title", 1)
+            problems.append((at, found[0], f"{place}{parsed.numbers[at]:,}: {told}"))
+        titles.append(title.encode() if texts[at] is not None and isinstance(title, str) else b"")
+    problems.sort(key=itemgetter(0))
+    return titles
 
 
 def _carry(

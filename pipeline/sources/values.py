@@ -22,6 +22,10 @@ class BadKeyError(Exception):
     """The key can't be kept; the message says why."""
 
 
+class NotScalarError(Exception):
+    """The value is no string, number or boolean; the message says what it is."""
+
+
 def as_key(value: object) -> str | None:
     """Return a key as it is stored, the same for the same value from every kind of source.
 
@@ -30,7 +34,10 @@ def as_key(value: object) -> str | None:
     """
     if value is None:
         return None
-    key = _scalar(value)
+    try:
+        key = scalar(value)
+    except NotScalarError as error:
+        raise BadKeyError(f"key is {error}") from None
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
@@ -42,23 +49,28 @@ def as_key(value: object) -> str | None:
     return key
 
 
-def _scalar(value: object) -> str:
+def scalar(value: object) -> str:
+    """Return a value as a string, the same for the same value from every kind of source.
+
+    Raises:
+        NotScalarError: it isn't one value, or not a finite number.
+    """
     if isinstance(value, Number):
         return value.digits
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise BadKeyError("key is not a finite number")
+            raise NotScalarError("not a finite number")
         return str(int(value)) if value.is_integer() else repr(value)
     if isinstance(value, int):
         return str(value)
     if isinstance(value, Decimal) and not value.is_finite():
-        raise BadKeyError("key is not a finite number")
-    key = written(value)
-    if not isinstance(key, str):
-        raise BadKeyError(f"key is {kind_of(value)}, not a string or a number")
-    return key
+        raise NotScalarError("not a finite number")
+    plain = written(value)
+    if not isinstance(plain, str):
+        raise NotScalarError(f"{kind_of(value)}, not a string or a number")
+    return plain
 
 
 def kind_of(value: object) -> str:

@@ -15,6 +15,7 @@ _DISK = """
       union all select relid from pg_partition_tree('vectormill.embeddings') where isleaf) leaves
 """
 _WAL = "select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::float8"
+_SLOWER = "update vectormill.chunks set started_at = started_at - interval '10 s' where job_id = :job returning 1"
 _SLOT_SECONDS = """
     select sum(extract(epoch from finished_at - started_at))::float8 from vectormill.chunks where job_id = :job
 """
@@ -47,13 +48,14 @@ def test_a_dry_run_tells_what_the_job_then_takes(fleet: Fleet, texts: list[str],
     assert before["pieces"]["disk_bytes"] == pytest.approx(fleet.scalar(_DISK) - disk, rel=0.2)
     assert before["pieces"]["wal_bytes"] == pytest.approx(fleet.scalar(_WAL) - wal, rel=0.2)
 
-    # The job's own work tells the next one's rates, if it took long enough.
-    assert fleet.scalar(_SLOT_SECONDS, job=done) > 3
-    after = predict()
-    assert after["time"]["measured"] == "workers"
-    once, scaled = after["pieces"], predict("--at", "1e9")["pieces"]
-    share = 1e9 / len(many)
-    assert scaled["wal_bytes"] == pytest.approx(before["pieces"]["wal_bytes"] * share, rel=0.1)
-    assert (
-        scaled["embed_seconds"] + scaled["write_seconds"] > (once["embed_seconds"] + once["write_seconds"]) * share / 4
-    )
+    # The job's own work tells the next one's rates, if it took long enough: here as long as on a slow machine.
+    fleet.scalar(_SLOWER, job=done)
+    after, scaled = predict(), predict("--at", "80000")
+    assert after["time"]["measured"] == scaled["time"]["measured"] == "workers"
+    for piece in ("wal_bytes", "disk_bytes"):
+        assert scaled["pieces"][piece] == pytest.approx(before["pieces"][piece] * 80_000 / len(many), rel=0.1)
+    # Both slots work on it, and the last chunks decide when it ends.
+    slot_seconds = fleet.scalar(_SLOT_SECONDS, job=done)
+    for found, items in ((after, len(many)), (scaled, 80_000)):
+        working = found["pieces"]["embed_seconds"] + found["pieces"]["write_seconds"]
+        assert slot_seconds / len(many) * items / 2 < working < slot_seconds / len(many) * items

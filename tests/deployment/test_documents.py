@@ -142,7 +142,7 @@ def reader() -> Iterator[Reader]:
 
 
 def test_the_readmes_commands_have_run(reader: Reader) -> None:
-    assert (reader.folder / "docs-vectors.parquet").exists()
+    assert (reader.folder / "tickets-vectors.parquet").exists()
     assert (reader.folder / "vectors" / "_SUCCESS").exists()
 
 
@@ -157,7 +157,7 @@ def test_the_metrics_of_each_process_are_where_env_says(reader: Reader) -> None:
 
 
 def test_the_runbooks_commands_run(reader: Reader) -> None:
-    reader.environment["JOB"] = "docs"
+    reader.environment["JOB"] = "tickets"
     done: set[str] = set()
     for page in sorted(_RUNBOOKS.glob("*.md")):
         for block in blocks_of(page):

@@ -58,14 +58,17 @@ def _fleet(slots: int = 2) -> Fleet:
 
 
 def _one_token_each(rows: Sequence[SampleRow], _: int) -> Measurement:
-    return Measurement(tokens=Tokens([1] * len(rows), [False] * len(rows)), rates=_RATES, item=_ROW, vector=_ROW)
+    return Measurement(
+        tokens=Tokens([1] * len(rows), [False] * len(rows), [0] * len(rows)), rates=_RATES, item=_ROW, vector=_ROW
+    )
 
 
 @pytest.mark.parametrize("by_reference", [False, True])
 def test_the_truth_lies_in_the_interval(corpus: Path, model: Model, encoder: LocalEncoder, by_reference: bool) -> None:
     def tokens(texts: Sequence[str]) -> Tokens:
         read = encoder.tokenise(list(texts), 64)
-        return Tokens(read.lengths.tolist(), read.truncated.tolist())
+        assert read.lost is not None
+        return Tokens(read.lengths.tolist(), read.truncated.tolist(), read.lost.tolist())
 
     def measure(rows: Sequence[SampleRow], items: int) -> Measurement:
         assert items == pytest.approx(_DOCUMENTS, rel=0.01)
@@ -75,7 +78,7 @@ def test_the_truth_lies_in_the_interval(corpus: Path, model: Model, encoder: Loc
     source = Corpus([str(corpus)], Columns(), 100_000)
     found = estimate(source, model, JobOptions(by_reference=by_reference), _fleet(), measure)
     texts = [each.decode() for rows in source.blocks() for each in rows.texts if each]
-    lengths, cut = tokens(texts)
+    lengths, cut, *_ = tokens(texts)
     assert found["items"]["total"] == _DOCUMENTS
     estimated = found["tokens"]
     margin = (estimated["high"] - estimated["low"]) / 2

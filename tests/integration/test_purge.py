@@ -24,7 +24,7 @@ from tests.support.jobs_made import DONE, count, job_row, make_job, part_of, rej
 
 OLD, OLDER = datetime(2025, 3, 1, tzinfo=UTC), datetime(2025, 2, 1, tzinfo=UTC)
 #: Tables whose rows go with a job. Usage stays.
-TABLES = ("jobs", "chunks", "inputs", "outputs", "items", "embeddings", "rejects")
+TABLES = ("jobs", "chunks", "inputs", "outputs", "items", "embeddings", "passages", "rejects")
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -99,7 +99,7 @@ def test_a_job_goes_and_others_stay(engine: Engine, model: Model) -> None:
     made(engine, model)
     before, usage = left(engine), count(engine, "usage")
     gone = purge.purge_job(engine, made(engine, model))
-    assert gone == {"items": 8, "embeddings": 6, "rejects": 2, "chunks": 2}
+    assert gone == {"items": 8, "embeddings": 6, "passages": 0, "rejects": 2, "chunks": 2}
     assert left(engine) == before
     assert count(engine, "usage") == 2 * usage, "what was metered is the bill"
 
@@ -140,7 +140,7 @@ def test_what_was_cut_off_isnt_retried_and_is_purged_again(
     assert (count(engine, "items"), count(engine, "rejects")) == (0, 2)
     with pytest.raises(UserError, match="its texts were removed"), engine.begin() as connection:
         control.retry(connection, job_id)
-    assert purge.purge_job(engine, job_id) == {"items": 0, "embeddings": 0, "rejects": 2, "chunks": 2}
+    assert purge.purge_job(engine, job_id) == {"items": 0, "embeddings": 0, "passages": 0, "rejects": 2, "chunks": 2}
     assert set(left(engine).values()) == {0}
 
 
@@ -218,7 +218,7 @@ def test_a_job_that_is_let_go_on_meanwhile_keeps_its_month(
 def test_the_command_for_a_job(engine: Engine, model: Model, run: Run) -> None:
     job_id = made(engine, model, name="docs")
     before = left(engine)
-    wanted = {"jobs": 1, "items": 8, "embeddings": 6, "rejects": 2, "chunks": 2}
+    wanted = {"jobs": 1, "items": 8, "embeddings": 6, "passages": 0, "rejects": 2, "chunks": 2}
     code, out, err = run("purge", "docs", "--dry-run", "--json")
     assert (code, json.loads(out), err) == (
         0,

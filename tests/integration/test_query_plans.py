@@ -147,6 +147,11 @@ _ROWS_OF = {
         select :job, n, (select vector_space_id from vectormill.jobs where id = :job), 1, false, '[1, 0]'
         from generate_series(1, :count, 2) n
     """,
+    "passages": """
+        (job_id, index, passage, start, stop, vector_space_id, tokens, truncated, vector)
+        select :job, n / 4, n % 4, 0, 1, (select vector_space_id from vectormill.jobs where id = :job), 1, false,
+               '[1, 0]' from generate_series(1, :count) n
+    """,
     "rejects": """
         (job_id, index, code, message)
         select :job, n, 'encode_failed', 'for a test' from generate_series(2, :count, 4) n
@@ -275,11 +280,16 @@ def test_a_small_jobs_sums_leave_the_others_alone(outdated: tuple[Engine, UUID, 
     assert "chunks_job_id_first_index_key" in found, found
 
 
-@pytest.mark.parametrize("name", ["results", "nearest", "rejects", "unsettled"])
+@pytest.mark.parametrize("name", ["results", "passages", "nearest", "rejects", "unsettled"])
 def test_a_job_that_statistics_do_not_know_is_read_by_index(unknown: tuple[Engine, UUID], name: str) -> None:
     engine, job = unknown
     acts: dict[str, Any] = {
-        "results": lambda c: c.exec_driver_sql(embeddings._READ, (job, job, 0, _ROWS)),
+        "results": lambda c: c.exec_driver_sql(
+            embeddings._READ.format(rows=embeddings._ROWS[False]), (job, job, *embeddings.before(0), _ROWS)
+        ),
+        "passages": lambda c: c.exec_driver_sql(
+            embeddings._READ.format(rows=embeddings._ROWS[True]), (job, job, *embeddings.before(0), _ROWS)
+        ),
         "nearest": lambda c: embeddings.nearest(c, job, [1.0, 0.0], 5),
         "rejects": lambda c: rejects.page_with_carried(c, job, -1, _ROWS),
         "unsettled": lambda c: items.unsettled(c, job, -1, _ROWS),

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 
-from pipeline.chunk_io.commit import write_chunk
+from pipeline.chunk_io.commit import Commit, write_chunk
 from pipeline.chunk_io.reader import read_chunk
 from pipeline.core.chunks import Claim, RejectCode
 from pipeline.core.errors import UserError
 from pipeline.core.options import KeptOptions, UserTable
 from pipeline.db import user_table
+from pipeline.db.embeddings import Passages
 from pipeline.dispatch.finalize import due, finalize
 from tests.support.jobs_made import DIMENSIONS, DONE, job_row, make_job, make_model, part_of, run_sql, taken, vectors_of
 
@@ -65,6 +67,56 @@ def test_of_a_key_twice_the_last_one_wins(engine: Engine) -> None:
     commit(engine, claim_into(engine, checked(engine)), [0, 1, 2], ["a", "b", "a"])
     first = {key: float(vector[1:].split(",")[0]) for key, (_, vector) in in_table(engine).items()}
     assert first == {"a": 2.0, "b": 1.0}
+
+
+_PASSAGES = (
+    "create table public.docs (id int, passage int, stop bigint, embedding vector(4), primary key (passage, id))"
+)
+
+
+def passages_of(indexes: Sequence[int], counts: Sequence[int]) -> Commit:
+    """Return a commit of some items with so many passages each; a passage has ten characters."""
+    of_rows = np.repeat(indexes, counts)
+    part = part_of(of_rows.tolist())
+    numbers = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+    passages = Passages(numbers, numbers * 10, numbers * 10 + 10)
+    return replace(part, rows=replace(part.rows, passages=passages))
+
+
+def test_passages_are_upserted_and_those_that_are_no_more_deleted(engine: Engine) -> None:
+    run_sql(engine, _PASSAGES)
+    run_sql(engine, "insert into public.docs select 7, n, 0, '[9,9,9,9]' from generate_series(0, 4) n")
+    run_sql(engine, "insert into public.docs values (8, 3, 0, '[9,9,9,9]')")
+    with engine.begin() as connection:
+        target = user_table.check(
+            connection, "public.docs", key_column="id", dimensions=DIMENSIONS, hnsw=False, passages=True
+        )
+    kept = KeptOptions(table=target, split=64)
+    assert KeptOptions.from_json(kept.to_json()) == kept
+    part = passages_of([0, 1, 2], [3, 1, 2])
+    keys = ["7", "7", "7", "5", "7", "7"]  # the second item with key 7 is the one that counts
+    write_chunk(engine, claim_into(engine, target), 0, replace(part, rows=replace(part.rows, keys=keys)), DONE)
+    found = run_sql(engine, "select id, passage, stop, embedding::text from public.docs order by id, passage")
+    assert [(key, passage, stop) for key, passage, stop, _ in found] == [(5, 0, 10), (7, 0, 10), (7, 1, 20), (8, 3, 0)]
+    assert float(found[1][3][1:].split(",")[0]) == vectors_of([2])[0][0]
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        (_TABLE, 'no column "passage"'),
+        ("create table public.docs (id text primary key, passage int, embedding vector(4))", "unique together"),
+        ("create table public.docs (id text, passage text, embedding vector(4), primary key (id, passage))", "integer"),
+        (
+            "create table public.docs (id text, passage int, o int, embedding vector(4), unique (id, passage, o))",
+            "unique together",
+        ),
+    ],
+)
+def test_a_table_that_cant_hold_passages_is_refused(engine: Engine, table: str, told: str) -> None:
+    run_sql(engine, table)
+    with engine.begin() as connection, pytest.raises(UserError, match=told):
+        user_table.check(connection, "public.docs", key_column="id", dimensions=DIMENSIONS, hnsw=False, passages=True)
 
 
 def test_a_commit_that_fails_writes_nothing_there(engine: Engine) -> None:

@@ -22,7 +22,7 @@ from pipeline.ingest.prediction import (
 
 _LOAD = Load(
     items=1_000_000,
-    good=900_000,
+    vectors=900_000,
     tokens=90_000_000,
     reading_seconds=2.0,
     slots=2,
@@ -69,26 +69,30 @@ def test_files_take_parquet_and_no_rows() -> None:
     ],
 )
 def test_slots_work_as_far_as_chunks_go(items: int, slots: int, seconds: float) -> None:
-    load = replace(_LOAD, items=items, good=items, tokens=items * 100, slots=slots)
+    load = replace(_LOAD, items=items, vectors=items, tokens=items * 100, slots=slots)
     rates = replace(_RATES, token_seconds=1e-5, item_seconds=0.0)
     assert predict(load, rates, NO_ROW, NO_ROW).embed_seconds == pytest.approx(seconds, rel=0.06)
 
 
 def test_nothing_takes_nothing() -> None:
-    found = predict(replace(_LOAD, items=0, good=0, tokens=0, reading_seconds=0.0), _RATES, _ITEM, _VECTOR)
+    found = predict(replace(_LOAD, items=0, vectors=0, tokens=0, reading_seconds=0.0), _RATES, _ITEM, _VECTOR)
     assert found.seconds == found.start_seconds
     assert found.disk_bytes == 0
 
 
 def test_what_workers_did_is_told_apart() -> None:
     work = ChunkWork(chunks=10, items=1_000, tokens=100_000, device_seconds=20.0, slot_seconds=40.0)
-    found = workers_rates(work, tokenise_seconds=1e-4)
-    # 20 s of passes and 10 s of tokenising, and the rest is for the rows, with what passes between chunks.
+    found = workers_rates(work, tokenise_seconds=1e-5, vector_seconds=1e-3)
+    # 20 s of passes; of the other 20 s as much for a thousand items as for their tokens, and what is between chunks.
     assert found.token_seconds == pytest.approx(30 / 100_000)
     assert found.item_seconds == pytest.approx(10.7 / 1_000)
     assert (found.measured, found.seconds) == (Measured.WORKERS, 40.0)
-    # However slow a tokeniser is here, there is no more time than the workers took.
-    assert workers_rates(work, tokenise_seconds=1.0).token_seconds == pytest.approx(40 / 100_000)
+
+
+def test_requests_to_an_upstream_overlap() -> None:
+    work = ChunkWork(chunks=10, items=1_000, tokens=100_000, device_seconds=160.0, slot_seconds=40.0)
+    found = workers_rates(work, tokenise_seconds=0.0, vector_seconds=1e-5)
+    assert found.token_seconds == pytest.approx(40 / 100_000)
 
 
 @pytest.mark.parametrize(

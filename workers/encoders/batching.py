@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.chunks import RejectCode
+from pipeline.core.options import KeptOptions, SplitBy
 
 #: Items in one isolated slice at level 1; each level narrows eightfold, to single items.
 _WIDEST_SLICE = 64
@@ -29,11 +30,42 @@ class Tokenised:
     #: Tokens of each text after truncation, special tokens included.
     lengths: npt.NDArray[np.int32]
     truncated: npt.NDArray[np.bool_]
+    #: Tokens that truncation left out of each text, of a very long one about so many; `None`: not known.
+    lost: npt.NDArray[np.int64] | None = None
 
     def select(self, mask: npt.NDArray[np.bool_]) -> "Tokenised":
         """Return the texts where `mask` is true."""
         ids = [ids for ids, keep in zip(self.ids, mask, strict=True) if keep]
-        return Tokenised(ids, self.lengths[mask], self.truncated[mask])
+        lost = None if self.lost is None else self.lost[mask]
+        return Tokenised(ids, self.lengths[mask], self.truncated[mask], lost)
+
+
+#: Least tokens of a passage beside its prompt, its title and special tokens.
+LEAST_TOKENS = 8
+#: Passage of a text: `text[start:stop]`.
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRule:
+    """Rule by which texts become passages."""
+
+    #: Most tokens of a passage as the model reads it, with its prompt, the title and special tokens.
+    tokens: int
+    #: Most tokens that a passage repeats of the one before.
+    overlap: int = 0
+    by: SplitBy = SplitBy.PARAGRAPH
+
+
+def split_rule(options: KeptOptions, max_item_tokens: int | None) -> SplitRule:
+    """Return the rule of a job that is split, of which the model reads `max_item_tokens` of a text."""
+    tokens = min(bound for bound in (options.split, max_item_tokens) if bound)
+    return SplitRule(tokens, options.overlap, options.split_by)
+
+
+def entitled(title: str, passage: str) -> str:
+    """Return a passage as the model reads it, with the title before it."""
+    return f"{title}\n\n{passage}" if title else passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +104,10 @@ class Encoder(Protocol):
 
     def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokenised:
         """Tokenise texts, truncated at `max_tokens`."""
+
+    def split(self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule) -> list[list[Span]]:
+        """Return the passages of each text, none with more than `rule.tokens`. A text whose title leaves no room for
+        passages has none."""
 
     def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = ...) -> Iterator[Batch]:
         """Embed all texts in batches. No further one is begun once `stop` returns True."""

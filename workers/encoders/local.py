@@ -16,10 +16,11 @@ from pipeline.core.canary import CANARY, is_canary
 from pipeline.core.chunks import RejectCode
 from pipeline.core.errors import ModelError
 from workers.encoders import budget, library, packed, roofline, unpadded
-from workers.encoders.batching import Batch, Tokenised, token_batches
+from workers.encoders.batching import Batch, Span, SplitRule, Tokenised, token_batches
 from workers.encoders.devices import kind_of
 from workers.encoders.own_ids import OwnIds
 from workers.encoders.reading import Ids, Way, ways_of
+from workers.encoders.splitting import Splitter
 
 log = structlog.get_logger()
 
@@ -98,6 +99,7 @@ class LocalEncoder:
         self._apart = not self._documents.goes_with(self._queries)
         self._expected = b""
         self._own_ids: OwnIds | None = None
+        self._splitter: Splitter | None = None
         flat = self._documents.reader.flat and self._queries.reader.flat
         #: True if shorter texts of a batch are padded to its longest.
         self.pads = self._documents.reader.pads or self._queries.reader.pads
@@ -122,8 +124,16 @@ class LocalEncoder:
         """Tokenise `texts` as documents or as queries, truncated at `max_tokens` (default: the model's own limit)."""
         read = (self._queries if queries else self._documents).read(list(texts), max_tokens)
         if queries and self._apart:
-            return Tokenised([ids.view(_Query) for ids in read.ids], read.lengths, read.truncated)
+            return Tokenised([ids.view(_Query) for ids in read.ids], read.lengths, read.truncated, read.lost)
         return read
+
+    def split(self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule) -> list[list[Span]]:
+        """Return the passages of each document, none with more than `rule.tokens`. A text whose title leaves no room
+        for passages has none."""
+        if self._splitter is None:
+            reader = self._documents.reader
+            self._splitter = Splitter(reader.tokenizer, self._documents.prompt, add_special_tokens=not reader.flat)
+        return self._splitter.split(texts, titles, rule)
 
     def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Embed every text in token-budget batches, longest first. No further one is begun once `stop` returns True.

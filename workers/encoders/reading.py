@@ -200,14 +200,24 @@ def _read(texts: list[str], bound: int | None, encode: Callable[[list[str]], lis
     long one may be read. `bound` is the truncation in tokens if it is at the end, else `None`."""
     most = bound * MOST_CHARACTERS_PER_TOKEN if bound else None
     encodings = encode([text[:most] for text in texts])
+    begun = np.array([most is not None and len(text) > most for text in texts], dtype=np.bool_)
     for at, text in enumerate(texts):
         # The last word of a text truncated at `most` may be tokenised differently. It doesn't matter if more than a
         # whole length of tokens lies between `bound` and that word: overflowing tokens come in such lengths. White
         # space and endless words have too few tokens.
-        if most and len(text) > most and len(encodings[at].overflowing) < 2:
+        if begun[at] and len(encodings[at].overflowing) < 2:
             (encodings[at],) = encode([text])
+            begun[at] = False
     lengths = np.fromiter(map(len, encodings), dtype=np.int32, count=len(encodings))
-    truncated = np.fromiter((bool(e.overflowing) for e in encodings), dtype=np.bool_, count=len(encodings))
+    truncated = np.zeros(len(encodings), dtype=np.bool_)
+    lost = np.zeros(len(encodings), dtype=np.int64)
+    for at, encoding in enumerate(encodings):
+        if over := encoding.overflowing:
+            special = sum(encoding.special_tokens_mask)
+            truncated[at], lost[at] = True, sum(len(part) - special for part in over)
+            if begun[at]:  # the rest has as many tokens for its length
+                assert most is not None
+                lost[at] += int(lost[at] + lengths[at] - special) * (len(texts[at]) - most) // most
     flat = np.fromiter(chain.from_iterable(e.ids for e in encodings), dtype=np.int32, count=int(lengths.sum()))
     ends = np.cumsum(lengths).tolist()
-    return Tokenised([flat[start:end] for start, end in pairwise([0, *ends])], lengths, truncated)
+    return Tokenised([flat[start:end] for start, end in pairwise([0, *ends])], lengths, truncated, lost)

@@ -16,6 +16,9 @@ from pipeline.infra.settings import Settings, load_settings
 from workers.runner import fork_server, transport
 from workers.runner.heartbeat import Heartbeat
 
+#: Bytes of text that the slowest device embeds in a second.
+_SLOW_BYTES_PER_SECOND = 1_000
+
 
 def _make_app(settings: Settings) -> Celery:
     if settings.redis_url is None or settings.database_url is None:
@@ -24,7 +27,8 @@ def _make_app(settings: Settings) -> Celery:
     made = Celery("vectormill", include=["workers.runner.tasks"])
     made.conf.update(celery_settings(settings.redis_url.get_secret_value()))
     # Last resort against a child that hangs: its watchdog ends a hung batch long before, and only this bounds reading.
-    made.conf.task_time_limit = max(900.0, 60 * settings.chunk_seconds)
+    # The passages of the longest text are one item's, which no claim leaves half done.
+    made.conf.task_time_limit = max(900.0, 60 * settings.chunk_seconds, settings.item_bytes / _SLOW_BYTES_PER_SECOND)
     return made
 
 

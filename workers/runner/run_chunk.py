@@ -49,6 +49,7 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
         GatewayBusy, GatewayRefused: the chunk is given back, after all that the upstream returned is committed.
         GatewayChanged: the upstream's model is another one; its vectors since the last commit aren't written.
     """
+    watch.progressed = not claim.options.splits
     with Renewal(_renewal(engine, claim, watch, on_hang), claim.lease_seconds), InOrder(watch.fail) as commits:
         with instrumentation.step(claim.model, "read"):
             unsettled = read_chunk(engine, claim)

@@ -1,44 +1,75 @@
 """Encoding of a slice, and the commits that it yields."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from math import inf
 from time import monotonic
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.chunk_io.commit import Commit, split_bad_vectors
 from pipeline.core.chunks import Claim, Item, Reject, RejectCode
 from pipeline.core.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.core.openai import shortened
 from pipeline.core.options import OnLong
-from pipeline.db.embeddings import EmbeddedRows
+from pipeline.db.embeddings import EmbeddedRows, Passages, passage_named
 from workers import instrumentation
-from workers.encoders.batching import Batch, Encoder
+from workers.encoders.batching import LEAST_TOKENS, Batch, Encoder, Tokenised, entitled, split_rule
 from workers.watchdog import Watch
+
+#: State of an item of which no more texts count.
+_GONE = -(2**31)
+_PASSAGES_AT_ONCE = 4_096
 
 
 class SliceEncoding:
-    """Slice that is being encoded, with the results that aren't handed over yet."""
+    """Slice that is being encoded, with the results that aren't handed over yet.
+
+    The encoder gets texts: those of the items, or their passages. An item's passages are handed over together.
+    """
 
     def __init__(self, encoder: Encoder, claim: Claim, items: Sequence[Item], watch: Watch) -> None:
         self._encoder, self._claim, self._watch = encoder, claim, watch
+        self._rejects: list[Reject] = []
         watch.beat()
         try:
             with instrumentation.step(claim.model, "tokenise"):
-                tokenised = encoder.tokenise([item.text for item in items], claim.max_item_tokens)
+                texts = self._passages(items) if claim.options.splits else _whole(items)
+                tokenised = _tokenised(encoder, texts, claim.max_item_tokens)
         finally:
             watch.rest()
-        self._rejects: list[Reject] = []
         if claim.options.on_long is OnLong.REJECT:
-            self._rejects = [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]
-            items = [item for item, cut in zip(items, tokenised.truncated, strict=True) if not cut]
+            self._rejects += [_too_long(items[at], claim) for at in np.flatnonzero(tokenised.truncated).tolist()]
+            texts = _whole([item for item, cut in zip(items, tokenised.truncated, strict=True) if not cut])
             tokenised = tokenised.select(~tokenised.truncated)
-        self._items, self._tokenised = items, tokenised
-        self._vectors = np.zeros((len(items), encoder.dimensions), dtype=np.float32)
-        self._made = np.zeros(len(items), dtype=np.bool_)
+        self._texts, self._tokenised = texts, tokenised
+        self._vectors = np.zeros((len(texts.owner), encoder.dimensions), dtype=np.float32)
+        self._made = np.zeros(len(texts.owner), dtype=np.bool_)
+        #: Texts of each item that aren't embedded yet; below 0: it is rejected, or handed over.
+        self._missing = np.bincount(texts.owner, minlength=len(texts.items))
         self._tokens, self._truncated = tokenised.lengths.copy(), tokenised.truncated.copy()
         self._seconds = self._roofline_seconds = 0.0
+
+    def _passages(self, items: Sequence[Item]) -> "_Texts":
+        """Return the passages of items; an item that can't have any is rejected."""
+        rule = split_rule(self._claim.options, self._claim.max_item_tokens)
+        found = self._encoder.split([item.text for item in items], [item.title for item in items], rule)
+        message = f"its title leaves fewer than {LEAST_TOKENS} of {rule.tokens:,} tokens for a passage"
+        self._rejects = [
+            reject(item, RejectCode.TOO_LONG, message) for item, spans in zip(items, found, strict=True) if not spans
+        ]
+        items, spans = [each for each, parts in zip(items, found, strict=True) if parts], list(filter(None, found))
+        return _Texts(
+            items=items,
+            owner=np.repeat(np.arange(len(items)), [len(parts) for parts in spans]),
+            passages=Passages(
+                np.fromiter((at for parts in spans for at in range(len(parts))), np.int32),
+                np.fromiter((start for parts in spans for start, _ in parts), np.int32),
+                np.fromiter((stop for parts in spans for _, stop in parts), np.int32),
+            ),
+        )
 
     def commits(self) -> Iterator[Commit]:
         """Embed until all is done or the watch says stop, and yield the results so far at intervals. The rest is left
@@ -89,14 +120,28 @@ class SliceEncoding:
         self._seconds += batch.seconds
         self._roofline_seconds += batch.roofline_seconds
         if batch.failure:
-            self._rejects += [reject(self._items[at], *batch.failure) for at in batch.at.tolist()]
+            self._fail(batch.at.tolist(), *batch.failure)
         else:
             self._vectors[batch.at], self._made[batch.at] = batch.vectors, True
             self._tokens[batch.at], self._truncated[list(batch.truncated)] = batch.tokens, True
+            np.subtract.at(self._missing, self._texts.owner[batch.at], 1)
+        self._watch.progressed = self._watch.progressed or bool((self._missing <= 0).any())
+
+    def _fail(self, failed: Sequence[int], code: RejectCode, message: str) -> None:
+        """Reject the items of texts that failed, each once."""
+        for at in failed:
+            owner = self._texts.owner[at]
+            if self._missing[owner] >= 0:
+                passage = self._texts.passages and passage_named(*(int(each[at]) for each in self._texts.passages))
+                self._rejects.append(reject(self._texts.items[owner], code, f"{passage or ''}{message}"))
+                self._missing[owner] = _GONE
 
     def _taken(self) -> tuple[Commit, list[Reject]]:
         """Return the results so far as a commit, and rejects for items whose vectors must not be written."""
-        made, items = self._made, [item for item, done in zip(self._items, self._made, strict=True) if done]
+        texts = self._texts
+        # The order of items and passages, whatever the order of batches.
+        made = np.flatnonzero(self._made & (self._missing[texts.owner] == 0))
+        items = [texts.items[owner] for owner in texts.owner[made].tolist()]
         vectors = self._vectors[made]
         if vectors.shape[1] != self._claim.dimensions:
             vectors = shortened(vectors, self._claim.dimensions)
@@ -107,6 +152,8 @@ class SliceEncoding:
             tokens=self._tokens[made],
             truncated=self._truncated[made],
             carried=[item.carried for item in items] if self._claim.carries else (),
+            passages=texts.passages and Passages(*(column[made] for column in texts.passages)),
+            lost_tokens=np.zeros(0, np.int64) if self._tokenised.lost is None else self._tokenised.lost[made],
         )
         rows, bad = split_bad_vectors(rows, self._claim.dimensions, self._claim.options.dtype)
         commit = Commit(
@@ -121,8 +168,43 @@ class SliceEncoding:
 
     def _forget(self) -> None:
         """Drop the results that have been handed over."""
-        self._made[:] = False
+        self._missing[self._missing == 0] = _GONE
         self._rejects, self._seconds, self._roofline_seconds = [], 0.0, 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Texts that the encoder gets, and the items that they are of."""
+
+    items: Sequence[Item]
+    #: Position of each text's item.
+    owner: npt.NDArray[np.int64]
+    #: `None`: each is the whole text of its item.
+    passages: Passages | None = None
+
+
+def _whole(items: Sequence[Item]) -> _Texts:
+    return _Texts(items, np.arange(len(items)))
+
+
+def _tokenised(encoder: Encoder, texts: _Texts, max_tokens: int | None) -> Tokenised:
+    """Tokenise texts, some at a time: while it works, a tokeniser takes a hundred bytes for each token."""
+    if texts.passages is None:
+        return encoder.tokenise([item.text for item in texts.items], max_tokens)
+    owned = zip(texts.owner.tolist(), texts.passages.start.tolist(), texts.passages.stop.tolist(), strict=True)
+    parts = []
+    while some := list(islice(owned, _PASSAGES_AT_ONCE)):
+        passages = ((texts.items[owner], start, stop) for owner, start, stop in some)
+        read = [entitled(item.title, item.text[start:stop]) for item, start, stop in passages]
+        parts.append(encoder.tokenise(read, max_tokens))
+    if not parts:
+        return encoder.tokenise([], max_tokens)
+    return Tokenised(
+        list(chain.from_iterable(part.ids for part in parts)),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.truncated for part in parts]),
+        np.concatenate([part.lost for part in parts if part.lost is not None]),
+    )
 
 
 def _is_suspect(commit: Commit, bad: Sequence[Reject]) -> bool:

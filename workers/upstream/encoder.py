@@ -31,7 +31,7 @@ from pipeline.core.openai import TEXTS_FAULT, Reply, told_wait_seconds
 from pipeline.core.vectors import sound
 from pipeline.ingest.chunking import request_batches
 from workers import instrumentation
-from workers.encoders.batching import Batch, Tokenised, share_out
+from workers.encoders.batching import Batch, Span, SplitRule, Tokenised, share_out
 from workers.upstream.attempts import Attempts
 from workers.upstream.client import Answer, UpstreamClient, key_of
 from workers.upstream.rate_limiter import RateLimiter
@@ -97,6 +97,10 @@ class UpstreamEncoder:
         size = self._state.characters_per_token
         lengths = [min(longest, int(len(text) / size) + 1) for text in whole]
         return Tokenised(whole, np.array(lengths, np.int32), np.zeros(len(whole), np.bool_))
+
+    def split(self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule) -> list[list[Span]]:
+        """Raise an error of ours: only the upstream can count tokens, so no job of its models is split."""
+        raise NotImplementedError("a job of an upstream's model isn't split")
 
     def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Send every text and yield the results. Requests in flight when `stop` returns True are still awaited.

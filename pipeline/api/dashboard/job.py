@@ -114,7 +114,10 @@ def _options(options: KeptOptions) -> dict[str, Any]:
     titles = {name: field.title for name, field in JobOptions.model_fields.items() if field.title}
     shown = {title: getattr(options, name) for name, title in titles.items() if getattr(options, name)}
     columns = options.columns
-    shown |= {"text column": columns.text, "key column": columns.key}
+    if not options.splits:
+        shown.pop(str(titles["split_by"]))
+    texts = {"text": columns.template} if columns.template else {"text column": columns.text}
+    shown |= texts | ({"title": columns.title} if columns.title else {}) | {"key column": columns.key}
     if columns.carry:
         shown["carried columns"] = ", ".join(columns.carry)
     if options.table:

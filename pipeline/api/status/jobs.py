@@ -256,7 +256,8 @@ def _harmless(value: Any) -> Any:
     openapi_extra=SECURITY,
     responses={
         200: {
-            "description": "index, key, embedding, tokens, truncated, and carried columns.",
+            "description": "index, key, embedding, tokens, truncated, of passages also passage, start and stop, and "
+            "carried columns.",
             "content": {"application/vnd.apache.parquet": {}, "application/x-ndjson": {}},
         }
     },

@@ -34,6 +34,8 @@ class Chunk(BaseModel):
     cancelled: int
     truncated: int
     prompt_tokens: int
+    passages: int = Field(description="Vectors, where texts are split; else 0.")
+    lost_tokens: int = Field(description="Tokens of truncated texts that the model didn't read.")
     output_uri: str | None
     lease_until: datetime | None
     not_before: datetime | None
