@@ -116,7 +116,7 @@ def _print_status(row: JobStatus) -> None:
         table.add_row("passages", f"{row.passages:,}")
     table.add_row("tokens", f"{row.tokens.prompt:,}")
     if counts.truncated:
-        table.add_row("truncated", output.truncation(counts.truncated, row.tokens.lost, row.most_truncated))
+        table.add_row("truncated", output.truncation(counts.truncated, row.lost_tokens, row.most_truncated))
     table.add_row("chunks", ", ".join(f"{count:,} {name}" for name, count in row.chunks if count))
     roofline = "" if rate.roofline is None else f"   {rate.roofline:.0%} of the roofline".replace("%", " %")
     speed = f"{humanize.short(rate.items_per_second)} items/s   {humanize.short(rate.tokens_per_second)} tok/s"

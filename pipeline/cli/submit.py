@@ -49,7 +49,7 @@ def submit(
     text_column: Annotated[str, typer.Option(help="The column or field that holds the texts.")] = "text",
     text: Annotated[
         str | None,
-        typer.Option(metavar="TEMPLATE", help='Texts of several columns instead, such as "{subject}\\n\\n{body}".'),
+        typer.Option(metavar="TEMPLATE", help='Texts of several columns instead: "{subject} {body}".'),
     ] = None,
     key_column: Annotated[str | None, typer.Option(help="The column that holds your keys. Default: id.")] = None,
     delimiter: Annotated[

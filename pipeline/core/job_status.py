@@ -29,9 +29,6 @@ class TokenCounts(BaseModel):
     """Counts of a job's tokens."""
 
     prompt: int = 0
-    lost: int = Field(
-        default=0, description="Tokens of truncated texts that the model didn't read; of very long texts about so many."
-    )
 
 
 class TruncatedItem(BaseModel):
@@ -83,6 +80,9 @@ class JobStatus(BaseModel):
     notices: list[str] = Field(description="Notices about the rows, none of which is an error.")
     items: ItemCounts
     passages: int | None = Field(default=None, description="Passages embedded; null: each text has one vector.")
+    lost_tokens: int = Field(
+        default=0, description="Tokens of truncated texts that the model didn't read; of very long texts about so many."
+    )
     most_truncated: list[TruncatedItem] = Field(default=[], description="The items that lost the most tokens.")
     tokens: TokenCounts
     rate: Rate

@@ -18,12 +18,10 @@ from pipeline.db import copy_format
 from pipeline.db.database import copying, psycopg_connection
 from pipeline.db.partitions import leaf
 
-#: Rows of each kind of job, by whether it splits.
-_ROWS = {
-    False: """(select job_id, index, key, tokens, truncated, vector, half, 0 as passage, null::int as start,
-                      null::int as stop from vectormill.embeddings)""",
-    True: "vectormill.passages",
-}
+#: Rows of jobs that don't split, and of those that do.
+_WHOLE = """(select job_id, index, key, tokens, truncated, vector, half, 0 as passage, null::int as start,
+                   null::int as stop from vectormill.embeddings)"""
+_SPLIT = "vectormill.passages"
 #: A number past any passage's.
 _LAST_PASSAGE = 2**31 - 1
 #: Columns before vector and key. The key comes last: all before it has a fixed size, so that numpy can lay out rows.
@@ -174,7 +172,7 @@ def _decode(wire: bytes, kept_as: VectorType) -> npt.NDArray[np.float32]:
 
 # A subquery per row, not a join: until statistics know a job, the planner expects one row of it, and may plan the join
 # as a scan of all the job's items for each row.
-_READ = """
+_READ_OF = """
     select e.index, e.key, coalesce(vector_send(e.vector), halfvec_send(e.half)),
            case when e.half is null then 'float32' else 'float16' end,
            e.tokens, e.truncated, (select carried from vectormill.items where job_id = %s and index = e.index),
@@ -182,6 +180,8 @@ _READ = """
     from {rows} e
     where e.job_id = %s and (e.index, e.passage) > (%s, %s) and e.index < %s order by e.index, e.passage
 """
+_READ = {False: _READ_OF.format(rows=_WHOLE), True: _READ_OF.format(rows=_SPLIT)}
+_PAGE = {False: _READ[False] + " limit %s", True: _READ[True] + " limit %s"}
 #: Before the first row, and after the last one, of any job.
 _ALL = (-1, _LAST_PASSAGE, 2**63 - 1)
 
@@ -207,7 +207,7 @@ def stream(connection: Connection, job_id: UUID, block: int = 2_000) -> Iterator
     with psycopg_connection(connection).cursor(name="results", binary=True) as cursor:
         set_json_loads(exact_json.loads, cursor)
         cursor.itersize = block
-        cursor.execute(_READ.format(rows=_ROWS[False]).encode(), (job_id, job_id, *_ALL))
+        cursor.execute(_READ[False].encode(), (job_id, job_id, *_ALL))
         while rows := cursor.fetchmany(block):
             yield _as_read(rows)
 
@@ -222,10 +222,9 @@ def page(
 ) -> list[Vector]:
     """Return at most `limit` of a job's vectors past the index and passage `after`, with indexes before `end_index`, in
     order. `passages`: the job splits."""
-    statement = f"{_READ.format(rows=_ROWS[passages])} limit %s"
     with psycopg_connection(connection).cursor(binary=True) as cursor:
         set_json_loads(exact_json.loads, cursor)
-        cursor.execute(statement.encode(), (job_id, job_id, *after, end_index, limit))
+        cursor.execute(_PAGE[passages].encode(), (job_id, job_id, *after, end_index, limit))
         return _as_read(cursor.fetchall())
 
 
@@ -249,7 +248,7 @@ class Found(NamedTuple):
     stop: int | None = None
 
 
-_NEAREST = """
+_NEAREST_OF = """
     select e.index, e.key, 1 - (coalesce(e.vector, e.half::vector) <=> cast(:query as vector)) as similarity,
            (select case when e.start is null then text else substr(text, e.start + 1, e.stop - e.start) end
             from vectormill.items where job_id = :job and index = e.index),
@@ -257,6 +256,7 @@ _NEAREST = """
     from {rows} e where e.job_id = :job
     order by coalesce(e.vector, e.half::vector) <=> cast(:query as vector), e.index, e.passage limit :limit
 """
+_NEAREST = {False: _NEAREST_OF.format(rows=_WHOLE), True: _NEAREST_OF.format(rows=_SPLIT)}
 
 
 def nearest(
@@ -264,13 +264,13 @@ def nearest(
 ) -> list[Found]:
     """Return the items of a job that are nearest to `query` by cosine; of one that splits, its passages."""
     rows = connection.execute(
-        text(_NEAREST.format(rows=_ROWS[passages])),
+        text(_NEAREST[passages]),
         {"job": job_id, "query": "[" + ",".join(repr(float(x)) for x in query) + "]", "limit": limit},
     )
     return [Found(*row) for row in rows]
 
 
-_COUNT_BY_CHUNK = """
+_COUNT_BY_CHUNK_OF = """
     select coalesce(sum(greatest(0, c.embedded + c.reused - v.items) + greatest(0, c.rejected - r.n)
                         + greatest(0, c.passages - v.passages, v.gaps)), 0)::bigint,
            coalesce(sum(greatest(0, v.items - c.embedded - c.reused) + greatest(0, r.n - c.rejected)
@@ -287,19 +287,20 @@ _COUNT_BY_CHUNK = """
                         and index >= c.first_index and index < c.first_index + c.items) r
     where c.job_id = :job
 """
+_COUNT_BY_CHUNK = {False: _COUNT_BY_CHUNK_OF.format(rows=_WHOLE), True: _COUNT_BY_CHUNK_OF.format(rows=_SPLIT)}
 
 
-def _count_by_chunk(connection: Connection, job_id: UUID, rows: str) -> tuple[int, int]:
+def _count_by_chunk(connection: Connection, job_id: UUID, *, passages: bool) -> tuple[int, int]:
     """Return the number of vectors and rejects that chunks count but that don't exist, and of those that exist beyond
     the chunks' counts."""
     missing, double = connection.execute(
-        text(_COUNT_BY_CHUNK.format(rows=rows)),
+        text(_COUNT_BY_CHUNK[passages]),
         {"job": job_id},
     ).one()
     return missing, double
 
 
-_VERIFY = """
+_VERIFY_OF = """
     select count(*) filter (where i.index is not null and e.index is null and r.index is null)
            - (select coalesce(sum(case when state in ('pending', 'running')
                                        then items - embedded - reused - rejected else cancelled end), 0)
@@ -311,20 +312,21 @@ _VERIFY = """
     full join (select index from vectormill.rejects where job_id = :job) r
            on r.index = coalesce(i.index, e.index)
 """
+_VERIFY = {False: _VERIFY_OF.format(rows=_WHOLE), True: _VERIFY_OF.format(rows=_SPLIT)}
 
 
 def verify(connection: Connection, job_id: UUID, *, passages: bool) -> tuple[int, int]:
     """Return (missing, double) of a job whose items are in Postgres, as `pipeline.jobs.verification` defines them.
     `passages`: the job splits."""
-    missing, double = _count_by_chunk(connection, job_id, _ROWS[passages])
+    missing, double = _count_by_chunk(connection, job_id, passages=passages)
     without, strays = connection.execute(
-        text(_VERIFY.format(rows=_ROWS[passages])),
+        text(_VERIFY[passages]),
         {"job": job_id},
     ).one()
     return max(missing, int(without)), max(double, strays)
 
 
-_VERIFY_WITHOUT_ITEMS = """
+_VERIFY_WITHOUT_ITEMS_OF = """
     select (select coalesce(sum(greatest(0, items - embedded - reused - rejected - cancelled)), 0)::bigint
             from vectormill.chunks where job_id = :job and state in ('done', 'cancelled')),
            (select count(*)
@@ -333,14 +335,18 @@ _VERIFY_WITHOUT_ITEMS = """
             where (e.index is not null and r.index is not null)
                or coalesce(e.index, r.index) not between 0 and cast(:items as bigint) - 1)
 """
+_VERIFY_WITHOUT_ITEMS = {
+    False: _VERIFY_WITHOUT_ITEMS_OF.format(rows=_WHOLE),
+    True: _VERIFY_WITHOUT_ITEMS_OF.format(rows=_SPLIT),
+}
 
 
 def verify_without_items(connection: Connection, job_id: UUID, items_total: int, *, passages: bool) -> tuple[int, int]:
     """Return (missing, double) of a job whose items are in files, by its chunks' ranges instead of the items.
     `passages`: the job splits."""
-    missing, double = _count_by_chunk(connection, job_id, _ROWS[passages])
+    missing, double = _count_by_chunk(connection, job_id, passages=passages)
     unaccounted, strays = connection.execute(
-        text(_VERIFY_WITHOUT_ITEMS.format(rows=_ROWS[passages])),
+        text(_VERIFY_WITHOUT_ITEMS[passages]),
         {"job": job_id, "items": items_total},
     ).one()
     return missing + unaccounted, max(double, strays)

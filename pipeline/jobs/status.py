@@ -193,8 +193,9 @@ def sum_up(connection: Connection, job_id: UUID) -> JobStatus:
         **_of_job(job),
         items=ItemCounts(total=total, pending=pending, **counted),
         passages=sums["passages"] if job.options.splits else None,
+        lost_tokens=sums["lost_tokens"],
         most_truncated=_most_truncated(connection, job_id, sums),
-        tokens=TokenCounts(prompt=sums["prompt_tokens"], lost=sums["lost_tokens"]),
+        tokens=TokenCounts(prompt=sums["prompt_tokens"]),
         rate=Rate(
             items_per_second=round(rates.items_per_second, 1),
             tokens_per_second=round(rates.tokens_per_second, 1),

@@ -15,6 +15,7 @@ from tests.benchmarks import (
     job,
     memory,
     scale,
+    splitting,
     static_job,
     strangers,
     submit_memory,
@@ -28,7 +29,7 @@ _BENCHMARKS = {
     for benchmark in (
         job.BENCHMARK,
         *engine.BENCHMARKS,
-        *(module.BENCHMARK for module in (static_job, write_back, submit_rate, submit_memory, fairness)),
+        *(module.BENCHMARK for module in (splitting, static_job, write_back, submit_rate, submit_memory, fairness)),
         *gateway.BENCHMARKS,
         *children.BENCHMARKS,
         *scale.BENCHMARKS,

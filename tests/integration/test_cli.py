@@ -24,7 +24,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 NOWHERE = "postgresql://vectormill@127.0.0.1:1/vectormill"
 STATUS = {
     *("id", "name", "state", "reason", "model", "labels", "items", "tokens", "rate", "eta_seconds", "chunks"),
-    *("created_at", "started_at", "finished_at", "notices", "passages", "most_truncated"),
+    *("created_at", "started_at", "finished_at", "notices", "passages", "lost_tokens", "most_truncated"),
 }
 
 

@@ -284,12 +284,8 @@ def test_a_small_jobs_sums_leave_the_others_alone(outdated: tuple[Engine, UUID, 
 def test_a_job_that_statistics_do_not_know_is_read_by_index(unknown: tuple[Engine, UUID], name: str) -> None:
     engine, job = unknown
     acts: dict[str, Any] = {
-        "results": lambda c: c.exec_driver_sql(
-            embeddings._READ.format(rows=embeddings._ROWS[False]), (job, job, *embeddings.before(0), _ROWS)
-        ),
-        "passages": lambda c: c.exec_driver_sql(
-            embeddings._READ.format(rows=embeddings._ROWS[True]), (job, job, *embeddings.before(0), _ROWS)
-        ),
+        "results": lambda c: c.exec_driver_sql(embeddings._READ[False], (job, job, *embeddings.before(0), _ROWS)),
+        "passages": lambda c: c.exec_driver_sql(embeddings._READ[True], (job, job, *embeddings.before(0), _ROWS)),
         "nearest": lambda c: embeddings.nearest(c, job, [1.0, 0.0], 5),
         "rejects": lambda c: rejects.page_with_carried(c, job, -1, _ROWS),
         "unsettled": lambda c: items.unsettled(c, job, -1, _ROWS),

@@ -51,4 +51,4 @@ def test_a_receipt_says_how_many_texts_were_cut_and_what_to_do() -> None:
     assert isinstance(out.file, StringIO)
     lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
     assert "truncated 1,200" in lines
-    assert lines[-1].startswith("1,200 texts were truncated at the token limit: --on-long reject rejects such texts, a")
+    assert lines[-1].startswith("1,200 texts were truncated at the token limit. --on-long split makes passages of such")
