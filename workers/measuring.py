@@ -99,7 +99,7 @@ def measure(asked: dict[str, Any], model: Model) -> dict[str, Any]:
         "tokens": counted[0],
         "device": device,
         "token_seconds": sum(each.embed_seconds for each in done) / max(1, tokens),
-        "item_seconds": sum(each.write_seconds for each in done) / max(1, vectors),
+        "vector_seconds": sum(each.write_seconds for each in done) / max(1, vectors),
         "load_seconds": max(each.load_seconds for each in done),
         "seconds": max(each.embed_seconds + each.write_seconds for each in done),
     }

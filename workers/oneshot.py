@@ -6,7 +6,7 @@
     python -m workers.oneshot gateway              an upstream's fields on standard input → its record
     python -m workers.oneshot queries              {"model", "texts"} on standard input → vectors
     python -m workers.oneshot tokens               {"model", "texts", "titles", "options", "max_item_tokens"}
-                                                   → [lengths, flags of truncation, seconds]
+                                                   → [counts, seconds]
     python -m workers.oneshot measure              {"model", "rows", "slots", …} on standard input → what
                                                    `workers.measuring` finds
 

@@ -83,7 +83,7 @@ where relnamespace = 'vectormill'::regnamespace and relispartition and relkind =
 
 
 def upgrade() -> None:
-    """Add a table and columns. Workers of the previous version don't know the options, and embed whole texts."""
+    """Add a table and columns. No job may use them before all processes are of this version."""
     op.create_table(
         "passages",
         sa.Column("job_id", sa.Uuid(), nullable=False),

@@ -79,7 +79,7 @@ def _from_memory(claim: Claim, items: Sequence[Item]) -> Iterator[ItemBlock]:
     start = size = 0
     most = _block_bytes(claim)
     for at, item in enumerate(items, 1):
-        size += len(item.text)
+        size += len(item.text) + len(item.title)
         if size >= most:
             yield ItemBlock(items[start:at])
             start, size = at, 0
@@ -103,7 +103,7 @@ def _from_file(claim: Claim, settled: set[int]) -> Iterator[ItemBlock]:
             key, text, more, title = row
             if text is not None and at not in settled:
                 good.append(Item(index=at, key=key, text=text.decode(), carried=more, title=title.decode()))
-                size += len(text)
+                size += len(text) + len(title)
             if size >= most:
                 yield ItemBlock(good, [each for each in bad if each.index <= at])
                 good, bad, size = [], [each for each in bad if each.index > at], 0

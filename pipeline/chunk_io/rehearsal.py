@@ -47,7 +47,7 @@ class Rehearsal:
             claim.vector_space_id,
             rows,
             claim.options.dtype,
-            table=self.tables.embeddings,
+            table=self.tables.vectors,
         )
         return 0
 

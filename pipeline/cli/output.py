@@ -143,12 +143,15 @@ def ledger(receipt: Receipt, codes: Mapping[str, int]) -> RenderableType:
     hint = [Text(f"{why}: vectormill rejects {short(receipt.id)}", style="yellow")] if why else []
     if receipt.truncated:
         told = truncation(receipt.truncated, receipt.lost_tokens, receipt.most_truncated)
-        hint.append(Text(f"{told}. {_AGAINST_TRUNCATION}", style="yellow"))
+        # An upstream cuts texts by its own limit.
+        advice = _AGAINST_TRUNCATION if receipt.embedded_on else "A model with a higher limit reads more of them."
+        hint.append(Text(f"{told}. {advice}", style="yellow"))
     return Group(Text.assemble(("receipt  ", "bright_black"), str(receipt.id)), table, *hint)
 
 
 _AGAINST_TRUNCATION = (
-    "--on-long split makes passages of such texts, --on-long reject rejects them; results mark them (truncated)."
+    "--on-long split makes passages of such texts, --on-long reject rejects them; a greater --max-item-tokens or "
+    "another model reads more of them. Results mark them (truncated)."
 )
 
 

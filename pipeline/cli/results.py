@@ -108,7 +108,7 @@ def hit_table(hits: list[dict[str, Any]]) -> Table:
     width = max(20, output.stdout.width - _KEY_WIDTH - 20)
     for hit in hits:
         key, line = (
-            Text(hit["key"] or f"#{hit['index']}"),
+            Text((hit["key"] or f"#{hit['index']}") + (f", passage {hit['passage']}" if "passage" in hit else "")),
             Text(" ".join((hit["text"] or "(its text is not in Postgres)").split())),
         )
         key.truncate(_KEY_WIDTH, overflow="ellipsis")

@@ -21,7 +21,7 @@ from pipeline.cli.dry_run import estimate_job, print_estimate, read_count
 from pipeline.cli.jobs import Timeout, Workspace, watch_job
 from pipeline.cli.output import stderr, tell
 from pipeline.core.errors import EmptySource, UserError
-from pipeline.core.options import Columns, JobOptions, OnLong, Precision, SplitBy, VectorType
+from pipeline.core.options import LEAST_PASSAGE_TOKENS, Columns, JobOptions, OnLong, Precision, SplitBy, VectorType
 from pipeline.infra.storage import is_remote
 from pipeline.ingest.request import JobRequest, default_name, read_request
 from pipeline.ingest.submission import Submission, planning
@@ -82,7 +82,9 @@ def submit(
     ] = OnLong.TRUNCATE,
     split: Annotated[
         int | None,
-        typer.Option(min=16, metavar="TOKENS", help="Split texts into passages, each with a vector of its own."),
+        typer.Option(
+            min=LEAST_PASSAGE_TOKENS, metavar="TOKENS", help="Split texts into passages, each with a vector of its own."
+        ),
     ] = None,
     overlap: Annotated[
         int, typer.Option(min=0, metavar="TOKENS", help="Most tokens of a passage that repeat the one before.")

@@ -19,6 +19,9 @@ OUR_COLUMNS = ("index", "key", "embedding", "tokens", "truncated")
 #: Columns of a file with the vectors of passages, besides.
 PASSAGE_COLUMNS = ("passage", "start", "stop")
 MOST_COLUMNS = 100
+LEAST_PASSAGE_TOKENS = 16
+#: Times that a template may repeat a column.
+_MOST_TIMES = 2
 #: Typeable words for the tab, and for no sign at all.
 _SIGNS = {"tab": "\t", "\\t": "\t", "none": ""}
 
@@ -198,7 +201,7 @@ class JobOptions(BaseModel):
     )
     split: int | None = Field(
         default=None,
-        ge=16,
+        ge=LEAST_PASSAGE_TOKENS,
         le=1_000_000,
         title="passages of, tokens",
         description="Split texts into passages of at most so many tokens, each with a vector of its own.",
@@ -275,8 +278,12 @@ class JobOptions(BaseModel):
     @field_validator("text", "title")
     @classmethod
     def _check_template(cls, written: str | None) -> str | None:
-        if written is not None and len(template.parse(written).fields) > MOST_COLUMNS:
+        fields = template.parse(written).fields if written is not None else ()
+        if len(fields) > MOST_COLUMNS:
             raise ValueError(f"it has more than {MOST_COLUMNS} columns")
+        # Or else a short row could become a text of any length.
+        if often := next((name for name in fields if fields.count(name) > _MOST_TIMES), None):
+            raise ValueError(f'"{often}" stands in it more than {_MOST_TIMES} times')
         return written
 
     @field_validator("text")

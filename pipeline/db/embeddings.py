@@ -51,12 +51,12 @@ class EmbeddedRows:
 
     indexes: npt.NDArray[np.int64]
     keys: Sequence[str | None]
-    #: float32 of shape (items, dimensions).
+    #: float32 of shape (rows, dimensions).
     vectors: npt.NDArray[np.float32]
     #: Tokens that the model read, special tokens included.
     tokens: npt.NDArray[np.int32]
     truncated: npt.NDArray[np.bool_]
-    #: One JSON object per item; empty where Postgres has the carried columns already, or there are none.
+    #: One JSON object per row; empty where Postgres has the carried columns already, or there are none.
     carried: Sequence[bytes] = ()
     #: `None`: each row is of a whole item.
     passages: Passages | None = None

@@ -138,7 +138,7 @@ def settled(connection: Connection, job_id: UUID, first_index: int, count: int) 
 # A subquery per row for each other table, not a join, for the reason that embeddings.py gives.
 def unsettled(connection: Connection, job_id: UUID, after: int, limit: int) -> list[RowMapping]:
     """Return a page of a job's items that have neither vector nor reject in Postgres, in index order, past index
-    `after`."""
+    `after`. The job doesn't split."""
     rows = connection.execute(
         text("""
             select i.index, i.key, i.carried from vectormill.items i
@@ -205,7 +205,7 @@ def remove_texts(connection: Connection, job_id: UUID, first_index: int, count: 
     connection.execute(
         text("""
             update vectormill.items set text = null, title = null
-            where job_id = :job and index >= :first and index < :end and text is not null
+            where job_id = :job and index >= :first and index < :end and (text is not null or title is not null)
         """),
         {"job": job_id, "first": first_index, "end": first_index + count},
     )

@@ -117,7 +117,7 @@ def forget_parts(connection: Connection, job_id: UUID, names: Sequence[str]) -> 
             update vectormill.chunks c
             set state = 'pending', fence = c.fence + 1, worker_id = null, lease_until = null, not_before = null,
                 finished_at = null, embedded = c.embedded - l.items, prompt_tokens = c.prompt_tokens - l.tokens,
-                passages = greatest(0, c.passages - l.rows),
+                passages = greatest(0, c.passages - l.rows), lost_tokens = 0, most_truncated = '[]',
                 truncated = c.truncated - l.truncated
             from lost l where c.id = l.chunk_id
         """),

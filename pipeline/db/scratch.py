@@ -29,7 +29,8 @@ class Scratch:
 
     connection: Connection
     items: sql.Identifier
-    embeddings: sql.Identifier
+    #: Of the table `embeddings`, or `passages`.
+    vectors: sql.Identifier
     #: True if rows are written to the WAL; not so where the login may make temporary tables only.
     logged: bool
 
@@ -73,7 +74,7 @@ def _create(connection: Connection, vectors: str, *, logged: bool) -> Scratch:
         psycopg_connection(connection).execute(statement)
         return name
 
-    return Scratch(connection, items=copy_of("items"), embeddings=copy_of(vectors), logged=logged)
+    return Scratch(connection, items=copy_of("items"), vectors=copy_of(vectors), logged=logged)
 
 
 def read(scratch: Scratch, first_index: int, count: int, *, carried: bool) -> list[Item]:

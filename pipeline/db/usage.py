@@ -143,7 +143,8 @@ class ChunkWork:
     counts for a third."""
 
     chunks: float
-    items: float
+    #: Of whole items, or of passages.
+    vectors: float
     tokens: float
     device_seconds: float
     #: From claim to last commit.
@@ -160,7 +161,7 @@ def recent_chunks(connection: Connection, model: str, *, parquet: bool, window_s
               where model = :model and created_at > now() - make_interval(secs => :window) and chunk_id is not null
               order by created_at desc limit 2000
             )
-            select sum(weight), sum(items * weight), sum(tokens * weight), sum(device_seconds * weight),
+            select sum(weight), sum(vectors * weight), sum(tokens * weight), sum(device_seconds * weight),
                    sum(slot_seconds * weight)
             from (
               select u.*, extract(epoch from c.finished_at - c.started_at)::float8 as slot_seconds,
@@ -168,7 +169,8 @@ def recent_chunks(connection: Connection, model: str, *, parquet: bool, window_s
               from vectormill.chunks c
               join vectormill.jobs j on j.id = c.job_id and (j.options ->> 'output' is not null) = :parquet
               cross join lateral (
-                select sum(items)::float8 as items, sum(prompt_tokens)::float8 as tokens,
+                select case when c.passages > 0 then c.passages else sum(items) end::float8 as vectors,
+                       sum(prompt_tokens)::float8 as tokens,
                        sum(device_seconds) as device_seconds
                 from vectormill.usage where chunk_id = c.id and fence = 1
               ) u

@@ -77,8 +77,10 @@ def check(
 def _check_passages(name: str, columns: Mapping[str, RowMapping], key: RowMapping) -> None:
     """Refuse a table that can't hold several vectors of a key."""
     for column in PASSAGE_COLUMNS:
-        if column in columns and columns[column]["type"] not in INTEGER_BITS:
-            raise _refused(name, f'"{column}" is {columns[column]["type"]}; for passages it must be an integer.')
+        if column == key["name"]:
+            raise _refused(name, f'the key can\'t be "{column}", which says where a passage is; rename it.')
+        if column in columns and (columns[column]["type"] not in ("integer", "bigint") or columns[column]["is_made"]):
+            raise _refused(name, f'"{column}" must be a plain integer or bigint, to say where a passage is.')
     if "passage" not in columns:
         raise _refused(name, 'no column "passage"; an integer of that name tells the passages of a key apart.')
     if columns["passage"]["number"] not in key["unique_with"]:
@@ -125,6 +127,7 @@ def _columns(connection: Connection, oid: int) -> Sequence[RowMapping]:
             select a.attname as name, a.attnum as number, format_type(a.atttypid, null) as type,
                    a.atttypmod as dimensions,
                    a.attnotnull and not a.atthasdef and a.attidentity = '' and a.attgenerated = '' as is_needed,
+                   a.attgenerated <> '' or a.attidentity = 'a' as is_made,
                    exists (select from pg_index i where i.indrelid = a.attrelid and i.indisunique and i.indisvalid
                            and i.indpred is null and i.indnkeyatts = 1 and i.indkey[0] = a.attnum) as is_unique,
                    array(select case when i.indkey[0] = a.attnum then i.indkey[1] else i.indkey[0] end
@@ -179,35 +182,47 @@ def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Seque
         psycopg_connection(connection).execute(statement, (job_id, list(indexes)))
 
 
-def _upsert_passages(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int]) -> None:
-    key, vector = sql.Identifier(into.key_column), sql.Identifier(into.vector_column)
-    numbers = [sql.Identifier(column) for column in into.passage_columns]
-    passage = numbers[0]
-    statement = sql.SQL("""
-        with latest as (
-          select key, max(index) as index from vectormill.passages
-          where job_id = %(job)s and index = any(%(indexes)s) group by key
-        ), made as (
-          select e.* from vectormill.passages e join latest l on l.index = e.index where e.job_id = %(job)s
-        ), gone as (
-          delete from {table} t using (select key, max(passage) as last from made group by key) m
-          where t.{key} = cast(m.key as {key_type}) and t.{passage} > m.last
-        )
-        insert into {table} ({key}, {numbers}, {vector})
-        select cast(key as {key_type}), {numbers}, coalesce(vector::{vector_type}, half::{vector_type}) from made
-        on conflict ({key}, {passage}) do update set {changes}
-    """).format(
-        table=_named(into),
-        key=key,
-        passage=passage,
-        numbers=sql.SQL(", ").join(numbers),
-        vector=vector,
-        changes=sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(column) for column in (*numbers[1:], vector)),
-        key_type=sql.SQL(into.key_type),
-        vector_type=sql.SQL(into.vector_type),
+_MADE = """
+    with latest as (
+      select key, max(index) as index from vectormill.passages
+      where job_id = %(job)s and index = any(%(indexes)s) group by key
+    ), made as (
+      select e.* from vectormill.passages e join latest l on l.index = e.index where e.job_id = %(job)s
     )
+"""
+_UPSERT_PASSAGES = """
+    {made}
+    insert into {table} ({key}, {numbers}, {vector})
+    select cast(key as {key_type}), {numbers}, coalesce(vector::{vector_type}, half::{vector_type}) from made
+    order by key, passage
+    on conflict ({key}, {passage}) do update set {changes}
+"""
+# A statement of its own: it sees what another transaction wrote of a key while the first one waited for it.
+_DELETE_PASSAGES = """
+    {made}
+    delete from {table} t using (select key, max(passage) as last from made group by key) m
+    where t.{key} = cast(m.key as {key_type}) and t.{passage} > m.last
+"""
+
+
+def _upsert_passages(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int]) -> None:
+    numbers = [sql.Identifier(column) for column in into.passage_columns]
+    vector = sql.Identifier(into.vector_column)
+    parts = {
+        "made": sql.SQL(_MADE),
+        "table": _named(into),
+        "key": sql.Identifier(into.key_column),
+        "passage": numbers[0],
+        "numbers": sql.SQL(", ").join(numbers),
+        "vector": vector,
+        "changes": sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(each) for each in (*numbers[1:], vector)),
+        "key_type": sql.SQL(into.key_type),
+        "vector_type": sql.SQL(into.vector_type),
+    }
     with errors_as_sqlalchemys():
-        psycopg_connection(connection).execute(statement, {"job": job_id, "indexes": list(indexes)})
+        driver, values = psycopg_connection(connection), {"job": job_id, "indexes": list(indexes)}
+        driver.execute(sql.SQL(_UPSERT_PASSAGES).format(**parts), values)
+        driver.execute(sql.SQL(_DELETE_PASSAGES).format(**parts), values)
 
 
 def build_hnsw(connection: Connection, into: UserTable) -> None:

@@ -45,11 +45,15 @@ def estimate_tokens(sizes: npt.NDArray[np.int64], max_item_tokens: int | None) -
     return np.where(sizes == 0, 0, estimate)
 
 
-def estimate_split_tokens(sizes: npt.NDArray[np.int64], tokens: int, overlap: int) -> npt.NDArray[np.int64]:
-    """Estimate the tokens of all passages of texts from their sizes in bytes, given a passage's tokens and overlap."""
+def estimate_split_tokens(
+    sizes: npt.NDArray[np.int64], titles: npt.NDArray[np.int64] | None, tokens: int, overlap: int
+) -> npt.NDArray[np.int64]:
+    """Estimate the tokens of all passages of texts from the sizes of texts and titles in bytes, given a passage's
+    tokens and overlap. Without `titles`, the sizes count them too."""
+    before = _SPECIAL_TOKENS + (0 if titles is None else np.minimum(titles // _BYTES_PER_TOKEN, tokens))
     estimate = sizes // _BYTES_PER_TOKEN
-    passages = estimate // max(1, tokens - _SPECIAL_TOKENS - overlap) + 1
-    return np.where(sizes == 0, 0, estimate + passages * _SPECIAL_TOKENS + (passages - 1) * overlap)
+    passages = estimate // np.maximum(1, tokens - before - overlap) + 1
+    return np.where(sizes == 0, 0, estimate + passages * before + (passages - 1) * overlap)
 
 
 def request_batches(

@@ -34,7 +34,7 @@ class Rates:
     #: Tokenising and forward passes.
     token_seconds: float
     #: Reading and writing.
-    item_seconds: float
+    vector_seconds: float
     measured: Measured
     #: Time for which it was measured: of slots if by workers, else by the clock.
     seconds: float = 0.0
@@ -46,7 +46,7 @@ class Rates:
 
 def is_enough(work: ChunkWork, items: int) -> bool:
     """Return True if workers' work tells the rates of a job of so many items."""
-    least = _LEAST_OF_A_JOB_SECONDS if work.items >= items / 2 else _LEAST_SECONDS
+    least = _LEAST_OF_A_JOB_SECONDS if work.vectors >= items / 2 else _LEAST_SECONDS
     return work.tokens > 0 and work.slot_seconds >= least
 
 
@@ -58,11 +58,11 @@ def workers_rates(work: ChunkWork, tokenise_seconds: float, vector_seconds: floa
     """
     # Requests to an upstream overlap.
     device = min(work.device_seconds, work.slot_seconds)
-    tokenising, writing = tokenise_seconds * work.tokens, vector_seconds * work.items
+    tokenising, writing = tokenise_seconds * work.tokens, vector_seconds * work.vectors
     embedding = device + (work.slot_seconds - device) * tokenising / (tokenising + writing)
     return Rates(
         token_seconds=embedding / work.tokens,
-        item_seconds=(work.slot_seconds - embedding + work.chunks * _MESSAGE_SECONDS) / work.items,
+        vector_seconds=(work.slot_seconds - embedding + work.chunks * _MESSAGE_SECONDS) / work.vectors,
         measured=Measured.WORKERS,
         seconds=work.slot_seconds,
     )
@@ -70,7 +70,7 @@ def workers_rates(work: ChunkWork, tokenise_seconds: float, vector_seconds: floa
 
 def catalogue_rates(tokens_per_second: float, vector_seconds: float) -> Rates:
     """Return the catalogue's rate, and that at which vectors were written here."""
-    return Rates(token_seconds=1 / tokens_per_second, item_seconds=vector_seconds, measured=Measured.CATALOGUE)
+    return Rates(token_seconds=1 / tokens_per_second, vector_seconds=vector_seconds, measured=Measured.CATALOGUE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ class Pieces:
 def predict(load: Load, rates: Rates, item: RowCost, vector: RowCost) -> Pieces:
     """Predict a job: `item` is the cost of staging one item, `vector` that of writing one vector."""
     embed = load.tokens * rates.token_seconds
-    write = load.vectors * rates.item_seconds
+    write = load.vectors * rates.vector_seconds
     working = _elapsed(load, embed + write)
     share = embed / (embed + write) if embed + write else 0.0
     return Pieces(

@@ -117,4 +117,4 @@ def _cost(rehearsal: Rehearsal, write: Callable[[int], int], rows: int, row_byte
 
 def _disk_bytes(rehearsal: Rehearsal) -> int:
     tables = rehearsal.tables
-    return sum(scratch.disk_bytes(tables, each) for each in (tables.items, tables.embeddings))
+    return sum(scratch.disk_bytes(tables, each) for each in (tables.items, tables.vectors))

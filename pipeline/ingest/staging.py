@@ -170,16 +170,19 @@ class Staging:
                 key is None and text is not None for key, text in zip(block.keys, block.texts, strict=True)
             )
             sizes = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
-            planned += self._planner.add(self._estimate(sizes), sizes)
+            titles = np.fromiter(map(len, block.titles or ()), np.int64) if block.titles else np.zeros_like(sizes)
+            planned += self._planner.add(self._estimate(sizes, titles), sizes + titles)
         items.copy_rejects(connection, self._job_id, rejects)
         self._rejects += len(rejects)
         self._rejected_at += [reject.index for reject in rejects]
         chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, planned)))
 
-    def _estimate(self, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Estimate the tokens of texts of these sizes in bytes."""
+    def _estimate(
+        self, sizes: npt.NDArray[np.int64], titles: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.int64]:
+        """Estimate the tokens of texts of these sizes in bytes, and with titles of these sizes."""
         if self._split_tokens:
-            return estimate_split_tokens(sizes, self._split_tokens, self._submission.options.overlap)
+            return estimate_split_tokens(sizes, titles, self._split_tokens, self._submission.options.overlap)
         return estimate_tokens(sizes, self._max_item_tokens)
 
     def _new_chunk(self, chunk: Range) -> chunks.NewChunk:

@@ -9,7 +9,7 @@ from pipeline.catalog.models import vector_space_of
 from pipeline.core.errors import IdempotencyConflict, NotRetriable, UserError
 from pipeline.core.jobs import Job, JobState
 from pipeline.core.models import Model
-from pipeline.core.options import JobOptions, OnLong, Precision, UserTable
+from pipeline.core.options import LEAST_PASSAGE_TOKENS, JobOptions, OnLong, Precision, UserTable
 from pipeline.db import jobs, partitions, staging, user_table
 from pipeline.db.staging import Producer
 from pipeline.ingest.staging import Staging, delete_items
@@ -123,7 +123,7 @@ def _check_ways(options: JobOptions, corpus: Source) -> None:
 def _check_lengths(options: JobOptions, model: Model) -> None:
     """Refuse text lengths that the model can't honour; a gateway model's limits can't be changed."""
     if options.splits:
-        _check_passages(options, model)
+        _check_passage_tokens(options, model)
     if model.upstream is None:
         if options.max_item_tokens and model.max_item_tokens and options.max_item_tokens > model.max_item_tokens:
             raise UserError(
@@ -153,7 +153,7 @@ def _check_lengths(options: JobOptions, model: Model) -> None:
         )
 
 
-def _check_passages(options: JobOptions, model: Model) -> None:
+def _check_passage_tokens(options: JobOptions, model: Model) -> None:
     """Refuse passages that the model can't read whole, or whose tokens nobody here can count."""
     option = "split" if options.split else "on_long"
     if model.upstream:
@@ -173,6 +173,10 @@ def _check_passages(options: JobOptions, model: Model) -> None:
         raise UserError(
             f"{model.name} reads texts of any length, so none is too long; set split to the tokens of a passage.",
             field="on_long",
+        )
+    if not options.split and most and most < LEAST_PASSAGE_TOKENS:
+        raise UserError(
+            f"passages of {most:,} tokens are too small, give at least {LEAST_PASSAGE_TOKENS}.", field="max_item_tokens"
         )
     if not options.split and most and options.overlap > most // 2:
         raise UserError(f"give at most half of a passage, {most // 2:,} tokens.", field="overlap")

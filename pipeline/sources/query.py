@@ -258,7 +258,8 @@ class QueryCorpus:
         if not columns.composed:
             text = at[columns.text]
             return [_plain(row[text]) for row in rows], None
-        named = [{column: row[at[column]] for _, column in columns.texts} for row in rows]
+        wanted = [column for _, column in columns.texts]
+        named = [{column: row[at[column]] for column in wanted} for row in rows]
         titles = [title_of(columns, row) for row in named] if columns.title else None
         return [_plain(text_of(columns, row)) for row in named], titles
 

@@ -138,7 +138,8 @@ def _composed(made: Template, row: Mapping[str, object]) -> object:
         except NotScalarError as error:
             return BadRow(f'column "{shown(column)}" is {error}', RejectCode.NOT_A_STRING)
     if (size := sum(map(len, values))) > _MOST_CHARACTERS:
-        return BadRow(f"text has {size:,} characters; at most {_MOST_CHARACTERS:,} are composed", RejectCode.TOO_LARGE)
+        message = f"made of its columns it has {size:,} characters; at most {_MOST_CHARACTERS:,} are composed"
+        return BadRow(message, RejectCode.TOO_LARGE)
     return made.fill(values) if any(row.get(column) is not None for column in made.columns) else None
 
 
@@ -179,10 +180,10 @@ def judge(parsed: Parsed, item_bytes: int, place: str) -> Rows:
         keys.append(kept)
         texts.append(None)
     carried = titles = None
-    if parsed.titles is not None:
-        titles = _titles(parsed, texts, problems, item_bytes, place)
     if parsed.carried is not None:
         carried = _carry(parsed, texts, problems, place)
+    if parsed.titles is not None:  # last, so that no rejected row has one
+        titles = _titles(parsed, texts, problems, item_bytes, place)
     return Rows(keys, texts, problems, carried, titles)
 
 

@@ -49,7 +49,7 @@ def encoder(static_model: Path) -> LocalEncoder:
     return LocalEncoder(static_model, "cpu")
 
 
-_RATES = Rates(token_seconds=1e-5, item_seconds=1e-4, measured=Measured.HERE)
+_RATES = Rates(token_seconds=1e-5, vector_seconds=1e-4, measured=Measured.HERE)
 _ROW = RowCost(seconds=1e-6, wal_bytes=100, disk_bytes=200)
 
 
@@ -224,12 +224,12 @@ def test_what_workers_did_lately(engine: Engine) -> None:
         with engine.begin() as connection:
             return usage.recent_chunks(connection, model.name, parquet=parquet, window_seconds=seconds)
 
-    whole = usage.ChunkWork(chunks=2, items=8, tokens=400, device_seconds=6.0, slot_seconds=20.0)
+    whole = usage.ChunkWork(chunks=2, vectors=8, tokens=400, device_seconds=6.0, slot_seconds=20.0)
     assert (work(False), work(True)) == (whole, whole)
     assert work(False, 5) == usage.ChunkWork(0, 0, 0, 0, 0)
     again = "update vectormill.chunks set fence = 2 where job_id = :job and ordinal = 0"
     run_sql(engine, again, job=to_postgres)
-    assert work(False) == usage.ChunkWork(chunks=1, items=4, tokens=200, device_seconds=3.0, slot_seconds=10.0)
+    assert work(False) == usage.ChunkWork(chunks=1, vectors=4, tokens=200, device_seconds=3.0, slot_seconds=10.0)
     # A chunk that ended five minutes before the newest one counts for a third.
     older = "update vectormill.chunks set {0} = {0} - interval '5 min' where job_id = :job and ordinal = 0"
     for moment in ("started_at", "finished_at"):

@@ -1,14 +1,11 @@
 """Run of a chunk on a real Postgres, with a real model."""
 
-import json
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
@@ -189,106 +186,6 @@ def test_a_refusal_while_items_are_read_is_the_databases(engine: Engine, encoder
         run(engine, encoder, claim)
 
 
-# Passages
-
-
-_TEXTS = ["one two three four five six. " * 4, "short", "seven eight nine. " * 9]
-_PASSAGES = "select index, passage, start, stop from vectormill.passages order by index, passage"
-
-
-def split_job(engine: Engine, model: Model, **options: object) -> Claim:
-    job = make_job(engine, model, len(_TEXTS), options={"split": 16, **options})
-    for index, body in enumerate(_TEXTS):
-        query = "update vectormill.items set text = :body, title = :title where index = :index"
-        run_sql(engine, query, index=index, body=body, title=f"title {index}")
-    return taken(engine, job)
-
-
-def test_passages_are_committed_with_their_characters(engine: Engine, encoder: LocalEncoder, model: Model) -> None:
-    claim = split_job(engine, model)
-    assert run(engine, encoder, claim)["embedded"] == len(_TEXTS)
-    found = run_sql(engine, _PASSAGES)
-    for index, body in enumerate(_TEXTS):
-        parts = [row for row in found if row[0] == index]
-        assert [passage for _, passage, *_ in parts] == list(range(len(parts)))
-        assert "".join(body[start:stop] for *_, start, stop in parts) == body
-    assert run_sql(engine, "select passages from vectormill.chunks") == [(len(found),)]
-    assert run_sql(engine, "select items from vectormill.usage") == [(len(_TEXTS),)]
-    assert run_sql(engine, "select max(tokens) from vectormill.passages") <= [(16,)]
-
-
-def test_the_model_reads_the_title_before_each_passage(engine: Engine, encoder: LocalEncoder, model: Model) -> None:
-    run(engine, encoder, split_job(engine, model, columns={"title": "{title}"}))
-    rows = run_sql(engine, "select index, start, stop, tokens from vectormill.passages order by index, passage")
-    read = [f"title {index}\n\n{_TEXTS[index][start:stop]}" for index, start, stop, _ in rows]
-    assert [tokens for *_, tokens in rows] == encoder.tokenise(read).lengths.tolist()
-    made = run_sql(engine, "select vector::text from vectormill.passages order by index, passage")
-    alone = encoder.encode(encoder.tokenise(read))
-    assert np.allclose([json.loads(vector) for (vector,) in made], alone, atol=1e-6)
-
-
-def test_a_passage_that_fails_rejects_its_item(
-    engine: Engine, encoder: LocalEncoder, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, bad = encoder._forward, set(encoder.tokenise(["six"]).ids[0].tolist())
-
-    def without_six(ids: list[Ids]) -> Any:
-        if any(bad & set(each.tolist()) for each in ids):
-            raise RuntimeError("six")
-        return forward(ids)
-
-    monkeypatch.setattr(encoder, "_forward", without_six)
-    found = run(engine, encoder, split_job(engine, model))
-    assert (found["state"], found["embedded"], found["rejected"]) == ("done", 2, 1)
-    ((index, code, message),) = run_sql(engine, "select index, code, message from vectormill.rejects")
-    assert (index, code) == (0, "encode_failed")
-    assert re.fullmatch(r"passage \d \(characters \d+ to \d+\): the model raised RuntimeError", message)
-    assert {index for index, *_ in run_sql(engine, _PASSAGES)} == {1, 2}
-
-
-def test_a_passage_without_a_vector_rejects_its_item(
-    engine: Engine, encoder: LocalEncoder, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, bad = encoder._forward, set(encoder.tokenise(["six"]).ids[0].tolist())
-
-    def zero_for_six(ids: list[Ids]) -> Any:
-        vectors = forward(ids).clone()
-        vectors[[bool(bad & set(each.tolist())) for each in ids]] = 0
-        return vectors
-
-    monkeypatch.setattr(encoder, "_forward", zero_for_six)
-    found = run(engine, encoder, split_job(engine, model))
-    assert (found["embedded"], found["rejected"]) == (2, 1)
-    assert [row[0] for row in run_sql(engine, "select index from vectormill.rejects")] == [0]
-    assert {index for index, *_ in run_sql(engine, _PASSAGES)} == {1, 2}
-
-
-def test_an_item_is_committed_with_its_last_passage(engine: Engine, encoder: LocalEncoder, model: Model) -> None:
-    """However often is committed, and although the claim's time is over, no half item is written."""
-    how = watch(most_seconds=0)
-    how.commit_seconds = 0.0
-    encoder.budget_tokens, before = 16, encoder.budget_tokens
-    try:
-        found = run(engine, encoder, split_job(engine, model), how)
-    finally:
-        encoder.budget_tokens = before
-    assert found["state"] == "pending"
-    assert 0 < found["embedded"] < len(_TEXTS)
-    whole = "select index, max(passage) + 1 = count(*), max(stop) from vectormill.passages group by index"
-    assert [(done, stop) for _, done, stop in run_sql(engine, whole)] == [
-        (True, len(_TEXTS[index])) for index, *_ in run_sql(engine, whole)
-    ]
-
-
-def test_a_title_without_room_rejects_its_item(engine: Engine, encoder: LocalEncoder, model: Model) -> None:
-    claim = split_job(engine, model)
-    run_sql(engine, "update vectormill.items set title = repeat('word ', 12) where index = 1")
-    assert run(engine, encoder, claim)["rejected"] == 1
-    assert run_sql(engine, "select index, code, message from vectormill.rejects") == [
-        (1, "too_long", "its title leaves fewer than 8 of 16 tokens for a passage")
-    ]
-
-
 def test_what_truncation_loses_is_counted(engine: Engine, encoder: LocalEncoder, model: Model) -> None:
     job = make_job(engine, model, 4, options={"max_item_tokens": 2})
     run_sql(engine, "update vectormill.vector_spaces set max_item_tokens = 2")
@@ -317,8 +214,10 @@ class Noting:
         self._note("tokenise")
         return self._encoder.tokenise(texts, max_tokens)
 
-    def split(self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule) -> list[list[Span]]:
-        return self._encoder.split(texts, titles, rule)
+    def split(
+        self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule, beat: Callable[[], None] = lambda: None
+    ) -> list[list[Span]]:
+        return self._encoder.split(texts, titles, rule, beat)
 
     def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         self._note("embed")

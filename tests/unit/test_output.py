@@ -47,7 +47,8 @@ def test_a_receipt_says_how_many_texts_were_cut_and_what_to_do() -> None:
     items = {"in": 9, "embedded": 9, "reused": 0, "rejected": 0, "cancelled": 0}
     tokens = {"prompt": 90, "billed": 90, "unanswered": 0, "reused": 0}
     out = Console(file=StringIO(), width=300)
-    out.print(ledger(receipt(items, tokens, 1_200), {}))
+    part = EmbeddedOn(device="cpu", precision="float32", items=9, tokens=90)
+    out.print(ledger(receipt(items, tokens, 1_200).model_copy(update={"embedded_on": [part]}), {}))
     assert isinstance(out.file, StringIO)
     lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
     assert "truncated 1,200" in lines

@@ -31,7 +31,7 @@ _LOAD = Load(
     chunk_tokens=1_000_000,
     price_per_million=None,
 )
-_RATES = Rates(token_seconds=1e-5, item_seconds=1e-4, measured=Measured.HERE)
+_RATES = Rates(token_seconds=1e-5, vector_seconds=1e-4, measured=Measured.HERE)
 _ITEM = RowCost(seconds=1e-5, wal_bytes=100, disk_bytes=120)
 _VECTOR = RowCost(seconds=2e-5, wal_bytes=1_100, disk_bytes=1_300)
 
@@ -70,7 +70,7 @@ def test_files_take_parquet_and_no_rows() -> None:
 )
 def test_slots_work_as_far_as_chunks_go(items: int, slots: int, seconds: float) -> None:
     load = replace(_LOAD, items=items, vectors=items, tokens=items * 100, slots=slots)
-    rates = replace(_RATES, token_seconds=1e-5, item_seconds=0.0)
+    rates = replace(_RATES, token_seconds=1e-5, vector_seconds=0.0)
     assert predict(load, rates, NO_ROW, NO_ROW).embed_seconds == pytest.approx(seconds, rel=0.06)
 
 
@@ -81,16 +81,16 @@ def test_nothing_takes_nothing() -> None:
 
 
 def test_what_workers_did_is_told_apart() -> None:
-    work = ChunkWork(chunks=10, items=1_000, tokens=100_000, device_seconds=20.0, slot_seconds=40.0)
+    work = ChunkWork(chunks=10, vectors=1_000, tokens=100_000, device_seconds=20.0, slot_seconds=40.0)
     found = workers_rates(work, tokenise_seconds=1e-5, vector_seconds=1e-3)
     # 20 s of passes; of the other 20 s as much for a thousand items as for their tokens, and what is between chunks.
     assert found.token_seconds == pytest.approx(30 / 100_000)
-    assert found.item_seconds == pytest.approx(10.7 / 1_000)
+    assert found.vector_seconds == pytest.approx(10.7 / 1_000)
     assert (found.measured, found.seconds) == (Measured.WORKERS, 40.0)
 
 
 def test_requests_to_an_upstream_overlap() -> None:
-    work = ChunkWork(chunks=10, items=1_000, tokens=100_000, device_seconds=160.0, slot_seconds=40.0)
+    work = ChunkWork(chunks=10, vectors=1_000, tokens=100_000, device_seconds=160.0, slot_seconds=40.0)
     found = workers_rates(work, tokenise_seconds=0.0, vector_seconds=1e-5)
     assert found.token_seconds == pytest.approx(40 / 100_000)
 
@@ -99,14 +99,14 @@ def test_requests_to_an_upstream_overlap() -> None:
     ("seconds", "items", "enough"), [(31.0, 10, True), (29.0, 10, False), (4.0, 1_000, True), (1.0, 1_000, False)]
 )
 def test_how_much_work_tells_rates(seconds: float, items: int, enough: bool) -> None:
-    work = ChunkWork(chunks=1, items=items, tokens=1, device_seconds=1.0, slot_seconds=seconds)
+    work = ChunkWork(chunks=1, vectors=items, tokens=1, device_seconds=1.0, slot_seconds=seconds)
     assert is_enough(work, 1_000) is enough
     assert not is_enough(replace(work, tokens=0), 1_000)
 
 
 def test_the_catalogue_is_the_last_resort() -> None:
     found = catalogue_rates(500.0, 1e-5)
-    assert (found.token_seconds, found.item_seconds) == (0.002, 1e-5)
+    assert (found.token_seconds, found.vector_seconds) == (0.002, 1e-5)
 
 
 def _worker(slots: int, device: str = "cpu", host: str = "elsewhere") -> dict[str, object]:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipeline.core.options import SplitBy
 from tests.support.models import bundled_folder
+from workers.encoders import splitting
 from workers.encoders.batching import LEAST_TOKENS, Span, SplitRule, entitled
 from workers.encoders.splitting import Splitter
 
@@ -135,10 +136,32 @@ def test_a_short_text_is_one_passage() -> None:
 
 def test_a_title_without_room_for_passages_gives_none() -> None:
     splitter, title = _SPLITTERS["word pieces"], " ".join(["word"] * 40)
-    assert splitter.split(["x"], [title], SplitRule(40 + LEAST_TOKENS)) == [[]]
+    assert splitter.split(["x " * 40], [title], SplitRule(40 + LEAST_TOKENS)) == [[]]
+    assert splitter.split(["x"], ["word" * 10_000], SplitRule(40 + LEAST_TOKENS)) == [[]]
 
 
-def test_a_long_text_is_split_piece_by_piece() -> None:
+def test_what_fits_with_its_title_needs_no_room() -> None:
+    splitter = _SPLITTERS["word pieces"]
+    assert splitter.split(["hi"], ["one two three four five six seven"], SplitRule(16)) == [[(0, 2)]]
+
+
+def test_windows_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text is split as if it had been split at once."""
+    text, rule = "\n\n".join(list(pydoc_data.topics.topics.values())[:8]), SplitRule(64, 8)
+    found = _SPLITTERS["word pieces"].split([text], [""], rule)
+    monkeypatch.setattr(splitting, "_WINDOW_CHARACTERS_PER_TOKEN", 100_000)
+    assert found == _SPLITTERS["word pieces"].split([text], [""], rule)
+
+
+def test_the_clock_beats_while_a_text_without_end_is_split() -> None:
+    beats: list[None] = []
+    text = "1.5,2.25," * 20_000
+    (spans,) = _SPLITTERS["word pieces"].split([text], [""], SplitRule(256), lambda: beats.append(None))
+    assert len(beats) > 10
+    assert "".join(text[start:stop] for start, stop in spans) == text
+
+
+def test_a_long_text_is_split_window_by_window() -> None:
     text = "\n\n".join(pydoc_data.topics.topics.values()) * 3
     assert len(text) > 1_200_000
     rule = SplitRule(256, 16)

@@ -105,9 +105,11 @@ class Encoder(Protocol):
     def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokenised:
         """Tokenise texts, truncated at `max_tokens`."""
 
-    def split(self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule) -> list[list[Span]]:
+    def split(
+        self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule, beat: Callable[[], None] = ...
+    ) -> list[list[Span]]:
         """Return the passages of each text, none with more than `rule.tokens`. A text whose title leaves no room for
-        passages has none."""
+        passages has none. `beat` is called again and again meanwhile."""
 
     def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = ...) -> Iterator[Batch]:
         """Embed all texts in batches. No further one is begun once `stop` returns True."""

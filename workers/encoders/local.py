@@ -127,13 +127,15 @@ class LocalEncoder:
             return Tokenised([ids.view(_Query) for ids in read.ids], read.lengths, read.truncated, read.lost)
         return read
 
-    def split(self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule) -> list[list[Span]]:
+    def split(
+        self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule, beat: Callable[[], None] = lambda: None
+    ) -> list[list[Span]]:
         """Return the passages of each document, none with more than `rule.tokens`. A text whose title leaves no room
-        for passages has none."""
+        for passages has none. `beat` is called again and again meanwhile."""
         if self._splitter is None:
             reader = self._documents.reader
             self._splitter = Splitter(reader.tokenizer, self._documents.prompt, add_special_tokens=not reader.flat)
-        return self._splitter.split(texts, titles, rule)
+        return self._splitter.split(texts, titles, rule, beat)
 
     def batches(self, tokenised: Tokenised, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Embed every text in token-budget batches, longest first. No further one is begun once `stop` returns True.

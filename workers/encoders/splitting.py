@@ -1,7 +1,8 @@
 """Splitting of texts into passages that a model reads whole, at the ends of paragraphs, sentences or words."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import islice
 
 from semantic_text_splitter import TextSplitter
 from tokenizers import Tokenizer
@@ -9,11 +10,14 @@ from tokenizers import Tokenizer
 from pipeline.core.options import SplitBy
 from workers.encoders.batching import LEAST_TOKENS, MOST_CHARACTERS_PER_TOKEN, Span, SplitRule, entitled
 
-#: Characters that are split at once, so that a long text takes no more memory.
-_PIECE = 1_000_000
-#: Capacities are rounded down to a multiple of this where titles make them differ: each takes a copy of the tokeniser.
+#: Characters that are split at once for each token of a passage: a dozen passages, more or less. In text without spaces
+#: and sentences the library's time grows with the square of what it gets.
+_WINDOW_CHARACTERS_PER_TOKEN = 64
+#: Room is rounded down to a multiple of this where titles make it differ: each size takes a copy of the tokeniser.
 _STEP = 8
 _COPIES = 4
+#: Texts whose tokens are counted at once: while it works, a tokeniser takes a hundred bytes for each token.
+_COUNTED_AT_ONCE = 4_096
 #: New lines that are mere white space where sentences alone decide.
 _AS_SPACES = str.maketrans("\n\r", "  ")
 
@@ -30,42 +34,70 @@ class Splitter:
         self._prompt, self._specials = prompt, add_special_tokens
         self._cutter: Callable[[int, int], TextSplitter] = lru_cache(_COPIES)(self._new_cutter)
 
-    def split(self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule) -> list[list[Span]]:
+    def split(
+        self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule, beat: Callable[[], None] = lambda: None
+    ) -> list[list[Span]]:
         """Return the passages of each text, in order, each `text[start:stop]`. Together they cover the text, and with
         prompt, title and special tokens none has more than `rule.tokens`. A text whose title leaves no room has none.
+
+        `beat` is called again and again meanwhile.
         """
+        most_characters = rule.tokens * MOST_CHARACTERS_PER_TOKEN
         heads = [self._prompt + entitled(title, "") for title in titles]
-        different = list(dict.fromkeys(heads))
+        # A longer title is sure to leave no room, or is a word without end.
+        different = [head for head in dict.fromkeys(heads) if len(head) <= most_characters]
         rooms = dict(zip(different, (rule.tokens - count for count in self._counts(different)), strict=True))
-        short = [at for at, text in enumerate(texts) if len(text) <= rule.tokens * MOST_CHARACTERS_PER_TOKEN]
+        short = [at for at, text in enumerate(texts) if len(heads[at]) + len(text) <= most_characters]
         counts = self._counts([heads[at] + texts[at] for at in short])
         fitting = {at for at, count in zip(short, counts, strict=True) if count <= rule.tokens}
-        found: list[list[Span]] = []
-        for at, (text, head) in enumerate(zip(texts, heads, strict=True)):
-            room = rooms[head] if head == self._prompt else rooms[head] // _STEP * _STEP
-            if room < LEAST_TOKENS:
-                found.append([])
-            elif at in fitting:
-                found.append([(0, len(text))])
-            else:
-                found.append([span for piece in _pieces(text) for span in self._cut(text, piece, head, room, rule)])
+        found: list[list[Span]] = [[(0, len(text))] if at in fitting else [] for at, text in enumerate(texts)]
+
+        def room_of(at: int) -> int:
+            room = rooms.get(heads[at], 0)
+            return room if heads[at] == self._prompt else room // _STEP * _STEP
+
+        # Texts with the same room one after the other, for the sake of the copies.
+        for at in sorted(set(range(len(texts))) - fitting, key=lambda at: (room_of(at), at)):
+            if room_of(at) >= LEAST_TOKENS:
+                found[at] = self._passages(texts[at], heads[at], room_of(at), rule, beat)
         return found
 
-    def _counts(self, texts: list[str]) -> list[int]:
-        return list(map(len, self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._specials)))
+    def _counts(self, texts: Sequence[str]) -> list[int]:
+        encode = self._tokenizer.encode_batch_fast
+        left, counts = iter(texts), list[int]()
+        while some := list(islice(left, _COUNTED_AT_ONCE)):
+            counts += map(len, encode(some, add_special_tokens=self._specials))
+        return counts
 
-    def _cut(self, text: str, piece: Span, head: str, room: int, rule: SplitRule) -> list[Span]:
-        """Return the passages of a piece of a text, with `room` tokens each."""
-        start, stop = piece
+    def _passages(self, text: str, head: str, room: int, rule: SplitRule, beat: Callable[[], None]) -> list[Span]:
+        """Split a text with `room` tokens for each passage, window by window. The last passage of a window ends where
+        the window does, so the next window begins with it."""
+        spans: list[Span] = []
+        start, width = 0, room * _WINDOW_CHARACTERS_PER_TOKEN
+        while True:
+            beat()
+            stop = min(len(text), start + width)
+            found = self._cut(text, (start, stop), head, room, rule)
+            if stop == len(text):
+                return self._without_blanks(text, head, [*spans, *found], rule)
+            if len(found) > 1:
+                spans += found[:-1]
+                start, width = found[-1][0], room * _WINDOW_CHARACTERS_PER_TOKEN
+            else:
+                width *= 2
+
+    def _cut(self, text: str, window: Span, head: str, room: int, rule: SplitRule) -> list[Span]:
+        """Return the passages of a window of a text, with `room` tokens each."""
+        start, stop = window
+        part = text[start:stop]
         while True:
             overlap = min(rule.overlap, room // 2)
             if rule.by is SplitBy.TOKEN:
-                spans = self._windows(text[start:stop], room, overlap)
+                spans = self._windows(part, room, overlap)
             else:
-                part = text[start:stop]
-                part = part.translate(_AS_SPACES) if rule.by is SplitBy.SENTENCE else part
-                spans = [(at, at + len(cut)) for at, cut in self._cutter(room, overlap).chunk_indices(part)]
-            spans = self._without_blanks(text, head, [(start + first, start + last) for first, last in spans], rule)
+                read = part.translate(_AS_SPACES) if rule.by is SplitBy.SENTENCE else part
+                spans = [(at, at + len(cut)) for at, cut in self._cutter(room, overlap).chunk_indices(read)]
+            spans = [(start + first, start + last) for first, last in spans]
             # Tokens on both sides of a cut may merge or part, so that a passage has a few more by itself.
             over = max(self._counts([head + text[first:last] for first, last in spans])) - rule.tokens
             if over <= 0 or room == 1:
@@ -100,15 +132,3 @@ class Splitter:
             if end > starts[at]:  # a character may be several tokens
                 spans.append((starts[at], end))
         return spans
-
-
-def _pieces(text: str) -> Iterator[Span]:
-    """Yield the pieces of a text that are split by themselves. They end with a paragraph, a line or a word."""
-    start = 0
-    while len(text) - start > _PIECE:
-        most = start + _PIECE
-        ends = (text.rfind(sign, most - _PIECE // 8, most) + len(sign) for sign in ("\n\n", "\n", " "))
-        stop = next((end for end in ends if end > most - _PIECE // 8), most)
-        yield start, stop
-        start = stop
-    yield start, len(text)

@@ -37,7 +37,7 @@ class SliceEncoding:
         try:
             with instrumentation.step(claim.model, "tokenise"):
                 texts = self._passages(items) if claim.options.splits else _whole(items)
-                tokenised = _tokenised(encoder, texts, claim.max_item_tokens)
+                tokenised = _tokenised(encoder, texts, claim.max_item_tokens, watch)
         finally:
             watch.rest()
         if claim.options.on_long is OnLong.REJECT:
@@ -55,8 +55,10 @@ class SliceEncoding:
     def _passages(self, items: Sequence[Item]) -> "_Texts":
         """Return the passages of items; an item that can't have any is rejected."""
         rule = split_rule(self._claim.options, self._claim.max_item_tokens)
-        found = self._encoder.split([item.text for item in items], [item.title for item in items], rule)
-        message = f"its title leaves fewer than {LEAST_TOKENS} of {rule.tokens:,} tokens for a passage"
+        found = self._encoder.split(
+            [item.text for item in items], [item.title for item in items], rule, self._watch.beat
+        )
+        message = f"prompt and title leave fewer than {LEAST_TOKENS} of {rule.tokens:,} tokens for a passage"
         self._rejects = [
             reject(item, RejectCode.TOO_LONG, message) for item, spans in zip(items, found, strict=True) if not spans
         ]
@@ -86,6 +88,9 @@ class SliceEncoding:
                 self._add(batch)
                 if monotonic() > due:
                     commit, bad = self._taken()
+                    if not (commit.settled or bad):  # no item has all its passages yet
+                        due = monotonic() + self._watch.commit_seconds
+                        continue
                     if _is_suspect(commit, bad):  # held back until it is known who is at fault
                         due = inf
                         continue
@@ -187,7 +192,7 @@ def _whole(items: Sequence[Item]) -> _Texts:
     return _Texts(items, np.arange(len(items)))
 
 
-def _tokenised(encoder: Encoder, texts: _Texts, max_tokens: int | None) -> Tokenised:
+def _tokenised(encoder: Encoder, texts: _Texts, max_tokens: int | None, watch: Watch) -> Tokenised:
     """Tokenise texts, some at a time: while it works, a tokeniser takes a hundred bytes for each token."""
     if texts.passages is None:
         return encoder.tokenise([item.text for item in texts.items], max_tokens)
@@ -197,6 +202,7 @@ def _tokenised(encoder: Encoder, texts: _Texts, max_tokens: int | None) -> Token
         passages = ((texts.items[owner], start, stop) for owner, start, stop in some)
         read = [entitled(item.title, item.text[start:stop]) for item, start, stop in passages]
         parts.append(encoder.tokenise(read, max_tokens))
+        watch.beat()
     if not parts:
         return encoder.tokenise([], max_tokens)
     return Tokenised(

@@ -257,7 +257,8 @@ def _stop_job(engine: Engine, claim: Claim, error: Exception) -> None:
             case SourceError():
                 control.fail(connection, job_id, Reason.SOURCE_DAMAGED, str(error))
             case DBAPIError(orig=InsufficientPrivilege()):
-                yours = "; on the job's own table grant select, insert and update" if into else ""
+                more = ", update and delete" if into and into.passage_columns else " and update"
+                yours = f"; on the job's own table grant select, insert{more}" if into else ""
                 message = f"the workers' login lacks a right ({plain_reason(error)}); run ops/postgres/roles.sql{yours}"
                 control.pause_for(connection, job_id, Reason.WORKERS_FAILING, message)
             case DBAPIError() if into:

@@ -98,7 +98,9 @@ class UpstreamEncoder:
         lengths = [min(longest, int(len(text) / size) + 1) for text in whole]
         return Tokenised(whole, np.array(lengths, np.int32), np.zeros(len(whole), np.bool_))
 
-    def split(self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule) -> list[list[Span]]:
+    def split(
+        self, texts: Sequence[str], titles: Sequence[str], rule: SplitRule, beat: Callable[[], None] = lambda: None
+    ) -> list[list[Span]]:
         """Raise an error of ours: only the upstream can count tokens, so no job of its models is split."""
         raise NotImplementedError("a job of an upstream's model isn't split")
 
