@@ -323,7 +323,17 @@ def verify(connection: Connection, job_id: UUID, *, passages: bool) -> tuple[int
         text(_VERIFY[passages]),
         {"job": job_id},
     ).one()
-    return max(missing, int(without)), max(double, strays)
+    cut_off = connection.execute(text(_CUT_OFF), {"job": job_id}).scalar_one() if passages else 0
+    return max(missing, int(without), cut_off), max(double, strays)
+
+
+#: Items whose last passage ends before their text does, or behind it; while texts are kept.
+_CUT_OFF = """
+    select count(*) from (
+      select index, max(stop) as stop from vectormill.passages where job_id = :job group by index
+    ) p join vectormill.items i on i.job_id = :job and i.index = p.index
+    where i.text is not null and char_length(i.text) <> p.stop
+"""
 
 
 _VERIFY_WITHOUT_ITEMS_OF = """

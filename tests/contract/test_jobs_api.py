@@ -131,6 +131,42 @@ def test_upload_to_vectors(done: dict[str, Any], line: httpx.Client, by_library:
     assert pq.read_table(pa.BufferReader(empty)).schema == table.schema
 
 
+def test_passages_of_several_columns(line: httpx.Client, working: Gateway) -> None:
+    rows = [{"id": n, "subject": f"mill {n}", "body": f"It grinds {n} sacks of grain a day. " * 6} for n in range(5)]
+    fields = {"text": r"{subject}\n\n{body}", "title": "{subject}", "split": "24", "overlap": "4"}
+    made = _upload(line, rows, name="passages.jsonl", **fields)
+    assert made.status_code == 201, made.text
+    ended = _ended(line, made.json()["id"])
+    assert (ended["items"]["embedded"], ended["state"]) == (5, "completed")
+    found = line.get(f"/api/jobs/{ended['id']}/results", params={"format": "jsonl", "first": 1, "end": 3}).text
+    passages = [json.loads(one) for one in found.splitlines()]
+    assert [each["passage"] for each in passages if each["index"] == 2] == list(range(len(passages) // 2))
+    texts = [f"{row['subject']}\n\n{row['body']}" for row in rows]
+    assert max(each["stop"] for each in passages if each["index"] == 2) == len(texts[2])
+    assert max(each["tokens"] for each in passages) <= 24
+    receipt = line.get(f"/api/jobs/{ended['id']}/receipt", params={"verify": True}).json()
+    assert (receipt["verified"], receipt["passages"]) == (True, ended["passages"])
+    hits = working.fleet.cli("search", "sacks of grain", "--job", ended["id"], "--json").stdout
+    assert texts[(hit := json.loads(hits)[0])["index"]][hit["start"] : hit["stop"]] == hit["text"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"text": "{subject"}, "text: a"),
+        ({"text": "{subject} {nosuch}"}, 'no column "nosuch"'),
+        ({"split": "8"}, "split: input should be greater than or equal to 16"),
+        ({"overlap": "8"}, "overlap: it is for passages"),
+        ({"split": "32", "on_long": "reject"}, "split: a text that is split is never too long"),
+        ({"split": "32", "overlap": "20"}, "overlap: give at most half of a passage"),
+    ],
+)
+def test_texts_that_cant_be_made_are_refused(line: httpx.Client, fields: dict[str, str], told: str) -> None:
+    reply = _upload(line, [{"id": 1, "text": "x", "subject": "y"}], name="bad.jsonl", **fields)
+    assert reply.status_code == 422, reply.text
+    assert told in reply.json()["detail"]
+
+
 def test_shortened(line: httpx.Client, working: Gateway, by_library: Any) -> None:
     made = _upload(line, _ROWS[:5], name="short.jsonl", dimensions="64").json()
     assert _ended(line, made["id"])["state"] == "completed"

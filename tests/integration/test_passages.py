@@ -17,8 +17,10 @@ from pipeline.db import embeddings, items
 from pipeline.jobs import purge, results, verification
 from tests.integration.test_run_chunk import encoder, model, run, watch
 from tests.support.jobs_made import make_job, run_sql, taken
+from workers.encoders.batching import Batch
 from workers.encoders.local import LocalEncoder
 from workers.encoders.reading import Ids
+from workers.runner.slice_encoding import SliceEncoding
 
 __all__ = ["encoder", "model"]
 
@@ -164,6 +166,7 @@ def test_a_search_shows_the_passage(engine: Engine, encoder: LocalEncoder, model
         ("delete from vectormill.passages where index = 0 and passage = 1", 1, 0),
         ("delete from vectormill.passages where index = 0 and passage = 0", 2, 0),
         ("delete from vectormill.passages where index = 1", 2, 0),
+        ("update vectormill.passages set stop = stop - 1 where index = 1", 1, 0),
         ("update vectormill.passages set passage = 99 where index = 0 and passage = 1", 2, 0),
         ("insert into vectormill.rejects values ((select job_id from vectormill.jobs_ids), 1, null, 'x', 'x')", 0, 1),
     ],
@@ -180,6 +183,27 @@ def test_a_receipt_is_verified_by_passages(
         found = verification.verified_receipt(connection, claim.job_id)
     assert not found.verified
     assert (found.missing, found.double) == (missing, double)
+
+
+def test_a_worker_that_commits_half_an_item_is_found_out(
+    engine: Engine, encoder: LocalEncoder, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mutant that takes an item for done with its first passage."""
+    real = SliceEncoding._add
+
+    def too_early(self: SliceEncoding, batch: Batch) -> None:
+        real(self, batch)
+        owners = self._texts.owner[batch.at]
+        self._missing[owners[self._missing[owners] >= 0]] = 0
+
+    monkeypatch.setattr(SliceEncoding, "_add", too_early)
+    monkeypatch.setattr(encoder, "budget_tokens", 16)
+    how = watch()
+    how.commit_seconds = 0.0
+    claim = split_job(engine, model)
+    run(engine, encoder, claim, how)
+    with engine.begin() as connection:
+        assert not verification.verified_receipt(connection, claim.job_id).verified
 
 
 def test_passages_and_titles_go_with_their_job(engine: Engine, encoder: LocalEncoder, model: Model) -> None:
