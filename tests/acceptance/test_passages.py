@@ -5,7 +5,6 @@ import os
 import signal
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from uuid import UUID
 
@@ -28,8 +27,8 @@ _LICENCES = Path("/usr/share/doc")
 
 
 def _long_texts() -> list[tuple[str, str]]:
-    """Return 2,000 real texts with subjects: Debian's packages and licences where there are any, and docstrings of one
-    module after the other."""
+    """Return 2,000 real texts with subjects: Debian's packages and licences where there are any, and several docstrings
+    each."""
     found: list[tuple[str, str]] = []
     if _PACKAGES.exists():
         for package in _PACKAGES.read_text(encoding="utf-8").split("\n\n")[:300]:
@@ -38,11 +37,12 @@ def _long_texts() -> list[tuple[str, str]]:
                 found.append((name.removeprefix("Package: "), rest[rest.index("\nDescription: ") + 1 :]))
     licences = sorted(_LICENCES.glob("*/copyright"))[:200]
     found += [(path.parent.name, path.read_text(encoding="utf-8", errors="replace")[:6_000]) for path in licences]
-    # The docstrings of a module come one after the other.
-    for module, docs in groupby(docstrings(), key=lambda doc: doc[0].partition(":")[0]):
-        text = "\n\n".join(doc for _, doc in docs)[:3_000]
-        if len(text) > 600 and "\0" not in text:
-            found.append((module, text))
+    together: list[str] = []
+    for where, doc in docstrings():
+        together.append(doc.replace("\0", ""))
+        if sum(map(len, together)) > 800:
+            found.append((where, "\n\n".join(together)[:3_000]))
+            together.clear()
         if len(found) == _DOCUMENTS:
             break
     return found

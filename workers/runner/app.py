@@ -17,7 +17,7 @@ from workers.runner import fork_server, transport
 from workers.runner.heartbeat import Heartbeat
 
 #: Bytes of text that the slowest device embeds in a second.
-_SLOW_BYTES_PER_SECOND = 1_000
+_SLOW_BYTES_PER_SECOND = 1_200
 
 
 def _make_app(settings: Settings) -> Celery:
