@@ -25,6 +25,8 @@ from tests.chaos.site import BUCKET, Site
 
 #: Exit code of `submit` when the same submission may be tried again.
 _UNREACHABLE = 6
+#: Part of its message when the folder of `--output` isn't empty.
+_TAKEN = "is there already; give an empty folder"
 #: Part of its message when the disk of `--output` is full.
 _NO_ROOM = "no space left on device"
 _POLL_SECONDS = 0.2
@@ -175,7 +177,14 @@ class Load:
         while True:
             rewinds = self.site.rewinds
             folder = self._folder(way, f"{key}-{lost}") if way.output else None
-            job = self._submit(way, corpus, key, folder)
+            try:
+                job = self._submit(way, corpus, key, folder)
+            except AssertionError as error:
+                # Postgres forgot the submission that it was, which holds the folder.
+                if rewinds == self.site.rewinds or _TAKEN not in str(error):
+                    raise
+                lost += 1
+                continue
             said = self._judge(way, job, corpus)
             if not said or rewinds == self.site.rewinds:
                 break
