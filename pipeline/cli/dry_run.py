@@ -99,7 +99,7 @@ def _devices(worker: Mapping[str, Any]) -> int:
 
 def _bounded(rows: Sequence[SampleRow]) -> Sequence[SampleRow]:
     """Return as many of the rows as their bytes allow, at least one."""
-    ends = accumulate(len(row.text) + len(row.carried or b"") for row in rows)
+    ends = accumulate(len(row.text) + len(row.title) + len(row.carried or b"") for row in rows)
     return rows[: max(1, sum(1 for end in ends if end <= _SAMPLE_BYTES))]
 
 

@@ -116,7 +116,8 @@ def _print_status(row: JobStatus) -> None:
         table.add_row("passages", f"{row.passages:,}")
     table.add_row("tokens", f"{row.tokens.prompt:,}")
     if counts.truncated:
-        table.add_row("truncated", output.truncation(counts.truncated, row.lost_tokens, row.most_truncated))
+        told = output.truncation(counts.truncated, row.lost_tokens, row.most_truncated)
+        table.add_row("truncated", Text(told))  # keys are no markup
     table.add_row("chunks", ", ".join(f"{count:,} {name}" for name, count in row.chunks if count))
     roofline = "" if rate.roofline is None else f"   {rate.roofline:.0%} of the roofline".replace("%", " %")
     speed = f"{humanize.short(rate.items_per_second)} items/s   {humanize.short(rate.tokens_per_second)} tok/s"

@@ -181,11 +181,14 @@ def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> 
 
 def most_truncated(connection: Connection, job_id: UUID) -> list[Truncated]:
     """Return a job's truncated items that lost the most tokens."""
+    # They are in the chunks whose first ones lost the most; others needn't be unfolded.
     rows = connection.execute(
         text("""
             select (one->>'index')::bigint as index, one->>'key' as key, (one->>'lost_tokens')::bigint as lost_tokens
-            from vectormill.chunks, jsonb_array_elements(most_truncated) one
-            where job_id = :job and lost_tokens > 0 order by lost_tokens desc, index limit :shown
+            from (select most_truncated from vectormill.chunks where job_id = :job and lost_tokens > 0
+                  order by (most_truncated->0->>'lost_tokens')::bigint desc, first_index limit :shown) c,
+                 jsonb_array_elements(most_truncated) one
+            order by lost_tokens desc, index limit :shown
         """),
         {"job": job_id, "shown": MOST_TRUNCATED},
     )

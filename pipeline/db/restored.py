@@ -100,7 +100,8 @@ def jobs_with_parts(connection: Connection) -> list[RowMapping]:
 
 def forget_parts(connection: Connection, job_id: UUID, names: Sequence[str]) -> int:
     """Delete the records of parts whose files are gone, and reopen their chunks, so that their items are embedded
-    again. Return the number of chunks. Metered usage stays, since it is the bill."""
+    again. Return the number of chunks. Metered usage stays, since it is the bill. What truncation lost in the chunks
+    is counted anew from here on, since no part tells its share."""
     return connection.execute(
         text("""
             with gone as (

@@ -277,7 +277,7 @@ def _gathered(blocks: Iterator[Rows]) -> Iterator[list[Rows]]:
     for block in blocks:
         gathered.append(block)
         rows += len(block.keys)
-        size += sum(len(text) for text in block.texts if text)
+        size += sum(len(text) for text in block.texts if text) + sum(map(len, block.titles or ()))
         if rows >= _COMMIT_ROWS or size >= _COMMIT_BYTES or monotonic() - since > _COMMIT_SECONDS:
             yield gathered
             gathered, rows, size, since = [], 0, 0, monotonic()
