@@ -9,8 +9,9 @@ import tenacity
 from sqlalchemy import Connection, Engine
 
 from pipeline.chunk_io.sinks import Sink, sink_of
-from pipeline.core.chunks import MOST_TRUNCATED, ChunkState, Claim, Reject, RejectCode, Truncated
+from pipeline.core.chunks import MOST_TRUNCATED, ChunkState, Claim, Reject, RejectCode
 from pipeline.core.errors import LeaseLost
+from pipeline.core.job_status import TruncatedItem
 from pipeline.core.options import VectorType
 from pipeline.core.vectors import restored, sound, stored
 from pipeline.db import chunks, embeddings, items, outputs, usage
@@ -42,12 +43,14 @@ class Commit:
         return self.rows.items + len(self.rejects)
 
     @property
-    def most_truncated(self) -> list[Truncated]:
+    def most_truncated(self) -> list[TruncatedItem]:
         """Items that lost the most tokens to truncation."""
         lost = self.rows.lost_tokens
         most = np.argsort(-lost, kind="stable")[:MOST_TRUNCATED]
         return [
-            Truncated(int(self.rows.indexes[at]), self.rows.keys[at], int(lost[at])) for at in most.tolist() if lost[at]
+            TruncatedItem(index=int(self.rows.indexes[at]), key=self.rows.keys[at], lost_tokens=int(lost[at]))
+            for at in most.tolist()
+            if lost[at]
         ]
 
 

@@ -3,7 +3,6 @@
 import enum
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
 from uuid import UUID
 
 from pipeline.core.options import KeptOptions
@@ -115,15 +114,6 @@ class Reject:
     code: RejectCode
     #: Explanation for a person; never the item's text.
     message: str
-
-
-class Truncated(NamedTuple):
-    """Item of which the model read only the beginning."""
-
-    index: int  # type: ignore[assignment] # nobody needs the method of tuples
-    key: str | None
-    #: Tokens that it didn't read; of a very long text about so many.
-    lost_tokens: int
 
 
 #: Truncated items that are kept of a chunk, and shown of a job.

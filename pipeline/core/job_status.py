@@ -36,7 +36,7 @@ class TruncatedItem(BaseModel):
 
     index: int
     key: str | None
-    lost_tokens: int
+    lost_tokens: int = Field(description="Tokens that it didn't read; of a very long text about so many.")
 
 
 class Rate(BaseModel):

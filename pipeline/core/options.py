@@ -307,11 +307,9 @@ class JobOptions(BaseModel):
     @field_validator("overlap", "split_by", "title")
     @classmethod
     def _check_passages(cls, given: int | SplitBy | str | None, info: ValidationInfo) -> int | SplitBy | str | None:
-        split = info.data.get("split")
-        if given not in (None, 0, SplitBy.PARAGRAPH) and not split and info.data.get("on_long") is not OnLong.SPLIT:
+        splits = info.data.get("split") or info.data.get("on_long") is OnLong.SPLIT
+        if given not in (None, 0, SplitBy.PARAGRAPH) and not splits:
             raise ValueError("it is for passages; set split too, or leave it out")
-        if isinstance(given, int) and split and given > split // 2:
-            raise ValueError(f"give at most half of a passage, {split // 2:,} tokens")
         return given
 
     @property

@@ -19,8 +19,8 @@ from pipeline.core.chunks import (
     Extent,
     ParquetExtent,
     TextExtent,
-    Truncated,
 )
+from pipeline.core.job_status import TruncatedItem
 from pipeline.core.jobs import JobState
 from pipeline.core.options import KeptOptions
 from pipeline.db.tables import chunks
@@ -179,7 +179,7 @@ def renew(connection: Connection, claim: Claim, *, committing: bool = False) -> 
     return JobState(state) if state else None
 
 
-def most_truncated(connection: Connection, job_id: UUID) -> list[Truncated]:
+def most_truncated(connection: Connection, job_id: UUID) -> list[TruncatedItem]:
     """Return a job's truncated items that lost the most tokens."""
     # They are in the chunks whose first ones lost the most; others needn't be unfolded.
     rows = connection.execute(
@@ -192,7 +192,7 @@ def most_truncated(connection: Connection, job_id: UUID) -> list[Truncated]:
         """),
         {"job": job_id, "shown": MOST_TRUNCATED},
     )
-    return [Truncated(*row) for row in rows]
+    return [TruncatedItem(**row) for row in rows.mappings()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +209,7 @@ class Progress:
     passages: int = 0
     lost_tokens: int = 0
     #: Truncated items that lost the most tokens.
-    most_truncated: Sequence[Truncated] = ()
+    most_truncated: Sequence[TruncatedItem] = ()
     #: Isolation level from here on; `None` keeps the level that the last commit recorded.
     isolation: int | None = 0
     #: Seconds from now before which a chunk given back can't be claimed.
@@ -278,7 +278,7 @@ def record(connection: Connection, claim: Claim, progress: Progress, *, number: 
                 "tokens": progress.prompt_tokens,
                 "passages": progress.passages,
                 "lost": progress.lost_tokens,
-                "most_truncated": orjson.dumps([each._asdict() for each in progress.most_truncated]).decode(),
+                "most_truncated": orjson.dumps([each.model_dump() for each in progress.most_truncated]).decode(),
                 "shown": MOST_TRUNCATED,
                 "isolation": progress.isolation,
                 "lease": claim.lease_seconds,

@@ -4,6 +4,7 @@
 have no foreign keys, so that dropping their partitions is enough to delete a month.
 """
 
+from collections.abc import Iterator
 from enum import StrEnum
 
 from pgvector.sqlalchemy import HALFVEC, VECTOR
@@ -33,6 +34,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.schema import SchemaItem
 
 from pipeline.core.chunks import ChunkState
 from pipeline.core.jobs import JobState
@@ -361,19 +363,24 @@ items = Table(
     postgresql_partition_by=_BY_JOB,
 )
 
+
+def _of_a_vector() -> Iterator[SchemaItem]:
+    yield Column("key", Text)
+    yield Column("vector_space_id", BigInteger, nullable=False)
+    yield Column("tokens", Integer, nullable=False)
+    yield Column("truncated", Boolean, nullable=False)
+    yield Column("vector", VECTOR())
+    yield Column("half", HALFVEC())
+    yield CheckConstraint("(vector is null) <> (half is null)", name="one_vector")
+
+
 embeddings = Table(
     "embeddings",
     metadata,
     Column("job_id", Uuid, nullable=False),
     Column("index", BigInteger, nullable=False),
-    Column("key", Text),
-    Column("vector_space_id", BigInteger, nullable=False),
-    Column("tokens", Integer, nullable=False),
-    Column("truncated", Boolean, nullable=False),
-    Column("vector", VECTOR()),
-    Column("half", HALFVEC()),
+    *_of_a_vector(),
     PrimaryKeyConstraint("job_id", "index"),
-    CheckConstraint("(vector is null) <> (half is null)", name="one_vector"),
     postgresql_partition_by=_BY_JOB,
 )
 
@@ -388,14 +395,8 @@ passages = Table(
     Column("passage", Integer, nullable=False),
     Column("start", Integer, nullable=False),
     Column("stop", Integer, nullable=False),
-    Column("key", Text),
-    Column("vector_space_id", BigInteger, nullable=False),
-    Column("tokens", Integer, nullable=False),
-    Column("truncated", Boolean, nullable=False),
-    Column("vector", VECTOR()),
-    Column("half", HALFVEC()),
+    *_of_a_vector(),
     PrimaryKeyConstraint("job_id", "index", "passage"),
-    CheckConstraint("(vector is null) <> (half is null)", name="one_vector"),
     postgresql_partition_by=_BY_JOB,
 )
 

@@ -178,8 +178,11 @@ def _check_passage_tokens(options: JobOptions, model: Model) -> None:
         raise UserError(
             f"passages of {most:,} tokens are too small, give at least {LEAST_PASSAGE_TOKENS}.", field="max_item_tokens"
         )
-    if not options.split and most and options.overlap > most // 2:
-        raise UserError(f"give at most half of a passage, {most // 2:,} tokens.", field="overlap")
+    tokens = options.split or most
+    if tokens and options.overlap > tokens // 2:
+        raise UserError(
+            f"give at most half of a passage, {tokens // 2:,} tokens.", field="overlap", given=f"{options.overlap:,}"
+        )
 
 
 def _table(connection: Connection, submission: Submission) -> UserTable | None:

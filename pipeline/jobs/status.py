@@ -207,8 +207,7 @@ def sum_up(connection: Connection, job_id: UUID) -> JobStatus:
 
 
 def _most_truncated(connection: Connection, job_id: UUID, sums: RowMapping) -> list[TruncatedItem]:
-    most = chunks.most_truncated(connection, job_id) if sums["lost_tokens"] else []
-    return [TruncatedItem(**each._asdict()) for each in most]
+    return chunks.most_truncated(connection, job_id) if sums["lost_tokens"] else []
 
 
 def _of_job(job: Job) -> dict[str, Any]:

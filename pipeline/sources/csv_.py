@@ -17,11 +17,10 @@ from pipeline.sources.validation import (
     LongLine,
     Notices,
     Parsed,
+    compose,
     missing_column,
     shown,
     skipped,
-    text_of,
-    title_of,
     without_key,
 )
 
@@ -364,8 +363,7 @@ class Header:
         titles = None
         if columns.composed:
             named = [{column: row[at] for column, at in self._texts.items()} for row in rows]
-            texts = [text_of(columns, row) for row in named]
-            titles = [title_of(columns, row) for row in named] if columns.title else None
+            texts, titles = compose(columns, named)
         else:
             text = self._texts[columns.text]
             texts = [row[text] for row in rows]

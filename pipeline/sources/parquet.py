@@ -22,10 +22,9 @@ from pipeline.sources.validation import (
     BLOCK_BYTES,
     Notices,
     Parsed,
+    compose,
     missing_column,
     shown,
-    text_of,
-    title_of,
     without_key,
 )
 from pipeline.sources.values import carried
@@ -192,9 +191,7 @@ class _Table:
             return self._values(part, columns.text), None
         names = [column for _, column in columns.texts]
         values = zip(*(self._values(part, column) for column in names), strict=True)
-        rows = [dict(zip(names, row, strict=True)) for row in values]
-        titles = [title_of(columns, row) for row in rows] if columns.title else None
-        return [text_of(columns, row) for row in rows], titles
+        return compose(columns, [dict(zip(names, row, strict=True)) for row in values])
 
     def _values(self, part: pa.RecordBatch, column: str) -> list[object]:
         return values_of(part.column(column), self._types[column])

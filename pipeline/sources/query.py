@@ -27,11 +27,10 @@ from pipeline.sources.validation import (
     Notices,
     Parsed,
     Rows,
+    compose,
     judge,
     missing_column,
     shown,
-    text_of,
-    title_of,
     without_key,
 )
 from pipeline.sources.values import carried
@@ -259,9 +258,8 @@ class QueryCorpus:
             text = at[columns.text]
             return [_plain(row[text]) for row in rows], None
         wanted = [column for _, column in columns.texts]
-        named = [{column: row[at[column]] for column in wanted} for row in rows]
-        titles = [title_of(columns, row) for row in named] if columns.title else None
-        return [_plain(text_of(columns, row)) for row in named], titles
+        texts, titles = compose(columns, [{column: row[at[column]] for column in wanted} for row in rows])
+        return list(map(_plain, texts)), titles
 
     def _carried(self, name: str, value: Any) -> Any:
         try:

@@ -127,6 +127,12 @@ def title_of(columns: Columns, row: Mapping[str, object]) -> object:
     return title or ""  # a row whose title is null has none
 
 
+def compose(columns: Columns, rows: Sequence[Mapping[str, object]]) -> tuple[list[object], list[object] | None]:
+    """Return the texts of rows, and their titles where passages get any."""
+    titles = [title_of(columns, row) for row in rows] if columns.title else None
+    return [text_of(columns, row) for row in rows], titles
+
+
 def _composed(made: Template, row: Mapping[str, object]) -> object:
     """Fill a template with a row's values, null as empty; return `None` if all are null, a `BadRow` if one can't be
     written as text."""
@@ -140,7 +146,7 @@ def _composed(made: Template, row: Mapping[str, object]) -> object:
     if (size := sum(map(len, values))) > _MOST_CHARACTERS:
         message = f"made of its columns it has {size:,} characters; at most {_MOST_CHARACTERS:,} are composed"
         return BadRow(message, RejectCode.TOO_LARGE)
-    return made.fill(values) if any(row.get(column) is not None for column in made.columns) else None
+    return made.fill(values) if any(row.get(column) is not None for column in made.fields) else None
 
 
 class _OverlongNumberError(Exception):

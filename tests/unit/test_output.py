@@ -6,8 +6,10 @@ from uuid import UUID
 import pytest
 from rich.console import Console
 
+from pipeline.api.openapi_examples import EXAMPLES
+from pipeline.cli.jobs import _print_status
 from pipeline.cli.output import ledger
-from pipeline.core.job_status import EmbeddedOn, Receipt
+from pipeline.core.job_status import EmbeddedOn, JobStatus, Receipt, TruncatedItem
 
 
 def receipt(items: dict[str, int], tokens: dict[str, int], truncated: int) -> Receipt:
@@ -41,6 +43,16 @@ def test_a_receipt_says_what_embedded_the_items() -> None:
     assert isinstance(out.file, StringIO)
     lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
     assert lines[3:5] == ["embedded 9 90", "on NVIDIA H200, bfloat16 9 90"]
+
+
+def test_a_key_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Console(file=StringIO(), width=300)
+    monkeypatch.setattr("pipeline.cli.output.stdout", out)
+    made = JobStatus.model_validate(EXAMPLES["JobStatus"])
+    worst = [TruncatedItem(index=0, key="[/b]", lost_tokens=7)]
+    _print_status(made.model_copy(update={"lost_tokens": 7, "most_truncated": worst}))
+    assert isinstance(out.file, StringIO)
+    assert "most of [/b] (7)" in out.file.getvalue()
 
 
 def test_a_receipt_says_how_many_texts_were_cut_and_what_to_do() -> None:

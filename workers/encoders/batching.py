@@ -40,6 +40,8 @@ class Tokenised:
         return Tokenised(ids, self.lengths[mask], self.truncated[mask], lost)
 
 
+#: Passages that are tokenised at once: while it works, a tokeniser takes a hundred bytes for each token.
+TOKENISED_AT_ONCE = 4_096
 #: Least tokens of a passage beside its prompt, its title and special tokens.
 LEAST_TOKENS = 8
 #: Passage of a text: `text[start:stop]`.

@@ -8,7 +8,14 @@ from semantic_text_splitter import TextSplitter
 from tokenizers import Tokenizer
 
 from pipeline.core.options import SplitBy
-from workers.encoders.batching import LEAST_TOKENS, MOST_CHARACTERS_PER_TOKEN, Span, SplitRule, entitled
+from workers.encoders.batching import (
+    LEAST_TOKENS,
+    MOST_CHARACTERS_PER_TOKEN,
+    TOKENISED_AT_ONCE,
+    Span,
+    SplitRule,
+    entitled,
+)
 
 #: Characters that are split at once for each token of a passage: a dozen passages, more or less. In text without spaces
 #: and sentences the library's time grows with the square of what it gets.
@@ -16,8 +23,6 @@ _WINDOW_CHARACTERS_PER_TOKEN = 64
 #: Room is rounded down to a multiple of this where titles make it differ: each size takes a copy of the tokeniser.
 _STEP = 8
 _COPIES = 4
-#: Texts whose tokens are counted at once: while it works, a tokeniser takes a hundred bytes for each token.
-_COUNTED_AT_ONCE = 4_096
 #: New lines that are mere white space where sentences alone decide.
 _AS_SPACES = str.maketrans("\n\r", "  ")
 
@@ -65,7 +70,7 @@ class Splitter:
     def _counts(self, texts: Sequence[str]) -> list[int]:
         encode = self._tokenizer.encode_batch_fast
         left, counts = iter(texts), list[int]()
-        while some := list(islice(left, _COUNTED_AT_ONCE)):
+        while some := list(islice(left, TOKENISED_AT_ONCE)):
             counts += map(len, encode(some, add_special_tokens=self._specials))
         return counts
 

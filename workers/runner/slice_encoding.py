@@ -16,12 +16,11 @@ from pipeline.core.openai import shortened
 from pipeline.core.options import OnLong
 from pipeline.db.embeddings import EmbeddedRows, Passages, passage_named
 from workers import instrumentation
-from workers.encoders.batching import LEAST_TOKENS, Batch, Encoder, Tokenised, entitled, split_rule
+from workers.encoders.batching import LEAST_TOKENS, TOKENISED_AT_ONCE, Batch, Encoder, Tokenised, entitled, split_rule
 from workers.watchdog import Watch
 
 #: State of an item of which no more texts count.
 _GONE = -(2**31)
-_PASSAGES_AT_ONCE = 4_096
 
 
 class SliceEncoding:
@@ -193,12 +192,12 @@ def _whole(items: Sequence[Item]) -> _Texts:
 
 
 def _tokenised(encoder: Encoder, texts: _Texts, max_tokens: int | None, watch: Watch) -> Tokenised:
-    """Tokenise texts, some at a time: while it works, a tokeniser takes a hundred bytes for each token."""
+    """Tokenise texts; passages some at a time."""
     if texts.passages is None:
         return encoder.tokenise([item.text for item in texts.items], max_tokens)
     owned = zip(texts.owner.tolist(), texts.passages.start.tolist(), texts.passages.stop.tolist(), strict=True)
     parts = []
-    while some := list(islice(owned, _PASSAGES_AT_ONCE)):
+    while some := list(islice(owned, TOKENISED_AT_ONCE)):
         passages = ((texts.items[owner], start, stop) for owner, start, stop in some)
         read = [entitled(item.title, item.text[start:stop]) for item, start, stop in passages]
         parts.append(encoder.tokenise(read, max_tokens))
