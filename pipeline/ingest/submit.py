@@ -180,9 +180,7 @@ def _check_passage_tokens(options: JobOptions, model: Model) -> None:
         )
     tokens = options.split or most
     if tokens and options.overlap > tokens // 2:
-        raise UserError(
-            f"give at most half of a passage, {tokens // 2:,} tokens.", field="overlap", given=f"{options.overlap:,}"
-        )
+        raise UserError(f"give at most half of a passage, {tokens // 2:,} tokens.", field="overlap")
 
 
 def _table(connection: Connection, submission: Submission) -> UserTable | None:
