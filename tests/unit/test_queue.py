@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from workers.encoders.batching import Tokenised
@@ -61,12 +61,14 @@ def test_every_text_goes_once_with_its_own_encoder_within_a_turn(asked: list[tup
     assert sorted(taken) == sorted(texts)
 
 
-@given(crowd=st.lists(st.lists(st.integers(5, 100), min_size=40, max_size=60), max_size=15), turns=st.integers(0, 9))
+@given(crowd=st.lists(st.lists(st.integers(5, 100), min_size=1, max_size=9), max_size=15), turns=st.integers(0, 9))
+@example(crowd=[[50]] * 15, turns=1)
+@example(crowd=[[5]] * 4 + [[96]], turns=4)
 def test_a_text_alone_is_in_one_of_the_next_two_turns(crowd: list[list[int]], turns: int) -> None:
     """The text may be no longer than its caller's other texts, of which any number may wait."""
     queues, encoder = DeviceQueue(), _Encoder()
     for lengths in crowd:
-        waiting(queues, encoder, *lengths)
+        waiting(queues, encoder, *lengths * 20)
     for _ in range(turns):
         queues.take()
     assert turns_until(queues, waiting(queues, encoder, 5)) <= 1

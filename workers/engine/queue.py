@@ -110,7 +110,7 @@ class _EncoderQueue:
 
     encoder: "LocalEncoder"
     waiting: list[_Waiting] = field(default_factory=list)
-    #: Virtual time; no waiting text is due before it.
+    #: Virtual time: of the waiting request that had least, for its share.
     clock: float = 0.0
     places: Iterator[int] = field(default_factory=itertools.count)
     #: True: the next turn begins with the text due first. False: with the request that has waited longest.
@@ -127,7 +127,7 @@ class _EncoderQueue:
         """Return the texts of a turn. Each request adds texts that are about as long as the first one."""
         requests = Counter(each.request.work.caller for each in self.waiting)
         line = [(each.due(requests[each.request.work.caller]), each.place, each) for each in self.waiting]
-        self.clock = min(line)[0]
+        self.clock = min(each.clock for each in self.waiting)
         if not self.by_due:
             first = min(self.waiting, key=lambda each: each.place)
             line = [(-inf if each is first else due, place, each) for due, place, each in line]
@@ -144,25 +144,27 @@ class _EncoderQueue:
         while line:
             _, _, each = heappop(line)
             of_caller, given = requests[each.request.work.caller], 0
-            while each.texts and given < share:
+            while each.texts:
                 tokens = max(1, each.would_take(min(longest, room)))
                 if turn and (tokens > room or len(turn) == _MOST_ITEMS):
+                    break
+                if given and given + tokens > share:
+                    heappush(line, (each.due(of_caller), next(self.places), each))
                     break
                 turn.append(each.take(min(longest, room), of_caller))
                 given, room = given + tokens, room - tokens
             if given:
                 each.place = next(self.places)
-            if each.texts and given >= share:
-                heappush(line, (each.due(of_caller), each.place, each))
         return turn
 
 
 class DeviceQueue:
-    """Queues of a device, one per encoder: they take turns, and within each there is fair queueing (Golestani 1994).
+    """Queues of a device, one per encoder: they take turns, each with fair queueing (Goyal, Vin and Cheng 1996).
 
-    The clock is the queue's own (self-clocked). A text is due when it would be done if all callers had equal shares of
-    the device, and all requests of a caller equal shares of that. So a short text that arrives is due before longer
-    ones. Every other turn begins with the request that has waited longest, so that none is starved by shorter texts.
+    A text is due when it would be done if all callers had equal shares of the device, and all requests of a caller
+    equal shares of that. A request that arrives is even with the one that had least for its share, so that its short
+    text is due before longer ones. Every other turn begins with the request that has waited longest, so that none is
+    starved by shorter texts.
 
     A queue belongs to an encoder, not to a model's name: token ids mean nothing to an encoder that replaces it.
     """
