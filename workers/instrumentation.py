@@ -115,6 +115,7 @@ def ran(model: str, batch: Batch) -> None:
 def committed(model: str, part: Commit) -> None:
     """Count the items and rejects of a part that is committed to Postgres."""
     metrics.WORKER_ITEMS.labels(model, "embedded").inc(part.rows.items)
+    metrics.WORKER_ITEMS.labels(model, "reused").inc(part.copies.items)
     metrics.WORKER_ITEMS.labels(model, "rejected").inc(len(part.rejects))
     for code, times in Counter(reject.code for reject in part.rejects).items():
         metrics.WORKER_REJECTS.labels(code).inc(times)

@@ -27,7 +27,10 @@ _PATIENCE_SECONDS = 600
 class Commit:
     """Data of one commit of a chunk, complete before the transaction opens."""
 
+    #: Embedded by this claim.
     rows: embeddings.EmbeddedRows
+    #: Copies of vectors of items with the same text.
+    copies: embeddings.EmbeddedRows = embeddings.NO_ROWS
     rejects: Sequence[Reject] = ()
     #: Wall time of the forward passes.
     device_seconds: float = 0.0
@@ -40,18 +43,7 @@ class Commit:
     @property
     def settled(self) -> int:
         """Number of items that get their vectors or reject in this part."""
-        return self.rows.items + len(self.rejects)
-
-    @property
-    def most_truncated(self) -> list[TruncatedItem]:
-        """Items that lost the most tokens to truncation."""
-        lost = self.rows.lost_tokens
-        most = np.argsort(-lost, kind="stable")[:MOST_TRUNCATED]
-        return [
-            TruncatedItem(index=int(self.rows.indexes[at]), key=self.rows.keys[at], lost_tokens=int(lost[at]))
-            for at in most.tolist()
-            if lost[at]
-        ]
+        return self.rows.items + self.copies.items + len(self.rejects)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +86,16 @@ def split_bad_vectors(
     return rows.select(~np.isin(rows.indexes, list(rejects))), [rejects[index] for index in sorted(rejects)]
 
 
+def _most_truncated(rows: embeddings.EmbeddedRows) -> list[TruncatedItem]:
+    """Return the items that lost the most tokens to truncation."""
+    most = np.argsort(-rows.lost_tokens, kind="stable")[:MOST_TRUNCATED]
+    return [
+        TruncatedItem(index=int(rows.indexes[at]), key=rows.keys[at], lost_tokens=int(rows.lost_tokens[at]))
+        for at in most.tolist()
+        if rows.lost_tokens[at]
+    ]
+
+
 def write_chunk(engine: Engine, claim: Claim, number: int, part: Commit, ending: Ending) -> None:
     """Commit part `number` of a claim: fenced update, vectors, rejects and usage, in one transaction.
 
@@ -109,11 +111,12 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Commit, ending:
         StorageRefused, StorageUnreachable: the Parquet file can't be written; nothing was.
         sqlalchemy.exc.DBAPIError: the database refuses, or stayed away for ten minutes.
     """
-    _, bad = split_bad_vectors(part.rows, claim.dimensions, claim.options.dtype)
+    rows = part.rows.joined(part.copies)
+    _, bad = split_bad_vectors(rows, claim.dimensions, claim.options.dtype)
     if bad:
         raise ValueError(f"{len(bad)} vectors are zero or not finite")
     sink = sink_of(claim.options)
-    staged = sink.stage(claim, number, part.rows)
+    staged = sink.stage(claim, number, rows)
     for attempt in while_database_is_away("commit_retried"):
         with attempt, engine.connect() as connection:
             _show_backend(connection, claim)
@@ -124,7 +127,7 @@ def write_chunk(engine: Engine, claim: Claim, number: int, part: Commit, ending:
                     # A server that crashes may lose this commit; the chunk is then still running, and is done again
                     # (docs/explanation/decisions/0003). Commits that a claim builds on must be on disk.
                     flush_later(connection)
-                if not _commit(connection, claim, number, part, ending, sink, staged, again=again):
+                if not _commit(connection, claim, number, part, rows, ending, sink, staged, again=again):
                     transaction.rollback()
 
 
@@ -154,6 +157,7 @@ def _commit(
     claim: Claim,
     number: int,
     part: Commit,
+    rows: embeddings.EmbeddedRows,
     ending: Ending,
     sink: Sink,
     staged: outputs.Staged | None,
@@ -161,19 +165,21 @@ def _commit(
     again: bool,
 ) -> bool:
     """Write everything within the caller's transaction. Return False if an earlier try of this part had succeeded."""
-    tokens = int(part.rows.tokens.sum())
+    tokens, reused_tokens = int(part.rows.tokens.sum()), int(part.copies.tokens.sum())
     ours = chunks.record(
         connection,
         claim,
         chunks.Progress(
             state=ending.state,
             embedded=part.rows.items,
+            reused=part.copies.items,
             rejected=len(part.rejects),
-            truncated=int(part.rows.truncated.sum()),
+            truncated=int(rows.truncated.sum()),
             prompt_tokens=tokens,
-            passages=0 if part.rows.passages is None else len(part.rows.indexes),
-            lost_tokens=int(part.rows.lost_tokens.sum()),
-            most_truncated=part.most_truncated,
+            reused_tokens=reused_tokens,
+            passages=0 if rows.passages is None else len(rows.indexes),
+            lost_tokens=int(rows.lost_tokens.sum()),
+            most_truncated=_most_truncated(rows),
             isolation=ending.isolation,
             not_before_seconds=ending.not_before_seconds,
             output_uri=staged.uri if staged else None,
@@ -186,8 +192,8 @@ def _commit(
         return False
     if not ours:
         raise LeaseLost
-    if len(part.rows.indexes):
-        sink.write(connection, claim, part.rows, staged)
+    if len(rows.indexes):
+        sink.write(connection, claim, rows, staged)
     items.copy_rejects(connection, claim.job_id, part.rejects)
     usage.add_chunk_part(
         connection,
@@ -195,7 +201,9 @@ def _commit(
         number,
         items=part.rows.items,
         prompt_tokens=tokens,
-        truncated=int(part.rows.truncated.sum()),
+        reused_items=part.copies.items,
+        reused_tokens=reused_tokens,
+        truncated=int(rows.truncated.sum()),
         device_seconds=part.device_seconds,
         device=part.device,
         precision=part.precision,

@@ -118,6 +118,9 @@ def submit(
         str | None, typer.Option(metavar="TABLE", help="Also upsert each vector by key into this table of yours.")
     ] = None,
     hnsw: Annotated[bool, typer.Option("--hnsw", help="Index that table's vectors at the end.")] = False,
+    no_reuse: Annotated[
+        bool, typer.Option("--no-reuse", help="Embed every text, also one whose vector the workspace has already.")
+    ] = False,
     webhook: Annotated[
         str | None,
         typer.Option(metavar="URL", help="URL to notify when the job ends; the operator must allow it."),
@@ -190,6 +193,7 @@ def submit(
             "unique_keys": unique_keys,
             "by_reference": bool(by_reference),
             "output": output and _absolute(output),
+            "reuse": not no_reuse,
             "webhook": webhook,
             "into": into,
             "hnsw": hnsw,

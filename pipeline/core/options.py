@@ -239,6 +239,11 @@ class JobOptions(BaseModel):
         title="vectors go to",
         description="An empty folder or URI for Parquet files; the operator must allow it.",
     )
+    reuse: bool = Field(
+        default=True,
+        title="vectors of equal texts",
+        description="Copy the vector of a text that the workspace has embedded already, instead of embedding it again.",
+    )
     webhook: Address | None = Field(
         default=None, description="URL to notify when the job ends; the operator must allow it."
     )
@@ -362,6 +367,8 @@ class KeptOptions:
     by_reference: bool = False
     #: Folder or URI of the Parquet files that vectors go to, instead of Postgres.
     output: str | None = None
+    #: Vectors of equal texts are copied. Rows older than this option don't have it.
+    reuse: bool = False
     #: URL to notify of the job's end, instead of the workspace's.
     webhook: str | None = None
     table: UserTable | None = None

@@ -202,6 +202,9 @@ class Progress:
     #: `PENDING`: given back, or cancelled if its job is being cancelled.
     state: ChunkState
     embedded: int = 0
+    #: Items that got a copy of another item's vector, and the tokens of their texts.
+    reused: int = 0
+    reused_tokens: int = 0
     rejected: int = 0
     truncated: int = 0
     prompt_tokens: int = 0
@@ -228,7 +231,8 @@ _RECORD = """
     )
     update vectormill.chunks set
       state = after, parts = parts + 1,
-      embedded = embedded + :embedded, rejected = rejected + :rejected,
+      embedded = embedded + :embedded, reused = reused + :reused, rejected = rejected + :rejected,
+      reused_tokens = reused_tokens + :reused_tokens,
       truncated = truncated + :truncated, prompt_tokens = prompt_tokens + :tokens,
       passages = passages + :passages, lost_tokens = lost_tokens + :lost,
       most_truncated = case when cast(:most_truncated as jsonb) = '[]' then most_truncated else (
@@ -236,8 +240,8 @@ _RECORD = """
           select one from jsonb_array_elements(most_truncated || cast(:most_truncated as jsonb)) one
           order by (one->>'lost_tokens')::bigint desc, (one->>'index')::bigint limit :shown) most) end,
       cancelled = case when after = 'cancelled'
-                  then items - embedded - :embedded - reused - rejected - :rejected else cancelled end,
-      crashes = case when :embedded + :rejected > 0 then 0 else crashes end,
+                  then items - embedded - :embedded - reused - :reused - rejected - :rejected else cancelled end,
+      crashes = case when :embedded + :reused + :rejected > 0 then 0 else crashes end,
       isolation = coalesce(:isolation, isolation),
       lease_until = case when after = 'running'
                     then clock_timestamp() + make_interval(secs => :lease) end,
@@ -273,6 +277,8 @@ def record(connection: Connection, claim: Claim, progress: Progress, *, number: 
                 "token": claim.token,
                 "state": progress.state.value,
                 "embedded": progress.embedded,
+                "reused": progress.reused,
+                "reused_tokens": progress.reused_tokens,
                 "rejected": progress.rejected,
                 "truncated": progress.truncated,
                 "tokens": progress.prompt_tokens,

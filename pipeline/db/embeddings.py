@@ -1,6 +1,6 @@
 """Embeddings: vectors written by binary COPY, read by index, searched, and verified against items and chunks."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -12,6 +12,7 @@ from psycopg.types.json import set_json_loads
 from sqlalchemy import Connection, text
 
 from pipeline.core import exact_json
+from pipeline.core.chunks import Item
 from pipeline.core.options import PASSAGE_COLUMNS, VectorType
 from pipeline.core.vectors import restored, stored
 from pipeline.db import copy_format
@@ -85,6 +86,50 @@ class EmbeddedRows:
             carried=[row for row, keep in zip(self.carried, mask, strict=True) if keep] if self.carried else (),
             passages=self.passages and Passages(*(column[mask] for column in self.passages)),
             lost_tokens=self.lost_tokens[mask] if len(self.lost_tokens) else self.lost_tokens,
+        )
+
+    def copied(self, to: Mapping[int, Sequence[Item]], *, carried: bool) -> "EmbeddedRows":
+        """Return copies of rows for other items, by the index of the row. `carried`: with the items' own columns."""
+        found = [
+            (at, item)
+            for at in np.flatnonzero(np.isin(self.indexes, list(to))).tolist()
+            for item in to[int(self.indexes[at])]
+        ]
+        found.sort(key=lambda copy: (copy[1].index, copy[0]))  # an item's passages in order
+        at = np.array([row for row, _ in found], dtype=np.int64)
+        return EmbeddedRows(
+            indexes=np.array([item.index for _, item in found], dtype=np.int64),
+            keys=[item.key for _, item in found],
+            vectors=self.vectors[at],
+            tokens=self.tokens[at],
+            truncated=self.truncated[at],
+            carried=[item.carried for _, item in found] if carried else (),
+            passages=self.passages and Passages(*(column[at] for column in self.passages)),
+            lost_tokens=self.lost_tokens[at] if len(self.lost_tokens) else self.lost_tokens,
+        )
+
+    def joined(self, more: "EmbeddedRows") -> "EmbeddedRows":
+        """Return these rows and `more` of the same job, in the order of items and passages."""
+        if not len(more.indexes) or not len(self.indexes):
+            return more if len(more.indexes) else self
+        indexes = np.concatenate([self.indexes, more.indexes])
+        order = np.argsort(indexes, kind="stable")
+        keys, carried = [*self.keys, *more.keys], [*self.carried, *more.carried]
+        lost = [
+            each.lost_tokens if len(each.lost_tokens) else np.zeros(len(each.indexes), np.int64)
+            for each in (self, more)
+        ]
+        return EmbeddedRows(
+            indexes=indexes[order],
+            keys=[keys[at] for at in order.tolist()],
+            vectors=np.concatenate([self.vectors, more.vectors])[order],
+            tokens=np.concatenate([self.tokens, more.tokens])[order],
+            truncated=np.concatenate([self.truncated, more.truncated])[order],
+            carried=[carried[at] for at in order.tolist()] if carried else (),
+            passages=self.passages
+            and more.passages
+            and Passages(*(np.concatenate(both)[order] for both in zip(self.passages, more.passages, strict=True))),
+            lost_tokens=np.concatenate(lost)[order],
         )
 
 
@@ -233,6 +278,36 @@ def _as_read(rows: Iterable[tuple[Any, ...]]) -> list[Vector]:
         Vector(index, key, _decode(wire, VectorType(kept_as)), tokens, truncated, carried, *passage)
         for index, key, wire, kept_as, tokens, truncated, carried, *passage in rows
     ]
+
+
+_OF_ITEMS_OF = """
+    select given.ordinal - 1, coalesce(vector_send(e.vector), halfvec_send(e.half)),
+           case when e.half is null then 'float32' else 'float16' end, e.tokens, e.truncated, e.passage, e.start, e.stop
+    from unnest(%s::uuid[], %s::bigint[]) with ordinality given(job_id, index, ordinal)
+    -- "offset 0" keeps it a look-up for each item.
+    cross join lateral (select * from {rows} r where r.job_id = given.job_id and r.index = given.index offset 0) e
+    order by given.ordinal, e.passage
+"""
+_OF_ITEMS = {False: _OF_ITEMS_OF.format(rows=_WHOLE), True: _OF_ITEMS_OF.format(rows=_SPLIT)}
+
+
+def of_items(connection: Connection, places: Sequence[tuple[UUID, int]], *, passages: bool) -> EmbeddedRows:
+    """Return the vectors of items of any jobs, each given by job and index, as rows whose indexes are positions in
+    `places`. Items without a vector have no row."""
+    with psycopg_connection(connection).cursor(binary=True) as cursor:
+        cursor.execute(_OF_ITEMS[passages].encode(), ([job for job, _ in places], [index for _, index in places]))
+        rows = cursor.fetchall()
+    if not rows:
+        return NO_ROWS
+    at, wires, kinds, tokens, truncated, *numbers = zip(*rows, strict=True)
+    return EmbeddedRows(
+        indexes=np.array(at, np.int64),
+        keys=[None] * len(rows),
+        vectors=np.stack([_decode(wire, VectorType(kind)) for wire, kind in zip(wires, kinds, strict=True)]),
+        tokens=np.array(tokens, np.int32),
+        truncated=np.array(truncated, np.bool_),
+        passages=Passages(*(np.array(column, np.int32) for column in numbers)) if passages else None,
+    )
 
 
 class Found(NamedTuple):

@@ -412,6 +412,21 @@ rejects = Table(
     postgresql_partition_by=_BY_JOB,
 )
 
+#: Item that each text of a workspace and vector space was first given to; others copy its vector.
+known_texts = Table(
+    "known_texts",
+    metadata,
+    Column("workspace_id", BigInteger, nullable=False),
+    Column("vector_space_id", BigInteger, nullable=False),
+    # See core/text_identity.py.
+    Column("hash", LargeBinary, nullable=False),
+    Column("job_id", Uuid, nullable=False),
+    Column("index", BigInteger, nullable=False),
+    PrimaryKeyConstraint("workspace_id", "vector_space_id", "hash"),
+    # Only a purge reads it; ids of jobs grow, so a summary of places is enough.
+    Index("known_texts_job_idx", "job_id", postgresql_using="brin"),
+)
+
 usage = Table(
     "usage",
     metadata,
@@ -428,6 +443,7 @@ usage = Table(
     _count("items"),
     _count("prompt_tokens"),
     _count("total_tokens"),
+    _count("reused_items"),
     _count("reused_tokens"),
     _count("truncated"),
     Column("device_seconds", Double, nullable=False, server_default="0"),

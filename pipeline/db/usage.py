@@ -19,6 +19,8 @@ def add_chunk_part(
     *,
     items: int,
     prompt_tokens: int,
+    reused_items: int,
+    reused_tokens: int,
     truncated: int,
     device_seconds: float,
     device: str | None,
@@ -30,10 +32,11 @@ def add_chunk_part(
     connection.execute(
         text("""
             insert into vectormill.usage
-              (workspace_id, job_id, chunk_id, fence, token, part, model, items, prompt_tokens, total_tokens, truncated,
-               device_seconds, device, precision, roofline_seconds, cost, labels)
+              (workspace_id, job_id, chunk_id, fence, token, part, model, items, prompt_tokens, total_tokens,
+               reused_items, reused_tokens, truncated, device_seconds, device, precision, roofline_seconds, cost,
+               labels)
             select j.workspace_id, j.id, :chunk, :fence, :token, :part, j.model_name, :items, :tokens, :tokens,
-                   :truncated, :seconds, :device, :precision, nullif(:roofline, 0),
+                   :reused_items, :reused_tokens, :truncated, :seconds, :device, :precision, nullif(:roofline, 0),
                    m.price_per_million * :tokens / 1000000, j.labels
             from vectormill.jobs j left join vectormill.models m on m.name = j.model_name where j.id = :job
         """),
@@ -45,6 +48,8 @@ def add_chunk_part(
             "part": part,
             "items": items,
             "tokens": prompt_tokens,
+            "reused_items": reused_items,
+            "reused_tokens": reused_tokens,
             "truncated": truncated,
             "seconds": device_seconds,
             "device": device,
@@ -92,7 +97,7 @@ def recent_rates(connection: Connection, job_id: UUID, window_seconds: float) ->
     if that is later, and their share of the roofline. For a job that has ended, the window ends with it."""
     row = connection.execute(
         text("""
-            select coalesce(sum(u.items), 0) as items, coalesce(sum(u.prompt_tokens), 0) as tokens,
+            select coalesce(sum(u.items + u.reused_items), 0) as items, coalesce(sum(u.prompt_tokens), 0) as tokens,
                    sum(u.roofline_seconds)
                      / nullif(sum(u.device_seconds) filter (where u.roofline_seconds is not null), 0) as roofline,
                    extract(epoch from coalesce(j.finished_at, now())

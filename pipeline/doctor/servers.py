@@ -39,7 +39,7 @@ _REFUSALS = (
     ("permission denied for database", "grant connect on it to the role."),
 )
 #: Connections of a worker's child, of its parent, and of two dispatchers, two apis, an engine and background tasks.
-_A_SLOT, _A_WORKER, _THE_REST = 3, 1, 45 + CONNECTIONS
+_A_SLOT, _A_WORKER, _THE_REST = 4, 1, 45 + CONNECTIONS
 
 
 def postgres(context: Context) -> Iterator[Finding]:

@@ -93,7 +93,7 @@ def _born(series: Series, noted: Metric) -> Series:
 
 #: Outcomes of a claim, and of an item that a worker commits.
 CLAIM_OUTCOMES = ("done", "missed", "held", "busy", "refused", "lost", "unusable", "given_back", "away", "crashed")
-ITEM_OUTCOMES = ("embedded", "rejected")
+ITEM_OUTCOMES = ("embedded", "reused", "rejected")
 
 #: A worker: its parent and its children together.
 WORKER = Process("worker")

@@ -145,10 +145,12 @@ def estimate(
     mean = float(counts.mean()) if len(counts) else 0.0
     margin = _DEVIATIONS * float(counts.std(ddof=1)) / sqrt(len(counts)) if 1 < len(counts) < good else 0.0
     vectors = round(good * measured.tokens.rows)
+    # Equal texts are embedded once.
+    embedded = sample.different / sample.compared if options.reuse and sample.compared else 1.0
     load = Load(
         items=items,
         vectors=vectors,
-        tokens=mean * good,
+        tokens=mean * good * embedded,
         reading_seconds=sample.seconds * items / max(1, sample.items),
         slots=max(1, fleet.slots),
         devices=max(1, fleet.devices),
@@ -180,6 +182,7 @@ def estimate(
         },
         "pieces": _pieces(pieces),
         "by_reference": by_reference,
+        "reuse": options.reuse,
         "notices": [*corpus.notices.lines(), *_not_predicted(options, measured.rates)],
     }
 

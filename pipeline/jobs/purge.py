@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Engine
 
 from pipeline.core.errors import IllegalTransition
-from pipeline.db import chunks, items, jobs, partitions, sql_requests
+from pipeline.db import chunks, items, jobs, known_texts, partitions, sql_requests
 from pipeline.db.tables import PARTITIONED
 from pipeline.jobs.status import known_job
 
@@ -77,6 +77,10 @@ def purge_job(engine: Engine, job_id: UUID) -> dict[str, int]:
 def _forget_job(engine: Engine, job_id: UUID) -> int:
     """Delete a job, except its rows in partitions. Return the number of its chunks."""
     chunks_gone, gone = 0, _ROWS
+    while gone == _ROWS:
+        with engine.begin() as connection:
+            gone = known_texts.forget(connection, job_id, _ROWS)
+    gone = _ROWS
     while gone == _ROWS:
         with engine.begin() as connection:
             gone = chunks.delete_some(connection, job_id, _ROWS)

@@ -119,8 +119,9 @@ class Fleet:
             return connection.execute(text(query), values).scalar()
 
     def submit(self, *arguments: str) -> UUID:
-        """Run `vectormill submit` to its end; return the job's id."""
-        return UUID(self.cli("submit", *arguments).stdout.strip())
+        """Run `vectormill submit --no-reuse` to its end; return the job's id. Another job may have the same texts, and
+        this one is to have work."""
+        return UUID(self.cli("submit", "--no-reuse", *arguments).stdout.strip())
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command of vectormill in this process."""

@@ -92,11 +92,11 @@ def _counts(connection: Connection, job: UUID) -> Iterator[str]:
     if not receipt.verified:
         yield f"the receipt doesn't verify: {receipt}"
     usage = text("""
-        select coalesce(sum(items), 0)::bigint, coalesce(sum(prompt_tokens), 0)::bigint
+        select coalesce(sum(items + reused_items), 0)::bigint, coalesce(sum(prompt_tokens + reused_tokens), 0)::bigint
         from vectormill.usage where job_id = :job
     """)
     metered = connection.execute(usage, {"job": job}).one()
-    told = (receipt.items.embedded, receipt.tokens.prompt)
+    told = (receipt.items.embedded + receipt.items.reused, receipt.tokens.prompt + receipt.tokens.reused)
     written = _written(connection, job)
     if written and not written == tuple(metered) == told:
         yield f"items and tokens: {written} written, {metered} metered, {told} on the receipt"

@@ -14,6 +14,7 @@ from tests.benchmarks import (
     gateway,
     job,
     memory,
+    repeats,
     scale,
     splitting,
     static_job,
@@ -29,7 +30,10 @@ _BENCHMARKS = {
     for benchmark in (
         job.BENCHMARK,
         *engine.BENCHMARKS,
-        *(module.BENCHMARK for module in (splitting, static_job, write_back, submit_rate, submit_memory, fairness)),
+        *(
+            module.BENCHMARK
+            for module in (splitting, repeats, static_job, write_back, submit_rate, submit_memory, fairness)
+        ),
         *gateway.BENCHMARKS,
         *children.BENCHMARKS,
         *scale.BENCHMARKS,

@@ -78,13 +78,15 @@ class Bench:
 
     def predict(self, corpus: Path, model: str) -> dict[str, Any]:
         """Return a dry run's prediction."""
-        found: dict[str, Any] = json.loads(self.command("submit", str(corpus), "--model", model, "--dry-run", "--json"))
+        found: dict[str, Any] = json.loads(
+            self.command("submit", str(corpus), "--model", model, "--no-reuse", "--dry-run", "--json")
+        )
         return found
 
     def do(self, corpus: Path, model: str) -> dict[str, float]:
         """Do the job. Return its seconds from submission to end, and the bytes that it took."""
         before = self._sizes()
-        job = self.command("submit", str(corpus), "--model", model).strip()
+        job = self.command("submit", str(corpus), "--model", model, "--no-reuse").strip()
         deadline = time.monotonic() + _JOB_SECONDS
         while time.monotonic() < deadline:
             with self.place.engine.begin() as connection:

@@ -1,6 +1,7 @@
 """Whole job, from queued to completed, against the bare encoder on the same texts."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,11 +11,12 @@ from sqlalchemy import text
 
 from pipeline.cli.context import CommandContext
 from pipeline.core.jobs import JobState
+from pipeline.core.options import JobOptions
 from pipeline.db import jobs
 from tests.benchmarks.bare import bare_engine, turn
 from tests.benchmarks.corpus import distinct_docstrings, write_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
-from tests.benchmarks.machine import connected, submit_file, whole_machine
+from tests.benchmarks.machine import NO_REUSE, connected, submit_file, whole_machine
 
 _DOCSTRINGS = 3_300
 _WARM_UP_DOCSTRINGS = 160
@@ -46,17 +48,19 @@ def measure(rounds: Rounds) -> Values:
     ):
         rows = [(f"doc-{n}", body) for n, body in enumerate(texts)]
         corpus = write_rows(Path(folder, "corpus.jsonl"), rows)
-        _warm_up(place, write_rows(Path(folder, "warm-up.jsonl"), rows[:_WARM_UP_DOCSTRINGS]))
+        warm_up(place, folder, texts)
         return rounds.interleave(
             {
-                "job": lambda _: _DOCSTRINGS / _job_seconds(place, corpus),
+                "job": lambda _: _DOCSTRINGS / job_seconds(place, corpus, _DOCSTRINGS),
                 "bare encoder": lambda _: _DOCSTRINGS / turn(engine),
             }
         )
 
 
-def _warm_up(place: CommandContext, corpus: Path) -> None:
+def warm_up(place: CommandContext, folder: str, texts: Sequence[str]) -> None:
     """Run small jobs until two chunks have run at once, which shows that both replicas have loaded the model."""
+    rows = [(f"doc-{n}", body) for n, body in enumerate(texts[:_WARM_UP_DOCSTRINGS])]
+    corpus = write_rows(Path(folder, "warm-up.jsonl"), rows)
     for _ in range(_WARM_UPS):
         job = submit_file(place, corpus, lambda usual: replace(usual, chunk_items=_WARM_UP_CHUNK_ITEMS))
         wait_until_completed(place, job)
@@ -66,13 +70,13 @@ def _warm_up(place: CommandContext, corpus: Path) -> None:
     raise RuntimeError("the worker's replicas never ran at once")
 
 
-def _job_seconds(place: CommandContext, corpus: Path) -> float:
-    """Return a job's seconds from queued to completed, by the database's clock."""
-    job = submit_file(place, corpus)
+def job_seconds(place: CommandContext, corpus: Path, items: int, options: JobOptions = NO_REUSE) -> float:
+    """Return the seconds from queued to completed of a job of so many items, by the database's clock."""
+    job = submit_file(place, corpus, options=options)
     wait_until_completed(place, job)
     with place.engine.begin() as connection:
         seconds, embedded = connection.execute(text(_ACCOUNT), {"job": job}).one()
-    assert embedded == _DOCSTRINGS
+    assert embedded == items
     return float(seconds)
 
 

@@ -27,6 +27,9 @@ from pipeline.ingest.submit import submit
 from pipeline.sources import Corpus
 from tests.support.machines import remove_what_root_keeps
 
+#: Options of jobs that are measured again and again on the same texts.
+NO_REUSE = JobOptions(reuse=False)
+
 
 def model_folder() -> Path:
     """Return the folder in which all-MiniLM-L6-v2 is installed."""
@@ -103,7 +106,7 @@ def submit_file(
     path: Path,
     cut: Callable[[Planning], Planning] = lambda usual: usual,
     model: str = BUNDLED_MODEL,
-    options: JobOptions = JobOptions(),
+    options: JobOptions = NO_REUSE,
 ) -> UUID:
     """Submit a file of JSON lines with usual settings; `cut` may change the planning. Return the job's id."""
     return submit(
@@ -122,7 +125,9 @@ def submit_file(
 def forget_jobs(where: CommandContext) -> None:
     """Empty every table that a job fills, and write all pending pages to disk."""
     with where.engine.begin() as connection:
-        connection.execute(text("truncate vectormill.items, vectormill.embeddings, vectormill.rejects"))
+        connection.execute(
+            text("truncate vectormill.items, vectormill.embeddings, vectormill.rejects, vectormill.known_texts")
+        )
         connection.execute(text("truncate vectormill.usage"))
         connection.execute(text("delete from vectormill.jobs"))
     with where.engine.begin() as connection:

@@ -92,7 +92,7 @@ def _command(running: Running, *arguments: str) -> Iterator["subprocess.Popen[st
 def _job(running: Running, rows: int, peaks: dict[str, float], *arguments: str) -> None:
     """Submit and await a job, and sample the memory of the processes meanwhile."""
     look = partial(_look, peaks)
-    with _command(running, "submit", *arguments, "--model", "static") as producer:
+    with _command(running, "submit", *arguments, "--model", "static", "--no-reuse") as producer:
         while producer.poll() is None:
             look("producer", lambda: [psutil.Process(producer.pid)])
             look("worker", lambda: _processes("worker"))

@@ -10,6 +10,7 @@ from sqlalchemy import text
 
 from pipeline.catalog.models import add_model
 from pipeline.cli.context import CommandContext
+from pipeline.core.options import JobOptions
 from tests.benchmarks.corpus import short_rows, write_rows
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.job import wait_until_completed
@@ -44,7 +45,7 @@ def measure(rounds: Rounds) -> Values:
 
 
 def _job(place: CommandContext, corpus: Path) -> UUID:
-    job = submit_file(place, corpus, model=_MODEL)
+    job = submit_file(place, corpus, model=_MODEL, options=JobOptions())
     wait_until_completed(place, job)
     return job
 

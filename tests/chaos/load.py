@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -11,6 +12,8 @@ from pathlib import Path
 from random import Random
 from uuid import UUID, uuid4
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,7 +21,7 @@ from pipeline.core.errors import IllegalTransition, VectormillError
 from pipeline.infra import storage
 from pipeline.jobs import control
 from pipeline.jobs.purge import purge_job
-from tests.acceptance.oracle import objections
+from tests.acceptance.oracle import objections, vectors
 from tests.acceptance.poison import Poison
 from tests.chaos.secrets import CANARY, leaks_of_job
 from tests.chaos.site import BUCKET, Site
@@ -49,9 +52,12 @@ class Way:
     output: str | None = None
     #: True if some of the texts harm the model.
     poisoned: bool = False
+    #: True if each text comes several times, and its vector is reused.
+    repeats: bool = False
 
     def __str__(self) -> str:
-        return f"{self.model} {self.corpus} → {self.output or 'postgres'}{', poisoned' if self.poisoned else ''}"
+        also = f"{', poisoned' if self.poisoned else ''}{', repeats' if self.repeats else ''}"
+        return f"{self.model} {self.corpus} → {self.output or 'postgres'}{also}"
 
 
 LANES = (
@@ -61,7 +67,7 @@ LANES = (
         Way("minilm", "jsonl", "disk"),
         Way("minilm", "parquet", "store"),
     ),
-    (Way("static", "parquet", "disk"), Way("static", "jsonl")),
+    (Way("static", "parquet", "disk"), Way("static", "jsonl", repeats=True), Way("static", "parquet", repeats=True)),
     # Lanes of their own, so that there is always something to strike on the way to the store, and to the upstream.
     (Way("static", "parquet", "store"),),
     (Way("far", "jsonl"),),
@@ -79,6 +85,11 @@ class _Corpus:
     file: Path
     #: Harmful texts, by index.
     poisons: dict[int, Poison] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[str]:
+        """Texts by index."""
+        return [json.loads(line)["text"] for line in self.file.read_text(encoding="utf-8").splitlines()]
 
 
 @dataclass
@@ -145,10 +156,24 @@ class Load:
         ]
         for at, poison in poisons.items():
             rows[at]["text"] = f"{poison}: {rows[at]['text']}"
+        return self._kept(name, rows, poisons)
+
+    def _kept(self, name: str, rows: list[dict[str, str]], poisons: dict[int, Poison]) -> _Corpus:
         file = self.site.folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         pq.write_table(pa.Table.from_pylist(rows), file.with_suffix(".parquet"), row_group_size=500)
         return _Corpus(file, poisons)
+
+    def _corpus(self, way: Way, name: str) -> _Corpus:
+        if way.poisoned:
+            return self._poisoned(name)
+        return self._repeating(name) if way.repeats else _Corpus(self.site.folder / "corpus.jsonl")
+
+    def _repeating(self, name: str) -> _Corpus:
+        """Write a corpus of texts that no other job has, each about twice."""
+        texts = [f"{CANARY} of {name}: {n} mills." for n in range(max(1, self.items // 2))]
+        rows = [{"id": f"doc-{n}", "text": self.random.choice(texts)} for n in range(self.items)]
+        return self._kept(name, rows, {})
 
     def _poisoned(self, name: str) -> _Corpus:
         """Write a corpus with all poisons close together, and a killer and milder ones anywhere."""
@@ -173,7 +198,7 @@ class Load:
     def _run(self, way: Way) -> None:
         self._bury()
         key, lost = uuid4().hex, 0
-        corpus = self._poisoned(key) if way.poisoned else _Corpus(self.site.folder / "corpus.jsonl")
+        corpus = self._corpus(way, key)
         while True:
             rewinds = self.site.rewinds
             folder = self._folder(way, f"{key}-{lost}") if way.output else None
@@ -233,7 +258,9 @@ class Load:
     def _objections(self, way: Way, job: UUID, corpus: _Corpus) -> list[str]:
         rows = self.site.rows("select index, code from vectormill.rejects where job_id = :job", job=job)
         with self.site.fleet.engine.begin() as connection:
-            found = objections(connection, job, corpus.file, self._calm[way.model])
+            found = objections(connection, job, corpus.file, None if way.repeats else self._calm[way.model])
+            if way.repeats:
+                found += self._of_repeats(job, corpus, vectors(connection, job))
         rejected = {row["index"]: row["code"] for row in rows}
         wanted = {at: poison.code for at, poison in corpus.poisons.items()}
         if rejected != wanted:
@@ -241,12 +268,29 @@ class Load:
             return [*found, f"{len(rejected)} rejects, {len(wanted)} poisons; different: {different}"]
         return found
 
+    def _of_repeats(self, job: UUID, corpus: _Corpus, made: Mapping[int, npt.NDArray[np.float32]]) -> Iterator[str]:
+        """Check that equal texts have equal vectors, and that each was embedded once; but a lost claim's texts are
+        embedded one by one."""
+        of_text: dict[str, list[npt.NDArray[np.float32]]] = {}
+        texts = corpus.texts
+        for index, vector in made.items():
+            of_text.setdefault(texts[index], []).append(vector)
+        if wrong := sum(not np.allclose(each, each[0], atol=1e-5) for each in of_text.values()):
+            yield f"{wrong} texts have several vectors"
+        sums = self.site.rows("select sum(embedded) as embedded from vectormill.chunks where job_id = :job", job=job)
+        embedded = sums[0]["embedded"]
+        losses = self.site.rows("select from vectormill.claim_losses where job_id = :job", job=job)
+        if embedded < len(of_text) or (embedded > len(of_text) and not losses and not self.site.rewinds):
+            yield f"{embedded} texts embedded of {len(of_text)} different ones"
+
     def _submit(self, way: Way, corpus: _Corpus, key: str, folder: str | None = None) -> UUID:
         source = corpus.file.with_suffix(f".{way.corpus}")
         arguments = [str(source), "--model", way.model, "--idempotency-key", key]
         arguments += ["--by-reference" if way.corpus == "parquet" else "--by-value"]
         if folder:
             arguments += ["--output", folder]
+        if not way.repeats:
+            arguments += ["--no-reuse"]
         deadline = time.monotonic() + self.stuck_seconds
         while True:
             done = self.site.fleet.cli_process("submit", *arguments)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
@@ -86,7 +87,8 @@ def test_the_truth_lies_in_the_interval(corpus: Path, model: Model, encoder: Loc
     assert 0 < margin < estimated["total"] / 20
     assert found["truncated"]["share"] == pytest.approx(sum(cut) / len(cut), abs=0.05)
     pieces = found["pieces"]
-    working = (estimated["total"] * 1e-5 + _DOCUMENTS * 1e-4) / 2
+    once = estimated["total"] * (1 - found["duplicates"]["share"])
+    working = (once * 1e-5 + _DOCUMENTS * 1e-4) / 2
     assert pieces["embed_seconds"] + pieces["write_seconds"] == pytest.approx(working, rel=0.1)
     assert pieces["submit_seconds"] > 0
     time = found["time"]
@@ -102,22 +104,19 @@ def test_the_truth_lies_in_the_interval(corpus: Path, model: Model, encoder: Loc
 
 
 def test_a_corpus_is_scaled(corpus: Path, model: Model) -> None:
-    def of(at: int | None) -> dict[str, object]:
-        source = Corpus([str(corpus)], Columns(), 100_000)
-        found: dict[str, object] = estimate(
-            source, model, JobOptions(), _fleet(), _one_token_each, price_per_million=0.5, at=at
-        )
-        return found
+    def of(at: int | None, *, reuse: bool = False) -> dict[str, Any]:
+        source, options = Corpus([str(corpus)], Columns(), 100_000), JobOptions(reuse=reuse)
+        return estimate(source, model, options, _fleet(), _one_token_each, price_per_million=0.5, at=at)
 
     here, there = of(None), of(10**9)
     assert (here["at"], there["at"]) == (None, 10**9)
     assert there["items"] == {"total": 10**9, "rejected": 10**6}
     pieces = there["pieces"]
-    assert isinstance(pieces, dict)
     assert pieces["wal_bytes"] == 10**9 * 100 + 999 * 10**6 * 100
     assert pieces["disk_bytes"] == 10**9 * 200 + 999 * 10**6 * 200
     assert pieces["cost"] == pytest.approx(999 * 0.5)
     assert pieces["embed_seconds"] == pytest.approx(999e6 * 1e-5 / 2, rel=0.01)
+    assert of(10**9, reuse=True)["pieces"]["cost"] == pytest.approx(999 * 0.5 * 0.8, rel=0.01), "equal texts cost once"
     assert pieces["submit_seconds"] > 1_000  # a microsecond to stage an item, and its reading
 
 

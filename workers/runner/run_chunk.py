@@ -13,7 +13,7 @@ While a block is embedded, the next one is read and tokenised, and the commit be
 in a search: there a commit is on disk before the model sees the next slice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from time import monotonic
@@ -24,7 +24,7 @@ from sqlalchemy import Engine
 
 from pipeline.chunk_io.commit import Commit, Ending, write_chunk
 from pipeline.chunk_io.reader import ItemBlock, UnsettledItems, read_chunk
-from pipeline.core.chunks import ChunkState, Claim, RejectCode
+from pipeline.core.chunks import ChunkState, Claim, Reject, RejectCode
 from pipeline.core.errors import GatewayBusy
 from pipeline.core.jobs import JobState
 from pipeline.db import chunks
@@ -33,10 +33,14 @@ from pipeline.infra.leases import Renewal
 from workers import instrumentation
 from workers.encoders.batching import CONVICTED, Encoder, Slice, isolated_slices
 from workers.runner.overlap import InOrder, ahead
+from workers.runner.reuse import SortedItems, known_vectors, sort_out, with_followers
 from workers.runner.slice_encoding import SliceEncoding, reject
 from workers.watchdog import Watch
 
 log = structlog.get_logger()
+
+#: Time for which a chunk is given back whose last texts are embedded by another one.
+_ELSEWHERE_SECONDS = 2.0
 
 
 def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> None:
@@ -53,7 +57,7 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
     with Renewal(_renewal(engine, claim, watch, on_hang), claim.lease_seconds), InOrder(watch.fail) as commits:
         with instrumentation.step(claim.model, "read"):
             unsettled = read_chunk(engine, claim)
-        for number, (commit, ending) in enumerate(_commits(encoder, claim, unsettled, watch)):
+        for number, (commit, ending) in enumerate(_commits(engine, encoder, claim, unsettled, watch)):
             commits.begin(partial(_write, engine, claim, number, commit, ending))
             if claim.isolation:
                 commits.wait()
@@ -84,15 +88,16 @@ def _renewal(engine: Engine, claim: Claim, watch: Watch, on_hang: Callable[[], N
 
 
 def _commits(
-    encoder: Encoder, claim: Claim, unsettled: UnsettledItems, watch: Watch
+    engine: Engine, encoder: Encoder, claim: Claim, unsettled: UnsettledItems, watch: Watch
 ) -> Iterator[tuple[Commit, Ending]]:
     """Yield the chunk's commits in order; the last one ends the chunk or gives it back."""
     level, left = claim.isolation, unsettled.left
-    parts = _tokenised(encoder, claim, instrumentation.while_read(claim.model, unsettled.blocks), watch)
-    for number, (block, whole) in enumerate(parts if claim.isolation else ahead(parts)):
+    blocks = instrumentation.while_read(claim.model, unsettled.blocks)
+    parts = _sorted_out(engine, encoder, claim, blocks, watch)
+    for number, part in enumerate(parts if claim.isolation else ahead(parts)):
         if number == 0:  # unpacking a large file must not use up the time limit at every claim
             watch.began = monotonic()
-        for step in _steps(encoder, claim, block, whole, level, watch):
+        for step in _steps(engine, encoder, claim, part, level, watch):
             left -= step.commit.settled
             # Within a slice the claim is kept even if the watch says stop: batches in flight are still awaited.
             state = ChunkState.RUNNING if step.goes_on and left else _state(left, watch)
@@ -101,14 +106,28 @@ def _commits(
                 return
         # Items of a later block weren't in progress when the last claim was lost.
         level = min(level, 1)
+    if left and claim.options.reuse:
+        yield Commit(rows=NO_ROWS), Ending(state=ChunkState.PENDING, not_before_seconds=_ELSEWHERE_SECONDS)
 
 
-def _tokenised(
-    encoder: Encoder, claim: Claim, blocks: Iterator[ItemBlock], watch: Watch
-) -> Iterator[tuple[ItemBlock, SliceEncoding | None]]:
-    """Yield blocks, each with its encoding if it is encoded whole, as outside of a search."""
+class _Part(NamedTuple):
+    """A block with what becomes of its items."""
+
+    rejects: Sequence[Reject]
+    sorted: SortedItems
+    #: Encoding of all that is to be embedded; None in a search, which encodes slice by slice.
+    whole: SliceEncoding | None
+
+
+def _sorted_out(
+    engine: Engine, encoder: Encoder, claim: Claim, blocks: Iterator[ItemBlock], watch: Watch
+) -> Iterator[_Part]:
+    """Yield the blocks, tokenised if they are encoded whole, as outside of a search."""
     for block in blocks:
-        yield block, None if claim.isolation else SliceEncoding(encoder, claim, block.items, watch)
+        found = sort_out(engine, claim, block.items)
+        yield _Part(
+            block.rejects, found, None if claim.isolation else SliceEncoding(encoder, claim, found.items, watch)
+        )
 
 
 class _Step(NamedTuple):
@@ -121,10 +140,8 @@ class _Step(NamedTuple):
     goes_on: bool = False
 
 
-def _steps(
-    encoder: Encoder, claim: Claim, block: ItemBlock, whole: SliceEncoding | None, level: int, watch: Watch
-) -> Iterator[_Step]:
-    items, rejects = block.items, list(block.rejects)
+def _steps(engine: Engine, encoder: Encoder, claim: Claim, part: _Part, level: int, watch: Watch) -> Iterator[_Step]:
+    items, rejects = part.sorted.items, list(part.rejects)
     if level >= CONVICTED and items:
         head, items, level = items[0], items[1:], 1
         log.warning("item_convicted", index=head.index)
@@ -132,12 +149,17 @@ def _steps(
         rejects.append(reject(head, RejectCode.CRASHED_WORKER, message))
     if rejects:  # on disk before the model sees an item that may kill its process
         yield _Step(Commit(rows=NO_ROWS, rejects=rejects), level)
+    for commit in known_vectors(engine, claim, part.sorted.known):
+        yield _Step(commit, level)
+    if not items and (part.sorted.known or part.sorted.deferred):
+        return
     slices = list(isolated_slices(len(items), level)) if level and items else [Slice(0, len(items), 0)]
     for this, following in zip_longest(slices, slices[1:]):
-        encoding = whole or SliceEncoding(encoder, claim, items[this.start : this.stop], watch)
+        encoding = part.whole or SliceEncoding(encoder, claim, items[this.start : this.stop], watch)
         for commit in encoding.commits():
-            yield _Step(commit, this.level, goes_on=True)
-        yield _Step(encoding.last_commit(), following.level if following else min(level, 1))
+            yield _Step(with_followers(commit, part.sorted.followers, claim), this.level, goes_on=True)
+        last = with_followers(encoding.last_commit(), part.sorted.followers, claim)
+        yield _Step(last, following.level if following else min(level, 1))
 
 
 def _state(left: int, watch: Watch) -> ChunkState:

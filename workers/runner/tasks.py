@@ -79,8 +79,8 @@ class Child:
         self.settings = settings
         url = settings.database_url
         assert url is not None
-        # One connection claims and commits, another renews the lease, a third records an upstream's requests.
-        self.engine: Engine = make_engine(url.get_secret_value(), application="vectormill-worker", pool_size=3)
+        # For commits, for what is read ahead, for vectors that are reused or an upstream's requests, and for the lease.
+        self.engine: Engine = make_engine(url.get_secret_value(), application="vectormill-worker", pool_size=4)
         devices = settings.worker_devices
         device = devices[current_process().index % len(devices)]
         on_cpu = device == "cpu"

@@ -26,7 +26,7 @@ from pipeline.infra.settings import Settings
 from pipeline.jobs import control
 from tests.benchmarks.corpus import write_rows
 from tests.benchmarks.job import wait_until_completed
-from tests.benchmarks.machine import connected, machine, submit_file
+from tests.benchmarks.machine import NO_REUSE, connected, machine, submit_file
 from workers.encoders.weights import WeightsSource
 from workers.oneshot import describe
 
@@ -56,10 +56,10 @@ class Fleet:
         """
         if model not in self._warm:
             # While the first replica loads the model, the others get chunks too.
-            self._run(model, texts[:_WARM_UP_TEXTS], JobOptions(), until, chunk_items=_WARM_UP_CHUNK_ITEMS)
+            self._run(model, texts[:_WARM_UP_TEXTS], NO_REUSE, until, chunk_items=_WARM_UP_CHUNK_ITEMS)
             self._warm.add(model)
         folder = str(self._folder / f"vectors-{uuid4().hex}") if output == _PARQUET else None
-        job = self._run(model, texts, JobOptions(output=folder), until)
+        job = self._run(model, texts, JobOptions(output=folder, reuse=False), until)
         with self._place.engine.begin() as connection:
             taken, embedded, tokens = connection.execute(text(_ACCOUNT), {"job": job}).one()
         assert embedded == len(texts), f"{len(texts) - embedded:,} texts have no vector"

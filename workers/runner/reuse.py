@@ -1,0 +1,107 @@
+"""Reuse of vectors: each text of a workspace and vector space is embedded once, and copied to all items that have it.
+
+Within a block one item of each text is embedded. Between blocks, chunks and jobs, the table `known_texts` says which
+item is the first. A text that another running chunk embeds is left to the chunk's next claim: that finds its vector, or
+that nobody makes it any more. No chunk waits while it has texts of its own to embed, so none can wait for each other.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from sqlalchemy import Engine
+
+from pipeline.chunk_io.commit import Commit
+from pipeline.core.chunks import Claim, Item
+from pipeline.core.text_identity import TextIdentity
+from pipeline.db import embeddings, known_texts
+from pipeline.db.database import flush_later
+from pipeline.db.embeddings import NO_ROWS
+from pipeline.db.known_texts import KnownText
+
+#: Vectors that are read from Postgres at once.
+_PAGE = 2_000
+
+
+@dataclass(slots=True)
+class SortedItems:
+    """Items of a block, by what becomes of them."""
+
+    #: To be embedded.
+    items: list[Item] = field(default_factory=list)
+    #: Others with the same text, by the index of the one that is embedded.
+    followers: dict[int, list[Item]] = field(default_factory=dict)
+    #: Texts whose vector is in Postgres, each with the items that get it.
+    known: list[tuple[KnownText, list[Item]]] = field(default_factory=list)
+    #: Items that are left to the next claim.
+    deferred: int = 0
+
+    def embed(self, group: Sequence[Item], first: Item | None = None) -> None:
+        """Add items of equal text, of which `first` is embedded."""
+        first = first or group[0]
+        self.items.append(first)
+        if len(group) > 1:
+            self.followers[first.index] = [item for item in group if item is not first]
+
+
+def sort_out(engine: Engine, claim: Claim, items: Sequence[Item]) -> SortedItems:
+    """Return which items of a block are to be embedded, and where the others' vectors come from."""
+    if not claim.options.reuse or claim.isolation:  # in a search for an item that kills, each is seen alone
+        return SortedItems(items=list(items))
+    identity, groups = TextIdentity(claim.options), dict[bytes, list[Item]]()
+    for item in items:
+        groups.setdefault(identity.of(item.title, item.text), []).append(item)
+    # Vectors in files are found by nobody, so such a job is never the first.
+    in_postgres, found = claim.options.output is None, SortedItems()
+    with engine.begin() as connection:
+        flush_later(connection)  # nothing builds on it: who has lost it claims again
+        firsts = [group[0].index for group in groups.values()]
+        new = known_texts.claim(connection, claim, list(groups), firsts) if in_postgres else set()
+        others = [text for text in groups if text not in new]
+        known = {each.hash: each for each in known_texts.look_up(connection, claim, others)} if others else {}
+        left = [each for each in known.values() if in_postgres and not (each.is_embedded or each.is_under_way)]
+        heirs = [groups[each.hash][0].index for each in left]
+        taken = known_texts.take_over(connection, claim, left, heirs) if left else set()
+    for text, group in groups.items():
+        before = known.get(text)
+        if before is None or text in taken:
+            found.embed(group)
+        elif before.is_embedded:
+            found.known.append((before, group))
+        elif ours := _item_of(claim, before, group):
+            found.embed(group, ours)
+        elif in_postgres:
+            found.deferred += len(group)
+        else:
+            found.embed(group)
+    found.items.sort(key=lambda item: item.index)
+    return found
+
+
+def _item_of(claim: Claim, known: KnownText, group: Sequence[Item]) -> Item | None:
+    """Return the item that this job made the first of its text, in an earlier claim; None if it is another chunk's."""
+    return next((item for item in group if known.job_id == claim.job_id and known.index == item.index), None)
+
+
+def known_vectors(engine: Engine, claim: Claim, known: Sequence[tuple[KnownText, list[Item]]]) -> Iterator[Commit]:
+    """Yield commits with copies of the vectors that are in Postgres. Items whose vector is gone meanwhile get none."""
+    for start in range(0, len(known), _PAGE):
+        part = known[start : start + _PAGE]
+        with engine.begin() as connection:
+            places = [(each.job_id, each.index) for each, _ in part]
+            rows = embeddings.of_items(connection, places, passages=claim.options.splits)
+        copies = rows.copied({at: items for at, (_, items) in enumerate(part)}, carried=claim.carries)
+        if len(copies.indexes):
+            yield Commit(rows=NO_ROWS, copies=copies)
+
+
+def with_followers(commit: Commit, followers: Mapping[int, Sequence[Item]], claim: Claim) -> Commit:
+    """Return a commit in which items of equal text have the same vector, or the same reject."""
+    if not followers:
+        return commit
+    rejects = [
+        replace(reject, index=item.index, key=item.key)
+        for reject in commit.rejects
+        for item in followers.get(reject.index, ())
+    ]
+    copies = commit.rows.copied(followers, carried=claim.carries)
+    return replace(commit, copies=copies, rejects=[*commit.rejects, *rejects])
