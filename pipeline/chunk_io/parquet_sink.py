@@ -149,9 +149,9 @@ class ParquetSink:
             own = range(chunk.first_index, chunk.first_index + chunk.items)
             strangers = sum(index not in own for index in vectors)
             good = len(vectors) - strangers
-            missing += max(0, chunk.embedded - good) + max(0, chunk.rejected - len(rejected)) + chunk.unaccounted
+            missing += max(0, chunk.written - good) + max(0, chunk.rejected - len(rejected)) + chunk.unaccounted
             double += len(found) - len(rows) + strangers + len(vectors & rejected)
-            double += max(0, good - chunk.embedded) + max(0, len(rejected) - chunk.rejected)
+            double += max(0, good - chunk.written) + max(0, len(rejected) - chunk.rejected)
             if self._passages:
                 # Each item has its passages from 0 on.
                 missing += max(

@@ -205,7 +205,7 @@ def _table(found: Mapping[str, Any]) -> Table:
     table.add_row("tokens", f"about {tokens['total']:,}   95 %: {tokens['low']:,} to {tokens['high']:,}")
     table.add_row("", f"{tokens['mean']:g} a text, measured on {tokens['sampled_items']:,} of them")
     duplicates = found["duplicates"]
-    once = "; embedded once" if found["reuse"] and duplicates["share"] else ""
+    once = "; embedded once" if found["embedded_once"] and duplicates["share"] else ""
     table.add_row("duplicates", f"{duplicates['share']:.1%} of {duplicates['compared_items']:,} texts compared{once}")
     if passages := found["passages"]:
         table.add_row("passages", f"about {passages['total']:,}   {passages['mean']:g} a text")

@@ -144,7 +144,8 @@ def ledger(receipt: Receipt, codes: Mapping[str, int]) -> RenderableType:
     if receipt.truncated:
         told = truncation(receipt.truncated, receipt.lost_tokens, receipt.most_truncated)
         # An upstream cuts texts by its own limit.
-        advice = _AGAINST_TRUNCATION if receipt.embedded_on else "A model with a higher limit reads more of them."
+        ours = receipt.embedded_on or not items.embedded
+        advice = _AGAINST_TRUNCATION if ours else "A model with a higher limit reads more of them."
         hint.append(Text(f"{told}. {advice}", style="yellow"))
     return Group(Text.assemble(("receipt  ", "bright_black"), str(receipt.id)), table, *hint)
 

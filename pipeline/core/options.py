@@ -241,7 +241,6 @@ class JobOptions(BaseModel):
     )
     reuse: bool = Field(
         default=True,
-        title="vectors of equal texts",
         description="Copy the vector of a text that the workspace has embedded already, instead of embedding it again.",
     )
     webhook: Address | None = Field(

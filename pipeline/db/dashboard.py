@@ -75,7 +75,7 @@ def throughput(connection: Connection, job_id: UUID, width_seconds: int, since: 
     rows = connection.execute(
         text("""
             select cast(floor(extract(epoch from created_at) / :width) as bigint) * :width as start,
-                   sum(items)::bigint, sum(prompt_tokens)::bigint
+                   sum(items + reused_items)::bigint, sum(prompt_tokens)::bigint
             from vectormill.usage where job_id = :job and created_at >= :since group by 1 order by 1
         """),
         {"job": job_id, "width": width_seconds, "since": since},

@@ -16,7 +16,7 @@ from pipeline.core.chunks import Item
 from pipeline.core.options import PASSAGE_COLUMNS, VectorType
 from pipeline.core.vectors import restored, stored
 from pipeline.db import copy_format
-from pipeline.db.database import copying, psycopg_connection
+from pipeline.db.database import copying, errors_as_sqlalchemys, psycopg_connection
 from pipeline.db.partitions import leaf
 
 #: Rows of jobs that don't split, and of those that do.
@@ -294,7 +294,7 @@ _OF_ITEMS = {False: _OF_ITEMS_OF.format(rows=_WHOLE), True: _OF_ITEMS_OF.format(
 def of_items(connection: Connection, places: Sequence[tuple[UUID, int]], *, passages: bool) -> EmbeddedRows:
     """Return the vectors of items of any jobs, each given by job and index, as rows whose indexes are positions in
     `places`. Items without a vector have no row."""
-    with psycopg_connection(connection).cursor(binary=True) as cursor:
+    with errors_as_sqlalchemys(), psycopg_connection(connection).cursor(binary=True) as cursor:
         cursor.execute(_OF_ITEMS[passages].encode(), ([job for job, _ in places], [index for _, index in places]))
         rows = cursor.fetchall()
     if not rows:

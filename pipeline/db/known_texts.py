@@ -103,12 +103,14 @@ def take_over(connection: Connection, claim: Claim, left: Sequence[KnownText], i
     return {bytes(row[0]) for row in rows}
 
 
-def forget(connection: Connection, job_id: UUID, limit: int) -> int:
-    """Delete up to `limit` rows that name an item of a job. Return their number."""
+def forget(connection: Connection, first_id: UUID, end_id: UUID, limit: int) -> int:
+    """Delete up to `limit` rows that name an item of a job from `first_id` to before `end_id`. Return their number.
+    Rows that a worker is taking over are left to it."""
     return connection.execute(
         text("""
             delete from vectormill.known_texts
-            where ctid = any(array(select ctid from vectormill.known_texts where job_id = :job limit :limit))
+            where ctid = any(array(select ctid from vectormill.known_texts
+                                   where job_id >= :first and job_id < :end limit :limit for update skip locked))
         """),
-        {"job": job_id, "limit": limit},
+        {"first": first_id, "end": end_id, "limit": limit},
     ).rowcount

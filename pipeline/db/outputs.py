@@ -79,7 +79,8 @@ class WrittenChunk:
 
     first_index: int
     items: int
-    embedded: int
+    #: Items that are embedded or reused.
+    written: int
     passages: int
     rejected: int
     #: Items of an ended chunk that are in none of its counts.
@@ -91,7 +92,7 @@ def by_chunk(connection: Connection, job_id: UUID) -> Iterator[WrittenChunk]:
     """Yield a job's chunks in order, with their parts."""
     rows = connection.execution_options(yield_per=1_000).execute(
         text("""
-            select c.first_index, c.items, c.embedded, c.passages, c.rejected,
+            select c.first_index, c.items, c.embedded + c.reused, c.passages, c.rejected,
                    case when c.state in ('done', 'cancelled')
                         then greatest(0, c.items - c.embedded - c.reused - c.rejected - c.cancelled) else 0 end
                      as unaccounted,
@@ -103,6 +104,6 @@ def by_chunk(connection: Connection, job_id: UUID) -> Iterator[WrittenChunk]:
         {"job": job_id},
     )
     for *counts, written in rows:
-        names = ("first_index", "items", "embedded", "passages", "rejected", "unaccounted")
+        names = ("first_index", "items", "written", "passages", "rejected", "unaccounted")
         outputs = [Output(**output) for output in written or ()]
         yield WrittenChunk(**dict(zip(names, counts, strict=True)), outputs=outputs)

@@ -110,6 +110,7 @@ def forget_parts(connection: Connection, job_id: UUID, names: Sequence[str]) -> 
             ), lost as (
               select g.chunk_id, sum(coalesce(u.items, g.rows)) as items, sum(g.rows) as rows,
                      coalesce(sum(u.prompt_tokens), 0) as tokens,
+                     coalesce(sum(u.reused_items), 0) as reused, coalesce(sum(u.reused_tokens), 0) as reused_tokens,
                      coalesce(sum(u.truncated), 0) as truncated
               from gone g left join vectormill.usage u
                 on u.chunk_id = g.chunk_id and u.fence = g.fence and u.part = g.part
@@ -118,6 +119,7 @@ def forget_parts(connection: Connection, job_id: UUID, names: Sequence[str]) -> 
             update vectormill.chunks c
             set state = 'pending', fence = c.fence + 1, worker_id = null, lease_until = null, not_before = null,
                 finished_at = null, embedded = c.embedded - l.items, prompt_tokens = c.prompt_tokens - l.tokens,
+                reused = c.reused - l.reused, reused_tokens = c.reused_tokens - l.reused_tokens,
                 passages = greatest(0, c.passages - l.rows), lost_tokens = 0, most_truncated = '[]',
                 truncated = c.truncated - l.truncated
             from lost l where c.id = l.chunk_id

@@ -174,7 +174,7 @@ def recent_chunks(connection: Connection, model: str, *, parquet: bool, window_s
               from vectormill.chunks c
               join vectormill.jobs j on j.id = c.job_id and (j.options ->> 'output' is not null) = :parquet
               cross join lateral (
-                select case when c.passages > 0 then c.passages else sum(items) end::float8 as vectors,
+                select case when c.passages > 0 then c.passages else sum(items + reused_items) end::float8 as vectors,
                        sum(prompt_tokens)::float8 as tokens,
                        sum(device_seconds) as device_seconds
                 from vectormill.usage where chunk_id = c.id and fence = 1

@@ -12,7 +12,7 @@ from pipeline.catalog.models import as_model, find_row, workspace_id
 from pipeline.core.canary import CANARY, is_canary
 from pipeline.core.errors import IllegalTransition
 from pipeline.core.jobs import JobState
-from pipeline.core.options import Columns
+from pipeline.core.options import Columns, JobOptions
 from pipeline.db import embeddings, health, models, workers
 from pipeline.doctor.context import Context
 from pipeline.doctor.report import Finding, fail, ok, skipped
@@ -78,6 +78,8 @@ def _submit(context: Context, row: RowMapping) -> UUID:
             corpus=corpus,
             planning=planning(settings),
             name="doctor",
+            # The workers are to embed it.
+            options=JobOptions(reuse=False),
             priority=_PRIORITY,
             labels={"doctor": "canary"},
         ),

@@ -145,8 +145,9 @@ def estimate(
     mean = float(counts.mean()) if len(counts) else 0.0
     margin = _DEVIATIONS * float(counts.std(ddof=1)) / sqrt(len(counts)) if 1 < len(counts) < good else 0.0
     vectors = round(good * measured.tokens.rows)
-    # Equal texts are embedded once.
-    embedded = sample.different / sample.compared if options.reuse and sample.compared else 1.0
+    # Equal texts are embedded once; with files it depends on where they lie.
+    once = options.reuse and not options.output
+    embedded = sample.different / sample.compared if once and sample.compared else 1.0
     load = Load(
         items=items,
         vectors=vectors,
@@ -182,7 +183,7 @@ def estimate(
         },
         "pieces": _pieces(pieces),
         "by_reference": by_reference,
-        "reuse": options.reuse,
+        "embedded_once": once,
         "notices": [*corpus.notices.lines(), *_not_predicted(options, measured.rates)],
     }
 

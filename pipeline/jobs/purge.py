@@ -71,16 +71,21 @@ def purge_job(engine: Engine, job_id: UUID) -> dict[str, int]:
         for first in range(0, total, _ROWS):
             with engine.begin() as connection:
                 gone[table] += items.delete_range(connection, table, job_id, first, _ROWS)
+    _forget_texts(engine, job_id, UUID(int=job_id.int + 1))
     return {**gone, "chunks": _forget_job(engine, job_id)}
+
+
+def _forget_texts(engine: Engine, first_id: UUID, end_id: UUID) -> None:
+    """Forget which texts were first given to jobs of a range; nobody is kept from taking them over meanwhile."""
+    gone = _ROWS
+    while gone == _ROWS:
+        with engine.begin() as connection:
+            gone = known_texts.forget(connection, first_id, end_id, _ROWS)
 
 
 def _forget_job(engine: Engine, job_id: UUID) -> int:
     """Delete a job, except its rows in partitions. Return the number of its chunks."""
     chunks_gone, gone = 0, _ROWS
-    while gone == _ROWS:
-        with engine.begin() as connection:
-            gone = known_texts.forget(connection, job_id, _ROWS)
-    gone = _ROWS
     while gone == _ROWS:
         with engine.begin() as connection:
             gone = chunks.delete_some(connection, job_id, _ROWS)
@@ -127,6 +132,7 @@ def purge_month(engine: Engine, first: datetime) -> str | None:
         with engine.begin() as connection:
             if not partitions.drop(connection, table, first, _LOCK_SECONDS):
                 return f"{table} is in use by other sessions; purge the month again later"
+    _forget_texts(engine, *_ids_of(first))
     return None
 
 

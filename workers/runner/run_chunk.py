@@ -14,6 +14,7 @@ in a search: there a commit is on disk before the model sees the next slice.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from time import monotonic
@@ -22,10 +23,10 @@ from typing import NamedTuple
 import structlog
 from sqlalchemy import Engine
 
-from pipeline.chunk_io.commit import Commit, Ending, write_chunk
+from pipeline.chunk_io.commit import Commit, Ending, while_database_is_away, write_chunk
 from pipeline.chunk_io.reader import ItemBlock, UnsettledItems, read_chunk
-from pipeline.core.chunks import ChunkState, Claim, Reject, RejectCode
-from pipeline.core.errors import GatewayBusy
+from pipeline.core.chunks import ChunkState, Claim, Item, Reject, RejectCode
+from pipeline.core.errors import GatewayBusy, LeaseLost
 from pipeline.core.jobs import JobState
 from pipeline.db import chunks
 from pipeline.db.embeddings import NO_ROWS
@@ -39,8 +40,8 @@ from workers.watchdog import Watch
 
 log = structlog.get_logger()
 
-#: Time for which a chunk is given back whose last texts are embedded by another one.
-_ELSEWHERE_SECONDS = 2.0
+#: First and longest time for which a chunk is given back whose last texts another one embeds; it doubles each time.
+_ELSEWHERE_SECONDS, _MOST_ELSEWHERE_SECONDS = 2.0, 8.0
 
 
 def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> None:
@@ -57,11 +58,15 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
     with Renewal(_renewal(engine, claim, watch, on_hang), claim.lease_seconds), InOrder(watch.fail) as commits:
         with instrumentation.step(claim.model, "read"):
             unsettled = read_chunk(engine, claim)
-        for number, (commit, ending) in enumerate(_commits(engine, encoder, claim, unsettled, watch)):
+        number = -1
+        work = _Work(engine, encoder, claim, watch, commits.wait)
+        for number, (commit, ending) in enumerate(_commits(work, unsettled)):
             commits.begin(partial(_write, engine, claim, number, commit, ending))
             if claim.isolation:
                 commits.wait()
         commits.wait()
+        if work.deferred:
+            _give_back(engine, claim, number + 1)
     if watch.interruption:
         raise watch.interruption
 
@@ -70,6 +75,20 @@ def _write(engine: Engine, claim: Claim, number: int, commit: Commit, ending: En
     with instrumentation.step(claim.model, "write"):
         write_chunk(engine, claim, number, commit, ending)
     instrumentation.committed(claim.model, commit)
+
+
+def _give_back(engine: Engine, claim: Claim, number: int) -> None:
+    """Give back a chunk after `number` commits, with texts that another one embeds.
+
+    Not by a commit: that would count as progress of the model.
+    """
+    seconds = min(_MOST_ELSEWHERE_SECONDS, _ELSEWHERE_SECONDS * 2.0 ** min(claim.fence - 1, 4))
+    progress = chunks.Progress(state=ChunkState.PENDING, not_before_seconds=seconds)
+    for attempt in while_database_is_away("give_back_retried"):
+        with attempt, engine.begin() as connection:
+            if not chunks.record(connection, claim, progress, number=number):
+                raise LeaseLost
+    log.info("texts_embedded_elsewhere", seconds=seconds)
 
 
 def _renewal(engine: Engine, claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> Callable[[], bool]:
@@ -87,27 +106,38 @@ def _renewal(engine: Engine, claim: Claim, watch: Watch, on_hang: Callable[[], N
     return renew
 
 
-def _commits(
-    engine: Engine, encoder: Encoder, claim: Claim, unsettled: UnsettledItems, watch: Watch
-) -> Iterator[tuple[Commit, Ending]]:
-    """Yield the chunk's commits in order; the last one ends the chunk or gives it back."""
+@dataclass(slots=True)
+class _Work:
+    """What a claim works with, and the items that another chunk embeds."""
+
+    engine: Engine
+    encoder: Encoder
+    claim: Claim
+    watch: Watch
+    #: Waits until all commits are written.
+    wait: Callable[[], None]
+    deferred: list[Item] = field(default_factory=list)
+
+
+def _commits(work: _Work, unsettled: UnsettledItems) -> Iterator[tuple[Commit, Ending]]:
+    """Yield the chunk's commits in order; the last one ends the chunk or gives it back, unless items are deferred."""
+    claim, watch = work.claim, work.watch
     level, left = claim.isolation, unsettled.left
-    blocks = instrumentation.while_read(claim.model, unsettled.blocks)
-    parts = _sorted_out(engine, encoder, claim, blocks, watch)
-    for number, part in enumerate(parts if claim.isolation else ahead(parts)):
+    parts = _sorted_out(work, instrumentation.while_read(claim.model, unsettled.blocks))
+    for number, part in enumerate(_with_deferred(work, parts if claim.isolation else ahead(parts))):
         if number == 0:  # unpacking a large file must not use up the time limit at every claim
             watch.began = monotonic()
-        for step in _steps(engine, encoder, claim, part, level, watch):
+        for step in _steps(work, part, level):
             left -= step.commit.settled
             # Within a slice the claim is kept even if the watch says stop: batches in flight are still awaited.
             state = ChunkState.RUNNING if step.goes_on and left else _state(left, watch)
             yield step.commit, _ending(state, step.next_level if left else 0, watch)
             if state is not ChunkState.RUNNING:
+                work.deferred = []
                 return
+        work.deferred += part.sorted.deferred
         # Items of a later block weren't in progress when the last claim was lost.
         level = min(level, 1)
-    if left and claim.options.reuse:
-        yield Commit(rows=NO_ROWS), Ending(state=ChunkState.PENDING, not_before_seconds=_ELSEWHERE_SECONDS)
 
 
 class _Part(NamedTuple):
@@ -119,15 +149,22 @@ class _Part(NamedTuple):
     whole: SliceEncoding | None
 
 
-def _sorted_out(
-    engine: Engine, encoder: Encoder, claim: Claim, blocks: Iterator[ItemBlock], watch: Watch
-) -> Iterator[_Part]:
+def _sorted_out(work: _Work, blocks: Iterator[ItemBlock]) -> Iterator[_Part]:
     """Yield the blocks, tokenised if they are encoded whole, as outside of a search."""
     for block in blocks:
-        found = sort_out(engine, claim, block.items)
-        yield _Part(
-            block.rejects, found, None if claim.isolation else SliceEncoding(encoder, claim, found.items, watch)
-        )
+        with instrumentation.step(work.claim.model, "read"):
+            found = sort_out(work.engine, work.claim, block.items)
+        whole = None if work.claim.isolation else SliceEncoding(work.encoder, work.claim, found.items, work.watch)
+        yield _Part(block.rejects, found, whole)
+
+
+def _with_deferred(work: _Work, parts: Iterator[_Part]) -> Iterator[_Part]:
+    """Yield parts, and at last what was deferred, as it is once all of this claim's vectors are written."""
+    yield from parts
+    if items := work.deferred:
+        work.wait()
+        work.deferred = []
+        yield from _sorted_out(work, iter([ItemBlock(items)]))
 
 
 class _Step(NamedTuple):
@@ -140,7 +177,8 @@ class _Step(NamedTuple):
     goes_on: bool = False
 
 
-def _steps(engine: Engine, encoder: Encoder, claim: Claim, part: _Part, level: int, watch: Watch) -> Iterator[_Step]:
+def _steps(work: _Work, part: _Part, level: int) -> Iterator[_Step]:
+    claim = work.claim
     items, rejects = part.sorted.items, list(part.rejects)
     if level >= CONVICTED and items:
         head, items, level = items[0], items[1:], 1
@@ -149,13 +187,13 @@ def _steps(engine: Engine, encoder: Encoder, claim: Claim, part: _Part, level: i
         rejects.append(reject(head, RejectCode.CRASHED_WORKER, message))
     if rejects:  # on disk before the model sees an item that may kill its process
         yield _Step(Commit(rows=NO_ROWS, rejects=rejects), level)
-    for commit in known_vectors(engine, claim, part.sorted.known):
+    for commit in known_vectors(work.engine, claim, part.sorted):
         yield _Step(commit, level)
     if not items and (part.sorted.known or part.sorted.deferred):
         return
     slices = list(isolated_slices(len(items), level)) if level and items else [Slice(0, len(items), 0)]
     for this, following in zip_longest(slices, slices[1:]):
-        encoding = part.whole or SliceEncoding(encoder, claim, items[this.start : this.stop], watch)
+        encoding = part.whole or SliceEncoding(work.encoder, claim, items[this.start : this.stop], work.watch)
         for commit in encoding.commits():
             yield _Step(with_followers(commit, part.sorted.followers, claim), this.level, goes_on=True)
         last = with_followers(encoding.last_commit(), part.sorted.followers, claim)

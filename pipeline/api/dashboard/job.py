@@ -120,6 +120,8 @@ def _options(options: KeptOptions) -> dict[str, Any]:
     shown |= texts | ({"title": columns.title} if columns.title else {}) | {"key column": columns.key}
     if columns.carry:
         shown["carried columns"] = ", ".join(columns.carry)
+    if not options.reuse:
+        shown["equal texts"] = "each embedded"
     if options.table:
         shown["vectors go also to"] = options.table.table
     return {title: "yes" if value is True else value for title, value in shown.items()}
