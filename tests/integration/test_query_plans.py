@@ -1,14 +1,27 @@
 """Query plans of frequent queries: they find their rows by an index, however many chunks there are."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, event, text
 
-from pipeline.db import chunks, embeddings, events, items, jobs, lost_claims, outputs, rejects, sql_requests, staging
+from pipeline.db import (
+    chunks,
+    embeddings,
+    events,
+    items,
+    jobs,
+    known_texts,
+    lost_claims,
+    outputs,
+    rejects,
+    sql_requests,
+    staging,
+)
 from pipeline.db.database import make_engine
 from pipeline.embedded.runtime import Running
 from tests.conftest import new_database
@@ -295,3 +308,23 @@ def test_a_job_that_statistics_do_not_know_is_read_by_index(unknown: tuple[Engin
     assert "Join Filter" not in found, found  # it would scan all the job's rows for each of them
     assert "SubPlan" in found, found
     assert "Seq Scan" not in found, found
+
+
+@pytest.mark.parametrize("passages", [False, True])
+def test_known_texts_and_their_vectors_are_looked_up_by_index(unknown: tuple[Engine, UUID], passages: bool) -> None:
+    engine, job = unknown
+    fill = """
+        insert into vectormill.known_texts (workspace_id, vector_space_id, hash, job_id, index)
+        select workspace_id, vector_space_id, decode(md5(n::text), 'hex'), id, n
+        from vectormill.jobs cross join generate_series(1, 200000) n where id = :job on conflict do nothing
+    """
+    run_sql(engine, fill, job=job)
+    run_sql(engine, "analyze vectormill.known_texts")
+    hashes = [hashlib.md5(str(n).encode(), usedforsecurity=False).digest() for n in range(500)]
+    with engine.connect() as connection:
+        look_up = text(known_texts._LOOK_UP[passages])
+        found = plan(connection, lambda c: c.execute(look_up, {"job": job, "hashes": hashes}))
+        places = ([job] * 500, list(range(500)))
+        found += plan(connection, lambda c: c.exec_driver_sql(embeddings._OF_ITEMS[passages], places))
+    scanned = re.findall(r"Seq Scan on (?!jobs)\w+ \w+  \((?!cost=0.00..0.00)", found)  # partitions ahead are empty
+    assert not scanned, found
