@@ -65,8 +65,8 @@ grant select, insert, update, delete on vectormill.workers to vectormill_worker;
 grant select, insert, update (job_id, index) on vectormill.known_texts to vectormill_worker;
 grant update (state, reason, message, ends_as, started_at) on vectormill.jobs to vectormill_worker;
 grant update (state, fence, token, parts, lease_until, not_before, backend_pid, worker_id, task_id, crashes, isolation,
-              last_error, embedded, reused, reused_tokens, rejected, cancelled, truncated, prompt_tokens, passages, lost_tokens, most_truncated,
-              output_uri, started_at, finished_at)
+              last_error, embedded, reused, reused_tokens, rejected, cancelled, truncated, prompt_tokens, passages,
+              lost_tokens, most_truncated, output_uri, started_at, finished_at)
   on vectormill.chunks to vectormill_worker;
 grant update (status, billed_tokens, finished_at) on vectormill.attempts to vectormill_worker;
 

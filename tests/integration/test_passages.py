@@ -15,14 +15,14 @@ from pipeline.core.chunks import Claim
 from pipeline.core.models import Model
 from pipeline.db import embeddings, items
 from pipeline.jobs import purge, results, verification
-from tests.integration.test_run_chunk import encoder, model, run, watch
+from tests.integration.test_run_chunk import model, run, watch
 from tests.support.jobs_made import make_job, run_sql, taken
 from workers.encoders.batching import Batch
 from workers.encoders.local import LocalEncoder
 from workers.encoders.reading import Ids
 from workers.runner.slice_encoding import SliceEncoding
 
-__all__ = ["encoder", "model"]
+__all__ = ["model"]
 
 _TEXTS = ["one two three four five six. " * 4, "short", "seven eight nine. " * 9]
 _PASSAGES = "select index, passage, start, stop from vectormill.passages order by index, passage"

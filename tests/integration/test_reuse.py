@@ -32,13 +32,6 @@ from workers.watchdog import Watch
 _REUSE = {"reuse": True}
 
 
-@pytest.fixture(scope="module")
-def encoder(static_model: Path, static_description: dict[str, Any]) -> LocalEncoder:
-    made = LocalEncoder(static_model, "cpu")
-    made.prove(bytes.fromhex(static_description["canary"]))
-    return made
-
-
 @pytest.fixture
 def model(engine: Engine, static_description: dict[str, Any]) -> Model:
     with engine.begin() as connection:

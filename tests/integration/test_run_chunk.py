@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,13 +24,6 @@ from workers.encoders.reading import Ids
 from workers.runner import run_chunk as run_chunk_module
 from workers.runner.run_chunk import run_chunk
 from workers.watchdog import Watch
-
-
-@pytest.fixture(scope="module")
-def encoder(static_model: Path, static_description: dict[str, Any]) -> LocalEncoder:
-    made = LocalEncoder(static_model, "cpu")
-    made.prove(bytes.fromhex(static_description["canary"]))
-    return made
 
 
 @pytest.fixture

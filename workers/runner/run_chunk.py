@@ -108,7 +108,7 @@ def _renewal(engine: Engine, claim: Claim, watch: Watch, on_hang: Callable[[], N
 
 @dataclass(slots=True)
 class _Work:
-    """What a claim works with, and the items that another chunk embeds."""
+    """Means of a claim, and its items whose texts another chunk embeds."""
 
     engine: Engine
     encoder: Encoder
