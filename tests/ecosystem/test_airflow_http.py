@@ -10,23 +10,28 @@ import httpx2 as httpx
 
 from tests.ecosystem.conftest import Airflow, by_http
 
-_TEXTS = [{"id": f"a{n}", "text": f"in November the mill grinds {n} sacks"} for n in range(120)]
+
+def _texts(day: str) -> list[dict[str, str]]:
+    """Return rows of texts that no other day has: each of them is embedded once in a workspace."""
+    return [{"id": f"a{n}", "text": f"on {day} the mill grinds {n} sacks"} for n in range(120)]
 
 
 def test_a_job_completes_and_a_second_run_attaches(airflow: Airflow) -> None:
     site = airflow.site
-    site.write("2026-11-24.jsonl", _TEXTS)
+    texts = _texts("2026-11-24")
+    site.write("2026-11-24.jsonl", texts)
     before = site.embedded()
     done = airflow.run("http_job", "2026-11-24")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert site.jobs("articles-2026-11-24") == ["completed"]
     assert airflow.run("http_job", "2026-11-24").returncode == 0
     assert site.jobs("articles-2026-11-24") == ["completed"]
-    assert site.embedded() == before + len(_TEXTS)
+    assert site.embedded() == before + len(texts)
 
 
 def test_a_failed_job_fails_the_run(airflow: Airflow) -> None:
-    airflow.site.write("2026-11-25.jsonl", [row if n % 5 else {"id": row["id"]} for n, row in enumerate(_TEXTS)])
+    texts = _texts("2026-11-25")
+    airflow.site.write("2026-11-25.jsonl", [row if n % 5 else {"id": row["id"]} for n, row in enumerate(texts)])
     done = airflow.run("http_job", "2026-11-25")
     assert done.returncode != 0
     assert "too_many_rejects" in done.stdout + done.stderr
@@ -42,14 +47,15 @@ def test_a_missing_file_fails_the_run(airflow: Airflow) -> None:
 def test_a_lost_answer_is_asked_for_again_with_the_same_key(airflow: Airflow) -> None:
     """The job exists when the answer to its submission is lost; then a load balancer finds no api."""
     site = airflow.site
-    site.write("2026-11-27.jsonl", _TEXTS)
+    texts = _texts("2026-11-27")
+    site.write("2026-11-27.jsonl", texts)
     before = site.embedded()
     with _behind_a_bad_line(site.gateway.url) as (url, sent):
         done = airflow.run("http_job", "2026-11-27", AIRFLOW_CONN_VECTORMILL=by_http(url, site.gateway.key))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [key for method, key in sent if method == "POST"] == ["articles-2026-11-27"] * 2
     assert site.jobs("articles-2026-11-27") == ["completed"]
-    assert site.embedded() == before + len(_TEXTS)
+    assert site.embedded() == before + len(texts)
 
 
 @contextmanager
