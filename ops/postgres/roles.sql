@@ -46,6 +46,14 @@ grant delete on vectormill.workers to vectormill_dispatcher;
 grant update (tokens_per_second) on vectormill.models to vectormill_dispatcher;
 grant select, insert, update (tokens_per_second, measured_at) on vectormill.model_rates to vectormill_dispatcher;
 grant execute on function vectormill.make_partitions to vectormill_dispatcher;
+-- It stages the syncs that are asked for in SQL, and ends all of them.
+grant select on vectormill.collections, vectormill.collection_versions to vectormill_dispatcher;
+grant select, insert, update, delete
+  on vectormill.collection_keys, vectormill.collection_vectors, vectormill.syncs, vectormill.sync_seen,
+     vectormill.sync_changes
+  to vectormill_dispatcher;
+grant usage on sequence vectormill.collection_slots to vectormill_dispatcher;
+grant execute on function vectormill.index_collection to vectormill_dispatcher;
 -- To see which worker's backend froze while it held a chunk, and to end it.
 grant pg_read_all_stats, pg_signal_backend to vectormill_dispatcher;
 
@@ -63,6 +71,9 @@ grant insert
   to vectormill_worker;
 grant select, insert, update, delete on vectormill.workers to vectormill_worker;
 grant select, insert, update (job_id, index) on vectormill.known_texts to vectormill_worker;
+grant select, insert, update (identity, carried, tokens, job_id) on vectormill.collection_keys to vectormill_worker;
+grant select, insert, delete on vectormill.collection_vectors to vectormill_worker;
+grant usage on sequence vectormill.collection_slots to vectormill_worker;
 grant update (state, reason, message, ends_as, started_at) on vectormill.jobs to vectormill_worker;
 grant update (state, fence, token, parts, lease_until, not_before, backend_pid, worker_id, task_id, crashes, isolation,
               last_error, embedded, reused, reused_tokens, rejected, cancelled, truncated, prompt_tokens, passages,
@@ -95,11 +106,20 @@ grant update (state, reason, message, ends_as, priority, fence, token, lease_unt
               receipt, queued_at, resumed_at, finished_at, texts_kept_from, notices)
   on vectormill.jobs to vectormill_api;
 grant update (rows) on vectormill.inputs to vectormill_api;
-grant update (state, fence, lease_until, not_before, worker_id, crashes, isolation, rejected, cancelled, finished_at)
+grant update (state, fence, lease_until, not_before, worker_id, crashes, isolation, rejected, cancelled, vacant,
+              finished_at)
   on vectormill.chunks to vectormill_api;
 grant update (state, ends_as, cancelling_at) on vectormill.batches to vectormill_api;
 grant update (state, reason, message, finished_at) on vectormill.requests to vectormill_api;
 grant execute on function vectormill.make_partitions to vectormill_api;
+-- It makes collections and drops them, and stages their syncs.
+grant select on vectormill.collection_keys, vectormill.collection_vectors to vectormill_api;
+grant select, insert on vectormill.collections, vectormill.collection_versions to vectormill_api;
+grant select, insert, update, delete on vectormill.syncs, vectormill.sync_seen, vectormill.sync_changes
+  to vectormill_api;
+grant usage on sequence vectormill.collection_slots to vectormill_api;
+grant execute on function vectormill.make_collection_tables, vectormill.show_collection, vectormill.drop_collection
+  to vectormill_api;
 
 -- A reader: all that people look things up in. No keys, no queries, no webhooks' addresses but those of jobs' options.
 grant select
@@ -107,6 +127,7 @@ grant select
      vectormill.rejects, vectormill.outputs, vectormill.usage, vectormill.attempts, vectormill.claim_losses,
      vectormill.models, vectormill.model_rates, vectormill.workspace_models, vectormill.vector_spaces,
      vectormill.workers, vectormill.engines, vectormill.leases, vectormill.files, vectormill.batches, vectormill.receipts, vectormill.job_status,
+     vectormill.collections, vectormill.collection_versions, vectormill.syncs,
      vectormill.alembic_version
   to vectormill_reader;
 grant select (id, name, weight, requests_per_minute, tokens_per_minute, monthly_tokens, monthly_cost, created_at)
@@ -119,7 +140,10 @@ select vectormill.make_partitions(to_date(right(relname, 7), 'YYYY_MM'))
 from pg_class
 where relnamespace = 'vectormill'::regnamespace and relispartition and relkind = 'r' and relname ~ '^items_';
 
+-- So do the views of collections.
+select vectormill.show_collection(id) from vectormill.collections;
+
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0020';
+comment on schema vectormill is 'roles.sql of 0021';
 
 commit;

@@ -33,19 +33,21 @@ from pipeline.api.pacing import LeakyBuckets, Paced
 from pipeline.api.packing import Unpacked
 from pipeline.api.paths import Segmented, Trimmed
 from pipeline.api.readiness import readyz
-from pipeline.api.status import jobs, keys, models, submissions, usage, workers
+from pipeline.api.status import collections, jobs, keys, models, submissions, usage, workers
 from pipeline.api.transfers import CONNECTIONS, Transfers
 from pipeline.api.v1 import batches, embeddings, files
 from pipeline.api.v1.embeddings import Gateway
 from pipeline.api.v1.token_ids import decoder
 from pipeline.core.errors import (
     ApiError,
+    CollectionBusy,
     IdempotencyConflict,
     IllegalTransition,
     InternalError,
     PayloadTooLarge,
     RequestStalled,
     ServiceUnreachable,
+    UnknownCollection,
     UnknownJob,
     UnknownModel,
     UserError,
@@ -71,6 +73,8 @@ _CODES: dict[int, str] = {HTTPStatus.NOT_FOUND: "not_found", HTTPStatus.METHOD_N
 _OF_STEPS: dict[type[VectormillError], tuple[int, str]] = {
     UnknownJob: (404, "not_found"),
     UnknownModel: (404, "model_not_found"),
+    UnknownCollection: (404, "not_found"),
+    CollectionBusy: (409, "collection_busy"),
     IllegalTransition: (409, "illegal_transition"),
     IdempotencyConflict: (422, "idempotency_conflict"),
     ServiceUnreachable: (503, "unreachable"),
@@ -112,7 +116,7 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for part in (embeddings, files, batches, submissions, jobs, workers, models, usage, keys):
+    for part in (embeddings, files, batches, submissions, jobs, collections, workers, models, usage, keys):
         app.include_router(part.router)
     add_dashboard(app)
     app.add_route("/healthz", _healthz)

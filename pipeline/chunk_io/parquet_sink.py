@@ -115,6 +115,9 @@ class ParquetSink:
         }
         make_data_set(self._folder, job.id, written, about, check)
 
+    def conclude(self, connection: Connection, job: Job) -> None:
+        """Do nothing: the manifest shows the parts already."""
+
     def read(
         self, connect: Callable[[], AbstractContextManager[Connection]], job_id: UUID, first_index: int, end_index: int
     ) -> Iterator[Sequence[Vector]]:

@@ -10,9 +10,10 @@ from sqlalchemy import Connection, Engine
 
 from pipeline.chunk_io.parquet_sink import ParquetSink
 from pipeline.core.chunks import Claim, Item
+from pipeline.core.collections import SyncOptions
 from pipeline.core.jobs import Job
-from pipeline.core.options import KeptOptions, UserTable
-from pipeline.db import embeddings, items, user_table
+from pipeline.core.options import KeptOptions, UserTable, VectorType
+from pipeline.db import collections, embeddings, items, jobs, syncs, user_table
 from pipeline.db.embeddings import EmbeddedRows, Vector
 from pipeline.db.outputs import Staged
 
@@ -65,6 +66,9 @@ class Sink(Protocol):
             Waiting: the job has changed in the meantime, and must be finalised again.
         """
 
+    def conclude(self, connection: Connection, job: Job) -> None:
+        """Do what becomes visible with the job's completion, in the transaction that completes it."""
+
     def read(self, connect: Connect, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
         """Yield a job's vectors from `first_index` to before `end_index`, in index order and bounded memory.
 
@@ -108,6 +112,9 @@ class RowsSink:
 
     def finalize(self, engine: Engine, job: Job) -> None:
         """Do nothing: the rows are complete."""
+
+    def conclude(self, connection: Connection, job: Job) -> None:
+        """Do nothing: the rows are visible."""
 
     def read(self, connect: Connect, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
         """Yield rows page by page."""
@@ -153,8 +160,50 @@ class TableSink(RowsSink):
                 user_table.build_hnsw(connection, self._table)
 
 
+class CollectionSink(RowsSink):
+    """Sink that writes the same rows, and brings a collection up to them in the same transaction.
+
+    An atomic sync shows none of them before its end.
+    """
+
+    finalizes = finalizes_long = True
+
+    def __init__(self, sync: SyncOptions, kept_as: VectorType, *, passages: bool) -> None:
+        super().__init__(passages=passages)
+        self._sync, self._kept_as = sync, kept_as
+
+    def write(self, connection: Connection, claim: Claim, rows: EmbeddedRows, staged: Staged | None) -> None:
+        """Insert rows, and give the collection's keys their new vectors."""
+        super().write(connection, claim, rows, staged)
+        if not self._sync.atomic:
+            self._publish(connection, claim.job_id, np.unique(rows.indexes).tolist())
+
+    def finalize(self, engine: Engine, job: Job) -> None:
+        """Build the HNSW index once the collection has vectors enough."""
+        if not self._sync.atomic:
+            with engine.begin() as connection:
+                self._index(connection, job)
+
+    def conclude(self, connection: Connection, job: Job) -> None:
+        """Remove what the source lacks; of an atomic sync, show all."""
+        if self._sync.atomic:
+            self._publish(connection, job.id, None)
+            self._index(connection, job)
+        syncs.settle(connection, job.id, self._sync.version_id, keep_rejected=self._sync.keep_rejected)
+
+    def _publish(self, connection: Connection, job_id: UUID, indexes: Sequence[int] | None) -> None:
+        syncs.publish(connection, self._sync.version_id, job_id, indexes, passages=self._passages)
+
+    def _index(self, connection: Connection, job: Job) -> None:
+        dimensions = jobs.vector_space(connection, job.id)["dimensions"]
+        if dimensions <= user_table.HNSW_DIMENSIONS[self._kept_as.sql_type]:
+            collections.build_index(connection, self._sync.version_id)
+
+
 def sink_of(options: KeptOptions) -> Sink:
     """Return the sink of a job with these options."""
+    if options.sync:
+        return CollectionSink(options.sync, options.dtype, passages=options.splits)
     if options.output:
         return ParquetSink(options.output, options.dtype, options.columns.carry, passages=options.splits)
     if options.table:

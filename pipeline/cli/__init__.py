@@ -26,6 +26,8 @@ class _Root(LazyGroup):
         "receipt": Entry("Jobs", "jobs:receipt", "Show a job's receipt; --verify counts its rows."),
         "results": Entry("Jobs", "results:results", "Write a job's vectors to a file."),
         "search": Entry("Jobs", "results:search", "Find the items of a job nearest to a query."),
+        "collections": Entry("Collections", "collections:app", "Manage collections: create, show, history, drop."),
+        "sync": Entry("Collections", "sync:sync", "Bring a collection up to its source."),
         "cancel": Entry("Jobs", "jobs:cancel", "Cancel a job; vectors that are committed stay."),
         "pause": Entry("Jobs", "jobs:pause", "Pause a job: running chunks finish, no others start."),
         "resume": Entry("Jobs", "jobs:resume", "Resume a paused job."),

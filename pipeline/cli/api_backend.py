@@ -1,7 +1,8 @@
 """Backend of commands that calls an api over HTTP."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from http import HTTPStatus
@@ -12,12 +13,15 @@ from urllib.parse import quote
 from uuid import UUID
 
 import httpx2 as httpx
+from pydantic import BaseModel
 
 from pipeline.catalog.keys import NewKey
 from pipeline.catalog.models import DEFAULT_WORKSPACE
-from pipeline.core.errors import ServiceUnreachable, UserError, VectormillError
+from pipeline.core.collection_status import CollectionList, CollectionStatus, SyncList, SyncStatus
+from pipeline.core.errors import CollectionBusy, ServiceUnreachable, UserError, VectormillError
 from pipeline.core.job_status import JobStatus, Receipt
 from pipeline.core.jobs import JobState
+from pipeline.core.options import JobOptions
 from pipeline.ingest.request import JobRequest
 from pipeline.ingest.submission import Submitted
 from pipeline.jobs.status import Namesake
@@ -27,6 +31,12 @@ _CONNECT_SECONDS = 5.0
 #: Timeout of reads and writes. An upload is answered once all its items are in the database, a verification once they
 #: are counted.
 _MOST_SECONDS = 3_600.0
+#: Time between two tries to begin a sync while another one goes on.
+_BUSY_SECONDS = 2.0
+
+
+class _Conflict(UserError):
+    """Another sync of the collection goes on."""
 
 
 class ApiBackend:
@@ -112,6 +122,59 @@ class ApiBackend:
         rows: list[Mapping[str, Any]] = self._get("/models")["data"]
         return rows
 
+    def collections(self) -> list[CollectionStatus]:
+        """Return the states of the workspace's collections, by name."""
+        return CollectionList.model_validate(self._get("/collections")).data
+
+    def collection(self, name: str) -> CollectionStatus:
+        """Return a collection's state."""
+        return CollectionStatus.model_validate(self._get(_collection_path(name)))
+
+    def history(self, name: str, limit: int) -> list[SyncStatus]:
+        """Return a collection's newest syncs, newest first."""
+        return SyncList.model_validate(self._get(_collection_path(name, "syncs"), limit=limit)).data
+
+    def create_collection(
+        self, name: str, model: str, options: JobOptions, expect_every: timedelta | None
+    ) -> CollectionStatus:
+        """Create an empty collection."""
+        wish = options.model_dump(mode="json", exclude_defaults=True) | {"name": name, "model": model}
+        if expect_every is not None:
+            wish["expect_every_seconds"] = expect_every.total_seconds()
+        return CollectionStatus.model_validate(self._post("/collections", json=wish))
+
+    def drop_collection(self, name: str) -> None:
+        """Drop a collection with its view, vectors and history."""
+        self._send("DELETE", _collection_path(name), params=self._scope)
+
+    def sync(
+        self,
+        collection: str,
+        wish: BaseModel,
+        files: Sequence[Path],
+        idempotency_key: str | None,
+        *,
+        queue: bool,
+        on_wait: Callable[[UUID], None],
+    ) -> Submitted:
+        """Sync a collection: upload files, or without files let the api read the sources that the request names.
+
+        Raises:
+            CollectionBusy: without `queue`, another sync goes on.
+        """
+        told = None
+        while True:
+            try:
+                return self._submit(_collection_path(collection, "syncs"), wish, files, idempotency_key)
+            except _Conflict:
+                running = self.collection(collection).running
+                if running and not queue:
+                    raise CollectionBusy(collection, running) from None
+                if running and running != told:
+                    on_wait(running)
+                    told = running
+            time.sleep(_BUSY_SECONDS)
+
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
         """Create a key in the workspace of the api key, which must be an admin's."""
         wish: dict[str, Any] = {"name": name, "admin": admin}
@@ -148,14 +211,17 @@ class ApiBackend:
 
     def submit(self, wish: JobRequest, files: Sequence[Path], idempotency_key: str | None) -> Submitted:
         """Submit a job: upload its files, or without files let the api read the sources that the request names."""
+        return self._submit("/jobs", wish, files, idempotency_key)
+
+    def _submit(self, path: str, wish: BaseModel, files: Sequence[Path], idempotency_key: str | None) -> Submitted:
         headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
         fields = wish.model_dump(mode="json", exclude_defaults=True)
         if not files:
-            return self._made(self._send("POST", "/jobs", params=self._scope, json=fields, headers=headers))
+            return self._made(self._send("POST", path, params=self._scope, json=fields, headers=headers))
         with ExitStack() as opened:
             parts = [("file", (path.name, opened.enter_context(path.open("rb")))) for path in files]
             form = {name: _as_field(value) for name, value in fields.items()}
-            sent = self._send("POST", "/jobs", params=self._scope, data=form, files=parts, headers=headers)
+            sent = self._send("POST", path, params=self._scope, data=form, files=parts, headers=headers)
             return self._made(sent)
 
     @staticmethod
@@ -184,6 +250,10 @@ class ApiBackend:
             reply = self._client.request(method, path, **how)
         _check(reply)
         return reply
+
+
+def _collection_path(name: str, more: str = "") -> str:
+    return f"/collections/{_segment(name, 'collection')}" + (f"/{more}" if more else "")
 
 
 def _path(job: str, more: str = "") -> str:
@@ -216,7 +286,7 @@ def _check(reply: httpx.Response) -> None:
     """Raise the error that a reply's problem details describe; do nothing if it succeeded."""
     if reply.is_success:
         return
-    field = None
+    field, problem = None, {}
     try:
         problem = reply.json()
         detail, field = str(problem["detail"]), problem.get("field")
@@ -228,4 +298,6 @@ def _check(reply: httpx.Response) -> None:
     if field and detail.startswith(field) and ": " in detail:
         given, _, told = detail.removeprefix(field).partition(": ")
         raise UserError(told, field=field, given=given.strip())
+    if reply.status_code == HTTPStatus.CONFLICT and problem.get("title") == "collection busy":
+        raise _Conflict(detail)
     raise UserError(detail)

@@ -12,9 +12,11 @@ from uuid import UUID
 
 from pipeline.catalog.keys import NewKey
 from pipeline.catalog.models import DEFAULT_WORKSPACE
+from pipeline.core.collection_status import CollectionStatus, SyncStatus
 from pipeline.core.errors import UserError
 from pipeline.core.job_status import JobStatus, Receipt
 from pipeline.core.jobs import JobState
+from pipeline.core.options import JobOptions
 from pipeline.infra.settings import load_settings
 from pipeline.jobs.status import Namesake
 
@@ -61,6 +63,23 @@ class Backend(Protocol):
 
     def models(self, *, everything: bool) -> list[Mapping[str, Any]]:
         """Return the catalogue's models, or only those that the workspace may use."""
+
+    def collections(self) -> list[CollectionStatus]:
+        """Return the states of the workspace's collections, by name."""
+
+    def collection(self, name: str) -> CollectionStatus:
+        """Return a collection's state."""
+
+    def history(self, name: str, limit: int) -> list[SyncStatus]:
+        """Return a collection's newest syncs, newest first."""
+
+    def create_collection(
+        self, name: str, model: str, options: JobOptions, expect_every: timedelta | None
+    ) -> CollectionStatus:
+        """Create an empty collection."""
+
+    def drop_collection(self, name: str) -> None:
+        """Drop a collection with its view, vectors and history."""
 
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
         """Create a key in the workspace, which expires after `lives` or never."""

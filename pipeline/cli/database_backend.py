@@ -16,13 +16,16 @@ from sqlalchemy.exc import DBAPIError
 from pipeline.catalog import keys
 from pipeline.catalog.keys import NewKey
 from pipeline.cli.context import CommandContext
+from pipeline.core.collection_status import CollectionStatus, SyncStatus
 from pipeline.core.errors import ServiceUnreachable
 from pipeline.core.job_status import JobStatus, Receipt
 from pipeline.core.jobs import JobState
+from pipeline.core.options import JobOptions
 from pipeline.db import keys as stored_keys
 from pipeline.db import models, rejects
+from pipeline.db.collections import Collection
 from pipeline.db.database import is_connection_lost
-from pipeline.jobs import control, status
+from pipeline.jobs import collections, control, status
 from pipeline.jobs.status import Namesake
 
 _PAGE = 1_000
@@ -122,6 +125,44 @@ class DatabaseBackend:
         with self.place.engine.begin() as connection:
             rows = models.listed(connection, None if everything else self.place.workspace_id)
             return [dict(row) for row in rows]
+
+    def collections(self) -> list[CollectionStatus]:
+        """Return the states of the workspace's collections, by name."""
+        with self.place.engine.begin() as connection:
+            return collections.list_collections(connection, self.place.workspace_id)
+
+    @contextmanager
+    def _of_collection(self, name: str) -> Iterator[tuple[Connection, Collection]]:
+        with self.place.engine.begin() as connection:
+            yield connection, collections.find_collection(connection, self.place.workspace_id, name)
+
+    def collection(self, name: str) -> CollectionStatus:
+        """Return a collection's state."""
+        with self._of_collection(name) as (connection, found):
+            return collections.collection_status(connection, found)
+
+    def history(self, name: str, limit: int) -> list[SyncStatus]:
+        """Return a collection's newest syncs, newest first."""
+        with self._of_collection(name) as (connection, found):
+            return collections.history(connection, found, limit)
+
+    def create_collection(
+        self, name: str, model: str, options: JobOptions, expect_every: timedelta | None
+    ) -> CollectionStatus:
+        """Create an empty collection."""
+        from pipeline.ingest.sync import create_collection
+
+        place = self.place
+        with place.engine.begin() as connection:
+            made = create_collection(
+                connection, place.workspace_id, name, model=model, options=options, expect_every=expect_every
+            )
+            return collections.collection_status(connection, made)
+
+    def drop_collection(self, name: str) -> None:
+        """Drop a collection with its view, vectors and history."""
+        with self._of_collection(name) as (connection, found):
+            collections.drop_collection(connection, found)
 
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
         """Create a key in the workspace, which expires after `lives` or never."""

@@ -26,7 +26,7 @@ Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="S
 Workspace = Annotated[str, typer.Option(help="The workspace.")]
 
 _EXIT_CODES = {JobState.COMPLETED: 0, JobState.FAILED: 3, JobState.CANCELLED: 4, JobState.PAUSED: 5}
-_OUTCOMES = ("embedded", "reused", "rejected", "cancelled")
+_OUTCOMES = ("embedded", "reused", "unchanged", "rejected", "cancelled", "removed")
 _POLL_SECONDS = 0.5
 _PLAIN_PERIOD_SECONDS = 10.0
 #: Time for which a watch retries a server that doesn't answer.
@@ -159,7 +159,7 @@ def watch_job(backend: Backend, job_id: UUID, timeout_seconds: float | None, *, 
         show(None)
     if row.message and row.state != JobState.COMPLETED:
         output.stderr.print(output.state(row.state, row.reason), row.message)
-    if not row.items.total:  # a request in SQL that never became a job has no receipt
+    if not row.items.total and row.state != JobState.COMPLETED:  # perhaps a request in SQL that never became a job
         return _EXIT_CODES[row.state]
     account = backend.receipt(str(job_id), verify=verify)
     output.stderr.print(output.ledger(account, backend.reject_counts(str(job_id))))
@@ -259,7 +259,7 @@ def receipt(
     as_json: Json = False,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
-    """Show a job's receipt: items in = embedded + reused + rejected + cancelled.
+    """Show a job's receipt: items in = embedded + reused + unchanged + rejected + cancelled.
 
     Exit code 1 if --verify fails: rows are missing or double, or the counts don't balance or have changed.
 

@@ -1,8 +1,7 @@
 """Commands `vectormill keys`: API keys of a workspace."""
 
-import re
 import sys
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Annotated
 
 import typer
@@ -14,15 +13,13 @@ from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.cli.backends import open_backend
 from pipeline.cli.once import App
 from pipeline.cli.output import age, print_json, stderr, stdout
-from pipeline.core.errors import UserError
+from pipeline.cli.spans import read_span
 
 app = App(help="Manage API keys.", no_args_is_help=True)
 
 Workspace = Annotated[str, typer.Option(help="The workspace.")]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as list shows it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_SPAN = re.compile(r"(\d{1,5})([smhd])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 @app.command()
@@ -40,7 +37,7 @@ def create(
 
         export OPENAI_API_KEY=$(vectormill keys create)
     """
-    lives = None if expires is None else _span("--expires", expires)
+    lives = None if expires is None else read_span("--expires", expires)
     with open_backend(workspace) as backend:
         made = backend.create_key(name, admin=admin, lives=lives)
     _show(made)
@@ -84,7 +81,7 @@ def rotate(
     Example: vectormill keys rotate 3f0c9a7be1d2c4a8 --overlap 2h
     """
     with open_backend(workspace) as backend:
-        made = backend.rotate_key(key, _span("--overlap", overlap))
+        made = backend.rotate_key(key, read_span("--overlap", overlap))
     _show(made)
     stderr.print(f"The old key {key} ends in {overlap}.")
 
@@ -103,10 +100,3 @@ def revoke(key: KeyId, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
 def _show(made: NewKey) -> None:
     sys.stdout.write(made.token + "\n")
     stderr.print(f"Key {made.id}: keep it now, it isn't shown again.")
-
-
-def _span(option: str, given: str) -> timedelta:
-    found = _SPAN.fullmatch(given)
-    if not found:
-        raise UserError(f'{option} "{given}": write a number and s, m, h or d, such as 90d.')
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})

@@ -133,8 +133,13 @@ def ledger(receipt: Receipt, codes: Mapping[str, int]) -> RenderableType:
         lost = f"about {receipt.lost_tokens:,} lost" if receipt.lost_tokens else ""
         table.add_row("truncated", f"{receipt.truncated:,}", lost)
     table.add_row("reused", f"{items.reused:,}", f"{tokens.reused:,} saved" if tokens.reused else "")
+    if items.unchanged:
+        unchanged = tokens.saved - tokens.reused
+        table.add_row("unchanged", f"{items.unchanged:,}", f"{unchanged:,} saved" if unchanged else "")
     table.add_row("rejected", f"{items.rejected:,}", "")
     table.add_row("cancelled", f"{items.cancelled:,}", "")
+    if items.removed:
+        table.add_row("removed", f"{items.removed:,}", "")
     if unanswered := tokens.unanswered:
         table.add_row("unanswered", "", f"about {unanswered:,}")
     if unanswered or tokens.billed != tokens.prompt:

@@ -163,9 +163,9 @@ def submit(
     if max_rejects != max_rejects.strip():
         raise UserError("--max-rejects: give a count such as 50, or a share such as 2.5%.")
     items = read_count(at)
-    _needs("--json", as_json, "--dry-run", dry_run)
-    _needs("--at", at is not None, "--dry-run", dry_run)
-    _needs("--timeout", timeout is not None, "--wait", wait)
+    needs("--json", as_json, "--dry-run", dry_run)
+    needs("--at", at is not None, "--dry-run", dry_run)
+    needs("--timeout", timeout is not None, "--wait", wait)
     if wait and dry_run:
         raise UserError("--wait has no effect with --dry-run, which submits nothing; leave one of them out.")
     wish = read_request(
@@ -178,7 +178,7 @@ def submit(
             "delimiter": delimiter,
             "quote": quote,
             "carry": carry or [],
-            "labels": _labels(label or []),
+            "labels": labels_of(label or []),
             "priority": priority,
             "dimensions": dimensions,
             "dtype": dtype,
@@ -202,12 +202,12 @@ def submit(
     with open_backend(workspace) as backend:
         if isinstance(backend, ApiBackend):
             given = {"--from": from_url, "--query": query, "--into": into, "--hnsw": hnsw}
-            _refuse_at_api({**given, "--allow-empty": allow_empty, "--dry-run": dry_run})
+            refuse_at_api({**given, "--allow-empty": allow_empty, "--dry-run": dry_run})
             job_id = _submit_to_api(backend, wish, sources or [], idempotency_key)
         else:
             if webhook:
                 allowlist.check(webhook, backend.place.settings.webhooks)
-            corpus = _corpus(sources or [], from_url, query, wish.columns, backend.place)
+            corpus = corpus_of(sources or [], from_url, query, wish.columns, backend.place)
             wish = wish.model_copy(update={"name": wish.name or (default_name(sources[0]) if sources else "query")})
             if by_reference is None:
                 wish = wish.model_copy(update={"by_reference": _by_reference(corpus, wish)})
@@ -227,7 +227,7 @@ def submit(
             raise typer.Exit(watch_job(backend, job_id, timeout))
 
 
-def _refuse_at_api(given: Mapping[str, Any]) -> None:
+def refuse_at_api(given: Mapping[str, Any]) -> None:
     for option, value in given.items():
         if value:
             raise UserError(f"{option} needs the database itself: set VECTORMILL_DATABASE_URL.")
@@ -247,14 +247,14 @@ def _submit_to_api(backend: ApiBackend, wish: JobRequest, sources: list[str], id
         else:
             if wish.by_reference:
                 raise UserError("--by-reference: an api can't read files of this machine; leave it out.")
-            made = backend.submit(wish, _files_of(sources, Path(folder)), idempotency_key)
+            made = backend.submit(wish, files_of(sources, Path(folder)), idempotency_key)
     if made.attached:
         stderr.print(f"{made.attached}.")
     tell(made.notices)
     return made.job_id
 
 
-def _files_of(sources: list[str], folder: Path) -> list[Path]:
+def files_of(sources: list[str], folder: Path) -> list[Path]:
     paths = []
     for file in find_files(sources):
         if file.uri is None:
@@ -266,7 +266,9 @@ def _files_of(sources: list[str], folder: Path) -> list[Path]:
     return paths
 
 
-def _corpus(sources: list[str], url: str | None, query: str | None, columns: Columns, place: CommandContext) -> Source:
+def corpus_of(
+    sources: list[str], url: str | None, query: str | None, columns: Columns, place: CommandContext
+) -> Source:
     item_bytes = place.settings.item_bytes
     if (url is None) != (query is None):
         raise UserError("--from and --query go together: a database's URL, and what to select from it.")
@@ -295,7 +297,7 @@ def _absolute(folder: str) -> str:
 def _submit(place: CommandContext, wish: JobRequest, corpus: Source, idempotency_key: str | None) -> UUID:
     with place.engine.begin() as connection:
         found = find_model(connection, place.workspace_id, wish.model)
-    with _Counter(stderr) as counter:
+    with Counter(stderr) as counter:
         done = submit_corpus(
             place.engine,
             Submission(
@@ -321,14 +323,14 @@ def _submit(place: CommandContext, wish: JobRequest, corpus: Source, idempotency
 _BY_REFERENCE_BYTES = 1_000_000_000
 
 
-class _Counter:
+class Counter:
     """Progress line that counts committed items, on a terminal only."""
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, transient=True, refresh_per_second=4)
         self._shown = console.is_terminal
 
-    def __enter__(self) -> "_Counter":
+    def __enter__(self) -> "Counter":
         if self._shown:
             self._live.start()
         return self
@@ -341,12 +343,12 @@ class _Counter:
         self._live.update(Text(f"submitting  {items:,} items"))
 
 
-def _needs(option: str, given: bool, other: str, also: bool) -> None:
+def needs(option: str, given: bool, other: str, also: bool) -> None:
     if given and not also:
         raise UserError(f"{option} has no effect without {other}; leave it out, or give both.")
 
 
-def _labels(pairs: list[str]) -> dict[str, str]:
+def labels_of(pairs: list[str]) -> dict[str, str]:
     labels = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

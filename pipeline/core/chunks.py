@@ -36,6 +36,7 @@ class RejectCode(enum.StrEnum):
     NUL_CHARACTER = "nul_character"
     TOO_LARGE = "too_large"
     BAD_KEY = "bad_key"
+    DUPLICATE_KEY = "duplicate_key"
     BAD_ROW = "bad_row"
     BAD_REQUEST = "bad_request"
     TOO_LONG = "too_long"

@@ -67,6 +67,20 @@ class UnknownJob(UserError):
     """There is no such job in this workspace."""
 
 
+class UnknownCollection(UserError):
+    """There is no such collection in this workspace."""
+
+
+class CollectionBusy(UserError):
+    """Another sync of the collection hasn't ended."""
+
+    retryable = True
+
+    def __init__(self, collection: str, job_id: UUID) -> None:
+        super().__init__(f"job {job_id} syncs the collection {collection} right now; sync again when it has ended.")
+        self.job_id = job_id
+
+
 class IllegalTransition(UserError):
     """The job's state doesn't allow this."""
 

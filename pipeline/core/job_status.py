@@ -14,14 +14,16 @@ class ItemCounts(BaseModel):
     total: int = 0
     embedded: int = 0
     reused: int = 0
+    unchanged: int = Field(default=0, description="Rows of a sync whose text the collection has already.")
     rejected: int = 0
     cancelled: int = 0
     pending: int = 0
     truncated: int = 0
+    removed: int = Field(default=0, description="Keys that a sync has removed; they are no items.")
 
     @property
     def over(self) -> int:
-        """Number of items that are embedded, reused, rejected or cancelled."""
+        """Number of items that are embedded, reused, unchanged, rejected or cancelled."""
         return self.total - self.pending
 
 
@@ -94,18 +96,20 @@ class JobStatus(BaseModel):
 
 
 class AccountedItems(BaseModel):
-    """Counts of items at the job's end: in = embedded + reused + rejected + cancelled."""
+    """Counts of items at the job's end: in = embedded + reused + unchanged + rejected + cancelled."""
 
     submitted: int = Field(alias="in")
     embedded: int
     reused: int
+    unchanged: int = Field(default=0, description="Rows of a sync whose text the collection had already.")
     rejected: int
     cancelled: int
+    removed: int = Field(default=0, description="Keys that a sync has removed; they are no items.")
 
     @property
     def settled(self) -> int:
-        """Number of items that are embedded, reused, rejected or cancelled."""
-        return self.embedded + self.reused + self.rejected + self.cancelled
+        """Number of items that are embedded, reused, unchanged, rejected or cancelled."""
+        return self.embedded + self.reused + self.unchanged + self.rejected + self.cancelled
 
 
 class AccountedTokens(BaseModel):
@@ -121,6 +125,7 @@ class AccountedTokens(BaseModel):
         description="Estimated tokens of requests for which no reply reported billed tokens.",
     )
     reused: int
+    saved: int = Field(default=0, description="Tokens of reused and unchanged texts, which nothing embedded.")
 
 
 class Account(BaseModel):

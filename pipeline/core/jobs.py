@@ -60,6 +60,8 @@ class Reason(enum.StrEnum):
     ALL_REJECTED = "all_rejected"
     TOO_MANY_REJECTS = "too_many_rejects"
     ITEMS_UNACCOUNTED = "items_unaccounted"
+    SOURCE_EMPTY = "source_empty"
+    TOO_MANY_REMOVED = "too_many_removed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
 from pipeline.core import template
+from pipeline.core.collections import SyncOptions
 
 #: Type of names, columns and labels. Postgres accepts no NUL in a text.
 Word = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern="^[^\0]*$")]
@@ -44,6 +45,11 @@ class VectorType(enum.StrEnum):
     def element_bytes(self) -> int:
         """Size of an element in bytes."""
         return {VectorType.FLOAT32: 4, VectorType.FLOAT16: 2}[self]
+
+    @property
+    def sql_type(self) -> str:
+        """Type of such a vector in Postgres."""
+        return {VectorType.FLOAT32: "vector", VectorType.FLOAT16: "halfvec"}[self]
 
     @property
     def column(self) -> str:
@@ -373,6 +379,8 @@ class KeptOptions:
     table: UserTable | None = None
     #: True if that table gets an HNSW index at the job's end.
     hnsw: bool = False
+    #: The job brings a collection up to its source.
+    sync: SyncOptions | None = None
 
     @property
     def splits(self) -> bool:
@@ -380,11 +388,18 @@ class KeptOptions:
         return self.split is not None or self.on_long is OnLong.SPLIT
 
     @classmethod
-    def of(cls, chosen: JobOptions, columns: Columns, item_bytes: int, table: UserTable | None) -> Self:
+    def of(
+        cls,
+        chosen: JobOptions,
+        columns: Columns,
+        item_bytes: int,
+        table: UserTable | None,
+        sync: SyncOptions | None = None,
+    ) -> Self:
         """Return the chosen options in their kept form, for a corpus with these columns; `into` names the `table`."""
         same = {each.name for each in fields(cls)} & JobOptions.model_fields.keys()
         found = {name: getattr(chosen, name) for name in same}
-        return cls(**found, columns=columns, item_bytes=item_bytes, table=table)
+        return cls(**found, columns=columns, item_bytes=item_bytes, table=table, sync=sync)
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON for the job's row."""
@@ -401,6 +416,8 @@ class KeptOptions:
             found["columns"] = _known(Columns, {"quote": '"', **columns, "carry": tuple(columns.get("carry", ()))})
         if table := kept.get("into"):
             found["table"] = _known(UserTable, {**table, "passage_columns": tuple(table.get("passage_columns", ()))})
+        if sync := kept.get("sync"):
+            found["sync"] = SyncOptions.from_json(sync)
         for name, kind in (
             ("dtype", VectorType),
             ("precision", Precision),

@@ -14,10 +14,10 @@ class TextIdentity:
         decisive = (options.dtype, options.precision, options.on_long is OnLong.REJECT, passages)
         self._begun = hashlib.blake2b(json.dumps(decisive).encode(), digest_size=16)
 
-    def of(self, title: str, text: str) -> bytes:
-        """Return the hash of a text, which the model reads with the title before it: 16 bytes."""
-        hasher, before = self._begun.copy(), title.encode()
-        hasher.update(b"%d:" % len(before))
-        hasher.update(before)
-        hasher.update(text.encode())
+    def of(self, title: bytes, text: bytes) -> bytes:
+        """Return the hash of a text in UTF-8, which the model reads with the title before it: 16 bytes."""
+        hasher = self._begun.copy()
+        hasher.update(b"%d:" % len(title))
+        hasher.update(title)
+        hasher.update(text)
         return hasher.digest()

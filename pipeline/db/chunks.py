@@ -240,7 +240,8 @@ _RECORD = """
           select one from jsonb_array_elements(most_truncated || cast(:most_truncated as jsonb)) one
           order by (one->>'lost_tokens')::bigint desc, (one->>'index')::bigint limit :shown) most) end,
       cancelled = case when after = 'cancelled'
-                  then items - embedded - :embedded - reused - :reused - rejected - :rejected else cancelled end,
+                  then items - vacant - embedded - :embedded - reused - :reused - rejected - :rejected
+                  else cancelled end,
       crashes = case when :embedded + :reused + :rejected > 0 then 0 else crashes end,
       isolation = coalesce(:isolation, isolation),
       lease_until = case when after = 'running'
@@ -318,7 +319,8 @@ def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int)
     rows = connection.execute(
         text("""
             update vectormill.chunks
-            set state = 'cancelled', cancelled = items - embedded - reused - rejected, finished_at = clock_timestamp()
+            set state = 'cancelled', cancelled = items - vacant - embedded - reused - rejected,
+                finished_at = clock_timestamp()
             -- By place: a join would read the whole table for each batch.
             where ctid = any(array(select ctid from vectormill.chunks
                                    where job_id between :job and :job and state = 'pending' and id > :after
@@ -385,6 +387,7 @@ def sums(connection: Connection, job_id: UUID) -> RowMapping:
                    coalesce(sum(reused_tokens), 0)::bigint as reused_tokens,
                    coalesce(sum(passages), 0)::bigint as passages,
                    coalesce(sum(lost_tokens), 0)::bigint as lost_tokens,
+                   coalesce(sum(vacant), 0)::bigint as vacant,
                    count(*) filter (where state = 'pending') as pending_chunks,
                    count(*) filter (where state = 'running') as running_chunks,
                    count(*) filter (where state = 'done') as done_chunks,
@@ -437,7 +440,7 @@ def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
             ), touched as (
               select c.id, coalesce(a.rejects, 0) as rejects
               from vectormill.chunks c left join again a on a.id = c.id
-              where c.job_id = :job and (a.id is not null or c.items > c.embedded + c.reused + c.rejected)
+              where c.job_id = :job and (a.id is not null or c.items > c.vacant + c.embedded + c.reused + c.rejected)
             )
             update vectormill.chunks c
             set state = 'pending', rejected = c.rejected - t.rejects, cancelled = 0, crashes = 0, isolation = 0,

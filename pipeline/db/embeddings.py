@@ -378,7 +378,7 @@ def _count_by_chunk(connection: Connection, job_id: UUID, *, passages: bool) -> 
 _VERIFY_OF = """
     select count(*) filter (where i.index is not null and e.index is null and r.index is null)
            - (select coalesce(sum(case when state in ('pending', 'running')
-                                       then items - embedded - reused - rejected else cancelled end), 0)
+                                       then items - vacant - embedded - reused - rejected else cancelled end), 0)
               from vectormill.chunks where job_id = :job),
            count(*) filter (where i.index is null or (e.index is not null and r.index is not null))
     from (select index from vectormill.items where job_id = :job) i
@@ -412,7 +412,7 @@ _CUT_OFF = """
 
 
 _VERIFY_WITHOUT_ITEMS_OF = """
-    select (select coalesce(sum(greatest(0, items - embedded - reused - rejected - cancelled)), 0)::bigint
+    select (select coalesce(sum(greatest(0, items - vacant - embedded - reused - rejected - cancelled)), 0)::bigint
             from vectormill.chunks where job_id = :job and state in ('done', 'cancelled')),
            (select count(*)
             from (select index from {rows} e where job_id = :job and passage = 0) e

@@ -46,6 +46,8 @@ class Block:
     carried: Sequence[bytes] | None
     #: UTF-8, where passages get titles.
     titles: Sequence[bytes] | None = None
+    #: Hashes of text and carried columns, in a sync.
+    identities: Sequence[bytes | None] | None = None
 
 
 def copy_items(
@@ -59,16 +61,19 @@ def copy_items(
     """Append consecutive items from `first_index` on, by COPY. `table`: another one than the job's partition."""
     carried = ("carried",) if blocks[0].carried is not None else ()
     title = ("title",) if blocks[0].titles is not None else ()
-    names = ("job_id", "index", "key", "text", *carried, *title)
+    identity = ("identity",) if blocks[0].identities is not None else ()
+    names = ("job_id", "index", "key", "text", *carried, *title, *identity)
     with copying(connection, table or leaf("items", job_id), names) as copy:
         copy.write(copy_format.SIGNATURE)
         for block in blocks:
             heads = _heads(job_id, range(first_index, first_index + len(block.keys)), len(names))
-            rest: list[Sequence[bytes]] = []
+            rest: list[Sequence[bytes | None]] = []
             if block.carried is not None:
                 rest.append([_JSONB + row for row in block.carried])
             if block.titles is not None:
                 rest.append(block.titles)
+            if block.identities is not None:
+                rest.append(block.identities)
             copy.write(copy_format.frame(heads, _encoded(block.keys), block.texts, *rest))
             first_index += len(block.keys)
         copy.write(copy_format.TRAILER)

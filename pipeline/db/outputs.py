@@ -94,8 +94,8 @@ def by_chunk(connection: Connection, job_id: UUID) -> Iterator[WrittenChunk]:
         text("""
             select c.first_index, c.items, c.embedded + c.reused, c.passages, c.rejected,
                    case when c.state in ('done', 'cancelled')
-                        then greatest(0, c.items - c.embedded - c.reused - c.rejected - c.cancelled) else 0 end
-                     as unaccounted,
+                        then greatest(0, c.items - c.vacant - c.embedded - c.reused - c.rejected - c.cancelled)
+                        else 0 end as unaccounted,
                    (select jsonb_agg(jsonb_build_object('chunk_id', o.chunk_id, 'fence', o.fence, 'part', o.part,
                                      'name', o.name, 'rows', o.rows, 'bytes', o.bytes) order by o.fence, o.part)
                     from vectormill.outputs o where o.job_id = :job and o.chunk_id = c.id) as parts

@@ -27,6 +27,8 @@ class NewJob:
     options: KeptOptions = KeptOptions()
     idempotency_key: str | None = None
     payload_sha256: str | None = None
+    #: Version of a collection that it syncs.
+    version_id: int | None = None
     lease_seconds: float
 
 
@@ -50,17 +52,18 @@ class Producer:
 
 
 def begin(connection: Connection, job: NewJob) -> Producer | None:
-    """Insert a staging job under its producer's lease. Return None if the idempotency key is taken."""
+    """Insert a staging job under its producer's lease. Return None if the idempotency key is taken, or another sync of
+    the same version hasn't ended."""
     producer = Producer(job.id, 1, uuid4())
     row = connection.execute(
         text("""
             insert into vectormill.jobs
               (id, workspace_id, name, model_name, vector_space_id, state, priority, labels, options, idempotency_key,
-               payload_sha256, fence, token, lease_until)
+               payload_sha256, version_id, fence, token, lease_until)
             values (:id, :workspace_id, :name, :model_name, :vector_space_id, 'staging', :priority,
                     cast(:labels as jsonb), cast(:options as jsonb), :idempotency_key, :payload_sha256,
-                    :fence, :token, clock_timestamp() + make_interval(secs => :lease))
-            on conflict (workspace_id, idempotency_key) do nothing returning id
+                    :version_id, :fence, :token, clock_timestamp() + make_interval(secs => :lease))
+            on conflict do nothing returning id
         """),
         {
             "id": job.id,
@@ -73,6 +76,7 @@ def begin(connection: Connection, job: NewJob) -> Producer | None:
             "options": json.dumps(job.options.to_json()),
             "idempotency_key": job.idempotency_key,
             "payload_sha256": job.payload_sha256,
+            "version_id": job.version_id,
             "fence": producer.fence,
             "token": producer.token,
             "lease": job.lease_seconds,

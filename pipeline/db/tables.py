@@ -221,6 +221,8 @@ jobs = Table(
     Column("notices", JSONB, nullable=False, server_default="[]"),
     # Texts of items below this index aren't kept: removed, or never stored (by reference).
     _count("texts_kept_from"),
+    # Version of a collection that it syncs.
+    Column("version_id", BigInteger),
     _state(JobState),
     CheckConstraint("ends_as in ('cancelled', 'failed')", name="ends_as"),
     UniqueConstraint("workspace_id", "idempotency_key"),
@@ -232,6 +234,13 @@ jobs = Table(
     Index("jobs_texts_idx", "finished_at", postgresql_where=text("texts_kept_from < items_total")),
     Index("jobs_newest_idx", "workspace_id", text("id desc")),
     Index("jobs_named_idx", "name", text("id desc")),
+    # Two syncs of one version never run at once.
+    Index(
+        "jobs_syncing_idx",
+        "version_id",
+        unique=True,
+        postgresql_where=text("version_id is not null and state not in ('completed', 'failed', 'cancelled')"),
+    ),
 )
 
 #: Requests made by the SQL function `vectormill.submit`. Each becomes a job over its query's rows.
@@ -323,6 +332,8 @@ chunks = Table(
     # Tokens that truncation left out, and the items that lost the most: index, key and lost tokens of each.
     _count("lost_tokens"),
     Column("most_truncated", JSONB, nullable=False, server_default="[]"),
+    # Indexes without an item: rows of a sync that removed a key, or that another row of the same key replaces.
+    _count("vacant"),
     _moment("started_at"),
     _moment("finished_at"),
     _state(ChunkState),
@@ -359,6 +370,8 @@ items = Table(
     Column("carried", JSONB),
     # Title that the model reads before each passage.
     Column("title", Text),
+    # Of a sync's item: hash of the text, then of the carried columns, as `collection_keys` keeps it.
+    Column("identity", LargeBinary),
     PrimaryKeyConstraint("job_id", "index"),
     postgresql_partition_by=_BY_JOB,
 )
@@ -425,6 +438,122 @@ known_texts = Table(
     PrimaryKeyConstraint("workspace_id", "vector_space_id", "hash"),
     # Only a purge reads it; ids of jobs grow, so a summary of places is enough.
     Index("known_texts_job_idx", "job_id", postgresql_using="brin"),
+)
+
+collections = Table(
+    "collections",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    # Name of the view that readers use, in this schema.
+    Column("view", Text, nullable=False, unique=True),
+    Column("is_shown", Boolean, nullable=False, server_default=text("false")),
+    # Longest time between two completed syncs that is no cause for alarm.
+    Column("expect_every", Interval),
+    _moment("created_at", now=True),
+    UniqueConstraint("workspace_id", "name"),
+)
+
+#: Vector spaces of a collection, each with its options, keys and vectors.
+collection_versions = Table(
+    "collection_versions",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("collection_id", ForeignKey("collections.id", ondelete="CASCADE"), nullable=False),
+    # No foreign key: a model may be removed while its vectors stay.
+    Column("model_name", Text, nullable=False),
+    Column("vector_space_id", ForeignKey("vector_spaces.id"), nullable=False),
+    # As `JobOptions` writes them.
+    Column("options", JSONB, nullable=False),
+    Column("state", Text, nullable=False),
+    _moment("created_at", now=True),
+    UniqueConstraint("collection_id", "state"),
+    CheckConstraint("state in ('current')", name="state"),
+)
+
+#: Keys of each version, narrow, so that a sync compares millions without reading a vector.
+collection_keys = Table(
+    "collection_keys",
+    metadata,
+    Column("version_id", BigInteger, nullable=False),
+    Column("key", Text(collation="C"), nullable=False),
+    # Number of the key, never given twice.
+    Column("slot", BigInteger, nullable=False, server_default=text("nextval('vectormill.collection_slots')")),
+    # Hash of the text that its vectors were made of, then of its carried columns.
+    Column("identity", LargeBinary, nullable=False),
+    Column("carried", JSONB),
+    Column("tokens", Integer, nullable=False),
+    # Job that wrote the vectors last.
+    Column("job_id", Uuid, nullable=False),
+    PrimaryKeyConstraint("version_id", "key"),
+    UniqueConstraint("version_id", "slot"),
+    postgresql_partition_by="LIST (version_id)",
+)
+
+collection_vectors = Table(
+    "collection_vectors",
+    metadata,
+    Column("version_id", BigInteger, nullable=False),
+    Column("slot", BigInteger, nullable=False),
+    # As in `passages`; 0 and nulls where each key has one vector.
+    Column("passage", Integer, nullable=False),
+    Column("start", Integer),
+    Column("stop", Integer),
+    Column("vector", VECTOR()),
+    Column("half", HALFVEC()),
+    PrimaryKeyConstraint("version_id", "slot", "passage"),
+    CheckConstraint("(vector is null) <> (half is null)", name="one_vector"),
+    postgresql_partition_by="LIST (version_id)",
+)
+
+#: Syncs, kept while their collection is, also after their jobs are purged.
+syncs = Table(
+    "syncs",
+    metadata,
+    Column("job_id", Uuid, primary_key=True),
+    Column("collection_id", BigInteger, nullable=False),
+    Column("version_id", BigInteger, nullable=False),
+    # It named all keys that there are; False: only those that changed.
+    Column("is_whole", Boolean, nullable=False),
+    # Keys with a higher slot came after it began.
+    Column("last_slot", BigInteger, nullable=False),
+    # Rows whose text the collection had already, and those of them with other carried columns.
+    _count("unchanged"),
+    _count("updated"),
+    # Rows that another row of the same key replaces.
+    _count("repeated"),
+    # Tokens of the unchanged texts.
+    _count("tokens_saved"),
+    # Keys that it removed, added and changed.
+    _count("removed"),
+    _count("added"),
+    _count("changed"),
+    # End of the sync, with its removals.
+    _moment("settled_at"),
+    _moment("created_at", now=True),
+    Index("syncs_version_idx", "version_id", text("job_id desc")),
+)
+
+#: Slots that a whole sync has named, as bits: page p holds those from p × 8,192 on.
+sync_seen = Table(
+    "sync_seen",
+    metadata,
+    Column("job_id", Uuid, nullable=False),
+    Column("page", BigInteger, nullable=False),
+    Column("bits", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("job_id", "page"),
+)
+
+#: Changes for a sync's end: new carried columns of a key; NULL identity: the key goes.
+sync_changes = Table(
+    "sync_changes",
+    metadata,
+    Column("job_id", Uuid, nullable=False),
+    Column("slot", BigInteger, nullable=False),
+    Column("identity", LargeBinary),
+    Column("carried", JSONB),
+    PrimaryKeyConstraint("job_id", "slot"),
 )
 
 usage = Table(

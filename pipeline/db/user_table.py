@@ -14,7 +14,7 @@ from pipeline.db.database import errors_as_sqlalchemys, plain_reason, psycopg_co
 _TEXTS = ("text", "character varying")
 _VECTORS = ("vector", "halfvec")
 #: Most dimensions that an HNSW index takes.
-_HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
+HNSW_DIMENSIONS = {"vector": 2_000, "halfvec": 4_000}
 
 
 def _named(into: UserTable) -> sql.Identifier:
@@ -153,7 +153,7 @@ def _check_dimensions(name: str, vector: RowMapping, dimensions: int, hnsw: bool
         )
     if hnsw and declared <= 0:
         raise _refused(name, f'for an index, declare "{vector["name"]}" as {vector["type"]}({dimensions}).')
-    most = _HNSW_DIMENSIONS[vector["type"]]
+    most = HNSW_DIMENSIONS[vector["type"]]
     if hnsw and dimensions > most:
         raise _refused(name, f"an index takes at most {most:,} dimensions of {vector['type']}; leave hnsw out.")
 

@@ -13,6 +13,11 @@ def id_of(connection: Connection, name: str) -> int | None:
     return connection.execute(select(workspaces.c.id).where(workspaces.c.name == name)).scalar_one_or_none()
 
 
+def name_of(connection: Connection, workspace_id: int) -> str:
+    """Return a workspace's name."""
+    return str(connection.execute(select(workspaces.c.name).where(workspaces.c.id == workspace_id)).scalar_one())
+
+
 def create(connection: Connection, name: str, weight: float) -> int | None:
     """Add a workspace. Return its id, or None if the name is taken."""
     statement = insert_or(workspaces).values(name=name, weight=weight).on_conflict_do_nothing()

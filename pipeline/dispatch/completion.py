@@ -40,6 +40,9 @@ def end(engine: Engine, job_id: UUID, *, finalized: str | None = None) -> None:
         state, reason, message = control.outcome(job, account)
         if state is JobState.COMPLETED and finalizes and finalized != outputs.digest(connection, job_id):
             return
+        if state is JobState.COMPLETED:
+            sink_of(job.options).conclude(connection, job)
+            account = status.current_account(connection, job_id)
         jobs.end(connection, job_id, state, account.model_dump(by_alias=True), reason=reason, message=message)
         jobs.save_progress(connection, job_id, status.sum_up(connection, job_id).model_dump(mode="json"))
         job_ended(connection, job, state, account, reason=reason, message=message)

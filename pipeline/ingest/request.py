@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pipeline.core.errors import UserError
 from pipeline.core.options import MOST_COLUMNS, Address, JobOptions, Word
 
-_MOST_SOURCES = 1_000
+Request = TypeVar("Request", bound=BaseModel)
+
+MOST_SOURCES = 1_000
 #: Clients and proxies resolve these as relative path segments, however they are escaped.
 _UNADDRESSABLE = (".", "..")
 
@@ -21,7 +23,7 @@ class JobRequest(JobOptions):
     name: Word | None = Field(default=None, description="The job's name. Default: the first source's.")
     sources: list[Address] = Field(
         default=[],
-        max_length=_MOST_SOURCES,
+        max_length=MOST_SOURCES,
         description="Files, folders, globs or URIs that the operator allows, for a job without an upload.",
     )
     labels: dict[Word, Word] = Field(default={}, max_length=MOST_COLUMNS, description="Kept with job and usage.")
@@ -63,8 +65,17 @@ def read_request(fields: Mapping[str, Any]) -> JobRequest:
     Raises:
         UserError: a field is missing, unknown or wrong; the message names it.
     """
+    return read_fields(JobRequest, fields)
+
+
+def read_fields(kind: type[Request], fields: Mapping[str, Any]) -> Request:
+    """Validate fields as a request of this kind.
+
+    Raises:
+        UserError: a field is missing, unknown or wrong; the message names it.
+    """
     try:
-        return JobRequest.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or None

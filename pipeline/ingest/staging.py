@@ -16,10 +16,11 @@ from pipeline.chunk_io.sinks import sink_of
 from pipeline.core.chunks import Extent, Reject
 from pipeline.core.errors import EmptySource, LeaseLost, ServiceUnreachable, UserError, VectormillError
 from pipeline.core.jobs import JobState, Reason
-from pipeline.db import chunks, items, jobs, staging
+from pipeline.db import chunks, collection_keys, items, jobs, staging, syncs
 from pipeline.db.database import flush_later, is_connection_lost
 from pipeline.db.staging import Producer
 from pipeline.infra.leases import Renewal
+from pipeline.ingest.changes import ChangedRows, Changes
 from pipeline.ingest.chunking import ChunkLimits, Planner, Range, chunk_tokens, estimate_split_tokens, estimate_tokens
 from pipeline.ingest.submission import Planning, Submission
 from pipeline.jobs import control
@@ -52,6 +53,7 @@ class Staging:
         #: Indexes of rejects in items that no chunk covers yet.
         self._rejected_at: list[int] = []
         self._spots = _Spots()
+        self._changes = Changes(submission.sync, submission.kept_options(None)) if submission.sync else None
 
     def _notices(self) -> list[str]:
         told = self._submission.corpus.notices
@@ -59,6 +61,9 @@ class Staging:
         if self._keyless and "no key" not in told:
             key = self._submission.corpus.columns.key
             found.append(f'{self._keyless:,} of {self._items:,} items have no key: "{key}" is missing there, or empty.')
+        if self._changes and (repeated := self._changes.repeated):
+            which = self._submission.sync and self._submission.sync.on_duplicate_key
+            found.append(f"{repeated:,} rows have a key that another row has too; the {which} row of each key counts.")
         return found
 
     def run(self) -> list[str]:
@@ -105,9 +110,11 @@ class Staging:
                 # The last transaction's flush covers all before it, and a crash loses a staging anyway.
                 flush_later(connection)
                 self._hold(connection)
+                if self._changes:
+                    blocks = [self._changes.of(connection, self._job_id, block) for block in blocks]
                 self._copy(connection, blocks)
                 self._advance(connection)
-            self._submission.on_items(self._items)
+            self._submission.on_items(self._changes.rows if self._changes else self._items)
 
     def _plan_files(self, corpus: Corpus) -> None:
         planned: list[chunks.NewChunk] = []
@@ -156,7 +163,16 @@ class Staging:
             connection,
             self._job_id,
             self._items,
-            [items.Block(block.keys, block.texts, block.carried, block.titles) for block in blocks],
+            [
+                items.Block(
+                    block.keys,
+                    block.texts,
+                    block.carried,
+                    block.titles,
+                    block.identities if isinstance(block, ChangedRows) else None,
+                )
+                for block in blocks
+            ],
         )
         rejects: list[Reject] = []
         planned: list[Range] = []
@@ -203,15 +219,17 @@ class Staging:
 
     def _queue(self) -> None:
         options = self._submission.options
-        if not self._items:
+        if not self._items and not self._changes:
             raise EmptySource(f"{self._submission.corpus.name}: no rows; there is nothing to embed.")
         if options.unique_keys:
             self._check_keys()
-        limit = control.reject_limit(options.max_rejects, self._items)
         with self._engine.begin() as connection:
             self._hold(connection)
             chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, self._planner.finish())))
             self._advance(connection)
+            refusal = self._settle_sync(connection)
+            total = self._changes.rows if self._changes else self._items
+            limit = control.reject_limit(options.max_rejects, total)
             if staging.count_inputs(connection, self._job_id) != len(self._submission.corpus.inputs()):
                 raise self._lost()
             staging.queue(
@@ -223,10 +241,28 @@ class Staging:
                 keeps_texts=not options.by_reference,
                 notices=self._notices(),
             )
-            if limit is not None and limit < self._rejects < self._items:
-                # Before any chunk can be claimed: nobody pays for, or reads, a part of a job that fails anyway.
+            # Before any chunk can be claimed: nobody pays for, or reads, a part of a job that fails anyway.
+            if refusal:
+                control.fail(connection, self._job_id, *refusal)
+            elif limit is not None and limit < self._rejects < total:
                 control.fail(connection, self._job_id, Reason.TOO_MANY_REJECTS, control.too_many(self._rejects, limit))
             self._submission.on_queue(connection, self._job_id)
+
+    def _settle_sync(self, connection: Connection) -> tuple[Reason, str] | None:
+        """Settle repeated and removed keys of a sync, and save what its end needs. Return why it fails, if it does."""
+        changes, sync = self._changes, self._submission.sync
+        if changes is None or sync is None:
+            return None
+        changes.repeated += syncs.settle_keys(connection, self._job_id, sync.version_id, sync.on_duplicate_key)
+        self._rejects = chunks.sums(connection, self._job_id)["rejected"]
+        syncs.save_counts(connection, self._job_id, changes.counts)
+        if not sync.whole:
+            return None
+        if not changes.rows:
+            return Reason.SOURCE_EMPTY, control.EMPTY_SYNC
+        syncs.save_seen(connection, self._job_id, changes.seen_pages())
+        keys = collection_keys.count_keys(connection, sync.version_id)
+        return control.removal_refused(sync.max_removed, keys, keys - changes.named)
 
     def _check_keys(self) -> None:
         with self._engine.begin() as connection:
@@ -293,6 +329,8 @@ def undo(engine: Engine, producer: Producer) -> None:
     if row and delete_items(engine, producer):
         with engine.begin() as connection:
             gone = staging.delete(connection, producer)
+            if gone and row.options.sync:
+                syncs.forget(connection, job_id)
         if gone:
             try:
                 sink_of(row.options).discard(job_id)

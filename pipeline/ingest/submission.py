@@ -8,8 +8,10 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from pipeline.core.collections import SyncOptions
 from pipeline.core.models import Model
 from pipeline.core.options import JobOptions, KeptOptions, UserTable
+from pipeline.db.collections import Collection
 from pipeline.infra.settings import Settings
 from pipeline.sources import Source
 
@@ -48,6 +50,9 @@ class Submission:
     priority: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     idempotency_key: str | None = None
+    #: The collection that the job brings up to the corpus, and how.
+    collection: Collection | None = None
+    sync: SyncOptions | None = None
     #: Id of the job, a UUIDv7, if it is known already; needs an idempotency key.
     job_id: UUID | None = None
     #: Called with the number of items committed so far.
@@ -64,12 +69,14 @@ class Submission:
             "weights": self.model.weights_sha256,
             "source": self.corpus.fingerprint(),
             **self.options.decisive(),
+            # A job that was made before there were collections has the same payload as one without any.
+            **({"sync": self.sync.to_json()} if self.sync else {}),
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def kept_options(self, table: UserTable | None) -> KeptOptions:
         """Return the options for the job's row; `table` is the one that `into` names."""
-        return KeptOptions.of(self.options, self.corpus.columns, self.corpus.item_bytes, table)
+        return KeptOptions.of(self.options, self.corpus.columns, self.corpus.item_bytes, table, self.sync)
 
 
 @dataclass(frozen=True, slots=True)

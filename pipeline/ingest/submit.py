@@ -6,13 +6,14 @@ from sqlalchemy import Connection, Engine
 from uuid_utils.compat import uuid7
 
 from pipeline.catalog.models import vector_space_of
-from pipeline.core.errors import IdempotencyConflict, NotRetriable, UserError
+from pipeline.core.errors import CollectionBusy, IdempotencyConflict, NotRetriable, UserError
 from pipeline.core.jobs import Job, JobState
 from pipeline.core.models import Model
 from pipeline.core.options import LEAST_PASSAGE_TOKENS, JobOptions, OnLong, Precision, UserTable
-from pipeline.db import jobs, partitions, staging, user_table
+from pipeline.db import collections, jobs, partitions, staging, syncs, user_table
+from pipeline.db.collections import Collection
 from pipeline.db.staging import Producer
-from pipeline.ingest.staging import Staging, delete_items
+from pipeline.ingest.staging import Staging, delete_items, undo
 from pipeline.ingest.submission import Submission, Submitted
 from pipeline.jobs import control
 from pipeline.sources import Corpus, Source
@@ -29,6 +30,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
         IdempotencyConflict: the key was used with another payload.
         NotRetriable: its job has failed for good.
         UserError: an option doesn't fit the model, or `unique_keys` and a key comes twice.
+        CollectionBusy: the job is a sync, and another one of its collection hasn't ended.
     """
     options, key = submission.options, submission.idempotency_key
     check(options, submission.corpus, submission.model)
@@ -54,21 +56,52 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
             options=submission.kept_options(_table(connection, submission)),
             idempotency_key=key,
             payload_sha256=submission.payload(),
+            version_id=submission.collection.version_id if submission.collection else None,
             lease_seconds=submission.planning.lease_seconds,
         )
         partitions.make_month(connection, partitions.month_of(job.id))
-        tell_namesake(connection, submission.workspace_id, submission.name, submission.corpus)
+        if submission.collection is None:
+            tell_namesake(connection, submission.workspace_id, submission.name, submission.corpus)
         producer = staging.begin(connection, job)
+        if producer:
+            _begin_sync(connection, submission, job.id)
     if producer:
         return Submitted(job.id, notices=Staging(engine, submission, producer).run())
-    return _attach(engine, submission)
+    if submission.collection:
+        _make_way(engine, submission, submission.collection)
+    return _attach(engine, submission) if key is not None else submit(engine, submission)
+
+
+def _begin_sync(connection: Connection, submission: Submission, job_id: UUID) -> None:
+    if submission.collection and submission.sync:
+        syncs.forget(connection, job_id)
+        collections.begin_sync(connection, job_id, submission.collection, whole=submission.sync.whole)
+
+
+def _make_way(engine: Engine, submission: Submission, collection: Collection) -> None:
+    """Undo a sync of the same collection whose producer died.
+
+    Raises:
+        CollectionBusy: another sync goes on.
+    """
+    with engine.begin() as connection:
+        running = syncs.running(connection, collection.version_id)
+        job = jobs.by_id(connection, running) if running else None
+        if job is None or (submission.idempotency_key and job.idempotency_key == submission.idempotency_key):
+            return
+        heir = None
+        if job.state is JobState.STAGING:
+            heir = staging.take_over(connection, Producer.of(job), submission.planning.lease_seconds)
+    if heir is None:
+        raise CollectionBusy(collection.name, job.id)
+    undo(engine, heir)
 
 
 def check(options: JobOptions, corpus: Source, model: Model) -> None:
     """Raise `UserError` for options that can't work or would have no effect, before anything is read."""
     _check_ways(options, corpus)
     _check_dialect(corpus)
-    _check_lengths(options, model)
+    check_lengths(options, model)
     if model.upstream and options.precision is not Precision.AUTO:
         raise UserError(
             f"{model.name} is served by an upstream, which decides that itself; leave it out.",
@@ -120,7 +153,7 @@ def _check_ways(options: JobOptions, corpus: Source) -> None:
         raise UserError("the index is made on a table of yours; name one with into.", field="hnsw")
 
 
-def _check_lengths(options: JobOptions, model: Model) -> None:
+def check_lengths(options: JobOptions, model: Model) -> None:
     """Refuse text lengths that the model can't honour; a gateway model's limits can't be changed."""
     if options.splits:
         _check_passage_tokens(options, model)
@@ -249,6 +282,7 @@ def _attach_to_staging(engine: Engine, submission: Submission, job: Job, *, is_d
         if not staging.hold(connection, producer, lease_seconds):
             return Submitted(job_id, f"job {job_id} is being submitted with this idempotency key right now")
         staging.delete_chunks(connection, job_id)
+        _begin_sync(connection, submission, job_id)
     return Submitted(job_id, notices=Staging(engine, submission, producer).run())
 
 

@@ -10,11 +10,16 @@ from pipeline.core.chunks import RETRYABLE_REJECTS
 from pipeline.core.errors import IllegalTransition, NotRetriable, UserError
 from pipeline.core.job_status import Account
 from pipeline.core.jobs import Job, JobState, Reason
-from pipeline.db import chunks, jobs, models, rejects, sql_requests, staging
+from pipeline.db import chunks, jobs, models, rejects, sql_requests, staging, syncs
 from pipeline.jobs.status import known_job
 from pipeline.webhooks.events import request_ended
 
 _CANCELLED = "cancelled by a person"
+#: Message of a whole sync of a source without rows.
+EMPTY_SYNC = (
+    "the source has no rows; nothing was removed. If the collection shall be empty, drop and create it, or name the "
+    "keys to remove in a delta"
+)
 _UNACCOUNTED = (
     "{:,} items {}: the chunks' counts don't add up to the items submitted, and nobody cancelled the job; retry it, "
     "and see the runbook Restore if the database was restored"
@@ -111,6 +116,8 @@ def retry(connection: Connection, job_id: UUID) -> int:
             f"{job.texts_removed_at:%Y-%m-%d}; submit it again.",
             job_id,
         )
+    if job.options.sync and syncs.has_later(connection, job_id):
+        raise NotRetriable(f"a later sync of its collection has begun since job {job_id}; sync again.", job_id)
     if models.of_job(connection, job_id) is None:
         message = f"the model of job {job_id} is no longer in the catalogue as it was; submit it again."
         raise NotRetriable(message, job_id)
@@ -141,21 +148,40 @@ def reject_limit(option: str, items_total: int) -> int | None:
     Raises:
         UserError: `option` is none of these.
     """
+    return _limit("max_rejects", option, items_total, 10)
+
+
+def removal_limit(option: str, keys: int) -> int | None:
+    """Return the number of a collection's keys that a whole sync may remove, or `None` for any number. As
+    `reject_limit`, but the default is 20 %."""
+    return _limit("max_removed", option, keys, 20)
+
+
+def removal_refused(option: str, keys: int, removed: int) -> tuple[Reason, str] | None:
+    """Return why a whole sync that would remove so many keys fails; `None`: it may remove them."""
+    limit = removal_limit(option, keys)
+    if limit is None or removed <= limit:
+        return None
+    return Reason.TOO_MANY_REMOVED, (
+        f"the source lacks {removed:,} of the collection's {keys:,} keys, and max_removed allows {limit:,} to go; "
+        "nothing was embedded or removed. If the source is whole, sync again with a higher max_removed"
+    )
+
+
+def _limit(field: str, option: str, total: int, default_percent: int) -> int | None:
     if not option:
-        return items_total // 10 if items_total >= 100 else None
+        return total * default_percent // 100 if total >= 100 else None
     try:
         if option.endswith("%"):
             share = Decimal(option[:-1])
             if not 0 <= share <= 100:
                 raise ValueError
-            return int(items_total * share / 100)
+            return int(total * share / 100)
         if not 0 <= int(option) < 2**63:
             raise ValueError
         return int(option)
     except (ValueError, InvalidOperation):
-        raise UserError(
-            "give a count such as 50, or a share such as 2.5%.", field="max_rejects", given=f'"{option}"'
-        ) from None
+        raise UserError("give a count such as 50, or a share such as 2.5%.", field=field, given=f'"{option}"') from None
 
 
 def outcome(job: Job, account: Account) -> tuple[JobState, str | None, str | None]:
@@ -163,7 +189,7 @@ def outcome(job: Job, account: Account) -> tuple[JobState, str | None, str | Non
     counts = account.items
     if job.ends_as:
         return job.ends_as, job.reason, job.message
-    if lost := counts.submitted - counts.embedded - counts.reused - counts.rejected:
+    if lost := counts.submitted - counts.embedded - counts.reused - counts.unchanged - counts.rejected:
         how = "missing" if lost > 0 else "too many"
         return JobState.FAILED, Reason.ITEMS_UNACCOUNTED, _UNACCOUNTED.format(abs(lost), how)
     if counts.submitted and counts.rejected == counts.submitted:

@@ -8,6 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection, RowMapping
 
 from pipeline.core.chunks import ChunkState
+from pipeline.core.collections import NO_SYNC, SyncCounts
 from pipeline.core.errors import UnknownJob, UserError
 from pipeline.core.job_status import (
     Account,
@@ -24,7 +25,7 @@ from pipeline.core.job_status import (
 )
 from pipeline.core.jobs import Job, JobState
 from pipeline.core.requests import RequestState
-from pipeline.db import attempts, chunks, jobs, sql_requests, usage
+from pipeline.db import attempts, chunks, jobs, sql_requests, syncs, usage
 
 #: Time window of rates, which is shorter right after a job's start.
 RATE_WINDOW_SECONDS = 60.0
@@ -184,14 +185,15 @@ def sum_up(connection: Connection, job_id: UUID) -> JobStatus:
     """Return a job's status, summed over its chunks."""
     job, sums = known_job(connection, job_id), chunks.sums(connection, job_id)
     rates = usage.recent_rates(connection, job_id, RATE_WINDOW_SECONDS)
-    total = job.items_total or sums["items"]
-    over = sums["embedded"] + sums["reused"] + sums["rejected"] + sums["cancelled"]
+    sync = sync_counts(connection, job)
+    total = _total(job, sums, sync)
+    over = sync.unchanged + sums["embedded"] + sums["reused"] + sums["rejected"] + sums["cancelled"]
     pending = max(0, total - over)
     pace = rates.items_per_second
     counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled", "truncated")}
     return JobStatus(
         **_of_job(job),
-        items=ItemCounts(total=total, pending=pending, **counted),
+        items=ItemCounts(total=total, pending=pending, unchanged=sync.unchanged, removed=sync.removed, **counted),
         passages=sums["passages"] if job.options.splits else None,
         lost_tokens=sums["lost_tokens"],
         most_truncated=_most_truncated(connection, job_id, sums),
@@ -204,6 +206,16 @@ def sum_up(connection: Connection, job_id: UUID) -> JobStatus:
         eta_seconds=None if job.state.ended or not pace else round(pending / pace, 1),
         chunks=ChunkCounts(**{state: sums[f"{state}_chunks"] for state in ChunkState}),
     )
+
+
+def sync_counts(connection: Connection, job: Job) -> SyncCounts:
+    """Return the counts of a sync's rows; all 0 if the job is none."""
+    return syncs.counts(connection, job.id) if job.options.sync else NO_SYNC
+
+
+def _total(job: Job, sums: RowMapping, sync: SyncCounts) -> int:
+    """Return the number of a job's items, and for a sync of its unchanged rows."""
+    return int(job.items_total or sums["items"]) - int(sums["vacant"]) + sync.unchanged
 
 
 def _most_truncated(connection: Connection, job_id: UUID, sums: RowMapping) -> list[TruncatedItem]:
@@ -224,14 +236,17 @@ def current_account(connection: Connection, job_id: UUID) -> Account:
     """Return a job's account from the current state of its chunks."""
     job, sums = known_job(connection, job_id), chunks.sums(connection, job_id)
     billed = attempts.billed(connection, job_id)
+    sync = sync_counts(connection, job)
     counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled")}
-    items = AccountedItems(**{"in": job.items_total or sums["items"], **counted})
+    counted |= {"unchanged": sync.unchanged, "removed": sync.removed}
+    items = AccountedItems(**{"in": _total(job, sums, sync), **counted})
     tokens = AccountedTokens(
         prompt=sums["prompt_tokens"],
         # Without an upstream, a job is billed for the tokens that it embeds.
         billed=sums["prompt_tokens"] if billed is None else billed.tokens,
         unanswered=billed.unanswered if billed else 0,
         reused=sums["reused_tokens"],
+        saved=sums["reused_tokens"] + sync.tokens_saved,
     )
     return Account(items=items, tokens=tokens, balanced=items.submitted == items.settled)
 

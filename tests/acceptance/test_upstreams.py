@@ -58,7 +58,15 @@ def test_a_job_asked_for_in_sql_is_run_and_told_of_once(night: Fleet, receiver: 
     job = ask(night, _TEXTS)
     event = told(receiver, 1)
     assert (event["type"], event["data"]["id"]) == ("job.completed", job)
-    assert event["data"]["items"] == {"in": 1000, "embedded": 1000, "reused": 0, "rejected": 0, "cancelled": 0}
+    assert event["data"]["items"] == {
+        "in": 1000,
+        "embedded": 1000,
+        "reused": 0,
+        "unchanged": 0,
+        "rejected": 0,
+        "cancelled": 0,
+        "removed": 0,
+    }
     assert ask(night, _TEXTS) == job
     assert night.scalar("select state from vectormill.job_status where id = cast(:id as uuid)", id=job) == "completed"
     assert night.scalar("select count(*) from vectormill.embeddings") == 1000
@@ -97,7 +105,15 @@ def test_a_broken_upstream_fails_before_anybody_reads_a_part_of_it(
         assert "200 items rejected, 100 allowed" in " ".join(done.stderr.split())
         event = told(receiver, number)
         assert (event["type"], event["data"]["reason"]) == ("job.failed", "too_many_rejects")
-        assert event["data"]["items"] == {"in": 1000, "embedded": 0, "reused": 0, "rejected": 200, "cancelled": 800}
+        assert event["data"]["items"] == {
+            "in": 1000,
+            "embedded": 0,
+            "reused": 0,
+            "unchanged": 0,
+            "rejected": 200,
+            "cancelled": 800,
+            "removed": 0,
+        }
     assert night.scalar("select count(*) from public.docs") == 0
     assert night.scalar("select count(*) from vectormill.embeddings") == 0
     names = {path.name for path in (tmp_path / "vectors").rglob("*")}

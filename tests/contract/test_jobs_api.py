@@ -202,7 +202,15 @@ def test_rejects(done: dict[str, Any], line: httpx.Client) -> None:
 
 def test_receipt_and_chunks(done: dict[str, Any], line: httpx.Client) -> None:
     account = line.get(f"/api/jobs/{done['id']}/receipt", params={"verify": True}).json()
-    assert account["items"] == {"in": 300, "embedded": 298, "reused": 0, "rejected": 2, "cancelled": 0}
+    assert account["items"] == {
+        "in": 300,
+        "embedded": 298,
+        "reused": 0,
+        "unchanged": 0,
+        "rejected": 2,
+        "cancelled": 0,
+        "removed": 0,
+    }
     assert (account["verified"], account["missing"], account["double"]) == (True, 0, 0)
     tokens = account["tokens"]["prompt"]
     assert account["embedded_on"] == [{"device": "cpu", "precision": "float32", "items": 298, "tokens": tokens}]
@@ -491,6 +499,7 @@ def theirs(done: dict[str, Any], line: httpx.Client) -> Theirs:
     key = line.get("/api/keys").json()[0]["id"]
     file = line.post("/v1/files", data={"purpose": "batch"}, files={"file": ("ours.jsonl", b"{}\n")}).json()["id"]
     batch = line.post("/v1/batches", json=_batch_of(file)).json()["id"]
+    assert line.post("/api/collections", json={"name": "tickets-of-ours", "model": "static"}).status_code == 201
     return Theirs(
         named={
             "job": (done["id"], done["id"][:20], done["name"]),
@@ -498,9 +507,10 @@ def theirs(done: dict[str, Any], line: httpx.Client) -> Theirs:
             "model": ("minilm",),
             "file_id": (file,),
             "batch_id": (batch,),
+            "collection": ("tickets-of-ours",),
         },
         workspace="default",
-        secrets=(done["id"], key, file, batch, "minilm", "ours.jsonl"),
+        secrets=(done["id"], key, file, batch, "minilm", "ours.jsonl", "tickets-of-ours"),
     )
 
 
@@ -553,7 +563,7 @@ def test_a_workspace_sees_nothing_of_another(working: Gateway, line: httpx.Clien
         embedded = other.post("/v1/embeddings", json={"model": "minilm", "input": "sail"})
         assert embedded.status_code == 404
     if admin:
-        found = [leak for leak in found if not re.search(r"/api/(jobs|usage|workers|models)\b", leak)]
+        found = [leak for leak in found if not re.search(r"/api/(jobs|usage|workers|models|collections)\b", leak)]
     assert found == []
     held = {hole: names[0] for hole, names in theirs.named.items()}
     for path in ("/v1/files/{file_id}", "/v1/batches/{batch_id}", "/api/jobs/{job}"):
@@ -646,7 +656,7 @@ def test_what_reads_a_job_reads_the_same_over_the_api(working: Gateway, done: di
         *("created_at", "started_at", "finished_at"),
     }
     assert here["items"].keys() == {
-        *("total", "embedded", "reused", "rejected", "cancelled", "pending", "truncated"),
+        *("total", "embedded", "reused", "unchanged", "rejected", "cancelled", "pending", "truncated", "removed"),
     }
     assert here["tokens"].keys() == {"prompt"}
     assert here["rate"].keys() == {"items_per_second", "tokens_per_second", "roofline"}
@@ -662,7 +672,7 @@ def test_what_reads_a_job_reads_the_same_over_the_api(working: Gateway, done: di
 
     for verify in ((), ("--verify",)):
         here, there = read("receipt", done["id"], *verify)
-        assert here["items"].keys() == {"in", "embedded", "reused", "rejected", "cancelled"}
+        assert here["items"].keys() == {"in", "embedded", "reused", "unchanged", "rejected", "cancelled", "removed"}
         assert here["tokens"].keys() >= {"prompt", "billed"}
         assert (here["balanced"], here["truncated"]) == (True, 0)
         assert ({"verified", "missing", "double"} <= here.keys()) == bool(verify)

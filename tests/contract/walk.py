@@ -14,6 +14,7 @@ MAKING = {
     ("post", "/v1/files"),
     ("post", "/v1/batches"),
     ("post", "/api/jobs"),
+    ("post", "/api/collections"),
     ("post", "/api/keys"),
 }
 

@@ -101,10 +101,12 @@ def test_status(job_id: UUID, run: Run) -> None:
         "total": 8,
         "embedded": 3,
         "reused": 0,
+        "unchanged": 0,
         "rejected": 1,
         "cancelled": 0,
         "pending": 4,
         "truncated": 0,
+        "removed": 0,
     }
     assert row["tokens"] == {"prompt": 9}
     assert row["rate"].keys() == {"items_per_second", "tokens_per_second", "roofline"}
@@ -129,7 +131,8 @@ def test_rejects(job_id: UUID, run: Run) -> None:
 
 def test_receipt(engine: Engine, job_id: UUID, run: Run) -> None:
     account = printed(run, "receipt", str(job_id)[:30])
-    assert account["items"] == {"in": 8, "embedded": 3, "reused": 0, "rejected": 1, "cancelled": 0}
+    counts = {"in": 8, "embedded": 3, "reused": 0, "unchanged": 0, "rejected": 1, "cancelled": 0, "removed": 0}
+    assert account["items"] == counts
     assert account["tokens"].items() >= {"prompt": 9, "billed": 9}.items()
     assert account["balanced"] is False
     assert not {"verified", "missing", "double"} & account.keys()

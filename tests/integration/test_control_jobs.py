@@ -174,7 +174,15 @@ def test_a_job_completes(engine: Engine, model: Model, dispatcher: Dispatcher) -
     row = job_row(engine, job_id)
     assert (row["state"], row["receipt"]["balanced"], row["progress"]["state"]) == ("completed", True, "completed")
     found = account(engine, job_id)
-    assert found["items"] == {"in": 8, "embedded": 8, "reused": 0, "rejected": 0, "cancelled": 0}
+    assert found["items"] == {
+        "in": 8,
+        "embedded": 8,
+        "reused": 0,
+        "unchanged": 0,
+        "rejected": 0,
+        "cancelled": 0,
+        "removed": 0,
+    }
     assert found["tokens"]["prompt"] == found["tokens"]["billed"] == 24
     assert (found["verified"], found["missing"], found["double"]) == (True, 0, 0)
 

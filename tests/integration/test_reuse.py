@@ -284,8 +284,10 @@ def test_a_lost_connection_is_retried(
 
 def test_the_identity_tells_titles_from_texts() -> None:
     identity = TextIdentity(KeptOptions())
-    assert len({identity.of("", "ab"), identity.of("a", "b"), identity.of("ab", ""), identity.of("1:a", "b")}) == 4
-    assert identity.of("a", "b") == TextIdentity(KeptOptions()).of("a", "b")
+    assert (
+        len({identity.of(b"", b"ab"), identity.of(b"a", b"b"), identity.of(b"ab", b""), identity.of(b"1:a", b"b")}) == 4
+    )
+    assert identity.of(b"a", b"b") == TextIdentity(KeptOptions()).of(b"a", b"b")
 
 
 def test_copies_keep_the_order_of_items(engine: Engine, encoder: LocalEncoder, model: Model, tmp_path: Path) -> None:

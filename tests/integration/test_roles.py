@@ -88,6 +88,10 @@ update vectormill.items set text = 'mine'
 delete from vectormill.items
 delete from vectormill.rejects
 update vectormill.attempts set estimated_tokens = 0
+delete from vectormill.collection_keys
+update vectormill.collection_keys set key = 'mine'
+delete from vectormill.syncs
+select vectormill.drop_collection(1)
 update vectormill.leases set holder = 'mine'
 insert into vectormill.files (id) values ('mine')
 select vectormill.make_partitions('2030-01-01')
@@ -100,6 +104,8 @@ select id from vectormill.api_keys
 select id from vectormill.chunks
 select id from vectormill.usage
 select uri from vectormill.files
+select key from vectormill.collection_keys
+select vectormill.make_collection_tables(1)
 insert into vectormill.workers (id) values (gen_random_uuid())
 select vectormill.make_partitions('2030-01-01')
 """,
@@ -112,6 +118,12 @@ insert into vectormill.requests (job_id) values (gen_random_uuid())
 select body from vectormill.events
 insert into vectormill.embeddings (job_id, index) values (gen_random_uuid(), 0)
 update vectormill.items set text = 'mine'
+insert into vectormill.collection_keys (version_id, key) values (1, 'mine')
+delete from vectormill.collection_keys
+delete from vectormill.collection_vectors
+update vectormill.collection_versions set model_name = 'mine'
+delete from vectormill.collections
+select vectormill.index_collection(1)
 update vectormill.chunks set embedded = 0
 update vectormill.chunks set items = 1
 update vectormill.leases set holder = 'mine'

@@ -51,7 +51,7 @@ def sort_out(engine: Engine, claim: Claim, items: Sequence[Item]) -> SortedItems
         return SortedItems(items=list(items))
     identity, groups = TextIdentity(claim.options), dict[bytes, list[Item]]()
     for item in items:
-        groups.setdefault(identity.of(item.title, item.text), []).append(item)
+        groups.setdefault(identity.of(item.title.encode(), item.text.encode()), []).append(item)
     found = SortedItems()
     # Vectors in files are found by nobody, so such a job is never the first.
     in_postgres = claim.options.output is None

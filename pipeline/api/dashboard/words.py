@@ -146,6 +146,10 @@ REJECTS: dict[RejectCode, tuple[str, str]] = {
         "Split it into passages, or ask for a higher VECTORMILL_ITEM_BYTES.",
     ),
     RejectCode.BAD_KEY: ("The key can't be used.", "Give the row a short, printable key, and submit it again."),
+    RejectCode.DUPLICATE_KEY: (
+        "An earlier row has the same key, and the sync was told to reject such rows.",
+        "Make keys unique in the source, or sync with --on-duplicate-key last.",
+    ),
     RejectCode.BAD_REQUEST: (
         "The line isn't a request for an embedding.",
         "Fix the line that the message names, and upload the file again.",
@@ -206,6 +210,14 @@ REASONS: dict[Reason, tuple[str, str]] = {
     Reason.ITEMS_UNACCOUNTED: (
         "items are unaccounted for",
         "The database lost commits, or was restored. Retry: what has no vector is embedded.",
+    ),
+    Reason.SOURCE_EMPTY: (
+        "the source has no rows",
+        "Nothing was removed. Look at why the source is empty, then sync again.",
+    ),
+    Reason.TOO_MANY_REMOVED: (
+        "too many keys would be removed",
+        "Nothing was removed. If the source is whole, sync again with a higher --max-removed.",
     ),
 }
 

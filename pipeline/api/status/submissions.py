@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import BaseModel
 from sqlalchemy import Engine
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
@@ -18,6 +20,7 @@ from pipeline.api.transfers import Transfers
 from pipeline.catalog.models import find_model
 from pipeline.core.errors import InvalidPayload, SubmissionUndone, UnknownJob, UserError
 from pipeline.core.job_status import JobStatus
+from pipeline.core.options import Columns
 from pipeline.infra.settings import Settings
 from pipeline.infra.storage import is_remote
 from pipeline.ingest.request import ELSEWHERE, JobRequest, default_name, read_sent
@@ -40,33 +43,37 @@ _MOST_ENDING = 20
 _LISTS = ("carry",)
 
 
-def _schema() -> dict[str, Any]:
-    """Return the schema of a job's request, without the fields that aren't sent.
+def schema_of(shape: type[BaseModel], unsent: Collection[str] = ()) -> dict[str, Any]:
+    """Return the schema of a request, without the fields that aren't sent.
 
     Enums are inlined, because a part of the OpenAPI document can't refer to definitions of its own.
     """
-    schema = JobRequest.model_json_schema()
+    schema = shape.model_json_schema()
     enums = schema.pop("$defs", {})
     for name, field in schema["properties"].items():
         if reference := field.pop("$ref", None):
             schema["properties"][name] = {**enums[reference.rpartition("/")[2]], **field}
-    for name in ELSEWHERE & schema["properties"].keys():
+    for name in unsent & schema["properties"].keys():
         del schema["properties"][name]
     return schema
 
 
-_SCHEMA = _schema()
-_UPLOAD_SCHEMA = {
-    "type": "object",
-    "required": ["file", "model"],
-    "properties": {
-        "file": {
-            "type": "array",
-            "items": {"type": "string", "format": "binary"},
-            "description": ".jsonl, .csv, .tsv or .parquet, text also as .gz or .zst; its name says which.",
-        },
-        **{name: field for name, field in _SCHEMA["properties"].items() if name not in ("sources", "by_reference")},
-    },
+def body_of(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the OpenAPI description of a body: JSON of this schema, or a form with files and its other fields."""
+    fields = {name: field for name, field in schema["properties"].items() if name not in ("sources", "by_reference")}
+    upload = {
+        "type": "object",
+        "required": ["file", *(name for name in schema.get("required", ()) if name in fields)],
+        "properties": {"file": _FILES, **fields},
+    }
+    content = {"multipart/form-data": {"schema": upload}, "application/json": {"schema": schema}}
+    return {**SECURITY, "requestBody": {"required": True, "content": content}}
+
+
+_FILES = {
+    "type": "array",
+    "items": {"type": "string", "format": "binary"},
+    "description": ".jsonl, .csv, .tsv or .parquet, text also as .gz or .zst; its name says which.",
 }
 
 
@@ -78,16 +85,7 @@ _UPLOAD_SCHEMA = {
         200: {"model": JobStatus, "description": "The job that this idempotency key made before."},
         **problems(400, 404, 408, 413, 422),
     },
-    openapi_extra={
-        **SECURITY,
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {"schema": _UPLOAD_SCHEMA},
-                "application/json": {"schema": _SCHEMA},
-            },
-        },
-    },
+    openapi_extra=body_of(schema_of(JobRequest, ELSEWHERE)),
 )
 async def create_job(
     request: Request,
@@ -106,32 +104,79 @@ async def create_job(
     The answer comes when all items are in the database. While an earlier request with the same idempotency key hasn't
     come so far, the answer is that request's job in the state `staging`.
     """
+    owner = await owner_of(request, workspace)
+    settings: Settings = request.app.state.settings
+
+    def act(engine: Engine, wish: JobRequest, corpus: Corpus, name: str) -> Submitted:
+        return _submit(engine, owner, settings, wish, corpus, name, idempotency_key)
+
+    made = await receive_rows(request, owner, Intake(read_sent, lambda _, wish: wish.columns, act))
+    return await answer(request, response, made)
+
+
+async def owner_of(request: Request, workspace: str | None) -> int:
+    """Return the workspace for which a request with rows is made: the caller's, or for an admin another one."""
     caller = await caller_of(request, turns=_TURNS)
     if unknown := set(request.query_params) - {"workspace"}:
         raise InvalidPayload(f"{min(unknown)}: send it in the body, not in the address.", param=min(unknown))
-    settings: Settings = request.app.state.settings
-    owner = caller.workspace_id
-    if workspace:
-        found = await ask(request, lambda connection: scope_of(connection, caller, workspace))
-        assert found is not None, "only who names no workspace sees all"
-        owner = found
+    if not workspace:
+        return caller.workspace_id
+    found = await ask(request, lambda connection: scope_of(connection, caller, workspace))
+    assert found is not None, "only who names no workspace sees all"
+    return found
+
+
+async def answer(request: Request, response: Response, made: Submitted) -> JobStatus:
+    """Return the status of a job that was made, or attached to, which answers 200."""
     try:
-        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            made = await _from_upload(request, owner, settings, idempotency_key)
-        else:
-            made = await _from_sources(request, owner, settings, idempotency_key)
         job = await ask(request, lambda connection: status.job_status(connection, made.job_id))
     except UnknownJob as error:
-        raise SubmissionUndone(
-            "An earlier request with this idempotency key has just failed; send this one again.",
-            retry_after_seconds=1,
-        ) from error
+        raise _undone() from error
     if made.attached:
         response.status_code = 200
     return job
 
 
-async def _from_sources(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
+def _undone() -> SubmissionUndone:
+    return SubmissionUndone(
+        "An earlier request with this idempotency key has just failed; send this one again.", retry_after_seconds=1
+    )
+
+
+class RowsRequest(Protocol):
+    """Request whose rows are uploaded or in sources."""
+
+    @property
+    def sources(self) -> list[str]:
+        """Files, folders, globs or URIs."""
+
+
+Wish = TypeVar("Wish", bound=RowsRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class Intake(Generic[Wish]):
+    """What is done with a request and its rows."""
+
+    read: Callable[[Mapping[str, Any]], Wish]
+    columns: Callable[[Engine, Wish], Columns]
+    #: Takes the default name of the job last.
+    submit: Callable[[Engine, Wish, Corpus, str], Submitted]
+
+
+async def receive_rows(request: Request, owner: int, intake: Intake[Wish]) -> Submitted:
+    """Read a request's fields, and submit its rows: an upload as `multipart/form-data`, or as JSON `sources` that the
+    operator allows."""
+    try:
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            return await _from_upload(request, owner, intake)
+        return await _from_sources(request, owner, intake)
+    except UnknownJob as error:
+        raise _undone() from error
+
+
+async def _from_sources(request: Request, owner: int, intake: Intake[Wish]) -> Submitted:
+    settings: Settings = request.app.state.settings
     try:
         body = await request.app.state.transfers.body(request, workspace_of(request))
         fields = json.loads(body, object_pairs_hook=_without_twins)
@@ -139,16 +184,16 @@ async def _from_sources(request: Request, owner: int, settings: Settings, key: s
         raise InvalidPayload("The body is neither JSON nor multipart/form-data.") from error
     if not isinstance(fields, dict):
         raise InvalidPayload("The body isn't a JSON object.")
-    wish = read_sent(fields)
+    wish = intake.read(fields)
     if not wish.sources:
         raise InvalidPayload("sources: name files or URIs, or upload a file as multipart/form-data.", param="sources")
     for source in wish.sources:
         _must_be_allowed("sources", source, settings.api_sources, "VECTORMILL_API_SOURCES")
 
     def act(engine: Engine) -> Submitted:
-        corpus = Corpus(wish.sources, wish.columns, settings.item_bytes)
+        corpus = Corpus(wish.sources, intake.columns(engine, wish), settings.item_bytes)
         _must_stay_within(corpus, settings.api_sources)
-        return _submit(engine, owner, settings, wish, corpus, default_name(wish.sources[0]), key)
+        return intake.submit(engine, wish, corpus, default_name(wish.sources[0]))
 
     transfers: Transfers = request.app.state.transfers
     return await transfers.run(owner, act)
@@ -168,29 +213,25 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-async def _from_upload(request: Request, owner: int, settings: Settings, key: str | None) -> Submitted:
+async def _from_upload(request: Request, owner: int, intake: Intake[Wish]) -> Submitted:
     transfers: Transfers = request.app.state.transfers
     async with transfers.upload(owner):
-        return await _submit_form(request, transfers, owner, settings, key)
-
-
-async def _submit_form(
-    request: Request, transfers: Transfers, owner: int, settings: Settings, key: str | None
-) -> Submitted:
-    try:
-        form = await request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
-    except (MultiPartException, ValueError) as error:  # an unknown charset is a ValueError
-        raise InvalidPayload("The body isn't the form that its content-type says.") from error
-    try:
-        wish = read_sent(_fields(form))
-        if wish.by_reference or wish.sources:
-            raise InvalidPayload(
-                "sources: an upload takes neither sources nor by_reference; leave them out.", param="sources"
-            )
-        files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
-        return await transfers.run(owner, lambda engine: _submit_upload(engine, owner, settings, wish, files, key))
-    finally:
-        await form.close()
+        try:
+            form = await request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES)
+        except (MultiPartException, ValueError) as error:  # an unknown charset is a ValueError
+            raise InvalidPayload("The body isn't the form that its content-type says.") from error
+        try:
+            fields = _fields(form)
+            wish = intake.read(fields)
+            if fields.get("by_reference") not in (None, "false", "False", "0") or wish.sources:
+                raise InvalidPayload(
+                    "sources: an upload takes neither sources nor by_reference; leave them out.", param="sources"
+                )
+            files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+            item_bytes = request.app.state.settings.item_bytes
+            return await transfers.run(owner, lambda engine: _submit_upload(engine, item_bytes, wish, files, intake))
+        finally:
+            await form.close()
 
 
 def _fields(form: FormData) -> dict[str, Any]:
@@ -217,14 +258,14 @@ def _fields(form: FormData) -> dict[str, Any]:
 
 
 def _submit_upload(
-    engine: Engine, owner: int, settings: Settings, wish: JobRequest, files: Sequence[UploadFile], key: str | None
+    engine: Engine, item_bytes: int, wish: Wish, files: Sequence[UploadFile], intake: Intake[Wish]
 ) -> Submitted:
     if not files:
         raise InvalidPayload("file: the form has no file.", param="file")
     with TemporaryDirectory(prefix="vectormill-upload-") as kept:
         uploads = [_keep(file, Path(kept, str(number))) for number, file in enumerate(files)]
-        corpus = UploadedCorpus(uploads, wish.columns, settings.item_bytes)
-        return _submit(engine, owner, settings, wish, corpus, default_name(uploads[0].name), key)
+        corpus = UploadedCorpus(uploads, intake.columns(engine, wish), item_bytes)
+        return intake.submit(engine, wish, corpus, default_name(uploads[0].name))
 
 
 def _keep(file: UploadFile, folder: Path) -> Upload:

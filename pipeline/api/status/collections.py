@@ -1,0 +1,175 @@
+"""Collections at `/api/collections`: made, shown, synced and dropped."""
+
+from datetime import timedelta
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import Field
+from sqlalchemy import Connection, Engine
+
+from pipeline.api.dependencies import SECURITY, Workspace, ask, caller_of, problems, read_body, scope_of
+from pipeline.api.gateway.cache import Caller
+from pipeline.api.paths import as_sent
+from pipeline.api.status.submissions import Intake, answer, body_of, owner_of, receive_rows, schema_of
+from pipeline.catalog.models import find_model
+from pipeline.core.collection_status import CollectionList, CollectionStatus, SyncList
+from pipeline.core.job_status import JobStatus
+from pipeline.core.options import Columns, JobOptions, Word
+from pipeline.infra.settings import Settings
+from pipeline.ingest.request import read_fields
+from pipeline.ingest.submission import Submitted, planning
+from pipeline.ingest.sync import SyncRequest, columns_of, create_collection, submission_of, sync_collection
+from pipeline.jobs import collections
+from pipeline.sources import Corpus
+from pipeline.webhooks import allowlist
+
+router = APIRouter(prefix="/api/collections", responses=problems(400, 404), tags=["Collections"])
+
+
+class NewCollection(JobOptions):
+    """Request for a collection: its name, its model, and the options with which its texts are embedded."""
+
+    name: Word = Field(description="Letters, digits, dots, dashes and underscores.")
+    model: Word = Field(description="The model, by name or alias.")
+    expect_every_seconds: float | None = Field(
+        default=None, gt=0, le=1e9, description="Longest time between two syncs that is no cause for alarm."
+    )
+
+
+#: Options of jobs that collections don't have.
+_NOT_OF_COLLECTIONS = ("unique_keys", "by_reference", "output", "into", "hnsw", "webhook", "reuse")
+
+
+async def _of(request: Request, workspace: str | None, act: Any) -> Any:
+    """Run `act` with the workspace that a request is about."""
+    caller = await caller_of(request)
+    return await ask(request, lambda connection: act(connection, _scope(connection, caller, workspace)))
+
+
+def _scope(connection: Connection, caller: Caller, workspace: str | None) -> int:
+    return (scope_of(connection, caller, workspace) if workspace else None) or caller.workspace_id
+
+
+@router.get("", openapi_extra=SECURITY)
+async def list_collections(request: Request, workspace: Workspace = None) -> CollectionList:
+    """List the collections of your workspace, by name."""
+    return CollectionList(data=await _of(request, workspace, collections.list_collections))
+
+
+@router.post(
+    "",
+    status_code=201,
+    responses=problems(413),
+    openapi_extra={
+        **SECURITY,
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schema_of(NewCollection, _NOT_OF_COLLECTIONS)}},
+        },
+    },
+)
+async def make_collection(request: Request, workspace: Workspace = None) -> CollectionStatus:
+    """Create an empty collection, and the view that shows its vectors. Syncs fill it."""
+    caller = await caller_of(request)
+    wish = await read_body(request, NewCollection)
+    every = None if wish.expect_every_seconds is None else timedelta(seconds=wish.expect_every_seconds)
+    own = {"name", "model", "expect_every_seconds"}
+    options = read_fields(JobOptions, wish.model_dump(exclude=own, exclude_unset=True))
+
+    def act(connection: Connection) -> CollectionStatus:
+        scope = _scope(connection, caller, workspace)
+        made = create_collection(connection, scope, wish.name, model=wish.model, options=options, expect_every=every)
+        return collections.collection_status(connection, made)
+
+    return await ask(request, act)
+
+
+@router.get("/{collection}", openapi_extra=SECURITY)
+async def show_collection(request: Request, collection: str, workspace: Workspace = None) -> CollectionStatus:
+    """Show a collection: its model, options, size and last sync."""
+
+    def act(connection: Connection, scope: int) -> CollectionStatus:
+        found = collections.find_collection(connection, scope, as_sent(collection))
+        return collections.collection_status(connection, found)
+
+    return await _of(request, workspace, act)
+
+
+@router.delete("/{collection}", status_code=204, responses=problems(409), openapi_extra=SECURITY)
+async def drop_collection(request: Request, collection: str, workspace: Workspace = None) -> None:
+    """Drop a collection with its view, vectors and history. Its jobs stay."""
+    caller = await caller_of(request)
+
+    def act(engine: Engine) -> None:
+        with engine.begin() as connection:
+            scope = _scope(connection, caller, workspace)
+            collections.drop_collection(connection, collections.find_collection(connection, scope, as_sent(collection)))
+
+    await request.app.state.transfers.run(caller.workspace_id, act)
+
+
+@router.get("/{collection}/syncs", openapi_extra=SECURITY)
+async def list_syncs(
+    request: Request,
+    collection: str,
+    workspace: Workspace = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+) -> SyncList:
+    """List a collection's newest syncs, newest first, with what each changed."""
+
+    def act(connection: Connection, scope: int) -> SyncList:
+        found = collections.find_collection(connection, scope, as_sent(collection))
+        return SyncList(data=collections.history(connection, found, limit))
+
+    return await _of(request, workspace, act)
+
+
+@router.post(
+    "/{collection}/syncs",
+    status_code=201,
+    response_model=JobStatus,
+    responses={
+        200: {"model": JobStatus, "description": "The job that this idempotency key made before."},
+        **problems(400, 404, 408, 409, 413, 422),
+    },
+    openapi_extra=body_of(schema_of(SyncRequest)),
+)
+async def sync(
+    request: Request,
+    response: Response,
+    collection: str,
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=200, description="Sending the same again attaches to the job made first."),
+    ] = None,
+    workspace: Annotated[
+        str | None, Query(max_length=200, pattern="^[^\0]*$", description="For admins: workspace of the collection.")
+    ] = None,
+) -> Any:
+    """Bring a collection up to files that are uploaded as `multipart/form-data`, or, as JSON, to `sources` that the
+    operator allows (`VECTORMILL_API_SOURCES`).
+
+    The answer comes when the changes are in the database. While another sync of the collection goes on, it is 409.
+    """
+    owner = await owner_of(request, workspace)
+    settings: Settings = request.app.state.settings
+    name = as_sent(collection)
+    await ask(request, lambda connection: collections.find_collection(connection, owner, name))
+
+    def read(fields: Any) -> SyncRequest:
+        return read_fields(SyncRequest, fields)
+
+    def columns(engine: Engine, wish: SyncRequest) -> Columns:
+        with engine.begin() as connection:
+            return columns_of(collections.find_collection(connection, owner, name), wish)
+
+    def act(engine: Engine, wish: SyncRequest, corpus: Corpus, _: str) -> Submitted:
+        if wish.webhook:
+            allowlist.check(wish.webhook, settings.webhooks)
+        with engine.begin() as connection:
+            found = collections.find_collection(connection, owner, name)
+            model = find_model(connection, owner, found.model)
+        submission = submission_of(found, model, wish, corpus, planning(settings), idempotency_key)
+        return sync_collection(engine, submission, queue=False)
+
+    return await answer(request, response, await receive_rows(request, owner, Intake(read, columns, act)))

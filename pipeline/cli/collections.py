@@ -1,0 +1,225 @@
+"""Commands `vectormill collections`: tables that syncs bring up to their sources."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.catalog.models import DEFAULT_WORKSPACE
+from pipeline.cli import output
+from pipeline.cli.backends import open_backend
+from pipeline.cli.once import App
+from pipeline.cli.spans import read_span
+from pipeline.core import humanize
+from pipeline.core.collection_status import CollectionStatus
+from pipeline.core.options import LEAST_PASSAGE_TOKENS, JobOptions, OnLong, Precision, SplitBy, VectorType
+from pipeline.ingest.request import read_fields
+
+app = App(help="Manage collections, which syncs keep up with their sources.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Workspace = Annotated[str, typer.Option(help="The workspace.")]
+
+
+@app.command()
+def create(
+    name: Name,
+    *,
+    model: Annotated[str, typer.Option(help="The model, by name or alias.")],
+    text_column: Annotated[str, typer.Option(help="The column or field that holds the texts.")] = "text",
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="TEMPLATE", help='Texts of several columns instead: "{subject} {body}".'),
+    ] = None,
+    key_column: Annotated[str | None, typer.Option(help="The column that holds your keys. Default: id.")] = None,
+    carry: Annotated[list[str] | None, typer.Option(help="A column to show beside vectors; may be repeated.")] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(min=1, help="Size of the vectors, if the model has several.")
+    ] = None,
+    dtype: Annotated[VectorType, typer.Option(help="Element type of the vectors.")] = VectorType.FLOAT32,
+    precision: Annotated[
+        Precision, typer.Option(help="Precision of the model: auto, as the workers are set up, or float32.")
+    ] = Precision.AUTO,
+    max_item_tokens: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="The most tokens of a text to read.")
+    ] = None,
+    on_long: Annotated[
+        OnLong, typer.Option(help="Treatment of a longer text: truncate, reject, or split into passages.")
+    ] = OnLong.TRUNCATE,
+    split: Annotated[
+        int | None,
+        typer.Option(
+            min=LEAST_PASSAGE_TOKENS, metavar="TOKENS", help="Split texts into passages, each with a vector of its own."
+        ),
+    ] = None,
+    overlap: Annotated[
+        int, typer.Option(min=0, metavar="TOKENS", help="Most tokens of a passage that repeat the one before.")
+    ] = 0,
+    split_by: Annotated[
+        SplitBy, typer.Option(help="The largest unit that stays whole where it fits.")
+    ] = SplitBy.PARAGRAPH,
+    title: Annotated[
+        str | None,
+        typer.Option(metavar="TEMPLATE", help='A title read before each passage, such as "{subject}".'),
+    ] = None,
+    max_rejects: Annotated[
+        str,
+        typer.Option(metavar="N|P%", help="Fail a sync with more rejects. Default: 10% from 100 rows on."),
+    ] = "",
+    no_reuse: Annotated[
+        bool, typer.Option("--no-reuse", help="Embed every text, also one whose vector the workspace has already.")
+    ] = False,
+    expect_every: Annotated[
+        str | None, typer.Option(metavar="SPAN", help="Call it stale this long after its last sync: 24h, 7d.")
+    ] = None,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Create an empty collection, and the view that shows its vectors. Syncs fill it.
+
+    Examples:
+
+        vectormill collections create tickets --model all-MiniLM-L6-v2 --text "{subject}\\n\\n{body}" --carry lang
+
+        vectormill collections create docs --model all-MiniLM-L6-v2 --split 256 --expect-every 24h
+    """
+    wish = {
+        "text_column": text_column,
+        "text": text,
+        "key_column": key_column,
+        "carry": carry or [],
+        "dimensions": dimensions,
+        "dtype": dtype,
+        "precision": precision,
+        "max_item_tokens": max_item_tokens,
+        "on_long": on_long,
+        "split": split,
+        "overlap": overlap,
+        "split_by": split_by,
+        "title": title,
+        "max_rejects": max_rejects,
+        "reuse": not no_reuse,
+    }
+    every = None if expect_every is None else read_span("--expect-every", expect_every)
+    with open_backend(workspace) as backend:
+        made = backend.create_collection(name, model, read_fields(JobOptions, wish), every)
+    output.stderr.print(f"Collection {name} made. Fill it: vectormill sync {name} SOURCE", markup=False)
+    output.stderr.print(f"Its vectors are in the view {made.view}.", markup=False)
+
+
+@app.command("list")
+def list_collections(as_json: Json = False, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
+    """List collections with their size and age.
+
+    Example: vectormill collections list --json
+    """
+    with open_backend(workspace) as backend:
+        rows = backend.collections()
+    if as_json:
+        output.print_json([row.model_dump(mode="json") for row in rows])
+        return
+    if not rows:
+        output.stderr.print("No collections yet. Make one: vectormill collections create NAME --model MODEL")
+        return
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
+    for column in ("name", "model"):
+        table.add_column(column, overflow="fold")
+    table.add_column("keys", justify="right", no_wrap=True)
+    table.add_column("synced", no_wrap=True)
+    for row in rows:
+        table.add_row(Text(row.name, "bold"), Text(row.model), f"{row.keys:,}", _freshness(row))
+    output.stdout.print(table)
+
+
+def _freshness(row: CollectionStatus) -> Text:
+    if row.running:
+        return Text("▸ syncing", "blue")
+    told = output.age(row.synced_at) if row.synced_at else "never"
+    return Text(f"‖ {told}, stale", "yellow") if row.stale_seconds else Text(told)
+
+
+@app.command()
+def show(name: Name, as_json: Json = False, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
+    """Show a collection: its model, options, size and last sync.
+
+    Example: vectormill collections show tickets
+    """
+    with open_backend(workspace) as backend:
+        row = backend.collection(name)
+    if as_json:
+        output.print_json(row.model_dump(mode="json"))
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bright_black")
+    table.add_row("name", Text(row.name, style="bold"))
+    table.add_row("model", Text(f"{row.model}, {row.dimensions:,} dimensions"))
+    table.add_row("keys", f"{row.keys:,}")
+    table.add_row("view", Text(row.view))
+    table.add_row("synced", _freshness(row))
+    if row.expect_every_seconds:
+        table.add_row("expected", f"every {humanize.duration(row.expect_every_seconds)}")
+    if row.running:
+        table.add_row("running", f"job {row.running}")
+    for option, value in row.options.items():
+        table.add_row(option.replace("_", " "), Text(_shown(value)))
+    output.stdout.print(table)
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else repr(value)
+
+
+@app.command()
+def history(
+    name: Name,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20,
+    as_json: Json = False,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """List a collection's syncs, newest first, with what each changed.
+
+    Example: vectormill collections history tickets
+    """
+    with open_backend(workspace) as backend:
+        rows = backend.history(name, limit)
+    if as_json:
+        output.print_json([row.model_dump(mode="json") for row in rows])
+        return
+    if not rows:
+        output.stderr.print(f"No syncs yet. Begin: vectormill sync {name} SOURCE", markup=False)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bright_black")
+    table.add_column("job", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for column in ("new", "changed", "unchanged", "removed", "rejected", "took", "age"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        counts = (row.added, row.changed, row.unchanged, row.removed, row.rejected)
+        table.add_row(
+            output.short(row.job_id),
+            output.state(row.state, None) if row.state else Text("purged", "bright_black"),
+            *(humanize.short(count) if count >= 1_000_000 else f"{count:,}" for count in counts),
+            humanize.duration(row.seconds),
+            output.age(row.created_at),
+        )
+    output.stdout.print(table)
+
+
+@app.command()
+def drop(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Drop a collection with its view, vectors and history. Its jobs stay.
+
+    Example: vectormill collections drop tickets --yes
+    """
+    with open_backend(workspace) as backend:
+        row = backend.collection(name)
+        if not yes:
+            typer.confirm(f"The collection {name} has {row.keys:,} keys. Drop it?", abort=True, err=True)
+        backend.drop_collection(name)
+    output.stderr.print(f"Collection {name} dropped.", markup=False)

@@ -1,0 +1,190 @@
+"""Command `vectormill sync`: a collection brought up to its source."""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+from uuid import UUID
+
+import typer
+
+from pipeline.catalog.models import DEFAULT_WORKSPACE, find_model
+from pipeline.cli.api_backend import ApiBackend
+from pipeline.cli.backends import open_backend
+from pipeline.cli.context import CommandContext
+from pipeline.cli.jobs import Timeout, Workspace, watch_job
+from pipeline.cli.output import stderr, tell
+from pipeline.cli.submit import Counter, corpus_of, files_of, labels_of, needs, refuse_at_api
+from pipeline.core.collections import OnDuplicateKey
+from pipeline.core.errors import UserError
+from pipeline.infra.storage import is_remote
+from pipeline.ingest.request import read_fields
+from pipeline.ingest.submission import Submitted, planning
+from pipeline.ingest.sync import SyncRequest, columns_of, submission_of, sync_collection
+from pipeline.jobs.collections import find_collection
+from pipeline.sources import Source
+from pipeline.sources.removed_keys import REMOVED, RemovedKeys
+from pipeline.webhooks import allowlist
+
+
+def sync(
+    collection: Annotated[str, typer.Argument(metavar="COLLECTION", help="The collection's name.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE...",
+            help=".jsonl, .csv, .tsv, .parquet (.gz, .zst): files, folders, globs, s3://, gs://, az:// URIs, or -",
+        ),
+    ] = None,
+    *,
+    from_url: Annotated[
+        str | None, typer.Option("--from", metavar="URL", help="A database to query: postgresql://…, duckdb:///file.")
+    ] = None,
+    query: Annotated[str | None, typer.Option(help="The query whose rows are the source.")] = None,
+    delta: Annotated[
+        bool, typer.Option("--delta", help="The source names only what changed; other keys stay.")
+    ] = False,
+    removed_column: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of a delta: the column that is true in rows whose key goes.")
+    ] = None,
+    remove_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Remove the keys in this file, one a line; instead of SOURCE.")
+    ] = None,
+    max_removed: Annotated[
+        str,
+        typer.Option(
+            metavar="N|P%", help="Fail, and remove nothing, if more keys are missing. Default: 20% from 100 keys on."
+        ),
+    ] = "",
+    keep_rejected: Annotated[
+        bool, typer.Option("--keep-rejected", help="Keep old vectors of keys whose row is rejected now.")
+    ] = False,
+    atomic: Annotated[bool, typer.Option("--atomic", help="Show readers nothing before the sync's end.")] = False,
+    on_duplicate_key: Annotated[
+        OnDuplicateKey, typer.Option(help="The row that counts of several with one key.")
+    ] = OnDuplicateKey.LAST,
+    no_queue: Annotated[
+        bool, typer.Option("--no-queue", help="Fail if another sync of the collection goes on, instead of waiting.")
+    ] = False,
+    max_rejects: Annotated[
+        str | None,
+        typer.Option(metavar="N|P%", help="Fail if more rows are rejected. Default: as of the collection."),
+    ] = None,
+    delimiter: Annotated[
+        str | None,
+        typer.Option(metavar="SIGN", help="Delimiter of .csv and .tsv fields, or tab. Default: comma, tab."),
+    ] = None,
+    quote: Annotated[
+        str | None,
+        typer.Option(metavar="SIGN", help='Quote character of .csv and .tsv, or none. Default: ", none.'),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The job's name. Default: the collection's.")] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A label; may be repeated.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Syncing again with this key attaches to the same job.")
+    ] = None,
+    priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,
+    webhook: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="URL to notify when the job ends; the operator must allow it."),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Stay until the job ends; the exit code says how.")] = False,
+    timeout: Timeout = None,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Bring a collection up to its source: embed what is new or changed, and remove what the source lacks.
+
+    Prints the job's id on standard output, everything else on standard error.
+
+    Examples:
+
+        vectormill sync tickets tickets.parquet --wait
+
+        vectormill sync tickets --from postgresql://reader@shop/db --query "select id, subject, body from tickets"
+
+        vectormill sync tickets changes.jsonl --delta --removed-column deleted
+
+        vectormill sync tickets --remove-keys gone.txt
+    """
+    needs("--timeout", timeout is not None, "--wait", wait)
+    if remove_keys and (sources or query or from_url or removed_column):
+        raise UserError("--remove-keys: it is a source of its own; leave the others and --removed-column out.")
+    wish = read_fields(
+        SyncRequest,
+        {
+            "delta": delta or remove_keys is not None,
+            "removed_column": REMOVED if remove_keys else removed_column,
+            "max_removed": max_removed,
+            "keep_rejected": keep_rejected,
+            "atomic": atomic,
+            "on_duplicate_key": on_duplicate_key,
+            "max_rejects": max_rejects,
+            "delimiter": delimiter,
+            "quote": quote,
+            "name": name,
+            "labels": labels_of(label or []),
+            "priority": priority,
+            "webhook": webhook,
+        },
+    )
+    with open_backend(workspace) as backend:
+        if isinstance(backend, ApiBackend):
+            refuse_at_api({"--from": from_url, "--query": query, "--remove-keys": remove_keys})
+            done = _at_api(backend, collection, wish, sources or [], idempotency_key, queue=not no_queue)
+        else:
+            if webhook:
+                allowlist.check(webhook, backend.place.settings.webhooks)
+            place = backend.place
+            with place.engine.begin() as connection:
+                found = find_collection(connection, place.workspace_id, collection)
+            columns = columns_of(found, wish)
+            corpus: Source
+            if remove_keys:
+                corpus = RemovedKeys(remove_keys, columns)
+            else:
+                corpus = corpus_of(sources or [], from_url, query, columns, place)
+            done = _sync(place, collection, wish, corpus, idempotency_key, queue=not no_queue)
+        if done.attached:
+            stderr.print(f"{done.attached}.")
+        tell(done.notices)
+        sys.stdout.write(f"{done.job_id}\n")
+        sys.stdout.flush()
+        if wait:
+            raise typer.Exit(watch_job(backend, done.job_id, timeout))
+
+
+def _tell_wait(job: UUID) -> None:
+    stderr.print(f"waiting for job {job}, which syncs this collection: vectormill status {job}")
+
+
+def _sync(
+    place: CommandContext, name: str, wish: SyncRequest, corpus: Source, idempotency_key: str | None, *, queue: bool
+) -> Submitted:
+    with place.engine.begin() as connection:
+        found = find_collection(connection, place.workspace_id, name)
+        model = find_model(connection, place.workspace_id, found.model)
+    with Counter(stderr) as counter:
+        submission = submission_of(
+            found, model, wish, corpus, planning(place.settings), idempotency_key, on_items=counter.show
+        )
+        return sync_collection(place.engine, submission, queue=queue, on_wait=_tell_wait)
+
+
+def _at_api(
+    backend: ApiBackend,
+    collection: str,
+    wish: SyncRequest,
+    sources: list[str],
+    idempotency_key: str | None,
+    *,
+    queue: bool,
+) -> Submitted:
+    if not sources:
+        raise UserError("no source: give files, a folder, or - for standard input.")
+    remote = [source for source in sources if is_remote(source)]
+    if remote and len(remote) < len(sources):
+        raise UserError("an api takes files to upload or URIs, not both in one sync.")
+    with TemporaryDirectory() as folder:
+        files = [] if remote else files_of(sources, Path(folder))
+        asked = wish.model_copy(update={"sources": remote})
+        return backend.sync(collection, asked, files, idempotency_key, queue=queue, on_wait=_tell_wait)

@@ -1,0 +1,62 @@
+"""Models of a collection's state and history, the same in the CLI, the API and the dashboard."""
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from pydantic import BaseModel, Field
+
+from pipeline.core.jobs import JobState
+
+
+class CollectionStatus(BaseModel):
+    """State of a collection."""
+
+    name: str
+    view: str = Field(description="The view that readers use, in the schema vectormill.")
+    model: str
+    dimensions: int
+    keys: int = Field(description="Keys that have vectors; above a million an estimate.")
+    options: dict[str, Any] = Field(description="The options with which it was created.")
+    expect_every_seconds: float | None = Field(description="Longest time between two syncs that is no cause for alarm.")
+    synced_at: datetime | None = Field(description="End of its last completed sync.")
+    running: UUID | None = Field(description="Its sync that hasn't ended.")
+    created_at: datetime
+
+    @property
+    def stale_seconds(self) -> float | None:
+        """Seconds beyond the expected time since the last sync; `None`: it isn't stale."""
+        if self.expect_every_seconds is None:
+            return None
+        since = self.synced_at or self.created_at
+        late = (datetime.now(since.tzinfo) - since).total_seconds() - self.expect_every_seconds
+        return late if late > 0 else None
+
+
+class SyncStatus(BaseModel):
+    """A sync of a collection's history. Counts are final once it has completed."""
+
+    job_id: UUID
+    state: JobState | None = Field(description="State of its job; null: the job is purged.")
+    delta: bool
+    added: int = Field(description="Keys that are new.")
+    changed: int = Field(description="Keys that have new vectors.")
+    unchanged: int
+    removed: int
+    rejected: int
+    tokens_saved: int = Field(description="Tokens of reused and unchanged texts, which nothing embedded.")
+    seconds: float = Field(description="Time from its submission to its end, or until now.")
+    created_at: datetime
+    finished_at: datetime | None
+
+
+class CollectionList(BaseModel):
+    """Collections by name."""
+
+    data: list[CollectionStatus]
+
+
+class SyncList(BaseModel):
+    """Newest syncs of a collection, newest first."""
+
+    data: list[SyncStatus]

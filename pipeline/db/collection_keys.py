@@ -1,0 +1,55 @@
+"""Keys of a collection, compared with the rows of a sync."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import Connection, text
+
+from pipeline.db.database import errors_as_sqlalchemys, psycopg_connection
+
+_COMPARE = """
+    select coalesce(string_agg(int8send(given.at - 1), ''), ''), coalesce(string_agg(int8send(k.slot), ''), ''),
+           coalesce(string_agg(int8send(case when k.identity = given.identity then 0
+                                             when substr(k.identity, 1, 16) = substr(given.identity, 1, 16) then 1
+                                             else 2 end), ''), ''),
+           coalesce(string_agg(int8send(k.tokens), ''), '')
+    from unnest(%s::text[], %s::bytea[]) with ordinality given(key, identity, at)
+    -- "offset 0" keeps it a look-up for each key.
+    cross join lateral (select slot, identity, tokens from vectormill.collection_keys k
+                        where k.version_id = %s and k.key = given.key offset 0) k
+"""
+
+Numbers = npt.NDArray[np.int64]
+#: Relations of a row to the key that the collection has.
+SAME, OTHER_COLUMNS, OTHER_TEXT = 0, 1, 2
+
+
+class Known(NamedTuple):
+    """Rows whose key a version has, as columns, in the order of the rows."""
+
+    #: Positions of the rows.
+    at: Numbers
+    slots: Numbers
+    #: `SAME`, `OTHER_COLUMNS` or `OTHER_TEXT`.
+    relations: Numbers
+    #: Tokens of the text that the version has.
+    tokens: Numbers
+
+
+def compare(connection: Connection, version_id: int, keys: Sequence[str], identities: Sequence[bytes]) -> Known:
+    """Compare rows, by key and identity, with a version. Return those whose key it has."""
+    with errors_as_sqlalchemys(), psycopg_connection(connection).cursor(binary=True) as cursor:
+        cursor.execute(_COMPARE, (list(keys), list(identities), version_id))
+        row = cursor.fetchone()
+    assert row is not None
+    columns = [np.frombuffer(column, dtype=">i8").astype(np.int64) for column in row]
+    order = np.argsort(columns[0], kind="stable")
+    return Known(*(column[order] for column in columns))
+
+
+def count_keys(connection: Connection, version_id: int) -> int:
+    """Return the number of a version's keys."""
+    found = text("select count(*) from vectormill.collection_keys where version_id = :version")
+    return int(connection.execute(found, {"version": version_id}).scalar_one())

@@ -1,0 +1,191 @@
+"""Collections and their versions: rows, tables and views."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import orjson
+from sqlalchemy import Connection, RowMapping, text
+
+#: Longest wait for readers and writers before a collection is dropped.
+_LOCK_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collection:
+    """Collection, with its current version."""
+
+    id: int
+    workspace_id: int
+    name: str
+    #: Name of the view in the schema `vectormill`.
+    view: str
+    expect_every: timedelta | None
+    created_at: datetime
+    version_id: int
+    #: Name of the model.
+    model: str
+    vector_space_id: int
+    dimensions: int
+    #: As `JobOptions` writes them.
+    options: Mapping[str, Any]
+
+
+def relation_exists(connection: Connection, name: str) -> bool:
+    """Return True if the schema has a table, view or sequence of this name."""
+    known = text("""
+        select exists (select from pg_class where relnamespace = 'vectormill'::regnamespace and relname = :name)
+    """)
+    return bool(connection.execute(known, {"name": name}).scalar_one())
+
+
+def create(
+    connection: Connection,
+    workspace_id: int,
+    *,
+    name: str,
+    view: str,
+    expect_every: timedelta | None,
+    model: str,
+    vector_space_id: int,
+    options: Mapping[str, Any],
+) -> bool:
+    """Create a collection with its tables and view. Return False if its name or that of the view is taken."""
+    values = {
+        "workspace": workspace_id,
+        "name": name,
+        "view": view,
+        "expect": expect_every,
+        "model": model,
+        "space": vector_space_id,
+        "options": orjson.dumps(options).decode(),
+    }
+    made = connection.execute(
+        text("""
+            insert into vectormill.collections (workspace_id, name, view, expect_every)
+            values (:workspace, :name, :view, :expect) on conflict do nothing returning id
+        """),
+        values,
+    ).scalar_one_or_none()
+    if made is None:
+        return False
+    version = connection.execute(
+        text("""
+            insert into vectormill.collection_versions (collection_id, model_name, vector_space_id, options, state)
+            values (:collection, :model, :space, cast(:options as jsonb), 'current') returning id
+        """),
+        {**values, "collection": made},
+    ).scalar_one()
+    connection.execute(text("select vectormill.make_collection_tables(:version)"), {"version": version})
+    connection.execute(text("select vectormill.show_collection(:collection)"), {"collection": made})
+    return True
+
+
+_READ = """
+    select c.id, c.workspace_id, c.name, c.view, c.expect_every, c.created_at, v.id as version_id,
+           v.model_name as model, v.vector_space_id, s.dimensions, v.options
+    from vectormill.collections c
+    join vectormill.collection_versions v on v.collection_id = c.id and v.state = 'current'
+    join vectormill.vector_spaces s on s.id = v.vector_space_id
+"""
+
+
+def by_name(connection: Connection, workspace_id: int, name: str) -> Collection | None:
+    """Return a workspace's collection; None if there is none."""
+    query = text(_READ + " where c.workspace_id = :workspace and c.name = :name")
+    row = connection.execute(query, {"workspace": workspace_id, "name": name}).mappings().one_or_none()
+    return Collection(**row) if row else None
+
+
+def of_workspace(connection: Connection, workspace_id: int) -> list[Collection]:
+    """Return a workspace's collections by name."""
+    query = text(_READ + " where c.workspace_id = :workspace order by c.name")
+    return [Collection(**row) for row in connection.execute(query, {"workspace": workspace_id}).mappings()]
+
+
+#: Keys up to which they are counted one by one.
+_COUNTED_KEYS = 1_000_000
+
+
+def about_keys(connection: Connection, version_id: int) -> int:
+    """Return the number of a version's keys; of more than a million, the planner's estimate."""
+    row = connection.execute(
+        text("""
+            select (select count(*) from (select from vectormill.collection_keys
+                                          where version_id = :version limit :counted + 1) k) as counted,
+                   (select reltuples::bigint from pg_class
+                    where oid = to_regclass('vectormill.collection_keys_' || :version)) as estimate
+        """),
+        {"version": version_id, "counted": _COUNTED_KEYS},
+    ).one()
+    return int(row.counted) if row.counted <= _COUNTED_KEYS else max(int(row.counted), int(row.estimate or 0))
+
+
+def build_index(connection: Connection, version_id: int) -> None:
+    """Build the HNSW index of a version's vectors if there is none. Readers go on; writers wait."""
+    connection.execute(text("select vectormill.index_collection(:version)"), {"version": version_id})
+
+
+def drop(connection: Connection, collection_id: int) -> None:
+    """Drop a collection with its view, keys, vectors and history.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: something depends on the view, or readers hold a table for ten seconds.
+    """
+    connection.execute(text("select set_config('lock_timeout', :limit, true)"), {"limit": f"{_LOCK_SECONDS}s"})
+    _forget_staged(connection, "collection_id", collection_id)
+    connection.execute(text("select vectormill.drop_collection(:collection)"), {"collection": collection_id})
+
+
+_FORGET = """
+    delete from vectormill.{TABLE} where job_id in (select job_id from vectormill.syncs where {COLUMN} = :id)
+"""
+_FORGET_STAGED = {
+    column: [_FORGET.format(TABLE=table, COLUMN=column) for table in ("sync_seen", "sync_changes")]
+    for column in ("collection_id", "version_id")
+}
+
+
+def _forget_staged(connection: Connection, column: str, id_: int) -> None:
+    for statement in _FORGET_STAGED[column]:
+        connection.execute(text(statement), {"id": id_})
+
+
+def begin_sync(connection: Connection, job_id: UUID, collection: Collection, *, whole: bool) -> int:
+    """Record a sync of a collection, and forget what earlier ones left behind. Return the highest slot so far."""
+    _forget_staged(connection, "version_id", collection.version_id)
+    slot: int = connection.execute(
+        text("""
+            insert into vectormill.syncs (job_id, collection_id, version_id, is_whole, last_slot)
+            values (:job, :collection, :version, :whole, nextval('vectormill.collection_slots'))
+            returning last_slot
+        """),
+        {"job": job_id, "collection": collection.id, "version": collection.version_id, "whole": whole},
+    ).scalar_one()
+    return slot
+
+
+def history(connection: Connection, collection_id: int, limit: int) -> list[RowMapping]:
+    """Return a collection's newest syncs, newest first. The state of one whose job is purged is None."""
+    rows = connection.execute(
+        text("""
+            select s.job_id, j.state, not s.is_whole as delta, s.added, s.changed, s.unchanged, s.removed,
+                   coalesce((coalesce(j.receipt, j.progress)->'items'->>'rejected')::bigint, 0) as rejected,
+                   s.tokens_saved + coalesce((j.receipt->'tokens'->>'reused')::bigint, 0) as tokens_saved,
+                   s.created_at, j.finished_at,
+                   extract(epoch from coalesce(j.finished_at, now()) - s.created_at)::float8 as seconds
+            from vectormill.syncs s left join vectormill.jobs j on j.id = s.job_id
+            where s.collection_id = :collection order by s.job_id desc limit :limit
+        """),
+        {"collection": collection_id, "limit": limit},
+    )
+    return list(rows.mappings())
+
+
+def last_synced(connection: Connection, version_id: int) -> datetime | None:
+    """Return the time at which the last whole or partial sync of a version was completed."""
+    found = text("select max(settled_at) from vectormill.syncs where version_id = :version")
+    moment: datetime | None = connection.execute(found, {"version": version_id}).scalar_one()
+    return moment
