@@ -42,7 +42,14 @@ declare
                  where e.extname = 'vector');
   size integer;
   kind text;
+  needed bigint := pg_table_size(('vectormill.collection_vectors_' || version)::regclass) * 3 / 2;
 begin
+  -- A graph that outgrows this memory takes several times as long. Without other processes, whose memory would be
+  -- shared, and a container may have little of that.
+  if needed > pg_size_bytes(current_setting('maintenance_work_mem')) then
+    perform set_config('maintenance_work_mem', least(needed / 1024, 2000000) || 'kB', true),
+            set_config('max_parallel_maintenance_workers', '0', true);
+  end if;
   select s.dimensions, case v.options->>'dtype' when 'float16' then 'half' else 'vector' end into strict size, kind
   from vectormill.collection_versions v join vectormill.vector_spaces s on s.id = v.vector_space_id
   where v.id = version;

@@ -100,6 +100,8 @@ def progress_line(status: JobStatus) -> Table:
 def _time_left(status: JobStatus) -> Text:
     if status.state != "running":
         return state(status.state, status.reason)
+    if status.items.total and not status.items.pending:
+        return Text("finishing", style="bright_black", no_wrap=True)
     if status.eta_seconds is None:
         return Text("time left: not yet", style="bright_black", no_wrap=True)
     return Text(f"{humanize.duration(status.eta_seconds)} left", no_wrap=True)
@@ -109,6 +111,8 @@ def plain_progress(status: JobStatus) -> str:
     """Return the progress line for a log: plain text, without colours or a bar."""
     items, rate = status.items, status.rate
     left = "" if status.eta_seconds is None else f"  {humanize.duration(status.eta_seconds)} left"
+    if status.state == "running" and items.total and not items.pending:
+        left = "  finishing"
     return (
         f"{status.name}  {status.state}  {items.over:,} / {items.total:,}  "
         f"{humanize.short(rate.items_per_second)} items/s  {humanize.short(rate.tokens_per_second)} tok/s{left}"

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import Connection, text
 
+from pipeline.db.arrays import ByteaArray, TextArray, take_arrays
 from pipeline.db.database import errors_as_sqlalchemys, psycopg_connection
 
 _COMPARE = """
@@ -15,7 +16,7 @@ _COMPARE = """
                                              when substr(k.identity, 1, 16) = substr(given.identity, 1, 16) then 1
                                              else 2 end), ''), ''),
            coalesce(string_agg(int8send(k.tokens), ''), '')
-    from unnest(%s::text[], %s::bytea[]) with ordinality given(key, identity, at)
+    from unnest(%s, %s) with ordinality given(key, identity, at)
     -- "offset 0" keeps it a look-up for each key.
     cross join lateral (select slot, identity, tokens from vectormill.collection_keys k
                         where k.version_id = %s and k.key = given.key offset 0) k
@@ -41,7 +42,9 @@ class Known(NamedTuple):
 def compare(connection: Connection, version_id: int, keys: Sequence[str], identities: Sequence[bytes]) -> Known:
     """Compare rows, by key and identity, with a version. Return those whose key it has."""
     with errors_as_sqlalchemys(), psycopg_connection(connection).cursor(binary=True) as cursor:
-        cursor.execute(_COMPARE, (list(keys), list(identities), version_id))
+        take_arrays(cursor)
+        texts = TextArray([key.encode() for key in keys])
+        cursor.execute(_COMPARE, (texts, ByteaArray(identities), version_id))
         row = cursor.fetchone()
     assert row is not None
     columns = [np.frombuffer(column, dtype=">i8").astype(np.int64) for column in row]

@@ -8,6 +8,7 @@ from sqlalchemy import Connection, text
 
 from pipeline.core.chunks import RejectCode
 from pipeline.core.collections import OnDuplicateKey, SyncCounts
+from pipeline.db.database import errors_as_sqlalchemys, psycopg_connection
 
 #: Slots of a page of `sync_seen`. Its bits are small enough to stay in the row.
 PAGE_SLOTS = 8_192
@@ -53,84 +54,86 @@ def drop_columns(connection: Connection, job_id: UUID, slots: Sequence[int]) -> 
     ).rowcount
 
 
-# The rows of a key: of those that don't count, `last` and `first` delete the items, `reject` keeps them as rejects.
-_PLACED = """
-    placed as (
-      select index, key, identity = '' as goes,
-             row_number() over (partition by key order by index {ORDER}) > 1 as is_other
-      from vectormill.items where job_id = :job and key is not null
-    )
+_PLACED_OF = """
+    select index, key, goes, place > 1
+    from (select index, key, identity = '' as goes,
+                 row_number() over (partition by key order by index {ORDER}) as place
+          from vectormill.items where job_id = %s and key is not null) p
+    where goes or place > 1
 """
-_REMOVE_KEYS_OF = """
-    with {PLACED}
+_PLACED = {
+    policy: _PLACED_OF.format(ORDER="desc" if policy is OnDuplicateKey.LAST else "") for policy in OnDuplicateKey
+}
+_REMOVE_KEYS = """
     insert into vectormill.sync_changes (job_id, slot)
-    select :job, k.slot from placed p
-    join vectormill.collection_keys k on k.version_id = :version and k.key = p.key
-    where p.goes and not p.is_other
+    select :job, k.slot from unnest(cast(:keys as text[])) given(key)
+    cross join lateral (select slot from vectormill.collection_keys k
+                        where k.version_id = :version and k.key = given.key offset 0) k
     on conflict (job_id, slot) do update set identity = null, carried = null
 """
 # Each index looks its chunk up, instead of each chunk all of them.
-_CHUNK_OF = """
-    cross join lateral (select id from vectormill.chunks where job_id = :job and first_index <= d.index
-                        order by first_index desc limit 1) c
-"""
-_VACATE_OF = """
-    with {PLACED}, doomed as (
-      delete from vectormill.items i using placed p
-      where i.job_id = :job and i.index = p.index and (p.goes or p.is_other and :deletes)
-      returning i.index, p.is_other
+_VACATE = """
+    with gone as (
+      delete from vectormill.items where job_id = :job and index = any(:indexes)
     ), unsaid as (
-      delete from vectormill.rejects r using doomed d where r.job_id = :job and r.index = d.index returning r.index
+      delete from vectormill.rejects where job_id = :job and index = any(:indexes) returning index
     ), counted as (
       select c.id, count(*) as vacant, count(u.index) as unsaid
-      from doomed d {CHUNK_OF} left join unsaid u on u.index = d.index group by c.id
-    ), moved as (
-      update vectormill.chunks c
-      set vacant = c.vacant + n.vacant, rejected = c.rejected - n.unsaid,
-          state = case when c.items = c.vacant + n.vacant + c.rejected - n.unsaid then 'done' else 'pending' end
-      from counted n where c.id = n.id
+      from unnest(cast(:indexes as bigint[])) d(index)
+      cross join lateral (select id from vectormill.chunks where job_id = :job and first_index <= d.index
+                          order by first_index desc limit 1) c
+      left join unsaid u on u.index = d.index
+      group by c.id
     )
-    select count(*) filter (where is_other) from doomed
+    update vectormill.chunks c
+    set vacant = c.vacant + n.vacant, rejected = c.rejected - n.unsaid,
+        state = case when c.items = c.vacant + n.vacant + c.rejected - n.unsaid then 'done' else 'pending' end
+    from counted n where c.id = n.id
 """
-_REJECT_OTHERS_OF = """
-    with {PLACED}, doomed as (
-      delete from vectormill.items i using placed p
-      where i.job_id = :job and i.index = p.index and p.is_other and i.text is not null
-      returning i.index, i.key
+_REJECT = """
+    with doomed as (
+      delete from vectormill.items where job_id = :job and index = any(:indexes) and text is not null
+      returning index, key
     ), kept as (
       insert into vectormill.items (job_id, index, key) select :job, index, key from doomed
     ), said as (
       insert into vectormill.rejects (job_id, index, key, code, message)
       select :job, index, key, :code, :message from doomed
     ), counted as (
-      select c.id, count(*) as rejected from doomed d {CHUNK_OF} group by c.id
+      select c.id, count(*) as rejected
+      from doomed d
+      cross join lateral (select id from vectormill.chunks where job_id = :job and first_index <= d.index
+                          order by first_index desc limit 1) c
+      group by c.id
     )
     update vectormill.chunks c
     set rejected = c.rejected + n.rejected,
         state = case when c.items = c.vacant + c.rejected + n.rejected then 'done' else c.state end
     from counted n where c.id = n.id
 """
-_SETTLE_KEYS = {
-    policy: [
-        statement.format(
-            PLACED=_PLACED.format(ORDER="desc" if policy is OnDuplicateKey.LAST else ""), CHUNK_OF=_CHUNK_OF
-        )
-        for statement in (_REMOVE_KEYS_OF, _REJECT_OTHERS_OF, _VACATE_OF)
-    ]
-    for policy in OnDuplicateKey
-}
+#: Rows that are settled at once.
+_PAGE = 10_000
 
 
 def settle_keys(connection: Connection, job_id: UUID, version_id: int, policy: OnDuplicateKey) -> int:
     """Settle the staged rows of a sync before it is queued: one row a key counts, and keys that go leave no item.
     Return the number of rows that another one replaces."""
-    remove, reject, vacate = map(text, _SETTLE_KEYS[policy])
-    connection.execute(remove, {"job": job_id, "version": version_id})
-    rejects = policy is OnDuplicateKey.REJECT
-    if rejects:
-        message = "an earlier row has the same key"
-        connection.execute(reject, {"job": job_id, "code": RejectCode.DUPLICATE_KEY.value, "message": message})
-    return int(connection.execute(vacate, {"job": job_id, "deletes": not rejects}).scalar_one())
+    replaced = 0
+    values = {"job": job_id, "code": RejectCode.DUPLICATE_KEY.value, "message": "an earlier row has the same key"}
+    with errors_as_sqlalchemys(), psycopg_connection(connection).cursor(name="placed", binary=True) as cursor:
+        cursor.execute(_PLACED[policy].encode(), (job_id,))
+        while rows := cursor.fetchmany(_PAGE):
+            removed = [key for _, key, goes, is_other in rows if goes and not is_other]
+            others = [index for index, _, goes, is_other in rows if is_other and not goes]
+            connection.execute(text(_REMOVE_KEYS), {"job": job_id, "version": version_id, "keys": removed})
+            vacant = [index for index, _, goes, _ in rows if goes]
+            if policy is OnDuplicateKey.REJECT:
+                connection.execute(text(_REJECT), {**values, "indexes": others})
+            else:
+                vacant += others
+                replaced += sum(is_other for *_, is_other in rows)
+            connection.execute(text(_VACATE), {"job": job_id, "indexes": vacant})
+    return replaced
 
 
 def save_counts(connection: Connection, job_id: UUID, counts: SyncCounts) -> None:
@@ -158,49 +161,51 @@ def counts(connection: Connection, job_id: UUID) -> SyncCounts:
     return SyncCounts(**found) if found else SyncCounts()
 
 
-# As in embeddings.py, the planner may know nothing of the job's rows; all of these are look-ups by index.
+# As in embeddings.py, the planner may know nothing of the job's rows: "offset 0" makes it begin with them, and look the
+# others up.
 _OF_COMMIT = "and i.index = any(:indexes)"
 _EMBEDDED = """
-    vectormill.items i
+    select i.key, i.index, i.identity, i.carried, t.tokens
+    from vectormill.items i
     cross join lateral (select sum(e.tokens) as tokens from vectormill.{ROWS} e
-                        where e.job_id = :job and e.index = i.index) t
+                        where e.job_id = :job and e.index = i.index offset 0) t
+    where i.job_id = :job and t.tokens is not null {OF_COMMIT}
+"""
+_KNOWN = """
+    select i.*, k.slot from ({EMBEDDED}) i
+    cross join lateral (select slot from vectormill.collection_keys k
+                        where k.version_id = :version and k.key = i.key offset 0) k
 """
 _CHANGE_KEYS = """
     update vectormill.collection_keys k
-    set identity = i.identity, carried = i.carried, tokens = t.tokens, job_id = :job
-    from {EMBEDDED}
-    where i.job_id = :job and t.tokens is not null and k.version_id = :version and k.key = i.key {OF_COMMIT}
+    set identity = i.identity, carried = i.carried, tokens = i.tokens, job_id = :job
+    from ({KNOWN}) i where k.version_id = :version and k.slot = i.slot
 """
 _ADD_KEYS = """
     insert into vectormill.collection_keys (version_id, key, identity, carried, tokens, job_id)
-    select :version, i.key, i.identity, i.carried, t.tokens, :job
-    from {EMBEDDED}
-    where i.job_id = :job and t.tokens is not null {OF_COMMIT}
-      and not exists (select from vectormill.collection_keys k where k.version_id = :version and k.key = i.key)
+    select :version, i.key, i.identity, i.carried, i.tokens, :job
+    from ({EMBEDDED}) i
+    where (select k.slot from vectormill.collection_keys k where k.version_id = :version and k.key = i.key) is null
     order by i.index
 """
 _DELETE_VECTORS = """
-    delete from vectormill.collection_vectors v
-    using {EMBEDDED}, vectormill.collection_keys k
-    where i.job_id = :job and t.tokens is not null and k.version_id = :version and k.key = i.key
-      and v.version_id = :version and v.slot = k.slot {OF_COMMIT}
+    delete from vectormill.collection_vectors v using ({KNOWN}) i where v.version_id = :version and v.slot = i.slot
 """
 _ADD_VECTORS = """
     insert into vectormill.collection_vectors (version_id, slot, passage, start, stop, vector, half)
-    select :version, k.slot, {PASSAGE}, e.vector, e.half
-    from vectormill.items i
-    join vectormill.{ROWS} e on e.job_id = :job and e.index = i.index
-    join vectormill.collection_keys k on k.version_id = :version and k.key = i.key
-    where i.job_id = :job {OF_COMMIT}
+    select :version, i.slot, {PASSAGE}, e.vector, e.half
+    from ({KNOWN}) i
+    cross join lateral (select * from vectormill.{ROWS} e where e.job_id = :job and e.index = i.index offset 0) e
 """
 _PASSAGE = {"embeddings": "0, null, null", "passages": "e.passage, e.start, e.stop"}
 _PUBLISH = {
     (rows, part): [
-        statement.format(ROWS=rows, OF_COMMIT=of_commit, EMBEDDED=_EMBEDDED.format(ROWS=rows), PASSAGE=passage)
+        statement.format(ROWS=rows, PASSAGE=passage, EMBEDDED=embedded, KNOWN=_KNOWN.format(EMBEDDED=embedded))
         for statement in (_CHANGE_KEYS, _ADD_KEYS, _DELETE_VECTORS, _ADD_VECTORS)
     ]
     for rows, passage in _PASSAGE.items()
     for part, of_commit in ((True, _OF_COMMIT), (False, ""))
+    for embedded in [_EMBEDDED.format(ROWS=rows, OF_COMMIT=of_commit)]
 }
 
 
@@ -233,9 +238,11 @@ _REMOVE_UNSEEN = _REMOVE_OF.format(
 #: Keys whose row was rejected, unless another row of this sync has given them new vectors.
 _REMOVE_REJECTED = _REMOVE_OF.format(
     WHICH="""
-      using vectormill.rejects r
-      where r.job_id = :job and r.code <> 'duplicate_key' and k.version_id = :version and k.key = r.key
-        and k.job_id <> :job
+      using (select f.slot from vectormill.rejects r
+             cross join lateral (select slot, job_id from vectormill.collection_keys f
+                                 where f.version_id = :version and f.key = r.key offset 0) f
+             where r.job_id = :job and r.code <> 'duplicate_key' and f.job_id <> :job) r
+      where k.version_id = :version and k.slot = r.slot
     """
 )
 _REMOVE_NAMED = _REMOVE_OF.format(
@@ -251,7 +258,9 @@ _CHANGE_COLUMNS = """
 """
 _COUNT_CHANGES = """
     select count(*) filter (where k.slot > :last_slot), count(*) filter (where k.slot <= :last_slot)
-    from vectormill.items i join vectormill.collection_keys k on k.version_id = :version and k.key = i.key
+    from vectormill.items i
+    cross join lateral (select slot, job_id from vectormill.collection_keys k
+                        where k.version_id = :version and k.key = i.key offset 0) k
     where i.job_id = :job and k.job_id = :job
 """
 
