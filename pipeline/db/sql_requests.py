@@ -1,4 +1,5 @@
-"""Job requests made in SQL: the rows that the function `vectormill.submit` writes (migration 0017).
+"""Job requests made in SQL: the rows that the functions `vectormill.submit` and `vectormill.sync` write (migration
+0022).
 
 Options are read as text, since JSON in Postgres may hold numbers that no parser here reads.
 """
@@ -28,8 +29,8 @@ def read(connection: Connection, job_id: UUID) -> RowMapping | None:
     return (
         connection.execute(
             text("""
-            select job_id, workspace_id, query, model, name, text_column, key_column, options::text as options,
-                   idempotency_key, state
+            select job_id, workspace_id, query, model, collection, name, text_column, key_column,
+                   options::text as options, idempotency_key, state
             from vectormill.requests where job_id = :job
         """),
             {"job": job_id},

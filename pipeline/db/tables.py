@@ -255,6 +255,8 @@ requests = Table(
     # NULL: erased after the retention time, like its job's texts.
     Column("query", Text),
     Column("model", Text, nullable=False),
+    # Of a sync; its options are those of `SyncRequest`.
+    Column("collection", Text),
     Column("name", Text),
     Column("text_column", Text, nullable=False),
     Column("key_column", Text),

@@ -4,6 +4,7 @@ The query runs on a connection of its own, whose login has only the rights that 
 own connection, a query could reset any role that was set for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -15,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline.catalog.models import find_model
 from pipeline.core.errors import (
+    CollectionBusy,
     EmptySource,
     LeaseLost,
     ServiceUnreachable,
@@ -22,19 +24,24 @@ from pipeline.core.errors import (
     SourceStopped,
     UserError,
     VectormillError,
+    Waiting,
 )
 from pipeline.core.jobs import JobState
+from pipeline.core.options import Columns
 from pipeline.core.requests import RequestReason, RequestState
 from pipeline.db import jobs, sql_requests
+from pipeline.db.collections import Collection
 from pipeline.db.database import reporting_unreachable
 from pipeline.db.staging import Producer
 from pipeline.infra import metrics
 from pipeline.infra.settings import Settings
 from pipeline.ingest import staging
-from pipeline.ingest.request import ELSEWHERE, JobRequest, read_request
+from pipeline.ingest.request import ELSEWHERE, JobRequest, read_fields, read_request
 from pipeline.ingest.submission import Submission, planning
 from pipeline.ingest.submit import submit
+from pipeline.ingest.sync import SyncRequest, columns_of, submission_of
 from pipeline.jobs import control
+from pipeline.jobs.collections import find_collection
 from pipeline.sources.query import QueryCorpus
 from pipeline.webhooks import allowlist
 from pipeline.webhooks.events import request_ended
@@ -51,6 +58,7 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
 
     Raises:
         ServiceUnreachable: the query's database can't be reached for now; the request waits.
+        Waiting: another sync of the collection goes on.
     """
     with reporting_unreachable(), engine.begin() as connection:
         row = sql_requests.read(connection, job_id)
@@ -67,6 +75,8 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
         if waits < _PATIENCE_SECONDS:
             raise
         _fail(engine, row, RequestReason.SOURCE_UNREACHABLE, error)
+    except CollectionBusy as busy:
+        raise Waiting(str(busy)) from busy
     except UserError as error:
         _fail(engine, row, _reason(error), error)
     except DBAPIError:  # from our own database, not the query's
@@ -93,7 +103,7 @@ def _heed_cancel(engine: Engine, job_id: UUID) -> None:
 
 
 def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submission:
-    wish = _wish(row)
+    wish, columns, collection = _wish(engine, row)
     if settings.sql_url is None:
         raise UserError(
             "no login for queries: set VECTORMILL_SQL_URL of the dispatcher to the URL of a role that may read what "
@@ -102,16 +112,26 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
     if wish.webhook:
         allowlist.check(wish.webhook, settings.webhooks)
     with engine.begin() as connection:
-        model = find_model(connection, row["workspace_id"], wish.model)
+        model = find_model(connection, row["workspace_id"], collection.model if collection else row["model"])
     corpus = QueryCorpus(
         settings.sql_url.get_secret_value(),
         row["query"],
-        wish.columns,
+        columns,
         settings.item_bytes,
         asked_by="VECTORMILL_SQL_URL",
         movable=True,
         seconds=settings.sql_seconds,
     )
+    request: dict[str, Any] = {
+        # The default key lets another dispatcher take over if this one dies.
+        "idempotency_key": row["idempotency_key"] or f"sql {row['job_id']}",
+        "job_id": row["job_id"],
+        "on_queue": _end_submitted,
+        "on_lost": lambda: corpus.stop(LeaseLost()),
+    }
+    if collection and isinstance(wish, SyncRequest):
+        return submission_of(collection, model, wish, corpus, planning(settings), **request)
+    assert isinstance(wish, JobRequest)
     return Submission(
         workspace_id=row["workspace_id"],
         model=model,
@@ -121,11 +141,7 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
         options=wish,
         priority=wish.priority,
         labels=wish.labels,
-        # The default key lets another dispatcher take over if this one dies.
-        idempotency_key=row["idempotency_key"] or f"sql {row['job_id']}",
-        job_id=row["job_id"],
-        on_queue=_end_submitted,
-        on_lost=lambda: corpus.stop(LeaseLost()),
+        **request,
     )
 
 
@@ -139,21 +155,33 @@ def _end_submitted(connection: Connection, job_id: UUID) -> None:
 _ARGUMENTS = ("model", "name", "text_column", "key_column")
 _OF_FILES = ("sources", "quote", "delimiter", "by_reference", "output")
 _OPTIONS = [name for name in JobRequest.model_fields if name not in {*_ARGUMENTS, *_OF_FILES, *ELSEWHERE}]
+_SYNC_OPTIONS = [name for name in SyncRequest.model_fields if name not in {"name", *_OF_FILES}]
 
 
-def _wish(row: RowMapping) -> JobRequest:
-    fields: dict[str, Any] = {name: row[name] for name in _ARGUMENTS}
+def _wish(engine: Engine, row: RowMapping) -> tuple[JobRequest | SyncRequest, Columns, Collection | None]:
+    """Return what a request asks for, the columns that it reads, and of a sync the collection."""
+    if row["collection"] is None:
+        fields = {name: row[name] for name in _ARGUMENTS}
+        wish = read_request({**_options(row, _OPTIONS), **fields})
+        return wish, wish.columns, None
+    with engine.begin() as connection:
+        collection = find_collection(connection, row["workspace_id"], row["collection"])
+    sync = read_fields(SyncRequest, {**_options(row, _SYNC_OPTIONS), "name": row["name"]})
+    return sync, columns_of(collection, sync), collection
+
+
+def _options(row: RowMapping, known: Sequence[str]) -> dict[str, Any]:
     try:
-        options = orjson.loads(row["options"])
+        options: dict[str, Any] = orjson.loads(row["options"])
     except ValueError:
         raise UserError("they hold a number that is too large, or too many brackets.", field="options") from None
-    if unknown := sorted(options.keys() - set(_OPTIONS)):
+    if unknown := sorted(options.keys() - set(known)):
         raise UserError(
-            f"no such option; the options are {', '.join(_OPTIONS)}.",
+            f"no such option; the options are {', '.join(known)}.",
             field="options",
             given=f'"{unknown[0][:100]}"',
         )
-    return read_request({**options, **fields})
+    return options
 
 
 def _reason(error: UserError) -> RequestReason:

@@ -20,10 +20,11 @@ from pipeline.broker import Publisher
 from pipeline.cli.context import CommandContext
 from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import watch_job
-from pipeline.core.errors import ServiceUnreachable, UnknownJob
+from pipeline.core.errors import ServiceUnreachable, UnknownJob, Waiting
 from pipeline.core.job_status import JobStatus
 from pipeline.core.jobs import JobState
 from pipeline.core.models import Model
+from pipeline.core.options import JobOptions
 from pipeline.db import partitions
 from pipeline.db import sql_requests as requests
 from pipeline.dispatch.dispatcher import finish
@@ -33,6 +34,7 @@ from pipeline.embedded.runtime import Running
 from pipeline.embedded.wheels import wheel_folder
 from pipeline.infra.settings import Settings
 from pipeline.ingest import sql_requests, staging
+from pipeline.ingest.sync import create_collection
 from pipeline.jobs import control, status
 from pipeline.jobs.purge import purge_job, purge_month
 from tests.acceptance.fleet import eventually
@@ -636,3 +638,37 @@ def psql(url: str, statement: str) -> "subprocess.CompletedProcess[str]":
 
 def dispatcher(engine: Engine, redis_url: str) -> Dispatcher:
     return Dispatcher(engine=engine, publisher=Publisher(redis_url), lease_seconds=30, text_retention_days=7)
+
+
+def test_a_sync_in_sql(engine: Engine, stage: Callable[..., None], model: Model) -> None:
+    with engine.begin() as connection:
+        create_collection(connection, 1, "tickets", model="small", options=JobOptions())
+    asked = "select vectormill.sync('tickets', 'select id, text from public.docs order by id')"
+    job = UUID(str(run_sql(engine, asked)[0][0]))
+    with pytest.raises(Exception, match='no collection "other"'):
+        run_sql(engine, "select vectormill.sync('other', 'select 1')")
+    later = UUID(str(run_sql(engine, asked)[0][0]))
+    with pytest.raises(Waiting, match=str(job)):
+        stage()
+    row = job_row(engine, job)
+    assert (row["name"], row["state"], row["items_total"]) == ("tickets", "queued", 10)
+    run_sql(engine, "update vectormill.jobs set state = 'cancelled' where id = :job", job=job)
+    stage()
+    assert job_row(engine, later)["state"] == "queued"
+
+
+def test_a_sync_in_sql_with_options(engine: Engine, stage: Callable[..., None], model: Model) -> None:
+    with engine.begin() as connection:
+        create_collection(connection, 1, "tickets", model="small", options=JobOptions())
+    query = "select 'k1' as id, null::text as text, true as gone"
+    asked = "select vectormill.sync('tickets', :query, options => cast(:options as jsonb), idempotency_key => 'a')"
+    options = {"delta": True, "removed_column": "gone", "labels": {"team": "search"}}
+    job = UUID(str(run_sql(engine, asked, query=query, options=json.dumps(options))[0][0]))
+    stage()
+    assert job_row(engine, job)["options"]["sync"]["removed_column"] == "gone"
+    run_sql(engine, "update vectormill.jobs set state = 'cancelled' where id = :job", job=job)
+    wrong = "select vectormill.sync('tickets', 'select 1', options => '{\"surprise\": 1}')"
+    failed = UUID(str(run_sql(engine, wrong)[0][0]))
+    stage()
+    told = run_sql(engine, "select message from vectormill.requests where job_id = :job", job=failed)[0][0]
+    assert told.startswith('options "surprise": no such option; the options are delta, removed_column, ')
