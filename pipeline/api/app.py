@@ -33,7 +33,7 @@ from pipeline.api.pacing import LeakyBuckets, Paced
 from pipeline.api.packing import Unpacked
 from pipeline.api.paths import Segmented, Trimmed
 from pipeline.api.readiness import readyz
-from pipeline.api.status import collections, jobs, keys, models, submissions, usage, workers
+from pipeline.api.status import collections, jobs, keys, models, search, submissions, usage, workers
 from pipeline.api.transfers import CONNECTIONS, Transfers
 from pipeline.api.v1 import batches, embeddings, files
 from pipeline.api.v1.embeddings import Gateway
@@ -116,7 +116,7 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for part in (embeddings, files, batches, submissions, jobs, collections, workers, models, usage, keys):
+    for part in (embeddings, files, batches, submissions, jobs, collections, search, workers, models, usage, keys):
         app.include_router(part.router)
     add_dashboard(app)
     app.add_route("/healthz", _healthz)

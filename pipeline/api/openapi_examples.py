@@ -246,6 +246,21 @@ EXAMPLES: dict[str, Any] = {
             }
         ]
     },
+    "SearchRequest": {"query": "refund after a late delivery", "limit": 3, "where": {"lang": "en"}},
+    "Hits": {
+        "data": [
+            {
+                "key": "ticket-4711",
+                "similarity": 0.8213,
+                "index": None,
+                "text": None,
+                "carried": {"lang": "en"},
+                "passage": None,
+                "start": None,
+                "stop": None,
+            }
+        ]
+    },
     "Retried": {"reopened_chunks": 2, "job": {**_JOB, "state": "queued"}},
     "Priority": {"priority": 10},
     "Fleet": {

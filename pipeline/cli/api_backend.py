@@ -24,6 +24,7 @@ from pipeline.core.jobs import JobState
 from pipeline.core.options import JobOptions
 from pipeline.ingest.request import JobRequest
 from pipeline.ingest.submission import Submitted
+from pipeline.jobs.search import Hit, Hits, SearchRequest
 from pipeline.jobs.status import Namesake
 
 _LIST_PAGE = 100
@@ -146,6 +147,11 @@ class ApiBackend:
     def drop_collection(self, name: str) -> None:
         """Drop a collection with its view, vectors and history."""
         self._send("DELETE", _collection_path(name), params=self._scope)
+
+    def search(self, wish: SearchRequest, *, job: str | None = None, collection: str | None = None) -> list[Hit]:
+        """Return what is nearest to a query, which an engine embeds, in a job or a collection."""
+        path = _path(job, "search") if job is not None else _collection_path(str(collection), "search")
+        return Hits.model_validate(self._post(path, json=wish.model_dump())).data
 
     def sync(
         self,

@@ -15,7 +15,7 @@ from pipeline.cli.bootstrap import BUNDLED_MODEL, bundled_model_folder
 from pipeline.cli.context import CommandContext
 from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import watch_job
-from pipeline.cli.results import hit_table, search_many
+from pipeline.cli.search import hit_table, search_many
 from pipeline.cli.servers import running_machine
 from pipeline.core.errors import UserError
 from pipeline.core.options import Columns
@@ -24,6 +24,7 @@ from pipeline.embedded.files import make_folder
 from pipeline.infra.settings import Settings, load_settings
 from pipeline.ingest.submission import Submission, planning
 from pipeline.ingest.submit import submit
+from pipeline.jobs.search import SearchRequest
 from pipeline.sources import Corpus
 
 _QUERIES = ("parse a command line", "open a network connection", "multiply two matrices")
@@ -78,7 +79,8 @@ def _run(place: CommandContext, settings: Settings, corpus: Path) -> int:
     code = watch_job(DatabaseBackend(place), job, None, verify=True)
     if code:
         return code
-    for query, hits in zip(_QUERIES, search_many(place, str(job), list(_QUERIES), 3), strict=True):
+    wishes = [SearchRequest(query=query, limit=3) for query in _QUERIES]
+    for query, hits in zip(_QUERIES, search_many(place, wishes, job=str(job)), strict=True):
         output.stdout.print(f"\n[bold]search[/bold] “{query}”")
         output.stdout.print(hit_table(hits))
     return 0

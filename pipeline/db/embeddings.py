@@ -20,9 +20,9 @@ from pipeline.db.database import copying, errors_as_sqlalchemys, psycopg_connect
 from pipeline.db.partitions import leaf
 
 #: Rows of jobs that don't split, and of those that do.
-_WHOLE = """(select job_id, index, key, tokens, truncated, vector, half, 0 as passage, null::int as start,
+WHOLE = """(select job_id, index, key, tokens, truncated, vector, half, 0 as passage, null::int as start,
                    null::int as stop from vectormill.embeddings)"""
-_SPLIT = "vectormill.passages"
+SPLIT = "vectormill.passages"
 #: A number past any passage's.
 _LAST_PASSAGE = 2**31 - 1
 #: Columns before vector and key. The key comes last: all before it has a fixed size, so that numpy can lay out rows.
@@ -225,7 +225,7 @@ _READ_OF = """
     from {rows} e
     where e.job_id = %s and (e.index, e.passage) > (%s, %s) and e.index < %s order by e.index, e.passage
 """
-_READ = {False: _READ_OF.format(rows=_WHOLE), True: _READ_OF.format(rows=_SPLIT)}
+_READ = {False: _READ_OF.format(rows=WHOLE), True: _READ_OF.format(rows=SPLIT)}
 _PAGE = {False: _READ[False] + " limit %s", True: _READ[True] + " limit %s"}
 #: Before the first row, and after the last one, of any job.
 _ALL = (-1, _LAST_PASSAGE, 2**63 - 1)
@@ -288,7 +288,7 @@ _OF_ITEMS_OF = """
     cross join lateral (select * from {rows} r where r.job_id = given.job_id and r.index = given.index offset 0) e
     order by given.ordinal, e.passage
 """
-_OF_ITEMS = {False: _OF_ITEMS_OF.format(rows=_WHOLE), True: _OF_ITEMS_OF.format(rows=_SPLIT)}
+_OF_ITEMS = {False: _OF_ITEMS_OF.format(rows=WHOLE), True: _OF_ITEMS_OF.format(rows=SPLIT)}
 
 
 def of_items(connection: Connection, places: Sequence[tuple[UUID, int]], *, passages: bool) -> EmbeddedRows:
@@ -310,41 +310,6 @@ def of_items(connection: Connection, places: Sequence[tuple[UUID, int]], *, pass
     )
 
 
-class Found(NamedTuple):
-    """Item or passage found by a search."""
-
-    index: int  # type: ignore[assignment] # nobody needs the method of tuples
-    key: str | None
-    similarity: float
-    #: `None`: it isn't kept any more.
-    text: str | None
-    passage: int = 0
-    start: int | None = None
-    stop: int | None = None
-
-
-_NEAREST_OF = """
-    select e.index, e.key, 1 - (coalesce(e.vector, e.half::vector) <=> cast(:query as vector)) as similarity,
-           (select case when e.start is null then text else substr(text, e.start + 1, e.stop - e.start) end
-            from vectormill.items where job_id = :job and index = e.index),
-           e.passage, e.start, e.stop
-    from {rows} e where e.job_id = :job
-    order by coalesce(e.vector, e.half::vector) <=> cast(:query as vector), e.index, e.passage limit :limit
-"""
-_NEAREST = {False: _NEAREST_OF.format(rows=_WHOLE), True: _NEAREST_OF.format(rows=_SPLIT)}
-
-
-def nearest(
-    connection: Connection, job_id: UUID, query: Sequence[float], limit: int, *, passages: bool = False
-) -> list[Found]:
-    """Return the items of a job that are nearest to `query` by cosine; of one that splits, its passages."""
-    rows = connection.execute(
-        text(_NEAREST[passages]),
-        {"job": job_id, "query": "[" + ",".join(repr(float(x)) for x in query) + "]", "limit": limit},
-    )
-    return [Found(*row) for row in rows]
-
-
 _COUNT_BY_CHUNK_OF = """
     select coalesce(sum(greatest(0, c.embedded + c.reused - v.items) + greatest(0, c.rejected - r.n)
                         + greatest(0, c.passages - v.passages, v.gaps)), 0)::bigint,
@@ -362,7 +327,7 @@ _COUNT_BY_CHUNK_OF = """
                         and index >= c.first_index and index < c.first_index + c.items) r
     where c.job_id = :job
 """
-_COUNT_BY_CHUNK = {False: _COUNT_BY_CHUNK_OF.format(rows=_WHOLE), True: _COUNT_BY_CHUNK_OF.format(rows=_SPLIT)}
+_COUNT_BY_CHUNK = {False: _COUNT_BY_CHUNK_OF.format(rows=WHOLE), True: _COUNT_BY_CHUNK_OF.format(rows=SPLIT)}
 
 
 def _count_by_chunk(connection: Connection, job_id: UUID, *, passages: bool) -> tuple[int, int]:
@@ -387,7 +352,7 @@ _VERIFY_OF = """
     full join (select index from vectormill.rejects where job_id = :job) r
            on r.index = coalesce(i.index, e.index)
 """
-_VERIFY = {False: _VERIFY_OF.format(rows=_WHOLE), True: _VERIFY_OF.format(rows=_SPLIT)}
+_VERIFY = {False: _VERIFY_OF.format(rows=WHOLE), True: _VERIFY_OF.format(rows=SPLIT)}
 
 
 def verify(connection: Connection, job_id: UUID, *, passages: bool) -> tuple[int, int]:
@@ -421,8 +386,8 @@ _VERIFY_WITHOUT_ITEMS_OF = """
                or coalesce(e.index, r.index) not between 0 and cast(:items as bigint) - 1)
 """
 _VERIFY_WITHOUT_ITEMS = {
-    False: _VERIFY_WITHOUT_ITEMS_OF.format(rows=_WHOLE),
-    True: _VERIFY_WITHOUT_ITEMS_OF.format(rows=_SPLIT),
+    False: _VERIFY_WITHOUT_ITEMS_OF.format(rows=WHOLE),
+    True: _VERIFY_WITHOUT_ITEMS_OF.format(rows=SPLIT),
 }
 
 

@@ -100,6 +100,23 @@ def of_job(connection: Connection, job_id: UUID) -> RowMapping | None:
     )
 
 
+def of_space(connection: Connection, name: str, vector_space_id: int) -> RowMapping | None:
+    """Return a model by name; None if it was removed, or makes other vectors than those of the space now."""
+    return (
+        connection.execute(
+            text("""
+            select m.* from vectormill.vector_spaces s
+            join vectormill.models m on m.name = :name and m.weights_sha256 = s.weights
+              and s.dimensions = any(m.dimensions || m.matryoshka) and m.document_prompt = s.document_prompt
+            where s.id = :space
+        """),
+            {"name": name, "space": vector_space_id},
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
 def every(connection: Connection) -> list[RowMapping]:
     """Return all models, by name."""
     return list(connection.execute(models.select().order_by(models.c.name)).mappings())

@@ -24,6 +24,7 @@ from pipeline.infra.settings import Settings
 from pipeline.ingest.submission import planning
 from pipeline.ingest.sync import SyncRequest, columns_of, create_collection, submission_of, sync_collection
 from pipeline.jobs.collections import find_collection
+from pipeline.jobs.search import SearchRequest, collection_to_search
 from pipeline.jobs.verification import verified_receipt
 from pipeline.sources import Corpus
 from tests.support.jobs_made import chunk_rows, run_sql, taken
@@ -305,3 +306,34 @@ def test_options_that_a_collection_cannot_have_are_refused(engine: Engine, stati
             create("third", carry=["vector"])
         with pytest.raises(UserError, match="no such option"):
             create("third", by_reference=True)
+
+
+def test_a_search_finds_what_carries_a_value(tickets: Tickets) -> None:
+    rows = rows_of(3_000)
+    rows[77] |= {"lang": "fi"}
+    tickets.sync(rows)
+    (query,) = tickets.fresh([rows[42]]).values()
+    with tickets.engine.begin() as connection:
+        found = collection_to_search(connection, tickets.workspace, "tickets")
+
+        def keys(**wish: Any) -> list[str | None]:
+            return [hit.key for hit in found.nearest(connection, query, SearchRequest(query="asked", **wish))]
+
+        assert keys(limit=1) == ["k42"]
+        assert set(keys(limit=50, where={"lang": "en"})) <= {f"k{n}" for n in range(1, 3_000, 2)}
+        assert keys(where={"lang": "fi"}) == ["k77"], "though the index gives up long before"
+        assert keys(where={"lang": "xx"}) == []
+        with pytest.raises(UserError, match='no carried column "size"; columns are lang'):
+            keys(where={"size": "1"})
+
+
+def test_a_search_in_passages_says_where_they_are(engine: Engine, make_tickets: Callable[..., Tickets]) -> None:
+    tickets = make_tickets(split=16)
+    text = "Mills grind grain. " * 20 + "A refund was paid."
+    tickets.sync([{"id": "a", "text": text}])
+    (query,) = tickets.fresh([{"id": "q", "text": "A refund was paid."}]).values()
+    with engine.begin() as connection:
+        found = collection_to_search(connection, tickets.workspace, "tickets")
+        (hit,) = found.nearest(connection, query, SearchRequest(query="asked", limit=1))
+    assert hit.passage is not None
+    assert "refund" in text[hit.start : hit.stop]

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from pipeline.chunk_io import sinks
 from pipeline.core.chunks import Claim
 from pipeline.core.models import Model
-from pipeline.db import embeddings, items
+from pipeline.db import items, search
 from pipeline.jobs import purge, results, verification
 from tests.integration.test_run_chunk import model, run, watch
 from tests.support.jobs_made import make_job, run_sql, taken
@@ -155,7 +155,7 @@ def test_a_search_shows_the_passage(engine: Engine, encoder: LocalEncoder, model
     text = _TEXTS[index][start:stop]
     vector = encoder.encode(encoder.tokenise([f"title {index}\n\n{text}"]))[0]
     with engine.begin() as connection:
-        found = embeddings.nearest(connection, claim.job_id, vector.tolist(), 1, passages=True)
+        found = search.nearest_items(connection, claim.job_id, vector.tolist(), 1, passages=True)
     assert found[0].similarity == pytest.approx(1, abs=1e-6)
     assert _TEXTS[found[0].index][found[0].start : found[0].stop] == found[0].text
 

@@ -19,6 +19,7 @@ from pipeline.db import (
     lost_claims,
     outputs,
     rejects,
+    search,
     sql_requests,
     staging,
 )
@@ -299,7 +300,7 @@ def test_a_job_that_statistics_do_not_know_is_read_by_index(unknown: tuple[Engin
     acts: dict[str, Any] = {
         "results": lambda c: c.exec_driver_sql(embeddings._READ[False], (job, job, *embeddings.before(0), _ROWS)),
         "passages": lambda c: c.exec_driver_sql(embeddings._READ[True], (job, job, *embeddings.before(0), _ROWS)),
-        "nearest": lambda c: embeddings.nearest(c, job, [1.0, 0.0], 5),
+        "nearest": lambda c: search.nearest_items(c, job, [1.0, 0.0], 5),
         "rejects": lambda c: rejects.page_with_carried(c, job, -1, _ROWS),
         "unsettled": lambda c: items.unsettled(c, job, -1, _ROWS),
     }

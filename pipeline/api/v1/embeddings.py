@@ -140,6 +140,23 @@ async def create_embeddings(request: Request) -> Response:
     transfers: Transfers = request.app.state.transfers
     asked = parse_request(await transfers.body(request, caller.workspace_id), gateway.most_text_bytes, gateway.decode)
     model = await gateway.cache.model(caller.workspace_id, asked.model)
+    embedded, headers = await embed_metered(request, gateway, caller, model, asked)
+    if embedded.truncated:
+        headers["x-vectormill-truncated"] = str(len(embedded.truncated))
+    if asked.token_ids:
+        headers["x-vectormill-token-ids"] = "cl100k_base"
+    return Response(make_reply(asked, embedded), media_type=_JSON, headers=headers)
+
+
+async def embed_metered(
+    request: Request, gateway: Gateway, caller: Caller, model: RowMapping, asked: Asked
+) -> tuple[Embedded, dict[str, str]]:
+    """Embed what a caller asked for within their limits, and meter it. Return the vectors, and headers that tell the
+    limits.
+
+    Raises:
+        RateLimited, InvalidPayload, BadVector, UpstreamUnavailable
+    """
     dimensions = _dimensions(model, asked.dimensions)
     gateway.meter.check()
     estimate = gateway.limits.estimated_tokens(model["name"], model["max_item_tokens"], asked.texts)
@@ -151,11 +168,7 @@ async def create_embeddings(request: Request) -> Response:
     gateway.limits.learn(caller, model["name"], asked.texts, estimate, embedded.prompt_tokens)
     metrics.API_TOKENS.labels(model["name"]).inc(embedded.prompt_tokens)
     gateway.meter.add(_usage(request, caller, model, asked, embedded))
-    if embedded.truncated:
-        headers["x-vectormill-truncated"] = str(len(embedded.truncated))
-    if asked.token_ids:
-        headers["x-vectormill-token-ids"] = "cl100k_base"
-    return Response(make_reply(asked, embedded), media_type=_JSON, headers=headers)
+    return embedded, headers
 
 
 async def _embed(gateway: Gateway, caller: Caller, model: RowMapping, asked: Asked) -> Embedded:

@@ -1,0 +1,67 @@
+"""Search at `/api/collections/NAME/search` and `/api/jobs/JOB/search`: an engine embeds the query."""
+
+from collections.abc import Callable
+from uuid import UUID
+
+from fastapi import APIRouter, Request
+from sqlalchemy import Connection, Engine
+
+from pipeline.api.dependencies import Workspace, ask, ask_of_job, caller_of, described, problems, read_body, scope_of
+from pipeline.api.gateway.cache import Caller
+from pipeline.api.paths import as_sent
+from pipeline.api.transfers import Transfers
+from pipeline.api.v1.embeddings import Gateway, embed_metered
+from pipeline.core.openai import Asked
+from pipeline.jobs.search import Hit, Hits, Searchable, SearchRequest, collection_to_search, job_to_search
+
+router = APIRouter(prefix="/api", responses=problems(400, 404, 413), tags=["Collections"])
+
+
+@router.post("/collections/{collection}/search", openapi_extra=described(SearchRequest))
+async def search_collection(request: Request, collection: str, workspace: Workspace = None) -> Hits:
+    """Find the keys of a collection nearest to a query, which the collection's model embeds."""
+    caller = await caller_of(request, vectors=True)
+    name = as_sent(collection)
+
+    def find(connection: Connection) -> Searchable:
+        scope = (scope_of(connection, caller, workspace) if workspace else None) or caller.workspace_id
+        return collection_to_search(connection, scope, name)
+
+    return await _search(request, caller, await ask(request, find))
+
+
+@router.post("/jobs/{job}/search", openapi_extra=described(SearchRequest))
+async def search_job(request: Request, job: str, workspace: Workspace = None) -> Hits:
+    """Find the items of a job nearest to a query, by exact cosine similarity."""
+    caller = await caller_of(request, vectors=True)
+
+    def find(connection: Connection, job_id: UUID) -> Searchable:
+        return job_to_search(connection, job_id)
+
+    return await _search(request, caller, await ask_of_job(request, job, find, workspace, caller=caller))
+
+
+async def _search(request: Request, caller: Caller, target: Searchable) -> Hits:
+    wish = await read_body(request, SearchRequest)
+    gateway: Gateway = request.app.state.gateway
+    await gateway.cache.model(target.workspace_id, target.model["name"])  # which raises if it isn't enabled any more
+    asked = Asked(
+        model=target.model["name"],
+        texts=[wish.query],
+        base64=False,
+        dimensions=target.dimensions,
+        user=None,
+        queries=True,
+    )
+    embedded, _ = await embed_metered(request, gateway, caller, target.model, asked)
+    query: list[float] = embedded.vectors[0].tolist()
+    transfers: Transfers = request.app.state.transfers
+    return Hits(data=await transfers.run(caller.workspace_id, _nearest(target, query, wish)))
+
+
+def _nearest(target: Searchable, query: list[float], wish: SearchRequest) -> Callable[[Engine], list[Hit]]:
+    def act(engine: Engine) -> list[Hit]:
+        with engine.begin() as connection:
+            return target.nearest(connection, query, wish)
+
+    return act
