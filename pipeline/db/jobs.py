@@ -328,15 +328,16 @@ def count_between(connection: Connection, first_id: UUID, end_id: UUID) -> tuple
     return row[0], row[1]
 
 
-def save_progress(connection: Connection, job_id: UUID, progress: Mapping[str, Any]) -> None:
-    """Save a job's recomputed progress snapshot, for status pages."""
+def save_progress(connection: Connection, job_id: UUID, progress: Mapping[str, Any], *, final: bool = False) -> None:
+    """Save a job's recomputed progress snapshot, for status pages. Only the `final` one is saved once it has ended: any
+    other was computed before."""
     connection.execute(
         text("""
             update vectormill.jobs
             set progress = cast(:progress as jsonb) || jsonb_build_object('as_of', clock_timestamp())
-            where id = :job
+            where id = :job and (:final or state not in ('completed', 'failed', 'cancelled'))
         """),
-        {"job": job_id, "progress": json.dumps(progress)},
+        {"job": job_id, "progress": json.dumps(progress), "final": final},
     )
 
 

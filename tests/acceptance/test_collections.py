@@ -1,0 +1,65 @@
+"""Collections through a week of nights, by real processes that are killed."""
+
+import random
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from tests.acceptance.fleet import Fleet, eventually
+from tests.acceptance.nights import Tickets, differences
+from tests.support.jobs_made import run_sql
+
+_QUERY = "select id, subject, body, lang from public.shop"
+
+
+@pytest.fixture(scope="module")
+def library(static_model: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(static_model), device="cpu")
+
+
+def test_a_week_of_nights(fleet: Fleet, library: SentenceTransformer, tmp_path: Path) -> None:
+    """By file and by SQL, with a worker or the dispatcher killed in each sync."""
+    tickets, chance = Tickets.new(7, 4_000), random.Random(8)
+    fleet.environment["VECTORMILL_SQL_URL"] = fleet.environment["VECTORMILL_DATABASE_URL"]
+    fleet.start_dispatcher()
+    fleet.start_worker()
+    template = "{subject}\n\n{body}"
+    fleet.cli("collections", "create", "tickets", "--model", "static", "--text", template, "--carry", "lang")
+    for night in range(7):
+        if night:
+            tickets.change(night)
+        job = _by_sql(fleet, tickets) if night % 2 else _by_file(fleet, tickets, tmp_path)
+        if chance.random() < 0.7:
+            _await_staged(fleet, job)
+            fleet.kill_tree("worker")
+            fleet.start_worker()
+        else:
+            fleet.kill("dispatcher")
+            fleet.start_dispatcher()
+        ended = fleet.await_end(job)
+        assert ended["state"] == "completed", ended["message"]
+        receipt = fleet.cli("receipt", str(job), "--verify", "--json")
+        assert '"items": {' in receipt.stdout
+        items = ended["items"]
+        expected = tickets.expected()
+        assert {name: items["total" if name == "in" else name] for name in expected} == expected, f"night {night}"
+        assert list(differences(tickets, fleet.engine, library, "vectormill.tickets")) == [], f"night {night}"
+
+
+def _await_staged(fleet: Fleet, job: UUID) -> None:
+    eventually(lambda: fleet.status(job)["state"] != "staging", "a sync that is staged")
+
+
+def _by_file(fleet: Fleet, tickets: Tickets, folder: Path) -> UUID:
+    path = tickets.write(folder / "tickets.jsonl")
+    return UUID(fleet.cli("sync", "tickets", str(path), "--max-rejects", "5%").stdout.strip())
+
+
+def _by_sql(fleet: Fleet, tickets: Tickets) -> UUID:
+    tickets.load(fleet.engine)
+    asked = "select vectormill.sync('tickets', :query)"
+    job = UUID(str(run_sql(fleet.engine, asked, query=_QUERY)[0][0]))
+    eventually(lambda: fleet.scalar("select count(*) from vectormill.jobs where id = :job", job=job), "a job")
+    return job
