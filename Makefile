@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
 ECOSYSTEM := .venv-ecosystem/.installed
 
-.PHONY: demo test test-contract test-acceptance test-browser test-ops test-ecosystem drill screenshots lint bench bench-gpu bench-peers clean
+.PHONY: demo test test-contract test-acceptance test-browser test-ops test-ecosystem drill nights screenshots lint bench bench-gpu bench-peers clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
@@ -48,6 +48,10 @@ MINUTES ?= 60
 
 # Faults for as long as you like, on servers of its own; with DEFAULTS=1 a few kinds at default settings, and their time
 # limits. Root has disks that fill up, and a clock that is ahead.
+# A week of nightly syncs of a table that changes, by processes that are killed.
+nights: $(INSTALLED)
+	NIGHTS_ROWS=$(or $(ROWS),200000) $(BIN)/python -m pytest tests/acceptance/test_collections.py
+
 drill: $(INSTALLED)
 	@test "$$(id -u)" != 0 || test -e /usr/lib/*/faketime/libfaketime.so.1 || ! command -v apt-get >/dev/null || { \
 		apt-get update -qq && apt-get install -y -qq faketime >/dev/null; }

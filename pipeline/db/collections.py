@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import orjson
@@ -182,6 +182,34 @@ def history(connection: Connection, collection_id: int, limit: int) -> list[RowM
         {"collection": collection_id, "limit": limit},
     )
     return list(rows.mappings())
+
+
+class Expected(NamedTuple):
+    """Collection whose syncs are expected from time to time."""
+
+    view: str
+    #: By the planner's counts; 0 while there are none.
+    keys: int
+    #: Time since its last sync, or its creation, beyond the one in which a sync is expected; 0: in time.
+    overdue_seconds: float
+
+
+def expected(connection: Connection, limit: int) -> list[Expected]:
+    """Return the collections whose syncs are expected from time to time, the oldest ones first."""
+    rows = connection.execute(
+        text("""
+            select c.view, greatest(0, coalesce(k.reltuples, 0))::bigint,
+                   greatest(0, extract(epoch from now() - c.expect_every - coalesce(
+                     (select max(s.settled_at) from vectormill.syncs s where s.version_id = v.id), c.created_at
+                   )))::float8
+            from vectormill.collections c
+            join vectormill.collection_versions v on v.collection_id = c.id and v.state = 'current'
+            left join pg_class k on k.oid = to_regclass('vectormill.collection_keys_' || v.id)
+            where c.expect_every is not null order by c.id limit :limit
+        """),
+        {"limit": limit},
+    )
+    return [Expected(*row) for row in rows]
 
 
 def last_synced(connection: Connection, version_id: int) -> datetime | None:

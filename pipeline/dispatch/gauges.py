@@ -7,7 +7,7 @@ from prometheus_client import Gauge
 from sqlalchemy import Connection
 
 from pipeline.core.jobs import JobState, Reason
-from pipeline.db import jobs, models, workers
+from pipeline.db import collections, jobs, models, workers
 from pipeline.infra import metrics
 
 _OPEN = [state for state in JobState if not state.ended]
@@ -18,7 +18,11 @@ _SHOWN = (
     metrics.DISPATCHER_QUEUE_MESSAGES,
     metrics.DISPATCHER_SLOTS,
     metrics.DISPATCHER_WORKERS,
+    metrics.DISPATCHER_COLLECTION_KEYS,
+    metrics.DISPATCHER_COLLECTION_OVERDUE,
 )
+#: Collections that have series of their own.
+_MOST_COLLECTIONS = 1_000
 
 
 def show(
@@ -34,6 +38,7 @@ def show(
     catalogue = models.every(connection)
     _show_jobs(connection, [row["name"] for row in catalogue])
     _show_workers(connection, [row["name"] for row in catalogue])
+    _show_collections(connection)
     for slug, messages in waiting([row["slug"] for row in catalogue]).items():
         metrics.DISPATCHER_QUEUE_MESSAGES.labels(queue_of(slug)).set(messages)
     _forget_others(metrics.DISPATCHER_CHUNKS, "model", {row["name"] for row in catalogue})
@@ -73,6 +78,15 @@ def _show_jobs(connection: Connection, names: Sequence[str]) -> None:
     for name in names:
         metrics.DISPATCHER_CHUNKS.labels(name, "pending").set(pending[name])
         metrics.DISPATCHER_CHUNKS.labels(name, "running").set(running[name])
+
+
+def _show_collections(connection: Connection) -> None:
+    found = collections.expected(connection, _MOST_COLLECTIONS)
+    for each in found:
+        metrics.DISPATCHER_COLLECTION_KEYS.labels(each.view).set(each.keys)
+        metrics.DISPATCHER_COLLECTION_OVERDUE.labels(each.view).set(each.overdue_seconds)
+    for gauge in (metrics.DISPATCHER_COLLECTION_KEYS, metrics.DISPATCHER_COLLECTION_OVERDUE):
+        _forget_others(gauge, "collection", {each.view for each in found})
 
 
 def _show_workers(connection: Connection, names: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """Prometheus metrics of every process, in one list: name, unit, meaning, and the values of the labels.
 
 A process only serves its own metrics, `vectormill_worker_…` and so on. Labels have few values: models, queues and
-devices are named by the operator, all other values are listed here. No label holds a text, a key, a job or a workspace.
+devices are named by the operator, collections are bounded in number, and all other values are listed here. No label
+holds a text, a key or a job.
 Metrics are updated per batch, commit or request, never per item.
 """
 
@@ -19,6 +20,7 @@ from pipeline.core.jobs import JobState, Reason
 MODEL = "a model's name in the catalogue"
 QUEUE = "a model's queue"
 DEVICE = "a device of the machine"
+COLLECTION = "a collection's view, of at most a thousand that have --expect-every"
 ROUTE = "a route's template; `unknown`: there is no such route"
 STATUS = "an HTTP status; `none`: the client disconnected before the response"
 
@@ -188,6 +190,15 @@ DISPATCHER_WORKERS = DISPATCHER.gauge(
     "workers",
     "Workers seen lately. resting: they lost chunk after chunk, and claim none for now",
     state=("serving", "resting"),
+)
+DISPATCHER_COLLECTION_KEYS = DISPATCHER.gauge(
+    "collection_keys", "keys", "Keys of a collection; of very many an estimate", collection=COLLECTION
+)
+DISPATCHER_COLLECTION_OVERDUE = DISPATCHER.gauge(
+    "collection_overdue_seconds",
+    "seconds",
+    "Time since a collection's last completed sync, or its creation, beyond that in which one is expected; 0: in time",
+    collection=COLLECTION,
 )
 DISPATCHER_MESSAGES_PUBLISHED = DISPATCHER.counter("messages_published", "messages", "Messages sent", queue=QUEUE)
 DISPATCHER_LEASES_EXPIRED = DISPATCHER.counter(

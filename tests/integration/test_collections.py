@@ -11,14 +11,14 @@ from uuid import UUID
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from pipeline.catalog.models import add_model, find_model, workspace_id
-from pipeline.core.collections import OnDuplicateKey
+from pipeline.core.collections import OnDuplicateKey, SyncCounts
 from pipeline.core.errors import CollectionBusy, UserError
 from pipeline.core.jobs import JobState
 from pipeline.core.options import JobOptions
-from pipeline.db import jobs
+from pipeline.db import jobs, syncs
 from pipeline.dispatch import finalize
 from pipeline.infra.settings import Settings
 from pipeline.ingest.submission import planning
@@ -337,3 +337,32 @@ def test_a_search_in_passages_says_where_they_are(engine: Engine, make_tickets: 
         (hit,) = found.nearest(connection, query, SearchRequest(query="asked", limit=1))
     assert hit.passage is not None
     assert "refund" in text[hit.start : hit.stop]
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+def test_keys_go_in_the_transaction_that_ends_the_sync(
+    tickets: Tickets, monkeypatch: pytest.MonkeyPatch, mutant: bool
+) -> None:
+    """The dispatcher dies between the removal and the job's end. A mutant that commits the removal alone is seen."""
+    rows = rows_of(10)
+    tickets.sync(rows)
+    job = tickets.submit(rows[:9])
+    settle = syncs.settle
+
+    def settle_alone(connection: Connection, *given: Any, **named: Any) -> SyncCounts:
+        found = settle(connection, *given, **named)
+        connection.exec_driver_sql("commit and chain")
+        return found
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs, "end", die)
+        if mutant:
+            patched.setattr(syncs, "settle", settle_alone)
+        with pytest.raises(KeyboardInterrupt):
+            tickets.end(job)
+    assert (len(tickets.view()) == 10) is not mutant
+    tickets.end(job)
+    tickets.shows(rows[:9])
