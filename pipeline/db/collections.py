@@ -99,9 +99,27 @@ def by_name(connection: Connection, workspace_id: int, name: str) -> Collection 
     return Collection(**row) if row else None
 
 
-def of_workspace(connection: Connection, workspace_id: int) -> list[Collection]:
-    """Return a workspace's collections by name."""
-    query = text(_READ + " where c.workspace_id = :workspace order by c.name")
+def by_id(connection: Connection, collection_id: int) -> Collection | None:
+    """Return a collection; None if there is none."""
+    row = connection.execute(text(_READ + " where c.id = :id"), {"id": collection_id}).mappings().one_or_none()
+    return Collection(**row) if row else None
+
+
+def workspace_of(connection: Connection, collection_id: int) -> str:
+    """Return the name of a collection's workspace."""
+    found = text("""
+        select w.name from vectormill.collections c join vectormill.workspaces w on w.id = c.workspace_id
+        where c.id = :id
+    """)
+    return str(connection.execute(found, {"id": collection_id}).scalar_one())
+
+
+def of_workspace(connection: Connection, workspace_id: int | None) -> list[Collection]:
+    """Return the collections of a workspace, or of all, by name."""
+    query = text(
+        _READ
+        + " where c.workspace_id = :workspace or cast(:workspace as bigint) is null order by c.name, c.workspace_id"
+    )
     return [Collection(**row) for row in connection.execute(query, {"workspace": workspace_id}).mappings()]
 
 
@@ -175,9 +193,9 @@ def history(connection: Connection, collection_id: int, limit: int) -> list[RowM
                    coalesce((coalesce(j.receipt, j.progress)->'items'->>'rejected')::bigint, 0) as rejected,
                    s.tokens_saved + coalesce((j.receipt->'tokens'->>'reused')::bigint, 0) as tokens_saved,
                    s.created_at, j.finished_at,
-                   extract(epoch from coalesce(j.finished_at, now()) - s.created_at)::float8 as seconds
+                   extract(epoch from coalesce(j.finished_at, s.settled_at, now()) - s.created_at)::float8 as seconds
             from vectormill.syncs s left join vectormill.jobs j on j.id = s.job_id
-            where s.collection_id = :collection order by s.job_id desc limit :limit
+            where s.collection_id = :collection order by s.created_at desc limit :limit
         """),
         {"collection": collection_id, "limit": limit},
     )

@@ -14,7 +14,7 @@ from uuid_utils.compat import uuid7
 from pipeline.catalog import models as catalog
 from pipeline.core.chunks import RejectCode
 from pipeline.core.jobs import JobState
-from pipeline.db import engines, models, staging, tables, workers, workspaces
+from pipeline.db import collections, engines, models, staging, tables, workers, workspaces
 from pipeline.jobs import control, status
 
 LOCAL, SMALL, FAR = "all-MiniLM-L6-v2", "static-256", "text-embedding-3-small"
@@ -354,6 +354,58 @@ class Night:
         self.job("reviews-it", JobState.QUEUED, items=18_900, done=0, began_minutes=5)
         self.job("forum-2026", JobState.STAGING, items=0, done=0, began_minutes=0.4)
 
+    def collections(self) -> None:
+        """Write a collection with a week of syncs, and one that is stale."""
+        tickets = self._collection("tickets", 12_480, {"text": "{subject}\n\n{body}", "carry": ["lang"]}, days=1)
+        self._collection("handbook", 940, {"split": 256}, days=2, workspace=self._other)
+        for ago in range(7):
+            few = self._dice.randrange(40, 160)
+            begun = self._now - timedelta(days=ago, hours=3)
+            self._run(
+                "insert into vectormill.syncs (job_id, collection_id, version_id, is_whole, last_slot, unchanged, "
+                "removed, added, changed, tokens_saved, created_at, settled_at) "
+                "select coalesce(:job, gen_random_uuid()), c.id, v.id, :whole, 0, :unchanged, :removed, :added, "
+                ":changed, :saved, :begun, :begun + interval '14 seconds' "
+                "from vectormill.collections c join vectormill.collection_versions v on v.collection_id = c.id "
+                "where c.id = :collection",
+                job=self.jobs["faq-answers"] if ago == 0 else None,
+                collection=tickets,
+                whole=ago != 2,
+                unchanged=12_400 - few if ago != 2 else 0,
+                removed=few // 4,
+                added=few // 3,
+                changed=few,
+                saved=(12_400 - few) * 84 if ago != 2 else 0,
+                begun=begun,
+            )
+
+    def _collection(
+        self, name: str, keys: int, options: dict[str, Any], days: int, workspace: int | None = None
+    ) -> int:
+        model = catalog.find_model(self._connection, self._workspace, LOCAL)
+        space = catalog.vector_space_of(self._connection, model, dimensions=None, max_item_tokens=None)
+        owner = workspace or self._workspace
+        assert collections.create(
+            self._connection,
+            owner,
+            name=name,
+            view=name,
+            expect_every=timedelta(days=days),
+            model=LOCAL,
+            vector_space_id=space,
+            options=options,
+        )
+        made = collections.by_name(self._connection, owner, name)
+        assert made
+        self._run(
+            "insert into vectormill.collection_keys (version_id, key, identity, tokens, job_id) "
+            "select :version, n::text, '', 84, gen_random_uuid() from generate_series(1, :keys) n",
+            version=made.version_id,
+            keys=keys,
+        )
+        self._run("update vectormill.collections set created_at = now() - interval '9 days' where id = :id", id=made.id)
+        return made.id
+
 
 def fill(engine: Engine, key_ids: Mapping[str, str]) -> dict[str, UUID]:
     """Write the whole state, with usage of the keys in `key_ids`, by name. Return the jobs by name."""
@@ -361,6 +413,7 @@ def fill(engine: Engine, key_ids: Mapping[str, str]) -> dict[str, UUID]:
         night = Night(connection)
         night.fleet()
         night.all_jobs()
+        night.collections()
         night.month(key_ids)
     return night.jobs
 

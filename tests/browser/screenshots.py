@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 from playwright.sync_api import Browser, FloatRect, Page
+from sqlalchemy import Engine, text
 
 from pipeline.catalog import keys, models
 from pipeline.db.database import make_engine
@@ -82,6 +83,8 @@ def _api(servers: Running, logs: Path) -> Iterator[tuple[Gateway, dict[str, str]
                 "failed": f"/jobs/{jobs['crawl-0731']}",
                 "paused": f"/jobs/{jobs['mail-archive']}",
                 "rejects": f"/jobs/{jobs['crawl-0731']}/rejects?code=too_long",
+                "collections": "/collections",
+                "collection": f"/collections/{_collection(engine)}",
                 "workers": "/workers",
                 "models": "/models",
                 "usage": "/usage",
@@ -91,6 +94,13 @@ def _api(servers: Running, logs: Path) -> Iterator[tuple[Gateway, dict[str, str]
     finally:
         fleet.close()
         engine.dispose()
+
+
+def _collection(engine: Engine) -> int:
+    with engine.begin() as connection:
+        return int(
+            connection.execute(text("select id from vectormill.collections where name = 'tickets'")).scalar_one()
+        )
 
 
 def _take(browser: Browser, gateway: Gateway, paths: dict[str, str], folder: Path, scheme: Scheme) -> None:

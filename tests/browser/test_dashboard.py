@@ -328,7 +328,45 @@ def every_page(site: Site) -> list[str]:
     site.gateway.fleet.await_end(job)
     rejects = f"/jobs/{job}/rejects"
     pages = ["/", "/?name=nothing", f"/jobs/{job}", rejects, f"{rejects}?text=451", f"{rejects}?code=empty_text"]
-    return [*pages, "/workers", "/models", "/usage", "/usage?by=job", "/keys", "/jobs/nothing"]
+    return [
+        *pages,
+        "/collections",
+        collection(site),
+        "/workers",
+        "/models",
+        "/usage",
+        "/usage?by=job",
+        "/keys",
+        "/jobs/nothing",
+    ]
+
+
+def collection(site: Site, name: str = "tickets", texts: int = 40) -> str:
+    """Return the page of a collection that has been synced."""
+    fleet = site.gateway.fleet
+    if not run_sql(site.gateway.engine, "select from vectormill.collections where name = :name", name=name):
+        fleet.cli("collections", "create", name, "--model", "static", "--expect-every", "24h")
+        fleet.await_end(UUID(fleet.cli("sync", name, site.corpus(name, texts, bad=1)).stdout.strip()))
+    found = run_sql(site.gateway.engine, "select id from vectormill.collections where name = :name", name=name)
+    return f"/collections/{found[0][0]}"
+
+
+def test_a_collection_shows_its_syncs_and_is_searched(site: Site) -> None:
+    visit = site.visit(site.gateway.key)
+    page = collection(site)
+    visit.go("/collections")
+    visit.page.get_by_role("link", name="tickets").click()
+    expect(visit.page.get_by_role("heading", name="tickets")).to_be_visible()
+    row = visit.page.locator("table.syncs tbody tr").first
+    expect(row).to_contain_text("completed")
+    expect(row.locator("[data-label=New]")).to_have_text("40")
+    expect(row.locator("[data-label=Rejected]")).to_have_text("1")
+    visit.page.get_by_label("Search what it holds").fill("The mill number 7 stands by the river.")
+    visit.page.keyboard.press("Enter")
+    expect(visit.page.locator("#hits")).to_be_visible()
+    assert page in visit.page.url
+    found = visit.page.locator("#hits").inner_text()
+    assert "doc-7" in found or "can’t" in found or "engine" in found, found
 
 
 @pytest.mark.parametrize("width", [360, 768, 1_000, 1_280])

@@ -12,7 +12,9 @@ from sqlalchemy import create_engine, text
 from pipeline.catalog import keys, models
 from pipeline.core.chunks import RejectCode
 from pipeline.core.models import Model
-from pipeline.db import workspaces
+from pipeline.core.options import JobOptions
+from pipeline.db import collections, workspaces
+from pipeline.ingest.sync import create_collection
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import Gateway
 from tests.support.jobs_made import job_row, make_job, make_model, run_sql
@@ -51,7 +53,8 @@ def log_in(gateway: Gateway, key: str, next_: str = "/", **headers: str) -> http
 
 
 def pages(job: UUID) -> list[str]:
-    return ["/", f"/jobs/{job}", f"/jobs/{job}/rejects", "/workers", "/models", "/usage", "/usage?by=key", "/keys"]
+    of_jobs = ["/", f"/jobs/{job}", f"/jobs/{job}/rejects"]
+    return [*of_jobs, "/collections", "/workers", "/models", "/usage", "/usage?by=key", "/keys"]
 
 
 def test_nobody_is_sent_to_log_in_and_back(gateway: Gateway) -> None:
@@ -166,6 +169,26 @@ def test_what_people_wrote_is_text(gateway: Gateway, browser: httpx.Client, mode
         assert reply.status_code == 200
         assert EVIL not in reply.text
         assert "&lt;script&gt;" in reply.text
+
+
+def test_a_collection_is_shown_to_its_workspace_alone(
+    gateway: Gateway, browser: httpx.Client, model: Model, other: str
+) -> None:
+    with gateway.engine.begin() as connection:
+        workspace = models.workspace_id(connection)
+        made = create_collection(
+            connection, workspace, "tickets", model=model.name, options=JobOptions(carry=[EVIL[:50]], text_column=EVIL)
+        )
+        collections.begin_sync(connection, uuid4(), made, whole=True)
+    page = f"/collections/{made.id}"
+    shown = browser.get(page)
+    assert (shown.status_code, EVIL in shown.text, "&lt;script&gt;" in shown.text) == (200, False, True)
+    assert ">tickets<" in browser.get("/collections").text
+    assert "nobody serves" in browser.get(f"{page}?q=refund").text or "engine" in browser.get(f"{page}?q=refund").text
+    assert browser.get("/collections/999999").status_code == 404
+    with visitor(gateway, other) as stranger:
+        assert stranger.get(page).status_code == 404
+        assert ">tickets<" not in stranger.get("/collections").text
 
 
 def test_every_page_is_there_for_everybody(gateway: Gateway, model: Model, other: str) -> None:

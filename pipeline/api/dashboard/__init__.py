@@ -5,6 +5,7 @@ log_in      log-in page and log-out
 answer      rendering: viewer → one snapshot of the database → template; error pages
 pages       pages of jobs, workers, models, usage
 job         pages of one job: status, chunks, rejects
+collections pages of collections, with their syncs and a search
 actions     actions on a job
 key_pages   key management, for admins
 drawing     geometry of bars, strips and charts
@@ -17,7 +18,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from starlette.staticfiles import StaticFiles
 
-from pipeline.api.dashboard import actions, job, key_pages, log_in, pages
+from pipeline.api.dashboard import actions, collections, job, key_pages, log_in, pages
 from pipeline.api.dashboard.answer import is_for_people, no_page
 
 __all__ = ["add_dashboard", "is_for_people", "no_page"]
@@ -37,6 +38,6 @@ class _Static(StaticFiles):
 
 def add_dashboard(app: FastAPI) -> None:
     """Add the dashboard's routes to an application."""
-    for part in (log_in, pages, job, actions, key_pages):
+    for part in (log_in, pages, job, collections, actions, key_pages):
         app.include_router(part.router)
     app.mount("/static", _Static(directory=_FOLDER / "static"))

@@ -20,7 +20,15 @@ from pipeline.api.dashboard import drawing, session, words
 from pipeline.api.dashboard.session import Viewer
 from pipeline.api.dependencies import ask
 from pipeline.core import humanize
-from pipeline.core.errors import ApiError, IllegalTransition, InvalidApiKey, Unauthorized, UnknownJob, UserError
+from pipeline.core.errors import (
+    ApiError,
+    IllegalTransition,
+    InvalidApiKey,
+    Unauthorized,
+    UnknownCollection,
+    UnknownJob,
+    UserError,
+)
 from pipeline.db import dashboard
 
 log = structlog.get_logger()
@@ -64,7 +72,7 @@ class PageRoute(APIRoute):
                 session.delete_cookie(request, response)
             except ApiError as error:
                 response = problem(request, error.status, str(error))
-            except (UnknownJob, RequestValidationError):
+            except (UnknownCollection, UnknownJob, RequestValidationError):
                 response = problem(request, 404, _NOTHING_HERE)
             except UserError as error:
                 response = problem(request, 409 if isinstance(error, IllegalTransition) else 400, str(error))

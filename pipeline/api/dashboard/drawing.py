@@ -29,7 +29,7 @@ class Segment:
 def bar(items: ItemCounts) -> list[Segment]:
     """Return a bar of a job's items by outcome; pending items are the rest of it."""
     segments, at = [], 0.0
-    for kind in ("embedded", "reused", "rejected", "cancelled"):
+    for kind in ("embedded", "reused", "unchanged", "rejected", "cancelled"):
         if items.total and (count := getattr(items, kind)):
             # A single reject among millions must be visible.
             width = max(0.6, 100 * count / items.total)

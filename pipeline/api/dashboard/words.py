@@ -41,7 +41,7 @@ def progress(status: JobStatus) -> str:
     """Format a job's progress; for one that ended early, the share of items that have a vector."""
     items = status.items
     if status.state in (JobState.FAILED, JobState.CANCELLED):
-        return percent(items.embedded + items.reused, items.total)
+        return percent(items.embedded + items.reused + items.unchanged, items.total)
     return percent(items.over, items.total)
 
 

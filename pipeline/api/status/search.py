@@ -43,6 +43,14 @@ async def search_job(request: Request, job: str, workspace: Workspace = None) ->
 
 async def _search(request: Request, caller: Caller, target: Searchable) -> Hits:
     wish = await read_body(request, SearchRequest)
+    return Hits(data=await search_by_engine(request, caller, target, wish))
+
+
+async def search_by_engine(request: Request, caller: Caller, target: Searchable, wish: SearchRequest) -> list[Hit]:
+    """Return what is nearest to a query, which an engine or an upstream embeds within the caller's limits.
+
+    Raises: as `create_embeddings`.
+    """
     gateway: Gateway = request.app.state.gateway
     await gateway.cache.model(target.workspace_id, target.model["name"])  # which raises if it isn't enabled any more
     asked = Asked(
@@ -56,7 +64,7 @@ async def _search(request: Request, caller: Caller, target: Searchable) -> Hits:
     embedded, _ = await embed_metered(request, gateway, caller, target.model, asked)
     query: list[float] = embedded.vectors[0].tolist()
     transfers: Transfers = request.app.state.transfers
-    return Hits(data=await transfers.run(caller.workspace_id, _nearest(target, query, wish)))
+    return await transfers.run(caller.workspace_id, _nearest(target, query, wish))
 
 
 def _nearest(target: Searchable, query: list[float], wish: SearchRequest) -> Callable[[Engine], list[Hit]]:
