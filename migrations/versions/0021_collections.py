@@ -42,8 +42,11 @@ declare
                  where e.extname = 'vector');
   size integer;
   kind text;
-  needed bigint := pg_table_size(('vectormill.collection_vectors_' || version)::regclass) * 3 / 2;
+  needed bigint := pg_table_size(to_regclass('vectormill.collection_vectors_' || version)) * 3 / 2;
 begin
+  if needed is null then  -- it has been dropped
+    return;
+  end if;
   -- A graph that outgrows this memory takes several times as long. Without other processes, whose memory would be
   -- shared, and a container may have little of that.
   if needed > pg_size_bytes(current_setting('maintenance_work_mem')) then
@@ -118,8 +121,9 @@ begin
     execute format('drop view vectormill.%I', known.view);
   end if;
   for version in select v.id from vectormill.collection_versions v where v.collection_id = collection loop
-    execute format('drop table vectormill.%I, vectormill.%I',
-                   'collection_keys_' || version, 'collection_vectors_' || version);
+    -- In the order in which readers lock them.
+    execute format('drop table vectormill.%I', 'collection_vectors_' || version);
+    execute format('drop table vectormill.%I', 'collection_keys_' || version);
   end loop;
   delete from vectormill.syncs s where s.collection_id = collection;
   delete from vectormill.collections c where c.id = collection;
@@ -279,7 +283,7 @@ def upgrade() -> None:
         sa.Column("version_id", sa.BigInteger(), nullable=False),
         sa.Column("is_whole", sa.Boolean(), nullable=False),
         sa.Column("last_slot", sa.BigInteger(), nullable=False),
-        *map(_count, ("unchanged", "updated", "repeated", "tokens_saved", "removed", "added", "changed")),
+        *map(_count, ("named", "unchanged", "updated", "repeated", "tokens_saved", "removed", "added", "changed")),
         sa.Column("settled_at", sa.DateTime(timezone=True), nullable=True),
         _now("created_at"),
         sa.PrimaryKeyConstraint("job_id", name=op.f("syncs_pkey")),

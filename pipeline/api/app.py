@@ -1,6 +1,7 @@
 """FastAPI application of the api: routes, middleware, error responses, startup and shutdown."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -60,6 +61,7 @@ from pipeline.infra.settings import Settings
 log = structlog.get_logger()
 
 _FORM_BYTES = 1024 * 1024
+_OF_SYNCS = re.compile(r"^(/api/collections/)[^/]+(/syncs)$")
 #: Time by which a body may lag behind the minimum rate, and that rate: an upload holds its place meanwhile.
 _PATIENCE_SECONDS = 60.0
 _LEAST_BYTES_PER_SECOND = 16 * 1024
@@ -127,7 +129,11 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     # The rest of a form, around the file's bytes, is small.
-    forms = {"/api/jobs": settings.api_upload_bytes, "/v1/files": settings.batch_bytes + _FORM_BYTES}
+    forms = {
+        "/api/jobs": settings.api_upload_bytes,
+        "/api/collections/{collection}/syncs": settings.api_upload_bytes,
+        "/v1/files": settings.batch_bytes + _FORM_BYTES,
+    }
     # Starlette runs the middleware added last first.
     app.add_middleware(Unpacked, most_bytes=settings.api_body_bytes)
     app.add_middleware(
@@ -223,7 +229,8 @@ class Bounded:
         headers, size, waited, more = Headers(scope=scope), 0, 0.0, True
         told, most_bytes = headers.get("content-length", "0"), self._most_bytes
         if headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            most_bytes = self._most_of_forms.get(scope["path"], most_bytes)
+            path = _OF_SYNCS.sub(r"\1{collection}\2", scope["path"])
+            most_bytes = self._most_of_forms.get(path, most_bytes)
         refused = told.isdecimal() and int(told) > most_bytes
 
         async def sending(message: Message) -> None:

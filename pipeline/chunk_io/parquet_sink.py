@@ -47,7 +47,7 @@ log = structlog.get_logger()
 class ParquetSink:
     """Sink that writes to a folder or URI of Parquet files."""
 
-    finalizes, finalizes_long = True, False
+    finalizes = True
 
     def __init__(self, folder: str, kept_as: VectorType, carried: Sequence[str], *, passages: bool) -> None:
         self._folder, self._kept_as, self._carried, self._passages = folder, kept_as, carried, passages
@@ -115,8 +115,13 @@ class ParquetSink:
         }
         make_data_set(self._folder, job.id, written, about, check)
 
-    def conclude(self, connection: Connection, job: Job) -> None:
+    def takes_long(self, connection: Connection) -> bool:  # noqa: ARG002
+        """Return False: parts are moved, not rewritten."""
+        return False
+
+    def conclude(self, connection: Connection, job: Job) -> str | None:  # noqa: ARG002
         """Do nothing: the manifest shows the parts already."""
+        return None
 
     def read(
         self, connect: Callable[[], AbstractContextManager[Connection]], job_id: UUID, first_index: int, end_index: int

@@ -28,9 +28,8 @@ _PAGE = 2_000
 class Sink(Protocol):
     """Output of a job's vectors, from `prepare`, before anything is staged, to `finalize`, after the last chunk."""
 
-    #: `finalizes`: a job isn't completed before `finalize` is done. `finalizes_long`: that may take hours.
+    #: A job isn't completed before `finalize` is done.
     finalizes: bool
-    finalizes_long: bool
 
     def prepare(self, job_id: UUID) -> None:
         """Prepare the output for a job's vectors, which proves that they can be written.
@@ -66,8 +65,12 @@ class Sink(Protocol):
             Waiting: the job has changed in the meantime, and must be finalised again.
         """
 
-    def conclude(self, connection: Connection, job: Job) -> None:
-        """Do what becomes visible with the job's completion, in the transaction that completes it."""
+    def takes_long(self, connection: Connection) -> bool:
+        """Return True if `finalize` may take hours."""
+
+    def conclude(self, connection: Connection, job: Job) -> str | None:
+        """Do what becomes visible with the job's completion, in the transaction that completes it. Return why the job
+        fails instead, with nothing done; `None`: it completes."""
 
     def read(self, connect: Connect, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
         """Yield a job's vectors from `first_index` to before `end_index`, in index order and bounded memory.
@@ -82,7 +85,7 @@ class Sink(Protocol):
 class RowsSink:
     """Sink that writes rows of the table `embeddings`, or of `passages` for a job that splits."""
 
-    finalizes = finalizes_long = False
+    finalizes = False
 
     def __init__(self, *, passages: bool) -> None:
         self._passages = passages
@@ -113,8 +116,13 @@ class RowsSink:
     def finalize(self, engine: Engine, job: Job) -> None:
         """Do nothing: the rows are complete."""
 
-    def conclude(self, connection: Connection, job: Job) -> None:
+    def takes_long(self, connection: Connection) -> bool:  # noqa: ARG002
+        """Return False: there is nothing to do."""
+        return False
+
+    def conclude(self, connection: Connection, job: Job) -> str | None:  # noqa: ARG002
         """Do nothing: the rows are visible."""
+        return None
 
     def read(self, connect: Connect, job_id: UUID, first_index: int, end_index: int) -> Iterator[Block]:
         """Yield rows page by page."""
@@ -142,7 +150,7 @@ class TableSink(RowsSink):
         """Create the sink of a user's table. `hnsw`: build an index on it at the job's end."""
         super().__init__(passages=passages)
         self._table = table
-        self.finalizes = self.finalizes_long = hnsw
+        self.finalizes = hnsw
 
     def fault(self, item: Item) -> str | None:
         """Return the reason why an item's key doesn't fit the table's column; `None`: it fits."""
@@ -152,6 +160,10 @@ class TableSink(RowsSink):
         """Insert rows, and upsert their vectors into the table."""
         super().write(connection, claim, rows, staged)
         user_table.upsert(connection, self._table, claim.job_id, np.unique(rows.indexes).tolist())
+
+    def takes_long(self, connection: Connection) -> bool:  # noqa: ARG002
+        """Return True if there is an index to build."""
+        return self.finalizes
 
     def finalize(self, engine: Engine, job: Job) -> None:  # noqa: ARG002 - the table is the same for all
         """Build the HNSW index if it was asked for."""
@@ -166,7 +178,7 @@ class CollectionSink(RowsSink):
     An atomic sync shows none of them before its end.
     """
 
-    finalizes = finalizes_long = True
+    finalizes = True
 
     def __init__(self, sync: SyncOptions, kept_as: VectorType, *, passages: bool) -> None:
         super().__init__(passages=passages)
@@ -178,26 +190,25 @@ class CollectionSink(RowsSink):
         if not self._sync.atomic:
             self._publish(connection, claim.job_id, np.unique(rows.indexes).tolist())
 
-    def finalize(self, engine: Engine, job: Job) -> None:
-        """Build the HNSW index once the collection has vectors enough."""
-        if not self._sync.atomic:
-            with engine.begin() as connection:
-                self._index(connection, job)
+    def takes_long(self, connection: Connection) -> bool:
+        """Return True if there is an index to build."""
+        return not collections.has_index(connection, self._sync.version_id)
 
-    def conclude(self, connection: Connection, job: Job) -> None:
+    def finalize(self, engine: Engine, job: Job) -> None:
+        """Build the HNSW index of what the collection holds, if it has none."""
+        with engine.begin() as connection:
+            dimensions = jobs.vector_space(connection, job.id)["dimensions"]
+            if dimensions <= user_table.HNSW_DIMENSIONS[self._kept_as.sql_type]:
+                collections.build_index(connection, self._sync.version_id)
+
+    def conclude(self, connection: Connection, job: Job) -> str | None:
         """Remove what the source lacks; of an atomic sync, show all."""
-        if self._sync.atomic:
+        if self._sync.atomic and collections.exists(connection, self._sync.version_id):
             self._publish(connection, job.id, None)
-            self._index(connection, job)
-        syncs.settle(connection, job.id, self._sync.version_id, keep_rejected=self._sync.keep_rejected)
+        return syncs.settle(connection, job.id, self._sync.version_id, keep_rejected=self._sync.keep_rejected)
 
     def _publish(self, connection: Connection, job_id: UUID, indexes: Sequence[int] | None) -> None:
         syncs.publish(connection, self._sync.version_id, job_id, indexes, passages=self._passages)
-
-    def _index(self, connection: Connection, job: Job) -> None:
-        dimensions = jobs.vector_space(connection, job.id)["dimensions"]
-        if dimensions <= user_table.HNSW_DIMENSIONS[self._kept_as.sql_type]:
-            collections.build_index(connection, self._sync.version_id)
 
 
 def sink_of(options: KeptOptions) -> Sink:

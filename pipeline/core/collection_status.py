@@ -16,7 +16,7 @@ class CollectionStatus(BaseModel):
     view: str = Field(description="The view that readers use, in the schema vectormill.")
     model: str
     dimensions: int
-    keys: int = Field(description="Keys that have vectors; above a million an estimate.")
+    keys: int = Field(description="Keys that have vectors; above 100,000 an estimate.")
     options: dict[str, Any] = Field(description="The options with which it was created.")
     expect_every_seconds: float | None = Field(description="Longest time between two syncs that is no cause for alarm.")
     synced_at: datetime | None = Field(description="End of its last completed sync.")

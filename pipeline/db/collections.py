@@ -9,8 +9,10 @@ from uuid import UUID
 import orjson
 from sqlalchemy import Connection, RowMapping, text
 
-#: Longest wait for readers and writers before a collection is dropped.
-_LOCK_SECONDS = 10
+from pipeline.core.errors import UnknownCollection
+
+#: Longest wait for readers and writers before a collection is dropped; those of other collections wait meanwhile.
+_LOCK_SECONDS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,12 @@ def workspace_of(connection: Connection, collection_id: int) -> str:
     return str(connection.execute(found, {"id": collection_id}).scalar_one())
 
 
+def count(connection: Connection, workspace_id: int) -> int:
+    """Return the number of a workspace's collections."""
+    found = text("select count(*) from vectormill.collections where workspace_id = :workspace")
+    return int(connection.execute(found, {"workspace": workspace_id}).scalar_one())
+
+
 def of_workspace(connection: Connection, workspace_id: int | None) -> list[Collection]:
     """Return the collections of a workspace, or of all, by name."""
     query = text(
@@ -124,11 +132,11 @@ def of_workspace(connection: Connection, workspace_id: int | None) -> list[Colle
 
 
 #: Keys up to which they are counted one by one.
-_COUNTED_KEYS = 1_000_000
+_COUNTED_KEYS = 100_000
 
 
 def about_keys(connection: Connection, version_id: int) -> int:
-    """Return the number of a version's keys; of more than a million, the planner's estimate."""
+    """Return the number of a version's keys; of more than 100,000, the planner's estimate."""
     row = connection.execute(
         text("""
             select (select count(*) from (select from vectormill.collection_keys
@@ -141,39 +149,55 @@ def about_keys(connection: Connection, version_id: int) -> int:
     return int(row.counted) if row.counted <= _COUNTED_KEYS else max(int(row.counted), int(row.estimate or 0))
 
 
+def exists(connection: Connection, version_id: int) -> bool:
+    """Return True if a version's collection hasn't been dropped."""
+    found = text("select exists (select from vectormill.collection_versions where id = :version)")
+    return bool(connection.execute(found, {"version": version_id}).scalar_one())
+
+
+def has_index(connection: Connection, version_id: int) -> bool:
+    """Return True if a version's vectors have their HNSW index."""
+    return relation_exists(connection, f"collection_vectors_{version_id}_hnsw")
+
+
 def build_index(connection: Connection, version_id: int) -> None:
     """Build the HNSW index of a version's vectors if there is none. Readers go on; writers wait."""
     connection.execute(text("select vectormill.index_collection(:version)"), {"version": version_id})
 
 
+def lock(connection: Connection, collection_id: int) -> None:
+    """Let no sync of a collection begin before the transaction ends."""
+    connection.execute(text("select set_config('lock_timeout', :limit, true)"), {"limit": f"{_LOCK_SECONDS}s"})
+    connection.execute(text("select id from vectormill.collections where id = :id for update"), {"id": collection_id})
+
+
 def drop(connection: Connection, collection_id: int) -> None:
-    """Drop a collection with its view, keys, vectors and history.
+    """Drop a collection, which the caller has locked, with its view, keys, vectors and history.
 
     Raises:
-        sqlalchemy.exc.DBAPIError: something depends on the view, or readers hold a table for ten seconds.
+        sqlalchemy.exc.DBAPIError: something depends on the view, or others use a collection for two seconds.
     """
-    connection.execute(text("select set_config('lock_timeout', :limit, true)"), {"limit": f"{_LOCK_SECONDS}s"})
-    _forget_staged(connection, "collection_id", collection_id)
+    for statement in _FORGET_STAGED:
+        connection.execute(text(statement), {"collection": collection_id})
     connection.execute(text("select vectormill.drop_collection(:collection)"), {"collection": collection_id})
 
 
 _FORGET = """
-    delete from vectormill.{TABLE} where job_id in (select job_id from vectormill.syncs where {COLUMN} = :id)
+    delete from vectormill.{TABLE}
+    where job_id in (select job_id from vectormill.syncs where collection_id = :collection)
 """
-_FORGET_STAGED = {
-    column: [_FORGET.format(TABLE=table, COLUMN=column) for table in ("sync_seen", "sync_changes")]
-    for column in ("collection_id", "version_id")
-}
-
-
-def _forget_staged(connection: Connection, column: str, id_: int) -> None:
-    for statement in _FORGET_STAGED[column]:
-        connection.execute(text(statement), {"id": id_})
+_FORGET_STAGED = [_FORGET.format(TABLE=table) for table in ("sync_seen", "sync_changes")]
 
 
 def begin_sync(connection: Connection, job_id: UUID, collection: Collection, *, whole: bool) -> int:
-    """Record a sync of a collection, and forget what earlier ones left behind. Return the highest slot so far."""
-    _forget_staged(connection, "version_id", collection.version_id)
+    """Record a sync of a collection, which can't be dropped meanwhile. Return the highest slot so far.
+
+    Raises:
+        UnknownCollection: it has been dropped.
+    """
+    kept = text("select id from vectormill.collections where id = :id for key share")
+    if connection.execute(kept, {"id": collection.id}).scalar_one_or_none() is None:
+        raise UnknownCollection(f'no collection "{collection.name}": it has been dropped.')
     slot: int = connection.execute(
         text("""
             insert into vectormill.syncs (job_id, collection_id, version_id, is_whole, last_slot)

@@ -266,6 +266,13 @@ def lock(connection: Connection, job_id: UUID) -> Job | None:
     return _as_job(row) if row else None
 
 
+def lock_if_free(connection: Connection, job_id: UUID) -> Job | None:
+    """As `lock`, but return None also if another transaction has locked the row."""
+    locked = jobs.select().where(jobs.c.id == job_id).with_for_update(skip_locked=True)
+    row = connection.execute(locked).mappings().one_or_none()
+    return _as_job(row) if row else None
+
+
 def requeue(connection: Connection, job_id: UUID) -> None:
     """Queue a completed or failed job again, and drop its receipt."""
     connection.execute(

@@ -39,7 +39,16 @@ def sequences_behind(connection: Connection) -> list[IdSequence]:
             last = driver.execute("select pg_sequence_last_value(%s::regclass)", (name,)).fetchone()
             if last is None or last[0] is None or last[0] < highest:
                 found.append(IdSequence(name, table.name, column.name, highest))
+    slots = driver.execute(_SLOTS).fetchone()
+    if slots and slots[0] is not None and (slots[1] is None or slots[1] < slots[0]):
+        found.append(IdSequence("vectormill.collection_slots", "collection_keys", "slot", slots[0]))
     return found
+
+
+_SLOTS = """
+    select greatest((select max(slot) from vectormill.collection_keys), (select max(last_slot) from vectormill.syncs)),
+           pg_sequence_last_value('vectormill.collection_slots')
+"""
 
 
 def advance(connection: Connection, sequence: IdSequence) -> None:

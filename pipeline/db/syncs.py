@@ -136,16 +136,29 @@ def settle_keys(connection: Connection, job_id: UUID, version_id: int, policy: O
     return replaced
 
 
-def save_counts(connection: Connection, job_id: UUID, counts: SyncCounts) -> None:
-    """Save a sync's counts of rows."""
+def save_counts(connection: Connection, job_id: UUID, counts: SyncCounts, named: int) -> None:
+    """Save a sync's counts of rows, and how many of the collection's keys it has named. What earlier syncs have kept
+    for their ends is forgotten: they can't be retried any more."""
     connection.execute(
         text("""
             update vectormill.syncs
-            set unchanged = :unchanged, updated = :updated, repeated = :repeated, tokens_saved = :tokens_saved
+            set unchanged = :unchanged, updated = :updated, repeated = :repeated, tokens_saved = :tokens_saved,
+                named = :named
             where job_id = :job
         """),
-        {**asdict(counts), "job": job_id},
+        {**asdict(counts), "job": job_id, "named": named},
     )
+    for statement in _FORGET_EARLIER:
+        connection.execute(text(statement), {"job": job_id})
+
+
+_EARLIER = """
+    delete from vectormill.{TABLE} where job_id in (
+      select b.job_id from vectormill.syncs a join vectormill.syncs b
+        on b.version_id = a.version_id and b.last_slot < a.last_slot
+      where a.job_id = :job)
+"""
+_FORGET_EARLIER = [_EARLIER.format(TABLE=table) for table in ("sync_seen", "sync_changes")]
 
 
 def counts(connection: Connection, job_id: UUID) -> SyncCounts:
@@ -265,17 +278,26 @@ _COUNT_CHANGES = """
 """
 
 
-def settle(connection: Connection, job_id: UUID, version_id: int, *, keep_rejected: bool) -> SyncCounts:
+def settle(connection: Connection, job_id: UUID, version_id: int, *, keep_rejected: bool) -> str | None:
     """Remove the keys that a completed sync doesn't name, or names as removed, and those of rejected rows; give the
-    others their new columns. Return all counts. Again, it removes only keys of rejects.
+    others their new columns; count what has changed. Settled again, it removes only keys of rejects.
+
+    Return why it can't be settled, and nothing was done; `None`: it is.
     """
     row = connection.execute(
         text("""
-            select is_whole, last_slot, settled_at is null as is_first from vectormill.syncs
-            where job_id = :job for update
+            select is_whole, last_slot, settled_at is null as is_first, named, updated,
+                   (select coalesce(sum(bit_count(bits)), 0) from vectormill.sync_seen where job_id = :job) as seen,
+                   (select count(*) from vectormill.sync_changes
+                    where job_id = :job and identity is not null) as columns
+            from vectormill.syncs where job_id = :job for update
         """),
         {"job": job_id},
-    ).one()
+    ).one_or_none()
+    if row is None:
+        return "its collection has been dropped"
+    if row.is_first and ((row.is_whole and row.seen != row.named) or row.columns != row.updated):
+        return "the database has lost which keys its source named; sync again"
     values = {"job": job_id, "version": version_id, "last_slot": row.last_slot, "page_slots": PAGE_SLOTS}
     removed = 0
     if not keep_rejected:
@@ -296,7 +318,7 @@ def settle(connection: Connection, job_id: UUID, version_id: int, *, keep_reject
         """),
         {"job": job_id, "removed": removed, "added": added, "changed": changed},
     )
-    return counts(connection, job_id)
+    return None
 
 
 def running(connection: Connection, version_id: int) -> UUID | None:
@@ -322,10 +344,12 @@ _FORGET = (
 )
 
 
-def has_later(connection: Connection, job_id: UUID) -> bool:
-    """Return True if another sync of the same version began after this one."""
+def is_latest(connection: Connection, job_id: UUID) -> bool:
+    """Return True if a sync's collection is there, and no other sync of it began after this one."""
     found = text("""
-        select exists (select from vectormill.syncs a join vectormill.syncs b on b.version_id = a.version_id
-                       where a.job_id = :job and b.job_id > a.job_id)
+        select exists (select from vectormill.syncs a
+                       where a.job_id = :job
+                         and not exists (select from vectormill.syncs b
+                                         where b.version_id = a.version_id and b.last_slot > a.last_slot))
     """)
     return bool(connection.execute(found, {"job": job_id}).scalar_one())

@@ -520,6 +520,8 @@ syncs = Table(
     Column("is_whole", Boolean, nullable=False),
     # Keys with a higher slot came after it began.
     Column("last_slot", BigInteger, nullable=False),
+    # Keys of the collection that it has named: the bits in `sync_seen`.
+    _count("named"),
     # Rows whose text the collection had already, and those of them with other carried columns.
     _count("unchanged"),
     _count("updated"),

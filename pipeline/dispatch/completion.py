@@ -7,7 +7,7 @@ from sqlalchemy import Connection, Engine
 
 from pipeline.chunk_io.sinks import sink_of
 from pipeline.core.job_status import AccountedItems
-from pipeline.core.jobs import Job, JobState
+from pipeline.core.jobs import Job, JobState, Reason
 from pipeline.db import chunks, jobs, outputs, rejects
 from pipeline.infra import metrics
 from pipeline.jobs import control, status
@@ -30,7 +30,8 @@ def end(engine: Engine, job_id: UUID, *, finalized: str | None = None) -> None:
     time, since a retry may have added more.
     """
     with engine.begin() as connection:
-        job = jobs.lock(connection, job_id)
+        # A long end elsewhere must not hold the leader up.
+        job = jobs.lock_if_free(connection, job_id)
         if job is None or job.state.ended or chunks.has_open(connection, job_id):
             return
         finalizes = sink_of(job.options).finalizes
@@ -41,7 +42,8 @@ def end(engine: Engine, job_id: UUID, *, finalized: str | None = None) -> None:
         if state is JobState.COMPLETED and finalizes and finalized != outputs.digest(connection, job_id):
             return
         if state is JobState.COMPLETED:
-            sink_of(job.options).conclude(connection, job)
+            if refusal := sink_of(job.options).conclude(connection, job):
+                state, reason, message = JobState.FAILED, Reason.ITEMS_UNACCOUNTED, refusal
             account = status.current_account(connection, job_id)
         jobs.end(connection, job_id, state, account.model_dump(by_alias=True), reason=reason, message=message)
         now = status.sum_up(connection, job_id)

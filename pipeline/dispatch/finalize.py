@@ -25,13 +25,15 @@ def due(connection: Connection, limit: int, *, long: bool = False) -> Sequence[U
     `long` selects the sinks whose finalisation may take hours, otherwise the others.
     """
     found = (jobs.by_id(connection, job_id) for job_id in jobs.without_open_chunks(connection))
-    waiting = (job.id for job in found if job and job.state is not JobState.PAUSED and _waits(job, long=long))
+    waiting = (
+        job.id for job in found if job and job.state is not JobState.PAUSED and _waits(connection, job, long=long)
+    )
     return list(islice(waiting, limit))
 
 
-def _waits(job: Job, *, long: bool) -> bool:
+def _waits(connection: Connection, job: Job, *, long: bool) -> bool:
     sink = sink_of(job.options)
-    return sink.finalizes and sink.finalizes_long == long
+    return sink.finalizes and sink.takes_long(connection) == long
 
 
 def finalize(engine: Engine, job_id: UUID) -> None:

@@ -6,9 +6,11 @@ Each public function is a duty, which is repeated.
 import time
 
 import structlog
+from psycopg.errors import LockNotAvailable
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import OperationalError
 
-from pipeline.core.jobs import JobState, Reason
+from pipeline.core.jobs import ActiveJob, JobState, Reason
 from pipeline.db import chunks, events, items, jobs, lost_claims, models, partitions, sql_requests, usage, workers
 from pipeline.dispatch.state import Dispatcher
 from pipeline.infra import metrics
@@ -25,6 +27,7 @@ _LONGEST_DUTY_SECONDS = 0.5
 _BROKEN_CHUNKS = 3
 _BROKEN_CLAIMS = 15
 _EVENT_DAYS = 30
+_LITTLE_PATIENCE = text("set local lock_timeout = '200ms'")
 
 
 def sweep(dispatcher: Dispatcher) -> None:
@@ -76,23 +79,33 @@ def snapshot(dispatcher: Dispatcher) -> None:
         begin = time.monotonic()
         if begin < dispatcher.snapshots[job.id] or begin > enough:
             break
-        with dispatcher.engine.begin() as connection:
-            now = status.sum_up(connection, job.id)
-            jobs.save_progress(connection, job.id, now.model_dump(mode="json"))
-            rejected, limit = now.items.rejected, job.max_rejects
-            # A job with nothing pending has nothing to stop: its end says what became of it, all rejected perhaps.
-            stoppable = now.items.pending and job.state is not JobState.CANCELLING
-            if stoppable and limit is not None and rejected > limit:
-                jobs.begin_cancelling(
-                    connection,
-                    job.id,
-                    JobState.FAILED,
-                    Reason.TOO_MANY_REJECTS,
-                    control.too_many(rejected, limit),
-                )
+        try:
+            _save_progress(dispatcher, job)
+        except OperationalError as error:
+            if not isinstance(error.orig, LockNotAvailable):
+                raise
         # A job with very many chunks is summed up less often, to leave time to others, while its page stays fresh.
         pause = _SNAPSHOT_FACTOR * (time.monotonic() - begin)
         dispatcher.snapshots[job.id] = begin + min(pause, status.FRESH_SECONDS / 2) if pause > 1 else begin
+
+
+def _save_progress(dispatcher: Dispatcher, job: ActiveJob) -> None:
+    with dispatcher.engine.begin() as connection:
+        # The end of a sync may hold its job's row for long.
+        connection.execute(_LITTLE_PATIENCE)
+        now = status.sum_up(connection, job.id)
+        jobs.save_progress(connection, job.id, now.model_dump(mode="json"))
+        rejected, limit = now.items.rejected, job.max_rejects
+        # A job with nothing pending has nothing to stop: its end says what became of it, all rejected perhaps.
+        stoppable = now.items.pending and job.state is not JobState.CANCELLING
+        if stoppable and limit is not None and rejected > limit:
+            jobs.begin_cancelling(
+                connection,
+                job.id,
+                JobState.FAILED,
+                Reason.TOO_MANY_REJECTS,
+                control.too_many(rejected, limit),
+            )
 
 
 def judge_models(dispatcher: Dispatcher) -> None:

@@ -18,7 +18,7 @@ from pipeline.core.collections import OnDuplicateKey, SyncCounts, SyncOptions, c
 from pipeline.core.options import KeptOptions
 from pipeline.core.text_identity import TextIdentity
 from pipeline.db import collection_keys, syncs
-from pipeline.db.collection_keys import OTHER_COLUMNS, OTHER_TEXT, Known, Numbers
+from pipeline.db.collection_keys import OTHER_COLUMNS, OTHER_TEXT, SAME, Known, Numbers
 from pipeline.db.syncs import PAGE_SLOTS
 from pipeline.sources import Rows
 
@@ -31,32 +31,45 @@ _Mask = npt.NDArray[np.bool_]
 
 
 class SlotSet:
-    """Set of slots, as bits of pages that are made when they are needed."""
+    """Set of slots, as bits of pages that are made when they are needed: the lowest slot is the lowest bit."""
 
     def __init__(self) -> None:
-        self._pages: dict[int, npt.NDArray[np.bool_]] = {}
+        self._pages: dict[int, npt.NDArray[np.uint8]] = {}
 
     def contains(self, slots: Numbers) -> _Mask:
         """Return for each slot if it is in the set."""
         found = np.zeros(len(slots), np.bool_)
         for page, at in _by_page(slots):
             if page in self._pages:
-                found[at] = self._pages[page][slots[at] % PAGE_SLOTS]
+                place, bit = _bits(slots[at])
+                found[at] = self._pages[page][place] & bit != 0
         return found
 
-    def set(self, slots: Numbers, present: bool) -> None:
-        """Add slots to the set, or discard them."""
+    def add(self, slots: Numbers) -> None:
+        """Add slots to the set."""
         for page, at in _by_page(slots):
             if page not in self._pages:
-                self._pages[page] = np.zeros(PAGE_SLOTS, np.bool_)
-            self._pages[page][slots[at] % PAGE_SLOTS] = present
+                self._pages[page] = np.zeros(PAGE_SLOTS // 8, np.uint8)
+            place, bit = _bits(slots[at])
+            np.bitwise_or.at(self._pages[page], place, bit)
+
+    def discard(self, slots: Numbers) -> None:
+        """Discard slots of the set."""
+        for page, at in _by_page(slots):
+            place, bit = _bits(slots[at])
+            np.bitwise_and.at(self._pages[page], place, ~bit)
 
     def __len__(self) -> int:
-        return sum(int(page.sum()) for page in self._pages.values())
+        return sum(int(np.bitwise_count(page).sum()) for page in self._pages.values())
 
     def pages(self) -> dict[int, bytes]:
-        """Return the bits of each page, the lowest slot in the lowest bit."""
-        return {page: np.packbits(bits, bitorder="little").tobytes() for page, bits in self._pages.items()}
+        """Return the bits of each page."""
+        return {page: bits.tobytes() for page, bits in self._pages.items()}
+
+
+def _bits(slots: Numbers) -> tuple[Numbers, npt.NDArray[np.uint8]]:
+    """Return the byte and the bit of each slot in its page."""
+    return slots % PAGE_SLOTS // 8, np.left_shift(1, slots % 8).astype(np.uint8)
 
 
 def _by_page(slots: Numbers) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
@@ -81,6 +94,8 @@ class Changes:
     def __init__(self, sync: SyncOptions, options: KeptOptions) -> None:
         self._sync = sync
         self._identity = TextIdentity(options)
+        #: Columns are carried beside the one that says which keys go.
+        self._carries = any(column != sync.removed_column for column in options.columns.carry)
         #: Keys of the collection that were named, and those of them whose row is the same so far.
         self._seen, self._unchanged = SlotSet(), SlotSet()
         #: Rows read, unchanged rows, those of them with other columns, and rows that another one replaces.
@@ -121,8 +136,8 @@ class Changes:
         staged = np.ones(len(rows.keys), np.bool_)
         staged[places[kept]] = False
         self._keep(connection, job_id, rows, known, places, kept, relations)
-        self._settle_again(connection, job_id, rows, known, places, ~first, staged)
-        self._seen.set(known.slots, True)
+        self._settle_again(connection, job_id, rows, known, places, relations, ~first, staged)
+        self._seen.add(known.slots)
         return _picked(rows, staged)
 
     @staticmethod
@@ -142,7 +157,7 @@ class Changes:
         relations: Numbers,
     ) -> None:
         """Count unchanged rows, and save their columns where these differ."""
-        self._unchanged.set(known.slots[kept], True)
+        self._unchanged.add(known.slots[kept])
         self._same += int(kept.sum())
         self._tokens += int(known.tokens[kept].sum())
         updated = kept & (relations == OTHER_COLUMNS)
@@ -164,6 +179,7 @@ class Changes:
         rows: ChangedRows,
         known: Known,
         places: Numbers,
+        relations: Numbers,
         again: _Mask,
         staged: _Mask,
     ) -> None:
@@ -171,26 +187,37 @@ class Changes:
         if not again.any():
             return
         if self._sync.on_duplicate_key is OnDuplicateKey.LAST:
-            # Such a row is staged, whatever it says: an earlier one may be staged too.
+            # While all rows of a key say what the collection has, there is nothing to do.
+            idle = again & (relations == SAME) & self._unchanged.contains(known.slots)
+            idle &= ~np.isin(known.slots, known.slots[again & ~idle])
+            staged[places[idle]] = False
+            self.repeated += int(idle.sum())
+            if self._updated and idle.any():
+                self._updated -= syncs.drop_columns(connection, job_id, known.slots[idle].tolist())
+            # Any other row is staged, whatever it says: an earlier one may be staged too.
+            again &= ~idle
             slots, where = np.unique(known.slots[again], return_index=True)
             was_same = self._unchanged.contains(slots)
-            self._unchanged.set(slots[was_same], False)
+            self._unchanged.discard(slots[was_same])
             self._same -= int(was_same.sum())
             self.repeated += int(was_same.sum())
             self._tokens -= int(known.tokens[again][where][was_same].sum())
-            self._updated -= syncs.drop_columns(connection, job_id, slots.tolist())
+            if self._updated:
+                self._updated -= syncs.drop_columns(connection, job_id, slots.tolist())
         elif self._sync.on_duplicate_key is OnDuplicateKey.FIRST:
             staged[places[again]] = False
             self.repeated += int(again.sum())
         else:
+            doubles = {}
             for at in places[again].tolist():
                 if rows.identities[at] == _GOES:
                     staged[at] = False
                     self.repeated += 1
-                elif rows.texts[at] is not None:
+                else:
                     rows.texts[at] = None
-                    rows.problems.append((at, RejectCode.DUPLICATE_KEY, "an earlier row has the same key"))
-            rows.problems.sort(key=lambda problem: problem[0])
+                    doubles[at] = (at, RejectCode.DUPLICATE_KEY, "an earlier row has the same key")
+            kept = [problem for problem in rows.problems if problem[0] not in doubles]
+            rows.problems[:] = sorted([*kept, *doubles.values()], key=lambda problem: problem[0])
 
     def _with_identities(self, block: Rows) -> ChangedRows:
         """Return rows with their identities. A row without a key becomes a reject, one whose key goes has no text."""
@@ -198,7 +225,7 @@ class Changes:
         carried, titles = block.carried, block.titles
         goes: Sequence[bool] = ()
         if column := self._sync.removed_column:
-            goes, carried = self._read_removed(column, block, texts, problems)
+            goes, carried = self._read_removed(column, block, texts, problems, carries=self._carries)
         identities: list[bytes | None] = []
         no_columns = carried_hash(b"")
         for at, text in enumerate(texts):
@@ -220,7 +247,12 @@ class Changes:
 
     @staticmethod
     def _read_removed(
-        column: str, block: Rows, texts: list[bytes | None], problems: list[tuple[int, RejectCode, str]]
+        column: str,
+        block: Rows,
+        texts: list[bytes | None],
+        problems: list[tuple[int, RejectCode, str]],
+        *,
+        carries: bool,
     ) -> tuple[list[bool], list[bytes] | None]:
         """Return which rows' keys go, and the carried columns without the one that says so."""
         assert block.carried is not None
@@ -235,7 +267,7 @@ class Changes:
                 texts[at] = None
                 message = f'column "{column}" is neither true nor false'
                 problems.append((at, RejectCode.BAD_ROW, message))
-        return goes, carried if any(each != b"{}" for each in carried) else None
+        return goes, carried if carries else None
 
 
 def _picked(rows: ChangedRows, staged: _Mask) -> ChangedRows:

@@ -14,11 +14,13 @@ from sqlalchemy.exc import DBAPIError
 from pipeline.catalog.rates import slot_rates
 from pipeline.chunk_io.sinks import sink_of
 from pipeline.core.chunks import Extent, Reject
+from pipeline.core.collections import OnDuplicateKey
 from pipeline.core.errors import EmptySource, LeaseLost, ServiceUnreachable, UserError, VectormillError
 from pipeline.core.jobs import JobState, Reason
 from pipeline.db import chunks, collection_keys, items, jobs, staging, syncs
 from pipeline.db.database import flush_later, is_connection_lost
 from pipeline.db.staging import Producer
+from pipeline.infra.ahead import ahead
 from pipeline.infra.leases import Renewal
 from pipeline.ingest.changes import ChangedRows, Changes
 from pipeline.ingest.chunking import ChunkLimits, Planner, Range, chunk_tokens, estimate_split_tokens, estimate_tokens
@@ -63,7 +65,8 @@ class Staging:
             found.append(f'{self._keyless:,} of {self._items:,} items have no key: "{key}" is missing there, or empty.')
         if self._changes and (repeated := self._changes.repeated):
             which = self._submission.sync and self._submission.sync.on_duplicate_key
-            found.append(f"{repeated:,} rows have a key that another row has too; the {which} row of each key counts.")
+            one = "last" if which is OnDuplicateKey.LAST else "first"
+            found.append(f"{repeated:,} rows have a key that another row has too; the {one} row of each key counts.")
         return found
 
     def run(self) -> list[str]:
@@ -105,7 +108,11 @@ class Staging:
 
     def _copy_rows(self, corpus: Source) -> None:
         # No transaction is open while blocks are read: a stream may be slow.
-        for blocks in _gathered(corpus.blocks()):
+        gathered = _gathered(corpus.blocks())
+        # A sync compares each block while the next one is read. Not so a stream: it couldn't be interrupted.
+        if self._changes and isinstance(corpus, Corpus) and all(file.uri for file in corpus.files):
+            gathered = ahead(gathered)
+        for blocks in gathered:
             with self._engine.begin() as connection:
                 # The last transaction's flush covers all before it, and a crash loses a staging anyway.
                 flush_later(connection)
@@ -255,7 +262,7 @@ class Staging:
             return None
         changes.repeated += syncs.settle_keys(connection, self._job_id, sync.version_id, sync.on_duplicate_key)
         self._rejects = chunks.sums(connection, self._job_id)["rejected"]
-        syncs.save_counts(connection, self._job_id, changes.counts)
+        syncs.save_counts(connection, self._job_id, changes.counts, changes.named if sync.whole else 0)
         if not sync.whole:
             return None
         if not changes.rows:

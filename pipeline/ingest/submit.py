@@ -40,17 +40,20 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
     if known:
         return _attach(engine, submission)
     with engine.begin() as connection:
+        space = vector_space_of(
+            connection, submission.model, dimensions=options.dimensions, max_item_tokens=options.max_item_tokens
+        )
+        if submission.collection and submission.collection.vector_space_id != space:
+            raise UserError(
+                f"model {submission.model.name} isn't what it was when the collection {submission.collection.name} was "
+                "created, so its vectors can't be mixed with those that are there; create another collection."
+            )
         job = staging.NewJob(
             id=submission.job_id or uuid7(),
             workspace_id=submission.workspace_id,
             name=submission.name,
             model_name=submission.model.name,
-            vector_space_id=vector_space_of(
-                connection,
-                submission.model,
-                dimensions=options.dimensions,
-                max_item_tokens=options.max_item_tokens,
-            ),
+            vector_space_id=space,
             priority=submission.priority,
             labels=submission.labels,
             options=submission.kept_options(_table(connection, submission)),
@@ -74,7 +77,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
 
 def _begin_sync(connection: Connection, submission: Submission, job_id: UUID) -> None:
     if submission.collection and submission.sync:
-        syncs.forget(connection, job_id)
+        syncs.forget(connection, job_id)  # what an earlier producer of this job has left
         collections.begin_sync(connection, job_id, submission.collection, whole=submission.sync.whole)
 
 

@@ -25,7 +25,10 @@ from pipeline.jobs import control
 from pipeline.jobs.collections import find_collection
 from pipeline.sources import Source
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+#: Names that tables of the schema have or will have.
+_RESERVED = re.compile(r"(items|embeddings|passages|rejects|collection|alembic|vectormill)_.*", re.IGNORECASE)
+_MOST_COLLECTIONS = 1_000
 #: Longest name of a view in Postgres, in bytes.
 _MOST_NAME = 63
 #: Columns of each collection's view, beside those of passages.
@@ -54,7 +57,10 @@ def create_collection(
     if expect_every is not None and expect_every <= timedelta():
         raise UserError("give a time such as 24h.", field="expect_every")
     view = _view_of(workspaces.name_of(connection, workspace_id), name)
-    if collections.by_name(connection, workspace_id, name) is None and collections.relation_exists(connection, view):
+    if collections.count(connection, workspace_id) >= _MOST_COLLECTIONS:
+        raise UserError(f"a workspace has at most {_MOST_COLLECTIONS:,} collections; drop one.")
+    reserved = _RESERVED.fullmatch(view) or collections.relation_exists(connection, view)
+    if reserved and collections.by_name(connection, workspace_id, name) is None:
         raise UserError("vectormill has a table of this name; choose another.", field="name", given=f'"{name}"')
     made = collections.create(
         connection,
@@ -77,7 +83,7 @@ def _view_of(workspace: str, name: str) -> str:
     view = name if workspace == DEFAULT_WORKSPACE else f"{workspace}.{name}"
     if not _NAME.fullmatch(name) or len(view.encode()) > _MOST_NAME:
         raise UserError(
-            f"use letters, digits, dots, dashes and underscores, at most {_MOST_NAME - len(view) + len(name)} of them.",
+            f"use letters, digits, dashes and underscores, at most {_MOST_NAME - len(view) + len(name)} of them.",
             field="name",
             given=f'"{name[:80]}"',
         )
@@ -89,6 +95,8 @@ def _check_options(options: JobOptions) -> None:
     for field in ("unique_keys", "by_reference", "output", "into", "hnsw", "webhook"):
         if getattr(options, field):
             raise UserError("a collection has no such option.", field=field)
+    if long := next((column for column in options.carry if len(column.encode()) > _MOST_NAME), None):
+        raise UserError(f'"{long[:80]}" has more than {_MOST_NAME} bytes, so no view can have it.', field="carry")
     if taken := next((column for column in options.carry if column in _VIEW_COLUMNS), None):
         raise UserError(f'the collection has a column "{taken}" already; rename it.', field="carry")
 

@@ -16,7 +16,7 @@ def find_collection(connection: Connection, workspace_id: int, name: str) -> Col
     Raises:
         UnknownCollection: there is none of this name.
     """
-    found = collections.by_name(connection, workspace_id, name)
+    found = None if "\0" in name else collections.by_name(connection, workspace_id, name)
     if found is None:
         raise UnknownCollection(f'no collection "{name}"; vectormill collections list shows those that there are.')
     return found
@@ -53,11 +53,12 @@ def drop_collection(connection: Connection, collection: Collection) -> None:
 
     Raises:
         CollectionBusy: a sync goes on.
-        UserError: something depends on its view, or readers use it for so long.
+        UserError: something depends on its view, or collections are used just now.
     """
-    if job := syncs.running(connection, collection.version_id):
-        raise CollectionBusy(collection.name, job)
     try:
+        collections.lock(connection, collection.id)
+        if job := syncs.running(connection, collection.version_id):
+            raise CollectionBusy(collection.name, job)
         collections.drop(connection, collection.id)
     except DBAPIError as error:
         if is_connection_lost(error):

@@ -116,8 +116,12 @@ def retry(connection: Connection, job_id: UUID) -> int:
             f"{job.texts_removed_at:%Y-%m-%d}; submit it again.",
             job_id,
         )
-    if job.options.sync and syncs.has_later(connection, job_id):
-        raise NotRetriable(f"a later sync of its collection has begun since job {job_id}; sync again.", job_id)
+    if job.options.sync and job.reason in (Reason.TOO_MANY_REMOVED, Reason.SOURCE_EMPTY):
+        message = f"job {job_id} was refused for what its source lacks; sync again, if that is right by max_removed."
+        raise NotRetriable(message, job_id)
+    if job.options.sync and not syncs.is_latest(connection, job_id):
+        message = f"another sync of its collection has begun since job {job_id}, or it has been dropped; sync again."
+        raise NotRetriable(message, job_id)
     if models.of_job(connection, job_id) is None:
         message = f"the model of job {job_id} is no longer in the catalogue as it was; submit it again."
         raise NotRetriable(message, job_id)
@@ -192,7 +196,8 @@ def outcome(job: Job, account: Account) -> tuple[JobState, str | None, str | Non
     if lost := counts.submitted - counts.embedded - counts.reused - counts.unchanged - counts.rejected:
         how = "missing" if lost > 0 else "too many"
         return JobState.FAILED, Reason.ITEMS_UNACCOUNTED, _UNACCOUNTED.format(abs(lost), how)
-    if counts.submitted and counts.rejected == counts.submitted:
+    names_all = job.options.sync is None or job.options.sync.whole  # a delta may be of one row that became null
+    if names_all and counts.submitted and counts.rejected == counts.submitted:
         return JobState.FAILED, Reason.ALL_REJECTED, "every item was rejected; see: vectormill rejects JOB"
     if job.max_rejects is not None and counts.rejected > job.max_rejects:
         return JobState.FAILED, Reason.TOO_MANY_REJECTS, too_many(counts.rejected, job.max_rejects)

@@ -13,7 +13,7 @@ from pipeline.sources.validation import BLOCK_ROWS, Notices, Rows
 from pipeline.sources.values import BadKeyError, as_key
 
 #: Column of its rows that says that their keys go.
-REMOVED = "removed"
+REMOVED = "vectormill: this key goes"
 
 
 class RemovedKeys:

@@ -14,15 +14,16 @@ from sentence_transformers import SentenceTransformer
 from sqlalchemy import Connection, Engine, text
 
 from pipeline.catalog.models import add_model, find_model, workspace_id
-from pipeline.core.collections import OnDuplicateKey, SyncCounts
-from pipeline.core.errors import CollectionBusy, UserError
-from pipeline.core.jobs import JobState
+from pipeline.core.collections import OnDuplicateKey
+from pipeline.core.errors import CollectionBusy, NotRetriable, UserError
+from pipeline.core.jobs import JobState, Reason
 from pipeline.core.options import JobOptions
-from pipeline.db import jobs, syncs
-from pipeline.dispatch import finalize
+from pipeline.db import chunks, jobs, staging, syncs
+from pipeline.dispatch import completion, finalize
 from pipeline.infra.settings import Settings
 from pipeline.ingest.submission import planning
 from pipeline.ingest.sync import SyncRequest, columns_of, create_collection, submission_of, sync_collection
+from pipeline.jobs import collections, control
 from pipeline.jobs.collections import find_collection
 from pipeline.jobs.search import SearchRequest, collection_to_search
 from pipeline.jobs.verification import verified_receipt
@@ -302,6 +303,12 @@ def test_options_that_a_collection_cannot_have_are_refused(engine: Engine, stati
             create('no "quotes"')
         with pytest.raises(UserError, match="letters"):
             create("x" * 70)
+        with pytest.raises(UserError, match="letters"):
+            create("team.docs")
+        with pytest.raises(UserError, match="has a table of this name"):
+            create("items_2031_01")
+        with pytest.raises(UserError, match="63 bytes"):
+            create("third", carry=["ü" * 40])
         with pytest.raises(UserError, match="already"):
             create("third", carry=["vector"])
         with pytest.raises(UserError, match="no such option"):
@@ -349,7 +356,7 @@ def test_keys_go_in_the_transaction_that_ends_the_sync(
     job = tickets.submit(rows[:9])
     settle = syncs.settle
 
-    def settle_alone(connection: Connection, *given: Any, **named: Any) -> SyncCounts:
+    def settle_alone(connection: Connection, *given: Any, **named: Any) -> str | None:
         found = settle(connection, *given, **named)
         connection.exec_driver_sql("commit and chain")
         return found
@@ -366,3 +373,128 @@ def test_keys_go_in_the_transaction_that_ends_the_sync(
     assert (len(tickets.view()) == 10) is not mutant
     tickets.end(job)
     tickets.shows(rows[:9])
+
+
+def shrunk(tickets: Tickets) -> UUID:
+    """Submit a sync with a changed row that lacks too many keys; it fails."""
+    rows = rows_of(200)
+    tickets.sync(rows)
+    job = tickets.submit([{**rows[0], "text": "changed"}, *rows[1:100]])
+    drain_job(tickets.engine, job)
+    assert failed(tickets, job) == "too_many_removed"
+    return job
+
+
+def drain_job(engine: Engine, job: UUID) -> None:
+    """Cancel a failing job's pending chunks, as the dispatcher does."""
+    with engine.begin() as connection:
+        chunks.cancel_pending(connection, job, 0, 1_000)
+
+
+def test_a_refused_sync_is_not_retried(tickets: Tickets) -> None:
+    job = shrunk(tickets)
+    with tickets.engine.begin() as connection, pytest.raises(NotRetriable, match="max_removed"):
+        control.retry(connection, job)
+    assert len(tickets.view()) == 200
+
+
+@pytest.mark.parametrize("meanwhile", ["undone", "done", "dropped"])
+def test_a_sync_is_retried_only_while_it_is_the_latest(
+    tickets: Tickets, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """A sync that was undone leaves what the one before it needs; one that was done doesn't."""
+    rows = rows_of(20)
+    tickets.sync(rows)
+    changed = [{**row, "text": row["text"] + " now"} for row in rows[:19]]
+    job = tickets.submit(changed)
+    with tickets.engine.begin() as connection:
+        control.fail(connection, job, Reason.SOURCE_CHANGED, "for a test")
+    drain_job(tickets.engine, job)
+    tickets.end(job)
+    if meanwhile == "undone":
+        with monkeypatch.context() as patched:
+            patched.setattr(staging, "queue", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                tickets.submit(rows)
+    elif meanwhile == "done":
+        tickets.sync(rows)
+    else:
+        with tickets.engine.begin() as connection:
+            collections.drop_collection(connection, find_collection(connection, tickets.workspace, "tickets"))
+    if meanwhile != "undone":
+        with tickets.engine.begin() as connection, pytest.raises(NotRetriable, match="sync again"):
+            control.retry(connection, job)
+        return
+    with tickets.engine.begin() as connection:
+        assert control.retry(connection, job) > 0
+    tickets.run(job)
+    tickets.shows(changed)
+
+
+def test_a_sync_whose_kept_bits_are_lost_removes_nothing(tickets: Tickets) -> None:
+    rows = rows_of(20)
+    tickets.sync(rows)
+    job = tickets.submit(rows[:19])
+    run_sql(tickets.engine, "delete from vectormill.sync_seen")
+    assert failed(tickets, job) == "items_unaccounted"
+    tickets.shows(rows)
+
+
+def test_a_delta_of_nothing_but_a_null_text_removes_its_vector(tickets: Tickets) -> None:
+    rows = rows_of(10)
+    tickets.sync(rows)
+    done = tickets.sync([{**rows[3], "text": None}], delta=True)
+    assert done == {"in": 1, "rejected": 1, "removed": 1}
+    tickets.shows([*rows[:3], *rows[4:]])
+
+
+def test_a_later_null_row_does_not_take_a_good_one_with_it(tickets: Tickets) -> None:
+    rows = rows_of(10)
+    tickets.sync(rows)
+    done = tickets.sync([*rows, {**rows[0], "text": None}], on_duplicate_key="reject")
+    assert done == {"in": 11, "unchanged": 10, "rejected": 1}
+    assert run_sql(tickets.engine, "select code from vectormill.rejects") == [("duplicate_key",)]
+    tickets.shows(rows)
+
+
+def test_rows_that_come_twice_and_are_the_same_stay_as_they_are(tickets: Tickets) -> None:
+    rows = rows_of(10)
+    tickets.sync(rows)
+    assert tickets.sync([*rows, *rows, rows[0]]) == {"in": 10, "unchanged": 10}
+    back = [{**rows[0], "lang": "nl"}, *rows]
+    assert tickets.sync(back) == {"in": 10, "unchanged": 10}
+    assert tickets.view("lang")["k0"] == rows[0]["lang"]
+
+
+def test_another_model_of_the_name_is_refused(tickets: Tickets) -> None:
+    tickets.sync(rows_of(10))
+    run_sql(tickets.engine, "update vectormill.models set weights_sha256 = 'others' where name = 'static'")
+    with pytest.raises(UserError, match="isn't what it was"):
+        tickets.submit(rows_of(11))
+
+
+def test_a_long_end_holds_no_duty_up(tickets: Tickets) -> None:
+    rows = rows_of(10)
+    job = tickets.submit(rows)
+    tickets.embed(job)
+    with tickets.engine.begin() as other:
+        jobs.lock(other, job)
+        completion.end(tickets.engine, job, finalized="")
+    tickets.end(job)
+    tickets.shows(rows)
+
+
+def test_keys_of_any_letters(tickets: Tickets) -> None:
+    keys = ["ä", "'; drop table x; --", "a\tb", "𝄞", " ", "\\", "k" * 900]
+    rows = [{"id": key, "text": f"text {at}", "lang": "en"} for at, key in enumerate(keys)]
+    tickets.sync(rows)
+    assert tickets.sync(rows) == {"in": 7, "unchanged": 7}
+    tickets.shows(rows)
+
+
+def test_half_precision(make_tickets: Callable[..., Tickets]) -> None:
+    tickets, rows = make_tickets(dtype="float16"), rows_of(20)
+    tickets.sync(rows)
+    seen, wanted = tickets.view(), tickets.fresh(rows)
+    for key, vector in wanted.items():
+        np.testing.assert_allclose(json.loads(seen[key]), vector, atol=1e-2)

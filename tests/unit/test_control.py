@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import UserError
 from pipeline.core.job_status import Account
+from pipeline.core.options import KeptOptions
 from pipeline.jobs.control import outcome, reject_limit
 
 
@@ -53,7 +54,8 @@ def test_a_wrong_option_is_named(option: str) -> None:
 def ended(
     *, into: int = 100, rejected: int = 0, lost: int = 0, limit: int | None = None, ends_as: str | None = None
 ) -> Any:
-    job: Any = SimpleNamespace(ends_as=ends_as, reason="by_user", message="why", max_rejects=limit)
+    options = KeptOptions()
+    job: Any = SimpleNamespace(ends_as=ends_as, reason="by_user", message="why", max_rejects=limit, options=options)
     items = {"in": into, "embedded": into - rejected - lost, "reused": 0, "rejected": rejected, "cancelled": 0}
     account = {"items": items, "tokens": {"prompt": 0, "reused": 0}, "balanced": not lost}
     return outcome(job, Account.model_validate(account))

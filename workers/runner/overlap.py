@@ -1,28 +1,11 @@
-"""Overlap of a chunk's steps: the next block is read and tokenised, and the last commit written, while a block is
-embedded."""
+"""Calls of a chunk's last commits, which are written while the next block is embedded."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import copy_context
 from types import TracebackType
-from typing import Self, TypeVar
-
-T = TypeVar("T")
-
-
-def ahead(values: Iterator[T]) -> Iterator[T]:
-    """Yield values; each is made in a thread, while the caller works on the one before."""
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
-
-        def begin() -> "Future[T | object]":
-            return thread.submit(copy_context().run, next, values, end)  # type: ignore[arg-type]
-
-        following = begin()
-        while (value := following.result()) is not end:
-            following = begin()
-            yield value  # type: ignore[misc]
+from typing import Self
 
 
 class InOrder(AbstractContextManager["InOrder"]):

@@ -30,10 +30,11 @@ from pipeline.core.errors import GatewayBusy, LeaseLost
 from pipeline.core.jobs import JobState
 from pipeline.db import chunks
 from pipeline.db.embeddings import NO_ROWS
+from pipeline.infra.ahead import ahead
 from pipeline.infra.leases import Renewal
 from workers import instrumentation
 from workers.encoders.batching import CONVICTED, Encoder, Slice, isolated_slices
-from workers.runner.overlap import InOrder, ahead
+from workers.runner.overlap import InOrder
 from workers.runner.reuse import SortedItems, known_vectors, sort_out, with_followers
 from workers.runner.slice_encoding import SliceEncoding, reject
 from workers.watchdog import Watch

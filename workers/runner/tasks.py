@@ -10,7 +10,7 @@ import psutil
 import structlog
 from billiard import current_process
 from celery import Task
-from psycopg.errors import InsufficientPrivilege
+from psycopg.errors import CheckViolation, InsufficientPrivilege
 from sqlalchemy import Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 
@@ -263,6 +263,9 @@ def _stop_job(engine: Engine, claim: Claim, error: Exception) -> None:
                 control.pause_for(connection, job_id, Reason.WORKERS_FAILING, message)
             case DBAPIError() if into:
                 message = f"the job's own table refuses the vectors ({plain_reason(error)})"
+                control.fail(connection, job_id, Reason.TABLE_REFUSED, message)
+            case DBAPIError(orig=CheckViolation()) if claim.options.sync:  # there is no partition for its rows
+                message = f"its collection is gone ({plain_reason(error)})"
                 control.fail(connection, job_id, Reason.TABLE_REFUSED, message)
 
 

@@ -13,8 +13,11 @@ from pipeline.api.paths import as_sent
 from pipeline.api.status.submissions import Intake, answer, body_of, owner_of, receive_rows, schema_of
 from pipeline.catalog.models import find_model
 from pipeline.core.collection_status import CollectionList, CollectionStatus, SyncList
+from pipeline.core.errors import CollectionBusy
 from pipeline.core.job_status import JobStatus
+from pipeline.core.jobs import JobState
 from pipeline.core.options import Columns, JobOptions, Word
+from pipeline.db import jobs, syncs
 from pipeline.infra.settings import Settings
 from pipeline.ingest.request import read_fields
 from pipeline.ingest.submission import Submitted, planning
@@ -29,7 +32,7 @@ router = APIRouter(prefix="/api/collections", responses=problems(400, 404), tags
 class NewCollection(JobOptions):
     """Request for a collection: its name, its model, and the options with which its texts are embedded."""
 
-    name: Word = Field(description="Letters, digits, dots, dashes and underscores.")
+    name: Word = Field(description="Letters, digits, dashes and underscores.")
     model: Word = Field(description="The model, by name or alias.")
     expect_every_seconds: float | None = Field(
         default=None, gt=0, le=1e9, description="Longest time between two syncs that is no cause for alarm."
@@ -48,6 +51,15 @@ async def _of(request: Request, workspace: str | None, act: Any) -> Any:
 
 def _scope(connection: Connection, caller: Caller, workspace: str | None) -> int:
     return (scope_of(connection, caller, workspace) if workspace else None) or caller.workspace_id
+
+
+def _check_free(connection: Connection, owner: int, name: str, idempotency_key: str | None) -> None:
+    """Refuse a sync before its rows are sent, if another one goes on."""
+    found = collections.find_collection(connection, owner, name)
+    running = syncs.running(connection, found.version_id)
+    job = jobs.by_id(connection, running) if running else None
+    if job and job.state is not JobState.STAGING and (not idempotency_key or job.idempotency_key != idempotency_key):
+        raise CollectionBusy(found.name, job.id)
 
 
 @router.get("", openapi_extra=SECURITY)
@@ -154,7 +166,7 @@ async def sync(
     owner = await owner_of(request, workspace)
     settings: Settings = request.app.state.settings
     name = as_sent(collection)
-    await ask(request, lambda connection: collections.find_collection(connection, owner, name))
+    await ask(request, lambda connection: _check_free(connection, owner, name, idempotency_key))
 
     def read(fields: Any) -> SyncRequest:
         return read_fields(SyncRequest, fields)

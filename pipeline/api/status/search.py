@@ -1,15 +1,13 @@
 """Search at `/api/collections/NAME/search` and `/api/jobs/JOB/search`: an engine embeds the query."""
 
-from collections.abc import Callable
 from uuid import UUID
 
 from fastapi import APIRouter, Request
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
 from pipeline.api.dependencies import Workspace, ask, ask_of_job, caller_of, described, problems, read_body, scope_of
 from pipeline.api.gateway.cache import Caller
 from pipeline.api.paths import as_sent
-from pipeline.api.transfers import Transfers
 from pipeline.api.v1.embeddings import Gateway, embed_metered
 from pipeline.core.openai import Asked
 from pipeline.jobs.search import Hit, Hits, Searchable, SearchRequest, collection_to_search, job_to_search
@@ -63,13 +61,4 @@ async def search_by_engine(request: Request, caller: Caller, target: Searchable,
     )
     embedded, _ = await embed_metered(request, gateway, caller, target.model, asked)
     query: list[float] = embedded.vectors[0].tolist()
-    transfers: Transfers = request.app.state.transfers
-    return await transfers.run(caller.workspace_id, _nearest(target, query, wish))
-
-
-def _nearest(target: Searchable, query: list[float], wish: SearchRequest) -> Callable[[Engine], list[Hit]]:
-    def act(engine: Engine) -> list[Hit]:
-        with engine.begin() as connection:
-            return target.nearest(connection, query, wish)
-
-    return act
+    return await ask(request, lambda connection: target.nearest(connection, query, wish))
