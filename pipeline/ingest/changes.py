@@ -117,10 +117,10 @@ class Changes:
         """Return the collection's keys that the source has named, as `db.syncs.save_seen` takes them."""
         return self._seen.pages()
 
-    def of(self, connection: Connection, job_id: UUID, block: Rows) -> ChangedRows:
-        """Return the rows of a block that are to be staged. New columns of unchanged texts are saved."""
-        self.rows += len(block.keys)
-        rows = self._with_identities(block)
+    def of(self, connection: Connection, job_id: UUID, rows: ChangedRows) -> ChangedRows:
+        """Return those of rows that `identified` has made that are to be staged. New columns of unchanged texts are
+        saved."""
+        self.rows += len(rows.keys)
         asked = [at for at, key in enumerate(rows.keys) if key is not None]
         known = collection_keys.compare(
             connection,
@@ -219,7 +219,7 @@ class Changes:
             kept = [problem for problem in rows.problems if problem[0] not in doubles]
             rows.problems[:] = sorted([*kept, *doubles.values()], key=lambda problem: problem[0])
 
-    def _with_identities(self, block: Rows) -> ChangedRows:
+    def identified(self, block: Rows) -> ChangedRows:
         """Return rows with their identities. A row without a key becomes a reject, one whose key goes has no text."""
         texts, problems = list(block.texts), list(block.problems)
         carried, titles = block.carried, block.titles

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import monotonic
 
 import numpy as np
@@ -108,20 +108,23 @@ class Staging:
 
     def _copy_rows(self, corpus: Source) -> None:
         # No transaction is open while blocks are read: a stream may be slow.
-        gathered = _gathered(corpus.blocks())
-        # A sync compares each block while the next one is read. Not so a stream: it couldn't be interrupted.
-        if self._changes and isinstance(corpus, Corpus) and all(file.uri for file in corpus.files):
+        changes, blocks = self._changes, corpus.blocks()
+        gathered = _gathered(map(changes.identified, blocks) if changes else blocks)
+        # A sync compares rows while the next ones are read and hashed. Not so a stream: it couldn't be interrupted.
+        if changes and isinstance(corpus, Corpus) and all(file.uri for file in corpus.files):
             gathered = ahead(gathered)
-        for blocks in gathered:
+        for rows in gathered:
             with self._engine.begin() as connection:
                 # The last transaction's flush covers all before it, and a crash loses a staging anyway.
                 flush_later(connection)
                 self._hold(connection)
-                if self._changes:
-                    blocks = [self._changes.of(connection, self._job_id, block) for block in blocks]
-                self._copy(connection, blocks)
+                self._copy(connection, self._changed(connection, rows) if changes else rows)
                 self._advance(connection)
-            self._submission.on_items(self._changes.rows if self._changes else self._items)
+            self._submission.on_items(changes.rows if changes else self._items)
+
+    def _changed(self, connection: Connection, rows: Sequence[Rows]) -> list[Rows]:
+        assert self._changes
+        return [self._changes.of(connection, self._job_id, block) for block in rows if isinstance(block, ChangedRows)]
 
     def _plan_files(self, corpus: Corpus) -> None:
         planned: list[chunks.NewChunk] = []
@@ -312,7 +315,7 @@ class _Spots:
         return ordinal, places.extent(file, chunk.first_index - first_index, last, end - 1 - last_first)
 
 
-def _gathered(blocks: Iterator[Rows]) -> Iterator[list[Rows]]:
+def _gathered(blocks: Iterable[Rows]) -> Iterator[list[Rows]]:
     """Yield the blocks to commit together: many rows per COPY, bounded in rows, bytes and time."""
     gathered: list[Rows] = []
     rows = size = 0
