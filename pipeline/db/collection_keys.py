@@ -43,6 +43,8 @@ def compare(connection: Connection, version_id: int, keys: Sequence[str], identi
     """Compare rows, by key and identity, with a version. Return those whose key it has."""
     with errors_as_sqlalchemys(), psycopg_connection(connection).cursor(binary=True) as cursor:
         take_arrays(cursor)
+        # Or else the rows would be written to disk for the join.
+        cursor.execute("set local work_mem = '64MB'")
         texts = TextArray([key.encode() for key in keys])
         cursor.execute(_COMPARE, (texts, ByteaArray(identities), version_id))
         row = cursor.fetchone()

@@ -270,6 +270,25 @@ class Changes:
         return goes, carried if carries else None
 
 
+def joined(blocks: Sequence[ChangedRows]) -> ChangedRows:
+    """Return all rows of blocks of one corpus."""
+    starts = np.cumsum([0, *(len(block.keys) for block in blocks)]).tolist()
+    problems = [
+        (start + at, code, message)
+        for start, block in zip(starts, blocks, strict=False)
+        for at, code, message in block.problems
+    ]
+    carried, titles = blocks[0].carried, blocks[0].titles
+    return ChangedRows(
+        [key for block in blocks for key in block.keys],
+        [text for block in blocks for text in block.texts],
+        problems,
+        None if carried is None else [row for block in blocks for row in block.carried or ()],
+        None if titles is None else [title for block in blocks for title in block.titles or ()],
+        [identity for block in blocks for identity in block.identities],
+    )
+
+
 def _picked(rows: ChangedRows, staged: _Mask) -> ChangedRows:
     """Return the rows where `staged` is true."""
     if staged.all():

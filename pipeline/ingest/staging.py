@@ -22,7 +22,7 @@ from pipeline.db.database import flush_later, is_connection_lost
 from pipeline.db.staging import Producer
 from pipeline.infra.ahead import ahead
 from pipeline.infra.leases import Renewal
-from pipeline.ingest.changes import ChangedRows, Changes
+from pipeline.ingest.changes import ChangedRows, Changes, joined
 from pipeline.ingest.chunking import ChunkLimits, Planner, Range, chunk_tokens, estimate_split_tokens, estimate_tokens
 from pipeline.ingest.submission import Planning, Submission
 from pipeline.jobs import control
@@ -124,7 +124,10 @@ class Staging:
 
     def _changed(self, connection: Connection, rows: Sequence[Rows]) -> list[Rows]:
         assert self._changes
-        return [self._changes.of(connection, self._job_id, block) for block in rows if isinstance(block, ChangedRows)]
+        # All at once: what a query costs whatever it compares is paid once.
+        return [
+            self._changes.of(connection, self._job_id, joined([row for row in rows if isinstance(row, ChangedRows)]))
+        ]
 
     def _plan_files(self, corpus: Corpus) -> None:
         planned: list[chunks.NewChunk] = []
