@@ -10,17 +10,21 @@ from sqlalchemy import Connection, text
 from pipeline.db.arrays import ByteaArray, TextArray, take_arrays
 from pipeline.db.database import errors_as_sqlalchemys, psycopg_connection
 
+# One number a row: slot times four, plus the relation; -1: the version hasn't the key.
 _COMPARE = """
-    select coalesce(string_agg(int8send(given.at - 1), ''), ''), coalesce(string_agg(int8send(k.slot), ''), ''),
-           coalesce(string_agg(int8send(case when k.identity = given.identity then 0
-                                             when substr(k.identity, 1, 16) = substr(given.identity, 1, 16) then 1
-                                             else 2 end), ''), ''),
-           coalesce(string_agg(int8send(k.tokens), ''), '')
-    from unnest(%s, %s) with ordinality given(key, identity, at)
-    -- "offset 0" keeps it a look-up for each key.
-    cross join lateral (select slot, identity, tokens from vectormill.collection_keys k
-                        where k.version_id = %s and k.key = given.key offset 0) k
+    select array_send(coalesce(array_agg(coalesce(
+             k.slot * 4 + case when k.identity = given.identity then 0
+                               when substr(k.identity, 1, 16) = substr(given.identity, 1, 16) then 1
+                               else 2 end, -1)), '{}')),
+           array_send(coalesce(array_agg(coalesce(k.tokens, 0)::bigint), '{}'))
+    from unnest(%s, %s) given(key, identity)
+    -- "offset 0" keeps it a look-up for each key, in the order of the rows.
+    left join lateral (select slot, identity, tokens from vectormill.collection_keys k
+                       where k.version_id = %s and k.key = given.key offset 0) k on true
 """
+#: Head of an array in binary form, before its elements: dimensions, flag of nulls, type, length, lower bound.
+_HEAD_BYTES = 20
+_ELEMENT = np.dtype([("size", ">i4"), ("value", ">i8")])
 
 Numbers = npt.NDArray[np.int64]
 #: Relations of a row to the key that the collection has.
@@ -49,9 +53,9 @@ def compare(connection: Connection, version_id: int, keys: Sequence[str], identi
         cursor.execute(_COMPARE, (texts, ByteaArray(identities), version_id))
         row = cursor.fetchone()
     assert row is not None
-    columns = [np.frombuffer(column, dtype=">i8").astype(np.int64) for column in row]
-    order = np.argsort(columns[0], kind="stable")
-    return Known(*(column[order] for column in columns))
+    found, tokens = (np.frombuffer(column[_HEAD_BYTES:], _ELEMENT)["value"].astype(np.int64) for column in row)
+    at = np.flatnonzero(found >= 0)
+    return Known(at, found[at] // 4, found[at] % 4, tokens[at])
 
 
 def count_keys(connection: Connection, version_id: int) -> int:
