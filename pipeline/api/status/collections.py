@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import Field
 from sqlalchemy import Connection, Engine
 
-from pipeline.api.dependencies import SECURITY, Workspace, ask, caller_of, problems, read_body, scope_of
+from pipeline.api.dependencies import SECURITY, ask, caller_of, problems, read_body, scope_of
 from pipeline.api.gateway.cache import Caller
 from pipeline.api.paths import as_sent
 from pipeline.api.status.submissions import Intake, answer, body_of, owner_of, receive_rows, schema_of
@@ -27,6 +27,17 @@ from pipeline.sources import Corpus
 from pipeline.webhooks import allowlist
 
 router = APIRouter(prefix="/api/collections", responses=problems(400, 404), tags=["Collections"])
+
+
+#: Workspace of a collection.
+Of = Annotated[
+    str | None,
+    Query(
+        max_length=200,
+        pattern="^[^\0]*$",
+        description="For admins: its workspace. Default: the key's own.",
+    ),
+]
 
 
 class NewCollection(JobOptions):
@@ -63,7 +74,7 @@ def _check_free(connection: Connection, owner: int, name: str, idempotency_key: 
 
 
 @router.get("", openapi_extra=SECURITY)
-async def list_collections(request: Request, workspace: Workspace = None) -> CollectionList:
+async def list_collections(request: Request, workspace: Of = None) -> CollectionList:
     """List the collections of your workspace, by name."""
     return CollectionList(data=await _of(request, workspace, collections.list_collections))
 
@@ -80,7 +91,7 @@ async def list_collections(request: Request, workspace: Workspace = None) -> Col
         },
     },
 )
-async def make_collection(request: Request, workspace: Workspace = None) -> CollectionStatus:
+async def make_collection(request: Request, workspace: Of = None) -> CollectionStatus:
     """Create an empty collection, and the view that shows its vectors. Syncs fill it."""
     caller = await caller_of(request)
     wish = await read_body(request, NewCollection)
@@ -97,7 +108,7 @@ async def make_collection(request: Request, workspace: Workspace = None) -> Coll
 
 
 @router.get("/{collection}", openapi_extra=SECURITY)
-async def show_collection(request: Request, collection: str, workspace: Workspace = None) -> CollectionStatus:
+async def show_collection(request: Request, collection: str, workspace: Of = None) -> CollectionStatus:
     """Show a collection: its model, options, size and last sync."""
 
     def act(connection: Connection, scope: int) -> CollectionStatus:
@@ -108,7 +119,7 @@ async def show_collection(request: Request, collection: str, workspace: Workspac
 
 
 @router.delete("/{collection}", status_code=204, responses=problems(409), openapi_extra=SECURITY)
-async def drop_collection(request: Request, collection: str, workspace: Workspace = None) -> None:
+async def drop_collection(request: Request, collection: str, workspace: Of = None) -> None:
     """Drop a collection with its view, vectors and history. Its jobs stay."""
     caller = await caller_of(request)
 
@@ -124,7 +135,7 @@ async def drop_collection(request: Request, collection: str, workspace: Workspac
 async def list_syncs(
     request: Request,
     collection: str,
-    workspace: Workspace = None,
+    workspace: Of = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> SyncList:
     """List a collection's newest syncs, newest first, with what each changed."""
@@ -154,9 +165,7 @@ async def sync(
         str | None,
         Header(min_length=1, max_length=200, description="Sending the same again attaches to the job made first."),
     ] = None,
-    workspace: Annotated[
-        str | None, Query(max_length=200, pattern="^[^\0]*$", description="For admins: workspace of the collection.")
-    ] = None,
+    workspace: Of = None,
 ) -> Any:
     """Bring a collection up to files that are uploaded as `multipart/form-data`, or, as JSON, to `sources` that the
     operator allows (`VECTORMILL_API_SOURCES`).

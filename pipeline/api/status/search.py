@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 from pipeline.api.dependencies import Workspace, ask, ask_of_job, caller_of, described, problems, read_body, scope_of
 from pipeline.api.gateway.cache import Caller
 from pipeline.api.paths import as_sent
+from pipeline.api.status.collections import Of
 from pipeline.api.v1.embeddings import Gateway, embed_metered
 from pipeline.core.openai import Asked
 from pipeline.jobs.search import Hit, Hits, Searchable, SearchRequest, collection_to_search, job_to_search
@@ -16,7 +17,7 @@ router = APIRouter(prefix="/api", responses=problems(400, 404, 413), tags=["Coll
 
 
 @router.post("/collections/{collection}/search", openapi_extra=described(SearchRequest))
-async def search_collection(request: Request, collection: str, workspace: Workspace = None) -> Hits:
+async def search_collection(request: Request, collection: str, workspace: Of = None) -> Hits:
     """Find the keys of a collection nearest to a query, which the collection's model embeds."""
     caller = await caller_of(request, vectors=True)
     name = as_sent(collection)

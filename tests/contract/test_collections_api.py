@@ -1,0 +1,114 @@
+"""Collections over HTTP, from their creation to a search, with real processes."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from tests.acceptance.fleet import eventually
+from tests.contract.conftest import Gateway
+
+_ROWS: list[dict[str, Any]] = [
+    {"id": f"t{n}", "subject": f"ticket {n}", "body": f"the mill number {n} stands still", "lang": "en"}
+    for n in range(60)
+]
+_PATH = "/api/collections/tickets"
+
+
+@pytest.fixture(scope="module")
+def line(gateway: Gateway) -> Iterator[httpx.Client]:
+    """Yield a client of an api with a dispatcher, a worker and an engine."""
+    gateway.fleet.start_dispatcher()
+    gateway.fleet.start_worker(replicas=1)
+    with gateway.client() as client:
+        wish = {"name": "tickets", "model": "static", "text": "{subject}\n\n{body}", "carry": ["lang"]}
+        assert client.post("/api/collections", json=wish).status_code == 201
+        assert client.post("/api/collections", json=wish).status_code == 400
+        yield client
+
+
+def sync(line: httpx.Client, rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """Sync rows by an upload; return the status of the job at its end."""
+    headers = {"idempotency-key": fields.pop("key")} if "key" in fields else {}
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    reply = line.post(f"{_PATH}/syncs", data=fields, files=[("file", ("tickets.jsonl", lines))], headers=headers)
+    assert reply.status_code in (200, 201), reply.text
+    job = reply.json()["id"]
+
+    def ended() -> dict[str, Any] | None:
+        found = line.get(f"/api/jobs/{job}").json()
+        return found if found["state"] in ("completed", "failed", "cancelled") else None
+
+    return eventually(ended, "the end of a sync")
+
+
+def test_a_collection_is_synced_shown_and_searched(line: httpx.Client) -> None:
+    first = sync(line, _ROWS, key="night 1")
+    assert (first["state"], first["items"]["embedded"], first["name"]) == ("completed", 60, "tickets")
+    assert sync(line, _ROWS, key="night 1")["id"] == first["id"]
+    changed = [{**_ROWS[0], "body": "a refund was paid", "lang": "de"}, *_ROWS[1:]]
+    second = sync(line, changed, labels='{"run": "nightly"}')
+    assert (second["items"]["embedded"], second["items"]["unchanged"]) == (1, 59)
+    assert second["labels"] == {"run": "nightly"}
+    receipt = line.get(f"/api/jobs/{second['id']}/receipt", params={"verify": True}).json()
+    assert (receipt["verified"], receipt["tokens"]["saved"] > 0) == (True, True)
+    shown = line.get(_PATH).json()
+    assert (shown["keys"], shown["running"], shown["view"]) == (60, None, 'vectormill."tickets"')
+    assert [each["name"] for each in line.get("/api/collections").json()["data"]] == ["tickets"]
+    newest, oldest = line.get(f"{_PATH}/syncs").json()["data"]
+    assert (newest["changed"], newest["unchanged"], oldest["added"]) == (1, 59, 60)
+    wish = {"query": "a refund was paid", "limit": 3}
+    found = line.post(f"{_PATH}/search", json=wish).json()["data"]
+    assert (found[0]["key"], found[0]["carried"], len(found)) == ("t0", {"lang": "de"}, 3)
+    (only,) = line.post(f"{_PATH}/search", json={**wish, "where": {"lang": "de"}}).json()["data"]
+    assert only == found[0]
+    unknown = line.post(f"{_PATH}/search", json={**wish, "where": {"size": "1"}})
+    assert (unknown.status_code, unknown.json()["field"]) == (400, "where")
+    of_job = line.post(f"/api/jobs/{second['id']}/search", json=wish).json()["data"]
+    assert [(hit["key"], hit["index"], "a refund was paid" in hit["text"]) for hit in of_job] == [("t0", 0, True)]
+
+
+def test_a_delta_removes_what_it_names(line: httpx.Client) -> None:
+    done = sync(line, [{**_ROWS[5], "gone": True}], delta="true", removed_column="gone")
+    assert (done["state"], done["items"]["removed"]) == ("completed", 1)
+
+
+def test_mistakes_are_told(line: httpx.Client) -> None:
+    def refused(**fields: Any) -> str:
+        reply = line.post(f"{_PATH}/syncs", data=fields, files=[("file", ("a.jsonl", b"{}\n"))])
+        assert reply.status_code == 400, reply.text
+        return str(reply.json()["detail"])
+
+    assert "removed_column: it is for a delta" in refused(removed_column="gone")
+    assert 'max_removed "many": give a count' in refused(max_removed="many")
+    assert refused(surprise="1") == "surprise: there is no such field."
+    assert 'no column "subject"' in refused()
+    assert line.post("/api/collections/other/syncs", json={}).status_code == 404
+    assert line.get("/api/collections/a%00b").status_code == 404
+    wish = {"name": "jobs", "model": "static"}
+    assert "has a table of this name" in line.post("/api/collections", json=wish).json()["detail"]
+    assert "model" in line.post("/api/collections", json={"name": "x"}).json()["detail"]
+
+
+def test_a_second_sync_is_told_to_wait(line: httpx.Client, gateway: Gateway) -> None:
+    gateway.fleet.kill_tree("worker")
+    lines = json.dumps({**_ROWS[0], "body": "waits for a worker"}).encode()
+    files = [("file", ("tickets.jsonl", lines))]
+    fields = {"delta": "true"}
+    made = line.post(f"{_PATH}/syncs", data=fields, files=files, headers={"idempotency-key": "waits"})
+    assert made.status_code == 201
+    again = line.post(f"{_PATH}/syncs", data=fields, files=files)
+    assert (again.status_code, made.json()["id"] in again.json()["detail"]) == (409, True)
+    assert line.delete(_PATH).status_code == 409
+    attached = line.post(f"{_PATH}/syncs", data=fields, files=files, headers={"idempotency-key": "waits"})
+    assert (attached.status_code, attached.json()["id"]) == (200, made.json()["id"])
+    gateway.fleet.start_worker(replicas=1)
+    eventually(lambda: line.get(_PATH).json()["running"] is None, "the end of the sync")
+
+
+def test_a_dropped_collection_is_gone(line: httpx.Client) -> None:
+    assert line.delete(_PATH).status_code == 204
+    assert line.get(_PATH).status_code == 404
+    assert line.get("/api/collections").json()["data"] == []
