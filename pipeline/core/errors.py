@@ -119,6 +119,11 @@ class Waiting(VectormillError):
 
     retryable = True
 
+    def __init__(self, message: str | None = None, *, most_seconds: float | None = None) -> None:
+        super().__init__(message)
+        #: Longest delay of the next try; `None`: the usual one.
+        self.most_seconds = most_seconds
+
 
 class WaitTimedOut(VectormillError):
     """The wait timed out before the job ended; the job goes on."""

@@ -141,7 +141,7 @@ class Background:
             with self._lock:
                 self._rested.pop(which, None)
         except Waiting as waiting:
-            self._rest(which)
+            self._rest(which, waiting.most_seconds or _MOST_AGAIN_SECONDS)
             log.info("background_task_waits", task=kind.name, piece=str(piece), message=str(waiting))
         except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed, and the log says it
             self._rest(which)
@@ -155,8 +155,8 @@ class Background:
             with self._lock:
                 self.under_way.discard(which)
 
-    def _rest(self, which: tuple[str, Hashable]) -> None:
+    def _rest(self, which: tuple[str, Hashable], most_seconds: float = _MOST_AGAIN_SECONDS) -> None:
         with self._lock:
-            rest = min(_MOST_AGAIN_SECONDS, 2 * self._rested.get(which, _AGAIN_SECONDS / 2))
+            rest = min(most_seconds, 2 * self._rested.get(which, _AGAIN_SECONDS / 2))
             self._rested[which] = rest
             self._rests[which] = time.monotonic() + rest

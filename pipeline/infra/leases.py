@@ -11,6 +11,8 @@ import structlog
 
 log = structlog.get_logger()
 
+_LAST_SECONDS = 1.0
+
 
 class Renewal:
     """A thread that calls `renew` every third of a lease, for the length of the `with` block.
@@ -37,11 +39,11 @@ class Renewal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop renewing. A renewal in progress may still arrive, but can't take back a lease that was given up."""
+        """Stop renewing, and wait a moment for a renewal in progress, so that its connection isn't left behind. One
+        that takes longer may still arrive, but can't take back a lease that was given up."""
         self._stopped.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_LAST_SECONDS)
 
     def _run(self) -> None:
         while not self._stopped.wait(self._period_seconds):

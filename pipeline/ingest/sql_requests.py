@@ -51,6 +51,8 @@ log = structlog.get_logger()
 #: Time limit for reaching a request's database, from the first failure after its last rows came.
 _PATIENCE_SECONDS = 900.0
 _MOST_MESSAGE = 2_000
+#: Time between two tries to begin a sync while another one goes on.
+_BUSY_SECONDS = 5.0
 
 
 def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
@@ -76,7 +78,7 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
             raise
         _fail(engine, row, RequestReason.SOURCE_UNREACHABLE, error)
     except CollectionBusy as busy:
-        raise Waiting(str(busy)) from busy
+        raise Waiting(str(busy), most_seconds=_BUSY_SECONDS) from busy
     except UserError as error:
         _fail(engine, row, _reason(error), error)
     except DBAPIError:  # from our own database, not the query's

@@ -4,7 +4,7 @@ programs that use it. All tests share one gateway, each with names of its own.""
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,20 @@ class Site:
         """Return the number of texts that were embedded for jobs and metered."""
         query = "select coalesce(sum(items), 0) from vectormill.usage where job_id is not null"
         return int(self.gateway.fleet.scalar(query))
+
+    def collection(self, name: str) -> None:
+        """Create a collection of tickets."""
+        text = "{subject}\n\n{body}"
+        self.gateway.fleet.cli("collections", "create", name, "--model", "static", "--text", text)
+
+    def syncs(self, name: str) -> list[tuple[int, ...]]:
+        """Return what each completed sync of a collection added, changed, left as it was and removed."""
+        query = """
+            select coalesce(json_agg(array[s.added, s.changed, s.unchanged, s.removed] order by s.job_id), '[]')
+            from vectormill.syncs s join vectormill.collections c on c.id = s.collection_id
+            where c.name = :name and s.settled_at is not null
+        """
+        return [tuple(row) for row in self.gateway.fleet.scalar(query, name=name)]
 
     def jobs(self, name: str) -> list[str]:
         """Return the states of the jobs of this name."""
@@ -117,9 +131,11 @@ class Airflow:
     site: Site
     environment: dict[str, str]
 
-    def run(self, dag: str, day: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, dag: str, day: str, *, parameters: Mapping[str, str] = {}, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a DAG of `ops/schedulers/airflow` for a day, as `airflow dags test` does."""
-        conf = json.dumps({"folder": str(self.site.folder), "model": "static"})
+        conf = json.dumps({"folder": str(self.site.folder), "model": "static", **parameters})
         environment = {**self.environment, **environment}
         return self.site.run("airflow", "dags", "test", dag, day, "--conf", conf, **environment)
 

@@ -1,4 +1,4 @@
-"""Airflow's run of ops/schedulers/airflow/http_job.py."""
+"""Airflow's runs of http_job.py and http_sync.py in ops/schedulers/airflow."""
 
 import threading
 from collections import Counter
@@ -56,6 +56,23 @@ def test_a_lost_answer_is_asked_for_again_with_the_same_key(airflow: Airflow) ->
     assert [key for method, key in sent if method == "POST"] == ["articles-2026-11-27"] * 2
     assert site.jobs("articles-2026-11-27") == ["completed"]
     assert site.embedded() == before + len(texts)
+
+
+def test_a_table_is_kept_in_step(airflow: Airflow) -> None:
+    site, cases = airflow.site, {"collection": "cases"}
+    site.collection("cases")
+    rows = [{"id": f"h{n}", "subject": f"case {n}", "body": "the wheel is stuck"} for n in range(110)]
+    site.write("cases.jsonl", rows)
+    for _ in range(2):
+        done = airflow.run("http_sync", "2026-11-20", parameters=cases)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    site.write("cases.jsonl", [{**rows[0], "body": "it turns again"}, *rows[1:-1]])
+    assert airflow.run("http_sync", "2026-11-21", parameters=cases).returncode == 0
+    assert site.syncs("cases") == [(110, 0, 0, 0), (0, 1, 108, 1)]
+    site.write("cases.jsonl", rows[:5])
+    shrunk = airflow.run("http_sync", "2026-11-22", parameters=cases)
+    assert shrunk.returncode != 0
+    assert "too_many_removed" in shrunk.stdout + shrunk.stderr
 
 
 @contextmanager

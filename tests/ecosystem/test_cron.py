@@ -1,4 +1,4 @@
-"""Line of ops/schedulers/cron/crontab, run by `sh` as cron does."""
+"""Lines of ops/schedulers/cron/crontab, run by `sh` as cron does."""
 
 import os
 import re
@@ -17,10 +17,10 @@ _TEXTS = [{"id": f"d{n}", "text": f"in September the mill grinds {n} sacks"} for
 class _Crontab:
     """Crontab on a machine whose date a test sets."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, which: int = 0) -> None:
         lines = (SCHEDULERS / "cron" / "crontab").read_text().splitlines()
         told = [line for line in lines if line and not line.startswith("#")]
-        (command,) = [line.split(maxsplit=5)[5] for line in told if not re.match(r"\w+=", line)]
+        command = [line.split(maxsplit=5)[5] for line in told if not re.match(r"\w+=", line)][which]
         assert not re.search(r"(?<!\\)%", command), "cron ends a command at a bare percent sign"
         self._command = command.replace(r"\%", "%")
         self._bin = site.folder / "bin"
@@ -86,3 +86,21 @@ def test_a_missing_upstream_fails_loudly(site: Site, crontab: _Crontab) -> None:
     done = crontab.run("2026-09-26")
     assert (done.returncode, done.stdout) == (2, "")
     assert "2026-09-26.jsonl" in done.stderr
+
+
+def test_a_table_is_kept_in_step(site: Site) -> None:
+    site.collection("tickets")
+    line = _Crontab(site, 1)
+    rows = [{"id": f"c{n}", "subject": f"ticket {n}", "body": "the mill stands still"} for n in range(120)]
+    site.write("tickets.jsonl", rows)
+    for _ in range(2):
+        first = line.run("2026-09-27")
+        assert (first.returncode, first.stdout) == (0, ""), first.stderr
+    site.write("tickets.jsonl", [{**rows[0], "body": "it turns again"}, *rows[1:-1]])
+    second = line.run("2026-09-28")
+    assert second.returncode == 0, second.stderr
+    assert site.syncs("tickets") == [(120, 0, 0, 0), (0, 1, 118, 1)]
+    site.write("tickets.jsonl", rows[:5])
+    shrunk = line.run("2026-09-29")
+    assert shrunk.returncode == 3
+    assert "too_many_removed" in shrunk.stderr

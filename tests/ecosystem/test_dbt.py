@@ -69,6 +69,7 @@ def dbt(site: Site, tmp_path_factory: pytest.TempPathFactory) -> _Dbt:
             "usage on schema raw, vectormill to {1}",
             "select on raw.articles, vectormill.job_status to {1}",
             "execute on function vectormill.submit to {1}",
+            "execute on function vectormill.sync to {1}",
         ):
             connection.execute(sql.SQL("grant " + grant).format(sql.Identifier(address.path[1:]), sql.Identifier(name)))
     return made
@@ -111,6 +112,23 @@ def test_an_empty_upstream_fails_loudly(dbt: _Dbt) -> None:
     waited = dbt.wait(day="2026-10-25")
     assert waited.returncode != 0
     assert "articles-2026-10-25: failed, empty_source" in waited.stdout
+
+
+def test_a_table_that_changes_is_kept_in_step(dbt: _Dbt) -> None:
+    dbt.site.collection("tickets-of-dbt")
+    dbt.do(
+        "create table raw.tickets as select n as id, 'Ticket ' || n as subject, 'the sieve ' || n as body "
+        "from generate_series(1, 50) n"
+    )
+    dbt.do(f'grant select on raw.tickets to "{dbt.environment["DBT_USER"]}"')
+    wait = ("run-operation", "wait_for_vectormill", "--args", "{table: tickets}")
+    for day in ("2026-10-27", "2026-10-28"):
+        built = dbt.run("run", "--select", "tickets", day=day, tickets=True, collection="tickets-of-dbt")
+        assert built.returncode == 0, built.stdout
+        waited = dbt.run(*wait, day=day)
+        assert waited.returncode == 0, waited.stdout
+        dbt.do("update raw.tickets set body = 'it is whole again' where id = 7; delete from raw.tickets where id = 8")
+    assert dbt.site.syncs("tickets-of-dbt") == [(50, 0, 0, 0), (0, 1, 48, 1)]
 
 
 def test_who_may_not_is_refused(dbt: _Dbt) -> None:

@@ -1,7 +1,8 @@
 """Each night a job over the day's file, by HTTP; a sensor that holds no worker waits for its end.
 
-Needs apache-airflow-providers-http, and the connection `vectormill`: schema, host and port of the api, and in its extra
-`{"Authorization": "Bearer vm_…"}`. The api must allow the folder (VECTORMILL_API_SOURCES), which its machine must see.
+Needs apache-airflow-providers-http, `vectormill_sensor.py` beside it, and the connection `vectormill`: schema, host and
+port of the api, and in its extra `{"Authorization": "Bearer vm_…"}`. The api must allow the folder
+(VECTORMILL_API_SOURCES), which its machine must see.
 
 The day's file is `<folder>/<day>.jsonl`, lines with `id` and `text`; the day is Airflow's `ds`, the date of the run. A
 run by hand needs a logical date.
@@ -12,26 +13,11 @@ Airflow's `default_task_retry_delay`. Only a job that has failed or was cancelle
 """
 
 import json
-from datetime import timedelta
-from typing import Any
 
 import pendulum
 from airflow.providers.http.operators.http import HttpOperator
-from airflow.providers.http.sensors.http import HttpSensor
 from airflow.sdk import dag
-from airflow.sdk.exceptions import AirflowFailException
-
-
-def has_completed(response: Any) -> bool:
-    """Whether a job has completed. A paused one is waited for: somebody may resume it.
-
-    Raises:
-        AirflowFailException: it has failed or was cancelled.
-    """
-    job = response.json()
-    if job["state"] in ("failed", "cancelled"):
-        raise AirflowFailException(f"job {job['id']} is {job['state']}: {job['reason'] or ''} {job['message'] or ''}")
-    return bool(job["state"] == "completed")
+from vectormill_sensor import wait_for
 
 
 @dag(
@@ -61,18 +47,7 @@ def http_job() -> None:
         ),
         response_filter=lambda response: response.json()["id"],
     )
-    wait = HttpSensor(
-        task_id="wait",
-        http_conn_id="vectormill",
-        endpoint=f"/api/jobs/{submit.output}",
-        response_check=has_completed,
-        # By default one waits for a job that isn't there.
-        response_error_codes_allowlist=[],
-        mode="reschedule",
-        poke_interval=timedelta(seconds=10),
-        timeout=timedelta(hours=6),
-    )
-    submit >> wait
+    submit >> wait_for(submit.output)
 
 
 http_job()

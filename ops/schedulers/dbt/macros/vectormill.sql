@@ -13,6 +13,20 @@ select '{{ relation.identifier }}', vectormill.submit(
 on conflict (table_name) do update set job_id = excluded.job_id
 {% endmacro %}
 
+{#- A sync of a collection over a table, for a post-hook; its job is kept as that of `submit_to_vectormill` is. Rows that
+    haven't changed cost no tokens, and keys that are gone from the table go from the collection. -#}
+{% macro sync_to_vectormill(relation, collection, columns) %}
+{% set name = relation.identifier ~ "-" ~ var("day", run_started_at.strftime("%Y-%m-%d")) %}
+insert into {{ kept_jobs() }} as kept (table_name, job_id)
+select '{{ relation.identifier }}', vectormill.sync(
+    collection => '{{ collection }}',
+    query => 'select {{ columns | join(", ") }} from {{ relation }}',
+    name => '{{ name }}',
+    idempotency_key => 'dbt {{ relation.schema }}.{{ name }}'
+)
+on conflict (table_name) do update set job_id = excluded.job_id
+{% endmacro %}
+
 {#- The job that was asked for last, of each table. -#}
 {% macro kept_jobs() %}{{ target.schema }}.vectormill_jobs{% endmacro %}
 
