@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -15,10 +16,12 @@ import redis
 from sqlalchemy import Engine, text
 
 from pipeline.catalog import keys, models
+from pipeline.core.options import JobOptions
 from pipeline.db import workspaces
 from pipeline.db.database import make_engine
 from pipeline.embedded.runtime import Running
 from pipeline.infra import metrics
+from pipeline.ingest.sync import create_collection
 from pipeline.jobs import status
 from tests.acceptance.fleet import Fleet, eventually
 from tests.conftest import new_database
@@ -74,6 +77,14 @@ def watched(
         with engine.begin() as connection:
             models.add_model(connection, "static", static_description)
             models.add_model(connection, "minilm", bundled_description)
+            create_collection(
+                connection,
+                models.workspace_id(connection),
+                "watched",
+                model="static",
+                options=JobOptions(),
+                expect_every=timedelta(days=1),
+            )
         environment = {
             "VECTORMILL_DATABASE_URL": url,
             "VECTORMILL_REDIS_URL": redis_url,

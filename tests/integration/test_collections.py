@@ -19,6 +19,7 @@ from pipeline.core.errors import CollectionBusy, NotRetriable, UserError
 from pipeline.core.jobs import JobState, Reason
 from pipeline.core.options import JobOptions
 from pipeline.db import chunks, jobs, staging, syncs
+from pipeline.db import collections as stored
 from pipeline.dispatch import completion, finalize
 from pipeline.infra.settings import Settings
 from pipeline.ingest.submission import planning
@@ -498,3 +499,20 @@ def test_half_precision(make_tickets: Callable[..., Tickets]) -> None:
     seen, wanted = tickets.view(), tickets.fresh(rows)
     for key, vector in wanted.items():
         np.testing.assert_allclose(json.loads(seen[key]), vector, atol=1e-2)
+
+
+def test_a_collection_is_overdue_from_its_last_sync_on(tickets: Tickets) -> None:
+    def expected() -> list[tuple[str, bool]]:
+        with tickets.engine.begin() as connection:
+            return [(each.view, each.overdue_seconds > 3_000) for each in stored.expected(connection, 10)]
+
+    assert expected() == []
+    run_sql(
+        tickets.engine,
+        "update vectormill.collections set expect_every = '1 h', created_at = now() - interval '2 h'",
+    )
+    assert expected() == [("tickets", True)]
+    tickets.sync(rows_of(3))
+    assert expected() == [("tickets", False)]
+    run_sql(tickets.engine, "update vectormill.syncs set settled_at = now() - interval '2 h'")
+    assert expected() == [("tickets", True)]
