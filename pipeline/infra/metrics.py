@@ -20,7 +20,7 @@ from pipeline.core.jobs import JobState, Reason
 MODEL = "a model's name in the catalogue"
 QUEUE = "a model's queue"
 DEVICE = "a device of the machine"
-COLLECTION = "a collection's view, of at most a thousand that have --expect-every"
+COLLECTION = "a collection's view, of at most a thousand with an expected time between syncs"
 ROUTE = "a route's template; `unknown`: there is no such route"
 STATUS = "an HTTP status; `none`: the client disconnected before the response"
 

@@ -8,7 +8,7 @@ from airflow.sdk.exceptions import AirflowFailException
 
 
 def has_completed(response: Any) -> bool:
-    """Whether a job has completed. A paused one is waited for: somebody may resume it.
+    """Return True if a job has completed. A paused one is waited for: somebody may resume it.
 
     Raises:
         AirflowFailException: it has failed or was cancelled.

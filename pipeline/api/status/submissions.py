@@ -156,7 +156,7 @@ Wish = TypeVar("Wish", bound=RowsRequest)
 
 @dataclass(frozen=True, slots=True)
 class Intake(Generic[Wish]):
-    """What is done with a request and its rows."""
+    """Treatment of a request and its rows."""
 
     read: Callable[[Mapping[str, Any]], Wish]
     columns: Callable[[Engine, Wish], Columns]
