@@ -8,74 +8,47 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.catalog.models import DEFAULT_WORKSPACE
-from pipeline.cli import output
+from pipeline.cli import options, output
 from pipeline.cli.backends import open_backend
 from pipeline.cli.once import App
 from pipeline.cli.spans import read_span
 from pipeline.core import humanize
 from pipeline.core.collection_status import CollectionStatus
-from pipeline.core.options import LEAST_PASSAGE_TOKENS, JobOptions, OnLong, Precision, SplitBy, VectorType
+from pipeline.core.options import JobOptions, OnLong, Precision, SplitBy, VectorType
 from pipeline.ingest.request import read_fields
 
 app = App(help="Manage collections, which syncs keep up with their sources.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Workspace = Annotated[str, typer.Option(help="The workspace.")]
 
 
 @app.command()
 def create(
     name: Name,
     *,
-    model: Annotated[str, typer.Option(help="The model, by name or alias.")],
-    text_column: Annotated[str, typer.Option(help="The column or field that holds the texts.")] = "text",
-    text: Annotated[
-        str | None,
-        typer.Option(metavar="TEMPLATE", help='Texts of several columns instead: "{subject} {body}".'),
-    ] = None,
-    key_column: Annotated[str | None, typer.Option(help="The column that holds your keys. Default: id.")] = None,
+    model: options.Model,
+    text_column: options.TextColumn = "text",
+    text: options.Text = None,
+    key_column: options.KeyColumn = None,
     carry: Annotated[list[str] | None, typer.Option(help="A column to show beside vectors; may be repeated.")] = None,
-    dimensions: Annotated[
-        int | None, typer.Option(min=1, help="Size of the vectors, if the model has several.")
-    ] = None,
+    dimensions: options.Dimensions = None,
     dtype: Annotated[VectorType, typer.Option(help="Element type of the vectors.")] = VectorType.FLOAT32,
-    precision: Annotated[
-        Precision, typer.Option(help="Precision of the model: auto, as the workers are set up, or float32.")
-    ] = Precision.AUTO,
-    max_item_tokens: Annotated[
-        int | None, typer.Option(min=1, max=1_000_000, help="The most tokens of a text to read.")
-    ] = None,
-    on_long: Annotated[
-        OnLong, typer.Option(help="Treatment of a longer text: truncate, reject, or split into passages.")
-    ] = OnLong.TRUNCATE,
-    split: Annotated[
-        int | None,
-        typer.Option(
-            min=LEAST_PASSAGE_TOKENS, metavar="TOKENS", help="Split texts into passages, each with a vector of its own."
-        ),
-    ] = None,
-    overlap: Annotated[
-        int, typer.Option(min=0, metavar="TOKENS", help="Most tokens of a passage that repeat the one before.")
-    ] = 0,
-    split_by: Annotated[
-        SplitBy, typer.Option(help="The largest unit that stays whole where it fits.")
-    ] = SplitBy.PARAGRAPH,
-    title: Annotated[
-        str | None,
-        typer.Option(metavar="TEMPLATE", help='A title read before each passage, such as "{subject}".'),
-    ] = None,
+    precision: options.Precision = Precision.AUTO,
+    max_item_tokens: options.MaxItemTokens = None,
+    on_long: options.OnLong = OnLong.TRUNCATE,
+    split: options.Split = None,
+    overlap: options.Overlap = 0,
+    split_by: options.SplitBy = SplitBy.PARAGRAPH,
+    title: options.Title = None,
     max_rejects: Annotated[
         str,
         typer.Option(metavar="N|P%", help="Fail a sync with more rejects. Default: 10% from 100 rows on."),
     ] = "",
-    no_reuse: Annotated[
-        bool, typer.Option("--no-reuse", help="Embed every text, also one whose vector the workspace has already.")
-    ] = False,
+    no_reuse: options.NoReuse = False,
     expect_every: Annotated[
         str | None, typer.Option(metavar="SPAN", help="Call it stale this long after its last sync: 24h, 7d.")
     ] = None,
-    workspace: Workspace = DEFAULT_WORKSPACE,
+    workspace: options.Workspace = DEFAULT_WORKSPACE,
 ) -> None:
     """Create an empty collection, and the view that shows its vectors. Syncs fill it.
 
@@ -110,7 +83,7 @@ def create(
 
 
 @app.command("list")
-def list_collections(as_json: Json = False, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
+def list_collections(as_json: options.Json = False, workspace: options.Workspace = DEFAULT_WORKSPACE) -> None:
     """List collections with their size and age.
 
     Example: vectormill collections list --json
@@ -141,7 +114,7 @@ def _freshness(row: CollectionStatus) -> Text:
 
 
 @app.command()
-def show(name: Name, as_json: Json = False, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
+def show(name: Name, as_json: options.Json = False, workspace: options.Workspace = DEFAULT_WORKSPACE) -> None:
     """Show a collection: its model, options, size and last sync.
 
     Example: vectormill collections show tickets
@@ -175,8 +148,8 @@ def _shown(value: Any) -> str:
 def history(
     name: Name,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20,
-    as_json: Json = False,
-    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: options.Json = False,
+    workspace: options.Workspace = DEFAULT_WORKSPACE,
 ) -> None:
     """List a collection's syncs, newest first, with what each changed.
 
@@ -211,7 +184,7 @@ def history(
 def drop(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
-    workspace: Workspace = DEFAULT_WORKSPACE,
+    workspace: options.Workspace = DEFAULT_WORKSPACE,
 ) -> None:
     """Drop a collection with its view, vectors and history. Its jobs stay.
 

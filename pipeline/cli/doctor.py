@@ -6,7 +6,7 @@ import typer
 from rich.text import Text
 
 from pipeline.cli.context import server_urls
-from pipeline.cli.jobs import Json
+from pipeline.cli.options import Json
 from pipeline.cli.output import print_json, stderr, stdout
 from pipeline.core.errors import ServiceUnreachable
 from pipeline.doctor.report import Finding, State

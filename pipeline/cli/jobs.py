@@ -14,6 +14,7 @@ from rich.text import Text
 from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.cli import output
 from pipeline.cli.backends import Backend, open_backend
+from pipeline.cli.options import Json, Timeout, Workspace
 from pipeline.core import humanize
 from pipeline.core.errors import ServiceUnreachable, UnknownJob, WaitTimedOut
 from pipeline.core.job_status import JobStatus
@@ -21,9 +22,6 @@ from pipeline.core.jobs import JobState, Reason
 from pipeline.jobs.status import several
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Its id, a unique prefix of it, or its name.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Stop waiting after this time; exit 7.")]
-Workspace = Annotated[str, typer.Option(help="The workspace.")]
 
 _EXIT_CODES = {JobState.COMPLETED: 0, JobState.FAILED: 3, JobState.CANCELLED: 4, JobState.PAUSED: 5}
 _OUTCOMES = ("embedded", "reused", "unchanged", "rejected", "cancelled", "removed")

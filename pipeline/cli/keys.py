@@ -12,14 +12,13 @@ from pipeline.catalog.keys import NewKey
 from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.cli.backends import open_backend
 from pipeline.cli.once import App
+from pipeline.cli.options import Json, Workspace
 from pipeline.cli.output import age, print_json, stderr, stdout
 from pipeline.cli.spans import read_span
 
 app = App(help="Manage API keys.", no_args_is_help=True)
 
-Workspace = Annotated[str, typer.Option(help="The workspace.")]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as list shows it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()

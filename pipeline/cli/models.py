@@ -18,6 +18,7 @@ from pipeline.cli.backends import open_backend
 from pipeline.cli.context import working
 from pipeline.cli.once import App
 from pipeline.cli.oneshot import oneshot
+from pipeline.cli.options import Json
 from pipeline.cli.output import print_json, stderr, stdout
 from pipeline.core import humanize
 from pipeline.core.errors import ModelError, UnknownModel, UserError
@@ -32,7 +33,6 @@ Sizes = Annotated[
     typer.Option(metavar="SIZES", help="Sizes to which its vectors may be shortened, if trained for that: 64,128,256."),
 ]
 Price = Annotated[float | None, typer.Option(min=0, help="Price of a million tokens, for the cost of usage.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Pooling(StrEnum):

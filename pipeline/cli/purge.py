@@ -8,7 +8,7 @@ from sqlalchemy import Engine
 
 from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.cli.context import CommandContext, working
-from pipeline.cli.jobs import Json, Workspace
+from pipeline.cli.options import Json, Workspace
 from pipeline.cli.output import print_json, stderr
 from pipeline.core.errors import UserError
 from pipeline.core.job_status import JobStatus

@@ -6,7 +6,7 @@ import typer
 from rich.text import Text
 
 from pipeline.cli.context import working
-from pipeline.cli.jobs import Json
+from pipeline.cli.options import Json
 from pipeline.cli.output import print_json, stderr, stdout
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import typer
 from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.cli import output
 from pipeline.cli.backends import open_backend
-from pipeline.cli.jobs import Job, Workspace, tell_namesakes
+from pipeline.cli.jobs import Job, tell_namesakes
+from pipeline.cli.options import Workspace
 
 
 def results(

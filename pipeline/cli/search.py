@@ -12,8 +12,9 @@ from pipeline.cli.api_backend import ApiBackend
 from pipeline.cli.backends import open_backend
 from pipeline.cli.context import CommandContext
 from pipeline.cli.database_backend import DatabaseBackend
-from pipeline.cli.jobs import Json, Workspace, tell_namesakes
+from pipeline.cli.jobs import tell_namesakes
 from pipeline.cli.oneshot import oneshot
+from pipeline.cli.options import Json, Workspace
 from pipeline.core.errors import ServiceUnreachable, UserError
 from pipeline.embedded.runtime import find_running
 from pipeline.ingest.request import read_fields

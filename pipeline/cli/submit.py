@@ -14,14 +14,15 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline.catalog.models import DEFAULT_WORKSPACE, find_model
+from pipeline.cli import options
 from pipeline.cli.api_backend import ApiBackend
 from pipeline.cli.backends import open_backend
 from pipeline.cli.context import CommandContext
 from pipeline.cli.dry_run import estimate_job, print_estimate, read_count
-from pipeline.cli.jobs import Timeout, Workspace, watch_job
+from pipeline.cli.jobs import watch_job
 from pipeline.cli.output import stderr, tell
 from pipeline.core.errors import EmptySource, UserError
-from pipeline.core.options import LEAST_PASSAGE_TOKENS, Columns, JobOptions, OnLong, Precision, SplitBy, VectorType
+from pipeline.core.options import Columns, JobOptions, OnLong, Precision, SplitBy, VectorType
 from pipeline.infra.storage import is_remote
 from pipeline.ingest.request import JobRequest, default_name, read_request
 from pipeline.ingest.submission import Submission, planning
@@ -33,69 +34,32 @@ from pipeline.webhooks import allowlist
 
 
 def submit(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SOURCE...",
-            help=".jsonl, .csv, .tsv, .parquet (.gz, .zst): files, folders, globs, s3://, gs://, az:// URIs, or -",
-        ),
-    ] = None,
+    sources: options.Sources = None,
     *,
-    model: Annotated[str, typer.Option(help="The model, by name or alias.")],
-    from_url: Annotated[
-        str | None, typer.Option("--from", metavar="URL", help="A database to query: postgresql://…, duckdb:///file.")
-    ] = None,
+    model: options.Model,
+    from_url: options.FromUrl = None,
     query: Annotated[str | None, typer.Option(help="The query whose rows are the corpus.")] = None,
-    text_column: Annotated[str, typer.Option(help="The column or field that holds the texts.")] = "text",
-    text: Annotated[
-        str | None,
-        typer.Option(metavar="TEMPLATE", help='Texts of several columns instead: "{subject} {body}".'),
-    ] = None,
-    key_column: Annotated[str | None, typer.Option(help="The column that holds your keys. Default: id.")] = None,
-    delimiter: Annotated[
-        str | None,
-        typer.Option(metavar="SIGN", help="Delimiter of .csv and .tsv fields, or tab. Default: comma, tab."),
-    ] = None,
-    quote: Annotated[
-        str | None,
-        typer.Option(metavar="SIGN", help='Quote character of .csv and .tsv, or none. Default: ", none.'),
-    ] = None,
+    text_column: options.TextColumn = "text",
+    text: options.Text = None,
+    key_column: options.KeyColumn = None,
+    delimiter: options.Delimiter = None,
+    quote: options.Quote = None,
     carry: Annotated[list[str] | None, typer.Option(help="A column to carry into results; may be repeated.")] = None,
     name: Annotated[str | None, typer.Option(help="The job's name. Default: the first source's.")] = None,
-    label: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A label; may be repeated.")] = None,
+    label: options.Label = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="Submitting again with this key attaches to the same job.")
     ] = None,
-    priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,
-    dimensions: Annotated[
-        int | None, typer.Option(min=1, help="Size of the vectors, if the model has several.")
-    ] = None,
+    priority: options.Priority = 0,
+    dimensions: options.Dimensions = None,
     dtype: Annotated[VectorType, typer.Option(help="Element type of the stored vectors.")] = VectorType.FLOAT32,
-    precision: Annotated[
-        Precision, typer.Option(help="Precision of the model: auto, as the workers are set up, or float32.")
-    ] = Precision.AUTO,
-    max_item_tokens: Annotated[
-        int | None, typer.Option(min=1, max=1_000_000, help="The most tokens of a text to read.")
-    ] = None,
-    on_long: Annotated[
-        OnLong, typer.Option(help="Treatment of a longer text: truncate, reject, or split into passages.")
-    ] = OnLong.TRUNCATE,
-    split: Annotated[
-        int | None,
-        typer.Option(
-            min=LEAST_PASSAGE_TOKENS, metavar="TOKENS", help="Split texts into passages, each with a vector of its own."
-        ),
-    ] = None,
-    overlap: Annotated[
-        int, typer.Option(min=0, metavar="TOKENS", help="Most tokens of a passage that repeat the one before.")
-    ] = 0,
-    split_by: Annotated[
-        SplitBy, typer.Option(help="The largest unit that stays whole where it fits.")
-    ] = SplitBy.PARAGRAPH,
-    title: Annotated[
-        str | None,
-        typer.Option(metavar="TEMPLATE", help='A title read before each passage, such as "{subject}".'),
-    ] = None,
+    precision: options.Precision = Precision.AUTO,
+    max_item_tokens: options.MaxItemTokens = None,
+    on_long: options.OnLong = OnLong.TRUNCATE,
+    split: options.Split = None,
+    overlap: options.Overlap = 0,
+    split_by: options.SplitBy = SplitBy.PARAGRAPH,
+    title: options.Title = None,
     max_rejects: Annotated[
         str,
         typer.Option(metavar="N|P%", help="Fail if more items than this are rejected. Default: 10% from 100 items on."),
@@ -118,13 +82,8 @@ def submit(
         str | None, typer.Option(metavar="TABLE", help="Also upsert each vector by key into this table of yours.")
     ] = None,
     hnsw: Annotated[bool, typer.Option("--hnsw", help="Index that table's vectors at the end.")] = False,
-    no_reuse: Annotated[
-        bool, typer.Option("--no-reuse", help="Embed every text, also one whose vector the workspace has already.")
-    ] = False,
-    webhook: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="URL to notify when the job ends; the operator must allow it."),
-    ] = None,
+    no_reuse: options.NoReuse = False,
+    webhook: options.Webhook = None,
     allow_empty: Annotated[
         bool, typer.Option("--allow-empty", help="If there are no rows, make no job and exit with 0.")
     ] = False,
@@ -136,9 +95,9 @@ def submit(
         str | None, typer.Option(metavar="N", help="Estimate as if the corpus had N items, such as 1e9.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what --dry-run finds as JSON.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Stay until the job ends; the exit code says how.")] = False,
-    timeout: Timeout = None,
-    workspace: Workspace = DEFAULT_WORKSPACE,
+    wait: options.Wait = False,
+    timeout: options.Timeout = None,
+    workspace: options.Workspace = DEFAULT_WORKSPACE,
 ) -> None:
     """Submit a corpus as a job. Prints the job's id on standard output, everything else on standard error.
 

@@ -9,10 +9,11 @@ from uuid import UUID
 import typer
 
 from pipeline.catalog.models import DEFAULT_WORKSPACE, find_model
+from pipeline.cli import options
 from pipeline.cli.api_backend import ApiBackend
 from pipeline.cli.backends import open_backend
 from pipeline.cli.context import CommandContext
-from pipeline.cli.jobs import Timeout, Workspace, watch_job
+from pipeline.cli.jobs import watch_job
 from pipeline.cli.output import stderr, tell
 from pipeline.cli.submit import Counter, corpus_of, files_of, labels_of, needs, refuse_at_api
 from pipeline.core.collections import OnDuplicateKey
@@ -29,17 +30,9 @@ from pipeline.webhooks import allowlist
 
 def sync(
     collection: Annotated[str, typer.Argument(metavar="COLLECTION", help="The collection's name.")],
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SOURCE...",
-            help=".jsonl, .csv, .tsv, .parquet (.gz, .zst): files, folders, globs, s3://, gs://, az:// URIs, or -",
-        ),
-    ] = None,
+    sources: options.Sources = None,
     *,
-    from_url: Annotated[
-        str | None, typer.Option("--from", metavar="URL", help="A database to query: postgresql://…, duckdb:///file.")
-    ] = None,
+    from_url: options.FromUrl = None,
     query: Annotated[str | None, typer.Option(help="The query whose rows are the source.")] = None,
     delta: Annotated[
         bool, typer.Option("--delta", help="The source names only what changed; other keys stay.")
@@ -70,27 +63,18 @@ def sync(
         str | None,
         typer.Option(metavar="N|P%", help="Fail if more rows are rejected. Default: as of the collection."),
     ] = None,
-    delimiter: Annotated[
-        str | None,
-        typer.Option(metavar="SIGN", help="Delimiter of .csv and .tsv fields, or tab. Default: comma, tab."),
-    ] = None,
-    quote: Annotated[
-        str | None,
-        typer.Option(metavar="SIGN", help='Quote character of .csv and .tsv, or none. Default: ", none.'),
-    ] = None,
+    delimiter: options.Delimiter = None,
+    quote: options.Quote = None,
     name: Annotated[str | None, typer.Option(help="The job's name. Default: the collection's.")] = None,
-    label: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A label; may be repeated.")] = None,
+    label: options.Label = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="Syncing again with this key attaches to the same job.")
     ] = None,
-    priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,
-    webhook: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="URL to notify when the job ends; the operator must allow it."),
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Stay until the job ends; the exit code says how.")] = False,
-    timeout: Timeout = None,
-    workspace: Workspace = DEFAULT_WORKSPACE,
+    priority: options.Priority = 0,
+    webhook: options.Webhook = None,
+    wait: options.Wait = False,
+    timeout: options.Timeout = None,
+    workspace: options.Workspace = DEFAULT_WORKSPACE,
 ) -> None:
     """Bring a collection up to its source: embed what is new or changed, and remove what the source lacks.
 
