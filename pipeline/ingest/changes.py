@@ -18,7 +18,7 @@ from pipeline.core.collections import OnDuplicateKey, SyncCounts, SyncOptions, c
 from pipeline.core.options import KeptOptions
 from pipeline.core.text_identity import TextIdentity
 from pipeline.db import collection_keys, syncs
-from pipeline.db.collection_keys import OTHER_COLUMNS, OTHER_TEXT, SAME, Known, Numbers
+from pipeline.db.collection_keys import OTHER_COLUMNS, OTHER_TEXT, SAME, Numbers
 from pipeline.db.syncs import PAGE_SLOTS
 from pipeline.sources import Rows
 
@@ -88,6 +88,18 @@ class ChangedRows(Rows):
     identities: list[bytes | None] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """Those of some rows whose keys the collection has: shape (known,) each."""
+
+    rows: ChangedRows
+    #: Their positions in `rows`.
+    places: Numbers
+    slots: Numbers
+    tokens: Numbers
+    relations: Numbers
+
+
 class Changes:
     """Comparison of all rows of a sync, in order, with the collection's keys."""
 
@@ -121,6 +133,17 @@ class Changes:
         """Return those of rows that `identified` has made that are to be staged. New columns of unchanged texts are
         saved."""
         self.rows += len(rows.keys)
+        found = self._compare(connection, rows)
+        first = self._first_of_each(found.slots) & ~self._seen.contains(found.slots)
+        kept = first & (found.relations != OTHER_TEXT)
+        staged = np.ones(len(rows.keys), np.bool_)
+        staged[found.places[kept]] = False
+        self._keep(connection, job_id, found, kept)
+        self._settle_again(connection, job_id, found, ~first, staged)
+        self._seen.add(found.slots)
+        return _picked(rows, staged)
+
+    def _compare(self, connection: Connection, rows: ChangedRows) -> _Compared:
         asked = [at for at, key in enumerate(rows.keys) if key is not None]
         known = collection_keys.compare(
             connection,
@@ -129,16 +152,9 @@ class Changes:
             [rows.identities[at] or _GOES for at in asked],
         )
         places = np.array(asked, np.int64)[known.at] if len(known.at) else known.at
-        first = self._first_of_each(known.slots) & ~self._seen.contains(known.slots)
+        # Rejects and rows whose key goes have no text.
         differs = np.array([rows.texts[at] is None for at in places.tolist()], np.bool_)
-        relations = np.where(differs, OTHER_TEXT, known.relations)
-        kept = first & (relations != OTHER_TEXT)
-        staged = np.ones(len(rows.keys), np.bool_)
-        staged[places[kept]] = False
-        self._keep(connection, job_id, rows, known, places, kept, relations)
-        self._settle_again(connection, job_id, rows, known, places, relations, ~first, staged)
-        self._seen.add(known.slots)
-        return _picked(rows, staged)
+        return _Compared(rows, places, known.slots, known.tokens, np.where(differs, OTHER_TEXT, known.relations))
 
     @staticmethod
     def _first_of_each(slots: Numbers) -> _Mask:
@@ -146,78 +162,61 @@ class Changes:
         first[np.unique(slots, return_index=True)[1]] = True
         return first
 
-    def _keep(
-        self,
-        connection: Connection,
-        job_id: UUID,
-        rows: ChangedRows,
-        known: Known,
-        places: Numbers,
-        kept: _Mask,
-        relations: Numbers,
-    ) -> None:
+    def _keep(self, connection: Connection, job_id: UUID, found: _Compared, kept: _Mask) -> None:
         """Count unchanged rows, and save their columns where these differ."""
-        self._unchanged.add(known.slots[kept])
+        self._unchanged.add(found.slots[kept])
         self._same += int(kept.sum())
-        self._tokens += int(known.tokens[kept].sum())
-        updated = kept & (relations == OTHER_COLUMNS)
+        self._tokens += int(found.tokens[kept].sum())
+        updated = kept & (found.relations == OTHER_COLUMNS)
         if updated.any():
             self._updated += int(updated.sum())
-            at = places[updated].tolist()
+            at = found.places[updated].tolist()
             syncs.save_columns(
                 connection,
                 job_id,
-                known.slots[updated].tolist(),
-                [rows.identities[each] or _GOES for each in at],
-                [rows.carried[each] if rows.carried else b"null" for each in at],
+                found.slots[updated].tolist(),
+                [found.rows.identities[each] or _GOES for each in at],
+                [found.rows.carried[each] if found.rows.carried else b"null" for each in at],
             )
 
     def _settle_again(
-        self,
-        connection: Connection,
-        job_id: UUID,
-        rows: ChangedRows,
-        known: Known,
-        places: Numbers,
-        relations: Numbers,
-        again: _Mask,
-        staged: _Mask,
+        self, connection: Connection, job_id: UUID, found: _Compared, again: _Mask, staged: _Mask
     ) -> None:
         """Settle rows whose key the source has named before, where the collection has that key."""
         if not again.any():
             return
         if self._sync.on_duplicate_key is OnDuplicateKey.LAST:
             # While all rows of a key say what the collection has, there is nothing to do.
-            idle = again & (relations == SAME) & self._unchanged.contains(known.slots)
-            idle &= ~np.isin(known.slots, known.slots[again & ~idle])
-            staged[places[idle]] = False
+            idle = again & (found.relations == SAME) & self._unchanged.contains(found.slots)
+            idle &= ~np.isin(found.slots, found.slots[again & ~idle])
+            staged[found.places[idle]] = False
             self.repeated += int(idle.sum())
             if self._updated and idle.any():
-                self._updated -= syncs.drop_columns(connection, job_id, known.slots[idle].tolist())
+                self._updated -= syncs.drop_columns(connection, job_id, found.slots[idle].tolist())
             # Any other row is staged, whatever it says: an earlier one may be staged too.
             again &= ~idle
-            slots, where = np.unique(known.slots[again], return_index=True)
+            slots, where = np.unique(found.slots[again], return_index=True)
             was_same = self._unchanged.contains(slots)
             self._unchanged.discard(slots[was_same])
             self._same -= int(was_same.sum())
             self.repeated += int(was_same.sum())
-            self._tokens -= int(known.tokens[again][where][was_same].sum())
+            self._tokens -= int(found.tokens[again][where][was_same].sum())
             if self._updated:
                 self._updated -= syncs.drop_columns(connection, job_id, slots.tolist())
         elif self._sync.on_duplicate_key is OnDuplicateKey.FIRST:
-            staged[places[again]] = False
+            staged[found.places[again]] = False
             self.repeated += int(again.sum())
         else:
             doubles = {}
-            for at in places[again].tolist():
-                if rows.identities[at] == _GOES:
+            for at in found.places[again].tolist():
+                if found.rows.identities[at] == _GOES:
                     staged[at] = False
                     self.repeated += 1
                 else:
-                    rows.texts[at] = None
+                    found.rows.texts[at] = None
                     doubles[at] = (at, RejectCode.DUPLICATE_KEY, "an earlier row has the same key")
-            kept = [problem for problem in rows.problems if problem[0] not in doubles]
-            rows.problems[:] = sorted([*kept, *doubles.values()], key=lambda problem: problem[0])
+            kept = [problem for problem in found.rows.problems if problem[0] not in doubles]
+            found.rows.problems[:] = sorted([*kept, *doubles.values()], key=lambda problem: problem[0])
 
     def identified(self, block: Rows) -> ChangedRows:
         """Return rows with their identities. A row without a key becomes a reject, one whose key goes has no text."""
