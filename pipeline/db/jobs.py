@@ -67,19 +67,6 @@ def release_key(connection: Connection, job_id: UUID) -> None:
     connection.execute(text("update vectormill.jobs set idempotency_key = null where id = :job"), {"job": job_id})
 
 
-def ids_beginning(connection: Connection, workspace_id: int | None, beginning: str, limit: int) -> list[UUID]:
-    """Return the job ids that begin with `beginning`, newest first, in one workspace or in all."""
-    rows = connection.execute(
-        text("""
-            select id from vectormill.jobs
-            where (workspace_id = :workspace or cast(:workspace as bigint) is null)
-              and starts_with(id::text, :beginning) order by id desc limit :limit
-        """),
-        {"workspace": workspace_id, "beginning": beginning, "limit": limit},
-    )
-    return [row[0] for row in rows]
-
-
 def named(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[RowMapping]:
     """Return the newest jobs of this name, in one workspace or in all: `id, state`."""
     rows = connection.execute(

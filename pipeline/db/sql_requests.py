@@ -12,6 +12,19 @@ from sqlalchemy import Connection, RowMapping, text
 from pipeline.core.requests import RequestReason
 from pipeline.db.tables import requests
 
+# One statement for both: between two, a request's job may appear, or go since its query was refused, and it would be
+# found twice or not at all.
+_WITH_JOBS = """
+    select id, state from (
+        select id, workspace_id, name, state from vectormill.jobs
+        union all
+        select job_id, workspace_id, coalesce(name, 'query'), state from vectormill.requests r
+        where state <> 'submitted' and not exists (select from vectormill.jobs j where j.id = r.job_id)
+    ) found
+    where (workspace_id = :workspace or cast(:workspace as bigint) is null) and {CONDITION}
+    order by id desc limit :limit
+"""
+
 
 def due(connection: Connection, limit: int) -> Sequence[UUID]:
     """Return the requests that aren't jobs yet, oldest first, by the ids that their jobs will have."""
@@ -55,35 +68,19 @@ def status(connection: Connection, job_id: UUID) -> RowMapping | None:
     )
 
 
-def named(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[RowMapping]:
-    """Return the newest requests of this name without a job, in one workspace or in all: `id, state`."""
-    rows = connection.execute(
-        text("""
-            select job_id as id, state from vectormill.requests r
-            where (workspace_id = :workspace or cast(:workspace as bigint) is null)
-              and state <> 'submitted' and coalesce(name, 'query') = :name
-              and not exists (select from vectormill.jobs j where j.id = r.job_id)
-            order by job_id desc limit :limit
-        """),
-        {"workspace": workspace_id, "name": name, "limit": limit},
-    )
-    return list(rows.mappings())
+def named_with_jobs(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[RowMapping]:
+    """Return the newest jobs, and requests without a job, of this name, in one workspace or in all: `id, state`."""
+    values = {"workspace": workspace_id, "sought": name, "limit": limit}
+    return list(connection.execute(text(_WITH_JOBS.format(CONDITION="name = :sought")), values).mappings())
 
 
 def ids_beginning(connection: Connection, workspace_id: int | None, beginning: str, limit: int) -> list[UUID]:
-    """Return the ids that begin with `beginning`, newest first, of requests without a job, in one workspace or in
-    all."""
-    rows = connection.execute(
-        text("""
-            select job_id from vectormill.requests r
-            where (workspace_id = :workspace or cast(:workspace as bigint) is null)
-              and state <> 'submitted' and starts_with(job_id::text, :beginning)
-              and not exists (select from vectormill.jobs j where j.id = r.job_id)
-            order by job_id desc limit :limit
-        """),
-        {"workspace": workspace_id, "beginning": beginning, "limit": limit},
+    """Return the ids that begin with `beginning`, newest first, in one workspace or in all, of jobs and of requests
+    without a job."""
+    values = {"workspace": workspace_id, "sought": beginning, "limit": limit}
+    return list(
+        connection.execute(text(_WITH_JOBS.format(CONDITION="starts_with(id::text, :sought)")), values).scalars()
     )
-    return list(rows.scalars())
 
 
 def end_submitted(connection: Connection, job_id: UUID) -> bool:

@@ -49,11 +49,7 @@ def find_job(connection: Connection, workspace_id: int | None, name_or_id: str) 
         raise UnknownJob("no such job.")
     if named := namesakes(connection, workspace_id, name_or_id, 1):
         return named[0].id
-    most = _SHOWN_NAMESAKES + 1
-    of_each = (
-        store.ids_beginning(connection, workspace_id, name_or_id.lower(), most) for store in (jobs, sql_requests)
-    )
-    found = [job_id for ids in of_each for job_id in ids]
+    found = sql_requests.ids_beginning(connection, workspace_id, name_or_id.lower(), _SHOWN_NAMESAKES + 1)
     if not found:
         raise UnknownJob(f'no job "{name_or_id}"; vectormill jobs lists them.')
     if len(found) > 1:
@@ -79,10 +75,7 @@ def namesakes(connection: Connection, workspace_id: int | None, name: str, limit
     """Return the jobs with this name, and requests made in SQL that aren't jobs, the newest first."""
     if "\0" in name:  # Postgres accepts no NUL in a text
         return []
-    found = [
-        Namesake(**row) for store in (jobs, sql_requests) for row in store.named(connection, workspace_id, name, limit)
-    ]
-    return sorted(found, key=lambda each: each.id, reverse=True)[:limit]
+    return [Namesake(**row) for row in sql_requests.named_with_jobs(connection, workspace_id, name, limit)]
 
 
 def find_job_to_change(connection: Connection, workspace_id: int | None, name_or_id: str, *, ended: bool) -> UUID:

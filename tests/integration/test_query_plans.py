@@ -262,7 +262,7 @@ def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str
         "take_event": lambda c: events.take(c, "h3", 60),
         "events_backlog": lambda c: events.backlog(c, 3600),
         "forget_old_events": lambda c: events.forget_old(c, 30),
-        "requests_named": lambda c: sql_requests.named(c, 1, "docs", 2),
+        "requests_named": lambda c: sql_requests.named_with_jobs(c, 1, "docs", 2),
         "jobs_named": lambda c: jobs.named(c, 1, "docs", 2),
         "forget_queries": lambda c: sql_requests.forget_queries(c, 7),
     }
