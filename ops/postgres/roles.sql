@@ -53,7 +53,10 @@ grant select, insert, update, delete
      vectormill.sync_changes
   to vectormill_dispatcher;
 grant usage on sequence vectormill.collection_slots to vectormill_dispatcher;
-grant execute on function vectormill.index_collection to vectormill_dispatcher;
+grant execute on function vectormill.index_collection, vectormill.drop_version to vectormill_dispatcher;
+grant update (state) on vectormill.collection_versions to vectormill_dispatcher;
+-- Nobody writes it: without it, no row of a collection could be locked.
+grant update (created_at) on vectormill.collections to vectormill_dispatcher, vectormill_api;
 -- To see which worker's backend froze while it held a chunk, and to end it.
 grant pg_read_all_stats, pg_signal_backend to vectormill_dispatcher;
 
@@ -112,9 +115,10 @@ grant update (state, fence, lease_until, not_before, worker_id, crashes, isolati
 grant update (state, ends_as, cancelling_at) on vectormill.batches to vectormill_api;
 grant update (state, reason, message, finished_at) on vectormill.requests to vectormill_api;
 grant execute on function vectormill.make_partitions to vectormill_api;
--- It makes collections and drops them, and stages their syncs.
+-- It makes collections, upgrades and drops them, and stages their syncs.
 grant select on vectormill.collection_keys, vectormill.collection_vectors to vectormill_api;
 grant select, insert on vectormill.collections, vectormill.collection_versions to vectormill_api;
+grant update (state, kept_until) on vectormill.collection_versions to vectormill_api;
 grant select, insert, update, delete on vectormill.syncs, vectormill.sync_seen, vectormill.sync_changes
   to vectormill_api;
 grant usage on sequence vectormill.collection_slots to vectormill_api;
@@ -144,6 +148,6 @@ where relnamespace = 'vectormill'::regnamespace and relispartition and relkind =
 select vectormill.show_collection(id) from vectormill.collections;
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0022';
+comment on schema vectormill is 'roles.sql of 0023';
 
 commit;

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from pipeline.catalog.keys import NewKey
 from pipeline.catalog.models import DEFAULT_WORKSPACE
-from pipeline.core.collection_status import CollectionList, CollectionStatus, SyncList, SyncStatus
+from pipeline.core.collection_status import CollectionList, CollectionStatus, Comparison, SyncList, SyncStatus
 from pipeline.core.errors import CollectionBusy, ServiceUnreachable, UserError, VectormillError
 from pipeline.core.job_status import JobStatus, Receipt
 from pipeline.core.jobs import JobState
@@ -148,10 +148,32 @@ class ApiBackend:
         """Drop a collection with its view, vectors and history."""
         self._send("DELETE", _collection_path(name), params=self._scope)
 
+    def upgrade_collection(self, name: str, model: str, dimensions: int | None) -> CollectionStatus:
+        """Begin a collection's next version, of another model."""
+        wish = {"model": model, "dimensions": dimensions}
+        return CollectionStatus.model_validate(self._post(_collection_path(name, "upgrade"), json=wish))
+
+    def abandon_upgrade(self, name: str) -> None:
+        """Let a collection's next version go."""
+        self._send("DELETE", _collection_path(name, "upgrade"), params=self._scope)
+
+    def compare_versions(self, name: str) -> Comparison:
+        """Compare a collection's next version with the current one."""
+        return Comparison.model_validate(self._get(_collection_path(name, "comparison")))
+
+    def swap(self, name: str, keep: timedelta | None) -> CollectionStatus:
+        """Give readers a collection's next version, and keep the one before for `keep`, or for the default time."""
+        wish = {} if keep is None else {"keep_seconds": keep.total_seconds()}
+        return CollectionStatus.model_validate(self._post(_collection_path(name, "swap"), json=wish))
+
+    def swap_back(self, name: str) -> CollectionStatus:
+        """Undo a swap."""
+        return CollectionStatus.model_validate(self._post(_collection_path(name, "swap-back")))
+
     def search(self, wish: SearchRequest, *, job: str | None = None, collection: str | None = None) -> list[Hit]:
         """Return what is nearest to a query, which an engine embeds, in a job or a collection."""
         path = _path(job, "search") if job is not None else _collection_path(str(collection), "search")
-        return Hits.model_validate(self._post(path, json=wish.model_dump())).data
+        return Hits.model_validate(self._post(path, json=wish.model_dump(mode="json", exclude_defaults=True))).data
 
     def sync(
         self,

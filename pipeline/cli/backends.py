@@ -12,7 +12,7 @@ from uuid import UUID
 
 from pipeline.catalog.keys import NewKey
 from pipeline.catalog.models import DEFAULT_WORKSPACE
-from pipeline.core.collection_status import CollectionStatus, SyncStatus
+from pipeline.core.collection_status import CollectionStatus, Comparison, SyncStatus
 from pipeline.core.errors import UserError
 from pipeline.core.job_status import JobStatus, Receipt
 from pipeline.core.jobs import JobState
@@ -80,6 +80,21 @@ class Backend(Protocol):
 
     def drop_collection(self, name: str) -> None:
         """Drop a collection with its view, vectors and history."""
+
+    def upgrade_collection(self, name: str, model: str, dimensions: int | None) -> CollectionStatus:
+        """Begin a collection's next version, of another model."""
+
+    def abandon_upgrade(self, name: str) -> None:
+        """Let a collection's next version go."""
+
+    def compare_versions(self, name: str) -> Comparison:
+        """Compare a collection's next version with the current one."""
+
+    def swap(self, name: str, keep: timedelta | None) -> CollectionStatus:
+        """Give readers a collection's next version, and keep the one before for `keep`, or for the default time."""
+
+    def swap_back(self, name: str) -> CollectionStatus:
+        """Undo a swap."""
 
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
         """Create a key in the workspace, which expires after `lives` or never."""

@@ -1,6 +1,7 @@
 """Commands `vectormill collections`: tables that syncs bring up to their sources."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,10 +11,13 @@ from rich.text import Text
 from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.cli import options, output
 from pipeline.cli.backends import open_backend
+from pipeline.cli.gold import read_gold, recall
 from pipeline.cli.once import App
 from pipeline.cli.spans import read_span
 from pipeline.core import humanize
-from pipeline.core.collection_status import CollectionStatus
+from pipeline.core.collection_status import CollectionStatus, Comparison, VersionStatus
+from pipeline.core.collections import VersionState
+from pipeline.core.errors import UserError
 from pipeline.core.options import JobOptions, OnLong, Precision, SplitBy, VectorType
 from pipeline.ingest.request import read_fields
 
@@ -135,9 +139,22 @@ def show(name: Name, as_json: options.Json = False, workspace: options.Workspace
         table.add_row("expected", f"every {humanize.duration(row.expect_every_seconds)}")
     if row.running:
         table.add_row("running", f"job {row.running}")
+    for version in row.versions:
+        table.add_row(version.state, _version(version))
     for option, value in row.options.items():
         table.add_row(option.replace("_", " "), Text(_shown(value)))
     output.stdout.print(table)
+
+
+def _version(version: VersionStatus) -> Text:
+    told = [f"{version.model}, {version.dimensions:,} dimensions", f"{version.keys:,} keys"]
+    if version.running:
+        told.append(f"filled by job {version.running}")
+    elif version.differs:
+        told.append(version.differs)
+    if version.kept_until:
+        told.append(f"kept until {version.kept_until:%Y-%m-%d %H:%M}")
+    return Text("; ".join(told))
 
 
 def _shown(value: Any) -> str:
@@ -168,6 +185,9 @@ def history(
     table.add_column("state", no_wrap=True)
     for column in ("new", "changed", "unchanged", "removed", "rejected", "took", "age"):
         table.add_column(column, justify="right", no_wrap=True)
+    models = {row.model for row in rows}
+    if len(models) > 1:
+        table.add_column("model", overflow="fold")
     for row in rows:
         counts = (row.added, row.changed, row.unchanged, row.removed, row.rejected)
         table.add_row(
@@ -176,8 +196,123 @@ def history(
             *(humanize.short(count) if count >= 1_000_000 else f"{count:,}" for count in counts),
             humanize.duration(row.seconds),
             output.age(row.created_at),
+            *([Text(row.model or "?")] if len(models) > 1 else []),
         )
     output.stdout.print(table)
+
+
+@app.command()
+def upgrade(
+    name: Name,
+    *,
+    model: Annotated[str | None, typer.Option(help="The model of the next version: name or alias.")] = None,
+    dimensions: options.Dimensions = None,
+    abandon: Annotated[bool, typer.Option("--abandon", help="Let the next version go instead.")] = False,
+    workspace: options.Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Begin a next version with another model, beside the one that readers see. The next whole sync fills it.
+
+    Example: vectormill collections upgrade tickets --model bge-small-en-v1.5
+    """
+    if abandon == (model is not None):
+        raise UserError("give either --model, or --abandon.")
+    with open_backend(workspace) as backend:
+        if model is None:
+            backend.abandon_upgrade(name)
+            output.stderr.print(f"The next version of {name} goes.", markup=False)
+            return
+        backend.upgrade_collection(name, model, dimensions)
+    output.stderr.print(
+        f"The next whole sync fills it beside the current version: vectormill sync {name} SOURCE\n"
+        f"Then look at it, and give it to readers: vectormill collections swap {name}",
+        markup=False,
+    )
+
+
+@app.command()
+def swap(
+    name: Name,
+    *,
+    gold: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help='Lines {"query": …, "keys": […]}: how much of it both versions find.'),
+    ] = None,
+    keep: Annotated[str | None, typer.Option(metavar="SPAN", help="How long it can be undone. Default: 7d.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the comparison as JSON; swap only with --yes.")
+    ] = False,
+    workspace: options.Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Compare the next version with the current one, and give it to readers: view, searches, and /v1/embeddings.
+
+    Example: vectormill collections swap tickets --gold gold.jsonl
+    """
+    kept = None if keep is None else read_span("--keep", keep)
+    wanted = read_gold(gold) if gold else []
+    with open_backend(workspace) as backend:
+        compared = backend.compare_versions(name)
+        found = {
+            version: recall(backend, name, version, wanted, workspace)
+            for version in (VersionState.CURRENT, VersionState.NEXT)
+            if wanted
+        }
+        if as_json:
+            recalls = {"recall_at_10": {version.value: share for version, share in found.items()}} if wanted else {}
+            output.print_json(compared.model_dump(mode="json") | recalls)
+        else:
+            output.stderr.print(_comparison(compared, found))
+        if not yes:
+            if as_json:
+                return
+            typer.confirm("Give the next version to readers?", abort=True, err=True)
+        row = backend.swap(name, kept)
+    until = next((each.kept_until for each in row.versions if each.kept_until), None)
+    output.stderr.print(
+        f"Readers of {name} see the vectors of {row.model}. "
+        + (
+            f"Until {until:%Y-%m-%d %H:%M} this can be undone: vectormill collections swap-back {name}" if until else ""
+        ),
+        markup=False,
+    )
+
+
+def _comparison(compared: Comparison, recalls: Mapping[VersionState, float]) -> Table:
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
+    table.add_column("")
+    table.add_column("current", justify="right")
+    table.add_column("next", justify="right")
+    table.add_row("model", Text(compared.model), Text(compared.next_model))
+    table.add_row("keys", f"{compared.keys:,}", f"{compared.next_keys:,}")
+    cost = "" if compared.cost is None else f", {compared.cost:,.2f}"
+    table.add_row("tokens, cost" if cost else "tokens", "", f"{compared.tokens:,}{cost}")
+    if recalls:
+        shares = (f"{recalls[version]:.0%}" for version in (VersionState.CURRENT, VersionState.NEXT))
+        table.add_row("recall at 10", *shares)
+    if compared.overlap_at_10 is not None:
+        table.add_row(f"overlap at 10 of {compared.sampled} keys", "", f"{compared.overlap_at_10:.0%}")
+    return table
+
+
+@app.command("swap-back")
+def swap_back(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    workspace: options.Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Undo a swap: readers see the previous version again, and the current one becomes the next.
+
+    Example: vectormill collections swap-back tickets --yes
+    """
+    with open_backend(workspace) as backend:
+        versions = backend.collection(name).versions
+        before = next((version for version in versions if version.state is VersionState.PREVIOUS), None)
+        if before and before.differs:
+            output.tell([f"the previous version lacks something: {before.differs}; sync the collection afterwards"])
+        if before and not yes:
+            typer.confirm(f"Give the vectors of {before.model} to readers again?", abort=True, err=True)
+        row = backend.swap_back(name)
+    output.stderr.print(f"Readers of {name} see the vectors of {row.model} again.", markup=False)
 
 
 @app.command()

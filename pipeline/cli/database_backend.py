@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from pipeline.catalog import keys
 from pipeline.catalog.keys import NewKey
 from pipeline.cli.context import CommandContext
-from pipeline.core.collection_status import CollectionStatus, SyncStatus
+from pipeline.core.collection_status import CollectionStatus, Comparison, SyncStatus
 from pipeline.core.errors import ServiceUnreachable
 from pipeline.core.job_status import JobStatus, Receipt
 from pipeline.core.jobs import JobState
@@ -26,6 +26,7 @@ from pipeline.db import models, rejects
 from pipeline.db.collections import Collection
 from pipeline.db.database import is_connection_lost
 from pipeline.jobs import collections, control, status
+from pipeline.jobs.comparison import compare
 from pipeline.jobs.status import Namesake
 
 _PAGE = 1_000
@@ -150,7 +151,7 @@ class DatabaseBackend:
         self, name: str, model: str, options: JobOptions, expect_every: timedelta | None
     ) -> CollectionStatus:
         """Create an empty collection."""
-        from pipeline.ingest.sync import create_collection
+        from pipeline.ingest.collections import create_collection
 
         place = self.place
         with place.engine.begin() as connection:
@@ -163,6 +164,36 @@ class DatabaseBackend:
         """Drop a collection with its view, vectors and history."""
         with self._of_collection(name) as (connection, found):
             collections.drop_collection(connection, found)
+
+    def upgrade_collection(self, name: str, model: str, dimensions: int | None) -> CollectionStatus:
+        """Begin a collection's next version, of another model."""
+        from pipeline.ingest.collections import upgrade_collection
+
+        with self._of_collection(name) as (connection, found):
+            upgrade_collection(connection, found.workspace_id, name, model=model, dimensions=dimensions)
+            return collections.collection_status(connection, found)
+
+    def abandon_upgrade(self, name: str) -> None:
+        """Let a collection's next version go."""
+        with self._of_collection(name) as (connection, found):
+            collections.abandon_upgrade(connection, found)
+
+    def compare_versions(self, name: str) -> Comparison:
+        """Compare a collection's next version with the current one."""
+        with self._of_collection(name) as (connection, found):
+            return compare(connection, found)
+
+    def swap(self, name: str, keep: timedelta | None) -> CollectionStatus:
+        """Give readers a collection's next version, and keep the one before for `keep`, or for the default time."""
+        with self._of_collection(name) as (connection, found):
+            collections.swap(connection, found, keep=keep or collections.KEEP)
+        return self.collection(name)
+
+    def swap_back(self, name: str) -> CollectionStatus:
+        """Undo a swap."""
+        with self._of_collection(name) as (connection, found):
+            collections.swap_back(connection, found)
+        return self.collection(name)
 
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
         """Create a key in the workspace, which expires after `lives` or never."""

@@ -15,6 +15,8 @@ from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import tell_namesakes
 from pipeline.cli.oneshot import oneshot
 from pipeline.cli.options import Json, Workspace
+from pipeline.cli.submit import needs
+from pipeline.core.collections import VersionState
 from pipeline.core.errors import ServiceUnreachable, UserError
 from pipeline.embedded.runtime import find_running
 from pipeline.ingest.request import read_fields
@@ -32,6 +34,10 @@ def search(
         list[str] | None,
         typer.Option(metavar="COLUMN=VALUE", help="Only what carries this value; may be repeated."),
     ] = None,
+    version: Annotated[
+        VersionState,
+        typer.Option(metavar="current|next|previous", help="The collection's version to search."),
+    ] = VersionState.CURRENT,
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many results.")] = 5,
     as_json: Json = False,
     workspace: Workspace = DEFAULT_WORKSPACE,
@@ -46,14 +52,16 @@ def search(
     """
     if (job is None) == (collection is None):
         raise UserError("give either --collection or --job, to search in.")
-    wish = read_fields(SearchRequest, {"query": query, "limit": limit, "where": _conditions(where or [])})
+    needs("--version", version is not VersionState.CURRENT, "--collection", collection is not None)
+    asked = {"query": query, "limit": limit, "where": _conditions(where or []), "version": version}
+    wish = read_fields(SearchRequest, asked)
     with open_backend(workspace) as backend:
         if job is not None:
             tell_namesakes(backend, job)
         if isinstance(backend, ApiBackend):
             hits = backend.search(wish, job=job, collection=collection)
         else:
-            hits = _search_here(backend, wish, job, collection, workspace)
+            hits = _search_here(backend, [wish], job, collection, workspace)[0]
     if as_json:
         output.print_json([hit.model_dump(mode="json", exclude_none=True) for hit in hits])
     elif hits:
@@ -74,27 +82,36 @@ def _conditions(pairs: list[str]) -> dict[str, str]:
     return conditions
 
 
+def search_collection(
+    backend: DatabaseBackend | ApiBackend, wishes: list[SearchRequest], collection: str, workspace: str
+) -> list[list[Hit]]:
+    """Return what each query finds in the same version of a collection."""
+    if isinstance(backend, ApiBackend):
+        return [backend.search(wish, collection=collection) for wish in wishes]
+    return _search_here(backend, wishes, None, collection, workspace)
+
+
 def _search_here(
-    backend: DatabaseBackend, wish: SearchRequest, job: str | None, collection: str | None, workspace: str
-) -> list[Hit]:
-    """Search by the api of an `up` that runs here, whose engine has loaded the model; else load it for this query."""
+    backend: DatabaseBackend, wishes: list[SearchRequest], job: str | None, collection: str | None, workspace: str
+) -> list[list[Hit]]:
+    """Search by the api of an `up` that runs here, whose engine has loaded the model; else load it for this."""
     running = find_running(backend.place.settings.home)
     uses_it = running and running.ready and not backend.place.settings.database_url
     if running and uses_it:
         api = ApiBackend(running.api_url, running.api_key, workspace)
         try:
-            return api.search(wish, job=job, collection=collection)
+            return [api.search(wish, job=job, collection=collection) for wish in wishes]
         except ServiceUnreachable as error:
             output.stderr.print(f"{error} The model is loaded for this query instead.", markup=False)
         finally:
             api.close()
-    return search_many(backend.place, [wish], job=job, collection=collection)[0]
+    return search_many(backend.place, wishes, job=job, collection=collection)
 
 
 def search_many(
     place: CommandContext, wishes: list[SearchRequest], *, job: str | None = None, collection: str | None = None
 ) -> list[list[Hit]]:
-    """Return what each query finds; the model is loaded once for all.
+    """Return what each query finds in one job, or in one version of a collection; the model is loaded once for all.
 
     Raises:
         UnknownModel: the model is no longer in the catalogue as it was.
@@ -103,7 +120,7 @@ def search_many(
     with place.engine.begin() as connection:
         target: Searchable
         if collection is not None:
-            target = collection_to_search(connection, place.workspace_id, collection)
+            target = collection_to_search(connection, place.workspace_id, collection, wishes[0].version)
         else:
             target = job_to_search(connection, status.find_job(connection, place.workspace_id, str(job)))
     texts = [wish.query for wish in wishes]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 from uuid import UUID
 
 import typer
@@ -226,8 +226,13 @@ def files_of(sources: list[str], folder: Path) -> list[Path]:
 
 
 def corpus_of(
-    sources: list[str], url: str | None, query: str | None, columns: Columns, place: CommandContext
-) -> Source:
+    sources: list[str],
+    url: str | None,
+    query: str | None,
+    columns: Columns,
+    place: CommandContext,
+    stdin: BinaryIO | None = None,
+) -> Corpus | QueryCorpus:
     item_bytes = place.settings.item_bytes
     if (url is None) != (query is None):
         raise UserError("--from and --query go together: a database's URL, and what to select from it.")
@@ -237,7 +242,7 @@ def corpus_of(
         return QueryCorpus(url, query, columns, item_bytes)
     if not sources:
         raise UserError("no source: give files, a folder, - for standard input, or --from and --query.")
-    return Corpus(sources, columns, item_bytes)
+    return Corpus(sources, columns, item_bytes, stdin)
 
 
 def _by_reference(corpus: Source, options: JobOptions) -> bool:

@@ -1,9 +1,12 @@
 """Command `vectormill sync`: a collection brought up to its source."""
 
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Annotated, BinaryIO
 from uuid import UUID
 
 import typer
@@ -18,12 +21,12 @@ from pipeline.cli.output import stderr, tell
 from pipeline.cli.submit import Counter, corpus_of, files_of, labels_of, needs, refuse_at_api
 from pipeline.core.collections import OnDuplicateKey
 from pipeline.core.errors import UserError
+from pipeline.db import collections
 from pipeline.infra.storage import is_remote
 from pipeline.ingest.request import read_fields
 from pipeline.ingest.submission import Submitted, planning
-from pipeline.ingest.sync import SyncRequest, columns_of, submission_of, sync_collection
+from pipeline.ingest.sync import SyncRequest, SyncSource, columns_of, submission_of, sync_collection
 from pipeline.jobs.collections import find_collection
-from pipeline.sources import Source
 from pipeline.sources.removed_keys import REMOVED, RemovedKeys
 from pipeline.webhooks import allowlist
 
@@ -121,13 +124,18 @@ def sync(
             place = backend.place
             with place.engine.begin() as connection:
                 found = find_collection(connection, place.workspace_id, collection)
+                versions = collections.versions(connection, found.id)
             columns = columns_of(found, wish)
-            corpus: Source
-            if remove_keys:
-                corpus = RemovedKeys(remove_keys, columns)
-            else:
-                corpus = corpus_of(sources or [], from_url, query, columns, place)
-            done = _sync(place, collection, wish, corpus, idempotency_key, queue=not no_queue)
+            with ExitStack() as opened:
+                corpus: SyncSource
+                if remove_keys:
+                    corpus = RemovedKeys(remove_keys, columns)
+                else:
+                    # Each version is brought up to it, so it is read several times.
+                    is_kept = "-" in (sources or []) and len(versions) > 1
+                    stdin = opened.enter_context(_kept_stdin()) if is_kept else None
+                    corpus = corpus_of(sources or [], from_url, query, columns, place, stdin)
+                done = _sync(place, collection, wish, corpus, idempotency_key, queue=not no_queue)
         if done.attached:
             stderr.print(f"{done.attached}.")
         tell(done.notices)
@@ -137,12 +145,20 @@ def sync(
             raise typer.Exit(watch_job(backend, done.job_id, timeout))
 
 
+@contextmanager
+def _kept_stdin() -> Iterator[BinaryIO]:
+    with TemporaryFile() as kept:
+        shutil.copyfileobj(sys.stdin.buffer, kept)
+        kept.seek(0)
+        yield kept
+
+
 def _tell_wait(job: UUID) -> None:
     stderr.print(f"waiting for job {job}, which syncs this collection: vectormill status {job}")
 
 
 def _sync(
-    place: CommandContext, name: str, wish: SyncRequest, corpus: Source, idempotency_key: str | None, *, queue: bool
+    place: CommandContext, name: str, wish: SyncRequest, corpus: SyncSource, idempotency_key: str | None, *, queue: bool
 ) -> Submitted:
     with place.engine.begin() as connection:
         found = find_collection(connection, place.workspace_id, name)
@@ -151,7 +167,7 @@ def _sync(
         submission = submission_of(
             found, model, wish, corpus, planning(place.settings), idempotency_key, on_items=counter.show
         )
-        return sync_collection(place.engine, submission, queue=queue, on_wait=_tell_wait)
+        return sync_collection(place.engine, submission, wish, queue=queue, on_wait=_tell_wait)
 
 
 def _at_api(

@@ -6,7 +6,20 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field
 
+from pipeline.core.collections import VersionState
 from pipeline.core.jobs import JobState
+
+
+class VersionStatus(BaseModel):
+    """State of a collection's version beside the current one."""
+
+    state: VersionState = Field(description="next: being filled; previous: readers may go back to it.")
+    model: str
+    dimensions: int
+    keys: int = Field(description="Keys that have vectors; above 100,000 an estimate.")
+    running: UUID | None = Field(description="Its sync that hasn't ended.")
+    differs: str | None = Field(description="What it lacks of the current version; null: nothing.")
+    kept_until: datetime | None = Field(description="Of a previous version: the end of the time in which it is kept.")
 
 
 class CollectionStatus(BaseModel):
@@ -22,6 +35,7 @@ class CollectionStatus(BaseModel):
     synced_at: datetime | None = Field(description="End of its last completed sync.")
     running: UUID | None = Field(description="Its sync that hasn't ended.")
     created_at: datetime
+    versions: list[VersionStatus] = Field(default=[], description="Versions of other models, which syncs fill too.")
 
     @property
     def stale_seconds(self) -> float | None:
@@ -38,6 +52,8 @@ class SyncStatus(BaseModel):
 
     job_id: UUID
     state: JobState | None = Field(description="State of its job; null: the job is purged.")
+    model: str | None = Field(description="Model of the version that it filled; null: both are gone.")
+    beside: bool = Field(description="It filled another version than the current one of its time.")
     delta: bool
     added: int = Field(description="Keys that are new.")
     changed: int = Field(description="Keys that have new vectors.")
@@ -48,6 +64,21 @@ class SyncStatus(BaseModel):
     seconds: float = Field(description="Time from its submission to its end, or until now.")
     created_at: datetime
     finished_at: datetime | None
+
+
+class Comparison(BaseModel):
+    """Comparison of a collection's next version with the current one."""
+
+    model: str = Field(description="Model of the current version.")
+    next_model: str
+    keys: int
+    next_keys: int
+    tokens: int = Field(description="Tokens of all texts, as the next model counts them.")
+    cost: float | None = Field(description="What embedding them costs by the next model's price; null: it has none.")
+    sampled: int = Field(description="Keys that were drawn at random.")
+    overlap_at_10: float | None = Field(
+        description="Share of a key's ten nearest keys that both versions agree on, on average; null: too few keys."
+    )
 
 
 class CollectionList(BaseModel):

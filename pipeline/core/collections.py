@@ -10,6 +10,19 @@ from typing import Any, Self
 HASH_BYTES = 16
 
 
+class VersionState(enum.StrEnum):
+    """State of a collection's version. Syncs go to all but those that are gone."""
+
+    #: The one that readers see.
+    CURRENT = "current"
+    #: It is being filled beside the current one.
+    NEXT = "next"
+    #: Readers saw it before, and may go back to it for some time.
+    PREVIOUS = "previous"
+    #: It waits for its tables to be dropped.
+    GONE = "gone"
+
+
 class OnDuplicateKey(enum.StrEnum):
     """Row of a sync that counts, of several with the same key."""
 

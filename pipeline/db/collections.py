@@ -1,4 +1,4 @@
-"""Collections and their versions: rows, tables and views."""
+"""Collections: rows, tables and views."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from uuid import UUID
 import orjson
 from sqlalchemy import Connection, RowMapping, text
 
+from pipeline.core.collections import VersionState
 from pipeline.core.errors import UnknownCollection
 
 #: Longest wait for readers and writers before a collection is dropped; those of other collections wait meanwhile.
@@ -17,7 +18,7 @@ _LOCK_SECONDS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collection:
-    """Collection, with its current version."""
+    """Collection, with one of its versions."""
 
     id: int
     workspace_id: int
@@ -27,6 +28,9 @@ class Collection:
     expect_every: timedelta | None
     created_at: datetime
     version_id: int
+    state: VersionState
+    #: Of a previous version: the end of the time in which readers may go back to it.
+    kept_until: datetime | None
     #: Name of the model.
     model: str
     vector_space_id: int
@@ -60,9 +64,6 @@ def create(
         "name": name,
         "view": view,
         "expect": expect_every,
-        "model": model,
-        "space": vector_space_id,
-        "options": orjson.dumps(options).decode(),
     }
     made = connection.execute(
         text("""
@@ -73,38 +74,71 @@ def create(
     ).scalar_one_or_none()
     if made is None:
         return False
-    version = connection.execute(
-        text("""
-            insert into vectormill.collection_versions (collection_id, model_name, vector_space_id, options, state)
-            values (:collection, :model, :space, cast(:options as jsonb), 'current') returning id
-        """),
-        {**values, "collection": made},
-    ).scalar_one()
-    connection.execute(text("select vectormill.make_collection_tables(:version)"), {"version": version})
+    add_version(
+        connection, made, model=model, vector_space_id=vector_space_id, options=options, state=VersionState.CURRENT
+    )
     connection.execute(text("select vectormill.show_collection(:collection)"), {"collection": made})
     return True
 
 
+def add_version(
+    connection: Connection,
+    collection_id: int,
+    *,
+    model: str,
+    vector_space_id: int,
+    options: Mapping[str, Any],
+    state: VersionState,
+) -> None:
+    """Add a version to a collection, with its tables."""
+    version = connection.execute(
+        text("""
+            insert into vectormill.collection_versions (collection_id, model_name, vector_space_id, options, state)
+            values (:collection, :model, :space, cast(:options as jsonb), :state) returning id
+        """),
+        {
+            "collection": collection_id,
+            "model": model,
+            "space": vector_space_id,
+            "options": orjson.dumps(options).decode(),
+            "state": state,
+        },
+    ).scalar_one()
+    connection.execute(text("select vectormill.make_collection_tables(:version)"), {"version": version})
+
+
 _READ = """
-    select c.id, c.workspace_id, c.name, c.view, c.expect_every, c.created_at, v.id as version_id,
-           v.model_name as model, v.vector_space_id, s.dimensions, v.options
+    select c.id, c.workspace_id, c.name, c.view, c.expect_every, c.created_at, v.id as version_id, v.state,
+           v.kept_until, v.model_name as model, v.vector_space_id, s.dimensions, v.options
     from vectormill.collections c
-    join vectormill.collection_versions v on v.collection_id = c.id and v.state = 'current'
+    join vectormill.collection_versions v on v.collection_id = c.id
     join vectormill.vector_spaces s on s.id = v.vector_space_id
 """
+_READ_CURRENT = _READ + " where v.state = 'current'"
+
+
+def _as_collection(row: RowMapping) -> Collection:
+    return Collection(**{**row, "state": VersionState(row["state"])})
 
 
 def by_name(connection: Connection, workspace_id: int, name: str) -> Collection | None:
-    """Return a workspace's collection; None if there is none."""
-    query = text(_READ + " where c.workspace_id = :workspace and c.name = :name")
+    """Return a workspace's collection with its current version; None if there is none."""
+    query = text(_READ_CURRENT + " and c.workspace_id = :workspace and c.name = :name")
     row = connection.execute(query, {"workspace": workspace_id, "name": name}).mappings().one_or_none()
-    return Collection(**row) if row else None
+    return _as_collection(row) if row else None
 
 
 def by_id(connection: Connection, collection_id: int) -> Collection | None:
-    """Return a collection; None if there is none."""
-    row = connection.execute(text(_READ + " where c.id = :id"), {"id": collection_id}).mappings().one_or_none()
-    return Collection(**row) if row else None
+    """Return a collection with its current version; None if there is none."""
+    row = connection.execute(text(_READ_CURRENT + " and c.id = :id"), {"id": collection_id}).mappings().one_or_none()
+    return _as_collection(row) if row else None
+
+
+def versions(connection: Connection, collection_id: int) -> dict[VersionState, Collection]:
+    """Return a collection with each version that isn't gone, the current one first."""
+    query = text(_READ + " where c.id = :id and v.state <> 'gone' order by v.state")
+    rows = connection.execute(query, {"id": collection_id}).mappings()
+    return {found.state: found for found in map(_as_collection, rows)}
 
 
 def workspace_of(connection: Connection, collection_id: int) -> str:
@@ -123,12 +157,12 @@ def count(connection: Connection, workspace_id: int) -> int:
 
 
 def of_workspace(connection: Connection, workspace_id: int | None) -> list[Collection]:
-    """Return the collections of a workspace, or of all, by name."""
+    """Return the collections of a workspace, or of all, with their current versions, by name."""
     query = text(
-        _READ
-        + " where c.workspace_id = :workspace or cast(:workspace as bigint) is null order by c.name, c.workspace_id"
+        _READ_CURRENT
+        + " and (c.workspace_id = :workspace or cast(:workspace as bigint) is null) order by c.name, c.workspace_id"
     )
-    return [Collection(**row) for row in connection.execute(query, {"workspace": workspace_id}).mappings()]
+    return [_as_collection(row) for row in connection.execute(query, {"workspace": workspace_id}).mappings()]
 
 
 #: Keys up to which they are counted one by one.
@@ -189,22 +223,35 @@ _FORGET = """
 _FORGET_STAGED = [_FORGET.format(TABLE=table) for table in ("sync_seen", "sync_changes")]
 
 
-def begin_sync(connection: Connection, job_id: UUID, collection: Collection, *, whole: bool) -> int:
-    """Record a sync of a collection, which can't be dropped meanwhile. Return the highest slot so far.
+def begin_sync(
+    connection: Connection, job_id: UUID, collection: Collection, *, whole: bool, beside: UUID | None
+) -> int:
+    """Record a sync of a collection's version, which can't be dropped meanwhile. Return the highest slot so far.
 
     Raises:
         UnknownCollection: it has been dropped.
     """
-    kept = text("select id from vectormill.collections where id = :id for key share")
-    if connection.execute(kept, {"id": collection.id}).scalar_one_or_none() is None:
+    kept = text("""
+        select id from vectormill.collections c
+        where id = :id
+          and exists (select from vectormill.collection_versions v where v.id = :version and v.state <> 'gone')
+        for key share
+    """)
+    if connection.execute(kept, {"id": collection.id, "version": collection.version_id}).first() is None:
         raise UnknownCollection(f'no collection "{collection.name}": it has been dropped.')
     slot: int = connection.execute(
         text("""
-            insert into vectormill.syncs (job_id, collection_id, version_id, is_whole, last_slot)
-            values (:job, :collection, :version, :whole, nextval('vectormill.collection_slots'))
+            insert into vectormill.syncs (job_id, collection_id, version_id, is_whole, beside, last_slot)
+            values (:job, :collection, :version, :whole, :beside, nextval('vectormill.collection_slots'))
             returning last_slot
         """),
-        {"job": job_id, "collection": collection.id, "version": collection.version_id, "whole": whole},
+        {
+            "job": job_id,
+            "collection": collection.id,
+            "version": collection.version_id,
+            "whole": whole,
+            "beside": beside,
+        },
     ).scalar_one()
     return slot
 
@@ -213,12 +260,15 @@ def history(connection: Connection, collection_id: int, limit: int) -> list[RowM
     """Return a collection's newest syncs, newest first. The state of one whose job is purged is None."""
     rows = connection.execute(
         text("""
-            select s.job_id, j.state, not s.is_whole as delta, s.added, s.changed, s.unchanged, s.removed,
+            select s.job_id, j.state, coalesce(v.model_name, j.model_name) as model, s.beside is not null as beside,
+                   not s.is_whole as delta, s.added, s.changed, s.unchanged, s.removed,
                    coalesce((coalesce(j.receipt, j.progress)->'items'->>'rejected')::bigint, 0) as rejected,
                    s.tokens_saved + coalesce((j.receipt->'tokens'->>'reused')::bigint, 0) as tokens_saved,
                    s.created_at, j.finished_at,
                    extract(epoch from coalesce(j.finished_at, s.settled_at, now()) - s.created_at)::float8 as seconds
-            from vectormill.syncs s left join vectormill.jobs j on j.id = s.job_id
+            from vectormill.syncs s
+            left join vectormill.jobs j on j.id = s.job_id
+            left join vectormill.collection_versions v on v.id = s.version_id
             where s.collection_id = :collection order by s.created_at desc limit :limit
         """),
         {"collection": collection_id, "limit": limit},

@@ -117,6 +117,27 @@ def of_space(connection: Connection, name: str, vector_space_id: int) -> RowMapp
     )
 
 
+def of_collection(connection: Connection, workspace_id: int, name: str) -> RowMapping | None:
+    """Return the model of the vectors that readers of a collection see, with their size `collection_dimensions`; None
+    if there is no such collection, or the workspace may not use the model, or it makes other vectors now."""
+    return (
+        connection.execute(
+            text("""
+            select m.*, s.dimensions as collection_dimensions from vectormill.collections c
+            join vectormill.collection_versions v on v.collection_id = c.id and v.state = 'current'
+            join vectormill.vector_spaces s on s.id = v.vector_space_id
+            join vectormill.models m on m.name = v.model_name and m.weights_sha256 = s.weights
+              and s.dimensions = any(m.dimensions || m.matryoshka) and m.document_prompt = s.document_prompt
+            join vectormill.workspace_models w on w.model_name = m.name and w.workspace_id = c.workspace_id
+            where c.workspace_id = :workspace and c.name = :name
+        """),
+            {"workspace": workspace_id, "name": name},
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
 def every(connection: Connection) -> list[RowMapping]:
     """Return all models, by name."""
     return list(connection.execute(models.select().order_by(models.c.name)).mappings())

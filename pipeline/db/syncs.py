@@ -331,6 +331,17 @@ def running(connection: Connection, version_id: int) -> UUID | None:
     return job
 
 
+def running_of(connection: Connection, collection_id: int) -> UUID | None:
+    """Return the job of a sync, of any version of a collection, that hasn't ended; None if there is none."""
+    found = text("""
+        select j.id from vectormill.collection_versions v
+        join vectormill.jobs j on j.version_id = v.id and j.state not in ('completed', 'failed', 'cancelled')
+        where v.collection_id = :collection limit 1
+    """)
+    job: UUID | None = connection.execute(found, {"collection": collection_id}).scalar_one_or_none()
+    return job
+
+
 def forget(connection: Connection, job_id: UUID) -> None:
     """Forget a sync whose staging is undone or begun anew."""
     for statement in _FORGET:

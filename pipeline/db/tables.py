@@ -469,9 +469,17 @@ collection_versions = Table(
     # As `JobOptions` writes them.
     Column("options", JSONB, nullable=False),
     Column("state", Text, nullable=False),
+    # End of the time in which readers may go back to it.
+    _moment("kept_until"),
     _moment("created_at", now=True),
-    UniqueConstraint("collection_id", "state"),
-    CheckConstraint("state in ('current')", name="state"),
+    CheckConstraint("state in ('next', 'current', 'previous', 'gone')", name="state"),
+    Index(
+        "collection_versions_state_idx",
+        "collection_id",
+        "state",
+        unique=True,
+        postgresql_where=text("state <> 'gone'"),
+    ),
 )
 
 #: Keys of each version, narrow, so that a sync compares millions without reading a vector.
@@ -535,6 +543,8 @@ syncs = Table(
     _count("changed"),
     # End of the sync, with its removals.
     _moment("settled_at"),
+    # Job that brought the current version up to the same source; NULL: this is that job.
+    Column("beside", Uuid),
     _moment("created_at", now=True),
     Index("syncs_version_idx", "version_id", text("job_id desc")),
 )

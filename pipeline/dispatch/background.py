@@ -60,6 +60,12 @@ def _forget_staging(resources: Resources, dead: Producer) -> None:
     log.info("dead_staging_forgotten", job=str(dead.job_id))
 
 
+def _drop_version(resources: Resources, version: int) -> None:
+    with resources.engine.begin() as connection:
+        db.collection_versions.drop(connection, version)
+    log.info("collection_version_dropped", version=version)
+
+
 TASKS: tuple[BackgroundTask, ...] = (
     BackgroundTask(
         "stage_request",
@@ -88,6 +94,7 @@ TASKS: tuple[BackgroundTask, ...] = (
         _forget_staging,
         at_once=1,
     ),
+    BackgroundTask("drop_version", db.collection_versions.gone, _drop_version, at_once=1),
     BackgroundTask("forget_file", db.files.expired, lambda by, file: files.delete_file(by.engine, file), at_once=1),
     BackgroundTask("finalize_job", finalize.due, lambda by, job: finalize.finalize(by.engine, job), at_once=8),
     BackgroundTask("build_index", partial(finalize.due, long=True), lambda by, job: finalize.finalize(by.engine, job)),

@@ -11,7 +11,19 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
 from pipeline.core.jobs import ActiveJob, JobState, Reason
-from pipeline.db import chunks, events, items, jobs, lost_claims, models, partitions, sql_requests, usage, workers
+from pipeline.db import (
+    chunks,
+    collection_versions,
+    events,
+    items,
+    jobs,
+    lost_claims,
+    models,
+    partitions,
+    sql_requests,
+    usage,
+    workers,
+)
 from pipeline.dispatch.state import Dispatcher
 from pipeline.infra import metrics
 from pipeline.jobs import control, status
@@ -158,11 +170,13 @@ def measure_rates(dispatcher: Dispatcher) -> None:
 
 
 def maintain(dispatcher: Dispatcher) -> None:
-    """Create partitions ahead of time; delete workers that are gone, old events, and old queries."""
+    """Create partitions ahead of time; delete workers that are gone, old events, and old queries; let collections'
+    previous versions go."""
     with dispatcher.engine.begin() as connection:
         partitions.make_ahead(connection)
         workers.forget_unseen(connection, 3600)
         events.forget_old(connection, _EVENT_DAYS)
+        collection_versions.retire(connection)
         sql_requests.forget_queries(connection, dispatcher.text_retention_days)
 
 

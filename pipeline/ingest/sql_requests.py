@@ -39,7 +39,7 @@ from pipeline.ingest import staging
 from pipeline.ingest.request import ELSEWHERE, JobRequest, read_fields, read_request
 from pipeline.ingest.submission import Submission, planning
 from pipeline.ingest.submit import submit
-from pipeline.ingest.sync import SyncRequest, columns_of, submission_of
+from pipeline.ingest.sync import SyncRequest, columns_of, submission_of, sync_other_versions
 from pipeline.jobs import control
 from pipeline.jobs.collections import find_collection
 from pipeline.sources.query import QueryCorpus
@@ -68,7 +68,8 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
         return
     came: list[int] = []
     try:
-        submit(engine, replace(_submission(engine, settings, row), on_items=came.append))
+        submission, wish = _submission(engine, settings, row)
+        done = submit(engine, replace(submission, on_items=came.append))
     except LeaseLost:  # another dispatcher has taken it over, or it was cancelled
         _heed_cancel(engine, job_id)
     except ServiceUnreachable as error:
@@ -90,6 +91,13 @@ def stage(engine: Engine, settings: Settings, job_id: UUID) -> None:
         with engine.begin() as connection:
             sql_requests.end_submitted(connection, job_id)
         _heed_cancel(engine, job_id)
+        _sync_other_versions(engine, submission, wish, done.job_id)
+
+
+def _sync_other_versions(engine: Engine, submission: Submission, wish: JobRequest | SyncRequest, leader: UUID) -> None:
+    if isinstance(wish, SyncRequest):
+        for told in sync_other_versions(engine, submission, wish, leader):
+            log.info("other_version_synced", job=str(leader), message=told)
 
 
 def _heed_cancel(engine: Engine, job_id: UUID) -> None:
@@ -104,7 +112,7 @@ def _heed_cancel(engine: Engine, job_id: UUID) -> None:
         staging.undo(engine, Producer.of(job))
 
 
-def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submission:
+def _submission(engine: Engine, settings: Settings, row: RowMapping) -> tuple[Submission, JobRequest | SyncRequest]:
     wish, columns, collection = _wish(engine, row)
     if settings.sql_url is None:
         raise UserError(
@@ -132,9 +140,9 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
         "on_lost": lambda: corpus.stop(LeaseLost()),
     }
     if collection and isinstance(wish, SyncRequest):
-        return submission_of(collection, model, wish, corpus, planning(settings), **request)
+        return submission_of(collection, model, wish, corpus, planning(settings), **request), wish
     assert isinstance(wish, JobRequest)
-    return Submission(
+    submission = Submission(
         workspace_id=row["workspace_id"],
         model=model,
         corpus=corpus,
@@ -145,6 +153,7 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> Submissi
         labels=wish.labels,
         **request,
     )
+    return submission, wish
 
 
 def _end_submitted(connection: Connection, job_id: UUID) -> None:

@@ -53,6 +53,8 @@ class Submission:
     #: The collection that the job brings up to the corpus, and how.
     collection: Collection | None = None
     sync: SyncOptions | None = None
+    #: Of a sync that isn't of the current version: the job that syncs that one with the same source.
+    beside: UUID | None = None
     #: Id of the job, a UUIDv7, if it is known already; needs an idempotency key.
     job_id: UUID | None = None
     #: Called with the number of items committed so far.

@@ -78,7 +78,13 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
 def _begin_sync(connection: Connection, submission: Submission, job_id: UUID) -> None:
     if submission.collection and submission.sync:
         syncs.forget(connection, job_id)  # what an earlier producer of this job has left
-        collections.begin_sync(connection, job_id, submission.collection, whole=submission.sync.whole)
+        collections.begin_sync(
+            connection,
+            job_id,
+            submission.collection,
+            whole=submission.sync.whole,
+            beside=submission.beside,
+        )
 
 
 def _make_way(engine: Engine, submission: Submission, collection: Collection) -> None:

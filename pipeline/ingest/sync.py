@@ -1,104 +1,33 @@
-"""Collections from the doors: made, found, and brought up to a source by a sync."""
+"""Syncs from the doors: a collection brought up to a source, in each of its versions."""
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
-from pipeline.catalog.models import DEFAULT_WORKSPACE, find_model, vector_space_of
+from pipeline.catalog.models import find_model
 from pipeline.core.collections import OnDuplicateKey, SyncOptions
-from pipeline.core.errors import CollectionBusy, UserError
+from pipeline.core.errors import CollectionBusy, UserError, VectormillError
+from pipeline.core.jobs import JobState
 from pipeline.core.models import Model
 from pipeline.core.options import MOST_COLUMNS, Address, Columns, JobOptions, Word
-from pipeline.db import collections, workspaces
+from pipeline.db import collections, jobs
 from pipeline.db.collections import Collection
 from pipeline.ingest.request import MOST_SOURCES, read_fields
 from pipeline.ingest.submission import Planning, Submission, Submitted
-from pipeline.ingest.submit import check_lengths, submit
+from pipeline.ingest.submit import submit
 from pipeline.jobs import control
-from pipeline.jobs.collections import find_collection
-from pipeline.sources import Source
+from pipeline.sources import Corpus
+from pipeline.sources.query import QueryCorpus
+from pipeline.sources.removed_keys import RemovedKeys
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-#: Names that tables of the schema have or will have.
-_RESERVED = re.compile(r"(items|embeddings|passages|rejects|collection|alembic|vectormill)_.*", re.IGNORECASE)
-_MOST_COLLECTIONS = 1_000
-#: Longest name of a view in Postgres, in bytes.
-_MOST_NAME = 63
-#: Columns of each collection's view, beside those of passages.
-_VIEW_COLUMNS = ("key", "vector")
+#: Sources that can be read once for each version.
+SyncSource = Corpus | QueryCorpus | RemovedKeys
 _POLL_SECONDS = 1.0
-
-
-def create_collection(
-    connection: Connection,
-    workspace_id: int,
-    name: str,
-    *,
-    model: str,
-    options: JobOptions,
-    expect_every: timedelta | None = None,
-) -> Collection:
-    """Create an empty collection, with its tables and the view that shows it.
-
-    Raises:
-        UserError: the name can't be used or is taken, or an option doesn't fit.
-        UnknownModel: the workspace may not use such a model.
-    """
-    found = find_model(connection, workspace_id, model)
-    check_lengths(options, found)
-    _check_options(options)
-    if expect_every is not None and expect_every <= timedelta():
-        raise UserError("give a time such as 24h.", field="expect_every")
-    view = _view_of(workspaces.name_of(connection, workspace_id), name)
-    if collections.count(connection, workspace_id) >= _MOST_COLLECTIONS:
-        raise UserError(f"a workspace has at most {_MOST_COLLECTIONS:,} collections; drop one.")
-    reserved = _RESERVED.fullmatch(view) or collections.relation_exists(connection, view)
-    if reserved and collections.by_name(connection, workspace_id, name) is None:
-        raise UserError("vectormill has a table of this name; choose another.", field="name", given=f'"{name}"')
-    made = collections.create(
-        connection,
-        workspace_id,
-        name=name,
-        view=view,
-        expect_every=expect_every,
-        model=found.name,
-        vector_space_id=vector_space_of(
-            connection, found, dimensions=options.dimensions, max_item_tokens=options.max_item_tokens
-        ),
-        options=options.model_dump(mode="json", exclude_defaults=True),
-    )
-    if not made:
-        raise UserError("there is a collection of this name already.", field="name", given=f'"{name}"')
-    return find_collection(connection, workspace_id, name)
-
-
-def _view_of(workspace: str, name: str) -> str:
-    view = name if workspace == DEFAULT_WORKSPACE else f"{workspace}.{name}"
-    if not _NAME.fullmatch(name) or len(view.encode()) > _MOST_NAME:
-        raise UserError(
-            f"use letters, digits, dashes and underscores, at most {_MOST_NAME - len(view) + len(name)} of them.",
-            field="name",
-            given=f'"{name[:80]}"',
-        )
-    return view
-
-
-def _check_options(options: JobOptions) -> None:
-    control.reject_limit(options.max_rejects, 0)
-    for field in ("unique_keys", "by_reference", "output", "into", "hnsw", "webhook"):
-        if getattr(options, field):
-            raise UserError("a collection has no such option.", field=field)
-    if long := next((column for column in options.carry if len(column.encode()) > _MOST_NAME), None):
-        raise UserError(f'"{long[:80]}" has more than {_MOST_NAME} bytes, so no view can have it.', field="carry")
-    if taken := next((column for column in options.carry if column in _VIEW_COLUMNS), None):
-        raise UserError(f'the collection has a column "{taken}" already; rename it.', field="carry")
 
 
 class SyncRequest(BaseModel):
@@ -176,7 +105,7 @@ def submission_of(
     collection: Collection,
     model: Model,
     wish: SyncRequest,
-    corpus: Source,
+    corpus: SyncSource,
     planning: Planning,
     idempotency_key: str | None = None,
     **more: Any,
@@ -208,13 +137,19 @@ def submission_of(
 
 
 def sync_collection(
-    engine: Engine, submission: Submission, *, queue: bool = True, on_wait: Callable[[UUID], None] = lambda _: None
+    engine: Engine,
+    submission: Submission,
+    wish: SyncRequest,
+    *,
+    queue: bool = True,
+    on_wait: Callable[[UUID], None] = lambda _: None,
 ) -> Submitted:
-    """Submit a sync, as soon as the collection's earlier sync has ended.
+    """Submit a sync, as soon as the collection's earlier sync has ended, and the same of its other versions.
 
     Args:
         engine: of the database.
         submission: one that `submission_of` made.
+        wish: the request of which it was made.
         queue: wait for the earlier sync, instead of refusing.
         on_wait: called once with the job of each sync that is waited for.
 
@@ -225,7 +160,7 @@ def sync_collection(
     told = None
     while True:
         try:
-            return submit(engine, submission)
+            done = submit(engine, submission)
         except CollectionBusy as busy:
             if not queue:
                 raise
@@ -233,3 +168,49 @@ def sync_collection(
                 on_wait(busy.job_id)
                 told = busy.job_id
             time.sleep(_POLL_SECONDS)
+        else:
+            return replace(done, notices=[*done.notices, *sync_other_versions(engine, submission, wish, done.job_id)])
+
+
+def sync_other_versions(engine: Engine, submission: Submission, wish: SyncRequest, leader: UUID) -> list[str]:
+    """Submit the same sync as the job `leader` for each other version of its collection. Return what became of it, in
+    sentences for a person: a version that misses a sync takes none of the others along."""
+    assert submission.collection
+    with engine.begin() as connection:
+        job = jobs.by_id(connection, leader)
+        versions = collections.versions(connection, submission.collection.id)
+    if job is None or JobState.FAILED in (job.state, job.ends_as):
+        return []
+    told = []
+    for version in versions.values():
+        if version.version_id == submission.collection.version_id:
+            continue
+        which = f"the {version.state} version (model {version.model})"
+        try:
+            done = _sync_version(engine, submission, wish, version, leader)
+        except VectormillError as error:
+            told.append(f"{which} misses this sync: {error}")
+        else:
+            told.append(f"{which} is synced by job {done.job_id}")
+    return told
+
+
+def _sync_version(
+    engine: Engine, submission: Submission, wish: SyncRequest, version: Collection, leader: UUID
+) -> Submitted:
+    corpus, key = submission.corpus, submission.idempotency_key
+    assert isinstance(corpus, SyncSource)
+    with engine.begin() as connection:
+        model = find_model(connection, version.workspace_id, version.model)
+    return submit(
+        engine,
+        submission_of(
+            version,
+            model,
+            wish.model_copy(update={"name": f"{submission.name} ({model.name})", "webhook": None}),
+            corpus.again(),
+            submission.planning,
+            key and f"{key} (version {version.version_id})",
+            beside=leader,
+        ),
+    )

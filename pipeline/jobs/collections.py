@@ -1,17 +1,26 @@
-"""Collections as their users see them: found by name, with state and history."""
+"""Collections by name, with state and history; the version that readers see."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from pipeline.core.collection_status import CollectionStatus, SyncStatus
+from pipeline.core.collection_status import CollectionStatus, SyncStatus, VersionStatus
+from pipeline.core.collections import VersionState
 from pipeline.core.errors import CollectionBusy, UnknownCollection, UserError
-from pipeline.db import collections, syncs
+from pipeline.db import collection_versions, collections, syncs
 from pipeline.db.collections import Collection
 from pipeline.db.database import is_connection_lost, plain_reason
+from pipeline.jobs import control
+
+#: Time in which readers may go back to the version before a swap.
+KEEP = timedelta(days=7)
 
 
 def find_collection(connection: Connection, workspace_id: int, name: str) -> Collection:
-    """Return a workspace's collection.
+    """Return a workspace's collection, with its current version.
 
     Raises:
         UnknownCollection: there is none of this name.
@@ -22,8 +31,21 @@ def find_collection(connection: Connection, workspace_id: int, name: str) -> Col
     return found
 
 
+def find_version(connection: Connection, collection: Collection, state: VersionState) -> Collection:
+    """Return a collection with its version in this state.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = collections.versions(connection, collection.id).get(state)
+    if found is None:
+        raise UserError(f"the collection {collection.name} has no {state} version.")
+    return found
+
+
 def collection_status(connection: Connection, collection: Collection) -> CollectionStatus:
     """Return a collection's state."""
+    versions = collections.versions(connection, collection.id)
     return CollectionStatus(
         name=collection.name,
         view=f'vectormill."{collection.view}"',
@@ -35,7 +57,32 @@ def collection_status(connection: Connection, collection: Collection) -> Collect
         synced_at=collections.last_synced(connection, collection.version_id),
         running=syncs.running(connection, collection.version_id),
         created_at=collection.created_at,
+        versions=[
+            _version_status(connection, version, collection)
+            for state, version in versions.items()
+            if state is not VersionState.CURRENT
+        ],
     )
+
+
+def _version_status(connection: Connection, version: Collection, current: Collection) -> VersionStatus:
+    return VersionStatus(
+        state=version.state,
+        model=version.model,
+        dimensions=version.dimensions,
+        keys=collections.about_keys(connection, version.version_id),
+        running=syncs.running(connection, version.version_id),
+        differs=_difference(connection, version, current),
+        kept_until=version.kept_until,
+    )
+
+
+def _difference(connection: Connection, version: Collection, current: Collection) -> str | None:
+    """Return what a version lacks of the current one, in a clause; `None`: nothing."""
+    found = collection_versions.difference(connection, version.version_id, current.version_id)
+    if not found.is_filled:
+        return "no whole sync has reached it yet"
+    return f"sync {found.missed} has reached only one of the two" if found.missed else None
 
 
 def list_collections(connection: Connection, workspace_id: int) -> list[CollectionStatus]:
@@ -48,6 +95,18 @@ def history(connection: Connection, collection: Collection, limit: int) -> list[
     return [SyncStatus(**row) for row in collections.history(connection, collection.id, limit)]
 
 
+@contextmanager
+def _locked(connection: Connection, collection: Collection, what: str) -> Iterator[dict[VersionState, Collection]]:
+    """Yield the versions of a collection, of which no sync begins meanwhile, for what "can't be `what` now"."""
+    try:
+        collections.lock(connection, collection.id)
+        yield collections.versions(connection, collection.id)
+    except DBAPIError as error:
+        if is_connection_lost(error):
+            raise
+        raise UserError(f"collection {collection.name} can't be {what} now ({plain_reason(error)}).") from error
+
+
 def drop_collection(connection: Connection, collection: Collection) -> None:
     """Drop a collection with its view, vectors and history. Its jobs stay.
 
@@ -55,12 +114,60 @@ def drop_collection(connection: Connection, collection: Collection) -> None:
         CollectionBusy: a sync goes on.
         UserError: something depends on its view, or collections are used just now.
     """
-    try:
-        collections.lock(connection, collection.id)
-        if job := syncs.running(connection, collection.version_id):
+    with _locked(connection, collection, "dropped"):
+        if job := syncs.running_of(connection, collection.id):
             raise CollectionBusy(collection.name, job)
         collections.drop(connection, collection.id)
-    except DBAPIError as error:
-        if is_connection_lost(error):
-            raise
-        raise UserError(f"collection {collection.name} can't be dropped now ({plain_reason(error)}).") from error
+
+
+def abandon_upgrade(connection: Connection, collection: Collection) -> None:
+    """Let a collection's next version go, and cancel its sync.
+
+    Raises:
+        UserError: it has none.
+    """
+    with _locked(connection, collection, "changed"):
+        version = find_version(connection, collection, VersionState.NEXT)
+        if job := syncs.running(connection, version.version_id):
+            control.cancel(connection, job)
+        collection_versions.move(connection, {version.version_id: VersionState.GONE})
+
+
+def swap(connection: Connection, collection: Collection, *, keep: timedelta = KEEP) -> None:
+    """Let readers see a collection's next version: its view, searches, and the model that its name stands for in
+    requests for embeddings change together. The current version becomes the previous one, for the time `keep`.
+
+    Raises:
+        CollectionBusy: a sync fills the next version.
+        UserError: there is none, it lacks something of the current one, or something depends on the view whose vectors
+            get another type.
+    """
+    if keep <= timedelta():
+        raise UserError("give a time such as 7d.", field="keep")
+    with _locked(connection, collection, "swapped") as versions:
+        current, following = versions[VersionState.CURRENT], find_version(connection, collection, VersionState.NEXT)
+        if job := syncs.running(connection, following.version_id):
+            raise CollectionBusy(collection.name, job)
+        if lacks := _difference(connection, following, current):
+            raise UserError(f"the next version isn't ready: {lacks}; sync the collection {collection.name}, then swap.")
+        moves = {current.version_id: VersionState.PREVIOUS, following.version_id: VersionState.CURRENT}
+        if before := versions.get(VersionState.PREVIOUS):
+            moves = {before.version_id: VersionState.GONE, **moves}
+        collection_versions.move(connection, moves, keep=keep)
+        collection_versions.show_current(connection, collection.id)
+
+
+def swap_back(connection: Connection, collection: Collection) -> None:
+    """Undo a swap: the previous version becomes the current one, whatever it lacks, and that the next one again.
+
+    Raises:
+        UserError: the previous version isn't kept any more, another upgrade goes on, or something depends on the view
+            whose vectors get another type.
+    """
+    with _locked(connection, collection, "swapped") as versions:
+        current, before = versions[VersionState.CURRENT], find_version(connection, collection, VersionState.PREVIOUS)
+        if other := versions.get(VersionState.NEXT):
+            raise UserError(f"an upgrade to model {other.model} goes on; abandon it first.")
+        moves = {current.version_id: VersionState.NEXT, before.version_id: VersionState.CURRENT}
+        collection_versions.move(connection, moves)
+        collection_versions.show_current(connection, collection.id)

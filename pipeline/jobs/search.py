@@ -8,11 +8,12 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import Connection, RowMapping
 
+from pipeline.core.collections import VersionState
 from pipeline.core.errors import UnknownModel, UserError
 from pipeline.core.options import MOST_COLUMNS, JobOptions, VectorType, Word
 from pipeline.db import jobs, models, search
 from pipeline.jobs import status
-from pipeline.jobs.collections import find_collection
+from pipeline.jobs.collections import find_collection, find_version
 
 
 class SearchRequest(BaseModel):
@@ -22,6 +23,10 @@ class SearchRequest(BaseModel):
 
     query: str = Field(min_length=1, max_length=100_000, description="What to look for, in words.")
     limit: int = Field(default=10, ge=1, le=100, description="How many results.")
+    version: VersionState = Field(
+        default=VersionState.CURRENT,
+        description="Of a collection: the version to search, which is current, or next before a swap.",
+    )
     where: dict[Word, Annotated[str, StringConstraints(max_length=2_000, pattern="^[^\0]*$")]] = Field(
         default={}, max_length=MOST_COLUMNS, description="Only results that carry these values, by column."
     )
@@ -78,6 +83,8 @@ class SearchableJob:
 
     def nearest(self, connection: Connection, query: Sequence[float], wish: SearchRequest) -> list[Hit]:
         """Return the items nearest to a query's vector, by comparing all."""
+        if wish.version is not VersionState.CURRENT:
+            raise UserError("a job has no versions; leave it out.", field="version")
         _check_columns(wish.where, self.carried)
         found = search.nearest_items(
             connection, self.job_id, query, wish.limit, passages=self.passages, where=wish.where
@@ -87,7 +94,7 @@ class SearchableJob:
 
 @dataclass(frozen=True, slots=True)
 class SearchableCollection:
-    """Collection, in its current version."""
+    """Collection, in one of its versions."""
 
     version_id: int
     workspace_id: int
@@ -140,14 +147,17 @@ def job_to_search(connection: Connection, job_id: UUID) -> SearchableJob:
     )
 
 
-def collection_to_search(connection: Connection, workspace_id: int, name: str) -> SearchableCollection:
+def collection_to_search(
+    connection: Connection, workspace_id: int, name: str, version: VersionState = VersionState.CURRENT
+) -> SearchableCollection:
     """Return a collection to search in.
 
     Raises:
         UnknownCollection: there is none of this name.
         UnknownModel: its model is no longer in the catalogue as it was.
+        UserError: it has no such version.
     """
-    found = find_collection(connection, workspace_id, name)
+    found = find_version(connection, find_collection(connection, workspace_id, name), version)
     options = JobOptions.model_validate(dict(found.options))
     model = models.of_space(connection, found.model, found.vector_space_id)
     return SearchableCollection(

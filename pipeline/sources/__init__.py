@@ -10,8 +10,10 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any, BinaryIO, Protocol
 
+from pipeline.core.errors import SourceError
 from pipeline.core.options import Columns
 from pipeline.sources.decode import read_blocks, without_mark
 from pipeline.sources.discovery import find_files
@@ -128,6 +130,21 @@ class Corpus:
             for parsed in self._read(file):
                 yield judge(parsed, self.item_bytes, place)
             file.check_unchanged()
+
+    def again(self) -> "Corpus":
+        """Return the same source, to be read once more.
+
+        Raises:
+            SourceError: it has a stream that can't go back to its beginning.
+        """
+        if any(file.uri is None for file in self.files):
+            stream = self._stdin or sys.stdin.buffer
+            if not stream.seekable():
+                raise SourceError(f"{STDIN} can be read only once; give a file.")
+            stream.seek(0)
+        other = copy(self)
+        other.notices = Notices()
+        return other
 
     def _read(self, file: SourceFile) -> Iterator[Parsed]:
         blocks = self._stream() if file.uri is None else None

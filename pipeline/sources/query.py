@@ -148,6 +148,18 @@ class QueryCorpus:
         finally:
             self._engine.dispose()
 
+    def again(self) -> "QueryCorpus":
+        """Return the same source, to be read once more; its rows may have changed meanwhile."""
+        return QueryCorpus(
+            self._url.render_as_string(hide_password=False),
+            self._query,
+            self.columns,
+            self.item_bytes,
+            asked_by=self._asked_by,
+            movable=self._movable,
+            seconds=self._seconds,
+        )
+
     def stop(self, why: VectormillError) -> None:
         """Make the reading thread raise `why` instead of going on. Called from another thread; Postgres only."""
         with self._lock:

@@ -65,6 +65,10 @@ class RemovedKeys:
         except UnicodeDecodeError as error:
             raise SourceError(f"{self.name}: it isn't UTF-8; write one key a line.") from error
 
+    def again(self) -> "RemovedKeys":
+        """Return the same source, to be read once more."""
+        return RemovedKeys(self._path, self.columns)
+
     def _key(self, line: str, number: int) -> str:
         try:
             return as_key(line.removesuffix("\n").removesuffix("\r")) or ""

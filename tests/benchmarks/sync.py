@@ -22,8 +22,9 @@ from pipeline.core.options import JobOptions, KeptOptions
 from pipeline.core.text_identity import TextIdentity
 from pipeline.db import jobs
 from pipeline.dispatch import finalize
+from pipeline.ingest.collections import create_collection
 from pipeline.ingest.submission import planning
-from pipeline.ingest.sync import SyncRequest, columns_of, create_collection, submission_of, sync_collection
+from pipeline.ingest.sync import SyncRequest, columns_of, submission_of, sync_collection
 from pipeline.jobs.collections import find_collection
 from pipeline.sources import Corpus
 from tests.benchmarks.corpus import short_rows, write_rows
@@ -58,9 +59,8 @@ def _submit(place: CommandContext, source: Path) -> UUID:
         model = find_model(connection, place.workspace_id, collection.model)
     wish = SyncRequest()
     corpus = Corpus([str(source)], columns_of(collection, wish), place.settings.item_bytes)
-    return sync_collection(
-        place.engine, submission_of(collection, model, wish, corpus, planning(place.settings))
-    ).job_id
+    submission = submission_of(collection, model, wish, corpus, planning(place.settings))
+    return sync_collection(place.engine, submission, wish).job_id
 
 
 def _fill(place: CommandContext, source: Path) -> None:

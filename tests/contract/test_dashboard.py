@@ -14,7 +14,7 @@ from pipeline.core.chunks import RejectCode
 from pipeline.core.models import Model
 from pipeline.core.options import JobOptions
 from pipeline.db import collections, workspaces
-from pipeline.ingest.sync import create_collection
+from pipeline.ingest.collections import create_collection
 from tests.acceptance.fleet import eventually
 from tests.contract.conftest import Gateway
 from tests.support.jobs_made import job_row, make_job, make_model, run_sql
@@ -179,7 +179,7 @@ def test_a_collection_is_shown_to_its_workspace_alone(
         made = create_collection(
             connection, workspace, "tickets", model=model.name, options=JobOptions(carry=[EVIL[:50]], text_column=EVIL)
         )
-        collections.begin_sync(connection, uuid4(), made, whole=True)
+        collections.begin_sync(connection, uuid4(), made, whole=True, beside=None)
     page = f"/collections/{made.id}"
     shown = browser.get(page)
     assert (shown.status_code, EVIL in shown.text, "&lt;script&gt;" in shown.text) == (200, False, True)

@@ -21,7 +21,7 @@ from pipeline.db import workspaces
 from pipeline.db.database import make_engine
 from pipeline.embedded.runtime import Running
 from pipeline.infra import metrics
-from pipeline.ingest.sync import create_collection
+from pipeline.ingest.collections import create_collection
 from pipeline.jobs import status
 from tests.acceptance.fleet import Fleet, eventually
 from tests.conftest import new_database

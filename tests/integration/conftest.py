@@ -1,17 +1,23 @@
 """Shared fixtures of tests on real servers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import Engine
 
+from pipeline.catalog.models import add_model
 from pipeline.core.models import Model
 from pipeline.dispatch.state import Dispatcher
 from tests.integration.dispatching import make_dispatcher
+from tests.integration.tickets import Tickets
 from tests.support.jobs_made import make_model
 from workers.encoders.local import LocalEncoder
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +40,32 @@ def dispatcher(engine: Engine, redis_url: str) -> Iterator[Dispatcher]:
     with_publisher = make_dispatcher(engine, redis_url)
     yield with_publisher
     with_publisher.publisher.close()
+
+
+@pytest.fixture
+def static(engine: Engine, static_description: dict[str, Any]) -> None:
+    """Add the static model to the catalogue."""
+    with engine.begin() as connection:
+        add_model(connection, "static", static_description)
+
+
+@pytest.fixture(scope="module")
+def library(static_model: Path) -> "SentenceTransformer":
+    """Load the static model by its library."""
+    from sentence_transformers import SentenceTransformer  # takes seconds, and few tests need it
+
+    return SentenceTransformer(str(static_model), device="cpu")
+
+
+@pytest.fixture
+def make_tickets(
+    engine: Engine, encoder: LocalEncoder, library: "SentenceTransformer", static: None, tmp_path: Path
+) -> Callable[..., Tickets]:
+    """Return what creates a collection with some options."""
+    return partial(Tickets, engine, encoder, library, tmp_path)
+
+
+@pytest.fixture
+def tickets(make_tickets: Callable[..., Tickets]) -> Tickets:
+    """Create a collection that carries a column."""
+    return make_tickets(carry=["lang"])

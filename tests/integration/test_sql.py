@@ -34,7 +34,7 @@ from pipeline.embedded.runtime import Running
 from pipeline.embedded.wheels import wheel_folder
 from pipeline.infra.settings import Settings
 from pipeline.ingest import sql_requests, staging
-from pipeline.ingest.sync import create_collection
+from pipeline.ingest.collections import create_collection
 from pipeline.jobs import control, status
 from pipeline.jobs.purge import purge_job, purge_month
 from tests.acceptance.fleet import eventually

@@ -16,28 +16,28 @@ from pipeline.cli.bootstrap import bundled_model_folder
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _MODELS = _CHECKOUT / ".vectormill" / "test-models"
 
-# Makes a static model from a transformer: its word piece embeddings, reduced to 256 principal components and weighted
-# by the rarity of the piece.
+# Makes a static model from a transformer: its word piece embeddings, reduced to some principal components and
+# weighted by the rarity of the piece.
 _DISTIL = """
 import sys
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-source, target = sys.argv[1:]
+source, target, dimensions = sys.argv[1:]
 teacher = SentenceTransformer(source, device="cpu")
 tokenizer = teacher.tokenizer.backend_tokenizer
 vectors = teacher[0].auto_model.get_input_embeddings().weight.detach()
 vectors = vectors - vectors.mean(0)
-components = torch.linalg.eigh(vectors.T @ vectors).eigenvectors.flip(1)[:, :256]
+components = torch.linalg.eigh(vectors.T @ vectors).eigenvectors.flip(1)[:, : int(dimensions)]
 weights = (vectors @ components) * torch.log(1.0 + torch.arange(len(vectors)))[:, None]
 static = StaticEmbedding(tokenizer, embedding_weights=weights.numpy())
 SentenceTransformer(modules=[static], device="cpu").save(target)
 """
 
 
-def make_static_model(source: Path, target: Path) -> None:
-    """Make a model of static embeddings with 256 dimensions from a transformer; it loads and embeds in no time."""
-    command = [sys.executable, "-c", _DISTIL, str(source), str(target)]
+def make_static_model(source: Path, target: Path, dimensions: int = 256) -> None:
+    """Make a model of static embeddings from a transformer; it loads and embeds in no time."""
+    command = [sys.executable, "-c", _DISTIL, str(source), str(target), str(dimensions)]
     done = subprocess.run(command, capture_output=True, check=False, env=dict(os.environ))
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
@@ -49,13 +49,13 @@ def bundled_folder() -> Path:
     return folder
 
 
-def static_folder() -> Path:
-    """Return the folder of a model of static embeddings with 256 dimensions; it loads and embeds in no time."""
-    folder = _MODELS / "static-256"
+def static_folder(dimensions: int = 256) -> Path:
+    """Return the folder of a model of static embeddings; it loads and embeds in no time."""
+    folder = _MODELS / f"static-{dimensions}"
     with _making() as within:
         if not folder.exists():
             made = within / "made"
-            make_static_model(bundled_folder(), made)
+            make_static_model(bundled_folder(), made, dimensions)
             made.rename(folder)
     return folder
 

@@ -175,6 +175,8 @@ class GatewayCache:
         self._known_engines: Sequence[RowMapping] = ()
         self._keys = _Kept(database, _Keys(database).find)
         self._models = _Kept(database, self._of_workspace(models.find))
+        # Never old: after a swap, queries must be embedded by the model whose vectors are read.
+        self._collections = _Kept(database, self._of_workspace(models.of_collection), fresh_seconds=0.0)
         self._all_models = _Kept(database, self._of_workspace(models.of_workspace))
         self._engines = _Kept(database, lambda: database.ask(_live_engines))
         self._months = _Kept(
@@ -208,12 +210,15 @@ class GatewayCache:
         )
 
     async def model(self, workspace_id: int, name: str) -> RowMapping:
-        """Return a model by name or alias.
+        """Return a model by name or alias, or that of a collection by the collection's name, with the size of its
+        vectors as `collection_dimensions`.
 
         Raises:
             ModelNotFound: there is none, or it isn't enabled for this workspace.
         """
-        found = await self._models.get(workspace_id, name) if _can_be_a_name(name) else None
+        found = None
+        if _can_be_a_name(name):
+            found = await self._models.get(workspace_id, name) or await self._collections.get(workspace_id, name)
         if found is None:
             raise ModelNotFound(f'The model "{name}" is not enabled for your workspace.', param="model")
         return found

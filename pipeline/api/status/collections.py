@@ -1,28 +1,29 @@
-"""Collections at `/api/collections`: made, shown, synced and dropped."""
+"""Collections at `/api/collections`: made, shown, synced, upgraded and dropped."""
 
 from datetime import timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, Engine
 
-from pipeline.api.dependencies import SECURITY, ask, caller_of, problems, read_body, scope_of
+from pipeline.api.dependencies import SECURITY, ask, caller_of, described, problems, read_body, scope_of
 from pipeline.api.gateway.cache import Caller
 from pipeline.api.paths import as_sent
 from pipeline.api.status.submissions import Intake, answer, body_of, owner_of, receive_rows, schema_of
 from pipeline.catalog.models import find_model
-from pipeline.core.collection_status import CollectionList, CollectionStatus, SyncList
+from pipeline.core.collection_status import CollectionList, CollectionStatus, Comparison, SyncList
 from pipeline.core.errors import CollectionBusy
 from pipeline.core.job_status import JobStatus
 from pipeline.core.jobs import JobState
 from pipeline.core.options import Columns, JobOptions, Word
 from pipeline.db import jobs, syncs
 from pipeline.infra.settings import Settings
+from pipeline.ingest.collections import create_collection, upgrade_collection
 from pipeline.ingest.request import read_fields
 from pipeline.ingest.submission import Submitted, planning
-from pipeline.ingest.sync import SyncRequest, columns_of, create_collection, submission_of, sync_collection
-from pipeline.jobs import collections
+from pipeline.ingest.sync import SyncRequest, columns_of, submission_of, sync_collection
+from pipeline.jobs import collections, comparison
 from pipeline.sources import Corpus
 from pipeline.webhooks import allowlist
 
@@ -50,8 +51,41 @@ class NewCollection(JobOptions):
     )
 
 
+class Upgrade(BaseModel):
+    """Request for a collection's next version."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Word = Field(description="The model of the next version, by name or alias.")
+    dimensions: int | None = Field(default=None, gt=0, le=2**31 - 1, description="Of its vectors, as of a job.")
+
+
+class Swap(BaseModel):
+    """Request that gives readers a collection's next version."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keep_seconds: float = Field(
+        default=collections.KEEP.total_seconds(),
+        gt=0,
+        le=1e9,
+        description="Time in which a swap can be undone; meanwhile syncs go to both versions.",
+    )
+
+
 #: Options of jobs that collections don't have.
 _NOT_OF_COLLECTIONS = ("unique_keys", "by_reference", "output", "into", "hnsw", "webhook", "reuse")
+
+
+async def _change(request: Request, workspace: str | None, act: Any) -> Any:
+    """Run `act`, which may wait for others, with a transaction and the workspace that a request is about."""
+    caller = await caller_of(request)
+
+    def run(engine: Engine) -> Any:
+        with engine.begin() as connection:
+            return act(connection, _scope(connection, caller, workspace))
+
+    return await request.app.state.transfers.run(caller.workspace_id, run)
 
 
 async def _of(request: Request, workspace: str | None, act: Any) -> Any:
@@ -121,14 +155,70 @@ async def show_collection(request: Request, collection: str, workspace: Of = Non
 @router.delete("/{collection}", status_code=204, responses=problems(409), openapi_extra=SECURITY)
 async def drop_collection(request: Request, collection: str, workspace: Of = None) -> None:
     """Drop a collection with its view, vectors and history. Its jobs stay."""
-    caller = await caller_of(request)
 
-    def act(engine: Engine) -> None:
-        with engine.begin() as connection:
-            scope = _scope(connection, caller, workspace)
-            collections.drop_collection(connection, collections.find_collection(connection, scope, as_sent(collection)))
+    def act(connection: Connection, scope: int) -> None:
+        collections.drop_collection(connection, collections.find_collection(connection, scope, as_sent(collection)))
 
-    await request.app.state.transfers.run(caller.workspace_id, act)
+    await _change(request, workspace, act)
+
+
+@router.post("/{collection}/upgrade", status_code=201, openapi_extra=described(Upgrade))
+async def upgrade(request: Request, collection: str, workspace: Of = None) -> CollectionStatus:
+    """Begin a next version with another model. The next whole sync fills it, beside the version that readers see."""
+    wish = await read_body(request, Upgrade)
+
+    def act(connection: Connection, scope: int) -> CollectionStatus:
+        name = as_sent(collection)
+        upgrade_collection(connection, scope, name, model=wish.model, dimensions=wish.dimensions)
+        return collections.collection_status(connection, collections.find_collection(connection, scope, name))
+
+    return await _change(request, workspace, act)
+
+
+@router.delete("/{collection}/upgrade", status_code=204, openapi_extra=SECURITY)
+async def abandon_upgrade(request: Request, collection: str, workspace: Of = None) -> None:
+    """Abandon an upgrade: the next version goes."""
+
+    def act(connection: Connection, scope: int) -> None:
+        collections.abandon_upgrade(connection, collections.find_collection(connection, scope, as_sent(collection)))
+
+    await _change(request, workspace, act)
+
+
+@router.get("/{collection}/comparison", openapi_extra=SECURITY)
+async def compare(request: Request, collection: str, workspace: Of = None) -> Comparison:
+    """Compare the next version with the one that readers see: size, cost, and what is near to keys drawn at random."""
+
+    def act(connection: Connection, scope: int) -> Comparison:
+        return comparison.compare(connection, collections.find_collection(connection, scope, as_sent(collection)))
+
+    return await _change(request, workspace, act)
+
+
+@router.post("/{collection}/swap", responses=problems(409), openapi_extra=described(Swap))
+async def swap(request: Request, collection: str, workspace: Of = None) -> CollectionStatus:
+    """Give readers the next version: the view, searches, and the model that the collection's name stands for in
+    `/v1/embeddings` change in one transaction."""
+    wish = await read_body(request, Swap)
+
+    def act(connection: Connection, scope: int) -> CollectionStatus:
+        found = collections.find_collection(connection, scope, as_sent(collection))
+        collections.swap(connection, found, keep=timedelta(seconds=wish.keep_seconds))
+        return collections.collection_status(connection, collections.find_collection(connection, scope, found.name))
+
+    return await _change(request, workspace, act)
+
+
+@router.post("/{collection}/swap-back", openapi_extra=SECURITY)
+async def swap_back(request: Request, collection: str, workspace: Of = None) -> CollectionStatus:
+    """Undo a swap: readers see the previous version again, and the current one becomes the next."""
+
+    def act(connection: Connection, scope: int) -> CollectionStatus:
+        found = collections.find_collection(connection, scope, as_sent(collection))
+        collections.swap_back(connection, found)
+        return collections.collection_status(connection, collections.find_collection(connection, scope, found.name))
+
+    return await _change(request, workspace, act)
 
 
 @router.get("/{collection}/syncs", openapi_extra=SECURITY)
@@ -191,6 +281,6 @@ async def sync(
             found = collections.find_collection(connection, owner, name)
             model = find_model(connection, owner, found.model)
         submission = submission_of(found, model, wish, corpus, planning(settings), idempotency_key)
-        return sync_collection(engine, submission, queue=False)
+        return sync_collection(engine, submission, wish, queue=False)
 
     return await answer(request, response, await receive_rows(request, owner, Intake(read, columns, act)))

@@ -20,13 +20,13 @@ router = APIRouter(prefix="/api", responses=problems(400, 404, 413), tags=["Coll
 async def search_collection(request: Request, collection: str, workspace: Of = None) -> Hits:
     """Find the keys of a collection nearest to a query, which the collection's model embeds."""
     caller = await caller_of(request, vectors=True)
-    name = as_sent(collection)
+    wish, name = await read_body(request, SearchRequest), as_sent(collection)
 
     def find(connection: Connection) -> Searchable:
         scope = (scope_of(connection, caller, workspace) if workspace else None) or caller.workspace_id
-        return collection_to_search(connection, scope, name)
+        return collection_to_search(connection, scope, name, wish.version)
 
-    return await _search(request, caller, await ask(request, find))
+    return Hits(data=await search_by_engine(request, caller, await ask(request, find), wish))
 
 
 @router.post("/jobs/{job}/search", openapi_extra=described(SearchRequest))
@@ -37,11 +37,8 @@ async def search_job(request: Request, job: str, workspace: Workspace = None) ->
     def find(connection: Connection, job_id: UUID) -> Searchable:
         return job_to_search(connection, job_id)
 
-    return await _search(request, caller, await ask_of_job(request, job, find, workspace, caller=caller))
-
-
-async def _search(request: Request, caller: Caller, target: Searchable) -> Hits:
     wish = await read_body(request, SearchRequest)
+    target = await ask_of_job(request, job, find, workspace, caller=caller)
     return Hits(data=await search_by_engine(request, caller, target, wish))
 
 

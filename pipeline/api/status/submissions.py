@@ -134,7 +134,7 @@ async def answer(request: Request, response: Response, made: Submitted) -> JobSt
         raise _undone() from error
     if made.attached:
         response.status_code = 200
-    return job
+    return job.model_copy(update={"notices": list(dict.fromkeys([*job.notices, *made.notices]))})
 
 
 def _undone() -> SubmissionUndone:

@@ -140,6 +140,8 @@ async def create_embeddings(request: Request) -> Response:
     transfers: Transfers = request.app.state.transfers
     asked = parse_request(await transfers.body(request, caller.workspace_id), gateway.most_text_bytes, gateway.decode)
     model = await gateway.cache.model(caller.workspace_id, asked.model)
+    if asked.dimensions is None:
+        asked = replace(asked, dimensions=model.get("collection_dimensions"))
     embedded, headers = await embed_metered(request, gateway, caller, model, asked)
     if embedded.truncated:
         headers["x-vectormill-truncated"] = str(len(embedded.truncated))
@@ -260,7 +262,7 @@ def _model(row: RowMapping, called: str) -> ModelObject:
     return ModelObject(
         id=called,
         created=int(row["added_at"].timestamp()),
-        dimensions=row["dimensions"],
+        dimensions=row.get("collection_dimensions", row["dimensions"]),
         shorter_dimensions=sorted(row["matryoshka"]),
         max_tokens=row["max_item_tokens"],
         query_prompt=row["query_prompt"],

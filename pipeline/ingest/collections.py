@@ -1,0 +1,138 @@
+"""Collections from the doors: made, and upgraded to another model."""
+
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from pipeline.catalog.models import DEFAULT_WORKSPACE, find_model, vector_space_of
+from pipeline.core.collections import VersionState
+from pipeline.core.errors import UserError
+from pipeline.core.models import Model
+from pipeline.core.options import JobOptions
+from pipeline.db import collections, models, workspaces
+from pipeline.db.collections import Collection
+from pipeline.ingest.request import read_fields
+from pipeline.ingest.submit import check_lengths
+from pipeline.jobs import control
+from pipeline.jobs.collections import find_collection
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+#: Names that tables of the schema have or will have.
+_RESERVED = re.compile(r"(items|embeddings|passages|rejects|collection|alembic|vectormill)_.*", re.IGNORECASE)
+_MOST_COLLECTIONS = 1_000
+#: Longest name of a view in Postgres, in bytes.
+_MOST_NAME = 63
+#: Columns of each collection's view, beside those of passages.
+_VIEW_COLUMNS = ("key", "vector")
+
+
+def create_collection(
+    connection: Connection,
+    workspace_id: int,
+    name: str,
+    *,
+    model: str,
+    options: JobOptions,
+    expect_every: timedelta | None = None,
+) -> Collection:
+    """Create an empty collection, with its tables and the view that shows it.
+
+    Raises:
+        UserError: the name can't be used or is taken, or an option doesn't fit.
+        UnknownModel: the workspace may not use such a model.
+    """
+    found = find_model(connection, workspace_id, model)
+    check_lengths(options, found)
+    _check_options(options)
+    if expect_every is not None and expect_every <= timedelta():
+        raise UserError("give a time such as 24h.", field="expect_every")
+    view = _view_of(workspaces.name_of(connection, workspace_id), name)
+    if collections.count(connection, workspace_id) >= _MOST_COLLECTIONS:
+        raise UserError(f"a workspace has at most {_MOST_COLLECTIONS:,} collections; drop one.")
+    reserved = _RESERVED.fullmatch(view) or collections.relation_exists(connection, view)
+    if reserved and collections.by_name(connection, workspace_id, name) is None:
+        raise UserError("vectormill has a table of this name; choose another.", field="name", given=f'"{name}"')
+    if models.find(connection, workspace_id, name):
+        raise UserError("a model is called so; choose another.", field="name", given=f'"{name}"')
+    made = collections.create(
+        connection,
+        workspace_id,
+        name=name,
+        view=view,
+        expect_every=expect_every,
+        model=found.name,
+        vector_space_id=_space_of(connection, found, options),
+        options=options.model_dump(mode="json", exclude_defaults=True),
+    )
+    if not made:
+        raise UserError("there is a collection of this name already.", field="name", given=f'"{name}"')
+    return find_collection(connection, workspace_id, name)
+
+
+def _space_of(connection: Connection, model: Model, options: JobOptions) -> int:
+    return vector_space_of(connection, model, dimensions=options.dimensions, max_item_tokens=options.max_item_tokens)
+
+
+def _view_of(workspace: str, name: str) -> str:
+    view = name if workspace == DEFAULT_WORKSPACE else f"{workspace}.{name}"
+    if not _NAME.fullmatch(name) or len(view.encode()) > _MOST_NAME:
+        raise UserError(
+            f"use letters, digits, dashes and underscores, at most {_MOST_NAME - len(view) + len(name)} of them.",
+            field="name",
+            given=f'"{name[:80]}"',
+        )
+    return view
+
+
+def _check_options(options: JobOptions) -> None:
+    control.reject_limit(options.max_rejects, 0)
+    for field in ("unique_keys", "by_reference", "output", "into", "hnsw", "webhook"):
+        if getattr(options, field):
+            raise UserError("a collection has no such option.", field=field)
+    if long := next((column for column in options.carry if len(column.encode()) > _MOST_NAME), None):
+        raise UserError(f'"{long[:80]}" has more than {_MOST_NAME} bytes, so no view can have it.', field="carry")
+    if taken := next((column for column in options.carry if column in _VIEW_COLUMNS), None):
+        raise UserError(f'the collection has a column "{taken}" already; rename it.', field="carry")
+
+
+def upgrade_collection(
+    connection: Connection, workspace_id: int, name: str, *, model: str, dimensions: int | None = None
+) -> Collection:
+    """Begin a collection's next version, of another model: the next whole sync fills it beside the current one.
+
+    Raises:
+        UnknownCollection: there is none of this name.
+        UnknownModel: the workspace may not use such a model.
+        UserError: a next version is there already, or the model doesn't fit the collection's options.
+    """
+    collection = find_collection(connection, workspace_id, name)
+    collections.lock(connection, collection.id)
+    versions = collections.versions(connection, collection.id)
+    current = versions[VersionState.CURRENT]
+    if other := versions.get(VersionState.NEXT):
+        raise UserError(
+            f"a version of model {other.model} is being filled already; swap the collection, or abandon that upgrade."
+        )
+    found = find_model(connection, workspace_id, model)
+    options = _options_of(current, dimensions)
+    check_lengths(options, found)
+    space = _space_of(connection, found, options)
+    if space == current.vector_space_id:
+        raise UserError("the collection has the vectors of this model; name another.", field="model", given=model)
+    collections.add_version(
+        connection,
+        collection.id,
+        model=found.name,
+        vector_space_id=space,
+        options=options.model_dump(mode="json", exclude_defaults=True),
+        state=VersionState.NEXT,
+    )
+    return collections.versions(connection, collection.id)[VersionState.NEXT]
+
+
+def _options_of(current: Collection, dimensions: int | None) -> JobOptions:
+    kept: Mapping[str, Any] = {name: value for name, value in current.options.items() if name != "dimensions"}
+    return read_fields(JobOptions, {**kept, "dimensions": dimensions})

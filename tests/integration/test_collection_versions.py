@@ -1,0 +1,291 @@
+"""Upgrades of a collection on a real Postgres: a second vector space beside the first, and the swap between them."""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+from sqlalchemy import text
+
+from pipeline.catalog.models import add_model
+from pipeline.core.collection_status import CollectionStatus, VersionStatus
+from pipeline.core.collections import VersionState
+from pipeline.core.errors import CollectionBusy, UserError, Waiting
+from pipeline.core.options import JobOptions
+from pipeline.db import collection_versions, models
+from pipeline.dispatch import maintenance
+from pipeline.dispatch.background import TASKS
+from pipeline.dispatch.state import Dispatcher
+from pipeline.ingest.collections import create_collection, upgrade_collection
+from pipeline.jobs import collections
+from pipeline.jobs.collections import find_collection
+from pipeline.jobs.comparison import compare
+from pipeline.jobs.search import SearchRequest, collection_to_search
+from tests.integration.tickets import Row, Tickets, rows_of
+from tests.support.jobs_made import run_sql
+from tests.support.models import described, static_folder
+from workers.encoders.local import LocalEncoder
+
+_SMALL = 64
+
+
+@pytest.fixture(scope="module")
+def small_encoder() -> LocalEncoder:
+    """Load a static model of other vectors than those of `static`."""
+    return LocalEncoder(static_folder(_SMALL), "cpu")
+
+
+@pytest.fixture(scope="module")
+def small_library() -> SentenceTransformer:
+    return SentenceTransformer(str(static_folder(_SMALL)), device="cpu")
+
+
+@pytest.fixture
+def upgraded(tickets: Tickets, small_encoder: LocalEncoder) -> Tickets:
+    """Return a collection of the model `static` with a next version of the model `small`."""
+    tickets.encoders["small"] = small_encoder
+    with tickets.engine.begin() as connection:
+        add_model(connection, "small", described("static-64", static_folder(_SMALL)))
+    upgrade(tickets)
+    return tickets
+
+
+def upgrade(tickets: Tickets, model: str = "small") -> None:
+    with tickets.engine.begin() as connection:
+        upgrade_collection(connection, tickets.workspace, "tickets", model=model)
+
+
+def status(tickets: Tickets) -> CollectionStatus:
+    with tickets.engine.begin() as connection:
+        found = find_collection(connection, tickets.workspace, "tickets")
+        return collections.collection_status(connection, found)
+
+
+def version(tickets: Tickets, state: VersionState) -> VersionStatus:
+    return next(each for each in status(tickets).versions if each.state is state)
+
+
+def swap(tickets: Tickets, act: Any = collections.swap, **how: Any) -> None:
+    with tickets.engine.begin() as connection:
+        act(connection, find_collection(connection, tickets.workspace, "tickets"), **how)
+
+
+def beside(tickets: Tickets, leader: UUID) -> UUID:
+    (job,) = run_sql(tickets.engine, "select job_id from vectormill.syncs where beside = :job", job=leader)[0]
+    return UUID(str(job))
+
+
+def sync_both(tickets: Tickets, rows: Sequence[Row], **how: Any) -> None:
+    """Sync all versions of a collection to the end."""
+    leader = tickets.submit(rows, **how)
+    tickets.run(leader)
+    tickets.run(beside(tickets, leader))
+
+
+def dimensions(tickets: Tickets) -> int:
+    (size,) = run_sql(
+        tickets.engine,
+        "select atttypmod from pg_attribute where attrelid = 'vectormill.tickets'::regclass and attname = 'vector'",
+    )[0]
+    return int(size)
+
+
+def shows_small(tickets: Tickets, rows: Sequence[Mapping[str, Any]], library: SentenceTransformer) -> None:
+    """Assert that readers see a fresh embedding of these rows by the model `small`."""
+    seen = tickets.view()
+    assert seen.keys() == {str(row["id"]) for row in rows}
+    for row, vector in zip(rows, library.encode([row["text"] for row in rows]), strict=True):
+        np.testing.assert_allclose(json.loads(seen[str(row["id"])]), vector, atol=1e-5)
+
+
+def test_an_upgrade_fills_a_second_version_and_readers_swap(
+    upgraded: Tickets, small_library: SentenceTransformer
+) -> None:
+    rows = rows_of(120)
+    sync_both(upgraded, rows)
+    assert dimensions(upgraded) == 256
+    changed = [{**rows[0], "text": "another mill"}, *rows[2:]]
+    sync_both(upgraded, changed)
+    upgraded.shows(changed)
+    before = version(upgraded, VersionState.NEXT)
+    assert (before.model, before.keys, before.differs, before.running) == ("small", 119, None, None)
+    swap(upgraded, keep=timedelta(days=2))
+    shows_small(upgraded, changed, small_library)
+    assert dimensions(upgraded) == _SMALL
+    after = version(upgraded, VersionState.PREVIOUS)
+    assert (status(upgraded).model, after.model, after.differs) == ("small", "static", None)
+    assert after.kept_until is not None
+    sync_both(upgraded, rows)  # to both still
+    swap(upgraded, collections.swap_back)
+    upgraded.shows(rows)
+    assert (status(upgraded).model, version(upgraded, VersionState.NEXT).model) == ("static", "small")
+    swap(upgraded)
+    shows_small(upgraded, rows, small_library)
+    history = run_sql(upgraded.engine, "select count(*), count(beside) from vectormill.syncs")
+    assert history == [(6, 3)]
+
+
+def test_a_version_that_lacks_something_is_not_given_to_readers(upgraded: Tickets) -> None:
+    rows = rows_of(120)
+    with pytest.raises(UserError, match="no whole sync has reached it yet"):
+        swap(upgraded)
+    leader = upgraded.submit(rows)
+    upgraded.run(leader)
+    with pytest.raises(CollectionBusy, match=str(beside(upgraded, leader))):
+        swap(upgraded)
+    upgraded.run(beside(upgraded, leader))
+    # Its leader fails, since too much would go; the other isn't even begun.
+    refused = upgraded.submit(rows[:20])
+    assert run_sql(upgraded.engine, "select count(*) from vectormill.syncs where beside = :job", job=refused) == [(0,)]
+    upgraded.end(refused)
+    assert version(upgraded, VersionState.NEXT).differs is None
+    # A delta that reached the current version alone.
+    delta = upgraded.submit([{**rows[0], "text": "new"}], delta=True)
+    run_sql(upgraded.engine, "update vectormill.jobs set state = 'failed' where id = :job", job=beside(upgraded, delta))
+    upgraded.run(delta)
+    with pytest.raises(UserError, match=f"sync {delta} has reached only one"):
+        swap(upgraded)
+    sync_both(upgraded, rows)
+    swap(upgraded)
+
+
+def test_a_swap_moves_all_or_nothing(upgraded: Tickets) -> None:
+    rows = rows_of(20)
+    sync_both(upgraded, rows)
+    run_sql(upgraded.engine, "create view public.depends as select vector from vectormill.tickets")
+    with pytest.raises(UserError, match="can't be swapped now"):
+        swap(upgraded)
+    with upgraded.engine.begin() as connection:
+        found = models.of_collection(connection, upgraded.workspace, "tickets")
+    assert found is not None
+    assert (found["name"], dimensions(upgraded)) == ("static", 256)
+    run_sql(upgraded.engine, "drop view public.depends")
+    swap(upgraded)
+
+
+def test_in_no_moment_do_view_and_alias_differ(upgraded: Tickets) -> None:
+    sync_both(upgraded, rows_of(20))
+    query = text("""
+        select a.atttypmod = s.dimensions from pg_attribute a, vectormill.collection_versions v
+        join vectormill.vector_spaces s on s.id = v.vector_space_id
+        where v.state = 'current' and a.attname = 'vector' and a.attrelid = (
+          select oid from pg_class where relname = 'tickets' and relnamespace = 'vectormill'::regnamespace)
+    """)
+    stop, seen = threading.Event(), set[bool]()
+
+    def look() -> None:
+        while not stop.is_set():
+            with upgraded.engine.begin() as connection:
+                seen.add(bool(connection.execute(query).scalar_one()))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(10):
+            swap(upgraded)
+            swap(upgraded, collections.swap_back)
+    finally:
+        stop.set()
+        looking.join()
+    assert seen == {True}
+
+
+def test_readers_keep_their_rights_on_the_view(upgraded: Tickets) -> None:
+    role = "reader_of_tickets"
+    sync_both(upgraded, rows_of(20))
+    run_sql(upgraded.engine, f"drop role if exists {role}")
+    run_sql(upgraded.engine, f"create role {role}")
+    run_sql(upgraded.engine, f"grant select on vectormill.tickets to {role} with grant option")
+    try:
+        swap(upgraded)
+        allowed = run_sql(
+            upgraded.engine,
+            f"select has_table_privilege('{role}', 'vectormill.tickets', 'select with grant option'), "
+            f"has_table_privilege('{role}', 'vectormill.tickets', 'insert')",
+        )
+        assert allowed == [(True, False)]
+    finally:
+        run_sql(upgraded.engine, f"drop owned by {role}")
+        run_sql(upgraded.engine, f"drop role {role}")
+
+
+def test_old_versions_go(upgraded: Tickets, dispatcher: Dispatcher) -> None:
+    sync_both(upgraded, rows_of(20))
+    swap(upgraded, keep=timedelta(days=1))
+    maintenance.maintain(dispatcher)
+    assert len(status(upgraded).versions) == 1
+    run_sql(
+        upgraded.engine,
+        "update vectormill.collection_versions set kept_until = now() - interval '1 s' where state = 'previous'",
+    )
+    maintenance.maintain(dispatcher)
+    assert status(upgraded).versions == []
+    with pytest.raises(UserError, match="no previous version"):
+        swap(upgraded, collections.swap_back)
+    (task,) = (each for each in TASKS if each.name == "drop_version")
+    with upgraded.engine.begin() as connection:
+        (gone,) = task.due(connection, 10)
+    with upgraded.engine.begin() as connection, upgraded.engine.connect() as other:
+        other.execute(text("select count(*) from vectormill.collection_keys"))
+        with pytest.raises(Waiting):
+            collection_versions.drop(connection, int(str(gone)))
+        connection.rollback()
+    with upgraded.engine.begin() as connection:
+        collection_versions.drop(connection, int(str(gone)))
+        assert task.due(connection, 10) == []
+    tables = run_sql(upgraded.engine, "select count(*) from pg_class where relname like 'collection\\_keys\\__'")
+    assert tables == [(1,)]
+    swapped = rows_of(21)
+    upgraded.run(upgraded.submit(swapped))
+    assert len(upgraded.view("lang")) == 21
+
+
+def test_an_upgrade_is_abandoned(upgraded: Tickets) -> None:
+    with pytest.raises(UserError, match="is being filled already"):
+        upgrade(upgraded)
+    leader = upgraded.submit(rows_of(20))
+    swap(upgraded, collections.abandon_upgrade)
+    (state,) = run_sql(
+        upgraded.engine, "select state from vectormill.jobs where id = :job", job=beside(upgraded, leader)
+    )[0]
+    assert state in ("cancelling", "cancelled")
+    upgraded.run(leader)
+    assert status(upgraded).versions == []
+    with pytest.raises(UserError, match="has the vectors of this model"):
+        upgrade(upgraded, "static")
+    upgrade(upgraded)
+
+
+def test_both_versions_are_searched_and_compared(upgraded: Tickets, small_library: SentenceTransformer) -> None:
+    rows = rows_of(200)
+    sync_both(upgraded, rows)
+    with upgraded.engine.begin() as connection:
+        compared = compare(connection, find_collection(connection, upgraded.workspace, "tickets"))
+        following = collection_to_search(connection, upgraded.workspace, "tickets", VersionState.NEXT)
+        query = small_library.encode(rows[7]["text"]).tolist()
+        hits = following.nearest(connection, query, SearchRequest(query="asked", limit=1, version=VersionState.NEXT))
+    assert [hit.key for hit in hits] == ["k7"]
+    assert (compared.keys, compared.next_keys, compared.model, compared.next_model) == (200, 200, "static", "small")
+    assert compared.tokens > 200
+    assert 50 < compared.sampled <= 100
+    assert compared.overlap_at_10 is not None
+    assert 0.1 < compared.overlap_at_10 < 1
+
+
+def test_the_same_sync_is_attached_to_in_each_version(upgraded: Tickets) -> None:
+    rows = rows_of(20)
+    leader = upgraded.submit(rows, key="night 1")
+    upgraded.run(leader)
+    upgraded.run(beside(upgraded, leader))
+    assert upgraded.submit(rows, key="night 1") == leader
+    assert run_sql(upgraded.engine, "select count(*) from vectormill.syncs") == [(2,)]
+
+
+def test_a_collection_is_not_called_as_a_model(upgraded: Tickets) -> None:
+    with upgraded.engine.begin() as connection, pytest.raises(UserError, match="a model is called so"):
+        create_collection(connection, upgraded.workspace, "small", model="static", options=JobOptions())
