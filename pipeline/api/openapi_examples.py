@@ -55,6 +55,17 @@ _COLLECTION = {
     "synced_at": "2026-11-24T01:00:16Z",
     "running": None,
     "created_at": "2026-11-01T09:00:00Z",
+    "versions": [
+        {
+            "state": "next",
+            "model": "bge-small-en-v1.5",
+            "dimensions": 384,
+            "keys": 200_008,
+            "running": None,
+            "differs": None,
+            "kept_until": None,
+        }
+    ],
 }
 _MODEL_OBJECT = {
     "id": _MODEL,
@@ -225,6 +236,18 @@ EXAMPLES: dict[str, Any] = {
         "carry": ["lang"],
         "expect_every_seconds": 86_400,
     },
+    "Upgrade": {"model": "bge-small-en-v1.5"},
+    "Swap": {"keep_seconds": 604_800},
+    "Comparison": {
+        "model": _MODEL,
+        "next_model": "bge-small-en-v1.5",
+        "keys": 200_008,
+        "next_keys": 200_008,
+        "tokens": 17_200_688,
+        "cost": 0.34,
+        "sampled": 100,
+        "overlap_at_10": 0.62,
+    },
     "SyncRequest": {"sources": ["s3://shop/tickets/*.parquet"], "labels": {"team": "search"}},
     "CollectionStatus": _COLLECTION,
     "CollectionList": {"data": [_COLLECTION]},
@@ -233,6 +256,8 @@ EXAMPLES: dict[str, Any] = {
             {
                 "job_id": _JOB_ID,
                 "state": "completed",
+                "model": _MODEL,
+                "beside": False,
                 "delta": False,
                 "added": 1_010,
                 "changed": 2_004,

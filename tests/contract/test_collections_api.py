@@ -92,6 +92,38 @@ def test_mistakes_are_told(line: httpx.Client) -> None:
     assert "model" in line.post("/api/collections", json={"name": "x"}).json()["detail"]
 
 
+def test_an_upgrade_is_swapped_in_and_back(line: httpx.Client) -> None:
+    def size(model: str) -> int:
+        reply = line.post("/v1/embeddings", json={"model": model, "input": "a refund"})
+        assert reply.status_code == 200, reply.text
+        return len(reply.json()["data"][0]["embedding"])
+
+    assert (size("tickets"), line.get("/v1/models/tickets").json()["dimensions"]) == (256, 256)
+    begun = line.post(f"{_PATH}/upgrade", json={"model": "minilm"})
+    (version,) = begun.json()["versions"]
+    assert (begun.status_code, version["state"], version["keys"]) == (201, "next", 0)
+    early = line.post(f"{_PATH}/swap", json={})
+    assert (early.status_code, "no whole sync has reached it" in early.json()["detail"]) == (400, True)
+    sync(line, [*_ROWS[:5], *_ROWS[6:]])
+    filled = eventually(lambda: line.get(_PATH).json()["versions"][0]["differs"] is None, "a filled version")
+    assert filled
+    compared = line.get(f"{_PATH}/comparison").json()
+    assert (compared["keys"], compared["next_keys"], compared["next_model"]) == (59, 59, "minilm")
+    wish = {"query": "the mill number 17 stands still", "limit": 1}
+    for which in ("current", "next"):
+        (hit,) = line.post(f"{_PATH}/search", json={**wish, "version": which}).json()["data"]
+        assert hit["key"] == "t17"
+    none = line.post(f"{_PATH}/search", json={**wish, "version": "previous"})
+    assert (none.status_code, "has no previous version" in none.json()["detail"]) == (400, True)
+    swapped = line.post(f"{_PATH}/swap", json={"keep_seconds": 3_600})
+    assert (swapped.status_code, swapped.json()["model"], size("tickets")) == (200, "minilm", 384)
+    assert line.post(f"{_PATH}/search", json=wish).json()["data"][0]["key"] == "t17"
+    back = line.post(f"{_PATH}/swap-back")
+    assert (back.status_code, back.json()["model"], size("tickets")) == (200, "static", 256)
+    assert line.delete(f"{_PATH}/upgrade").status_code == 204
+    assert line.get(_PATH).json()["versions"] == []
+
+
 def test_a_second_sync_is_told_to_wait(line: httpx.Client, gateway: Gateway) -> None:
     gateway.fleet.kill_tree("worker")
     lines = json.dumps({**_ROWS[0], "body": "waits for a worker"}).encode()

@@ -47,7 +47,7 @@ def leaks(description: Mapping[str, Any], line: httpx.Client, theirs: Theirs) ->
         if unknown := [hole for hole in holes if hole not in theirs.named]:
             found.append(f"{method} {path}: whose is {unknown[0]}?")
         elif holes:
-            found += _named(line, method, path, holes[0], theirs)
+            found += _named(line, method, path, holes[0], theirs, _body(operation))
         elif method == "get":
             found += _listed(line, path, operation, theirs)
         elif (method, path) not in MAKING:
@@ -55,7 +55,13 @@ def leaks(description: Mapping[str, Any], line: httpx.Client, theirs: Theirs) ->
     return found, walked
 
 
-def _named(line: httpx.Client, method: str, path: str, hole: str, theirs: Theirs) -> Iterator[str]:
+def _body(operation: Mapping[str, Any]) -> Any:
+    """Return the example of an operation's body; without one, a body that changes a priority."""
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    return content.get("schema", {}).get("examples", [{"priority": 1}])[0]
+
+
+def _named(line: httpx.Client, method: str, path: str, hole: str, theirs: Theirs, body: Any) -> Iterator[str]:
     """Yield leaks of an operation that takes a name.
 
     A name of theirs must give a 404, or a 403 where only an admin's key may ask, in the same words as a name that never
@@ -63,7 +69,7 @@ def _named(line: httpx.Client, method: str, path: str, hole: str, theirs: Theirs
     """
     for name in theirs.named[hole]:
         reply, unknown = (
-            line.request(method, path.replace(f"{{{hole}}}", asked), json={"priority": 1}) for asked in (name, "never")
+            line.request(method, path.replace(f"{{{hole}}}", asked), json=body) for asked in (name, "never")
         )
         if reply.status_code not in (404, 403):
             yield f"{method} {path} of {name}: {reply.status_code}"

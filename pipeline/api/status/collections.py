@@ -77,9 +77,8 @@ class Swap(BaseModel):
 _NOT_OF_COLLECTIONS = ("unique_keys", "by_reference", "output", "into", "hnsw", "webhook", "reuse")
 
 
-async def _change(request: Request, workspace: str | None, act: Any) -> Any:
+async def _change(request: Request, caller: Caller, workspace: str | None, act: Any) -> Any:
     """Run `act`, which may wait for others, with a transaction and the workspace that a request is about."""
-    caller = await caller_of(request)
 
     def run(engine: Engine) -> Any:
         with engine.begin() as connection:
@@ -155,16 +154,18 @@ async def show_collection(request: Request, collection: str, workspace: Of = Non
 @router.delete("/{collection}", status_code=204, responses=problems(409), openapi_extra=SECURITY)
 async def drop_collection(request: Request, collection: str, workspace: Of = None) -> None:
     """Drop a collection with its view, vectors and history. Its jobs stay."""
+    caller = await caller_of(request)
 
     def act(connection: Connection, scope: int) -> None:
         collections.drop_collection(connection, collections.find_collection(connection, scope, as_sent(collection)))
 
-    await _change(request, workspace, act)
+    await _change(request, caller, workspace, act)
 
 
 @router.post("/{collection}/upgrade", status_code=201, openapi_extra=described(Upgrade))
 async def upgrade(request: Request, collection: str, workspace: Of = None) -> CollectionStatus:
     """Begin a next version with another model. The next whole sync fills it, beside the version that readers see."""
+    caller = await caller_of(request)
     wish = await read_body(request, Upgrade)
 
     def act(connection: Connection, scope: int) -> CollectionStatus:
@@ -172,33 +173,36 @@ async def upgrade(request: Request, collection: str, workspace: Of = None) -> Co
         upgrade_collection(connection, scope, name, model=wish.model, dimensions=wish.dimensions)
         return collections.collection_status(connection, collections.find_collection(connection, scope, name))
 
-    return await _change(request, workspace, act)
+    return await _change(request, caller, workspace, act)
 
 
 @router.delete("/{collection}/upgrade", status_code=204, openapi_extra=SECURITY)
 async def abandon_upgrade(request: Request, collection: str, workspace: Of = None) -> None:
     """Abandon an upgrade: the next version goes."""
+    caller = await caller_of(request)
 
     def act(connection: Connection, scope: int) -> None:
         collections.abandon_upgrade(connection, collections.find_collection(connection, scope, as_sent(collection)))
 
-    await _change(request, workspace, act)
+    await _change(request, caller, workspace, act)
 
 
 @router.get("/{collection}/comparison", openapi_extra=SECURITY)
 async def compare(request: Request, collection: str, workspace: Of = None) -> Comparison:
     """Compare the next version with the one that readers see: size, cost, and what is near to keys drawn at random."""
+    caller = await caller_of(request)
 
     def act(connection: Connection, scope: int) -> Comparison:
         return comparison.compare(connection, collections.find_collection(connection, scope, as_sent(collection)))
 
-    return await _change(request, workspace, act)
+    return await _change(request, caller, workspace, act)
 
 
 @router.post("/{collection}/swap", responses=problems(409), openapi_extra=described(Swap))
 async def swap(request: Request, collection: str, workspace: Of = None) -> CollectionStatus:
     """Give readers the next version: the view, searches, and the model that the collection's name stands for in
     `/v1/embeddings` change in one transaction."""
+    caller = await caller_of(request)
     wish = await read_body(request, Swap)
 
     def act(connection: Connection, scope: int) -> CollectionStatus:
@@ -206,19 +210,20 @@ async def swap(request: Request, collection: str, workspace: Of = None) -> Colle
         collections.swap(connection, found, keep=timedelta(seconds=wish.keep_seconds))
         return collections.collection_status(connection, collections.find_collection(connection, scope, found.name))
 
-    return await _change(request, workspace, act)
+    return await _change(request, caller, workspace, act)
 
 
 @router.post("/{collection}/swap-back", openapi_extra=SECURITY)
 async def swap_back(request: Request, collection: str, workspace: Of = None) -> CollectionStatus:
     """Undo a swap: readers see the previous version again, and the current one becomes the next."""
+    caller = await caller_of(request)
 
     def act(connection: Connection, scope: int) -> CollectionStatus:
         found = collections.find_collection(connection, scope, as_sent(collection))
         collections.swap_back(connection, found)
         return collections.collection_status(connection, collections.find_collection(connection, scope, found.name))
 
-    return await _change(request, workspace, act)
+    return await _change(request, caller, workspace, act)
 
 
 @router.get("/{collection}/syncs", openapi_extra=SECURITY)
