@@ -9,9 +9,11 @@ from uuid import UUID
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from pipeline.catalog.models import add_model
 from tests.acceptance.fleet import Fleet, eventually
 from tests.acceptance.nights import Tickets, differences
 from tests.support.jobs_made import run_sql
+from tests.support.models import described, static_folder
 
 #: A week of 4,000 rows takes two minutes; `make nights` gives it more.
 _ROWS = int(os.environ.get("NIGHTS_ROWS", "4000"))
@@ -24,9 +26,13 @@ def library(static_model: Path) -> SentenceTransformer:
 
 
 def test_a_week_of_nights(fleet: Fleet, library: SentenceTransformer, tmp_path: Path) -> None:
-    """By file and by SQL, with a worker or the dispatcher killed in each sync."""
+    """By file and by SQL, with a worker or the dispatcher killed in each sync, and an upgrade to another model."""
     tickets, chance = Tickets.new(7, _ROWS), random.Random(8)
     fleet.environment["VECTORMILL_SQL_URL"] = fleet.environment["VECTORMILL_DATABASE_URL"]
+    with fleet.engine.begin() as connection:
+        add_model(connection, "small", described("static-64", static_folder(64)))
+    libraries = {"static": library, "small": SentenceTransformer(str(static_folder(64)), device="cpu")}
+    read = "static"
     fleet.start_dispatcher()
     fleet.start_worker()
     template = "{subject}\n\n{body}"
@@ -34,6 +40,8 @@ def test_a_week_of_nights(fleet: Fleet, library: SentenceTransformer, tmp_path: 
     for night in range(7):
         if night:
             tickets.change(night)
+        if night == 3:
+            fleet.cli("collections", "upgrade", "tickets", "--model", "small")
         job = _by_sql(fleet, tickets) if night % 2 else _by_file(fleet, tickets, tmp_path)
         if chance.random() < 0.7:
             _await_staged(fleet, job)
@@ -49,7 +57,19 @@ def test_a_week_of_nights(fleet: Fleet, library: SentenceTransformer, tmp_path: 
         items = ended["items"]
         expected = tickets.expected()
         assert {name: items["total" if name == "in" else name] for name in expected} == expected, f"night {night}"
-        assert list(differences(tickets, fleet.engine, library, "vectormill.tickets")) == [], f"night {night}"
+        if night >= 3:
+            _await_the_other_version(fleet, job)
+        if verb := {4: "swap", 6: "swap-back"}.get(night):
+            fleet.cli("collections", verb, "tickets", "--yes")
+            read = "small" if verb == "swap" else "static"
+        found = list(differences(tickets, fleet.engine, libraries[read], "vectormill.tickets"))
+        assert found == [], f"night {night}"
+
+
+def _await_the_other_version(fleet: Fleet, job: UUID) -> None:
+    beside = "select job_id from vectormill.syncs where beside = :job"
+    other = eventually(lambda: fleet.scalar(beside, job=job), "the sync of the other version")
+    assert fleet.await_end(UUID(str(other)))["state"] == "completed"
 
 
 def _await_staged(fleet: Fleet, job: UUID) -> None:

@@ -15,6 +15,7 @@ from pipeline.catalog import keys, models
 from pipeline.embedded.runtime import Running
 from tests.acceptance.conftest import write_corpus
 from tests.acceptance.fleet import Fleet, eventually
+from tests.support.models import described, static_folder
 from tests.support.ports import free_port
 from tests.support.receiver import receiving
 from tests.support.roles import logins
@@ -121,6 +122,8 @@ def test_all_that_jobs_go_through(installation: Installation, texts: list[str]) 
         fleet.environment["VECTORMILL_WEBHOOKS"] = receiver.url
         where = ("--gateway", gateway.url, "--upstream-model", "embed-1", "--key-env", "FAR_KEY")
         fleet.cli("models", "add", "far", *where, "--request-inputs", "50")
+        with fleet.engine.begin() as connection:
+            models.add_model(connection, "small", described("static-64", static_folder(64)))
         it.start()
         _upload(it, corpus)
         receiver.wait_for(1)
@@ -128,6 +131,7 @@ def test_all_that_jobs_go_through(installation: Installation, texts: list[str]) 
         _files(it, corpus)
         _gateway(it, gateway, write_corpus(it.folder / "few.jsonl", texts[:20]))  # one chunk
     _sql(it)
+    _collection(it)
     _batch_request(it)
     _keys_and_usage(it)
     _lost_claims(it, corpus)
@@ -187,6 +191,27 @@ def _sql(it: Installation) -> None:
     # This request can't become a job, since its query has no such text column.
     refused = it.fleet.scalar(f"select vectormill.submit('{query}', 'static', name => 'refused', text_column => 'no')")
     eventually(lambda: it.get(f"/api/jobs/{refused}")["state"] == "failed", "a refused request")
+
+
+def _collection(it: Installation) -> None:
+    """Sync a collection over the api and in SQL, upgrade it, and drop it."""
+    path = "/api/collections/tickets"
+    it.post("/api/collections", json={"name": "tickets", "model": "static"})
+    it.post(f"{path}/upgrade", json={"model": "small"})
+    rows = b"".join(json.dumps({"id": f"k{n}", "text": f"text {n}"}).encode() + b"\n" for n in range(100))
+    _ended(it, UUID(it.post(f"{path}/syncs", files={"file": ("rows.jsonl", rows)})["id"]))
+    eventually(lambda: it.get(path)["versions"][0]["differs"] is None, "both versions")
+    query = "select 'k' || n as id, ''text '' || n as text from generate_series(1, 95) n"
+    job = it.fleet.scalar(f"select vectormill.sync('tickets', '{query}')")
+    eventually(lambda: it.fleet.scalar("select count(*) from vectormill.syncs where job_id = :job", job=job), "a sync")
+    _ended(it, job)
+    eventually(lambda: it.get(path)["versions"][0]["differs"] is None, "both versions")
+    assert it.get(f"{path}/comparison")["next_keys"] == 95
+    it.post(f"{path}/search", json={"query": "text 7"})
+    it.post(f"{path}/swap", json={"keep_seconds": 0.001})
+    it.read("collections", "show", "tickets")
+    it.fleet.scalar("select count(*) from vectormill.tickets")
+    assert it.client.delete(path).is_success
 
 
 def _batch_request(it: Installation) -> None:

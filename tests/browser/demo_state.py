@@ -13,6 +13,7 @@ from uuid_utils.compat import uuid7
 
 from pipeline.catalog import models as catalog
 from pipeline.core.chunks import RejectCode
+from pipeline.core.collections import VersionState
 from pipeline.core.jobs import JobState
 from pipeline.db import collections, engines, models, staging, tables, workers, workspaces
 from pipeline.jobs import control, status
@@ -355,8 +356,9 @@ class Night:
         self.job("forum-2026", JobState.STAGING, items=0, done=0, began_minutes=0.4)
 
     def collections(self) -> None:
-        """Write a collection with a week of syncs, and one that is stale."""
+        """Write a collection with a week of syncs and an upgrade, and one that is stale."""
         tickets = self._collection("tickets", 12_480, {"text": "{subject}\n\n{body}", "carry": ["lang"]}, days=1)
+        self._upgrade(tickets, 9_310)
         self._collection("handbook", 940, {"split": 256}, days=2, workspace=self._other)
         for ago in range(7):
             few = self._dice.randrange(40, 160)
@@ -367,7 +369,7 @@ class Night:
                 "select coalesce(:job, gen_random_uuid()), c.id, v.id, :whole, 0, :unchanged, :removed, :added, "
                 ":changed, :saved, :begun, :begun + interval '14 seconds' "
                 "from vectormill.collections c join vectormill.collection_versions v on v.collection_id = c.id "
-                "where c.id = :collection",
+                "where c.id = :collection and v.state = 'current'",
                 job=self.jobs["faq-answers"] if ago == 0 else None,
                 collection=tickets,
                 whole=ago != 2,
@@ -397,14 +399,29 @@ class Night:
         )
         made = collections.by_name(self._connection, owner, name)
         assert made
+        self._fill(made.version_id, keys)
+        self._run("update vectormill.collections set created_at = now() - interval '9 days' where id = :id", id=made.id)
+        return made.id
+
+    def _upgrade(self, collection: int, keys: int) -> None:
+        model = catalog.find_model(self._connection, self._workspace, FAR)
+        collections.add_version(
+            self._connection,
+            collection,
+            model=FAR,
+            vector_space_id=catalog.vector_space_of(self._connection, model, dimensions=None, max_item_tokens=None),
+            options={},
+            state=VersionState.NEXT,
+        )
+        self._fill(collections.versions(self._connection, collection)[VersionState.NEXT].version_id, keys)
+
+    def _fill(self, version: int, keys: int) -> None:
         self._run(
             "insert into vectormill.collection_keys (version_id, key, identity, tokens, job_id) "
             "select :version, n::text, '', 84, gen_random_uuid() from generate_series(1, :keys) n",
-            version=made.version_id,
+            version=version,
             keys=keys,
         )
-        self._run("update vectormill.collections set created_at = now() - interval '9 days' where id = :id", id=made.id)
-        return made.id
 
 
 def fill(engine: Engine, key_ids: Mapping[str, str]) -> dict[str, UUID]:

@@ -15,6 +15,7 @@ from tests.acceptance.fleet import eventually
 from tests.browser.chromium import Scheme
 from tests.browser.conftest import Site
 from tests.support.jobs_made import job_row, make_job, make_model, run_sql
+from tests.support.models import described, static_folder
 
 
 def submit(site: Site, name: str, count: int, *, bad: int = 0, paused: bool = False) -> UUID:
@@ -342,11 +343,14 @@ def every_page(site: Site) -> list[str]:
 
 
 def collection(site: Site, name: str = "tickets", texts: int = 40) -> str:
-    """Return the page of a collection that has been synced."""
+    """Return the page of a collection that has been synced, and is being upgraded."""
     fleet = site.gateway.fleet
     if not run_sql(site.gateway.engine, "select from vectormill.collections where name = :name", name=name):
         fleet.cli("collections", "create", name, "--model", "static", "--expect-every", "24h")
         fleet.await_end(UUID(fleet.cli("sync", name, site.corpus(name, texts, bad=1)).stdout.strip()))
+        with site.gateway.engine.begin() as connection:
+            models.add_model(connection, "small", described("static-64", static_folder(64)))
+        fleet.cli("collections", "upgrade", name, "--model", "small")
     found = run_sql(site.gateway.engine, "select id from vectormill.collections where name = :name", name=name)
     return f"/collections/{found[0][0]}"
 
@@ -361,6 +365,7 @@ def test_a_collection_shows_its_syncs_and_is_searched(site: Site) -> None:
     expect(row).to_contain_text("completed")
     expect(row.locator("[data-label=New]")).to_have_text("40")
     expect(row.locator("[data-label=Rejected]")).to_have_text("1")
+    expect(visit.page.locator("#versions tbody tr")).to_contain_text("no whole sync has reached it yet")
     visit.page.get_by_label("Search what it holds").fill("The mill number 7 stands by the river.")
     visit.page.keyboard.press("Enter")
     expect(visit.page.locator("#hits")).to_be_visible()

@@ -52,6 +52,7 @@ KINDS = (
     Kind("dispatcher killed", on_servers.kill_dispatcher, 4),
     Kind("dispatcher frozen, two at once", on_servers.freeze_dispatcher),
     Kind("dispatchers killed while a sync removes keys", nights.kill_in_removal, 2),
+    Kind("command killed while it swaps versions", nights.kill_in_swap),
     Kind("Redis killed", on_servers.kill_redis, 3),
     Kind("Redis frozen", on_servers.freeze_redis, 2),
     Kind("Redis flushed", on_servers.flush_redis, 5),
@@ -112,5 +113,6 @@ AT_DEFAULTS = (
     Kind("worker child killed while it embeds", on_workers.kill_child, 2, most_seconds=45, expires=True),
     Kind("worker child frozen shortly", on_workers.freeze_shortly),
     Kind("Redis flushed", on_servers.at_full_speed(on_servers.flush_redis), back=FullSpeed, most_seconds=15),
+    Kind("command killed while it swaps versions", nights.kill_in_swap),
     Kind("Redis killed", on_servers.at_full_speed(on_servers.kill_redis), back=FullSpeed, most_seconds=30),
 )

@@ -3,13 +3,19 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 from uuid import UUID, uuid4
 
+import psutil
 import psycopg
 from sentence_transformers import SentenceTransformer
 
+from pipeline.catalog.models import workspace_id
+from pipeline.core.collection_status import CollectionStatus
+from pipeline.core.collections import VersionState
+from pipeline.jobs.collections import collection_status, find_collection
 from tests.acceptance.fleet import eventually
 from tests.acceptance.nights import Tickets, differences
 from tests.chaos.faults import Done
@@ -19,15 +25,19 @@ from tests.support.models import static_folder
 
 _COLLECTION = "drilled"
 _UNREACHABLE = 6
-#: Holds each sync's end within its transaction, so that a fault can strike there.
-_SLOW_END = """
+#: Models of the two versions, with the sizes of their vectors.
+_MODELS = {"static": 256, "small": 64}
+#: Holds each sync's end and each swap within its transaction, so that a fault can strike there.
+_SLOW = """
 create function public.linger() returns trigger language plpgsql as $$
 begin
   perform pg_sleep(0.5);
   return new;
 end
 $$;
-create trigger linger before update of settled_at on vectormill.syncs for each row execute function public.linger()
+create trigger linger before update of settled_at on vectormill.syncs for each row execute function public.linger();
+create trigger linger before update of state on vectormill.collection_versions
+  for each row when (new.state = 'current') execute function public.linger()
 """
 _IN_REMOVAL = """
 select exists (select from pg_stat_activity
@@ -42,6 +52,23 @@ def kill_in_removal(site: Site, random: Random) -> Done:
     return kill_dispatcher(site, random)
 
 
+_IN_SWAP = """
+select exists (select from pg_stat_activity
+               where application_name like 'vectormill-cli%' and wait_event = 'PgSleep')
+"""
+
+
+def kill_in_swap(site: Site, random: Random) -> Done:
+    """Kill the command that swaps a collection's versions, within its transaction."""
+    eventually(lambda: site.scalar(_IN_SWAP), "a swap", START_SECONDS)
+    since = time.monotonic()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if {"collections", _COLLECTION} <= set(process.cmdline()):
+                process.kill()
+    return Done(since)
+
+
 @dataclass
 class Nights:
     """The collection, and the objections to its syncs."""
@@ -53,22 +80,27 @@ class Nights:
     count: int = 1_000
     done: int = 0
     refused: int = 0
+    swapped: int = 0
     _night: int = 0
     #: Rewinds of Postgres at the end of the last sync; after one, counts mean nothing.
     _rewinds: int = 0
     _tickets: Tickets = field(init=False)
-    _library: SentenceTransformer = field(init=False)
+    #: Libraries by model.
+    _libraries: dict[str, SentenceTransformer] = field(init=False)
 
     def begin(self) -> None:
-        """Create the collection."""
+        """Create the collection, with a second version beside the first."""
         self._tickets = Tickets.new(self.random.randrange(1_000), self.count)
-        self._library = SentenceTransformer(str(static_folder()), device="cpu")
+        self._libraries = {
+            name: SentenceTransformer(str(static_folder(size)), device="cpu") for name, size in _MODELS.items()
+        }
         template = "{subject}\n\n{body}"
         self.site.fleet.cli(
             "collections", "create", _COLLECTION, "--model", "static", "--text", template, "--carry", "lang"
         )
         with psycopg.connect(self.site.owner_url, autocommit=True) as connection:
-            connection.execute(_SLOW_END.encode())
+            connection.execute(_SLOW.encode())
+        self.site.fleet.cli("collections", "upgrade", _COLLECTION, "--model", "small")
 
     def run(self) -> list[str]:
         """Sync one night, and now and then a source that has shrunk. Return what is wrong."""
@@ -80,17 +112,47 @@ class Nights:
         self._night += 1
         calm = self._rewinds == self.site.rewinds
         self._sync(self._tickets, wanted="completed", twice=self.random.random() < 0.3)
-        return self._judge(calm=calm)
+        said = self._judge(calm=calm)
+        if not said and self._versions_are_equal():
+            self._swap()
+            said = self._differences()
+        return said
+
+    def _status(self) -> CollectionStatus:
+        def read() -> CollectionStatus:
+            with self.site.fleet.engine.begin() as connection:
+                found = find_collection(connection, workspace_id(connection), _COLLECTION)
+                return collection_status(connection, found)
+
+        return self.site.insist(read)
+
+    def _versions_are_equal(self) -> bool:
+        for row in self.site.rows("select job_id from vectormill.syncs where beside = :job", job=self._first):
+            self.await_end(row["job_id"])
+        (other,) = self._status().versions
+        return other.differs is None and other.running is None
+
+    def _swap(self) -> None:
+        """Swap the versions, or swap them back; again if the command was killed, or Postgres goes back."""
+        before = self._status()
+        verb = "swap" if before.versions[0].state is VersionState.NEXT else "swap-back"
+        deadline = time.monotonic() + 600
+        while self._status().model == before.model:
+            done = self.site.fleet.cli_process("collections", verb, _COLLECTION, "--yes")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{verb} ended with {done.returncode}: {done.stderr[-500:]}")
+        self.swapped += 1
+
+    def _differences(self) -> list[str]:
+        def read() -> list[str]:
+            library = self._libraries[self._status().model]
+            return list(differences(self._tickets, self.site.fleet.engine, library, f"vectormill.{_COLLECTION}"))
+
+        return list(self.site.insist(read))
 
     def _judge(self, *, calm: bool) -> list[str]:
         expected = self._tickets.expected()
-        said = list(
-            self.site.insist(
-                lambda: list(
-                    differences(self._tickets, self.site.fleet.engine, self._library, f"vectormill.{_COLLECTION}")
-                )
-            )
-        )
+        said = self._differences()
         if calm and self._rewinds == self.site.rewinds:
             # The first sync since the night before, whichever of two it was.
             rows = self.site.rows(

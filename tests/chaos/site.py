@@ -332,7 +332,8 @@ def _answers(url: str) -> bool:
 def site(
     *, lease_seconds: float, chunk_items: int | None = None, disks: bool = True, brittle: bool = False
 ) -> Iterator[Site]:
-    """Make an installation with three models (`minilm`, `static` and the upstream's `far`), and `brittle` if asked for.
+    """Make an installation with four models (`minilm`, `static`, `small` and the upstream's `far`), and `brittle` if
+    asked for.
     Nothing is started yet. All that it starts ends with the block."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="drill-")))
@@ -381,7 +382,7 @@ def site(
             redis_url=running.redis_url,
             gateway=gateway,
             lease_seconds=lease_seconds,
-            models=("minilm", "static", "far", *([BRITTLE] if brittle else [])),
+            models=("minilm", "static", "small", "far", *([BRITTLE] if brittle else [])),
             api_url=f"http://127.0.0.1:{free_port()}",
             flower_url=f"http://127.0.0.1:{free_port()}",
             metrics_ports={name: free_port() for name in DISPATCHERS},
@@ -410,9 +411,11 @@ def _prepare(url: str, tables: Disk | None) -> None:
 def _add_models(made: Site) -> None:
     # In a fresh checkout the models are made first, which takes longer than a transaction may idle.
     minilm, static = described("all-MiniLM-L6-v2", bundled_folder()), described("static-256", static_folder())
+    small = described("static-64", static_folder(64))
     with made.fleet.engine.begin() as connection:
         add_model(connection, "minilm", minilm)
         add_model(connection, "static", static)
+        add_model(connection, "small", small)
         if BRITTLE in made.models:
             add_model(connection, BRITTLE, static)
     where = ("--gateway", made.gateway.url, "--upstream-model", "embed-1", "--key-env", "FAR_KEY")
