@@ -131,7 +131,8 @@ grant select
      vectormill.rejects, vectormill.outputs, vectormill.usage, vectormill.attempts, vectormill.claim_losses,
      vectormill.models, vectormill.model_rates, vectormill.workspace_models, vectormill.vector_spaces,
      vectormill.workers, vectormill.engines, vectormill.leases, vectormill.files, vectormill.batches, vectormill.receipts, vectormill.job_status,
-     vectormill.collections, vectormill.collection_versions, vectormill.syncs,
+     vectormill.collections, vectormill.collection_versions, vectormill.collection_keys,
+     vectormill.collection_vectors, vectormill.syncs,
      vectormill.alembic_version
   to vectormill_reader;
 grant select (id, name, weight, requests_per_minute, tokens_per_minute, monthly_tokens, monthly_cost, created_at)

@@ -201,7 +201,7 @@ def _collection(it: Installation) -> None:
     rows = b"".join(json.dumps({"id": f"k{n}", "text": f"text {n}"}).encode() + b"\n" for n in range(100))
     _ended(it, UUID(it.post(f"{path}/syncs", files={"file": ("rows.jsonl", rows)})["id"]))
     eventually(lambda: it.get(path)["versions"][0]["differs"] is None, "both versions")
-    query = "select 'k' || n as id, ''text '' || n as text from generate_series(1, 95) n"
+    query = "select ''k'' || n as id, ''text '' || n as text from generate_series(1, 95) n"
     job = it.fleet.scalar(f"select vectormill.sync('tickets', '{query}')")
     eventually(lambda: it.fleet.scalar("select count(*) from vectormill.syncs where job_id = :job", job=job), "a sync")
     _ended(it, job)
