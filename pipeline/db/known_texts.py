@@ -24,6 +24,8 @@ class KnownText:
     is_embedded: bool
     #: A running chunk has the item, and hasn't rejected it.
     is_under_way: bool
+    #: Transaction that wrote the row last: who has it taken over or confirmed meanwhile, has changed this.
+    written_by: int
 
 
 def claim(connection: Connection, claim: Claim, hashes: Sequence[bytes], indexes: Sequence[int]) -> set[bytes]:
@@ -50,7 +52,8 @@ _LOOK_UP_OF = """
            (select r.index from vectormill.rejects r where r.job_id = k.job_id and r.index = k.index) is null
              and coalesce((select c.state = 'running' from vectormill.chunks c
                            where c.job_id = k.job_id and c.first_index <= k.index
-                           order by c.first_index desc limit 1), false)
+                           order by c.first_index desc limit 1), false),
+           k.xmin::text::bigint
     from vectormill.jobs j
     cross join unnest(cast(:hashes as bytea[])) given(hash)
     join vectormill.known_texts k
@@ -72,19 +75,37 @@ def look_up(connection: Connection, claim: Claim, hashes: Sequence[bytes]) -> li
     return [KnownText(bytes(row[0]), *row[1:]) for row in rows]
 
 
+def confirm(connection: Connection, claim: Claim, own: Sequence[KnownText]) -> set[bytes]:
+    """Confirm that items of a chunk, which had these texts first in an earlier claim, are embedded by this one. Return
+    the hashes of those that nobody has taken over."""
+    rows = connection.execute(
+        text("""
+            update vectormill.known_texts k set index = given.index
+            from vectormill.jobs j
+            cross join unnest(cast(:hashes as bytea[]), cast(:indexes as bigint[])) given(hash, index)
+            where j.id = :job and k.workspace_id = j.workspace_id and k.vector_space_id = j.vector_space_id
+              and k.hash = given.hash and k.job_id = j.id and k.index = given.index
+            returning k.hash
+        """),
+        {"job": claim.job_id, "hashes": [each.hash for each in own], "indexes": [each.index for each in own]},
+    )
+    return {bytes(row[0]) for row in rows}
+
+
 def take_over(connection: Connection, claim: Claim, left: Sequence[KnownText], indexes: Sequence[int]) -> set[bytes]:
     """Make items of a chunk the first of texts that were `left` without a vector. Return the hashes of those that
-    nobody else has taken over meanwhile."""
+    nobody else has taken over or confirmed meanwhile."""
     rows = connection.execute(
         text("""
             with stale as (
               select k.workspace_id, k.vector_space_id, k.hash, given.index
               from vectormill.jobs j
               cross join unnest(cast(:hashes as bytea[]), cast(:jobs as uuid[]), cast(:before as bigint[]),
-                                cast(:indexes as bigint[])) given(hash, job_id, before, index)
+                                cast(:indexes as bigint[]), cast(:writers as bigint[]))
+                given(hash, job_id, before, index, writer)
               join vectormill.known_texts k
                 on k.workspace_id = j.workspace_id and k.vector_space_id = j.vector_space_id and k.hash = given.hash
-                and k.job_id = given.job_id and k.index = given.before
+                and k.job_id = given.job_id and k.index = given.before and k.xmin::text::bigint = given.writer
               where j.id = :job order by k.hash for update of k
             )
             update vectormill.known_texts k set job_id = :job, index = stale.index from stale
@@ -98,6 +119,7 @@ def take_over(connection: Connection, claim: Claim, left: Sequence[KnownText], i
             "jobs": [each.job_id for each in left],
             "before": [each.index for each in left],
             "indexes": list(indexes),
+            "writers": [each.written_by for each in left],
         },
     )
     return {bytes(row[0]) for row in rows}

@@ -146,6 +146,32 @@ def test_a_text_that_another_chunk_embeds_is_left_to_the_next_claim(
     assert verified(engine, job)
 
 
+@pytest.mark.parametrize("first", ["confirmed", "taken over"])
+def test_a_chunk_that_runs_again_while_its_text_is_taken_over(
+    engine: Engine, encoder: LocalEncoder, model: Model, first: str
+) -> None:
+    """Another chunk has read that the text's chunk doesn't run; one of the two embeds it, whoever writes first."""
+    job = job_of(engine, model, ["shared", "shared"], per_chunk=1)
+    lost, other = taken(engine, job, 0), taken(engine, job, 1)
+    sort_out(engine, lost, _items(engine, job, 0, 1))
+    run_sql(engine, "update vectormill.chunks set state = 'pending', fence = fence + 1 where ordinal = 0")
+    hashed = TextIdentity(other.options).of(b"", b"shared")
+    with engine.begin() as connection:
+        (read,) = known_texts.look_up(connection, other, [hashed])
+    again = taken(engine, job, 0)
+
+    def take_over() -> set[bytes]:
+        with engine.begin() as connection:
+            return known_texts.take_over(connection, other, [read], [1])
+
+    if first == "confirmed":
+        assert [item.index for item in sort_out(engine, again, _items(engine, job, 0, 1)).items] == [0]
+        assert take_over() == set()
+    else:
+        assert take_over() == {hashed}
+        assert sort_out(engine, again, _items(engine, job, 0, 1)).items == []
+
+
 @pytest.mark.parametrize("end", ["given back", "cancelled", "rejected", "purged"])
 def test_a_text_whose_first_item_gets_no_vector_is_taken_over(
     engine: Engine, encoder: LocalEncoder, model: Model, end: str

@@ -58,15 +58,15 @@ def sort_out(engine: Engine, claim: Claim, items: Sequence[Item]) -> SortedItems
     for attempt in while_database_is_away("reuse_retried"):
         with attempt, engine.begin() as connection:
             connection.execute(_LOCK_TIMEOUT)
-            known, taken = _known(connection, claim, groups, in_postgres=in_postgres)
+            known, taken, confirmed = _known(connection, claim, groups, in_postgres=in_postgres)
     for hashed, group in groups.items():
         before = known.get(hashed)
         if before is None or hashed in taken:
             found.embed(group)
         elif before.is_embedded:
             found.known.append((before, group))
-        elif ours := _item_of(claim, before, group):
-            found.embed(group, ours)
+        elif hashed in confirmed:
+            found.embed(group, _item_of(claim, before, group))
         elif in_postgres:
             found.deferred += group
         else:
@@ -77,16 +77,22 @@ def sort_out(engine: Engine, claim: Claim, items: Sequence[Item]) -> SortedItems
 
 def _known(
     connection: Connection, claim: Claim, groups: Mapping[bytes, Sequence[Item]], *, in_postgres: bool
-) -> tuple[dict[bytes, KnownText], set[bytes]]:
-    """Return what is known of the texts that others had first, and those of them that are taken over from them. The
-    rest is this claim's, if its vectors go to Postgres."""
+) -> tuple[dict[bytes, KnownText], set[bytes], set[bytes]]:
+    """Return what is known of texts that had been claimed before; those of them that are taken over from others; and
+    those that this chunk had first in an earlier claim. The rest is this claim's, if its vectors go to Postgres."""
     firsts = [group[0].index for group in groups.values()]
     new = known_texts.claim(connection, claim, list(groups), firsts) if in_postgres else set[bytes]()
     others = [each for each in groups if each not in new]
     known = {each.hash: each for each in known_texts.look_up(connection, claim, others)} if others else {}
-    left = [each for each in known.values() if in_postgres and not (each.is_embedded or each.is_under_way)]
+    own = [each for each in known.values() if not each.is_embedded and _item_of(claim, each, groups[each.hash])]
+    confirmed = known_texts.confirm(connection, claim, own) if own else set[bytes]()
+    left = [
+        each
+        for each in known.values()
+        if in_postgres and not (each.is_embedded or each.is_under_way or each.hash in confirmed)
+    ]
     heirs = [groups[each.hash][0].index for each in left]
-    return known, known_texts.take_over(connection, claim, left, heirs) if left else set[bytes]()
+    return known, known_texts.take_over(connection, claim, left, heirs) if left else set[bytes](), confirmed
 
 
 def _item_of(claim: Claim, known: KnownText, group: Sequence[Item]) -> Item | None:
