@@ -173,16 +173,24 @@ class TableSink(RowsSink):
 
 
 class CollectionSink(RowsSink):
-    """Sink that writes the same rows, and brings a collection up to them in the same transaction.
+    """Sink that writes the same rows, and brings a collection, and perhaps a table of the user, up to them in the same
+    transaction.
 
     An atomic sync shows none of them before its end.
     """
 
     finalizes = True
 
-    def __init__(self, sync: SyncOptions, kept_as: VectorType, *, passages: bool) -> None:
+    def __init__(
+        self, sync: SyncOptions, kept_as: VectorType, table: UserTable | None, *, hnsw: bool, passages: bool
+    ) -> None:
+        """Create the sink of a sync. `hnsw`: build an index on the user's table at its end."""
         super().__init__(passages=passages)
-        self._sync, self._kept_as = sync, kept_as
+        self._sync, self._kept_as, self._table, self._hnsw = sync, kept_as, table, hnsw
+
+    def fault(self, item: Item) -> str | None:
+        """Return the reason why an item's key doesn't fit the user's table; `None`: it fits, or there is none."""
+        return self._table.own_key_fault(item.key) if self._table else None
 
     def write(self, connection: Connection, claim: Claim, rows: EmbeddedRows, staged: Staged | None) -> None:
         """Insert rows, and give the collection's keys their new vectors."""
@@ -200,21 +208,32 @@ class CollectionSink(RowsSink):
             dimensions = jobs.vector_space(connection, job.id)["dimensions"]
             if dimensions <= user_table.HNSW_DIMENSIONS[self._kept_as.sql_type]:
                 collections.build_index(connection, self._sync.version_id)
+        if self._table and self._hnsw:
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                user_table.build_hnsw(connection, self._table)
 
     def conclude(self, connection: Connection, job: Job) -> str | None:
         """Remove what the source lacks; of an atomic sync, show all."""
         if self._sync.atomic and collections.exists(connection, self._sync.version_id):
             self._publish(connection, job.id, None)
-        return syncs.settle(connection, job.id, self._sync.version_id, keep_rejected=self._sync.keep_rejected)
+        return syncs.settle(
+            connection,
+            job.id,
+            self._sync.version_id,
+            keep_rejected=self._sync.keep_rejected,
+            into=self._table,
+        )
 
     def _publish(self, connection: Connection, job_id: UUID, indexes: Sequence[int] | None) -> None:
         syncs.publish(connection, self._sync.version_id, job_id, indexes, passages=self._passages)
+        if self._table:
+            user_table.upsert(connection, self._table, job_id, indexes)
 
 
 def sink_of(options: KeptOptions) -> Sink:
     """Return the sink of a job with these options."""
     if options.sync:
-        return CollectionSink(options.sync, options.dtype, passages=options.splits)
+        return CollectionSink(options.sync, options.dtype, options.table, hnsw=options.hnsw, passages=options.splits)
     if options.output:
         return ParquetSink(options.output, options.dtype, options.columns.carry, passages=options.splits)
     if options.table:

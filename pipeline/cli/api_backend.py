@@ -139,6 +139,7 @@ class ApiBackend:
         self, name: str, model: str, options: JobOptions, expect_every: timedelta | None
     ) -> CollectionStatus:
         """Create an empty collection."""
+        _refuse_into(options.into)
         wish = options.model_dump(mode="json", exclude_defaults=True) | {"name": name, "model": model}
         if expect_every is not None:
             wish["expect_every_seconds"] = expect_every.total_seconds()
@@ -148,8 +149,15 @@ class ApiBackend:
         """Drop a collection with its view, vectors and history."""
         self._send("DELETE", _collection_path(name), params=self._scope)
 
-    def upgrade_collection(self, name: str, model: str, dimensions: int | None) -> CollectionStatus:
+    def upgrade_collection(
+        self,
+        name: str,
+        model: str,
+        dimensions: int | None,
+        into: str | None,
+    ) -> CollectionStatus:
         """Begin a collection's next version, of another model."""
+        _refuse_into(into)
         wish = {"model": model, "dimensions": dimensions}
         return CollectionStatus.model_validate(self._post(_collection_path(name, "upgrade"), json=wish))
 
@@ -278,6 +286,15 @@ class ApiBackend:
             reply = self._client.request(method, path, **how)
         _check(reply)
         return reply
+
+
+def _refuse_into(table: str | None) -> None:
+    if table is not None:
+        raise UserError(
+            "vectors go into a table of yours only by a command at the database: set VECTORMILL_DATABASE_URL.",
+            field="into",
+            given=table,
+        )
 
 
 def _collection_path(name: str, more: str = "") -> str:

@@ -81,7 +81,7 @@ class Backend(Protocol):
     def drop_collection(self, name: str) -> None:
         """Drop a collection with its view, vectors and history."""
 
-    def upgrade_collection(self, name: str, model: str, dimensions: int | None) -> CollectionStatus:
+    def upgrade_collection(self, name: str, model: str, dimensions: int | None, into: str | None) -> CollectionStatus:
         """Begin a collection's next version, of another model."""
 
     def abandon_upgrade(self, name: str) -> None:

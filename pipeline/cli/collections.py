@@ -11,7 +11,6 @@ from rich.text import Text
 from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.cli import options, output
 from pipeline.cli.backends import open_backend
-from pipeline.cli.gold import read_gold, recall
 from pipeline.cli.once import App
 from pipeline.cli.spans import read_span
 from pipeline.core import humanize
@@ -48,6 +47,10 @@ def create(
         str,
         typer.Option(metavar="N|P%", help="Fail a sync with more rejects. Default: 10% from 100 rows on."),
     ] = "",
+    into: Annotated[
+        str | None, typer.Option(metavar="TABLE", help="Keep the vectors in this table of yours, too.")
+    ] = None,
+    hnsw: Annotated[bool, typer.Option("--hnsw", help="With --into: index its vectors.")] = False,
     no_reuse: options.NoReuse = False,
     expect_every: Annotated[
         str | None, typer.Option(metavar="SPAN", help="Call it stale this long after its last sync: 24h, 7d.")
@@ -77,6 +80,8 @@ def create(
         "split_by": split_by,
         "title": title,
         "max_rejects": max_rejects,
+        "into": into,
+        "hnsw": hnsw,
         "reuse": not no_reuse,
     }
     every = None if expect_every is None else read_span("--expect-every", expect_every)
@@ -207,6 +212,9 @@ def upgrade(
     *,
     model: Annotated[str | None, typer.Option(help="The model of the next version: name or alias.")] = None,
     dimensions: options.Dimensions = None,
+    into: Annotated[
+        str | None, typer.Option(metavar="TABLE", help="The version's own table of yours, if the current one has one.")
+    ] = None,
     abandon: Annotated[bool, typer.Option("--abandon", help="Let the next version go instead.")] = False,
     workspace: options.Workspace = DEFAULT_WORKSPACE,
 ) -> None:
@@ -221,7 +229,7 @@ def upgrade(
             backend.abandon_upgrade(name)
             output.stderr.print(f"The next version of {name} goes.", markup=False)
             return
-        backend.upgrade_collection(name, model, dimensions)
+        backend.upgrade_collection(name, model, dimensions, into)
     output.stderr.print(
         f"The next whole sync fills it beside the current version: vectormill sync {name} SOURCE\n"
         f"Then look at it, and give it to readers: vectormill collections swap {name}",
@@ -248,6 +256,8 @@ def swap(
 
     Example: vectormill collections swap tickets --gold gold.jsonl
     """
+    from pipeline.cli.gold import read_gold, recall  # which import what runs a model here
+
     kept = None if keep is None else read_span("--keep", keep)
     wanted = read_gold(gold) if gold else []
     with open_backend(workspace) as backend:

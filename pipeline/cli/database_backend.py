@@ -26,7 +26,6 @@ from pipeline.db import models, rejects
 from pipeline.db.collections import Collection
 from pipeline.db.database import is_connection_lost
 from pipeline.jobs import collections, control, status
-from pipeline.jobs.comparison import compare
 from pipeline.jobs.status import Namesake
 
 _PAGE = 1_000
@@ -165,12 +164,12 @@ class DatabaseBackend:
         with self._of_collection(name) as (connection, found):
             collections.drop_collection(connection, found)
 
-    def upgrade_collection(self, name: str, model: str, dimensions: int | None) -> CollectionStatus:
+    def upgrade_collection(self, name: str, model: str, dimensions: int | None, into: str | None) -> CollectionStatus:
         """Begin a collection's next version, of another model."""
         from pipeline.ingest.collections import upgrade_collection
 
         with self._of_collection(name) as (connection, found):
-            upgrade_collection(connection, found.workspace_id, name, model=model, dimensions=dimensions)
+            upgrade_collection(connection, found.workspace_id, name, model=model, dimensions=dimensions, into=into)
             return collections.collection_status(connection, found)
 
     def abandon_upgrade(self, name: str) -> None:
@@ -180,6 +179,8 @@ class DatabaseBackend:
 
     def compare_versions(self, name: str) -> Comparison:
         """Compare a collection's next version with the current one."""
+        from pipeline.jobs.comparison import compare
+
         with self._of_collection(name) as (connection, found):
             return compare(connection, found)
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.cli.api_backend import ApiBackend
 from pipeline.cli.database_backend import DatabaseBackend
+from pipeline.cli.search import search_collection
 from pipeline.core.collections import VersionState
 from pipeline.core.errors import UserError
 from pipeline.jobs.search import SearchRequest
@@ -61,8 +62,6 @@ def recall(
     backend: DatabaseBackend | ApiBackend, collection: str, version: VersionState, gold: Sequence[Gold], workspace: str
 ) -> float:
     """Return the share of the keys that are among each query's ten nearest, on average over the queries."""
-    from pipeline.cli.search import search_collection  # which imports what runs a model here
-
     wishes = [SearchRequest(query=each.query, limit=_PASSAGES, version=version) for each in gold]
     shares = []
     for each, hits in zip(gold, search_collection(backend, wishes, collection, workspace), strict=True):

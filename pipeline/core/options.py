@@ -154,6 +154,17 @@ class UserTable:
             return f"key is no {self.key_type}, as {self.schema}.{self.table} needs"
         return None
 
+    def own_key_fault(self, key: str | None) -> str | None:
+        """Return the reason why a key isn't written as the table writes it, so that its row couldn't be told from that
+        of another key; `None` if it is."""
+        if fault := self.key_fault(key):
+            return fault
+        assert key is not None
+        written = str(int(key)) if self.key_type in INTEGER_BITS else key.lower() if self.key_type == "uuid" else key
+        if written != key:
+            return f'key is written otherwise than "{written}", as {self.schema}.{self.table} writes it'
+        return None
+
 
 def _fits(key: str, kind: str) -> bool:
     """Return True if Postgres can cast a key to a column's type."""

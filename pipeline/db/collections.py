@@ -141,6 +141,16 @@ def versions(connection: Connection, collection_id: int) -> dict[VersionState, C
     return {found.state: found for found in map(_as_collection, rows)}
 
 
+def writing_to(connection: Connection, table: str) -> str | None:
+    """Return the name of a collection of any workspace that writes to this table of the user; None if none does."""
+    found = text("""
+        select c.name from vectormill.collection_versions v join vectormill.collections c on c.id = v.collection_id
+        where v.state <> 'gone' and to_regclass(v.options->>'into') = to_regclass(:table) limit 1
+    """)
+    name: str | None = connection.execute(found, {"table": table}).scalar_one_or_none()
+    return name
+
+
 def workspace_of(connection: Connection, collection_id: int) -> str:
     """Return the name of a collection's workspace."""
     found = text("""

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any, LiteralString
 from uuid import UUID
 
+from psycopg import sql
 from sqlalchemy import Connection, text
 
 from pipeline.core.chunks import RejectCode
 from pipeline.core.collections import OnDuplicateKey, SyncCounts
+from pipeline.core.options import UserTable
+from pipeline.db import user_table
 from pipeline.db.database import errors_as_sqlalchemys, psycopg_connection
 
 #: Slots of a page of `sync_seen`. Its bits are small enough to stay in the row.
@@ -234,18 +238,18 @@ def publish(
 
 _REMOVE_OF = """
     with doomed as (
-      delete from vectormill.collection_keys k {WHICH} returning k.slot
+      delete from vectormill.collection_keys k {WHICH} returning k.slot, k.key
     ), gone as (
-      delete from vectormill.collection_vectors v using doomed d where v.version_id = :version and v.slot = d.slot
-    )
+      delete from vectormill.collection_vectors v using doomed d where v.version_id = %(version)s and v.slot = d.slot
+    ), theirs as ({{theirs}})
     select count(*) from doomed
 """
 _REMOVE_UNSEEN = _REMOVE_OF.format(
     WHICH="""
-      where k.version_id = :version and k.slot <= :last_slot
+      where k.version_id = %(version)s and k.slot <= %(last_slot)s
         and not exists (select from vectormill.sync_seen s
-                        where s.job_id = :job and s.page = k.slot / :page_slots
-                          and get_bit(s.bits, k.slot % :page_slots) = 1)
+                        where s.job_id = %(job)s and s.page = k.slot / %(page_slots)s
+                          and get_bit(s.bits, k.slot %% %(page_slots)s) = 1)
     """
 )
 #: Keys whose row was rejected, unless another row of this sync has given them new vectors.
@@ -253,15 +257,15 @@ _REMOVE_REJECTED = _REMOVE_OF.format(
     WHICH="""
       using (select f.slot from vectormill.rejects r
              cross join lateral (select slot, job_id from vectormill.collection_keys f
-                                 where f.version_id = :version and f.key = r.key offset 0) f
-             where r.job_id = :job and r.code <> 'duplicate_key' and f.job_id <> :job) r
-      where k.version_id = :version and k.slot = r.slot
+                                 where f.version_id = %(version)s and f.key = r.key offset 0) f
+             where r.job_id = %(job)s and r.code <> 'duplicate_key' and f.job_id <> %(job)s) r
+      where k.version_id = %(version)s and k.slot = r.slot
     """
 )
 _REMOVE_NAMED = _REMOVE_OF.format(
     WHICH="""
       using vectormill.sync_changes s
-      where s.job_id = :job and s.identity is null and k.version_id = :version and k.slot = s.slot
+      where s.job_id = %(job)s and s.identity is null and k.version_id = %(version)s and k.slot = s.slot
     """
 )
 _CHANGE_COLUMNS = """
@@ -278,9 +282,12 @@ _COUNT_CHANGES = """
 """
 
 
-def settle(connection: Connection, job_id: UUID, version_id: int, *, keep_rejected: bool) -> str | None:
+def settle(
+    connection: Connection, job_id: UUID, version_id: int, *, keep_rejected: bool, into: UserTable | None
+) -> str | None:
     """Remove the keys that a completed sync doesn't name, or names as removed, and those of rejected rows; give the
-    others their new columns; count what has changed. Settled again, it removes only keys of rejects.
+    others their new columns; count what has changed. Settled again, it removes only keys of rejects. Keys go from the
+    user's table `into`, too.
 
     Return why it can't be settled, and nothing was done; `None`: it is.
     """
@@ -301,11 +308,11 @@ def settle(connection: Connection, job_id: UUID, version_id: int, *, keep_reject
     values = {"job": job_id, "version": version_id, "last_slot": row.last_slot, "page_slots": PAGE_SLOTS}
     removed = 0
     if not keep_rejected:
-        removed += connection.execute(text(_REMOVE_REJECTED), values).scalar_one()
+        removed += _remove(connection, _REMOVE_REJECTED, values, into)
     if row.is_first:
         if row.is_whole:
-            removed += connection.execute(text(_REMOVE_UNSEEN), values).scalar_one()
-        removed += connection.execute(text(_REMOVE_NAMED), values).scalar_one()
+            removed += _remove(connection, _REMOVE_UNSEEN, values, into)
+        removed += _remove(connection, _REMOVE_NAMED, values, into)
         connection.execute(text(_CHANGE_COLUMNS), values)
         connection.execute(text("delete from vectormill.sync_seen where job_id = :job"), values)
         connection.execute(text("delete from vectormill.sync_changes where job_id = :job"), values)
@@ -319,6 +326,14 @@ def settle(connection: Connection, job_id: UUID, version_id: int, *, keep_reject
         {"job": job_id, "removed": removed, "added": added, "changed": changed},
     )
     return None
+
+
+def _remove(connection: Connection, statement: LiteralString, values: Mapping[str, Any], into: UserTable | None) -> int:
+    theirs = user_table.deletion(into) if into else sql.SQL("select")
+    with errors_as_sqlalchemys():
+        found = psycopg_connection(connection).execute(sql.SQL(statement).format(theirs=theirs), values).fetchone()
+    assert found
+    return int(found[0])
 
 
 def running(connection: Connection, version_id: int) -> UUID | None:

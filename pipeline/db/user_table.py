@@ -1,6 +1,7 @@
-"""Upserts of vectors by key into the user's own table, in the same Postgres."""
+"""Upserts and deletes of vectors by key in the user's own table, in the same Postgres."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 from uuid import UUID
 
 from psycopg import sql
@@ -23,9 +24,17 @@ def _named(into: UserTable) -> sql.Identifier:
 
 
 def check(
-    connection: Connection, name: str, *, key_column: str, dimensions: int, hnsw: bool, passages: bool = False
+    connection: Connection,
+    name: str,
+    *,
+    key_column: str,
+    dimensions: int,
+    hnsw: bool,
+    passages: bool = False,
+    deletes: bool = False,
 ) -> UserTable:
-    """Check the table `name` before a job starts that writes into it, and return its description.
+    """Check the table `name` before a job starts that writes into it, or `deletes` keys too, and return its
+    description.
 
     It needs a unique key column of a string, integer or uuid type, and exactly one vector or halfvec column that takes
     `dimensions` elements. With `hnsw`, that column must declare its dimensions. Any other column must be nullable,
@@ -38,10 +47,9 @@ def check(
         UserError: there is no such table, or it can't take the vectors; the message says how to fix it.
     """
     row = _table(connection, name)
-    if passages and not row["may_delete"]:
-        raise _refused(
-            name, "vectormill's role lacks delete on it, to remove passages that a key has no more; grant it."
-        )
+    if (passages or deletes) and not row["may_delete"]:
+        what = "keys that go" if deletes else "passages that a key has no more"
+        raise _refused(name, f"vectormill's role lacks delete on it, to remove {what}; grant it.")
     if hnsw and not row["may_index"]:
         raise _refused(name, "an index needs a plain table that vectormill's role owns; leave hnsw out.")
     columns = {column["name"]: column for column in _columns(connection, row["oid"])}
@@ -158,8 +166,8 @@ def _check_dimensions(name: str, vector: RowMapping, dimensions: int, hnsw: bool
         raise _refused(name, f"an index takes at most {most:,} dimensions of {vector['type']}; leave hnsw out.")
 
 
-def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int]) -> None:
-    """Upsert the vectors that this transaction wrote for `indexes` into the user's table. If a key occurs twice, the
+def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int] | None) -> None:
+    """Upsert the vectors of `indexes`, or `None` for all of the job, into the user's table. If a key occurs twice, the
     higher index wins; across chunks, the last commit wins. Passages that a key had and has no more are deleted."""
     if into.passage_columns:
         _upsert_passages(connection, into, job_id, indexes)
@@ -169,7 +177,8 @@ def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Seque
     statement = sql.SQL("""
         insert into {table} ({key}, {vector})
         select distinct on (key) cast(key as {key_type}), coalesce(vector::{vector_type}, half::{vector_type})
-        from vectormill.embeddings where job_id = %s and index = any(%s) order by key, index desc
+        from vectormill.embeddings
+        where job_id = %(job)s and (%(indexes)s::bigint[] is null or index = any(%(indexes)s)) order by key, index desc
         on conflict ({key}) do update set {vector} = excluded.{vector}
     """).format(
         table=_named(into),
@@ -179,13 +188,17 @@ def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Seque
         vector_type=sql.SQL(into.vector_type),
     )
     with errors_as_sqlalchemys():
-        psycopg_connection(connection).execute(statement, (job_id, list(indexes)))
+        psycopg_connection(connection).execute(statement, _values(job_id, indexes))
+
+
+def _values(job_id: UUID, indexes: Sequence[int] | None) -> dict[str, Any]:
+    return {"job": job_id, "indexes": None if indexes is None else list(indexes)}
 
 
 _MADE = """
     with latest as (
       select key, max(index) as index from vectormill.passages
-      where job_id = %(job)s and index = any(%(indexes)s) group by key
+      where job_id = %(job)s and (%(indexes)s::bigint[] is null or index = any(%(indexes)s)) group by key
     ), made as (
       select e.* from vectormill.passages e join latest l on l.index = e.index where e.job_id = %(job)s
     )
@@ -205,7 +218,7 @@ _DELETE_PASSAGES = """
 """
 
 
-def _upsert_passages(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int]) -> None:
+def _upsert_passages(connection: Connection, into: UserTable, job_id: UUID, indexes: Sequence[int] | None) -> None:
     numbers = [sql.Identifier(column) for column in into.passage_columns]
     vector = sql.Identifier(into.vector_column)
     parts = {
@@ -220,9 +233,16 @@ def _upsert_passages(connection: Connection, into: UserTable, job_id: UUID, inde
         "vector_type": sql.SQL(into.vector_type),
     }
     with errors_as_sqlalchemys():
-        driver, values = psycopg_connection(connection), {"job": job_id, "indexes": list(indexes)}
+        driver, values = psycopg_connection(connection), _values(job_id, indexes)
         driver.execute(sql.SQL(_UPSERT_PASSAGES).format(**parts), values)
         driver.execute(sql.SQL(_DELETE_PASSAGES).format(**parts), values)
+
+
+def deletion(into: UserTable) -> sql.Composed:
+    """Return the statement that deletes the keys of `doomed`, a query beside it."""
+    return sql.SQL("delete from {table} t using doomed d where t.{key} = cast(d.key as {key_type})").format(
+        table=_named(into), key=sql.Identifier(into.key_column), key_type=sql.SQL(into.key_type)
+    )
 
 
 def build_hnsw(connection: Connection, into: UserTable) -> None:

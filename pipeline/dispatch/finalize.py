@@ -62,7 +62,17 @@ def finalize(engine: Engine, job_id: UUID) -> None:
         told = f"the index that the job asks for can't be built ({plain_reason(error)})"
         _pause(engine, job_id, Reason.TABLE_REFUSED, told)
     else:
-        completion.end(engine, job_id, finalized=parts)
+        _end(engine, job, parts)
+
+
+def _end(engine: Engine, job: Job, parts: str) -> None:
+    try:
+        completion.end(engine, job.id, finalized=parts)
+    except (ProgrammingError, DataError) as error:
+        if job.options.table is None:
+            raise
+        told = f"the table refuses what the sync's end changes in it ({plain_reason(error)})"
+        _pause(engine, job.id, Reason.TABLE_REFUSED, told)
 
 
 def _pause(engine: Engine, job_id: UUID, reason: Reason, message: str) -> None:

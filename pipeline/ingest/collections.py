@@ -1,9 +1,7 @@
 """Collections from the doors: made, and upgraded to another model."""
 
 import re
-from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
 
 from sqlalchemy import Connection
 
@@ -12,7 +10,7 @@ from pipeline.core.collections import VersionState
 from pipeline.core.errors import UserError
 from pipeline.core.models import Model
 from pipeline.core.options import JobOptions
-from pipeline.db import collections, models, workspaces
+from pipeline.db import collections, models, user_table, workspaces
 from pipeline.db.collections import Collection
 from pipeline.ingest.request import read_fields
 from pipeline.ingest.submit import check_lengths
@@ -57,6 +55,7 @@ def create_collection(
         raise UserError("vectormill has a table of this name; choose another.", field="name", given=f'"{name}"')
     if models.find(connection, workspace_id, name):
         raise UserError("a model is called so; choose another.", field="name", given=f'"{name}"')
+    _check_table(connection, found, options)
     made = collections.create(
         connection,
         workspace_id,
@@ -89,7 +88,7 @@ def _view_of(workspace: str, name: str) -> str:
 
 def _check_options(options: JobOptions) -> None:
     control.reject_limit(options.max_rejects, 0)
-    for field in ("unique_keys", "by_reference", "output", "into", "hnsw", "webhook"):
+    for field in ("unique_keys", "by_reference", "output", "webhook"):
         if getattr(options, field):
             raise UserError("a collection has no such option.", field=field)
     if long := next((column for column in options.carry if len(column.encode()) > _MOST_NAME), None):
@@ -98,10 +97,33 @@ def _check_options(options: JobOptions) -> None:
         raise UserError(f'the collection has a column "{taken}" already; rename it.', field="carry")
 
 
+def _check_table(connection: Connection, model: Model, options: JobOptions) -> None:
+    if options.into is None:
+        return
+    user_table.check(
+        connection,
+        options.into,
+        key_column=options.columns.key,
+        dimensions=options.dimensions or model.dimensions,
+        hnsw=options.hnsw,
+        passages=options.splits,
+        deletes=True,
+    )
+    if other := collections.writing_to(connection, options.into):
+        raise UserError(f"the collection {other} writes to this table; name another.", field="into", given=options.into)
+
+
 def upgrade_collection(
-    connection: Connection, workspace_id: int, name: str, *, model: str, dimensions: int | None = None
+    connection: Connection,
+    workspace_id: int,
+    name: str,
+    *,
+    model: str,
+    dimensions: int | None = None,
+    into: str | None = None,
 ) -> Collection:
-    """Begin a collection's next version, of another model: the next whole sync fills it beside the current one.
+    """Begin a collection's next version, of another model: the next whole sync fills it beside the current one. `into`
+    is the version's own table of the user.
 
     Raises:
         UnknownCollection: there is none of this name.
@@ -117,8 +139,9 @@ def upgrade_collection(
             f"a version of model {other.model} is being filled already; swap the collection, or abandon that upgrade."
         )
     found = find_model(connection, workspace_id, model)
-    options = _options_of(current, dimensions)
+    options = _options_of(current, dimensions, into)
     check_lengths(options, found)
+    _check_table(connection, found, options)
     space = _space_of(connection, found, options)
     if space == current.vector_space_id:
         raise UserError("the collection has the vectors of this model; name another.", field="model", given=model)
@@ -133,6 +156,9 @@ def upgrade_collection(
     return collections.versions(connection, collection.id)[VersionState.NEXT]
 
 
-def _options_of(current: Collection, dimensions: int | None) -> JobOptions:
-    kept: Mapping[str, Any] = {name: value for name, value in current.options.items() if name != "dimensions"}
-    return read_fields(JobOptions, {**kept, "dimensions": dimensions})
+def _options_of(current: Collection, dimensions: int | None, into: str | None) -> JobOptions:
+    if into is None and (table := current.options.get("into")):
+        raise UserError(
+            f"the current version's vectors are in {table}; name another table for those of the next one.", field="into"
+        )
+    return read_fields(JobOptions, {**current.options, "dimensions": dimensions, "into": into})

@@ -232,7 +232,13 @@ def _table(connection: Connection, submission: Submission) -> UserTable | None:
     dimensions = options.dimensions or submission.model.dimensions
     key = submission.corpus.columns.key
     return user_table.check(
-        connection, options.into, key_column=key, dimensions=dimensions, hnsw=options.hnsw, passages=options.splits
+        connection,
+        options.into,
+        key_column=key,
+        dimensions=dimensions,
+        hnsw=options.hnsw,
+        passages=options.splits,
+        deletes=submission.sync is not None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -10,7 +10,7 @@ from uuid import UUID
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
-from sqlalchemy import text
+from sqlalchemy import Connection, Engine, text
 
 from pipeline.catalog.models import add_model
 from pipeline.core.collection_status import CollectionStatus, VersionStatus
@@ -154,7 +154,11 @@ def test_a_version_that_lacks_something_is_not_given_to_readers(upgraded: Ticket
     swap(upgraded)
 
 
-def test_a_swap_moves_all_or_nothing(upgraded: Tickets) -> None:
+@pytest.mark.parametrize("mutant", [False, True])
+def test_a_swap_moves_all_or_nothing(upgraded: Tickets, monkeypatch: pytest.MonkeyPatch, mutant: bool) -> None:
+    """The view can't be changed. A mutant that moves the model behind the name before the view is seen."""
+    if mutant:
+        _move_the_name_first(monkeypatch)
     rows = rows_of(20)
     sync_both(upgraded, rows)
     run_sql(upgraded.engine, "create view public.depends as select vector from vectormill.tickets")
@@ -163,12 +167,29 @@ def test_a_swap_moves_all_or_nothing(upgraded: Tickets) -> None:
     with upgraded.engine.begin() as connection:
         found = models.of_collection(connection, upgraded.workspace, "tickets")
     assert found is not None
-    assert (found["name"], dimensions(upgraded)) == ("static", 256)
+    assert dimensions(upgraded) == 256
+    assert (found["name"] == "static") is not mutant
+    if mutant:
+        return
     run_sql(upgraded.engine, "drop view public.depends")
     swap(upgraded)
 
 
-def test_in_no_moment_do_view_and_alias_differ(upgraded: Tickets) -> None:
+def _move_the_name_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = collection_versions.move
+
+    def move_at_once(connection: Connection, *arguments: Any, **named: Any) -> None:
+        move(connection, *arguments, **named)
+        connection.connection.driver_connection.execute("commit and chain")  # type: ignore[union-attr]
+
+    monkeypatch.setattr(collection_versions, "move", move_at_once)
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+def test_in_no_moment_do_view_and_name_differ(upgraded: Tickets, monkeypatch: pytest.MonkeyPatch, mutant: bool) -> None:
+    """A mutant that moves the model behind the name before the view is seen."""
+    if mutant:
+        _move_the_name_first(monkeypatch)
     sync_both(upgraded, rows_of(20))
     query = text("""
         select a.atttypmod = s.dimensions from pg_attribute a, vectormill.collection_versions v
@@ -192,7 +213,7 @@ def test_in_no_moment_do_view_and_alias_differ(upgraded: Tickets) -> None:
     finally:
         stop.set()
         looking.join()
-    assert seen == {True}
+    assert (seen == {True}) is not mutant
 
 
 def test_readers_keep_their_rights_on_the_view(upgraded: Tickets) -> None:
@@ -289,3 +310,24 @@ def test_the_same_sync_is_attached_to_in_each_version(upgraded: Tickets) -> None
 def test_a_collection_is_not_called_as_a_model(upgraded: Tickets) -> None:
     with upgraded.engine.begin() as connection, pytest.raises(UserError, match="a model is called so"):
         create_collection(connection, upgraded.workspace, "small", model="static", options=JobOptions())
+
+
+def test_each_version_has_its_own_table_of_the_user(
+    make_tickets: Callable[..., Tickets], small_encoder: LocalEncoder, engine: Engine
+) -> None:
+    run_sql(engine, "create table public.notes (id text primary key, embedding vector(256))")
+    run_sql(engine, "create table public.small_notes (id text primary key, embedding vector(64))")
+    tickets = make_tickets(into="public.notes")
+    tickets.encoders["small"] = small_encoder
+    with engine.begin() as connection:
+        add_model(connection, "small", described("static-64", static_folder(_SMALL)))
+    with pytest.raises(UserError, match="name another table"):
+        upgrade(tickets)
+    with engine.begin() as connection:
+        upgrade_collection(connection, tickets.workspace, "tickets", model="small", into="public.small_notes")
+    sync_both(tickets, rows_of(5))
+    sync_both(tickets, rows_of(4))
+    counts = "select (select count(*) from public.notes), (select count(*) from public.small_notes)"
+    assert run_sql(engine, counts) == [(4, 4)]
+    swap(tickets)
+    assert dimensions(tickets) == _SMALL

@@ -10,11 +10,14 @@ from sqlalchemy import Engine, text
 
 from pipeline.catalog.models import workspace_id
 from pipeline.core.errors import UserError
+from pipeline.core.jobs import JobState
 from pipeline.core.options import JobOptions
 from pipeline.db import collections as stored
+from pipeline.db import jobs
 from pipeline.ingest.collections import create_collection
+from pipeline.jobs import control
 from pipeline.jobs.search import SearchRequest, collection_to_search
-from tests.integration.tickets import Tickets, rows_of
+from tests.integration.tickets import Row, Tickets, rows_of
 from tests.support.jobs_made import run_sql
 
 
@@ -156,3 +159,81 @@ def test_a_collection_is_overdue_from_its_last_sync_on(tickets: Tickets) -> None
     assert expected() == [("tickets", False)]
     run_sql(tickets.engine, "update vectormill.syncs set settled_at = now() - interval '2 h'")
     assert expected() == [("tickets", True)]
+
+
+_INTO = "create table public.notes (id text primary key, embedding vector(256), note text)"
+
+
+def in_table(tickets: Tickets, columns: str = "id") -> set[str]:
+    return {str(row[0]) for row in run_sql(tickets.engine, f"select {columns} from public.notes")}
+
+
+def test_a_table_of_the_user_follows_the_collection(engine: Engine, make_tickets: Callable[..., Tickets]) -> None:
+    run_sql(engine, _INTO)
+    run_sql(engine, "insert into public.notes (id, note) values ('own', 'not of the collection')")
+    tickets = make_tickets(into="public.notes", hnsw=True)
+    rows = rows_of(20)
+    tickets.sync(rows)
+    changed: list[Row] = [{**rows[0], "text": "another"}, {**rows[1], "text": None}, *rows[3:]]
+    tickets.sync(changed, atomic=True)
+    tickets.shows([changed[0], *changed[2:]])
+    same = run_sql(
+        engine,
+        "select count(*), count(*) filter (where n.embedding = t.vector) from vectormill.tickets t "
+        "left join public.notes n on n.id = t.key",
+    )
+    assert same == [(18, 18)]
+    assert in_table(tickets) == {"own", "k0", *(f"k{n}" for n in range(3, 20))}
+    tickets.sync([{"id": "k3", "text": None, "gone": True}], delta=True, removed_column="gone")
+    assert "k3" not in in_table(tickets)
+    with engine.begin() as connection, pytest.raises(UserError, match="the collection tickets writes to this table"):
+        create_collection(
+            connection, tickets.workspace, "more", model="static", options=JobOptions(into="notes", hnsw=False)
+        )
+
+
+def test_passages_in_a_table_of_the_user_go_with_their_key(
+    engine: Engine, make_tickets: Callable[..., Tickets]
+) -> None:
+    run_sql(
+        engine,
+        "create table public.notes (id text, passage int, start int, stop int, embedding vector(256), "
+        "primary key (id, passage))",
+    )
+    tickets = make_tickets(into="public.notes", split=16)
+    long = " ".join(f"word{n}" for n in range(80))
+    tickets.sync([{"id": "a", "text": long}, {"id": "b", "text": long}, {"id": "c", "text": "short"}])
+    tickets.sync([{"id": "a", "text": "short now"}, {"id": "c", "text": "short"}], max_removed="100%")
+    assert in_table(tickets, "id || ' ' || passage") == {"a 0", "c 0"}
+
+
+def test_a_key_that_the_users_table_writes_otherwise_is_rejected(
+    engine: Engine, make_tickets: Callable[..., Tickets]
+) -> None:
+    run_sql(engine, "create table public.notes (id bigint primary key, embedding vector(256))")
+    tickets = make_tickets(into="public.notes")
+    rows: list[Row] = [{"id": "7", "text": "a mill"}, {"id": "07", "text": "another"}, {"id": "x", "text": "third"}]
+    done = tickets.sync(rows, max_rejects="100%")
+    assert done == {"in": 3, "embedded": 1, "rejected": 2}
+    assert in_table(tickets) == {"7"}
+
+
+def test_a_table_that_refuses_a_removal_pauses_the_sync(engine: Engine, make_tickets: Callable[..., Tickets]) -> None:
+    run_sql(engine, _INTO)
+    tickets = make_tickets(into="public.notes")
+    rows = rows_of(20)
+    tickets.sync(rows)
+    job = tickets.submit(rows[1:])
+    run_sql(engine, "alter table public.notes rename column id to other")
+    tickets.end(job)
+    with engine.begin() as connection:
+        found = jobs.by_id(connection, job)
+    assert found is not None
+    assert (found.state, found.reason) == (JobState.PAUSED, "table_refused")
+    tickets.shows(rows)
+    run_sql(engine, "alter table public.notes rename column other to id")
+    with engine.begin() as connection:
+        control.resume(connection, job)
+    tickets.end(job)
+    tickets.shows(rows[1:])
+    assert in_table(tickets) == {str(row["id"]) for row in rows[1:]}

@@ -13,7 +13,7 @@ from pipeline.api.paths import as_sent
 from pipeline.api.status.submissions import Intake, answer, body_of, owner_of, receive_rows, schema_of
 from pipeline.catalog.models import find_model
 from pipeline.core.collection_status import CollectionList, CollectionStatus, Comparison, SyncList
-from pipeline.core.errors import CollectionBusy
+from pipeline.core.errors import CollectionBusy, UserError
 from pipeline.core.job_status import JobStatus
 from pipeline.core.jobs import JobState
 from pipeline.core.options import Columns, JobOptions, Word
@@ -131,6 +131,8 @@ async def make_collection(request: Request, workspace: Of = None) -> CollectionS
     every = None if wish.expect_every_seconds is None else timedelta(seconds=wish.expect_every_seconds)
     own = {"name", "model", "expect_every_seconds"}
     options = read_fields(JobOptions, wish.model_dump(exclude=own, exclude_unset=True))
+    if options.into or options.hnsw:
+        raise UserError("only vectormill collections create takes it, at the database.", field="into")
 
     def act(connection: Connection) -> CollectionStatus:
         scope = _scope(connection, caller, workspace)
