@@ -2,10 +2,13 @@
 
     python -m tests.benchmarks.sync --rows 10e6
 
-measures more rows once, with the bytes that each key takes in Postgres.
+measures more rows once, with the bytes that each key takes in Postgres and the command's peak memory.
 """
 
 import argparse
+import os
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -121,7 +124,23 @@ def main() -> None:
             """)
             key_bytes = connection.execute(size).scalar_one() / rows
         alone, seconds = _reading_seconds(place, corpus), _sync_seconds(place, corpus, rows)
-    print(f"{rows:,} rows: {key_bytes:.0f} bytes a key, {seconds:.1f} s a sync, {alone:.1f} s to read and hash alone")
+        peak = _peak_bytes(running.database_url, corpus)
+    print(
+        f"{rows:,} rows: {key_bytes:.0f} bytes a key, {seconds:.1f} s a sync, {alone:.1f} s to read and hash alone, "
+        f"{peak / 1e6:.0f} MB of memory at most"
+    )
+
+
+def _peak_bytes(database_url: str, source: Path) -> int:
+    """Return the peak memory of the command that submits a sync."""
+    command = [sys.executable, "-m", "pipeline.cli", "sync", _NAME, str(source)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.peak", *command],
+        env={**os.environ, "VECTORMILL_DATABASE_URL": database_url},
+        capture_output=True,
+        check=True,
+    )
+    return int(done.stdout)
 
 
 if __name__ == "__main__":
