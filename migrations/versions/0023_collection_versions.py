@@ -51,6 +51,12 @@ begin
     into rights
     from pg_class c cross join aclexplode(c.relacl) g
     where c.oid = format('vectormill.%I', known.view)::regclass and g.grantee <> c.relowner;
+    rights := rights || (
+      select array_agg(format('grant %s (%I) on vectormill.%I to %s%s', g.privilege_type, a.attname, known.view,
+                              case g.grantee when 0 then 'public' else g.grantee::regrole::text end,
+                              case when g.is_grantable then ' with grant option' else '' end))
+      from pg_attribute a cross join aclexplode(a.attacl) g
+      where a.attrelid = format('vectormill.%I', known.view)::regclass);
     execute format('drop view vectormill.%I', known.view);
     execute 'create ' || body;
     foreach one in array coalesce(rights, '{}') loop

@@ -210,13 +210,13 @@ def add_gateway(
 
 
 def check_names(connection: Connection, name: str, aliases: Sequence[str]) -> None:
-    """Check that no other model has this name or one of these aliases, which stay free until the transaction ends.
+    """Check that no other model, and no collection, has this name or one of these aliases.
 
     Raises:
         UserError: another one has.
     """
     if used := models.name_in_use(connection, name, [name, *aliases]):
-        raise UserError(f'another model is called "{used}", or has it as an alias.')
+        raise UserError(f'another model, or a collection, is called "{used}", or has it as an alias.')
 
 
 def _add(connection: Connection, name: str, values: Mapping[str, Any], aliases: Sequence[str]) -> None:

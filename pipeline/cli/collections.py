@@ -48,7 +48,7 @@ def create(
         typer.Option(metavar="N|P%", help="Fail a sync with more rejects. Default: 10% from 100 rows on."),
     ] = "",
     into: Annotated[
-        str | None, typer.Option(metavar="TABLE", help="Keep the vectors in this table of yours, too.")
+        str | None, typer.Option(metavar="TABLE", help="Keep the vectors in this empty table of yours, too.")
     ] = None,
     hnsw: Annotated[bool, typer.Option("--hnsw", help="With --into: index its vectors.")] = False,
     no_reuse: options.NoReuse = False,
@@ -261,6 +261,9 @@ def swap(
     kept = None if keep is None else read_span("--keep", keep)
     wanted = read_gold(gold) if gold else []
     with open_backend(workspace) as backend:
+        following = next((each for each in backend.collection(name).versions if each.state is VersionState.NEXT), None)
+        if following and following.differs:
+            output.tell([f"the next version isn't ready yet: {following.differs}"])
         compared = backend.compare_versions(name)
         found = {
             version: recall(backend, name, version, wanted, workspace)

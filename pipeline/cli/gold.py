@@ -10,11 +10,8 @@ from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.search import search_collection
 from pipeline.core.collections import VersionState
 from pipeline.core.errors import UserError
-from pipeline.jobs.search import SearchRequest
+from pipeline.jobs.search import MOST_PASSAGES, NEIGHBOURS, SearchRequest, nearest_distinct
 
-_RESULTS = 10
-#: Passages of one key may all be near, so more are looked at.
-_PASSAGES = 50
 _MOST_QUERIES = 10_000
 _MOST_LINE = 1_000_000
 
@@ -62,10 +59,11 @@ def recall(
     backend: DatabaseBackend | ApiBackend, collection: str, version: VersionState, gold: Sequence[Gold], workspace: str
 ) -> float:
     """Return the share of the keys that are among each query's ten nearest, on average over the queries."""
-    wishes = [SearchRequest(query=each.query, limit=_PASSAGES, version=version) for each in gold]
+    wishes = [SearchRequest(query=each.query, limit=MOST_PASSAGES, version=version) for each in gold]
     shares = []
     for each, hits in zip(gold, search_collection(backend, wishes, collection, workspace), strict=True):
-        near = list(dict.fromkeys(hit.key for hit in hits))[:_RESULTS]
         wanted = {str(key) for key in each.keys}
-        shares.append(len(wanted.intersection(filter(None, near))) / min(len(wanted), _RESULTS))
+        shares.append(
+            len(wanted.intersection(nearest_distinct(hit.key for hit in hits))) / min(len(wanted), NEIGHBOURS)
+        )
     return sum(shares) / len(shares)

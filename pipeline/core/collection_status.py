@@ -18,7 +18,7 @@ class VersionStatus(BaseModel):
     dimensions: int
     keys: int = Field(description="Keys that have vectors; above 100,000 an estimate.")
     running: UUID | None = Field(description="Its sync that hasn't ended.")
-    differs: str | None = Field(description="What it lacks of the current version; null: nothing.")
+    differs: str | None = Field(description="How it differs from the current version; null: it doesn't.")
     kept_until: datetime | None = Field(description="Of a previous version: the end of the time in which it is kept.")
 
 
@@ -30,7 +30,7 @@ class CollectionStatus(BaseModel):
     model: str
     dimensions: int
     keys: int = Field(description="Keys that have vectors; above 100,000 an estimate.")
-    options: dict[str, Any] = Field(description="The options with which it was created.")
+    options: dict[str, Any] = Field(description="The options with which its texts are embedded.")
     expect_every_seconds: float | None = Field(description="Longest time between two syncs that is no cause for alarm.")
     synced_at: datetime | None = Field(description="End of its last completed sync.")
     running: UUID | None = Field(description="Its sync that hasn't ended.")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Self, TypeVar
+from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
@@ -160,7 +161,11 @@ class UserTable:
         if fault := self.key_fault(key):
             return fault
         assert key is not None
-        written = str(int(key)) if self.key_type in INTEGER_BITS else key.lower() if self.key_type == "uuid" else key
+        written = key
+        if self.key_type == "uuid":
+            written = str(UUID(key))
+        elif self.key_type in INTEGER_BITS:
+            written = str(int(key))
         if written != key:
             return f'key is written otherwise than "{written}", as {self.schema}.{self.table} writes it'
         return None

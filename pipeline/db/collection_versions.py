@@ -18,21 +18,40 @@ _BUSY_SECONDS = 60.0
 # Syncs of two versions in pairs, which had the same source. A sync's last slot says when it began.
 _DIFFERENCE = """
     with pairs as (
-      select least(a.last_slot, b.last_slot) as began,
-             coalesce(a.beside, b.beside, a.job_id, b.job_id) as job_id,
-             a.settled_at is not null as in_one, b.settled_at is not null as in_other, a.is_whole
+      select coalesce(a.beside, b.beside, a.job_id, b.job_id) as job_id, a.is_whole,
+             a.job_id as one_job, a.last_slot as in_one, a.settled_at is not null as ended_in_one,
+             b.job_id as other_job, b.last_slot as in_other, b.settled_at is not null as ended_in_other
       from (select * from vectormill.syncs where version_id = :one) a
       full join (select * from vectormill.syncs where version_id = :other) b
         on coalesce(b.beside, b.job_id) = coalesce(a.beside, a.job_id)
     ), equal as (
-      -- A whole sync that reached both made them equal; what came later must have reached both, too.
-      select max(began) as began from pairs where is_whole and in_one and in_other
+      -- A whole sync that reached both made them equal.
+      select max(in_one) as in_one, max(in_other) as in_other from pairs
+      where is_whole and ended_in_one and ended_in_other
+    ), later as (
+      select p.*, p.in_one > e.in_one and p.in_other > e.in_other and ended_in_one and ended_in_other as is_in_both
+      from pairs p, equal e
+      where (p.in_one > e.in_one or p.in_other > e.in_other) and ({ONE_CHANGED} or {OTHER_CHANGED})
     )
-    select equal.began is not null as is_filled,
-           (select p.job_id from pairs p where p.began > equal.began and p.in_one <> p.in_other
-            order by p.began limit 1) as missed
-    from equal
+    -- What came after it, and changed either, must have reached both, in the same order.
+    select e.in_one is not null,
+           (select l.job_id
+            from (select *, rank() over (order by in_one) = rank() over (order by in_other) as is_in_order
+                  from later) l
+            where not (coalesce(is_in_both, false) and is_in_order)
+            order by coalesce(in_one, in_other) limit 1)
+    from equal e
 """
+# A sync that failed, or was cancelled, has changed what it had committed; of a purged job nobody knows it.
+_CHANGED = """
+    (coalesce(p.{ENDED}, false) or (p.{JOB} is not null and (
+      not exists (select from vectormill.jobs j where j.id = p.{JOB})
+      or exists (select from vectormill.chunks c where c.job_id = p.{JOB} and c.embedded + c.reused > 0))))
+"""
+_DIFFERS = _DIFFERENCE.format(
+    ONE_CHANGED=_CHANGED.format(ENDED="ended_in_one", JOB="one_job"),
+    OTHER_CHANGED=_CHANGED.format(ENDED="ended_in_other", JOB="other_job"),
+)
 
 
 class Difference(NamedTuple):
@@ -40,14 +59,14 @@ class Difference(NamedTuple):
 
     #: A whole sync has reached both.
     is_filled: bool
-    #: The first sync since then that reached only one of them, by the job of what was the current version then;
-    #: `None`: there is none.
+    #: The first sync since then that reached only one of them, or in another order, by the job of the version that was
+    #: current then; `None`: there is none.
     missed: UUID | None
 
 
 def difference(connection: Connection, version_id: int, other_id: int) -> Difference:
     """Return how two versions of a collection differ by the syncs that have ended."""
-    row = connection.execute(text(_DIFFERENCE), {"one": version_id, "other": other_id}).one()
+    row = connection.execute(text(_DIFFERS), {"one": version_id, "other": other_id}).one()
     return Difference(*row)
 
 
@@ -130,13 +149,8 @@ class Sample(NamedTuple):
 
 _SAMPLE = """
     select k.key, {VECTOR_A}, {VECTOR_B}
-    from (select distinct k.slot
-          from (select least + floor(random() * (most - least + 1))::bigint as place
-                from (select min(slot) as least, max(slot) as most from vectormill.collection_keys
-                      where version_id = :a) bounds, generate_series(1, :count)) drawn,
-               lateral (select slot from vectormill.collection_keys
-                        where version_id = :a and slot >= place order by slot limit 1) k) s
-    join vectormill.collection_keys k on k.version_id = :a and k.slot = s.slot
+    from (select key, slot from vectormill.collection_keys tablesample system (:percent)
+          where version_id = :a order by random() limit :count) k
     join vectormill.collection_keys o on o.version_id = :b and o.key = k.key
 """
 _VECTOR = """
@@ -148,13 +162,17 @@ _SAMPLE_KEYS = _SAMPLE.format(
 )
 
 
-def sample(connection: Connection, version_id: int, other_id: int, count: int) -> list[Sample]:
-    """Return at most `count` keys, drawn at random, that both versions have."""
-    rows = connection.execute(text(_SAMPLE_KEYS), {"a": version_id, "b": other_id, "count": count})
+def sample(connection: Connection, version_id: int, other_id: int, count: int, percent: float) -> list[Sample]:
+    """Return at most `count` keys that both versions have, drawn at random from `percent` of the first one's pages."""
+    values = {"a": version_id, "b": other_id, "count": count, "percent": percent}
+    rows = connection.execute(text(_SAMPLE_KEYS), values)
     return [Sample(key, (one, other)) for key, one, other in rows if one and other]
 
 
-def tokens(connection: Connection, version_id: int) -> int:
-    """Return the tokens of all texts of a version."""
-    found = text("select coalesce(sum(tokens), 0) from vectormill.collection_keys where version_id = :version")
-    return int(connection.execute(found, {"version": version_id}).scalar_one())
+def mean_tokens(connection: Connection, version_id: int, percent: float) -> float:
+    """Return the mean number of tokens of a text in `percent` of a version's pages; 0 without any."""
+    found = text("""
+        select coalesce(avg(tokens), 0)::float8
+        from vectormill.collection_keys tablesample system (:percent) where version_id = :version
+    """)
+    return float(connection.execute(found, {"version": version_id, "percent": percent}).scalar_one())

@@ -141,11 +141,16 @@ def versions(connection: Connection, collection_id: int) -> dict[VersionState, C
     return {found.state: found for found in map(_as_collection, rows)}
 
 
+def lock_tables(connection: Connection) -> None:
+    """Let no other collection take a table of the user before the transaction ends."""
+    connection.execute(text("select pg_advisory_xact_lock(hashtextextended('vectormill collections into', 0))"))
+
+
 def writing_to(connection: Connection, table: str) -> str | None:
     """Return the name of a collection of any workspace that writes to this table of the user; None if none does."""
     found = text("""
         select c.name from vectormill.collection_versions v join vectormill.collections c on c.id = v.collection_id
-        where v.state <> 'gone' and to_regclass(v.options->>'into') = to_regclass(:table) limit 1
+        where to_regclass(v.options->>'into') = to_regclass(:table) limit 1
     """)
     name: str | None = connection.execute(found, {"table": table}).scalar_one_or_none()
     return name
@@ -194,8 +199,10 @@ def about_keys(connection: Connection, version_id: int) -> int:
 
 
 def exists(connection: Connection, version_id: int) -> bool:
-    """Return True if a version's collection hasn't been dropped."""
-    found = text("select exists (select from vectormill.collection_versions where id = :version)")
+    """Return True if a version hasn't been dropped, and isn't going to be."""
+    found = text("""
+        select exists (select from vectormill.collection_versions where id = :version and state <> 'gone')
+    """)
     return bool(connection.execute(found, {"version": version_id}).scalar_one())
 
 
@@ -239,7 +246,7 @@ def begin_sync(
     """Record a sync of a collection's version, which can't be dropped meanwhile. Return the highest slot so far.
 
     Raises:
-        UnknownCollection: it has been dropped.
+        UnknownCollection: it has been dropped, or the version is gone.
     """
     kept = text("""
         select id from vectormill.collections c
@@ -248,7 +255,7 @@ def begin_sync(
         for key share
     """)
     if connection.execute(kept, {"id": collection.id, "version": collection.version_id}).first() is None:
-        raise UnknownCollection(f'no collection "{collection.name}": it has been dropped.')
+        raise UnknownCollection(f'no collection "{collection.name}" of model {collection.model}: it has been dropped.')
     slot: int = connection.execute(
         text("""
             insert into vectormill.syncs (job_id, collection_id, version_id, is_whole, beside, last_slot)

@@ -80,11 +80,17 @@ def confirm(connection: Connection, claim: Claim, own: Sequence[KnownText]) -> s
     the hashes of those that nobody has taken over."""
     rows = connection.execute(
         text("""
-            update vectormill.known_texts k set index = given.index
-            from vectormill.jobs j
-            cross join unnest(cast(:hashes as bytea[]), cast(:indexes as bigint[])) given(hash, index)
-            where j.id = :job and k.workspace_id = j.workspace_id and k.vector_space_id = j.vector_space_id
-              and k.hash = given.hash and k.job_id = j.id and k.index = given.index
+            with own as (
+              select k.workspace_id, k.vector_space_id, k.hash
+              from vectormill.jobs j
+              cross join unnest(cast(:hashes as bytea[]), cast(:indexes as bigint[])) given(hash, index)
+              join vectormill.known_texts k
+                on k.workspace_id = j.workspace_id and k.vector_space_id = j.vector_space_id and k.hash = given.hash
+                and k.job_id = j.id and k.index = given.index
+              where j.id = :job order by k.hash for update of k
+            )
+            update vectormill.known_texts k set index = k.index from own
+            where k.workspace_id = own.workspace_id and k.vector_space_id = own.vector_space_id and k.hash = own.hash
             returning k.hash
         """),
         {"job": claim.job_id, "hashes": [each.hash for each in own], "indexes": [each.index for each in own]},

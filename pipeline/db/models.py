@@ -23,14 +23,17 @@ def change(connection: Connection, name: str, **values: Any) -> None:
 
 
 def name_in_use(connection: Connection, name: str, wanted: Sequence[str]) -> str | None:
-    """Return one of `wanted` that is the name or an alias of a model other than `name`; None if all are free. They stay
-    free until the transaction ends, since it locks the catalogue against other writers."""
+    """Return one of `wanted` that is the name or an alias of a model other than `name`, or the name of a collection;
+    None if all are free. They stay free of models until the transaction ends, since it locks the catalogue against
+    other writers."""
     connection.execute(text("lock table vectormill.models in share row exclusive mode"))
     return connection.execute(
         text("""
             select wanted from unnest(cast(:wanted as text[])) wanted
-            join vectormill.models m on wanted = m.name or wanted = any(m.aliases)
-            where m.name <> :name order by wanted limit 1
+            where exists (select from vectormill.models m
+                          where m.name <> :name and (wanted = m.name or wanted = any(m.aliases)))
+               or exists (select from vectormill.collections c where c.name = wanted)
+            order by wanted limit 1
         """),
         {"name": name, "wanted": list(wanted)},
     ).scalar_one_or_none()
@@ -73,6 +76,12 @@ def find(connection: Connection, workspace_id: int, name: str) -> RowMapping | N
         .mappings()
         .one_or_none()
     )
+
+
+def is_called(connection: Connection, name: str) -> bool:
+    """Return True if a model has this name or alias, whoever may use it."""
+    found = text("select exists (select from vectormill.models where name = :name or :name = any(aliases))")
+    return bool(connection.execute(found, {"name": name}).scalar_one())
 
 
 def by_name(connection: Connection, name: str) -> RowMapping | None:

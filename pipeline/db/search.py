@@ -128,6 +128,7 @@ def nearest_keys(
         # The index gives up after some ten thousand vectors; then all are compared.
         connection.execute(text("set local enable_indexscan = off"))
         found = _fetch(connection, statement, values)
+        connection.execute(text("set local enable_indexscan = on"))
     return found
 
 

@@ -346,6 +346,19 @@ def running(connection: Connection, version_id: int) -> UUID | None:
     return job
 
 
+def version_of(connection: Connection, job_id: UUID) -> int | None:
+    """Return the version that a sync is of; None if there is no such sync."""
+    found = text("select version_id from vectormill.syncs where job_id = :job")
+    version: int | None = connection.execute(found, {"job": job_id}).scalar_one_or_none()
+    return version
+
+
+def beside(connection: Connection, job_id: UUID) -> Sequence[UUID]:
+    """Return the jobs that bring other versions of the collection up to the source of a sync."""
+    found = text("select job_id from vectormill.syncs where beside = :job order by job_id")
+    return list(connection.execute(found, {"job": job_id}).scalars())
+
+
 def running_of(connection: Connection, collection_id: int) -> UUID | None:
     """Return the job of a sync, of any version of a collection, that hasn't ended; None if there is none."""
     found = text("""
@@ -371,9 +384,10 @@ _FORGET = (
 
 
 def is_latest(connection: Connection, job_id: UUID) -> bool:
-    """Return True if a sync's collection is there, and no other sync of it began after this one."""
+    """Return True if a sync's version is there, and no other sync of it began after this one."""
     found = text("""
         select exists (select from vectormill.syncs a
+                       join vectormill.collection_versions v on v.id = a.version_id and v.state <> 'gone'
                        where a.job_id = :job
                          and not exists (select from vectormill.syncs b
                                          where b.version_id = a.version_id and b.last_slot > a.last_slot))

@@ -1,7 +1,6 @@
 """Upserts and deletes of vectors by key in the user's own table, in the same Postgres."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 from uuid import UUID
 
 from psycopg import sql
@@ -178,7 +177,7 @@ def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Seque
         insert into {table} ({key}, {vector})
         select distinct on (key) cast(key as {key_type}), coalesce(vector::{vector_type}, half::{vector_type})
         from vectormill.embeddings
-        where job_id = %(job)s and (%(indexes)s::bigint[] is null or index = any(%(indexes)s)) order by key, index desc
+        where job_id = %(job)s {of_commit} order by key, index desc
         on conflict ({key}) do update set {vector} = excluded.{vector}
     """).format(
         table=_named(into),
@@ -186,19 +185,21 @@ def upsert(connection: Connection, into: UserTable, job_id: UUID, indexes: Seque
         vector=vector,
         key_type=sql.SQL(into.key_type),
         vector_type=sql.SQL(into.vector_type),
+        of_commit=_of_commit(indexes),
     )
     with errors_as_sqlalchemys():
-        psycopg_connection(connection).execute(statement, _values(job_id, indexes))
+        psycopg_connection(connection).execute(statement, {"job": job_id, "indexes": list(indexes or ())})
 
 
-def _values(job_id: UUID, indexes: Sequence[int] | None) -> dict[str, Any]:
-    return {"job": job_id, "indexes": None if indexes is None else list(indexes)}
+def _of_commit(indexes: Sequence[int] | None) -> sql.SQL:
+    # A condition that served both would cost each commit a read of all rows of the job.
+    return sql.SQL("" if indexes is None else "and index = any(%(indexes)s)")
 
 
 _MADE = """
     with latest as (
       select key, max(index) as index from vectormill.passages
-      where job_id = %(job)s and (%(indexes)s::bigint[] is null or index = any(%(indexes)s)) group by key
+      where job_id = %(job)s {of_commit} group by key
     ), made as (
       select e.* from vectormill.passages e join latest l on l.index = e.index where e.job_id = %(job)s
     )
@@ -222,7 +223,7 @@ def _upsert_passages(connection: Connection, into: UserTable, job_id: UUID, inde
     numbers = [sql.Identifier(column) for column in into.passage_columns]
     vector = sql.Identifier(into.vector_column)
     parts = {
-        "made": sql.SQL(_MADE),
+        "made": sql.SQL(_MADE).format(of_commit=_of_commit(indexes)),
         "table": _named(into),
         "key": sql.Identifier(into.key_column),
         "passage": numbers[0],
@@ -233,9 +234,20 @@ def _upsert_passages(connection: Connection, into: UserTable, job_id: UUID, inde
         "vector_type": sql.SQL(into.vector_type),
     }
     with errors_as_sqlalchemys():
-        driver, values = psycopg_connection(connection), _values(job_id, indexes)
+        driver, values = psycopg_connection(connection), {"job": job_id, "indexes": list(indexes or ())}
         driver.execute(sql.SQL(_UPSERT_PASSAGES).format(**parts), values)
         driver.execute(sql.SQL(_DELETE_PASSAGES).format(**parts), values)
+
+
+def has_rows(connection: Connection, into: UserTable) -> bool:
+    """Return True if the table isn't empty."""
+    with errors_as_sqlalchemys():
+        found = (
+            psycopg_connection(connection)
+            .execute(sql.SQL("select exists (select from {})").format(_named(into)))
+            .fetchone()
+        )
+    return bool(found and found[0])
 
 
 def deletion(into: UserTable) -> sql.Composed:

@@ -8,7 +8,7 @@ from itertools import islice
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DataError, ProgrammingError
+from sqlalchemy.exc import DataError, IntegrityError, InternalError, ProgrammingError
 
 from pipeline.chunk_io.sinks import sink_of
 from pipeline.core.errors import StorageRefused, StorageUnreachable, Waiting
@@ -68,7 +68,7 @@ def finalize(engine: Engine, job_id: UUID) -> None:
 def _end(engine: Engine, job: Job, parts: str) -> None:
     try:
         completion.end(engine, job.id, finalized=parts)
-    except (ProgrammingError, DataError) as error:
+    except (IntegrityError, ProgrammingError, DataError, InternalError) as error:
         if job.options.table is None:
             raise
         told = f"the table refuses what the sync's end changes in it ({plain_reason(error)})"

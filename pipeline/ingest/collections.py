@@ -13,9 +13,9 @@ from pipeline.core.options import JobOptions
 from pipeline.db import collections, models, user_table, workspaces
 from pipeline.db.collections import Collection
 from pipeline.ingest.request import read_fields
-from pipeline.ingest.submit import check_lengths
+from pipeline.ingest.submit import check_model
 from pipeline.jobs import control
-from pipeline.jobs.collections import find_collection
+from pipeline.jobs.collections import find_collection, locked
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 #: Names that tables of the schema have or will have.
@@ -43,7 +43,7 @@ def create_collection(
         UnknownModel: the workspace may not use such a model.
     """
     found = find_model(connection, workspace_id, model)
-    check_lengths(options, found)
+    check_model(options, found)
     _check_options(options)
     if expect_every is not None and expect_every <= timedelta():
         raise UserError("give a time such as 24h.", field="expect_every")
@@ -53,7 +53,7 @@ def create_collection(
     reserved = _RESERVED.fullmatch(view) or collections.relation_exists(connection, view)
     if reserved and collections.by_name(connection, workspace_id, name) is None:
         raise UserError("vectormill has a table of this name; choose another.", field="name", given=f'"{name}"')
-    if models.find(connection, workspace_id, name):
+    if models.is_called(connection, name):
         raise UserError("a model is called so; choose another.", field="name", given=f'"{name}"')
     _check_table(connection, found, options)
     made = collections.create(
@@ -93,14 +93,18 @@ def _check_options(options: JobOptions) -> None:
             raise UserError("a collection has no such option.", field=field)
     if long := next((column for column in options.carry if len(column.encode()) > _MOST_NAME), None):
         raise UserError(f'"{long[:80]}" has more than {_MOST_NAME} bytes, so no view can have it.', field="carry")
+    if options.hnsw and not options.into:
+        raise UserError("the view has an index anyway; this one is made on a table of yours.", field="hnsw")
     if taken := next((column for column in options.carry if column in _VIEW_COLUMNS), None):
         raise UserError(f'the collection has a column "{taken}" already; rename it.', field="carry")
 
 
 def _check_table(connection: Connection, model: Model, options: JobOptions) -> None:
+    """Refuse a table that can't take the vectors, or has rows: those of keys that go are deleted, and nothing says
+    whose the others are."""
     if options.into is None:
         return
-    user_table.check(
+    table = user_table.check(
         connection,
         options.into,
         key_column=options.columns.key,
@@ -109,6 +113,13 @@ def _check_table(connection: Connection, model: Model, options: JobOptions) -> N
         passages=options.splits,
         deletes=True,
     )
+    if user_table.has_rows(connection, table):
+        raise UserError(
+            "it has rows; a collection needs an empty table of its own, since rows of keys that go are deleted.",
+            field="into",
+            given=options.into,
+        )
+    collections.lock_tables(connection)
     if other := collections.writing_to(connection, options.into):
         raise UserError(f"the collection {other} writes to this table; name another.", field="into", given=options.into)
 
@@ -130,30 +141,29 @@ def upgrade_collection(
         UnknownModel: the workspace may not use such a model.
         UserError: a next version is there already, or the model doesn't fit the collection's options.
     """
-    collection = find_collection(connection, workspace_id, name)
-    collections.lock(connection, collection.id)
-    versions = collections.versions(connection, collection.id)
-    current = versions[VersionState.CURRENT]
-    if other := versions.get(VersionState.NEXT):
-        raise UserError(
-            f"a version of model {other.model} is being filled already; swap the collection, or abandon that upgrade."
+    with locked(connection, find_collection(connection, workspace_id, name), "upgraded") as versions:
+        current = versions[VersionState.CURRENT]
+        if other := versions.get(VersionState.NEXT):
+            raise UserError(
+                f"a version of model {other.model} is being filled already; swap the collection, or abandon that "
+                "upgrade."
+            )
+        found = find_model(connection, workspace_id, model)
+        options = _options_of(current, dimensions, into)
+        check_model(options, found)
+        space = _space_of(connection, found, options)
+        if space == current.vector_space_id:
+            raise UserError("the collection has the vectors of this model; name another.", field="model", given=model)
+        _check_table(connection, found, options)
+        collections.add_version(
+            connection,
+            current.id,
+            model=found.name,
+            vector_space_id=space,
+            options=options.model_dump(mode="json", exclude_defaults=True),
+            state=VersionState.NEXT,
         )
-    found = find_model(connection, workspace_id, model)
-    options = _options_of(current, dimensions, into)
-    check_lengths(options, found)
-    _check_table(connection, found, options)
-    space = _space_of(connection, found, options)
-    if space == current.vector_space_id:
-        raise UserError("the collection has the vectors of this model; name another.", field="model", given=model)
-    collections.add_version(
-        connection,
-        collection.id,
-        model=found.name,
-        vector_space_id=space,
-        options=options.model_dump(mode="json", exclude_defaults=True),
-        state=VersionState.NEXT,
-    )
-    return collections.versions(connection, collection.id)[VersionState.NEXT]
+        return collections.versions(connection, current.id)[VersionState.NEXT]
 
 
 def _options_of(current: Collection, dimensions: int | None, into: str | None) -> JobOptions:

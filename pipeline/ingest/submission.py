@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -66,14 +67,13 @@ class Submission:
 
     def payload(self) -> str:
         """Return the SHA-256 over sources and the options that decide the result; a stream counts once it is read."""
-        decisive = {
-            "model": self.model.name,
-            "weights": self.model.weights_sha256,
-            "source": self.corpus.fingerprint(),
-            **self.options.decisive(),
-            # A job that was made before there were collections has the same payload as one without any.
-            **({"sync": self.sync.to_json()} if self.sync else {}),
-        }
+        decisive: dict[str, Any] = {"source": self.corpus.fingerprint()}
+        if self.sync and self.collection:
+            # Which version and model are current, a swap may change between two tries.
+            sync = {name: value for name, value in self.sync.to_json().items() if name != "version_id"}
+            decisive |= {"collection": self.collection.id, "sync": sync, "max_rejects": self.options.max_rejects}
+        else:
+            decisive |= {"model": self.model.name, "weights": self.model.weights_sha256, **self.options.decisive()}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def kept_options(self, table: UserTable | None) -> KeptOptions:

@@ -110,6 +110,11 @@ def check(options: JobOptions, corpus: Source, model: Model) -> None:
     """Raise `UserError` for options that can't work or would have no effect, before anything is read."""
     _check_ways(options, corpus)
     _check_dialect(corpus)
+    check_model(options, model)
+
+
+def check_model(options: JobOptions, model: Model) -> None:
+    """Raise `UserError` for options that don't fit a model."""
     check_lengths(options, model)
     if model.upstream and options.precision is not Precision.AUTO:
         raise UserError(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -15,7 +16,7 @@ from pipeline.core.errors import CollectionBusy, UserError, VectormillError
 from pipeline.core.jobs import JobState
 from pipeline.core.models import Model
 from pipeline.core.options import MOST_COLUMNS, Address, Columns, JobOptions, Word
-from pipeline.db import collections, jobs
+from pipeline.db import collections, jobs, syncs
 from pipeline.db.collections import Collection
 from pipeline.ingest.request import MOST_SOURCES, read_fields
 from pipeline.ingest.submission import Planning, Submission, Submitted
@@ -157,37 +158,53 @@ def sync_collection(
         CollectionBusy: without `queue`, another sync goes on.
         As `pipeline.ingest.submit.submit`.
     """
+    waiting = partial(_submit_in_turn, engine, queue=queue, on_wait=on_wait)
+    done = waiting(submission)
+    told = sync_other_versions(engine, submission, wish, done.job_id, waiting)
+    return replace(done, notices=[*done.notices, *told])
+
+
+def _submit_in_turn(
+    engine: Engine,
+    submission: Submission,
+    *,
+    queue: bool,
+    on_wait: Callable[[UUID], None],
+    still: Callable[[], bool] = lambda: True,
+) -> Submitted:
+    """Submit a sync of a version once its earlier sync has ended, while that is `still` wanted."""
     told = None
     while True:
         try:
-            done = submit(engine, submission)
+            return submit(engine, submission)
         except CollectionBusy as busy:
-            if not queue:
+            if not queue or not still():
                 raise
             if busy.job_id != told:
                 on_wait(busy.job_id)
                 told = busy.job_id
             time.sleep(_POLL_SECONDS)
-        else:
-            return replace(done, notices=[*done.notices, *sync_other_versions(engine, submission, wish, done.job_id)])
 
 
-def sync_other_versions(engine: Engine, submission: Submission, wish: SyncRequest, leader: UUID) -> list[str]:
+def sync_other_versions(
+    engine: Engine,
+    submission: Submission,
+    wish: SyncRequest,
+    leader: UUID,
+    submit_in_turn: Callable[..., Submitted] | None = None,
+) -> list[str]:
     """Submit the same sync as the job `leader` for each other version of its collection. Return what became of it, in
-    sentences for a person: a version that misses a sync takes none of the others along."""
+    sentences for a person: a version that misses a sync takes none of the others along.
+
+    By default a version whose earlier sync hasn't ended misses this one.
+    """
     assert submission.collection
-    with engine.begin() as connection:
-        job = jobs.by_id(connection, leader)
-        versions = collections.versions(connection, submission.collection.id)
-    if job is None or JobState.FAILED in (job.state, job.ends_as):
-        return []
+    act = submit_in_turn or partial(_submit_in_turn, engine, queue=False, on_wait=lambda _: None)
     told = []
-    for version in versions.values():
-        if version.version_id == submission.collection.version_id:
-            continue
+    for version in _others(engine, submission.collection, leader):
         which = f"the {version.state} version (model {version.model})"
         try:
-            done = _sync_version(engine, submission, wish, version, leader)
+            done = _sync_version(engine, submission, wish, version, leader, act)
         except VectormillError as error:
             told.append(f"{which} misses this sync: {error}")
         else:
@@ -195,22 +212,66 @@ def sync_other_versions(engine: Engine, submission: Submission, wish: SyncReques
     return told
 
 
+#: States of a sync that the other versions get, too.
+_GOES_ON = (JobState.QUEUED, JobState.RUNNING, JobState.PAUSED, JobState.COMPLETED)
+
+
+def _others(engine: Engine, collection: Collection, leader: UUID) -> list[Collection]:
+    """Return the versions other than that of a sync, if it goes on or has completed."""
+    with engine.begin() as connection:
+        job = jobs.by_id(connection, leader)
+        own = syncs.version_of(connection, leader)
+        versions = collections.versions(connection, collection.id)
+    if job is None or job.state not in _GOES_ON:
+        return []
+    return [version for version in versions.values() if version.version_id != own]
+
+
 def _sync_version(
-    engine: Engine, submission: Submission, wish: SyncRequest, version: Collection, leader: UUID
+    engine: Engine,
+    submission: Submission,
+    wish: SyncRequest,
+    version: Collection,
+    leader: UUID,
+    submit_in_turn: Callable[..., Submitted],
 ) -> Submitted:
     corpus, key = submission.corpus, submission.idempotency_key
     assert isinstance(corpus, SyncSource)
+
+    def is_latest() -> bool:
+        with engine.begin() as connection:
+            return syncs.is_latest(connection, leader)
+
     with engine.begin() as connection:
         model = find_model(connection, version.workspace_id, version.model)
-    return submit(
-        engine,
+    # Another one has begun since, whose rows are newer.
+    if not is_latest() and not (key and _is_known(engine, version, _key_of(key, version))):
+        raise UserError(f"a later sync than {leader} has begun.")
+    return submit_in_turn(
         submission_of(
             version,
             model,
-            wish.model_copy(update={"name": f"{submission.name} ({model.name})", "webhook": None}),
+            wish.model_copy(
+                update={
+                    "name": f"{submission.name} ({model.name})",
+                    "webhook": None,
+                    # Whether so many keys may go is decided; a version that missed a sync may have more to remove.
+                    "max_removed": "" if wish.delta else "100%",
+                }
+            ),
             corpus.again(),
             submission.planning,
-            key and f"{key} (version {version.version_id})",
+            _key_of(key, version) if key else None,
             beside=leader,
         ),
+        still=is_latest,
     )
+
+
+def _key_of(key: str, version: Collection) -> str:
+    return f"{key} (version {version.version_id})"
+
+
+def _is_known(engine: Engine, version: Collection, key: str) -> bool:
+    with engine.begin() as connection:
+        return jobs.by_idempotency_key(connection, version.workspace_id, key) is not None

@@ -1,7 +1,7 @@
 """Collections by name, with state and history; the version that readers see."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from sqlalchemy import Connection
@@ -9,8 +9,8 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline.core.collection_status import CollectionStatus, SyncStatus, VersionStatus
 from pipeline.core.collections import VersionState
-from pipeline.core.errors import CollectionBusy, UnknownCollection, UserError
-from pipeline.db import collection_versions, collections, syncs
+from pipeline.core.errors import CollectionBusy, IllegalTransition, UnknownCollection, UserError
+from pipeline.db import collection_versions, collections, staging, syncs
 from pipeline.db.collections import Collection
 from pipeline.db.database import is_connection_lost, plain_reason
 from pipeline.jobs import control
@@ -78,11 +78,11 @@ def _version_status(connection: Connection, version: Collection, current: Collec
 
 
 def _difference(connection: Connection, version: Collection, current: Collection) -> str | None:
-    """Return what a version lacks of the current one, in a clause; `None`: nothing."""
+    """Return how a version differs from the current one, in a clause; `None`: it doesn't."""
     found = collection_versions.difference(connection, version.version_id, current.version_id)
     if not found.is_filled:
         return "no whole sync has reached it yet"
-    return f"sync {found.missed} has reached only one of the two" if found.missed else None
+    return f"sync {found.missed} has reached only one of the two, or in another order" if found.missed else None
 
 
 def list_collections(connection: Connection, workspace_id: int) -> list[CollectionStatus]:
@@ -96,11 +96,19 @@ def history(connection: Connection, collection: Collection, limit: int) -> list[
 
 
 @contextmanager
-def _locked(connection: Connection, collection: Collection, what: str) -> Iterator[dict[VersionState, Collection]]:
-    """Yield the versions of a collection, of which no sync begins meanwhile, for what "can't be `what` now"."""
+def locked(connection: Connection, collection: Collection, what: str) -> Iterator[dict[VersionState, Collection]]:
+    """Yield the versions of a collection, of which no sync begins meanwhile. `what`: what is done to it.
+
+    Raises:
+        UnknownCollection: it has been dropped.
+        UserError: the database refuses a statement in the body, or others use a collection for two seconds.
+    """
     try:
         collections.lock(connection, collection.id)
-        yield collections.versions(connection, collection.id)
+        versions = collections.versions(connection, collection.id)
+        if not versions:
+            raise UnknownCollection(f'no collection "{collection.name}": it has been dropped.')
+        yield versions
     except DBAPIError as error:
         if is_connection_lost(error):
             raise
@@ -114,7 +122,7 @@ def drop_collection(connection: Connection, collection: Collection) -> None:
         CollectionBusy: a sync goes on.
         UserError: something depends on its view, or collections are used just now.
     """
-    with _locked(connection, collection, "dropped"):
+    with locked(connection, collection, "dropped"):
         if job := syncs.running_of(connection, collection.id):
             raise CollectionBusy(collection.name, job)
         collections.drop(connection, collection.id)
@@ -126,10 +134,12 @@ def abandon_upgrade(connection: Connection, collection: Collection) -> None:
     Raises:
         UserError: it has none.
     """
-    with _locked(connection, collection, "changed"):
+    with locked(connection, collection, "changed"):
         version = find_version(connection, collection, VersionState.NEXT)
         if job := syncs.running(connection, version.version_id):
-            control.cancel(connection, job)
+            staging.cancel(connection, job)
+            with suppress(IllegalTransition):  # it is being staged, or has ended just now
+                control.cancel(connection, job)
         collection_versions.move(connection, {version.version_id: VersionState.GONE})
 
 
@@ -138,15 +148,15 @@ def swap(connection: Connection, collection: Collection, *, keep: timedelta = KE
     requests for embeddings change together. The current version becomes the previous one, for the time `keep`.
 
     Raises:
-        CollectionBusy: a sync fills the next version.
+        CollectionBusy: a sync goes on.
         UserError: there is none, it lacks something of the current one, or something depends on the view whose vectors
             get another type.
     """
     if keep <= timedelta():
         raise UserError("give a time such as 7d.", field="keep")
-    with _locked(connection, collection, "swapped") as versions:
+    with locked(connection, collection, "swapped") as versions:
         current, following = versions[VersionState.CURRENT], find_version(connection, collection, VersionState.NEXT)
-        if job := syncs.running(connection, following.version_id):
+        if job := syncs.running_of(connection, collection.id):
             raise CollectionBusy(collection.name, job)
         if lacks := _difference(connection, following, current):
             raise UserError(f"the next version isn't ready: {lacks}; sync the collection {collection.name}, then swap.")
@@ -164,7 +174,7 @@ def swap_back(connection: Connection, collection: Collection) -> None:
         UserError: the previous version isn't kept any more, another upgrade goes on, or something depends on the view
             whose vectors get another type.
     """
-    with _locked(connection, collection, "swapped") as versions:
+    with locked(connection, collection, "swapped") as versions:
         current, before = versions[VersionState.CURRENT], find_version(connection, collection, VersionState.PREVIOUS)
         if other := versions.get(VersionState.NEXT):
             raise UserError(f"an upgrade to model {other.model} goes on; abandon it first.")

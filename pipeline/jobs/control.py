@@ -33,6 +33,8 @@ def cancel(connection: Connection, job_id: UUID) -> JobState:
         IllegalTransition: it has ended as completed or failed.
     """
     if jobs.begin_cancelling(connection, job_id, JobState.CANCELLED, Reason.BY_USER, _CANCELLED):
+        for other in syncs.beside(connection, job_id):  # the same source for other versions of a collection
+            jobs.begin_cancelling(connection, other, JobState.CANCELLED, Reason.BY_USER, _CANCELLED)
         return JobState.CANCELLING
     if _cancel_request(connection, job_id):
         return JobState.CANCELLED

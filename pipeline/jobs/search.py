@@ -1,6 +1,6 @@
 """Search in a job or a collection: the model that embeds its queries, and what is nearest to them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 from uuid import UUID
@@ -15,6 +15,14 @@ from pipeline.db import jobs, models, search
 from pipeline.jobs import status
 from pipeline.jobs.collections import find_collection, find_version
 
+#: Keys that count as near in comparisons, and passages that are looked at for them, since a key may have several.
+NEIGHBOURS, MOST_PASSAGES = 10, 50
+
+
+def nearest_distinct(keys: Iterable[str | None]) -> list[str]:
+    """Return the first ten different keys."""
+    return list(dict.fromkeys(key for key in keys if key is not None))[:NEIGHBOURS]
+
 
 class SearchRequest(BaseModel):
     """Search: a query in words, and the values that results must carry."""
@@ -25,7 +33,7 @@ class SearchRequest(BaseModel):
     limit: int = Field(default=10, ge=1, le=100, description="How many results.")
     version: VersionState = Field(
         default=VersionState.CURRENT,
-        description="Of a collection: the version to search, which is current, or next before a swap.",
+        description="Of a collection: the version to search: current, next before a swap, or previous after one.",
     )
     where: dict[Word, Annotated[str, StringConstraints(max_length=2_000, pattern="^[^\0]*$")]] = Field(
         default={}, max_length=MOST_COLUMNS, description="Only results that carry these values, by column."

@@ -12,8 +12,9 @@ from pipeline.catalog.models import add_model
 from pipeline.core.models import Model
 from pipeline.dispatch.state import Dispatcher
 from tests.integration.dispatching import make_dispatcher
-from tests.integration.tickets import Tickets
+from tests.integration.tickets import SMALL, Tickets, upgrade
 from tests.support.jobs_made import make_model
+from tests.support.models import described, static_folder
 from workers.encoders.local import LocalEncoder
 
 if TYPE_CHECKING:
@@ -69,3 +70,27 @@ def make_tickets(
 def tickets(make_tickets: Callable[..., Tickets]) -> Tickets:
     """Create a collection that carries a column."""
     return make_tickets(carry=["lang"])
+
+
+@pytest.fixture(scope="module")
+def small_encoder() -> LocalEncoder:
+    """Load a static model of other vectors than those of `static`."""
+    return LocalEncoder(static_folder(SMALL), "cpu")
+
+
+@pytest.fixture(scope="module")
+def small_library() -> "SentenceTransformer":
+    """Load the model `small` by its library."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(static_folder(SMALL)), device="cpu")
+
+
+@pytest.fixture
+def upgraded(tickets: Tickets, small_encoder: LocalEncoder) -> Tickets:
+    """Return a collection of the model `static` with a next version of the model `small`."""
+    tickets.encoders["small"] = small_encoder
+    with tickets.engine.begin() as connection:
+        add_model(connection, "small", described("static-64", static_folder(SMALL)))
+    upgrade(tickets)
+    return tickets

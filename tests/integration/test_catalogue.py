@@ -25,7 +25,7 @@ def described(engine: Engine, static_description: dict[str, Any]) -> dict[str, A
 
 def test_a_name_that_another_model_has_is_refused(engine: Engine, described: dict[str, Any]) -> None:
     for name, aliases in (("third", ["alias"]), ("third", ["first"]), ("alias", [])):
-        with pytest.raises(UserError, match="another model is called"), engine.begin() as connection:
+        with pytest.raises(UserError, match="another model, or a collection, is called"), engine.begin() as connection:
             catalog.add_model(connection, name, described, aliases)
     with engine.begin() as connection:
         catalog.check_names(connection, "first", ["alias", "free"])

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -15,49 +16,23 @@ from sqlalchemy import Connection, Engine, text
 from pipeline.catalog.models import add_model
 from pipeline.core.collection_status import CollectionStatus, VersionStatus
 from pipeline.core.collections import VersionState
-from pipeline.core.errors import CollectionBusy, UserError, Waiting
+from pipeline.core.errors import CollectionBusy, NotRetriable, UserError, Waiting
+from pipeline.core.jobs import Reason
 from pipeline.core.options import JobOptions
-from pipeline.db import collection_versions, models
+from pipeline.db import chunks, collection_versions, models, staging
 from pipeline.dispatch import maintenance
 from pipeline.dispatch.background import TASKS
 from pipeline.dispatch.state import Dispatcher
 from pipeline.ingest.collections import create_collection, upgrade_collection
-from pipeline.jobs import collections
+from pipeline.jobs import collections, control
 from pipeline.jobs.collections import find_collection
 from pipeline.jobs.comparison import compare
 from pipeline.jobs.search import SearchRequest, collection_to_search
-from tests.integration.tickets import Row, Tickets, rows_of
+from tests.acceptance.fleet import eventually
+from tests.integration.tickets import SMALL, Tickets, beside, rows_of, sync_both, upgrade
 from tests.support.jobs_made import run_sql
 from tests.support.models import described, static_folder
 from workers.encoders.local import LocalEncoder
-
-_SMALL = 64
-
-
-@pytest.fixture(scope="module")
-def small_encoder() -> LocalEncoder:
-    """Load a static model of other vectors than those of `static`."""
-    return LocalEncoder(static_folder(_SMALL), "cpu")
-
-
-@pytest.fixture(scope="module")
-def small_library() -> SentenceTransformer:
-    return SentenceTransformer(str(static_folder(_SMALL)), device="cpu")
-
-
-@pytest.fixture
-def upgraded(tickets: Tickets, small_encoder: LocalEncoder) -> Tickets:
-    """Return a collection of the model `static` with a next version of the model `small`."""
-    tickets.encoders["small"] = small_encoder
-    with tickets.engine.begin() as connection:
-        add_model(connection, "small", described("static-64", static_folder(_SMALL)))
-    upgrade(tickets)
-    return tickets
-
-
-def upgrade(tickets: Tickets, model: str = "small") -> None:
-    with tickets.engine.begin() as connection:
-        upgrade_collection(connection, tickets.workspace, "tickets", model=model)
 
 
 def status(tickets: Tickets) -> CollectionStatus:
@@ -73,18 +48,6 @@ def version(tickets: Tickets, state: VersionState) -> VersionStatus:
 def swap(tickets: Tickets, act: Any = collections.swap, **how: Any) -> None:
     with tickets.engine.begin() as connection:
         act(connection, find_collection(connection, tickets.workspace, "tickets"), **how)
-
-
-def beside(tickets: Tickets, leader: UUID) -> UUID:
-    (job,) = run_sql(tickets.engine, "select job_id from vectormill.syncs where beside = :job", job=leader)[0]
-    return UUID(str(job))
-
-
-def sync_both(tickets: Tickets, rows: Sequence[Row], **how: Any) -> None:
-    """Sync all versions of a collection to the end."""
-    leader = tickets.submit(rows, **how)
-    tickets.run(leader)
-    tickets.run(beside(tickets, leader))
 
 
 def dimensions(tickets: Tickets) -> int:
@@ -116,7 +79,7 @@ def test_an_upgrade_fills_a_second_version_and_readers_swap(
     assert (before.model, before.keys, before.differs, before.running) == ("small", 119, None, None)
     swap(upgraded, keep=timedelta(days=2))
     shows_small(upgraded, changed, small_library)
-    assert dimensions(upgraded) == _SMALL
+    assert dimensions(upgraded) == SMALL
     after = version(upgraded, VersionState.PREVIOUS)
     assert (status(upgraded).model, after.model, after.differs) == ("small", "static", None)
     assert after.kept_until is not None
@@ -222,14 +185,16 @@ def test_readers_keep_their_rights_on_the_view(upgraded: Tickets) -> None:
     run_sql(upgraded.engine, f"drop role if exists {role}")
     run_sql(upgraded.engine, f"create role {role}")
     run_sql(upgraded.engine, f"grant select on vectormill.tickets to {role} with grant option")
+    run_sql(upgraded.engine, f"grant update (lang) on vectormill.tickets to {role}")
     try:
         swap(upgraded)
         allowed = run_sql(
             upgraded.engine,
             f"select has_table_privilege('{role}', 'vectormill.tickets', 'select with grant option'), "
-            f"has_table_privilege('{role}', 'vectormill.tickets', 'insert')",
+            f"has_table_privilege('{role}', 'vectormill.tickets', 'insert'), "
+            f"has_column_privilege('{role}', 'vectormill.tickets', 'lang', 'update')",
         )
-        assert allowed == [(True, False)]
+        assert allowed == [(True, False, True)]
     finally:
         run_sql(upgraded.engine, f"drop owned by {role}")
         run_sql(upgraded.engine, f"drop role {role}")
@@ -320,7 +285,7 @@ def test_each_version_has_its_own_table_of_the_user(
     tickets = make_tickets(into="public.notes")
     tickets.encoders["small"] = small_encoder
     with engine.begin() as connection:
-        add_model(connection, "small", described("static-64", static_folder(_SMALL)))
+        add_model(connection, "small", described("static-64", static_folder(SMALL)))
     with pytest.raises(UserError, match="name another table"):
         upgrade(tickets)
     with engine.begin() as connection:
@@ -330,4 +295,142 @@ def test_each_version_has_its_own_table_of_the_user(
     counts = "select (select count(*) from public.notes), (select count(*) from public.small_notes)"
     assert run_sql(engine, counts) == [(4, 4)]
     swap(tickets)
-    assert dimensions(tickets) == _SMALL
+    assert dimensions(tickets) == SMALL
+
+
+def test_an_old_source_that_is_sent_again_changes_no_version(upgraded: Tickets) -> None:
+    rows = rows_of(20)
+    first = upgraded.submit(rows, key="night 1")
+    upgraded.run(first)
+    lost = beside(upgraded, first)
+    with upgraded.engine.begin() as connection:
+        control.cancel(connection, lost)
+        chunks.cancel_pending(connection, lost, 0, 1_000)
+    upgraded.end(lost)
+    # As if the command had been killed before it: nothing is known of that job.
+    run_sql(upgraded.engine, "update vectormill.jobs set idempotency_key = null where id = :job", job=lost)
+    newer = [{**rows[0], "text": "newer"}, *rows[1:]]
+    folder = upgraded.folder
+    upgraded.folder = folder / "second"
+    upgraded.folder.mkdir()
+    sync_both(upgraded, newer)
+    upgraded.folder = folder
+    assert upgraded.submit(rows, key="night 1") == first
+    beside_it = "select count(*) from vectormill.syncs where beside = :job"
+    assert run_sql(upgraded.engine, beside_it, job=first) == [(1,)]
+    swap(upgraded)
+
+
+def test_syncs_that_came_in_another_order_are_seen(upgraded: Tickets) -> None:
+    rows = rows_of(20)
+    sync_both(upgraded, rows)
+    sync_both(upgraded, [{**rows[0], "text": "one"}], delta=True)
+    sync_both(upgraded, [{**rows[0], "text": "two"}], delta=True)
+    assert version(upgraded, VersionState.NEXT).differs is None
+    deltas = "select job_id, last_slot from vectormill.syncs where beside is not null and not is_whole order by job_id"
+    (one, first), (two, last) = run_sql(upgraded.engine, deltas)
+    for job, slot in ((one, last), (two, first)):
+        run_sql(
+            upgraded.engine, "update vectormill.syncs set last_slot = :slot where job_id = :job", job=job, slot=slot
+        )
+    assert "in another order" in str(version(upgraded, VersionState.NEXT).differs)
+
+
+def test_a_sync_that_failed_midway_counts_by_what_it_changed(upgraded: Tickets) -> None:
+    rows = rows_of(20)
+    sync_both(upgraded, rows)
+    changed = [{**row, "text": row["text"] + " now"} for row in rows]
+    leader = upgraded.submit(changed)
+    with pytest.raises(CollectionBusy, match=str(leader)):
+        swap(upgraded)
+    upgraded.run_chunk(leader, 0)
+    for job in (leader, beside(upgraded, leader)):
+        with upgraded.engine.begin() as connection:
+            control.fail(connection, job, Reason.SOURCE_CHANGED, "for a test")
+            chunks.cancel_pending(connection, job, 0, 1_000)
+        upgraded.end(job)
+    with pytest.raises(UserError, match=f"sync {leader} has reached only one"):
+        swap(upgraded)
+    sync_both(upgraded, changed)
+    swap(upgraded)
+
+
+def test_a_version_that_missed_a_removal_catches_up(upgraded: Tickets) -> None:
+    rows = rows_of(200)
+    sync_both(upgraded, rows)
+    leader = upgraded.submit(rows[:100], max_removed="50%")
+    lost = beside(upgraded, leader)
+    upgraded.run(leader)
+    with upgraded.engine.begin() as connection:
+        control.cancel(connection, lost)
+        chunks.cancel_pending(connection, lost, 0, 1_000)
+    upgraded.end(lost)
+    sync_both(upgraded, rows[:100])
+    assert version(upgraded, VersionState.NEXT).differs is None
+
+
+def test_a_version_whose_earlier_sync_goes_on_is_waited_for(upgraded: Tickets) -> None:
+    rows = rows_of(20)
+    first = upgraded.submit(rows)
+    upgraded.run(first)
+    slow = beside(upgraded, first)
+    with ThreadPoolExecutor(1) as threads:
+        second = threads.submit(upgraded.submit, [*rows, {"id": "new", "text": "a new one", "lang": "en"}], queue=True)
+        leader = eventually(
+            lambda: run_sql(
+                upgraded.engine, "select id from vectormill.jobs where id > :job and state = 'queued'", job=slow
+            ),
+            "the second sync",
+        )[0][0]
+        upgraded.run(UUID(str(leader)))
+        upgraded.run(slow)
+        assert second.result(60) == UUID(str(leader))
+    upgraded.run(beside(upgraded, UUID(str(leader))))
+    assert version(upgraded, VersionState.NEXT).differs is None
+
+
+def test_a_sync_that_is_cancelled_is_cancelled_in_all_versions(upgraded: Tickets) -> None:
+    leader = upgraded.submit(rows_of(20))
+    with upgraded.engine.begin() as connection:
+        control.cancel(connection, leader)
+    states = "select distinct state from vectormill.jobs"
+    assert run_sql(upgraded.engine, states) == [("cancelling",)]
+
+
+def test_an_upgrade_is_abandoned_while_it_is_staged(upgraded: Tickets, dispatcher: Dispatcher) -> None:
+    job = beside(upgraded, upgraded.submit(rows_of(20)))
+    run_sql(upgraded.engine, "update vectormill.jobs set state = 'staging' where id = :job", job=job)
+    swap(upgraded, collections.abandon_upgrade)
+    with upgraded.engine.begin() as connection:
+        assert collection_versions.gone(connection, 10) == []
+        (dead,) = staging.dead(connection, 86_400, 10)
+        assert dead.job_id == job
+
+
+def test_a_sync_of_a_version_that_is_gone_is_not_retried(upgraded: Tickets) -> None:
+    leader = upgraded.submit(rows_of(20))
+    other = beside(upgraded, leader)
+    with upgraded.engine.begin() as connection:
+        control.fail(connection, other, Reason.SOURCE_CHANGED, "for a test")
+        chunks.cancel_pending(connection, other, 0, 1_000)
+    upgraded.end(other)
+    swap(upgraded, collections.abandon_upgrade)
+    with upgraded.engine.begin() as connection, pytest.raises(NotRetriable):
+        control.retry(connection, other)
+
+
+def test_a_sync_is_attached_to_across_a_swap(upgraded: Tickets) -> None:
+    rows = rows_of(20)
+    leader = upgraded.submit(rows, key="night 1")
+    upgraded.run(leader)
+    upgraded.run(beside(upgraded, leader))
+    swap(upgraded)
+    assert upgraded.submit(rows, key="night 1") == leader
+    assert run_sql(upgraded.engine, "select count(*) from vectormill.syncs") == [(2,)]
+
+
+def test_no_model_takes_the_name_of_a_collection(upgraded: Tickets, static_description: dict[str, Any]) -> None:
+    with upgraded.engine.begin() as connection, pytest.raises(UserError, match="or a collection, is called"):
+        add_model(connection, "tickets", static_description)
+    with upgraded.engine.begin() as connection, pytest.raises(UserError, match="or a collection, is called"):
+        add_model(connection, "other", static_description, ["tickets"])

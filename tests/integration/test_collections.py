@@ -170,8 +170,8 @@ def in_table(tickets: Tickets, columns: str = "id") -> set[str]:
 
 def test_a_table_of_the_user_follows_the_collection(engine: Engine, make_tickets: Callable[..., Tickets]) -> None:
     run_sql(engine, _INTO)
-    run_sql(engine, "insert into public.notes (id, note) values ('own', 'not of the collection')")
     tickets = make_tickets(into="public.notes", hnsw=True)
+    run_sql(engine, "insert into public.notes (id, note) values ('own', 'not of the collection')")
     rows = rows_of(20)
     tickets.sync(rows)
     changed: list[Row] = [{**rows[0], "text": "another"}, {**rows[1], "text": None}, *rows[3:]]
@@ -186,10 +186,12 @@ def test_a_table_of_the_user_follows_the_collection(engine: Engine, make_tickets
     assert in_table(tickets) == {"own", "k0", *(f"k{n}" for n in range(3, 20))}
     tickets.sync([{"id": "k3", "text": None, "gone": True}], delta=True, removed_column="gone")
     assert "k3" not in in_table(tickets)
+    more = JobOptions(into="notes")
+    with engine.begin() as connection, pytest.raises(UserError, match="it has rows"):
+        create_collection(connection, tickets.workspace, "more", model="static", options=more)
+    run_sql(engine, "delete from public.notes")
     with engine.begin() as connection, pytest.raises(UserError, match="the collection tickets writes to this table"):
-        create_collection(
-            connection, tickets.workspace, "more", model="static", options=JobOptions(into="notes", hnsw=False)
-        )
+        create_collection(connection, tickets.workspace, "more", model="static", options=more)
 
 
 def test_passages_in_a_table_of_the_user_go_with_their_key(
@@ -218,20 +220,48 @@ def test_a_key_that_the_users_table_writes_otherwise_is_rejected(
     assert in_table(tickets) == {"7"}
 
 
-def test_a_table_that_refuses_a_removal_pauses_the_sync(engine: Engine, make_tickets: Callable[..., Tickets]) -> None:
+def test_a_uuid_that_the_users_table_writes_otherwise_is_rejected(
+    engine: Engine, make_tickets: Callable[..., Tickets]
+) -> None:
+    run_sql(engine, "create table public.notes (id uuid primary key, embedding vector(256))")
+    tickets = make_tickets(into="public.notes")
+    key = "0198c2d1-6f00-7c3a-9d41-2b7e5a1c9f10"
+    tickets.sync([{"id": key, "text": "a mill"}])
+    done = tickets.sync(
+        [{"id": other, "text": "a mill"} for other in (key, key.replace("-", ""), key.upper())], max_rejects="100%"
+    )
+    assert done == {"in": 3, "unchanged": 1, "rejected": 2}
+    assert in_table(tickets) == {key}
+
+
+@pytest.mark.parametrize("fault", ["renamed", "referenced"])
+def test_a_table_that_refuses_a_removal_pauses_the_sync(
+    engine: Engine, make_tickets: Callable[..., Tickets], fault: str
+) -> None:
+    break_it, mend_it = {
+        "renamed": (
+            "alter table public.notes rename column id to other",
+            "alter table public.notes rename column other to id",
+        ),
+        "referenced": (
+            "create table public.refers as select 'k0' as id; "
+            "alter table public.refers add foreign key (id) references public.notes",
+            "drop table public.refers",
+        ),
+    }[fault]
     run_sql(engine, _INTO)
     tickets = make_tickets(into="public.notes")
     rows = rows_of(20)
     tickets.sync(rows)
     job = tickets.submit(rows[1:])
-    run_sql(engine, "alter table public.notes rename column id to other")
+    run_sql(engine, break_it)
     tickets.end(job)
     with engine.begin() as connection:
         found = jobs.by_id(connection, job)
     assert found is not None
     assert (found.state, found.reason) == (JobState.PAUSED, "table_refused")
     tickets.shows(rows)
-    run_sql(engine, "alter table public.notes rename column other to id")
+    run_sql(engine, mend_it)
     with engine.begin() as connection:
         control.resume(connection, job)
     tickets.end(job)

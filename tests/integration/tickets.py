@@ -16,7 +16,7 @@ from pipeline.core.options import JobOptions
 from pipeline.db import jobs
 from pipeline.dispatch import finalize
 from pipeline.infra.settings import Settings
-from pipeline.ingest.collections import create_collection
+from pipeline.ingest.collections import create_collection, upgrade_collection
 from pipeline.ingest.submission import planning
 from pipeline.ingest.sync import SyncRequest, columns_of, submission_of, sync_collection
 from pipeline.jobs.collections import find_collection
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Row = Mapping[str, Any]
+#: Dimensions of the model `small`.
+SMALL = 64
 
 
 class Tickets:
@@ -39,7 +41,7 @@ class Tickets:
     def __init__(
         self, engine: Engine, encoder: LocalEncoder, library: "SentenceTransformer", folder: Path, **options: Any
     ) -> None:
-        self.engine, self._library, self._folder = engine, library, folder
+        self.engine, self._library, self.folder = engine, library, folder
         #: What embeds for each model.
         self.encoders = {"static": encoder}
         with engine.begin() as connection:
@@ -49,7 +51,7 @@ class Tickets:
 
     def submit(self, rows: Sequence[Row], *, queue: bool = False, key: str | None = None, **wish: Any) -> UUID:
         """Submit a sync of these rows."""
-        path = self._folder / "source.jsonl"
+        path = self.folder / "source.jsonl"
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         if not path.exists() or path.read_text() != lines:  # whose time would be another source
             path.write_text(lines)
@@ -118,3 +120,22 @@ class Tickets:
 
 def rows_of(count: int, about: str = "a mill") -> list[dict[str, Any]]:
     return [{"id": f"k{n}", "text": f"{about} of kind {n}", "lang": "en" if n % 2 else "de"} for n in range(count)]
+
+
+def upgrade(tickets: Tickets, model: str = "small") -> None:
+    """Begin a next version of another model."""
+    with tickets.engine.begin() as connection:
+        upgrade_collection(connection, tickets.workspace, "tickets", model=model)
+
+
+def beside(tickets: Tickets, leader: UUID) -> UUID:
+    """Return the sync of the other version."""
+    (job,) = run_sql(tickets.engine, "select job_id from vectormill.syncs where beside = :job", job=leader)[0]
+    return UUID(str(job))
+
+
+def sync_both(tickets: Tickets, rows: Sequence[Row], **how: Any) -> None:
+    """Sync all versions of a collection to the end."""
+    leader = tickets.submit(rows, **how)
+    tickets.run(leader)
+    tickets.run(beside(tickets, leader))

@@ -175,8 +175,6 @@ class GatewayCache:
         self._known_engines: Sequence[RowMapping] = ()
         self._keys = _Kept(database, _Keys(database).find)
         self._models = _Kept(database, self._of_workspace(models.find))
-        # Never old: after a swap, queries must be embedded by the model whose vectors are read.
-        self._collections = _Kept(database, self._of_workspace(models.of_collection), fresh_seconds=0.0)
         self._all_models = _Kept(database, self._of_workspace(models.of_workspace))
         self._engines = _Kept(database, lambda: database.ask(_live_engines))
         self._months = _Kept(
@@ -210,17 +208,32 @@ class GatewayCache:
         )
 
     async def model(self, workspace_id: int, name: str) -> RowMapping:
-        """Return a model by name or alias, or that of a collection by the collection's name, with the size of its
-        vectors as `collection_dimensions`.
+        """Return a model by name or alias.
 
         Raises:
             ModelNotFound: there is none, or it isn't enabled for this workspace.
         """
+        found = await self._models.get(workspace_id, name) if _can_be_a_name(name) else None
+        if found is None:
+            raise _not_found(name)
+        return found
+
+    async def model_or_collection(self, workspace_id: int, name: str) -> RowMapping:
+        """Return a model by name or alias, or that of a collection by the collection's name, with the size of its
+        vectors as `collection_dimensions`. That is never old: after a swap, queries must be embedded by the model whose
+        vectors are read.
+
+        Raises:
+            ModelNotFound: there is neither, or the model isn't enabled for this workspace.
+            Busy, UpstreamUnavailable: the database doesn't say which model is a collection's.
+        """
         found = None
         if _can_be_a_name(name):
-            found = await self._models.get(workspace_id, name) or await self._collections.get(workspace_id, name)
+            found = await self._models.get(workspace_id, name) or await self._database.ask_within(
+                _MOST_SECONDS, lambda connection: models.of_collection(connection, workspace_id, name), workspace_id
+            )
         if found is None:
-            raise ModelNotFound(f'The model "{name}" is not enabled for your workspace.', param="model")
+            raise _not_found(name)
         return found
 
     async def models(self, workspace_id: int) -> Sequence[RowMapping]:
@@ -239,6 +252,10 @@ class GatewayCache:
     async def month(self, workspace_id: int) -> tuple[int, Decimal]:
         """Return tokens and cost of a workspace in this month, UTC."""
         return await self._months.get(workspace_id)
+
+
+def _not_found(name: str) -> ModelNotFound:
+    return ModelNotFound(f'The model "{name}" is not enabled for your workspace.', param="model")
 
 
 def _can_be_a_name(name: str) -> bool:

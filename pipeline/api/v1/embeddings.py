@@ -139,7 +139,7 @@ async def create_embeddings(request: Request) -> Response:
     caller = await caller_of(request, vectors=True)
     transfers: Transfers = request.app.state.transfers
     asked = parse_request(await transfers.body(request, caller.workspace_id), gateway.most_text_bytes, gateway.decode)
-    model = await gateway.cache.model(caller.workspace_id, asked.model)
+    model = await gateway.cache.model_or_collection(caller.workspace_id, asked.model)
     if asked.dimensions is None:
         asked = replace(asked, dimensions=model.get("collection_dimensions"))
     embedded, headers = await embed_metered(request, gateway, caller, model, asked)
@@ -254,7 +254,7 @@ async def retrieve_model(model: str, request: Request) -> ModelObject:
     """Retrieve one model, by id or alias."""
     gateway: Gateway = request.app.state.gateway
     caller = await caller_of(request)
-    return _model(await gateway.cache.model(caller.workspace_id, model), model)
+    return _model(await gateway.cache.model_or_collection(caller.workspace_id, model), model)
 
 
 def _model(row: RowMapping, called: str) -> ModelObject:
