@@ -278,7 +278,8 @@ def swap(
         if not yes:
             if as_json:
                 return
-            typer.confirm("Give the next version to readers?", abort=True, err=True)
+            if following and not following.differs:  # otherwise it is refused
+                typer.confirm("Give the next version to readers?", abort=True, err=True)
         row = backend.swap(name, kept)
     until = next((each.kept_until for each in row.versions if each.kept_until), None)
     output.stderr.print(
