@@ -26,8 +26,8 @@ _DIFFERENCE = """
         on coalesce(b.beside, b.job_id) = coalesce(a.beside, a.job_id)
     ), equal as (
       -- A whole sync that reached both made them equal.
-      select max(in_one) as in_one, max(in_other) as in_other from pairs
-      where is_whole and ended_in_one and ended_in_other
+      select in_one, in_other from pairs where is_whole and ended_in_one and ended_in_other
+      order by in_one desc limit 1
     ), later as (
       select p.*, p.in_one > e.in_one and p.in_other > e.in_other and ended_in_one and ended_in_other as is_in_both
       from pairs p, equal e
@@ -40,7 +40,7 @@ _DIFFERENCE = """
                   from later) l
             where not (coalesce(is_in_both, false) and is_in_order)
             order by coalesce(in_one, in_other) limit 1)
-    from equal e
+    from (values (1)) one left join equal e on true
 """
 # A sync that failed, or was cancelled, has changed what it had committed; of a purged job nobody knows it.
 _CHANGED = """

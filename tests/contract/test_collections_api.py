@@ -70,6 +70,12 @@ def test_a_collection_is_synced_shown_and_searched(line: httpx.Client) -> None:
     assert [(hit["key"], hit["index"], "a refund was paid" in hit["text"]) for hit in of_job] == [("t0", 0, True)]
 
 
+def test_an_upload_may_be_larger_than_other_bodies(line: httpx.Client) -> None:
+    rows = [{**row, "padding": "x" * 300_000} for row in _ROWS]
+    done = sync(line, [{**rows[0], "body": "a refund was paid", "lang": "de"}, *rows[1:]])
+    assert (done["state"], done["items"]["unchanged"]) == ("completed", 60)
+
+
 def test_a_delta_removes_what_it_names(line: httpx.Client) -> None:
     done = sync(line, [{**_ROWS[5], "gone": True}], delta="true", removed_column="gone")
     assert (done["state"], done["items"]["removed"]) == ("completed", 1)

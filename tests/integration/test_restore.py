@@ -10,6 +10,7 @@ from pipeline.core.models import Model
 from pipeline.db.database import make_engine
 from pipeline.jobs import control
 from pipeline.jobs.restore import Matter, check
+from tests.integration.tickets import Tickets, rows_of
 from tests.support.jobs_made import DONE, RUNNING, chunk_rows, job_row, make_job, part_of, run_sql, taken
 
 
@@ -38,6 +39,15 @@ def test_sequences_that_would_give_an_id_twice(engine: Engine, model: Model) -> 
     assert mended(engine, "sequences") == "1 sequences moved on"
     make_job(engine, model)
     assert len(chunk_rows(engine, job)) == 2
+
+
+def test_slots_of_keys_that_would_be_given_twice(tickets: Tickets) -> None:
+    tickets.sync(rows_of(20))
+    run_sql(tickets.engine, "select setval('vectormill.collection_slots', 3)")
+    assert "collection_keys.slot" in matters(tickets.engine, "sequences")[0].found
+    assert mended(tickets.engine, "sequences") == "1 sequences moved on"
+    tickets.sync(rows_of(25))
+    tickets.shows(rows_of(25))
 
 
 def test_claims_of_before_are_given_back_and_blame_nobody(engine: Engine, model: Model) -> None:

@@ -10,7 +10,7 @@ from pipeline.core.collections import OnDuplicateKey
 from pipeline.core.errors import CollectionBusy, NotRetriable
 from pipeline.core.jobs import JobState, Reason
 from pipeline.db import chunks, jobs, staging, syncs
-from pipeline.dispatch import completion
+from pipeline.dispatch import completion, finalize
 from pipeline.jobs import collections, control
 from pipeline.jobs.collections import find_collection
 from tests.integration.tickets import Row, Tickets, rows_of
@@ -244,6 +244,17 @@ def test_rows_that_come_twice_and_are_the_same_stay_as_they_are(tickets: Tickets
     back = [{**rows[0], "lang": "nl"}, *rows]
     assert tickets.sync(back) == {"in": 10, "unchanged": 10}
     assert tickets.view("lang")["k0"] == rows[0]["lang"]
+
+
+def test_a_sync_that_builds_an_index_waits_in_the_long_lane(tickets: Tickets) -> None:
+    """Two of them at a time must not hold up the ends of all other jobs."""
+    for lane in (True, False):  # the first sync builds it
+        job = tickets.submit(rows_of(20 if lane else 21))
+        tickets.embed(job)
+        with tickets.engine.begin() as connection:
+            assert finalize.due(connection, 10, long=lane) == [job]
+            assert finalize.due(connection, 10, long=not lane) == []
+        tickets.end(job)
 
 
 def test_a_long_end_holds_no_duty_up(tickets: Tickets) -> None:
