@@ -55,6 +55,11 @@ grant select, insert, update, delete
 grant usage on sequence vectormill.collection_slots to vectormill_dispatcher;
 grant execute on function vectormill.index_collection, vectormill.drop_version to vectormill_dispatcher;
 grant update (state) on vectormill.collection_versions to vectormill_dispatcher;
+-- It erases keys that are forgotten.
+grant select on vectormill.forgets, vectormill.forget_keys, vectormill.tombstones to vectormill_dispatcher;
+grant update (items, collected, after_job, waits_for, finished_at) on vectormill.forgets to vectormill_dispatcher;
+grant delete on vectormill.forget_keys, vectormill.embeddings, vectormill.passages to vectormill_dispatcher;
+grant select, delete on vectormill.known_texts to vectormill_dispatcher;
 -- Nobody writes it: without it, no row of a collection could be locked.
 grant update (created_at) on vectormill.collections to vectormill_dispatcher, vectormill_api;
 -- To see which worker's backend froze while it held a chunk, and to end it.
@@ -84,6 +89,10 @@ grant update (state, fence, token, parts, lease_until, not_before, backend_pid, 
   on vectormill.chunks to vectormill_worker;
 grant update (status, billed_tokens, finished_at) on vectormill.attempts to vectormill_worker;
 
+-- It keeps forgotten keys out of what it reads from files.
+grant select on vectormill.tombstones to vectormill_worker;
+grant select (id, tombstone_key) on vectormill.workspaces to vectormill_worker;
+
 -- An engine: knows the catalogue, and shows itself.
 grant select on vectormill.models, vectormill.alembic_version to vectormill_engine;
 grant select, insert, update, delete on vectormill.engines to vectormill_engine;
@@ -110,7 +119,7 @@ grant update (state, reason, message, ends_as, priority, fence, token, lease_unt
   on vectormill.jobs to vectormill_api;
 grant update (rows) on vectormill.inputs to vectormill_api;
 grant update (state, fence, lease_until, not_before, worker_id, crashes, isolation, rejected, cancelled, vacant,
-              finished_at)
+              forgotten, finished_at)
   on vectormill.chunks to vectormill_api;
 grant update (state, ends_as, cancelling_at) on vectormill.batches to vectormill_api;
 grant update (state, reason, message, finished_at) on vectormill.requests to vectormill_api;
@@ -125,6 +134,10 @@ grant usage on sequence vectormill.collection_slots to vectormill_api;
 grant execute on function vectormill.make_collection_tables, vectormill.show_collection, vectormill.drop_collection
   to vectormill_api;
 
+grant select, insert on vectormill.forgets, vectormill.forget_keys, vectormill.tombstones to vectormill_api;
+grant update (keys) on vectormill.forgets to vectormill_api;
+grant delete on vectormill.tombstones to vectormill_api;
+
 -- A reader: all that people look things up in. No keys, no queries, no webhooks' addresses but those of jobs' options.
 grant select
   on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.embeddings, vectormill.passages,
@@ -132,7 +145,7 @@ grant select
      vectormill.models, vectormill.model_rates, vectormill.workspace_models, vectormill.vector_spaces,
      vectormill.workers, vectormill.engines, vectormill.leases, vectormill.files, vectormill.batches, vectormill.receipts, vectormill.job_status,
      vectormill.collections, vectormill.collection_versions, vectormill.collection_keys,
-     vectormill.collection_vectors, vectormill.syncs,
+     vectormill.collection_vectors, vectormill.syncs, vectormill.forgets,
      vectormill.alembic_version
   to vectormill_reader;
 grant select (id, name, weight, requests_per_minute, tokens_per_minute, monthly_tokens, monthly_cost, created_at)
@@ -149,6 +162,6 @@ where relnamespace = 'vectormill'::regnamespace and relispartition and relkind =
 select vectormill.show_collection(id) from vectormill.collections;
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0023';
+comment on schema vectormill is 'roles.sql of 0024';
 
 commit;

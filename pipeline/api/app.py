@@ -34,7 +34,7 @@ from pipeline.api.pacing import LeakyBuckets, Paced
 from pipeline.api.packing import Unpacked
 from pipeline.api.paths import Segmented, Trimmed
 from pipeline.api.readiness import readyz
-from pipeline.api.status import collections, jobs, keys, models, search, submissions, usage, workers
+from pipeline.api.status import collections, forgets, jobs, keys, models, search, submissions, usage, workers
 from pipeline.api.transfers import CONNECTIONS, Transfers
 from pipeline.api.v1 import batches, embeddings, files
 from pipeline.api.v1.embeddings import Gateway
@@ -49,6 +49,7 @@ from pipeline.core.errors import (
     RequestStalled,
     ServiceUnreachable,
     UnknownCollection,
+    UnknownForget,
     UnknownJob,
     UnknownModel,
     UserError,
@@ -76,6 +77,7 @@ _OF_STEPS: dict[type[VectormillError], tuple[int, str]] = {
     UnknownJob: (404, "not_found"),
     UnknownModel: (404, "model_not_found"),
     UnknownCollection: (404, "not_found"),
+    UnknownForget: (404, "not_found"),
     CollectionBusy: (409, "collection_busy"),
     IllegalTransition: (409, "illegal_transition"),
     IdempotencyConflict: (422, "idempotency_conflict"),
@@ -118,7 +120,20 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for part in (embeddings, files, batches, submissions, jobs, collections, search, workers, models, usage, keys):
+    for part in (
+        embeddings,
+        files,
+        batches,
+        submissions,
+        jobs,
+        collections,
+        search,
+        forgets,
+        workers,
+        models,
+        usage,
+        keys,
+    ):
         app.include_router(part.router)
     add_dashboard(app)
     app.add_route("/healthz", _healthz)

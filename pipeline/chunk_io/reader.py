@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from sqlalchemy import Engine
 
 from pipeline.chunk_io.sinks import Sink, sink_of
-from pipeline.core.chunks import Claim, Item, Reject, RejectCode
-from pipeline.db import items
+from pipeline.core.chunks import FORGOTTEN, Claim, Item, Reject, RejectCode
+from pipeline.db import forgets, items, jobs
 from pipeline.sources.by_reference import read_extent
 
 #: Text that is embedded as one block, whatever size the planner expected of a file's rows.
@@ -51,7 +51,8 @@ def read_chunk(engine: Engine, claim: Claim) -> UnsettledItems:
         )
     settled |= sink.settled(engine, claim)
     if claim.extent:
-        return UnsettledItems(claim.items - len(settled), _with_a_place(sink, _from_file(claim, settled)))
+        blocks = _without_forgotten(engine, claim, _from_file(claim, settled))
+        return UnsettledItems(claim.items - len(settled), _with_a_place(sink, blocks))
     unfinished = [item for item in rows if item.index not in settled]
     return UnsettledItems(len(unfinished), _with_a_place(sink, _from_memory(claim, unfinished)))
 
@@ -73,6 +74,25 @@ def _with_a_place(sink: Sink, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock
             if item.index in faults
         ]
         yield ItemBlock([item for item in block.items if item.index not in faults], [*block.rejects, *bad])
+
+
+def _without_forgotten(engine: Engine, claim: Claim, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock]:
+    """Turn items of files whose key was forgotten into rejects without a key."""
+    for block in blocks:
+        rows = [(row.index, row.key) for row in block.items] + [(row.index, row.key) for row in block.rejects]
+        with engine.begin() as connection:
+            workspace = jobs.workspace_of(connection, claim.job_id)
+            places = forgets.forgotten_places(connection, workspace, [key for _, key in rows])
+        gone = {rows[at][0] for at in places}
+        if not gone:
+            yield block
+            continue
+        told = [Reject(index=at, key=None, code=RejectCode.FORGOTTEN, message=FORGOTTEN) for at in sorted(gone)]
+        kept = [reject for reject in block.rejects if reject.index not in gone]
+        yield ItemBlock(
+            [item for item in block.items if item.index not in gone],
+            sorted([*kept, *told], key=lambda reject: reject.index),
+        )
 
 
 def _from_memory(claim: Claim, items: Sequence[Item]) -> Iterator[ItemBlock]:

@@ -26,6 +26,7 @@ class _Root(LazyGroup):
         "receipt": Entry("Jobs", "jobs:receipt", "Show a job's receipt; --verify counts its rows."),
         "results": Entry("Jobs", "results:results", "Write a job's vectors to a file."),
         "collections": Entry("Collections", "collections:app", "Manage collections: create, show, history, drop."),
+        "forget": Entry("Collections", "forget:forget", "Erase keys for good, and keep them from coming back."),
         "sync": Entry("Collections", "sync:sync", "Bring a collection up to its source."),
         "search": Entry("Collections", "search:search", "Find what is nearest to a query, in a collection or a job."),
         "cancel": Entry("Jobs", "jobs:cancel", "Cancel a job; vectors that are committed stay."),

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from http import HTTPStatus
@@ -19,6 +19,7 @@ from pipeline.catalog.keys import NewKey
 from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.core.collection_status import CollectionList, CollectionStatus, Comparison, SyncList, SyncStatus
 from pipeline.core.errors import CollectionBusy, ServiceUnreachable, UserError, VectormillError
+from pipeline.core.forget_status import ForgetStatus
 from pipeline.core.job_status import JobStatus, Receipt
 from pipeline.core.jobs import JobState
 from pipeline.core.options import JobOptions
@@ -177,6 +178,20 @@ class ApiBackend:
     def swap_back(self, name: str) -> CollectionStatus:
         """Undo a swap."""
         return CollectionStatus.model_validate(self._post(_collection_path(name, "swap-back")))
+
+    def forget(self, keys: Iterable[str], collection: str | None) -> ForgetStatus:
+        """Request that keys are forgotten; so many as one request may hold."""
+        wish = {"keys": list(keys), "collection": collection}
+        return ForgetStatus.model_validate(self._post("/forgets", json=wish))
+
+    def forget_status(self, forget_id: UUID) -> ForgetStatus:
+        """Return how far a request to forget keys is."""
+        return ForgetStatus.model_validate(self._get(f"/forgets/{forget_id}"))
+
+    def allow(self, keys: Iterable[str], collection: str | None) -> int:
+        """Let forgotten keys come in again. Return how many of them were forgotten."""
+        wish = {"keys": list(keys), "collection": collection}
+        return int(self._post("/forgets/allow", json=wish)["allowed"])
 
     def search(self, wish: SearchRequest, *, job: str | None = None, collection: str | None = None) -> list[Hit]:
         """Return what is nearest to a query, which an engine embeds, in a job or a collection."""

@@ -3,7 +3,7 @@
 Most commands import only the backend that they use, when they run.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +14,7 @@ from pipeline.catalog.keys import NewKey
 from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.core.collection_status import CollectionStatus, Comparison, SyncStatus
 from pipeline.core.errors import UserError
+from pipeline.core.forget_status import ForgetStatus
 from pipeline.core.job_status import JobStatus, Receipt
 from pipeline.core.jobs import JobState
 from pipeline.core.options import JobOptions
@@ -95,6 +96,15 @@ class Backend(Protocol):
 
     def swap_back(self, name: str) -> CollectionStatus:
         """Undo a swap."""
+
+    def forget(self, keys: Iterable[str], collection: str | None) -> ForgetStatus:
+        """Request that keys are forgotten."""
+
+    def forget_status(self, forget_id: UUID) -> ForgetStatus:
+        """Return how far a request to forget keys is."""
+
+    def allow(self, keys: Iterable[str], collection: str | None) -> int:
+        """Let forgotten keys come in again. Return how many of them were forgotten."""
 
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
         """Create a key in the workspace, which expires after `lives` or never."""

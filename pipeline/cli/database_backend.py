@@ -3,7 +3,8 @@
 Modules that load Arrow are imported where they are used, since most commands don't need it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import getpass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.catalog.keys import NewKey
 from pipeline.cli.context import CommandContext
 from pipeline.core.collection_status import CollectionStatus, Comparison, SyncStatus
 from pipeline.core.errors import ServiceUnreachable
+from pipeline.core.forget_status import ForgetStatus
 from pipeline.core.job_status import JobStatus, Receipt
 from pipeline.core.jobs import JobState
 from pipeline.core.options import JobOptions
@@ -25,7 +27,7 @@ from pipeline.db import keys as stored_keys
 from pipeline.db import models, rejects
 from pipeline.db.collections import Collection
 from pipeline.db.database import is_connection_lost
-from pipeline.jobs import collections, control, status
+from pipeline.jobs import collections, control, forgetting, status
 from pipeline.jobs.status import Namesake
 
 _PAGE = 1_000
@@ -195,6 +197,35 @@ class DatabaseBackend:
         with self._of_collection(name) as (connection, found):
             collections.swap_back(connection, found)
         return self.collection(name)
+
+    def forget(self, keys: Iterable[str], collection: str | None) -> ForgetStatus:
+        """Request that keys are forgotten."""
+        made = forgetting.forget_keys(
+            self.place.engine,
+            self.place.workspace_id,
+            keys,
+            by=getpass.getuser(),
+            collection=self._collection_or_all(collection),
+        )
+        return self.forget_status(made)
+
+    def forget_status(self, forget_id: UUID) -> ForgetStatus:
+        """Return how far a request to forget keys is."""
+        with self.place.engine.begin() as connection:
+            return forgetting.forget_status(connection, self.place.workspace_id, forget_id)
+
+    def allow(self, keys: Iterable[str], collection: str | None) -> int:
+        """Let forgotten keys come in again. Return how many of them were forgotten."""
+        place = self.place
+        return forgetting.allow_keys(
+            place.engine, place.workspace_id, keys, collection=self._collection_or_all(collection)
+        )
+
+    def _collection_or_all(self, name: str | None) -> Collection | None:
+        if name is None:
+            return None
+        with self._of_collection(name) as (_, found):
+            return found
 
     def create_key(self, name: str, *, admin: bool, lives: timedelta | None) -> NewKey:
         """Create a key in the workspace, which expires after `lives` or never."""

@@ -38,6 +38,7 @@ class RejectCode(enum.StrEnum):
     BAD_KEY = "bad_key"
     DUPLICATE_KEY = "duplicate_key"
     BAD_ROW = "bad_row"
+    FORGOTTEN = "forgotten"
     BAD_REQUEST = "bad_request"
     TOO_LONG = "too_long"
     BAD_VECTOR = "bad_vector"
@@ -51,6 +52,9 @@ class RejectCode(enum.StrEnum):
         """True if `retry` may embed the item after all: its text is kept and the cause may have gone."""
         return self in RETRYABLE_REJECTS
 
+
+#: Message of a reject whose key was forgotten.
+FORGOTTEN = "its key was forgotten"
 
 RETRYABLE_REJECTS = frozenset(
     {

@@ -71,6 +71,10 @@ class UnknownCollection(UserError):
     """There is no such collection in this workspace."""
 
 
+class UnknownForget(UserError):
+    """There is no such request to forget keys in this workspace."""
+
+
 class CollectionBusy(UserError):
     """Another sync of the collection hasn't ended."""
 

@@ -105,6 +105,7 @@ class AccountedItems(BaseModel):
     rejected: int
     cancelled: int
     removed: int = Field(default=0, description="Keys that a sync has removed; they are no items.")
+    forgotten: int = Field(default=0, description="Of all these, items whose key was forgotten since: they are erased.")
 
     @property
     def settled(self) -> int:

@@ -388,6 +388,7 @@ def sums(connection: Connection, job_id: UUID) -> RowMapping:
                    coalesce(sum(passages), 0)::bigint as passages,
                    coalesce(sum(lost_tokens), 0)::bigint as lost_tokens,
                    coalesce(sum(vacant), 0)::bigint as vacant,
+                   coalesce(sum(forgotten), 0)::bigint as forgotten,
                    count(*) filter (where state = 'pending') as pending_chunks,
                    count(*) filter (where state = 'running') as running_chunks,
                    count(*) filter (where state = 'done') as done_chunks,
@@ -444,6 +445,9 @@ def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
             )
             update vectormill.chunks c
             set state = 'pending', rejected = c.rejected - t.rejects, cancelled = 0, crashes = 0, isolation = 0,
+                -- Erased items that had neither vector nor reject get none any more.
+                vacant = c.vacant + c.forgotten - c.forgotten_vectors - c.forgotten_rejects,
+                forgotten = c.forgotten_vectors + c.forgotten_rejects,
                 fence = c.fence + 1, worker_id = null,
                 not_before = null, lease_until = null, finished_at = null
             from touched t where c.id = t.id

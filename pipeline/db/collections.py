@@ -134,6 +134,12 @@ def by_id(connection: Connection, collection_id: int) -> Collection | None:
     return _as_collection(row) if row else None
 
 
+def of_version(connection: Connection, version_id: int) -> Collection | None:
+    """Return a collection with the version of this id; None if there is none."""
+    row = connection.execute(text(_READ + " where v.id = :id"), {"id": version_id}).mappings().one_or_none()
+    return _as_collection(row) if row else None
+
+
 def versions(connection: Connection, collection_id: int) -> dict[VersionState, Collection]:
     """Return a collection with each version that isn't gone, the current one first."""
     query = text(_READ + " where c.id = :id and v.state <> 'gone' order by v.state")

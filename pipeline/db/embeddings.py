@@ -311,11 +311,13 @@ def of_items(connection: Connection, places: Sequence[tuple[UUID, int]], *, pass
 
 
 _COUNT_BY_CHUNK_OF = """
-    select coalesce(sum(greatest(0, c.embedded + c.reused - v.items) + greatest(0, c.rejected - r.n)
+    select coalesce(sum(greatest(0, c.vectors - v.items) + greatest(0, c.rejected - r.n)
                         + greatest(0, c.passages - v.passages, v.gaps)), 0)::bigint,
-           coalesce(sum(greatest(0, v.items - c.embedded - c.reused) + greatest(0, r.n - c.rejected)
+           coalesce(sum(greatest(0, v.items - c.vectors) + greatest(0, r.n - c.rejected)
                         + greatest(0, v.passages - c.passages)), 0)::bigint
-    from vectormill.chunks c
+    from (select job_id, first_index, items, embedded + reused - forgotten_vectors as vectors,
+                 rejected - forgotten_rejects as rejected, passages - forgotten_passages as passages
+          from vectormill.chunks) c
     -- Each item has its passages from 0 on; `start` is null where it has no passages.
     cross join lateral (select count(*) filter (where passage = 0) as items, count(start) as passages,
                           count(*) filter (where passage > 0 and not exists (

@@ -67,6 +67,12 @@ def release_key(connection: Connection, job_id: UUID) -> None:
     connection.execute(text("update vectormill.jobs set idempotency_key = null where id = :job"), {"job": job_id})
 
 
+def workspace_of(connection: Connection, job_id: UUID) -> int:
+    """Return the workspace of a job."""
+    found = text("select workspace_id from vectormill.jobs where id = :job")
+    return int(connection.execute(found, {"job": job_id}).scalar_one())
+
+
 def named(connection: Connection, workspace_id: int | None, name: str, limit: int) -> list[RowMapping]:
     """Return the newest jobs of this name, in one workspace or in all: `id, state`."""
     rows = connection.execute(

@@ -268,6 +268,11 @@ _REMOVE_NAMED = _REMOVE_OF.format(
       where s.job_id = %(job)s and s.identity is null and k.version_id = %(version)s and k.slot = s.slot
     """
 )
+_REMOVE_GIVEN = _REMOVE_OF.format(
+    WHICH="""
+      using unnest(%(keys)s::text[]) given(key) where k.version_id = %(version)s and k.key = given.key
+    """
+)
 _CHANGE_COLUMNS = """
     update vectormill.collection_keys k set identity = s.identity, carried = s.carried
     from vectormill.sync_changes s
@@ -334,6 +339,11 @@ def _remove(connection: Connection, statement: LiteralString, values: Mapping[st
         found = psycopg_connection(connection).execute(sql.SQL(statement).format(theirs=theirs), values).fetchone()
     assert found
     return int(found[0])
+
+
+def remove_keys(connection: Connection, version_id: int, keys: Sequence[str], *, into: UserTable | None) -> int:
+    """Remove keys from a version, and from the user's table `into`. Return how many of them it had."""
+    return _remove(connection, _REMOVE_GIVEN, {"version": version_id, "keys": list(keys)}, into)
 
 
 def running(connection: Connection, version_id: int) -> UUID | None:

@@ -85,6 +85,13 @@ workspaces = Table(
     Column("webhook", Text),
     # Postgres roles that may submit jobs in SQL. Empty: in `default` any that may execute the function, else none.
     Column("sql_roles", ARRAY(Text), nullable=False, server_default="{}"),
+    # Secret with which tombstones are hashed.
+    Column(
+        "tombstone_key",
+        LargeBinary,
+        nullable=False,
+        server_default=text("uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())"),
+    ),
     _moment("created_at", now=True),
     CheckConstraint("weight > 0", name="weight"),
 )
@@ -336,6 +343,12 @@ chunks = Table(
     Column("most_truncated", JSONB, nullable=False, server_default="[]"),
     # Indexes without an item: rows of a sync that removed a key, or that another row of the same key replaces.
     _count("vacant"),
+    # Items whose key was forgotten: their rows are gone, while the counts above stay; of these items, the vectors,
+    # rejects and passages that they count.
+    _count("forgotten"),
+    _count("forgotten_vectors"),
+    _count("forgotten_rejects"),
+    _count("forgotten_passages"),
     _moment("started_at"),
     _moment("finished_at"),
     _state(ChunkState),
@@ -547,6 +560,48 @@ syncs = Table(
     Column("beside", Uuid),
     _moment("created_at", now=True),
     Index("syncs_version_idx", "version_id", text("job_id desc")),
+)
+
+#: Requests to forget keys.
+forgets = Table(
+    "forgets",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("workspace_id", ForeignKey("workspaces.id"), nullable=False),
+    # NULL: keys of all jobs and collections of the workspace.
+    Column("collection_id", BigInteger),
+    Column("requested_by", Text, nullable=False),
+    # Keys that were asked for, and items and collections' keys that were erased so far.
+    _count("keys"),
+    _count("items"),
+    _count("collected"),
+    # Jobs up to this one are done.
+    Column("after_job", Uuid),
+    # Job that hasn't ended.
+    Column("waits_for", Uuid),
+    _moment("created_at", now=True),
+    _moment("finished_at"),
+    Index("forgets_unfinished_idx", "id", postgresql_where=text("finished_at is null")),
+)
+
+#: Keys of a request until it is finished.
+forget_keys = Table(
+    "forget_keys",
+    metadata,
+    Column("forget_id", ForeignKey("forgets.id", ondelete="CASCADE"), nullable=False),
+    Column("key", Text(collation="C"), nullable=False),
+    PrimaryKeyConstraint("forget_id", "key"),
+)
+
+#: Keyed hashes of forgotten keys, which don't come in again.
+tombstones = Table(
+    "tombstones",
+    metadata,
+    Column("workspace_id", BigInteger, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("forgotten_by", Text, nullable=False),
+    _moment("forgotten_at", now=True),
+    PrimaryKeyConstraint("workspace_id", "digest"),
 )
 
 #: Slots that a whole sync has named, as bits: page p holds those from p × 8,192 on.

@@ -23,6 +23,7 @@ from pipeline.dispatch import finalize
 from pipeline.infra import metrics
 from pipeline.infra.settings import Settings
 from pipeline.ingest import sql_requests, staging
+from pipeline.jobs import forgetting
 from pipeline.webhooks.delivery import deliver as deliver_events
 
 log = structlog.get_logger()
@@ -92,6 +93,12 @@ TASKS: tuple[BackgroundTask, ...] = (
         "forget_staging",
         lambda connection, limit: db.staging.dead(connection, _STAGING_DEAD_SECONDS, limit),
         _forget_staging,
+        at_once=1,
+    ),
+    BackgroundTask(
+        "forget_keys",
+        db.forgets.unfinished,
+        lambda by, forget: forgetting.erase(by.engine, forget),
         at_once=1,
     ),
     BackgroundTask("drop_version", db.collection_versions.gone, _drop_version, at_once=1),

@@ -87,6 +87,11 @@ class ChangedRows(Rows):
 
     identities: list[bytes | None] = field(default_factory=list)
 
+    def blank(self, at: int) -> None:
+        """Empty a row, its identity too."""
+        Rows.blank(self, at)
+        self.identities[at] = None
+
 
 @dataclass(frozen=True, slots=True)
 class _Compared:

@@ -13,11 +13,11 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline.catalog.rates import slot_rates
 from pipeline.chunk_io.sinks import sink_of
-from pipeline.core.chunks import Extent, Reject
+from pipeline.core.chunks import FORGOTTEN, Extent, Reject, RejectCode
 from pipeline.core.collections import OnDuplicateKey
 from pipeline.core.errors import EmptySource, LeaseLost, ServiceUnreachable, UserError, VectormillError
 from pipeline.core.jobs import JobState, Reason
-from pipeline.db import chunks, collection_keys, items, jobs, staging, syncs
+from pipeline.db import chunks, collection_keys, forgets, items, jobs, staging, syncs
 from pipeline.db.database import flush_later, is_connection_lost
 from pipeline.db.staging import Producer
 from pipeline.infra.ahead import ahead
@@ -118,9 +118,25 @@ class Staging:
                 # The last transaction's flush covers all before it, and a crash loses a staging anyway.
                 flush_later(connection)
                 self._hold(connection)
+                self._blank_forgotten(connection, rows)
                 self._copy(connection, self._changed(connection, rows) if changes else rows)
                 self._advance(connection)
             self._submission.on_items(changes.rows if changes else self._items)
+
+    def _blank_forgotten(self, connection: Connection, blocks: Sequence[Rows]) -> None:
+        """Turn rows with a forgotten key into rejects of which nothing is kept."""
+        collection = self._submission.collection
+        for block in blocks:
+            forgotten = forgets.forgotten_places(
+                connection, self._submission.workspace_id, block.keys, collection.id if collection else None
+            )
+            for at in forgotten:
+                block.blank(at)
+            if forgotten:
+                gone = set(forgotten)
+                told = [(at, RejectCode.FORGOTTEN, FORGOTTEN) for at in forgotten]
+                kept = [problem for problem in block.problems if problem[0] not in gone]
+                block.problems[:] = sorted([*kept, *told], key=lambda problem: problem[0])
 
     def _changed(self, connection: Connection, rows: Sequence[Rows]) -> list[Rows]:
         assert self._changes

@@ -124,6 +124,9 @@ def retry(connection: Connection, job_id: UUID) -> int:
     if job.options.sync and not syncs.is_latest(connection, job_id):
         message = f"another sync of its collection has begun since job {job_id}, or it has been dropped; sync again."
         raise NotRetriable(message, job_id)
+    if job.options.by_reference and chunks.sums(connection, job_id)["forgotten"]:
+        message = f"keys of job {job_id} were forgotten, and its files have them still; submit the files again."
+        raise NotRetriable(message, job_id)
     if models.of_job(connection, job_id) is None:
         message = f"the model of job {job_id} is no longer in the catalogue as it was; submit it again."
         raise NotRetriable(message, job_id)

@@ -133,7 +133,10 @@ def job_status(connection: Connection, job_id: UUID) -> JobStatus:
     if job is None:
         return _of_request(asked) if asked else sum_up(connection, job_id)
     kept = jobs.fresh_progress(connection, job_id, FRESH_SECONDS)
-    found = sum_up(connection, job_id) if kept is None else JobStatus(**{**kept, **_of_job(job)})
+    try:
+        found = sum_up(connection, job_id) if kept is None else JobStatus(**{**kept, **_of_job(job)})
+    except UnknownJob:  # its submission was undone just now
+        return job_status(connection, job_id)
     return found.model_copy(update=_asked(asked)) if asked else found
 
 
@@ -231,7 +234,7 @@ def current_account(connection: Connection, job_id: UUID) -> Account:
     billed = attempts.billed(connection, job_id)
     sync = sync_counts(connection, job)
     counted = {name: sums[name] for name in ("embedded", "reused", "rejected", "cancelled")}
-    counted |= {"unchanged": sync.unchanged, "removed": sync.removed}
+    counted |= {"unchanged": sync.unchanged, "removed": sync.removed, "forgotten": sums["forgotten"]}
     items = AccountedItems(**{"in": _total(job, sums, sync), **counted})
     tokens = AccountedTokens(
         prompt=sums["prompt_tokens"],
@@ -247,11 +250,13 @@ def current_account(connection: Connection, job_id: UUID) -> Account:
 def receipt(connection: Connection, job_id: UUID) -> Receipt:
     """Return a job's receipt, which is frozen when the job ends.
 
-    `truncated` counts embedded texts of which the model read only the beginning. That and the devices are read anew.
+    `truncated` counts embedded texts of which the model read only the beginning. That, the devices, and what was
+    forgotten since, are read anew.
     """
     job = known_job(connection, job_id)
     account = Account.model_validate(job.receipt) if job.receipt else current_account(connection, job_id)
     sums = chunks.sums(connection, job_id)
+    account.items.forgotten = sums["forgotten"]
     devices = [EmbeddedOn(**row) for row in usage.devices_of_job(connection, job_id)]
     return Receipt(
         id=job_id,

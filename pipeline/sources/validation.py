@@ -44,6 +44,14 @@ class Rows:
     #: UTF-8, empty where the row is rejected; `None` unless passages get titles.
     titles: list[bytes] | None = None
 
+    def blank(self, at: int) -> None:
+        """Empty a row, key and carried columns too."""
+        self.keys[at] = self.texts[at] = None
+        if self.carried is not None:
+            self.carried[at] = b"null"
+        if self.titles is not None:
+            self.titles[at] = b""
+
 
 @dataclass(frozen=True, slots=True)
 class Parsed:

@@ -208,6 +208,15 @@ def _collection(it: Installation) -> None:
     eventually(lambda: it.get(path)["versions"][0]["differs"] is None, "both versions")
     assert it.get(f"{path}/comparison")["next_keys"] == 95
     it.post(f"{path}/search", json={"query": "text 7"})
+    forgotten = it.post("/api/forgets", json={"keys": ["k7", "k8"]})["id"]
+    eventually(lambda: it.get(f"/api/forgets/{forgotten}")["finished_at"], "forgotten keys")
+    assert it.get(f"/api/forgets/{forgotten}")["collected"] == 4
+    files = it.folder / "forgotten.jsonl"
+    files.write_text('{"id": "k7", "text": "a mill"}\n{"id": "k9", "text": "a mill"}\n')
+    wish = {"model": "static", "sources": [str(files)], "by_reference": True, "max_rejects": "100%"}
+    read = UUID(it.post("/api/jobs", json=wish)["id"])
+    assert _ended(it, read)["items"]["rejected"] == 1
+    assert it.post("/api/forgets/allow", json={"keys": ["k7", "k1"]}) == {"allowed": 1}
     it.post(f"{path}/swap", json={"keep_seconds": 0.001})
     it.read("collections", "show", "tickets")
     it.fleet.scalar("select count(*) from vectormill.tickets")

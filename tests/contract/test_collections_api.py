@@ -146,6 +146,29 @@ def test_a_second_sync_is_told_to_wait(line: httpx.Client, gateway: Gateway) -> 
     eventually(lambda: line.get(_PATH).json()["running"] is None, "the end of the sync")
 
 
+def test_keys_are_forgotten(line: httpx.Client, gateway: Gateway) -> None:
+    sync(line, _ROWS)
+    made = line.post("/api/forgets", json={"keys": ["t1", "t2", "never"], "collection": "tickets"})
+    assert (made.status_code, made.json()["keys"]) == (201, 3)
+    path = f"/api/forgets/{made.json()['id']}"
+    done = eventually(lambda: found if (found := line.get(path).json())["finished_at"] else None, "the erasure")
+    assert (done["collected"], done["items"] > 0, done["requested_by"].startswith("key ")) == (2, True, True)
+    again = sync(line, _ROWS)
+    assert (again["items"]["unchanged"], again["items"]["rejected"]) == (58, 2)
+    (reject, _) = line.get(f"/api/jobs/{again['id']}/rejects").json()["data"]
+    assert (reject["code"], reject["key"]) == ("forgotten", None)
+    first = line.get(f"{_PATH}/syncs").json()["data"][-1]["job_id"]
+    receipt = line.get(f"/api/jobs/{first}/receipt", params={"verify": True}).json()
+    assert (receipt["items"]["forgotten"], receipt["verified"]) == (2, True)
+    assert line.post("/api/forgets/allow", json={"keys": ["t1"], "collection": "tickets"}).json() == {"allowed": 1}
+    assert line.get("/api/forgets/01a22c53-f368-728b-b4ab-41ad26e546c6").status_code == 404
+    assert line.get("/api/forgets/nothing").status_code == 404
+    assert line.post("/api/forgets", json={"keys": []}).status_code == 400
+    gateway.workspace("strangers")
+    with gateway.client(gateway.new_key("strangers", admin=False)) as other:
+        assert other.get(path).status_code == 404
+
+
 def test_a_dropped_collection_is_gone(line: httpx.Client) -> None:
     assert line.delete(_PATH).status_code == 204
     assert line.get(_PATH).status_code == 404

@@ -210,6 +210,7 @@ def test_receipt_and_chunks(done: dict[str, Any], line: httpx.Client) -> None:
         "rejected": 2,
         "cancelled": 0,
         "removed": 0,
+        "forgotten": 0,
     }
     assert (account["verified"], account["missing"], account["double"]) == (True, 0, 0)
     tokens = account["tokens"]["prompt"]
@@ -500,6 +501,7 @@ def theirs(done: dict[str, Any], line: httpx.Client) -> Theirs:
     file = line.post("/v1/files", data={"purpose": "batch"}, files={"file": ("ours.jsonl", b"{}\n")}).json()["id"]
     batch = line.post("/v1/batches", json=_batch_of(file)).json()["id"]
     assert line.post("/api/collections", json={"name": "tickets-of-ours", "model": "static"}).status_code == 201
+    forget = line.post("/api/forgets", json={"keys": ["nobody at all"]}).json()["id"]
     return Theirs(
         named={
             "job": (done["id"], done["id"][:20], done["name"]),
@@ -508,6 +510,7 @@ def theirs(done: dict[str, Any], line: httpx.Client) -> Theirs:
             "file_id": (file,),
             "batch_id": (batch,),
             "collection": ("tickets-of-ours",),
+            "forget": (forget,),
         },
         workspace="default",
         secrets=(done["id"], key, file, batch, "minilm", "ours.jsonl", "tickets-of-ours"),
@@ -672,7 +675,8 @@ def test_what_reads_a_job_reads_the_same_over_the_api(working: Gateway, done: di
 
     for verify in ((), ("--verify",)):
         here, there = read("receipt", done["id"], *verify)
-        assert here["items"].keys() == {"in", "embedded", "reused", "unchanged", "rejected", "cancelled", "removed"}
+        kinds = {"in", "embedded", "reused", "unchanged", "rejected", "cancelled", "removed", "forgotten"}
+        assert here["items"].keys() == kinds
         assert here["tokens"].keys() >= {"prompt", "billed"}
         assert (here["balanced"], here["truncated"]) == (True, 0)
         assert ({"verified", "missing", "double"} <= here.keys()) == bool(verify)

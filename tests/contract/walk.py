@@ -15,6 +15,8 @@ MAKING = {
     ("post", "/v1/batches"),
     ("post", "/api/jobs"),
     ("post", "/api/collections"),
+    ("post", "/api/forgets"),
+    ("post", "/api/forgets/allow"),
     ("post", "/api/keys"),
 }
 

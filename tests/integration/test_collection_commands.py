@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 
+from pipeline.jobs import forgetting
+from tests.acceptance.fleet import eventually
 from tests.integration.tickets import Tickets, beside, rows_of, sync_both
 from tests.support.commands import run_command
+from tests.support.jobs_made import run_sql
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -81,6 +85,29 @@ def test_a_swap_is_looked_at_and_done(upgraded: Tickets, run: Run, tmp_path: Pat
     assert "see the vectors of static again" in back.stderr
     assert run("collections", "upgrade", "tickets", "--abandon").returncode == 0
     assert shown(run("collections", "show", "tickets", "--json"))["versions"] == []
+
+
+def test_keys_are_forgotten_by_a_command(tickets: Tickets, run: Run, tmp_path: Path) -> None:
+    tickets.sync(rows_of(20))
+    (tmp_path / "erase.txt").write_text("k3\nk4\n\n")
+    asked = run("forget", "--key", "k1", "--keys-file", str(tmp_path / "erase.txt"), stdin="n\n")
+    assert "Erase 3 keys from all jobs and collections of default" in asked.stderr
+
+    def erase() -> None:
+        made = eventually(lambda: run_sql(tickets.engine, "select id from vectormill.forgets"), "a request")[0][0]
+        forgetting.erase(tickets.engine, UUID(str(made)))
+
+    with ThreadPoolExecutor(1) as threads:
+        dispatcher = threads.submit(erase)
+        done = run("forget", "--key", "k1", "--keys-file", str(tmp_path / "erase.txt"), "--yes", "--json")
+        dispatcher.result(60)
+    assert shown(done) | {"keys": 3, "items": 3, "collected": 3} == shown(done)
+    assert "3 keys forgotten: 3 items of jobs erased, and 3 keys of collections." in done.stderr
+    assert "k3" not in tickets.view()
+    assert "1 forgotten keys may come in again" in run("forget", "--key", "k1", "--key", "k9", "--allow").stderr
+    assert run("forget", "--yes").returncode == 2
+    late = run("forget", "--key", "k5", "--yes", "--timeout", "1")
+    assert (late.returncode, "the dispatcher goes on with it" in late.stderr) == (7, True)
 
 
 @pytest.mark.parametrize(

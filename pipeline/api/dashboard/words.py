@@ -150,6 +150,10 @@ REJECTS: dict[RejectCode, tuple[str, str]] = {
         "An earlier row has the same key, and the sync was told to reject such rows.",
         "Make keys unique in the source, or sync with --on-duplicate-key last.",
     ),
+    RejectCode.FORGOTTEN: (
+        "The key was forgotten, so nothing of the row is kept.",
+        "Remove the row from the source, or allow the key again: vectormill forget --allow.",
+    ),
     RejectCode.BAD_REQUEST: (
         "The line isn't a request for an embedding.",
         "Fix the line that the message names, and upload the file again.",

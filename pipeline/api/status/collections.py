@@ -82,7 +82,7 @@ async def _change(request: Request, caller: Caller, workspace: str | None, act: 
 
     def run(engine: Engine) -> Any:
         with engine.begin() as connection:
-            return act(connection, _scope(connection, caller, workspace))
+            return act(connection, scope_or_own(connection, caller, workspace))
 
     return await request.app.state.transfers.run(caller.workspace_id, run)
 
@@ -90,10 +90,11 @@ async def _change(request: Request, caller: Caller, workspace: str | None, act: 
 async def _of(request: Request, workspace: str | None, act: Any) -> Any:
     """Run `act` with the workspace that a request is about."""
     caller = await caller_of(request)
-    return await ask(request, lambda connection: act(connection, _scope(connection, caller, workspace)))
+    return await ask(request, lambda connection: act(connection, scope_or_own(connection, caller, workspace)))
 
 
-def _scope(connection: Connection, caller: Caller, workspace: str | None) -> int:
+def scope_or_own(connection: Connection, caller: Caller, workspace: str | None) -> int:
+    """Return the workspace that a caller names, which an admin may, or else the caller's own."""
     return (scope_of(connection, caller, workspace) if workspace else None) or caller.workspace_id
 
 
@@ -135,7 +136,7 @@ async def make_collection(request: Request, workspace: Of = None) -> CollectionS
         raise UserError("only vectormill collections create takes it, at the database.", field="into")
 
     def act(connection: Connection) -> CollectionStatus:
-        scope = _scope(connection, caller, workspace)
+        scope = scope_or_own(connection, caller, workspace)
         made = create_collection(connection, scope, wish.name, model=wish.model, options=options, expect_every=every)
         return collections.collection_status(connection, made)
 

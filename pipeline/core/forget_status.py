@@ -1,0 +1,22 @@
+"""Model of a request to forget keys, the same in the CLI and the API."""
+
+from datetime import datetime
+from uuid import UUID
+
+from pydantic import BaseModel, Field
+
+
+class ForgetStatus(BaseModel):
+    """State of a request to forget keys."""
+
+    id: UUID
+    keys: int = Field(description="Keys that were asked for.")
+    items: int = Field(description="Items of jobs that were erased so far, with vectors and rejects.")
+    collected: int = Field(description="Keys that were erased so far from versions of collections.")
+    requested_by: str
+    waits_for: UUID | None = Field(description="Job that hasn't ended, so that it may still write such a key.")
+    created_at: datetime
+    finished_at: datetime | None = Field(description="null: it goes on.")
+    outputs: list[str] = Field(description="Places to which jobs of the workspace wrote Parquet; it isn't changed.")
+    more_outputs: int = Field(description="Places beyond those that are listed.")
+    batch_files: int = Field(description="Files of batch requests in the workspace; they aren't changed.")

@@ -1,0 +1,259 @@
+"""Forgotten keys on a real Postgres: erased from jobs and collections, and kept from coming back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine, text
+
+from pipeline.catalog.models import find_model, workspace_id
+from pipeline.core.errors import NotRetriable, UserError, Waiting
+from pipeline.core.jobs import Reason
+from pipeline.core.options import JobOptions
+from pipeline.db import chunks, forgets, workspaces
+from pipeline.dispatch import completion
+from pipeline.infra.settings import Settings
+from pipeline.ingest.collections import create_collection
+from pipeline.ingest.submission import Submission, planning
+from pipeline.ingest.submit import submit
+from pipeline.jobs import control, forgetting
+from pipeline.jobs.collections import find_collection
+from pipeline.jobs.verification import verified_receipt
+from pipeline.sources import Corpus
+from tests.acceptance.conftest import write_corpus
+from tests.integration.tickets import Row, Tickets, rows_of
+from tests.support.jobs_made import run_sql
+
+
+def forget(engine: Engine, *keys: str, collection: Any = None, workspace: int | None = 1) -> UUID:
+    """Forget keys to the end."""
+    assert workspace
+    made = forgetting.forget_keys(engine, workspace, keys, by="a test", collection=collection)
+    forgetting.erase(engine, made)
+    return made
+
+
+def counts(engine: Engine, made: UUID) -> tuple[int, int, int]:
+    with engine.begin() as connection:
+        found = forgetting.forget_status(connection, 1, made)
+    assert found.finished_at is not None
+    return found.keys, found.items, found.collected
+
+
+def receipts(engine: Engine) -> list[tuple[int, bool | None]]:
+    """Return what each job has forgotten, and whether its receipt verifies, the oldest first."""
+    with engine.begin() as connection:
+        found = run_sql(engine, "select id from vectormill.jobs order by id")
+        made = [verified_receipt(connection, UUID(str(job))) for (job,) in found]
+    return [(receipt.items.forgotten, receipt.verified) for receipt in made]
+
+
+def traces(engine: Engine, key: str) -> list[str]:
+    """Return the tables that hold a key anywhere."""
+    tables = run_sql(
+        engine,
+        "select c.relname from pg_class c where c.relnamespace = 'vectormill'::regnamespace and c.relkind = 'r'",
+    )
+    query = "select exists (select from vectormill.{} t where t::text like :key)"
+    return [table for (table,) in tables if run_sql(engine, query.format(f'"{table}"'), key=f"%{key}%")[0][0]]
+
+
+def secret_rows(count: int = 20) -> list[dict[str, Any]]:
+    return [{"id": f"person-{n:03}", "text": f"the letter of person-{n:03}", "lang": "en"} for n in range(count)]
+
+
+def test_a_key_leaves_no_trace_and_does_not_come_back(tickets: Tickets) -> None:
+    rows = secret_rows()
+    tickets.sync(rows)
+    tickets.sync([{**rows[3], "text": "another letter of person-003"}, *rows[:3], *rows[4:]])
+    assert traces(tickets.engine, "person-003")
+    made = forget(tickets.engine, "person-003", "person-004", "nobody")
+    assert counts(tickets.engine, made) == (3, 3, 2)
+    assert traces(tickets.engine, "person-003") == []
+    left = [*rows[:3], *rows[5:]]
+    tickets.shows(left)
+    assert receipts(tickets.engine) == [(2, True), (1, True)]
+    assert tickets.sync(rows) == {"in": 20, "unchanged": 18, "rejected": 2}
+    assert traces(tickets.engine, "person-003") == []
+    told = run_sql(tickets.engine, "select code, key, message from vectormill.rejects")
+    assert told == [("forgotten", None, "its key was forgotten")] * 2
+    with tickets.engine.begin() as connection:
+        found = find_collection(connection, tickets.workspace, "tickets")
+    assert forgetting.allow_keys(tickets.engine, 1, ["person-003", "other"], collection=None) == 1
+    assert forgetting.allow_keys(tickets.engine, 1, ["person-004"], collection=found) == 0
+    assert tickets.sync(rows) == {"in": 20, "embedded": 1, "unchanged": 18, "rejected": 1}
+    tickets.shows([*rows[:4], *rows[5:]])
+
+
+def test_passages_and_rejects_are_erased(make_tickets: Callable[..., Tickets]) -> None:
+    tickets = make_tickets(split=16)
+    long = " ".join(f"word{n}" for n in range(80))
+    rows: list[Row] = [{"id": f"person-{n}", "text": None if n == 2 else f"{long} person-{n}"} for n in range(5)]
+    tickets.sync(rows, max_rejects="100%")
+    made = forget(tickets.engine, "person-1", "person-2")
+    assert counts(tickets.engine, made) == (2, 2, 1)
+    assert traces(tickets.engine, "person-1") == traces(tickets.engine, "person-2") == []
+    assert receipts(tickets.engine) == [(2, True)]
+
+
+def test_only_one_collection_may_forget(tickets: Tickets) -> None:
+    with tickets.engine.begin() as connection:
+        create_collection(connection, tickets.workspace, "others", model="static", options=JobOptions())
+        others = find_collection(connection, tickets.workspace, "others")
+    rows = secret_rows()
+    tickets.sync(rows)
+    assert counts(tickets.engine, forget(tickets.engine, "person-001", collection=others)) == (1, 0, 0)
+    tickets.shows(rows)
+    assert tickets.sync(rows) == {"in": 20, "unchanged": 20}
+
+
+def test_another_workspace_keeps_its_keys(tickets: Tickets) -> None:
+    with tickets.engine.begin() as connection:
+        other = workspaces.create(connection, "other", 1.0)
+    rows = secret_rows()
+    tickets.sync(rows)
+    forget(tickets.engine, "person-001", workspace=other)
+    tickets.shows(rows)
+    assert tickets.sync(rows) == {"in": 20, "unchanged": 20}
+    with tickets.engine.begin() as connection, pytest.raises(UserError, match="no request"):
+        forgetting.forget_status(connection, tickets.workspace, forget(tickets.engine, "k", workspace=other))
+
+
+def test_a_job_that_goes_on_is_waited_for(tickets: Tickets) -> None:
+    rows = secret_rows()
+    job = tickets.submit(rows)
+    tickets.run_chunk(job, 0)
+    made = forgetting.forget_keys(tickets.engine, 1, ["person-001", "person-019"], by="a test", collection=None)
+    with pytest.raises(Waiting, match=str(job)):
+        forgetting.erase(tickets.engine, made)
+    with tickets.engine.begin() as connection:
+        assert forgetting.forget_status(connection, 1, made).waits_for == job
+    assert "person-001" not in tickets.view()
+    tickets.run(job)
+    assert "person-019" in tickets.view()
+    forgetting.erase(tickets.engine, made)
+    assert traces(tickets.engine, "person-001") == traces(tickets.engine, "person-019") == []
+    assert receipts(tickets.engine) == [(2, True)]
+
+
+def test_an_interrupted_erasure_goes_on(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forgetting, "_ITEMS_AT_ONCE", 3)
+    monkeypatch.setattr(forgetting, "_COLLECTED_AT_ONCE", 2)
+    rows = secret_rows()
+    tickets.sync(rows)
+    tickets.sync([{**row, "text": row["text"] + " again"} for row in rows])
+    keys = [str(row["id"]) for row in rows[::2]]
+    made = forgetting.forget_keys(tickets.engine, 1, keys, by="a test", collection=None)
+    # Later and later: what was done is looked through again.
+    steps, deaths = 0, {at * (at + 3) // 2 for at in range(1, 20)}
+    for function in ("erase", "note_collected"):
+        whole = getattr(forgets, function)
+
+        def dying(*arguments: Any, whole: Any = whole, **named: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            done = whole(*arguments, **named)
+            if steps in deaths:
+                raise KeyboardInterrupt
+            return done
+
+        monkeypatch.setattr(forgets, function, dying)
+    interrupted = 0
+    while True:
+        try:
+            forgetting.erase(tickets.engine, made)
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted > 3
+    assert counts(tickets.engine, made) == (10, 20, 10)
+    tickets.shows([{**row, "text": row["text"] + " again"} for row in rows[1::2]])
+    assert receipts(tickets.engine) == [(10, True), (10, True)]
+
+
+def test_a_table_of_the_user_forgets_too(engine: Engine, make_tickets: Callable[..., Tickets]) -> None:
+    run_sql(engine, "create table public.notes (id text primary key, embedding vector(256))")
+    tickets = make_tickets(into="public.notes")
+    tickets.sync(secret_rows(5))
+    forget(engine, "person-001")
+    assert run_sql(engine, "select count(*), min(id) from public.notes where id like 'person-00_'") == [
+        (4, "person-000")
+    ]
+
+
+def test_files_that_are_read_in_place_are_without_forgotten_keys(tickets: Tickets, tmp_path: Path) -> None:
+    engine = tickets.engine
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [f"a letter of kind {n}" for n in range(30)])
+    key = str(json.loads(corpus.read_text().splitlines()[4])["id"])
+    first = run_by_reference(tickets, corpus)
+    assert counts(engine, forget(engine, key)) == (1, 1, 0)
+    second = run_by_reference(tickets, corpus)
+    with engine.begin() as connection:
+        before, after = (verified_receipt(connection, job) for job in (first, second))
+    with engine.begin() as connection, pytest.raises(NotRetriable, match="were forgotten"):
+        control.retry(connection, first)
+    assert (before.items.embedded, before.items.forgotten, before.verified) == (30, 1, True)
+    assert (after.items.embedded, after.items.rejected, after.verified) == (29, 1, True)
+    assert run_sql(engine, "select code, key from vectormill.rejects") == [("forgotten", None)]
+
+
+def run_by_reference(tickets: Tickets, corpus: Path) -> UUID:
+    with tickets.engine.begin() as connection:
+        model = find_model(connection, workspace_id(connection), "static")
+    options = JobOptions(by_reference=True, reuse=False)
+    source = Corpus([str(corpus)], options.columns, 1_000_000)
+    made = submit(
+        tickets.engine,
+        Submission(
+            workspace_id=tickets.workspace,
+            model=model,
+            corpus=source,
+            planning=planning(Settings()),
+            name="read in place",
+            options=options,
+        ),
+    )
+    tickets.embed(made.job_id)
+    completion.end(tickets.engine, made.job_id)
+    return made.job_id
+
+
+def test_keys_are_looked_up_by_one_pass_over_a_job(tickets: Tickets) -> None:
+    """10,000 keys don't cost a scan each."""
+    tickets.sync(rows_of(300))
+    keys = [f"k{n}" for n in range(5)] + [f"other {n}" for n in range(10_000)]
+    made = forgetting.forget_keys(tickets.engine, 1, keys, by="a test", collection=None)
+    with tickets.engine.begin() as connection:
+        found = forgets.by_id(connection, made)
+        (job,) = forgets.jobs_after(connection, found, None, 10)[0][:1]  # type: ignore[arg-type]
+        plan = "\n".join(
+            connection.scalars(
+                text("explain " + forgets._NAMED_OF["embeddings"]),
+                {"job": job, "first": 0, "end": 300, "id": made},
+            )
+        )
+    assert "Seq Scan" not in plan, plan
+    assert plan.count("items_") == 1 or "Index Scan" in plan, plan
+    forgetting.erase(tickets.engine, made)
+    assert counts(tickets.engine, made) == (10_005, 5, 5)
+
+
+def test_a_retry_brings_nothing_back(tickets: Tickets) -> None:
+    rows = secret_rows()
+    job = tickets.submit(rows)
+    tickets.run_chunk(job, 0)
+    with tickets.engine.begin() as connection:
+        control.fail(connection, job, Reason.SOURCE_CHANGED, "for a test")
+        chunks.cancel_pending(connection, job, 0, 1_000)
+    tickets.end(job)
+    forget(tickets.engine, "person-001", "person-019")
+    with tickets.engine.begin() as connection:
+        control.retry(connection, job)
+    tickets.run(job)
+    assert traces(tickets.engine, "person-019") == []
+    assert len(tickets.view()) == 18
+    # One had its vector; the other is no item of the second try.
+    assert receipts(tickets.engine) == [(1, True)]
