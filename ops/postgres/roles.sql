@@ -57,7 +57,7 @@ grant execute on function vectormill.index_collection, vectormill.drop_version t
 grant update (state) on vectormill.collection_versions to vectormill_dispatcher;
 -- It erases keys that are forgotten.
 grant select on vectormill.forgets, vectormill.forget_keys, vectormill.tombstones to vectormill_dispatcher;
-grant update (items, collected, after_job, waits_for, finished_at) on vectormill.forgets to vectormill_dispatcher;
+grant update (items, collected, after_job, waits_for, problem, finished_at) on vectormill.forgets to vectormill_dispatcher;
 grant delete on vectormill.forget_keys, vectormill.embeddings, vectormill.passages to vectormill_dispatcher;
 grant select, delete on vectormill.known_texts to vectormill_dispatcher;
 -- Nobody writes it: without it, no row of a collection could be locked.
@@ -135,8 +135,8 @@ grant execute on function vectormill.make_collection_tables, vectormill.show_col
   to vectormill_api;
 
 grant select, insert on vectormill.forgets, vectormill.forget_keys, vectormill.tombstones to vectormill_api;
-grant update (keys) on vectormill.forgets to vectormill_api;
-grant delete on vectormill.tombstones to vectormill_api;
+grant update (keys, created_at) on vectormill.forgets to vectormill_api;
+grant delete on vectormill.forget_keys, vectormill.tombstones to vectormill_api;
 
 -- A reader: all that people look things up in. No keys, no queries, no webhooks' addresses but those of jobs' options.
 grant select

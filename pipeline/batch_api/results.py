@@ -18,7 +18,7 @@ from pipeline.batch_api.batches import end
 from pipeline.core.errors import VectormillError
 from pipeline.core.jobs import Job, Reason
 from pipeline.core.requests import BatchState
-from pipeline.db import batches, embeddings, items, jobs, rejects
+from pipeline.db import batches, chunks, embeddings, items, jobs, rejects
 from pipeline.db import files as kept_files
 from pipeline.db.database import snapshot
 from pipeline.infra.settings import Settings
@@ -128,7 +128,9 @@ def _write(connection: Connection, batch: RowMapping, job: Job, output: BinaryIO
         _write_lines(output, () if fails else _output(connection, batch, job.id)),
         _write_lines(error, _errors(connection, job.id, state)),
     )
-    wanted = (0 if fails else completed, account.submitted - completed if state in _LEFT else rejected)
+    vectors, rejects = chunks.forgotten(connection, job.id)
+    failed = account.submitted - completed if state in _LEFT else rejected
+    wanted = (0 if fails else completed - vectors, failed - rejects)
     if lines != wanted:
         if job.texts_removed_at:
             return None

@@ -4,6 +4,7 @@ Modules that load Arrow are imported where they are used, since most commands do
 """
 
 import getpass
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,6 +34,13 @@ from pipeline.jobs.status import Namesake
 _PAGE = 1_000
 _MOST_NAMESAKES = 100
 _MOMENTS = ("created_at", "expires_at", "revoked_at")
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in a container
+        return f"user {os.getuid()}"
 
 
 class DatabaseBackend:
@@ -204,7 +212,7 @@ class DatabaseBackend:
             self.place.engine,
             self.place.workspace_id,
             keys,
-            by=getpass.getuser(),
+            by=_who(),
             collection=self._collection_or_all(collection),
         )
         return self.forget_status(made)

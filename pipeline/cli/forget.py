@@ -36,8 +36,8 @@ def forget(
 ) -> None:
     """Erase keys from jobs and collections, with texts, vectors, rejects and carried columns, and keep them out.
 
-    A tombstone, a hash of each key, turns rows with that key into rejects (forgotten) from then on. Parquet files and
-    files of batch requests aren't changed; the command names them.
+    A tombstone, a hash of each key, turns rows with that key into rejects (forgotten) from then on. Parquet files,
+    tables that jobs wrote to, and files of batch requests aren't changed; the command names them.
 
     Examples:
 
@@ -72,16 +72,26 @@ def _keys(given: list[str], file: Path | None) -> Iterator[str]:
     from pipeline.sources.removed_keys import RemovedKeys
 
     of_file = RemovedKeys(file, Columns()).blocks() if file else iter(())
-    return chain(given, (key for rows in of_file for key in rows.keys if key))
+    return chain(map(_checked, given), (key for rows in of_file for key in rows.keys if key))
+
+
+def _checked(key: str) -> str:
+    from pipeline.sources.values import BadKeyError, as_key
+
+    try:
+        return as_key(key) or ""
+    except BadKeyError as error:
+        raise UserError(f"--key: {error}.") from None
 
 
 def _wait(backend: Backend, made: ForgetStatus, timeout: float | None) -> ForgetStatus:
-    deadline, told = time.monotonic() + (timeout or float("inf")), None
+    deadline, told = time.monotonic() + (timeout or float("inf")), ""
     output.stderr.print(f"Nothing with these keys comes in any more. The dispatcher erases what is there ({made.id}).")
     while made.finished_at is None:
-        if made.waits_for != told and made.waits_for:
-            output.stderr.print(f"waiting for the end of job {made.waits_for}, which may still write them")
-            told = made.waits_for
+        waits = f"the end of job {made.waits_for}, which may still write them" if made.waits_for else made.problem
+        if waits and waits != told:
+            output.stderr.print(f"waiting: {waits}", markup=False)
+            told = waits
         if time.monotonic() > deadline:
             raise WaitTimedOut(f"request {made.id} isn't finished; the dispatcher goes on with it.")
         time.sleep(_POLL_SECONDS)
@@ -94,5 +104,7 @@ def _left(done: ForgetStatus) -> Iterator[str]:
         yield f"Parquet files may still have them, and aren't changed: {place}"
     if done.more_outputs:
         yield f"so may {done.more_outputs:,} more places"
+    for table in done.tables:
+        yield f"a table of yours that jobs wrote to isn't changed: {table}"
     if done.batch_files:
         yield f"{done.batch_files:,} files of batch requests aren't changed; DELETE /v1/files/ID deletes them"

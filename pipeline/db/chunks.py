@@ -374,6 +374,16 @@ def has_open(connection: Connection, job_id: UUID) -> bool:
     return first.first() is not None
 
 
+def forgotten(connection: Connection, job_id: UUID) -> tuple[int, int]:
+    """Return the numbers of a job's vectors and rejects that were erased."""
+    found = text("""
+        select coalesce(sum(forgotten_vectors), 0)::bigint, coalesce(sum(forgotten_rejects), 0)::bigint
+        from vectormill.chunks where job_id = :job
+    """)
+    vectors, rejects = connection.execute(found, {"job": job_id}).one()
+    return vectors, rejects
+
+
 def sums(connection: Connection, job_id: UUID) -> RowMapping:
     """Return a job's counts, summed over its chunks."""
     return (
@@ -446,7 +456,8 @@ def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
             update vectormill.chunks c
             set state = 'pending', rejected = c.rejected - t.rejects, cancelled = 0, crashes = 0, isolation = 0,
                 -- Erased items that had neither vector nor reject get none any more.
-                vacant = c.vacant + c.forgotten - c.forgotten_vectors - c.forgotten_rejects,
+                vacant = c.vacant + least(c.forgotten - c.forgotten_vectors - c.forgotten_rejects,
+                                          c.items - c.vacant - c.embedded - c.reused - c.rejected),
                 forgotten = c.forgotten_vectors + c.forgotten_rejects,
                 fence = c.fence + 1, worker_id = null,
                 not_before = null, lease_until = null, finished_at = null

@@ -22,10 +22,11 @@ class Forget:
     #: Items of jobs, and keys of collections' versions, that were erased so far.
     items: int
     collected: int
-    #: Jobs up to this one are done.
+    #: Jobs up to this one are looked through, but for those that hadn't ended, so that they may still write.
     after_job: UUID | None
-    #: Job that hasn't ended, so that it may still write.
-    waits_for: UUID | None
+    waits_for: Sequence[UUID]
+    #: Why a table of the user can't be changed; `None`: there is no such.
+    problem: str | None
     created_at: datetime
     finished_at: datetime | None
 
@@ -37,7 +38,12 @@ def tombstone_key(connection: Connection, workspace_id: int) -> bytes:
 
 
 def add(connection: Connection, forget_id: UUID, workspace_id: int, collection_id: int | None, by: str) -> None:
-    """Add a request without keys."""
+    """Add a request without keys. Another one of the workspace waits until the transaction ends, since both might have
+    the same keys in another order."""
+    connection.execute(
+        text("select pg_advisory_xact_lock(hashtextextended('vectormill forget ' || :workspace, 0))"),
+        {"workspace": str(workspace_id)},
+    )
     connection.execute(
         text("""
             insert into vectormill.forgets (id, workspace_id, collection_id, requested_by)
@@ -63,6 +69,25 @@ def add_keys(connection: Connection, forget_id: UUID, keys: Sequence[str], diges
             update vectormill.forgets set keys = keys + (select count(*) from added) where id = :id
         """),
         {"id": forget_id, "keys": list(keys), "digests": list(digests)},
+    )
+
+
+def begin(connection: Connection, forget_id: UUID) -> None:
+    """Let a request begin with the end of its transaction: jobs that are created later see its tombstones."""
+    connection.execute(
+        text("update vectormill.forgets set created_at = clock_timestamp() where id = :id"), {"id": forget_id}
+    )
+
+
+def keep(connection: Connection, workspace_id: int, collection_id: int | None, keys: Sequence[str]) -> None:
+    """Take keys out of the requests of this scope that aren't finished."""
+    connection.execute(
+        text("""
+            delete from vectormill.forget_keys k using vectormill.forgets f
+            where f.workspace_id = :workspace and f.collection_id is not distinct from :collection
+              and f.finished_at is null and k.forget_id = f.id and k.key = any(:keys)
+        """),
+        {"workspace": workspace_id, "collection": collection_id, "keys": list(keys)},
     )
 
 
@@ -106,8 +131,8 @@ def forgotten_places(
 
 
 _READ = """
-    select id, workspace_id, collection_id, requested_by, keys, items, collected, after_job, waits_for, created_at,
-           finished_at
+    select id, workspace_id, collection_id, requested_by, keys, items, collected, after_job, waits_for, problem,
+           created_at, finished_at
     from vectormill.forgets
 """
 
@@ -124,10 +149,20 @@ def unfinished(connection: Connection, limit: int) -> Sequence[UUID]:
     return list(connection.execute(found, {"limit": limit}).scalars())
 
 
-def keys_after(connection: Connection, forget_id: UUID, key: str, limit: int) -> list[str]:
-    """Return the next keys of a request after `key`, in order."""
+def of_collection(connection: Connection, collection_id: int) -> UUID | None:
+    """Return a request for keys of this collection that isn't finished; None if there is none."""
     found = text("""
-        select key from vectormill.forget_keys where forget_id = :id and key > :key order by key limit :limit
+        select id from vectormill.forgets where collection_id = :collection and finished_at is null limit 1
+    """)
+    forget: UUID | None = connection.execute(found, {"collection": collection_id}).scalar_one_or_none()
+    return forget
+
+
+def keys_after(connection: Connection, forget_id: UUID, key: str | None, limit: int) -> list[str]:
+    """Return the next keys of a request after `key`, in order; None: the first ones."""
+    found = text("""
+        select key from vectormill.forget_keys
+        where forget_id = :id and (key > :key or cast(:key as text) is null) order by key limit :limit
     """)
     return list(connection.execute(found, {"id": forget_id, "key": key, "limit": limit}).scalars())
 
@@ -143,15 +178,14 @@ def versions(connection: Connection, forget: Forget) -> Sequence[int]:
     return list(connection.execute(found, values).scalars())
 
 
-def jobs_after(connection: Connection, forget: Forget, job_id: UUID | None, limit: int) -> list[tuple[UUID, bool]]:
-    """Return the next jobs that a request concerns after a job, in order, each with whether it has ended.
+def jobs_after(connection: Connection, forget: Forget, job_id: UUID | None, limit: int) -> Sequence[UUID]:
+    """Return the next jobs that a request concerns after a job, in order.
 
     Jobs that were created after the request found its tombstones; a minute lets clocks differ.
     """
     rows = connection.execute(
         text("""
-            select j.id, j.state in ('completed', 'failed', 'cancelled')
-            from vectormill.jobs j
+            select j.id from vectormill.jobs j
             where j.workspace_id = :workspace and j.created_at < cast(:created as timestamptz) + interval '1 minute'
               and (j.id > :after or cast(:after as uuid) is null)
               and (cast(:collection as bigint) is null
@@ -167,7 +201,7 @@ def jobs_after(connection: Connection, forget: Forget, job_id: UUID | None, limi
             "limit": limit,
         },
     )
-    return [(row[0], row[1]) for row in rows]
+    return list(rows.scalars())
 
 
 _NAMED = """
@@ -184,8 +218,6 @@ _NAMED = """
 _ERASE = """
     with items_gone as (
       delete from vectormill.items where job_id = :job and index = any(:indexes)
-    ), texts_gone as (
-      delete from vectormill.known_texts where job_id = :job and index = any(:indexes)
     ), vectors_gone as (
       delete from vectormill.{ROWS} where job_id = :job and index = any(:indexes) returning index, {START} as start
     ), rejects_gone as (
@@ -204,9 +236,21 @@ _ERASE = """
     update vectormill.chunks c
     set forgotten = c.forgotten + n.items, forgotten_vectors = c.forgotten_vectors + n.vectors,
         forgotten_passages = c.forgotten_passages + n.passages,
-        forgotten_rejects = c.forgotten_rejects + n.rejects
+        forgotten_rejects = c.forgotten_rejects + n.rejects,
+        most_truncated = (select coalesce(jsonb_agg(e), '[]') from jsonb_array_elements(c.most_truncated) e
+                          where (e->>'index')::bigint <> all(:indexes))
     from counted n where c.id = n.id
 """
+#: Its progress has the keys of truncated items. The rows of texts are only passed over while a worker takes them over:
+#: without its vector, none is of use.
+_ERASE_BESIDE = (
+    "update vectormill.jobs set progress = null where id = :job",
+    """
+    delete from vectormill.known_texts
+    where ctid = any(array(select ctid from vectormill.known_texts
+                           where job_id = :job and index = any(:indexes) for update skip locked))
+    """,
+)
 _START = {"embeddings": "null::int", "passages": "start"}
 _NAMED_OF = {rows: _NAMED.format(ROWS=rows) for rows in _START}
 _ERASE_OF = {rows: _ERASE.format(ROWS=rows, START=start) for rows, start in _START.items()}
@@ -219,7 +263,8 @@ def erase(connection: Connection, forget: Forget, job_id: UUID, first: int, coun
     values = {"id": forget.id, "job": job_id, "first": first, "end": first + count}
     indexes = list(connection.execute(text(_NAMED_OF[rows]), values).scalars())
     if indexes:
-        connection.execute(text(_ERASE_OF[rows]), {"job": job_id, "indexes": indexes})
+        for statement in (_ERASE_OF[rows], *_ERASE_BESIDE):
+            connection.execute(text(statement), {"job": job_id, "indexes": indexes})
         connection.execute(
             text("update vectormill.forgets set items = items + :items where id = :id"),
             {"id": forget.id, "items": len(indexes)},
@@ -235,19 +280,36 @@ def note_collected(connection: Connection, forget_id: UUID, keys: int) -> None:
     )
 
 
-def advance(connection: Connection, forget_id: UUID, after_job: UUID | None, waits_for: UUID | None) -> None:
+def advance(connection: Connection, forget_id: UUID, after_job: UUID | None, waits_for: Sequence[UUID]) -> None:
     """Note how far a request is."""
     connection.execute(
         text("update vectormill.forgets set after_job = :after, waits_for = :waits where id = :id"),
-        {"id": forget_id, "after": after_job, "waits": waits_for},
+        {"id": forget_id, "after": after_job, "waits": list(waits_for)},
     )
 
 
-def finish(connection: Connection, forget_id: UUID) -> None:
-    """Finish a request, and delete its keys."""
-    connection.execute(text("delete from vectormill.forget_keys where forget_id = :id"), {"id": forget_id})
+def note_problem(connection: Connection, forget_id: UUID, problem: str | None) -> None:
+    """Note why a request can't be finished."""
     connection.execute(
-        text("update vectormill.forgets set finished_at = clock_timestamp(), waits_for = null where id = :id"),
+        text("update vectormill.forgets set problem = :problem where id = :id"), {"id": forget_id, "problem": problem}
+    )
+
+
+def delete_keys(connection: Connection, forget_id: UUID, limit: int) -> int:
+    """Delete some keys of a request. Return their number."""
+    return connection.execute(
+        text("""
+            delete from vectormill.forget_keys where forget_id = :id and key in (
+              select key from vectormill.forget_keys where forget_id = :id order by key limit :limit)
+        """),
+        {"id": forget_id, "limit": limit},
+    ).rowcount
+
+
+def finish(connection: Connection, forget_id: UUID) -> None:
+    """Finish a request."""
+    connection.execute(
+        text("update vectormill.forgets set finished_at = clock_timestamp(), problem = null where id = :id"),
         {"id": forget_id},
     )
 
@@ -263,6 +325,21 @@ def files_of_jobs(connection: Connection, workspace_id: int, limit: int) -> tupl
         {"workspace": workspace_id, "limit": limit},
     ).all()
     return (int(rows[0][0]) if rows else 0), [row[1] for row in rows]
+
+
+def tables_of_jobs(connection: Connection, workspace_id: int, limit: int) -> list[str]:
+    """Return the tables of the user to which a workspace's jobs, but for syncs, have written."""
+    rows = connection.execute(
+        text("""
+            select distinct concat(options->'table'->>'schema', '.', options->'table'->>'table') as name
+            from vectormill.jobs
+            where workspace_id = :workspace and options->'table' is not null and version_id is null
+              and jsonb_typeof(options->'table') = 'object'
+            order by 1 limit :limit
+        """),
+        {"workspace": workspace_id, "limit": limit},
+    )
+    return list(rows.scalars())
 
 
 def batch_files(connection: Connection, workspace_id: int) -> int:

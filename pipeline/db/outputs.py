@@ -82,6 +82,7 @@ class WrittenChunk:
     #: Items that are embedded or reused.
     written: int
     passages: int
+    #: Without those that were erased since.
     rejected: int
     #: Items of an ended chunk that are in none of its counts.
     unaccounted: int
@@ -92,7 +93,7 @@ def by_chunk(connection: Connection, job_id: UUID) -> Iterator[WrittenChunk]:
     """Yield a job's chunks in order, with their parts."""
     rows = connection.execution_options(yield_per=1_000).execute(
         text("""
-            select c.first_index, c.items, c.embedded + c.reused, c.passages, c.rejected,
+            select c.first_index, c.items, c.embedded + c.reused, c.passages, c.rejected - c.forgotten_rejects,
                    case when c.state in ('done', 'cancelled')
                         then greatest(0, c.items - c.vacant - c.embedded - c.reused - c.rejected - c.cancelled)
                         else 0 end as unaccounted,

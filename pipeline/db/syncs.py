@@ -342,7 +342,16 @@ def _remove(connection: Connection, statement: LiteralString, values: Mapping[st
 
 
 def remove_keys(connection: Connection, version_id: int, keys: Sequence[str], *, into: UserTable | None) -> int:
-    """Remove keys from a version, and from the user's table `into`. Return how many of them it had."""
+    """Remove keys from a version, and from the user's table `into`, with columns that a sync has kept for its end.
+    Return how many of them it had."""
+    connection.execute(
+        text("""
+            update vectormill.sync_changes s set carried = null, identity = ''
+            from vectormill.collection_keys k
+            where k.version_id = :version and k.key = any(:keys) and s.slot = k.slot and s.identity is not null
+        """),
+        {"version": version_id, "keys": list(keys)},
+    )
     return _remove(connection, _REMOVE_GIVEN, {"version": version_id, "keys": list(keys)}, into)
 
 

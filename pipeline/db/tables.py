@@ -575,10 +575,11 @@ forgets = Table(
     _count("keys"),
     _count("items"),
     _count("collected"),
-    # Jobs up to this one are done.
+    # Jobs up to this one are looked through, but for those that hadn't ended.
     Column("after_job", Uuid),
-    # Job that hasn't ended.
-    Column("waits_for", Uuid),
+    Column("waits_for", ARRAY(Uuid), nullable=False, server_default="{}"),
+    # Why a table of the user can't be changed; NULL: there is no such.
+    Column("problem", Text),
     _moment("created_at", now=True),
     _moment("finished_at"),
     Index("forgets_unfinished_idx", "id", postgresql_where=text("finished_at is null")),

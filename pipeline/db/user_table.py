@@ -239,6 +239,11 @@ def _upsert_passages(connection: Connection, into: UserTable, job_id: UUID, inde
         driver.execute(sql.SQL(_DELETE_PASSAGES).format(**parts), values)
 
 
+def exists(connection: Connection, name: str) -> bool:
+    """Return True if there is a table of this name, written as in SQL."""
+    return bool(connection.execute(text("select to_regclass(:name) is not null"), {"name": name}).scalar_one())
+
+
 def has_rows(connection: Connection, into: UserTable) -> bool:
     """Return True if the table isn't empty."""
     with errors_as_sqlalchemys():

@@ -49,7 +49,7 @@ class Staging:
         self._max_item_tokens = min((bound for bound in bounds if bound), default=None)
         self._split_tokens = submission.options.split or self._max_item_tokens if submission.options.splits else None
         self._lease_seconds = submission.planning.lease_seconds
-        self._items = self._chunks = self._rejects = self._keyless = 0
+        self._items = self._chunks = self._rejects = self._keyless = self._forgotten = 0
         #: Items recorded by the last commit.
         self._committed = 0
         #: Indexes of rejects in items that no chunk covers yet.
@@ -133,6 +133,7 @@ class Staging:
             for at in forgotten:
                 block.blank(at)
             if forgotten:
+                self._forgotten += len(forgotten)
                 gone = set(forgotten)
                 told = [(at, RejectCode.FORGOTTEN, FORGOTTEN) for at in forgotten]
                 kept = [problem for problem in block.problems if problem[0] not in gone]
@@ -259,6 +260,8 @@ class Staging:
             refusal = self._settle_sync(connection)
             total = self._changes.rows if self._changes else self._items
             limit = control.reject_limit(options.max_rejects, total)
+            if limit is not None:  # what was forgotten is no fault of the source
+                limit += self._forgotten
             if staging.count_inputs(connection, self._job_id) != len(self._submission.corpus.inputs()):
                 raise self._lost()
             staging.queue(

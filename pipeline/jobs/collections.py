@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 from pipeline.core.collection_status import CollectionStatus, SyncStatus, VersionStatus
 from pipeline.core.collections import VersionState
 from pipeline.core.errors import CollectionBusy, IllegalTransition, UnknownCollection, UserError
-from pipeline.db import collection_versions, collections, staging, syncs
+from pipeline.db import collection_versions, collections, forgets, staging, syncs
 from pipeline.db.collections import Collection
 from pipeline.db.database import is_connection_lost, plain_reason
 from pipeline.jobs import control
@@ -125,6 +125,8 @@ def drop_collection(connection: Connection, collection: Collection) -> None:
     with locked(connection, collection, "dropped"):
         if job := syncs.running_of(connection, collection.id):
             raise CollectionBusy(collection.name, job)
+        if forget := forgets.of_collection(connection, collection.id):
+            raise UserError(f"keys of it are being forgotten (request {forget}); drop it when that is done.")
         collections.drop(connection, collection.id)
 
 

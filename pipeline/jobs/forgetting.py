@@ -4,11 +4,12 @@ A step may be interrupted anywhere; the next run goes on. Jobs that haven't ende
 hold an item in memory.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 from uuid_utils.compat import uuid7
 
 from pipeline.core.errors import UnknownForget, UserError, Waiting
@@ -17,6 +18,7 @@ from pipeline.core.options import JobOptions, UserTable
 from pipeline.core.tombstones import digest
 from pipeline.db import collections, forgets, jobs, syncs, user_table
 from pipeline.db.collections import Collection
+from pipeline.db.database import is_connection_lost, plain_reason
 from pipeline.db.forgets import Forget
 
 _KEYS_AT_ONCE = 10_000
@@ -50,6 +52,7 @@ def forget_keys(
             taken = True
         if not taken:
             raise UserError("no key: give at least one.", field="keys")
+        forgets.begin(connection, forget_id)
     return forget_id
 
 
@@ -60,6 +63,7 @@ def allow_keys(engine: Engine, workspace_id: int, keys: Iterable[str], *, collec
     with engine.begin() as connection:
         secret = forgets.tombstone_key(connection, workspace_id)
         while page := list(islice(given, _KEYS_AT_ONCE)):
+            forgets.keep(connection, workspace_id, scope, page)
             lifted += forgets.lift(connection, workspace_id, [digest(secret, key, scope) for key in page])
     return lifted
 
@@ -73,19 +77,25 @@ def forget_status(connection: Connection, workspace_id: int, forget_id: UUID) ->
     found = forgets.by_id(connection, forget_id)
     if found is None or found.workspace_id != workspace_id:
         raise UnknownForget(f'no request "{forget_id}" to forget keys.')
-    count, places = forgets.files_of_jobs(connection, workspace_id, _SHOWN_PLACES)
+    count, places, tables, files = 0, list[str](), list[str](), 0
+    if found.finished_at and found.collection_id is None:
+        count, places = forgets.files_of_jobs(connection, workspace_id, _SHOWN_PLACES)
+        tables = forgets.tables_of_jobs(connection, workspace_id, _SHOWN_PLACES)
+        files = forgets.batch_files(connection, workspace_id)
     return ForgetStatus(
         id=found.id,
         keys=found.keys,
         items=found.items,
         collected=found.collected,
         requested_by=found.requested_by,
-        waits_for=found.waits_for,
+        waits_for=found.waits_for[0] if found.waits_for else None,
+        problem=found.problem,
         created_at=found.created_at,
         finished_at=found.finished_at,
         outputs=places,
         more_outputs=count - len(places),
-        batch_files=forgets.batch_files(connection, workspace_id),
+        tables=tables,
+        batch_files=files,
     )
 
 
@@ -93,43 +103,49 @@ def erase(engine: Engine, forget_id: UUID) -> None:
     """Erase the keys of a request.
 
     Raises:
-        Waiting: a job that may still write hasn't ended, or a table of the user refuses.
+        Waiting: a job that may still write hasn't ended, or a table of the user refuses. The request says which.
     """
     with engine.begin() as connection:
         found = forgets.by_id(connection, forget_id)
     if found is None or found.finished_at:
         return
+    # Readers lose the keys at once, and again what the jobs that are waited for have published.
     _erase_from_collections(engine, found)
-    after = found.after_job
-    waits: UUID | None = None
-    for job_id, has_ended in _jobs(engine, found):
-        if not (has_ended and _erase_from_job(engine, found, job_id)):
-            waits = waits or job_id
-        elif waits is None:
-            after = job_id
+    waits = _erase_from_jobs(engine, found)
+    problem = _erase_from_collections(engine, found)
     with engine.begin() as connection:
-        forgets.advance(connection, forget_id, after, waits)
+        forgets.note_problem(connection, forget_id, problem)
     if waits:
-        raise Waiting(f"job {waits} hasn't ended", most_seconds=_WAIT_SECONDS)
-    # What the jobs that were waited for have published.
-    _erase_from_collections(engine, found)
+        raise Waiting(f"job {waits[0]} hasn't ended", most_seconds=_WAIT_SECONDS)
+    if problem:
+        raise Waiting(problem, most_seconds=_WAIT_SECONDS)
+    gone = _KEYS_AT_ONCE
+    while gone == _KEYS_AT_ONCE:
+        with engine.begin() as connection:
+            gone = forgets.delete_keys(connection, forget_id, _KEYS_AT_ONCE)
     with engine.begin() as connection:
         forgets.finish(connection, forget_id)
 
 
-def _jobs(engine: Engine, forget: Forget) -> Iterator[tuple[UUID, bool]]:
-    after = forget.after_job
+def _erase_from_jobs(engine: Engine, forget: Forget) -> list[UUID]:
+    """Erase the keys from the jobs that aren't looked through yet. Return those that haven't ended."""
+    after, waits = forget.after_job, [job for job in forget.waits_for if not _erase_from_job(engine, forget, job)]
     while True:
         with engine.begin() as connection:
+            forgets.advance(connection, forget.id, after, waits)
             page = forgets.jobs_after(connection, forget, after, _JOBS_AT_ONCE)
-        yield from page
+        for job_id in page:
+            if not _erase_from_job(engine, forget, job_id):
+                waits.append(job_id)
+            after = job_id
+            with engine.begin() as connection:
+                forgets.advance(connection, forget.id, after, waits)
         if len(page) < _JOBS_AT_ONCE:
-            return
-        after = page[-1][0]
+            return waits
 
 
 def _erase_from_job(engine: Engine, forget: Forget, job_id: UUID) -> bool:
-    """Erase the keys from a job. Return False if it doesn't stand still."""
+    """Erase the keys from a job. Return False if it hasn't ended."""
     first, total = 0, 1
     while first < total:
         with engine.begin() as connection:
@@ -144,34 +160,48 @@ def _erase_from_job(engine: Engine, forget: Forget, job_id: UUID) -> bool:
     return True
 
 
-def _erase_from_collections(engine: Engine, forget: Forget) -> None:
+def _erase_from_collections(engine: Engine, forget: Forget) -> str | None:
+    """Erase the keys from all versions of collections. Return why a table of the user can't be changed; the others
+    are."""
+    problem = None
     with engine.begin() as connection:
         versions = forgets.versions(connection, forget)
     for version in versions:
-        key, page = "", [""]
-        while page:
-            with engine.begin() as connection:
-                page = forgets.keys_after(connection, forget.id, key, _COLLECTED_AT_ONCE)
-                if page and collections.exists(connection, version):
-                    gone = syncs.remove_keys(connection, version, page, into=_table(connection, version))
-                    forgets.note_collected(connection, forget.id, gone)
-            key = page[-1] if page else key
+        try:
+            _erase_from_version(engine, forget, version)
+        except UserError as error:
+            problem = str(error)
+        except DBAPIError as error:
+            if is_connection_lost(error):
+                raise
+            problem = f"version {version} of a collection: {plain_reason(error)}"
+    return problem
+
+
+def _erase_from_version(engine: Engine, forget: Forget, version: int) -> None:
+    key: str | None = None
+    while True:
+        with engine.begin() as connection:
+            page = forgets.keys_after(connection, forget.id, key, _COLLECTED_AT_ONCE)
+            if not page or not collections.exists(connection, version):
+                return
+            gone = syncs.remove_keys(connection, version, page, into=_table(connection, version))
+            forgets.note_collected(connection, forget.id, gone)
+        key = page[-1]
 
 
 def _table(connection: Connection, version_id: int) -> UserTable | None:
+    """Return the table of the user that a version has; None if it has none, or that is gone."""
     version = collections.of_version(connection, version_id)
     options = JobOptions.model_validate(dict(version.options)) if version else None
-    if version is None or options is None or options.into is None:
+    if version is None or options is None or options.into is None or not user_table.exists(connection, options.into):
         return None
-    try:
-        return user_table.check(
-            connection,
-            options.into,
-            key_column=options.columns.key,
-            dimensions=version.dimensions,
-            hnsw=False,
-            passages=options.splits,
-            deletes=True,
-        )
-    except UserError as error:
-        raise Waiting(f"{options.into}: {error}", most_seconds=_WAIT_SECONDS) from error
+    return user_table.check(
+        connection,
+        options.into,
+        key_column=options.columns.key,
+        dimensions=version.dimensions,
+        hnsw=False,
+        passages=options.splits,
+        deletes=True,
+    )

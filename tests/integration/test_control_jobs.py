@@ -182,6 +182,7 @@ def test_a_job_completes(engine: Engine, model: Model, dispatcher: Dispatcher) -
         "rejected": 0,
         "cancelled": 0,
         "removed": 0,
+        "forgotten": 0,
     }
     assert found["tokens"]["prompt"] == found["tokens"]["billed"] == 24
     assert (found["verified"], found["missing"], found["double"]) == (True, 0, 0)

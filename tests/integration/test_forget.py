@@ -14,13 +14,13 @@ from pipeline.core.errors import NotRetriable, UserError, Waiting
 from pipeline.core.jobs import Reason
 from pipeline.core.options import JobOptions
 from pipeline.db import chunks, forgets, workspaces
-from pipeline.dispatch import completion
+from pipeline.dispatch import completion, finalize
 from pipeline.infra.settings import Settings
 from pipeline.ingest.collections import create_collection
 from pipeline.ingest.submission import Submission, planning
 from pipeline.ingest.submit import submit
-from pipeline.jobs import control, forgetting
-from pipeline.jobs.collections import find_collection
+from pipeline.jobs import control, forgetting, status
+from pipeline.jobs.collections import drop_collection, find_collection
 from pipeline.jobs.verification import verified_receipt
 from pipeline.sources import Corpus
 from tests.acceptance.conftest import write_corpus
@@ -228,7 +228,8 @@ def test_keys_are_looked_up_by_one_pass_over_a_job(tickets: Tickets) -> None:
     made = forgetting.forget_keys(tickets.engine, 1, keys, by="a test", collection=None)
     with tickets.engine.begin() as connection:
         found = forgets.by_id(connection, made)
-        (job,) = forgets.jobs_after(connection, found, None, 10)[0][:1]  # type: ignore[arg-type]
+        assert found
+        (job,) = forgets.jobs_after(connection, found, None, 10)
         plan = "\n".join(
             connection.scalars(
                 text("explain " + forgets._NAMED_OF["embeddings"]),
@@ -257,3 +258,111 @@ def test_a_retry_brings_nothing_back(tickets: Tickets) -> None:
     assert len(tickets.view()) == 18
     # One had its vector; the other is no item of the second try.
     assert receipts(tickets.engine) == [(1, True)]
+
+
+def test_what_was_truncated_names_no_forgotten_key(make_tickets: Callable[..., Tickets]) -> None:
+    tickets = make_tickets(max_item_tokens=4)
+    rows = [{"id": f"person-{n}", "text": " ".join(["mill"] * (10 + n))} for n in range(5)]
+    tickets.sync(rows)
+    assert "chunks" in traces(tickets.engine, "person-3")
+    forget(tickets.engine, "person-3")
+    assert traces(tickets.engine, "person-3") == []
+    with tickets.engine.begin() as connection:
+        (job,) = connection.scalars(text("select id from vectormill.jobs"))
+        kept = status.receipt(connection, job).most_truncated
+    assert sorted(str(each.key) for each in kept) == ["person-0", "person-1", "person-2", "person-4"]
+
+
+def test_columns_that_a_failed_sync_has_kept_are_erased(tickets: Tickets) -> None:
+    rows = secret_rows()
+    tickets.sync(rows)
+    job = tickets.submit([{**row, "lang": f"of {row['id']}"} for row in rows])
+    with tickets.engine.begin() as connection:
+        control.fail(connection, job, Reason.SOURCE_CHANGED, "for a test")
+        chunks.cancel_pending(connection, job, 0, 1_000)
+    tickets.end(job)
+    assert "sync_changes" in traces(tickets.engine, "of person-003")
+    forget(tickets.engine, "person-003")
+    assert traces(tickets.engine, "person-003") == []
+
+
+def test_parquet_verifies_after_a_key_is_forgotten(tickets: Tickets, tmp_path: Path) -> None:
+    engine = tickets.engine
+    rows = [{"id": f"person-{n}", "text": None if n == 2 else f"letter {n}"} for n in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with engine.begin() as connection:
+        model = find_model(connection, workspace_id(connection), "static")
+    options = JobOptions(output=str(tmp_path / "out"), max_rejects="100%")
+    submission = Submission(
+        workspace_id=1,
+        model=model,
+        corpus=Corpus([str(tmp_path / "rows.jsonl")], options.columns, 1_000_000),
+        planning=planning(Settings()),
+        name="parquet",
+        options=options,
+    )
+    job = submit(engine, submission).job_id
+    tickets.embed(job)
+    finalize.finalize(engine, job)
+    made = forget(engine, "person-1", "person-2")
+    assert receipts(engine) == [(2, True)]
+    with engine.begin() as connection:
+        told = forgetting.forget_status(connection, 1, made)
+    assert told.outputs == [str(tmp_path / "out")]
+
+
+def test_a_key_that_is_allowed_meanwhile_stays(tickets: Tickets) -> None:
+    rows = secret_rows()
+    job = tickets.submit(rows)
+    made = forgetting.forget_keys(tickets.engine, 1, ["person-001", "person-002"], by="a test", collection=None)
+    with pytest.raises(Waiting):
+        forgetting.erase(tickets.engine, made)
+    assert forgetting.allow_keys(tickets.engine, 1, ["person-001"], collection=None) == 1
+    tickets.run(job)
+    forgetting.erase(tickets.engine, made)
+    assert ("person-001" in tickets.view(), "person-002" in tickets.view()) == (True, False)
+
+
+def test_a_collection_is_not_dropped_while_it_forgets(tickets: Tickets) -> None:
+    tickets.sync(secret_rows())
+    with tickets.engine.begin() as connection:
+        found = find_collection(connection, tickets.workspace, "tickets")
+    made = forgetting.forget_keys(tickets.engine, 1, ["person-001"], by="a test", collection=found)
+    with tickets.engine.begin() as connection, pytest.raises(UserError, match=f"request {made}"):
+        drop_collection(connection, found)
+    forgetting.erase(tickets.engine, made)
+    with tickets.engine.begin() as connection:
+        drop_collection(connection, found)
+
+
+@pytest.mark.parametrize("fault", ["dropped", "referenced"])
+def test_a_table_that_refuses_holds_up_nothing_else(
+    engine: Engine, make_tickets: Callable[..., Tickets], fault: str
+) -> None:
+    run_sql(engine, "create table public.notes (id text primary key, embedding vector(256))")
+    tickets = make_tickets(into="public.notes")
+    tickets.sync(secret_rows(5))
+    if fault == "dropped":
+        run_sql(engine, "drop table public.notes")
+        made = forget(engine, "person-001")
+    else:
+        run_sql(engine, "create table public.refers as select 'person-001' as id")
+        run_sql(engine, "alter table public.refers add foreign key (id) references public.notes")
+        made = forgetting.forget_keys(engine, 1, ["person-001"], by="a test", collection=None)
+        with pytest.raises(Waiting, match="violates foreign key"):
+            forgetting.erase(engine, made)
+        with engine.begin() as connection:
+            told = forgetting.forget_status(connection, 1, made)
+        assert ("foreign key" in str(told.problem), told.items) == (True, 1)
+        run_sql(engine, "drop table public.refers")
+        forgetting.erase(engine, made)
+    assert counts(engine, made) == (1, 1, 1)
+    assert traces(engine, "person-001") == []
+
+
+def test_forgotten_rows_are_no_fault_of_the_source(tickets: Tickets) -> None:
+    rows = secret_rows()
+    tickets.sync(rows)
+    forget(tickets.engine, "person-001", "person-002")
+    done = tickets.sync([{**rows[0], "text": "new"}, *rows[1:]], max_rejects="0")
+    assert done == {"in": 20, "embedded": 1, "unchanged": 17, "rejected": 2}

@@ -44,7 +44,6 @@ insert into vectormill.workspaces (name) values ('mine')
 update vectormill.workspaces set monthly_cost = null
 insert into vectormill.workspace_models values (1, 'small')
 update vectormill.embeddings set vector = null
-delete from vectormill.embeddings
 update vectormill.usage set cost = 0
 delete from vectormill.usage
 update vectormill.outputs set name = 'mine'
@@ -68,8 +67,12 @@ delete from vectormill.requests
 insert into vectormill.batches (id) values ('mine')
 delete from vectormill.batches
 update vectormill.rejects set code = 'mine'
+delete from vectormill.tombstones
 """,
     "worker": """
+delete from vectormill.embeddings
+select key from vectormill.forget_keys
+delete from vectormill.tombstones
 select id from vectormill.api_keys
 select query from vectormill.requests
 select url from vectormill.events
@@ -97,6 +100,7 @@ insert into vectormill.files (id) values ('mine')
 select vectormill.make_partitions('2030-01-01')
 """,
     "engine": """
+delete from vectormill.embeddings
 select text from vectormill.items
 select vector from vectormill.embeddings
 select id from vectormill.jobs
@@ -110,6 +114,8 @@ insert into vectormill.workers (id) values (gen_random_uuid())
 select vectormill.make_partitions('2030-01-01')
 """,
     "api": """
+delete from vectormill.embeddings
+update vectormill.tombstones set digest = ''
 update vectormill.api_keys set admin = true
 update vectormill.api_keys set secret_sha256 = ''
 delete from vectormill.api_keys

@@ -120,7 +120,16 @@ def test_a_completed_job_is_told_of(
         "message": None,
         "model": "small",
         "labels": {"team": "search"},
-        "items": {"in": 8, "embedded": 7, "reused": 0, "unchanged": 0, "rejected": 1, "cancelled": 0, "removed": 0},
+        "items": {
+            "in": 8,
+            "embedded": 7,
+            "reused": 0,
+            "unchanged": 0,
+            "rejected": 1,
+            "cancelled": 0,
+            "removed": 0,
+            "forgotten": 0,
+        },
         "tokens": {"prompt": 21},
     }
     client = OpenAI(api_key="none", webhook_secret=SECRET)
