@@ -59,7 +59,7 @@ grant update (state) on vectormill.collection_versions to vectormill_dispatcher;
 grant select on vectormill.forgets, vectormill.forget_keys, vectormill.tombstones to vectormill_dispatcher;
 grant update (items, collected, after_job, waits_for, problem, finished_at) on vectormill.forgets to vectormill_dispatcher;
 grant delete on vectormill.forget_keys, vectormill.embeddings, vectormill.passages to vectormill_dispatcher;
-grant select, delete on vectormill.known_texts to vectormill_dispatcher;
+grant select, delete, update (index) on vectormill.known_texts to vectormill_dispatcher;
 -- Nobody writes it: without it, no row of a collection could be locked.
 grant update (created_at) on vectormill.collections to vectormill_dispatcher, vectormill_api;
 -- To see which worker's backend froze while it held a chunk, and to end it.

@@ -66,6 +66,7 @@ def test_a_job_asked_for_in_sql_is_run_and_told_of_once(night: Fleet, receiver: 
         "rejected": 0,
         "cancelled": 0,
         "removed": 0,
+        "forgotten": 0,
     }
     assert ask(night, _TEXTS) == job
     assert night.scalar("select state from vectormill.job_status where id = cast(:id as uuid)", id=job) == "completed"
@@ -113,6 +114,7 @@ def test_a_broken_upstream_fails_before_anybody_reads_a_part_of_it(
             "rejected": 200,
             "cancelled": 800,
             "removed": 0,
+            "forgotten": 0,
         }
     assert night.scalar("select count(*) from public.docs") == 0
     assert night.scalar("select count(*) from vectormill.embeddings") == 0
