@@ -142,6 +142,11 @@ def scope_of(connection: Connection, caller: Caller, workspace: str | None) -> i
     return found
 
 
+def scope_or_own(connection: Connection, caller: Caller, workspace: str | None) -> int:
+    """Return the workspace that a caller names, which an admin may, or else the caller's own."""
+    return (scope_of(connection, caller, workspace) if workspace else None) or caller.workspace_id
+
+
 async def ask_of_job(
     request: Request,
     job: str,

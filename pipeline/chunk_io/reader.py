@@ -78,10 +78,11 @@ def _with_a_place(sink: Sink, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock
 
 def _without_forgotten(engine: Engine, claim: Claim, blocks: Iterator[ItemBlock]) -> Iterator[ItemBlock]:
     """Turn items of files whose key was forgotten into rejects without a key."""
+    with engine.begin() as connection:
+        workspace = jobs.workspace_of(connection, claim.job_id)
     for block in blocks:
         rows = [(row.index, row.key) for row in block.items] + [(row.index, row.key) for row in block.rejects]
         with engine.begin() as connection:
-            workspace = jobs.workspace_of(connection, claim.job_id)
             places = forgets.forgotten_places(connection, workspace, [key for _, key in rows])
         gone = {rows[at][0] for at in places}
         if not gone:

@@ -25,7 +25,7 @@ class _Root(LazyGroup):
         "rejects": Entry("Jobs", "jobs:rejects", "List items that could not be embedded, and why."),
         "receipt": Entry("Jobs", "jobs:receipt", "Show a job's receipt; --verify counts its rows."),
         "results": Entry("Jobs", "results:results", "Write a job's vectors to a file."),
-        "collections": Entry("Collections", "collections:app", "Manage collections: create, show, history, drop."),
+        "collections": Entry("Collections", "collections:app", "Manage collections: create, show, upgrade, drop."),
         "forget": Entry("Collections", "forget:forget", "Erase keys for good, and keep them from coming back."),
         "sync": Entry("Collections", "sync:sync", "Bring a collection up to its source."),
         "search": Entry("Collections", "search:search", "Find what is nearest to a query, in a collection or a job."),

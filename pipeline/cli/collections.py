@@ -229,8 +229,10 @@ def upgrade(
             backend.abandon_upgrade(name)
             output.stderr.print(f"The next version of {name} goes.", markup=False)
             return
-        backend.upgrade_collection(name, model, dimensions, into)
+        versions = backend.upgrade_collection(name, model, dimensions, into).versions
+    made = next(each for each in versions if each.state is VersionState.NEXT)
     output.stderr.print(
+        f"Next version: {made.model}, {made.dimensions:,} dimensions. "
         f"The next whole sync fills it beside the current version: vectormill sync {name} SOURCE\n"
         f"Then look at it, and give it to readers: vectormill collections swap {name}",
         markup=False,
@@ -281,12 +283,10 @@ def swap(
             if following and not following.differs:  # otherwise it is refused
                 typer.confirm("Give the next version to readers?", abort=True, err=True)
         row = backend.swap(name, kept)
-    until = next((each.kept_until for each in row.versions if each.kept_until), None)
+    until = next(each.kept_until for each in row.versions if each.kept_until)
     output.stderr.print(
         f"Readers of {name} see the vectors of {row.model}. "
-        + (
-            f"Until {until:%Y-%m-%d %H:%M} this can be undone: vectormill collections swap-back {name}" if until else ""
-        ),
+        f"Until {until:%Y-%m-%d %H:%M} this can be undone: vectormill collections swap-back {name}",
         markup=False,
     )
 

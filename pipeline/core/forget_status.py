@@ -18,7 +18,9 @@ class ForgetStatus(BaseModel):
     problem: str | None = Field(description="Why a table of yours can't be changed; the rest goes on.")
     created_at: datetime
     finished_at: datetime | None = Field(description="null: it goes on.")
-    outputs: list[str] = Field(description="Places to which jobs of the workspace wrote Parquet; it isn't changed.")
+    outputs: list[str] = Field(
+        description="Places to which jobs wrote Parquet, which isn't changed; told at the end, for a whole workspace."
+    )
     more_outputs: int = Field(description="Places beyond those that are listed.")
-    tables: list[str] = Field(description="Tables of yours to which jobs wrote; they aren't changed.")
-    batch_files: int = Field(description="Files of batch requests in the workspace; they aren't changed.")
+    tables: list[str] = Field(description="Tables of yours to which jobs wrote, told likewise.")
+    batch_files: int = Field(description="Number of batch requests' files, told likewise.")

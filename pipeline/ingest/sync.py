@@ -158,9 +158,8 @@ def sync_collection(
         CollectionBusy: without `queue`, another sync goes on.
         As `pipeline.ingest.submit.submit`.
     """
-    waiting = partial(_submit_in_turn, engine, queue=queue, on_wait=on_wait)
-    done = waiting(submission)
-    told = sync_other_versions(engine, submission, wish, done.job_id, waiting)
+    done = _submit_in_turn(engine, submission, queue=queue, on_wait=on_wait)
+    told = sync_other_versions(engine, submission, wish, done.job_id, queue=queue, on_wait=on_wait)
     return replace(done, notices=[*done.notices, *told])
 
 
@@ -191,20 +190,23 @@ def sync_other_versions(
     submission: Submission,
     wish: SyncRequest,
     leader: UUID,
-    submit_in_turn: Callable[..., Submitted] | None = None,
+    *,
+    queue: bool = False,
+    on_wait: Callable[[UUID], None] = lambda _: None,
 ) -> list[str]:
     """Submit the same sync as the job `leader` for each other version of its collection. Return what became of it, in
     sentences for a person: a version that misses a sync takes none of the others along.
 
-    By default a version whose earlier sync hasn't ended misses this one.
+    A version whose earlier sync hasn't ended misses this one, or with `queue` waits for it, as `sync_collection` does.
     """
     assert submission.collection
-    act = submit_in_turn or partial(_submit_in_turn, engine, queue=False, on_wait=lambda _: None)
     told = []
     for version in _others(engine, submission.collection, leader):
         which = f"the {version.state} version (model {version.model})"
         try:
-            done = _sync_version(engine, submission, wish, version, leader, act)
+            other = _of_version(engine, submission, wish, version, leader)
+            still = partial(_is_latest, engine, leader)
+            done = _submit_in_turn(engine, other, queue=queue, on_wait=on_wait, still=still)
         except VectormillError as error:
             told.append(f"{which} misses this sync: {error}")
         else:
@@ -227,44 +229,40 @@ def _others(engine: Engine, collection: Collection, leader: UUID) -> list[Collec
     return [version for version in versions.values() if version.version_id != own]
 
 
-def _sync_version(
-    engine: Engine,
-    submission: Submission,
-    wish: SyncRequest,
-    version: Collection,
-    leader: UUID,
-    submit_in_turn: Callable[..., Submitted],
-) -> Submitted:
+def _is_latest(engine: Engine, job_id: UUID) -> bool:
+    with engine.begin() as connection:
+        return syncs.is_latest(connection, job_id)
+
+
+def _of_version(
+    engine: Engine, submission: Submission, wish: SyncRequest, version: Collection, leader: UUID
+) -> Submission:
+    """Return the submission of the same sync for another version.
+
+    Raises:
+        UserError: a later sync has begun, whose rows are newer; or the version's model can't be used.
+    """
     corpus, key = submission.corpus, submission.idempotency_key
     assert isinstance(corpus, SyncSource)
-
-    def is_latest() -> bool:
-        with engine.begin() as connection:
-            return syncs.is_latest(connection, leader)
-
     with engine.begin() as connection:
         model = find_model(connection, version.workspace_id, version.model)
-    # Another one has begun since, whose rows are newer.
-    if not is_latest() and not (key and _is_known(engine, version, _key_of(key, version))):
+    if not _is_latest(engine, leader) and not (key and _is_known(engine, version, _key_of(key, version))):
         raise UserError(f"a later sync than {leader} has begun.")
-    return submit_in_turn(
-        submission_of(
-            version,
-            model,
-            wish.model_copy(
-                update={
-                    "name": f"{submission.name} ({model.name})",
-                    "webhook": None,
-                    # Whether so many keys may go is decided; a version that missed a sync may have more to remove.
-                    "max_removed": "" if wish.delta else "100%",
-                }
-            ),
-            corpus.again(),
-            submission.planning,
-            _key_of(key, version) if key else None,
-            beside=leader,
+    return submission_of(
+        version,
+        model,
+        wish.model_copy(
+            update={
+                "name": f"{submission.name} ({model.name})",
+                "webhook": None,
+                # Whether so many keys may go is decided; a version that missed a sync may have more to remove.
+                "max_removed": "" if wish.delta else "100%",
+            }
         ),
-        still=is_latest,
+        corpus.again(),
+        submission.planning,
+        _key_of(key, version) if key else None,
+        beside=leader,
     )
 
 

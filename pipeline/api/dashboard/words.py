@@ -152,7 +152,7 @@ REJECTS: dict[RejectCode, tuple[str, str]] = {
     ),
     RejectCode.FORGOTTEN: (
         "The key was forgotten, so nothing of the row is kept.",
-        "Remove the row from the source, or allow the key again: vectormill forget --allow.",
+        "Remove the row from the source, or allow the key again.",
     ),
     RejectCode.BAD_REQUEST: (
         "The line isn't a request for an embedding.",

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, Engine
 
-from pipeline.api.dependencies import SECURITY, ask, caller_of, described, problems, read_body, scope_of
+from pipeline.api.dependencies import SECURITY, ask, caller_of, described, problems, read_body, scope_or_own
 from pipeline.api.gateway.cache import Caller
 from pipeline.api.paths import as_sent
 from pipeline.api.status.submissions import Intake, answer, body_of, owner_of, receive_rows, schema_of
@@ -93,11 +93,6 @@ async def _of(request: Request, workspace: str | None, act: Any) -> Any:
     return await ask(request, lambda connection: act(connection, scope_or_own(connection, caller, workspace)))
 
 
-def scope_or_own(connection: Connection, caller: Caller, workspace: str | None) -> int:
-    """Return the workspace that a caller names, which an admin may, or else the caller's own."""
-    return (scope_of(connection, caller, workspace) if workspace else None) or caller.workspace_id
-
-
 def _check_free(connection: Connection, owner: int, name: str, idempotency_key: str | None) -> None:
     """Refuse a sync before its rows are sent, if another one goes on."""
     found = collections.find_collection(connection, owner, name)
@@ -132,8 +127,8 @@ async def make_collection(request: Request, workspace: Of = None) -> CollectionS
     every = None if wish.expect_every_seconds is None else timedelta(seconds=wish.expect_every_seconds)
     own = {"name", "model", "expect_every_seconds"}
     options = read_fields(JobOptions, wish.model_dump(exclude=own, exclude_unset=True))
-    if options.into or options.hnsw:
-        raise UserError("only vectormill collections create takes it, at the database.", field="into")
+    if refused := next((name for name in ("into", "hnsw") if getattr(options, name)), None):
+        raise UserError("only a command at the database takes it; leave it out.", field=refused)
 
     def act(connection: Connection) -> CollectionStatus:
         scope = scope_or_own(connection, caller, workspace)

@@ -1,15 +1,18 @@
 """Requests to forget keys at `/api/forgets`."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 from uuid import UUID
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import Connection, Engine
 
-from pipeline.api.dependencies import SECURITY, ask, caller_of, described, problems, read_body
+from pipeline.api.dependencies import SECURITY, ask, caller_of, described, problems, read_body, scope_or_own
+from pipeline.api.gateway.cache import Caller
 from pipeline.api.paths import as_sent
-from pipeline.api.status.collections import Of, scope_or_own
+from pipeline.api.status.collections import Of
+from pipeline.api.transfers import Transfers
 from pipeline.core.errors import UnknownForget
 from pipeline.core.forget_status import ForgetStatus
 from pipeline.core.options import Word
@@ -19,6 +22,7 @@ from pipeline.jobs.collections import find_collection
 
 router = APIRouter(prefix="/api/forgets", responses=problems(400, 404, 413), tags=["Collections"])
 
+Found = TypeVar("Found")
 _Key = Annotated[str, StringConstraints(min_length=1, max_length=1_024, pattern="^[^\0]*$")]
 
 
@@ -39,25 +43,27 @@ class Allowed(BaseModel):
     allowed: int = Field(description="Keys of these that were forgotten.")
 
 
+#: Acts on the keys of a workspace, or of one of its collections.
+_Act = Callable[[Engine, int, Collection | None], Found]
+
+
 @router.post("", status_code=201, openapi_extra=described(ForgetRequest))
 async def forget(request: Request, workspace: Of = None) -> ForgetStatus:
     """Forget keys: from now on rows with such a key are rejected, and the dispatcher erases what is there.
 
-    Parquet files and files of batch requests aren't changed; the answer names them.
+    Parquet files, tables that jobs wrote to, and files of batch requests aren't changed; the request names them once it
+    is finished.
     """
     caller = await caller_of(request)
     wish = await read_body(request, ForgetRequest)
 
-    def act(engine: Engine) -> ForgetStatus:
-        with engine.begin() as connection:
-            scope = scope_or_own(connection, caller, workspace)
-            found = _collection(connection, scope, wish.collection)
+    def act(engine: Engine, scope: int, collection: Collection | None) -> ForgetStatus:
         by = f"key {caller.key_id}"
-        made = forgetting.forget_keys(engine, scope, wish.keys, by=by, collection=found)
+        made = forgetting.forget_keys(engine, scope, wish.keys, by=by, collection=collection)
         with engine.begin() as connection:
             return forgetting.forget_status(connection, scope, made)
 
-    return await request.app.state.transfers.run(caller.workspace_id, act)
+    return await _run(request, caller, workspace, wish, act)
 
 
 @router.post("/allow", openapi_extra=described(ForgetRequest))
@@ -66,13 +72,23 @@ async def allow(request: Request, workspace: Of = None) -> Allowed:
     caller = await caller_of(request)
     wish = await read_body(request, ForgetRequest)
 
-    def act(engine: Engine) -> Allowed:
+    def act(engine: Engine, scope: int, collection: Collection | None) -> Allowed:
+        return Allowed(allowed=forgetting.allow_keys(engine, scope, wish.keys, collection=collection))
+
+    return await _run(request, caller, workspace, wish, act)
+
+
+async def _run(request: Request, caller: Caller, workspace: str | None, wish: ForgetRequest, act: _Act[Found]) -> Found:
+    """Run `act`, which may take long, with the workspace and the collection that a request is about."""
+
+    def run(engine: Engine) -> Found:
         with engine.begin() as connection:
             scope = scope_or_own(connection, caller, workspace)
-            found = _collection(connection, scope, wish.collection)
-        return Allowed(allowed=forgetting.allow_keys(engine, scope, wish.keys, collection=found))
+            found = find_collection(connection, scope, wish.collection) if wish.collection else None
+        return act(engine, scope, found)
 
-    return await request.app.state.transfers.run(caller.workspace_id, act)
+    transfers: Transfers = request.app.state.transfers
+    return await transfers.run(caller.workspace_id, run)
 
 
 @router.get("/{forget}", openapi_extra=SECURITY)
@@ -88,7 +104,3 @@ async def show_forget(request: Request, forget: str, workspace: Of = None) -> Fo
         return forgetting.forget_status(connection, scope_or_own(connection, caller, workspace), forget_id)
 
     return await ask(request, act)
-
-
-def _collection(connection: Connection, scope: int, name: str | None) -> Collection | None:
-    return None if name is None else find_collection(connection, scope, name)

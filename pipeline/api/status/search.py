@@ -5,7 +5,16 @@ from uuid import UUID
 from fastapi import APIRouter, Request
 from sqlalchemy import Connection
 
-from pipeline.api.dependencies import Workspace, ask, ask_of_job, caller_of, described, problems, read_body, scope_of
+from pipeline.api.dependencies import (
+    Workspace,
+    ask,
+    ask_of_job,
+    caller_of,
+    described,
+    problems,
+    read_body,
+    scope_or_own,
+)
 from pipeline.api.gateway.cache import Caller
 from pipeline.api.paths import as_sent
 from pipeline.api.status.collections import Of
@@ -23,7 +32,7 @@ async def search_collection(request: Request, collection: str, workspace: Of = N
     wish, name = await read_body(request, SearchRequest), as_sent(collection)
 
     def find(connection: Connection) -> Searchable:
-        scope = (scope_of(connection, caller, workspace) if workspace else None) or caller.workspace_id
+        scope = scope_or_own(connection, caller, workspace)
         return collection_to_search(connection, scope, name, wish.version)
 
     return Hits(data=await search_by_engine(request, caller, await ask(request, find), wish))
