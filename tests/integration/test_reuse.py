@@ -19,7 +19,7 @@ from pipeline.core.chunks import Claim
 from pipeline.core.models import Model
 from pipeline.core.options import KeptOptions
 from pipeline.core.text_identity import TextIdentity
-from pipeline.db import embeddings, items, known_texts, restored, workspaces
+from pipeline.db import embeddings, items, known_texts, lost_claims, restored, workspaces
 from pipeline.jobs import control
 from pipeline.jobs.purge import purge_job
 from pipeline.jobs.verification import verified_receipt
@@ -70,8 +70,9 @@ def vectors(engine: Engine, job: UUID) -> list[str]:
 
 
 def due_at_once(engine: Engine) -> None:
-    """Let chunks that were given back for a moment be claimed now."""
-    run_sql(engine, "update vectormill.chunks set not_before = null")
+    """Let chunks that were given back for a moment be claimed now, while others are at work on theirs."""
+    waiting = "select id from vectormill.chunks where not_before is not null order by id for update"
+    run_sql(engine, f"update vectormill.chunks set not_before = null where id = any(array({waiting}))")
 
 
 def verified(engine: Engine, job: UUID) -> bool | None:
@@ -143,6 +144,21 @@ def test_a_text_that_another_chunk_embeds_is_left_to_the_next_claim(
     assert run(engine, encoder, ahead) == counts("done", 2)
     due_at_once(engine)
     assert run(engine, encoder, taken(engine, job, 1)) == counts("done", 1, 1)
+    assert verified(engine, job)
+
+
+@pytest.mark.parametrize(("losses", "embedded"), [(1, 2), (2, 4)])
+def test_a_lost_chunk_shares_its_texts_until_one_of_them_may_be_the_cause(
+    engine: Engine, encoder: LocalEncoder, model: Model, losses: int, embedded: int
+) -> None:
+    run(engine, encoder, taken(engine, job_of(engine, model, ["elsewhere"])))
+    job = job_of(engine, model, ["here", "elsewhere", "here", "there"])
+    for _ in range(losses):
+        sort_out(engine, taken(engine, job), _items(engine, job, 0, 4))
+        run_sql(engine, "update vectormill.chunks set lease_until = '-infinity' where job_id = :job", job=job)
+        with engine.begin() as connection:
+            assert len(lost_claims.expire_leases(connection, 10)) == 1
+    assert run(engine, encoder, taken(engine, job)) == counts("done", embedded, 4 - embedded)
     assert verified(engine, job)
 
 

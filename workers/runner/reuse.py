@@ -47,7 +47,9 @@ class SortedItems:
 
 def sort_out(engine: Engine, claim: Claim, items: Sequence[Item]) -> SortedItems:
     """Return which items of a block are to be embedded, and where the others' vectors come from."""
-    if not claim.options.reuse or claim.isolation:  # in a search for an item that kills, each is seen alone
+    # In a search for an item that kills, each is seen alone, and none moves ahead of it because another chunk let go of
+    # its text. A single loss is rarely a text's fault.
+    if not claim.options.reuse or claim.isolation > 1:
         return SortedItems(items=list(items))
     identity, groups = TextIdentity(claim.options), dict[bytes, list[Item]]()
     for item in items:
