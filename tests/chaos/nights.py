@@ -55,7 +55,8 @@ def kill_in_removal(site: Site, random: Random) -> Done:
 #: Counts of a sync, and whether a chunk of it was lost twice: it is searched for a text that kills, and shares nothing.
 _COUNTS = """
 select receipt->'items' as items,
-       exists (select from vectormill.claim_losses where job_id = :job group by chunk_id having count(*) > 1) as searched
+       exists (select from vectormill.claim_losses where job_id = :job
+               group by chunk_id having count(*) > 1) as searched
 from vectormill.jobs where id = :job
 """
 _IN_SWAP = """
