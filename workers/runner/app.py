@@ -58,10 +58,8 @@ def _on_start(**_: Any) -> None:
 
 @signals.worker_before_create_process.connect
 def _before_child(**_: Any) -> None:
-    """Unset the variable that makes a new child log in Celery's own form until its logs are configured, and see that
-    there is a process to fork it."""
+    """Unset the variable that makes a new child log in Celery's own form until its logs are configured."""
     os.environ.pop("_MP_FORK_LOGLEVEL_", None)
-    fork_server.restart_if_dead()
 
 
 @signals.worker_ready.connect

@@ -5,13 +5,12 @@ memory. The worker itself can't be forked: it has threads and connections.
 """
 
 import os
-import select
 import sys
 from contextlib import suppress
 from typing import Any
 
 import billiard
-from billiard import forkserver
+from billiard import forkserver, popen_forkserver
 from billiard.connection import arbitrary_address
 from celery.concurrency import asynpool
 
@@ -27,6 +26,21 @@ class _PoolWorker(asynpool.Worker):
         return (*super().__reduce__(), {"inqW_fd": self.inqW_fd})
 
 
+class _Popen(popen_forkserver.Popen):
+    """Child that a new server forks where the old one has died, which has killed all its children.
+
+    Whether it is dead shows only here: while its threads end it may still have files open, and take a connection.
+    """
+
+    def _launch(self, process_obj: Any) -> None:
+        try:
+            super()._launch(process_obj)
+        except (OSError, EOFError):
+            self._fds.clear()
+            _restart()
+            super()._launch(process_obj)
+
+
 def start() -> None:
     """Let children be forked by a server, and start it.
 
@@ -38,20 +52,16 @@ def start() -> None:
         billiard.set_start_method("spawn", force=True)
         return
     asynpool.AsynPool.Worker = _PoolWorker
+    popen_forkserver.Popen = _Popen
     billiard.set_start_method("forkserver", force=True)
     forkserver.set_forkserver_preload(["workers.runner.preloaded"])
     forkserver.ensure_running()
 
 
-def restart_if_dead() -> None:
-    """Start the server anew if something killed it, which has killed all children with it."""
+def _restart() -> None:
     server = forkserver._forkserver
-    if (pipe := server._forkserver_alive_fd) is None:
-        return
-    poll = select.poll()
-    poll.register(pipe, 0)  # POLLERR is always told: the server's end of the pipe is closed
-    if poll.poll(0):
+    if (pipe := server._forkserver_alive_fd) is not None:
         server._forkserver_alive_fd = None
         with suppress(OSError):
             os.close(pipe)
-        server.ensure_running()
+    server.ensure_running()
