@@ -54,10 +54,15 @@ grant select, insert, update, delete
   to vectormill_dispatcher;
 grant usage on sequence vectormill.collection_slots to vectormill_dispatcher;
 grant execute on function vectormill.index_collection, vectormill.drop_version to vectormill_dispatcher;
-grant update (state) on vectormill.collection_versions to vectormill_dispatcher;
+grant update (state, output_number, output_shown, output_at, output_problem, compacts)
+  on vectormill.collection_versions to vectormill_dispatcher;
+grant select, insert, delete on vectormill.collection_changes, vectormill.collection_files to vectormill_dispatcher;
 -- It erases keys that are forgotten.
 grant select on vectormill.forgets, vectormill.forget_keys, vectormill.tombstones to vectormill_dispatcher;
-grant update (items, collected, after_job, waits_for, problem, finished_at) on vectormill.forgets to vectormill_dispatcher;
+grant update (items, collected, after_job, waits_for, problem, unseen, finished_at)
+  on vectormill.forgets to vectormill_dispatcher;
+grant update (name, rows, bytes) on vectormill.outputs to vectormill_dispatcher;
+grant update (uri, etag, bytes, sha256) on vectormill.files to vectormill_dispatcher;
 grant delete on vectormill.forget_keys, vectormill.embeddings, vectormill.passages to vectormill_dispatcher;
 grant select, delete, update (index) on vectormill.known_texts to vectormill_dispatcher;
 -- Nobody writes it: without it, no row of a collection could be locked.
@@ -81,6 +86,8 @@ grant select, insert, update, delete on vectormill.workers to vectormill_worker;
 grant select, insert, update (job_id, index) on vectormill.known_texts to vectormill_worker;
 grant select, insert, update (identity, carried, tokens, job_id) on vectormill.collection_keys to vectormill_worker;
 grant select, insert, delete on vectormill.collection_vectors to vectormill_worker;
+grant select on vectormill.collection_versions to vectormill_worker;
+grant insert on vectormill.collection_changes to vectormill_worker;
 grant usage on sequence vectormill.collection_slots to vectormill_worker;
 grant update (state, reason, message, ends_as, started_at) on vectormill.jobs to vectormill_worker;
 grant update (state, fence, token, parts, lease_until, not_before, backend_pid, worker_id, task_id, crashes, isolation,
@@ -127,7 +134,9 @@ grant execute on function vectormill.make_partitions to vectormill_api;
 -- It makes collections, upgrades and drops them, and stages their syncs.
 grant select on vectormill.collection_keys, vectormill.collection_vectors to vectormill_api;
 grant select, insert on vectormill.collections, vectormill.collection_versions to vectormill_api;
-grant update (state, kept_until) on vectormill.collection_versions to vectormill_api;
+grant update (state, kept_until, compacts) on vectormill.collection_versions to vectormill_api;
+grant select on vectormill.collection_files to vectormill_api;
+grant select, delete on vectormill.collection_changes to vectormill_api;
 grant select, insert, update, delete on vectormill.syncs, vectormill.sync_seen, vectormill.sync_changes
   to vectormill_api;
 grant usage on sequence vectormill.collection_slots to vectormill_api;
@@ -145,7 +154,8 @@ grant select
      vectormill.models, vectormill.model_rates, vectormill.workspace_models, vectormill.vector_spaces,
      vectormill.workers, vectormill.engines, vectormill.leases, vectormill.files, vectormill.batches, vectormill.receipts, vectormill.job_status,
      vectormill.collections, vectormill.collection_versions, vectormill.collection_keys,
-     vectormill.collection_vectors, vectormill.syncs, vectormill.forgets,
+     vectormill.collection_vectors, vectormill.collection_changes, vectormill.collection_files, vectormill.syncs,
+     vectormill.forgets,
      vectormill.alembic_version
   to vectormill_reader;
 grant select (id, name, weight, requests_per_minute, tokens_per_minute, monthly_tokens, monthly_cost, created_at)
@@ -162,6 +172,6 @@ where relnamespace = 'vectormill'::regnamespace and relispartition and relkind =
 select vectormill.show_collection(id) from vectormill.collections;
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0024';
+comment on schema vectormill is 'roles.sql of 0025';
 
 commit;

@@ -263,7 +263,6 @@ EXAMPLES: dict[str, Any] = {
         "outputs": [],
         "more_outputs": 0,
         "tables": [],
-        "batch_files": 0,
     },
     "SyncRequest": {"sources": ["s3://shop/tickets/*.parquet"], "labels": {"team": "search"}},
     "CollectionStatus": _COLLECTION,

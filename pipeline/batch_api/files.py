@@ -1,19 +1,24 @@
 """Files of the Files API: uploaded input files of batch requests, and their output and error files."""
 
 import hashlib
+from collections.abc import Set
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 from uuid import UUID
 
+import orjson
 from sqlalchemy import Engine, RowMapping
 from uuid_utils.compat import uuid7
 
-from pipeline.core.errors import SourceChanged, StorageUnreachable
+from pipeline.core.errors import SourceChanged, StorageUnreachable, Waiting
 from pipeline.db import files
 from pipeline.infra import storage
 from pipeline.infra.settings import Settings
 
 _BLOCK_BYTES = 1024 * 1024
+_FILES_AT_ONCE = 1_000
 _DAY_SECONDS = 86_400
 
 
@@ -95,3 +100,61 @@ def delete_file(engine: Engine, file_id: str) -> bool:
     storage.delete(uri)
     with engine.begin() as connection:
         return files.delete(connection, file_id)
+
+
+def erase_keys(engine: Engine, settings: Settings, workspace_id: int, keys: Set[str]) -> None:
+    """Write the files of a workspace anew that have lines with one of these keys as `custom_id`, without those.
+
+    Raises:
+        Waiting: a batch request that reads one of them hasn't ended.
+        StorageRefused, StorageUnreachable: one can't be read or written.
+    """
+    after = None
+    while True:
+        with engine.begin() as connection:
+            page = files.page(
+                connection, workspace_id, purpose=None, after=after, oldest_first=True, limit=_FILES_AT_ONCE
+            )
+        for file in page:
+            with suppress(SourceChanged):  # it is deleted
+                _erase_from(engine, settings, file, keys)
+            after = file["id"]
+        if len(page) < _FILES_AT_ONCE:
+            return
+
+
+def _erase_from(engine: Engine, settings: Settings, file: RowMapping, keys: Set[str]) -> None:
+    digest, size, fewer = hashlib.sha256(), 0, False
+    with open_kept(file) as source, TemporaryFile() as left:
+        for line in source:
+            if _key_of(line) in keys:
+                fewer = True
+                continue
+            left.write(line)
+            digest.update(line)
+            size += len(line)
+        if not fewer:
+            return
+        left.seek(0)
+        uri = storage.join(storage.join(settings.files_folder, str(file["workspace_id"])), new_id("file-"))
+        storage.write_from(uri, left)
+    there = storage.stat(uri)
+    if there is None or there.bytes != size:
+        raise StorageUnreachable(f"{uri}: the stored file is missing or has another size than was written; try again.")
+    with engine.begin() as connection:
+        reading = files.reading(connection, file["id"])
+        if not reading:
+            digested = digest.hexdigest()
+            files.replace(connection, file["id"], uri=there.uri, etag=there.etag, size=size, sha256=digested)
+    if reading:
+        storage.delete(uri)
+        raise Waiting(f"batch request {reading} reads a file that has such a key")
+    storage.delete(file["uri"])
+
+
+def _key_of(line: bytes) -> object:
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return row.get("custom_id") if isinstance(row, dict) else None

@@ -5,26 +5,29 @@ commit has recorded its name; all other parts come from lost claims. When the jo
 folder itself, then the manifest is written, and at last `_SUCCESS`. Every step is idempotent.
 """
 
+import dataclasses
 import io
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from typing import Any
-from uuid import UUID
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import structlog
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, RowMapping
 
 from pipeline.core import exact_json
 from pipeline.core.chunks import Claim, Item
 from pipeline.core.errors import SourceChanged, UserError, Waiting
-from pipeline.core.jobs import Job
+from pipeline.core.jobs import Job, JobState
 from pipeline.core.options import OUR_COLUMNS, PASSAGE_COLUMNS, VectorType
 from pipeline.core.vectors import restored, stored
 from pipeline.db import items, jobs, outputs
@@ -42,6 +45,15 @@ _MOVES = 16
 _PART = re.compile(r"part-\d+-\d+(-[0-9a-f]{32})?(-\d+)?\.parquet")
 
 log = structlog.get_logger()
+
+
+class Erased(NamedTuple):
+    """What the erasure of keys from a job's files has found."""
+
+    #: Items that nobody has counted as erased.
+    unknown: int
+    #: False: a file can't be found.
+    is_whole: bool
 
 
 class ParquetSink:
@@ -103,7 +115,10 @@ class ParquetSink:
                 if now is None or now.state.ended or outputs.digest(connection, job.id) != before:
                     raise Waiting("the job's parts have changed meanwhile.")
 
-        about = {
+        make_data_set(self._folder, job.id, written, self._about(job, space), check)
+
+    def _about(self, job: Job, space: RowMapping) -> dict[str, Any]:
+        return {
             "name": job.name,
             "labels": job.labels,
             "model": job.model,
@@ -113,7 +128,56 @@ class ParquetSink:
             "carried": self._carried,
             **({"passages": True} if self._passages else {}),
         }
-        make_data_set(self._folder, job.id, written, about, check)
+
+    def erase(self, engine: Engine, job: Job, keys: Set[str]) -> Erased:
+        """Write the parts anew that have one of the keys, one at a time."""
+        with engine.begin() as connection:
+            written, space = outputs.of_job(connection, job.id), jobs.vector_space(connection, job.id)
+        there, unknown = list[Output](), 0
+        for output in written:
+            with suppress(SourceChanged):
+                kept, items = self._erase_from(engine, job, output, keys)
+                there.append(kept)
+                unknown += items
+        if job.state is JobState.COMPLETED and {each.name for each in there} != set(self._visible_parts()):
+            make_data_set(self._folder, job.id, there, self._about(job, space))
+        return Erased(unknown, is_whole=len(there) == len(written))
+
+    def _visible_parts(self) -> Iterator[str]:
+        return (name for name in visible_names(self._folder) if _PART.fullmatch(name))
+
+    def _erase_from(self, engine: Engine, job: Job, output: Output, keys: Set[str]) -> tuple[Output, int]:
+        """Return the part that counts now, this one if it has none of the keys, and the number of items that nobody has
+        counted as erased.
+
+        Raises:
+            SourceChanged: it is gone.
+            Waiting: the job is tried again.
+        """
+        with open_part(self._folder, job.id, output) as file:
+            left = without_keys(file, keys)
+        if left is None:
+            return output, 0
+        number = f"-{output.part}" if output.part else ""
+        name = f"part-{output.chunk_id}-{output.fence}-{uuid4().hex}{number}.parquet"
+        made = dataclasses.replace(output, name=name, rows=left.rows, bytes=len(left.data))
+        staged = storage.join(_staging(self._folder, job.id), name)
+        storage.write(staged, left.data)
+        items, passages = len(pc.unique(left.gone["index"])), len(left.gone) if self._passages else 0
+        unknown = items if job.options.by_reference else 0  # others are erased from `items`
+        with engine.begin() as connection:
+            now = jobs.lock(connection, job.id)
+            is_ours = (
+                now is not None
+                and now.state.ended
+                and outputs.replace(connection, job.id, output, made, items=items, passages=passages, unknown=unknown)
+            )
+        if not is_ours:
+            storage.delete(staged)
+            raise Waiting(f"job {job.id} is tried again")
+        if job.state is not JobState.COMPLETED:
+            storage.delete(storage.join(_staging(self._folder, job.id), output.name))
+        return made, unknown
 
     def takes_long(self, connection: Connection) -> bool:  # noqa: ARG002
         """Return False: parts are moved, not rewritten."""
@@ -244,6 +308,28 @@ WRITING: Mapping[str, Any] = {"compression": "zstd", "use_dictionary": ["key"]}
 def as_text(value: Any) -> str | None:
     """Return a carried value as text: strings and None as they are, other values as JSON."""
     return value if value is None or isinstance(value, str) else exact_json.dumps(value).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is left of a file without some keys."""
+
+    rows: int
+    data: memoryview
+    #: The rows that it hasn't, without vectors.
+    gone: Any
+
+
+def without_keys(file: Any, keys: Set[str]) -> Left | None:
+    """Return a Parquet file of vectors without the rows of some keys; `None`: it has none of them."""
+    named = pc.is_in(file.read(columns=["key"])["key"], value_set=pa.array(sorted(keys), pa.string()))
+    if not pc.any(named).as_py():
+        return None
+    table = file.read()
+    left, gone = table.filter(pc.invert(named)), table.drop_columns(["embedding"]).filter(named)
+    buffer = io.BytesIO()
+    pq.write_table(left, buffer, **WRITING)
+    return Left(len(left), buffer.getbuffer(), gone)
 
 
 def _staging(folder: str, job_id: UUID) -> str:

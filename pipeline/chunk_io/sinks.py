@@ -1,6 +1,6 @@
 """Sinks: the outputs of a job's vectors. A new output takes a class like these, an option, and a flag."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Protocol
 from uuid import UUID
@@ -8,7 +8,7 @@ from uuid import UUID
 import numpy as np
 from sqlalchemy import Connection, Engine
 
-from pipeline.chunk_io.parquet_sink import ParquetSink
+from pipeline.chunk_io.parquet_sink import Erased, ParquetSink
 from pipeline.core.chunks import Claim, Item
 from pipeline.core.collections import SyncOptions
 from pipeline.core.jobs import Job
@@ -78,6 +78,14 @@ class Sink(Protocol):
         Each database query is within `connect()`: a short transaction, or one snapshot for all.
         """
 
+    def erase(self, engine: Engine, job: Job, keys: Set[str]) -> Erased:
+        """Erase keys of an ended job from its files.
+
+        Raises:
+            Waiting: the job is tried again.
+            StorageRefused, StorageUnreachable: a file can't be written.
+        """
+
     def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
         """Return (missing, double) of a job, as `pipeline.jobs.verification` defines them."""
 
@@ -135,6 +143,10 @@ class RowsSink:
             if len(page) < _PAGE:
                 return
             after = (page[-1].index, page[-1].passage)
+
+    def erase(self, engine: Engine, job: Job, keys: Set[str]) -> Erased:  # noqa: ARG002
+        """Do nothing: there are no files."""
+        return Erased(0, is_whole=True)
 
     def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
         """Count by joins; for items that are in files, by the ranges of their chunks."""

@@ -156,11 +156,16 @@ class ApiBackend:
         model: str,
         dimensions: int | None,
         into: str | None,
+        output: str | None,
     ) -> CollectionStatus:
         """Begin a collection's next version, of another model."""
         _refuse_into(into)
-        wish = {"model": model, "dimensions": dimensions}
+        wish = {"model": model, "dimensions": dimensions, "output": output}
         return CollectionStatus.model_validate(self._post(_collection_path(name, "upgrade"), json=wish))
+
+    def compact(self, name: str) -> None:
+        """Let a collection's Parquet files be written anew as one full set."""
+        self._post(_collection_path(name, "compact"))
 
     def abandon_upgrade(self, name: str) -> None:
         """Let a collection's next version go."""

@@ -82,8 +82,13 @@ class Backend(Protocol):
     def drop_collection(self, name: str) -> None:
         """Drop a collection with its view, vectors and history."""
 
-    def upgrade_collection(self, name: str, model: str, dimensions: int | None, into: str | None) -> CollectionStatus:
+    def upgrade_collection(
+        self, name: str, model: str, dimensions: int | None, into: str | None, output: str | None
+    ) -> CollectionStatus:
         """Begin a collection's next version, of another model."""
+
+    def compact(self, name: str) -> None:
+        """Let a collection's Parquet files be written anew as one full set."""
 
     def abandon_upgrade(self, name: str) -> None:
         """Let a collection's next version go."""

@@ -14,10 +14,11 @@ from pipeline.cli.backends import open_backend
 from pipeline.cli.once import App
 from pipeline.cli.spans import read_span
 from pipeline.core import humanize
-from pipeline.core.collection_status import CollectionStatus, Comparison, VersionStatus
+from pipeline.core.collection_status import CollectionStatus, Comparison, FilesStatus, VersionStatus
 from pipeline.core.collections import VersionState
 from pipeline.core.errors import UserError
 from pipeline.core.options import JobOptions, OnLong, Precision, SplitBy, VectorType
+from pipeline.infra.storage import absolute
 from pipeline.ingest.request import read_fields
 
 app = App(help="Manage collections, which syncs keep up with their sources.", no_args_is_help=True)
@@ -51,6 +52,14 @@ def create(
         str | None, typer.Option(metavar="TABLE", help="Keep the vectors in this empty table of yours, too.")
     ] = None,
     hnsw: Annotated[bool, typer.Option("--hnsw", help="With --into: index its vectors.")] = False,
+    folder: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            metavar="URI",
+            help="Write them as Parquet to this empty folder, too: all, then what each sync changes.",
+        ),
+    ] = None,
     no_reuse: options.NoReuse = False,
     expect_every: Annotated[
         str | None, typer.Option(metavar="SPAN", help="Call it stale this long after its last sync: 24h, 7d.")
@@ -82,6 +91,7 @@ def create(
         "max_rejects": max_rejects,
         "into": into,
         "hnsw": hnsw,
+        "output": folder and absolute(folder),
         "reuse": not no_reuse,
     }
     every = None if expect_every is None else read_span("--expect-every", expect_every)
@@ -139,6 +149,8 @@ def show(name: Name, as_json: options.Json = False, workspace: options.Workspace
     table.add_row("model", Text(f"{row.model}, {row.dimensions:,} dimensions"))
     table.add_row("keys", f"{row.keys:,}")
     table.add_row("view", Text(row.view))
+    if row.output:
+        table.add_row("files", _files(row.output))
     table.add_row("synced", _freshness(row))
     if row.expect_every_seconds:
         table.add_row("expected", f"every {humanize.duration(row.expect_every_seconds)}")
@@ -159,7 +171,16 @@ def _version(version: VersionStatus) -> Text:
         told.append(version.differs)
     if version.kept_until:
         told.append(f"kept until {version.kept_until:%Y-%m-%d %H:%M}")
+    if version.output:
+        told.append(f"files in {version.output.uri}")
     return Text("; ".join(told))
+
+
+def _files(files: FilesStatus) -> Text:
+    told = f"{files.uri}: version {files.version}, {files.files:,} files, {humanize.size(files.bytes)}"
+    if files.problem:
+        return Text(f"{told}; not written: {files.problem}", "yellow")
+    return Text(f"{told}; changes are being written" if files.behind else told)
 
 
 def _shown(value: Any) -> str:
@@ -215,6 +236,10 @@ def upgrade(
     into: Annotated[
         str | None, typer.Option(metavar="TABLE", help="The version's own table of yours, if the current one has one.")
     ] = None,
+    folder: Annotated[
+        str | None,
+        typer.Option("--output", metavar="URI", help="The version's own empty folder, if the current one has one."),
+    ] = None,
     abandon: Annotated[bool, typer.Option("--abandon", help="Let the next version go instead.")] = False,
     workspace: options.Workspace = DEFAULT_WORKSPACE,
 ) -> None:
@@ -229,7 +254,8 @@ def upgrade(
             backend.abandon_upgrade(name)
             output.stderr.print(f"The next version of {name} goes.", markup=False)
             return
-        versions = backend.upgrade_collection(name, model, dimensions, into).versions
+        place = folder and absolute(folder)
+        versions = backend.upgrade_collection(name, model, dimensions, into, place).versions
     made = next(each for each in versions if each.state is VersionState.NEXT)
     output.stderr.print(
         f"Next version: {made.model}, {made.dimensions:,} dimensions. "
@@ -327,6 +353,17 @@ def swap_back(
             typer.confirm(f"Give the vectors of {before.model} to readers again?", abort=True, err=True)
         row = backend.swap_back(name)
     output.stderr.print(f"Readers of {name} see the vectors of {row.model} again.", markup=False)
+
+
+@app.command()
+def compact(name: Name, workspace: options.Workspace = DEFAULT_WORKSPACE) -> None:
+    """Write a collection's Parquet files anew, as one full set without what later ones replace. Earlier sets go.
+
+    Example: vectormill collections compact tickets
+    """
+    with open_backend(workspace) as backend:
+        backend.compact(name)
+    output.stderr.print(f"The files of {name} are being written anew: vectormill collections show {name}", markup=False)
 
 
 @app.command()

@@ -174,13 +174,22 @@ class DatabaseBackend:
         with self._of_collection(name) as (connection, found):
             collections.drop_collection(connection, found)
 
-    def upgrade_collection(self, name: str, model: str, dimensions: int | None, into: str | None) -> CollectionStatus:
+    def upgrade_collection(
+        self, name: str, model: str, dimensions: int | None, into: str | None, output: str | None
+    ) -> CollectionStatus:
         """Begin a collection's next version, of another model."""
         from pipeline.ingest.collections import upgrade_collection
 
         with self._of_collection(name) as (connection, found):
-            upgrade_collection(connection, found.workspace_id, name, model=model, dimensions=dimensions, into=into)
+            upgrade_collection(
+                connection, found.workspace_id, name, model=model, dimensions=dimensions, into=into, output=output
+            )
             return collections.collection_status(connection, found)
+
+    def compact(self, name: str) -> None:
+        """Let a collection's Parquet files be written anew as one full set."""
+        with self._of_collection(name) as (connection, found):
+            collections.compact(connection, found)
 
     def abandon_upgrade(self, name: str) -> None:
         """Let a collection's next version go."""

@@ -34,10 +34,10 @@ def forget(
     as_json: Json = False,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
-    """Erase keys from jobs and collections, with texts, vectors, rejects and carried columns, and keep them out.
+    """Erase keys from jobs, their files, and collections, with texts, vectors, rejects and columns, and keep them out.
 
-    A tombstone, a hash of each key, turns rows with that key into rejects (forgotten) from then on. Parquet files,
-    tables that jobs wrote to, and files of batch requests aren't changed; the command names them.
+    A tombstone, a hash of each key, turns rows with that key into rejects (forgotten) from then on. Tables of yours
+    that jobs wrote to aren't changed; the command names them.
 
     Examples:
 
@@ -88,7 +88,9 @@ def _wait(backend: Backend, made: ForgetStatus, timeout: float | None) -> Forget
     deadline, told = time.monotonic() + (timeout or float("inf")), ""
     output.stderr.print(f"Nothing with these keys comes in any more. The dispatcher erases what is there ({made.id}).")
     while made.finished_at is None:
-        waits = f"the end of job {made.waits_for}, which may still write them" if made.waits_for else made.problem
+        waits = made.problem
+        if made.waits_for and not waits:
+            waits = f"the end of job {made.waits_for}, which may still write them"
         if waits and waits != told:
             output.stderr.print(f"waiting: {waits}", markup=False)
             told = waits
@@ -101,10 +103,8 @@ def _wait(backend: Backend, made: ForgetStatus, timeout: float | None) -> Forget
 
 def _left(done: ForgetStatus) -> Iterator[str]:
     for place in done.outputs:
-        yield f"Parquet files may still have them, and aren't changed: {place}"
+        yield f"Parquet files that can't be found here any more aren't changed: {place}"
     if done.more_outputs:
-        yield f"so may {done.more_outputs:,} more places"
+        yield f"nor are those of {done.more_outputs:,} more places"
     for table in done.tables:
         yield f"a table of yours that jobs wrote to isn't changed: {table}"
-    if done.batch_files:
-        yield f"{done.batch_files:,} files of batch requests aren't changed; DELETE /v1/files/ID deletes them"

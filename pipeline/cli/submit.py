@@ -23,7 +23,7 @@ from pipeline.cli.jobs import watch_job
 from pipeline.cli.output import stderr, tell
 from pipeline.core.errors import EmptySource, UserError
 from pipeline.core.options import Columns, JobOptions, OnLong, Precision, SplitBy, VectorType
-from pipeline.infra.storage import is_remote
+from pipeline.infra.storage import absolute, is_remote
 from pipeline.ingest.request import JobRequest, default_name, read_request
 from pipeline.ingest.submission import Submission, planning
 from pipeline.ingest.submit import submit as submit_corpus
@@ -151,7 +151,7 @@ def submit(
             "max_rejects": max_rejects,
             "unique_keys": unique_keys,
             "by_reference": bool(by_reference),
-            "output": output and _absolute(output),
+            "output": output and absolute(output),
             "reuse": not no_reuse,
             "webhook": webhook,
             "into": into,
@@ -252,10 +252,6 @@ def _by_reference(corpus: Source, options: JobOptions) -> bool:
     if any(file.uri is None or file.compression is not Compression.NONE for file in corpus.files):
         return False
     return sum(file.bytes or 0 for file in corpus.files) > _BY_REFERENCE_BYTES
-
-
-def _absolute(folder: str) -> str:
-    return folder if is_remote(folder) else str(Path(folder).absolute())
 
 
 def _submit(place: CommandContext, wish: JobRequest, corpus: Source, idempotency_key: str | None) -> UUID:

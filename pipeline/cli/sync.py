@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import typer
 from pipeline.catalog.models import DEFAULT_WORKSPACE, find_model
 from pipeline.cli import options
 from pipeline.cli.api_backend import ApiBackend
-from pipeline.cli.backends import open_backend
+from pipeline.cli.backends import Backend, open_backend
 from pipeline.cli.context import CommandContext
 from pipeline.cli.jobs import watch_job
 from pipeline.cli.output import stderr, tell
@@ -142,7 +143,22 @@ def sync(
         sys.stdout.write(f"{done.job_id}\n")
         sys.stdout.flush()
         if wait:
-            raise typer.Exit(watch_job(backend, done.job_id, timeout))
+            code = watch_job(backend, done.job_id, timeout)
+            if not code:
+                _await_files(backend, collection)
+            raise typer.Exit(code)
+
+
+def _await_files(backend: Backend, name: str) -> None:
+    """Wait until a collection's files have what its sync changed, or can't be written."""
+    while (files := backend.collection(name).output) and files.behind and not files.problem:
+        time.sleep(_FILES_SECONDS)
+    if files and files.problem:
+        stderr.print(f"Its files in {files.uri} aren't written yet: {files.problem}", markup=False)
+
+
+#: Time between two looks at a collection's files.
+_FILES_SECONDS = 0.5
 
 
 @contextmanager

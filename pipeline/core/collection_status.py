@@ -10,6 +10,19 @@ from pipeline.core.collections import VersionState
 from pipeline.core.jobs import JobState
 
 
+class FilesStatus(BaseModel):
+    """State of the Parquet files of a collection's version."""
+
+    uri: str = Field(description="Their folder; `_manifest.json` in it lists those that make up the newest set.")
+    version: int = Field(description="Number of the set that readers see; 0: none yet.")
+    files: int
+    rows: int = Field(description="Rows in them, with those that later ones replace.")
+    bytes: int
+    written_at: datetime | None
+    behind: bool = Field(description="Changes wait to be written.")
+    problem: str | None = Field(description="Why they can't be written; null: they can.")
+
+
 class VersionStatus(BaseModel):
     """State of a collection's version beside the current one."""
 
@@ -20,6 +33,7 @@ class VersionStatus(BaseModel):
     running: UUID | None = Field(description="Its sync that hasn't ended.")
     differs: str | None = Field(description="How it differs from the current version; null: it doesn't.")
     kept_until: datetime | None = Field(description="Of a previous version: the end of the time in which it is kept.")
+    output: FilesStatus | None = Field(default=None, description="Its Parquet files; null: it has none.")
 
 
 class CollectionStatus(BaseModel):
@@ -35,6 +49,7 @@ class CollectionStatus(BaseModel):
     synced_at: datetime | None = Field(description="End of its last completed sync.")
     running: UUID | None = Field(description="Its sync that hasn't ended.")
     created_at: datetime
+    output: FilesStatus | None = Field(default=None, description="Its Parquet files; null: it has none.")
     versions: list[VersionStatus] = Field(default=[], description="Versions of other models, which syncs fill too.")
 
     @property

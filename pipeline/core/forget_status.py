@@ -15,12 +15,13 @@ class ForgetStatus(BaseModel):
     collected: int = Field(description="Keys that were erased so far from versions of collections.")
     requested_by: str
     waits_for: UUID | None = Field(description="Job that hasn't ended, so that it may still write such a key.")
-    problem: str | None = Field(description="Why a table of yours can't be changed; the rest goes on.")
+    problem: str | None = Field(description="Why a table of yours, or a storage, can't be changed; the rest goes on.")
     created_at: datetime
     finished_at: datetime | None = Field(description="null: it goes on.")
     outputs: list[str] = Field(
-        description="Places to which jobs wrote Parquet, which isn't changed; told at the end, for a whole workspace."
+        description="Places to which jobs wrote Parquet that can't be found there any more, so that it isn't changed."
     )
     more_outputs: int = Field(description="Places beyond those that are listed.")
-    tables: list[str] = Field(description="Tables of yours to which jobs wrote, told likewise.")
-    batch_files: int = Field(description="Number of batch requests' files, told likewise.")
+    tables: list[str] = Field(
+        description="Tables of yours to which jobs wrote, told at the end, for a whole workspace."
+    )

@@ -137,7 +137,10 @@ def drop(connection: Connection, version_id: int) -> None:
 _FORGET_OF = """
     delete from vectormill.{TABLE} where job_id in (select job_id from vectormill.syncs where version_id = :version)
 """
-_FORGET = [_FORGET_OF.format(TABLE=table) for table in ("sync_seen", "sync_changes")]
+_FORGET = [
+    *(_FORGET_OF.format(TABLE=table) for table in ("sync_seen", "sync_changes")),
+    "delete from vectormill.collection_changes where version_id = :version",
+]
 
 
 class Sample(NamedTuple):

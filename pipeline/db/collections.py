@@ -37,6 +37,8 @@ class Collection:
     dimensions: int
     #: As `JobOptions` writes them.
     options: Mapping[str, Any]
+    #: Folder or URI of its Parquet files; `None`: it has none.
+    output: str | None
 
 
 def relation_exists(connection: Connection, name: str) -> bool:
@@ -57,6 +59,7 @@ def create(
     model: str,
     vector_space_id: int,
     options: Mapping[str, Any],
+    output: str | None = None,
 ) -> bool:
     """Create a collection with its tables and view. Return False if its name or that of the view is taken."""
     values = {
@@ -75,7 +78,13 @@ def create(
     if made is None:
         return False
     add_version(
-        connection, made, model=model, vector_space_id=vector_space_id, options=options, state=VersionState.CURRENT
+        connection,
+        made,
+        model=model,
+        vector_space_id=vector_space_id,
+        options=options,
+        output=output,
+        state=VersionState.CURRENT,
     )
     connection.execute(text("select vectormill.show_collection(:collection)"), {"collection": made})
     return True
@@ -89,18 +98,21 @@ def add_version(
     vector_space_id: int,
     options: Mapping[str, Any],
     state: VersionState,
+    output: str | None = None,
 ) -> None:
     """Add a version to a collection, with its tables."""
     version = connection.execute(
         text("""
-            insert into vectormill.collection_versions (collection_id, model_name, vector_space_id, options, state)
-            values (:collection, :model, :space, cast(:options as jsonb), :state) returning id
+            insert into vectormill.collection_versions
+              (collection_id, model_name, vector_space_id, options, output, state)
+            values (:collection, :model, :space, cast(:options as jsonb), :output, :state) returning id
         """),
         {
             "collection": collection_id,
             "model": model,
             "space": vector_space_id,
             "options": orjson.dumps(options).decode(),
+            "output": output,
             "state": state,
         },
     ).scalar_one()
@@ -109,7 +121,7 @@ def add_version(
 
 _READ = """
     select c.id, c.workspace_id, c.name, c.view, c.expect_every, c.created_at, v.id as version_id, v.state,
-           v.kept_until, v.model_name as model, v.vector_space_id, s.dimensions, v.options
+           v.kept_until, v.model_name as model, v.vector_space_id, s.dimensions, v.options, v.output
     from vectormill.collections c
     join vectormill.collection_versions v on v.collection_id = c.id
     join vectormill.vector_spaces s on s.id = v.vector_space_id
@@ -234,7 +246,7 @@ def drop(connection: Connection, collection_id: int) -> None:
     Raises:
         sqlalchemy.exc.DBAPIError: something depends on the view, or others use a collection for two seconds.
     """
-    for statement in _FORGET_STAGED:
+    for statement in (*_FORGET_STAGED, _FORGET_CHANGES):
         connection.execute(text(statement), {"collection": collection_id})
     connection.execute(text("select vectormill.drop_collection(:collection)"), {"collection": collection_id})
 
@@ -244,6 +256,10 @@ _FORGET = """
     where job_id in (select job_id from vectormill.syncs where collection_id = :collection)
 """
 _FORGET_STAGED = [_FORGET.format(TABLE=table) for table in ("sync_seen", "sync_changes")]
+_FORGET_CHANGES = """
+    delete from vectormill.collection_changes
+    where version_id in (select id from vectormill.collection_versions where collection_id = :collection)
+"""
 
 
 def begin_sync(

@@ -60,3 +60,18 @@ def uri_of(connection: Connection, file_id: str) -> str | None:
     return connection.execute(
         text("select uri from vectormill.files where id = :file"), {"file": file_id}
     ).scalar_one_or_none()
+
+
+def reading(connection: Connection, file_id: str) -> str | None:
+    """Return a batch request of this file that hasn't ended; None if there is none."""
+    found = text("""
+        select id from vectormill.batches where ended_at is null and input_file_id = :file order by id limit 1
+    """)
+    batch: str | None = connection.execute(found, {"file": file_id}).scalar_one_or_none()
+    return batch
+
+
+def replace(connection: Connection, file_id: str, *, uri: str, etag: str, size: int, sha256: str) -> None:
+    """Give a file other bytes."""
+    changed = files.update().where(files.c.id == file_id).values(uri=uri, etag=etag, bytes=size, sha256=sha256)
+    connection.execute(changed)

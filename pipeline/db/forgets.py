@@ -25,8 +25,10 @@ class Forget:
     #: Jobs up to this one are looked through, but for those that hadn't ended, so that they may still write.
     after_job: UUID | None
     waits_for: Sequence[UUID]
-    #: Why a table of the user can't be changed; `None`: there is no such.
+    #: Why a table of the user or a storage can't be changed; `None`: there is no such.
     problem: str | None
+    #: Places of jobs' files that can't be found.
+    unseen: Sequence[str]
     created_at: datetime
     finished_at: datetime | None
 
@@ -132,7 +134,7 @@ def forgotten_places(
 
 _READ = """
     select id, workspace_id, collection_id, requested_by, keys, items, collected, after_job, waits_for, problem,
-           created_at, finished_at
+           unseen, created_at, finished_at
     from vectormill.forgets
 """
 
@@ -265,11 +267,15 @@ def erase(connection: Connection, forget: Forget, job_id: UUID, first: int, coun
     if indexes:
         for statement in (_ERASE_OF[rows], *_ERASE_BESIDE):
             connection.execute(text(statement), {"job": job_id, "indexes": indexes})
-        connection.execute(
-            text("update vectormill.forgets set items = items + :items where id = :id"),
-            {"id": forget.id, "items": len(indexes)},
-        )
+        note_items(connection, forget.id, len(indexes))
     return len(indexes)
+
+
+def note_items(connection: Connection, forget_id: UUID, items: int) -> None:
+    """Count items that were erased from jobs."""
+    connection.execute(
+        text("update vectormill.forgets set items = items + :items where id = :id"), {"id": forget_id, "items": items}
+    )
 
 
 def note_collected(connection: Connection, forget_id: UUID, keys: int) -> None:
@@ -306,25 +312,23 @@ def delete_keys(connection: Connection, forget_id: UUID, limit: int) -> int:
     ).rowcount
 
 
+def note_unseen(connection: Connection, forget_id: UUID, place: str) -> None:
+    """Note a place of files that can't be found."""
+    connection.execute(
+        text("""
+            update vectormill.forgets set unseen = unseen || cast(:place as text)
+            where id = :id and :place <> all(unseen)
+        """),
+        {"id": forget_id, "place": place},
+    )
+
+
 def finish(connection: Connection, forget_id: UUID) -> None:
     """Finish a request."""
     connection.execute(
         text("update vectormill.forgets set finished_at = clock_timestamp(), problem = null where id = :id"),
         {"id": forget_id},
     )
-
-
-def files_of_jobs(connection: Connection, workspace_id: int, limit: int) -> tuple[int, list[str]]:
-    """Return the number of places where a workspace's jobs have written files, and the first ones."""
-    rows = connection.execute(
-        text("""
-            select count(*) over (), options->>'output' from vectormill.jobs
-            where workspace_id = :workspace and options->>'output' is not null
-            group by options->>'output' order by 2 limit :limit
-        """),
-        {"workspace": workspace_id, "limit": limit},
-    ).all()
-    return (int(rows[0][0]) if rows else 0), [row[1] for row in rows]
 
 
 def tables_of_jobs(connection: Connection, workspace_id: int, limit: int) -> list[str]:
@@ -340,9 +344,3 @@ def tables_of_jobs(connection: Connection, workspace_id: int, limit: int) -> lis
         {"workspace": workspace_id, "limit": limit},
     )
     return list(rows.scalars())
-
-
-def batch_files(connection: Connection, workspace_id: int) -> int:
-    """Return the number of a workspace's files of batch requests."""
-    found = text("select count(*) from vectormill.files where workspace_id = :workspace")
-    return int(connection.execute(found, {"workspace": workspace_id}).scalar_one())

@@ -63,6 +63,33 @@ def of_job(connection: Connection, job_id: UUID, chunk_id: int | None = None) ->
     return [Output(**row) for row in rows.mappings()]
 
 
+_FORGET = """
+    update vectormill.chunks
+    set forgotten_vectors = forgotten_vectors + :items, forgotten_passages = forgotten_passages + :passages,
+        forgotten = forgotten + :unknown
+    where id = :chunk
+"""
+
+
+def replace(
+    connection: Connection, job_id: UUID, output: Output, by: Output, *, items: int, passages: int, unknown: int
+) -> bool:
+    """Let a part count instead of another one, which had so many more items and passages; `unknown` of them aren't
+    counted as forgotten yet. Return False if the other one counts no more."""
+    replaced = connection.execute(
+        text("""
+            update vectormill.outputs set name = :name, rows = :rows, bytes = :bytes
+            where job_id = :job and name = :before
+        """),
+        {"job": job_id, "before": output.name, "name": by.name, "rows": by.rows, "bytes": by.bytes},
+    ).rowcount
+    if replaced:
+        connection.execute(
+            text(_FORGET), {"chunk": output.chunk_id, "items": items, "passages": passages, "unknown": unknown}
+        )
+    return bool(replaced)
+
+
 def digest(connection: Connection, job_id: UUID) -> str:
     """Return a digest of a job's recorded parts. Their number alone isn't enough, since a failover may have replaced
     some."""
@@ -79,10 +106,9 @@ class WrittenChunk:
 
     first_index: int
     items: int
-    #: Items that are embedded or reused.
+    #: Items that are embedded or reused, their passages, and rejects, without those that were erased since.
     written: int
     passages: int
-    #: Without those that were erased since.
     rejected: int
     #: Items of an ended chunk that are in none of its counts.
     unaccounted: int
@@ -93,7 +119,8 @@ def by_chunk(connection: Connection, job_id: UUID) -> Iterator[WrittenChunk]:
     """Yield a job's chunks in order, with their parts."""
     rows = connection.execution_options(yield_per=1_000).execute(
         text("""
-            select c.first_index, c.items, c.embedded + c.reused, c.passages, c.rejected - c.forgotten_rejects,
+            select c.first_index, c.items, c.embedded + c.reused - c.forgotten_vectors,
+                   c.passages - c.forgotten_passages, c.rejected - c.forgotten_rejects,
                    case when c.state in ('done', 'cancelled')
                         then greatest(0, c.items - c.vacant - c.embedded - c.reused - c.rejected - c.cancelled)
                         else 0 end as unaccounted,

@@ -214,11 +214,23 @@ _ADD_VECTORS = """
     from ({KNOWN}) i
     cross join lateral (select * from vectormill.{ROWS} e where e.job_id = :job and e.index = i.index offset 0) e
 """
+# For files, which are written after the sync's end.
+_HAS_FILES = "exists (select from vectormill.collection_versions where id = {VERSION} and output is not null)"
+_NOTE_KEYS = """
+    insert into vectormill.collection_changes (version_id, key)
+    select :version, i.key from ({EMBEDDED}) i where {HAS_FILES}
+"""
 _PASSAGE = {"embeddings": "0, null, null", "passages": "e.passage, e.start, e.stop"}
 _PUBLISH = {
     (rows, part): [
-        statement.format(ROWS=rows, PASSAGE=passage, EMBEDDED=embedded, KNOWN=_KNOWN.format(EMBEDDED=embedded))
-        for statement in (_CHANGE_KEYS, _ADD_KEYS, _DELETE_VECTORS, _ADD_VECTORS)
+        statement.format(
+            ROWS=rows,
+            PASSAGE=passage,
+            EMBEDDED=embedded,
+            KNOWN=_KNOWN.format(EMBEDDED=embedded),
+            HAS_FILES=_HAS_FILES.format(VERSION=":version"),
+        )
+        for statement in (_CHANGE_KEYS, _ADD_KEYS, _DELETE_VECTORS, _ADD_VECTORS, _NOTE_KEYS)
     ]
     for rows, passage in _PASSAGE.items()
     for part, of_commit in ((True, _OF_COMMIT), (False, ""))
@@ -241,43 +253,56 @@ _REMOVE_OF = """
       delete from vectormill.collection_keys k {WHICH} returning k.slot, k.key
     ), gone as (
       delete from vectormill.collection_vectors v using doomed d where v.version_id = %(version)s and v.slot = d.slot
+    ), noted as (
+      insert into vectormill.collection_changes (version_id, key)
+      select %(version)s, d.key from doomed d where {HAS_FILES}
     ), theirs as ({{theirs}})
     select count(*) from doomed
 """
+_REMOVED_HAS_FILES = _HAS_FILES.format(VERSION="%(version)s")
 _REMOVE_UNSEEN = _REMOVE_OF.format(
+    HAS_FILES=_REMOVED_HAS_FILES,
     WHICH="""
       where k.version_id = %(version)s and k.slot <= %(last_slot)s
         and not exists (select from vectormill.sync_seen s
                         where s.job_id = %(job)s and s.page = k.slot / %(page_slots)s
                           and get_bit(s.bits, k.slot %% %(page_slots)s) = 1)
-    """
+    """,
 )
 #: Keys whose row was rejected, unless another row of this sync has given them new vectors.
 _REMOVE_REJECTED = _REMOVE_OF.format(
+    HAS_FILES=_REMOVED_HAS_FILES,
     WHICH="""
       using (select f.slot from vectormill.rejects r
              cross join lateral (select slot, job_id from vectormill.collection_keys f
                                  where f.version_id = %(version)s and f.key = r.key offset 0) f
              where r.job_id = %(job)s and r.code <> 'duplicate_key' and f.job_id <> %(job)s) r
       where k.version_id = %(version)s and k.slot = r.slot
-    """
+    """,
 )
 _REMOVE_NAMED = _REMOVE_OF.format(
+    HAS_FILES=_REMOVED_HAS_FILES,
     WHICH="""
       using vectormill.sync_changes s
       where s.job_id = %(job)s and s.identity is null and k.version_id = %(version)s and k.slot = s.slot
-    """
+    """,
 )
 _REMOVE_GIVEN = _REMOVE_OF.format(
+    HAS_FILES=_REMOVED_HAS_FILES,
     WHICH="""
       using unnest(%(keys)s::text[]) given(key) where k.version_id = %(version)s and k.key = given.key
-    """
+    """,
 )
-_CHANGE_COLUMNS = """
-    update vectormill.collection_keys k set identity = s.identity, carried = s.carried
-    from vectormill.sync_changes s
-    where s.job_id = :job and s.identity is not null and k.version_id = :version and k.slot = s.slot
+_CHANGE_COLUMNS_OF = """
+    with changed as (
+      update vectormill.collection_keys k set identity = s.identity, carried = s.carried
+      from vectormill.sync_changes s
+      where s.job_id = :job and s.identity is not null and k.version_id = :version and k.slot = s.slot
+      returning k.key
+    )
+    insert into vectormill.collection_changes (version_id, key) select :version, key from changed where {HAS_FILES}
 """
+_CHANGE_COLUMNS = _CHANGE_COLUMNS_OF.format(HAS_FILES=_HAS_FILES.format(VERSION=":version"))
 _COUNT_CHANGES = """
     select count(*) filter (where k.slot > :last_slot), count(*) filter (where k.slot <= :last_slot)
     from vectormill.items i

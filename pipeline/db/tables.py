@@ -484,6 +484,16 @@ collection_versions = Table(
     Column("state", Text, nullable=False),
     # End of the time in which readers may go back to it.
     _moment("kept_until"),
+    # Folder or URI of its Parquet files, the number of their newest set and of the one that readers see, and when that
+    # was written.
+    Column("output", Text),
+    Column("output_number", Integer, nullable=False, server_default="0"),
+    Column("output_shown", Integer, nullable=False, server_default="0"),
+    _moment("output_at"),
+    # Why they can't be written; NULL: they can.
+    Column("output_problem", Text),
+    # They are to be written anew as one full set.
+    Column("compacts", Boolean, nullable=False, server_default="false"),
     _moment("created_at", now=True),
     CheckConstraint("state in ('next', 'current', 'previous', 'gone')", name="state"),
     Index(
@@ -528,6 +538,28 @@ collection_vectors = Table(
     PrimaryKeyConstraint("version_id", "slot", "passage"),
     CheckConstraint("(vector is null) <> (half is null)", name="one_vector"),
     postgresql_partition_by="LIST (version_id)",
+)
+
+#: Keys that changed since a version's files were written, each once or more often.
+collection_changes = Table(
+    "collection_changes",
+    metadata,
+    Column("version_id", BigInteger, nullable=False),
+    Column("key", Text(collation="C"), nullable=False),
+    Index("collection_changes_version_idx", "version_id"),
+)
+
+#: Parquet files of versions that count.
+collection_files = Table(
+    "collection_files",
+    metadata,
+    Column("version_id", ForeignKey("collection_versions.id", ondelete="CASCADE"), nullable=False),
+    Column("name", Text, nullable=False),
+    # Of the set that it came with.
+    Column("number", Integer, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    PrimaryKeyConstraint("version_id", "name"),
 )
 
 #: Syncs, kept while their collection is, also after their jobs are purged.
@@ -578,8 +610,10 @@ forgets = Table(
     # Jobs up to this one are looked through, but for those that hadn't ended.
     Column("after_job", Uuid),
     Column("waits_for", ARRAY(Uuid), nullable=False, server_default="{}"),
-    # Why a table of the user can't be changed; NULL: there is no such.
+    # Why a table of the user or a storage can't be changed; NULL: there is no such.
     Column("problem", Text),
+    # Places of jobs' files that couldn't be found.
+    Column("unseen", ARRAY(Text), nullable=False, server_default="{}"),
     _moment("created_at", now=True),
     _moment("finished_at"),
     Index("forgets_unfinished_idx", "id", postgresql_where=text("finished_at is null")),

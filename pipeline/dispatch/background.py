@@ -23,7 +23,7 @@ from pipeline.dispatch import finalize
 from pipeline.infra import metrics
 from pipeline.infra.settings import Settings
 from pipeline.ingest import sql_requests, staging
-from pipeline.jobs import forgetting
+from pipeline.jobs import collection_files, forgetting
 from pipeline.webhooks.delivery import deliver as deliver_events
 
 log = structlog.get_logger()
@@ -98,8 +98,13 @@ TASKS: tuple[BackgroundTask, ...] = (
     BackgroundTask(
         "forget_keys",
         db.forgets.unfinished,
-        lambda by, forget: forgetting.erase(by.engine, forget),
+        lambda by, forget: forgetting.erase(by.engine, forget, partial(files.erase_keys, by.engine, by.settings)),
         at_once=1,
+    ),
+    BackgroundTask(
+        "write_collection_files",
+        db.collection_files.due,
+        lambda by, version: collection_files.write_files(by.engine, version),
     ),
     BackgroundTask("drop_version", db.collection_versions.gone, _drop_version, at_once=1),
     BackgroundTask("forget_file", db.files.expired, lambda by, file: files.delete_file(by.engine, file), at_once=1),

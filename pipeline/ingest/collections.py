@@ -2,6 +2,7 @@
 
 import re
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -14,7 +15,7 @@ from pipeline.db import collections, models, user_table, workspaces
 from pipeline.db.collections import Collection
 from pipeline.ingest.request import read_fields
 from pipeline.ingest.submit import check_model
-from pipeline.jobs import control
+from pipeline.jobs import collection_files, control
 from pipeline.jobs.collections import find_collection, locked
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -64,11 +65,19 @@ def create_collection(
         expect_every=expect_every,
         model=found.name,
         vector_space_id=_space_of(connection, found, options),
-        options=options.model_dump(mode="json", exclude_defaults=True),
+        options=_kept(options),
+        output=options.output,
     )
     if not made:
         raise UserError("there is a collection of this name already.", field="name", given=f'"{name}"')
+    if options.output:
+        collection_files.prepare(options.output, options.carry)
     return find_collection(connection, workspace_id, name)
+
+
+def _kept(options: JobOptions) -> dict[str, Any]:
+    """Return the options of each sync's job. Files are written from the collection, not by its jobs."""
+    return options.model_dump(mode="json", exclude_defaults=True, exclude={"output"})
 
 
 def _space_of(connection: Connection, model: Model, options: JobOptions) -> int:
@@ -88,7 +97,7 @@ def _view_of(workspace: str, name: str) -> str:
 
 def _check_options(options: JobOptions) -> None:
     control.reject_limit(options.max_rejects, 0)
-    for field in ("unique_keys", "by_reference", "output", "webhook"):
+    for field in ("unique_keys", "by_reference", "webhook"):
         if getattr(options, field):
             raise UserError("a collection has no such option.", field=field)
     if long := next((column for column in options.carry if len(column.encode()) > _MOST_NAME), None):
@@ -132,9 +141,10 @@ def upgrade_collection(
     model: str,
     dimensions: int | None = None,
     into: str | None = None,
+    output: str | None = None,
 ) -> Collection:
     """Begin a collection's next version, of another model: the next whole sync fills it beside the current one. `into`
-    is the version's own table of the user.
+    is the version's own table of the user, `output` its own folder.
 
     Raises:
         UnknownCollection: there is none of this name.
@@ -149,7 +159,7 @@ def upgrade_collection(
                 "upgrade."
             )
         found = find_model(connection, workspace_id, model)
-        options = _options_of(current, dimensions, into)
+        options = _options_of(current, dimensions, into, output)
         check_model(options, found)
         space = _space_of(connection, found, options)
         if space == current.vector_space_id:
@@ -160,15 +170,23 @@ def upgrade_collection(
             current.id,
             model=found.name,
             vector_space_id=space,
-            options=options.model_dump(mode="json", exclude_defaults=True),
+            options=_kept(options),
+            output=output,
             state=VersionState.NEXT,
         )
+        if output:
+            collection_files.prepare(output, options.carry)
         return collections.versions(connection, current.id)[VersionState.NEXT]
 
 
-def _options_of(current: Collection, dimensions: int | None, into: str | None) -> JobOptions:
+def _options_of(current: Collection, dimensions: int | None, into: str | None, output: str | None) -> JobOptions:
     if into is None and (table := current.options.get("into")):
         raise UserError(
             f"the current version's vectors are in {table}; name another table for those of the next one.", field="into"
         )
-    return read_fields(JobOptions, {**current.options, "dimensions": dimensions, "into": into})
+    if output is None and current.output:
+        raise UserError(
+            f"the current version's files are in {current.output}; name another folder for those of the next one.",
+            field="output",
+        )
+    return read_fields(JobOptions, {**current.options, "dimensions": dimensions, "into": into, "output": output})

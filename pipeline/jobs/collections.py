@@ -7,10 +7,10 @@ from datetime import timedelta
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from pipeline.core.collection_status import CollectionStatus, SyncStatus, VersionStatus
+from pipeline.core.collection_status import CollectionStatus, FilesStatus, SyncStatus, VersionStatus
 from pipeline.core.collections import VersionState
 from pipeline.core.errors import CollectionBusy, IllegalTransition, UnknownCollection, UserError
-from pipeline.db import collection_versions, collections, forgets, staging, syncs
+from pipeline.db import collection_files, collection_versions, collections, forgets, staging, syncs
 from pipeline.db.collections import Collection
 from pipeline.db.database import is_connection_lost, plain_reason
 from pipeline.jobs import control
@@ -57,6 +57,7 @@ def collection_status(connection: Connection, collection: Collection) -> Collect
         synced_at=collections.last_synced(connection, collection.version_id),
         running=syncs.running(connection, collection.version_id),
         created_at=collection.created_at,
+        output=_files_status(connection, collection),
         versions=[
             _version_status(connection, version, collection)
             for state, version in versions.items()
@@ -74,6 +75,23 @@ def _version_status(connection: Connection, version: Collection, current: Collec
         running=syncs.running(connection, version.version_id),
         differs=_difference(connection, version, current),
         kept_until=version.kept_until,
+        output=_files_status(connection, version),
+    )
+
+
+def _files_status(connection: Connection, version: Collection) -> FilesStatus | None:
+    if version.output is None:
+        return None
+    found = collection_files.state(connection, version.version_id)
+    return FilesStatus(
+        uri=version.output,
+        version=found.shown,
+        files=found.files,
+        rows=found.rows,
+        bytes=found.bytes,
+        written_at=found.written_at,
+        behind=found.is_behind,
+        problem=found.problem,
     )
 
 
@@ -183,3 +201,16 @@ def swap_back(connection: Connection, collection: Collection) -> None:
         moves = {current.version_id: VersionState.NEXT, before.version_id: VersionState.CURRENT}
         collection_versions.move(connection, moves)
         collection_versions.show_current(connection, collection.id)
+
+
+def compact(connection: Connection, collection: Collection) -> None:
+    """Let the Parquet files of a collection's versions be written anew, each as one full set.
+
+    Raises:
+        UserError: it has none.
+    """
+    with_files = [each for each in collections.versions(connection, collection.id).values() if each.output]
+    if not with_files:
+        raise UserError(f"the collection {collection.name} has no files: it was made without an output.")
+    for version in with_files:
+        collection_files.compact(connection, version.version_id)

@@ -4,7 +4,7 @@ A step may be interrupted anywhere; the next run goes on. Jobs that haven't ende
 hold an item in memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import islice
 from uuid import UUID
 
@@ -12,21 +12,28 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from uuid_utils.compat import uuid7
 
-from pipeline.core.errors import UnknownForget, UserError, Waiting
+from pipeline.chunk_io.sinks import sink_of
+from pipeline.core.errors import StorageRefused, StorageUnreachable, UnknownForget, UserError, Waiting
 from pipeline.core.forget_status import ForgetStatus
+from pipeline.core.jobs import Job
 from pipeline.core.options import JobOptions, UserTable
 from pipeline.core.tombstones import digest
 from pipeline.db import collections, forgets, jobs, syncs, user_table
 from pipeline.db.collections import Collection
 from pipeline.db.database import is_connection_lost, plain_reason
 from pipeline.db.forgets import Forget
+from pipeline.jobs import collection_files
 
 _KEYS_AT_ONCE = 10_000
 _COLLECTED_AT_ONCE = 1_000
+#: Keys for which files are read at once.
+_KEYS_IN_MEMORY = 200_000
 _JOBS_AT_ONCE = 500
 #: Items of a job that are looked through in one transaction.
 _ITEMS_AT_ONCE = 200_000
 _SHOWN_PLACES = 20
+#: Why files can't be changed now, which holds up nothing else.
+_REFUSALS = (StorageRefused, StorageUnreachable, Waiting)
 #: Longest time between two looks at a job that hasn't ended.
 _WAIT_SECONDS = 30.0
 
@@ -77,11 +84,9 @@ def forget_status(connection: Connection, workspace_id: int, forget_id: UUID) ->
     found = forgets.by_id(connection, forget_id)
     if found is None or found.workspace_id != workspace_id:
         raise UnknownForget(f'no request "{forget_id}" to forget keys.')
-    count, places, tables, files = 0, list[str](), list[str](), 0
+    tables = list[str]()
     if found.finished_at and found.collection_id is None:
-        count, places = forgets.files_of_jobs(connection, workspace_id, _SHOWN_PLACES)
         tables = forgets.tables_of_jobs(connection, workspace_id, _SHOWN_PLACES)
-        files = forgets.batch_files(connection, workspace_id)
     return ForgetStatus(
         id=found.id,
         keys=found.keys,
@@ -92,18 +97,19 @@ def forget_status(connection: Connection, workspace_id: int, forget_id: UUID) ->
         problem=found.problem,
         created_at=found.created_at,
         finished_at=found.finished_at,
-        outputs=places,
-        more_outputs=count - len(places),
+        outputs=list(found.unseen[:_SHOWN_PLACES]),
+        more_outputs=max(0, len(found.unseen) - _SHOWN_PLACES),
         tables=tables,
-        batch_files=files,
     )
 
 
-def erase(engine: Engine, forget_id: UUID) -> None:
-    """Erase the keys of a request.
+def erase(engine: Engine, forget_id: UUID, erase_elsewhere: Callable[[int, Set[str]], None]) -> None:
+    """Erase the keys of a request. `erase_elsewhere` erases keys of a workspace from what isn't a job's, nor a
+    collection's.
 
     Raises:
-        Waiting: a job that may still write hasn't ended, or a table of the user refuses. The request says which.
+        Waiting: a job that may still write hasn't ended, or a table of the user or a storage refuses. The request says
+            which.
     """
     with engine.begin() as connection:
         found = forgets.by_id(connection, forget_id)
@@ -111,14 +117,14 @@ def erase(engine: Engine, forget_id: UUID) -> None:
         return
     # Readers lose the keys at once, and again what the jobs that are waited for have published.
     _erase_from_collections(engine, found)
-    waits = _erase_from_jobs(engine, found)
-    problem = _erase_from_collections(engine, found)
+    waits, problem = _erase_from_jobs(engine, found)
+    problem = _erase_from_collections(engine, found) or problem
+    if not waits:
+        problem = _erase_from_files(engine, found, erase_elsewhere) or problem
     with engine.begin() as connection:
         forgets.note_problem(connection, forget_id, problem)
-    if waits:
-        raise Waiting(f"job {waits[0]} hasn't ended", most_seconds=_WAIT_SECONDS)
-    if problem:
-        raise Waiting(problem, most_seconds=_WAIT_SECONDS)
+    if problem or waits:
+        raise Waiting(problem or f"job {waits[0]} hasn't ended", most_seconds=_WAIT_SECONDS)
     gone = _KEYS_AT_ONCE
     while gone == _KEYS_AT_ONCE:
         with engine.begin() as connection:
@@ -127,21 +133,32 @@ def erase(engine: Engine, forget_id: UUID) -> None:
         forgets.finish(connection, forget_id)
 
 
-def _erase_from_jobs(engine: Engine, forget: Forget) -> list[UUID]:
-    """Erase the keys from the jobs that aren't looked through yet. Return those that haven't ended."""
-    after, waits = forget.after_job, [job for job in forget.waits_for if not _erase_from_job(engine, forget, job)]
+def _erase_from_jobs(engine: Engine, forget: Forget) -> tuple[list[UUID], str | None]:
+    """Erase the keys from the jobs that aren't looked through yet. Return those that aren't done, and why the files of
+    one of them can't be changed."""
+    problem, after, waits = None, forget.after_job, list[UUID]()
+
+    def is_done(job_id: UUID) -> bool:
+        nonlocal problem
+        try:
+            return _erase_from_job(engine, forget, job_id)
+        except _REFUSALS as error:
+            problem = str(error)
+            return False
+
+    waits = [job_id for job_id in forget.waits_for if not is_done(job_id)]
     while True:
         with engine.begin() as connection:
             forgets.advance(connection, forget.id, after, waits)
             page = forgets.jobs_after(connection, forget, after, _JOBS_AT_ONCE)
         for job_id in page:
-            if not _erase_from_job(engine, forget, job_id):
+            if not is_done(job_id):
                 waits.append(job_id)
             after = job_id
             with engine.begin() as connection:
                 forgets.advance(connection, forget.id, after, waits)
         if len(page) < _JOBS_AT_ONCE:
-            return waits
+            return waits, problem
 
 
 def _erase_from_job(engine: Engine, forget: Forget, job_id: UUID) -> bool:
@@ -157,7 +174,19 @@ def _erase_from_job(engine: Engine, forget: Forget, job_id: UUID) -> bool:
             total = job.items_total or 0
             forgets.erase(connection, forget, job_id, first, _ITEMS_AT_ONCE, passages=job.options.splits)
         first += _ITEMS_AT_ONCE
+    if job and job.options.output:
+        _erase_from_parts(engine, forget, job)
     return True
+
+
+def _erase_from_parts(engine: Engine, forget: Forget, job: Job) -> None:
+    """Erase the keys from a job's Parquet files, or note where they couldn't be found."""
+    for keys in _pages(engine, forget):
+        erased = sink_of(job.options).erase(engine, job, keys)
+        with engine.begin() as connection:
+            forgets.note_items(connection, forget.id, erased.unknown)
+            if not erased.is_whole:
+                forgets.note_unseen(connection, forget.id, str(job.options.output))
 
 
 def _erase_from_collections(engine: Engine, forget: Forget) -> str | None:
@@ -188,6 +217,38 @@ def _erase_from_version(engine: Engine, forget: Forget, version: int) -> None:
             gone = syncs.remove_keys(connection, version, page, into=_table(connection, version))
             forgets.note_collected(connection, forget.id, gone)
         key = page[-1]
+
+
+def _erase_from_files(engine: Engine, forget: Forget, erase_elsewhere: Callable[[int, Set[str]], None]) -> str | None:
+    """Erase the keys from files that are no job's, where nothing puts them any more. Return why some can't be changed;
+    the others are."""
+    problem = None
+    with engine.begin() as connection:
+        versions = forgets.versions(connection, forget)
+    for version in versions:
+        try:
+            for keys in _pages(engine, forget):
+                collection_files.erase_keys(engine, version, keys)
+        except _REFUSALS as error:
+            problem = str(error)
+    try:
+        for keys in _pages(engine, forget) if forget.collection_id is None else ():
+            erase_elsewhere(forget.workspace_id, keys)
+    except _REFUSALS as error:
+        problem = str(error)
+    return problem
+
+
+def _pages(engine: Engine, forget: Forget) -> Iterator[set[str]]:
+    """Yield the keys of a request, for which files are read at once."""
+    after: str | None = None
+    while True:
+        with engine.begin() as connection:
+            page = forgets.keys_after(connection, forget.id, after, _KEYS_IN_MEMORY)
+        if not page:
+            return
+        yield set(page)
+        after = page[-1]
 
 
 def _table(connection: Connection, version_id: int) -> UserTable | None:

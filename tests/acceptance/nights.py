@@ -5,12 +5,14 @@ The oracle shares no code with the product: it counts by sets of texts, and embe
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
@@ -31,6 +33,8 @@ class Tickets:
     embedded: set[str] = field(default_factory=set)
     #: What the collection had after the last night: text and language by key.
     before: dict[str, tuple[str, str]] = field(default_factory=dict)
+    #: Keys that had another text before.
+    changed: set[str] = field(default_factory=set)
 
     @property
     def _some(self) -> list[str]:
@@ -63,6 +67,7 @@ class Tickets:
         """Change 1 % of the rows, remove 0.5 %, add 0.5 %, and give 0.5 % another language only."""
         few, half = max(1, len(self.rows) // 100), max(1, len(self.rows) // 200)
         for key in self.random.sample(sorted(self.rows), few):
+            self.changed.add(key)
             self.rows[key]["body"] = f"{' '.join(self.random.choices(_WORDS, k=12))}, night {night} of {key}"
         for key in self.random.sample(sorted(self.rows), half):
             del self.rows[key]
@@ -70,6 +75,16 @@ class Tickets:
             self.rows[key]["lang"] = "fr"
         for number in range(half):
             self._add(f"n{night}-{number}")
+
+    def forget(self) -> str:
+        """Take out a key, as one that is forgotten, of which no text is another one's. Return it."""
+        given = Counter(text for text, _ in self.before.values())
+        alone = {key for key, (text, _) in self.before.items() if given[text] == 1}
+        key = self.random.choice(sorted(alone - self.changed))
+        text, _ = self.before.pop(key)
+        self.embedded.discard(text)
+        self.rows.pop(key, None)
+        return key
 
     def text(self, row: Row) -> str | None:
         """Return what the model reads of a row; None if there is nothing."""
@@ -117,7 +132,24 @@ class Tickets:
 
 def differences(tickets: Tickets, engine: Engine, library: SentenceTransformer, view: str) -> Iterator[str]:
     """Yield how the collection's view differs from a fresh embedding of the whole table."""
-    seen = dict(_read(engine, view))
+    return _differences(tickets, dict(_read(engine, view)), library)
+
+
+def file_differences(tickets: Tickets, folder: Path, library: SentenceTransformer) -> Iterator[str]:
+    """Yield how a version's Parquet files differ from a fresh embedding of the whole table."""
+    rows = duckdb.sql(f"""
+        select key, lang, embedding from read_parquet('{folder}/*.parquet')
+        qualify _version = max(_version) over (partition by key) and not _deleted
+    """).fetchall()
+    seen = {key: (lang, np.array(vector, np.float32)) for key, lang, vector in rows}
+    if len(seen) < len(rows):
+        yield "keys are there twice"
+    yield from _differences(tickets, seen, library)
+
+
+def _differences(
+    tickets: Tickets, seen: dict[str, tuple[Any, npt.NDArray[np.float32]]], library: SentenceTransformer
+) -> Iterator[str]:
     wanted = tickets.before
     if missing := wanted.keys() - seen.keys():
         yield f"{len(missing):,} keys are missing, such as {min(missing)}"

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from pipeline.catalog.models import add_model
 from tests.acceptance.fleet import Fleet, eventually
-from tests.acceptance.nights import Tickets, differences
+from tests.acceptance.nights import Tickets, differences, file_differences
 from tests.support.jobs_made import run_sql
 from tests.support.models import described, static_folder
 
@@ -36,12 +36,14 @@ def test_a_week_of_nights(fleet: Fleet, library: SentenceTransformer, tmp_path: 
     fleet.start_dispatcher()
     fleet.start_worker()
     template = "{subject}\n\n{body}"
-    fleet.cli("collections", "create", "tickets", "--model", "static", "--text", template, "--carry", "lang")
+    folders = {name: tmp_path / name for name in libraries}
+    made = ("collections", "create", "tickets", "--model", "static", "--text", template, "--carry", "lang")
+    fleet.cli(*made, "--output", str(folders["static"]))
     for night in range(7):
         if night:
             tickets.change(night)
         if night == 3:
-            fleet.cli("collections", "upgrade", "tickets", "--model", "small")
+            fleet.cli("collections", "upgrade", "tickets", "--model", "small", "--output", str(folders["small"]))
         job = _by_sql(fleet, tickets) if night % 2 else _by_file(fleet, tickets, tmp_path)
         if chance.random() < 0.7:
             _await_staged(fleet, job)
@@ -64,6 +66,19 @@ def test_a_week_of_nights(fleet: Fleet, library: SentenceTransformer, tmp_path: 
             read = "small" if verb == "swap" else "static"
         found = list(differences(tickets, fleet.engine, libraries[read], "vectormill.tickets"))
         assert found == [], f"night {night}"
+        if night == 5:
+            fleet.cli("collections", "compact", "tickets")
+        _await_files(fleet)
+        for name in ("static", "small")[: 1 + (night >= 3)]:
+            assert list(file_differences(tickets, folders[name], libraries[name])) == [], f"night {night}, {name}"
+
+
+def _await_files(fleet: Fleet) -> None:
+    def written() -> bool:
+        shown = json.loads(fleet.cli("collections", "show", "tickets", "--json").stdout)
+        return not any(each["output"]["behind"] for each in (shown, *shown["versions"]))
+
+    eventually(written, "the files")
 
 
 def _await_the_other_version(fleet: Fleet, job: UUID) -> None:

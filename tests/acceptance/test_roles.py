@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import httpx2 as httpx
+import polars as pl
 import pytest
 
 from pipeline.catalog import keys, models
@@ -196,8 +197,9 @@ def _sql(it: Installation) -> None:
 def _collection(it: Installation) -> None:
     """Sync a collection over the api and in SQL, upgrade it, and drop it."""
     path = "/api/collections/tickets"
-    it.post("/api/collections", json={"name": "tickets", "model": "static"})
-    it.post(f"{path}/upgrade", json={"model": "small"})
+    places = [str(it.folder / name) for name in ("tickets", "small", "letters")]
+    it.post("/api/collections", json={"name": "tickets", "model": "static", "output": places[0]})
+    it.post(f"{path}/upgrade", json={"model": "small", "output": places[1]})
     rows = b"".join(json.dumps({"id": f"k{n}", "text": f"text {n}"}).encode() + b"\n" for n in range(100))
     _ended(it, UUID(it.post(f"{path}/syncs", files={"file": ("rows.jsonl", rows)})["id"]))
     eventually(lambda: it.get(path)["versions"][0]["differs"] is None, "both versions")
@@ -208,12 +210,18 @@ def _collection(it: Installation) -> None:
     eventually(lambda: it.get(path)["versions"][0]["differs"] is None, "both versions")
     assert it.get(f"{path}/comparison")["next_keys"] == 95
     it.post(f"{path}/search", json={"query": "text 7"})
-    forgotten = it.post("/api/forgets", json={"keys": ["k7", "k8"]})["id"]
-    eventually(lambda: it.get(f"/api/forgets/{forgotten}")["finished_at"], "forgotten keys")
-    assert it.get(f"/api/forgets/{forgotten}")["collected"] == 4
+    eventually(lambda: it.get(path)["output"]["version"] == 2, "files")
     files = it.folder / "forgotten.jsonl"
     files.write_text('{"id": "k7", "text": "a mill"}\n{"id": "k9", "text": "a mill"}\n')
     wish = {"model": "static", "sources": [str(files)], "by_reference": True, "max_rejects": "100%"}
+    _ended(it, UUID(it.post("/api/jobs", json={**wish, "output": places[2]})["id"]))
+    forgotten = it.post("/api/forgets", json={"keys": ["k7", "k8"]})["id"]
+    eventually(lambda: it.get(f"/api/forgets/{forgotten}")["finished_at"], "forgotten keys")
+    assert it.get(f"/api/forgets/{forgotten}")["collected"] == 4
+    for place in places:
+        assert "k7" not in pl.read_parquet(f"{place}/*.parquet")["key"]
+    it.post(f"{path}/compact")
+    eventually(lambda: not it.get(path)["output"]["behind"], "a full set")
     read = UUID(it.post("/api/jobs", json=wish)["id"])
     assert _ended(it, read)["items"]["rejected"] == 1
     assert it.post("/api/forgets/allow", json={"keys": ["k7", "k1"]}) == {"allowed": 1}
@@ -234,6 +242,9 @@ def _batch_request(it: Installation) -> None:
     it.get(f"/v1/files/{it.get(f'/v1/batches/{batch}')['output_file_id']}/content")
     stopped = it.post("/v1/batches", json=wish)["id"]
     it.client.post(f"/v1/batches/{stopped}/cancel")
+    forgotten = it.post("/api/forgets", json={"keys": ["1"]})["id"]
+    eventually(lambda: it.get(f"/api/forgets/{forgotten}")["finished_at"], "forgotten keys")
+    assert it.client.get(f"/v1/files/{file}/content").content == b""
     assert it.client.delete(f"/v1/files/{file}").is_success
 
 

@@ -52,6 +52,7 @@ KINDS = (
     Kind("dispatcher killed", on_servers.kill_dispatcher, 4),
     Kind("dispatcher frozen, two at once", on_servers.freeze_dispatcher),
     Kind("dispatchers killed while a sync removes keys", nights.kill_in_removal, 2),
+    Kind("dispatchers killed while a key is erased", nights.kill_in_forget),
     Kind("command killed while it swaps versions", nights.kill_in_swap),
     Kind("Redis killed", on_servers.kill_redis, 3),
     Kind("Redis frozen", on_servers.freeze_redis, 2),

@@ -27,7 +27,7 @@ _COLLECTION = "drilled"
 _UNREACHABLE = 6
 #: Models of the two versions, with the sizes of their vectors.
 _MODELS = {"static": 256, "small": 64}
-#: Holds each sync's end and each swap within its transaction, so that a fault can strike there.
+#: Holds each sync's end, each swap and each erasure within its transaction, so that a fault can strike there.
 _SLOW = """
 create function public.linger() returns trigger language plpgsql as $$
 begin
@@ -37,17 +37,28 @@ end
 $$;
 create trigger linger before update of settled_at on vectormill.syncs for each row execute function public.linger();
 create trigger linger before update of state on vectormill.collection_versions
-  for each row when (new.state = 'current') execute function public.linger()
+  for each row when (new.state = 'current') execute function public.linger();
+create trigger linger before update of collected on vectormill.forgets for each row execute function public.linger()
 """
-_IN_REMOVAL = """
+_IN_BACKGROUND = """
 select exists (select from pg_stat_activity
-               where application_name like 'vectormill-background%' and wait_event = 'PgSleep')
+               where application_name like 'vectormill-background%' and wait_event = 'PgSleep' and query like :which)
 """
 
 
 def kill_in_removal(site: Site, random: Random) -> Done:
     """Kill the dispatchers while the end of a sync removes keys."""
-    eventually(lambda: site.scalar(_IN_REMOVAL), "the end of a sync", START_SECONDS)
+    return _kill_in_background(site, random, "syncs", "the end of a sync")
+
+
+def kill_in_forget(site: Site, random: Random) -> Done:
+    """Kill the dispatchers while they erase a key."""
+    return _kill_in_background(site, random, "forgets", "an erasure")
+
+
+def _kill_in_background(site: Site, random: Random, table: str, what: str) -> Done:
+    which = f"%update vectormill.{table}%"
+    eventually(lambda: site.scalar(_IN_BACKGROUND, which=which), what, START_SECONDS)
     kill_dispatcher(site, random)
     return kill_dispatcher(site, random)
 
@@ -58,6 +69,12 @@ select receipt->'items' as items,
        exists (select from vectormill.claim_losses where job_id = :job
                group by chunk_id having count(*) > 1) as searched
 from vectormill.jobs where id = :job
+"""
+#: Where a key is, of what syncs have written.
+_TRACES = """
+select 'items' as place from vectormill.items i join vectormill.syncs s using (job_id) where i.key = :key
+union select 'vectors' from vectormill.embeddings e join vectormill.syncs s using (job_id) where e.key = :key
+union select 'a version' from vectormill.collection_keys where key = :key
 """
 _IN_SWAP = """
 select exists (select from pg_stat_activity
@@ -88,6 +105,7 @@ class Nights:
     done: int = 0
     refused: int = 0
     swapped: int = 0
+    forgotten: int = 0
     _night: int = 0
     #: Rewinds of Postgres at the end of the last sync; after one, counts mean nothing.
     _rewinds: int = 0
@@ -124,7 +142,7 @@ class Nights:
             said = self._judge(expected if calm else None)
             if not said and self._versions_are_equal():
                 self._swap()
-                said = self._differences()
+                said = self._differences() or self._forget()
             # Postgres may go back behind this sync at any time: then the night comes again.
             if not said or rewinds == self.site.rewinds:
                 self._rewinds = rewinds
@@ -155,6 +173,19 @@ class Nights:
             if time.monotonic() > deadline:
                 raise AssertionError(f"{verb} ended with {done.returncode}: {done.stderr[-500:]}")
         self.swapped += 1
+
+    def _forget(self) -> list[str]:
+        """Forget a key. Return what is left of it."""
+        key, rewinds, deadline = self._tickets.forget(), self.site.rewinds, time.monotonic() + 600
+        while True:
+            done = self.site.fleet.cli_process("forget", "--key", key, "--collection", _COLLECTION, "--yes")
+            if done.returncode == 0 or rewinds != self.site.rewinds:
+                break
+            if done.returncode != _UNREACHABLE or time.monotonic() > deadline:
+                raise AssertionError(f"forget ended with {done.returncode}: {done.stderr[-500:]}")
+        self.forgotten += 1
+        left = self.site.rows(_TRACES, key=key)
+        return [f"{key} is still in {row['place']}" for row in left] if rewinds == self.site.rewinds else []
 
     def _differences(self) -> list[str]:
         def read() -> list[str]:

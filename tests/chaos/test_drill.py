@@ -20,6 +20,7 @@ _KINDS = (
     "worker killed",
     "dispatcher killed",
     "dispatchers killed while a sync removes keys",
+    "dispatchers killed while a key is erased",
     "Redis killed",
     "Postgres restarted at once",
     "object store cut off",

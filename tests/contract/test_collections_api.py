@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import httpx2 as httpx
 import pytest
 
@@ -18,7 +20,17 @@ _PATH = "/api/collections/tickets"
 
 
 @pytest.fixture(scope="module")
-def line(gateway: Gateway) -> Iterator[httpx.Client]:
+def outputs(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Let the api write to a folder; return that."""
+    folder = tmp_path_factory.mktemp("outputs")
+    gateway.fleet.environment["VECTORMILL_API_OUTPUTS"] = str(folder)
+    gateway.fleet.kill("api")
+    gateway.start_api()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def line(gateway: Gateway, outputs: Path) -> Iterator[httpx.Client]:
     """Yield a client of an api with a dispatcher, a worker and an engine."""
     gateway.fleet.start_dispatcher()
     gateway.fleet.start_worker(replicas=1)
@@ -29,11 +41,11 @@ def line(gateway: Gateway) -> Iterator[httpx.Client]:
         yield client
 
 
-def sync(line: httpx.Client, rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+def sync(line: httpx.Client, rows: list[dict[str, Any]], path: str = _PATH, **fields: Any) -> dict[str, Any]:
     """Sync rows by an upload; return the status of the job at its end."""
     headers = {"idempotency-key": fields.pop("key")} if "key" in fields else {}
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    reply = line.post(f"{_PATH}/syncs", data=fields, files=[("file", ("tickets.jsonl", lines))], headers=headers)
+    reply = line.post(f"{path}/syncs", data=fields, files=[("file", ("tickets.jsonl", lines))], headers=headers)
     assert reply.status_code in (200, 201), reply.text
     job = reply.json()["id"]
 
@@ -128,6 +140,35 @@ def test_an_upgrade_is_swapped_in_and_back(line: httpx.Client) -> None:
     assert (back.status_code, back.json()["model"], size("tickets")) == (200, "static", 256)
     assert line.delete(f"{_PATH}/upgrade").status_code == 204
     assert line.get(_PATH).json()["versions"] == []
+
+
+def test_files_follow_the_collection(line: httpx.Client, outputs: Path) -> None:
+    path, folder = "/api/collections/filed", outputs / "filed"
+    wish = {"name": "filed", "model": "static", "text": "{body}"}
+    refused = line.post("/api/collections", json={**wish, "output": "/elsewhere"})
+    assert (refused.status_code, "VECTORMILL_API_OUTPUTS" in refused.json()["detail"]) == (400, True)
+    made = line.post("/api/collections", json={**wish, "output": str(folder)})
+    assert (made.status_code, made.json()["output"]["uri"]) == (201, str(folder))
+
+    def written(version: int) -> bool:
+        found = line.get(path).json()["output"]
+        return bool(found["version"] == version and not found["behind"])
+
+    sync(line, _ROWS, path)
+    eventually(lambda: written(1), "files of the first sync")
+    sync(line, _ROWS[10:], path, max_removed="100%")
+    eventually(lambda: written(2), "files of the second sync")
+    newest = f"select key from '{folder}/*.parquet' qualify _version = max(_version) over (partition by key)"
+    shown = f"select count(*) from ({newest} and not _deleted)"
+    assert duckdb.sql(shown).fetchall() == [(50,)]
+    assert line.post(f"{path}/compact").status_code == 202
+    eventually(lambda: written(3), "a full set")
+    assert len(list(folder.glob("*.parquet"))) == 1
+    assert duckdb.sql(shown).fetchall() == [(50,)]
+    assert line.post(f"{_PATH}/compact").status_code == 400
+    outside = line.post(f"{path}/upgrade", json={"model": "minilm", "output": "/elsewhere"})
+    assert (outside.status_code, "VECTORMILL_API_OUTPUTS" in outside.json()["detail"]) == (400, True)
+    assert line.delete(path).status_code == 204
 
 
 def test_a_second_sync_is_told_to_wait(line: httpx.Client, gateway: Gateway) -> None:

@@ -11,8 +11,8 @@ from uuid import UUID
 
 import pytest
 
-from pipeline.jobs import forgetting
 from tests.acceptance.fleet import eventually
+from tests.integration.test_forget import erase
 from tests.integration.tickets import Tickets, beside, rows_of, sync_both
 from tests.support.commands import run_command
 from tests.support.jobs_made import run_sql
@@ -93,12 +93,12 @@ def test_keys_are_forgotten_by_a_command(tickets: Tickets, run: Run, tmp_path: P
     asked = run("forget", "--key", "k1", "--keys-file", str(tmp_path / "erase.txt"), stdin="n\n")
     assert "Erase 3 keys from all jobs and collections of default" in asked.stderr
 
-    def erase() -> None:
+    def erase_soon() -> None:
         made = eventually(lambda: run_sql(tickets.engine, "select id from vectormill.forgets"), "a request")[0][0]
-        forgetting.erase(tickets.engine, UUID(str(made)))
+        erase(tickets.engine, UUID(str(made)))
 
     with ThreadPoolExecutor(1) as threads:
-        dispatcher = threads.submit(erase)
+        dispatcher = threads.submit(erase_soon)
         done = run("forget", "--key", "k1", "--keys-file", str(tmp_path / "erase.txt"), "--yes", "--json")
         dispatcher.result(60)
     assert shown(done) | {"keys": 3, "items": 3, "collected": 3} == shown(done)

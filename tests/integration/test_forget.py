@@ -1,19 +1,28 @@
 """Forgotten keys on a real Postgres: erased from jobs and collections, and kept from coming back."""
 
+import hashlib
+import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import orjson
+import polars as pl
 import pytest
 from sqlalchemy import Engine, text
 
+from pipeline.batch_api import files
 from pipeline.catalog.models import find_model, workspace_id
+from pipeline.chunk_io import parquet_sink
 from pipeline.core.errors import NotRetriable, UserError, Waiting
 from pipeline.core.jobs import Reason
 from pipeline.core.options import JobOptions
-from pipeline.db import chunks, forgets, workspaces
+from pipeline.db import chunks, forgets, outputs, workspaces
+from pipeline.db import files as stored_files
 from pipeline.dispatch import completion, finalize
 from pipeline.infra.settings import Settings
 from pipeline.ingest.collections import create_collection
@@ -28,11 +37,16 @@ from tests.integration.tickets import Row, Tickets, rows_of
 from tests.support.jobs_made import run_sql
 
 
+def erase(engine: Engine, made: UUID) -> None:
+    """Do what the dispatcher does."""
+    forgetting.erase(engine, made, partial(files.erase_keys, engine, Settings()))
+
+
 def forget(engine: Engine, *keys: str, collection: Any = None, workspace: int | None = 1) -> UUID:
     """Forget keys to the end."""
     assert workspace
     made = forgetting.forget_keys(engine, workspace, keys, by="a test", collection=collection)
-    forgetting.erase(engine, made)
+    erase(engine, made)
     return made
 
 
@@ -128,13 +142,13 @@ def test_a_job_that_goes_on_is_waited_for(tickets: Tickets) -> None:
     tickets.run_chunk(job, 0)
     made = forgetting.forget_keys(tickets.engine, 1, ["person-001", "person-019"], by="a test", collection=None)
     with pytest.raises(Waiting, match=str(job)):
-        forgetting.erase(tickets.engine, made)
+        erase(tickets.engine, made)
     with tickets.engine.begin() as connection:
         assert forgetting.forget_status(connection, 1, made).waits_for == job
     assert "person-001" not in tickets.view()
     tickets.run(job)
     assert "person-019" in tickets.view()
-    forgetting.erase(tickets.engine, made)
+    erase(tickets.engine, made)
     assert traces(tickets.engine, "person-001") == traces(tickets.engine, "person-019") == []
     assert receipts(tickets.engine) == [(2, True)]
 
@@ -164,7 +178,7 @@ def test_an_interrupted_erasure_goes_on(tickets: Tickets, monkeypatch: pytest.Mo
     interrupted = 0
     while True:
         try:
-            forgetting.erase(tickets.engine, made)
+            erase(tickets.engine, made)
             break
         except KeyboardInterrupt:
             interrupted += 1
@@ -238,7 +252,7 @@ def test_keys_are_looked_up_by_one_pass_over_a_job(tickets: Tickets) -> None:
         )
     assert "Seq Scan" not in plan, plan
     assert plan.count("items_") == 1 or "Index Scan" in plan, plan
-    forgetting.erase(tickets.engine, made)
+    erase(tickets.engine, made)
     assert counts(tickets.engine, made) == (10_005, 5, 5)
 
 
@@ -286,29 +300,124 @@ def test_columns_that_a_failed_sync_has_kept_are_erased(tickets: Tickets) -> Non
     assert traces(tickets.engine, "person-003") == []
 
 
-def test_parquet_verifies_after_a_key_is_forgotten(tickets: Tickets, tmp_path: Path) -> None:
-    engine = tickets.engine
-    rows = [{"id": f"person-{n}", "text": None if n == 2 else f"letter {n}"} for n in range(10)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with engine.begin() as connection:
+def to_parquet(tickets: Tickets, folder: Path, *, end: bool = True, **options: Any) -> UUID:
+    """Embed ten letters, of which one has no text, to Parquet."""
+    rows = [{"id": f"person-{n}", "text": None if n == 2 else f"{_LONG} letter {n}"} for n in range(10)]
+    source = folder / "rows.jsonl"
+    if not source.exists():
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with tickets.engine.begin() as connection:
         model = find_model(connection, workspace_id(connection), "static")
-    options = JobOptions(output=str(tmp_path / "out"), max_rejects="100%")
+    wish = JobOptions.model_validate({"output": str(folder / "out"), "max_rejects": "100%", **options})
     submission = Submission(
         workspace_id=1,
         model=model,
-        corpus=Corpus([str(tmp_path / "rows.jsonl")], options.columns, 1_000_000),
-        planning=planning(Settings()),
+        corpus=Corpus([str(source)], wish.columns, 1_000_000),
+        planning=replace(planning(Settings()), chunk_items=4),
         name="parquet",
-        options=options,
+        options=wish,
     )
-    job = submit(engine, submission).job_id
+    job = submit(tickets.engine, submission).job_id
     tickets.embed(job)
-    finalize.finalize(engine, job)
-    made = forget(engine, "person-1", "person-2")
-    assert receipts(engine) == [(2, True)]
-    with engine.begin() as connection:
-        told = forgetting.forget_status(connection, 1, made)
-    assert told.outputs == [str(tmp_path / "out")]
+    if end:
+        finalize.finalize(tickets.engine, job)
+    return job
+
+
+_LONG = " ".join(f"word{n}" for n in range(40))
+
+
+@pytest.mark.parametrize("options", [{}, {"by_reference": True, "reuse": False}, {"split": 16}])
+def test_parquet_is_written_anew_without_a_forgotten_key(
+    tickets: Tickets, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    to_parquet(tickets, tmp_path, **options)
+    out = tmp_path / "out"
+    before = {path.name for path in out.glob("*.parquet")}
+    made = forget(tickets.engine, "person-1", "person-2", "person-7")
+    assert counts(tickets.engine, made) == (3, 3, 0)
+    assert receipts(tickets.engine) == [(3, True)]
+    files = {path.name for path in out.glob("*.parquet")}
+    assert len(files - before) == 2, "of three parts, one had none of the keys"
+    found = pl.read_parquet([out / name for name in files])
+    assert set(found["key"]) == {f"person-{n}" for n in (0, 3, 4, 5, 6, 8, 9)}
+    manifest = json.loads((out / "_manifest.json").read_text())
+    assert {file["name"] for file in manifest["files"]} == files
+    assert sum(file["rows"] for file in manifest["files"]) == manifest["rows"] == len(found)
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith("_")) == ["_SUCCESS", "_manifest.json"]
+    assert not any(b"person-1" in path.read_bytes() for path in out.rglob("*") if path.is_file())
+    with tickets.engine.begin() as connection:
+        assert forgetting.forget_status(connection, 1, made).outputs == []
+
+
+@pytest.mark.parametrize("at", ["before the parts count", "before the manifest"])
+def test_an_interrupted_rewriting_of_parquet_is_done_again(
+    tickets: Tickets, tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_parquet(tickets, tmp_path)
+    made = forgetting.forget_keys(tickets.engine, 1, ["person-1"], by="a test", collection=None)
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if at == "before the manifest":
+            patch.setattr(parquet_sink, "make_data_set", die)
+        else:
+            patch.setattr(outputs, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            erase(tickets.engine, made)
+    erase(tickets.engine, made)
+    assert receipts(tickets.engine) == [(1, True)]
+    assert not any(b"person-1" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_parts_of_a_job_that_did_not_complete_are_written_anew(tickets: Tickets, tmp_path: Path) -> None:
+    job = to_parquet(tickets, tmp_path, end=False)
+    run_sql(tickets.engine, "update vectormill.jobs set state = 'cancelled' where id = :job", job=job)
+    assert counts(tickets.engine, forget(tickets.engine, "person-1")) == (1, 1, 0)
+    assert not any(b"person-1" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_files_that_nobody_finds_are_told(tickets: Tickets, tmp_path: Path) -> None:
+    to_parquet(tickets, tmp_path)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    made = forget(tickets.engine, "person-1")
+    with tickets.engine.begin() as connection:
+        assert forgetting.forget_status(connection, 1, made).outputs == [str(tmp_path / "out")]
+
+
+def test_lines_of_batch_files_are_erased(tickets: Tickets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VECTORMILL_FILES", str(tmp_path))
+    lines = [orjson.dumps({"custom_id": f"person-{n}", "body": {"input": f"letter {n}"}}) + b"\n" for n in range(5)]
+    lines.append(b"no JSON\n")
+
+    def keep(name: str, content: bytes) -> str:
+        kept = files.keep(tickets.engine, Settings(), 1, purpose="batch", name=name, source=io.BytesIO(content))
+        return str(kept["id"])
+
+    file, other = keep("mine", b"".join(lines)), keep("other", lines[4])
+    insert = """
+        insert into vectormill.batches (id, workspace_id, endpoint, completion_window, input_file_id)
+        values ('batch_1', 1, '/v1/embeddings', '24h', :file)
+    """
+    run_sql(tickets.engine, insert, file=file)
+    made = forgetting.forget_keys(tickets.engine, 1, ["person-1"], by="a test", collection=None)
+    with pytest.raises(Waiting, match="batch_1"):
+        erase(tickets.engine, made)
+    run_sql(tickets.engine, "update vectormill.batches set ended_at = now()")
+    erase(tickets.engine, made)
+    with tickets.engine.begin() as connection:
+        rows = {
+            row["id"]: row
+            for row in stored_files.page(connection, 1, purpose=None, after=None, oldest_first=True, limit=10)
+        }
+    with files.open_kept(rows[file]) as opened, files.open_kept(rows[other]) as untouched:
+        content = opened.read()
+        assert untouched.read() == lines[4]
+    assert content == b"".join([lines[0], *lines[2:]])
+    assert (rows[file]["bytes"], rows[file]["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert len([path for path in tmp_path.rglob("file-*") if path.is_file()]) == 2, "nothing is left"
 
 
 def test_a_key_that_is_allowed_meanwhile_stays(tickets: Tickets) -> None:
@@ -316,10 +425,10 @@ def test_a_key_that_is_allowed_meanwhile_stays(tickets: Tickets) -> None:
     job = tickets.submit(rows)
     made = forgetting.forget_keys(tickets.engine, 1, ["person-001", "person-002"], by="a test", collection=None)
     with pytest.raises(Waiting):
-        forgetting.erase(tickets.engine, made)
+        erase(tickets.engine, made)
     assert forgetting.allow_keys(tickets.engine, 1, ["person-001"], collection=None) == 1
     tickets.run(job)
-    forgetting.erase(tickets.engine, made)
+    erase(tickets.engine, made)
     assert ("person-001" in tickets.view(), "person-002" in tickets.view()) == (True, False)
 
 
@@ -330,7 +439,7 @@ def test_a_collection_is_not_dropped_while_it_forgets(tickets: Tickets) -> None:
     made = forgetting.forget_keys(tickets.engine, 1, ["person-001"], by="a test", collection=found)
     with tickets.engine.begin() as connection, pytest.raises(UserError, match=f"request {made}"):
         drop_collection(connection, found)
-    forgetting.erase(tickets.engine, made)
+    erase(tickets.engine, made)
     with tickets.engine.begin() as connection:
         drop_collection(connection, found)
 
@@ -350,12 +459,12 @@ def test_a_table_that_refuses_holds_up_nothing_else(
         run_sql(engine, "alter table public.refers add foreign key (id) references public.notes")
         made = forgetting.forget_keys(engine, 1, ["person-001"], by="a test", collection=None)
         with pytest.raises(Waiting, match="violates foreign key"):
-            forgetting.erase(engine, made)
+            erase(engine, made)
         with engine.begin() as connection:
             told = forgetting.forget_status(connection, 1, made)
         assert ("foreign key" in str(told.problem), told.items) == (True, 1)
         run_sql(engine, "drop table public.refers")
-        forgetting.erase(engine, made)
+        erase(engine, made)
     assert counts(engine, made) == (1, 1, 1)
     assert traces(engine, "person-001") == []
 

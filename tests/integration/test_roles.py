@@ -46,7 +46,7 @@ insert into vectormill.workspace_models values (1, 'small')
 update vectormill.embeddings set vector = null
 update vectormill.usage set cost = 0
 delete from vectormill.usage
-update vectormill.outputs set name = 'mine'
+update vectormill.outputs set chunk_id = 1
 delete from vectormill.outputs
 delete from vectormill.attempts
 delete from vectormill.claim_losses

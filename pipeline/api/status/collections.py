@@ -10,13 +10,21 @@ from sqlalchemy import Connection, Engine
 from pipeline.api.dependencies import SECURITY, ask, caller_of, described, problems, read_body, scope_or_own
 from pipeline.api.gateway.cache import Caller
 from pipeline.api.paths import as_sent
-from pipeline.api.status.submissions import Intake, answer, body_of, owner_of, receive_rows, schema_of
+from pipeline.api.status.submissions import (
+    Intake,
+    answer,
+    body_of,
+    must_be_allowed_output,
+    owner_of,
+    receive_rows,
+    schema_of,
+)
 from pipeline.catalog.models import find_model
 from pipeline.core.collection_status import CollectionList, CollectionStatus, Comparison, SyncList
 from pipeline.core.errors import CollectionBusy, UserError
 from pipeline.core.job_status import JobStatus
 from pipeline.core.jobs import JobState
-from pipeline.core.options import Columns, JobOptions, Word
+from pipeline.core.options import Address, Columns, JobOptions, Word
 from pipeline.db import jobs, syncs
 from pipeline.infra.settings import Settings
 from pipeline.ingest.collections import create_collection, upgrade_collection
@@ -58,6 +66,9 @@ class Upgrade(BaseModel):
 
     model: Word = Field(description="The model of the next version, by name or alias.")
     dimensions: int | None = Field(default=None, gt=0, le=2**31 - 1, description="Of its vectors, as of a job.")
+    output: Address | None = Field(
+        default=None, description="The version's own empty folder or URI, if the current one has one."
+    )
 
 
 class Swap(BaseModel):
@@ -74,7 +85,7 @@ class Swap(BaseModel):
 
 
 #: Options of jobs that collections don't have.
-_NOT_OF_COLLECTIONS = ("unique_keys", "by_reference", "output", "into", "hnsw", "webhook", "reuse")
+_NOT_OF_COLLECTIONS = ("unique_keys", "by_reference", "into", "hnsw", "webhook", "reuse")
 
 
 async def _change(request: Request, caller: Caller, workspace: str | None, act: Any) -> Any:
@@ -129,6 +140,8 @@ async def make_collection(request: Request, workspace: Of = None) -> CollectionS
     options = read_fields(JobOptions, wish.model_dump(exclude=own, exclude_unset=True))
     if refused := next((name for name in ("into", "hnsw") if getattr(options, name)), None):
         raise UserError("only a command at the database takes it; leave it out.", field=refused)
+    if options.output:
+        must_be_allowed_output(options.output, request.app.state.settings)
 
     def act(connection: Connection) -> CollectionStatus:
         scope = scope_or_own(connection, caller, workspace)
@@ -165,10 +178,12 @@ async def upgrade(request: Request, collection: str, workspace: Of = None) -> Co
     """Begin a next version with another model. The next whole sync fills it, beside the version that readers see."""
     caller = await caller_of(request)
     wish = await read_body(request, Upgrade)
+    if wish.output:
+        must_be_allowed_output(wish.output, request.app.state.settings)
 
     def act(connection: Connection, scope: int) -> CollectionStatus:
         name = as_sent(collection)
-        upgrade_collection(connection, scope, name, model=wish.model, dimensions=wish.dimensions)
+        upgrade_collection(connection, scope, name, model=wish.model, dimensions=wish.dimensions, output=wish.output)
         return collections.collection_status(connection, collections.find_collection(connection, scope, name))
 
     return await _change(request, caller, workspace, act)
@@ -183,6 +198,19 @@ async def abandon_upgrade(request: Request, collection: str, workspace: Of = Non
         collections.abandon_upgrade(connection, collections.find_collection(connection, scope, as_sent(collection)))
 
     await _change(request, caller, workspace, act)
+
+
+@router.post("/{collection}/compact", status_code=202, openapi_extra=SECURITY)
+async def compact(request: Request, collection: str, workspace: Of = None) -> CollectionStatus:
+    """Let the Parquet files be written anew as one full set, without what later ones replace. Earlier sets go."""
+    caller = await caller_of(request)
+
+    def act(connection: Connection, scope: int) -> CollectionStatus:
+        found = collections.find_collection(connection, scope, as_sent(collection))
+        collections.compact(connection, found)
+        return collections.collection_status(connection, found)
+
+    return await _change(request, caller, workspace, act)
 
 
 @router.get("/{collection}/comparison", openapi_extra=SECURITY)

@@ -294,7 +294,7 @@ def _submit(
     key: str | None,
 ) -> Submitted:
     if wish.output:
-        _must_be_allowed("output", wish.output, settings.api_outputs, "VECTORMILL_API_OUTPUTS")
+        must_be_allowed_output(wish.output, settings)
     if wish.webhook:
         allowlist.check(wish.webhook, settings.webhooks)
     with engine.begin() as connection:
@@ -313,6 +313,15 @@ def _submit(
             idempotency_key=key,
         ),
     )
+
+
+def must_be_allowed_output(place: str, settings: Settings) -> None:
+    """Check that an output named by a caller lies below a place that the operator allows.
+
+    Raises:
+        UserError: it doesn't, or it is a relative path.
+    """
+    _must_be_allowed("output", place, settings.api_outputs, "VECTORMILL_API_OUTPUTS")
 
 
 def _must_be_allowed(field: str, place: str, allowed: Sequence[str], variable: str) -> None:

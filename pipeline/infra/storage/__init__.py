@@ -4,6 +4,7 @@ Credentials come from the environment alone, by the names that each provider's o
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from pipeline.core.errors import SourceChanged, UserError
@@ -13,6 +14,7 @@ from pipeline.infra.storage.common import Stat, reported
 __all__ = [
     "SCHEMES",
     "Stat",
+    "absolute",
     "below",
     "delete",
     "delete_folder",
@@ -58,6 +60,11 @@ def is_remote(uri: str) -> bool:
 
 def _store_of(uri: str) -> _Store:
     return objects if is_remote(uri) else local
+
+
+def absolute(folder: str) -> str:
+    """Return the address of a folder, whatever the working folder is where it is used."""
+    return folder if is_remote(folder) else str(Path(folder).absolute())
 
 
 def join(folder: str, name: str) -> str:
