@@ -55,6 +55,16 @@ _COLLECTION = {
     "synced_at": "2026-11-24T01:00:16Z",
     "running": None,
     "created_at": "2026-11-01T09:00:00Z",
+    "output": {
+        "uri": "s3://shop-vectors/tickets",
+        "version": 23,
+        "files": 25,
+        "rows": 248_113,
+        "bytes": 390_114_502,
+        "written_at": "2026-11-24T01:00:19Z",
+        "behind": False,
+        "problem": None,
+    },
     "versions": [
         {
             "state": "next",
@@ -64,6 +74,7 @@ _COLLECTION = {
             "running": None,
             "differs": None,
             "kept_until": None,
+            "output": None,
         }
     ],
 }

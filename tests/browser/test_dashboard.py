@@ -1,6 +1,7 @@
 """Dashboard in a real Chromium, on real jobs."""
 
 import re
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -346,11 +347,12 @@ def collection(site: Site, name: str = "tickets", texts: int = 40) -> str:
     """Return the page of a collection that has been synced, and is being upgraded."""
     fleet = site.gateway.fleet
     if not run_sql(site.gateway.engine, "select from vectormill.collections where name = :name", name=name):
-        fleet.cli("collections", "create", name, "--model", "static", "--expect-every", "24h")
+        folder = str(Path(site.corpus(name, texts, bad=1)).with_name(f"files-of-{name}"))
+        fleet.cli("collections", "create", name, "--model", "static", "--expect-every", "24h", "--output", folder)
         fleet.await_end(UUID(fleet.cli("sync", name, site.corpus(name, texts, bad=1)).stdout.strip()))
         with site.gateway.engine.begin() as connection:
             models.add_model(connection, "small", described("static-64", static_folder(64)))
-        fleet.cli("collections", "upgrade", name, "--model", "small")
+        fleet.cli("collections", "upgrade", name, "--model", "small", "--output", f"{folder}-small")
     found = run_sql(site.gateway.engine, "select id from vectormill.collections where name = :name", name=name)
     return f"/collections/{found[0][0]}"
 
@@ -365,6 +367,7 @@ def test_a_collection_shows_its_syncs_and_is_searched(site: Site) -> None:
     expect(row).to_contain_text("completed")
     expect(row.locator("[data-label=New]")).to_have_text("40")
     expect(row.locator("[data-label=Rejected]")).to_have_text("1")
+    expect(visit.page.get_by_text("files-of-tickets")).to_be_visible()
     expect(visit.page.locator("#versions tbody tr")).to_contain_text("no whole sync has reached it yet")
     visit.page.get_by_label("Search what it holds").fill("The mill number 7 stands by the river.")
     visit.page.keyboard.press("Enter")
