@@ -1,8 +1,9 @@
 """Files of the Files API: uploaded input files of batch requests, and their output and error files."""
 
+import codecs
 import hashlib
+import json
 from collections.abc import Set
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
@@ -19,6 +20,8 @@ from pipeline.infra.settings import Settings
 
 _BLOCK_BYTES = 1024 * 1024
 _FILES_AT_ONCE = 1_000
+#: Life of a copy that never counts, as its maker died.
+_LIVES_SECONDS = 3_600.0
 _DAY_SECONDS = 86_400
 
 
@@ -106,55 +109,63 @@ def erase_keys(engine: Engine, settings: Settings, workspace_id: int, keys: Set[
     """Write the files of a workspace anew that have lines with one of these keys as `custom_id`, without those.
 
     Raises:
-        Waiting: a batch request that reads one of them hasn't ended.
+        Waiting: a batch request that reads one of them hasn't ended. The others are done.
         StorageRefused, StorageUnreachable: one can't be read or written.
     """
-    after = None
+    after, waiting = None, None
     while True:
         with engine.begin() as connection:
             page = files.page(
                 connection, workspace_id, purpose=None, after=after, oldest_first=True, limit=_FILES_AT_ONCE
             )
+        if not page:  # also of files that came meanwhile
+            break
         for file in page:
-            with suppress(SourceChanged):  # it is deleted
+            try:
                 _erase_from(engine, settings, file, keys)
+            except Waiting as error:
+                waiting = error
             after = file["id"]
-        if len(page) < _FILES_AT_ONCE:
-            return
+    if waiting:
+        raise waiting
 
 
 def _erase_from(engine: Engine, settings: Settings, file: RowMapping, keys: Set[str]) -> None:
-    digest, size, fewer = hashlib.sha256(), 0, False
-    with open_kept(file) as source, TemporaryFile() as left:
-        for line in source:
-            if _key_of(line) in keys:
-                fewer = True
-                continue
-            left.write(line)
-            digest.update(line)
-            size += len(line)
+    if storage.stat(file["uri"]) is None:
+        return  # it is deleted
+    with TemporaryFile() as left:
+        digest, size, fewer = hashlib.sha256(), 0, False
+        with open_kept(file) as source:
+            for number, line in enumerate(source):
+                if _key_of(line if number else line.removeprefix(codecs.BOM_UTF8)) in keys:
+                    fewer = True
+                    continue
+                left.write(line)
+                digest.update(line)
+                size += len(line)
         if not fewer:
             return
         left.seek(0)
-        uri = storage.join(storage.join(settings.files_folder, str(file["workspace_id"])), new_id("file-"))
-        storage.write_from(uri, left)
-    there = storage.stat(uri)
-    if there is None or there.bytes != size:
-        raise StorageUnreachable(f"{uri}: the stored file is missing or has another size than was written; try again.")
+        about = {"purpose": file["purpose"], "name": file["name"], "lives_seconds": _LIVES_SECONDS}
+        kept = keep(engine, settings, file["workspace_id"], source=left, **about)
     with engine.begin() as connection:
         reading = files.reading(connection, file["id"])
+        # Bytes that don't count are those of a file that has expired, so they are deleted whatever happens here.
         if not reading:
-            digested = digest.hexdigest()
-            files.replace(connection, file["id"], uri=there.uri, etag=there.etag, size=size, sha256=digested)
+            files.exchange(connection, file["id"], kept["id"])
+        files.expire(connection, [kept["id"]])
     if reading:
-        storage.delete(uri)
         raise Waiting(f"batch request {reading} reads a file that has such a key")
-    storage.delete(file["uri"])
 
 
-def _key_of(line: bytes) -> object:
+def _key_of(line: bytes) -> str:
+    """Return the key of a line, also of one that the reader refuses; empty: it has none."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
-        return None
-    return row.get("custom_id") if isinstance(row, dict) else None
+        try:
+            row = json.loads(line.decode("utf-8", "surrogateescape"))
+        except (ValueError, RecursionError):
+            return ""
+    key = row.get("custom_id") if isinstance(row, dict) else None
+    return key if isinstance(key, str) else ""

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import structlog
-from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy import Connection, Engine
 
 from pipeline.core import exact_json
 from pipeline.core.chunks import Claim, Item
 from pipeline.core.errors import SourceChanged, UserError, Waiting
-from pipeline.core.jobs import Job, JobState
+from pipeline.core.jobs import Job
 from pipeline.core.options import OUR_COLUMNS, PASSAGE_COLUMNS, VectorType
 from pipeline.core.vectors import restored, stored
 from pipeline.db import items, jobs, outputs
@@ -43,6 +43,8 @@ _CLAIM = "_job.json"
 _MOVES = 16
 #: Pattern of parts' names, also of versions in which claims had no token.
 _PART = re.compile(r"part-\d+-\d+(-[0-9a-f]{32})?(-\d+)?\.parquet")
+#: The same, with the commit that a part is of.
+_PART_OF = re.compile(r"(part-\d+-\d+)(?:-([0-9a-f]{32}))?(?:-(\d+))?\.parquet")
 
 log = structlog.get_logger()
 
@@ -115,10 +117,7 @@ class ParquetSink:
                 if now is None or now.state.ended or outputs.digest(connection, job.id) != before:
                     raise Waiting("the job's parts have changed meanwhile.")
 
-        make_data_set(self._folder, job.id, written, self._about(job, space), check)
-
-    def _about(self, job: Job, space: RowMapping) -> dict[str, Any]:
-        return {
+        about = {
             "name": job.name,
             "labels": job.labels,
             "model": job.model,
@@ -128,23 +127,28 @@ class ParquetSink:
             "carried": self._carried,
             **({"passages": True} if self._passages else {}),
         }
+        make_data_set(self._folder, job.id, written, about, check)
 
     def erase(self, engine: Engine, job: Job, keys: Set[str]) -> Erased:
-        """Write the parts anew that have one of the keys, one at a time."""
+        """Write the parts anew that have one of the keys, one at a time, each where it lies.
+
+        What an earlier run has left is mended: old parts beside those that count, and the manifest. Nothing else in the
+        folder is touched, as others may have written to it.
+        """
         with engine.begin() as connection:
-            written, space = outputs.of_job(connection, job.id), jobs.vector_space(connection, job.id)
+            written = outputs.of_job(connection, job.id)
         there, unknown = list[Output](), 0
         for output in written:
             with suppress(SourceChanged):
                 kept, items = self._erase_from(engine, job, output, keys)
                 there.append(kept)
                 unknown += items
-        if job.state is JobState.COMPLETED and {each.name for each in there} != set(self._visible_parts()):
-            make_data_set(self._folder, job.id, there, self._about(job, space))
+        with _ended(engine, job) as connection:  # so that no worker adds a part
+            counted = {output.name for output in outputs.of_job(connection, job.id)}
+            if not counted >= {output.name for output in there} or len(counted) > len(written):
+                raise Waiting(f"the parts of job {job.id} have changed meanwhile")
+            self._clean(job.id, there, counted)
         return Erased(unknown, is_whole=len(there) == len(written))
-
-    def _visible_parts(self) -> Iterator[str]:
-        return (name for name in visible_names(self._folder) if _PART.fullmatch(name))
 
     def _erase_from(self, engine: Engine, job: Job, output: Output, keys: Set[str]) -> tuple[Output, int]:
         """Return the part that counts now, this one if it has none of the keys, and the number of items that nobody has
@@ -154,30 +158,47 @@ class ParquetSink:
             SourceChanged: it is gone.
             Waiting: the job is tried again.
         """
+        place = place_of(self._folder, job.id, output)
         with open_part(self._folder, job.id, output) as file:
             left = without_keys(file, keys)
         if left is None:
             return output, 0
-        number = f"-{output.part}" if output.part else ""
-        name = f"part-{output.chunk_id}-{output.fence}-{uuid4().hex}{number}.parquet"
+        name = f"{_commit_of(output)}-{uuid4().hex}{f'-{output.part}' if output.part else ''}.parquet"
         made = dataclasses.replace(output, name=name, rows=left.rows, bytes=len(left.data))
-        staged = storage.join(_staging(self._folder, job.id), name)
-        storage.write(staged, left.data)
-        items, passages = len(pc.unique(left.gone["index"])), len(left.gone) if self._passages else 0
-        unknown = items if job.options.by_reference else 0  # others are erased from `items`
-        with engine.begin() as connection:
-            now = jobs.lock(connection, job.id)
-            is_ours = (
-                now is not None
-                and now.state.ended
-                and outputs.replace(connection, job.id, output, made, items=items, passages=passages, unknown=unknown)
-            )
-        if not is_ours:
-            storage.delete(staged)
-            raise Waiting(f"job {job.id} is tried again")
-        if job.state is not JobState.COMPLETED:
-            storage.delete(storage.join(_staging(self._folder, job.id), output.name))
+        storage.write(storage.join(place, name), left.data)
+        erased = pc.unique(left.gone["index"]).to_pylist()
+        unknown = len(erased) if job.options.by_reference else 0  # others are erased from `items`
+        with _ended(engine, job) as connection:
+            passages = len(left.gone) if self._passages else 0
+            if not outputs.replace(connection, job.id, output, made, erased, passages=passages, unknown=unknown):
+                raise Waiting(f"the parts of job {job.id} have changed meanwhile")
         return made, unknown
+
+    def _clean(self, job_id: UUID, there: Sequence[Output], counted: Set[str]) -> None:
+        """Name the parts that are there in the manifest instead of those that they replace, and delete these, and what
+        lies in staging without being `counted`."""
+        by_commit = {(_commit_of(output), output.part): output for output in there}
+        manifest = self._manifest_of(job_id)
+        if manifest is not None:
+            files = [_as_listed(by_commit.get(_commit_named(file["name"])), file) for file in manifest["files"]]
+            if files != manifest["files"]:
+                changed = {**manifest, "files": files, "rows": sum(file["rows"] for file in files)}
+                made = orjson.dumps(changed, option=orjson.OPT_INDENT_2)
+                storage.write(storage.join(self._folder, MANIFEST), made)
+        for name in set(visible_names(self._folder)) - counted:
+            if _commit_named(name) in by_commit:
+                storage.delete(storage.join(self._folder, name))
+        staging = _staging(self._folder, job_id)
+        for name in set(storage.names_below(staging)) - counted - {_CLAIM}:
+            storage.delete(storage.join(staging, name))
+
+    def _manifest_of(self, job_id: UUID) -> Any:
+        """Return the manifest in the folder; None if there is none, or it is another job's."""
+        if (found := storage.stat(storage.join(self._folder, MANIFEST))) is None:
+            return None
+        with storage.open_file(found.uri, found.etag) as file:
+            manifest = orjson.loads(file.read())
+        return manifest if manifest.get("job") == str(job_id) else None
 
     def takes_long(self, connection: Connection) -> bool:  # noqa: ARG002
         """Return False: parts are moved, not rewritten."""
@@ -200,6 +221,8 @@ class ParquetSink:
             ]
         for parts in chunks:
             table = read(self._folder, job_id, parts).combine_chunks()
+            if not len(table):  # all of it is forgotten
+                continue
             kept = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False))
             vectors = restored(kept)
             carried = table.drop_columns([*OUR_COLUMNS, *passage_columns]).to_pylist()
@@ -398,6 +421,46 @@ def _remove_strays(folder: str, listed: Collection[str]) -> None:
     for name in strays:
         log.warning("stray_part_removed", folder=folder, name=name)
         storage.delete(storage.join(folder, name))
+
+
+@contextmanager
+def _ended(engine: Engine, job: Job) -> Iterator[Connection]:
+    """Open a short transaction in which a job that has ended isn't tried again.
+
+    Raises:
+        Waiting: it is.
+    """
+    with engine.begin() as connection:
+        now = jobs.lock(connection, job.id)
+        if now is None or not now.state.ended:
+            raise Waiting(f"job {job.id} is tried again")
+        yield connection
+
+
+def _commit_of(output: Output) -> str:
+    return f"part-{output.chunk_id}-{output.fence}"
+
+
+def _commit_named(name: str) -> tuple[str, int]:
+    """Return the commit that a part is of, as beginning of its name and number; of another file nothing like it."""
+    found = _PART_OF.fullmatch(name)
+    return (found[1], int(found[3] or 0)) if found else ("", 0)
+
+
+def _as_listed(output: Output | None, file: dict[str, Any]) -> dict[str, Any]:
+    return {"name": output.name, "rows": output.rows, "bytes": output.bytes} if output else file
+
+
+def place_of(folder: str, job_id: UUID, output: Output) -> str:
+    """Return the folder in which a recorded part lies: that of staging, or the job's.
+
+    Raises:
+        SourceChanged: it is gone.
+    """
+    for place in (_staging(folder, job_id), folder):
+        if storage.stat(storage.join(place, output.name)):
+            return place
+    raise SourceChanged(f"{storage.join(folder, output.name)}: this part of job {job_id} is gone.")
 
 
 def open_part(folder: str, job_id: UUID, output: Output) -> pq.ParquetFile:

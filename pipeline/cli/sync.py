@@ -21,7 +21,7 @@ from pipeline.cli.jobs import watch_job
 from pipeline.cli.output import stderr, tell
 from pipeline.cli.submit import Counter, corpus_of, files_of, labels_of, needs, refuse_at_api
 from pipeline.core.collections import OnDuplicateKey
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, WaitTimedOut
 from pipeline.db import collections
 from pipeline.infra.storage import is_remote
 from pipeline.ingest.request import read_fields
@@ -143,18 +143,24 @@ def sync(
         sys.stdout.write(f"{done.job_id}\n")
         sys.stdout.flush()
         if wait:
+            deadline = time.monotonic() + (timeout or float("inf"))
             code = watch_job(backend, done.job_id, timeout)
             if not code:
-                _await_files(backend, collection)
+                _await_files(backend, collection, deadline)
             raise typer.Exit(code)
 
 
-def _await_files(backend: Backend, name: str) -> None:
-    """Wait until a collection's files have what its sync changed, or can't be written."""
-    while (files := backend.collection(name).output) and files.behind and not files.problem:
+def _await_files(backend: Backend, name: str, deadline: float) -> None:
+    """Wait until a collection's files have what its sync changed.
+
+    Raises:
+        WaitTimedOut: they can't be written now, or it takes longer.
+    """
+    while (files := backend.collection(name).output) and files.behind:
+        if files.problem or time.monotonic() > deadline:
+            why = files.problem or "it takes longer"
+            raise WaitTimedOut(f"the sync is completed, but not its files in {files.uri}: {why}")
         time.sleep(_FILES_SECONDS)
-    if files and files.problem:
-        stderr.print(f"Its files in {files.uri} aren't written yet: {files.problem}", markup=False)
 
 
 #: Time between two looks at a collection's files.

@@ -456,8 +456,8 @@ def reopen(connection: Connection, job_id: UUID, codes: Sequence[str]) -> int:
             update vectormill.chunks c
             set state = 'pending', rejected = c.rejected - t.rejects, cancelled = 0, crashes = 0, isolation = 0,
                 -- Erased items that had neither vector nor reject get none any more.
-                vacant = c.vacant + least(c.forgotten - c.forgotten_vectors - c.forgotten_rejects,
-                                          c.items - c.vacant - c.embedded - c.reused - c.rejected),
+                vacant = c.vacant + greatest(0, least(c.forgotten - c.forgotten_vectors - c.forgotten_rejects,
+                                                      c.items - c.vacant - c.embedded - c.reused - c.rejected)),
                 forgotten = c.forgotten_vectors + c.forgotten_rejects,
                 fence = c.fence + 1, worker_id = null,
                 not_before = null, lease_until = null, finished_at = null

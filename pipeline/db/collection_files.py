@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Files:
+class FilesState:
     """State of a version's files."""
 
     #: Number of the newest set, and of the one that readers see.
@@ -77,13 +77,22 @@ def due(connection: Connection, limit: int) -> Sequence[int]:
     return list(rows.scalars())
 
 
+_LOCK = "hashtextextended('vectormill collection files ' || :version, 0)"
+
+
 def lock(connection: Connection, version_id: int) -> bool:
-    """Let nobody else write a version's files before the transaction ends. Return False if somebody does."""
-    found = text("select pg_try_advisory_xact_lock(hashtextextended('vectormill collection files ' || :version, 0))")
+    """Let nobody else write a version's files before `unlock`, or the end of the session. Return False if somebody
+    does."""
+    found = text(f"select pg_try_advisory_lock({_LOCK})")
     return bool(connection.execute(found, {"version": str(version_id)}).scalar_one())
 
 
-def state(connection: Connection, version_id: int) -> Files:
+def unlock(connection: Connection, version_id: int) -> None:
+    """Let others write a version's files."""
+    connection.execute(text(f"select pg_advisory_unlock({_LOCK})"), {"version": str(version_id)})
+
+
+def state(connection: Connection, version_id: int) -> FilesState:
     """Return the state of a version's files."""
     row = connection.execute(
         text("""
@@ -97,7 +106,7 @@ def state(connection: Connection, version_id: int) -> Files:
         """),
         {"version": version_id},
     )
-    return Files(**row.mappings().one())
+    return FilesState(**row.mappings().one())
 
 
 def of_version(connection: Connection, version_id: int) -> list[CollectionFile]:
@@ -142,6 +151,11 @@ def rows(connection: Connection, version_id: int, *, full: bool, block: int) -> 
         cursor.execute(_ROWS[full].encode(), {"version": version_id})
         while page := cursor.fetchmany(block):
             yield [Row(*row) for row in page]
+
+
+def begin_set(connection: Connection) -> None:
+    """Let a transaction stay open while files are written, which takes longer than others may idle."""
+    connection.execute(text("set local idle_in_transaction_session_timeout = '10min'"))
 
 
 def end_set(

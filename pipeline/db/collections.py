@@ -159,8 +159,8 @@ def versions(connection: Connection, collection_id: int) -> dict[VersionState, C
     return {found.state: found for found in map(_as_collection, rows)}
 
 
-def lock_tables(connection: Connection) -> None:
-    """Let no other collection take a table of the user before the transaction ends."""
+def lock_places(connection: Connection) -> None:
+    """Let no other collection take a table or a folder of the user before the transaction ends."""
     connection.execute(text("select pg_advisory_xact_lock(hashtextextended('vectormill collections into', 0))"))
 
 
@@ -171,6 +171,16 @@ def writing_to(connection: Connection, table: str) -> str | None:
         where to_regclass(v.options->>'into') = to_regclass(:table) limit 1
     """)
     name: str | None = connection.execute(found, {"table": table}).scalar_one_or_none()
+    return name
+
+
+def keeping_files_in(connection: Connection, folder: str) -> str | None:
+    """Return the name of a collection of any workspace that keeps files in this folder; None if none does."""
+    found = text("""
+        select c.name from vectormill.collection_versions v join vectormill.collections c on c.id = v.collection_id
+        where rtrim(v.output, '/') = rtrim(:folder, '/') and v.state <> 'gone' limit 1
+    """)
+    name: str | None = connection.execute(found, {"folder": folder}).scalar_one_or_none()
     return name
 
 

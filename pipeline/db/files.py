@@ -71,7 +71,14 @@ def reading(connection: Connection, file_id: str) -> str | None:
     return batch
 
 
-def replace(connection: Connection, file_id: str, *, uri: str, etag: str, size: int, sha256: str) -> None:
-    """Give a file other bytes."""
-    changed = files.update().where(files.c.id == file_id).values(uri=uri, etag=etag, bytes=size, sha256=sha256)
-    connection.execute(changed)
+def exchange(connection: Connection, file_id: str, other_id: str) -> None:
+    """Exchange the bytes of two files."""
+    connection.execute(
+        text("""
+            update vectormill.files f
+            set uri = o.uri, etag = o.etag, bytes = o.bytes, sha256 = o.sha256
+            from vectormill.files o
+            where (f.id, o.id) in ((:file, :other), (:other, :file))
+        """),
+        {"file": file_id, "other": other_id},
+    )

@@ -1,6 +1,6 @@
 """Recorded parts of a job's Parquet output. Only recorded files count."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -64,18 +64,28 @@ def of_job(connection: Connection, job_id: UUID, chunk_id: int | None = None) ->
 
 
 _FORGET = """
-    update vectormill.chunks
-    set forgotten_vectors = forgotten_vectors + :items, forgotten_passages = forgotten_passages + :passages,
-        forgotten = forgotten + :unknown
+    update vectormill.chunks c
+    set forgotten_vectors = forgotten_vectors + cardinality(cast(:indexes as bigint[])),
+        forgotten_passages = forgotten_passages + :passages, forgotten = forgotten + :unknown,
+        output_uri = replace(output_uri, :before, :name),
+        most_truncated = (select coalesce(jsonb_agg(e), '[]') from jsonb_array_elements(c.most_truncated) e
+                          where (e->>'index')::bigint <> all(:indexes))
     where id = :chunk
 """
 
 
 def replace(
-    connection: Connection, job_id: UUID, output: Output, by: Output, *, items: int, passages: int, unknown: int
+    connection: Connection,
+    job_id: UUID,
+    output: Output,
+    by: Output,
+    erased: Sequence[int],
+    *,
+    passages: int,
+    unknown: int,
 ) -> bool:
-    """Let a part count instead of another one, which had so many more items and passages; `unknown` of them aren't
-    counted as forgotten yet. Return False if the other one counts no more."""
+    """Let a part count instead of another one, which had `erased` items and so many `passages` more; `unknown` of the
+    items aren't counted as forgotten yet. Return False if the other one counts no more."""
     replaced = connection.execute(
         text("""
             update vectormill.outputs set name = :name, rows = :rows, bytes = :bytes
@@ -84,9 +94,17 @@ def replace(
         {"job": job_id, "before": output.name, "name": by.name, "rows": by.rows, "bytes": by.bytes},
     ).rowcount
     if replaced:
-        connection.execute(
-            text(_FORGET), {"chunk": output.chunk_id, "items": items, "passages": passages, "unknown": unknown}
-        )
+        values = {
+            "chunk": output.chunk_id,
+            "indexes": list(erased),
+            "passages": passages,
+            "unknown": unknown,
+            "before": output.name,
+            "name": by.name,
+        }
+        connection.execute(text(_FORGET), values)
+        # It has the keys of truncated items.
+        connection.execute(text("update vectormill.jobs set progress = null where id = :job"), {"job": job_id})
     return bool(replaced)
 
 

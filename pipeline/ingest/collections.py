@@ -57,6 +57,7 @@ def create_collection(
     if models.is_called(connection, name):
         raise UserError("a model is called so; choose another.", field="name", given=f'"{name}"')
     _check_table(connection, found, options)
+    _check_output(connection, options)
     made = collections.create(
         connection,
         workspace_id,
@@ -128,9 +129,20 @@ def _check_table(connection: Connection, model: Model, options: JobOptions) -> N
             field="into",
             given=options.into,
         )
-    collections.lock_tables(connection)
+    collections.lock_places(connection)
     if other := collections.writing_to(connection, options.into):
         raise UserError(f"the collection {other} writes to this table; name another.", field="into", given=options.into)
+
+
+def _check_output(connection: Connection, options: JobOptions) -> None:
+    """Refuse a folder in which another collection keeps files."""
+    if options.output is None:
+        return
+    collections.lock_places(connection)
+    if other := collections.keeping_files_in(connection, options.output):
+        raise UserError(
+            f"the collection {other} keeps files there; give an empty folder.", field="output", given=options.output
+        )
 
 
 def upgrade_collection(
@@ -165,6 +177,7 @@ def upgrade_collection(
         if space == current.vector_space_id:
             raise UserError("the collection has the vectors of this model; name another.", field="model", given=model)
         _check_table(connection, found, options)
+        _check_output(connection, options)
         collections.add_version(
             connection,
             current.id,

@@ -6,9 +6,10 @@ lies there under our names was left by an interruption, or is replaced, and goes
 
 import io
 import re
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 from uuid import uuid4
 
@@ -16,13 +17,13 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
 from pipeline.chunk_io.parquet_sink import MANIFEST, WRITING, as_text, without_keys
-from pipeline.core.errors import StorageRefused, StorageUnreachable, UserError, Waiting
+from pipeline.core.errors import StorageUnreachable, UserError, VectormillError, Waiting
 from pipeline.core.options import PASSAGE_COLUMNS, JobOptions, VectorType
 from pipeline.db import collection_files, collections
-from pipeline.db.collection_files import CollectionFile, Files, Row
+from pipeline.db.collection_files import CollectionFile, FilesState, Row
 from pipeline.db.collections import Collection as Version
 from pipeline.infra import storage
 
@@ -94,7 +95,8 @@ def _kind_of(version: Version) -> _Kind:
 
 
 def prepare(folder: str, carried: Collection[str]) -> None:
-    """Occupy an empty folder for a version's files, which proves that they can be written.
+    """Occupy an empty folder for a version's files, which proves that they can be written. An empty manifest stands for
+    no set, and shows later that the folder is the right one.
 
     Raises:
         UserError: it isn't empty, or a carried column is called as one of ours.
@@ -102,7 +104,7 @@ def prepare(folder: str, carried: Collection[str]) -> None:
     """
     if taken := next((name for name in (VERSION, DELETED) if name in carried), None):
         raise UserError(f'the files have a column "{taken}" already; rename it.', field="carry")
-    if there := next(iter(storage.names_below(folder)), None):
+    if there := next((name for name in storage.names_below(folder) if name != MANIFEST), None):
         raise UserError(f"{there} is there already; give an empty folder.", field="output", given=folder)
     storage.write(storage.join(folder, MANIFEST), orjson.dumps({"version": 0, "files": []}))
 
@@ -114,89 +116,168 @@ def write_files(engine: Engine, version_id: int) -> None:
         Waiting: somebody else writes them.
         StorageRefused, StorageUnreachable: they can't be written. The version says why.
     """
+    with _files_of(engine, version_id) as files:
+        if files:
+            files.catch_up()
+
+
+def erase_keys(engine: Engine, version_id: int, keys: Set[str]) -> None:
+    """Write the files of a version anew that have one of these keys, without them, one at a time.
+
+    Raises:
+        As `write_files`.
+    """
+    with _files_of(engine, version_id) as files:
+        if files:
+            files.erase(keys)
+
+
+@contextmanager
+def _files_of(engine: Engine, version_id: int) -> Iterator["_Files | None"]:
+    """Yield the files of a version, which nobody else writes meanwhile; None if it has none. The version says what
+    went wrong."""
     with engine.begin() as connection:
         version = collections.of_version(connection, version_id)
     if version is None or version.output is None:
+        yield None
         return
-    with _noting_problems(engine, version_id):
-        with _writing(engine, version_id) as connection:
-            there, counted = (
-                set(storage.names_below(version.output)),
-                collection_files.of_version(connection, version_id),
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as holder:
+        # Before any snapshot is taken, and in a session of its own, as no transaction is open while files are written.
+        if not collection_files.lock(holder, version_id):
+            raise Waiting(f"somebody else writes to {version.output}", most_seconds=_BUSY_SECONDS)
+        try:
+            yield _Files(engine, version, version.output)
+        except Exception as error:
+            with engine.begin() as connection:
+                collection_files.note_problem(connection, version_id, problem_of(error))
+            raise
+        finally:
+            collection_files.unlock(holder, version_id)
+
+
+def problem_of(error: Exception) -> str:
+    """Return why files can't be written, for a person."""
+    return str(error) if isinstance(error, VectormillError) else f"{type(error).__name__}; see the dispatcher's log"
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Files of a version, while nobody else writes them."""
+
+    engine: Engine
+    version: Version
+    folder: str
+
+    @property
+    def _id(self) -> int:
+        return self.version.version_id
+
+    def _state(self) -> tuple[FilesState, list[CollectionFile]]:
+        with self.engine.begin() as connection:
+            return collection_files.state(connection, self._id), collection_files.of_version(connection, self._id)
+
+    def _names_there(self) -> set[str]:
+        """Return the names of the files that are there.
+
+        Raises:
+            StorageUnreachable: it is another folder than the one that was occupied.
+        """
+        there = set(storage.names_below(self.folder))
+        if MANIFEST not in there:
+            raise StorageUnreachable(
+                f"{self.folder}: {MANIFEST} is missing; mount the folder where dispatchers run, or put it back."
             )
-            # The database may have gone back to a time before a full set replaced them.
-            is_whole = there.issuperset(file.name for file in counted)
-            _sweep(version.output, there, {file.name for file in counted})
-            state = collection_files.state(connection, version_id)
-            full = state.compacts or not counted or not is_whole
-            if full or state.changed:
-                _write_set(connection, version, version.output, full=full)
-        _show(engine, version, version.output)
+        return there
 
+    def catch_up(self) -> None:
+        """Write what changed, and show it."""
+        there, (state, counted) = self._names_there(), self._state()
+        if state.shown < state.number:  # an interruption came between
+            self._show()
+        names = {file.name for file in counted}
+        self._delete(name for name in there - names if _FILE.fullmatch(name))
+        # The database may have gone back to a time before a full set replaced them.
+        full = state.compacts or not counted or not names <= there
+        if full or state.changed:
+            self._write_set(full=full)
+        self._show()
 
-@contextmanager
-def _noting_problems(engine: Engine, version_id: int) -> Iterator[None]:
-    try:
-        yield
-    except (StorageRefused, StorageUnreachable) as error:
-        with engine.begin() as connection:
-            collection_files.note_problem(connection, version_id, str(error))
-        raise
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            storage.delete(storage.join(self.folder, name))
 
+    def _write_set(self, *, full: bool) -> None:
+        with self.engine.connect() as connection:
+            connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                collection_files.begin_set(connection)
+                number = collection_files.state(connection, self._id).number + 1
+                blocks = collection_files.rows(connection, self._id, full=full, block=_BLOCK)
+                files = list(self._written(blocks, number, f"{'full' if full else 'delta'}-{number:06}-{uuid4().hex}"))
+                collection_files.end_set(connection, self._id, number, files, full=full)
 
-@contextmanager
-def _writing(engine: Engine, version_id: int) -> Iterator[Connection]:
-    """Open a transaction that sees one snapshot, and alone writes a version's files."""
-    with engine.connect() as connection:
-        connection.execution_options(isolation_level="REPEATABLE READ")
-        with connection.begin():
-            if not collection_files.lock(connection, version_id):
-                raise Waiting("somebody else writes these files", most_seconds=_BUSY_SECONDS)
-            yield connection
+    def _written(self, blocks: Iterator[list[Row]], number: int, stem: str) -> Iterator[CollectionFile]:
+        """Write rows to files, and yield these."""
+        kind = _kind_of(self.version)
+        for at in count():
+            buffer, rows = io.BytesIO(), 0
+            if (block := next(blocks, None)) is None:
+                return
+            with pq.ParquetWriter(buffer, kind.schema, **WRITING) as writer:
+                while block is not None:
+                    writer.write_batch(kind.batch(block, number))
+                    rows += len(block)
+                    block = next(blocks, None) if buffer.tell() < _FILE_BYTES else None
+            name = f"{stem}-{at}.parquet"
+            storage.write(storage.join(self.folder, name), buffer.getbuffer())
+            yield CollectionFile(name=name, number=number, rows=rows, bytes=buffer.tell())
 
+    def _show(self) -> None:
+        """Write the manifest of the newest set, and delete what it replaces."""
+        state, files = self._state()
+        manifest = _manifest(self.version, state, files)
+        own = f"_manifest-{state.number:06}.json"
+        for name in (own, MANIFEST):
+            storage.write(storage.join(self.folder, name), manifest)
+        there, counted = set(storage.names_below(self.folder)), {file.name for file in files}
+        strays = [name for name in there if _FILE.fullmatch(name) and name not in counted]
+        manifests = {name: int(found[1]) for name in there if (found := _MANIFEST_OF.fullmatch(name))}
+        # Those before may name the strays; later ones are of a time that the database has forgotten.
+        self._delete(name for name, number in manifests.items() if number > state.number or (strays and name != own))
+        self._delete(strays)
+        with self.engine.begin() as connection:
+            collection_files.note_shown(connection, self._id, state.number)
 
-def _write_set(connection: Connection, version: Version, folder: str, *, full: bool) -> None:
-    kind = _kind_of(version)
-    blocks = collection_files.rows(connection, version.version_id, full=full, block=_BLOCK)
-    first = next(blocks, None)
-    number = collection_files.state(connection, version.version_id).number + 1
-    stem = f"{'full' if full else 'delta'}-{number:06}-{uuid4().hex}"
-    files, buffer, writer, rows = list[CollectionFile](), io.BytesIO(), None, 0
+    def erase(self, keys: Set[str]) -> None:
+        """Write the files anew that have one of these keys, and show them."""
+        there = self._names_there()
+        with self.engine.begin() as connection:
+            collection_files.forget_changes(connection, self._id, sorted(keys))
+        for file in self._state()[1]:
+            if file.name not in there:  # a full set leaves it out
+                with self.engine.begin() as connection:
+                    collection_files.compact(connection, self._id)
+                continue
+            self._erase_from(file, keys)
+        self._show()
 
-    def close() -> None:
-        nonlocal writer, buffer, rows
-        if writer is None:
+    def _erase_from(self, file: CollectionFile, keys: Set[str]) -> None:
+        found = storage.stat(storage.join(self.folder, file.name))
+        if found is None:
+            raise StorageUnreachable(f"{self.folder}: {file.name} has gone just now.")
+        left = without_keys(pq.ParquetFile(storage.open_file(found.uri, found.etag)), keys)
+        if left is None:
             return
-        writer.close()
-        name = f"{stem}-{len(files)}.parquet"
-        storage.write(storage.join(folder, name), buffer.getbuffer())
-        files.append(CollectionFile(name=name, number=number, rows=rows, bytes=buffer.tell()))
-        writer, buffer, rows = None, io.BytesIO(), 0
-
-    while first is not None:
-        writer = writer or pq.ParquetWriter(buffer, kind.schema, **WRITING)
-        writer.write_batch(kind.batch(first, number))
-        rows += len(first)
-        if buffer.tell() >= _FILE_BYTES:
-            close()
-        first = next(blocks, None)
-    close()
-    collection_files.end_set(connection, version.version_id, number, files, full=full)
+        made = None
+        if left.rows:
+            name = f"{file.name.partition('-')[0]}-{file.number:06}-{uuid4().hex}-0.parquet"
+            made = CollectionFile(name=name, number=file.number, rows=left.rows, bytes=len(left.data))
+            storage.write(storage.join(self.folder, name), left.data)
+        with self.engine.begin() as connection:
+            collection_files.replace(connection, self._id, file.name, made)
 
 
-def _show(engine: Engine, version: Version, folder: str) -> None:
-    """Write the manifest of the newest set, and delete what it replaces."""
-    with _writing(engine, version.version_id) as connection:
-        state = collection_files.state(connection, version.version_id)
-        files = collection_files.of_version(connection, version.version_id)
-        manifest = _manifest(version, state, files)
-        for name in (f"_manifest-{state.number:06}.json", MANIFEST):
-            storage.write(storage.join(folder, name), manifest)
-        collection_files.note_shown(connection, version.version_id, state.number)
-        _sweep(folder, set(storage.names_below(folder)), {file.name for file in files}, before=state.number)
-
-
-def _manifest(version: Version, state: Files, files: Sequence[CollectionFile]) -> bytes:
+def _manifest(version: Version, state: FilesState, files: Sequence[CollectionFile]) -> bytes:
     kind = _kind_of(version)
     about = {
         "version": state.number,
@@ -211,52 +292,3 @@ def _manifest(version: Version, state: Files, files: Sequence[CollectionFile]) -
         "files": [{"name": each.name, "rows": each.rows, "bytes": each.bytes} for each in files],
     }
     return orjson.dumps(about, option=orjson.OPT_INDENT_2)
-
-
-def _sweep(folder: str, there: Set[str], counted: Set[str], *, before: int = 0) -> None:
-    """Delete our files that don't count, and with them the manifests of sets `before` this one, which may name them."""
-    strays = [name for name in there if _FILE.fullmatch(name) and name not in counted]
-    manifests = [name for name in there if (found := _MANIFEST_OF.fullmatch(name)) and int(found[1]) < before]
-    for name in [*manifests, *strays] if strays else []:
-        storage.delete(storage.join(folder, name))
-
-
-def erase_keys(engine: Engine, version_id: int, keys: Set[str]) -> None:
-    """Write the files anew that have one of these keys, without them, one at a time.
-
-    Raises:
-        As `write_files`.
-    """
-    with engine.begin() as connection:
-        version = collections.of_version(connection, version_id)
-    if version is None or version.output is None:
-        return
-    with _noting_problems(engine, version_id):
-        with engine.begin() as connection:
-            collection_files.forget_changes(connection, version_id, sorted(keys))
-            names = [file.name for file in collection_files.of_version(connection, version_id)]
-        for name in names:
-            _erase_from_file(engine, version, version.output, name, keys)
-        _show(engine, version, version.output)
-
-
-def _erase_from_file(engine: Engine, version: Version, folder: str, name: str, keys: Set[str]) -> None:
-    with _writing(engine, version.version_id) as connection:
-        files = {file.name: file for file in collection_files.of_version(connection, version.version_id)}
-        if name not in files or (found := storage.stat(storage.join(folder, name))) is None:
-            return  # it is replaced meanwhile
-        left = without_keys(pq.ParquetFile(storage.open_file(found.uri, found.etag)), keys)
-        if left is None:
-            return
-        made = None
-        if left.rows:
-            kept = files[name]
-            stem = name.partition("-")[0]
-            made = CollectionFile(
-                name=f"{stem}-{kept.number:06}-{uuid4().hex}-0.parquet",
-                number=kept.number,
-                rows=left.rows,
-                bytes=len(left.data),
-            )
-            storage.write(storage.join(folder, made.name), left.data)
-        collection_files.replace(connection, version.version_id, name, made)

@@ -36,6 +36,8 @@ _SHOWN_PLACES = 20
 _REFUSALS = (StorageRefused, StorageUnreachable, Waiting)
 #: Longest time between two looks at a job that hasn't ended.
 _WAIT_SECONDS = 30.0
+#: Longest time between two tries while a table or a storage refuses. Each reads the keys of all files.
+_REFUSED_SECONDS = 120.0
 
 
 def forget_keys(
@@ -119,12 +121,15 @@ def erase(engine: Engine, forget_id: UUID, erase_elsewhere: Callable[[int, Set[s
     _erase_from_collections(engine, found)
     waits, problem = _erase_from_jobs(engine, found)
     problem = _erase_from_collections(engine, found) or problem
-    if not waits:
+    # A job whose storage refuses writes nothing any more.
+    if not waits or problem:
         problem = _erase_from_files(engine, found, erase_elsewhere) or problem
     with engine.begin() as connection:
         forgets.note_problem(connection, forget_id, problem)
-    if problem or waits:
-        raise Waiting(problem or f"job {waits[0]} hasn't ended", most_seconds=_WAIT_SECONDS)
+    if problem:
+        raise Waiting(problem, most_seconds=_REFUSED_SECONDS)
+    if waits:
+        raise Waiting(f"job {waits[0]} hasn't ended", most_seconds=_WAIT_SECONDS)
     gone = _KEYS_AT_ONCE
     while gone == _KEYS_AT_ONCE:
         with engine.begin() as connection:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from uuid import UUID, uuid4
 
@@ -17,7 +18,7 @@ from pipeline.core.collection_status import CollectionStatus
 from pipeline.core.collections import VersionState
 from pipeline.jobs.collections import collection_status, find_collection
 from tests.acceptance.fleet import eventually
-from tests.acceptance.nights import Tickets, differences
+from tests.acceptance.nights import Tickets, differences, file_differences
 from tests.chaos.faults import Done
 from tests.chaos.on_servers import kill_dispatcher
 from tests.chaos.site import START_SECONDS, Site
@@ -120,12 +121,15 @@ class Nights:
             name: SentenceTransformer(str(static_folder(size)), device="cpu") for name, size in _MODELS.items()
         }
         template = "{subject}\n\n{body}"
-        self.site.fleet.cli(
-            "collections", "create", _COLLECTION, "--model", "static", "--text", template, "--carry", "lang"
-        )
+        made = ("collections", "create", _COLLECTION, "--model", "static", "--text", template, "--carry", "lang")
+        self.site.fleet.cli(*made, "--output", str(self._folder("static")))
         with psycopg.connect(self.site.owner_url, autocommit=True) as connection:
             connection.execute(_SLOW.encode())
-        self.site.fleet.cli("collections", "upgrade", _COLLECTION, "--model", "small")
+        upgrade = ("collections", "upgrade", _COLLECTION, "--model", "small")
+        self.site.fleet.cli(*upgrade, "--output", str(self._folder("small")))
+
+    def _folder(self, model: str) -> Path:
+        return self.site.folder / f"{_COLLECTION}-{model}"
 
     def run(self) -> list[str]:
         """Sync one night, and now and then a source that has shrunk. Return what is wrong."""
@@ -192,7 +196,17 @@ class Nights:
             library = self._libraries[self._status().model]
             return list(differences(self._tickets, self.site.fleet.engine, library, f"vectormill.{_COLLECTION}"))
 
-        return list(self.site.insist(read))
+        return list(self.site.insist(read)) or self._file_differences()
+
+    def _file_differences(self) -> list[str]:
+        def written() -> bool:
+            output = self._status().output
+            return output is not None and not output.behind
+
+        eventually(written, "the collection's files")
+        model = self._status().model
+        found = file_differences(self._tickets, self._folder(model), self._libraries[model])
+        return [f"files: {each}" for each in found]
 
     def _judge(self, expected: dict[str, int] | None) -> list[str]:
         """Return what is wrong with the collection, and with the counts of its sync unless they mean nothing."""

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import pytest
 from sqlalchemy import Engine
 
 from pipeline.catalog.models import add_model, workspace_id
-from pipeline.core.errors import StorageRefused, UserError, Waiting
+from pipeline.core.errors import StorageUnreachable, UserError, Waiting
 from pipeline.core.options import JobOptions
 from pipeline.db import collection_files as stored
 from pipeline.infra import storage
 from pipeline.ingest.collections import create_collection, upgrade_collection
-from pipeline.jobs import collection_files
+from pipeline.jobs import collection_files, forgetting
 from pipeline.jobs.collections import collection_status, compact, drop_collection, find_collection
-from tests.integration.test_forget import forget
+from tests.integration.test_forget import erase, forget
 from tests.integration.tickets import SMALL, Row, Tickets, beside, rows_of
 from tests.support.jobs_made import run_sql
 from tests.support.models import described, static_folder
@@ -73,7 +73,7 @@ def by_polars(folder: Path) -> dict[str, tuple[Any, list[float]]]:
     return {row["key"]: (row["lang"], list(row["embedding"])) for row in found.iter_rows(named=True)}
 
 
-def shows(tickets: Tickets, folder: Path, rows: list[Row]) -> None:
+def shows(tickets: Tickets, folder: Path, rows: Sequence[Row]) -> None:
     """Assert that both readers find a fresh embedding of these rows, and that nothing else lies there."""
     wanted, langs = tickets.fresh(rows), {row["id"]: row["lang"] for row in rows}
     for found in (by_duckdb(folder), by_polars(folder)):
@@ -191,10 +191,11 @@ def by_polars_reads(folder: Path) -> bool:
 def test_one_at_a_time_writes_them(tickets: Tickets, folder: Path) -> None:
     tickets.sync(rows_of(5))
     ((version,),) = run_sql(tickets.engine, "select id from vectormill.collection_versions")
-    with tickets.engine.begin() as connection:
+    with tickets.engine.connect() as connection:
         assert stored.lock(connection, version)
         with pytest.raises(Waiting):
             collection_files.write_files(tickets.engine, version)
+        stored.unlock(connection, version)
     collection_files.write_files(tickets.engine, version)
     shows(tickets, folder, list(rows_of(5)))
 
@@ -209,18 +210,21 @@ def test_a_file_that_the_database_remembers_and_nobody_finds_is_written_anew(tic
     shows(tickets, folder, list(rows_of(12)))
 
 
-def test_a_folder_that_refuses_is_told(tickets: Tickets, folder: Path) -> None:
+def test_a_folder_that_is_not_there_is_told(tickets: Tickets, folder: Path) -> None:
     tickets.sync(rows_of(5))
     aside = folder.rename(folder.with_name("aside"))
-    folder.write_text("no folder any more")
-    with pytest.raises(StorageRefused):
+    with pytest.raises(StorageUnreachable, match="mount the folder"):
         write_due(tickets.engine)
-    assert "files" in status(tickets).problem
-    folder.unlink()
+    assert not folder.exists(), "as it isn't mounted, nothing is written under it"
+    assert "mount the folder" in status(tickets).problem
+    made = forgetting.forget_keys(tickets.engine, 1, ["k0"], by="a test", collection=None)
+    with pytest.raises(Waiting, match="mount the folder"):
+        erase(tickets.engine, made)
     aside.rename(folder)
+    erase(tickets.engine, made)
     write_due(tickets.engine)
     assert status(tickets).problem is None
-    shows(tickets, folder, list(rows_of(5)))
+    shows(tickets, folder, [*rows_of(5)][1:])
 
 
 def test_a_forgotten_key_leaves_the_files(tickets: Tickets, folder: Path) -> None:
@@ -256,7 +260,7 @@ def test_each_version_has_its_own_folder(
 
     with pytest.raises(UserError, match="name another folder"):
         upgrade()
-    with pytest.raises(UserError, match="give an empty folder"):
+    with pytest.raises(UserError, match="the collection tickets keeps files there"):
         upgrade(folder)
     upgrade(other)
     leader = tickets.submit(rows)

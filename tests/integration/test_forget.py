@@ -1,5 +1,6 @@
 """Forgotten keys on a real Postgres: erased from jobs and collections, and kept from coming back."""
 
+import codecs
 import hashlib
 import io
 import json
@@ -18,10 +19,11 @@ from sqlalchemy import Engine, text
 from pipeline.batch_api import files
 from pipeline.catalog.models import find_model, workspace_id
 from pipeline.chunk_io import parquet_sink
+from pipeline.chunk_io.sinks import sink_of
 from pipeline.core.errors import NotRetriable, UserError, Waiting
 from pipeline.core.jobs import Reason
 from pipeline.core.options import JobOptions
-from pipeline.db import chunks, forgets, outputs, workspaces
+from pipeline.db import chunks, forgets, jobs, outputs, workspaces
 from pipeline.db import files as stored_files
 from pipeline.dispatch import completion, finalize
 from pipeline.infra.settings import Settings
@@ -362,7 +364,7 @@ def test_an_interrupted_rewriting_of_parquet_is_done_again(
 
     with monkeypatch.context() as patch:
         if at == "before the manifest":
-            patch.setattr(parquet_sink, "make_data_set", die)
+            patch.setattr(parquet_sink.ParquetSink, "_clean", die)
         else:
             patch.setattr(outputs, "replace", die)
         with pytest.raises(KeyboardInterrupt):
@@ -379,6 +381,45 @@ def test_parts_of_a_job_that_did_not_complete_are_written_anew(tickets: Tickets,
     assert not any(b"person-1" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
 
 
+def test_results_of_a_job_of_which_a_part_is_forgotten(tickets: Tickets, tmp_path: Path) -> None:
+    job = to_parquet(tickets, tmp_path)
+    forget(tickets.engine, *(f"person-{n}" for n in range(4)))
+    with tickets.engine.begin() as connection:
+        found = jobs.by_id(connection, job)
+    assert found
+    blocks = sink_of(found.options).read(tickets.engine.begin, job, 0, 10)
+    assert [vector.key for block in blocks for vector in block] == [f"person-{n}" for n in range(4, 10)]
+
+
+def test_parts_of_others_in_the_same_folder_are_left_alone(tickets: Tickets, tmp_path: Path) -> None:
+    """A job's files were moved away, and another job's are there now."""
+    to_parquet(tickets, tmp_path)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    to_parquet(tickets, tmp_path, reuse=False)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    made = forget(tickets.engine, "nobody")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    with tickets.engine.begin() as connection:
+        assert forgetting.forget_status(connection, 1, made).outputs == [str(tmp_path / "out")]
+    forget(tickets.engine, "person-1")
+    assert set(pl.read_parquet(tmp_path / "out" / "*.parquet")["key"]) == {f"person-{n}" for n in (0, *range(3, 10))}
+
+
+def test_a_part_that_counts_no_more_for_a_restored_database_stays(tickets: Tickets, tmp_path: Path) -> None:
+    """Postgres goes back to before an erasure, and the keys are forgotten again."""
+    job = to_parquet(tickets, tmp_path)
+    before = run_sql(tickets.engine, "select chunk_id, name, rows, bytes from vectormill.outputs")
+    forget(tickets.engine, "person-1")
+    for chunk, name, rows, size in before:
+        back = "update vectormill.outputs set name = :name, rows = :rows, bytes = :bytes where chunk_id = :chunk"
+        run_sql(tickets.engine, back, name=name, rows=rows, bytes=size, chunk=chunk)
+    keys = set(pl.read_parquet(tmp_path / "out" / "*.parquet")["key"])
+    made = forget(tickets.engine, "person-1", "person-9")
+    assert set(pl.read_parquet(tmp_path / "out" / "*.parquet")["key"]) == keys - {"person-9"}
+    with tickets.engine.begin() as connection:
+        assert forgetting.forget_status(connection, 1, made).outputs == [str(tmp_path / "out")], job
+
+
 def test_files_that_nobody_finds_are_told(tickets: Tickets, tmp_path: Path) -> None:
     to_parquet(tickets, tmp_path)
     (tmp_path / "out").rename(tmp_path / "moved")
@@ -390,13 +431,14 @@ def test_files_that_nobody_finds_are_told(tickets: Tickets, tmp_path: Path) -> N
 def test_lines_of_batch_files_are_erased(tickets: Tickets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VECTORMILL_FILES", str(tmp_path))
     lines = [orjson.dumps({"custom_id": f"person-{n}", "body": {"input": f"letter {n}"}}) + b"\n" for n in range(5)]
-    lines.append(b"no JSON\n")
+    lines += [b"no JSON\n", b'{"custom_id": []}\n', b"7\n", b'{"custom_id": "person-1", "n": NaN}\n']
 
     def keep(name: str, content: bytes) -> str:
         kept = files.keep(tickets.engine, Settings(), 1, purpose="batch", name=name, source=io.BytesIO(content))
         return str(kept["id"])
 
-    file, other = keep("mine", b"".join(lines)), keep("other", lines[4])
+    file, other = keep("mine", codecs.BOM_UTF8 + b"".join(lines)), keep("other", lines[4])
+    lines[0] = codecs.BOM_UTF8 + lines[0]
     insert = """
         insert into vectormill.batches (id, workspace_id, endpoint, completion_window, input_file_id)
         values ('batch_1', 1, '/v1/embeddings', '24h', :file)
@@ -415,8 +457,12 @@ def test_lines_of_batch_files_are_erased(tickets: Tickets, tmp_path: Path, monke
     with files.open_kept(rows[file]) as opened, files.open_kept(rows[other]) as untouched:
         content = opened.read()
         assert untouched.read() == lines[4]
-    assert content == b"".join([lines[0], *lines[2:]])
+    assert content == b"".join([lines[0], *lines[2:-1]])
     assert (rows[file]["bytes"], rows[file]["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    with tickets.engine.begin() as connection:
+        expired = stored_files.expired(connection, 10)
+    for each in expired:
+        files.delete_file(tickets.engine, each)
     assert len([path for path in tmp_path.rglob("file-*") if path.is_file()]) == 2, "nothing is left"
 
 
