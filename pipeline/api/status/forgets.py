@@ -51,8 +51,8 @@ _Act = Callable[[Engine, int, Collection | None], Found]
 async def forget(request: Request, workspace: Of = None) -> ForgetStatus:
     """Forget keys: from now on rows with such a key are rejected, and the dispatcher erases what is there.
 
-    Parquet files, tables that jobs wrote to, and files of batch requests aren't changed; the request names them once it
-    is finished.
+    Tables that jobs wrote to aren't changed, nor are Parquet files that can't be found any more; the request names them
+    once it is finished.
     """
     caller = await caller_of(request)
     wish = await read_body(request, ForgetRequest)
