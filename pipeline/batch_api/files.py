@@ -131,11 +131,12 @@ def erase_keys(engine: Engine, settings: Settings, workspace_id: int, keys: Set[
 
 
 def _erase_from(engine: Engine, settings: Settings, file: RowMapping, keys: Set[str]) -> None:
-    if storage.stat(file["uri"]) is None:
+    if (there := storage.stat(file["uri"])) is None:
         return  # it is deleted
     with TemporaryFile() as left:
         digest, size, fewer = hashlib.sha256(), 0, False
-        with open_kept(file) as source:
+        # As it is there, even if it isn't as it was kept: keys go.
+        with storage.open_file(there.uri, there.etag) as source:
             for number, line in enumerate(source):
                 if _key_of(line if number else line.removeprefix(codecs.BOM_UTF8)) in keys:
                     fewer = True
@@ -151,9 +152,10 @@ def _erase_from(engine: Engine, settings: Settings, file: RowMapping, keys: Set[
     with engine.begin() as connection:
         reading = files.reading(connection, file["id"])
         # Bytes that don't count are those of a file that has expired, so they are deleted whatever happens here.
-        if not reading:
-            files.exchange(connection, file["id"], kept["id"])
+        exchanged = not reading and files.exchange(connection, file["id"], kept["id"])
         files.expire(connection, [kept["id"]])
+    if not reading and not exchanged:
+        raise Waiting(f"file {file['id']} has been deleted just now")
     if reading:
         raise Waiting(f"batch request {reading} reads a file that has such a key")
 

@@ -128,9 +128,9 @@ def _write(connection: Connection, batch: RowMapping, job: Job, output: BinaryIO
         _write_lines(output, () if fails else _output(connection, batch, job.id)),
         _write_lines(error, _errors(connection, job.id, state)),
     )
-    vectors, rejects = chunks.forgotten(connection, job.id)
-    failed = account.submitted - completed if state in _LEFT else rejected
-    wanted = (0 if fails else completed - vectors, failed - rejects)
+    items, vectors, rejects = chunks.forgotten(connection, job.id)
+    failed = account.submitted - completed - (items - vectors) if state in _LEFT else rejected - rejects
+    wanted = (0 if fails else completed - vectors, failed)
     if lines != wanted:
         if job.texts_removed_at:
             return None

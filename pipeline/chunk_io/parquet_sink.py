@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -31,6 +32,7 @@ from pipeline.core.jobs import Job
 from pipeline.core.options import OUR_COLUMNS, PASSAGE_COLUMNS, VectorType
 from pipeline.core.vectors import restored, stored
 from pipeline.db import items, jobs, outputs
+from pipeline.db.database import ping
 from pipeline.db.embeddings import EmbeddedRows, Vector
 from pipeline.db.outputs import Output, Staged
 from pipeline.infra import storage
@@ -129,26 +131,33 @@ class ParquetSink:
         }
         make_data_set(self._folder, job.id, written, about, check)
 
-    def erase(self, engine: Engine, job: Job, keys: Set[str]) -> Erased:
-        """Write the parts anew that have one of the keys, one at a time, each where it lies.
-
-        What an earlier run has left is mended: old parts beside those that count, and the manifest. Nothing else in the
-        folder is touched, as others may have written to it.
+    def erase(self, engine: Engine, job: Job, keys: Set[str], still: Callable[[], object]) -> Erased:
+        """Write the parts anew that have one of the keys, one at a time, in staging; then let them take the places of
+        those that they replace. What an earlier run has left is mended, too. Nothing else in the folder is touched, as
+        others may have written to it.
         """
         with engine.begin() as connection:
             written = outputs.of_job(connection, job.id)
-        there, unknown = list[Output](), 0
+        there, missing, unknown = list[Output](), set[str](), 0
         for output in written:
-            with suppress(SourceChanged):
+            still()
+            try:
                 kept, items = self._erase_from(engine, job, output, keys)
+            except SourceChanged:
+                missing.add(output.name)
+            else:
                 there.append(kept)
                 unknown += items
+        staging = _staging(self._folder, job.id)
+        seen = (set(visible_names(self._folder)), set(storage.names_below(staging)) - {_CLAIM})
         with _ended(engine, job) as connection:  # so that no worker adds a part
             counted = {output.name for output in outputs.of_job(connection, job.id)}
-            if not counted >= {output.name for output in there} or len(counted) > len(written):
+            if counted != missing | {output.name for output in there}:
                 raise Waiting(f"the parts of job {job.id} have changed meanwhile")
-            self._clean(job.id, there, counted)
-        return Erased(unknown, is_whole=len(there) == len(written))
+            for act in self._replacements(job, there, counted, *seen):
+                ping(connection)  # keeps the transaction, or shows that it has ended
+                act()
+        return Erased(unknown, is_whole=not missing)
 
     def _erase_from(self, engine: Engine, job: Job, output: Output, keys: Set[str]) -> tuple[Output, int]:
         """Return the part that counts now, this one if it has none of the keys, and the number of items that nobody has
@@ -158,39 +167,49 @@ class ParquetSink:
             SourceChanged: it is gone.
             Waiting: the job is tried again.
         """
-        place = place_of(self._folder, job.id, output)
         with open_part(self._folder, job.id, output) as file:
             left = without_keys(file, keys)
         if left is None:
             return output, 0
         name = f"{_commit_of(output)}-{uuid4().hex}{f'-{output.part}' if output.part else ''}.parquet"
         made = dataclasses.replace(output, name=name, rows=left.rows, bytes=len(left.data))
-        storage.write(storage.join(place, name), left.data)
+        staged = storage.join(_staging(self._folder, job.id), name)
+        storage.write(staged, left.data)
         erased = pc.unique(left.gone["index"]).to_pylist()
         unknown = len(erased) if job.options.by_reference else 0  # others are erased from `items`
-        with _ended(engine, job) as connection:
-            passages = len(left.gone) if self._passages else 0
-            if not outputs.replace(connection, job.id, output, made, erased, passages=passages, unknown=unknown):
-                raise Waiting(f"the parts of job {job.id} have changed meanwhile")
+        passages = len(left.gone) if self._passages else 0
+        try:
+            with _ended(engine, job) as connection:
+                if not outputs.replace(connection, job.id, output, made, erased, passages=passages, unknown=unknown):
+                    raise Waiting(f"the parts of job {job.id} have changed meanwhile")
+        except Waiting:
+            storage.delete(staged)
+            raise
         return made, unknown
 
-    def _clean(self, job_id: UUID, there: Sequence[Output], counted: Set[str]) -> None:
-        """Name the parts that are there in the manifest instead of those that they replace, and delete these, and what
-        lies in staging without being `counted`."""
+    def _replacements(
+        self, job: Job, there: Sequence[Output], counted: Set[str], visible: Set[str], staged: Set[str]
+    ) -> Iterator[Callable[[], None]]:
+        """Yield what is to be done so that the parts that are there take the places of those that they replace: moves,
+        the manifest, and deletions of what doesn't count."""
+        staging = _staging(self._folder, job.id)
         by_commit = {(_commit_of(output), output.part): output for output in there}
-        manifest = self._manifest_of(job_id)
-        if manifest is not None:
+        replaced = {name for name in visible - counted if _commit_named(name) in by_commit}
+        moved = {by_commit[_commit_named(name)].name for name in replaced} & staged
+        for name in moved:
+            yield partial(storage.move, storage.join(staging, name), storage.join(self._folder, name))
+        if manifest := self._manifest_of(job.id):
             files = [_as_listed(by_commit.get(_commit_named(file["name"])), file) for file in manifest["files"]]
             if files != manifest["files"]:
                 changed = {**manifest, "files": files, "rows": sum(file["rows"] for file in files)}
                 made = orjson.dumps(changed, option=orjson.OPT_INDENT_2)
-                storage.write(storage.join(self._folder, MANIFEST), made)
-        for name in set(visible_names(self._folder)) - counted:
-            if _commit_named(name) in by_commit:
-                storage.delete(storage.join(self._folder, name))
-        staging = _staging(self._folder, job_id)
-        for name in set(storage.names_below(staging)) - counted - {_CLAIM}:
-            storage.delete(storage.join(staging, name))
+                yield partial(storage.write, storage.join(self._folder, MANIFEST), made)
+        for name in replaced:
+            yield partial(storage.delete, storage.join(self._folder, name))
+        for name in staged - counted:
+            yield partial(storage.delete, storage.join(staging, name))
+        if counted and counted <= visible | moved:  # as of a job that has completed
+            yield partial(vacate, self._folder, job.id)
 
     def _manifest_of(self, job_id: UUID) -> Any:
         """Return the manifest in the folder; None if there is none, or it is another job's."""
@@ -449,18 +468,6 @@ def _commit_named(name: str) -> tuple[str, int]:
 
 def _as_listed(output: Output | None, file: dict[str, Any]) -> dict[str, Any]:
     return {"name": output.name, "rows": output.rows, "bytes": output.bytes} if output else file
-
-
-def place_of(folder: str, job_id: UUID, output: Output) -> str:
-    """Return the folder in which a recorded part lies: that of staging, or the job's.
-
-    Raises:
-        SourceChanged: it is gone.
-    """
-    for place in (_staging(folder, job_id), folder):
-        if storage.stat(storage.join(place, output.name)):
-            return place
-    raise SourceChanged(f"{storage.join(folder, output.name)}: this part of job {job_id} is gone.")
 
 
 def open_part(folder: str, job_id: UUID, output: Output) -> pq.ParquetFile:

@@ -78,8 +78,8 @@ class Sink(Protocol):
         Each database query is within `connect()`: a short transaction, or one snapshot for all.
         """
 
-    def erase(self, engine: Engine, job: Job, keys: Set[str]) -> Erased:
-        """Erase keys of an ended job from its files.
+    def erase(self, engine: Engine, job: Job, keys: Set[str], still: Callable[[], object]) -> Erased:
+        """Erase keys of an ended job from its files. `still` raises if somebody else may do that now.
 
         Raises:
             Waiting: the job is tried again.
@@ -144,7 +144,7 @@ class RowsSink:
                 return
             after = (page[-1].index, page[-1].passage)
 
-    def erase(self, engine: Engine, job: Job, keys: Set[str]) -> Erased:  # noqa: ARG002
+    def erase(self, engine: Engine, job: Job, keys: Set[str], still: Callable[[], object]) -> Erased:  # noqa: ARG002
         """Do nothing: there are no files."""
         return Erased(0, is_whole=True)
 

@@ -374,14 +374,15 @@ def has_open(connection: Connection, job_id: UUID) -> bool:
     return first.first() is not None
 
 
-def forgotten(connection: Connection, job_id: UUID) -> tuple[int, int]:
-    """Return the numbers of a job's vectors and rejects that were erased."""
+def forgotten(connection: Connection, job_id: UUID) -> tuple[int, int, int]:
+    """Return the numbers of a job's items that were erased, and of vectors and rejects among them."""
     found = text("""
-        select coalesce(sum(forgotten_vectors), 0)::bigint, coalesce(sum(forgotten_rejects), 0)::bigint
+        select coalesce(sum(forgotten), 0)::bigint, coalesce(sum(forgotten_vectors), 0)::bigint,
+               coalesce(sum(forgotten_rejects), 0)::bigint
         from vectormill.chunks where job_id = :job
     """)
-    vectors, rejects = connection.execute(found, {"job": job_id}).one()
-    return vectors, rejects
+    items, vectors, gone = connection.execute(found, {"job": job_id}).one()
+    return items, vectors, gone
 
 
 def sums(connection: Connection, job_id: UUID) -> RowMapping:

@@ -77,21 +77,6 @@ def due(connection: Connection, limit: int) -> Sequence[int]:
     return list(rows.scalars())
 
 
-_LOCK = "hashtextextended('vectormill collection files ' || :version, 0)"
-
-
-def lock(connection: Connection, version_id: int) -> bool:
-    """Let nobody else write a version's files before `unlock`, or the end of the session. Return False if somebody
-    does."""
-    found = text(f"select pg_try_advisory_lock({_LOCK})")
-    return bool(connection.execute(found, {"version": str(version_id)}).scalar_one())
-
-
-def unlock(connection: Connection, version_id: int) -> None:
-    """Let others write a version's files."""
-    connection.execute(text(f"select pg_advisory_unlock({_LOCK})"), {"version": str(version_id)})
-
-
 def state(connection: Connection, version_id: int) -> FilesState:
     """Return the state of a version's files."""
     row = connection.execute(

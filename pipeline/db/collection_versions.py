@@ -103,13 +103,16 @@ def retire(connection: Connection) -> None:
 
 
 def gone(connection: Connection, limit: int) -> Sequence[int]:
-    """Return versions that are gone, without those whose syncs haven't ended."""
+    """Return versions that are gone, without those whose syncs haven't ended, or of which keys are being forgotten."""
     rows = connection.execute(
         text("""
             select v.id from vectormill.collection_versions v
             where v.state = 'gone' and not exists (
               select from vectormill.jobs j
               where j.version_id = v.id and j.state not in ('completed', 'failed', 'cancelled'))
+            and not exists (
+              select from vectormill.forgets f join vectormill.collections c on c.workspace_id = f.workspace_id
+              where f.finished_at is null and c.id = v.collection_id)
             order by v.id limit :limit
         """),
         {"limit": limit},

@@ -175,10 +175,11 @@ def writing_to(connection: Connection, table: str) -> str | None:
 
 
 def keeping_files_in(connection: Connection, folder: str) -> str | None:
-    """Return the name of a collection of any workspace that keeps files in this folder; None if none does."""
+    """Return the name of a collection of any workspace that keeps files in this folder, also of a version that goes;
+    None if none does."""
     found = text("""
         select c.name from vectormill.collection_versions v join vectormill.collections c on c.id = v.collection_id
-        where rtrim(v.output, '/') = rtrim(:folder, '/') and v.state <> 'gone' limit 1
+        where rtrim(v.output, '/') = rtrim(:folder, '/') limit 1
     """)
     name: str | None = connection.execute(found, {"folder": folder}).scalar_one_or_none()
     return name

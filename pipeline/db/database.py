@@ -1,8 +1,9 @@
 """Connections to Postgres: timeouts, keep-alives, snapshots, COPY, and the classification of lost connections."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import orjson
@@ -88,6 +89,38 @@ def snapshot(engine: Engine) -> Iterator[Connection]:
         connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with connection.begin():
             yield connection
+
+
+@contextmanager
+def held(engine: Engine, name: str) -> Iterator[Callable[[], None] | None]:
+    """Hold a lock in a session of its own, for work on files, during which no transaction stays open. Yield a function
+    that fails if the session has ended, and is to be called every few minutes, or the server ends it; None: somebody
+    else has the lock."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        if not connection.execute(text(_LOCK), {"name": name}).scalar_one():
+            yield None
+            return
+        # A machine that vanished is noticed as soon as elsewhere.
+        connection.execute(text(_SETTINGS))
+        try:
+            yield partial(ping, connection)
+        finally:
+            with suppress(DBAPIError):
+                connection.execute(text(_UNLOCK), {"name": name})
+            connection.invalidate()  # its settings end with the session, and the lock at the latest
+
+
+def ping(connection: Connection) -> None:
+    """Keep a session from idling. Raises `sqlalchemy.exc.DBAPIError` if it has ended."""
+    connection.execute(text("select 1")).close()
+
+
+_UNLOCK = "select pg_advisory_unlock(hashtextextended(:name, 0))"
+_LOCK = "select pg_try_advisory_lock(hashtextextended(:name, 0))"
+_SETTINGS = """
+    select set_config('idle_session_timeout', '10min', false), set_config('tcp_keepalives_idle', '10', false),
+           set_config('tcp_keepalives_interval', '5', false), set_config('tcp_keepalives_count', '3', false)
+"""
 
 
 def psycopg_connection(connection: Connection) -> psycopg.Connection:

@@ -71,9 +71,9 @@ def reading(connection: Connection, file_id: str) -> str | None:
     return batch
 
 
-def exchange(connection: Connection, file_id: str, other_id: str) -> None:
-    """Exchange the bytes of two files."""
-    connection.execute(
+def exchange(connection: Connection, file_id: str, other_id: str) -> bool:
+    """Exchange the bytes of two files. Return False, with nothing done, if one of them is gone."""
+    rows = connection.execute(
         text("""
             update vectormill.files f
             set uri = o.uri, etag = o.etag, bytes = o.bytes, sha256 = o.sha256
@@ -82,3 +82,4 @@ def exchange(connection: Connection, file_id: str, other_id: str) -> None:
         """),
         {"file": file_id, "other": other_id},
     )
+    return rows.rowcount == 2

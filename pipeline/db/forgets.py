@@ -151,6 +151,15 @@ def unfinished(connection: Connection, limit: int) -> Sequence[UUID]:
     return list(connection.execute(found, {"limit": limit}).scalars())
 
 
+def of_workspace(connection: Connection, workspace_id: int) -> UUID | None:
+    """Return a request of this workspace that isn't finished; None if there is none."""
+    found = text("""
+        select id from vectormill.forgets where workspace_id = :workspace and finished_at is null limit 1
+    """)
+    forget: UUID | None = connection.execute(found, {"workspace": workspace_id}).scalar_one_or_none()
+    return forget
+
+
 def of_collection(connection: Connection, collection_id: int) -> UUID | None:
     """Return a request for keys of this collection that isn't finished; None if there is none."""
     found = text("""

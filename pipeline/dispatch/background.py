@@ -23,7 +23,7 @@ from pipeline.dispatch import finalize
 from pipeline.infra import metrics
 from pipeline.infra.settings import Settings
 from pipeline.ingest import sql_requests, staging
-from pipeline.jobs import collection_files, forgetting
+from pipeline.jobs import collection_files, erasure
 from pipeline.webhooks.delivery import deliver as deliver_events
 
 log = structlog.get_logger()
@@ -98,7 +98,7 @@ TASKS: tuple[BackgroundTask, ...] = (
     BackgroundTask(
         "forget_keys",
         db.forgets.unfinished,
-        lambda by, forget: forgetting.erase(by.engine, forget, partial(files.erase_keys, by.engine, by.settings)),
+        lambda by, forget: erasure.erase(by.engine, forget, partial(files.erase_keys, by.engine, by.settings)),
         at_once=1,
     ),
     BackgroundTask(
@@ -118,8 +118,9 @@ TASKS: tuple[BackgroundTask, ...] = (
     ),
 )
 
-#: Connections that all tasks may need at once, and one more to list due pieces.
-CONNECTIONS = 1 + 2 * sum(task.at_once for task in TASKS)
+#: Connections that all tasks may need at once, one more to list due pieces, and one for a request to forget keys, which
+#: holds two locks.
+CONNECTIONS = 2 + 2 * sum(task.at_once for task in TASKS)
 
 
 class Background:

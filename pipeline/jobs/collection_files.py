@@ -6,7 +6,7 @@ lies there under our names was left by an interruption, or is replaced, and goes
 
 import io
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -25,6 +25,7 @@ from pipeline.core.options import PASSAGE_COLUMNS, JobOptions, VectorType
 from pipeline.db import collection_files, collections
 from pipeline.db.collection_files import CollectionFile, FilesState, Row
 from pipeline.db.collections import Collection as Version
+from pipeline.db.database import held
 from pipeline.infra import storage
 
 #: Columns of ours beside those of jobs' files: number of the set that a row came with, and whether its key went.
@@ -33,6 +34,7 @@ VERSION, DELETED = "_version", "_deleted"
 _BLOCK, _FILE_BYTES = 2_000, 64 * 2**20
 #: Longest time between two tries while somebody else writes the same files.
 _BUSY_SECONDS = 30.0
+_EMPTY = b'{"version":0,"files":[]}'
 _FILE = re.compile(r"(full|delta)-\d{6,}-[0-9a-f]{32}-\d+\.parquet")
 _MANIFEST_OF = re.compile(r"_manifest-(\d{6,})\.json")
 
@@ -104,9 +106,12 @@ def prepare(folder: str, carried: Collection[str]) -> None:
     """
     if taken := next((name for name in (VERSION, DELETED) if name in carried), None):
         raise UserError(f'the files have a column "{taken}" already; rename it.', field="carry")
-    if there := next((name for name in storage.names_below(folder) if name != MANIFEST), None):
+    place = storage.join(folder, MANIFEST)
+    # One that made nothing of its folder has left the manifest.
+    unused = (found := storage.stat(place)) is not None and storage.open_file(found.uri, found.etag).read() == _EMPTY
+    if there := next((name for name in storage.names_below(folder) if name != MANIFEST or not unused), None):
         raise UserError(f"{there} is there already; give an empty folder.", field="output", given=folder)
-    storage.write(storage.join(folder, MANIFEST), orjson.dumps({"version": 0, "files": []}))
+    storage.write(place, _EMPTY)
 
 
 def write_files(engine: Engine, version_id: int) -> None:
@@ -141,18 +146,16 @@ def _files_of(engine: Engine, version_id: int) -> Iterator["_Files | None"]:
     if version is None or version.output is None:
         yield None
         return
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as holder:
-        # Before any snapshot is taken, and in a session of its own, as no transaction is open while files are written.
-        if not collection_files.lock(holder, version_id):
+    # Before any snapshot is taken.
+    with held(engine, f"vectormill collection files {version_id}") as still:
+        if still is None:
             raise Waiting(f"somebody else writes to {version.output}", most_seconds=_BUSY_SECONDS)
         try:
-            yield _Files(engine, version, version.output)
+            yield _Files(engine, version, version.output, still)
         except Exception as error:
             with engine.begin() as connection:
                 collection_files.note_problem(connection, version_id, problem_of(error))
             raise
-        finally:
-            collection_files.unlock(holder, version_id)
 
 
 def problem_of(error: Exception) -> str:
@@ -167,6 +170,8 @@ class _Files:
     engine: Engine
     version: Version
     folder: str
+    #: Raises if somebody else may write now.
+    still: Callable[[], None]
 
     @property
     def _id(self) -> int:
@@ -204,6 +209,7 @@ class _Files:
 
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
+            self.still()
             storage.delete(storage.join(self.folder, name))
 
     def _write_set(self, *, full: bool) -> None:
@@ -214,6 +220,7 @@ class _Files:
                 number = collection_files.state(connection, self._id).number + 1
                 blocks = collection_files.rows(connection, self._id, full=full, block=_BLOCK)
                 files = list(self._written(blocks, number, f"{'full' if full else 'delta'}-{number:06}-{uuid4().hex}"))
+                self.still()
                 collection_files.end_set(connection, self._id, number, files, full=full)
 
     def _written(self, blocks: Iterator[list[Row]], number: int, stem: str) -> Iterator[CollectionFile]:
@@ -229,6 +236,7 @@ class _Files:
                     rows += len(block)
                     block = next(blocks, None) if buffer.tell() < _FILE_BYTES else None
             name = f"{stem}-{at}.parquet"
+            self.still()
             storage.write(storage.join(self.folder, name), buffer.getbuffer())
             yield CollectionFile(name=name, number=number, rows=rows, bytes=buffer.tell())
 
@@ -258,6 +266,7 @@ class _Files:
                 with self.engine.begin() as connection:
                     collection_files.compact(connection, self._id)
                 continue
+            self.still()
             self._erase_from(file, keys)
         self._show()
 
@@ -273,6 +282,7 @@ class _Files:
             name = f"{file.name.partition('-')[0]}-{file.number:06}-{uuid4().hex}-0.parquet"
             made = CollectionFile(name=name, number=file.number, rows=left.rows, bytes=len(left.data))
             storage.write(storage.join(self.folder, name), left.data)
+        self.still()
         with self.engine.begin() as connection:
             collection_files.replace(connection, self._id, file.name, made)
 

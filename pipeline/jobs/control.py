@@ -10,7 +10,7 @@ from pipeline.core.chunks import RETRYABLE_REJECTS
 from pipeline.core.errors import IllegalTransition, NotRetriable, UserError
 from pipeline.core.job_status import Account
 from pipeline.core.jobs import Job, JobState, Reason
-from pipeline.db import chunks, jobs, models, rejects, sql_requests, staging, syncs
+from pipeline.db import chunks, forgets, jobs, models, rejects, sql_requests, staging, syncs
 from pipeline.jobs.status import known_job
 from pipeline.webhooks.events import request_ended
 
@@ -127,6 +127,9 @@ def retry(connection: Connection, job_id: UUID) -> int:
     if job.options.by_reference and chunks.sums(connection, job_id)["forgotten"]:
         message = f"keys of job {job_id} were forgotten, and its files have them still; submit the files again."
         raise NotRetriable(message, job_id)
+    if job.options.output and (forget := forgets.of_workspace(connection, job.workspace_id)):
+        # Between the erasure of an item and that of its vector it would count as one without a vector.
+        raise IllegalTransition(f"keys are being forgotten (request {forget}); retry job {job_id} when that is done.")
     if models.of_job(connection, job_id) is None:
         message = f"the model of job {job_id} is no longer in the catalogue as it was; submit it again."
         raise NotRetriable(message, job_id)

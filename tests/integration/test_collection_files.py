@@ -16,6 +16,7 @@ from pipeline.catalog.models import add_model, workspace_id
 from pipeline.core.errors import StorageUnreachable, UserError, Waiting
 from pipeline.core.options import JobOptions
 from pipeline.db import collection_files as stored
+from pipeline.db.database import held
 from pipeline.infra import storage
 from pipeline.ingest.collections import create_collection, upgrade_collection
 from pipeline.jobs import collection_files, forgetting
@@ -191,11 +192,8 @@ def by_polars_reads(folder: Path) -> bool:
 def test_one_at_a_time_writes_them(tickets: Tickets, folder: Path) -> None:
     tickets.sync(rows_of(5))
     ((version,),) = run_sql(tickets.engine, "select id from vectormill.collection_versions")
-    with tickets.engine.connect() as connection:
-        assert stored.lock(connection, version)
-        with pytest.raises(Waiting):
-            collection_files.write_files(tickets.engine, version)
-        stored.unlock(connection, version)
+    with held(tickets.engine, f"vectormill collection files {version}"), pytest.raises(Waiting):
+        collection_files.write_files(tickets.engine, version)
     collection_files.write_files(tickets.engine, version)
     shows(tickets, folder, list(rows_of(5)))
 

@@ -30,7 +30,7 @@ from pipeline.infra.settings import Settings
 from pipeline.ingest.collections import create_collection
 from pipeline.ingest.submission import Submission, planning
 from pipeline.ingest.submit import submit
-from pipeline.jobs import control, forgetting, status
+from pipeline.jobs import control, erasure, forgetting, status
 from pipeline.jobs.collections import drop_collection, find_collection
 from pipeline.jobs.verification import verified_receipt
 from pipeline.sources import Corpus
@@ -41,7 +41,7 @@ from tests.support.jobs_made import run_sql
 
 def erase(engine: Engine, made: UUID) -> None:
     """Do what the dispatcher does."""
-    forgetting.erase(engine, made, partial(files.erase_keys, engine, Settings()))
+    erasure.erase(engine, made, partial(files.erase_keys, engine, Settings()))
 
 
 def forget(engine: Engine, *keys: str, collection: Any = None, workspace: int | None = 1) -> UUID:
@@ -156,8 +156,8 @@ def test_a_job_that_goes_on_is_waited_for(tickets: Tickets) -> None:
 
 
 def test_an_interrupted_erasure_goes_on(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forgetting, "_ITEMS_AT_ONCE", 3)
-    monkeypatch.setattr(forgetting, "_COLLECTED_AT_ONCE", 2)
+    monkeypatch.setattr(erasure, "_ITEMS_AT_ONCE", 3)
+    monkeypatch.setattr(erasure, "_COLLECTED_AT_ONCE", 2)
     rows = secret_rows()
     tickets.sync(rows)
     tickets.sync([{**row, "text": row["text"] + " again"} for row in rows])
@@ -364,7 +364,7 @@ def test_an_interrupted_rewriting_of_parquet_is_done_again(
 
     with monkeypatch.context() as patch:
         if at == "before the manifest":
-            patch.setattr(parquet_sink.ParquetSink, "_clean", die)
+            patch.setattr(parquet_sink.ParquetSink, "_replacements", die)
         else:
             patch.setattr(outputs, "replace", die)
         with pytest.raises(KeyboardInterrupt):
