@@ -73,6 +73,8 @@ def create(
         vectormill collections create tickets --model all-MiniLM-L6-v2 --text "{subject}\\n\\n{body}" --carry lang
 
         vectormill collections create docs --model all-MiniLM-L6-v2 --split 256 --expect-every 24h
+
+        vectormill collections create lake --model all-MiniLM-L6-v2 --output s3://vectors/lake
     """
     wish = {
         "text_column": text_column,
