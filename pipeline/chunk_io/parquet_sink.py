@@ -43,16 +43,14 @@ _STAGING = "_staging"
 _CLAIM = "_job.json"
 #: Concurrent moves of objects, as each takes a round trip or two.
 _MOVES = 16
-#: Pattern of parts' names, also of versions in which claims had no token.
-_PART = re.compile(r"part-\d+-\d+(-[0-9a-f]{32})?(-\d+)?\.parquet")
-#: The same, with the commit that a part is of.
-_PART_OF = re.compile(r"(part-\d+-\d+)(?:-([0-9a-f]{32}))?(?:-(\d+))?\.parquet")
+#: Pattern of parts' names, also of versions in which claims had no token, with the commit that a part is of.
+_PART = re.compile(r"(part-\d+-\d+)(?:-[0-9a-f]{32})?(?:-(\d+))?\.parquet")
 
 log = structlog.get_logger()
 
 
 class Erased(NamedTuple):
-    """What the erasure of keys from a job's files has found."""
+    """Result of an erasure of keys from a job's files."""
 
     #: Items that nobody has counted as erased.
     unknown: int
@@ -171,7 +169,7 @@ class ParquetSink:
             left = without_keys(file, keys)
         if left is None:
             return output, 0
-        name = f"{_commit_of(output)}-{uuid4().hex}{f'-{output.part}' if output.part else ''}.parquet"
+        name = _name(output.chunk_id, output.fence, uuid4(), output.part)
         made = dataclasses.replace(output, name=name, rows=left.rows, bytes=len(left.data))
         staged = storage.join(_staging(self._folder, job.id), name)
         storage.write(staged, left.data)
@@ -303,7 +301,11 @@ def schema(dimensions: int, kept_as: VectorType, carried: Sequence[str], *, pass
 
 def name_of(claim: Claim, number: int) -> str:
     """Return the file name of commit `number` of a claim."""
-    return f"part-{claim.chunk_id}-{claim.fence}-{claim.token.hex}{f'-{number}' if number else ''}.parquet"
+    return _name(claim.chunk_id, claim.fence, claim.token, number)
+
+
+def _name(chunk_id: int, fence: int, token: UUID, number: int) -> str:
+    return f"part-{chunk_id}-{fence}-{token.hex}{f'-{number}' if number else ''}.parquet"
 
 
 def write(folder: str, claim: Claim, number: int, rows: EmbeddedRows) -> Output:
@@ -354,7 +356,7 @@ def as_text(value: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What is left of a file without some keys."""
+    """Parquet file without some keys."""
 
     rows: int
     data: memoryview
@@ -462,8 +464,8 @@ def _commit_of(output: Output) -> str:
 
 def _commit_named(name: str) -> tuple[str, int]:
     """Return the commit that a part is of, as beginning of its name and number; of another file nothing like it."""
-    found = _PART_OF.fullmatch(name)
-    return (found[1], int(found[3] or 0)) if found else ("", 0)
+    found = _PART.fullmatch(name)
+    return (found[1], int(found[2] or 0)) if found else ("", 0)
 
 
 def _as_listed(output: Output | None, file: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ _MANIFEST_OF = re.compile(r"_manifest-(\d{6,})\.json")
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What a version's files look like."""
+    """Form of a version's files."""
 
     dimensions: int
     kept_as: VectorType
@@ -108,7 +108,10 @@ def prepare(folder: str, carried: Collection[str]) -> None:
         raise UserError(f'the files have a column "{taken}" already; rename it.', field="carry")
     place = storage.join(folder, MANIFEST)
     # One that made nothing of its folder has left the manifest.
-    unused = (found := storage.stat(place)) is not None and storage.open_file(found.uri, found.etag).read() == _EMPTY
+    unused = False
+    if found := storage.stat(place):
+        with storage.open_file(found.uri, found.etag) as file:
+            unused = file.read() == _EMPTY
     if there := next((name for name in storage.names_below(folder) if name != MANIFEST or not unused), None):
         raise UserError(f"{there} is there already; give an empty folder.", field="output", given=folder)
     storage.write(place, _EMPTY)
@@ -154,11 +157,11 @@ def _files_of(engine: Engine, version_id: int) -> Iterator["_Files | None"]:
             yield _Files(engine, version, version.output, still)
         except Exception as error:
             with engine.begin() as connection:
-                collection_files.note_problem(connection, version_id, problem_of(error))
+                collection_files.note_problem(connection, version_id, _problem_of(error))
             raise
 
 
-def problem_of(error: Exception) -> str:
+def _problem_of(error: Exception) -> str:
     """Return why files can't be written, for a person."""
     return str(error) if isinstance(error, VectormillError) else f"{type(error).__name__}; see the dispatcher's log"
 
