@@ -49,9 +49,15 @@ def read_chunk(engine: Engine, claim: Claim) -> UnsettledItems:
             if claim.extent
             else items.read(connection, claim.job_id, claim.first_index, claim.items, carried=claim.carries)
         )
+        if claim.extent and claim.options.sync:
+            # Most rows of a file may be unchanged; keys that were forgotten meanwhile are erased after the sync.
+            whole = range(claim.first_index, claim.first_index + claim.items)
+            settled |= set(whole) - items.indexes(connection, claim.job_id, claim.first_index, claim.items)
     settled |= sink.settled(engine, claim)
     if claim.extent:
-        blocks = _without_forgotten(engine, claim, _from_file(claim, settled))
+        blocks = _from_file(claim, settled)
+        if not claim.options.sync:
+            blocks = _without_forgotten(engine, claim, blocks)
         return UnsettledItems(claim.items - len(settled), _with_a_place(sink, blocks))
     unfinished = [item for item in rows if item.index not in settled]
     return UnsettledItems(len(unfinished), _with_a_place(sink, _from_memory(claim, unfinished)))

@@ -116,9 +116,9 @@ class RowsSink:
         """Do nothing: rows are written in the transaction."""
 
     def write(self, connection: Connection, claim: Claim, rows: EmbeddedRows, staged: Staged | None) -> None:  # noqa: ARG002
-        """Insert rows, and the carried columns of items that are read from files."""
+        """Insert rows, and the carried columns that came with items from files."""
         embeddings.copy_rows(connection, claim.job_id, claim.vector_space_id, rows, claim.options.dtype)
-        if claim.extent and rows.carried:
+        if rows.carried:
             items.copy_carried(connection, claim.job_id, rows)
 
     def finalize(self, engine: Engine, job: Job) -> None:
@@ -235,6 +235,10 @@ class CollectionSink(RowsSink):
             keep_rejected=self._sync.keep_rejected,
             into=self._table,
         )
+
+    def count_missing_and_double(self, connection: Connection, job: Job) -> tuple[int, int]:
+        """Count by joins: also where texts are in files, a sync's items are in Postgres."""
+        return embeddings.verify(connection, job.id, passages=self._passages)
 
     def _publish(self, connection: Connection, job_id: UUID, indexes: Sequence[int] | None) -> None:
         syncs.publish(connection, self._sync.version_id, job_id, indexes, passages=self._passages)

@@ -69,6 +69,12 @@ def sync(
     ] = None,
     delimiter: options.Delimiter = None,
     quote: options.Quote = None,
+    by_reference: Annotated[
+        bool,
+        typer.Option(
+            "--by-reference", help="Workers read what has changed from the files themselves: a large first sync."
+        ),
+    ] = False,
     name: Annotated[str | None, typer.Option(help="The job's name. Default: the collection's.")] = None,
     label: options.Label = None,
     idempotency_key: Annotated[
@@ -109,6 +115,7 @@ def sync(
             "max_rejects": max_rejects,
             "delimiter": delimiter,
             "quote": quote,
+            "by_reference": by_reference,
             "name": name,
             "labels": labels_of(label or []),
             "priority": priority,
@@ -206,6 +213,8 @@ def _at_api(
     remote = [source for source in sources if is_remote(source)]
     if remote and len(remote) < len(sources):
         raise UserError("an api takes files to upload or URIs, not both in one sync.")
+    if wish.by_reference and not remote:
+        raise UserError("--by-reference: an api can't read files of this machine; leave it out.")
     with TemporaryDirectory() as folder:
         files = [] if remote else files_of(sources, Path(folder))
         asked = wish.model_copy(update={"sources": remote})

@@ -187,5 +187,5 @@ class Claim:
     @property
     def carries(self) -> bool:
         """True if columns pass through the worker into the output, instead of being in Postgres already."""
-        through = self.extent is not None or self.options.output
+        through = (self.extent is not None and not self.options.sync) or self.options.output
         return bool(through and self.options.columns.carry)

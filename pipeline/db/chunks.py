@@ -36,6 +36,8 @@ class NewChunk:
     estimated_tokens: int
     #: Items that were rejected when they were read.
     rejected: int = 0
+    #: Places of rows of its file that are no items of the job.
+    vacant: int = 0
     #: Input file that holds its rows, and their extent in it; `None`: they are in Postgres.
     input_ordinal: int | None = None
     extent: Extent | None = None
@@ -50,7 +52,8 @@ class NewChunk:
             "items": self.items,
             "estimated_tokens": self.estimated_tokens,
             "rejected": self.rejected,
-            "state": ChunkState.DONE if self.rejected == self.items else ChunkState.PENDING,
+            "vacant": self.vacant,
+            "state": ChunkState.DONE if self.rejected + self.vacant == self.items else ChunkState.PENDING,
             "input_ordinal": self.input_ordinal,
             "row_group": extent.row_group if isinstance(extent, ParquetExtent) else None,
             "input_offset": extent and extent.offset,
@@ -60,7 +63,7 @@ class NewChunk:
 
 
 def insert_chunks(connection: Connection, job_id: UUID, planned: Sequence[NewChunk]) -> None:
-    """Insert planned chunks. A chunk whose items were all rejected is done at once."""
+    """Insert planned chunks. A chunk without an item to embed is done at once."""
     if planned:
         connection.execute(insert(chunks), [chunk.row(job_id) for chunk in planned])
 

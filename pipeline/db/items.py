@@ -38,7 +38,7 @@ def _encoded(keys: Sequence[str | None]) -> list[bytes | None]:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive items to be written. A text of `None` belongs to a reject."""
+    """Items to be written, in order. A text of `None` belongs to a reject, or stays in its file."""
 
     keys: Sequence[str | None]
     texts: Sequence[bytes | None]
@@ -48,6 +48,8 @@ class Block:
     titles: Sequence[bytes] | None = None
     #: Hashes of text and carried columns, in a sync.
     identities: Sequence[bytes | None] | None = None
+    #: Positions of the items, counted from the first index; `None`: they are consecutive.
+    places: npt.NDArray[np.int64] | None = None
 
 
 def copy_items(
@@ -58,7 +60,8 @@ def copy_items(
     *,
     table: sql.Identifier | None = None,
 ) -> None:
-    """Append consecutive items from `first_index` on, by COPY. `table`: another one than the job's partition."""
+    """Append items from `first_index` on, by COPY; a block with `places` is the only one. `table`: another one than the
+    job's partition."""
     carried = ("carried",) if blocks[0].carried is not None else ()
     title = ("title",) if blocks[0].titles is not None else ()
     identity = ("identity",) if blocks[0].identities is not None else ()
@@ -66,7 +69,9 @@ def copy_items(
     with copying(connection, table or leaf("items", job_id), names) as copy:
         copy.write(copy_format.SIGNATURE)
         for block in blocks:
-            heads = _heads(job_id, range(first_index, first_index + len(block.keys)), len(names))
+            consecutive = range(first_index, first_index + len(block.keys))
+            indexes = consecutive if block.places is None else first_index + block.places
+            heads = _heads(job_id, indexes, len(names))
             rest: list[Sequence[bytes | None]] = []
             if block.carried is not None:
                 rest.append([_JSONB + row for row in block.carried])
@@ -122,6 +127,15 @@ def read(connection: Connection, job_id: UUID, first_index: int, count: int, *, 
             Item(index=index, key=key, text=body, carried=(more or "").encode(), title=title or "")
             for index, key, body, more, title in cursor
         ]
+
+
+def indexes(connection: Connection, job_id: UUID, first_index: int, count: int) -> set[int]:
+    """Return the indexes of a range that are items of the job."""
+    found = text("""
+        select index from vectormill.items where job_id = :job and index >= :first and index < :end
+    """)
+    values = {"job": job_id, "first": first_index, "end": first_index + count}
+    return set(connection.execute(found, values).scalars())
 
 
 def settled(connection: Connection, job_id: UUID, first_index: int, count: int) -> set[int]:

@@ -96,7 +96,7 @@ _VACATE = """
 """
 _REJECT = """
     with doomed as (
-      delete from vectormill.items where job_id = :job and index = any(:indexes) and text is not null
+      delete from vectormill.items where job_id = :job and index = any(:indexes) and identity <> ''
       returning index, key
     ), kept as (
       insert into vectormill.items (job_id, index, key) select :job, index, key from doomed

@@ -5,7 +5,7 @@ is kept as bits, one for each slot of the collection, so memory stays small what
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 import numpy as np
@@ -86,6 +86,9 @@ class ChangedRows(Rows):
     """Rows to be staged: new or changed ones, rejects, and, with an empty identity, rows whose key goes."""
 
     identities: list[bytes | None] = field(default_factory=list)
+    #: Positions of these rows among the `compared` ones.
+    places: Numbers = field(default_factory=lambda: np.zeros(0, np.int64))
+    compared: int = 0
 
     def blank(self, at: int) -> None:
         """Empty a row, its identity too."""
@@ -218,7 +221,7 @@ class Changes:
                     staged[at] = False
                     self.repeated += 1
                 else:
-                    found.rows.texts[at] = None
+                    found.rows.texts[at] = found.rows.identities[at] = None
                     doubles[at] = (at, RejectCode.DUPLICATE_KEY, "an earlier row has the same key")
             kept = [problem for problem in found.rows.problems if problem[0] not in doubles]
             found.rows.problems[:] = sorted([*kept, *doubles.values()], key=lambda problem: problem[0])
@@ -296,7 +299,7 @@ def joined(blocks: Sequence[ChangedRows]) -> ChangedRows:
 def _picked(rows: ChangedRows, staged: _Mask) -> ChangedRows:
     """Return the rows where `staged` is true."""
     if staged.all():
-        return rows
+        return replace(rows, places=np.arange(len(staged)), compared=len(staged))
     at = np.flatnonzero(staged).tolist()
     place = {old: new for new, old in enumerate(at)}
     return ChangedRows(
@@ -306,4 +309,6 @@ def _picked(rows: ChangedRows, staged: _Mask) -> ChangedRows:
         [rows.carried[each] for each in at] if rows.carried is not None else None,
         [rows.titles[each] for each in at] if rows.titles is not None else None,
         [rows.identities[each] for each in at],
+        np.array(at, np.int64),
+        len(staged),
     )

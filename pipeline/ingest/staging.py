@@ -15,7 +15,7 @@ from pipeline.catalog.rates import slot_rates
 from pipeline.chunk_io.sinks import sink_of
 from pipeline.core.chunks import FORGOTTEN, Extent, Reject, RejectCode
 from pipeline.core.collections import OnDuplicateKey
-from pipeline.core.errors import EmptySource, LeaseLost, ServiceUnreachable, UserError, VectormillError
+from pipeline.core.errors import EmptySource, LeaseLost, ServiceUnreachable, SourceError, UserError, VectormillError
 from pipeline.core.jobs import JobState, Reason
 from pipeline.db import chunks, collection_keys, forgets, items, jobs, staging, syncs
 from pipeline.db.database import flush_later, is_connection_lost
@@ -26,7 +26,7 @@ from pipeline.ingest.changes import ChangedRows, Changes, joined
 from pipeline.ingest.chunking import ChunkLimits, Planner, Range, chunk_tokens, estimate_split_tokens, estimate_tokens
 from pipeline.ingest.submission import Planning, Submission
 from pipeline.jobs import control
-from pipeline.sources import Corpus, Rows, Source, SourceFile
+from pipeline.sources import Corpus, Rows, SourceFile
 from pipeline.sources.source_file import Places
 
 log = structlog.get_logger()
@@ -52,8 +52,11 @@ class Staging:
         self._items = self._chunks = self._rejects = self._keyless = self._forgotten = 0
         #: Items recorded by the last commit.
         self._committed = 0
-        #: Indexes of rejects in items that no chunk covers yet.
+        #: Indexes of rejects, and of all that is staged of a sync by reference, that no chunk covers yet.
         self._rejected_at: list[int] = []
+        self._staged_at: list[int] = []
+        #: Chunks that are inserted next.
+        self._planned: list[chunks.NewChunk] = []
         self._spots = _Spots()
         self._changes = Changes(submission.sync, submission.kept_options(None)) if submission.sync else None
 
@@ -99,29 +102,63 @@ class Staging:
             rates = slot_rates(connection, self._submission.model, options.precision)
         # A chunk for the slowest of them is soon done by the others.
         self._planner = Planner(_limits(self._submission.planning, min(rates.values())))
-        if options.by_reference:
-            assert isinstance(corpus, Corpus)
-            self._plan_files(corpus)
+        if not options.by_reference:
+            # A stream can't be read ahead: that couldn't be interrupted.
+            is_stream = not isinstance(corpus, Corpus) or any(file.uri is None for file in corpus.files)
+            for rows in self._read(corpus.blocks(), is_stream=is_stream):
+                self._copy_rows(rows)
         else:
-            self._copy_rows(corpus)
+            assert isinstance(corpus, Corpus)
+            if self._changes:
+                self._compare_files(corpus)
+            else:
+                self._plan_files(corpus)
         self._queue()
 
-    def _copy_rows(self, corpus: Source) -> None:
-        # No transaction is open while blocks are read: a stream may be slow.
-        changes, blocks = self._changes, corpus.blocks()
-        gathered = _gathered(map(changes.identified, blocks) if changes else blocks)
-        # A sync compares rows while the next ones are read and hashed. Not so a stream: it couldn't be interrupted.
-        if changes and isinstance(corpus, Corpus) and all(file.uri for file in corpus.files):
-            gathered = ahead(gathered)
-        for rows in gathered:
+    def _read(self, blocks: Iterator[Rows], *, is_stream: bool) -> Iterator[list[Rows]]:
+        """Yield the rows that are copied at once. No transaction is open while they are read: a stream may be slow."""
+        if self._changes is None:
+            return _gathered(blocks)
+        gathered = _gathered(map(self._changes.identified, blocks))
+        # Rows are compared while the next ones are read and hashed.
+        return gathered if is_stream else ahead(gathered)
+
+    def _copy_rows(self, rows: list[Rows]) -> None:
+        with self._engine.begin() as connection:
+            # The last transaction's flush covers all before it, and a crash loses a staging anyway.
+            flush_later(connection)
+            self._hold(connection)
+            self._blank_forgotten(connection, rows)
+            self._copy(connection, self._changed(connection, rows) if self._changes else rows)
+            self._advance(connection)
+        self._submission.on_items(self._changes.rows if self._changes else self._items)
+
+    def _compare_files(self, corpus: Corpus) -> None:
+        """Copy what has changed of a sync by reference, but for the texts, and plan chunks over all rows: an item's
+        index is the position of its row in the source."""
+        for ordinal, file in enumerate(corpus.files):
+            first = located = self._items
+            places = corpus.again().places(file)  # the notices are those of the other reading
+            for rows in self._read(corpus.rows_of(file), is_stream=False):
+                end = self._items + sum(len(block.keys) for block in rows)
+                while located < end:
+                    located += self._locate(next(places, None), located, ordinal, file)
+                self._copy_rows(rows)
+            if located != self._items or next(places, None):
+                raise _unsteady(file)
+            # Inserted with the next rows, or at the end: a commit without rows could be lost unnoticed.
+            self._planned += map(self._new_chunk, self._planner.break_off())
             with self._engine.begin() as connection:
-                # The last transaction's flush covers all before it, and a crash loses a staging anyway.
                 flush_later(connection)
                 self._hold(connection)
-                self._blank_forgotten(connection, rows)
-                self._copy(connection, self._changed(connection, rows) if changes else rows)
-                self._advance(connection)
-            self._submission.on_items(changes.rows if changes else self._items)
+                staging.set_input_rows(connection, self._job_id, {ordinal: self._items - first})
+
+    def _locate(self, places: Places | None, first_index: int, ordinal: int, file: SourceFile) -> int:
+        """Hold the places of a file's next rows. Return their number."""
+        if places is None:
+            raise _unsteady(file)
+        self._spots.add(first_index, ordinal, file, places)
+        return len(places.sizes)
 
     def _blank_forgotten(self, connection: Connection, blocks: Sequence[Rows]) -> None:
         """Turn rows with a forgotten key into rejects of which nothing is kept."""
@@ -189,6 +226,7 @@ class Staging:
         self._committed = self._items
 
     def _copy(self, connection: Connection, blocks: Sequence[Rows]) -> None:
+        in_files = self._submission.options.by_reference
         items.copy_items(
             connection,
             self._job_id,
@@ -196,10 +234,11 @@ class Staging:
             [
                 items.Block(
                     block.keys,
-                    block.texts,
+                    [None] * len(block.texts) if in_files else block.texts,
                     block.carried,
-                    block.titles,
+                    None if in_files else block.titles,
                     block.identities if isinstance(block, ChangedRows) else None,
+                    self._places(block)[0] if in_files else None,
                 )
                 for block in blocks
             ],
@@ -207,21 +246,36 @@ class Staging:
         rejects: list[Reject] = []
         planned: list[Range] = []
         for block in blocks:
+            places, rows = self._places(block)
             rejects += [
-                Reject(index=self._items + at, key=block.keys[at], code=code, message=message)
+                Reject(index=self._items + int(places[at]), key=block.keys[at], code=code, message=message)
                 for at, code, message in block.problems
             ]
-            self._items += len(block.keys)
             self._keyless += sum(
                 key is None and text is not None for key, text in zip(block.keys, block.texts, strict=True)
             )
-            sizes = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
-            titles = np.fromiter(map(len, block.titles or ()), np.int64) if block.titles else np.zeros_like(sizes)
+            if in_files:
+                self._staged_at += (self._items + places).tolist()
+            sizes, titles = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+            sizes[places] = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
+            if block.titles:
+                titles[places] = np.fromiter(map(len, block.titles), np.int64)
+            self._items += rows
             planned += self._planner.add(self._estimate(sizes, titles), sizes + titles)
         items.copy_rejects(connection, self._job_id, rejects)
         self._rejects += len(rejects)
         self._rejected_at += [reject.index for reject in rejects]
-        chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, planned)))
+        self._insert_chunks(connection, planned)
+
+    def _insert_chunks(self, connection: Connection, planned: Iterable[Range]) -> None:
+        chunks.insert_chunks(connection, self._job_id, [*self._planned, *map(self._new_chunk, planned)])
+        self._planned = []
+
+    def _places(self, block: Rows) -> tuple[npt.NDArray[np.int64], int]:
+        """Return the positions of a block's rows, counted from the next index, and how many indexes they take."""
+        if self._submission.options.by_reference and isinstance(block, ChangedRows):
+            return block.places, block.compared
+        return np.arange(len(block.keys)), len(block.keys)
 
     def _estimate(
         self, sizes: npt.NDArray[np.int64], titles: npt.NDArray[np.int64] | None = None
@@ -232,10 +286,17 @@ class Staging:
         return estimate_tokens(sizes, self._max_item_tokens)
 
     def _new_chunk(self, chunk: Range) -> chunks.NewChunk:
-        """Return the next chunk, with its number of rejects or the extent of its rows, and drop both from memory."""
-        rejected = bisect_left(self._rejected_at, chunk.first_index + chunk.items)
+        """Return the next chunk, with its rejects, vacant places and the extent of its rows, and drop them from
+        memory."""
+        end = chunk.first_index + chunk.items
+        rejected = bisect_left(self._rejected_at, end)
         del self._rejected_at[:rejected]
         input_ordinal, extent = self._spots.extent(chunk)
+        vacant = 0
+        if extent and self._changes:
+            staged = bisect_left(self._staged_at, end)
+            del self._staged_at[:staged]
+            vacant = chunk.items - staged
         self._chunks += 1
         return chunks.NewChunk(
             ordinal=self._chunks - 1,
@@ -243,6 +304,7 @@ class Staging:
             items=chunk.items,
             estimated_tokens=chunk.tokens,
             rejected=rejected,
+            vacant=vacant,
             input_ordinal=input_ordinal,
             extent=extent,
         )
@@ -255,7 +317,7 @@ class Staging:
             self._check_keys()
         with self._engine.begin() as connection:
             self._hold(connection)
-            chunks.insert_chunks(connection, self._job_id, list(map(self._new_chunk, self._planner.finish())))
+            self._insert_chunks(connection, self._planner.finish())
             self._advance(connection)
             refusal = self._settle_sync(connection)
             total = self._changes.rows if self._changes else self._items
@@ -313,6 +375,10 @@ class Staging:
 def _limits(planning: Planning, tokens_per_second: float) -> ChunkLimits:
     tokens = chunk_tokens(planning.chunk_seconds, tokens_per_second)
     return ChunkLimits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes)
+
+
+def _unsteady(file: SourceFile) -> SourceError:
+    return SourceError(f"{file.name}: read twice, it had another number of rows; is it being written?")
 
 
 class _Spots:

@@ -63,6 +63,10 @@ class SyncRequest(BaseModel):
     )
     delimiter: str | None = Field(default=None, description="Delimiter of .csv and .tsv fields, or `tab`.")
     quote: str | None = Field(default=None, description="Quote character of .csv and .tsv, or `none`.")
+    by_reference: bool = Field(
+        default=False,
+        description="Workers read what has changed from the files themselves; their texts don't go to Postgres.",
+    )
     name: Word | None = Field(default=None, description="The job's name. Default: the collection's.")
     labels: dict[Word, Word] = Field(default={}, max_length=MOST_COLUMNS, description="Kept with job and usage.")
     priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
@@ -87,7 +91,7 @@ class SyncRequest(BaseModel):
 
 def job_options(collection: Collection, wish: SyncRequest) -> JobOptions:
     """Return the options of a sync's job: those of the collection, and of the request what concerns the source."""
-    of_source = ("max_rejects", "delimiter", "quote", "webhook")
+    of_source = ("max_rejects", "delimiter", "quote", "by_reference", "webhook")
     given = {name: value for name in of_source if (value := getattr(wish, name)) is not None}
     return read_fields(JobOptions, {**collection.options, **given})
 

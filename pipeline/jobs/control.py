@@ -124,7 +124,7 @@ def retry(connection: Connection, job_id: UUID) -> int:
     if job.options.sync and not syncs.is_latest(connection, job_id):
         message = f"another sync of its collection has begun since job {job_id}, or it has been dropped; sync again."
         raise NotRetriable(message, job_id)
-    if job.options.by_reference and chunks.sums(connection, job_id)["forgotten"]:
+    if job.options.by_reference and not job.options.sync and chunks.sums(connection, job_id)["forgotten"]:
         message = f"keys of job {job_id} were forgotten, and its files have them still; submit the files again."
         raise NotRetriable(message, job_id)
     if job.options.output and (forget := forgets.of_workspace(connection, job.workspace_id)):

@@ -124,12 +124,16 @@ class Corpus:
             SourceError: a file is broken, changed since it was listed, or lacks a column.
         """
         for file in self.files:
-            place = f"{file.format.unit} "
-            if len(self.files) > 1:
-                place = f"{file.name} {place}"
-            for parsed in self._read(file):
-                yield judge(parsed, self.item_bytes, place)
-            file.check_unchanged()
+            yield from self.rows_of(file)
+
+    def rows_of(self, file: SourceFile) -> Iterator[Rows]:
+        """Yield every row of a file. Raises as `blocks`."""
+        place = f"{file.format.unit} "
+        if len(self.files) > 1:
+            place = f"{file.name} {place}"
+        for parsed in self._read(file):
+            yield judge(parsed, self.item_bytes, place)
+        file.check_unchanged()
 
     def again(self) -> "Corpus":
         """Return the same source, to be read once more.

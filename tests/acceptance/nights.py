@@ -15,6 +15,8 @@ from typing import Any
 import duckdb
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
 from sqlalchemy import Engine, text
 
@@ -113,7 +115,11 @@ class Tickets:
         }
 
     def write(self, path: Path) -> Path:
-        """Write the table as JSON lines."""
+        """Write the table as JSON lines, or as Parquet of many row groups."""
+        if path.suffix == ".parquet":
+            columns = pa.schema([(name, pa.string()) for name in ("id", "subject", "body", "lang")])
+            pq.write_table(pa.Table.from_pylist(list(self.rows.values()), columns), path, row_group_size=1_000)
+            return path
         with path.open("w") as file:
             for row in self.rows.values():
                 file.write(json.dumps(row) + "\n")

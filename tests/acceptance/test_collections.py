@@ -26,7 +26,7 @@ def library(static_model: Path) -> SentenceTransformer:
 
 
 def test_a_week_of_nights(fleet: Fleet, library: SentenceTransformer, tmp_path: Path) -> None:
-    """By file and by SQL, with a worker or the dispatcher killed in each sync, and an upgrade to another model."""
+    """By file, by reference and by SQL, a worker or the dispatcher killed in each sync; with an upgrade."""
     tickets, chance = Tickets.new(7, _ROWS), random.Random(8)
     fleet.environment["VECTORMILL_SQL_URL"] = fleet.environment["VECTORMILL_DATABASE_URL"]
     with fleet.engine.begin() as connection:
@@ -44,7 +44,7 @@ def test_a_week_of_nights(fleet: Fleet, library: SentenceTransformer, tmp_path: 
             tickets.change(night)
         if night == 3:
             fleet.cli("collections", "upgrade", "tickets", "--model", "small", "--output", str(folders["small"]))
-        job = _by_sql(fleet, tickets) if night % 2 else _by_file(fleet, tickets, tmp_path)
+        job = _by_sql(fleet, tickets) if night % 2 else _by_file(fleet, tickets, tmp_path, night)
         if chance.random() < 0.7:
             _await_staged(fleet, job)
             fleet.kill_tree("worker")
@@ -91,9 +91,12 @@ def _await_staged(fleet: Fleet, job: UUID) -> None:
     eventually(lambda: fleet.status(job)["state"] != "staging", "a sync that is staged")
 
 
-def _by_file(fleet: Fleet, tickets: Tickets, folder: Path) -> UUID:
-    path = tickets.write(folder / "tickets.jsonl")
-    return UUID(fleet.cli("sync", "tickets", str(path), "--max-rejects", "5%").stdout.strip())
+def _by_file(fleet: Fleet, tickets: Tickets, folder: Path, night: int) -> UUID:
+    """Sync a file: on two nights of four, one that workers read themselves."""
+    by_reference = night % 4 == 0
+    path = tickets.write(folder / f"night-{night}.{'parquet' if night else 'jsonl'}")
+    options = ["--max-rejects", "5%", *(["--by-reference"] if by_reference else [])]
+    return UUID(fleet.cli("sync", "tickets", str(path), *options).stdout.strip())
 
 
 def _by_sql(fleet: Fleet, tickets: Tickets) -> UUID:

@@ -108,6 +108,7 @@ class Nights:
     swapped: int = 0
     forgotten: int = 0
     _night: int = 0
+    _files: int = 0
     #: Rewinds of Postgres at the end of the last sync; after one, counts mean nothing.
     _rewinds: int = 0
     _tickets: Tickets = field(init=False)
@@ -227,9 +228,13 @@ class Nights:
     def _sync(self, tickets: Tickets, *, wanted: str, share: float = 1.0, twice: bool = False) -> None:
         """Sync a share of the table to its end, by one command or two at once; again if Postgres goes back."""
         rows = dict(list(tickets.rows.items())[: int(share * len(tickets.rows))])
-        path = self.site.folder / "nights.jsonl"
+        # A file of its own, since workers may still read the last one.
+        self._files += 1
+        path = self.site.folder / f"nights-{self._files}.{self.random.choice(('jsonl', 'parquet'))}"
         Tickets(rows, self.random).write(path)
         arguments = [_COLLECTION, str(path), "--max-rejects", "5%"]
+        if self.random.random() < 0.5:
+            arguments += ["--by-reference"]
         if self.random.random() < 0.3:
             arguments += ["--atomic"]
         while True:

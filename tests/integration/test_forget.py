@@ -216,6 +216,17 @@ def test_files_that_are_read_in_place_are_without_forgotten_keys(tickets: Ticket
     assert run_sql(engine, "select code, key from vectormill.rejects") == [("forgotten", None)]
 
 
+def test_a_key_that_is_forgotten_while_a_sync_by_reference_waits_is_erased(tickets: Tickets) -> None:
+    tickets.by_reference = True
+    tickets.sync(rows_of(20))
+    rows = rows_of(20, "other mills")
+    job = tickets.submit(rows)
+    made = forgetting.forget_keys(tickets.engine, tickets.workspace, ["k3"], by="a test", collection=None)
+    tickets.run(job)
+    erase(tickets.engine, made)
+    tickets.shows([row for row in rows if row["id"] != "k3"])
+
+
 def run_by_reference(tickets: Tickets, corpus: Path) -> UUID:
     with tickets.engine.begin() as connection:
         model = find_model(connection, workspace_id(connection), "static")

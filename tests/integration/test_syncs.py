@@ -1,9 +1,16 @@
 """Syncs on a real Postgres, with a real model: they embed what changed, and remove what the source lacks."""
 
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 from sqlalchemy import Connection, Engine
 
 from pipeline.core.collections import OnDuplicateKey
@@ -14,7 +21,14 @@ from pipeline.dispatch import completion, finalize
 from pipeline.jobs import collections, control
 from pipeline.jobs.collections import find_collection
 from tests.integration.tickets import Row, Tickets, rows_of
-from tests.support.jobs_made import run_sql
+from tests.support.jobs_made import chunk_rows, run_sql
+
+
+@pytest.fixture(params=["by value", "by reference"])
+def tickets(tickets: Tickets, request: pytest.FixtureRequest) -> Tickets:
+    """Return the collection, whose syncs are by value or by reference."""
+    tickets.by_reference = request.param == "by reference"
+    return tickets
 
 
 def test_only_what_changed_is_embedded(tickets: Tickets) -> None:
@@ -26,6 +40,36 @@ def test_only_what_changed_is_embedded(tickets: Tickets) -> None:
     assert tickets.sync(changed) == {"in": 119, "embedded": 2, "unchanged": 117, "removed": 2}
     tickets.shows(changed)
     assert tickets.view("lang")["new"] == "fr"
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "csv", "parquet"])
+def test_texts_of_a_sync_by_reference_stay_in_its_files(
+    make_tickets: Callable[..., Tickets], tmp_path: Path, ending: str
+) -> None:
+    tickets = make_tickets(carry=["lang"])
+    rows = rows_of(100)
+    later = [{**row, "text": "other words"} if at % 10 == 3 else row for at, row in enumerate(rows)]
+    for night, table in enumerate((rows, later)):
+        source = written(tmp_path / f"night-{night}.{ending}", table)
+        job = tickets.submit_files([source], by_reference=True)
+        tickets.run(job)
+        tickets.shows(table)
+        kept = "select count(*), count(text) from vectormill.items where job_id = :job"
+        assert run_sql(tickets.engine, kept, job=job) == [(10 if night else 100, 0)]
+        assert set(tickets.view("lang").values()) == {"en", "de"}
+        assert {row["state"] for row in chunk_rows(tickets.engine, job)} == {"done"}
+
+
+def written(path: Path, rows: Sequence[Row]) -> Path:
+    """Write rows in the format that a path's name says."""
+    table = pa.Table.from_pylist(list(rows))
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=9)
+    elif path.suffix == ".csv":
+        csv.write_csv(table, path)
+    else:
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return path
 
 
 def test_a_changed_column_updates_a_row_without_embedding_it(tickets: Tickets) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -42,6 +43,8 @@ class Tickets:
         self, engine: Engine, encoder: LocalEncoder, library: "SentenceTransformer", folder: Path, **options: Any
     ) -> None:
         self.engine, self._library, self.folder = engine, library, folder
+        #: Workers read the texts from the files of its syncs.
+        self.by_reference = False
         #: What embeds for each model.
         self.encoders = {"static": encoder}
         with engine.begin() as connection:
@@ -51,15 +54,22 @@ class Tickets:
 
     def submit(self, rows: Sequence[Row], *, queue: bool = False, key: str | None = None, **wish: Any) -> UUID:
         """Submit a sync of these rows."""
-        path = self.folder / "source.jsonl"
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        if not path.exists() or path.read_text() != lines:  # whose time would be another source
-            path.write_text(lines)
+        paths = []
+        parts = (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if self.by_reference else (rows,)
+        for number, part in enumerate(parts):
+            lines = "".join(json.dumps(row) + "\n" for row in part)
+            paths.append(self.folder / f"{sha256(lines.encode()).hexdigest()}-{number}.jsonl")
+            if not paths[-1].exists():  # its time would be another source
+                paths[-1].write_text(lines)
+        return self.submit_files(paths, queue=queue, key=key, **wish)
+
+    def submit_files(self, paths: Sequence[Path], *, queue: bool = False, key: str | None = None, **wish: Any) -> UUID:
+        """Submit a sync of these files."""
         with self.engine.begin() as connection:
             collection = find_collection(connection, self.workspace, "tickets")
             model = find_model(connection, self.workspace, collection.model)
-        asked = SyncRequest.model_validate(wish)
-        corpus = Corpus([str(path)], columns_of(collection, asked), 1_000_000)
+        asked = SyncRequest.model_validate({"by_reference": self.by_reference, **wish})
+        corpus = Corpus(list(map(str, paths)), columns_of(collection, asked), 1_000_000)
         plan = replace(planning(Settings()), chunk_items=7)
         submission = submission_of(collection, model, asked, corpus, plan, key)
         return sync_collection(self.engine, submission, asked, queue=queue).job_id
