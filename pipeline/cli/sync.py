@@ -72,7 +72,7 @@ def sync(
     by_reference: Annotated[
         bool,
         typer.Option(
-            "--by-reference", help="Workers read what has changed from the files themselves: a large first sync."
+            "--by-reference", help="Workers read new texts from the files themselves: for a large first sync."
         ),
     ] = False,
     name: Annotated[str | None, typer.Option(help="The job's name. Default: the collection's.")] = None,
