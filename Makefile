@@ -46,12 +46,12 @@ test-acceptance: $(INSTALLED)
 SEED ?= $(shell date +%s)
 MINUTES ?= 60
 
-# Faults for as long as you like, on servers of its own; with DEFAULTS=1 a few kinds at default settings, and their time
-# limits. Root has disks that fill up, and a clock that is ahead.
 # A week of nightly syncs of a table that changes, by processes that are killed.
 nights: $(INSTALLED)
-	NIGHTS_ROWS=$(or $(ROWS),200000) $(BIN)/python -m pytest tests/acceptance/test_collections.py
+	NIGHTS_ROWS=$(or $(ROWS),200000) $(BIN)/python -m pytest --timeout 10800 tests/acceptance/test_collections.py
 
+# Faults for as long as you like, on servers of its own; with DEFAULTS=1 a few kinds at default settings, and their time
+# limits. Root has disks that fill up, and a clock that is ahead.
 drill: $(INSTALLED)
 	@test "$$(id -u)" != 0 || test -e /usr/lib/*/faketime/libfaketime.so.1 || ! command -v apt-get >/dev/null || { \
 		apt-get update -qq && apt-get install -y -qq faketime >/dev/null; }
