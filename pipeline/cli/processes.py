@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from secrets import token_hex
 from typing import Annotated, NamedTuple
 
@@ -196,6 +197,9 @@ def api(
     )
 
 
+_FLOWER_CONFIG = Path(__file__).with_name("flowerconfig.py")
+
+
 def flower() -> None:
     """Show Celery's tasks and workers in a browser, behind a password, by default on loopback only.
 
@@ -208,7 +212,7 @@ def flower() -> None:
     if settings.flower_password is None:
         raise UserError("set VECTORMILL_FLOWER_PASSWORD; without it Flower's pages would be open.")
     environment = {"VECTORMILL_DATABASE_URL": database, "VECTORMILL_REDIS_URL": redis}
-    _become([*_CELERY, "flower", f"--conf={settings.flower_config}"], environment)
+    _become([*_CELERY, "flower", f"--conf={_FLOWER_CONFIG}"], environment)
 
 
 def _precision(wish: str, devices: Sequence[_Device]) -> str:

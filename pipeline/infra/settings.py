@@ -19,6 +19,7 @@ MODELS_SHARE = 0.8
 ROOM_FACTOR = 2
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
+_IS_CHECKOUT = (_CHECKOUT / "pyproject.toml").exists()
 _MIB = 1024 * 1024
 
 
@@ -38,8 +39,9 @@ class Settings(BaseSettings):
     sql_url: SecretStr | None = None
     #: Time limit of such a query, from its start to its last row; only two run at a time.
     sql_seconds: float = Field(default=3600, ge=1, le=7 * 86_400)
-    #: Folder of the embedded servers, logs and the demo.
-    home: Path = _CHECKOUT / ".vectormill"
+    #: Folder of the embedded servers, logs and the demo. Unset: `.vectormill` of the checkout, or of an installed
+    #: package's user.
+    home: Path = (_CHECKOUT if _IS_CHECKOUT else Path.home()) / ".vectormill"
 
     #: Lifetime of a claim without renewal; it is renewed every third of this.
     lease_seconds: float = Field(default=30, ge=1, le=3600)
@@ -61,8 +63,6 @@ class Settings(BaseSettings):
     flower_password: SecretStr | None = None
     #: URL of Flower for a browser. Unset: the one of `up`, if `up` runs it.
     flower_url: str | None = None
-    #: File of Flower's own settings.
-    flower_config: Path = _CHECKOUT / "ops" / "flower" / "flowerconfig.py"
     #: The api's address and port; 0 picks a free one.
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8000, ge=0, le=65535)
@@ -177,7 +177,7 @@ class Settings(BaseSettings):
         """Folder or URI of the files of batch requests."""
         return self.files or str(self.home / "files")
 
-    @field_validator("home", "flower_config", mode="after")
+    @field_validator("home", mode="after")
     @classmethod
     def _make_absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()

@@ -161,7 +161,6 @@ class Composed:
             "PATH": ":".join(paths),
             "HF_HUB_OFFLINE": "1",
             "VECTORMILL_HOME": str(self.folder / "home"),
-            "VECTORMILL_FLOWER_CONFIG": str(_CHECKOUT / "ops" / "flower" / "flowerconfig.py"),
             "PYTHONSAFEPATH": "1",
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         }

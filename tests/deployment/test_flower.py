@@ -99,10 +99,10 @@ def test_it_looks_and_does_nothing(fleet: Fleet, flower: httpx.Client) -> None:
 
 def test_its_settings(fleet: Fleet) -> None:
     program = """
-import json, flower.options
-from pipeline.infra.settings import load_settings
+import json, flower.options, pipeline.cli
+from pathlib import Path
 from tornado.options import options
-options.parse_config_file(str(load_settings().flower_config))
+options.parse_config_file(str(Path(pipeline.cli.__file__).with_name("flowerconfig.py")))
 names = ("address", "basic_auth", "cookie_secret", "max_tasks", "purge_offline_workers", "read_only")
 print(json.dumps({name: getattr(options, name) for name in names}))
 """
