@@ -19,7 +19,7 @@ from celery import Celery
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flower.utils.broker import Broker  # type: ignore[import-untyped]
+from flower.utils.broker import Broker
 from kombu.exceptions import OperationalError
 from pydantic import SecretStr
 from uuid_utils.compat import uuid7

@@ -1,0 +1,164 @@
+"""Jobs, and what comes of them."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from . import calls
+from .errors import JobNotCompleted, UserError, WaitTimedOut
+from .progress import Progress
+from .records import Hit, JobStatus, Receipt, Reject
+from .transport import Transport
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+    import pyarrow
+
+_POLL_SECONDS, _SLOWEST_POLL_SECONDS = 0.25, 2.0
+
+
+def verdict(status: JobStatus) -> JobStatus | None:
+    """Return the status of a job that is completed; `None`: it goes on.
+
+    Raises:
+        JobNotCompleted: it has failed, was cancelled, or was paused by the system.
+    """
+    if status.state == "completed":
+        return status
+    if status.ended or (status.state == "paused" and status.reason != "by_user"):
+        raise JobNotCompleted(status)
+    return None
+
+
+def poll_seconds(polls: int) -> float:
+    """Return the time until the next look at a job."""
+    return float(min(_POLL_SECONDS * 1.5**polls, _SLOWEST_POLL_SECONDS))
+
+
+class Job:
+    """A job. Iterated over, it gives its rows: `index`, `key`, `embedding`, `tokens`, `truncated`, and so on."""
+
+    def __init__(self, transport: Transport, id: str, *, made: JobStatus | None = None) -> None:  # noqa: A002
+        self._transport, self._id, self._made = transport, id, made
+
+    @property
+    def id(self) -> UUID:
+        """The job's id."""
+        self._made = self._made or self.status()
+        return self._made.id
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        self._made = self._made or self.status()
+        return self._made.name
+
+    def __repr__(self) -> str:
+        return f"<vectormill.Job {self._id}>"
+
+    def status(self) -> JobStatus:
+        """Return the job's state and progress."""
+        return self._transport.send(calls.job_status(self._id))
+
+    def wait(self, timeout: float | None = None, *, progress: bool | None = None) -> JobStatus:
+        """Wait until the job is completed. Return its last status.
+
+        Args:
+            timeout: seconds.
+            progress: show a bar. Default: in a terminal, and in a notebook.
+
+        Raises:
+            JobNotCompleted: it has failed, was cancelled, or was paused by the system.
+            WaitTimedOut: it isn't completed in that time; it goes on.
+        """
+        deadline, polls = time.monotonic() + (timeout or float("inf")), 0
+        with Progress(progress) as bar:
+            while True:
+                status = self.status()
+                bar.show(status)
+                if done := verdict(status):
+                    return done
+                if time.monotonic() > deadline:
+                    raise WaitTimedOut(f"job {self._id} is {status.state} after {timeout:,.0f} s; it goes on.")
+                time.sleep(poll_seconds(polls))
+                polls += 1
+
+    def cancel(self) -> JobStatus:
+        """Cancel the job. What is committed stays."""
+        return self._transport.send(calls.steering(self._id, "cancel"))
+
+    def pause(self) -> JobStatus:
+        """Pause the job: no further chunk starts."""
+        return self._transport.send(calls.steering(self._id, "pause"))
+
+    def resume(self) -> JobStatus:
+        """Resume the paused job."""
+        return self._transport.send(calls.steering(self._id, "resume"))
+
+    def retry(self) -> int:
+        """Try again what may succeed. Return the number of chunks that are open again."""
+        return self._transport.send(calls.retry(self._id))
+
+    def receipt(self) -> Receipt:
+        """Return the job's account at its end, or so far; `receipt().verify()` counts the rows one by one."""
+        found = self._transport.send(calls.receipt(self._id, verify=False))
+        return replace(found, counting=lambda: self._transport.send(calls.receipt(self._id, verify=True)))
+
+    def rejects(self) -> Iterator[Reject]:
+        """Yield the items that can't be embedded, each with its code and the reason."""
+        return map(Reject.of, self._lines("rejects"))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._lines("results")
+
+    def _lines(self, what: str) -> Iterator[Any]:
+        with self._transport.stream(calls.job_path(self._id, what), format="jsonl") as reply:
+            for line in reply.iter_lines():
+                yield json.loads(line)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the vectors to a `.parquet` or `.jsonl` file, which appears once it is complete. Return its path."""
+        to = Path(path)
+        kind = to.suffix.removeprefix(".")
+        if kind not in ("parquet", "jsonl"):
+            raise UserError(f"{to}: give a file that ends in .parquet or .jsonl.")
+        partial = to.with_name(f".{to.name}.partial")
+        try:
+            path_there = calls.job_path(self._id, "results")
+            with self._transport.stream(path_there, format=kind) as reply, partial.open("wb") as file:
+                for piece in reply.iter_bytes():
+                    file.write(piece)
+            partial.replace(to)
+        finally:
+            partial.unlink(missing_ok=True)
+        return to
+
+    def to_arrow(self) -> "pyarrow.Table":
+        """Return the vectors as an Arrow table, in index order."""
+        import pyarrow.parquet as pq
+
+        with TemporaryDirectory(prefix="vectormill-") as folder:
+            return pq.read_table(self.save(Path(folder) / "results.parquet"))
+
+    def to_polars(self) -> "polars.DataFrame":
+        """Return the vectors as a Polars data frame."""
+        import polars
+
+        frame = polars.from_arrow(self.to_arrow())
+        assert isinstance(frame, polars.DataFrame)
+        return frame
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Return the vectors as a pandas data frame."""
+        return self.to_arrow().to_pandas()
+
+    def search(self, query: str, k: int = 10, *, where: Mapping[str, str] | None = None) -> list[Hit]:
+        """Return the `k` items nearest to a query in words, of those with these carried values."""
+        return self._transport.send(calls.search(calls.job_path(self._id), query, k, where))
