@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.text import Text
@@ -71,8 +71,21 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"vectormill {version('vectormill')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None: ...
+def _root(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None: ...
 
 
 #: Error that typer raises for wrong arguments; it has no public name there.
