@@ -34,23 +34,30 @@ def workspace_id(connection: Connection, name: str = DEFAULT_WORKSPACE) -> int:
     return found
 
 
-def find_row(connection: Connection, workspace: int, name: str) -> RowMapping:
-    """Return the catalogue's row of a model by name or alias, if a workspace may use it.
+def find_row(connection: Connection, workspace: int, name: str | None) -> RowMapping:
+    """Return the catalogue's row of a model by name or alias, if a workspace may use it. `None`: the only one that it
+    may use.
 
     Raises:
         UnknownModel: not in the catalogue, or not enabled for the workspace; the message doesn't tell which.
+        UserError: none is named, and there are several.
     """
-    row = models.find(connection, workspace, name)
-    if row is None:
-        known = ", ".join(model["name"] for model in models.of_workspace(connection, workspace))
-        raise UnknownModel(
-            f'no model "{name}"; ' + (f"available: {known}." if known else "add one with vectormill models add.")
-        )
-    return row
+    row = models.find(connection, workspace, name) if name is not None else None
+    if row is not None:
+        return row
+    known = [model["name"] for model in models.of_workspace(connection, workspace)]
+    if name is None and len(known) == 1:
+        return find_row(connection, workspace, known[0])
+    if name is None and known:
+        raise UserError(f"name one of {', '.join(known)}.", field="model")
+    told = "there is no model yet" if name is None else f'no model "{name}"'
+    raise UnknownModel(
+        f"{told}; " + (f"available: {', '.join(known)}." if known else "add one with vectormill models add.")
+    )
 
 
-def find_model(connection: Connection, workspace: int, name: str) -> Model:
-    """Return a model by name or alias, if a workspace may use it. Raises as `find_row`."""
+def find_model(connection: Connection, workspace: int, name: str | None) -> Model:
+    """Return a model by name or alias, if a workspace may use it; `None`: the only one. Raises as `find_row`."""
     return as_model(find_row(connection, workspace, name))
 
 

@@ -137,11 +137,13 @@ class ApiBackend:
         return SyncList.model_validate(self._get(_collection_path(name, "syncs"), limit=limit)).data
 
     def create_collection(
-        self, name: str, model: str, options: JobOptions, expect_every: timedelta | None
+        self, name: str, model: str | None, options: JobOptions, expect_every: timedelta | None
     ) -> CollectionStatus:
         """Create an empty collection."""
         _refuse_into(options.into)
-        wish = options.model_dump(mode="json", exclude_defaults=True) | {"name": name, "model": model}
+        wish = options.model_dump(mode="json", exclude_defaults=True) | {"name": name}
+        if model is not None:
+            wish["model"] = model
         if expect_every is not None:
             wish["expect_every_seconds"] = expect_every.total_seconds()
         return CollectionStatus.model_validate(self._post("/collections", json=wish))

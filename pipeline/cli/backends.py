@@ -75,7 +75,7 @@ class Backend(Protocol):
         """Return a collection's newest syncs, newest first."""
 
     def create_collection(
-        self, name: str, model: str, options: JobOptions, expect_every: timedelta | None
+        self, name: str, model: str | None, options: JobOptions, expect_every: timedelta | None
     ) -> CollectionStatus:
         """Create an empty collection."""
 

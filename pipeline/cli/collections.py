@@ -12,6 +12,7 @@ from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.cli import options, output
 from pipeline.cli.backends import open_backend
 from pipeline.cli.once import App
+from pipeline.cli.output import Column
 from pipeline.cli.spans import read_span
 from pipeline.core import humanize
 from pipeline.core.collection_status import CollectionStatus, Comparison, FilesStatus, VersionStatus
@@ -30,7 +31,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
 def create(
     name: Name,
     *,
-    model: options.Model,
+    model: options.Model = None,
     text_column: options.TextColumn = "text",
     text: options.Text = None,
     key_column: options.KeyColumn = None,
@@ -117,14 +118,15 @@ def list_collections(as_json: options.Json = False, workspace: options.Workspace
     if not rows:
         output.stderr.print("No collections yet. Make one: vectormill collections create NAME --model MODEL")
         return
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
-    for column in ("name", "model"):
-        table.add_column(column, overflow="fold")
-    table.add_column("keys", justify="right", no_wrap=True)
-    table.add_column("synced", no_wrap=True)
-    for row in rows:
-        table.add_row(Text(row.name, "bold"), Text(row.model), f"{row.keys:,}", _freshness(row))
-    output.stdout.print(table)
+    output.print_list(
+        [
+            Column("name", flexible=True),
+            Column("model", flexible=True),
+            Column("keys", right=True),
+            Column("synced"),
+        ],
+        [[Text(row.name, "bold"), row.model, f"{row.keys:,}", _freshness(row)] for row in rows],
+    )
 
 
 def _freshness(row: CollectionStatus) -> Text:
@@ -208,25 +210,32 @@ def history(
     if not rows:
         output.stderr.print(f"No syncs yet. Begin: vectormill sync {name} SOURCE", markup=False)
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bright_black")
-    table.add_column("job", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for column in ("new", "changed", "unchanged", "removed", "rejected", "took", "age"):
-        table.add_column(column, justify="right", no_wrap=True)
-    models = {row.model for row in rows}
-    if len(models) > 1:
-        table.add_column("model", overflow="fold")
-    for row in rows:
-        counts = (row.added, row.changed, row.unchanged, row.removed, row.rejected)
-        table.add_row(
-            output.short(row.job_id),
-            output.state(row.state, None) if row.state else Text("purged", "bright_black"),
-            *(humanize.short(count) if count >= 1_000_000 else f"{count:,}" for count in counts),
-            humanize.duration(row.seconds),
-            output.age(row.created_at),
-            *([Text(row.model or "?")] if len(models) > 1 else []),
-        )
-    output.stdout.print(table)
+    several = len({row.model for row in rows}) > 1
+    output.print_list(
+        [
+            Column("job"),
+            Column("state", flexible=True),
+            *(Column(name, right=True) for name in ("new", "changed", "unchanged", "removed", "rejected")),
+            Column("took", right=True, from_width=100),
+            Column("age", right=True),
+            *([Column("model", flexible=True, from_width=100)] if several else []),
+        ],
+        [
+            [
+                output.short(row.job_id),
+                output.state(row.state) if row.state else Text("purged", "bright_black"),
+                *map(_count, (row.added, row.changed, row.unchanged, row.removed, row.rejected)),
+                humanize.duration(row.seconds),
+                output.age(row.created_at, humanize.about),
+                *([row.model or "?"] if several else []),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _count(count: int) -> str:
+    return humanize.short(count) if count >= 1_000_000 else f"{count:,}"
 
 
 @app.command()

@@ -157,7 +157,7 @@ class DatabaseBackend:
             return collections.history(connection, found, limit)
 
     def create_collection(
-        self, name: str, model: str, options: JobOptions, expect_every: timedelta | None
+        self, name: str, model: str | None, options: JobOptions, expect_every: timedelta | None
     ) -> CollectionStatus:
         """Create an empty collection."""
         from pipeline.ingest.collections import create_collection

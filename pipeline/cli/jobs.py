@@ -15,6 +15,7 @@ from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.cli import output
 from pipeline.cli.backends import Backend, open_backend
 from pipeline.cli.options import Json, Timeout, Workspace
+from pipeline.cli.output import Column
 from pipeline.core import humanize
 from pipeline.core.errors import ServiceUnreachable, UnknownJob, WaitTimedOut
 from pipeline.core.job_status import JobStatus
@@ -56,24 +57,40 @@ def jobs(
     if not rows:
         output.stderr.print("No jobs yet. Make one: vectormill submit docs.jsonl --model all-MiniLM-L6-v2")
         return
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
-    for name in ("job", "name", "model", "state"):
-        table.add_column(name, no_wrap=True)
-    for name in ("items", "done", "rate", "age"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        counts = row.items
-        table.add_row(
-            output.short(row.id),
-            row.name,
-            row.model,
-            output.state(row.state, row.reason),
-            f"{counts.total:,}",
-            f"{counts.over / counts.total:.0%}" if counts.total else "–",
-            f"{humanize.short(row.rate.items_per_second)}/s",
-            output.age(row.created_at),
-        )
-    output.stdout.print(table)
+    roomy = output.is_roomy()
+    output.print_list(
+        [
+            Column("job"),
+            Column("name", flexible=True),
+            Column("model", flexible=True, from_width=100),
+            Column("state", flexible=True),
+            Column("items", right=True),
+            Column("done", right=True),
+            Column("rejected", right=True),
+            Column("rate", right=True, from_width=110),
+            Column("age", right=True),
+        ],
+        [_listed(row, roomy=roomy) for row in rows],
+    )
+
+
+def _listed(row: JobStatus, *, roomy: bool) -> list[str | Text]:
+    counts = row.items
+    rejected = Text(f"{counts.rejected:,}", "yellow" if counts.rejected else "bright_black")
+    state = output.state(row.state, row.reason if roomy else None)
+    if row.state is JobState.COMPLETED and counts.rejected:
+        state.style = "yellow"  # how many, the column tells
+    return [
+        output.short(row.id),
+        row.name,
+        row.model,
+        state,
+        f"{counts.total:,}",
+        f"{counts.over / counts.total:.0%}" if counts.total else "–",
+        rejected,
+        f"{humanize.short(row.rate.items_per_second)}/s",
+        output.age(row.created_at, humanize.about),
+    ]
 
 
 def status(job: Job, as_json: Json = False, workspace: Workspace = DEFAULT_WORKSPACE) -> None:
@@ -104,7 +121,7 @@ def _print_status(row: JobStatus) -> None:
     table.add_row("job", Text(str(row.id)))
     table.add_row("name", Text(row.name, style="bold"))
     table.add_row("model", row.model)
-    table.add_row("state", output.state(row.state, row.reason))
+    table.add_row("state", output.state(row.state, row.reason, counts.rejected))
     if row.message:
         table.add_row("", row.message)
     table.add_row("", ProgressBar(total=max(1, counts.total), completed=counts.over, width=40, complete_style="blue"))
@@ -153,6 +170,11 @@ def watch_job(backend: Backend, job_id: UUID, timeout_seconds: float | None, *, 
     show = _live_line() if output.stderr.is_terminal else _plain_lines()
     try:
         row = _follow(backend, job_id, deadline, show)
+    except KeyboardInterrupt:
+        show(None)
+        output.stderr.print(f"Job {job_id} goes on. Follow it: vectormill watch {job_id}")
+        output.stderr.print(f"Stop it: vectormill cancel {job_id}")
+        raise
     finally:
         show(None)
     if row.message and row.state != JobState.COMPLETED:
@@ -242,13 +264,10 @@ def rejects(
     if not rows:
         output.stderr.print("No rejects.")
         return
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
-    table.add_column("index", justify="right")
-    for name in ("key", "code", "message"):
-        table.add_column(name)
-    for row in rows:
-        table.add_row(f"{row['index']:,}", Text(str(row["key"] or "–")), row["code"], Text(str(row["message"])))
-    output.stdout.print(table)
+    output.print_list(
+        [Column("index", right=True), Column("key", flexible=True), Column("code"), Column("message", flexible=True)],
+        [[f"{row['index']:,}", str(row["key"] or "–"), row["code"], str(row["message"])] for row in rows],
+    )
 
 
 def receipt(

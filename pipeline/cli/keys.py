@@ -1,11 +1,11 @@
 """Commands `vectormill keys`: API keys of a workspace."""
 
 import sys
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.catalog.keys import NewKey
@@ -13,7 +13,7 @@ from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.cli.backends import open_backend
 from pipeline.cli.once import App
 from pipeline.cli.options import Json, Workspace
-from pipeline.cli.output import age, print_json, stderr, stdout
+from pipeline.cli.output import Column, age, print_json, print_list, stderr
 from pipeline.cli.spans import read_span
 
 app = App(help="Manage API keys.", no_args_is_help=True)
@@ -56,17 +56,23 @@ def list_keys(workspace: Workspace = DEFAULT_WORKSPACE, as_json: Json = False) -
     if not rows:
         stderr.print("No keys yet. Make one: vectormill keys create")
         return
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
-    for column in ("id", "name", "state", "made", "expires"):
-        table.add_column(column)
-    for row in rows:
-        state = Text("revoked" if row["revoked_at"] else "live" if row["live"] else "expired")
-        state.stylize("green" if row["live"] else "bright_black")
-        name = row["name"] + (" (admin)" if row["admin"] else "")
-        table.add_row(
-            row["id"], Text(name), state, age(datetime.fromisoformat(row["created_at"])), row["expires_at"] or "–"
-        )
-    stdout.print(table)
+    print_list(
+        [
+            Column("id"),
+            Column("name", flexible=True),
+            Column("state"),
+            Column("made", right=True),
+            Column("expires", flexible=True),
+        ],
+        map(_listed, rows),
+    )
+
+
+def _listed(row: Mapping[str, Any]) -> list[str | Text]:
+    state = Text("revoked" if row["revoked_at"] else "live" if row["live"] else "expired")
+    state.stylize("green" if row["live"] else "bright_black")
+    name = row["name"] + (" (admin)" if row["admin"] else "")
+    return [row["id"], name, state, age(datetime.fromisoformat(row["created_at"])), row["expires_at"] or "–"]
 
 
 @app.command()

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.catalog import models as catalog
 from pipeline.catalog.models import DEFAULT_WORKSPACE
@@ -19,7 +17,7 @@ from pipeline.cli.context import working
 from pipeline.cli.once import App
 from pipeline.cli.oneshot import oneshot
 from pipeline.cli.options import Json
-from pipeline.cli.output import print_json, stderr, stdout
+from pipeline.cli.output import Column, print_json, print_list, stderr
 from pipeline.core import humanize
 from pipeline.core.errors import ModelError, UnknownModel, UserError
 from pipeline.core.models import MOST_INPUTS, Upstream
@@ -86,12 +84,15 @@ def list_models(
     if not rows:
         stderr.print("No models yet. Add one: vectormill models add NAME --path DIR")
         return
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
-    for name in ("name", "dimensions", "max tokens", "rate on one slot"):
-        table.add_column(name, justify="left" if name == "name" else "right")
-    for row in rows:
-        table.add_row(row["name"], str(row["dimensions"]), f"{row['max_item_tokens'] or '–'}", Text(_rates(row)))
-    stdout.print(table)
+    print_list(
+        [
+            Column("name", flexible=True),
+            Column("dimensions", right=True),
+            Column("max tokens", right=True),
+            Column("rate on one slot", right=True),
+        ],
+        [[row["name"], str(row["dimensions"]), f"{row['max_item_tokens'] or '–'}", _rates(row)] for row in rows],
+    )
 
 
 def _rates(row: Mapping[str, Any]) -> str:

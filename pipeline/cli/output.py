@@ -5,7 +5,8 @@ Data goes to standard output, everything else to standard error.
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -18,9 +19,12 @@ from rich.text import Text
 from pipeline.core import humanize
 from pipeline.core.errors import UserError, VectormillError
 from pipeline.core.job_status import JobStatus, Receipt, TruncatedItem
+from pipeline.core.jobs import JobState
 
 #: Width in columns where the output isn't a terminal.
 _PIPE_WIDTH = 140
+#: Width from which on a terminal has room for more columns, and more space between them.
+_ROOMY_WIDTH = 100
 
 #: For messages to people, which stay visible when standard output is a pipe.
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
@@ -65,15 +69,51 @@ def sentence(error: VectormillError) -> str:
     return error.spelled(_FLAGS.get(name, f"--{name.replace('_', '-')}"))
 
 
-def age(moment: datetime | None) -> str:
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Column of a list."""
+
+    name: str
+    right: bool = False
+    #: Shortened where the terminal is narrow.
+    flexible: bool = False
+    #: Width of the terminal from which on the column is shown.
+    from_width: int = 0
+
+
+def is_roomy() -> bool:
+    """Return True if standard output has room for more than what fits 80 columns."""
+    return not stdout.is_terminal or stdout.width >= _ROOMY_WIDTH
+
+
+def print_list(columns: Sequence[Column], rows: Iterable[Sequence[str | Text]]) -> None:
+    """Print a list as a table that fits the terminal; into a pipe nothing is shortened or left out."""
+    width = stdout.width if stdout.is_terminal else None
+    shown = [at for at, column in enumerate(columns) if width is None or width >= column.from_width]
+    table = Table(box=None, padding=(0, 3 if is_roomy() else 2, 0, 0))
+    table.header_style = "bright_black"
+    for at in shown:
+        column = columns[at]
+        table.add_column(column.name, justify="right" if column.right else "left", no_wrap=not column.flexible)
+    for row in rows:
+        cells = [Text(cell) if isinstance(cell, str) else cell for cell in row]
+        for at in shown:
+            cells[at].no_wrap, cells[at].overflow = True, "ellipsis"
+        table.add_row(*(cells[at] for at in shown))
+    stdout.print(table, soft_wrap=width is None)
+
+
+def age(moment: datetime | None, shown: Callable[[float], str] = humanize.duration) -> str:
     """Return the time since a moment, such as “4 min 40 s ago”; “–” if there is none."""
     if moment is None:
         return "–"
-    return humanize.duration(max(timedelta(0), datetime.now(moment.tzinfo) - moment).total_seconds()) + " ago"
+    return shown(max(timedelta(0), datetime.now(moment.tzinfo) - moment).total_seconds()) + " ago"
 
 
-def state(name: str, reason: str | None = None) -> Text:
-    """Return a state with its mark, its colour and its reason."""
+def state(name: str, reason: str | None = None, rejected: int = 0) -> Text:
+    """Return a state with its mark, its colour, its reason, and how many items of a completed job were rejected."""
+    if name == JobState.COMPLETED and rejected:
+        return Text(f"✓ completed, {rejected:,} rejected", style="yellow")
     shown = f"{_STATE_MARKS.get(name, '·')} {name}" + (f" ({reason})" if reason else "")
     return Text(shown, style=_STATE_COLOURS.get(name, ""))
 
@@ -82,24 +122,33 @@ def progress_line(status: JobStatus) -> Table:
     """Return the progress line of a running job: name, model, bar, share, items, rates, time left."""
     items, rate = status.items, status.rate
     share = items.over / items.total if items.total else 0.0
+    roomy = stderr.width >= _ROOMY_WIDTH
+    model = [Text(status.model, style="bright_black", overflow="ellipsis", no_wrap=True)] if roomy else []
+    tokens = [Text(f"{humanize.short(rate.tokens_per_second)} tok/s", no_wrap=True)] if roomy else []
     line = Table.grid(padding=(0, 2))
     cells: list[Any] = [
         Text(status.name, style="bold", overflow="ellipsis", no_wrap=True),
-        Text(status.model, style="bright_black", overflow="ellipsis", no_wrap=True),
-        ProgressBar(total=1.0, completed=share, width=24, complete_style="blue", finished_style="green"),
+        *model,
+        ProgressBar(
+            total=1.0, completed=share, width=24 if roomy else 8, complete_style="blue", finished_style="green"
+        ),
         Text(f"{share:4.0%}".replace("%", " %"), no_wrap=True),
         Text(f"{items.over:,} / {items.total:,}", no_wrap=True),
         Text(f"{humanize.short(rate.items_per_second)} items/s", no_wrap=True),
-        Text(f"{humanize.short(rate.tokens_per_second)} tok/s", no_wrap=True),
+        *tokens,
         _time_left(status),
     ]
+    # Only names are shortened: the time left is what people look for.
+    for cell in cells:
+        shortened = isinstance(cell, Text) and cell.overflow == "ellipsis"
+        line.add_column(no_wrap=not shortened)
     line.add_row(*cells)
     return line
 
 
 def _time_left(status: JobStatus) -> Text:
     if status.state != "running":
-        return state(status.state, status.reason)
+        return state(status.state, status.reason, status.items.rejected)
     if status.items.total and not status.items.pending:
         return Text("finishing", style="bright_black", no_wrap=True)
     if status.eta_seconds is None:

@@ -233,7 +233,10 @@ class _Lines:
 
     def greet(self, running: Running, workers: int) -> None:
         """Print that all is ready, with the addresses."""
-        seconds = self._waiting.seconds if self._waiting else 0.0
+        seconds = 0.0
+        if self._waiting:
+            self._waiting.show(())
+            seconds = self._waiting.seconds
         self.end()
         _greet(self._console, running, workers, seconds)
 
@@ -277,6 +280,7 @@ def _wait_until_ready(home: Path, process: subprocess.Popen[bytes], waiting: Wai
         running = find_running(home)
         if running and running.supervisor_pid == process.pid:
             if running.ready:
+                waiting.show(())
                 return running
             if running.stopping:
                 waiting.verb = "Stopping"

@@ -24,7 +24,7 @@ from pipeline.cli.output import stderr, tell
 from pipeline.core.errors import EmptySource, UserError
 from pipeline.core.options import Columns, JobOptions, OnLong, Precision, SplitBy, VectorType
 from pipeline.infra.storage import absolute, is_remote
-from pipeline.ingest.request import JobRequest, default_name, read_request
+from pipeline.ingest.request import JobRequest, default_name, read_request, tell_model
 from pipeline.ingest.submission import Submission, planning
 from pipeline.ingest.submit import submit as submit_corpus
 from pipeline.sources import Compression, Corpus, Source
@@ -36,68 +36,117 @@ from pipeline.webhooks import allowlist
 def submit(
     sources: options.Sources = None,
     *,
-    model: options.Model,
-    from_url: options.FromUrl = None,
-    query: Annotated[str | None, typer.Option(help="The query whose rows are the corpus.")] = None,
-    text_column: options.TextColumn = "text",
+    model: options.Model = None,
     text: options.Text = None,
     key_column: options.KeyColumn = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="Write vectors as Parquet to this empty folder, not to Postgres.",
+            rich_help_panel=options.USUAL,
+        ),
+    ] = None,
+    wait: options.Wait = False,
+    from_url: options.FromUrl = None,
+    query: Annotated[
+        str | None, typer.Option(help="The query whose rows are the corpus.", rich_help_panel=options.SOURCE)
+    ] = None,
     delimiter: options.Delimiter = None,
     quote: options.Quote = None,
-    carry: Annotated[list[str] | None, typer.Option(help="A column to carry into results; may be repeated.")] = None,
-    name: Annotated[str | None, typer.Option(help="The job's name. Default: the first source's.")] = None,
-    label: options.Label = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(help="Submitting again with this key attaches to the same job.")
-    ] = None,
-    priority: options.Priority = 0,
-    dimensions: options.Dimensions = None,
-    dtype: Annotated[VectorType, typer.Option(help="Element type of the stored vectors.")] = VectorType.FLOAT32,
-    precision: options.Precision = Precision.AUTO,
-    max_item_tokens: options.MaxItemTokens = None,
-    on_long: options.OnLong = OnLong.TRUNCATE,
-    split: options.Split = None,
-    overlap: options.Overlap = 0,
-    split_by: options.SplitBy = SplitBy.PARAGRAPH,
-    title: options.Title = None,
-    max_rejects: Annotated[
-        str,
-        typer.Option(metavar="N|P%", help="Fail if more items than this are rejected. Default: 10% from 100 items on."),
-    ] = "",
-    unique_keys: Annotated[
-        bool, typer.Option("--unique-keys", help="Refuse a corpus with a duplicate or missing key.")
-    ] = False,
     by_reference: Annotated[
         bool | None,
         typer.Option(
             "--by-reference/--by-value",
             help="Workers read the files themselves, or their texts are copied to Postgres. Default: by size.",
             show_default=False,
+            rich_help_panel=options.SOURCE,
         ),
     ] = None,
-    output: Annotated[
-        str | None, typer.Option(metavar="URI", help="Write vectors as Parquet to this empty folder, not to Postgres.")
+    unique_keys: Annotated[
+        bool,
+        typer.Option(
+            "--unique-keys",
+            help="Refuse a corpus with a duplicate or missing key.",
+            rich_help_panel=options.SOURCE,
+        ),
+    ] = False,
+    allow_empty: Annotated[
+        bool,
+        typer.Option(
+            "--allow-empty",
+            help="If there are no rows, make no job and exit with 0.",
+            rich_help_panel=options.SOURCE,
+        ),
+    ] = False,
+    text_column: options.TextColumn = "text",
+    max_item_tokens: options.MaxItemTokens = None,
+    on_long: options.OnLong = OnLong.TRUNCATE,
+    split: options.Split = None,
+    overlap: options.Overlap = 0,
+    split_by: options.SplitBy = SplitBy.PARAGRAPH,
+    title: options.Title = None,
+    dimensions: options.Dimensions = None,
+    dtype: Annotated[
+        VectorType, typer.Option(help="Element type of the stored vectors.", rich_help_panel=options.MODEL)
+    ] = VectorType.FLOAT32,
+    precision: options.Precision = Precision.AUTO,
+    no_reuse: options.NoReuse = False,
+    carry: Annotated[
+        list[str] | None,
+        typer.Option(help="A column to carry into results; may be repeated.", rich_help_panel=options.OUTPUT),
     ] = None,
     into: Annotated[
-        str | None, typer.Option(metavar="TABLE", help="Also upsert each vector by key into this table of yours.")
+        str | None,
+        typer.Option(
+            metavar="TABLE",
+            help="Also upsert each vector by key into this table of yours.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
-    hnsw: Annotated[bool, typer.Option("--hnsw", help="Index that table's vectors at the end.")] = False,
-    no_reuse: options.NoReuse = False,
-    webhook: options.Webhook = None,
-    allow_empty: Annotated[
-        bool, typer.Option("--allow-empty", help="If there are no rows, make no job and exit with 0.")
+    hnsw: Annotated[
+        bool, typer.Option("--hnsw", help="Index that table's vectors at the end.", rich_help_panel=options.OUTPUT)
     ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The job's name. Default: the first source's.", rich_help_panel=options.JOB),
+    ] = None,
+    label: options.Label = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(help="Submitting again with this key attaches to the same job.", rich_help_panel=options.JOB),
+    ] = None,
+    priority: options.Priority = 0,
+    max_rejects: Annotated[
+        str,
+        typer.Option(
+            metavar="N|P%",
+            help="Fail if more items than this are rejected. Default: 10% from 100 items on.",
+            rich_help_panel=options.JOB,
+        ),
+    ] = "",
+    webhook: options.Webhook = None,
+    workspace: Annotated[str, typer.Option(help="The workspace.", rich_help_panel=options.JOB)] = DEFAULT_WORKSPACE,
+    timeout: options.Timeout = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Estimate tokens, time, size and cost from a sample; submit nothing."),
+        typer.Option(
+            "--dry-run",
+            help="Estimate tokens, time, size and cost from a sample; submit nothing.",
+            rich_help_panel=options.WAITING,
+        ),
     ] = False,
     at: Annotated[
-        str | None, typer.Option(metavar="N", help="Estimate as if the corpus had N items, such as 1e9.")
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Estimate as if the corpus had N items, such as 1e9.",
+            rich_help_panel=options.WAITING,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what --dry-run finds as JSON.")] = False,
-    wait: options.Wait = False,
-    timeout: options.Timeout = None,
-    workspace: options.Workspace = DEFAULT_WORKSPACE,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what --dry-run finds as JSON.", rich_help_panel=options.WAITING)
+    ] = False,
 ) -> None:
     """Submit a corpus as a job. Prints the job's id on standard output, everything else on standard error.
 
@@ -257,6 +306,7 @@ def _by_reference(corpus: Source, options: JobOptions) -> bool:
 def _submit(place: CommandContext, wish: JobRequest, corpus: Source, idempotency_key: str | None) -> UUID:
     with place.engine.begin() as connection:
         found = find_model(connection, place.workspace_id, wish.model)
+    tell_model(wish, found, corpus)
     with Counter(stderr) as counter:
         done = submit_corpus(
             place.engine,

@@ -41,7 +41,10 @@ class Waiting:
         self.end()
 
     def show(self, names: Sequence[str]) -> None:
-        """Show these names from now on."""
+        """Show these names from now on, and say which others aren't waited for any more."""
+        for name in self._names:
+            if name not in names:
+                self._console.print(f"  {name}  {self.seconds:,.0f} s", markup=False)
         self._names = tuple(names)
 
     def end(self) -> None:

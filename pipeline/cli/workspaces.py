@@ -5,13 +5,12 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from sqlalchemy import Connection
 
 from pipeline.catalog.models import workspace_id
 from pipeline.cli.context import working
 from pipeline.cli.once import App
-from pipeline.cli.output import print_json, stderr, stdout
+from pipeline.cli.output import Column, print_json, print_list, stderr
 from pipeline.core.errors import UnknownModel, UserError
 from pipeline.db import models, workspaces
 from pipeline.webhooks import allowlist
@@ -157,12 +156,15 @@ def list_workspaces(as_json: Annotated[bool, typer.Option("--json", help="Print 
     if as_json:
         print_json(rows)
         return
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bright_black")
-    for name in ("name", "weight", "jobs", "models"):
-        table.add_column(name, justify="right" if name in ("weight", "jobs") else "left")
-    for row in rows:
-        table.add_row(row["name"], f"{row['weight']:g}", str(row["jobs"]), ", ".join(row["models"]))
-    stdout.print(table)
+    print_list(
+        [
+            Column("name", flexible=True),
+            Column("weight", right=True),
+            Column("jobs", right=True),
+            Column("models", flexible=True),
+        ],
+        [[row["name"], f"{row['weight']:g}", str(row["jobs"]), ", ".join(row["models"])] for row in rows],
+    )
 
 
 def _limits(

@@ -34,5 +34,13 @@ def duration(seconds: float) -> str:
     return _two(whole // _DAY, "d", whole % _DAY // _HOUR, "h")
 
 
+def about(seconds: float) -> str:
+    """Format a duration in one unit: `4 min`."""
+    for unit, letter in ((_DAY, "d"), (_HOUR, "h"), (_MINUTE, "min")):
+        if seconds >= unit:
+            return f"{int(seconds // unit):,} {letter}"
+    return f"{seconds:.0f} s"
+
+
 def _two(large: int, large_unit: str, small: int, small_unit: str) -> str:
     return f"{large:,} {large_unit} {small} {small_unit}" if small else f"{large:,} {large_unit}"

@@ -33,7 +33,7 @@ def create_collection(
     workspace_id: int,
     name: str,
     *,
-    model: str,
+    model: str | None,
     options: JobOptions,
     expect_every: timedelta | None = None,
 ) -> Collection:

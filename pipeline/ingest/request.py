@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pipeline.core.errors import UserError
+from pipeline.core.models import Model
 from pipeline.core.options import MOST_COLUMNS, Address, JobOptions, Word
+from pipeline.sources import Source
 
 Request = TypeVar("Request", bound=BaseModel)
 
@@ -19,7 +21,9 @@ _UNADDRESSABLE = (".", "..")
 class JobRequest(JobOptions):
     """Request for a new job."""
 
-    model: Word = Field(description="The model, by name or alias.")
+    model: Word | None = Field(
+        default=None, description="The model, by name or alias. Default: the only one that you may use."
+    )
     name: Word | None = Field(default=None, description="The job's name. Default: the first source's.")
     sources: list[Address] = Field(
         default=[],
@@ -83,6 +87,12 @@ def read_fields(kind: type[Request], fields: Mapping[str, Any]) -> Request:
         if first["type"] == "extra_forbidden":
             told = "there is no such field"
         raise UserError(f"{told[:1].lower()}{told[1:]}.", field=field) from None
+
+
+def tell_model(wish: JobRequest, model: Model, corpus: Source) -> None:
+    """Add a notice if no model is named."""
+    if wish.model is None:
+        corpus.notices.add("model", f"no model is named, so it is {model.name}, the only one there is")
 
 
 def default_name(source: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pipeline.cli import main
 from pipeline.core.chunks import RejectCode
 from pipeline.core.models import Model
 from tests.support.commands import run_command
-from tests.support.jobs_made import DONE, job_row, make_job, part_of, reject, run_sql, taken
+from tests.support.jobs_made import DONE, job_row, make_job, make_model, part_of, reject, run_sql, taken
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 NOWHERE = "postgresql://vectormill@127.0.0.1:1/vectormill"
@@ -192,7 +193,6 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ("submit", "-", "--model", "small", "--unique-keys"),
         '--key-column: standard input line 1: no column "id"; columns are text. Name another.',
     ),
-    (("submit", "-"), "Missing option '--model'."),
     (("results", "docs", "--to", "a.csv"), "--to a.csv: give a file that ends in .parquet or .jsonl."),
     (("jobs", "--workspace", "other"), 'no workspace "other".'),
 ]
@@ -204,6 +204,29 @@ def test_a_mistake_is_one_clear_line(job_id: UUID, run: Run, start: Run) -> None
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"error {sentence}")
         assert done.stderr.count("\n") == 1
+
+
+def test_without_a_name_the_only_model_is_taken_and_said(run: Run, engine: Engine, job_id: UUID) -> None:
+    done = run("submit", "-", "--name", "unnamed model", stdin='{"text": "t"}\n')
+    assert done.returncode == 0
+    assert "note no model is named, so it is small, the only one there is" in done.stderr
+    assert json.loads(run("status", done.stdout.strip(), "--json").stdout)["model"] == "small"
+    make_model(engine, "other")
+    done = run("submit", "-", stdin='{"text": "t"}\n')
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error --model: name one of other, small.\n")
+
+
+def test_a_wait_that_is_interrupted_says_that_the_job_goes_on(environment: dict[str, str], job_id: UUID) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "watch", str(job_id)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stderr
+        assert watching.stderr.readline().startswith("docs  ")
+        watching.send_signal(signal.SIGINT)
+        told = watching.stderr.read()
+    assert watching.returncode == 130
+    assert told == (
+        f"Job {job_id} goes on. Follow it: vectormill watch {job_id}\nStop it: vectormill cancel {job_id}\n"
+    )
 
 
 def test_a_database_that_is_away_is_exit_code_6(run: Run) -> None:

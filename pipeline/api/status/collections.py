@@ -53,7 +53,9 @@ class NewCollection(JobOptions):
     """Request for a collection: its name, its model, and the options with which its texts are embedded."""
 
     name: Word = Field(description="Letters, digits, dashes and underscores.")
-    model: Word = Field(description="The model, by name or alias.")
+    model: Word | None = Field(
+        default=None, description="The model, by name or alias. Default: the only one that you may use."
+    )
     expect_every_seconds: float | None = Field(
         default=None, gt=0, le=1e9, description="Longest time between two syncs that is no cause for alarm."
     )

@@ -23,7 +23,7 @@ from pipeline.core.job_status import JobStatus
 from pipeline.core.options import Columns
 from pipeline.infra.settings import Settings
 from pipeline.infra.storage import is_remote
-from pipeline.ingest.request import ELSEWHERE, JobRequest, default_name, read_sent
+from pipeline.ingest.request import ELSEWHERE, JobRequest, default_name, read_sent, tell_model
 from pipeline.ingest.submission import Submission, Submitted, planning
 from pipeline.ingest.submit import submit
 from pipeline.jobs import status
@@ -299,6 +299,7 @@ def _submit(
         allowlist.check(wish.webhook, settings.webhooks)
     with engine.begin() as connection:
         model = find_model(connection, owner, wish.model)
+    tell_model(wish, model, corpus)
     return submit(
         engine,
         Submission(

@@ -112,7 +112,7 @@ class AsyncClient:
         self,
         data: Data = None,
         *,
-        model: str,
+        model: str | None = None,
         text: str | None = None,
         key: str | None = None,
         name: str | None = None,

@@ -55,7 +55,7 @@ def _segment(name: str) -> str:
 def submission(
     data: Data,
     *,
-    model: str,
+    model: str | None,
     text: str | None,
     key: str | None,
     name: str | None,
@@ -148,7 +148,13 @@ def history(name: str, limit: int) -> Call[list[SyncStatus]]:
 
 
 def creation(
-    name: str, *, model: str, text: str | None, key: str | None, carry: Sequence[str] | str, options: Mapping[str, Any]
+    name: str,
+    *,
+    model: str | None,
+    text: str | None,
+    key: str | None,
+    carry: Sequence[str] | str,
+    options: Mapping[str, Any],
 ) -> Call[CollectionStatus]:
     """Return the order to create a collection."""
     wish = {"name": name, "model": model, **_text(text), "key_column": key, "carry": listed(carry), **options}

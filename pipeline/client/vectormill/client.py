@@ -41,7 +41,7 @@ class Client:
         self,
         data: Data = None,
         *,
-        model: str,
+        model: str | None = None,
         text: str | None = None,
         key: str | None = None,
         name: str | None = None,
@@ -56,7 +56,7 @@ class Client:
             data: a data frame (Polars, pandas, Arrow, DuckDB and others), a path, a URI that the api may read, a list
                 of `Path`, a cursor on which a query was executed, or an iterable of mappings or of texts. Without it,
                 `sources=[…]` names files on the api's machine.
-            model: the model, by name or alias.
+            model: the model, by name or alias. Default: the only one there is.
             text: the column of the texts, or a template such as `"{subject}\\n\\n{body}"`. Default: `text`.
             key: the column of the keys. Default: `id`.
             name: the job's name.
@@ -107,7 +107,7 @@ class Client:
         self,
         name: str,
         *,
-        model: str,
+        model: str | None = None,
         text: str | None = None,
         key: str | None = None,
         carry: Sequence[str] | str = (),
