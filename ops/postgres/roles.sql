@@ -172,6 +172,6 @@ where relnamespace = 'vectormill'::regnamespace and relispartition and relkind =
 select vectormill.show_collection(id) from vectormill.collections;
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0025';
+comment on schema vectormill is 'roles.sql of 0026';
 
 commit;

@@ -90,6 +90,8 @@ _MODEL_OBJECT = {
     "document_prompt": "",
     "price_per_million_tokens": 0.02,
     "aliases": ["text-embedding-3-small"],
+    "deprecated_at": None,
+    "replaced_by": None,
 }
 _SEEN = {"started_at": "2026-11-24T00:00:00Z", "seen_at": "2026-11-24T01:10:00Z"}
 
@@ -351,6 +353,8 @@ EXAMPLES: dict[str, Any] = {
                         "measured_at": "2026-11-24T01:04:00Z",
                     }
                 ],
+                "deprecated_at": None,
+                "replaced_by": None,
                 "price_per_million": 0.02,
                 "added_at": "2026-11-01T09:00:00Z",
             }

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
@@ -47,16 +48,19 @@ class Clearable(StrEnum):
     ALIAS = "alias"
     MATRYOSHKA = "matryoshka"
     PRICE = "price"
+    DEPRECATION = "deprecation"
 
 
-#: Column of each setting, and its empty value.
-_NOTHING: dict[Clearable, tuple[str, Any]] = {
-    Clearable.ALIAS: ("aliases", []),
-    Clearable.MATRYOSHKA: ("matryoshka", []),
-    Clearable.PRICE: ("price_per_million", None),
+#: Columns of each setting, with their empty values.
+_NOTHING: dict[Clearable, dict[str, Any]] = {
+    Clearable.ALIAS: {"aliases": []},
+    Clearable.MATRYOSHKA: {"matryoshka": []},
+    Clearable.PRICE: {"price_per_million": None},
+    Clearable.DEPRECATION: {"deprecated_at": None, "replaced_by": None},
 }
 _SHOWN = (
     *("name", "kind", "dimensions", "matryoshka", "max_item_tokens", "tokens_per_second", "rates"),
+    *("deprecated_at", "replaced_by"),
     *("price_per_million", "aliases", "path", "pooling", "gateway_url", "upstream_model", "key_env", "weights_sha256"),
 )
 
@@ -106,6 +110,8 @@ def _rates(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
     return float(value) if isinstance(value, Decimal) else value
 
 
@@ -211,35 +217,53 @@ def change(
     alias: Aliases = None,
     matryoshka: Sizes = None,
     price: Price = None,
+    deprecated_at: Annotated[
+        datetime | None,
+        typer.Option(metavar="DATE", formats=["%Y-%m-%d"], help="The day by which clients should use another model."),
+    ] = None,
+    replaced_by: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model to use instead; with --deprecated-at.")
+    ] = None,
     clear: Annotated[
         list[Clearable] | None,
-        typer.Option(metavar="SETTING", help="Clear this: alias, matryoshka or price; may be repeated."),
+        typer.Option(metavar="SETTING", help=f"Clear this: {', '.join(Clearable)}; may be repeated."),
     ] = None,
 ) -> None:
-    """Change a model's aliases, sizes or price. The named aliases replace all earlier ones.
+    """Change a model's aliases, sizes, price or deprecation. The named aliases replace all earlier ones.
 
     Examples:
 
         vectormill models set all-MiniLM-L6-v2 --alias text-embedding-3-small --price 0.02
 
         vectormill models set all-MiniLM-L6-v2 --clear alias
+
+        vectormill models set old-model --deprecated-at 2027-03-31 --replaced-by all-MiniLM-L6-v2
     """
     sizes = _sizes(matryoshka)
-    given = {"aliases": alias, "matryoshka": sizes, "price_per_million": price}
+    if replaced_by is not None and deprecated_at is None:
+        raise UserError("--replaced-by goes with --deprecated-at.")
+    given = {
+        "aliases": alias,
+        "matryoshka": sizes,
+        "price_per_million": price,
+        "deprecated_at": deprecated_at and deprecated_at.replace(tzinfo=UTC),
+        "replaced_by": replaced_by,
+    }
     changes = {column: value for column, value in given.items() if value is not None}
     for what in clear or []:
-        column, nothing = _NOTHING[what]
-        if column in changes:
-            raise UserError(f"--clear {what} and --{what}: give one of them.")
-        changes[column] = nothing
+        if _NOTHING[what].keys() & changes.keys():
+            raise UserError(f"--clear {what}: it is set, too; give one of them.")
+        changes |= _NOTHING[what]
     if not changes:
-        raise UserError("nothing to change; give --alias, --matryoshka, --price or --clear.")
+        raise UserError("nothing to change; give --alias, --matryoshka, --price, --deprecated-at or --clear.")
     with working() as place, place.engine.begin() as connection:
         row = models.by_name(connection, name)
         if row is None:
             raise UnknownModel(f'no model "{name}"; vectormill models list shows them.')
         _check_sizes(sizes, row["dimensions"])
         catalog.check_names(connection, name, alias or ())
+        if replaced_by is not None and (replaced_by == name or models.by_name(connection, replaced_by) is None):
+            raise UnknownModel(f'--replaced-by "{replaced_by}": name another model of the catalogue.')
         models.change(connection, name, **changes)
     stderr.print(f"Changed {name}.")
 

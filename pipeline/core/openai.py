@@ -32,8 +32,15 @@ _MOST_USER = 512
 _MOST_MODEL = 256
 _ENCODINGS = ("float", "base64")
 _SEND_TEXT = "send text (in LangChain: check_embedding_ctx_length=False)"
-#: Input types of Voyage, NVIDIA and Cohere → True for a query.
-INPUT_TYPES = {"query": True, "search_query": True, "document": False, "passage": False, "search_document": False}
+#: Purposes of texts as providers and libraries call them, in lower case → True for a query.
+PURPOSES = {
+    **dict.fromkeys(("query", "search_query", "retrieval.query", "retrieval_query", "code_retrieval_query"), True),
+    **dict.fromkeys(("document", "passage", "search_document", "retrieval.passage", "retrieval_document"), False),
+}
+#: Fields that say so: of Voyage, NVIDIA and Cohere; of Jina; of Google; of sentence-transformers and TEI.
+PURPOSE_FIELDS = ("input_type", "task", "task_type", "prompt_name")
+#: Types of a vector's elements in a reply.
+OUTPUT_TYPES = ("float", "int8", "uint8", "binary", "ubinary")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 Vectors = npt.NDArray[np.float32]
 #: Decoder of token ids into text; raises ValueError.
@@ -90,12 +97,45 @@ def _user(given: Any) -> str | None:
     return given.replace("\0", "")
 
 
-def _input_type(given: Any) -> str:
-    if given is None:
-        return "document"
-    if not isinstance(given, str) or given not in INPUT_TYPES:
-        raise InvalidPayload('input_type must be "query" or "document".', param="input_type")
-    return given
+def _purpose_of(field: str) -> BeforeValidator:
+    def check(given: Any) -> str | None:
+        if given is None:
+            return None
+        if not isinstance(given, str) or given.lower() not in PURPOSES:
+            raise InvalidPayload(f'{field} must be "query" or "document", or a synonym of one.', param=field)
+        return given
+
+    return BeforeValidator(check)
+
+
+def _truncate_of(field: str) -> BeforeValidator:
+    def check(given: Any) -> bool:
+        wish = given.lower() if isinstance(given, str) else given
+        if given is None or wish is True or wish == "end":
+            return True
+        if wish is False or wish == "none":
+            return False
+        raise InvalidPayload(f'{field} must be true or "END", or false or "NONE".', param=field)
+
+    return BeforeValidator(check)
+
+
+def _output_types_of(field: str) -> BeforeValidator:
+    def check(given: Any) -> list[str]:
+        listed = [given] if isinstance(given, str) else given
+        if listed is None:
+            return []
+        if not isinstance(listed, list) or not listed or any(one not in OUTPUT_TYPES for one in listed):
+            raise InvalidPayload(f"{field} must be one or several of {', '.join(OUTPUT_TYPES)}.", param=field)
+        return list(dict.fromkeys(listed))
+
+    return BeforeValidator(check)
+
+
+_OUTPUT_SCHEMA = WithJsonSchema(
+    {"anyOf": [{"enum": list(OUTPUT_TYPES)}, {"type": "array", "items": {"enum": list(OUTPUT_TYPES)}, "minItems": 1}]}
+)
+_TRUNCATE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": ["END", "NONE"]}]})
 
 
 class EmbeddingOptions(BaseModel):
@@ -118,15 +158,57 @@ class EmbeddingOptions(BaseModel):
     user: Annotated[str | None, BeforeValidator(_user)] = Field(
         default=None, max_length=_MOST_USER, description="Your end user; stored with the usage."
     )
-    input_type: Annotated[str | None, BeforeValidator(_input_type)] = Field(
-        default="document",
+    input_type: Annotated[str | None, _purpose_of("input_type")] = Field(
+        default=None,
         description="query: embed with the model's query prompt; otherwise with its document prompt.",
+    )
+    task: Annotated[str | None, _purpose_of("task")] = Field(
+        default=None, description="As input_type: retrieval.query, retrieval.passage."
+    )
+    task_type: Annotated[str | None, _purpose_of("task_type")] = Field(
+        default=None, description="As input_type: RETRIEVAL_QUERY, RETRIEVAL_DOCUMENT."
+    )
+    prompt_name: Annotated[str | None, _purpose_of("prompt_name")] = Field(
+        default=None, description="As input_type: the prompt's name."
+    )
+    truncate: Annotated[bool, _truncate_of("truncate"), _TRUNCATE_SCHEMA] = Field(
+        default=True, description="false or NONE: refuse a text that is longer than the model reads."
+    )
+    truncation: Annotated[bool, _truncate_of("truncation"), _TRUNCATE_SCHEMA] = Field(
+        default=True, description="As truncate."
+    )
+    output_dtype: Annotated[list[str], _output_types_of("output_dtype"), _OUTPUT_SCHEMA] = Field(
+        default=[],
+        description="Types of the elements. Of several, embedding is an object of them. int8 and uint8 are scaled "
+        "for each vector, so they are compared by cosine; binary and ubinary hold eight signs a byte.",
+    )
+    embedding_types: Annotated[list[str], _output_types_of("embedding_types"), _OUTPUT_SCHEMA] = Field(
+        default=[], description="As output_dtype."
     )
 
     @property
     def are_queries(self) -> bool:
-        """True if the texts are queries; otherwise they are documents."""
-        return INPUT_TYPES[str(self.input_type)]
+        """True if the texts are queries; otherwise they are documents.
+
+        Raises:
+            InvalidPayload: two fields contradict each other.
+        """
+        given = {name: value for name in PURPOSE_FIELDS if (value := getattr(self, name)) is not None}
+        said = {PURPOSES[value.lower()] for value in given.values()}
+        if len(said) > 1:
+            last = list(given)[-1]
+            raise InvalidPayload(f"{' and '.join(given)} contradict each other; send one of them.", param=last)
+        return said == {True}
+
+    @property
+    def truncates(self) -> bool:
+        """True if texts that are too long are truncated; otherwise they are refused."""
+        return self.truncate and self.truncation
+
+    @property
+    def output_types(self) -> list[str]:
+        """Types of the elements that are asked for; at least one."""
+        return self.output_dtype or self.embedding_types or ["float"]
 
 
 _TEXTS_OR_TOKENS = str | list[str] | list[int] | list[list[int]]
@@ -156,6 +238,10 @@ class Asked:
     user: str | None
     #: True if the texts are queries; otherwise they are documents.
     queries: bool = False
+    #: False: a text that the model can't read whole is refused.
+    truncates: bool = True
+    #: Types of the reply's elements, of `OUTPUT_TYPES`.
+    output_types: Sequence[str] = ("float",)
     #: Ids, by position, of the texts that came as ids of OpenAI's tokens.
     token_ids: Mapping[int, list[int]] = field(default_factory=dict)
 
@@ -191,6 +277,8 @@ def parse_request(body: bytes, most_text_bytes: int, decode: Decode | None = Non
         dimensions=request.dimensions,
         user=request.user,
         queries=request.are_queries,
+        truncates=request.truncates,
+        output_types=tuple(request.output_types),
         token_ids={at: one for at, one in enumerate(request.input) if isinstance(one, list)},
     )
 
@@ -258,9 +346,15 @@ def shortened(vectors: Vectors, dimensions: int) -> Vectors:
 
 def make_reply(asked: Asked, embedded: Embedded) -> bytes:
     """Return the body of a reply, embeddings in index order. A truncated text is marked beside its embedding."""
-    vectors = np.ascontiguousarray(embedded.vectors, dtype="<f4")
-    rows: Sequence[Any] = [base64.b64encode(row).decode() for row in vectors] if asked.base64 else list(vectors)
-    data: list[dict[str, Any]] = [{"object": "embedding", "index": at, "embedding": row} for at, row in enumerate(rows)]
+    rows = {kind: _rows(embedded.vectors, kind, asked) for kind in asked.output_types}
+    data: list[dict[str, Any]] = [
+        {
+            "object": "embedding",
+            "index": at,
+            "embedding": one[0] if len(one) == 1 else dict(zip(rows, one, strict=True)),
+        }
+        for at, one in enumerate(zip(*rows.values(), strict=True))
+    ]
     for at in embedded.truncated:
         data[at]["truncated"] = True
     reply = {
@@ -270,6 +364,30 @@ def make_reply(asked: Asked, embedded: Embedded) -> bytes:
         "usage": {"prompt_tokens": embedded.prompt_tokens, "total_tokens": embedded.prompt_tokens},
     }
     return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _rows(vectors: Vectors, kind: str, asked: Asked) -> Sequence[Any]:
+    """Return vectors as a reply holds them: floats as numbers or base64, other types always as numbers, since OpenAI's
+    SDK asks for base64 unasked and takes it for floats."""
+    if kind != "float":
+        return list(quantised(vectors, kind))
+    floats = np.ascontiguousarray(vectors, dtype="<f4")
+    return [base64.b64encode(row).decode() for row in floats] if asked.base64 else list(floats)
+
+
+def quantised(vectors: Vectors, kind: str) -> npt.NDArray[np.int8] | npt.NDArray[np.uint8]:
+    """Return vectors as whole numbers of eight bits, in the codes that sentence-transformers and Cohere use.
+
+    `int8` and `uint8`: the largest element of each vector by amount is ±127 (`uint8` adds 128), which keeps cosines.
+    `ubinary` and `binary`: the signs, eight a byte, the first in the highest bit (`binary` subtracts 128); the last
+    byte is filled up with zeros.
+    """
+    if kind in ("ubinary", "binary"):
+        bits = np.packbits(vectors > 0, axis=1)
+        return bits if kind == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+    most = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12)
+    whole = np.rint(vectors / most * 127)
+    return whole.astype(np.int8) if kind == "int8" else (whole + 128).astype(np.uint8)
 
 
 def endpoint_of(url: str) -> str:

@@ -147,6 +147,9 @@ models = Table(
     # Price in the operator's currency; NULL: no price.
     Column("price_per_million", Numeric),
     _moment("added_at", now=True),
+    # When clients should have left it, and for which model.
+    _moment("deprecated_at"),
+    Column("replaced_by", Text),
     CheckConstraint("kind in ('local', 'gateway')", name="kind"),
     CheckConstraint(
         "kind <> 'gateway' or (gateway_url is not null and upstream_model is not null and request_inputs > 0 "

@@ -10,7 +10,7 @@ import orjson
 
 from pipeline.core.chunks import RejectCode
 from pipeline.core.errors import InvalidPayload, SourceError
-from pipeline.core.openai import INPUT_TYPES, EmbeddingOptions
+from pipeline.core.openai import PURPOSE_FIELDS, PURPOSES, EmbeddingOptions
 from pipeline.core.options import Columns
 from pipeline.sources.decode import PACKED, read_blocks, whole_lines, without_mark
 from pipeline.sources.jsonl import line_bytes, object_or_fault
@@ -241,13 +241,24 @@ def _body_fault(body: Any) -> str | None:
         if given and all(isinstance(one, str) for one in given):
             return f"body.input is an array of {len(given):,} texts; write a line for each"
         return "body.input is an array; send one text, as a string"
-    if (given_type := body.get("input_type")) is not None and INPUT_TYPES.get(str(given_type)) is not False:
-        return f"body.input_type is {_quoted(given_type)}; a batch request embeds documents"
+    for name in PURPOSE_FIELDS:
+        if (purpose := body.get(name)) is not None and PURPOSES.get(str(purpose).lower()) is not False:
+            return f"body.{name} is {_quoted(purpose)}; a batch request embeds documents"
     try:
-        EmbeddingOptions.model_validate({name: body.get(name) for name in ("model", "encoding_format", "dimensions")})
+        options = EmbeddingOptions.model_validate({name: body[name] for name in _CHECKED if name in body})
     except InvalidPayload as error:
         return f"body.{error}".removesuffix(".")
+    if not options.truncates:
+        return "body.truncate is false; a batch request truncates texts that are too long"
+    if options.output_types != ["float"]:
+        return "body.output_dtype isn't float; a batch request makes floats"
     return None
+
+
+_CHECKED = (
+    *("model", "encoding_format", "dimensions"),
+    *("truncate", "truncation", "output_dtype", "embedding_types"),
+)
 
 
 def _quoted(given: object) -> str:

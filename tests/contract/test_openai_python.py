@@ -128,8 +128,43 @@ def test_queries_and_documents(client: OpenAI, asymmetric: Any, by_library: Any)
     for called in ("query", "search_query"):
         np.testing.assert_allclose(ask("asymmetric", called), queries, atol=1e-6)
         np.testing.assert_allclose(ask("static", called), by_library(TEXTS), atol=1e-6)
+    for field, query, document in (
+        ("task", "retrieval.query", "retrieval.passage"),
+        ("task_type", "RETRIEVAL_QUERY", "RETRIEVAL_DOCUMENT"),
+        ("prompt_name", "query", "document"),
+    ):
+        for called, wanted in ((query, queries), (document, documents)):
+            made = client.embeddings.create(model="asymmetric", input=TEXTS, extra_body={field: called})
+            np.testing.assert_allclose(vectors(made), wanted, atol=1e-6)
     found = client.models.retrieve("asymmetric").model_dump()
     assert (found["query_prompt"], found["document_prompt"]) == ("which text answers: ", "some text: ")
+
+
+def test_a_text_that_is_too_long_is_refused_if_asked(client: OpenAI) -> None:
+    texts = ["short", "a mill grinds " * 200]
+    for fields in ({"truncate": "NONE"}, {"truncate": False}, {"truncation": False}):
+        with pytest.raises(openai.BadRequestError, match=r"input\[1\] is longer than the 256 tokens") as refused:
+            client.embeddings.create(model="minilm", input=texts, extra_body=fields)
+        assert refused.value.param == "input"
+    assert len(client.embeddings.create(model="minilm", input=texts[:1], extra_body={"truncate": "NONE"}).data) == 1
+    assert len(client.embeddings.create(model="minilm", input=texts, extra_body={"truncate": "END"}).data) == 2
+
+
+def test_elements_of_eight_bits(client: OpenAI, by_library: Any) -> None:
+    from sentence_transformers.util import quantize_embeddings
+
+    floats = by_library(TEXTS)
+    for kind in ("ubinary", "binary"):
+        made = client.embeddings.create(model="static", input=TEXTS, extra_body={"output_dtype": kind})
+        assert [one.embedding for one in made.data] == quantize_embeddings(floats, kind).tolist()
+    both = client.embeddings.create(
+        model="static", input=TEXTS, encoding_format="float", extra_body={"embedding_types": ["float", "int8"]}
+    )
+    for one, wanted in zip(both.data, floats, strict=True):
+        found: Any = one.embedding
+        np.testing.assert_allclose(found["float"], wanted, atol=1e-6)
+        cosine = np.dot(found["int8"], wanted) / np.linalg.norm(found["int8"]) / np.linalg.norm(wanted)
+        assert cosine > 0.9999
 
 
 def test_langchains_ids(client: OpenAI, by_library: Any, cl100k: tiktoken.Encoding, bundled_model: Path) -> None:
@@ -156,6 +191,7 @@ def test_models(client: OpenAI) -> None:
     assert set(found) >= {"static", "minilm", "broken", "alone"}
     assert found["minilm"] | {"dimensions": 384, "max_tokens": 256, "price_per_million_tokens": None} == found["minilm"]
     assert found["static"]["price_per_million_tokens"] == 2
+    assert (found["static"]["deprecated_at"], found["static"]["replaced_by"]) == (None, None)
     assert client.models.retrieve("text-embedding-3-small").model_dump()["dimensions"] == 256
     with pytest.raises(openai.NotFoundError) as refused:
         client.models.retrieve("gpt-4")

@@ -24,6 +24,7 @@ from pipeline.core.openai import (
     pack_vectors,
     parse_reply,
     parse_request,
+    quantised,
     shortened,
     told_wait_seconds,
     unpack_vectors,
@@ -50,6 +51,61 @@ def test_a_request_with_everything() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "queries"),
+    [
+        ({"input_type": "search_query"}, True),
+        ({"task": "retrieval.query"}, True),
+        ({"task_type": "RETRIEVAL_QUERY"}, True),
+        ({"prompt_name": "query", "input_type": "query"}, True),
+        ({"prompt_name": "document"}, False),
+        ({"task": "retrieval.passage", "input_type": "passage"}, False),
+        ({"task_type": "RETRIEVAL_DOCUMENT"}, False),
+    ],
+)
+def test_purposes_as_others_call_them(fields: dict[str, str], queries: bool) -> None:
+    assert ask(**fields).queries is queries
+
+
+def test_truncation_and_types_of_elements_as_others_call_them() -> None:
+    for fields in ({"truncate": "NONE"}, {"truncate": False}, {"truncation": False}, {"truncate": "none"}):
+        assert not ask(**fields).truncates
+    assert ask(truncate="END", truncation=True).truncates
+    assert ask(output_dtype="int8").output_types == ("int8",)
+    assert ask(embedding_types=["float", "ubinary", "float"]).output_types == ("float", "ubinary")
+
+
+_SMALL = np.array([[0.5, -0.25, 0.0, 1.0, -1.0, 0.1, 0.2, 0.3, 0.4], [1e-3, -2e-3, 0, 0, 0, 0, 0, 0, 1e-3]], np.float32)
+
+
+def test_elements_of_eight_bits() -> None:
+    whole = quantised(_SMALL, "int8")
+    assert whole.dtype == np.int8
+    assert whole.tolist() == [[64, -32, 0, 127, -127, 13, 25, 38, 51], [64, -127, 0, 0, 0, 0, 0, 0, 64]]
+    assert (quantised(_SMALL, "uint8").astype(int) - 128).tolist() == whole.tolist()
+    signs = quantised(_SMALL, "ubinary")
+    assert signs.tolist() == [[0b10010111, 0b10000000], [0b10000000, 0b10000000]]
+    assert (quantised(_SMALL, "binary").astype(int) + 128).tolist() == signs.tolist()
+    made = np.random.default_rng(1).standard_normal((50, 64)).astype(np.float32)
+    kept = quantised(made, "int8").astype(np.float32)
+    cosines = (made * kept).sum(1) / np.linalg.norm(made, axis=1) / np.linalg.norm(kept, axis=1)
+    assert cosines.min() > 0.9999
+
+
+def test_a_reply_of_several_types() -> None:
+    embedded = Embedded(vectors=_SMALL, prompt_tokens=3)
+    (one, _) = orjson.loads(make_reply(ask(output_dtype="int8", encoding_format="base64"), embedded))["data"]
+    assert one["embedding"] == quantised(_SMALL, "int8")[0].tolist(), "OpenAI's SDK takes base64 for floats"
+    both = ask(output_dtype=["float", "binary"], encoding_format="base64")
+    (one, _) = orjson.loads(make_reply(both, embedded))["data"]
+    assert np.frombuffer(base64.b64decode(one["embedding"]["float"]), "<f4").tolist() == _SMALL[0].tolist()
+    assert one["embedding"]["binary"] == quantised(_SMALL, "binary")[0].tolist()
+
+
+_PURPOSE = '{} must be "query" or "document", or a synonym of one.'
+_TYPES = "{} must be one or several of float, int8, uint8, binary, ubinary."
+
+
+@pytest.mark.parametrize(
     ("fields", "said", "param"),
     [
         ({"model": None}, "model is missing from the request body.", "model"),
@@ -57,8 +113,22 @@ def test_a_request_with_everything() -> None:
         ({"model": ""}, "model must be a string of at most 256 characters.", "model"),
         ({"input": None}, "input is missing from the request body.", "input"),
         ({"input": {}}, "input must be a string or an array of strings.", "input"),
-        ({"input_type": "question"}, 'input_type must be "query" or "document".', "input_type"),
-        ({"input_type": ["query"]}, 'input_type must be "query" or "document".', "input_type"),
+        ({"input_type": "question"}, _PURPOSE.format("input_type"), "input_type"),
+        ({"input_type": ["query"]}, _PURPOSE.format("input_type"), "input_type"),
+        ({"task": "text-matching"}, _PURPOSE.format("task"), "task"),
+        ({"task_type": "CLUSTERING"}, _PURPOSE.format("task_type"), "task_type"),
+        ({"prompt_name": 1}, _PURPOSE.format("prompt_name"), "prompt_name"),
+        (
+            {"input_type": "query", "task_type": "RETRIEVAL_DOCUMENT"},
+            "input_type and task_type contradict each other; send one of them.",
+            "task_type",
+        ),
+        ({"truncate": "START"}, 'truncate must be true or "END", or false or "NONE".', "truncate"),
+        ({"truncate": 0}, 'truncate must be true or "END", or false or "NONE".', "truncate"),
+        ({"truncation": 1}, 'truncation must be true or "END", or false or "NONE".', "truncation"),
+        ({"output_dtype": "float16"}, _TYPES.format("output_dtype"), "output_dtype"),
+        ({"output_dtype": []}, _TYPES.format("output_dtype"), "output_dtype"),
+        ({"embedding_types": ["int8", 8]}, _TYPES.format("embedding_types"), "embedding_types"),
         ({"input": 7}, "input must be a string or an array of strings.", "input"),
         ({"input": []}, "input is an empty array.", "input"),
         ({"input": ""}, "input[0] is an empty string.", "input"),

@@ -35,6 +35,8 @@ class CatalogueModel(BaseModel):
     rates: list[ModelRate] = Field(description="Rates of a local model, measured while it worked; the fastest first.")
     price_per_million: float | None
     added_at: datetime
+    deprecated_at: datetime | None = Field(description="When to have left it; null: it isn't deprecated.")
+    replaced_by: str | None = Field(description="The model to use instead.")
 
 
 class Catalogue(BaseModel):

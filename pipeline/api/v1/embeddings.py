@@ -48,7 +48,9 @@ class Embedding(BaseModel):
 
     object: str = "embedding"
     index: int
-    embedding: list[float] | str
+    embedding: list[float] | str | dict[str, list[float] | str] = Field(
+        description="Numbers, or base64 of little-endian float32; of several output types an object of them."
+    )
     truncated: bool | None = Field(default=None, description="True: the text was truncated at the model's token limit.")
 
 
@@ -97,6 +99,8 @@ class ModelObject(BaseModel):
     document_prompt: str
     price_per_million_tokens: float | None
     aliases: list[str]
+    deprecated_at: int | None = Field(description="Unix time by which to use another model; null: it isn't deprecated.")
+    replaced_by: str | None = Field(description="The model to use instead.")
 
 
 class ModelList(BaseModel):
@@ -160,6 +164,9 @@ async def embed_metered(
         RateLimited, InvalidPayload, BadVector, UpstreamUnavailable
     """
     dimensions = _dimensions(model, asked.dimensions)
+    if not asked.truncates and as_upstream(model):
+        told = f"{model['name']} is served by an upstream, which alone knows what it truncates; leave it out."
+        raise InvalidPayload(f"truncate: {told}", param="truncate")
     gateway.meter.check()
     estimate = gateway.limits.estimated_tokens(model["name"], model["max_item_tokens"], asked.texts)
     headers = await gateway.limits.charge(caller, estimate)
@@ -167,6 +174,9 @@ async def embed_metered(
     if dimensions != embedded.vectors.shape[1]:
         embedded = replace(embedded, vectors=shortened(embedded.vectors, dimensions))
     _check(embedded)
+    if embedded.truncated and not asked.truncates:
+        longer = f"input[{embedded.truncated[0]}] is longer than the {model['max_item_tokens']:,} tokens"
+        raise InvalidPayload(f"{longer} that {model['name']} reads; shorten it, or let it be truncated.", param="input")
     gateway.limits.learn(caller, model["name"], asked.texts, estimate, embedded.prompt_tokens)
     metrics.API_TOKENS.labels(model["name"]).inc(embedded.prompt_tokens)
     gateway.meter.add(_usage(request, caller, model, asked, embedded))
@@ -269,4 +279,6 @@ def _model(row: RowMapping, called: str) -> ModelObject:
         document_prompt=row["document_prompt"],
         price_per_million_tokens=None if price is None else float(price),
         aliases=row["aliases"],
+        deprecated_at=row["deprecated_at"] and int(row["deprecated_at"].timestamp()),
+        replaced_by=row["replaced_by"],
     )
