@@ -168,8 +168,8 @@ def test_mistakes_are_told_in_one_sentence(mill: vectormill.Client, gateway: Gat
         mill.job("no such job").status()
     with pytest.raises(vectormill.NotFound):
         mill.job("..").status()
-    with pytest.raises(vectormill.KeyRefused):
-        vectormill.connect(gateway.url, "vm_wrong").models()
+    with vectormill.connect(gateway.url, "vm_wrong") as stranger, pytest.raises(vectormill.KeyRefused):
+        stranger.models()
     assert "static" in [model.name for model in mill.models()]
 
 
