@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
 ECOSYSTEM := .venv-ecosystem/.installed
 
-.PHONY: demo test test-contract test-acceptance test-browser test-ops test-ecosystem drill nights screenshots lint bench bench-gpu bench-peers clean
+.PHONY: demo test test-contract test-acceptance test-browser test-ops test-ecosystem drill nights screenshots docs lint bench bench-gpu bench-peers clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
@@ -97,6 +97,10 @@ test-ecosystem: $(INSTALLED) $(ECOSYSTEM)
 
 screenshots: $(BROWSER)
 	$(BIN)/python -m tests.browser.screenshots
+
+# Reference pages from the code that defines what they list.
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
