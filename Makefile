@@ -98,9 +98,10 @@ test-ecosystem: $(INSTALLED) $(ECOSYSTEM)
 screenshots: $(BROWSER)
 	$(BIN)/python -m tests.browser.screenshots
 
-# Reference pages from the code that defines what they list.
+# Reference pages from the code that defines what they list; then the site, in .vectormill/docs/site.
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/site.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

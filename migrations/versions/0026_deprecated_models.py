@@ -11,5 +11,5 @@ depends_on = None
 
 def upgrade() -> None:
     """Add columns."""
-    op.add_column("models", sa.Column("deprecated_at", sa.DateTime(timezone=True), nullable=True), schema="vectormill")
+    op.add_column("models", sa.Column("deprecated_at", sa.Date(), nullable=True), schema="vectormill")
     op.add_column("models", sa.Column("replaced_by", sa.Text(), nullable=True), schema="vectormill")

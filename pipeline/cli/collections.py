@@ -101,7 +101,7 @@ def create(
     with open_backend(workspace) as backend:
         made = backend.create_collection(name, model, read_fields(JobOptions, wish), every)
     output.stderr.print(f"Collection {name} made. Fill it: vectormill sync {name} SOURCE", markup=False)
-    output.stderr.print(f"Its vectors are in the view {made.view}.", markup=False)
+    output.stderr.print(f"Its vectors are in the view {made.view}, made by {made.model}.", markup=False)
 
 
 @app.command("list")

@@ -265,7 +265,12 @@ def rejects(
         output.stderr.print("No rejects.")
         return
     output.print_list(
-        [Column("index", right=True), Column("key", flexible=True), Column("code"), Column("message", flexible=True)],
+        [
+            Column("index", right=True),
+            Column("key", flexible=True),
+            Column("code"),
+            Column("message", flexible=True, folds=True),
+        ],
         [[f"{row['index']:,}", str(row["key"] or "–"), row["code"], str(row["message"])] for row in rows],
     )
 

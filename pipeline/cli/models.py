@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
@@ -110,7 +110,7 @@ def _rates(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
+    if isinstance(value, date):
         return value.isoformat()
     return float(value) if isinstance(value, Decimal) else value
 
@@ -246,10 +246,11 @@ def change(
         "aliases": alias,
         "matryoshka": sizes,
         "price_per_million": price,
-        "deprecated_at": deprecated_at and deprecated_at.replace(tzinfo=UTC),
-        "replaced_by": replaced_by,
+        "deprecated_at": deprecated_at and deprecated_at.date(),
     }
-    changes = {column: value for column, value in given.items() if value is not None}
+    changes: dict[str, Any] = {column: value for column, value in given.items() if value is not None}
+    if deprecated_at:  # an earlier deprecation may have named another model
+        changes["replaced_by"] = replaced_by
     for what in clear or []:
         if _NOTHING[what].keys() & changes.keys():
             raise UserError(f"--clear {what}: it is set, too; give one of them.")

@@ -23,6 +23,8 @@ from pipeline.core.jobs import JobState
 
 #: Width in columns where the output isn't a terminal.
 _PIPE_WIDTH = 140
+#: The same of lists, in which nothing is to be lost.
+_ANY_WIDTH = 1_000_000
 #: Width from which on a terminal has room for more columns, and more space between them.
 _ROOMY_WIDTH = 100
 
@@ -75,8 +77,9 @@ class Column:
 
     name: str
     right: bool = False
-    #: Shortened where the terminal is narrow.
+    #: Shortened where the terminal is narrow; or with `folds`, written on several lines.
     flexible: bool = False
+    folds: bool = False
     #: Width of the terminal from which on the column is shown.
     from_width: int = 0
 
@@ -98,9 +101,11 @@ def print_list(columns: Sequence[Column], rows: Iterable[Sequence[str | Text]]) 
     for row in rows:
         cells = [Text(cell) if isinstance(cell, str) else cell for cell in row]
         for at in shown:
-            cells[at].no_wrap, cells[at].overflow = True, "ellipsis"
+            if not columns[at].folds:
+                cells[at].no_wrap, cells[at].overflow = True, "ellipsis"
         table.add_row(*(cells[at] for at in shown))
-    stdout.print(table, soft_wrap=width is None)
+    wide = stdout if width else Console(file=stdout.file, highlight=False, width=_ANY_WIDTH)
+    wide.print(table, soft_wrap=width is None)
 
 
 def age(moment: datetime | None, shown: Callable[[float], str] = humanize.duration) -> str:

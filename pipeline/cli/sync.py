@@ -103,6 +103,8 @@ def sync(
     needs("--timeout", timeout is not None, "--wait", wait)
     if remove_keys and (sources or query or from_url or removed_column):
         raise UserError("--remove-keys: it is a source of its own; leave the others and --removed-column out.")
+    if remove_keys and by_reference:
+        raise UserError("--by-reference has no effect with --remove-keys, which has no texts; leave it out.")
     wish = read_fields(
         SyncRequest,
         {

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
     Double,
     ForeignKey,
@@ -148,7 +149,7 @@ models = Table(
     Column("price_per_million", Numeric),
     _moment("added_at", now=True),
     # When clients should have left it, and for which model.
-    _moment("deprecated_at"),
+    Column("deprecated_at", Date),
     Column("replaced_by", Text),
     CheckConstraint("kind in ('local', 'gateway')", name="kind"),
     CheckConstraint(

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     sql_seconds: float = Field(default=3600, ge=1, le=7 * 86_400)
     #: Folder of the embedded servers, logs and the demo. Unset: `.vectormill` of the checkout, or of an installed
     #: package's user.
-    home: Path = (_CHECKOUT if _IS_CHECKOUT else Path.home()) / ".vectormill"
+    home: Path = Field(default_factory=lambda: (_CHECKOUT if _IS_CHECKOUT else Path.home()) / ".vectormill")
 
     #: Lifetime of a claim without renewal; it is renewed every third of this.
     lease_seconds: float = Field(default=30, ge=1, le=3600)

@@ -260,8 +260,10 @@ class Staging:
             sizes[places] = np.fromiter((len(text) if text else 0 for text in block.texts), np.int64, len(block.texts))
             if block.titles:
                 titles[places] = np.fromiter(map(len, block.titles), np.int64)
+            # A worker reads all rows of a chunk that is in a file.
+            read = self._spots.sizes(self._items, rows) if in_files else sizes + titles
             self._items += rows
-            planned += self._planner.add(self._estimate(sizes, titles), sizes + titles)
+            planned += self._planner.add(self._estimate(sizes, titles), read)
         items.copy_rejects(connection, self._job_id, rejects)
         self._rejects += len(rejects)
         self._rejected_at += [reject.index for reject in rejects]
@@ -390,6 +392,14 @@ class _Spots:
     def add(self, first_index: int, ordinal: int, file: SourceFile, places: Places) -> None:
         """Hold the places of the next rows, which belong to the job's input `ordinal`."""
         self._held.append((first_index, ordinal, file, places))
+
+    def sizes(self, first_index: int, rows: int) -> npt.NDArray[np.int64]:
+        """Return the bytes of rows that are held."""
+        found = [
+            places.sizes[max(0, first_index - first) : max(0, first_index + rows - first)]
+            for first, _, _, places in self._held
+        ]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def extent(self, chunk: Range) -> tuple[int, Extent] | tuple[None, None]:
         """Return a chunk's input and extent, and drop the places before the chunk."""

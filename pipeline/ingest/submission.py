@@ -72,6 +72,8 @@ class Submission:
             # Which version and model are current, a swap may change between two tries.
             sync = {name: value for name, value in self.sync.to_json().items() if name != "version_id"}
             decisive |= {"collection": self.collection.id, "sync": sync, "max_rejects": self.options.max_rejects}
+            if self.options.by_reference:
+                decisive["by_reference"] = True
         else:
             decisive |= {"model": self.model.name, "weights": self.model.weights_sha256, **self.options.decisive()}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

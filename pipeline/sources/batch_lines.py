@@ -249,9 +249,11 @@ def _body_fault(body: Any) -> str | None:
     except InvalidPayload as error:
         return f"body.{error}".removesuffix(".")
     if not options.truncates:
-        return "body.truncate is false; a batch request truncates texts that are too long"
+        name = "truncation" if options.truncate else "truncate"
+        return f"body.{name} is false; a batch request truncates texts that are too long"
     if options.output_types != ["float"]:
-        return "body.output_dtype isn't float; a batch request makes floats"
+        name = "output_dtype" if options.output_dtype else "embedding_types"
+        return f"body.{name} isn't float; a batch request makes floats"
     return None
 
 

@@ -134,6 +134,23 @@ def test_the_same_again_gives_the_same_job(mill: vectormill.Client) -> None:
     assert mill.embed(_ROWS, **_HOW).id != first.id
 
 
+def test_options_that_are_false_are_heeded(mill: vectormill.Client) -> None:
+    for _ in range(2):
+        status = mill.embed(["embedded again and again"], model="static", reuse=False).wait(120)
+        assert (status.items.embedded, status.items.reused) == (1, 0)
+    strict = mill.embed([{"text": "good"}, {"text": None}], model="static", max_rejects=0)
+    with pytest.raises(vectormill.JobNotCompleted, match="is failed"):
+        strict.wait(120)
+
+
+def test_a_job_stays_the_one_that_was_named(mill: vectormill.Client) -> None:
+    first = mill.embed(["one"], model="static", name="namesakes")
+    named = mill.job("namesakes")
+    assert named.id == first.id
+    mill.embed(["one", "two"], model="static", name="namesakes").wait(120)
+    assert named.wait(120).items.total == named.to_arrow().num_rows == 1
+
+
 def test_a_wait_that_takes_too_long(mill: vectormill.Client) -> None:
     job = mill.embed([{"id": "a", "text": "nobody loads this model"}], model="alone")
     with pytest.raises(TimeoutError, match="it goes on"):
@@ -209,8 +226,8 @@ def test_a_second_sync_waits_or_is_refused(mill: vectormill.Client, gateway: Gat
     with pytest.raises(vectormill.CollectionBusy):
         collection.sync([{"id": "a", "text": "another"}], queue=False)
     first.cancel()
-    second = collection.sync([{"id": "a", "text": "another"}])
-    assert second.id != first.id
+    second = collection.sync(iter([{"id": "a", "text": "another"}]), delta=True)
+    assert (second.id != first.id, second.status().items.total) == (True, 1), "rows are read once, and sent again"
     second.cancel()
 
 

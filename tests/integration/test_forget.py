@@ -35,7 +35,7 @@ from pipeline.jobs.collections import drop_collection, find_collection
 from pipeline.jobs.verification import verified_receipt
 from pipeline.sources import Corpus
 from tests.acceptance.conftest import write_corpus
-from tests.integration.tickets import Row, Tickets, rows_of
+from tests.integration.tickets import Row, Tickets, drain_job, rows_of
 from tests.support.jobs_made import run_sql
 
 
@@ -225,6 +225,21 @@ def test_a_key_that_is_forgotten_while_a_sync_by_reference_waits_is_erased(ticke
     tickets.run(job)
     erase(tickets.engine, made)
     tickets.shows([row for row in rows if row["id"] != "k3"])
+
+
+def test_a_sync_by_reference_is_retried_without_the_keys_that_were_forgotten(tickets: Tickets) -> None:
+    tickets.by_reference = True
+    rows = rows_of(20)
+    job = tickets.submit(rows)
+    with tickets.engine.begin() as connection:
+        control.fail(connection, job, Reason.SOURCE_DAMAGED, "a test")
+    drain_job(tickets.engine, job)
+    tickets.end(job)
+    forget(tickets.engine, "k3", "k15")
+    with tickets.engine.begin() as connection:
+        assert control.retry(connection, job) > 0
+    tickets.run(job)
+    tickets.shows([row for row in rows if row["id"] not in ("k3", "k15")])
 
 
 def run_by_reference(tickets: Tickets, corpus: Path) -> UUID:

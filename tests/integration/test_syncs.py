@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -11,16 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyarrow import csv
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
 from pipeline.core.collections import OnDuplicateKey
-from pipeline.core.errors import CollectionBusy, NotRetriable
+from pipeline.core.errors import CollectionBusy, NotRetriable, SourceError
 from pipeline.core.jobs import JobState, Reason
-from pipeline.db import chunks, jobs, staging, syncs
+from pipeline.db import jobs, staging, syncs
 from pipeline.dispatch import completion, finalize
 from pipeline.jobs import collections, control
 from pipeline.jobs.collections import find_collection
-from tests.integration.tickets import Row, Tickets, rows_of
+from pipeline.sources import Corpus
+from tests.integration.tickets import Row, Tickets, drain_job, rows_of
 from tests.support.jobs_made import chunk_rows, run_sql
 
 
@@ -58,6 +60,18 @@ def test_texts_of_a_sync_by_reference_stay_in_its_files(
         assert run_sql(tickets.engine, kept, job=job) == [(10 if night else 100, 0)]
         assert set(tickets.view("lang").values()) == {"en", "de"}
         assert {row["state"] for row in chunk_rows(tickets.engine, job)} == {"done"}
+
+
+def test_a_file_whose_rows_change_while_it_is_read_is_refused(
+    tickets: Tickets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tickets.by_reference = True
+    places = Corpus.places
+    for found in (lambda *given: islice(places(*given), 0), lambda *given: chain(places(*given), places(*given))):
+        monkeypatch.setattr(Corpus, "places", found)
+        with pytest.raises(SourceError, match="is it being written"):
+            tickets.submit(rows_of(10))
+    assert run_sql(tickets.engine, "select count(*) from vectormill.jobs") == [(0,)]
 
 
 def written(path: Path, rows: Sequence[Row]) -> Path:
@@ -207,12 +221,6 @@ def shrunk(tickets: Tickets) -> UUID:
     drain_job(tickets.engine, job)
     assert failed(tickets, job) == "too_many_removed"
     return job
-
-
-def drain_job(engine: Engine, job: UUID) -> None:
-    """Cancel a failing job's pending chunks, as the dispatcher does."""
-    with engine.begin() as connection:
-        chunks.cancel_pending(connection, job, 0, 1_000)
 
 
 def test_a_refused_sync_is_not_retried(tickets: Tickets) -> None:

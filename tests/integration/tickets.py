@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from pipeline.catalog.models import find_model, workspace_id
 from pipeline.core.jobs import JobState
 from pipeline.core.options import JobOptions
-from pipeline.db import jobs
+from pipeline.db import chunks, jobs
 from pipeline.dispatch import finalize
 from pipeline.infra.settings import Settings
 from pipeline.ingest.collections import create_collection, upgrade_collection
@@ -149,3 +149,9 @@ def sync_both(tickets: Tickets, rows: Sequence[Row], **how: Any) -> None:
     leader = tickets.submit(rows, **how)
     tickets.run(leader)
     tickets.run(beside(tickets, leader))
+
+
+def drain_job(engine: Engine, job: UUID) -> None:
+    """Cancel a failing job's pending chunks, as the dispatcher does."""
+    with engine.begin() as connection:
+        chunks.cancel_pending(connection, job, 0, 1_000)

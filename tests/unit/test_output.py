@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.api.openapi_examples import EXAMPLES
+from pipeline.cli import output
 from pipeline.cli.jobs import _print_status
 from pipeline.cli.output import ledger
 from pipeline.core.job_status import EmbeddedOn, JobStatus, Receipt, TruncatedItem
@@ -65,3 +66,31 @@ def test_a_receipt_says_how_many_texts_were_cut_and_what_to_do() -> None:
     lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]
     assert "truncated 1,200" in lines
     assert lines[-1].startswith("1,200 texts were truncated at the token limit. --on-long split makes passages of such")
+
+
+@pytest.mark.parametrize(("width", "is_terminal"), [(80, True), (200, True), (140, False)])
+def test_a_list_fits_a_terminal_and_loses_nothing_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, width: int, is_terminal: bool
+) -> None:
+    written = StringIO()
+    console = Console(file=written, width=width, force_terminal=is_terminal, color_system=None, soft_wrap=True)
+    monkeypatch.setattr(output, "stdout", console)
+    name, message = "a-name-" * 20, " ".join(f"word{n}" for n in range(60))
+    columns = [
+        output.Column("name", flexible=True),
+        output.Column("count", right=True),
+        output.Column("rate", right=True, from_width=100),
+        output.Column("message", flexible=True, folds=True),
+    ]
+    output.print_list(columns, [[name, "1,234,567", "9.9k/s", message]])
+    lines = written.getvalue().splitlines()
+    told = " ".join(written.getvalue().split())
+    assert "1,234,567" in told
+    if is_terminal:
+        assert max(map(len, lines)) <= width
+        assert ("9.9k/s" in told) is (width >= 100)
+        assert all(word in told for word in message.split()), "a message goes on over lines"
+    else:
+        assert len(lines) == 2
+        assert name in told
+        assert message in told

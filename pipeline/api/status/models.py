@@ -1,6 +1,6 @@
 """Catalogue of models at `/api/models`."""
 
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -35,7 +35,7 @@ class CatalogueModel(BaseModel):
     rates: list[ModelRate] = Field(description="Rates of a local model, measured while it worked; the fastest first.")
     price_per_million: float | None
     added_at: datetime
-    deprecated_at: datetime | None = Field(description="When to have left it; null: it isn't deprecated.")
+    deprecated_at: date | None = Field(description="When to have left it; null: it isn't deprecated.")
     replaced_by: str | None = Field(description="The model to use instead.")
 
 

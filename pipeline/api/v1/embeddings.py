@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
 import numpy as np
@@ -267,6 +267,10 @@ async def retrieve_model(model: str, request: Request) -> ModelObject:
     return _model(await gateway.cache.model_or_collection(caller.workspace_id, model), model)
 
 
+def _unix(day: date | None) -> int | None:
+    return int(datetime.combine(day, time(), UTC).timestamp()) if day else None
+
+
 def _model(row: RowMapping, called: str) -> ModelObject:
     price = row["price_per_million"]
     return ModelObject(
@@ -279,6 +283,6 @@ def _model(row: RowMapping, called: str) -> ModelObject:
         document_prompt=row["document_prompt"],
         price_per_million_tokens=None if price is None else float(price),
         aliases=row["aliases"],
-        deprecated_at=row["deprecated_at"] and int(row["deprecated_at"].timestamp()),
+        deprecated_at=_unix(row["deprecated_at"]),
         replaced_by=row["replaced_by"],
     )

@@ -79,12 +79,13 @@ def connect_async(url: str | None = None, key: str | None = None, *, workspace: 
 
 
 def _address(url: str | None, key: str | None) -> tuple[str, str]:
-    if url is None and not os.environ.get("VECTORMILL_API_URL"):
-        return local_api()
-    key = key or os.environ.get("VECTORMILL_API_KEY")
+    url, key = url or os.environ.get("VECTORMILL_API_URL"), key or os.environ.get("VECTORMILL_API_KEY")
+    if url is None:
+        url, own = local_api()
+        return url, key or own
     if not key:
         raise UserError("an api needs a key; give one that `vectormill keys create` has made.", field="key")
-    return url or os.environ["VECTORMILL_API_URL"], key
+    return url, key
 
 
 def __getattr__(name: str) -> Any:

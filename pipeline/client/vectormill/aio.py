@@ -2,15 +2,12 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Self
-from uuid import UUID
 
 from . import calls
-from .collection import BUSY_SECONDS
-from .errors import CollectionBusy, WaitTimedOut
-from .job import poll_seconds, verdict
+from .errors import ServiceUnreachable
+from .job import Watch
 from .records import CollectionStatus, Hit, JobStatus, Receipt, Reject
 from .rows import Data
 from .transport import AsyncTransport
@@ -19,30 +16,39 @@ from .transport import AsyncTransport
 class AsyncJob:
     """A job. Iterated over by `async for`, it gives its rows."""
 
-    def __init__(self, transport: AsyncTransport, id: UUID | str) -> None:  # noqa: A002
-        self._transport, self.id = transport, id
+    def __init__(self, transport: AsyncTransport, job: str) -> None:
+        self._transport, self._job = transport, job
+        self._is_id = False
+
+    async def _id(self) -> str:
+        """Return the job's id, so that a later job of its name isn't taken for it."""
+        return self._job if self._is_id else str((await self.status()).id)
 
     async def status(self) -> JobStatus:
         """Return the job's state and progress."""
-        return await self._transport.send(calls.job_status(str(self.id)))
+        found = await self._transport.send(calls.job_status(self._job))
+        self._job, self._is_id = str(found.id), True
+        return found
 
     async def wait(self, timeout: float | None = None) -> JobStatus:
         """Wait until the job is completed. Raises as `Job.wait`."""
-        deadline, polls = time.monotonic() + (timeout or float("inf")), 0
-        while not (done := verdict(status := await self.status())):
-            if time.monotonic() > deadline:
-                raise WaitTimedOut(f"job {self.id} is {status.state} after {timeout:,.0f} s; it goes on.")
-            await asyncio.sleep(poll_seconds(polls))
-            polls += 1
-        return done
+        watch = Watch(timeout)
+        while True:
+            try:
+                done = watch.look(self._job, await self.status())
+            except ServiceUnreachable as error:
+                done = watch.look(self._job, error)
+            if done:
+                return done
+            await asyncio.sleep(watch.pause_seconds)
 
     async def cancel(self) -> JobStatus:
         """Cancel the job. What is committed stays."""
-        return await self._transport.send(calls.steering(str(self.id), "cancel"))
+        return await self._transport.send(calls.steering(await self._id(), "cancel"))
 
     async def receipt(self, *, verify: bool = False) -> Receipt:
         """Return the job's account; with `verify`, its rows are counted one by one."""
-        return await self._transport.send(calls.receipt(str(self.id), verify=verify))
+        return await self._transport.send(calls.receipt(await self._id(), verify=verify))
 
     async def rejects(self) -> AsyncIterator[Reject]:
         """Yield the items that can't be embedded."""
@@ -53,13 +59,14 @@ class AsyncJob:
         return self._lines("results")
 
     async def _lines(self, what: str) -> AsyncIterator[Any]:
-        async with self._transport.stream(calls.job_path(str(self.id), what), format="jsonl") as reply:
+        path = calls.job_path(await self._id(), what)
+        async with self._transport.stream(path, format="jsonl") as reply:
             async for line in reply.aiter_lines():
                 yield json.loads(line)
 
     async def search(self, query: str, k: int = 10, *, where: Mapping[str, str] | None = None) -> list[Hit]:
         """Return the `k` items nearest to a query in words."""
-        return await self._transport.send(calls.search(calls.job_path(str(self.id)), query, k, where))
+        return await self._transport.send(calls.search(calls.job_path(await self._id()), query, k, where))
 
 
 class AsyncCollection:
@@ -77,14 +84,8 @@ class AsyncCollection:
         self, data: Data = None, *, queue: bool = True, idempotency_key: str | None = None, **options: Any
     ) -> AsyncJob:
         """Bring the collection up to these rows. `options` and errors are those of `Collection.sync`."""
-        call = calls.sync(self.name, data, idempotency_key=idempotency_key, options=options)
-        while True:
-            try:
-                return AsyncJob(self._transport, (await self._transport.send(call)).id)
-            except CollectionBusy:
-                if not queue:
-                    raise
-            await asyncio.sleep(BUSY_SECONDS)
+        call = calls.sync(self.name, data, queue=queue, idempotency_key=idempotency_key, options=options)
+        return AsyncJob(self._transport, str((await self._transport.send(call)).id))
 
     async def search(self, query: str, k: int = 10, *, where: Mapping[str, str] | None = None) -> list[Hit]:
         """Return the `k` keys or passages nearest to a query in words, of those with these carried values."""
@@ -133,7 +134,7 @@ class AsyncClient:
             idempotency_key=idempotency_key,
             options=options,
         )
-        return AsyncJob(self._transport, (await self._transport.send(call)).id)
+        return AsyncJob(self._transport, str((await self._transport.send(call)).id))
 
     def job(self, job: str) -> AsyncJob:
         """Return a job by its id, the beginning of that, or its name."""

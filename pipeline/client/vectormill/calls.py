@@ -19,7 +19,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call(Generic[T_co]):
-    """A request, and the reader of its answer. All may be sent again: submissions have idempotency keys."""
+    """A request, and the reader of its answer."""
 
     method: str
     path: str
@@ -29,6 +29,12 @@ class Call(Generic[T_co]):
     #: Rows that are sent with the body, which becomes a form then.
     data: Data = None
     key: str | None = None
+    #: The same again does no harm; a submission has an idempotency key.
+    repeatable: bool = True
+    #: The answer may take an hour.
+    takes_long: bool = False
+    #: While another sync of the collection goes on, it is sent again and again.
+    queues: bool = False
 
     def form(self) -> dict[str, Any]:
         """Return the body as the fields of a form."""
@@ -77,15 +83,31 @@ def submission(
     return _rows_sent("/jobs", wish, data, idempotency_key)
 
 
-def sync(name: str, data: Data, *, idempotency_key: str | None, options: Mapping[str, Any]) -> Call[JobStatus]:
+def sync(
+    name: str, data: Data, *, queue: bool, idempotency_key: str | None, options: Mapping[str, Any]
+) -> Call[JobStatus]:
     """Return a sync of a collection."""
-    return _rows_sent(collection_path(name, "syncs"), options, data, idempotency_key)
+    return _rows_sent(collection_path(name, "syncs"), options, data, idempotency_key, queues=queue)
 
 
-def _rows_sent(path: str, wish: Mapping[str, Any], data: Data, idempotency_key: str | None) -> Call[JobStatus]:
-    given = {option: value for option, value in wish.items() if value not in (None, [], {}, False)}
-    key = idempotency_key or f"client {uuid4()}"  # so that what is sent again makes no second job
-    return Call(method="POST", path=path, read=JobStatus.of, body=given, data=data, key=key)
+def _rows_sent(
+    path: str, wish: Mapping[str, Any], data: Data, idempotency_key: str | None, *, queues: bool = False
+) -> Call[JobStatus]:
+    return Call(
+        method="POST",
+        path=path,
+        read=JobStatus.of,
+        body=_given(wish),
+        data=data,
+        key=idempotency_key or f"client {uuid4()}",  # so that what is sent again makes no second job
+        takes_long=True,
+        queues=queues,
+    )
+
+
+def _given(wish: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are given; False and 0 are."""
+    return {option: value for option, value in wish.items() if value is not None and value != [] and value != {}}
 
 
 def _text(text: str | None) -> dict[str, str | None]:
@@ -110,12 +132,14 @@ def steering(job: str, verb: str) -> Call[JobStatus]:
 
 def retry(job: str) -> Call[int]:
     """Return the order to retry a job; it answers the number of chunks that are open again."""
-    return Call(method="POST", path=job_path(job, "retry"), read=lambda answer: int(answer["reopened_chunks"]))
+    path = job_path(job, "retry")
+    return Call(method="POST", path=path, read=lambda answer: int(answer["reopened_chunks"]), repeatable=False)
 
 
 def receipt(job: str, *, verify: bool) -> Call[Receipt]:
     """Return the question for a job's receipt."""
-    return Call(method="GET", path=job_path(job, "receipt"), params={"verify": verify}, read=Receipt.of)
+    path = job_path(job, "receipt")
+    return Call(method="GET", path=path, params={"verify": verify}, read=Receipt.of, takes_long=verify)
 
 
 def search(path: str, query: str, k: int, where: Mapping[str, str] | None) -> Call[list[Hit]]:
@@ -158,13 +182,19 @@ def creation(
 ) -> Call[CollectionStatus]:
     """Return the order to create a collection."""
     wish = {"name": name, "model": model, **_text(text), "key_column": key, "carry": listed(carry), **options}
-    given = {option: value for option, value in wish.items() if value not in (None, [])}
-    return Call(method="POST", path="/collections", body=given, read=CollectionStatus.of)
+    return Call(
+        method="POST",
+        path="/collections",
+        body=_given(wish),
+        read=CollectionStatus.of,
+        repeatable=False,
+        takes_long=True,
+    )
 
 
 def dropping(name: str) -> Call[None]:
     """Return the order to drop a collection."""
-    return Call(method="DELETE", path=collection_path(name), read=lambda _: None)
+    return Call(method="DELETE", path=collection_path(name), read=lambda _: None, repeatable=False, takes_long=True)
 
 
 def _each(read: Callable[[Any], T_co]) -> Callable[[Any], list[T_co]]:

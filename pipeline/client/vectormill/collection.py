@@ -1,18 +1,13 @@
 """Collections: a named set of items by key, which syncs bring up to a source."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from . import calls
-from .errors import CollectionBusy
 from .job import Job
-from .records import CollectionStatus, Hit, JobStatus, SyncStatus
+from .records import CollectionStatus, Hit, SyncStatus
 from .rows import Data
 from .transport import Transport
-
-#: Time between two tries to begin a sync while another one goes on.
-BUSY_SECONDS = 2.0
 
 
 class Collection:
@@ -55,18 +50,12 @@ class Collection:
         call = calls.sync(
             self.name,
             data,
+            queue=queue,
             idempotency_key=idempotency_key,
             options={"delta": delta, "removed_column": removed_column, **options},
         )
-        while True:
-            try:
-                made: JobStatus = self._transport.send(call)
-            except CollectionBusy:
-                if not queue:
-                    raise
-                time.sleep(BUSY_SECONDS)
-            else:
-                return Job(self._transport, str(made.id), made=made)
+        made = self._transport.send(call)
+        return Job(self._transport, str(made.id), made=made)
 
     def search(self, query: str, k: int = 10, *, where: Mapping[str, str] | None = None) -> list[Hit]:
         """Return the `k` keys or passages nearest to a query in words, of those with these carried values."""

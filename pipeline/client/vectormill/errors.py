@@ -38,7 +38,7 @@ class CollectionBusy(UserError):
 
 
 class ServiceUnreachable(VectormillError):
-    """The api can't be reached, or a server behind it. Trying again is safe."""
+    """The api can't be reached, or a server behind it, or it has too much to do. Trying again is safe."""
 
     retryable = True
 

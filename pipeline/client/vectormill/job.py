@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from . import calls
-from .errors import JobNotCompleted, UserError, WaitTimedOut
+from .errors import JobNotCompleted, ServiceUnreachable, UserError, WaitTimedOut
 from .progress import Progress
 from .records import Hit, JobStatus, Receipt, Reject
 from .transport import Transport
@@ -22,50 +22,68 @@ if TYPE_CHECKING:
     import pyarrow
 
 _POLL_SECONDS, _SLOWEST_POLL_SECONDS = 0.25, 2.0
+#: Time for which a wait bears with an api that doesn't answer.
+_PATIENCE_SECONDS = 60.0
 
 
-def verdict(status: JobStatus) -> JobStatus | None:
-    """Return the status of a job that is completed; `None`: it goes on.
+class Watch:
+    """Wait for a job: when it ends, and how long an api that is away is waited for."""
 
-    Raises:
-        JobNotCompleted: it has failed, was cancelled, or was paused by the system.
-    """
-    if status.state == "completed":
-        return status
-    if status.ended or (status.state == "paused" and status.reason != "by_user"):
-        raise JobNotCompleted(status)
-    return None
+    def __init__(self, timeout: float | None) -> None:
+        now = time.monotonic()
+        self._timeout, self._deadline = timeout, now + (float("inf") if timeout is None else timeout)
+        self._answered, self.pause_seconds = now, _POLL_SECONDS
 
+    def look(self, job: str, status: JobStatus | ServiceUnreachable) -> JobStatus | None:
+        """Return the status of a job that is completed; `None`: it goes on.
 
-def poll_seconds(polls: int) -> float:
-    """Return the time until the next look at a job."""
-    return float(min(_POLL_SECONDS * 1.5**polls, _SLOWEST_POLL_SECONDS))
+        Raises:
+            JobNotCompleted: it has failed, was cancelled, or was paused by the system.
+            WaitTimedOut: the time is over.
+            ServiceUnreachable: the api is away for too long.
+        """
+        now = time.monotonic()
+        self.pause_seconds = min(self.pause_seconds * 1.5, _SLOWEST_POLL_SECONDS)
+        if isinstance(status, JobStatus):
+            self._answered = now
+            if status.state == "completed":
+                return status
+            if status.ended or (status.state == "paused" and status.reason != "by_user"):
+                raise JobNotCompleted(status)
+        elif now - self._answered > _PATIENCE_SECONDS:
+            raise status
+        if now >= self._deadline:
+            raise WaitTimedOut(f"job {job} isn't completed after {self._timeout:,.0f} s; it goes on.")
+        return None
 
 
 class Job:
     """A job. Iterated over, it gives its rows: `index`, `key`, `embedding`, `tokens`, `truncated`, and so on."""
 
-    def __init__(self, transport: Transport, id: str, *, made: JobStatus | None = None) -> None:  # noqa: A002
-        self._transport, self._id, self._made = transport, id, made
+    def __init__(self, transport: Transport, job: str, *, made: JobStatus | None = None) -> None:
+        self._transport, self._job, self._made = transport, job, made
 
     @property
     def id(self) -> UUID:
-        """The job's id."""
-        self._made = self._made or self.status()
-        return self._made.id
+        """The job's id. Once it is known, a later job of its name isn't taken for it."""
+        return (self._made or self.status()).id
+
+    @property
+    def _id(self) -> str:
+        return str(self.id)
 
     @property
     def name(self) -> str:
         """The job's name."""
-        self._made = self._made or self.status()
-        return self._made.name
+        return (self._made or self.status()).name
 
     def __repr__(self) -> str:
-        return f"<vectormill.Job {self._id}>"
+        return f"<vectormill.Job {self._made.id if self._made else self._job}>"
 
     def status(self) -> JobStatus:
         """Return the job's state and progress."""
-        return self._transport.send(calls.job_status(self._id))
+        self._made = self._transport.send(calls.job_status(self._id if self._made else self._job))
+        return self._made
 
     def wait(self, timeout: float | None = None, *, progress: bool | None = None) -> JobStatus:
         """Wait until the job is completed. Return its last status.
@@ -77,18 +95,20 @@ class Job:
         Raises:
             JobNotCompleted: it has failed, was cancelled, or was paused by the system.
             WaitTimedOut: it isn't completed in that time; it goes on.
+            ServiceUnreachable: the api doesn't answer for a minute.
         """
-        deadline, polls = time.monotonic() + (timeout or float("inf")), 0
+        watch = Watch(timeout)
         with Progress(progress) as bar:
             while True:
-                status = self.status()
-                bar.show(status)
-                if done := verdict(status):
+                try:
+                    status = self.status()
+                    bar.show(status)
+                    done = watch.look(self._job, status)
+                except ServiceUnreachable as error:
+                    done = watch.look(self._job, error)
+                if done:
                     return done
-                if time.monotonic() > deadline:
-                    raise WaitTimedOut(f"job {self._id} is {status.state} after {timeout:,.0f} s; it goes on.")
-                time.sleep(poll_seconds(polls))
-                polls += 1
+                time.sleep(watch.pause_seconds)
 
     def cancel(self) -> JobStatus:
         """Cancel the job. What is committed stays."""
@@ -108,8 +128,9 @@ class Job:
 
     def receipt(self) -> Receipt:
         """Return the job's account at its end, or so far; `receipt().verify()` counts the rows one by one."""
-        found = self._transport.send(calls.receipt(self._id, verify=False))
-        return replace(found, counting=lambda: self._transport.send(calls.receipt(self._id, verify=True)))
+        job = self._id
+        found = self._transport.send(calls.receipt(job, verify=False))
+        return replace(found, counting=lambda: self._transport.send(calls.receipt(job, verify=True)))
 
     def rejects(self) -> Iterator[Reject]:
         """Yield the items that can't be embedded, each with its code and the reason."""

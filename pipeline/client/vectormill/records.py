@@ -102,6 +102,8 @@ class Receipt:
 
     def verify(self) -> "Receipt":
         """Count the job's rows one by one. Return the receipt with `verified`, `missing` and `double`."""
+        if self.counting is None and self.verified is None:
+            raise TypeError("this receipt can't count by itself: ask for it by receipt(verify=True)")
         return self.counting() if self.counting else self
 
     @classmethod

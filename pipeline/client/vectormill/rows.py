@@ -17,11 +17,9 @@ _FETCHED = 10_000
 _GZIP = 31  # of zlib's window bits: with gzip's header
 
 
-def sources_of(data: Data) -> list[str]:
-    """Return the URIs that the api reads itself; none if the data are to be uploaded."""
-    each = data if isinstance(data, (list, tuple)) else [data]
-    uris = [given for given in each if isinstance(given, str) and "://" in given]
-    return uris if uris and len(uris) == len(each) else []
+def source_of(data: Data) -> str | None:
+    """Return the URI that the api reads itself; `None`: the data are to be uploaded."""
+    return data if isinstance(data, str) and "://" in data else None
 
 
 def files_of(data: Data, folder: Path) -> list[Path]:
@@ -34,11 +32,8 @@ def files_of(data: Data, folder: Path) -> list[Path]:
         return [_existing(Path(data))]
     if isinstance(data, (list, tuple)) and data and all(isinstance(given, os.PathLike) for given in data):
         return [_existing(Path(given)) for given in data]
-    if (table := _as_table(data)) is not None:
-        import pyarrow.parquet as pq
-
-        pq.write_table(table, folder / "rows.parquet")
-        return [folder / "rows.parquet"]
+    if (frame := _as_frame(data)) is not None:
+        return [_write_parquet(frame, folder / "rows.parquet")]
     return [_written(_mappings(data), folder / "rows.jsonl.gz")]
 
 
@@ -48,23 +43,29 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _as_table(data: Data) -> Any:
-    """Return a data frame as an Arrow table; `None`: it is none."""
+def _as_frame(data: Data) -> Any:
+    """Return what has Arrow's columns: a data frame of narwhals, or data with an Arrow stream. `None`: neither."""
     import narwhals as nw
 
     frame = nw.from_native(data, pass_through=True)
-    if isinstance(frame, nw.LazyFrame):
-        frame = frame.collect()
-    if isinstance(frame, nw.DataFrame):
-        try:
-            return frame.to_arrow()
-        except (TypeError, ValueError) as error:  # Arrow's own errors are both
-            raise UserError(f"the frame can't be written as Arrow: {error}") from error
-    if hasattr(data, "__arrow_c_stream__"):
-        import pyarrow as pa
+    if isinstance(frame, nw.LazyFrame | nw.DataFrame):
+        return frame
+    return data if hasattr(data, "__arrow_c_stream__") else None
 
-        return pa.table(data)
-    return None
+
+def _write_parquet(frame: Any, path: Path) -> Path:
+    import narwhals as nw
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if isinstance(frame, nw.LazyFrame):
+            frame = frame.collect()
+        table = frame.to_arrow() if isinstance(frame, nw.DataFrame) else pa.table(frame)
+        pq.write_table(table, path)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise UserError(f"the frame can't be written as Parquet: {error}") from error
+    return path
 
 
 def _mappings(data: Data) -> Iterator[Mapping[str, Any]]:

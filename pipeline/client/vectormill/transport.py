@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from .calls import Call
 from .errors import CollectionBusy, KeyRefused, NotFound, ServiceUnreachable, UserError, VectormillError
-from .rows import files_of, sources_of
+from .rows import files_of, source_of
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -22,12 +22,15 @@ T = TypeVar("T")
 _Request: TypeAlias = dict[str, Any]
 
 _CONNECT_SECONDS = 5.0
-#: An upload is answered once all its items are in the database.
+_READ_SECONDS = 60.0
+#: The same of calls that take long: an upload is answered once all its items are in the database.
 _MOST_SECONDS = 3_600.0
 _TRIES = 4
 _LONGEST_PAUSE_SECONDS = 30.0
-#: Statuses of what may succeed soon: too many requests, and a server behind the api that is away.
-_COME_AGAIN = (429, 502, 503, 504)
+#: Time between two tries to begin a sync while another one goes on.
+_BUSY_SECONDS = 2.0
+#: Answers of an api that hasn't done it, and of balancers, after which nobody knows.
+_NOT_DONE, _UNKNOWN = (429, 503), (502, 504)
 
 
 def local_api() -> tuple[str, str]:
@@ -41,53 +44,77 @@ def local_api() -> tuple[str, str]:
     here = Path.cwd()
     homes = [Path(home)] if home else [folder / ".vectormill" for folder in (here, *here.parents, Path.home())]
     for place in homes:
-        try:
-            record = json.loads((place / "run" / "up.json").read_text())
-            os.kill(record["supervisor_pid"], 0)
-            if record["ready"]:
-                return record["api_url"], record["api_key"]
-        except (OSError, ValueError, KeyError):
-            continue
+        if record := _running(place):
+            return record["api_url"], record["api_key"]
     raise ServiceUnreachable(
         "no vectormill runs here; start it with `vectormill up --detach`, or give the url and a key of an api."
     )
 
 
-def _settings(url: str, key: str, workspace: str | None) -> dict[str, Any]:
-    import httpx2 as httpx
+def _running(home: Path) -> dict[str, Any] | None:
+    """Return a home's record if its `up` is ready. One that somebody else may have written doesn't count: rows are
+    sent where it says."""
+    import psutil
 
+    path = home / "run" / "up.json"
+    try:
+        found = path.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o077:
+            return None
+        record: dict[str, Any] = json.loads(path.read_text())
+        if Path(record["home"]).resolve() != home.resolve() or not record["ready"]:
+            return None
+        # As processes' ids are given again, the time counts too.
+        began = psutil.Process(record["supervisor_pid"]).create_time()
+        return record if abs(began - record["supervisor_started"]) < 1 else None
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
+
+
+def _settings(url: str, key: str, workspace: str | None) -> dict[str, Any]:
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f'the url "{url}" begins with neither http:// nor https://.', field="url")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError("the key holds what no key has; was it copied whole?", field="key")
     return {
         "base_url": f"{url.rstrip('/')}/api",
         "headers": {"authorization": f"Bearer {key}"},
         "params": {"workspace": workspace} if workspace else {},
-        "timeout": httpx.Timeout(_MOST_SECONDS, connect=_CONNECT_SECONDS),
     }
 
 
 def _request(call: Call[Any], files: Sequence[Path], opened: ExitStack) -> _Request:
+    import httpx2 as httpx
+
     how: _Request = {"method": call.method, "url": call.path, "params": dict(call.params), "headers": {}}
+    how["timeout"] = httpx.Timeout(_MOST_SECONDS if call.takes_long else _READ_SECONDS, connect=_CONNECT_SECONDS)
     if call.key:
         how["headers"]["idempotency-key"] = call.key
     if files:
         how["data"] = call.form()
         how["files"] = [("file", (path.name, opened.enter_context(path.open("rb")))) for path in files]
     elif call.body is not None:
-        sources = {"sources": found} if (found := sources_of(call.data)) else {}
+        sources = {"sources": [found]} if (found := source_of(call.data)) else {}
         how["json"] = {**call.body, **sources}
     return how
 
 
-def _check(reply: "httpx.Response") -> None:
-    """Raise the error that an answer describes; do nothing if it is none."""
-    if reply.is_success:
-        return
-    problem: dict[str, Any] = {}
+def _answer(reply: "httpx.Response") -> Any:
+    """Return an answer's JSON; `None`: it has none.
+
+    Raises: the error that it describes.
+    """
     try:
-        problem = reply.json()
-        detail = str(problem["detail"])
-    except (ValueError, KeyError, TypeError):
-        detail = f"the api answers {reply.status_code}."
-    if reply.status_code in _COME_AGAIN:
+        found = reply.json() if reply.content else None
+    except ValueError:
+        if reply.is_success:
+            raise VectormillError("the answer isn't an api's; is the url right?") from None
+        found = None
+    if reply.is_success:
+        return found
+    problem = found if isinstance(found, dict) else {}
+    detail = str(problem.get("detail") or f"the api answers {reply.status_code}.")
+    if reply.status_code in (*_NOT_DONE, *_UNKNOWN):
         raise ServiceUnreachable(detail)
     if reply.status_code >= 500:
         raise VectormillError(detail)
@@ -97,15 +124,18 @@ def _check(reply: "httpx.Response") -> None:
     raise kind(detail, field=problem.get("field"), status=reply.status_code)
 
 
-def _pause(reply: "httpx.Response | Exception", attempt: int) -> float | None:
-    """Return the seconds until a call is sent again; `None`: it isn't."""
+def _pause(reply: "httpx.Response | Exception", attempt: int, *, repeatable: bool = True) -> float | None:
+    """Return the seconds until a call is sent again; `None`: it isn't. One that isn't `repeatable` is only sent again
+    if it surely hasn't been carried out."""
+    import httpx2 as httpx
+
+    told = ""
     if isinstance(reply, Exception):
-        told = ""
-    elif reply.status_code in _COME_AGAIN:
-        told = reply.headers.get("retry-after", "")
+        again = repeatable or isinstance(reply, httpx.ConnectError | httpx.ConnectTimeout)
     else:
-        return None
-    if attempt + 1 == _TRIES:
+        again = reply.status_code in _NOT_DONE or (repeatable and reply.status_code in _UNKNOWN)
+        told = reply.headers.get("retry-after", "")
+    if not again or attempt + 1 == _TRIES:
         return None
     return min(float(told) if told.isdecimal() else 0.5 * 2**attempt, _LONGEST_PAUSE_SECONDS)
 
@@ -119,19 +149,23 @@ def _exchange(call: Call[T], files: Sequence[Path], url: str) -> Generator["_Req
     while True:
         with ExitStack() as opened:
             reply = yield _request(call, files, opened)
-        pause = _pause(reply, attempt)
-        if pause is None:
-            break
-        yield pause
-        attempt += 1
-    if isinstance(reply, Exception):
-        raise _lost(url, reply) from reply
-    _check(reply)
-    return call.read(reply.json() if reply.content else None)
+        if (pause := _pause(reply, attempt, repeatable=call.repeatable)) is not None:
+            attempt += 1
+            yield pause
+            continue
+        if isinstance(reply, Exception):
+            raise _lost(url, reply) from reply
+        try:
+            return call.read(_answer(reply))
+        except CollectionBusy:
+            if not call.queues:
+                raise
+        # The rows that were written to files are sent again: a cursor or an iterator has none left.
+        yield _BUSY_SECONDS
 
 
 def _files(call: Call[Any], folder: str) -> list[Path]:
-    return [] if call.data is None or sources_of(call.data) else files_of(call.data, Path(folder))
+    return [] if call.data is None or source_of(call.data) else files_of(call.data, Path(folder))
 
 
 def _lost(url: str, error: Exception) -> ServiceUnreachable:
@@ -179,14 +213,29 @@ class Transport:
     @contextmanager
     def stream(self, path: str, **params: Any) -> Iterator["httpx.Response"]:
         """Open an answer that is streamed. Raises as `send`."""
+        attempt = 0
+        while (pause := _pause(reply := self._open(path, params), attempt)) is not None:
+            if not isinstance(reply, Exception):
+                reply.close()
+            time.sleep(pause)
+            attempt += 1
+        if isinstance(reply, Exception):
+            raise _lost(self.url, reply) from reply
         try:
-            with self._client.stream("GET", path, params=params) as reply:
-                if not reply.is_success:
-                    reply.read()
-                _check(reply)
-                yield reply
+            if not reply.is_success:
+                reply.read()
+                _answer(reply)
+            yield reply
         except self._lost as error:
             raise _lost(self.url, error) from error
+        finally:
+            reply.close()
+
+    def _open(self, path: str, params: dict[str, Any]) -> "httpx.Response | Exception":
+        try:
+            return self._client.send(self._client.build_request("GET", path, params=params), stream=True)
+        except self._lost as error:
+            return error
 
 
 class AsyncTransport:
@@ -227,11 +276,26 @@ class AsyncTransport:
     @asynccontextmanager
     async def stream(self, path: str, **params: Any) -> AsyncIterator["httpx.Response"]:
         """Open an answer that is streamed. Raises as `Transport.send`."""
+        attempt = 0
+        while (pause := _pause(reply := await self._open(path, params), attempt)) is not None:
+            if not isinstance(reply, Exception):
+                await reply.aclose()
+            await asyncio.sleep(pause)
+            attempt += 1
+        if isinstance(reply, Exception):
+            raise _lost(self.url, reply) from reply
         try:
-            async with self._client.stream("GET", path, params=params) as reply:
-                if not reply.is_success:
-                    await reply.aread()
-                _check(reply)
-                yield reply
+            if not reply.is_success:
+                await reply.aread()
+                _answer(reply)
+            yield reply
         except self._lost as error:
             raise _lost(self.url, error) from error
+        finally:
+            await reply.aclose()
+
+    async def _open(self, path: str, params: dict[str, Any]) -> "httpx.Response | Exception":
+        try:
+            return await self._client.send(self._client.build_request("GET", path, params=params), stream=True)
+        except self._lost as error:
+            return error
