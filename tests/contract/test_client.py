@@ -28,13 +28,13 @@ _HOW: dict[str, Any] = {"model": "static", "text": "{subject}\n\n{body}", "key":
 
 @pytest.fixture(scope="module")
 def allowed(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Start a dispatcher, a worker, and an api with a folder that callers may name."""
+    """Start a dispatcher, a worker of one model, and an api with a folder that callers may name."""
     folder = tmp_path_factory.mktemp("allowed")
     gateway.fleet.environment["VECTORMILL_API_SOURCES"] = str(folder)
     gateway.fleet.kill("api")
     gateway.start_api()
     gateway.fleet.start_dispatcher()
-    gateway.fleet.start_worker(replicas=1)
+    gateway.fleet.start_worker(replicas=1, VECTORMILL_WORKER_MODELS="static")
     return folder
 
 
@@ -152,7 +152,7 @@ def test_a_job_stays_the_one_that_was_named(mill: vectormill.Client) -> None:
 
 
 def test_a_wait_that_takes_too_long(mill: vectormill.Client) -> None:
-    job = mill.embed([{"id": "a", "text": "nobody loads this model"}], model="alone")
+    job = mill.embed([{"id": "a", "text": "no worker has this model"}], model="alone")
     with pytest.raises(TimeoutError, match="it goes on"):
         job.wait(0.2)
     assert job.cancel().state in ("cancelling", "cancelled")
@@ -222,7 +222,7 @@ def test_a_collection_follows_a_frame(mill: vectormill.Client, by_library: Any) 
 
 def test_a_second_sync_waits_or_is_refused(mill: vectormill.Client, gateway: Gateway) -> None:
     collection = mill.create_collection("busy", model="alone")
-    first = collection.sync([{"id": "a", "text": "nobody loads this model"}])
+    first = collection.sync([{"id": "a", "text": "no worker has this model"}])
     with pytest.raises(vectormill.CollectionBusy):
         collection.sync([{"id": "a", "text": "another"}], queue=False)
     first.cancel()
