@@ -205,3 +205,14 @@ def test_only_a_string_alone_is_a_uri(tmp_path: Path) -> None:
     assert [json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).splitlines()] == texts
     with pytest.raises(vectormill.UserError, match="can't be written as Parquet"):
         rows.files_of(pl.Series("text", ["a"]), tmp_path)
+
+
+def test_downloads_and_uploads_have_time() -> None:
+    with vectormill.connect("http://mill.example", "vm_1") as mill:
+        assert mill._transport._client.timeout.read == 3_600
+    sent: Any = next(
+        transport._exchange(calls.sync("docs", None, queue=True, idempotency_key=None, options={}), [], "")
+    )
+    assert sent["timeout"].read == 3_600
+    search: Any = next(transport._exchange(calls.search("/jobs/docs", "a mill", 3, None), [], ""))
+    assert search["timeout"].read > 120, "as long as it may wait in an engine"

@@ -22,8 +22,9 @@ T = TypeVar("T")
 _Request: TypeAlias = dict[str, Any]
 
 _CONNECT_SECONDS = 5.0
-_READ_SECONDS = 60.0
-#: The same of calls that take long: an upload is answered once all its items are in the database.
+#: Longer than a search waits in an engine's queue.
+_READ_SECONDS = 180.0
+#: The same of what takes long: an upload is answered once all its items are in the database.
 _MOST_SECONDS = 3_600.0
 _TRIES = 4
 _LONGEST_PAUSE_SECONDS = 30.0
@@ -76,10 +77,14 @@ def _settings(url: str, key: str, workspace: str | None) -> dict[str, Any]:
         raise UserError(f'the url "{url}" begins with neither http:// nor https://.', field="url")
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UserError("the key holds what no key has; was it copied whole?", field="key")
+    import httpx2 as httpx
+
     return {
         "base_url": f"{url.rstrip('/')}/api",
         "headers": {"authorization": f"Bearer {key}"},
         "params": {"workspace": workspace} if workspace else {},
+        # Of downloads; `_request` sets that of calls.
+        "timeout": httpx.Timeout(_MOST_SECONDS, connect=_CONNECT_SECONDS),
     }
 
 
