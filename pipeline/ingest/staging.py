@@ -163,18 +163,20 @@ class Staging:
     def _blank_forgotten(self, connection: Connection, blocks: Sequence[Rows]) -> None:
         """Turn rows with a forgotten key into rejects of which nothing is kept."""
         collection = self._submission.collection
+        # All at once: while the next rows are read in a thread, each query waits for the interpreter.
+        forgotten = forgets.forgotten_places(
+            connection,
+            self._submission.workspace_id,
+            [key for block in blocks for key in block.keys],
+            collection.id if collection else None,
+        )
+        self._forgotten += len(forgotten)
+        start = 0
         for block in blocks:
-            forgotten = forgets.forgotten_places(
-                connection, self._submission.workspace_id, block.keys, collection.id if collection else None
-            )
-            for at in forgotten:
-                block.blank(at)
-            if forgotten:
-                self._forgotten += len(forgotten)
-                gone = set(forgotten)
-                told = [(at, RejectCode.FORGOTTEN, FORGOTTEN) for at in forgotten]
-                kept = [problem for problem in block.problems if problem[0] not in gone]
-                block.problems[:] = sorted([*kept, *told], key=lambda problem: problem[0])
+            end = start + len(block.keys)
+            first, last = bisect_left(forgotten, start), bisect_left(forgotten, end)
+            _blank(block, [at - start for at in forgotten[first:last]])
+            start = end
 
     def _changed(self, connection: Connection, rows: Sequence[Rows]) -> list[Rows]:
         assert self._changes
@@ -377,6 +379,17 @@ class Staging:
 def _limits(planning: Planning, tokens_per_second: float) -> ChunkLimits:
     tokens = chunk_tokens(planning.chunk_seconds, tokens_per_second)
     return ChunkLimits(tokens=tokens, items=planning.chunk_items, bytes=planning.chunk_bytes)
+
+
+def _blank(block: Rows, forgotten: Sequence[int]) -> None:
+    """Turn the rows at these positions into rejects of which nothing is kept."""
+    for at in forgotten:
+        block.blank(at)
+    if forgotten:
+        gone = set(forgotten)
+        told = [(at, RejectCode.FORGOTTEN, FORGOTTEN) for at in forgotten]
+        kept = [problem for problem in block.problems if problem[0] not in gone]
+        block.problems[:] = sorted([*kept, *told], key=lambda problem: problem[0])
 
 
 def _unsteady(file: SourceFile) -> SourceError:

@@ -547,3 +547,18 @@ def test_forgotten_rows_are_no_fault_of_the_source(tickets: Tickets) -> None:
     forget(tickets.engine, "person-001", "person-002")
     done = tickets.sync([{**rows[0], "text": "new"}, *rows[1:]], max_rejects="0")
     assert done == {"in": 20, "embedded": 1, "unchanged": 17, "rejected": 2}
+
+
+def test_forgotten_rows_are_found_in_every_block_of_a_source(tickets: Tickets, tmp_path: Path) -> None:
+    rows = secret_rows()
+    tickets.sync(rows)
+    forget(tickets.engine, "person-001", "person-009", "person-019")
+    parts = [rows[:8], rows[8:10], rows[10:]]
+    paths = [tmp_path / f"{at}.jsonl" for at in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+    job = tickets.submit_files(paths)
+    tickets.run(job)
+    with tickets.engine.begin() as connection:
+        receipt = verified_receipt(connection, job)
+    assert (receipt.verified, receipt.items.unchanged, receipt.items.rejected) == (True, 17, 3)
