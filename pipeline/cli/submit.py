@@ -24,7 +24,7 @@ from pipeline.cli.output import stderr, tell
 from pipeline.core.errors import EmptySource, UserError
 from pipeline.core.options import Columns, JobOptions, OnLong, Precision, SplitBy, VectorType
 from pipeline.infra.storage import absolute, is_remote
-from pipeline.ingest.request import JobRequest, default_name, read_request, tell_model
+from pipeline.ingest.request import JobRequest, default_name, labels_of, read_request, tell_model
 from pipeline.ingest.submission import Submission, planning
 from pipeline.ingest.submit import submit as submit_corpus
 from pipeline.sources import Compression, Corpus, Source
@@ -356,15 +356,3 @@ class Counter:
 def needs(option: str, given: bool, other: str, also: bool) -> None:
     if given and not also:
         raise UserError(f"{option} has no effect without {other}; leave it out, or give both.")
-
-
-def labels_of(pairs: list[str]) -> dict[str, str]:
-    labels = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise UserError(f'--label "{pair}": write it as key=value.')
-        if key in labels:
-            raise UserError(f'--label "{pair}": {key} is given twice.')
-        labels[key] = value
-    return labels

@@ -19,12 +19,12 @@ from pipeline.cli.backends import Backend, open_backend
 from pipeline.cli.context import CommandContext
 from pipeline.cli.jobs import watch_job
 from pipeline.cli.output import stderr, tell
-from pipeline.cli.submit import Counter, corpus_of, files_of, labels_of, needs, refuse_at_api
+from pipeline.cli.submit import Counter, corpus_of, files_of, needs, refuse_at_api
 from pipeline.core.collections import OnDuplicateKey
 from pipeline.core.errors import UserError, WaitTimedOut
 from pipeline.db import collections
 from pipeline.infra.storage import is_remote
-from pipeline.ingest.request import read_fields
+from pipeline.ingest.request import labels_of, read_fields
 from pipeline.ingest.submission import Submitted, planning
 from pipeline.ingest.sync import SyncRequest, SyncSource, columns_of, submission_of, sync_collection
 from pipeline.jobs.collections import find_collection

@@ -1,6 +1,6 @@
 """Validation of a request for a job, as far as possible without reading the corpus."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,6 +87,23 @@ def read_fields(kind: type[Request], fields: Mapping[str, Any]) -> Request:
         if first["type"] == "extra_forbidden":
             told = "there is no such field"
         raise UserError(f"{told[:1].lower()}{told[1:]}.", field=field) from None
+
+
+def labels_of(pairs: Iterable[str]) -> dict[str, str]:
+    """Return labels that are written as `key=value`.
+
+    Raises:
+        UserError: one isn't, or a key is given twice.
+    """
+    labels = dict[str, str]()
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise UserError("write it as key=value.", field="label", given=f'"{pair}"')
+        if key in labels:
+            raise UserError(f"{key} is given twice.", field="label", given=f'"{pair}"')
+        labels[key] = value
+    return labels
 
 
 def tell_model(wish: JobRequest, model: Model, corpus: Source) -> None:
