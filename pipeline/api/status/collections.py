@@ -299,6 +299,12 @@ async def sync(
     settings: Settings = request.app.state.settings
     name = as_sent(collection)
     await ask(request, lambda connection: _check_free(connection, owner, name, idempotency_key))
+    intake = intake_of_sync(owner, name, settings, idempotency_key)
+    return await answer(request, response, await receive_rows(request, owner, intake))
+
+
+def intake_of_sync(owner: int, name: str, settings: Settings, idempotency_key: str | None) -> Intake[SyncRequest]:
+    """Return the treatment of a request for a sync of a workspace's collection."""
 
     def read(fields: Any) -> SyncRequest:
         return read_fields(SyncRequest, fields)
@@ -316,4 +322,4 @@ async def sync(
         submission = submission_of(found, model, wish, corpus, planning(settings), idempotency_key)
         return sync_collection(engine, submission, wish, queue=False)
 
-    return await answer(request, response, await receive_rows(request, owner, Intake(read, columns, act)))
+    return Intake(read, columns, act)

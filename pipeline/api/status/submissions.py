@@ -34,7 +34,7 @@ from pipeline.webhooks import allowlist
 router = APIRouter(prefix="/api/jobs", tags=["Jobs"])
 
 #: Cost of a submission in turns: it looks through folders and files, with the processor time of so many other requests.
-_TURNS = 10
+TURNS = 10
 _MOST_FILES = 100
 _MOST_FIELDS = 150
 _MOST_FIELD_BYTES = 64 * 1024
@@ -105,18 +105,13 @@ async def create_job(
     come so far, the answer is that request's job in the state `staging`.
     """
     owner = await owner_of(request, workspace)
-    settings: Settings = request.app.state.settings
-
-    def act(engine: Engine, wish: JobRequest, corpus: Corpus, name: str) -> Submitted:
-        return _submit(engine, owner, settings, wish, corpus, name, idempotency_key)
-
-    made = await receive_rows(request, owner, Intake(read_sent, lambda _, wish: wish.columns, act))
-    return await answer(request, response, made)
+    intake = intake_of_job(owner, request.app.state.settings, idempotency_key)
+    return await answer(request, response, await receive_rows(request, owner, intake))
 
 
 async def owner_of(request: Request, workspace: str | None) -> int:
     """Return the workspace for which a request with rows is made: the caller's, or for an admin another one."""
-    caller = await caller_of(request, turns=_TURNS)
+    caller = await caller_of(request, turns=TURNS)
     if unknown := set(request.query_params) - {"workspace"}:
         raise InvalidPayload(f"{min(unknown)}: send it in the body, not in the address.", param=min(unknown))
     if not workspace:
@@ -162,6 +157,15 @@ class Intake(Generic[Wish]):
     columns: Callable[[Engine, Wish], Columns]
     #: Takes the default name of the job last.
     submit: Callable[[Engine, Wish, Corpus, str], Submitted]
+
+
+def intake_of_job(owner: int, settings: Settings, idempotency_key: str | None) -> Intake[JobRequest]:
+    """Return the treatment of a request for a new job of a workspace."""
+
+    def act(engine: Engine, wish: JobRequest, corpus: Corpus, name: str) -> Submitted:
+        return _submit(engine, owner, settings, wish, corpus, name, idempotency_key)
+
+    return Intake(read_sent, lambda _, wish: wish.columns, act)
 
 
 async def receive_rows(request: Request, owner: int, intake: Intake[Wish]) -> Submitted:
@@ -227,7 +231,8 @@ async def _from_upload(request: Request, owner: int, intake: Intake[Wish]) -> Su
                 raise InvalidPayload(
                     "sources: an upload takes neither sources nor by_reference; leave them out.", param="sources"
                 )
-            files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+            # A browser sends a nameless, empty part for a field in which no file was chosen.
+            files = [part for _, part in form.multi_items() if isinstance(part, UploadFile) and part.filename]
             item_bytes = request.app.state.settings.item_bytes
             return await transfers.run(owner, lambda engine: _submit_upload(engine, item_bytes, wish, files, intake))
         finally:

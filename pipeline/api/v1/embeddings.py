@@ -1,4 +1,4 @@
-"""Embeddings and models of `/v1`. `create_embeddings` shows all steps of a request."""
+"""Embeddings and models of `/v1`. `create_embeddings` and `embed_body` show all steps of a request."""
 
 import asyncio
 from collections.abc import Mapping
@@ -139,19 +139,30 @@ router = APIRouter(prefix="/v1", responses=ERRORS, tags=["OpenAI-compatible"])
 )
 async def create_embeddings(request: Request) -> Response:
     """Embed texts: one vector for each, in input order."""
-    gateway: Gateway = request.app.state.gateway
     caller = await caller_of(request, vectors=True)
     transfers: Transfers = request.app.state.transfers
-    asked = parse_request(await transfers.body(request, caller.workspace_id), gateway.most_text_bytes, gateway.decode)
-    model = await gateway.cache.model_or_collection(caller.workspace_id, asked.model)
-    if asked.dimensions is None:
-        asked = replace(asked, dimensions=model.get("collection_dimensions"))
-    embedded, headers = await embed_metered(request, gateway, caller, model, asked)
+    body = await transfers.body(request, caller.workspace_id)
+    asked, embedded, headers = await embed_body(request, caller, body)
     if embedded.truncated:
         headers["x-vectormill-truncated"] = str(len(embedded.truncated))
     if asked.token_ids:
         headers["x-vectormill-token-ids"] = "cl100k_base"
     return Response(make_reply(asked, embedded), media_type=_JSON, headers=headers)
+
+
+async def embed_body(request: Request, caller: Caller, body: bytes) -> tuple[Asked, Embedded, dict[str, str]]:
+    """Embed what the body of a request asks for, as `embed_metered` does. Return also what it asks for.
+
+    Raises:
+        ModelNotFound, and as `embed_metered` does.
+    """
+    gateway: Gateway = request.app.state.gateway
+    asked = parse_request(body, gateway.most_text_bytes, gateway.decode)
+    model = await gateway.cache.model_or_collection(caller.workspace_id, asked.model)
+    if asked.dimensions is None:
+        asked = replace(asked, dimensions=model.get("collection_dimensions"))
+    embedded, headers = await embed_metered(request, gateway, caller, model, asked)
+    return asked, embedded, headers
 
 
 async def embed_metered(
