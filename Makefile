@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
 ECOSYSTEM := .venv-ecosystem/.installed
+ORCHESTRATORS := .venv-orchestrators/.installed
 
 .PHONY: demo test test-contract test-acceptance test-browser test-ops test-ecosystem drill nights screenshots docs lint bench bench-gpu bench-peers clean
 
@@ -85,14 +86,16 @@ test-ops: $(INSTALLED)
 	promtool test rules ops/prometheus/rules_test.yml
 	$(BIN)/python -m pytest $(TWO) tests/deployment
 
-# Airflow, dbt and LiteLLM, whose requirements aren't ours.
+# Airflow, dbt and LiteLLM; Dagster and Prefect. Their requirements are neither ours nor each other's.
 $(ECOSYSTEM): tests/ecosystem/requirements.txt
+$(ORCHESTRATORS): tests/ecosystem/requirements-orchestrators.txt
+$(ECOSYSTEM) $(ORCHESTRATORS):
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@echo "Installing into $(@D) …"
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
-test-ecosystem: $(INSTALLED) $(ECOSYSTEM)
+test-ecosystem: $(INSTALLED) $(ECOSYSTEM) $(ORCHESTRATORS)
 	$(BIN)/python -m pytest tests/ecosystem
 
 screenshots: $(BROWSER)
@@ -124,4 +127,4 @@ bench-gpu: $(INSTALLED)
 
 clean:
 	-@test ! -x $(BIN)/vectormill || VECTORMILL_HOME=$(CURDIR)/.vectormill $(BIN)/vectormill down --delete --yes
-	rm -rf $(VENV) .venv-ecosystem .vectormill .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venv-ecosystem .venv-orchestrators .vectormill .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -4,7 +4,7 @@ programs that use it. All tests share one gateway, each with names of its own.""
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,11 @@ __all__ = ["by_library"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCHEDULERS = CHECKOUT / "ops" / "schedulers"
-#: Virtual environment made by `make test-ecosystem`.
+#: Virtual environments made by `make test-ecosystem`.
 _PROGRAMS = CHECKOUT / ".venv-ecosystem" / "bin"
+_ORCHESTRATORS = CHECKOUT / ".venv-orchestrators" / "bin"
+#: Folder of the Python client, which is all that it takes of us.
+_CLIENT = CHECKOUT / "pipeline" / "client"
 _SECONDS = 300
 
 
@@ -38,10 +41,21 @@ class Site:
 
     def run(self, program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run one of their programs to its end, whatever its exit code."""
+        return self._run(_PROGRAMS, program, arguments, environment)
+
+    def orchestrate(self, program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run Dagster or Prefect, with the Python client and a key."""
+        environment |= {"VECTORMILL_API_URL": self.gateway.url, "VECTORMILL_API_KEY": self.gateway.key}
+        environment["PYTHONPATH"] = str(_CLIENT)
+        return self._run(_ORCHESTRATORS, program, arguments, environment)
+
+    def _run(
+        self, programs: Path, program: str, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(_PROGRAMS / program), *arguments],
+            [str(programs / program), *arguments],
             cwd=self.folder,
-            env={**os.environ, **environment, "PATH": f"{_PROGRAMS}:{os.environ['PATH']}"},
+            env={**os.environ, **environment, "PATH": f"{programs}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
             timeout=_SECONDS,
@@ -99,7 +113,8 @@ def site(
     bundled_description: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Site]:
-    assert _PROGRAMS.exists(), "make test-ecosystem installs what these tests run"
+    for programs in (_PROGRAMS, _ORCHESTRATORS):
+        assert programs.exists(), "make test-ecosystem installs what these tests run"
     folder, ours = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("gateway")
     with running_gateway(servers, static_description, bundled_description, ours) as gateway:
         reader, sql_url = new_role(gateway)
