@@ -1,4 +1,4 @@
-"""Builder of the documentation site in `.vectormill/docs/site`, of the repository's pages as they are.
+"""Builder of the documentation site in `.vectormill/docs/site`, of the repository's pages and notebooks as they are.
 
 `python docs/site.py` builds it by Zensical, which fails on a link or an anchor that leads nowhere.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / ".vectormill" / "docs"
@@ -34,8 +35,11 @@ def build() -> None:
         there = BUILD / "pages" / name
         there.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".md"):
-            text = (ROOT / name).read_text(encoding="utf-8")
+            text = (ROOT / name).read_text(encoding="utf-8").replace(".ipynb)", ".md)")
             there.write_text(_MARK.sub(r"```\1", text), encoding="utf-8")
+        elif name.endswith(".ipynb"):
+            text, _ = MarkdownExporter().from_filename(str(ROOT / name))
+            there.with_suffix(".md").write_text(text.lstrip(), encoding="utf-8")
         elif not name.endswith(".py") or name.startswith("ops/"):
             shutil.copyfile(ROOT / name, there)
     nav = _nav()
@@ -76,6 +80,7 @@ def _nav() -> list[Any]:
     operations += sorted(f"ops/runbooks/{path.name}" for path in _in("ops/runbooks") if path.stem != "README")
     return [
         {"Start": "README.md"},
+        {"Tutorials": ["docs/tutorials/support_tickets.md"]},
         {"Guides": pages("how-to", _GUIDES)},
         {"Reference": pages("reference", _REFERENCE)},
         {"Explanation": [*pages("explanation", _EXPLANATION), {"Decisions": decisions}]},
@@ -107,7 +112,7 @@ def _flat(found: Any) -> list[str]:
 
 
 def _title(page: str) -> str:
-    first = (ROOT / page).read_text(encoding="utf-8").partition("\n")[0]
+    first = (BUILD / "pages" / page).read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("# ").replace("`", "")
 
 

@@ -1,11 +1,14 @@
-"""Screenshots of each page in light and dark, with jobs in every state: `make screenshots` writes docs/screenshots/."""
+"""Screenshots of each page in light and dark, with jobs in every state, and of the tutorial's notebook: `make
+screenshots` writes docs/screenshots/."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from nbconvert import HTMLExporter
 from PIL import Image
 from playwright.sync_api import Browser, FloatRect, Page
 from sqlalchemy import Engine, text
@@ -21,7 +24,9 @@ from tests.contract.conftest import Gateway
 from tests.support.machines import remove_what_root_keeps, running_servers
 from tests.support.ports import free_port
 
-_FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "screenshots"
+_DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
+_FOLDER = _DOCS / "screenshots"
+_NOTEBOOK = _DOCS / "tutorials" / "support_tickets.ipynb"
 _COLOURS = 256
 #: Limit in pixels: a long table looks the same further down.
 _MOST_HEIGHT = 2_000
@@ -42,6 +47,7 @@ def main() -> None:
             ):
                 for scheme in ("light", "dark"):
                     _take(browser, gateway, paths, folder, scheme)
+                _take_notebook(browser, folder / "notebook.png")
         finally:
             remove_what_root_keeps(home)
 
@@ -85,6 +91,8 @@ def _api(servers: Running, logs: Path) -> Iterator[tuple[Gateway, dict[str, str]
                 "rejects": f"/jobs/{jobs['crawl-0731']}/rejects?code=too_long",
                 "collections": "/collections",
                 "collection": f"/collections/{_collection(engine)}",
+                "playground": "/playground",
+                "submit": "/submit",
                 "workers": "/workers",
                 "models": "/models",
                 "usage": "/usage",
@@ -116,13 +124,29 @@ def _take(browser: Browser, gateway: Gateway, paths: dict[str, str], folder: Pat
             assert not visit.errors, visit.errors
 
 
-def _save(page: Page, path: Path) -> None:
-    """Write a page's picture with few colours, by which flat areas and text lose nothing."""
+def _take_notebook(browser: Browser, path: Path) -> None:
+    """Take the first half of what the notebook shows, with the outputs that are kept in it."""
+    # Neither library is needed, and both come from elsewhere.
+    html, _ = HTMLExporter(mathjax_url="", require_js_url="", exclude_anchor_links=True).from_filename(str(_NOTEBOOK))
+    page = browser.new_page(viewport={"width": 1_000, "height": 844})
+    page.set_content(html)
+    _save(page, path, top=_heading(page, "Embed"), bottom=_heading(page, "A collection"))
+
+
+def _heading(page: Page, name: str) -> float:
+    """Return the place of a heading in pixels, with a margin above it."""
+    box = page.get_by_role("heading", name=name, exact=True).bounding_box()
+    assert box
+    return box["y"] - 16
+
+
+def _save(page: Page, path: Path, *, top: float = 0, bottom: float = inf) -> None:
+    """Write a page's picture from `top` to `bottom`, with few colours, by which flat areas and text lose nothing."""
     # Debian's system-ui is DejaVu; Inter, where it is installed, is nearer to what other systems have.
     page.evaluate("document.documentElement.style.setProperty('--sans', 'Inter, system-ui')")
     height = page.evaluate("document.documentElement.scrollHeight")
     width = page.evaluate("document.documentElement.clientWidth")
-    clip: FloatRect = {"x": 0, "y": 0, "width": width, "height": min(height, _MOST_HEIGHT)}
+    clip: FloatRect = {"x": 0, "y": top, "width": width, "height": min(min(height, bottom) - top, _MOST_HEIGHT)}
     page.screenshot(path=path, full_page=True, clip=clip)
     with Image.open(path) as full:
         few = full.convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
