@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.api.dashboard import add_dashboard, is_for_people, no_page
+from pipeline.api.dashboard import add_dashboard, error_page, is_for_people, no_page
 from pipeline.api.database import AT_ONCE, Database
 from pipeline.api.gateway.cache import GatewayCache
 from pipeline.api.gateway.engines import Engines
@@ -146,6 +146,7 @@ def make_app(settings: Settings, database_url: str, redis_url: str) -> FastAPI:
     # The rest of a form, around the file's bytes, is small.
     forms = {
         "/api/jobs": settings.api_upload_bytes,
+        "/submit": settings.api_upload_bytes,
         "/api/collections/{collection}/syncs": settings.api_upload_bytes,
         "/v1/files": settings.batch_bytes + _FORM_BYTES,
     }
@@ -259,7 +260,9 @@ class Bounded:
 
         if refused:
             more = "expect" not in headers  # with Expect, a client waits for the answer before it sends the body
-            await _as_response(scope["path"], _too_large(most_bytes))(scope, receive, sending)
+            request, error = Request(scope), _too_large(most_bytes)
+            answer = error_page(request, error) if is_for_people(request) else _as_response(scope["path"], error)
+            await answer(scope, receive, sending)
             return
 
         async def receiving() -> Message:

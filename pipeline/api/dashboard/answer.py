@@ -100,6 +100,13 @@ def no_page(request: Request, status: int) -> Response:
     return response
 
 
+def error_page(request: Request, error: ApiError) -> Response:
+    """Return the page for an error that arose before a route was found."""
+    response = problem(request, error.status, str(error))
+    response.headers.update({**_HEADERS, **error.headers})
+    return response
+
+
 async def show(request: Request, template: str, look: Look) -> Response:
     """Render a page for the viewer who is logged in.
 
@@ -136,7 +143,7 @@ def render(request: Request, template: str, status: int = 200, **variables: Any)
         "holder": None,
         "live": 0,
         "path": request.url.path,
-        "flower": request.app.state.settings.flower_url,
+        "flower": (request.app.state.settings.flower_url or "").rstrip("/"),
     }
     html = _templates().get_template(template).render({**given, **variables}).encode()
     etag = f'"{sha256(html).hexdigest()[:32]}"'

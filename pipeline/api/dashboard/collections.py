@@ -50,7 +50,13 @@ async def show_collection(
     request: Request, collection_id: Id, q: Annotated[str, Query(max_length=2_000, pattern="^[^\0]*$")] = ""
 ) -> Response:
     """Show a collection with its history, and what is nearest to a query, which is metered as one over the api."""
-    hits, fault = await _search(request, collection_id, q.strip()) if q.strip() else (None, None)
+    hits, fault = None, None
+    if q.strip():
+        viewer = await session.viewer(request)
+        try:
+            hits = await search(request, viewer, collection_id, SearchRequest(query=q.strip(), limit=_HITS))
+        except ApiError as error:
+            fault = str(error)
     return await show(
         request,
         "collection.html",
@@ -65,18 +71,20 @@ def _visible(connection: Connection, viewer: Viewer, collection_id: int) -> Coll
     return found
 
 
-async def _search(request: Request, collection_id: int, query: str) -> tuple[list[Hit] | None, str | None]:
-    viewer = await session.viewer(request)
+async def search(request: Request, viewer: Viewer, collection_id: int, wish: SearchRequest) -> list[Hit]:
+    """Return what is nearest to a query in a collection that the viewer sees.
+
+    Raises:
+        UnknownCollection: there is none.
+        UnknownModel: its model is no longer in the catalogue as it was.
+        ApiError: as `search_by_engine`.
+    """
 
     def find(connection: Connection) -> Searchable:
         found = _visible(connection, viewer, collection_id)
         return collection_to_search(connection, found.workspace_id, found.name)
 
-    target = await ask(request, find)
-    try:
-        return await search_by_engine(request, viewer.caller, target, SearchRequest(query=query, limit=_HITS)), None
-    except ApiError as error:
-        return None, str(error)
+    return await search_by_engine(request, viewer.caller, await ask(request, find), wish)
 
 
 def _collection(

@@ -32,22 +32,22 @@ class Viewer:
         return self.scope in (None, workspace_id)
 
 
-async def viewer(request: Request) -> Viewer:
-    """Return the viewer who sends a request.
+async def viewer(request: Request, *, turns: int = 1) -> Viewer:
+    """Return the viewer who sends a request, which costs so many turns.
 
     Raises:
         Unauthorized, InvalidApiKey: the viewer must log in.
         UpstreamUnavailable: the database is away.
     """
-    found = Viewer(await holder_of(request, request.cookies.get(_COOKIE, "")))
+    found = Viewer(await holder_of(request, request.cookies.get(_COOKIE, ""), turns=turns))
     # The error page needs it, if something goes wrong afterwards.
     request.state.viewer = found
     return found
 
 
-async def holder_of(request: Request, key: str) -> Caller:
+async def holder_of(request: Request, key: str, *, turns: int = 1) -> Caller:
     """Return the caller with this key; raises as `viewer` does."""
-    return await identify(request, f"Bearer {key}")
+    return await identify(request, f"Bearer {key}", turns=turns)
 
 
 def remember(request: Request, response: Response, key: str) -> None:
@@ -78,20 +78,26 @@ def must_be_ours(request: Request) -> None:
 
 
 async def form(request: Request) -> dict[str, str]:
-    """Return the fields of a form, after `must_be_ours`.
+    """Return the fields of a form, without white space around them. Raises as `typed_form`."""
+    return {name: value.strip() for name, value in (await typed_form(request, _MOST_FORM_BYTES)).items()}
+
+
+async def typed_form(request: Request, most_bytes: int) -> dict[str, str]:
+    """Return the fields of a form as they were typed, after `must_be_ours`.
 
     Raises:
         Forbidden: it wasn't sent by a page of ours.
-        PayloadTooLarge: it is larger than any of our forms.
+        PayloadTooLarge: it is larger than `most_bytes`.
     """
     must_be_ours(request)
-    body = b""
+    body = bytearray()
     async for piece in request.stream():
         body += piece
-        if len(body) > _MOST_FORM_BYTES:
-            raise PayloadTooLarge("The form is too large.")
+        if len(body) > most_bytes:
+            raise PayloadTooLarge(f"The form is larger than {most_bytes:,} bytes; send less.")
     pairs = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
-    return {name: value.replace("\0", "").strip() for name, value in pairs}
+    # Browsers send the lines of a text with CRLF at their ends.
+    return {name: value.replace("\0", "").replace("\r\n", "\n") for name, value in pairs}
 
 
 def local(path: str | None) -> str:
