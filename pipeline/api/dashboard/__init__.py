@@ -6,6 +6,8 @@ answer      rendering: viewer → one snapshot of the database → template; err
 pages       pages of jobs, workers, models, usage
 job         pages of one job: status, chunks, rejects
 collections pages of collections, with their syncs and a search
+playground  page that searches a collection, compares two texts, and embeds one
+submit_page page that submits a file
 actions     actions on a job
 key_pages   key management, for admins
 drawing     geometry of bars, strips and charts
@@ -18,10 +20,10 @@ from typing import Any
 from fastapi import FastAPI, Response
 from starlette.staticfiles import StaticFiles
 
-from pipeline.api.dashboard import actions, collections, job, key_pages, log_in, pages
-from pipeline.api.dashboard.answer import is_for_people, no_page
+from pipeline.api.dashboard import actions, collections, job, key_pages, log_in, pages, playground, submit_page
+from pipeline.api.dashboard.answer import error_page, is_for_people, no_page
 
-__all__ = ["add_dashboard", "is_for_people", "no_page"]
+__all__ = ["add_dashboard", "error_page", "is_for_people", "no_page"]
 
 _FOLDER = Path(__file__).resolve().parent
 
@@ -38,6 +40,6 @@ class _Static(StaticFiles):
 
 def add_dashboard(app: FastAPI) -> None:
     """Add the dashboard's routes to an application."""
-    for part in (log_in, pages, job, collections, actions, key_pages):
+    for part in (log_in, pages, job, collections, playground, submit_page, actions, key_pages):
         app.include_router(part.router)
     app.mount("/static", _Static(directory=_FOLDER / "static"))

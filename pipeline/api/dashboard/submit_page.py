@@ -1,0 +1,143 @@
+"""Page that submits a file: as a job of its own, or as a sync of a collection. Uploads take the way of `/api/jobs`."""
+
+import secrets
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from sqlalchemy import Connection, Engine
+from starlette.responses import PlainTextResponse, RedirectResponse
+
+from pipeline.api.dashboard import session
+from pipeline.api.dashboard.answer import PageRoute, show
+from pipeline.api.dashboard.session import Viewer
+from pipeline.api.status.collections import intake_of_sync
+from pipeline.api.status.submissions import TURNS, Intake, Wish, intake_of_job, receive_rows
+from pipeline.core.errors import ApiError, InvalidPayload, UserError
+from pipeline.core.options import Columns
+from pipeline.db import collections, models
+from pipeline.infra.settings import Settings
+from pipeline.ingest.request import labels_of
+from pipeline.ingest.submission import Submitted
+from pipeline.sources import Corpus
+
+router = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+#: Fields that a collection decides for all its syncs.
+_OF_COLLECTIONS = ("model", "text_column", "text", "key_column")
+#: Fields that are options of the command, spelled alike.
+_OPTIONS = (*_OF_COLLECTIONS, "name")
+#: Stands for the file in a command before one is chosen.
+_NO_FILE = "FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class FormWish:
+    """Request that a form makes, for a job or for a sync, with its treatment."""
+
+    columns: Callable[[Engine], Columns]
+    submit: Callable[[Engine, Corpus, str], Submitted]
+    #: A form uploads its rows.
+    sources: list[str] = field(default_factory=list)
+
+
+@router.get("/submit")
+async def show_form(request: Request) -> Response:
+    """Show the form."""
+    return await show(request, "submit.html", _form)
+
+
+@router.post("/submit")
+async def submit_file(request: Request) -> Response:
+    """Submit the uploaded file, and go on to the job's page. After an error show the form again, with its fields."""
+    session.must_be_ours(request)  # first, since another site's form comes without the cookie
+    viewer = await session.viewer(request, turns=TURNS)
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise InvalidPayload("Use the page's form, which sends multipart/form-data.")
+    owner, settings = viewer.caller.workspace_id, request.app.state.settings
+    typed = dict[str, Any]()
+
+    def read(fields: Mapping[str, Any]) -> FormWish:
+        typed.update(fields)
+        return _read(fields, owner, settings)
+
+    try:
+        made = await receive_rows(request, owner, Intake(read, _columns, _submit))
+    except (ApiError, UserError) as error:
+        response = await show(request, "submit.html", partial(_form, typed=typed, fault=str(error)))
+        response.status_code = error.status if isinstance(error, ApiError) else 400
+        return response
+    return RedirectResponse(f"/jobs/{made.job_id}", 303)
+
+
+@router.post("/submit/command")
+async def show_command(request: Request) -> Response:
+    """Return the command that does what the form says."""
+    session.must_be_ours(request)
+    await session.viewer(request)
+    return PlainTextResponse(command_of(await session.form(request)))
+
+
+def _form(connection: Connection, viewer: Viewer, *, typed: Mapping[str, str] = {}, fault: str = "") -> dict[str, Any]:
+    own = viewer.caller.workspace_id
+    return {
+        "models": [row["name"] for row in models.of_workspace(connection, own)],
+        "collections": [{"name": each.name, "model": each.model} for each in collections.of_workspace(connection, own)],
+        "typed": typed,
+        "fault": fault,
+        "command_line": command_of(typed),
+        # A form that is sent twice by mistake makes one job.
+        "idempotency_key": secrets.token_urlsafe(16),
+    }
+
+
+def _columns(engine: Engine, wish: FormWish) -> Columns:
+    return wish.columns(engine)
+
+
+def _submit(engine: Engine, wish: FormWish, corpus: Corpus, name: str) -> Submitted:
+    return wish.submit(engine, corpus, name)
+
+
+def _read(fields: Mapping[str, Any], owner: int, settings: Settings) -> FormWish:
+    """Read a form's fields. An empty one wasn't filled in.
+
+    Raises:
+        UserError: a field is wrong; the message names it.
+    """
+    given = {name: value for name, value in fields.items() if value != ""}
+    key, collection = given.pop("idempotency_key", None), given.pop("collection", None)
+    if labels := labels_of(_lines(given.pop("label", ""))):
+        given["labels"] = labels
+    if not collection:
+        return _bound(intake_of_job(owner, settings, key), given)
+    if theirs := next((name for name in _OF_COLLECTIONS if name in given), None):
+        raise UserError(f"the collection {collection} has its own; leave it empty.", field=theirs)
+    return _bound(intake_of_sync(owner, collection, settings, key), given)
+
+
+def _bound(intake: Intake[Wish], fields: Mapping[str, Any]) -> FormWish:
+    wish = intake.read(fields)
+    return FormWish(
+        lambda engine: intake.columns(engine, wish),
+        lambda engine, corpus, name: intake.submit(engine, wish, corpus, name),
+    )
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def command_of(fields: Mapping[str, str]) -> str:
+    """Return the command that does what a form says; `FILE` stands for a file that isn't chosen yet."""
+    collection = fields.get("collection")
+    words = ["vectormill", *(("sync", collection) if collection else ("submit",)), fields.get("file") or _NO_FILE]
+    for name in _OPTIONS:
+        if value := fields.get(name):
+            words += [f"--{name.replace('_', '-')}", value]
+    for label in _lines(fields.get("label", "")):
+        words += ["--label", label]
+    return shlex.join(words)
