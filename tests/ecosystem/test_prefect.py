@@ -2,14 +2,16 @@
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
+from tests.acceptance.fleet import eventually
 from tests.ecosystem.conftest import SCHEDULERS, Site
+from tests.support.ports import free_port
 
 #: One run of the flow; what it returns and the artifact that it leaves, as JSON.
 _RUN = """
@@ -23,28 +25,42 @@ print(json.dumps([returned, json.loads(Artifact.get("nightly-sync-receipt").data
 
 @dataclass
 class _Prefect:
-    """Prefect with a home of its own, and a server for each run."""
+    """Prefect with a home and a server of its own."""
 
     site: Site
-    home: Path
+    environment: dict[str, str]
 
     def run(self, collection: str, **parameters: str) -> subprocess.CompletedProcess[str]:
         """Run the flow."""
         given = json.dumps({"folder": str(self.site.folder), "collection": collection, **parameters})
-        return self.site.orchestrate(
-            "python",
-            *("-c", _RUN, str(SCHEDULERS / "prefect" / "nightly_sync.py"), given),
-            PREFECT_HOME=str(self.home),
-            PREFECT_SERVER_ALLOW_EPHEMERAL_MODE="true",
-            PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="240",
-            PREFECT_SERVER_ANALYTICS_ENABLED="false",
-            DO_NOT_TRACK="1",
-        )
+        example = str(SCHEDULERS / "prefect" / "nightly_sync.py")
+        return self.site.orchestrate("python", "-c", _RUN, example, given, **self.environment)
+
+    def answers(self) -> bool:
+        """Return True if the server does."""
+        try:
+            return httpx.get(f"{self.environment['PREFECT_API_URL']}/health").status_code == 200
+        except httpx.TransportError:
+            return False
 
 
 @pytest.fixture(scope="module")
-def prefect(site: Site, tmp_path_factory: pytest.TempPathFactory) -> _Prefect:
-    return _Prefect(site, tmp_path_factory.mktemp("prefect"))
+def prefect(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Prefect]:
+    port = str(free_port())
+    environment = {
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    made = _Prefect(site, environment)
+    started = site.orchestrate("prefect", "server", "start", "--background", "--port", port, **environment)
+    assert started.returncode == 0, started.stdout[-2000:] + started.stderr[-2000:]
+    try:
+        eventually(made.answers, "a server of Prefect that answers")
+        yield made
+    finally:
+        site.orchestrate("prefect", "server", "stop", **environment)
 
 
 def _shown(done: subprocess.CompletedProcess[str]) -> tuple[Mapping[str, int], list[dict[str, Any]]]:
