@@ -1,6 +1,8 @@
 """Celery messages that tell workers of pending chunks. A lost message only costs one lap of the dispatcher."""
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 from uuid import UUID
@@ -19,11 +21,50 @@ RUN_CHUNK = "vectormill.run_chunk"
 QUEUE = "embed."
 #: Queue of a worker without models; nothing is ever sent there.
 IDLE_QUEUE = "vectormill.idle"
+#: Names of tasks that a publisher gives in its life. Flower keeps metrics for each name that it has ever seen.
+_MOST_NAMES = 200
+_NAME_CHARACTERS = 60
 
 
 def queue_of(slug: str) -> str:
     """Return the name of a model's queue."""
     return QUEUE + slug
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkMessage:
+    """Pending chunk of which workers are told, and what tells people which one it is."""
+
+    job_id: UUID
+    chunk_id: int
+    job: str
+    model: str
+    #: Position in its job, from 0, the number of the job's chunks, and that of the chunk's items.
+    ordinal: int
+    chunks: int
+    items: int
+
+    @property
+    def arguments(self) -> str:
+        """The task's arguments as Flower shows them."""
+        label = f"chunk {self.ordinal + 1:,}/{self.chunks:,}, {self.items:,} items, {_short(self.job)}"
+        return f"{label} {ids_shown(self.job_id, self.chunk_id)}"
+
+
+def ids_shown(job_id: UUID | str, chunk_id: int) -> str:
+    """Return the end of a task's arguments as Flower shows them, by which its job and chunk are found."""
+    return f"(job={job_id}, chunk={chunk_id})"
+
+
+def _short(name: str) -> str:
+    """Return a name for people, on one line and of bounded length."""
+    shown = "".join(character if character.isprintable() else " " for character in name)
+    return shown if len(shown) <= _NAME_CHARACTERS else shown[: _NAME_CHARACTERS - 1] + "…"
+
+
+def _word(name: str) -> str:
+    """Return a name without what separates words in a search of Flower's, whose links search for a task's name."""
+    return re.sub(r'[\s"()\\]+', "-", _short(name))
 
 
 def celery_settings(redis_url: str) -> dict[str, Any]:
@@ -87,6 +128,7 @@ class Publisher:
         self._celery = Celery("vectormill", set_as_current=False)
         self._celery.conf.update(celery_settings(redis_url))
         self._redis = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=3)
+        self._names: set[str] = set()
 
     def waiting(self, slugs: Sequence[str]) -> Mapping[str, int]:
         """Return the number of messages that wait in each model's queue.
@@ -111,27 +153,40 @@ class Publisher:
             raise answer
         return int(answer)
 
-    def publish(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
+    def publish(self, slug: str, message: ChunkMessage, *, first: bool = False) -> None:
         """Publish a message for a pending chunk to its model's queue. With `first`, it goes ahead of all others there.
 
         Raises:
             ServiceUnreachable: Redis doesn't answer.
         """
+        name = self._name_of(message)
         try:
             self._celery.send_task(
-                RUN_CHUNK,
-                args=[str(job_id), chunk_id],
+                # The event that a task was sent shows this name; the header says which task it is.
+                name,
+                args=[str(message.job_id), message.chunk_id],
+                headers={"task": RUN_CHUNK},
+                shadow=name,
                 # A queue that is named and not declared is reached through the anonymous exchange. It needs no binding
                 # in Redis, so a wiped Redis loses no route. With exchange="" Celery would take its default queue.
                 queue=queue_of(slug),
                 declare=[],
-                argsrepr=f"(job={job_id}, chunk={chunk_id})",
+                argsrepr=message.arguments,
                 retry=False,
             )
             if first:  # move the newest message to the consumers' end; if it's already taken, another one moves
                 self._redis.lmove(queue_of(slug), queue_of(slug), "LEFT", "RIGHT")
         except (OperationalError, redis.RedisError) as error:
             raise ServiceUnreachable("can't reach Redis; check VECTORMILL_REDIS_URL") from error
+
+    def _name_of(self, message: ChunkMessage) -> str:
+        """Return the task's name as Flower shows it: whose it is. Past the most names, only the model is told."""
+        model = _word(message.model)
+        name = f"{_word(message.job)}:{model}"
+        if name not in self._names and len(self._names) >= _MOST_NAMES:
+            return f"other-jobs:{model}"
+        self._names.add(name)
+        return name
 
     def close(self) -> None:
         """Close the connections to the broker."""

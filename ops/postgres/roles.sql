@@ -131,6 +131,9 @@ grant update (state, fence, lease_until, not_before, worker_id, crashes, isolati
 grant update (state, ends_as, cancelling_at) on vectormill.batches to vectormill_api;
 grant update (state, reason, message, finished_at) on vectormill.requests to vectormill_api;
 grant execute on function vectormill.make_partitions to vectormill_api;
+-- It tells people of a dispatcher that is away, and of claims that were lost.
+grant select (name, lease_until) on vectormill.leases to vectormill_api;
+grant select (model, job_id, cause, lost_at) on vectormill.claim_losses to vectormill_api;
 -- It makes collections, upgrades and drops them, and stages their syncs.
 grant select on vectormill.collection_keys, vectormill.collection_vectors to vectormill_api;
 grant select, insert on vectormill.collections, vectormill.collection_versions to vectormill_api;
@@ -172,6 +175,6 @@ where relnamespace = 'vectormill'::regnamespace and relispartition and relkind =
 select vectormill.show_collection(id) from vectormill.collections;
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0026';
+comment on schema vectormill is 'roles.sql of 0027';
 
 commit;

@@ -321,6 +321,7 @@ EXAMPLES: dict[str, Any] = {
         "workers": [
             {
                 "id": "7d0f6c1e-58a4-4a0e-9c6c-0c6b8f0f4a11",
+                "name": "cuda0-3f9a1c@gpu-1",
                 "host": "gpu-1",
                 "device": "cuda:0",
                 "device_kinds": ["NVIDIA H200"],

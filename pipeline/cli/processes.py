@@ -127,8 +127,7 @@ def worker(
     }
     if settings.metrics_port is not None:
         environment[metrics_server.FOLDER_VARIABLE] = str(metrics_server.make_folder())
-    name = f"{token_hex(3)}@{socket.gethostname()}"
-    arguments = ["--hostname", name, "--concurrency", str(len(chosen) * each), "--pool", "prefork"]
+    arguments = ["--hostname", _node_name(chosen), "--concurrency", str(len(chosen) * each), "--pool", "prefork"]
     alone = ["--without-gossip", "--without-mingle"]  # workers coordinate through Postgres only
     _become([*_CELERY, "worker", *arguments, *alone, "--loglevel", settings.log_level], environment)
 
@@ -253,6 +252,13 @@ def _choose_devices(wish: str) -> list[_Device]:
     if missing:
         raise UserError(f"--devices {wish}: no {missing[0]} here; available: {', '.join(known)}.")
     return [known[name] for name in names]
+
+
+def _node_name(devices: Sequence[_Device]) -> str:
+    """Return Celery's name of a worker, new at each start: cpu-1a2b3c@host, or cuda0.1-1a2b3c@host."""
+    kind, _, _ = devices[0].name.partition(":")
+    numbers = ".".join(device.name.partition(":")[2] for device in devices)
+    return f"{kind}{numbers}-{token_hex(3)}@{socket.gethostname()}"
 
 
 def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:

@@ -107,6 +107,7 @@ class ActiveJob:
     """Job that has been queued and hasn't ended, as the dispatcher sees it."""
 
     id: UUID
+    name: str
     state: JobState
     model: str
     workspace_id: int

@@ -5,7 +5,7 @@ States stand in the SQL as literals, so that the planner can prove that a partia
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 import orjson
@@ -315,6 +315,32 @@ def pending_after(connection: Connection, job_id: UUID, after: int, limit: int) 
         {"job": job_id, "after": after, "limit": limit},
     )
     return [(row[0], row[1]) for row in rows]
+
+
+class Place(NamedTuple):
+    """Place of a chunk in its job."""
+
+    #: Position, from 0, the number of the job's chunks, and that of the chunk's items.
+    ordinal: int
+    chunks: int
+    items: int
+
+
+def places(connection: Connection, chunk_ids: Sequence[int]) -> dict[int, Place]:
+    """Return the places of some chunks."""
+    if not chunk_ids:
+        return {}
+    rows = connection.execute(
+        text("""
+            select c.id, c.ordinal, last.ordinal + 1, c.items - c.vacant
+            from vectormill.chunks c
+            cross join lateral (select ordinal from vectormill.chunks l where l.job_id = c.job_id
+                                order by first_index desc limit 1) last
+            where c.id = any(:ids)
+        """),
+        {"ids": list(chunk_ids)},
+    )
+    return {row[0]: Place(*row[1:]) for row in rows}
 
 
 def cancel_pending(connection: Connection, job_id: UUID, after: int, limit: int) -> list[int]:

@@ -119,7 +119,7 @@ def active(connection: Connection) -> list[ActiveJob]:
     """Return the jobs that have been queued and haven't ended, oldest first."""
     rows = connection.execute(
         text("""
-            select j.id, j.state, j.model_name as model, j.workspace_id, j.priority, j.max_rejects, w.weight
+            select j.id, j.name, j.state, j.model_name as model, j.workspace_id, j.priority, j.max_rejects, w.weight
             from vectormill.jobs j join vectormill.workspaces w on w.id = j.workspace_id
             where j.state not in ('completed', 'failed', 'cancelled') and j.state <> 'staging'
             order by j.id

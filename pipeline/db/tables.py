@@ -749,6 +749,8 @@ workers = Table(
     Column("device_kinds", ARRAY(Text), nullable=False, server_default="{}"),
     # Reason for taking no chunks for now; NULL: it takes them.
     Column("resting", Text),
+    # Celery's name of it, which begins with its devices and ends with its host.
+    Column("name", Text),
     _moment("started_at", now=True),
     _moment("seen_at", now=True),
 )

@@ -8,27 +8,31 @@ from sqlalchemy import Connection, RowMapping, text
 
 #: A worker without a heartbeat for this long counts as gone.
 SEEN_SECONDS = 30
+#: Name of the lease that the leading dispatcher holds.
+DISPATCHER_ROLE = "dispatcher"
 
 
 def show(
     connection: Connection,
     worker_id: UUID,
     *,
+    name: str,
     host: str,
     device: str,
     device_kinds: Sequence[str],
     models: Sequence[str],
     slots: int,
 ) -> None:
-    """Record a worker's heartbeat, and the models it serves. `device_kinds` has an entry for each device."""
+    """Record a worker's heartbeat, and the models it serves. `name` is Celery's; `device_kinds` has an entry for each device."""
     connection.execute(
         text("""
-            insert into vectormill.workers (id, host, device, device_kinds, models, slots)
-            values (:id, :host, :device, :kinds, :models, :slots)
+            insert into vectormill.workers (id, name, host, device, device_kinds, models, slots)
+            values (:id, :name, :host, :device, :kinds, :models, :slots)
             on conflict (id) do update set models = excluded.models, seen_at = now()
         """),
         {
             "id": worker_id,
+            "name": name,
             "host": host,
             "device": device,
             "kinds": list(device_kinds),
@@ -93,7 +97,7 @@ def live(connection: Connection, seen_within_seconds: float = SEEN_SECONDS) -> l
     return list(
         connection.execute(
             text("""
-            select id, host, device, device_kinds, models, dropped, slots, resting, started_at, seen_at
+            select id, name, host, device, device_kinds, models, dropped, slots, resting, started_at, seen_at
             from vectormill.workers
             where seen_at > now() - make_interval(secs => :age) order by started_at
         """),

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from pipeline.broker import Publisher, queue_of
+from pipeline.broker import ChunkMessage, Publisher, queue_of
 from pipeline.core.jobs import ActiveJob
 from pipeline.db import chunks, jobs, lost_claims, models, workers
 from pipeline.infra import metrics
@@ -57,11 +57,11 @@ class Scheduler:
         for name, of_model in by_model.items():
             window = max(_LEAST_WINDOW, slots[name])
             room = window - waiting[slugs[name]]
-            self._publish_lost(slugs[name], of_model, lost, max(0, min(window, window + room)))
+            wanted = self._next_lost(of_model, lost, max(0, min(window, window + room)))
             tokens = Tokens([each for each in in_flight if each.model == name])
             feeds = {job.id: _Feed(connection, self.cursors, job.id, room) for job in of_model}
-            for job_id, chunk_id in choose(of_model, feeds, tokens, room):
-                self._publish(slugs[name], job_id, chunk_id)
+            wanted += [(*chosen, False) for chosen in choose(of_model, feeds, tokens, room)]
+            self._publish(connection, slugs[name], of_model, wanted)
         self.cursors = {job.id: self.cursors.get(job.id, 0) for job in runnable}
 
     def _lost(self, connection: Connection) -> Sequence[tuple[UUID, int, bool]]:
@@ -79,22 +79,33 @@ class Scheduler:
             if now - self.published.get(each[1], -_PUBLISH_AGAIN_SECONDS) >= _PUBLISH_AGAIN_SECONDS
         ]
 
-    def _publish_lost(
-        self, slug: str, of_model: Sequence[ActiveJob], lost: Sequence[tuple[UUID, int, bool]], most: int
-    ) -> None:
-        """Send messages for up to `most` lost chunks, even if the queue is full.
-
-        Each goes to the front, so the oldest chunk's message is sent last to come first.
-        """
+    def _next_lost(
+        self, of_model: Sequence[ActiveJob], lost: Sequence[tuple[UUID, int, bool]], most: int
+    ) -> list[tuple[UUID, int, bool]]:
+        """Return up to `most` lost chunks for messages that are sent even if the queue is full: (job id, chunk id, True
+        if it goes to the front). The oldest is last, to come first in the queue."""
         ids = {job.id for job in of_model}
         oldest = [each for each in lost if each[0] in ids][:most]
-        for job_id, chunk_id, suspect in reversed(oldest):
-            self.published[chunk_id] = time.monotonic()
-            self._publish(slug, job_id, chunk_id, first=not suspect)
+        self.published |= dict.fromkeys((chunk_id for _, chunk_id, _ in oldest), time.monotonic())
+        return [(job_id, chunk_id, not suspect) for job_id, chunk_id, suspect in reversed(oldest)]
 
-    def _publish(self, slug: str, job_id: UUID, chunk_id: int, *, first: bool = False) -> None:
-        self._publisher.publish(slug, job_id, chunk_id, first=first)
-        metrics.DISPATCHER_MESSAGES_PUBLISHED.labels(queue_of(slug)).inc()
+    def _publish(
+        self,
+        connection: Connection,
+        slug: str,
+        of_model: Sequence[ActiveJob],
+        wanted: Sequence[tuple[UUID, int, bool]],
+    ) -> None:
+        """Send messages for chunks of a model's jobs: (job id, chunk id, True if it goes to the front)."""
+        by_id = {job.id: job for job in of_model}
+        places = chunks.places(connection, [chunk_id for _, chunk_id, _ in wanted])
+        for job_id, chunk_id, first in wanted:
+            if (place := places.get(chunk_id)) is None:
+                continue  # purged meanwhile
+            job = by_id[job_id]
+            message = ChunkMessage(job_id=job_id, chunk_id=chunk_id, job=job.name, model=job.model, **place._asdict())
+            self._publisher.publish(slug, message, first=first)
+            metrics.DISPATCHER_MESSAGES_PUBLISHED.labels(queue_of(slug)).inc()
 
 
 def _slots(live: Sequence[Any]) -> dict[str, int]:

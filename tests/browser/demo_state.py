@@ -82,7 +82,14 @@ class Night:
         ]
         for worker, (host, device, kind, served, slots, silence) in zip(self._workers, shown, strict=True):
             workers.show(
-                self._connection, worker, host=host, device=device, device_kinds=[kind], models=served, slots=slots
+                self._connection,
+                worker,
+                name=f"{device.replace(':', '')}-3f9a1c@{host}",
+                host=host,
+                device=device,
+                device_kinds=[kind],
+                models=served,
+                slots=slots,
             )
             self._run(
                 "update vectormill.workers set started_at = now() - interval '9 hours', "

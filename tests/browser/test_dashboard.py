@@ -62,6 +62,7 @@ def test_a_visitor_by_a_link_elsewhere_need_not_log_in_again(site: Site) -> None
 def test_a_job_moves_to_done_without_a_reload(site: Site) -> None:
     visit = site.visit(site.gateway.key)
     page = visit.page
+    visit.go("/jobs")
     expect(page.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
     page.evaluate("window.same = true")
     job = submit(site, "watched", 3_000, bad=3)
@@ -172,7 +173,7 @@ def test_rejects_are_read_and_a_text_only_on_a_click(site: Site) -> None:
 def test_by_keyboard_alone(site: Site) -> None:
     submit(site, "by-keyboard", 50)
     page = site.visit(site.gateway.key).page
-    page.goto(site.gateway.url + "/")
+    page.goto(site.gateway.url + "/jobs")
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
     page.keyboard.press("Enter")
@@ -301,7 +302,14 @@ def long_names(site: Site) -> list[str]:
         with engine.begin() as connection:
             worker = uuid4()
             workers.show(
-                connection, worker, host="H" * 200, device="cpu", device_kinds=["cpu"], models=[model.name], slots=1
+                connection,
+                worker,
+                name="cpu-1@" + "H" * 200,
+                host="H" * 200,
+                device="cpu",
+                device_kinds=["cpu"],
+                models=[model.name],
+                slots=1,
             )
             workers.drop_model(connection, worker, model.name, "E" * 300)
             metered = {"workspace_id": models.workspace_id(connection), "model": model.name, "job_id": job}
@@ -309,7 +317,7 @@ def long_names(site: Site) -> list[str]:
             connection.execute(usage)
             keys.create(connection, models.workspace_id(connection), "N" * 100)
     rejects = f"/jobs/{job}/rejects"
-    pages = ["/", f"/?name={long}", f"/jobs/{job}", rejects, f"{rejects}?text=2", "/workers", "/models", "/keys"]
+    pages = ["/", "/jobs", f"/jobs?name={long}", f"/jobs/{job}", rejects, f"{rejects}?text=2", "/workers", "/models", "/keys"]
     return [*pages, "/usage?by=job", "/usage?by=model"]
 
 
@@ -329,7 +337,7 @@ def every_page(site: Site) -> list[str]:
     job = found[0][0] if found else submit(site, name, 450, bad=4)
     site.gateway.fleet.await_end(job)
     rejects = f"/jobs/{job}/rejects"
-    pages = ["/", "/?name=nothing", f"/jobs/{job}", rejects, f"{rejects}?text=451", f"{rejects}?code=empty_text"]
+    pages = ["/", "/jobs", "/jobs?name=nothing", f"/jobs/{job}", rejects, f"{rejects}?text=451", f"{rejects}?code=empty_text"]
     return [
         *pages,
         "/collections",

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from socket import gethostname
 from typing import Any
+from urllib.parse import quote
 from uuid import UUID
 
 import httpx2 as httpx
@@ -55,10 +58,22 @@ def test_tasks_are_found_by_job_and_chunk_and_show_no_text(fleet: Fleet, flower:
         reply: dict[str, dict[str, str]] = flower.get("/api/tasks", params={"search": search}).json()
         return reply
 
-    expected = {f"(job={job}, chunk={chunk})" for chunk in chunks}
+    items = fleet.scalar("select array_agg(items order by id) from vectormill.chunks")
+    expected = {
+        f"chunk {at}/{len(chunks)}, {count} items, corpus (job={job}, chunk={chunk})"
+        for at, (chunk, count) in enumerate(zip(chunks, items, strict=True), start=1)
+    }
     eventually(lambda: {task["args"] for task in found(str(job)).values()} >= expected, "tasks of all chunks")
-    assert {task["args"] for task in found(f"chunk={chunks[1]}").values()} == {f"(job={job}, chunk={chunks[1]})"}
+    eventually(lambda: {task["state"] for task in found(str(job)).values()} == {"SUCCESS"}, "their results")
+    assert {task["name"] for task in found(str(job)).values()} == {"corpus:static"}
+    results = [task["result"] for task in found(str(job)).values() if "embedded" in task["result"]]
+    counted = [re.fullmatch(r"(\d+) embedded, ([\d,]+) tokens, \d+\.\d s", result) for result in results]
+    assert sum(int(match[1]) for match in counted if match) == len(texts)
+    (found_one,) = {task["args"] for task in found(f"chunk={chunks[1]}").values()}
+    assert found_one.startswith(f"chunk 2/{len(chunks)}, ")
     assert found(str(UUID(int=0))) == {}
+    queues = set(re.findall(r'<tr id="([^"]+)"', flower.get("/broker").text))
+    assert "embed.static" in queues
 
     pages = ["/", "/tasks", "/broker", "/api/workers", "/api/tasks", "/metrics"]
     pages += [f"{start}{task}" for task in found(str(job)) for start in ("/task/", "/api/task/info/")]
@@ -67,6 +82,34 @@ def test_tasks_are_found_by_job_and_chunk_and_show_no_text(fleet: Fleet, flower:
         assert reply.status_code == 200, page
         assert _WORD not in reply.text, page
     assert str(job) in flower.get("/tasks/datatable", params=_table(str(job))).text
+
+
+def test_a_worker_bears_device_and_host(fleet: Fleet, flower: httpx.Client) -> None:
+    fleet.start("worker", "pipeline.cli", "worker", "--devices", "cpu", "--replicas", "1")
+    named = "select exists (select from vectormill.workers where name is not null)"
+    eventually(lambda: fleet.scalar(named), "a worker that shows itself")
+    worker = fleet.scalar("select name from vectormill.workers")
+    assert re.fullmatch(rf"cpu-[0-9a-f]{{6}}@{re.escape(gethostname())}", worker)
+    assert flower.get(f"/worker/{quote(worker)}").status_code == 200
+    assert worker in flower.get("/workers", params={"json": "1"}).text
+
+
+def test_tasks_that_end_no_chunk_say_why(fleet: Fleet, flower: httpx.Client, tmp_path: Path) -> None:
+    fleet.start_dispatcher()
+    corpus = write_corpus(tmp_path / "corpus.jsonl", ["a text"] * 40)
+    job = fleet.submit(str(corpus), "--by-reference", "--model", "static", "--name", "gone")
+    corpus.unlink()
+    fleet.start_worker(replicas=1)
+    fleet.await_end(job)
+
+    def failed() -> list[Any]:
+        return list(flower.get("/api/tasks", params={"search": "state:FAILURE name:gone"}).json().values())
+
+    eventually(failed, "a task that failed")
+    assert {task["name"] for task in failed()} == {"gone:static"}
+    assert all(task["exception"].startswith("Refused('SourceChanged: ") for task in failed())
+    page = flower.get("/tasks/datatable", params=_table("state:FAILURE name:gone")).json()
+    assert [row["result"] for row in page["data"]] == [task["exception"] for task in failed()]
 
 
 def _table(search: str) -> dict[str, str]:

@@ -20,7 +20,16 @@ def show_worker(engine: Engine, model: str, slots: int, kinds: Sequence[str] = (
     """Register a worker that serves a model on devices of these kinds, as the dispatcher sees it."""
     worker = uuid4()
     with engine.begin() as connection:
-        workers.show(connection, worker, host="here", device="cpu", device_kinds=kinds, models=[model], slots=slots)
+        workers.show(
+            connection,
+            worker,
+            name="cpu-1@here",
+            host="here",
+            device="cpu",
+            device_kinds=kinds,
+            models=[model],
+            slots=slots,
+        )
     return worker
 
 

@@ -46,7 +46,7 @@ class Slots:
         if ended:
             write_chunk(self._engine, ended, 0, part_of([ended.first_index]), DONE)
         while len(self._running) < _SLOTS and (message := cast("bytes | None", self._redis.lpop(self._queue))):
-            job, chunk = json.loads(message)["headers"]["argsrepr"].strip("()").replace("job=", "").split(", chunk=")
+            job, chunk = json.loads(message)["headers"]["argsrepr"].partition("(job=")[2].strip(")").split(", chunk=")
             with self._engine.begin() as connection:
                 claim = chunks.claim(
                     connection, UUID(job), int(chunk), worker_id=WORKER, task_id="t", lease_seconds=600

@@ -24,7 +24,7 @@ from kombu.exceptions import OperationalError
 from pydantic import SecretStr
 from uuid_utils.compat import uuid7
 
-from pipeline.broker import Publisher, celery_settings
+from pipeline.broker import ChunkMessage, Publisher, celery_settings
 from pipeline.core.errors import ServiceUnreachable, UserError
 from pipeline.doctor.servers import encryption
 from pipeline.infra.settings import Settings, load_settings, verifying
@@ -113,7 +113,9 @@ def _certificate(folder: Path, name: str) -> Path:
 def _publish(url: str) -> None:
     publisher = Publisher(url)
     try:
-        publisher.publish("tls", uuid7(), 1)
+        publisher.publish(
+            "tls", ChunkMessage(job_id=uuid7(), chunk_id=1, job="job", model="tls", ordinal=0, chunks=1, items=1)
+        )
     finally:
         publisher.close()
 

@@ -1,5 +1,6 @@
 """Run of a chunk on a real Postgres, with a real model."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,20 @@ def test_a_cancelled_chunk_keeps_what_is_finished(engine: Engine, encoder: Local
         control.cancel(connection, claim.job_id)
     found = run(engine, encoder, claim, how)
     assert (found["state"], found["embedded"], found["cancelled"]) == ("cancelled", 8, 192)
+
+
+def test_what_became_of_a_chunk_is_told(engine: Engine, encoder: LocalEncoder, model: Model) -> None:
+    tally = run_chunk(engine, encoder, taken(engine, make_job(engine, model, 8)), watch(), on_hang=lambda: None)
+    assert re.fullmatch(r"4 embedded, \d+ tokens, 0\.\d s", str(tally))
+    assert tally.given_back is None
+    (counted,) = run_sql(engine, "select sum(prompt_tokens) from vectormill.usage")[0]
+    assert tally.tokens == counted
+    claim, how = isolated(engine, model, 200, 2), watch()
+    how.cancelled = True
+    tally = run_chunk(engine, encoder, claim, how, on_hang=lambda: None)
+    assert (tally.embedded, tally.given_back) == (8, "its job is being cancelled")
+    tally = run_chunk(engine, encoder, isolated(engine, model, 200, 2), watch(-1), on_hang=lambda: None)
+    assert (tally.embedded, tally.given_back) == (8, "its time is up")
 
 
 def test_a_renewal_without_a_row_is_a_lost_lease_and_no_cancellation(

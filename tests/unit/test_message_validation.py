@@ -33,9 +33,27 @@ def test_of_a_call_ids_are_believed_and_nothing_else() -> None:
     made = message_validation.call(message([[job, 7], {}, more], headers=headers, properties=7, more=MARK), QUEUE)
     assert body_of(made)[0] == [job, 7]
     assert MARK not in json.dumps(made)
-    assert set(made["headers"]) == {"lang", "task", "id", "root_id", "argsrepr", "kwargsrepr"}
+    assert set(made["headers"]) == {"lang", "task", "id", "root_id", "shadow", "argsrepr", "kwargsrepr"}
+    assert (made["headers"]["shadow"], made["headers"]["argsrepr"]) == (None, f"(job={job}, chunk=7)")
     assert made["headers"]["id"] == made["properties"]["correlation_id"] == task
     assert made["properties"]["delivery_info"]["routing_key"] == QUEUE
+
+
+@pytest.mark.parametrize("ending", ["", " ", "x" * 300, "\n", "\x1b[31m"])
+def test_what_flower_shows_is_ours_or_left_out(ending: str) -> None:
+    job = str(uuid4())
+    body = [[job, 7], {}, {"callbacks": None}]
+    name, shown = f"docs:model{ending}", f"chunk 1/2, 8 items, docs{ending} (job={job}, chunk=7)"
+    made = message_validation.call(message(body, headers=head(shadow=name, argsrepr=shown)), QUEUE)["headers"]
+    kept = ending in ("", " ")
+    assert made["shadow"] == (name if kept else None)
+    assert made["argsrepr"] == (shown if kept else f"(job={job}, chunk=7)")
+
+
+def test_a_call_of_another_chunk_is_not_shown_as_this_one() -> None:
+    job = str(uuid4())
+    given = message([[job, 7], {}, {"callbacks": None}], headers=head(argsrepr=f"chunk 8/8 (job={job}, chunk=8)"))
+    assert message_validation.call(given, QUEUE)["headers"]["argsrepr"] == f"(job={job}, chunk=7)"
 
 
 @pytest.mark.parametrize("what", no_commands())

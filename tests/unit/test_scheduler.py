@@ -22,6 +22,7 @@ class Feed:
 def job(number: int, *, workspace: int = 1, weight: float = 1.0, priority: int = 0) -> ActiveJob:
     return ActiveJob(
         id=UUID(int=number),
+        name=f"job-{number}",
         state=JobState.RUNNING,
         model="model",
         workspace_id=workspace,

@@ -116,6 +116,7 @@ class Heartbeat:
             workers.show(
                 connection,
                 self._worker_id,
+                name=self._hostname,
                 host=socket.gethostname(),
                 device=",".join(self._settings.worker_devices),
                 device_kinds=self._settings.worker_device_kinds,

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import UUID, uuid4
 
-from pipeline.broker import QUEUE, RUN_CHUNK
+from pipeline.broker import QUEUE, RUN_CHUNK, ids_shown
 
 #: Limit of a message's body; our own have a tenth of it.
 _MOST_BODY_BYTES = 4_096
 _HIGHEST_CHUNK = 2**63 - 1
+#: Limit of a text that is for Flower alone; our own have half of it.
+_MOST_SHOWN = 300
 _QUEUE_OF_A_MODEL = re.compile(re.escape(QUEUE) + r"[a-z0-9.-]{1,200}")
 
 _REPLIES = "reply.celery.pidbox"
@@ -58,7 +60,8 @@ def call(message: Any, queue: str) -> dict[str, Any]:
             "task": RUN_CHUNK,
             "id": task_id,
             "root_id": task_id,
-            "argsrepr": f"(job={job}, chunk={chunk})",
+            "shadow": _shown(headers.get("shadow")) or None,
+            "argsrepr": _shown(headers.get("argsrepr"), ids_shown(job, chunk)),
             "kwargsrepr": "{}",
         },
     )
@@ -118,6 +121,12 @@ def _arguments(content: Any) -> tuple[str, int]:
     if type(chunk) is not int or not 0 < chunk <= _HIGHEST_CHUNK:
         raise Refused("its chunk isn't a chunk's id")
     return _uuid(job, "job"), chunk
+
+
+def _shown(given: Any, end: str = "") -> str:
+    """Return a text that is for Flower, if it is one of ours, else only its end."""
+    ours = isinstance(given, str) and given.isprintable() and len(given) <= _MOST_SHOWN and given.endswith(end)
+    return given if ours else end
 
 
 def _uuid(given: Any, what: str) -> str:

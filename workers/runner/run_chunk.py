@@ -34,6 +34,7 @@ from pipeline.infra.ahead import ahead
 from pipeline.infra.leases import Renewal
 from workers import instrumentation
 from workers.encoders.batching import CONVICTED, Encoder, Slice, isolated_slices
+from workers.runner.outcome import Tally
 from workers.runner.overlap import InOrder
 from workers.runner.reuse import SortedItems, known_vectors, sort_out, with_followers
 from workers.runner.slice_encoding import SliceEncoding, reject
@@ -45,8 +46,8 @@ log = structlog.get_logger()
 _ELSEWHERE_SECONDS, _MOST_ELSEWHERE_SECONDS = 2.0, 8.0
 
 
-def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> None:
-    """Embed a claimed chunk and commit it, whole or piece by piece.
+def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_hang: Callable[[], None]) -> Tally:
+    """Embed a claimed chunk and commit it, whole or piece by piece. Return what was committed.
 
     Raises:
         LeaseLost: the chunk is no longer this claim's.
@@ -55,14 +56,18 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
         GatewayBusy, GatewayRefused: the chunk is given back, after all that the upstream returned is committed.
         GatewayChanged: the upstream's model is another one; its vectors since the last commit aren't written.
     """
+    begin = monotonic()
     watch.progressed = not claim.options.splits
     with Renewal(_renewal(engine, claim, watch, on_hang), claim.lease_seconds), InOrder(watch.fail) as commits:
         with instrumentation.step(claim.model, "read"):
             unsettled = read_chunk(engine, claim)
-        number = -1
+        number, tally = -1, Tally()
+        state = ChunkState.DONE  # also of a chunk without an item that is left
         work = _Work(engine, encoder, claim, watch, commits.wait)
         for number, (commit, ending) in enumerate(_commits(work, unsettled)):
             commits.begin(partial(_write, engine, claim, number, commit, ending))
+            tally.add(commit)
+            state = ending.state
             if claim.isolation:
                 commits.wait()
         commits.wait()
@@ -70,6 +75,12 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
             _give_back(engine, claim, number + 1)
     if watch.interruption:
         raise watch.interruption
+    tally.seconds = monotonic() - begin
+    if work.deferred:
+        tally.given_back = "another chunk embeds the same texts"
+    elif state is ChunkState.PENDING:
+        tally.given_back = "its job is being cancelled" if watch.cancelled else "its time is up"
+    return tally
 
 
 def _write(engine: Engine, claim: Claim, number: int, commit: Commit, ending: Ending) -> None:

@@ -10,6 +10,7 @@ import psutil
 import structlog
 from billiard import current_process
 from celery import Task
+from celery.exceptions import Retry
 from psycopg.errors import CheckViolation, InsufficientPrivilege
 from sqlalchemy import Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
@@ -41,6 +42,7 @@ from workers import instrumentation
 from workers.encoders.batching import Encoder
 from workers.encoders.model_cache import Loader, ModelCache
 from workers.runner.app import app, worker_id_of
+from workers.runner.outcome import GivenBack, Lost, NotDone, Refused, Result
 from workers.runner.run_chunk import run_chunk
 from workers.upstream.attempts import Attempts
 from workers.upstream.client import UpstreamClient
@@ -146,32 +148,37 @@ def _child() -> Child:
     return Child(load_settings())
 
 
-@app.task(name=RUN_CHUNK, bind=True)
-def run_chunk_task(task: Task, job: str, chunk_id: int) -> None:
-    """Embed one chunk of a job, if it can be claimed."""
+@app.task(name=RUN_CHUNK, bind=True, throws=(NotDone,))
+def run_chunk_task(task: Task, job: str, chunk_id: int) -> Result:
+    """Embed one chunk of a job, if it can be claimed. The result and errors are for Flower; Postgres has the truth."""
     child, worker_id, job_id = _child(), worker_id_of(task.request.hostname), UUID(job)
     with structlog.contextvars.bound_contextvars(job=job, chunk=chunk_id, fence=None):
         try:
             wanted = _model_of(child.engine, job_id)
             if wanted is None:
-                return
+                return Result("nothing to do: its job is gone")
             model, precision = wanted
             try:
                 if not model.upstream:
                     child.model_cache.get(model, precision)  # a model that can't be loaded takes no chunk
-                _run(child, model, job_id, chunk_id, worker_id, task.request.id)
+                return _run(child, model, job_id, chunk_id, worker_id, task.request.id)
             except ModelError as error:
                 log.error("model_dropped", model=model.name, reason=str(error))
                 child.model_cache.drop(model.name)
                 with child.engine.begin() as connection:
                     workers.drop_model(connection, worker_id, model.name, str(error))
+                raise Refused.of(error) from None
         except LeaseLost:
             log.warning("lease_lost")
+            raise Lost("another claim has the chunk, or its job has ended") from None
         except DBAPIError as error:
             if not is_connection_lost(error):
                 # Celery logs this error and Flower shows it, so it must not hold the rows that Postgres quotes.
                 raise VectormillError(plain_reason(error)) from None
             log.warning("database_unreachable")
+            raise Lost("the database is away") from None
+        except GivenBack as reason:
+            raise Retry(str(reason), reason) from None
 
 
 def _model_of(engine: Engine, job_id: UUID) -> tuple[Model, Precision] | None:
@@ -180,10 +187,10 @@ def _model_of(engine: Engine, job_id: UUID) -> tuple[Model, Precision] | None:
     return (as_model(row), Precision(row["precision"])) if row else None
 
 
-def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUID, task_id: str) -> None:
+def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUID, task_id: str) -> Result:
     if model.upstream and child.is_held(model):
         instrumentation.let_go(model.name, "held")
-        return  # the dispatcher publishes the chunk again
+        raise GivenBack("not claimed: its gateway lets nothing through now")
     with child.engine.begin() as connection:
         claim = chunks.claim(
             connection,
@@ -196,22 +203,24 @@ def _run(child: Child, model: Model, job_id: UUID, chunk_id: int, worker_id: UUI
     if claim is None:
         log.debug("nothing_to_claim")
         instrumentation.let_go(model.name, "missed")
-        return
+        return Result("nothing to do: it waits for nobody, as it has ended, runs or is paused")
     structlog.contextvars.bind_contextvars(fence=claim.fence)
-    _embed(child, model, claim)
+    return _embed(child, model, claim)
 
 
-def _embed(child: Child, model: Model, claim: Claim) -> None:
+def _embed(child: Child, model: Model, claim: Claim) -> Result:
     """Embed a claimed chunk, and settle the claim however it ends."""
     try:
         with instrumentation.claimed(model.name):
             encoder, watch = child.prepare(model, claim)
-            run_chunk(child.engine, encoder, claim, watch, on_hang=_leave)
+            tally = run_chunk(child.engine, encoder, claim, watch, on_hang=_leave)
     except GatewayBusy as error:
         log.warning("gateway_busy", error=str(error), wait_seconds=round(error.wait_seconds, 1))
+        raise GivenBack.of(error) from None
     except GatewayRefused as error:
         _give_back(child.engine, claim, error)
         _pause_jobs(child.engine, model, error)
+        raise Refused.of(error) from None
     except ModelError as error:
         # The canary came out right at loading. A process that lost its device never gets it back; a new one may.
         log.error("model_stopped", model=model.name, reason=str(error))
@@ -229,11 +238,16 @@ def _embed(child: Child, model: Model, claim: Claim) -> None:
     except (SourceError, StorageRefused, StorageUnreachable) as error:
         _give_back(child.engine, claim, error)
         _stop_job(child.engine, claim, error)
+        kind = GivenBack if isinstance(error, StorageUnreachable) else Refused
+        raise kind.of(error) from None
     except Exception as error:  # noqa: BLE001
         # A text or a bug of ours caused this. Exit: the parent frees the claim and counts the loss, so that
         # isolation finds the text, and a worker that loses chunk after chunk rests.
         log.error("chunk_crashed", error=type(error).__name__)
         os._exit(70)
+    if tally.given_back:
+        raise GivenBack(f"{tally.given_back}; {tally}")
+    return Result(str(tally))
 
 
 def _pause_jobs(engine: Engine, model: Model, error: GatewayRefused) -> None:

@@ -22,6 +22,7 @@ class Worker(BaseModel):
     """Celery worker."""
 
     id: UUID
+    name: str | None = Field(description="Its name in Celery and Flower.")
     host: str
     device: str
     device_kinds: list[str] = Field(description="Kind of each of its devices: cpu, mps, or a GPU's name.")
