@@ -18,6 +18,8 @@ BUILD = ROOT / ".vectormill" / "docs"
 SITE = BUILD / "site"
 #: Marks of blocks that tests don't run; no reader needs them.
 _MARK = re.compile(r"^```(sh|sql|python) \w+$", re.MULTILINE)
+#: A data frame's own style. Without it a table looks as others of the site do.
+_FRAME = re.compile(r'<style>.*?</style>\s*<table border="1" class="dataframe">', re.DOTALL)
 _GUIDES = (
     *("README", "texts", "nightly", "python", "jobs", "results", "large-corpora", "sql", "gateway", "models"),
     *("upstreams", "deploy", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery"),
@@ -39,7 +41,7 @@ def build() -> None:
             there.write_text(_MARK.sub(r"```\1", text), encoding="utf-8")
         elif name.endswith(".ipynb"):
             text, _ = MarkdownExporter().from_filename(str(ROOT / name))
-            there.with_suffix(".md").write_text(text.lstrip(), encoding="utf-8")
+            there.with_suffix(".md").write_text(_FRAME.sub("<table>", text).lstrip(), encoding="utf-8")
         elif not name.endswith(".py") or name.startswith("ops/"):
             shutil.copyfile(ROOT / name, there)
     nav = _nav()
