@@ -156,33 +156,52 @@ async def ask_of_job(
     changes_ended: bool | None = None,
     caller: Caller | None = None,
 ) -> Found:
-    """Run `act` on a job that the caller sees, found by its id, the beginning of its id, or its name.
-
-    An admin's own workspace is searched before the others.
+    """Run `act` on a job that the caller sees, found as by `visible_job_id`.
 
     Args:
         changes_ended: set if `act` changes the job: True for one that has ended, False for one that hasn't.
         caller: the caller, if known already.
 
+    Raises: as `visible_job_id`.
+    """
+    asks = caller or await caller_of(request)
+
+    def run(connection: Connection) -> Found:
+        return act(connection, visible_job_id(connection, asks, job, workspace, changes_ended=changes_ended))
+
+    return await ask(request, run)
+
+
+def visible_job_id(
+    connection: Connection,
+    caller: Caller,
+    job: str,
+    workspace: str | None = None,
+    *,
+    changes_ended: bool | None = None,
+) -> UUID:
+    """Return the id of a job that the caller sees, found by its id, the beginning of its id, or its name, as a path
+    holds it.
+
+    An admin's own workspace is searched before the others.
+
+    Args:
+        changes_ended: set if the job is to be changed: True for one that has ended, False for one that hasn't.
+
     Raises:
         UnknownJob: the caller sees no such job.
         UserError: several jobs fit: their ids begin so, or, for a change, they have this name.
     """
-    asks = caller or await caller_of(request)
-    job = as_sent(job)
+    scope, sought = scope_of(connection, caller, workspace), as_sent(job)
 
-    def find(connection: Connection) -> UUID:
-        scope = scope_of(connection, asks, workspace)
-        try:
-            return found(connection, scope or asks.workspace_id)
-        except UnknownJob:
-            if scope is not None:
-                raise
-            return found(connection, None)
-
-    def found(connection: Connection, scope: int | None) -> UUID:
+    def found(within: int | None) -> UUID:
         if changes_ended is None:
-            return status.find_job(connection, scope, job)
-        return status.find_job_to_change(connection, scope, job, ended=changes_ended)
+            return status.find_job(connection, within, sought)
+        return status.find_job_to_change(connection, within, sought, ended=changes_ended)
 
-    return await ask(request, lambda connection: act(connection, find(connection)))
+    try:
+        return found(scope or caller.workspace_id)
+    except UnknownJob:
+        if scope is not None:
+            raise
+        return found(None)

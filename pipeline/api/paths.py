@@ -5,11 +5,12 @@ from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-_PREFIX = b"/api/"
+_PREFIXES = (b"/api/", b"/jobs/")
 
 
 class Segmented:
-    """Middleware that keeps `%2F` apart from `/` below `/api`: a job may be called `team/docs`, or `docs/cancel`.
+    """Middleware that keeps `%2F` apart from `/` below `/api` and `/jobs`: a job may be called `team/docs`, or
+    `docs/cancel`.
 
     Servers decode a path before it is routed. Paths routed here still hold `%2F` and `%25`; `as_sent` decodes them.
     """
@@ -20,7 +21,7 @@ class Segmented:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI scope."""
         raw = scope.get("raw_path") or b""
-        if scope["type"] == "http" and raw.startswith(_PREFIX):
+        if scope["type"] == "http" and raw.startswith(_PREFIXES):
             kept = raw.replace(b"%25", b"%2525").replace(b"%2F", b"%252F").replace(b"%2f", b"%252F")
             scope = {**scope, "path": unquote(kept.decode("latin-1"))}
         await self._app(scope, receive, send)

@@ -40,19 +40,6 @@ def workspace_of(connection: Connection, job_id: UUID) -> str:
     ).scalar_one()
 
 
-def count_jobs(connection: Connection, workspace_id: int | None) -> list[tuple[str, str, int]]:
-    """Return the number of jobs by state and model: (state, model, count)."""
-    rows = connection.execute(
-        text("""
-            select state, model_name, count(*) from vectormill.jobs
-            where cast(:workspace as bigint) is null or workspace_id = :workspace
-            group by 1, 2 order by 2, 1
-        """),
-        {"workspace": workspace_id},
-    )
-    return [(row[0], row[1], row[2]) for row in rows]
-
-
 def queue_positions(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUID, int]:
     """Return, for each of these jobs that is queued, the number of jobs of its model ahead of it, by priority, then by
     age."""

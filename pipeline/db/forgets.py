@@ -151,6 +151,19 @@ def unfinished(connection: Connection, limit: int) -> Sequence[UUID]:
     return list(connection.execute(found, {"limit": limit}).scalars())
 
 
+def with_problems(connection: Connection, workspace_id: int | None, limit: int) -> list[Forget]:
+    """Return the oldest unfinished requests of a workspace, or of all, that something stands in the way of."""
+    found = text(
+        _READ
+        + """
+        where finished_at is null and problem is not null
+          and (workspace_id = :workspace or cast(:workspace as bigint) is null) order by id limit :limit
+    """
+    )
+    rows = connection.execute(found, {"workspace": workspace_id, "limit": limit})
+    return [Forget(**row) for row in rows.mappings()]
+
+
 def of_workspace(connection: Connection, workspace_id: int) -> UUID | None:
     """Return a request of this workspace that isn't finished; None if there is none."""
     found = text("""

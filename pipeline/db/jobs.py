@@ -1,12 +1,13 @@
 """Jobs: rows, states and transitions. An update applies only while the job is in a state that allows it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, RowMapping, select, text
+from sqlalchemy import ColumnElement, Connection, RowMapping, func, select, text
 
 from pipeline.core.jobs import JOB_TRANSITIONS, ActiveJob, Job, JobState, Reason
 from pipeline.core.options import KeptOptions
@@ -90,29 +91,57 @@ def page(
     connection: Connection,
     workspace_id: int | None,
     *,
+    before: UUID | None = None,
+    limit: int,
+    **wanted: Any,
+) -> list[RowMapping]:
+    """Return a page of jobs, newest first, of one workspace or of all: `id, workspace`.
+
+    Args:
+        before: the cursor, the job after which the page begins.
+        wanted: filters, those of `_fitting`.
+    """
+    found = select(jobs.c.id, workspaces.c.name.label("workspace")).join(workspaces).order_by(jobs.c.id.desc())
+    if before is not None:
+        found = found.where(jobs.c.id < before)
+    found = found.where(*_fitting(workspace_id, **wanted)).limit(limit)
+    return list(connection.execute(found).mappings())
+
+
+def count(connection: Connection, workspace_id: int | None, **wanted: Any) -> list[tuple[str, str, int]]:
+    """Return the number of jobs by state and model, of one workspace or of all: (state, model, count). `wanted`:
+    filters, those of `_fitting`."""
+    group = (jobs.c.state, jobs.c.model_name)
+    counted = select(*group, func.count()).where(*_fitting(workspace_id, **wanted)).group_by(*group)
+    rows = connection.execute(counted.order_by(jobs.c.model_name, jobs.c.state))
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
+def _fitting(
+    workspace_id: int | None,
+    *,
     states: Sequence[JobState] = (),
     model: str | None = None,
     name: str | None = None,
     labels: Mapping[str, str] | None = None,
-    before: UUID | None = None,
-    limit: int,
-) -> list[RowMapping]:
-    """Return a page of jobs, newest first, of one workspace or of all: `id, workspace`. Optional filters: `states`,
-    `model`, a substring of the `name`, `labels`; `before` is the cursor, the job after which the page begins."""
-    found = select(jobs.c.id, workspaces.c.name.label("workspace")).join(workspaces).order_by(jobs.c.id.desc())
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> Iterator[ColumnElement[bool]]:
+    """Yield the conditions of optional filters: `name` is a substring; jobs are made from `since` to before `until`."""
     if workspace_id is not None:
-        found = found.where(jobs.c.workspace_id == workspace_id)
+        yield jobs.c.workspace_id == workspace_id
     if states:
-        found = found.where(jobs.c.state.in_(states))
+        yield jobs.c.state.in_(states)
     if model is not None:
-        found = found.where(jobs.c.model_name == model)
+        yield jobs.c.model_name == model
     if name is not None:
-        found = found.where(jobs.c.name.icontains(name, autoescape=True))
+        yield jobs.c.name.icontains(name, autoescape=True)
     if labels:
-        found = found.where(jobs.c.labels.contains(dict(labels)))
-    if before is not None:
-        found = found.where(jobs.c.id < before)
-    return list(connection.execute(found.limit(limit)).mappings())
+        yield jobs.c.labels.contains(dict(labels))
+    if since is not None:
+        yield jobs.c.created_at >= since
+    if until is not None:
+        yield jobs.c.created_at < until
 
 
 def active(connection: Connection) -> list[ActiveJob]:

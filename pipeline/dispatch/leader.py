@@ -6,7 +6,7 @@ from sqlalchemy import Engine
 
 from pipeline.db import workers
 
-ROLE = "dispatcher"
+ROLE = workers.DISPATCHER_ROLE
 _LEASE_SECONDS = 10
 #: Interval at which the leader renews the lease, and the others try to take it.
 CHECK_SECONDS = _LEASE_SECONDS / 5

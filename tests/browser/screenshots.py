@@ -84,7 +84,8 @@ def _api(servers: Running, logs: Path) -> Iterator[tuple[Gateway, dict[str, str]
         yield (
             gateway,
             {
-                "jobs": "/",
+                "overview": "/",
+                "jobs": "/jobs",
                 "job": f"/jobs/{jobs['docs-nightly']}",
                 "failed": f"/jobs/{jobs['crawl-0731']}",
                 "paused": f"/jobs/{jobs['mail-archive']}",

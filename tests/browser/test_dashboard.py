@@ -317,8 +317,8 @@ def long_names(site: Site) -> list[str]:
             connection.execute(usage)
             keys.create(connection, models.workspace_id(connection), "N" * 100)
     rejects = f"/jobs/{job}/rejects"
-    pages = ["/", "/jobs", f"/jobs?name={long}", f"/jobs/{job}", rejects, f"{rejects}?text=2", "/workers", "/models", "/keys"]
-    return [*pages, "/usage?by=job", "/usage?by=model"]
+    pages = ["/", "/jobs", f"/jobs?name={long}", f"/jobs/{job}", rejects, f"{rejects}?text=2"]
+    return [*pages, "/workers", "/models", "/keys", "/usage?by=job", "/usage?by=model"]
 
 
 @pytest.mark.parametrize("width", [360, 768, 1_280])
@@ -337,9 +337,10 @@ def every_page(site: Site) -> list[str]:
     job = found[0][0] if found else submit(site, name, 450, bad=4)
     site.gateway.fleet.await_end(job)
     rejects = f"/jobs/{job}/rejects"
-    pages = ["/", "/jobs", "/jobs?name=nothing", f"/jobs/{job}", rejects, f"{rejects}?text=451", f"{rejects}?code=empty_text"]
+    pages = ["/", "/jobs", "/jobs?name=nothing", f"/jobs/{job}", rejects, f"{rejects}?text=451"]
     return [
         *pages,
+        f"{rejects}?code=empty_text",
         "/collections",
         collection(site),
         "/workers",

@@ -53,7 +53,7 @@ def log_in(gateway: Gateway, key: str, next_: str = "/", **headers: str) -> http
 
 
 def pages(job: UUID) -> list[str]:
-    of_jobs = ["/", f"/jobs/{job}", f"/jobs/{job}/rejects"]
+    of_jobs = ["/", "/jobs", f"/jobs/{job}", f"/jobs/{job}/rejects"]
     return [*of_jobs, "/collections", "/workers", "/models", "/usage", "/usage?by=key", "/keys"]
 
 
@@ -164,7 +164,7 @@ def test_what_people_wrote_is_text(gateway: Gateway, browser: httpx.Client, mode
         evil=EVIL,
         job=job,
     )
-    for path in ("/", f"/?name={EVIL}", f"/jobs/{job}", f"/jobs/{job}/rejects"):
+    for path in ("/", "/jobs", f"/jobs?name={EVIL}", f"/jobs/{job}", f"/jobs/{job}/rejects"):
         reply = browser.get(path)
         assert reply.status_code == 200
         assert EVIL not in reply.text
@@ -197,7 +197,7 @@ def test_every_page_is_there_for_everybody(gateway: Gateway, model: Model, other
         with visitor(gateway, key) as client:
             assert [client.get(path).status_code for path in pages(job)] == [200] * len(pages(job))
     with visitor(gateway, other) as client:
-        assert "No jobs yet" in client.get("/").text
+        assert "No jobs yet" in client.get("/jobs").text
 
 
 def test_jobs_of_others_are_not_there(gateway: Gateway, browser: httpx.Client, model: Model, other: str) -> None:
@@ -207,9 +207,9 @@ def test_jobs_of_others_are_not_there(gateway: Gateway, browser: httpx.Client, m
             assert client.get(path).status_code == 404
         for action in ("cancel", "pause", "resume", "retry"):
             assert client.post(f"/jobs/{job}/{action}").status_code == 404
-        assert "ours-only" not in client.get("/").text
+        assert "ours-only" not in client.get("/jobs").text
     assert job_row(gateway.engine, job)["state"] == "queued"
-    assert "ours-only" in browser.get("/").text
+    assert "ours-only" in browser.get("/jobs").text
 
 
 def test_an_unknown_address_is_a_page_for_people_and_a_problem_for_programs(gateway: Gateway) -> None:
@@ -219,7 +219,7 @@ def test_an_unknown_address_is_a_page_for_people_and_a_problem_for_programs(gate
         for path, status in (("/nothing", 404), (f"/jobs/{job}/cancel", 405), ("/logout", 405)):
             page = client.get(path, headers=people)
             assert (page.status_code, page.headers["content-type"]) == (status, "text/html; charset=utf-8")
-            assert 'href="/">To the jobs' in page.text
+            assert 'href="/jobs">To the jobs' in page.text
             assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
             assert client.get(path).headers["content-type"] == "application/problem+json"
         assert client.get("/api/nothing", headers=people).headers["content-type"] == "application/problem+json"
@@ -252,9 +252,9 @@ def test_large_numbers_are_shortened_in_the_list(gateway: Gateway, browser: http
     job = make_job(gateway.engine, model, name="hundred-million")
     run_sql(gateway.engine, "update vectormill.jobs set items_total = 100000000 where id = :job", job=job)
     run_sql(gateway.engine, "update vectormill.chunks set rejected = 600000 where job_id = :job", job=job)
-    page = browser.get("/?name=hundred-million").text
+    page = browser.get("/jobs?name=hundred-million").text
     assert '<span title="100,000,000 items">100M</span>' in page
-    assert 'title="1,200,000 rejects">1.2M ✕<' in page
+    assert 'title="1,200,000 rejects">1.2M<' in page
 
 
 def test_retry_is_offered_where_it_can_help(gateway: Gateway, browser: httpx.Client, model: Model) -> None:
@@ -327,19 +327,19 @@ def test_jobs_are_filtered_and_paged(gateway: Gateway, model: Model) -> None:
         job=made[3],
     )
     with visitor(gateway, key) as client:
-        first = client.get("/?name=paged").text
+        first = client.get("/jobs?name=paged").text
         shown = re.findall(r'<tr id="job-([0-9a-f-]+)"', first)
         assert shown == [str(job) for job in reversed(made[5:])]
         found = re.search(r'href="([^"]*)" rel="next"', first)
         assert found
         second = client.get(found[1].replace("&amp;", "&")).text
         assert re.findall(r'<tr id="job-([0-9a-f-]+)"', second) == [str(job) for job in reversed(made[:5])]
-        failed = client.get("/?state=failed").text
+        failed = client.get("/jobs?state=failed").text
         assert re.findall(r'<tr id="job-([0-9a-f-]+)"', failed) == [str(made[3])]
         assert "too" not in failed
         assert "every item was rejected" in failed
-        assert "None fits these filters" in client.get("/?name=nothing-like-it").text
-        assert client.get("/?state=nonsense").status_code == 404
+        assert "None fits these filters" in client.get("/jobs?name=nothing-like-it").text
+        assert client.get("/jobs?state=nonsense").status_code == 400
         assert "28 jobs before it" in first
 
 
@@ -449,3 +449,36 @@ def test_without_a_database_a_page_says_so_and_recovers(gateway: Gateway, browse
             connection.execute(text(f'alter database "{name}" with allow_connections true'))
     elsewhere.dispose()
     eventually(lambda: browser.get("/").status_code == 200, "the page again")
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("state=nonsense", "a job&#39;s state is one of staging, queued"),
+        ("label=team", "write a label as name:value"),
+        ("since=yesterday", "write a date such as 2026-11-01"),
+        ("until=9999-12-31", "write a date such as 2026-11-01"),
+        ("before=x", "it is no id of a job"),
+        ("model=%00", "none of them NUL"),
+        ("name=" + "x" * 1_001, "give at most 1,000 characters"),
+    ],
+)
+def test_a_malformed_filter_is_told_so(browser: httpx.Client, query: str, said: str) -> None:
+    reply = browser.get(f"/jobs?{query}")
+    assert reply.status_code == 400
+    assert said in reply.text
+
+
+def test_the_address_of_the_list_was_once_the_first_page(browser: httpx.Client) -> None:
+    reply = browser.get("/?state=failed&name=two%20words")
+    assert (reply.status_code, reply.headers["location"]) == (308, "/jobs?state=failed&name=two%20words")
+
+
+def test_a_name_stands_for_its_newest_job(gateway: Gateway, browser: httpx.Client, model: Model, other: str) -> None:
+    first, newest = (make_job(gateway.engine, model, name="again/and again") for _ in range(2))
+    shown = browser.get("/jobs/again%2Fand%20again").text
+    assert str(newest) in shown
+    assert str(first) not in shown
+    assert browser.get("/jobs/again%2Fand%20again/rejects").status_code == 200
+    with visitor(gateway, other) as stranger:
+        assert stranger.get("/jobs/again%2Fand%20again").status_code == 404

@@ -3,8 +3,11 @@
 session     authentication of viewers: an API key in a cookie
 log_in      log-in page and log-out
 answer      rendering: viewer → one snapshot of the database → template; error pages
-pages       pages of jobs, workers, models, usage
+overview    first page: health, throughput, queue, failures, freshness
+troubles    what isn't well, each with its remedy
+job_list    page of jobs, with its filters
 job         pages of one job: status, chunks, rejects
+pages       pages of workers, models, usage
 collections pages of collections, with their syncs and a search
 playground  page that searches a collection, compares two texts, and embeds one
 submit_page page that submits a file
@@ -20,7 +23,18 @@ from typing import Any
 from fastapi import FastAPI, Response
 from starlette.staticfiles import StaticFiles
 
-from pipeline.api.dashboard import actions, collections, job, key_pages, log_in, pages, playground, submit_page
+from pipeline.api.dashboard import (
+    actions,
+    collections,
+    job,
+    job_list,
+    key_pages,
+    log_in,
+    overview,
+    pages,
+    playground,
+    submit_page,
+)
 from pipeline.api.dashboard.answer import error_page, is_for_people, no_page
 
 __all__ = ["add_dashboard", "error_page", "is_for_people", "no_page"]
@@ -40,6 +54,7 @@ class _Static(StaticFiles):
 
 def add_dashboard(app: FastAPI) -> None:
     """Add the dashboard's routes to an application."""
-    for part in (log_in, pages, job, collections, playground, submit_page, actions, key_pages):
+    for part in (log_in, overview, job_list, job, pages, collections, playground, submit_page, actions, key_pages):
         app.include_router(part.router)
+    app.state.tokens_by_hour = overview.TokensByHour()
     app.mount("/static", _Static(directory=_FOLDER / "static"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import RowMapping
 
@@ -125,6 +125,24 @@ def days(rows: Sequence[RowMapping], names: Sequence[str]) -> Chart:
             )
         )
     return Chart(columns, top, names[0], names[-1])
+
+
+def hours(tokens: Sequence[tuple[datetime, int]]) -> Chart:
+    """Return the chart of the tokens of consecutive hours, each given by its beginning. The last one isn't over."""
+    top = _scale(max((float(number) for _, number in tokens), default=0.0))
+    width = 100 / len(tokens)
+    columns = [
+        Column(
+            begin=round(at * width, 3),
+            width=round(width, 3),
+            height=round(100 * number / top, 2) if top else 0.0,
+            tip=f"{words.count(number, 'token')}|{hour:%H:%M} to {hour + timedelta(hours=1):%H:%M} UTC",
+            open=at == len(tokens) - 1,
+        )
+        for at, (hour, number) in enumerate(tokens)
+    ]
+    first, end = tokens[0][0], tokens[-1][0] + timedelta(hours=1)
+    return Chart(columns, top, _clock(first, first, end), _clock(end, first, end))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, RowMapping
 from pipeline.api.dashboard import drawing
 from pipeline.api.dashboard.answer import PageRoute, show
 from pipeline.api.dashboard.session import Viewer
+from pipeline.api.dependencies import visible_job_id
 from pipeline.core.chunks import RETRYABLE_REJECTS, RejectCode
 from pipeline.core.errors import UnknownJob
 from pipeline.core.jobs import Job, JobState
@@ -39,14 +40,30 @@ def visible_job(connection: Connection, viewer: Viewer, job_id: UUID) -> Job:
     return job
 
 
-@router.get("/jobs/{job_id}")
-async def show_job(request: Request, job_id: UUID) -> Response:
+def _meant(connection: Connection, viewer: Viewer, job: str) -> Job:
+    """Return the job that an address means: by its id, a unique beginning of it, or its name; of several with the name
+    the newest.
+
+    Raises:
+        UnknownJob: the viewer sees none.
+        UserError: several ids begin so.
+    """
+    try:
+        job_id = UUID(job)  # first, since looking for names and beginnings takes longer
+    except ValueError:
+        job_id = visible_job_id(connection, viewer.caller, job)
+    return visible_job(connection, viewer, job_id)
+
+
+@router.get("/jobs/{job}")
+async def show_job(request: Request, job: str) -> Response:
     """Show one job."""
-    return await show(request, "job.html", partial(_job, job_id=job_id))
+    return await show(request, "job.html", partial(_job, job=job))
 
 
-def _job(connection: Connection, viewer: Viewer, *, job_id: UUID) -> dict[str, Any]:
-    row = visible_job(connection, viewer, job_id)
+def _job(connection: Connection, viewer: Viewer, *, job: str) -> dict[str, Any]:
+    row = _meant(connection, viewer, job)
+    job_id = row.id
     found = status.job_status(connection, job_id)
     state = row.state
     cost, device_seconds = dashboard.cost(connection, job_id)
@@ -127,28 +144,28 @@ def _options(options: KeptOptions) -> dict[str, Any]:
     return {title: "yes" if value is True else value for title, value in shown.items()}
 
 
-@router.get("/jobs/{job_id}/rejects")
+@router.get("/jobs/{job}/rejects")
 async def show_rejects(
     request: Request,
-    job_id: UUID,
+    job: str,
     code: RejectCode | None = None,
     after: Annotated[int, Query(ge=-1, lt=2**63)] = -1,
     text: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
 ) -> Response:
     """Show a page of a job's rejects. The text of an item is shown only when it is asked for."""
-    return await show(request, "rejects.html", partial(_reject_page, job_id=job_id, code=code, after=after, index=text))
+    return await show(request, "rejects.html", partial(_reject_page, job=job, code=code, after=after, index=text))
 
 
 def _reject_page(
-    connection: Connection, viewer: Viewer, *, job_id: UUID, code: RejectCode | None, after: int, index: int | None
+    connection: Connection, viewer: Viewer, *, job: str, code: RejectCode | None, after: int, index: int | None
 ) -> dict[str, Any]:
-    row = visible_job(connection, viewer, job_id)
-    found = rejects.page(connection, job_id, after, _PAGE + 1, code)
+    row = _meant(connection, viewer, job)
+    found = rejects.page(connection, row.id, after, _PAGE + 1, code)
     shown = found[:_PAGE]
     return {
         "row": row,
         "rejects": shown,
-        "counts": rejects.count_by_code(connection, job_id),
+        "counts": rejects.count_by_code(connection, row.id),
         "code": code.value if code else "",
         "after": after,
         "more": shown[-1]["index"] if len(found) > _PAGE else None,

@@ -1,11 +1,9 @@
-"""Pages of jobs, workers and engines, models, and usage."""
+"""Pages of workers and engines, models, and usage."""
 
-from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Annotated, Any, Literal
-from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection, RowMapping
@@ -13,59 +11,15 @@ from sqlalchemy import Connection, RowMapping
 from pipeline.api.dashboard import drawing
 from pipeline.api.dashboard.answer import PageRoute, show
 from pipeline.api.dashboard.session import Viewer
-from pipeline.core.jobs import JobState
 from pipeline.db import dashboard, engines, models, workers
-from pipeline.jobs import status
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
-_PAGE = 25
 _MOST_GROUPS = 100
 #: Silence up to which a worker is still shown, so that its operator sees that it has gone.
 _WORKERS_SECONDS = 900.0
 _ENGINE_SECONDS = 60.0
 _ENGINE_SILENT_SECONDS = 10.0
-Word = Annotated[str, Query(max_length=200, pattern="^[^\0]*$")]
-
-
-@router.get("/")
-async def jobs(
-    request: Request, state: JobState | None = None, model: Word = "", name: Word = "", before: UUID | None = None
-) -> Response:
-    """Show jobs, newest first."""
-    return await show(request, "jobs.html", partial(_jobs, state=state, model=model, name=name.strip(), before=before))
-
-
-def _jobs(
-    connection: Connection, viewer: Viewer, *, state: JobState | None, model: str, name: str, before: UUID | None
-) -> dict[str, Any]:
-    found = status.list_jobs(
-        connection,
-        viewer.scope,
-        states=[state] if state else [],
-        model=model or None,
-        name=name or None,
-        before=before,
-        limit=_PAGE + 1,
-    )
-    counts = dashboard.count_jobs(connection, viewer.scope)
-    by_state, by_model = Counter[str](), Counter[str]()
-    for of_state, of_model, count in counts:
-        by_state[of_state] += count if model in ("", of_model) else 0
-        by_model[of_model] += count if state in (None, of_state) else 0
-    shown = found[:_PAGE]
-    return {
-        "jobs": shown,
-        "positions": dashboard.queue_positions(connection, [job.id for job in shown]),
-        "more": shown[-1].id if len(found) > _PAGE else None,
-        "by_state": {each.value: by_state[each] for each in JobState if by_state[each] or each == state},
-        "by_model": dict(by_model),
-        "total": sum(count for *_, count in counts),
-        "asked": {"state": state.value if state else "", "model": model, "name": name},
-        "before": before,
-        # A job may be submitted at any moment.
-        "live": 1,
-    }
 
 
 @router.get("/workers")

@@ -107,5 +107,6 @@ def local(path: str | None) -> str:
 
 def log_in_path(request: Request) -> str:
     """Return the path of the log-in page, which leads back to the page that was asked for."""
-    here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    # As it was sent, since a name within it may be encoded.
+    here = request.scope["raw_path"].decode("latin-1") + (f"?{request.url.query}" if request.url.query else "")
     return "/login" if request.method != "GET" or here == "/" else f"/login?next={quote(here, safe='/')}"
