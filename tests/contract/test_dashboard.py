@@ -482,3 +482,32 @@ def test_a_name_stands_for_its_newest_job(gateway: Gateway, browser: httpx.Clien
     assert browser.get("/jobs/again%2Fand%20again/rejects").status_code == 200
     with visitor(gateway, other) as stranger:
         assert stranger.get("/jobs/again%2Fand%20again").status_code == 404
+
+
+def test_the_overview_names_each_trouble_with_its_remedy(
+    gateway: Gateway, browser: httpx.Client, model: Model, other: str
+) -> None:
+    waiting, failed, paused = (make_job(gateway.engine, model, name=f"ill-{n}") for n in range(3))
+    ended = (
+        "update vectormill.jobs set state = 'failed', reason = 'source_damaged', finished_at = now() where id = :job"
+    )
+    run_sql(gateway.engine, ended, job=failed)
+    run_sql(
+        gateway.engine,
+        "update vectormill.jobs set state = 'paused', reason = 'key_refused', message = 'no' where id = :job",
+        job=paused,
+    )
+    shown = browser.get("/").text
+    assert f"No worker serves {model.name}" in shown
+    assert f"vectormill worker --model {model.name}" in shown
+    assert f'href="/jobs/{paused}">The job' in shown
+    assert "ill-2 is paused: the upstream refuses the key." in shown
+    assert "ill-1 failed just now: a source file can&#39;t be read." in shown
+    make_job(gateway.engine, model, name="ill-1")
+    run_sql(
+        gateway.engine, "update vectormill.jobs set state = 'completed' where name = 'ill-1' and id <> :job", job=failed
+    )
+    assert "ill-1 failed just now" not in browser.get("/").text
+    with visitor(gateway, other) as stranger:
+        assert "ill-" not in stranger.get("/").text
+    assert job_row(gateway.engine, waiting)["state"] == "queued"

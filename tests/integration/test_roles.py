@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from uuid_utils.compat import uuid7
 
 from pipeline.core.models import Model
-from pipeline.db import chunks, lost_claims, partitions
+from pipeline.db import chunks, forgets, health, lost_claims, overview, partitions, workers
 from pipeline.db.database import make_engine
 from pipeline.db.migrate import known_revisions
 from pipeline.doctor import servers as checks
@@ -115,6 +115,8 @@ select vectormill.make_partitions('2030-01-01')
 """,
     "api": """
 delete from vectormill.embeddings
+select holder from vectormill.leases
+select worker_id from vectormill.claim_losses
 update vectormill.tombstones set digest = ''
 update vectormill.api_keys set admin = true
 update vectormill.api_keys set secret_sha256 = ''
@@ -339,3 +341,23 @@ def test_the_doctor_tells_that_the_script_is_older_than_the_schema(
 @pytest.fixture
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+def test_the_api_may_read_all_that_its_overview_shows(urls: dict[str, str], engine: Engine, model: Model) -> None:
+    make_job(engine, model)
+    api = make_engine(urls["api"], application="vectormill-tests")
+    with api.begin() as connection:
+        for workspace in (None, 1):
+            assert [each.model for each in overview.waiting(connection, workspace)] == [model.name]
+            assert overview.paused_by_system(connection, workspace, 5) == []
+            assert overview.stuck(connection, workspace, 900) == []
+            assert overview.failed_today(connection, workspace, 5) == []
+            assert overview.rejected_today(connection, workspace) == 0
+            assert overview.lost_claims_today(connection, workspace) == 0
+            assert overview.freshness(connection, workspace, 5) == []
+            assert forgets.with_problems(connection, workspace, 5) == []
+            hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+            assert overview.hourly_tokens(connection, workspace, [hour]) == {hour: 0}
+        assert health.lease_seconds_left(connection, workers.DISPATCHER_ROLE) is None
+        assert health.overdue_chunks(connection, 15)["chunks"] == 0
+    api.dispose()
