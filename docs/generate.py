@@ -1,4 +1,4 @@
-"""Generator of the reference pages: commands, settings, HTTP, tables and metrics, from the code that defines them.
+"""Generator of the reference pages: commands, settings, HTTP, SQL, tables and metrics, from the code that defines them.
 
 `python docs/generate.py` writes them to `docs/reference`; a test holds them against the code.
 """
@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ REFERENCE = Path(__file__).resolve().parent / "reference"
 
 def pages() -> dict[str, str]:
     """Return the text of each generated page, by its file name."""
-    made = {"cli": _cli, "settings": _settings, "http": _http, "tables": _tables, "metrics": _metrics}
+    made = {"cli": _cli, "settings": _settings, "http": _http, "sql": _sql, "tables": _tables, "metrics": _metrics}
     return {f"{name}.md": "\n".join(make()).rstrip() + "\n" for name, make in made.items()}
 
 
@@ -175,6 +176,42 @@ def _fields(operation: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"`{name}`{' (required)' if name in required else ''}", _cell(field.get("description", "")))
         for name, field in schema.get("properties", {}).items()
     ]
+
+
+def _sql() -> Iterator[str]:
+    from pipeline.ingest.request import JobRequest
+    from pipeline.ingest.sql_requests import SUBMIT_OPTIONS, SYNC_OPTIONS
+    from pipeline.ingest.sync import SyncRequest
+
+    yield "# SQL"
+    yield ""
+    yield "Functions that ask for a job within a transaction ([guide](../how-to/sql.md)). Both return the job's id."
+    yield "Once the transaction has committed, a dispatcher runs the query; how it goes is in `vectormill.job_status`."
+    yield ""
+    functions = (
+        ("submit", "Embeds the rows of a query.", JobRequest, SUBMIT_OPTIONS),
+        ("sync", "Brings a collection up to the rows of a query.", SyncRequest, SYNC_OPTIONS),
+    )
+    newest = import_module("migrations.versions.0022_sync_in_sql")
+    for name, does, request, options in functions:
+        yield f"## {name}"
+        yield ""
+        yield does
+        yield ""
+        yield "```sql example"
+        yield re.sub(
+            r"^\n?create (or replace )?function |\nlanguage.*", "", getattr(newest, name.upper()), flags=re.DOTALL
+        )
+        yield "```"
+        yield ""
+        described = request.model_json_schema()["properties"]
+        yield from _table(
+            ("option", "is"), [(f"`{option}`", _cell(described[option].get("description", ""))) for option in options]
+        )
+    yield "## Views"
+    yield ""
+    yield "`vectormill.job_status` has a row for each job and request. A collection that has ended a sync has a view of"
+    yield "its name with its keys, passages, carried columns and vectors ([guide](../how-to/nightly.md))."
 
 
 def _tables() -> Iterator[str]:

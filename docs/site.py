@@ -24,7 +24,7 @@ _GUIDES = (
     *("README", "texts", "nightly", "python", "jobs", "results", "large-corpora", "sql", "gateway", "models"),
     *("upstreams", "deploy", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery"),
 )
-_REFERENCE = ("cli", "settings", "http", "tables", "metrics", "states", "reject-codes", "limits", "glossary")
+_REFERENCE = ("cli", "settings", "http", "sql", "tables", "metrics", "states", "reject-codes", "limits", "glossary")
 _EXPLANATION = ("exactly-once", "faults", "benchmarks", "where-a-change-goes")
 
 

