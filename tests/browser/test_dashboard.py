@@ -455,6 +455,7 @@ def test_jobs_work_without_scripts(site: Site) -> None:
     page.goto(site.gateway.url + "/login")
     page.get_by_label("API key", exact=True).fill(site.gateway.key)
     page.get_by_role("button", name="Log in").click()
+    page.wait_for_url(lambda url: "/login" not in url)
     page.goto(f"{site.gateway.url}/jobs/{job}")
     page.get_by_text("Cancel…").click()
     page.get_by_role("button", name="Cancel 300 items").click()
