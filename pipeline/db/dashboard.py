@@ -87,6 +87,8 @@ class Cell:
     #: Claims lost since the last progress.
     lost: int
     last_error: str | None
+    #: Celery's id of the last claim's task, of a single chunk.
+    task_id: str | None
 
 
 def strip(connection: Connection, job_id: UUID, chunks_total: int, most_cells: int) -> list[Cell]:
@@ -99,12 +101,27 @@ def strip(connection: Connection, job_id: UUID, chunks_total: int, most_cells: i
                    count(*) filter (where state = 'cancelled') as cancelled,
                    sum(rejected)::bigint as rejected_items, sum(fence)::bigint as claims,
                    sum(crashes) filter (where state in ('pending', 'running'))::bigint as lost,
-                   max(last_error) as last_error
+                   max(last_error) as last_error, case when count(*) = 1 then max(task_id) end as task_id
             from vectormill.chunks where job_id = :job group by ordinal / :size order by 1
         """),
         {"job": job_id, "size": max(1, -(-chunks_total // most_cells))},
     )
     return [Cell(**{**row, "lost": row["lost"] or 0}) for row in rows.mappings()]
+
+
+def at_work(connection: Connection, job_id: UUID, limit: int) -> list[RowMapping]:
+    """Return chunks of a job that run now: `ordinal, items, host, name` of the worker, and `task_id`."""
+    rows = connection.execute(
+        text("""
+            select c.ordinal, c.items - c.vacant as items, c.task_id, w.host, w.name
+            -- "offset 0": by the index of leases, since few chunks run, while a job may have very many.
+            from (select * from vectormill.chunks where state = 'running' and lease_until is not null offset 0) c
+            left join vectormill.workers w on w.id = c.worker_id
+            where c.job_id = :job order by c.ordinal limit :limit
+        """),
+        {"job": job_id, "limit": limit},
+    )
+    return list(rows.mappings())
 
 
 def first_rejects(connection: Connection, job_id: UUID, codes: Sequence[str], each: int) -> list[RowMapping]:

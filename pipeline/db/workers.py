@@ -23,7 +23,8 @@ def show(
     models: Sequence[str],
     slots: int,
 ) -> None:
-    """Record a worker's heartbeat, and the models it serves. `name` is Celery's; `device_kinds` has an entry for each device."""
+    """Record a worker's heartbeat, and the models it serves. `name` is Celery's; `device_kinds` has an entry for each
+    device."""
     connection.execute(
         text("""
             insert into vectormill.workers (id, name, host, device, device_kinds, models, slots)

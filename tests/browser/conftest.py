@@ -33,6 +33,8 @@ class Site:
     gateway: Gateway
     browser: Browser
     folder: Path
+    #: Where a Flower would be.
+    flower_url: str
     visits: list[Visit] = field(default_factory=list)
     _open: list[AbstractContextManager[Visit]] = field(default_factory=list)
 
@@ -92,10 +94,11 @@ def running_site(
         fleet = Fleet(engine=engine, environment=environment, logs=folder)
         gateway = Gateway(fleet, engine, f"http://127.0.0.1:{free_port()}", key)
         try:
-            gateway.start_api()
+            flower_url = f"http://127.0.0.1:{free_port()}"
+            gateway.start_api(VECTORMILL_FLOWER_URL=flower_url)
             fleet.start_dispatcher()
             fleet.start_worker(replicas=1)
-            yield Site(gateway, browser, folder)
+            yield Site(gateway, browser, folder, flower_url)
         finally:
             fleet.close()
             engine.dispose()

@@ -10,7 +10,6 @@ from playwright.sync_api import HttpCredentials, Page, expect
 
 from tests.acceptance.fleet import eventually
 from tests.browser.conftest import Site
-from tests.support.ports import free_port
 
 _PASSWORD = "sesame"
 
@@ -18,18 +17,16 @@ _PASSWORD = "sesame"
 @pytest.fixture
 def flower(site: Site) -> Iterator[Page]:
     """Run a Flower beside the site; yield a page of a browser that knows its password."""
-    port = free_port()
     fleet = site.gateway.fleet
     fleet.start(
         "flower",
         *("pipeline.cli", "flower"),
-        VECTORMILL_FLOWER_PORT=str(port),
+        VECTORMILL_FLOWER_PORT=site.flower_url.rpartition(":")[2],
         VECTORMILL_FLOWER_PASSWORD=_PASSWORD,
     )
-    url = f"http://127.0.0.1:{port}"
-    eventually(lambda: _answers(url), "a Flower that answers")
-    credentials: HttpCredentials = {"username": "vectormill", "password": _PASSWORD, "send": "always"}
-    context = site.browser.new_context(base_url=url, http_credentials=credentials)
+    eventually(lambda: _answers(site.flower_url), "a Flower that answers")
+    credentials: HttpCredentials = {"username": "vectormill", "password": _PASSWORD}
+    context = site.browser.new_context(base_url=site.flower_url, http_credentials=credentials)
     yield context.new_page()
     context.close()
     fleet.kill("flower")
@@ -42,10 +39,10 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _search(page: Page, query: str, count: int = 1) -> None:
+def _search(site: Site, page: Page, query: str, count: int = 1) -> None:
     """Search for tasks, once Flower has heard of `count` of them."""
-    found = lambda: len(page.request.get("/api/tasks", params={"search": query}).json()) >= count  # noqa: E731
-    eventually(found, "the tasks' events")
+    url, auth = f"{site.flower_url}/api/tasks", ("vectormill", _PASSWORD)
+    eventually(lambda: len(httpx.get(url, params={"search": query}, auth=auth).json()) >= count, "tasks' events")
     page.goto("/tasks")
     page.get_by_role("searchbox").fill(query)
 
@@ -61,7 +58,7 @@ def test_its_pages_say_whose_a_task_is_and_what_came_of_it(site: Site, flower: P
     fleet.await_end(job)
 
     embedded = fleet.scalar("select count(*) from vectormill.chunks where embedded > 0")
-    _search(flower, f"name:nightly result:embedded {job}", embedded)
+    _search(site, flower, f"name:nightly result:embedded {job}", embedded)
     rows = flower.locator("#tasks-table tbody tr")
     chunks = fleet.scalar("select count(*) from vectormill.chunks where job_id = :job", job=job)
     expect(rows).to_have_count(embedded)
@@ -79,7 +76,7 @@ def test_its_pages_say_whose_a_task_is_and_what_came_of_it(site: Site, flower: P
     gone.unlink()
     fleet.start_worker(replicas=1, name="other", VECTORMILL_WORKER_MODELS="unserved")
     fleet.await_end(lost)
-    _search(flower, "state:FAILURE name:gone")
+    _search(site, flower, "state:FAILURE name:gone")
     expect(rows.first).to_contain_text("gone:unserved")
     expect(rows.first).to_contain_text("Refused('SourceChanged: ")
 
@@ -87,3 +84,24 @@ def test_its_pages_say_whose_a_task_is_and_what_came_of_it(site: Site, flower: P
     for queue in ("embed.static", "embed.unserved"):
         expect(flower.locator("#queue-table")).to_contain_text(queue)
     fleet.kill_tree("other")
+
+
+def test_the_dashboard_leads_to_tasks_and_workers(site: Site, flower: Page) -> None:
+    fleet = site.gateway.fleet
+    job = fleet.submit(site.corpus("led", 600), "--model", "static", "--name", "led")
+    fleet.await_end(job)
+    flower.goto(f"{site.gateway.url}/login?next=/jobs/led")
+    flower.get_by_label("API key", exact=True).fill(site.gateway.key)
+    flower.get_by_role("button", name="Log in").click()
+    first = flower.get_by_role("link", name="Task of chunk 1 in Flower", exact=True)
+    task = fleet.scalar("select task_id from vectormill.chunks where job_id = :job and ordinal = 0", job=job)
+    expect(first).to_have_attribute("href", f"{site.flower_url}/task/{task}")
+    flower.locator(".strip").focus()
+    flower.keyboard.press("ArrowRight")
+    flower.keyboard.press("Enter")
+    expect(flower.locator("#task-page")).to_contain_text(f"(job={job}, chunk=")
+    flower.goto(f"{site.gateway.url}/workers")
+    name = fleet.scalar("select name from vectormill.workers order by started_at limit 1")
+    flower.get_by_title(f"{name} in Flower").click()
+    expect(flower).to_have_url(re.compile("/worker/"))
+    expect(flower.locator("body")).to_contain_text(name)

@@ -153,11 +153,13 @@ class Drawn:
     tip: str
     #: True if some of its chunks were claimed more than once.
     again: bool
+    #: Task of its last claim, if it is one chunk.
+    task_id: str | None
 
 
 def strip(cells: Sequence[Cell]) -> list[Drawn]:
     """Return the chunk strip, each cell in the worst state among its chunks."""
-    return [Drawn(_kind(cell), _tip(cell), cell.claims > cell.chunks) for cell in cells]
+    return [Drawn(_kind(cell), _tip(cell), cell.claims > cell.chunks, cell.task_id) for cell in cells]
 
 
 def _kind(cell: Cell) -> str:

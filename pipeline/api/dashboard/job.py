@@ -24,6 +24,7 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 _FIRST_REJECTS = 3
 _FIRST_INPUTS = 5
+_MOST_AT_WORK = 8
 _PAGE = 50
 _MOST_CHARACTERS = 4_000
 
@@ -82,6 +83,7 @@ def _job(connection: Connection, viewer: Viewer, *, job: str) -> dict[str, Any]:
         "chart": _throughput(connection, job_id, row),
         "strip": drawing.strip(dashboard.strip(connection, job_id, total_chunks, drawing.MOST_CELLS)),
         "total_chunks": total_chunks,
+        "at_work": dashboard.at_work(connection, job_id, _MOST_AT_WORK) if found.chunks.running else [],
         "rejects": _rejects_by_code(connection, job_id) if found.items.rejected else [],
         "receipt": status.receipt(connection, job_id),
         "attempts": dashboard.attempts(connection, job_id),

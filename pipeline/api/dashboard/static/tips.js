@@ -42,6 +42,7 @@ for (const kind of ["pointermove", "pointerdown"]) {
 
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") show(null);
+  if (event.key === "Enter" && event.target.closest?.("[data-tips]") && shown?.href) location.assign(shown.href);
   const all = event.target.closest?.("[data-tips]")?.querySelectorAll("[data-tip]");
   const step = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
   if (!all?.length || !step) return;
