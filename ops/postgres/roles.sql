@@ -33,6 +33,7 @@ grant select, insert, update, delete
   on vectormill.jobs, vectormill.inputs, vectormill.chunks, vectormill.items, vectormill.files, vectormill.events,
      vectormill.leases
   to vectormill_dispatcher;
+grant select, insert, update (query) on vectormill.job_history to vectormill_dispatcher;
 grant select, insert, delete on vectormill.rejects to vectormill_dispatcher;
 grant select, update on vectormill.batches, vectormill.requests to vectormill_dispatcher;
 grant select
@@ -132,6 +133,7 @@ grant update (state, ends_as, cancelling_at) on vectormill.batches to vectormill
 grant update (state, reason, message, finished_at) on vectormill.requests to vectormill_api;
 grant execute on function vectormill.make_partitions to vectormill_api;
 -- It tells people of a dispatcher that is away, and of claims that were lost.
+grant select, insert on vectormill.job_history to vectormill_api;
 grant select (name, lease_until) on vectormill.leases to vectormill_api;
 grant select (model, job_id, cause, lost_at) on vectormill.claim_losses to vectormill_api;
 -- It makes collections, upgrades and drops them, and stages their syncs.
@@ -163,6 +165,8 @@ grant select
   to vectormill_reader;
 grant select (id, name, weight, requests_per_minute, tokens_per_minute, monthly_tokens, monthly_cost, created_at)
   on vectormill.workspaces to vectormill_reader;
+grant select (id, job_id, changed_at, state, reason, message, priority, submitted_by)
+  on vectormill.job_history to vectormill_reader;
 grant select (job_id, workspace_id, requested_by, model, name, state, reason, message, requested_at, finished_at)
   on vectormill.requests to vectormill_reader;
 
@@ -175,6 +179,6 @@ where relnamespace = 'vectormill'::regnamespace and relispartition and relkind =
 select vectormill.show_collection(id) from vectormill.collections;
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0027';
+comment on schema vectormill is 'roles.sql of 0028';
 
 commit;

@@ -1,5 +1,8 @@
 """Context of a command: the servers that the environment names, else those of the `up` that runs here."""
 
+import getpass
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +51,15 @@ def database_url(settings: Settings) -> str:
     if settings.database_url:
         return settings.database_url.get_secret_value()
     return server_urls(settings)[0]
+
+
+def submitter() -> str:
+    """Return who runs this command, as the history of a job names them: a login at its machine."""
+    try:
+        login = getpass.getuser()
+    except (OSError, KeyError):  # in a container, an account without a name
+        login = f"uid {os.getuid()}"
+    return f"{login}@{socket.gethostname()}"
 
 
 @contextmanager

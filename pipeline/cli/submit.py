@@ -17,7 +17,7 @@ from pipeline.catalog.models import DEFAULT_WORKSPACE, find_model
 from pipeline.cli import options
 from pipeline.cli.api_backend import ApiBackend
 from pipeline.cli.backends import open_backend
-from pipeline.cli.context import CommandContext
+from pipeline.cli.context import CommandContext, submitter
 from pipeline.cli.dry_run import estimate_job, print_estimate, read_count
 from pipeline.cli.jobs import watch_job
 from pipeline.cli.output import stderr, tell
@@ -320,6 +320,7 @@ def _submit(place: CommandContext, wish: JobRequest, corpus: Source, idempotency
                 priority=wish.priority,
                 labels=wish.labels,
                 idempotency_key=idempotency_key,
+                submitted_by=submitter(),
                 on_items=counter.show,
             ),
         )

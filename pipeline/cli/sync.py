@@ -16,7 +16,7 @@ from pipeline.catalog.models import DEFAULT_WORKSPACE, find_model
 from pipeline.cli import options
 from pipeline.cli.api_backend import ApiBackend
 from pipeline.cli.backends import Backend, open_backend
-from pipeline.cli.context import CommandContext
+from pipeline.cli.context import CommandContext, submitter
 from pipeline.cli.jobs import watch_job
 from pipeline.cli.output import stderr, tell
 from pipeline.cli.submit import Counter, corpus_of, files_of, needs, refuse_at_api
@@ -196,7 +196,14 @@ def _sync(
         model = find_model(connection, place.workspace_id, found.model)
     with Counter(stderr) as counter:
         submission = submission_of(
-            found, model, wish, corpus, planning(place.settings), idempotency_key, on_items=counter.show
+            found,
+            model,
+            wish,
+            corpus,
+            planning(place.settings),
+            idempotency_key,
+            submitted_by=submitter(),
+            on_items=counter.show,
         )
         return sync_collection(place.engine, submission, wish, queue=queue, on_wait=_tell_wait)
 

@@ -42,7 +42,7 @@ def read(connection: Connection, job_id: UUID) -> RowMapping | None:
     return (
         connection.execute(
             text("""
-            select job_id, workspace_id, query, model, collection, name, text_column, key_column,
+            select job_id, workspace_id, requested_by, query, model, collection, name, text_column, key_column,
                    options::text as options, idempotency_key, state
             from vectormill.requests where job_id = :job
         """),
@@ -150,8 +150,8 @@ def note_unreachable(connection: Connection, job_id: UUID, message: str, *, anew
 
 
 def forget_queries(connection: Connection, days: float) -> None:
-    """Erase the queries, which may hold texts, of requests that ended, as did their jobs, more than `days` ago. The
-    queries' hashes stay."""
+    """Erase the queries, which may hold texts, of requests that ended, as did their jobs, more than `days` ago, and
+    those that jobs' histories have. The queries' hashes stay."""
     connection.execute(
         text("""
             update vectormill.requests r set query = null
@@ -160,6 +160,14 @@ def forget_queries(connection: Connection, days: float) -> None:
               and not exists (select from vectormill.jobs j
                               where j.id = r.job_id and (j.finished_at < now() - make_interval(secs => 86400 * :days))
                                     is not true)
+        """),
+        {"days": days},
+    )
+    connection.execute(
+        text("""
+            update vectormill.job_history h set query = null from vectormill.jobs j
+            where h.query is not null and j.id = h.job_id
+              and j.finished_at < now() - make_interval(secs => 86400 * :days)
         """),
         {"days": days},
     )

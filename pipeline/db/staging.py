@@ -8,9 +8,9 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, insert, text
 
-from pipeline.core.jobs import Job
+from pipeline.core.jobs import Job, JobState
 from pipeline.core.options import KeptOptions
-from pipeline.db.tables import inputs
+from pipeline.db.tables import inputs, job_history
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,9 @@ class NewJob:
     payload_sha256: str | None = None
     #: Version of a collection that it syncs.
     version_id: int | None = None
+    #: Who submitted it, for people, and the query whose rows it has.
+    submitted_by: str | None = None
+    query: str | None = None
     lease_seconds: float
 
 
@@ -82,7 +85,11 @@ def begin(connection: Connection, job: NewJob) -> Producer | None:
             "lease": job.lease_seconds,
         },
     )
-    return producer if row.first() else None
+    if row.first() is None:
+        return None
+    first = {"job_id": job.id, "state": JobState.STAGING, "priority": job.priority}
+    connection.execute(insert(job_history), {**first, "submitted_by": job.submitted_by, "query": job.query})
+    return producer
 
 
 def insert_inputs(connection: Connection, job_id: UUID, files: Sequence[Mapping[str, Any]]) -> None:

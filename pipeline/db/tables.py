@@ -302,6 +302,24 @@ inputs = Table(
     PrimaryKeyConstraint("job_id", "ordinal"),
 )
 
+#: Who submitted a job, and each change of its state and priority since, written by a trigger of `jobs`.
+job_history = Table(
+    "job_history",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("changed_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    Column("state", Text, nullable=False),
+    Column("reason", Text),
+    Column("message", Text),
+    Column("priority", SmallInteger, nullable=False),
+    # Of the first row, for people. The query is forgotten when the job's texts are.
+    Column("submitted_by", Text),
+    Column("query", Text),
+    Index("job_history_job_idx", "job_id", "id"),
+    Index("job_history_query_idx", "job_id", postgresql_where=text("query is not null")),
+)
+
 chunks = Table(
     "chunks",
     metadata,

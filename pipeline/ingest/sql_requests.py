@@ -136,6 +136,7 @@ def _submission(engine: Engine, settings: Settings, row: RowMapping) -> tuple[Su
         # The default key lets another dispatcher take over if this one dies.
         "idempotency_key": row["idempotency_key"] or f"sql {row['job_id']}",
         "job_id": row["job_id"],
+        "submitted_by": f"role {row['requested_by']}",
         "on_queue": _end_submitted,
         "on_lost": lambda: corpus.stop(LeaseLost()),
     }

@@ -51,6 +51,8 @@ class Submission:
     priority: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     idempotency_key: str | None = None
+    #: Who submits it, for people: a login at its machine, a role of Postgres, or `key ID`.
+    submitted_by: str | None = None
     #: The collection that the job brings up to the corpus, and how.
     collection: Collection | None = None
     sync: SyncOptions | None = None

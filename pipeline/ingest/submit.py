@@ -60,6 +60,8 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
             idempotency_key=key,
             payload_sha256=submission.payload(),
             version_id=submission.collection.version_id if submission.collection else None,
+            submitted_by=submission.submitted_by,
+            query=submission.corpus.query,
             lease_seconds=submission.planning.lease_seconds,
         )
         partitions.make_month(connection, partitions.month_of(job.id))

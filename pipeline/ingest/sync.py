@@ -266,6 +266,7 @@ def _of_version(
         corpus.again(),
         submission.planning,
         _key_of(key, version) if key else None,
+        submitted_by=submission.submitted_by,
         beside=leader,
     )
 

@@ -15,7 +15,7 @@ from pipeline.catalog import models as catalog
 from pipeline.core.chunks import RejectCode
 from pipeline.core.collections import VersionState
 from pipeline.core.jobs import JobState
-from pipeline.db import collections, engines, models, staging, tables, workers, workspaces
+from pipeline.db import collections, engines, jobs, models, staging, tables, workers, workspaces
 from pipeline.jobs import control, status
 
 LOCAL, SMALL, FAR = "all-MiniLM-L6-v2", "static-256", "text-embedding-3-small"
@@ -133,6 +133,7 @@ class Night:
             priority=columns.pop("priority", 0),
             labels=columns.pop("labels", {}),
             lease_seconds=30,
+            submitted_by="airflow@etl-1",
         )
         producer = staging.begin(self._connection, new)
         assert producer
@@ -162,6 +163,15 @@ class Night:
             tables.jobs.update()
             .where(tables.jobs.c.id == job_id)
             .values(state=state.value, created_at=made, started_at=started, finished_at=finished, **columns)
+        )
+        self._run(
+            "update vectormill.job_history set changed_at = case when state in ('staging', 'queued') then :made "
+            "when state = 'running' then :started else coalesce(:finished, :now) end where job_id = :job",
+            made=made,
+            started=started,
+            finished=finished,
+            now=self._now,
+            job=job_id,
         )
         if state.ended:
             receipt = status.current_account(self._connection, job_id).model_dump(by_alias=True)
@@ -443,8 +453,20 @@ def fill(engine: Engine, key_ids: Mapping[str, str]) -> dict[str, UUID]:
 
 
 def stay_awake(engine: Engine) -> None:
-    """Set the heartbeats of engines, and of workers seen lately, to now."""
+    """Set the heartbeats of engines, and of workers seen lately, to now, and do what a dispatcher does each second."""
     with engine.begin() as connection:
+        connection.execute(
+            text("""
+                update vectormill.usage u set created_at = u.created_at + (now() - newest.at)
+                from (select job_id, max(created_at) as at from vectormill.usage group by 1) newest
+                join vectormill.jobs j on j.id = newest.job_id and j.state = 'running'
+                where u.job_id = newest.job_id
+            """)
+        )
+        workers.hold_lease(connection, workers.DISPATCHER_ROLE, "a dispatcher", 600)
+        for job in jobs.active(connection):
+            progress = status.sum_up(connection, job.id)
+            jobs.save_progress(connection, job.id, progress.model_dump(mode="json"))
         connection.execute(
             text("update vectormill.workers set seen_at = now() where seen_at > now() - interval '5 minutes'")
         )

@@ -77,6 +77,8 @@ select id from vectormill.api_keys
 select query from vectormill.requests
 select url from vectormill.events
 select name from vectormill.workspaces
+insert into vectormill.job_history (job_id, state, priority) values (gen_random_uuid(), 'paused', 0)
+select query from vectormill.job_history
 select cost from vectormill.usage
 select id from vectormill.usage
 insert into vectormill.jobs (id) values (gen_random_uuid())
@@ -124,6 +126,8 @@ delete from vectormill.api_keys
 select query from vectormill.requests
 insert into vectormill.requests (job_id) values (gen_random_uuid())
 select body from vectormill.events
+delete from vectormill.job_history
+update vectormill.job_history set submitted_by = 'mine'
 insert into vectormill.embeddings (job_id, index) values (gen_random_uuid(), 0)
 update vectormill.items set text = 'mine'
 insert into vectormill.collection_keys (version_id, key) values (1, 'mine')
@@ -144,6 +148,7 @@ select id from vectormill.api_keys
 select query from vectormill.requests
 select url from vectormill.events
 select webhook from vectormill.workspaces
+select query from vectormill.job_history
 update vectormill.jobs set priority = 9
 delete from vectormill.jobs
 insert into vectormill.items (job_id, index) values (gen_random_uuid(), 0)

@@ -9,7 +9,7 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection, RowMapping
 
-from pipeline.api.dashboard import drawing
+from pipeline.api.dashboard import drawing, history
 from pipeline.api.dashboard.answer import PageRoute, show
 from pipeline.api.dashboard.session import Viewer
 from pipeline.api.dependencies import visible_job_id
@@ -90,6 +90,7 @@ def _job(connection: Connection, viewer: Viewer, *, job: str) -> dict[str, Any]:
         "options": _options(row.options) | ({"notes": " ".join(row.notices)} if row.notices else {}),
         "files": files,
         "first_files": first_files,
+        "history": history.of_job(connection, row),
         "retry": _retry(connection, row, state),
         "live": 30 if state.ended else 1,
     }

@@ -15,7 +15,7 @@ from pipeline.api.dashboard import session
 from pipeline.api.dashboard.answer import PageRoute, show
 from pipeline.api.dashboard.session import Viewer
 from pipeline.api.status.collections import intake_of_sync
-from pipeline.api.status.submissions import TURNS, Intake, Wish, intake_of_job, receive_rows
+from pipeline.api.status.submissions import TURNS, Intake, Wish, intake_of_job, receive_rows, submitter
 from pipeline.core.errors import ApiError, InvalidPayload, UserError
 from pipeline.core.options import Columns
 from pipeline.db import collections, models
@@ -57,12 +57,12 @@ async def submit_file(request: Request) -> Response:
     viewer = await session.viewer(request, turns=TURNS)
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise InvalidPayload("Use the page's form, which sends multipart/form-data.")
-    owner, settings = viewer.caller.workspace_id, request.app.state.settings
+    owner, by, settings = viewer.caller.workspace_id, submitter(viewer.caller), request.app.state.settings
     typed = dict[str, Any]()
 
     def read(fields: Mapping[str, Any]) -> FormWish:
         typed.update(fields)
-        return _read(fields, owner, settings)
+        return _read(fields, owner, by, settings)
 
     try:
         made = await receive_rows(request, owner, Intake(read, _columns, _submit))
@@ -102,7 +102,7 @@ def _submit(engine: Engine, wish: FormWish, corpus: Corpus, name: str) -> Submit
     return wish.submit(engine, corpus, name)
 
 
-def _read(fields: Mapping[str, Any], owner: int, settings: Settings) -> FormWish:
+def _read(fields: Mapping[str, Any], owner: int, by: str, settings: Settings) -> FormWish:
     """Read a form's fields. An empty one wasn't filled in.
 
     Raises:
@@ -113,10 +113,10 @@ def _read(fields: Mapping[str, Any], owner: int, settings: Settings) -> FormWish
     if labels := labels_of(_lines(given.pop("label", ""))):
         given["labels"] = labels
     if not collection:
-        return _bound(intake_of_job(owner, settings, key), given)
+        return _bound(intake_of_job(owner, by, settings, key), given)
     if theirs := next((name for name in _OF_COLLECTIONS if name in given), None):
         raise UserError(f"the collection {collection} has its own; leave it empty.", field=theirs)
-    return _bound(intake_of_sync(owner, collection, settings, key), given)
+    return _bound(intake_of_sync(owner, collection, by, settings, key), given)
 
 
 def _bound(intake: Intake[Wish], fields: Mapping[str, Any]) -> FormWish:

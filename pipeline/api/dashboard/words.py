@@ -206,10 +206,10 @@ REASONS: dict[Reason, tuple[str, str]] = {
         "the upstream refuses the requests",
         "Check the model's address and its name there, then resume.",
     ),
-    Reason.ALL_REJECTED: ("every item was rejected", "See why below: usually it is the wrong text column."),
+    Reason.ALL_REJECTED: ("every item was rejected", "Its rejects say why: usually it is the wrong text column."),
     Reason.TOO_MANY_REJECTS: (
         "too many rejects",
-        "See why below. Retry what may succeed, or submit with a higher --max-rejects.",
+        "Its rejects say why. Retry what may succeed, or submit with a higher --max-rejects.",
     ),
     Reason.ITEMS_UNACCOUNTED: (
         "items are unaccounted for",

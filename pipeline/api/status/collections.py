@@ -295,16 +295,18 @@ async def sync(
 
     The answer comes when the changes are in the database. While another sync of the collection goes on, it is 409.
     """
-    owner = await owner_of(request, workspace)
+    owner, by = await owner_of(request, workspace)
     settings: Settings = request.app.state.settings
     name = as_sent(collection)
     await ask(request, lambda connection: _check_free(connection, owner, name, idempotency_key))
-    intake = intake_of_sync(owner, name, settings, idempotency_key)
+    intake = intake_of_sync(owner, name, by, settings, idempotency_key)
     return await answer(request, response, await receive_rows(request, owner, intake))
 
 
-def intake_of_sync(owner: int, name: str, settings: Settings, idempotency_key: str | None) -> Intake[SyncRequest]:
-    """Return the treatment of a request for a sync of a workspace's collection."""
+def intake_of_sync(
+    owner: int, name: str, by: str, settings: Settings, idempotency_key: str | None
+) -> Intake[SyncRequest]:
+    """Return the treatment of a request for a sync of a workspace's collection, submitted `by` somebody."""
 
     def read(fields: Any) -> SyncRequest:
         return read_fields(SyncRequest, fields)
@@ -319,7 +321,7 @@ def intake_of_sync(owner: int, name: str, settings: Settings, idempotency_key: s
         with engine.begin() as connection:
             found = collections.find_collection(connection, owner, name)
             model = find_model(connection, owner, found.model)
-        submission = submission_of(found, model, wish, corpus, planning(settings), idempotency_key)
+        submission = submission_of(found, model, wish, corpus, planning(settings), idempotency_key, submitted_by=by)
         return sync_collection(engine, submission, wish, queue=False)
 
     return Intake(read, columns, act)

@@ -16,6 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
 from pipeline.api.dependencies import SECURITY, ask, caller_of, problems, scope_of, workspace_of
+from pipeline.api.gateway.cache import Caller
 from pipeline.api.transfers import Transfers
 from pipeline.catalog.models import find_model
 from pipeline.core.errors import InvalidPayload, SubmissionUndone, UnknownJob, UserError
@@ -104,21 +105,27 @@ async def create_job(
     The answer comes when all items are in the database. While an earlier request with the same idempotency key hasn't
     come so far, the answer is that request's job in the state `staging`.
     """
-    owner = await owner_of(request, workspace)
-    intake = intake_of_job(owner, request.app.state.settings, idempotency_key)
+    owner, by = await owner_of(request, workspace)
+    intake = intake_of_job(owner, by, request.app.state.settings, idempotency_key)
     return await answer(request, response, await receive_rows(request, owner, intake))
 
 
-async def owner_of(request: Request, workspace: str | None) -> int:
-    """Return the workspace for which a request with rows is made: the caller's, or for an admin another one."""
+async def owner_of(request: Request, workspace: str | None) -> tuple[int, str]:
+    """Return the workspace for which a request with rows is made, the caller's, or for an admin another one, and whose
+    request it is."""
     caller = await caller_of(request, turns=TURNS)
     if unknown := set(request.query_params) - {"workspace"}:
         raise InvalidPayload(f"{min(unknown)}: send it in the body, not in the address.", param=min(unknown))
     if not workspace:
-        return caller.workspace_id
+        return caller.workspace_id, submitter(caller)
     found = await ask(request, lambda connection: scope_of(connection, caller, workspace))
     assert found is not None, "only who names no workspace sees all"
-    return found
+    return found, submitter(caller)
+
+
+def submitter(caller: Caller) -> str:
+    """Return a caller as the history of a job names them."""
+    return f"key {caller.key_id}"
 
 
 async def answer(request: Request, response: Response, made: Submitted) -> JobStatus:
@@ -159,11 +166,11 @@ class Intake(Generic[Wish]):
     submit: Callable[[Engine, Wish, Corpus, str], Submitted]
 
 
-def intake_of_job(owner: int, settings: Settings, idempotency_key: str | None) -> Intake[JobRequest]:
-    """Return the treatment of a request for a new job of a workspace."""
+def intake_of_job(owner: int, by: str, settings: Settings, idempotency_key: str | None) -> Intake[JobRequest]:
+    """Return the treatment of a request for a new job of a workspace, submitted `by` somebody."""
 
     def act(engine: Engine, wish: JobRequest, corpus: Corpus, name: str) -> Submitted:
-        return _submit(engine, owner, settings, wish, corpus, name, idempotency_key)
+        return _submit(engine, owner, by, settings, wish, corpus, name, idempotency_key)
 
     return Intake(read_sent, lambda _, wish: wish.columns, act)
 
@@ -292,6 +299,7 @@ def _keep(file: UploadFile, folder: Path) -> Upload:
 def _submit(
     engine: Engine,
     owner: int,
+    by: str,
     settings: Settings,
     wish: JobRequest,
     corpus: Corpus,
@@ -317,6 +325,7 @@ def _submit(
             priority=wish.priority,
             labels=wish.labels,
             idempotency_key=key,
+            submitted_by=by,
         ),
     )
 
