@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import tomllib
 from pathlib import Path
 
 from pipeline.cli import _Root
@@ -39,3 +40,9 @@ def test_no_page_names_a_setting_or_command_that_is_not_there() -> None:
         called = set(re.findall(r"(?:^|[`/ (])vectormill ([a-z][a-z-]+)\b(?! [a-z]+ )", text, re.MULTILINE))
         commands = {name for name in called if re.search(rf"`(?:\.venv/bin/)?vectormill {name}\b", text)}
         assert commands - _Root.entries.keys() == set(), page
+
+
+def test_the_changelog_has_the_version() -> None:
+    version = tomllib.loads((_DOCS.parent / "pyproject.toml").read_text())["project"]["version"]
+    heads = re.findall(r"^## (\S+), \d{4}-\d{2}-\d{2}$", (_DOCS.parent / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heads[0] == version
