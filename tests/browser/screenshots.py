@@ -1,9 +1,16 @@
-"""Screenshots of each page in light and dark, with jobs in every state, and of the tutorial's notebook: `make
-screenshots` writes docs/screenshots/."""
+"""Screenshots of each page and of the terminal in light and dark, with jobs in every state, and of the tutorial's
+notebook: `make screenshots` writes docs/screenshots/."""
 
+import fcntl
+import io
+import os
+import pty
+import struct
+import subprocess
 import sys
+import termios
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +18,9 @@ from tempfile import TemporaryDirectory
 from nbconvert import HTMLExporter
 from PIL import Image
 from playwright.sync_api import Browser, FloatRect, Page
+from rich.console import Console
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME
+from rich.text import Text
 from sqlalchemy import Engine, text
 
 from pipeline.catalog import keys, models
@@ -30,6 +40,14 @@ _NOTEBOOK = _DOCS / "tutorials" / "support_tickets.ipynb"
 _COLOURS = 256
 #: Limit in pixels: a long table looks the same further down.
 _MOST_HEIGHT = 2_000
+_COMMANDS = (
+    ("jobs",),
+    ("status", "docs-nightly"),
+    ("receipt", "crawl-0731"),
+    ("rejects", "crawl-0731", "--limit", "4"),
+    ("models", "list"),
+    ("collections", "list"),
+)
 
 
 def main() -> None:
@@ -47,6 +65,7 @@ def main() -> None:
             ):
                 for scheme in ("light", "dark"):
                     _take(browser, gateway, paths, folder, scheme)
+                _take_terminal(browser, gateway, folder)
                 _take_notebook(browser, folder / "notebook.png")
         finally:
             remove_what_root_keeps(home)
@@ -123,6 +142,37 @@ def _take(browser: Browser, gateway: Gateway, paths: dict[str, str], folder: Pat
                 visit.go(path)
                 _save(visit.page, folder / f"{name}-{scheme}{suffix}.png")
             assert not visit.errors, visit.errors
+
+
+def _take_terminal(browser: Browser, gateway: Gateway, folder: Path) -> None:
+    """Take commands on narrow and wide terminals."""
+    for width in (80, 200):
+        demo_state.stay_awake(gateway.engine)
+        shown = "".join(_on_terminal(gateway, width, *command) for command in _COMMANDS)
+        for scheme, theme in (("light", DEFAULT_TERMINAL_THEME), ("dark", SVG_EXPORT_THEME)):
+            console = Console(record=True, file=io.StringIO(), width=width)
+            console.print(Text.from_ansi(shown))
+            page = browser.new_page(viewport={"width": 12 * width + 80, "height": 844})
+            page.set_content(f"<title>terminal</title>{console.export_svg(title='', theme=theme)}")
+            _save(page, folder / f"terminal-{width}-{scheme}.png")
+            page.close()
+
+
+def _on_terminal(gateway: Gateway, width: int, *arguments: str) -> str:
+    """Run a command on a terminal of this width. Return what it shows below a prompt."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    environment = {**os.environ, **gateway.fleet.environment, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment):
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # the end of a terminal that nobody writes to
+            while read := os.read(ours, 65_536):
+                shown += read
+    os.close(ours)
+    lines = shown.decode().replace("\r", "")
+    return f"$ vectormill {' '.join(arguments)}\n{lines}\n"
 
 
 def _take_notebook(browser: Browser, path: Path) -> None:
