@@ -144,6 +144,7 @@ def cell(**counts: Any) -> Cell:
             "items": 500,
             "claims": 2,
             "last_error": None,
+            "task_id": None,
             **counts,
         }
     )

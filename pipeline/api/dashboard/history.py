@@ -60,7 +60,7 @@ def _named(connection: Connection, submitter: str) -> str:
 
 
 def _told(before: str | None, entry: RowMapping) -> str:
-    state, why = JobState(entry["state"]), _why(entry["reason"])
+    state, why = JobState(entry["state"]), words.reason(entry["reason"])[0]
     match state:
         case JobState.QUEUED if before == JobState.PAUSED:
             return "Resumed"
@@ -69,11 +69,6 @@ def _told(before: str | None, entry: RowMapping) -> str:
         case JobState.RUNNING:
             return "A worker took its first chunk" if before == JobState.QUEUED else "Running"
     return f"{state.value.capitalize()}: {why}" if why else state.value.capitalize()
-
-
-def _why(reason: str | None) -> str:
-    # A version before may have had other reasons.
-    return words.reason(reason)[0] if reason in list(Reason) else reason or ""
 
 
 def _detail(entry: RowMapping) -> str | None:

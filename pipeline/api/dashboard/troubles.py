@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
+from urllib.parse import urlencode
 
 from sqlalchemy import Connection, RowMapping
 
@@ -141,7 +142,7 @@ def _jobs(connection: Connection, viewer: Viewer, failed: Sequence[RowMapping]) 
             kind="failed",
             said=f"Nothing of {words.count(model['jobs'], 'running job')} of {model['model']} was written for {still}.",
             remedy="Look at the workers’ logs; an upstream may be away, or its limit reached.",
-            href=f"/jobs?state=running&model={model['model']}",
+            href=f"/jobs?{urlencode({'state': 'running', 'model': model['model']})}",
             link="These jobs",
         )
     for job in failed:

@@ -227,8 +227,8 @@ REASONS: dict[Reason, tuple[str, str]] = {
 
 
 def reason(code: str | None) -> tuple[str, str]:
-    """Return the name of a reason, and advice."""
-    return REASONS[Reason(code)] if code else ("", "")
+    """Return the name of a reason, and advice. One of an older version is named as it stands."""
+    return REASONS[Reason(code)] if code in list(Reason) else (code or "", "")
 
 
 def advice(code: str) -> tuple[str, str]:
