@@ -18,6 +18,7 @@ import pytest
 from tests.acceptance.conftest import write_corpus
 from tests.acceptance.fleet import Fleet, eventually
 from tests.support.ports import free_port
+from tests.support.scripted_gateway import Answer, error, scripted_gateway
 
 _PASSWORD = "sesame, open"
 _WORD = "unmistakable"
@@ -110,6 +111,36 @@ def test_tasks_that_end_no_chunk_say_why(fleet: Fleet, flower: httpx.Client, tmp
     assert all(task["exception"].startswith("Refused('SourceChanged: ") for task in failed())
     page = flower.get("/tasks/datatable", params=_table("state:FAILURE name:gone")).json()
     assert [row["result"] for row in page["data"]] == [task["exception"] for task in failed()]
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "told"),
+    [
+        (error(429, retry_after="300"), "RETRY", "GivenBack('GatewayBusy: "),
+        (error(401), "FAILURE", "Refused('GatewayRefused: "),
+    ],
+    ids=["busy", "refused"],
+)
+def test_what_an_upstream_refuses_is_told_without_its_words(
+    fleet: Fleet, flower: httpx.Client, tmp_path: Path, answer: Answer, state: str, told: str
+) -> None:
+    fleet.environment["FAR_KEY"] = "sk-1"
+    with scripted_gateway() as gateway:
+        where = ("--gateway", gateway.url, "--upstream-model", "embed-1", "--key-env", "FAR_KEY")
+        fleet.cli("models", "add", "far", *where)
+        gateway.answer = lambda _: answer
+        fleet.start_dispatcher()
+        fleet.start_worker(replicas=1)
+        fleet.submit(str(write_corpus(tmp_path / "corpus.jsonl", ["a text"])), "--model", "far", "--name", "away")
+
+        def found() -> list[Any]:
+            search = {"search": f"state:{state} name:away"}
+            return list(flower.get("/api/tasks", params=search).json().values())
+
+        eventually(found, "a task that isn't done")
+        (exception,) = {task["exception"] for task in found()[:1]}
+        assert exception.startswith(told)
+        assert "quotes the text" not in flower.get("/api/tasks").text
 
 
 def _table(search: str) -> dict[str, str]:
