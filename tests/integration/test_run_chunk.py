@@ -79,8 +79,11 @@ def test_what_became_of_a_chunk_is_told(engine: Engine, encoder: LocalEncoder, m
     assert tally.tokens == counted
     claim, how = isolated(engine, model, 200, 2), watch()
     how.cancelled = True
+    with engine.begin() as connection:
+        control.cancel(connection, claim.job_id)
     tally = run_chunk(engine, encoder, claim, how, on_hang=lambda: None)
-    assert (tally.embedded, tally.given_back) == (8, "its job is being cancelled")
+    assert (tally.embedded, tally.given_back, tally.cancelled) == (8, None, True)
+    assert str(tally).endswith(" s, the rest was cancelled")
     tally = run_chunk(engine, encoder, isolated(engine, model, 200, 2), watch(-1), on_hang=lambda: None)
     assert (tally.embedded, tally.given_back) == (8, "its time is up")
 

@@ -11,15 +11,17 @@ _MOST_CHARACTERS = 500
 
 @dataclass(slots=True)
 class Tally:
-    """What a claim has committed."""
+    """Items that a claim has committed, and their tokens."""
 
     embedded: int = 0
     reused: int = 0
     rejected: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    #: Why the rest of the chunk was given back; `None`: nothing is left of it.
+    #: Why the rest of the chunk was given back; `None`: it wasn't.
     given_back: str | None = None
+    #: The rest of the chunk was cancelled.
+    cancelled: bool = False
 
     def add(self, commit: Commit) -> None:
         """Add the items of a commit."""
@@ -39,6 +41,8 @@ class Tally:
             yield f"{self.rejected:,} rejected"
         yield f"{self.tokens:,} tokens"
         yield f"{self.seconds:,.1f} s"
+        if self.cancelled:
+            yield "the rest was cancelled"
 
 
 @dataclass(frozen=True, slots=True)

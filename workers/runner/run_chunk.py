@@ -79,7 +79,8 @@ def run_chunk(engine: Engine, encoder: Encoder, claim: Claim, watch: Watch, on_h
     if work.deferred:
         tally.given_back = "another chunk embeds the same texts"
     elif state is ChunkState.PENDING:
-        tally.given_back = "its job is being cancelled" if watch.cancelled else "its time is up"
+        tally.cancelled = watch.cancelled
+        tally.given_back = None if watch.cancelled else "its time is up"
     return tally
 
 

@@ -176,9 +176,14 @@ def run_chunk_task(task: Task, job: str, chunk_id: int) -> Result:
                 # Celery logs this error and Flower shows it, so it must not hold the rows that Postgres quotes.
                 raise VectormillError(plain_reason(error)) from None
             log.warning("database_unreachable")
-            raise Lost("the database is away") from None
+            raise _retry(GivenBack("not claimed: the database is away")) from None
         except GivenBack as reason:
-            raise Retry(str(reason), reason) from None
+            raise _retry(reason) from None
+
+
+def _retry(reason: GivenBack) -> Retry:
+    """Return what gives a task the state of one that another follows; the dispatcher sends that one."""
+    return Retry(str(reason), reason)
 
 
 def _model_of(engine: Engine, job_id: UUID) -> tuple[Model, Precision] | None:
@@ -234,6 +239,9 @@ def _embed(child: Child, model: Model, claim: Claim) -> Result:
         _give_back(child.engine, claim, error)
         if isinstance(error, IntegrityError | DataError | ProgrammingError):
             _stop_job(child.engine, claim, error)
+        if isinstance(error, DBAPIError) and is_connection_lost(error):
+            log.warning("database_unreachable")
+            raise Lost("the database is away") from None
         raise
     except (SourceError, StorageRefused, StorageUnreachable) as error:
         _give_back(child.engine, claim, error)
