@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 from uuid import UUID
@@ -21,8 +22,9 @@ RUN_CHUNK = "vectormill.run_chunk"
 QUEUE = "embed."
 #: Queue of a worker without models; nothing is ever sent there.
 IDLE_QUEUE = "vectormill.idle"
-#: Names of tasks that a publisher gives in its life. Flower keeps metrics for each name that it has ever seen.
+#: Names of tasks that a publisher gives in a day: Flower and workers remember each name that they have ever seen.
 _MOST_NAMES = 200
+_DAY_SECONDS = 86_400.0
 _NAME_CHARACTERS = 60
 
 
@@ -128,7 +130,8 @@ class Publisher:
         self._celery = Celery("vectormill", set_as_current=False)
         self._celery.conf.update(celery_settings(redis_url))
         self._redis = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=3)
-        self._names: set[str] = set()
+        #: Names that are given → their last use, by the monotonic clock, the oldest use first.
+        self._names: dict[str, float] = {}
 
     def waiting(self, slugs: Sequence[str]) -> Mapping[str, int]:
         """Return the number of messages that wait in each model's queue.
@@ -181,11 +184,15 @@ class Publisher:
 
     def _name_of(self, message: ChunkMessage) -> str:
         """Return the task's name as Flower shows it: whose it is. Past the most names, only the model is told."""
-        model = _word(message.model)
+        model, now = _word(message.model), monotonic()
         name = f"{_word(message.job)}:{model}"
         if name not in self._names and len(self._names) >= _MOST_NAMES:
-            return f"other-jobs:{model}"
-        self._names.add(name)
+            oldest, used = next(iter(self._names.items()))
+            if now - used < _DAY_SECONDS:
+                return f"other-jobs:{model}"
+            del self._names[oldest]
+        self._names.pop(name, None)
+        self._names[name] = now
         return name
 
     def close(self) -> None:

@@ -255,10 +255,9 @@ def _choose_devices(wish: str) -> list[_Device]:
 
 
 def _node_name(devices: Sequence[_Device]) -> str:
-    """Return Celery's name of a worker, new at each start: cpu-1a2b3c@host, or cuda0.1-1a2b3c@host."""
-    kind, _, _ = devices[0].name.partition(":")
-    numbers = ".".join(device.name.partition(":")[2] for device in devices)
-    return f"{kind}{numbers}-{token_hex(3)}@{socket.gethostname()}"
+    """Return Celery's name of a worker, new at each start: cpu-1a2b3c@host, or cuda0.cuda1-1a2b3c@host."""
+    names = ".".join(device.name.replace(":", "") for device in devices)
+    return f"{names}-{token_hex(3)}@{socket.gethostname()}"
 
 
 def _default_replicas(url: str, memory_bytes: int, only: list[str]) -> int:

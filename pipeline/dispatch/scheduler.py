@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -18,6 +18,17 @@ _LEAST_WINDOW = 4
 #: The most lost chunks that a pass considers, and the time before another message is sent for the same one.
 _LOST_LIMIT = 1_000
 _PUBLISH_AGAIN_SECONDS = 5.0
+
+
+class _Wanted(NamedTuple):
+    """Chunk for which a message is to be sent."""
+
+    job_id: UUID
+    chunk_id: int
+    #: Its last claim was lost.
+    lost: bool = False
+    #: It goes ahead of all others in its queue.
+    first: bool = False
 
 
 class Scheduler:
@@ -60,7 +71,7 @@ class Scheduler:
             wanted = self._next_lost(of_model, lost, max(0, min(window, window + room)))
             tokens = Tokens([each for each in in_flight if each.model == name])
             feeds = {job.id: _Feed(connection, self.cursors, job.id, room) for job in of_model}
-            wanted += [(*chosen, False) for chosen in choose(of_model, feeds, tokens, room)]
+            wanted += [_Wanted(*chosen) for chosen in choose(of_model, feeds, tokens, room)]
             self._publish(connection, slugs[name], of_model, wanted)
         self.cursors = {job.id: self.cursors.get(job.id, 0) for job in runnable}
 
@@ -79,32 +90,34 @@ class Scheduler:
             if now - self.published.get(each[1], -_PUBLISH_AGAIN_SECONDS) >= _PUBLISH_AGAIN_SECONDS
         ]
 
-    def _next_lost(
-        self, of_model: Sequence[ActiveJob], lost: Sequence[tuple[UUID, int, bool]], most: int
-    ) -> list[tuple[UUID, int, bool]]:
-        """Return up to `most` lost chunks for messages that are sent even if the queue is full: (job id, chunk id, True
-        if it goes to the front). The oldest is last, to come first in the queue."""
+    @staticmethod
+    def _next_lost(of_model: Sequence[ActiveJob], lost: Sequence[tuple[UUID, int, bool]], most: int) -> list[_Wanted]:
+        """Return up to `most` lost chunks for messages that are sent even if the queue is full. The oldest is last, to
+        come first in the queue."""
         ids = {job.id for job in of_model}
         oldest = [each for each in lost if each[0] in ids][:most]
-        self.published |= dict.fromkeys((chunk_id for _, chunk_id, _ in oldest), time.monotonic())
-        return [(job_id, chunk_id, not suspect) for job_id, chunk_id, suspect in reversed(oldest)]
+        return [
+            _Wanted(job_id, chunk_id, lost=True, first=not suspect) for job_id, chunk_id, suspect in reversed(oldest)
+        ]
 
     def _publish(
         self,
         connection: Connection,
         slug: str,
         of_model: Sequence[ActiveJob],
-        wanted: Sequence[tuple[UUID, int, bool]],
+        wanted: Sequence[_Wanted],
     ) -> None:
-        """Send messages for chunks of a model's jobs: (job id, chunk id, True if it goes to the front)."""
+        """Send messages for chunks of a model's jobs."""
         by_id = {job.id: job for job in of_model}
-        places = chunks.places(connection, [chunk_id for _, chunk_id, _ in wanted])
-        for job_id, chunk_id, first in wanted:
+        places = chunks.places(connection, [each.chunk_id for each in wanted])
+        for job_id, chunk_id, lost, first in wanted:
             if (place := places.get(chunk_id)) is None:
                 continue  # purged meanwhile
             job = by_id[job_id]
             message = ChunkMessage(job_id=job_id, chunk_id=chunk_id, job=job.name, model=job.model, **place._asdict())
             self._publisher.publish(slug, message, first=first)
+            if lost:
+                self.published[chunk_id] = time.monotonic()
             metrics.DISPATCHER_MESSAGES_PUBLISHED.labels(queue_of(slug)).inc()
 
 
