@@ -125,6 +125,7 @@ def _submit(engine: Engine, settings: Settings, batch: RowMapping, file: RowMapp
         options=JobOptions(dimensions=wish.dimensions, max_rejects=batch["max_rejects"]),
         labels=batch["metadata"] or {},
         idempotency_key=key,
+        submitted_by=f"batch request {batch['id']}",
         # In the transaction that queues the job: a job without a batch request would run, and be paid for, in vain.
         on_queue=partial(_begin, batch_id=batch["id"], model=wish.model),
     )

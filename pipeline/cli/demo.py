@@ -12,7 +12,7 @@ import typer
 from pipeline.catalog.models import find_model, workspace_id
 from pipeline.cli import output
 from pipeline.cli.bootstrap import BUNDLED_MODEL, bundled_model_folder
-from pipeline.cli.context import CommandContext
+from pipeline.cli.context import CommandContext, submitter
 from pipeline.cli.database_backend import DatabaseBackend
 from pipeline.cli.jobs import watch_job
 from pipeline.cli.search import hit_table, search_many
@@ -74,6 +74,7 @@ def _run(place: CommandContext, settings: Settings, corpus: Path) -> int:
             corpus=Corpus([str(corpus)], Columns(), settings.item_bytes),
             planning=planning(settings),
             name="demo",
+            submitted_by=submitter(),
         ),
     ).job_id
     code = watch_job(DatabaseBackend(place), job, None, verify=True)

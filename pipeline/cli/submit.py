@@ -223,7 +223,7 @@ def submit(
                 print_estimate(estimate_job(backend.place, wish, corpus, items), as_json=as_json)
                 return
             try:
-                job_id = _submit(backend.place, wish, corpus, idempotency_key)
+                job_id = _submit(backend.place, wish, corpus, idempotency_key, query)
             except EmptySource as error:
                 if not allow_empty:
                     raise
@@ -303,7 +303,9 @@ def _by_reference(corpus: Source, options: JobOptions) -> bool:
     return sum(file.bytes or 0 for file in corpus.files) > _BY_REFERENCE_BYTES
 
 
-def _submit(place: CommandContext, wish: JobRequest, corpus: Source, idempotency_key: str | None) -> UUID:
+def _submit(
+    place: CommandContext, wish: JobRequest, corpus: Source, idempotency_key: str | None, query: str | None
+) -> UUID:
     with place.engine.begin() as connection:
         found = find_model(connection, place.workspace_id, wish.model)
     tell_model(wish, found, corpus)
@@ -321,6 +323,7 @@ def _submit(place: CommandContext, wish: JobRequest, corpus: Source, idempotency
                 labels=wish.labels,
                 idempotency_key=idempotency_key,
                 submitted_by=submitter(),
+                query=query,
                 on_items=counter.show,
             ),
         )

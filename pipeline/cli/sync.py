@@ -145,7 +145,7 @@ def sync(
                     is_kept = "-" in (sources or []) and len(versions) > 1
                     stdin = opened.enter_context(_kept_stdin()) if is_kept else None
                     corpus = corpus_of(sources or [], from_url, query, columns, place, stdin)
-                done = _sync(place, collection, wish, corpus, idempotency_key, queue=not no_queue)
+                done = _sync(place, collection, wish, corpus, idempotency_key, query, queue=not no_queue)
         if done.attached:
             stderr.print(f"{done.attached}.")
         tell(done.notices)
@@ -189,7 +189,14 @@ def _tell_wait(job: UUID) -> None:
 
 
 def _sync(
-    place: CommandContext, name: str, wish: SyncRequest, corpus: SyncSource, idempotency_key: str | None, *, queue: bool
+    place: CommandContext,
+    name: str,
+    wish: SyncRequest,
+    corpus: SyncSource,
+    idempotency_key: str | None,
+    query: str | None,
+    *,
+    queue: bool,
 ) -> Submitted:
     with place.engine.begin() as connection:
         found = find_collection(connection, place.workspace_id, name)
@@ -203,6 +210,7 @@ def _sync(
             planning(place.settings),
             idempotency_key,
             submitted_by=submitter(),
+            query=query,
             on_items=counter.show,
         )
         return sync_collection(place.engine, submission, wish, queue=queue, on_wait=_tell_wait)

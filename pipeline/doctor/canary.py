@@ -82,6 +82,7 @@ def _submit(context: Context, row: RowMapping) -> UUID:
             options=JobOptions(reuse=False),
             priority=_PRIORITY,
             labels={"doctor": "canary"},
+            submitted_by="vectormill doctor",
         ),
     ).job_id
 

@@ -53,6 +53,8 @@ class Submission:
     idempotency_key: str | None = None
     #: Who submits it, for people: a login at its machine, a role of Postgres, or `key ID`.
     submitted_by: str | None = None
+    #: Query of a command, for people who see the job. Not one asked for in SQL, which stays with its request.
+    query: str | None = None
     #: The collection that the job brings up to the corpus, and how.
     collection: Collection | None = None
     sync: SyncOptions | None = None

@@ -61,7 +61,7 @@ def submit(engine: Engine, submission: Submission) -> Submitted:
             payload_sha256=submission.payload(),
             version_id=submission.collection.version_id if submission.collection else None,
             submitted_by=submission.submitted_by,
-            query=submission.corpus.query,
+            query=submission.query,
             lease_seconds=submission.planning.lease_seconds,
         )
         partitions.make_month(connection, partitions.month_of(job.id))

@@ -267,6 +267,7 @@ def _of_version(
         submission.planning,
         _key_of(key, version) if key else None,
         submitted_by=submission.submitted_by,
+        query=submission.query,
         beside=leader,
     )
 

@@ -33,10 +33,6 @@ class Source(Protocol):
     notices: Notices
 
     @property
-    def query(self) -> str | None:
-        """Query whose rows they are, if they come from one."""
-
-    @property
     def name(self) -> str:
         """Name of the source in messages."""
 
@@ -55,8 +51,6 @@ class Source(Protocol):
 
 class Corpus:
     """Rows of SOURCE arguments: files, folders, and `-` for JSON lines on the standard input."""
-
-    query: str | None = None
 
     def __init__(
         self,

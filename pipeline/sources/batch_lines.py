@@ -87,8 +87,6 @@ class _Line:
 class BatchLines:
     """Rows of a batch request's file. A line that isn't a valid request becomes a reject, and the rest goes on."""
 
-    query = None
-
     columns = Columns(text="input", key="custom_id", key_required=True, carry=CARRIED)
 
     def __init__(

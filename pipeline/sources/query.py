@@ -93,7 +93,7 @@ class QueryCorpus:
         self.notices = Notices()
         self._asked_by = asked_by
         self._url = _parsed(url, asked_by)
-        self.query = query.strip().rstrip(";")
+        self._query = query.strip().rstrip(";")
         self._movable = movable
         self._seconds = seconds
         #: Guards `_reading` and `_stopped`, which `stop` uses from another thread.
@@ -120,13 +120,13 @@ class QueryCorpus:
 
     def inputs(self) -> list[dict[str, Any]]:
         """Return the one input that the job records."""
-        etag = hashlib.sha256(self.query.encode()).hexdigest()
+        etag = hashlib.sha256(self._query.encode()).hexdigest()
         return [{"uri": self._address, "etag": etag, "bytes": None}]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over the database's address (its name if it is movable), the query and the columns."""
         database = self._url.database if self._movable else self._address
-        return hashlib.sha256(json.dumps([database, self.query, self.columns.identity]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([database, self._query, self.columns.identity]).encode()).hexdigest()
 
     def read_fingerprint(self) -> str:
         """Return the fingerprint, for which nothing needs to be read."""
@@ -152,7 +152,7 @@ class QueryCorpus:
         """Return the same source, to be read once more; its rows may have changed meanwhile."""
         return QueryCorpus(
             self._url.render_as_string(hide_password=False),
-            self.query,
+            self._query,
             self.columns,
             self.item_bytes,
             asked_by=self._asked_by,
@@ -216,7 +216,7 @@ class QueryCorpus:
     def _read(self, connection: Connection) -> Iterator[Rows]:
         # Sent as it was written: a colon or a percent sign is no parameter.
         streaming = connection.execution_options(stream_results=True, no_parameters=True)
-        with streaming.exec_driver_sql(self.query) as found:
+        with streaming.exec_driver_sql(self._query) as found:
             yield from self._blocks(found)
 
     def _blocks(self, found: CursorResult[Any]) -> Iterator[Rows]:

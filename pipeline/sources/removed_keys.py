@@ -19,8 +19,6 @@ REMOVED = "vectormill: this key goes"
 class RemovedKeys:
     """Rows that only say that their key goes."""
 
-    query = None
-
     def __init__(self, path: Path, columns: Columns) -> None:
         self._path = path
         self.columns = columns

@@ -1,6 +1,7 @@
 """Jobs requested in SQL: the function, the task that makes jobs of requests, and the status view."""
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -672,3 +673,29 @@ def test_a_sync_in_sql_with_options(engine: Engine, stage: Callable[..., None], 
     stage()
     told = run_sql(engine, "select message from vectormill.requests where job_id = :job", job=failed)[0][0]
     assert told.startswith('options "surprise": no such option; the options are delta, removed_column, ')
+
+
+def test_the_query_of_a_request_stays_with_it(engine: Engine, model: Model, stage: Callable[..., None]) -> None:
+    job_id = ask(engine)
+    stage()
+    assert job_row(engine, job_id)["state"] == "queued"
+    assert run_sql(engine, "select count(*), count(query) from vectormill.job_history") == [(2, 0)]
+    assert run_sql(engine, "select query is not null from vectormill.requests") == [(True,)]
+
+
+def test_the_reference_shows_the_functions_as_they_are(engine: Engine) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "sql.md").read_text(encoding="utf-8")
+    found = run_sql(
+        engine,
+        """
+        select p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid) from pg_proc p
+        where p.pronamespace = 'vectormill'::regnamespace and p.proname in ('submit', 'sync')
+        """,
+    )
+    assert {name for name, *_ in found} == {"submit", "sync"}
+    for name, arguments, result in found:
+        shown = re.search(rf"vectormill\.{name}\((.*?)\) returns (\w+)", page, re.DOTALL)
+        assert shown, name
+        as_written = re.sub("::[a-z]+", "", arguments).replace("DEFAULT", "default").replace("NULL", "null")
+        assert [line.strip().rstrip(",") for line in shown[1].strip().splitlines()] == as_written.split(", ")
+        assert shown[2] == result
