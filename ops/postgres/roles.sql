@@ -179,6 +179,6 @@ where relnamespace = 'vectormill'::regnamespace and relispartition and relkind =
 select vectormill.show_collection(id) from vectormill.collections;
 
 -- The newest migration that this file knows: the doctor tells when the schema is at another.
-comment on schema vectormill is 'roles.sql of 0028';
+comment on schema vectormill is 'roles.sql of 0029';
 
 commit;

@@ -1,6 +1,6 @@
 """Models of a collection's state and history, the same in the CLI, the API and the dashboard."""
 
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -8,6 +8,15 @@ from pydantic import BaseModel, Field
 
 from pipeline.core.collections import VersionState
 from pipeline.core.jobs import JobState
+
+
+def stale_seconds(expect_every: timedelta | None, since: datetime) -> float | None:
+    """Return the seconds beyond the time in which a sync is expected, after the last one or the collection's creation;
+    `None`: it isn't stale."""
+    if expect_every is None:
+        return None
+    late = (datetime.now(UTC) - since - expect_every).total_seconds()
+    return late if late > 0 else None
 
 
 class FilesStatus(BaseModel):
@@ -55,11 +64,8 @@ class CollectionStatus(BaseModel):
     @property
     def stale_seconds(self) -> float | None:
         """Seconds beyond the expected time since the last sync; `None`: it isn't stale."""
-        if self.expect_every_seconds is None:
-            return None
-        since = self.synced_at or self.created_at
-        late = (datetime.now(since.tzinfo) - since).total_seconds() - self.expect_every_seconds
-        return late if late > 0 else None
+        every = None if self.expect_every_seconds is None else timedelta(seconds=self.expect_every_seconds)
+        return stale_seconds(every, self.synced_at or self.created_at)
 
 
 class SyncStatus(BaseModel):

@@ -244,6 +244,7 @@ jobs = Table(
     ),
     Index("jobs_texts_idx", "finished_at", postgresql_where=text("texts_kept_from < items_total")),
     Index("jobs_newest_idx", "workspace_id", text("id desc")),
+    Index("jobs_ended_idx", "finished_at", postgresql_where=text("state in ('completed', 'failed', 'cancelled')")),
     Index("jobs_named_idx", "name", text("id desc")),
     # Two syncs of one version never run at once.
     Index(
@@ -614,6 +615,7 @@ syncs = Table(
     Column("beside", Uuid),
     _moment("created_at", now=True),
     Index("syncs_version_idx", "version_id", text("job_id desc")),
+    Index("syncs_settled_idx", "version_id", "settled_at"),
 )
 
 #: Requests to forget keys.

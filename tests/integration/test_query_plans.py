@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -18,6 +19,7 @@ from pipeline.db import (
     known_texts,
     lost_claims,
     outputs,
+    overview,
     rejects,
     search,
     sql_requests,
@@ -65,8 +67,8 @@ def big(_big_database: Engine) -> tuple[Engine, list[UUID]]:
         engine,
         """
         insert into vectormill.jobs (id, workspace_id, name, model_name, vector_space_id, state, finished_at)
-        select uuidv7(), workspace_id, name, model_name, vector_space_id, 'completed', now()
-        from vectormill.jobs cross join generate_series(1, 2000)
+        select uuidv7(), workspace_id, name, model_name, vector_space_id, 'completed', now() - n * interval '10 minutes'
+        from vectormill.jobs cross join generate_series(1, 2000) n
         """,
     )
     run_sql(
@@ -98,8 +100,22 @@ def big(_big_database: Engine) -> tuple[Engine, list[UUID]]:
     )
     run_sql(
         engine,
+        """
+        insert into vectormill.usage (workspace_id, model, created_at)
+        select 1, 'small', now() - n * interval '1 minute' from generate_series(1, 20000) n
+        """,
+    )
+    run_sql(
+        engine,
+        """
+        insert into vectormill.syncs (job_id, collection_id, version_id, is_whole, last_slot, settled_at)
+        select uuidv7(), n % 20, n % 20, true, 0, now() from generate_series(1, 20000) n
+        """,
+    )
+    run_sql(
+        engine,
         "analyze vectormill.chunks, vectormill.rejects, vectormill.jobs, vectormill.outputs, vectormill.events, "
-        "vectormill.requests",
+        "vectormill.requests, vectormill.usage, vectormill.syncs",
     )
     return engine, made
 
@@ -229,6 +245,12 @@ def _some(engine: Engine, job: UUID, state: str) -> int:
         ("requests_named", "requests_no_job_idx"),
         ("jobs_named", "jobs_named_idx"),
         ("forget_queries", "requests_queries_idx"),
+        ("places", "chunks_pkey"),
+        ("waiting", "chunks_open_idx"),
+        ("stuck", "chunks_open_idx"),
+        ("failures_today", "jobs_ended_idx"),
+        ("tokens_of_hour", "usage_workspace_idx"),
+        ("freshness", "syncs_settled_idx"),
     ],
 )
 def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str, index: str) -> None:
@@ -265,12 +287,18 @@ def test_it_finds_its_rows_by_an_index(big: tuple[Engine, list[UUID]], name: str
         "requests_named": lambda c: sql_requests.named_with_jobs(c, 1, "docs", 2),
         "jobs_named": lambda c: jobs.named(c, 1, "docs", 2),
         "forget_queries": lambda c: sql_requests.forget_queries(c, 7),
+        "places": lambda c: chunks.places(c, [chunk]),
+        "waiting": lambda c: overview.waiting(c, None),
+        "stuck": lambda c: overview.stuck(c, None, 900),
+        "failures_today": lambda c: overview.failures_today(c, None, 6),
+        "tokens_of_hour": lambda c: overview.tokens_of_hour(c, None, datetime.now(UTC)),
+        "freshness": lambda c: overview.freshness(c, None, 6),
     }
     with engine.connect() as connection:
         found = plan(connection, acts[name])
     assert index in found, found
     if name != "reopen":
-        assert not re.search("Seq Scan on (chunks|events|requests)", found), found
+        assert not re.search("Seq Scan on (chunks|events|requests|usage|syncs)", found), found
 
 
 @pytest.mark.parametrize("name", ["pending_after", "has_open", "cancel_pending"])

@@ -356,13 +356,12 @@ def test_the_api_may_read_all_that_its_overview_shows(urls: dict[str, str], engi
             assert [each.model for each in overview.waiting(connection, workspace)] == [model.name]
             assert overview.paused_by_system(connection, workspace, 5) == []
             assert overview.stuck(connection, workspace, 900) == []
-            assert overview.failed_today(connection, workspace, 5) == []
-            assert overview.rejected_today(connection, workspace) == 0
+            assert overview.failures_today(connection, workspace, 5).jobs == []
             assert overview.lost_claims_today(connection, workspace) == 0
             assert overview.freshness(connection, workspace, 5) == []
             assert forgets.with_problems(connection, workspace, 5) == []
             hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-            assert overview.hourly_tokens(connection, workspace, [hour]) == {hour: 0}
+            assert overview.tokens_of_hour(connection, workspace, hour) == 0
         assert health.lease_seconds_left(connection, workers.DISPATCHER_ROLE) is None
         assert health.overdue_chunks(connection, 15)["chunks"] == 0
     api.dispose()

@@ -2,6 +2,8 @@
 
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from math import inf
+from time import monotonic
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,8 +18,10 @@ from pipeline.db import models, overview, workers
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 _HOURS = 24
-#: Rows of metered requests are written a little behind their replies.
-_LATE = timedelta(minutes=2)
+#: Hours that may still grow are read again from time to time: requests are metered behind their replies,
+#: much so after the database was away.
+_GROWS = timedelta(hours=2)
+_AGAIN_SECONDS = 60.0
 _MOST_SHOWN = 6
 _MOST_COLLECTIONS = 100
 #: Filters of the list of jobs, which was at this address once.
@@ -25,23 +29,27 @@ _OF_JOBS = frozenset({"state", "model", "name", "before"})
 
 
 class TokensByHour:
-    """Cache of the tokens of hours that are over, since a page that asks every other second mustn't sum up a day each
+    """Cache of the tokens of the last day's hours, since a page that asks every other second mustn't sum up a day each
     time."""
 
     def __init__(self) -> None:
-        self._over: dict[int | None, dict[datetime, int]] = {}
+        #: Workspace → beginning of an hour → its tokens, and when they were read by the monotonic clock.
+        self._read: dict[int | None, dict[datetime, tuple[int, float]]] = {}
 
     def of_last_day(self, connection: Connection, workspace_id: int | None) -> list[tuple[datetime, int]]:
         """Return the tokens of the hour that it is, and of those before it, oldest first: (beginning, tokens)."""
-        now = datetime.now(UTC)
-        this = now.replace(minute=0, second=0, microsecond=0)
+        this = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
         hours = [this - timedelta(hours=ago) for ago in reversed(range(_HOURS))]
-        known = self._over.get(workspace_id, {})
-        read = overview.hourly_tokens(connection, workspace_id, [hour for hour in hours if hour not in known])
-        tokens = {hour: known[hour] if hour in known else read.get(hour, 0) for hour in hours}
-        over = now - timedelta(hours=1) - _LATE
-        self._over[workspace_id] = {hour: number for hour, number in tokens.items() if hour <= over}
-        return list(tokens.items())
+        # Kept hour by hour, so that a visit that takes too long for a day of millions of rows helps the next one.
+        known = self._read.setdefault(workspace_id, {})
+        for hour in known.keys() - set(hours):
+            known.pop(hour, None)  # another visit's thread may have been faster
+        for hour in hours:
+            at = known[hour][1] if hour in known else -inf
+            may_grow = this - hour <= _GROWS
+            if at == -inf or (may_grow and monotonic() - at >= _AGAIN_SECONDS):
+                known[hour] = (overview.tokens_of_hour(connection, workspace_id, hour), monotonic())
+        return [(hour, known[hour][0]) for hour in hours]
 
 
 @router.get("/")
@@ -54,12 +62,12 @@ async def show_overview(request: Request) -> Response:
 
 def _overview(connection: Connection, viewer: Viewer, *, tokens: TokensByHour) -> dict[str, Any]:
     waiting = overview.waiting(connection, viewer.scope)
-    failed = overview.failed_today(connection, viewer.scope, _MOST_SHOWN)
+    failures = overview.failures_today(connection, viewer.scope, _MOST_SHOWN)
     collections = overview.freshness(connection, viewer.scope, _MOST_COLLECTIONS)
     visible = {row["name"] for row in models.listed(connection, viewer.scope)}
     hours = tokens.of_last_day(connection, viewer.scope)
     return {
-        "troubles": troubles.find(connection, viewer, waiting, failed, collections, visible),
+        "troubles": troubles.find(connection, viewer, waiting, failures.jobs, collections, visible),
         "chart": drawing.hours(hours) if any(number for _, number in hours) else None,
         "tokens": sum(number for _, number in hours),
         "queue": [
@@ -69,9 +77,8 @@ def _overview(connection: Connection, viewer: Viewer, *, tokens: TokensByHour) -
             }
             for each in waiting
         ],
-        "failed": failed,
-        "failed_jobs": failed[0]["jobs"] if failed else 0,
-        "rejected": overview.rejected_today(connection, viewer.scope),
+        "failures": failures,
+        "most_ended": overview.NEWEST_ENDED,
         "lost_claims": overview.lost_claims_today(connection, viewer.scope),
         "collections": collections[:_MOST_SHOWN],
         "more_collections": len(collections) > _MOST_SHOWN,

@@ -1,5 +1,6 @@
 """Troubles that the overview tells: each with its reason, the remedy, and the page to go to."""
 
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -52,7 +53,7 @@ def find(
         visible: the models that the viewer may use.
     """
     found = [
-        *_dispatcher(connection),
+        *_dispatcher(connection, viewer),
         *_models(connection, waiting, visible),
         *_jobs(connection, viewer, failed),
         *_collections(collections),
@@ -61,21 +62,22 @@ def find(
     return sorted(found, key=lambda trouble: trouble.kind)
 
 
-def _dispatcher(connection: Connection) -> Iterator[Trouble]:
+def _dispatcher(connection: Connection, viewer: Viewer) -> Iterator[Trouble]:
     left = health.lease_seconds_left(connection, workers.DISPATCHER_ROLE)
     if left is None or left < 0:
-        since = f" since {humanize.duration(-left)}" if left else ""
+        known = "has been at work for " + humanize.duration(-left) if left else "is at work"
         yield Trouble(
             kind="failed",
-            said=f"No dispatcher is at work{since}, so no chunk is queued and no job ends.",
+            said=f"No dispatcher {known}, so no chunk is queued and no job ends.",
             remedy="Look at its log, and start one:",
             href="/jobs?state=running",
             link="Running jobs",
             command="vectormill dispatcher",
         )
         return
-    overdue = health.overdue_chunks(connection, _SWEEP_SECONDS)
-    if overdue["chunks"]:
+    # They may be anybody's, and only an admin sees all.
+    overdue = health.overdue_chunks(connection, _SWEEP_SECONDS) if viewer.scope is None else None
+    if overdue and overdue["chunks"]:
         yield Trouble(
             kind="failed",
             said=f"{words.count(overdue['chunks'], 'chunk')} of workers that have gone can’t be given to others.",
@@ -95,11 +97,11 @@ def _models(connection: Connection, waiting: Sequence[overview.Waiting], visible
         if each.model not in served:
             yield Trouble(
                 kind="failed",
-                said=f"No worker serves {each.model}, and {words.count(each.jobs, 'job')} wait for it.",
+                said=f"No worker serves {each.model}, and {words.count(each.jobs, 'job waits', 'jobs wait')} for it.",
                 remedy="Start one where the model’s files are:",
                 href="/workers",
                 link="Workers",
-                command=f"vectormill worker --model {each.model}",
+                command=f"vectormill worker --model {shlex.quote(each.model)}",
             )
     for worker in known:
         place = f"/workers#worker-{worker['id']}"
@@ -131,18 +133,24 @@ def _jobs(connection: Connection, viewer: Viewer, failed: Sequence[RowMapping]) 
     if paused and (more := paused[0]["jobs"] - len(paused)):
         yield Trouble(
             kind="failed",
-            said=f"{words.count(more, 'more job')} are paused.",
+            said=f"{words.count(more, 'more job is', 'more jobs are')} paused.",
             remedy="Each says why.",
             href="/jobs?state=paused",
             link="Paused jobs",
         )
     for model in overview.stuck(connection, viewer.scope, _STUCK_SECONDS):
         still = humanize.duration((datetime.now(UTC) - model["moved_at"]).total_seconds())
+        if model["running"]:
+            said = f"Nothing of {words.count(model['jobs'], 'job')} of {model['model']} was written for {still}."
+            remedy = "Look at the workers’ logs; an upstream may be away, or its limit reached."
+        else:
+            said = f"{words.count(model['jobs'], 'job')} of {model['model']} did not begin for {still}."
+            remedy = "Look if its workers are busy with other models, and at the dispatcher’s log."
         yield Trouble(
             kind="failed",
-            said=f"Nothing of {words.count(model['jobs'], 'running job')} of {model['model']} was written for {still}.",
-            remedy="Look at the workers’ logs; an upstream may be away, or its limit reached.",
-            href=f"/jobs?{urlencode({'state': 'running', 'model': model['model']})}",
+            said=said,
+            remedy=remedy,
+            href=f"/jobs?{urlencode({'model': model['model']})}",
             link="These jobs",
         )
     for job in failed:
