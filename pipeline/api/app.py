@@ -348,10 +348,7 @@ async def _answer_validation(request: Request, error: Exception) -> Response:
 
 
 def _as_response(path: str, error: ApiError) -> Response:
-    headers = dict(error.headers)
-    if error.retry_after_seconds is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_seconds + 0.49)))
-        headers["retry-after-ms"] = str(max(1, round(error.retry_after_seconds * 1_000)))
+    headers = dict(error.reply_headers)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return _write(path, error.status, error.code, str(error), error.param, headers)

@@ -197,6 +197,14 @@ class ApiError(VectormillError):
         #: Additional headers of the reply.
         self.headers: dict[str, str] = {}
 
+    @property
+    def reply_headers(self) -> dict[str, str]:
+        """Headers of the reply, with those that tell when to try again."""
+        if self.retry_after_seconds is None:
+            return self.headers
+        seconds, milliseconds = round(self.retry_after_seconds + 0.49), round(self.retry_after_seconds * 1_000)
+        return {**self.headers, "retry-after": str(max(1, seconds)), "retry-after-ms": str(max(1, milliseconds))}
+
 
 class InvalidPayload(ApiError):
     """The request isn't valid."""

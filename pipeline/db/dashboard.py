@@ -101,7 +101,7 @@ def strip(connection: Connection, job_id: UUID, chunks_total: int, most_cells: i
                    count(*) filter (where state = 'cancelled') as cancelled,
                    sum(rejected)::bigint as rejected_items, sum(fence)::bigint as claims,
                    sum(crashes) filter (where state in ('pending', 'running'))::bigint as lost,
-                   max(last_error) as last_error, case when count(*) = 1 then max(task_id) end as task_id
+                   max(last_error) as last_error, max(task_id) filter (where :size = 1) as task_id
             from vectormill.chunks where job_id = :job group by ordinal / :size order by 1
         """),
         {"job": job_id, "size": max(1, -(-chunks_total // most_cells))},

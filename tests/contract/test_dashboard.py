@@ -460,6 +460,7 @@ def test_without_a_database_a_page_says_so_and_recovers(gateway: Gateway, browse
         ("until=9999-12-31", "write a date such as 2026-11-01"),
         ("before=x", "it is no id of a job"),
         ("model=%00", "none of them NUL"),
+        ("label=team:a&label=team:b", "a job has one value of a label; ask for one"),
         ("name=" + "x" * 1_001, "give at most 1,000 characters"),
     ],
 )
@@ -503,11 +504,58 @@ def test_the_overview_names_each_trouble_with_its_remedy(
     assert f'href="/jobs/{paused}">The job' in shown
     assert "ill-2 is paused: the upstream refuses the key." in shown
     assert "ill-1 failed just now: a source file can&#39;t be read." in shown
+    with visitor(gateway, other) as stranger:
+        assert "ill-" not in stranger.get("/").text
     make_job(gateway.engine, model, name="ill-1")
     run_sql(
         gateway.engine, "update vectormill.jobs set state = 'completed' where name = 'ill-1' and id <> :job", job=failed
     )
     assert "ill-1 failed just now" not in browser.get("/").text
-    with visitor(gateway, other) as stranger:
-        assert "ill-" not in stranger.get("/").text
     assert job_row(gateway.engine, waiting)["state"] == "queued"
+
+
+def test_chunks_of_others_that_nobody_takes_over_are_for_admins_to_know(
+    gateway: Gateway, browser: httpx.Client, model: Model, other: str
+) -> None:
+    job = make_job(gateway.engine, model)
+    run_sql(
+        gateway.engine,
+        """
+        update vectormill.chunks set state = 'running', lease_until = now() - interval '1 minute'
+        where job_id = :job and ordinal = 0
+        """,
+        job=job,
+    )
+    run_sql(
+        gateway.engine,
+        """
+        insert into vectormill.leases (name, holder, lease_until)
+        values ('dispatcher', 'a test', now() + interval '1 minute')
+        on conflict (name) do update set lease_until = excluded.lease_until
+        """,
+    )
+    said = "1 chunk of workers that have gone can’t be given to others."
+    assert said in browser.get("/").text
+    with visitor(gateway, other) as stranger:
+        assert said not in stranger.get("/").text
+    run_sql(gateway.engine, "delete from vectormill.leases")
+    run_sql(gateway.engine, "delete from vectormill.chunks where job_id = :job", job=job)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"text=" + b"x" * 600_000, 413, "larger than 524,288 bytes"),
+        (b"&".join([b"text=x"] * 100_000), 413, "larger than 524,288 bytes"),
+        (b"&".join([b"text=x"] * 1_000), 400, "more than 20 fields"),
+        (b"model=small&text=" + b"%C3%A9" * 70_000, 503, "No engine serves the model"),
+    ],
+)
+def test_forms_of_the_playground_are_bounded(
+    browser: httpx.Client, model: Model, body: bytes, status: int, said: str
+) -> None:
+    reply = browser.post(
+        "/playground?trial=embed", content=body, headers={"content-type": "application/x-www-form-urlencoded"}
+    )
+    assert (reply.status_code, said in reply.text) == (status, True)
+    assert ("retry-after" in reply.headers) == (status == 503)

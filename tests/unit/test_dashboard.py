@@ -10,9 +10,10 @@ from fastapi import APIRouter, FastAPI
 from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
 
-from pipeline.api.dashboard import drawing, words
+from pipeline.api.dashboard import drawing, session, submit_page, words
 from pipeline.api.dashboard.answer import PageRoute
 from pipeline.core.chunks import RejectCode
+from pipeline.core.errors import InvalidPayload
 from pipeline.core.job_status import ChunkCounts, ItemCounts, JobStatus, Rate, TokenCounts
 from pipeline.core.jobs import JobState, Reason
 from pipeline.db.dashboard import Cell
@@ -181,3 +182,28 @@ def test_whoever_leaves_a_page_while_it_waits_makes_no_failure_of_it() -> None:
     app.include_router(router)
     with pytest.raises(ClientDisconnect):
         TestClient(app).get("/")
+
+
+@pytest.mark.parametrize(
+    ("fields", "workspace", "said"),
+    [
+        ({}, "default", "vectormill submit FILE"),
+        ({"file": "a b.csv", "model": "m", "name": "n"}, "default", "vectormill submit 'a b.csv' --model m --name n"),
+        ({"model": "m"}, "search", "vectormill submit FILE --model m --workspace search"),
+        ({"file": "-x.csv", "name": "-n"}, "default", "vectormill submit ./-x.csv --name=-n"),
+        ({"label": "-a=1\n\nb=2"}, "default", "vectormill submit FILE --label=-a=1 --label b=2"),
+        (
+            {"collection": "tickets", "model": "m", "text_column": "body", "name": "n", "label": "a=1"},
+            "search",
+            "vectormill sync tickets FILE --name n --label a=1 --workspace search",
+        ),
+    ],
+)
+def test_the_command_that_does_what_a_form_says(fields: dict[str, str], workspace: str, said: str) -> None:
+    assert submit_page.command_of(fields, workspace) == said
+
+
+def test_fields_of_a_form_are_few() -> None:
+    assert session.fields_of(b"a=1%0D%0A2&b=+x") == {"a": "1\n2", "b": " x"}
+    with pytest.raises(InvalidPayload, match="more than 20 fields"):
+        session.fields_of(b"&".join([b"a=1"] * 21))

@@ -2,7 +2,7 @@
 
 import asyncio
 import shlex
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import cache
 from hashlib import sha256
 from typing import Any
@@ -71,7 +71,7 @@ class PageRoute(APIRoute):
                 response = RedirectResponse(session.log_in_path(request), 303)
                 session.delete_cookie(request, response)
             except ApiError as error:
-                response = problem(request, error.status, str(error))
+                response = problem(request, error.status, str(error), error.reply_headers)
             except (UnknownCollection, UnknownJob, RequestValidationError):
                 response = problem(request, 404, _NOTHING_HERE)
             except UserError as error:
@@ -102,8 +102,8 @@ def no_page(request: Request, status: int) -> Response:
 
 def error_page(request: Request, error: ApiError) -> Response:
     """Return the page for an error that arose before a route was found."""
-    response = problem(request, error.status, str(error))
-    response.headers.update({**_HEADERS, **error.headers})
+    response = problem(request, error.status, str(error), error.reply_headers)
+    response.headers.update(_HEADERS)
     return response
 
 
@@ -152,15 +152,25 @@ def render(request: Request, template: str, status: int = 200, **variables: Any)
     return HTMLResponse(html, status, {"etag": etag})
 
 
-def problem(request: Request, status: int, message: str) -> Response:
+def problem(request: Request, status: int, message: str, headers: Mapping[str, str] = {}) -> Response:
     """Render a page that says what went wrong. After a temporary failure, the browser asks for the page again."""
     title = _TITLES.get(status, "That didn't work")
     viewer = getattr(request.state, "viewer", None)
     # The server that is away may be back soon. A form is never sent again automatically.
     live = 2 if status == 503 and request.method == "GET" else 0
     response = render(request, "problem.html", status, viewer=viewer, title=title, message=message, live=live)
-    if status == 503:
-        response.headers["retry-after"] = "2"
+    response.headers.update(headers)
+    return response
+
+
+async def show_fault(request: Request, template: str, look: Look, error: ApiError | UserError) -> Response:
+    """Render a page with a form once more, after what it sent was refused."""
+    response = await show(request, template, look)
+    if isinstance(error, ApiError):
+        response.status_code = error.status
+        response.headers.update(error.reply_headers)
+    else:
+        response.status_code = 400
     return response
 
 

@@ -97,7 +97,7 @@ def _read(asked: Mapping[str, str], labels: list[str]) -> Filters:
         state=_state(asked["state"]),
         model=asked["model"],
         name=asked["name"].strip(),
-        labels=dict(map(_label, labels)),
+        labels=_labels(labels),
         since=_date("since", asked["since"]),
         until=_date("until", asked["until"]),
     )
@@ -114,6 +114,14 @@ def _label(given: str) -> tuple[str, str]:
     if not colon:
         raise UserError("write a label as name:value, such as team:search.", field="label", given=f'"{given}"')
     return unquote(key), value
+
+
+def _labels(given: list[str]) -> dict[str, str]:
+    found = dict[str, str]()
+    for key, value in map(_label, given):
+        if found.setdefault(key, value) != value:
+            raise UserError("a job has one value of a label; ask for one.", field="label", given=f'"{key}"')
+    return found
 
 
 def _date(name: str, given: str) -> date | None:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection, RowMapping
 
 from pipeline.api.dashboard import session
-from pipeline.api.dashboard.answer import PageRoute, show
+from pipeline.api.dashboard.answer import PageRoute, show, show_fault
 from pipeline.api.dashboard.collections import search
 from pipeline.api.dashboard.session import Viewer
 from pipeline.api.v1.embeddings import Gateway, embed_body
@@ -27,15 +27,16 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 Trial = Literal["search", "compare", "embed"]
 
-_MOST_FORM_BYTES = 1024 * 1024
+_MOST_FORM_BYTES = 512 * 1024
 _FIRST_NUMBERS = 8
 _MOST_DIGITS = 18
+_TEMPLATE = "playground.html"
 
 
 @router.get("/playground")
 async def show_playground(request: Request) -> Response:
     """Show the forms."""
-    return await _show(request)
+    return await show(request, _TEMPLATE, partial(_forms, served=await _served(request)))
 
 
 @router.post("/playground")
@@ -43,34 +44,50 @@ async def try_out(request: Request, trial: Trial) -> Response:
     """Do what a form asks for, and show the forms again with what was typed and what was found."""
     session.must_be_ours(request)  # first, since another site's form comes without the cookie
     viewer = await session.viewer(request)
-    typed = await session.typed_form(request, _MOST_FORM_BYTES)
+    typed = await _typed(request, viewer)
     try:
         found = await _try(request, viewer, trial, typed)
     except (ApiError, UserError) as error:
-        response = await _show(request, trial=trial, typed=typed, fault=str(error))
-        response.status_code = error.status if isinstance(error, ApiError) else 400
-        return response
-    return await _show(request, trial=trial, typed=typed, found=found)
+        look = partial(_forms, served=await _served(request), trial=trial, typed=typed, fault=str(error))
+        return await show_fault(request, _TEMPLATE, look, error)
+    look = partial(_forms, served=await _served(request), trial=trial, typed=typed, found=found)
+    return await show(request, _TEMPLATE, look)
 
 
-async def _show(
-    request: Request,
+async def _typed(request: Request, viewer: Viewer) -> dict[str, str]:
+    """Return the fields of a form, which may hold long texts, and so waits for a place as large requests do.
+
+    Raises:
+        Busy: no place became free in time.
+        InvalidPayload, PayloadTooLarge: it isn't a form of ours.
+    """
+    body = await request.app.state.transfers.body(request, viewer.caller.workspace_id)
+    if len(body) > _MOST_FORM_BYTES:
+        raise session.too_large(_MOST_FORM_BYTES)
+    return session.fields_of(body)
+
+
+async def _served(request: Request) -> set[str]:
+    gateway: Gateway = request.app.state.gateway
+    return {name for engine in await gateway.cache.engines() for name in engine["models"]}
+
+
+def _forms(
+    connection: Connection,
+    viewer: Viewer,
     *,
+    served: set[str],
     trial: Trial | None = None,
     typed: Mapping[str, str] = {},
     found: Any = None,
     fault: str = "",
-) -> Response:
-    gateway: Gateway = request.app.state.gateway
-    served = {name for engine in await gateway.cache.engines() for name in engine["models"]}
-    about = {"trial": trial, "typed": typed, "found": found, "fault": fault}
-    return await show(request, "playground.html", partial(_forms, served=served, about=about))
-
-
-def _forms(connection: Connection, viewer: Viewer, *, served: set[str], about: Mapping[str, Any]) -> dict[str, Any]:
+) -> dict[str, Any]:
     own = viewer.caller.workspace_id
     return {
-        **about,
+        "trial": trial,
+        "typed": typed,
+        "found": found,
+        "fault": fault,
         "models": [_with_served(row, served) for row in models.of_workspace(connection, own)],
         "collections": [
             {

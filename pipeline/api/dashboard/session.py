@@ -8,10 +8,11 @@ from fastapi import Request, Response
 
 from pipeline.api.dependencies import identify
 from pipeline.api.gateway.cache import Caller
-from pipeline.core.errors import Forbidden, PayloadTooLarge
+from pipeline.core.errors import Forbidden, InvalidPayload, PayloadTooLarge
 
 _COOKIE = "vectormill_key"
 _MOST_FORM_BYTES = 16 * 1024
+_MOST_FIELDS = 20
 #: Path on this server: not `//host` or `/\host`, which browsers take for another server's.
 _LOCAL = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*")
 
@@ -78,26 +79,39 @@ def must_be_ours(request: Request) -> None:
 
 
 async def form(request: Request) -> dict[str, str]:
-    """Return the fields of a form, without white space around them. Raises as `typed_form`."""
-    return {name: value.strip() for name, value in (await typed_form(request, _MOST_FORM_BYTES)).items()}
-
-
-async def typed_form(request: Request, most_bytes: int) -> dict[str, str]:
-    """Return the fields of a form as they were typed, after `must_be_ours`.
+    """Return the fields of a form, without white space around them.
 
     Raises:
         Forbidden: it wasn't sent by a page of ours.
-        PayloadTooLarge: it is larger than `most_bytes`.
+        InvalidPayload: it has too many fields.
+        PayloadTooLarge: it is too large.
     """
     must_be_ours(request)
     body = bytearray()
     async for piece in request.stream():
         body += piece
-        if len(body) > most_bytes:
-            raise PayloadTooLarge(f"The form is larger than {most_bytes:,} bytes; send less.")
-    pairs = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+        if len(body) > _MOST_FORM_BYTES:
+            raise too_large(_MOST_FORM_BYTES)
+    return {name: value.strip() for name, value in fields_of(bytes(body)).items()}
+
+
+def fields_of(body: bytes) -> dict[str, str]:
+    """Return the fields of a form's body as they were typed.
+
+    Raises:
+        InvalidPayload: they are too many.
+    """
+    try:
+        pairs = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=_MOST_FIELDS)
+    except ValueError:
+        raise InvalidPayload(f"The form has more than {_MOST_FIELDS} fields; use the page's own.") from None
     # Browsers send the lines of a text with CRLF at their ends.
     return {name: value.replace("\0", "").replace("\r\n", "\n") for name, value in pairs}
+
+
+def too_large(most_bytes: int) -> PayloadTooLarge:
+    """Return the error for a form that is larger than that."""
+    return PayloadTooLarge(f"The form is larger than {most_bytes:,} bytes; send less.")
 
 
 def local(path: str | None) -> str:

@@ -12,13 +12,15 @@ from sqlalchemy import Connection, Engine
 from starlette.responses import PlainTextResponse, RedirectResponse
 
 from pipeline.api.dashboard import session
-from pipeline.api.dashboard.answer import PageRoute, show
+from pipeline.api.dashboard.answer import PageRoute, show, show_fault
 from pipeline.api.dashboard.session import Viewer
+from pipeline.api.dependencies import ask
 from pipeline.api.status.collections import intake_of_sync
 from pipeline.api.status.submissions import TURNS, Intake, Wish, intake_of_job, receive_rows, submitter
+from pipeline.catalog.models import DEFAULT_WORKSPACE
 from pipeline.core.errors import ApiError, InvalidPayload, UserError
 from pipeline.core.options import Columns
-from pipeline.db import collections, models
+from pipeline.db import collections, models, workspaces
 from pipeline.infra.settings import Settings
 from pipeline.ingest.request import labels_of
 from pipeline.ingest.submission import Submitted
@@ -28,8 +30,6 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 #: Fields that a collection decides for all its syncs.
 _OF_COLLECTIONS = ("model", "text_column", "text", "key_column")
-#: Fields that are options of the command, spelled alike.
-_OPTIONS = (*_OF_COLLECTIONS, "name")
 #: Stands for the file in a command before one is chosen.
 _NO_FILE = "FILE"
 
@@ -67,9 +67,7 @@ async def submit_file(request: Request) -> Response:
     try:
         made = await receive_rows(request, owner, Intake(read, _columns, _submit))
     except (ApiError, UserError) as error:
-        response = await show(request, "submit.html", partial(_form, typed=typed, fault=str(error)))
-        response.status_code = error.status if isinstance(error, ApiError) else 400
-        return response
+        return await show_fault(request, "submit.html", partial(_form, typed=typed, fault=str(error)), error)
     return RedirectResponse(f"/jobs/{made.job_id}", 303)
 
 
@@ -77,8 +75,10 @@ async def submit_file(request: Request) -> Response:
 async def show_command(request: Request) -> Response:
     """Return the command that does what the form says."""
     session.must_be_ours(request)
-    await session.viewer(request)
-    return PlainTextResponse(command_of(await session.form(request)))
+    viewer = await session.viewer(request)
+    fields = await session.form(request)
+    workspace = await ask(request, lambda connection: workspaces.name_of(connection, viewer.caller.workspace_id))
+    return PlainTextResponse(command_of(fields, workspace))
 
 
 def _form(connection: Connection, viewer: Viewer, *, typed: Mapping[str, str] = {}, fault: str = "") -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _form(connection: Connection, viewer: Viewer, *, typed: Mapping[str, str] = 
         "collections": [{"name": each.name, "model": each.model} for each in collections.of_workspace(connection, own)],
         "typed": typed,
         "fault": fault,
-        "command_line": command_of(typed),
+        "command_line": command_of(typed, workspaces.name_of(connection, own)),
         # A form that is sent twice by mistake makes one job.
         "idempotency_key": secrets.token_urlsafe(16),
     }
@@ -131,13 +131,20 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def command_of(fields: Mapping[str, str]) -> str:
+def command_of(fields: Mapping[str, str], workspace: str) -> str:
     """Return the command that does what a form says; `FILE` stands for a file that isn't chosen yet."""
-    collection = fields.get("collection")
-    words = ["vectormill", *(("sync", collection) if collection else ("submit",)), fields.get("file") or _NO_FILE]
-    for name in _OPTIONS:
-        if value := fields.get(name):
-            words += [f"--{name.replace('_', '-')}", value]
-    for label in _lines(fields.get("label", "")):
-        words += ["--label", label]
+    collection, file = fields.get("collection"), fields.get("file") or _NO_FILE
+    # Fields that a collection decides are refused with one.
+    names = ("name",) if collection else (*_OF_COLLECTIONS, "name")
+    words = ["vectormill", *(("sync", collection) if collection else ("submit",))]
+    words.append(f"./{file}" if file.startswith("-") else file)
+    # A field's name is that of its option.
+    for name, value in [
+        *((name, fields.get(name)) for name in names),
+        *(("label", label) for label in _lines(fields.get("label", ""))),
+        ("workspace", workspace if workspace != DEFAULT_WORKSPACE else None),
+    ]:
+        if value:
+            option = f"--{name.replace('_', '-')}"
+            words += [f"{option}={value}"] if value.startswith("-") else [option, value]
     return shlex.join(words)
