@@ -410,7 +410,8 @@ def test_nothing_scrolls_sideways(site: Site, width: int) -> None:
 
 
 def overflow(page: Page) -> int:
-    """Return by how many pixels a page is wider than its window."""
+    """Return by how many pixels a page is wider than its window, once its style sheets are there."""
+    page.wait_for_load_state()
     wider: int = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     return wider
 
@@ -438,7 +439,8 @@ def test_axe_would_find_a_fault(site: Site, axe: str) -> None:
 
 
 def serious(page: Page, axe: str) -> list[Any]:
-    """Return the serious and critical violations, each with its first places."""
+    """Return the serious and critical violations of a page that has loaded, each with its first places."""
+    page.wait_for_load_state()
     page.evaluate(axe)
     found = page.evaluate("axe.run()")
     return [
