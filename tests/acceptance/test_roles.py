@@ -136,6 +136,7 @@ def test_all_that_jobs_go_through(installation: Installation, texts: list[str]) 
     _batch_request(it)
     _keys_and_usage(it)
     _lost_claims(it, corpus)
+    _somebody_looks(it)
     _a_reader_looks(it)
     fleet.cli("purge", "docs", "--yes")
 
@@ -271,6 +272,16 @@ def _lost_claims(it: Installation, corpus: Path) -> None:
     it.post(f"/api/jobs/{job}/resume")
     it.post(f"/api/jobs/{job}/cancel")
     _ended(it, job, "cancelled")
+
+
+def _somebody_looks(it: Installation) -> None:
+    """Log in to the dashboard, and visit each page."""
+    key = it.client.headers["authorization"].removeprefix("Bearer ")
+    with httpx.Client(base_url=it.url, cookies={"vectormill_key": key}, timeout=60) as browser:
+        for path in ("/", "/jobs", "/jobs/struck", "/jobs/docs", "/collections", "/playground", "/submit", "/workers"):
+            page = browser.get(path)
+            assert page.status_code == 200, (path, page.text)
+        assert "1 claim lost" in browser.get("/jobs/struck").text
 
 
 def _a_reader_looks(it: Installation) -> None:

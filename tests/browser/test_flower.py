@@ -96,6 +96,8 @@ def test_the_dashboard_leads_to_tasks_and_workers(site: Site, flower: Page) -> N
     first = flower.get_by_role("link", name="Task of chunk 1 in Flower", exact=True)
     task = fleet.scalar("select task_id from vectormill.chunks where job_id = :job and ordinal = 0", job=job)
     expect(first).to_have_attribute("href", f"{site.flower_url}/task/{task}")
+    # Scripts load after the page.
+    expect(flower.locator("#tip")).to_be_attached()
     flower.locator(".strip").focus()
     flower.keyboard.press("ArrowRight")
     flower.keyboard.press("Enter")
