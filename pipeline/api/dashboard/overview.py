@@ -2,7 +2,6 @@
 
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from math import inf
 from time import monotonic
 from typing import Any
 
@@ -18,8 +17,8 @@ from pipeline.db import models, overview, workers
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 _HOURS = 24
-#: Hours that may still grow are read again from time to time: requests are metered behind their replies,
-#: much so after the database was away.
+#: Hours that may still grow are read again from time to time: requests are metered behind their replies, much so after
+#: the database was away.
 _GROWS = timedelta(hours=2)
 _AGAIN_SECONDS = 60.0
 _MOST_SHOWN = 6
@@ -29,8 +28,7 @@ _OF_JOBS = frozenset({"state", "model", "name", "before"})
 
 
 class TokensByHour:
-    """Cache of the tokens of the last day's hours, since a page that asks every other second mustn't sum up a day each
-    time."""
+    """Cache of the tokens of the last day's hours, since a page that asks every other second mustn't sum up a day."""
 
     def __init__(self) -> None:
         #: Workspace → beginning of an hour → its tokens, and when they were read by the monotonic clock.
@@ -44,12 +42,13 @@ class TokensByHour:
         known = self._read.setdefault(workspace_id, {})
         for hour in known.keys() - set(hours):
             known.pop(hour, None)  # another visit's thread may have been faster
+        tokens = list[tuple[datetime, int]]()
         for hour in hours:
-            at = known[hour][1] if hour in known else -inf
-            may_grow = this - hour <= _GROWS
-            if at == -inf or (may_grow and monotonic() - at >= _AGAIN_SECONDS):
-                known[hour] = (overview.tokens_of_hour(connection, workspace_id, hour), monotonic())
-        return [(hour, known[hour][0]) for hour in hours]
+            kept = known.get(hour)
+            if kept is None or (this - hour <= _GROWS and monotonic() - kept[1] >= _AGAIN_SECONDS):
+                kept = known[hour] = (overview.tokens_of_hour(connection, workspace_id, hour), monotonic())
+            tokens.append((hour, kept[0]))
+        return tokens
 
 
 @router.get("/")
