@@ -7,7 +7,7 @@ BROWSER := $(VENV)/.browser
 ECOSYSTEM := .venv-ecosystem/.installed
 ORCHESTRATORS := .venv-orchestrators/.installed
 
-.PHONY: demo test test-contract test-acceptance test-browser test-ops test-ecosystem drill nights screenshots docs lint bench bench-gpu bench-peers clean
+.PHONY: demo test test-contract test-acceptance test-nightly test-browser test-ops test-ecosystem drill nights screenshots docs lint bench bench-gpu bench-peers clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
@@ -40,9 +40,14 @@ test-contract: $(INSTALLED)
 # Whole jobs by every way in and out, through gateways, from SQL; single faults, mutants. A short drill is in `make test`.
 # Two tests at a time, of whatever module: each has a fleet of its own. Then those that measure how fast a fleet is.
 test-acceptance: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/acceptance tests/chaos -m 'not alone' \
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/acceptance tests/chaos -m 'not alone and not nightly' \
 		--ignore tests/chaos/test_drill.py
 	$(BIN)/python -m pytest tests/acceptance -m alone
+
+# What CI has no time for: the same as some of those, but larger, or by another way. Then a week of nights.
+test-nightly: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/acceptance -m nightly
+	$(MAKE) nights
 
 SEED ?= $(shell date +%s)
 MINUTES ?= 60

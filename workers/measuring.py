@@ -42,7 +42,7 @@ _barrier: Any = None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to measure, and on how many slots."""
+    """Measurement that is asked for, and the slots it is made on."""
 
     model: Model
     device: str

@@ -199,7 +199,7 @@ def _check_receipt(fleet: Fleet, job: UUID, *, rejected: int) -> dict[str, Any]:
     return receipt
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("csv", marks=pytest.mark.nightly)])
 def test_empty_rows_fail_their_job_and_cost_no_memory(fleet: Fleet, tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"empty.{kind}"
     head, row = (b"id,text\n", b",\n") if kind == "csv" else (b"", b'{"text": ""}\n')
@@ -215,6 +215,7 @@ def test_empty_rows_fail_their_job_and_cost_no_memory(fleet: Fleet, tmp_path: Pa
     _check_receipt(fleet, _job(fleet, "empty"), rejected=BY_VALUE_ROWS)
 
 
+@pytest.mark.nightly
 def test_ten_million_empty_rows_by_reference_fail_their_job_early(fleet: Fleet, tmp_path: Path) -> None:
     path = tmp_path / "empty.parquet"
     path.write_bytes(_parquet({"text": pa.array([""]).take(pa.array([0] * BY_REFERENCE_ROWS, pa.int8()))}))

@@ -8,8 +8,15 @@ from tests.acceptance.conftest import write_corpus
 from tests.acceptance.fleet import Fleet, eventually
 
 
-@pytest.mark.parametrize("fenced", [True, False])
-@pytest.mark.parametrize("meanwhile", ["cancelled", "redone"])
+@pytest.mark.parametrize(
+    ("meanwhile", "fenced"),
+    [
+        ("redone", True),
+        ("redone", False),
+        ("cancelled", True),
+        pytest.param("cancelled", False, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_worker_frozen_past_its_lease(
     fleet: Fleet, texts: list[str], tmp_path: Path, fenced: bool, meanwhile: str
 ) -> None:

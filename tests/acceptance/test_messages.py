@@ -111,7 +111,7 @@ def test_a_worker_does_no_command_but_ours(
     assert fleet.await_end(again)["state"] == "completed"
 
 
-@pytest.mark.parametrize("put", ["set", "sadd"])
+@pytest.mark.parametrize("put", ["set", pytest.param("sadd", marks=pytest.mark.nightly)])
 def test_a_queue_that_is_no_list_is_made_anew(
     fleet: Fleet, store: "redis.Redis", texts: list[str], tmp_path: Path, put: str
 ) -> None:

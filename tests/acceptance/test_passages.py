@@ -114,8 +114,15 @@ def _whole_texts(found: list[Passage], bodies: dict[str, str]) -> dict[str, str]
     return {key: "".join(bodies[key][each.start : each.stop] for each in some) for key, some in of_key.items()}
 
 
-@pytest.mark.parametrize("files", [False, True], ids=["postgres", "parquet"])
-@pytest.mark.parametrize(("kind", "way"), [("jsonl", "--by-value"), ("parquet", "--by-reference")])
+@pytest.mark.parametrize(
+    ("kind", "way", "files"),
+    [
+        pytest.param("jsonl", "--by-value", False, id="by-value-postgres"),
+        pytest.param("parquet", "--by-reference", True, id="by-reference-parquet"),
+        pytest.param("jsonl", "--by-value", True, id="by-value-parquet", marks=pytest.mark.nightly),
+        pytest.param("parquet", "--by-reference", False, id="by-reference-postgres", marks=pytest.mark.nightly),
+    ],
+)
 def test_passages_give_each_text_back(
     fleet: Fleet, corpus: Corpus, static_model: Path, tmp_path: Path, kind: str, way: str, *, files: bool
 ) -> None:

@@ -51,19 +51,20 @@ def test_each_poison_is_rejected_and_nothing_else(fleet: Fleet, texts: list[str]
     assert fleet.objections(job, corpus) == []
 
 
-def test_one_poison_in_ten_thousand_costs_little(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:
-    """At the default size of chunks, no more than 2 % of the tokens are embedded in vain."""
-    chosen = [f"{texts[n % len(texts)]} {n}" for n in range(10_000)]
-    chosen[4_321] = f"{Poison.KILLS} {chosen[4_321]}"
+@pytest.mark.parametrize("count", [2_500, pytest.param(10_000, marks=pytest.mark.nightly)])
+def test_one_poison_among_thousands_costs_little(fleet: Fleet, texts: list[str], tmp_path: Path, count: int) -> None:
+    """At the default size of chunks, no more tokens than those of 200 texts are embedded in vain: 2 % of 10,000."""
+    chosen = [f"{texts[n % len(texts)]} {n}" for n in range(count)]
+    chosen[1_321] = f"{Poison.KILLS} {chosen[1_321]}"
     corpus = write_corpus(tmp_path / "corpus.jsonl", chosen)
     del fleet.environment["VECTORMILL_CHUNK_ITEMS"]
     fleet.environment["PROMETHEUS_MULTIPROC_DIR"] = counts_below(tmp_path)
     _start_brittle(fleet, "poisonable")
     job = fleet.submit(str(corpus), "--model", "minilm")
     assert fleet.await_end(job, _SECONDS)["state"] == "completed"
-    assert _rejects(fleet, job) == {4_321: "crashed_worker"}
+    assert _rejects(fleet, job) == {1_321: "crashed_worker"}
     committed = fleet.scalar("select sum(prompt_tokens) from vectormill.usage where job_id = :job", job=job)
-    assert 1 <= tokens_embedded(tmp_path.glob(COUNTERS)) / float(committed) <= 1.02
+    assert 1 <= tokens_embedded(tmp_path.glob(COUNTERS)) / float(committed) <= 1 + 200 / count
 
 
 def test_a_driver_that_kills_pauses_its_jobs_and_blames_no_text(fleet: Fleet, texts: list[str], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ Side = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What was measured."""
+    """Figures of a measurement."""
 
     #: Medians of tokens per second.
     rates: Mapping[str, float]
