@@ -26,6 +26,7 @@ from pipeline.core.errors import VectormillError
 from pipeline.core.models import Model, Upstream
 from pipeline.core.options import KeptOptions
 from workers.encoders.devices import list_devices
+from workers.encoders.imports import import_library
 from workers.encoders.layout import check_layout
 from workers.encoders.model_cache import Loader
 from workers.encoders.weights import WeightsSource
@@ -41,6 +42,7 @@ def describe(source: WeightsSource, pooling: str | None = None) -> dict[str, Any
     folder = source.folder()
     check_layout(folder, pooling)
     fingerprint = weights_sha256(folder, pooling)
+    import_library()
     from workers.encoders.proof import prove
 
     device = list_devices()[0].name

@@ -11,6 +11,7 @@ from pipeline.core.errors import ModelError
 from pipeline.core.models import Model
 from pipeline.core.options import Precision
 from pipeline.infra.settings import ROOM_FACTOR
+from workers.encoders.imports import import_library
 from workers.encoders.weights import folder_of, verified_folder, weights_elements
 
 if TYPE_CHECKING:  # the parent and Flower import this module, and need no torch
@@ -38,6 +39,7 @@ class Loader:
         Raises:
             ModelError: its folder isn't here, or damaged.
         """
+        import_library()
         from workers.encoders.library import dtype_of
 
         folder = folder_of(model)
@@ -52,6 +54,7 @@ class Loader:
         Raises:
             ModelError: the model can't be loaded here, or isn't the catalogue's.
         """
+        import_library()
         from workers.encoders.local import LocalEncoder
 
         asked = self._asked(precision)

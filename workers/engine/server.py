@@ -35,6 +35,7 @@ from pipeline.db.database import make_engine
 from pipeline.infra import http_server, metrics, metrics_server
 from pipeline.infra.logs import configure_logs
 from pipeline.infra.settings import MODELS_SHARE, Settings, engine_authorization, load_settings
+from workers.encoders.imports import import_library
 from workers.encoders.model_cache import Loader, ModelCache
 from workers.engine.batcher import Batcher
 from workers.engine.succession import hold_signals, serve_in_child
@@ -245,7 +246,8 @@ def main() -> None:
         catalogue.read()
         # Publish the engine already: requests can wait for the first child. Not if named models must be loaded first.
         with nullcontext() if settings.worker_models else catalogue.followed(goodbye=False):
-            import workers.encoders.local  # noqa: F401 - takes seconds, and children inherit it
+            import_library()  # takes seconds, and children inherit it
+            import workers.encoders.local  # noqa: F401
     serve_in_child(partial(_serve, settings, url, engine_id, catalogue.models), listener)
 
 

@@ -1,6 +1,6 @@
 """Fork server of a worker: a process that imports torch once and opens nothing, and forks the worker's children.
 
-Importing sentence-transformers takes ten seconds of CPU and 400 MB. A forked child has it at once, and shares the
+Importing sentence-transformers takes seven seconds of CPU and 400 MB. A forked child has it at once, and shares the
 memory. The worker itself can't be forked: it has threads and connections.
 """
 
