@@ -97,7 +97,7 @@ $(ORCHESTRATORS): tests/ecosystem/requirements-orchestrators.txt
 $(ECOSYSTEM) $(ORCHESTRATORS):
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@echo "Installing into $(@D) …"
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement $<
 	@touch $@
 
 test-ecosystem: $(INSTALLED) $(ECOSYSTEM) $(ORCHESTRATORS)
