@@ -45,14 +45,12 @@ def servers() -> Iterator[Running]:
     """Run embedded Postgres, with a migrated template database, and Valkey."""
     with TemporaryDirectory(dir=_memory()) as folder:
         Path(folder).chmod(0o711)
-        home, roots = Path(folder, "home"), Path(folder, "roots")
+        home, roots = Path(folder, "home"), Path(folder, "what root keeps")
         roots.mkdir(mode=0o711)
+        # A setting given on the command line couldn't be changed later.
+        settings = {name: value for name, value in postgres._SETTINGS.items() if name != "fsync"}
         with ExitStack() as stack:
-            # What root would keep elsewhere.
-            stack.enter_context(patch.object(place, "ROOTS_FOLDER", roots))
-            # A setting given on the command line couldn't be changed later.
-            settings = {name: value for name, value in postgres._SETTINGS.items() if name != "fsync"}
-            with patch.dict(postgres._SETTINGS, settings, clear=True):
+            with patch.dict(postgres._SETTINGS, settings, clear=True), patch.object(place, "ROOTS_FOLDER", roots):
                 started = stack.enter_context(running_servers(home, _make_template))
             yield started
 

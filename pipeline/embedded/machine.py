@@ -124,7 +124,7 @@ class Machine:
         return Running(
             home=self._settings.home,
             supervisor_pid=me.pid,
-            supervisor_started=me.created,
+            supervisor_started=me.started,
             database_url=database_url,
             redis_url=redis_url,
             api_url=f"http://127.0.0.1:{_port(self._settings, 'api')}",

@@ -1,4 +1,4 @@
-"""Processes that may outlive the one that started them, identified by pid and create time, never by name."""
+"""Processes that may outlive the one that started them, identified by pid and start, never by name."""
 
 import os
 import signal
@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-# The create time is computed from the boot time, which moves a little when the clock is adjusted.
+# More than the rounding of a start, and less than it takes to give a pid again.
 _SAME_SECONDS = 2.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _POLL_SECONDS = 0.2
 _KILLED_SECONDS = 10.0
 
@@ -24,8 +25,8 @@ class ProcessMark(BaseModel):
 
     name: str
     pid: int
-    #: Create time, seconds since 1970.
-    created: float
+    #: Start, seconds since the machine's: a clock that is set moves it in no way, unlike a time of day.
+    started: float
     #: Signal that asks it to shut down.
     stop_signal: int = signal.SIGTERM
 
@@ -33,17 +34,30 @@ class ProcessMark(BaseModel):
 def mark_process(name: str, pid: int, stop_signal: int = signal.SIGTERM) -> ProcessMark:
     """Return the mark of a process that has just been started, or of this process."""
     try:
-        created = psutil.Process(pid).create_time()
+        started = _started(psutil.Process(pid))
     except psutil.NoSuchProcess:
-        created = time.time()
-    return ProcessMark(name=name, pid=pid, created=created, stop_signal=stop_signal)
+        started = time.time() - psutil.boot_time()
+    return ProcessMark(name=name, pid=pid, started=started, stop_signal=stop_signal)
+
+
+def _started(process: psutil.Process) -> float:
+    # psutil adds the boot time, which it computes from the clock.
+    return process.create_time() - psutil.boot_time()
+
+
+def boot_id() -> str:
+    """Return what tells this run of the machine from earlier ones, in which a process may have had the same mark; empty
+    where nothing does."""
+    with suppress(OSError):
+        return _BOOT_ID.read_text(encoding="utf-8").strip()
+    return ""
 
 
 def find_process(mark: ProcessMark) -> psutil.Process | None:
     """Return the marked process if it is still alive. A zombie, or another process with its pid, doesn't count."""
     try:
         process = psutil.Process(mark.pid)
-        same = abs(process.create_time() - mark.created) < _SAME_SECONDS
+        same = abs(_started(process) - mark.started) < _SAME_SECONDS
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core.errors import UserError
 from pipeline.embedded.files import make_folder, naming_the_home, write_private
-from pipeline.embedded.processes import ProcessMark, find_process, stop_process
+from pipeline.embedded.processes import ProcessMark, boot_id, find_process, stop_process
 
 _LEFTOVER_GRACE_SECONDS = 60.0
 
@@ -23,8 +23,9 @@ class Running(BaseModel):
     #: The home it was started for, so that a copied home doesn't claim the processes of the original.
     home: Path
     supervisor_pid: int
-    #: The supervisor's create time, seconds since 1970.
+    #: The supervisor's start, seconds since the machine's, and which run of the machine that is.
     supervisor_started: float
+    boot: str = Field(default_factory=boot_id)
     database_url: str = Field(repr=False)
     redis_url: str = Field(repr=False)
     api_url: str
@@ -51,7 +52,7 @@ class Running(BaseModel):
     @property
     def supervisor(self) -> ProcessMark:
         """The supervisor's own mark."""
-        return ProcessMark(name="up", pid=self.supervisor_pid, created=self.supervisor_started)
+        return ProcessMark(name="up", pid=self.supervisor_pid, started=self.supervisor_started)
 
 
 def write_running(running: Running) -> None:
@@ -65,7 +66,8 @@ def forget_running(home: Path) -> None:
 
 
 def read_running(home: Path) -> Running | None:
-    """Return the home's record, even if its processes are dead; `None` if there is no valid record of this home.
+    """Return the home's record, even if its processes are dead; `None` if there is no valid record of this home since
+    the machine started.
 
     Raises:
         UserError: it can't be read.
@@ -80,7 +82,7 @@ def read_running(home: Path) -> Running | None:
         running = Running.model_validate_json(text)
     except ValidationError:
         return None
-    return running if running.home.resolve() == home.resolve() else None
+    return running if running.home.resolve() == home.resolve() and running.boot == boot_id() else None
 
 
 def find_running(home: Path) -> Running | None:

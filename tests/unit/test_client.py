@@ -38,7 +38,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _record(home: Path, pid: int, /, **more: object) -> Path:
     (home / "run").mkdir(parents=True, exist_ok=True)
-    own = {"home": str(home), "supervisor_pid": pid, "supervisor_started": psutil.Process().create_time()}
+    started = psutil.Process().create_time() - psutil.boot_time()
+    own = {"home": str(home), "supervisor_pid": pid, "supervisor_started": started}
     record = {**own, "ready": True, "api_url": "http://127.0.0.1:1", "api_key": "vm_local", **more}
     path = home / "run" / "up.json"
     path.write_text(json.dumps(record))

@@ -65,8 +65,8 @@ def _running(home: Path) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(path.read_text())
         if Path(record["home"]).resolve() != home.resolve() or not record["ready"]:
             return None
-        # As processes' ids are given again, the time counts too.
-        began = psutil.Process(record["supervisor_pid"]).create_time()
+        # As processes' ids are given again, the start counts too: since the machine's, since clocks are set.
+        began = psutil.Process(record["supervisor_pid"]).create_time() - psutil.boot_time()
         return record if abs(began - record["supervisor_started"]) < 1 else None
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return None
