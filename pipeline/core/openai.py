@@ -1,4 +1,4 @@
-"""OpenAI's wire format for embeddings, for server and client: requests, replies and errors. No I/O."""
+"""OpenAI's wire format for embeddings as a server speaks it: requests, replies and errors. No I/O."""
 
 import base64
 import json
@@ -6,28 +6,16 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from http import HTTPStatus
-from math import isfinite, nan
 from typing import Annotated, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema
 
-from pipeline.core.errors import BadReply, InvalidPayload
-from pipeline.core.models import MOST_INPUTS, Upstream
+from pipeline.core.errors import InvalidPayload
+from pipeline.core.models import MOST_INPUTS
+from pipeline.core.vectors import Vectors, quantised
 
-#: Status codes by which an upstream refuses the texts, and not the caller.
-TEXTS_FAULT = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
-#: Timeout for connecting to an upstream.
-CONNECT_SECONDS = 5.0
-#: First guess, until a model's replies give a better one.
-CHARACTERS_PER_TOKEN = 4.0
-#: Longest wait that an upstream can ask for; after this it is asked again.
-_MOST_WAIT_SECONDS = 3_600.0
 _MOST_USER = 512
 _MOST_MODEL = 256
 _ENCODINGS = ("float", "base64")
@@ -42,7 +30,6 @@ PURPOSE_FIELDS = ("input_type", "task", "task_type", "prompt_name")
 #: Types of a vector's elements in a reply.
 OUTPUT_TYPES = ("float", "int8", "uint8", "binary", "ubinary")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-Vectors = npt.NDArray[np.float32]
 #: Decoder of token ids into text; raises ValueError.
 Decode = Callable[[list[int]], str]
 
@@ -338,12 +325,6 @@ def _decoded(tokens: list[int], at: int, decode: Decode | None) -> str:
         ) from None
 
 
-def shortened(vectors: Vectors, dimensions: int) -> Vectors:
-    """Return vectors shortened to `dimensions`, their first ones, and normalised to length one again."""
-    cut = vectors[:, :dimensions]
-    return np.ascontiguousarray(cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12), dtype=np.float32)
-
-
 def make_reply(asked: Asked, embedded: Embedded) -> bytes:
     """Return the body of a reply, embeddings in index order. A truncated text is marked beside its embedding."""
     rows = {kind: _rows(embedded.vectors, kind, asked) for kind in asked.output_types}
@@ -373,143 +354,6 @@ def _rows(vectors: Vectors, kind: str, asked: Asked) -> Sequence[Any]:
         return list(quantised(vectors, kind))
     floats = np.ascontiguousarray(vectors, dtype="<f4")
     return [base64.b64encode(row).decode() for row in floats] if asked.base64 else list(floats)
-
-
-def quantised(vectors: Vectors, kind: str) -> npt.NDArray[np.int8] | npt.NDArray[np.uint8]:
-    """Return vectors as whole numbers of eight bits, in the codes that sentence-transformers and Cohere use.
-
-    `int8` and `uint8`: the largest element of each vector by amount is ±127 (`uint8` adds 128), which keeps cosines.
-    `ubinary` and `binary`: the signs, eight a byte, the first in the highest bit (`binary` subtracts 128); the last
-    byte is filled up with zeros.
-    """
-    if kind in ("ubinary", "binary"):
-        bits = np.packbits(vectors > 0, axis=1)
-        return bits if kind == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
-    most = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12)
-    whole = np.rint(vectors / most * 127)
-    return whole.astype(np.int8) if kind == "int8" else (whole + 128).astype(np.uint8)
-
-
-def endpoint_of(url: str) -> str:
-    """Return the embeddings endpoint of an API, given its address up to `/v1`."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(path=parts.path.rstrip("/") + "/embeddings"))
-
-
-def make_request(upstream: Upstream, texts: Sequence[str]) -> bytes:
-    """Return the body of a request for vectors with all of the model's dimensions."""
-    asked = {
-        "model": upstream.model,
-        "input": list(texts),
-        "encoding_format": "base64" if upstream.base64 else "float",
-    }
-    return orjson.dumps(asked)
-
-
-def estimated_tokens(texts: Sequence[str]) -> list[int]:
-    """Estimate the number of tokens of each text."""
-    return [int(len(text) / CHARACTERS_PER_TOKEN) + 1 for text in texts]
-
-
-def most_reply_bytes(inputs: int, dimensions: int) -> int:
-    """Return the size limit of a reply. It allows for numbers as text with all their digits, and for whatever else a
-    provider adds; no honest reply is longer."""
-    return inputs * (dimensions * 32 + 1_024) + 65_536
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """Parsed reply of an upstream."""
-
-    #: float32 of shape (inputs, dimensions), in the order of the inputs.
-    vectors: Vectors
-    #: Tokens by the upstream's count; `None`: it doesn't say.
-    prompt_tokens: int | None
-    #: Name that the upstream gives the model.
-    model: str | None
-    #: Positions of the inputs that the upstream reports as truncated. Only another vectormill does.
-    truncated: Sequence[int]
-
-
-def parse_reply(body: bytes, inputs: int, dimensions: int | None = None, *, asked_bytes: int) -> Reply:
-    """Parse the body of a reply to `inputs` inputs.
-
-    Vectors must have `dimensions` elements, or all the same number. A token count that is impossible for a request of
-    `asked_bytes` is ignored. Elements may be NaN: the caller finds the texts that they belong to.
-
-    Raises:
-        BadReply: the body isn't a list of embeddings, or a vector is missing, comes twice or has another size.
-    """
-    try:
-        fields = _reply_fields(body)
-        data, model = fields["data"], fields.get("model")
-        usage = fields.get("usage") or {}
-        if len(data) != inputs:
-            raise BadReply(f"it holds {len(data)} vectors for {inputs} inputs")
-        first = _vector(data[0]["embedding"])
-        vectors = np.empty((inputs, dimensions or len(first)), dtype=np.float32)
-        missing = np.ones(inputs, dtype=np.bool_)
-        for one in data:
-            index, vector = one["index"], _vector(one["embedding"])
-            if type(index) is not int or not 0 <= index < inputs or not missing[index]:
-                raise BadReply("an index is out of range or appears twice")
-            if len(vector) != vectors.shape[1]:
-                raise BadReply(f"a vector has {len(vector)} elements instead of {vectors.shape[1]}")
-            vectors[index], missing[index] = vector, False
-        truncated = [one["index"] for one in data if one.get("truncated") is True]
-        tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-        raise BadReply("it isn't a list of embeddings") from error
-    # No tokeniser makes more than one token of a byte; some upstreams prepend an instruction to each text.
-    if type(tokens) is not int or not 0 <= tokens <= 4 * asked_bytes + 16 * inputs:
-        tokens = None
-    return Reply(
-        vectors=vectors, prompt_tokens=tokens, model=model if isinstance(model, str) else None, truncated=truncated
-    )
-
-
-def _reply_fields(body: bytes) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return json.loads(body)  # it accepts the NaN and Infinity that servers in Python write
-
-
-def _vector(given: Any) -> Vectors:
-    if isinstance(given, str):
-        return np.frombuffer(base64.b64decode(given, validate=True), dtype="<f4")
-    if not isinstance(given, list) or not given:
-        raise BadReply("an embedding is neither an array nor base64")
-    # Other servers write NaN as null.
-    if None in given:
-        given = [nan if one is None else one for one in given]
-    # No conversion to float32 yet: it would take true for 1 and "2" for 2.
-    vector = np.array(given)
-    if vector.dtype.kind not in "fi" or vector.ndim != 1:
-        raise BadReply("an embedding contains a value that isn't a number")
-    with np.errstate(over="ignore"):
-        return vector.astype(np.float32)
-
-
-def told_wait_seconds(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the wait that a reply asks for, an hour at most: `retry-after-ms`, or `retry-after` as seconds or as a
-    date. `None` if it asks for none. `now` is Unix time."""
-    milliseconds, told = headers.get("retry-after-ms"), headers.get("retry-after")
-    for value, unit in ((milliseconds, 1_000.0), (told, 1.0)):
-        try:
-            wait = float(value or "") / unit
-        except ValueError:
-            continue
-        if isfinite(wait):
-            return _bounded(wait)
-    try:
-        return _bounded(parsedate_to_datetime(told or "").timestamp() - now)
-    except (ValueError, OverflowError):
-        return None
-
-
-def _bounded(wait_seconds: float) -> float:
-    return min(max(0.0, wait_seconds), _MOST_WAIT_SECONDS)
 
 
 def make_error(message: str, code: str, status: int, param: str | None = None) -> bytes:

@@ -15,20 +15,9 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import BadReply, InvalidPayload
 from pipeline.core.models import Upstream
-from pipeline.core.openai import (
-    Asked,
-    Embedded,
-    make_error,
-    make_reply,
-    make_request,
-    pack_vectors,
-    parse_reply,
-    parse_request,
-    quantised,
-    shortened,
-    told_wait_seconds,
-    unpack_vectors,
-)
+from pipeline.core.openai import Asked, Embedded, make_error, make_reply, pack_vectors, parse_request, unpack_vectors
+from pipeline.core.openai_client import make_request, parse_reply, told_wait_seconds
+from pipeline.core.vectors import quantised, shortened
 
 _MOST = 1_000
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from pipeline.chunk_io.commit import Commit, split_bad_vectors
 from pipeline.core.chunks import Claim, Item, Reject, RejectCode
 from pipeline.core.errors import GatewayBusy, GatewayChanged, GatewayRefused
-from pipeline.core.openai import shortened
 from pipeline.core.options import OnLong
+from pipeline.core.vectors import shortened
 from pipeline.db.embeddings import EmbeddedRows, Passages, passage_named
 from workers import instrumentation
 from workers.encoders.batching import LEAST_TOKENS, TOKENISED_AT_ONCE, Batch, Encoder, Tokenised, entitled, split_rule

@@ -13,7 +13,7 @@ import orjson
 from pipeline.core.errors import BadReply, GatewayRefused
 from pipeline.core.jobs import Reason
 from pipeline.core.models import Upstream
-from pipeline.core.openai import CONNECT_SECONDS, Reply, endpoint_of, make_request, most_reply_bytes, parse_reply
+from pipeline.core.openai_client import CONNECT_SECONDS, Reply, endpoint_of, make_request, most_reply_bytes, parse_reply
 from pipeline.infra.http import Deadlines
 from pipeline.infra.settings import read_key
 

@@ -27,7 +27,7 @@ from pipeline.core.chunks import RejectCode
 from pipeline.core.errors import GatewayBusy, GatewayChanged, GatewayRefused
 from pipeline.core.jobs import Reason
 from pipeline.core.models import Model
-from pipeline.core.openai import TEXTS_FAULT, Reply, told_wait_seconds
+from pipeline.core.openai_client import TEXTS_FAULT, Reply, told_wait_seconds
 from pipeline.core.vectors import sound
 from pipeline.ingest.chunking import request_batches
 from workers import instrumentation

@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.core.canary import CANARY, is_canary
 from pipeline.core.errors import ModelError
 from pipeline.core.models import Upstream
-from pipeline.core.openai import TEXTS_FAULT, Reply, estimated_tokens
+from pipeline.core.openai_client import TEXTS_FAULT, Reply, estimated_tokens
 from workers.upstream.client import Answer, UpstreamClient, key_of
 
 _SECONDS = 60.0

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from math import inf
 
-from pipeline.core.openai import CHARACTERS_PER_TOKEN
+from pipeline.core.openai_client import CHARACTERS_PER_TOKEN
 
 #: Maximum time between canary checks, since an upstream may change its model at any time.
 _PROOF_SECONDS = 600.0

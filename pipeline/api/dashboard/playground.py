@@ -18,7 +18,8 @@ from pipeline.api.dashboard.collections import search
 from pipeline.api.dashboard.session import Viewer
 from pipeline.api.v1.embeddings import Gateway, embed_body
 from pipeline.core.errors import ApiError, UnknownCollection, UserError
-from pipeline.core.openai import Embedded, Vectors
+from pipeline.core.openai import Embedded
+from pipeline.core.vectors import Vectors
 from pipeline.db import collections, models
 from pipeline.ingest.request import read_fields
 from pipeline.jobs.search import SearchRequest

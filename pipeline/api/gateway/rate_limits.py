@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from pipeline.api.gateway.cache import Caller, GatewayCache
 from pipeline.core.errors import InvalidPayload, RateLimited
-from pipeline.core.openai import CHARACTERS_PER_TOKEN
+from pipeline.core.openai_client import CHARACTERS_PER_TOKEN
 from pipeline.infra import metrics
 from pipeline.infra.redis_keys import is_spoiled
 

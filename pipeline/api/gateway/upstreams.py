@@ -11,10 +11,10 @@ import structlog
 
 from pipeline.core.errors import BadReply, InternalError, InvalidPayload, UpstreamUnavailable
 from pipeline.core.models import Upstream
-from pipeline.core.openai import (
+from pipeline.core.openai import Embedded
+from pipeline.core.openai_client import (
     CONNECT_SECONDS,
     TEXTS_FAULT,
-    Embedded,
     endpoint_of,
     estimated_tokens,
     make_request,

@@ -21,8 +21,8 @@ from pipeline.api.gateway.upstreams import Upstreams
 from pipeline.api.transfers import Transfers
 from pipeline.catalog.models import as_upstream
 from pipeline.core.errors import BadVector, InvalidPayload
-from pipeline.core.openai import Asked, Decode, Embedded, EmbeddingRequest, make_reply, parse_request, shortened
-from pipeline.core.vectors import sound
+from pipeline.core.openai import Asked, Decode, Embedded, EmbeddingRequest, make_reply, parse_request
+from pipeline.core.vectors import shortened, sound
 from pipeline.infra import metrics
 
 _JSON = "application/json"
