@@ -8,7 +8,8 @@ from uuid import UUID
 import numpy as np
 from sqlalchemy import Connection, Engine
 
-from pipeline.chunk_io.parquet_sink import Erased, ParquetSink
+from pipeline.chunk_io.parquet_erasure import Erased
+from pipeline.chunk_io.parquet_sink import ParquetSink
 from pipeline.core.chunks import Claim, Item
 from pipeline.core.collections import SyncOptions
 from pipeline.core.jobs import Job

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Engine
 
-from pipeline.chunk_io.parquet_sink import MANIFEST, WRITING, as_text, without_keys
+from pipeline.chunk_io.parquet_data_set import MANIFEST
+from pipeline.chunk_io.parquet_parts import WRITING, as_text, without_keys
 from pipeline.core.errors import StorageUnreachable, UserError, VectormillError, Waiting
 from pipeline.core.options import PASSAGE_COLUMNS, JobOptions, VectorType
 from pipeline.db import collection_files, collections

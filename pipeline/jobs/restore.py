@@ -10,7 +10,7 @@ from datetime import UTC
 
 from sqlalchemy import Engine, RowMapping
 
-from pipeline.chunk_io.parquet_sink import names_of_parts
+from pipeline.chunk_io.parquet_parts import names_of_parts
 from pipeline.core.errors import StorageRefused, StorageUnreachable
 from pipeline.core.jobs import JobState
 from pipeline.db import jobs, outputs, restored

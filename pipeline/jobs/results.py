@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Engine
 
-from pipeline.chunk_io.parquet_sink import WRITING, as_text
-from pipeline.chunk_io.parquet_sink import schema as parquet_schema
+from pipeline.chunk_io.parquet_parts import WRITING, as_text
+from pipeline.chunk_io.parquet_parts import schema as parquet_schema
 from pipeline.chunk_io.sinks import Block, Connect, sink_of
 from pipeline.core import exact_json
 from pipeline.core.errors import UserError

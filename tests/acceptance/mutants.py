@@ -116,9 +116,9 @@ def _losing_the_device() -> None:
 
 def _dying_in_parts() -> None:
     """Kill children between writing a part and recording it, until all files named in `DEATHS` exist."""
-    from pipeline.chunk_io import parquet_sink
+    from pipeline.chunk_io import parquet_parts
 
-    write = parquet_sink.write
+    write = parquet_parts.write
 
     def write_and_die(*arguments: Any) -> Any:
         written = write(*arguments)
@@ -128,7 +128,7 @@ def _dying_in_parts() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return written
 
-    parquet_sink.write = write_and_die  # type: ignore[assignment]
+    parquet_parts.write = write_and_die  # type: ignore[assignment]
 
 
 def _talkative() -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection, text
 
-from pipeline.chunk_io import parquet_sink
+from pipeline.chunk_io import parquet_data_set
 from pipeline.db import embeddings
 from pipeline.infra import storage
 from pipeline.jobs.verification import verified_receipt
@@ -130,10 +130,14 @@ def _files(connection: Connection, job: UUID) -> Iterator[str]:
     """Check that a data set's folder holds the files of its manifest, and beside them at most late files of lost
     claims: see docs/explanation/decisions/0005."""
     folder = _output(connection, job)
-    manifest = folder and content_of(f"{folder}/{parquet_sink.MANIFEST}")
+    manifest = folder and content_of(f"{folder}/{parquet_data_set.MANIFEST}")
     if not folder or not manifest:
         return
-    wanted = {parquet_sink.MANIFEST, parquet_sink.SUCCESS, *(file["name"] for file in json.loads(manifest)["files"])}
+    wanted = {
+        parquet_data_set.MANIFEST,
+        parquet_data_set.SUCCESS,
+        *(file["name"] for file in json.loads(manifest)["files"]),
+    }
     found = set(storage.names_below(folder))
     query = text("select chunk_id, fence from vectormill.claim_losses where job_id = :job")
     lost = "|".join(f"{chunk}-{fence}" for chunk, fence in connection.execute(query, {"job": job}))

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event, text
 
 from pipeline.chunk_io import commit as commit_module
-from pipeline.chunk_io import parquet_sink
+from pipeline.chunk_io import parquet_parts
 from pipeline.chunk_io.commit import Commit, Ending, write_chunk
 from pipeline.core.chunks import Claim, RejectCode
 from pipeline.core.errors import LeaseLost
@@ -205,7 +205,7 @@ def test_a_cancellation_that_the_database_lost_cancels_nothing(engine: Engine, j
 
 
 def test_parts_of_two_claims_with_one_fence_are_two_files(engine: Engine, job_id: UUID, claim: Claim) -> None:
-    names = {parquet_sink.name_of(one, number) for one in (claim, given_again(engine, job_id)) for number in (0, 1)}
+    names = {parquet_parts.name_of(one, number) for one in (claim, given_again(engine, job_id)) for number in (0, 1)}
     assert len(names) == 4
 
 

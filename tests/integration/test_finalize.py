@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import Engine
 
-from pipeline.chunk_io import parquet_sink
+from pipeline.chunk_io import parquet_data_set, parquet_sink
 from pipeline.chunk_io.commit import write_chunk
 from pipeline.core.models import Model
 from pipeline.dispatch.finalize import due, finalize
@@ -30,7 +30,7 @@ def test_parts_that_a_retry_brought_belong_to_the_data_set_too(
     claim = taken(engine, job_id)
     write_chunk(engine, claim, 0, part_of([0]), RUNNING)
     write_chunk(engine, claim, 1, part_of([1, 2, 3]), DONE)
-    other, make_data_set = taken(engine, job_id, 1), parquet_sink.make_data_set
+    other, make_data_set = taken(engine, job_id, 1), parquet_data_set.make_data_set
 
     def make_and_be_late(*arguments: Any) -> None:
         make_data_set(*arguments)
@@ -53,14 +53,14 @@ def test_parts_that_a_retry_brought_belong_to_the_data_set_too(
 
 def test_parts_that_the_database_forgot_are_not_left_beside_those_it_lists(tmp_path: Path) -> None:
     job_id, folder = uuid4(), str(tmp_path)
-    parquet_sink.make_data_set(folder, job_id, [], {})
+    parquet_data_set.make_data_set(folder, job_id, [], {})
     forgotten = f"part-7-1-{uuid4().hex}-2.parquet"
     for name in (forgotten, "part-7-1.parquet", "mine.parquet", "part-of-mine.parquet"):
         (tmp_path / name).write_bytes(b"")
-    parquet_sink.make_data_set(folder, job_id, [], {})
+    parquet_data_set.make_data_set(folder, job_id, [], {})
     assert set(storage.names_below(folder)) == {
-        parquet_sink.MANIFEST,
-        parquet_sink.SUCCESS,
+        parquet_data_set.MANIFEST,
+        parquet_data_set.SUCCESS,
         "mine.parquet",
         "part-of-mine.parquet",
     }
@@ -68,9 +68,9 @@ def test_parts_that_the_database_forgot_are_not_left_beside_those_it_lists(tmp_p
 
 _DIES_WRITING = """
 import os, sys, uuid
-from pipeline.chunk_io import parquet_sink
+from pipeline.chunk_io import parquet_data_set
 os.fsync = lambda _: os._exit(9)
-parquet_sink.make_data_set(sys.argv[1], uuid.UUID(sys.argv[2]), [], {})
+parquet_data_set.make_data_set(sys.argv[1], uuid.UUID(sys.argv[2]), [], {})
 """
 
 
@@ -78,5 +78,5 @@ def test_a_death_in_the_middle_of_the_manifest_leaves_nothing(tmp_path: Path) ->
     job_id = uuid4()
     dies = subprocess.run([sys.executable, "-c", _DIES_WRITING, str(tmp_path), str(job_id)], check=False)
     assert dies.returncode == 9
-    parquet_sink.make_data_set(str(tmp_path), job_id, [], {})
-    assert set(storage.names_below(str(tmp_path))) == {parquet_sink.MANIFEST, parquet_sink.SUCCESS}
+    parquet_data_set.make_data_set(str(tmp_path), job_id, [], {})
+    assert set(storage.names_below(str(tmp_path))) == {parquet_data_set.MANIFEST, parquet_data_set.SUCCESS}

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, text
 
 from pipeline.batch_api import files
 from pipeline.catalog.models import find_model, workspace_id
-from pipeline.chunk_io import parquet_sink
+from pipeline.chunk_io import parquet_erasure
 from pipeline.chunk_io.sinks import sink_of
 from pipeline.core.errors import NotRetriable, UserError, Waiting
 from pipeline.core.jobs import Reason
@@ -390,7 +390,7 @@ def test_an_interrupted_rewriting_of_parquet_is_done_again(
 
     with monkeypatch.context() as patch:
         if at == "before the manifest":
-            patch.setattr(parquet_sink.ParquetSink, "_replacements", die)
+            patch.setattr(parquet_erasure, "_replacements", die)
         else:
             patch.setattr(outputs, "replace", die)
         with pytest.raises(KeyboardInterrupt):
