@@ -317,7 +317,7 @@ def settle(
 ) -> str | None:
     """Remove the keys that a completed sync doesn't name, or names as removed, and those of rejected rows; give the
     others their new columns; count what has changed. Settled again, it removes only keys of rejects. Keys go from the
-    user's table `into`, too.
+    user's table `into`, too. Files of the collection are due then, with no problem yet.
 
     Return why it can't be settled, and nothing was done; `None`: it is.
     """
@@ -354,6 +354,10 @@ def settle(
             where job_id = :job
         """),
         {"job": job_id, "removed": removed, "added": added, "changed": changed},
+    )
+    # Who waits for its files is told what comes of the next try, not of one before.
+    connection.execute(
+        text("update vectormill.collection_versions set output_problem = null where id = :version"), values
     )
     return None
 

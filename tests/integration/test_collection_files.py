@@ -215,6 +215,10 @@ def test_a_folder_that_is_not_there_is_told(tickets: Tickets, folder: Path) -> N
         write_due(tickets.engine)
     assert not folder.exists(), "as it isn't mounted, nothing is written under it"
     assert "mount the folder" in status(tickets).problem
+    tickets.sync(rows_of(5))
+    assert status(tickets).problem is None, "who waits for this sync's files isn't told of an earlier try"
+    with pytest.raises(StorageUnreachable):
+        write_due(tickets.engine)
     made = forgetting.forget_keys(tickets.engine, 1, ["k0"], by="a test", collection=None)
     with pytest.raises(Waiting, match="mount the folder"):
         erase(tickets.engine, made)
