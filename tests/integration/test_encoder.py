@@ -62,7 +62,7 @@ def test_out_of_memory_halves_the_budget_and_remembers(
 ) -> None:
     encoder = LocalEncoder(bundled_model, "cpu")
     monkeypatch.setattr(encoder, "_most_running", most_running)
-    texts = ["a text of some ten or eleven tokens, all in all"] * 640
+    texts = ["a text of some ten or eleven tokens, all in all"] * 160
     expected = encoder.encode(encoder.tokenise(texts))
     forward, before = encoder._forward, encoder.budget_tokens
 
