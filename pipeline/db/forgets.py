@@ -357,10 +357,9 @@ def tables_of_jobs(connection: Connection, workspace_id: int, limit: int) -> lis
     """Return the tables of the user to which a workspace's jobs, but for syncs, have written."""
     rows = connection.execute(
         text("""
-            select distinct concat(options->'table'->>'schema', '.', options->'table'->>'table') as name
+            select distinct concat(options->'into'->>'schema', '.', options->'into'->>'table') as name
             from vectormill.jobs
-            where workspace_id = :workspace and options->'table' is not null and version_id is null
-              and jsonb_typeof(options->'table') = 'object'
+            where workspace_id = :workspace and jsonb_typeof(options->'into') = 'object' and version_id is null
             order by 1 limit :limit
         """),
         {"workspace": workspace_id, "limit": limit},

@@ -516,6 +516,15 @@ def test_a_collection_is_not_dropped_while_it_forgets(tickets: Tickets) -> None:
         drop_collection(connection, found)
 
 
+def test_tables_that_jobs_wrote_to_are_named(tickets: Tickets, tmp_path: Path) -> None:
+    """They are the user's own, who erases there; a collection's table forgets by itself."""
+    run_sql(tickets.engine, "create table public.letters (id text primary key, embedding vector(256))")
+    to_parquet(tickets, tmp_path, output=None, into="public.letters")
+    made = forget(tickets.engine, "person-1")
+    with tickets.engine.begin() as connection:
+        assert forgetting.forget_status(connection, 1, made).tables == ["public.letters"]
+
+
 @pytest.mark.parametrize("fault", ["dropped", "referenced"])
 def test_a_table_that_refuses_holds_up_nothing_else(
     engine: Engine, make_tickets: Callable[..., Tickets], fault: str
