@@ -213,13 +213,14 @@ class CollectionSink(RowsSink):
 
     def takes_long(self, connection: Connection) -> bool:
         """Return True if there is an index to build."""
-        return not collections.has_index(connection, self._sync.version_id)
+        return collections.lacks_index(connection, self._sync.version_id)
 
     def finalize(self, engine: Engine, job: Job) -> None:
         """Build the HNSW index of what the collection holds, if it has none."""
         with engine.begin() as connection:
             dimensions = jobs.vector_space(connection, job.id)["dimensions"]
-            if dimensions <= user_table.HNSW_DIMENSIONS[self._kept_as.sql_type]:
+            fits = dimensions <= user_table.HNSW_DIMENSIONS[self._kept_as.sql_type]
+            if fits and collections.lacks_index(connection, self._sync.version_id):
                 collections.build_index(connection, self._sync.version_id)
         if self._table and self._hnsw:
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

@@ -240,6 +240,15 @@ def has_index(connection: Connection, version_id: int) -> bool:
     return relation_exists(connection, f"collection_vectors_{version_id}_hnsw")
 
 
+def lacks_index(connection: Connection, version_id: int) -> bool:
+    """Return True if a version has vectors, and no HNSW index of them. One of an empty table would slow down the
+    transaction that shows a first atomic sync."""
+    if has_index(connection, version_id) or not relation_exists(connection, f"collection_vectors_{version_id}"):
+        return False
+    query = text("select exists (select from vectormill.collection_vectors where version_id = :version)")
+    return bool(connection.execute(query, {"version": version_id}).scalar_one())
+
+
 def build_index(connection: Connection, version_id: int) -> None:
     """Build the HNSW index of a version's vectors if there is none. Readers go on; writers wait."""
     connection.execute(text("select vectormill.index_collection(:version)"), {"version": version_id})

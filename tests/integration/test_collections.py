@@ -61,6 +61,14 @@ def test_a_collection_has_its_index(tickets: Tickets) -> None:
     assert "_hnsw" in plan
 
 
+def test_the_index_is_built_once_there_are_vectors(tickets: Tickets) -> None:
+    """Not over the empty table of a first atomic sync, whose end would add each vector to it."""
+    indexes = "select count(*) from pg_indexes where schemaname = 'vectormill' and indexname like '%_hnsw'"
+    for expected in (0, 1):
+        tickets.sync(rows_of(20), atomic=True)
+        assert run_sql(tickets.engine, indexes) == [(expected,)]
+
+
 def test_options_that_a_collection_cannot_have_are_refused(engine: Engine, static: None) -> None:
     with engine.begin() as connection:
         workspace = workspace_id(connection)
