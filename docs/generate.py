@@ -210,7 +210,7 @@ def _sql() -> Iterator[str]:
         )
     yield "## Views"
     yield ""
-    yield "`vectormill.job_status` has a row for each job and request. A collection that has ended a sync has a view of"
+    yield "`vectormill.job_status` has a row for each job and request. A collection has a view of"
     yield "its name with its keys, passages, carried columns and vectors ([guide](../how-to/nightly.md))."
 
 

@@ -27,7 +27,12 @@ def forget(
         str | None, typer.Option(help="Only from this collection and its syncs. Default: from all of the workspace.")
     ] = None,
     allow: Annotated[
-        bool, typer.Option("--allow", help="Let forgotten keys come in again, instead; nothing is brought back.")
+        bool,
+        typer.Option(
+            "--allow",
+            help="Let keys come in again that were forgotten with the same --collection, or without; "
+            "nothing is brought back.",
+        ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
     timeout: Timeout = None,

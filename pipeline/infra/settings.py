@@ -108,6 +108,7 @@ class Settings(BaseSettings):
     #: Address of the metrics of dispatchers and workers. Unset port: no metrics are served; 0 picks a free port.
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    #: Least level that is logged: debug, info, warning or error.
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
 
     #: The models a worker serves, comma-separated; empty: all of the catalogue. Set by `vectormill worker --model`.
@@ -243,7 +244,7 @@ def load_settings() -> Settings:
 
 
 #: Settings that may be kept in a file, to which the variable with the suffix `_FILE` points.
-_SECRETS = ("database_url", "redis_url", "sql_url", "flower_password", "webhook_secret", "engine_secret")
+_SECRETS = ("database_url", "redis_url", "sql_url", "api_key", "flower_password", "webhook_secret", "engine_secret")
 
 
 def _secrets_in_files() -> dict[str, Any]:

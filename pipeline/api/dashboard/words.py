@@ -204,7 +204,7 @@ REASONS: dict[Reason, tuple[str, str]] = {
     Reason.BUDGET_SPENT: ("the upstream's budget is spent", "Top it up or raise its limit, then resume."),
     Reason.GATEWAY_REFUSED: (
         "the upstream refuses the requests",
-        "Check the model's address and its name there, then resume.",
+        "Let the model's address serve that model again, with the same vectors, then resume.",
     ),
     Reason.ALL_REJECTED: ("every item was rejected", "Its rejects say why: usually it is the wrong text column."),
     Reason.TOO_MANY_REJECTS: (
@@ -217,7 +217,7 @@ REASONS: dict[Reason, tuple[str, str]] = {
     ),
     Reason.SOURCE_EMPTY: (
         "the source has no rows",
-        "Nothing was removed. Look at why the source is empty, then sync again.",
+        "Nothing was removed. Sync again once it has rows; or drop and create the collection to empty it.",
     ),
     Reason.TOO_MANY_REMOVED: (
         "too many keys would be removed",

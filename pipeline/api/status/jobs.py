@@ -138,7 +138,7 @@ async def get_receipt(
     verify: Annotated[bool, Query(description="Count the rows themselves, one by one; slow.")] = False,
     workspace: Workspace = None,
 ) -> Receipt:
-    """Return a job's receipt: items in = embedded + reused + rejected + cancelled."""
+    """Return a job's receipt: items in = embedded + reused + unchanged + rejected + cancelled."""
 
     if not verify:
         return await ask_of_job(request, job, status.receipt, workspace)
