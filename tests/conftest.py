@@ -25,6 +25,7 @@ from pipeline.embedded.runtime import Running
 from tests.support.cl100k import encoding
 from tests.support.machines import running_servers
 from tests.support.models import bundled_folder, described, static_folder
+from workers.encoders.imports import SPIN_ROUNDS, SPIN_VARIABLE
 
 _TEMPLATE = "vectormill_template"
 _ROOM_BYTES = 8 * 1024**3
@@ -34,6 +35,8 @@ for _name in [name for name in os.environ if name.startswith("VECTORMILL_")]:
     del os.environ[_name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# As in workers and engines, wherever a test imports torch first: several tests share the cores.
+os.environ.setdefault(SPIN_VARIABLE, SPIN_ROUNDS)
 
 # No deadline: the speed of the machine must not decide if a test passes.
 settings.register_profile("vectormill", deadline=None, suppress_health_check=[HealthCheck.too_slow])

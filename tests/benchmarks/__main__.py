@@ -22,6 +22,7 @@ from tests.benchmarks import (
     submit_memory,
     submit_rate,
     sync,
+    two_encoders,
     write_back,
 )
 from tests.benchmarks.harness import Benchmark, Result, Rounds, result_table, use_default_settings, write_results
@@ -36,6 +37,7 @@ _BENCHMARKS = {
             for module in (splitting, repeats, sync, static_job, write_back, submit_rate, submit_memory, fairness)
         ),
         *gateway.BENCHMARKS,
+        two_encoders.BENCHMARK,
         *children.BENCHMARKS,
         *scale.BENCHMARKS,
         *strangers.BENCHMARKS,

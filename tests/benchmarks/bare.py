@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from tests.benchmarks.machine import model_folder
 
 
 @contextmanager
-def bare_engine(path: Path, texts: list[str], at_a_time: int | None = None) -> Iterator["subprocess.Popen[str]"]:
+def bare_engine(
+    path: Path, texts: list[str], at_a_time: int | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator["subprocess.Popen[str]"]:
     """Run the encoder in a process of its own, loaded and warm, with as many threads as there are cores. It gets
     `at_a_time` texts at a time, or all at once."""
     path.write_text(json.dumps(texts), encoding="utf-8")
@@ -22,6 +24,7 @@ def bare_engine(path: Path, texts: list[str], at_a_time: int | None = None) -> I
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, **(environment or {})},
     ) as process:
         try:
             assert process.stdout

@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from workers.encoders.local import LocalEncoder
+from workers.encoders.imports import import_library
 
 _WARM_UP_TEXTS = 160
 
 
 def main(path: str, folder: str, threads: str, at_a_time: str) -> None:
     """Load the encoder, warm it up and print `ready`; then embed all texts for each line of input."""
+    import_library()  # as workers do
+    from workers.encoders.local import LocalEncoder
+
     texts = json.loads(Path(path).read_text(encoding="utf-8"))
     encoder = LocalEncoder(Path(folder), "cpu", threads=int(threads))
     encoder.encode(encoder.tokenise(texts[:_WARM_UP_TEXTS]))

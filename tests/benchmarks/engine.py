@@ -11,6 +11,7 @@ from tests.benchmarks.corpus import distinct_docstrings, running_texts
 from tests.benchmarks.harness import Benchmark, Rounds, Values
 from tests.benchmarks.machine import model_folder
 from tests.benchmarks.vectors import LEAST_COSINE, Vectors, least_cosine
+from workers.encoders.imports import import_library
 
 _DOCSTRINGS = 10_000
 _UNIFORM_TEXTS, _UNIFORM_TOKENS = 2_000, 128
@@ -26,7 +27,8 @@ def measure(pool: Callable[[], list[str]], sample: int, rounds: Rounds) -> Value
     Raises:
         AssertionError: their vectors differ.
     """
-    # Imported here since the other benchmarks need no torch.
+    # Imported here since the other benchmarks need no torch; first as workers do.
+    import_library()
     import torch
     from sentence_transformers import SentenceTransformer
 

@@ -1,10 +1,14 @@
-"""Import of sentence-transformers without scikit-learn.
+"""Import of sentence-transformers, without scikit-learn, and of torch, with threads that yield the CPU.
 
 It imports scikit-learn, and with that pandas and most of SciPy, for measures of evaluation, which embedding never
 computes: nearly a third of the import's CPU, and 100 MB in each worker and engine.
+
+A thread that waits for others of its team spins, by libgomp's default for milliseconds, while on busy cores those
+others can't run.
 """
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +18,11 @@ from types import ModuleType
 from typing import Any
 
 _METRICS = "sklearn.metrics"
+#: Variable that libgomp reads when it is loaded, with torch.
+SPIN_VARIABLE = "GOMP_SPINCOUNT"
+#: Rounds that a waiting thread spins: few enough for a second encoder on the same cores (`two_encoders_vs_spinning` of
+#: `make bench`), and enough for one that has them to itself, which loses 1 % by these and 7 % by half of them.
+SPIN_ROUNDS = "10000"
 
 
 class _StandIn(ModuleType):
@@ -37,9 +46,13 @@ class _StandIn(ModuleType):
 def import_library() -> None:
     """Import sentence-transformers with stand-ins for scikit-learn's measures, unless one of both is imported already.
 
+    How long threads spin is left to the environment if it says so.
+
     Raises:
         ImportError: it can't be imported.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(SPIN_VARIABLE, SPIN_ROUNDS)
     if not {"sklearn", "sentence_transformers"} & sys.modules.keys():
         with _uncollected(), _stand_ins():
             import_module("sentence_transformers")
