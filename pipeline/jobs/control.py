@@ -119,7 +119,7 @@ def retry(connection: Connection, job_id: UUID) -> int:
             job_id,
         )
     if job.options.sync and job.reason in (Reason.TOO_MANY_REMOVED, Reason.SOURCE_EMPTY):
-        way = ", with a higher max_removed if that is right" if job.reason is Reason.TOO_MANY_REMOVED else ""
+        way = ", with a higher max_removed if that is right" if job.reason == Reason.TOO_MANY_REMOVED else ""
         message = f"job {job_id} was refused for what its source lacks; sync again{way}."
         raise NotRetriable(message, job_id)
     if job.options.sync and not syncs.is_latest(connection, job_id):
